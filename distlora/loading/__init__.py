@@ -1,0 +1,1 @@
+"""A checkpoint on disk to a rank's quantized shard."""

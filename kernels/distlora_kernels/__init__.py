@@ -1,0 +1,1 @@
+"""NF4 quantization and the adapted linear. Needs torch and triton alone."""

@@ -1,0 +1,1 @@
+"""The `distlora` command: composes, checks and starts runs. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Documents to packed rows."""
+"""Documents to packed rows: formats -> templates -> packing -> cache -> rows -> loader (see README.md)."""

@@ -1,0 +1,158 @@
+"""LoRA on a frozen linear: the adapter's parameters, their start, and projections that share an input.
+
+Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's `RowChoice`, which
+says which row of the batch uses which of them (-1 = none). With one adapter and no choice every row uses it.
+
+Letters: N adapters of a linear, R their ranks added up, M rows of the flattened input (batch x tokens).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from distlora import randomness
+from distlora.config import AdapterConfig
+from distlora.quant import FrozenLinear
+from distlora_kernels.lora_linear import Adapter, lora_linear, project_down
+
+DEFAULT_ADAPTER = "default"
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of sibling linears that a decoder block calls with the same tensor."""
+
+
+class RowChoice:
+    """Which adapter each row of the block's current micro-batch uses: an index into the adapters, -1 for none.
+
+    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses the first.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+
+class LoRAPair(nn.Module):
+    """One adapter of one linear: A (r, in) and B (out, r), fp32 masters."""
+
+    def __init__(self, in_features: int, out_features: int, config: AdapterConfig) -> None:
+        super().__init__()
+        self.scaling = config.scaling
+        self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device="meta"))
+        self.B = nn.Parameter(torch.empty(out_features, config.r, dtype=torch.float32, device="meta"))
+
+    @torch.no_grad()
+    def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
+        """A as PEFT starts it, B zero: the adapted model begins as the base. `name` is the linear's path and adapter.
+
+        kaiming: uniform on +-1/sqrt(in) (kaiming_uniform_ with a = sqrt(5)); gaussian: std 1/r.
+        """
+        shape = (self.A.shape[0], self.A.shape[1])
+        if config.init == "gaussian":
+            start = randomness.normal(shape, seed=seed, name=name) / config.r
+        else:
+            start = (2 * randomness.uniform(shape, seed=seed, name=name) - 1) / shape[1] ** 0.5
+        self.A.copy_(start)
+        self.B.zero_()
+
+
+class SharedInput:
+    """X A^T for linears that are called with the same tensor, computed once, by the first that is called.
+
+    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor simply
+    computes its own. The members of one call leave nothing behind.
+    """
+
+    def __init__(self, members: tuple[AdaptedLinear, ...]) -> None:
+        self.members = members
+        self._input: Tensor | None = None
+        self._version = -1
+        self._results: dict[int, Tensor] = {}
+
+    def project(self, member: AdaptedLinear, x: Tensor) -> Tensor:
+        """`member`'s (M, R) product with its stacked A."""
+        if x is not self._input or x._version != self._version or id(member) not in self._results:
+            downs = project_down(x, [other.stacked_down() for other in self.members])
+            self._input, self._version = x, x._version
+            self._results = dict(zip(map(id, self.members), downs, strict=True))
+        result = self._results.pop(id(member))
+        if not self._results:
+            self._input = None
+        return result
+
+
+class AdaptedLinear(FrozenLinear):
+    """A frozen linear with adapters: y = x W^T + s (x A^T) B^T, s by the adapter that the row uses."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype, rows: RowChoice
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, quantized=quantized, dtype=dtype)
+        self.adapters = nn.ModuleDict()
+        self.row_choice = rows
+        self.shared_input: SharedInput | None = None
+
+    @property
+    def pairs(self) -> list[LoRAPair]:
+        return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        self.adapters[name] = LoRAPair(self.in_features, self.out_features, config)
+
+    def stacked_down(self) -> Tensor:
+        """(R, in): the A of all adapters, one below the other."""
+        pairs = self.pairs
+        return pairs[0].A if len(pairs) == 1 else torch.cat([pair.A for pair in pairs])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.pairs
+        up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
+        adapter = Adapter(self.stacked_down(), up, self._gate(x, pairs))
+        xa = self.shared_input.project(self, x) if self.shared_input is not None else None
+        return lora_linear(x, self.frozen_weight, adapter, bias=self.bias, xa=xa)
+
+    def _gate(self, x: Tensor, pairs: list[LoRAPair]) -> Tensor | float:
+        """The scale of the one adapter, or (M, R): each row's own adapter's scale in its columns, 0 in the others."""
+        rows = self.row_choice.rows
+        if rows is None:
+            if len(pairs) > 1:
+                raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
+            return pairs[0].scaling
+        ranks = [pair.A.shape[0] for pair in pairs]
+        owner = torch.tensor(list(itertools.chain(*([i] * r for i, r in enumerate(ranks)))), device=x.device)
+        scale = torch.tensor(list(itertools.chain(*([p.scaling] * r for p, r in zip(pairs, ranks, strict=True)))), device=x.device)
+        gate = torch.where(rows[:, None] == owner[None, :], scale, 0.0)
+        return gate.repeat_interleave(x.shape[:-1].numel() // rows.shape[0], dim=0)
+
+
+def link_shared_inputs(linears: dict[str, AdaptedLinear]) -> None:
+    """Group the adapted siblings that share an input. `linears` maps the paths inside one block to its adapted linears."""
+    parents = {path.rpartition(".")[0] for path in linears}
+    for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
+        paths = [f"{parent}.{name}" if parent else name for name in names]
+        members = tuple(linears[path] for path in paths if path in linears)
+        if len(members) > 1:
+            shared = SharedInput(members)
+            for member in members:
+                member.shared_input = shared
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter parameter by its path in `module`, in forward order."""
+    return {
+        f"{path}.{name}": parameter
+        for path, pair in module.named_modules()
+        if isinstance(pair, LoRAPair)
+        for name, parameter in pair.named_parameters()
+    }
+
+
+def reset_adapters(linears: Iterable[tuple[str, AdaptedLinear]], config: AdapterConfig, *, seed: int) -> None:
+    """Start every adapter. The random stream is named by the linear's Hugging Face path and the adapter's name."""
+    for path, linear in linears:
+        for name, pair in linear.adapters.items():
+            assert isinstance(pair, LoRAPair)
+            pair.reset(config, seed=seed, name=f"{path}.{name}")

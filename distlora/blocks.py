@@ -1,0 +1,75 @@
+"""Seam 1: every decoder block sits in one wrapper, which is the unit of sharding, of checkpointing and of micro-batching.
+
+The wrapper is called by the family's own model code in place of its decoder layer. It cuts the batch into `num_micro` slices
+and runs the layer on each while the block's weights are gathered: with FSDP2 around the wrapper, a step gathers each block
+once however many micro-batches it accumulates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distlora.adapters import RowChoice
+
+
+class Block(nn.Module):
+    """A decoder layer with its batch run in slices, each checkpointed if asked."""
+
+    def __init__(self, inner: nn.Module, rows: RowChoice) -> None:
+        super().__init__()
+        self.inner = inner
+        self.row_choice = rows
+        self.adapter_rows: Tensor | None = None
+        """(B,) index of each row's adapter, -1 for none; None: all rows use the first."""
+        self.num_micro = 1
+        """Slices of the batch; must divide it."""
+        self.checkpointing = False
+        """Keep only the slices' inputs and recompute the rest in backward."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Some families' models read plain attributes off their layers (attention_type).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced along; one with dim 0 = 1 is shared."""
+        batch = hidden_states.shape[0]
+        if batch % self.num_micro:
+            raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
+        size = batch // self.num_micro
+        outputs = []
+        for start in range(0, batch, size):
+            part = slice(start, start + size)
+            sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
+            rows = None if self.adapter_rows is None else self.adapter_rows[part]
+            outputs.append(self._run(hidden_states[part] if self.num_micro > 1 else hidden_states, rows, sliced))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _run(self, hidden_states: Tensor, rows: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        def layer(hidden: Tensor) -> Tensor:
+            self.row_choice.rows = rows  # In recomputation too, when another slice's choice may be set.
+            output = self.inner(hidden, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        if self.checkpointing and torch.is_grad_enabled():
+            # Nothing in a block draws from torch's generators, so their state need not be kept.
+            return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False)
+        return layer(hidden_states)
+
+
+def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
+    """The rows `part` of a layer's keyword argument; refuses what may hide a batch dimension."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_slice(name, item, part, batch) for item in value)
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (1, batch):
+        return value[part] if value.shape[0] == batch else value
+    described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"the block wrapper does not know how to slice the layer argument {name!r} ({described}) for {batch} rows")

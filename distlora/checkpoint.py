@@ -1,0 +1,158 @@
+"""Checkpoints: what training has made so far and nothing of the base, whole or not there at all.
+
+    RUN/checkpoints/step_00000100/  adapter_config.json, adapter_model.safetensors (PEFT's format; model.safetensors for
+                                    adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256)
+
+A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one; the
+manifest tells of later damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distlora.config import UserError
+
+MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """state.json: where training stands, and what its bits depend on."""
+
+    step: int
+    """Optimizer steps done; the data position follows from it."""
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """Held-out loss by step."""
+    base_fingerprint: str
+    """`loading.segments.fingerprint` of the base."""
+    data_cache: str
+    """Name of the tokenized cache, which is its content's hash."""
+    environment: dict[str, Any]
+    """`environment()` of the saving run: bit-exact continuation is claimed where it is equal."""
+
+
+def environment(world: int, device: torch.device) -> dict[str, Any]:
+    """What the bits of a step depend on beside the data and the settings."""
+    is_cuda = device.type == "cuda"
+    return {
+        "ranks": world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], state: TrainState) -> None:
+    """Write a checkpoint folder: each of `files` is tensors (*.safetensors) or JSON (*.json) by name.
+
+    The folder appears complete or not at all; an older one of the same name is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_files(temporary, {**files, STATE_NAME: asdict(state)})
+    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.base_fingerprint}})
+    publish(temporary, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a finished temporary folder its name; the name stands for a whole folder from then on."""
+    _sync(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]]) -> None:
+    """Tensors to safetensors, the rest to JSON, by the file's ending; each synced to disk."""
+    for name, content in files.items():
+        path = folder / name
+        if name.endswith(".safetensors"):
+            tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+        _sync(path)
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, or None, and one line for each newer one that is damaged."""
+    damaged = []
+    for folder in reversed(steps(checkpoints)):
+        fault = _fault(folder)
+        if fault is None:
+            return folder, damaged
+        damaged.append(f"checkpoint {folder.name} is damaged ({fault}) and was not used")
+    return None, damaged
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    return sorted(checkpoints.glob("step_*")) if checkpoints.is_dir() else []
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
+    for folder in steps(checkpoints)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def load_state(folder: Path) -> TrainState:
+    values = json.loads((folder / STATE_NAME).read_text())
+    values["evaluations"] = {int(step): loss for step, loss in values["evaluations"].items()}
+    return TrainState(**values)
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / name)
+
+
+def check_matches(state: TrainState, folder: Path, *, base_fingerprint: str, data_cache: str) -> None:
+    """Raises UserError when the checkpoint was made from another base or other data."""
+    if state.base_fingerprint != base_fingerprint:
+        raise UserError(f"{folder} belongs to another base model: the weights at model.path have changed since; restore them to resume")
+    if state.data_cache != data_cache:
+        raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them to resume")
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest, or None."""
+    try:
+        sums = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST_NAME}: {error}"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} is not what was saved"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

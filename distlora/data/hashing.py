@@ -1,0 +1,30 @@
+"""Choices by hash: which documents are held out, in which order rows are visited.
+
+A counter-based source (splitmix64, Steele et al. 2014, with random access), spelled out here in integer operations
+because numpy promises no stable streams for its generators across versions: the same seed must name the same order on
+the machine that resumes a run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+HELD_OUT, ROW_ORDER = 1, 2
+"""What a hash is for; first of the words, so that no two uses share a stream."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _scramble(state: np.ndarray) -> np.ndarray:
+    """The output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def hash64(words: tuple[int, ...], count: int) -> np.ndarray:
+    """`count` uint64 numbers, the i-th a function of `words` (each below 2**64) and i alone."""
+    state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
+    for word in words:
+        state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
+    return _scramble(state + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)

@@ -1,0 +1,131 @@
+"""The last stage: rows to the batches of a rank. Any step by random access, so the data position is the step number.
+
+Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distlora.data.hashing import ROW_ORDER, hash64
+from distlora.data.rows import STARTS, TRAINED, PackedRows
+
+__all__ = ["IGNORED", "MicroBatch", "PackedRows", "StepBatch", "StepLoader"]
+
+IGNORED = -100
+"""The label of a position that is not trained, as torch's and transformers' losses have it."""
+EMPTY = -1
+"""The index of a row that is not there: pad tokens, no label, the positions of one document."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows that a rank runs at once. All three are int64 CPU tensors of shape (B, L)."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    """Already shifted: the target at this position, or -100."""
+    position_ids: torch.Tensor
+    """0 at the first token of each document, and of the padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One rank's share of one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    """The same number on every rank and in every step."""
+    global_targets: int
+    """Trained targets in the rows of all ranks: what the step's loss sum is divided by."""
+    rows: tuple[int, ...]
+    """This rank's rows in order of the micro-batches; -1 = an empty row."""
+
+
+class StepLoader:
+    """A pure function from the step to a rank's rows; holds no position.
+
+    A step takes `global_batch` consecutive rows of the epoch's order, whatever the ranks; the last step of an epoch
+    takes what is left. Micro-batch a of rank r takes those from (a * world + r) * micro_batch on, so the rows of a
+    step are the same set for every `world` and `micro_batch`; what is missing at the end is empty rows.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        assert len(rows) > 0, "a split without rows is refused when it is prepared"
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        assert min(global_batch, micro_batch) > 0, f"batches of {global_batch} and {micro_batch} rows"
+        self.rows = rows
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.shuffle = shuffle
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, order): computed once an epoch, not once a step.
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every row once."""
+        return -(-len(self.rows) // self.global_batch)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each rank in each step."""
+        return -(-self.global_batch // (self.world * self.micro_batch))
+
+    def batch(self, step: int) -> StepBatch:
+        """This rank's part of step `step` (from 0; epochs follow each other without end)."""
+        assert step >= 0, f"step {step}"
+        of_step = self._rows_of_step(step)
+        slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
+        slots.reshape(-1)[: len(of_step)] = of_step
+        own = slots[:, self.rank]
+        return StepBatch(
+            micro_batches=[self._assemble(indices) for indices in own],
+            global_targets=int(self.rows.targets[of_step].sum(dtype=np.int64)),
+            rows=tuple(own.reshape(-1).tolist()),
+        )
+
+    def _rows_of_step(self, step: int) -> np.ndarray:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch_order(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The rows in the order in which an epoch visits them: (N,) int64, a permutation keyed by (seed, epoch)."""
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(len(self.rows))
+            if self.shuffle:
+                order = np.argsort(hash64((ROW_ORDER, self.seed, epoch), len(self.rows)), kind="stable")
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _assemble(self, indices: np.ndarray) -> MicroBatch:
+        """The tensors of B rows; an index of -1 gives an empty row."""
+        length = self.rows.sequence_length
+        tokens = np.full((len(indices), length), self.rows.pad_token_id, np.int64)
+        flags = np.zeros((len(indices), length), np.uint8)
+        flags[:, 0] = STARTS
+        real = np.flatnonzero(indices != EMPTY)
+        tokens[real] = self.rows.tokens[indices[real]]
+        flags[real] = self.rows.flags[indices[real]]
+        following = np.full_like(tokens, IGNORED)
+        following[:, :-1] = tokens[:, 1:]
+        position = np.arange(length)
+        start = np.maximum.accumulate(np.where(flags & STARTS, position, 0), axis=1)
+        return MicroBatch(
+            input_ids=torch.from_numpy(tokens),
+            labels=torch.from_numpy(np.where(flags & TRAINED, following, IGNORED)),
+            position_ids=torch.from_numpy(position - start),
+        )

@@ -1,0 +1,91 @@
+"""Packed rows on disk, as one split of a cache folder holds them (byte layout: README.md). Needs numpy alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distlora.config import UserError
+
+FORMAT_VERSION = 1
+"""Grows when the layout or the meaning of a row changes; part of the cache key."""
+TRAINED, STARTS = 1, 2
+"""Bits of a flag: the label at this position is the next token; a document (or the padding) starts here."""
+
+
+def split_file(folder: Path, split: str, name: str) -> Path:
+    """Where `tokens`, `flags` or `targets` of a split lie in a cache folder."""
+    return folder / f"{split}_{name}.npy"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a cache folder. Raises UserError where the folder holds no complete cache of this version."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no tokenized data (no meta.json); run `python -m distlora.data RUN`")
+    meta = json.loads(path.read_text())
+    if meta["version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was written in version {meta['version']} of the layout, this distlora reads "
+            f"{FORMAT_VERSION}; run `python -m distlora.data RUN` again"
+        )
+    return meta
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """One split, memory-mapped: reading a row touches that row's pages only. N rows of L tokens."""
+
+    tokens: np.ndarray
+    """(N, L) int32."""
+    flags: np.ndarray
+    """(N, L) uint8, bits TRAINED and STARTS."""
+    targets: np.ndarray
+    """(N,) int32, in memory: how many labels of each row are trained."""
+    pad_token_id: int
+    """A valid token of the model, for rows that are not there."""
+    counts: dict[str, Any]
+    """What meta.json counted in this split."""
+
+    @classmethod
+    def open(cls, cache_dir: Path, split: str) -> PackedRows:
+        """Open `train` or `eval` of a cache folder. Raises UserError when absent, cut short or misshapen."""
+        cache_dir = Path(cache_dir)
+        meta = read_meta(cache_dir)
+        if split not in meta["splits"]:
+            raise UserError(f"{cache_dir} holds no {split!r} rows, only {', '.join(meta['splits'])}")
+        counts = meta["splits"][split]
+        shape = (counts["rows"], meta["sequence_length"])
+        return cls(
+            tokens=_load(split_file(cache_dir, split, "tokens"), shape, np.int32),
+            flags=_load(split_file(cache_dir, split, "flags"), shape, np.uint8),
+            targets=np.array(_load(split_file(cache_dir, split, "targets"), shape[:1], np.int32)),
+            pad_token_id=meta["pad_token_id"],
+            counts=counts,
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.tokens.shape[1]
+
+
+def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); delete {path.parent} and run `python -m distlora.data RUN`"
+        ) from error
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}; "
+            f"delete {path.parent} and run `python -m distlora.data RUN`"
+        )
+    return array

@@ -1,0 +1,108 @@
+"""Gradients of replicated parameters: flat buckets, each all-reduced once a step while backward goes on.
+
+Every parameter's .grad is a view into a bucket's flat buffer, so backward accumulates in place and a reduction needs no
+copy. A bucket is launched when its last gradient of the step has arrived, strictly in bucket order: ranks may finish
+buckets in different order, collectives may not be issued so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distlora.parallel.traffic import Traffic
+
+
+class GradientReducer:
+    """Sums gradients over the ranks of `group`; with group=None (one process) only owns the buffers.
+
+    Backward runs from the last parameter to the first, so buckets are filled from the end of `parameters`.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, group: dist.ProcessGroup | None, bucket_bytes: int, traffic: Traffic
+    ) -> None:
+        self._group, self._traffic = group, traffic
+        self._buckets: list[Tensor] = []
+        self._bucket_of: dict[nn.Parameter, int] = {}
+        self._sizes: list[int] = []
+        self._is_last = True
+        self._works: list[dist.Work] = []
+        for members in _cut(list(reversed(parameters)), bucket_bytes):
+            self._add_bucket(members)
+        self._pending = list(self._sizes)
+        self._launched = 0
+
+    def _add_bucket(self, members: list[nn.Parameter]) -> None:
+        first = members[0]
+        flat = torch.zeros(sum(p.numel() for p in members), dtype=first.dtype, device=first.device)
+        for parameter, view in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            parameter.grad = view.view_as(parameter)
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+            self._bucket_of[parameter] = len(self._buckets)
+        self._buckets.append(flat)
+        self._sizes.append(len(members))
+
+    def expect(self, *, last: bool) -> None:
+        """Before a backward: whether it is the step's last, whose gradients complete the sums."""
+        self._is_last = last
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        if not self._is_last:
+            return
+        self._pending[self._bucket_of[parameter]] -= 1
+        while self._launched < len(self._buckets) and self._pending[self._launched] == 0:
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        flat = self._buckets[self._launched]
+        self._launched += 1
+        if self._group is not None:
+            self._traffic.add_reduction(flat.nbytes)
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+            assert work is not None
+            self._works.append(work)
+
+    def finish(self) -> None:
+        """Reduce what has not been launched (a parameter that got no gradient on this rank) and wait for everything."""
+        while self._launched < len(self._buckets):
+            self._launch_next()
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        self._launched = 0
+        self._pending = list(self._sizes)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients down to a global norm of `max_norm` (0: never). Returns the norm before, a device scalar.
+
+        After `finish` every rank has the same bits, so nothing is communicated; and nothing is read by the host.
+        """
+        norm = torch.stack([torch.linalg.vector_norm(flat) for flat in self._buckets]).square().sum().sqrt()
+        if max_norm > 0:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for flat in self._buckets:
+                flat.mul_(factor)
+        return norm
+
+    def zero(self) -> None:
+        """Start the next step's sums. The gradients stay views: never set them to None."""
+        for flat in self._buckets:
+            flat.zero_()
+
+
+def _cut(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Neighbours in buckets of `bucket_bytes` or a little more, one dtype and device each."""
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        same = bool(buckets) and buckets[-1][0].dtype == parameter.dtype and buckets[-1][0].device == parameter.device
+        if not same or size >= bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+    return buckets

@@ -1,0 +1,58 @@
+"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors, without importing PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
+from distlora.config import Config
+from distlora.model import CausalLM
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)."""
+    tensors: dict[str, nn.Parameter] = {}
+    for path, linear in model.adapted_linears():
+        pair = linear.adapters[adapter]
+        assert isinstance(pair, LoRAPair)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.B
+    return tensors
+
+
+def adapter_config(config: Config, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> dict[str, Any]:
+    """adapter_config.json as PEFT's LoraConfig reads it."""
+    paths = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.path,
+        "r": config.adapter.r,
+        "lora_alpha": config.adapter.lora_alpha,
+        "use_rslora": config.adapter.use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if config.adapter.init == "gaussian" else True,
+        "target_modules": _target_modules(paths),
+    }
+
+
+def _target_modules(paths: set[str]) -> list[str]:
+    """Last names where every block has the same ones (as PEFT matches them), else whole paths."""
+    last_names: dict[str, set[str]] = {}
+    for path in paths:
+        layer, _, name = path.removeprefix("model.layers.").partition(".")
+        last_names.setdefault(layer, set()).add(name)
+    same = len({frozenset(names) for names in last_names.values()}) == 1
+    layers = {int(layer) for layer in last_names}
+    if same and layers == set(range(len(layers))):
+        return sorted({path.rpartition(".")[2] for path in paths})
+    return sorted(paths)

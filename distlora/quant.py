@@ -1,0 +1,54 @@
+"""The frozen linear of a decoder block and the weight it owns: packed NF4, or dense.
+
+Both keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any other;
+what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by `distlora.loading`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distlora_kernels import nf4
+from distlora_kernels.lora_linear import FrozenWeight, lora_linear
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + bias with W (out_features, in_features) frozen.
+
+    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 and the buffer `offset` () fp32, which
+    is replicated; otherwise `weight` in `dtype`. `bias` (out_features,) in `dtype`, or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.quantized = in_features, out_features, quantized
+        if quantized:
+            groups = nf4.num_groups(in_features * out_features)
+            self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
+            self.scales = _frozen((groups, nf4.BLOCKS_PER_GROUP), torch.uint8)
+            self.group_scale = _frozen((groups,), torch.float32)
+            self.register_buffer("offset", torch.empty((), dtype=torch.float32, device="meta"))
+        else:
+            self.weight = _frozen((out_features, in_features), dtype)
+        self.bias = _frozen((out_features,), dtype) if bias else None
+
+    @property
+    def frozen_weight(self) -> FrozenWeight:
+        """The weight as lora_linear takes it: the Parameters themselves, whatever storage they have now."""
+        shape = (self.out_features, self.in_features)
+        if self.quantized:
+            assert isinstance(self.offset, Tensor)
+            return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), shape)
+        return FrozenWeight((self.weight,), shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self.frozen_weight, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        kind = "nf4" if self.quantized else str(self.weight.dtype).removeprefix("torch.")
+        return f"{self.in_features} -> {self.out_features}, {kind}"

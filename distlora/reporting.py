@@ -1,0 +1,207 @@
+"""Where a run's numbers go: RUN/metrics.jsonl always, wandb beside it, the terminal of rank 0.
+
+Every rank constructs a `Reporter` and calls it alike; only rank 0 writes, and the check is in here. A line of
+metrics.jsonl is `{"step": s, "time": seconds since 1970, ...}` with either the figures of a training step or those of a
+held-out evaluation (`eval_loss`); numbers that JSON cannot hold (NaN, infinity) are null. wandb is imported nowhere
+else, and only when a run starts: it may be absent on a machine that only trains.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distlora.config import Config, UserError, as_mapping
+from distlora.progress import display
+
+EXIT_STOPPED = 75
+"""Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
+
+WANDB_FINISH_SECONDS = 60.0
+"""How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
+a job that a scheduler is about to kill has not much longer."""
+
+
+class Reporter:
+    """The sink of one run's figures. A context manager: leaving it closes wandb with the exit code of the way out.
+
+    Call `log` and `evaluation` in the order of their steps (wandb drops a step that is lower than the one before). On
+    a resume, lines of steps after `start_step` are dropped first, so each step is in metrics.jsonl once, however often
+    a run was killed.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, *, rank: int, world: int, total_steps: int, start_step: int
+    ) -> None:
+        self._writes = rank == 0
+        if not self._writes:
+            return
+        self._run_dir = run_dir
+        self._summary: dict[str, Any] = {}
+        path = run_dir / "metrics.jsonl"
+        self._evaluated = _keep_steps(path, start_step)
+        self._metrics = path.open("a", encoding="utf-8")
+        self._display = display(total_steps, start_step)
+        self._wandb = (
+            _start_wandb(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The figures of one training step (counted from 1)."""
+        if self._writes:
+            self._record(step, metrics)
+            self._display.step(step, metrics)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out figures (`eval_loss`, nats a token) after `step` steps; the same step again adds no line."""
+        if not self._writes or step in self._evaluated:
+            return
+        self._evaluated.add(step)
+        self._record(step, metrics)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._display.say(f"held-out documents after step {step}: {shown}")
+
+    def event(self, text: str) -> None:
+        """One line for the person who watches; not kept with the figures."""
+        if self._writes:
+            self._display.say(text)
+
+    def summary(self, figures: Mapping[str, float]) -> None:
+        """Final figures, added to those given before: RUN/summary.json (replaced atomically) and wandb's summary."""
+        if not self._writes:
+            return
+        self._summary.update({name: _plain(value) for name, value in figures.items()})
+        _write_atomically(self._run_dir / "summary.json", json.dumps(self._summary, indent=2) + "\n")
+        if self._wandb is not None:
+            self._wandb.summary.update(self._summary)
+
+    def close(self, exit_code: int) -> None:
+        """Flush everything and tell wandb how the run ended. A second call does nothing."""
+        if not self._writes:
+            return
+        self._writes = False
+        self._display.close()
+        self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(_exit_code(error))
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+        figures = {name: _plain(value) for name, value in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3), **figures}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()  # A killed process loses no step that it has logged; only the machine can still lose it.
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """What the process is about to exit with: 0, a SystemExit's own code (EXIT_STOPPED), 2 for a UserError, else 1."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0 if error is None else 2 if isinstance(error, UserError) else 1
+
+
+def _plain(value: float) -> float | None:
+    """A number that JSON can hold: integers stay integers, NaN and infinities become null."""
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a run killed here, sees the old text or the new one and nothing between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _keep_steps(path: Path, start_step: int) -> set[int]:
+    """Drop the lines of steps after `start_step` from metrics.jsonl; returns the steps with a held-out evaluation.
+
+    A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is not JSON was cut
+    off by a kill, and its step is done again.
+    """
+    if not path.exists():
+        return set()
+    kept, evaluated = [], set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if start_step > 0 and entry["step"] <= start_step:
+            kept.append(line + "\n")
+            if "eval_loss" in entry:
+                evaluated.add(entry["step"])
+    _write_atomically(path, "".join(kept))
+    return evaluated
+
+
+def _start_wandb(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:
+    """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
+
+    Its id is kept in RUN/wandb/run_id.txt, so that a resume goes on with the same wandb run. Steps that a killed run
+    had already sent stay as they are: wandb drops what is logged for them again (a resume repeats the same numbers).
+    """
+    try:
+        import wandb
+    except ImportError:
+        say("wandb is not installed: figures go to metrics.jsonl only (tracker=none says the same without this line)")
+        return None
+    session = wandb.setup(settings=wandb.Settings(silent=True))
+    mode = session.settings.mode
+    if mode == "disabled":
+        say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
+        return None
+    if mode == "online" and wandb.login(prompt=False, verify=False):
+        try:
+            run = _wandb_run(wandb, run_dir, config, world, "online")
+            say(f"wandb: {run.url}")
+            return run
+        except (
+            wandb.Error
+        ) as error:  # A run that waited in a queue for hours should not end for want of a plotting server.
+            say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
+            wandb.teardown(exit_code=0)  # The failed attempt still holds the run's id.
+    run = _wandb_run(wandb, run_dir, config, world, "offline")
+    say(f"wandb: offline; upload with `wandb sync {run.settings.sync_dir}`")
+    return run
+
+
+def _wandb_run(wandb: Any, run_dir: Path, config: Config, world: int, mode: str) -> Any:
+    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal."""
+    id_file = run_dir / "wandb" / "run_id.txt"
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        dir=str(run_dir),
+        mode=mode,
+        id=id_file.read_text().strip() if id_file.exists() else None,
+        # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
+        resume="allow" if mode == "online" else None,
+        project=config.tracker.project,
+        name=config.name,
+        group=config.tracker.group,
+        tags=list(config.tracker.tags),
+        config={**as_mapping(config), "world": world},
+        allow_val_change=True,  # A resume may run on another number of ranks.
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout=WANDB_FINISH_SECONDS),
+    )
+    _write_atomically(id_file, run.id + "\n")
+    return run

@@ -1,0 +1,118 @@
+"""The adapted linear, y = x W^T + s (x A^T) B^T, over a frozen weight that is dense or packed: one autograd function.
+
+Two rules make the same function work under FSDP2, ZeRO-3 and none (README.md):
+- it saves the weight's Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward: so
+  their storage may be freed after forward and refilled before backward;
+- the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is already
+  rounded to bf16, an update below half an ulp would vanish.
+
+Letters: M rows, I in features, O out features, R rank (all adapters of the linear side by side).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distlora_kernels.nf4 import nf4_dequantize
+
+
+class FrozenWeight(NamedTuple):
+    """A weight (O, I) that gets no gradient: `parts` is (weight,), or NF4's (codes, scales, group_scale, offset)."""
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(O, I) in `dtype`."""
+        if len(self.parts) == 1:
+            return self.parts[0].to(dtype)
+        codes, scales, group_scale, offset = self.parts
+        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype)
+
+
+class Adapter(NamedTuple):
+    """What a linear adds: a (R, I) and b (O, R), fp32 masters, and the gate on x A^T.
+
+    gate: the scale s, or (M, R) when several adapters stand side by side: s where a row uses the column's adapter, else 0.
+    """
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor | float
+
+
+def project_down(x: Tensor, downs: list[Tensor]) -> list[Tensor]:
+    """X A^T for several adapters of one input, X read once: x (..., I), downs (R_i, I) -> (M, R_i) each, in x's dtype.
+
+    Without gradient: it only saves `lora_linear` the work when its result is passed as `xa`; the gradient is lora_linear's.
+    """
+    with torch.no_grad():
+        stacked = torch.cat([down.to(x.dtype) for down in downs]) if len(downs) > 1 else downs[0].to(x.dtype)
+        return list((x.flatten(0, -2) @ stacked.T).split([down.shape[0] for down in downs], dim=1))
+
+
+def lora_linear(
+    x: Tensor, weight: FrozenWeight, adapter: Adapter | None = None, *, bias: Tensor | None = None, xa: Tensor | None = None
+) -> Tensor:
+    """x (..., I) -> (..., O) in x's dtype; gradients for x, a and b, never for the weight or the bias.
+
+    adapter=None is the base alone. `xa` is project_down's result for this adapter, if the caller has it. GEMMs run in x's
+    dtype with fp32 accumulation; the adapter's gradients are fp32 like its masters.
+    """
+    a, b, gate = adapter if adapter is not None else (None, None, 0.0)
+    return _LoRALinear.apply(x, a, b, gate, bias, xa, weight.shape, *weight.parts)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        gate: Tensor | float,
+        bias: Tensor | None,
+        xa: Tensor | None,
+        shape: tuple[int, int],
+        *parts: Tensor,
+    ) -> Tensor:
+        flat = x.flatten(0, -2)
+        weight = FrozenWeight(parts, shape).dense(x.dtype)
+        gated = None
+        if a is None or b is None:
+            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        else:
+            gated = ((flat @ a.to(x.dtype).T if xa is None else xa) * gate).to(x.dtype)
+            up = b.to(x.dtype).T
+            delta = gated @ up if bias is None else torch.addmm(bias, gated, up)
+            y = torch.addmm(delta, flat, weight.T, out=delta)
+        ctx.shape, ctx.num_parts = shape, len(parts)
+        ctx.gate = gate if isinstance(gate, float) else None
+        # Only what backward reads: x for dA, gated for dB.
+        ctx.save_for_backward(*parts, None if a is None else flat, gated, a, b, None if ctx.gate is not None else gate)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *parts, flat, gated, a, b, gate = ctx.saved_tensors
+        needs_dx, needs_da, needs_db = ctx.needs_input_grad[:3]
+        dy_flat = dy.flatten(0, -2)
+        dx = da = db = None
+        if a is not None:
+            dxa = ((dy_flat @ b.to(dy.dtype)) * (ctx.gate if gate is None else gate)).to(dy.dtype)
+            db = (dy_flat.T @ gated).to(b.dtype) if needs_db else None
+            da = (dxa.T @ flat).to(a.dtype) if needs_da else None
+        if needs_dx:
+            weight = FrozenWeight(tuple(parts), ctx.shape).dense(dy.dtype)
+            if a is None:
+                dx = dy_flat @ weight
+            else:
+                dx = dxa @ a.to(dy.dtype)
+                dx = torch.addmm(dx, dy_flat, weight, out=dx)
+            dx = dx.unflatten(0, dy.shape[:-1])
+        return (dx, da, db, None, None, None, None, *(None for _ in range(ctx.num_parts)))

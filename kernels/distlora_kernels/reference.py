@@ -1,0 +1,139 @@
+"""Every op of this package in plain torch: the definition of "correct". The simplest code here, never the fastest.
+
+Letters: G double-quantization groups (256 blocks of 64 weights: 16,384), M rows of the input, I in features, O out
+features, R adapter rank. Formats and formulas are bitsandbytes' (README.md of this folder has the byte layout).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Consecutive weights of the flattened tensor that share one absmax."""
+BLOCKS_PER_GROUP = 256
+"""Absmax values that share one group_scale."""
+GROUP = BLOCK * BLOCKS_PER_GROUP
+"""Weights in a group: the grain at which a tensor is cut over ranks."""
+GROUP_BYTES = GROUP // 2
+
+# The NF4 levels (QLoRA, arXiv 2305.14314, appendix E) as the fp32 values that bitsandbytes stores.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+ZERO_CODE = NF4_LEVELS.index(0.0)
+
+
+def nf4_midpoints() -> tuple[float, ...]:
+    """The 15 decision levels between neighbouring NF4 levels, rounded to fp32 (a weight on one goes to the lower)."""
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32)
+    return tuple(((levels[1:] + levels[:-1]) / 2).tolist())
+
+
+def dynamic_map() -> Tensor:
+    """bitsandbytes' signed dynamic 8-bit map: (256,) fp32, sorted, from -0.993 to 1, with 0 at index 127.
+
+    Seven decades; decade i has 2^i midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i-6), with both signs, plus 0 and 1
+    (Dettmers et al., arXiv 2110.02861, section 2.1).
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        means = (10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+ZERO_SCALE = 127
+"""Index of 0 in the dynamic map."""
+
+
+def num_groups(numel: int) -> int:
+    """Groups that hold `numel` weights; the last one may be padded."""
+    return -(-numel // GROUP)
+
+
+def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """First level: flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32.
+
+    code = nearest NF4 level of w / absmax, ties to the lower index; the first of two weights is the high nibble. Padding
+    and all-zero blocks get absmax 0 and codes 7. NaN and Inf show as non-finite absmax; their codes mean nothing.
+    """
+    groups = num_groups(flat.numel())
+    padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device)
+    padded[: flat.numel()] = flat
+    blocks = padded.view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+    normalized = torch.where(absmax > 0, blocks / absmax, 0.0)
+    midpoints = torch.tensor(nf4_midpoints(), dtype=torch.float32, device=flat.device)
+    index = torch.bucketize(normalized, midpoints).to(torch.uint8).view(-1, 2)
+    return ((index[:, 0] << 4) | index[:, 1]).view(groups, GROUP_BYTES), absmax.view(groups, BLOCKS_PER_GROUP)
+
+
+def absmax_group_sums(absmax: Tensor) -> Tensor:
+    """(G, 256) fp32 -> (G,) fp64 sums, by a fixed tree of halves, so that a group's sum depends on nothing else."""
+    total = absmax.double()
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total.squeeze(1)
+
+
+def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Second level: absmax (G, 256) fp32, offset () fp32 -> scales (G, 256) uint8 and group_scale (G,) fp32.
+
+    scale = exactly nearest entry of the dynamic map to (absmax - offset) / group_scale, ties to the lower index;
+    group_scale = the group's largest |absmax - offset|. Blocks from `num_blocks` on are padding and take no part.
+    """
+    centered = absmax - offset
+    centered.view(-1)[num_blocks:] = 0.0
+    group_scale = centered.abs().amax(dim=1)
+    normalized = torch.where(group_scale[:, None] > 0, centered / group_scale[:, None], 0.0)
+    # Midpoints of two fp32 values are exact in fp64, so the choice is exactly the nearest entry.
+    entries = dynamic_map().to(absmax.device).double()
+    scales = torch.bucketize(normalized.double(), (entries[1:] + entries[:-1]) / 2).to(torch.uint8)
+    return scales, group_scale
+
+
+def dequantize_absmax(scales: Tensor, group_scale: Tensor, offset: Tensor) -> Tensor:
+    """absmax (G, 256) = fl(fl(map[scale] * group_scale) + offset), fp32: two roundings, never a fused multiply-add."""
+    entries = dynamic_map().to(scales.device)
+    return entries[scales.long()] * group_scale[:, None] + offset
+
+
+def nf4_dequantize(
+    codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """w = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`; padding is cut off."""
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
+    nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, BLOCK)
+    absmax = dequantize_absmax(scales, group_scale, offset).view(-1, 1)
+    weights = levels[nibbles.long()] * absmax
+    return weights.view(-1)[: torch.Size(shape).numel()].view(shape).to(dtype)
+
+
+def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | float, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + (gate * (x A^T)) B^T + bias. x (..., I), weight (O, I), a (R, I), b (O, R); y (..., O) in x's dtype.
+
+    `gate` is the scale s of one adapter, or (M, R) for several adapters side by side in a and b: s where the row uses the
+    column's adapter, 0 elsewhere.
+    """
+    flat = x.flatten(0, -2)
+    delta = (flat @ a.to(x.dtype).T * gate).to(x.dtype) @ b.to(x.dtype).T
+    y = delta + flat @ weight.T
+    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])

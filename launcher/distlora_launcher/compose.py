@@ -1,0 +1,131 @@
+"""Command-line overrides to a `Config`: Hydra composes conf/, distlora.config checks and types the result.
+
+Hydra raises a dozen kinds of exceptions for a mistyped word; all of them leave here as one UserError that names the word
+and what to type instead (`explain.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distlora_launcher.explain import EXPLAINED, explain
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from distlora.config import Config, UserError, build
+
+CONF_MODULE = "distlora_launcher.conf"
+VERSION_BASE = "1.3"
+MISSING = "???"
+
+MOST_JOBS_CHECKED = 64
+"""Jobs of a sweep that are composed and checked before the first one starts; the others are checked as they start."""
+
+REQUIRED = {
+    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer)",
+    "data.path": "a jsonl file with one document a line",
+}
+EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
+
+
+def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> Config:
+    """The settings of one run. Raises UserError for anything that cannot be composed, is unknown, missing or invalid."""
+    with _initialized(config_dir) as prefix:
+        return _compose_one([*prefix, *overrides])
+
+
+def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Config]:
+    """The settings of the jobs of a `-m` run, in Hydra's order; at most MOST_JOBS_CHECKED of them.
+
+    A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
+    """
+    with _initialized(config_dir) as prefix:
+        try:
+            loader = GlobalHydra.instance().config_loader()
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+            if any(override.key_or_group == "hydra/sweeper" for override in parsed):
+                shared = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]
+                return [_compose_one([*prefix, *shared])]
+            jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+        return [_compose_one([*prefix, *job]) for job in jobs[:MOST_JOBS_CHECKED]]
+
+
+def config_from_hydra(composed: DictConfig, *, run_dir: str) -> Config:
+    """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
+    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    missing = list(_missing_keys(values))
+    if missing:
+        lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
+        raise UserError("\n".join([*lines, EXAMPLE]))
+    return _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
+
+
+def _compose_one(overrides: list[str]) -> Config:
+    try:
+        composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+        with open_dict(composed):
+            composed.hydra.job.num, composed.hydra.job.id = 0, "0"  # For names such as trial-${hydra:job.num}.
+            HydraConfig.instance().set_config(composed)
+            # Not composed.run_dir: an override of Hydra's own hydra.run.dir (wandb agents write one) names the folder too.
+            run_dir = composed.hydra.run.dir
+            del composed["hydra"]
+        return config_from_hydra(composed, run_dir=run_dir)
+    except EXPLAINED as error:
+        raise explain(error, overrides) from error
+
+
+@contextmanager
+def _initialized(config_dir: str | None) -> Iterator[list[str]]:
+    """Hydra pointed at conf/ for the duration; yields the overrides that add the folder of `--config-dir`."""
+    prefix = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir {config_dir} is not a folder")
+        prefix = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
+    with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
+        yield prefix
+
+
+def _missing_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if value == MISSING:
+            yield prefix + str(key)
+        elif isinstance(value, dict):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+
+
+def _string_keys(value: Any) -> Any:
+    """Numbers and booleans are legal keys in Hydra's grammar (+adapter={1:2}); a setting's name is a string."""
+    return {str(k): _string_keys(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _absolute(config: Config) -> Config:
+    """Paths that mean the same in a worker and in a resume from another folder."""
+    model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
+    data = dataclasses.replace(
+        config.data,
+        path=_absolute_path("data.path", config.data.path),
+        eval_path=config.data.eval_path and _absolute_path("data.eval_path", config.data.eval_path),
+        cache_dir=_absolute_path("data.cache_dir", config.data.cache_dir),
+    )
+    return dataclasses.replace(config, model=model, data=data, run_dir=_absolute_path("run_dir", config.run_dir))
+
+
+def _absolute_path(name: str, path: str) -> str:
+    if not path.strip():
+        raise UserError(f"{name} is empty; set {name}=..." + (f", {REQUIRED[name]}" if name in REQUIRED else ""))
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise UserError(f"{name}={path}: {error} write the path from / on") from error

@@ -1,0 +1,139 @@
+"""What Hydra says about a mistyped override, said as: the word, the reason, the nearest that exists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distlora.config import UserError, nearest
+
+EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+"""What composing raises for bad words: Hydra leaks bare ValueErrors and TypeErrors for odd group values (adapter=1)."""
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> UserError:
+    """The UserError to raise in place of what Hydra raised while it composed `overrides`."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if first_line.startswith("Ambiguous value for argument"):
+        word = first_line.split("'", 1)[1].rstrip("'")
+        key, _, value = word.partition("=")
+        return UserError(f"{word} holds several values; add -m to run one job a value, or write {key}=[{value}] for a list")
+    for override in _parsed(overrides):
+        message = _bad_option(override) or _unknown_key(override, overrides)
+        if message:
+            return UserError(message)
+    missing = f" (options: {', '.join(error.options)})" if isinstance(error, MissingConfigException) and error.options else ""
+    return UserError(f"{first_line}{missing}")
+
+
+def _unreadable(error: OverrideParseException) -> UserError:
+    word = str(error.override)
+    if "=" not in word:
+        return UserError(f"{word!r} is not a setting; write it as setting=value")
+    key, _, value = word.partition("=")
+    if not key:
+        return UserError(f"{word!r} names no setting; write setting=value")
+    reason = str(error.message).partition("\n")[0]
+    return UserError(
+        f"cannot read {word!r} ({reason}); a value with any of = , : [ ] {{ }} ( ) or quotes in it must be quoted, twice "
+        f"for the shell: '{key}=\"{value}\"'"
+    )
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)) if overrides else []
+
+
+def _groups() -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
+
+
+def _options(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def _bad_option(override: Override) -> str | None:
+    """Complaint about `group=option` where the group exists and the option does not."""
+    group, value = override.key_or_group, override.value()
+    options = _options(group) if group and override.package is None else []
+    chosen = value if isinstance(value, list) else [value]
+    absent = [item for item in chosen if item not in options]
+    if not options or override.is_delete() or not absent:
+        return None
+    written = override.get_value_element_as_str()
+    message = f"{group}={written}: the options of {group} are {', '.join(options)}{nearest(str(absent[0]), options)}"
+    if value is None:
+        message += f"; ~{group} chooses none"
+    elif f"{group}.path" in dict(_leaves(_composed([]))):
+        message += f"; to name a file or folder write {group}.path={written}"
+    return message
+
+
+def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
+    """Complaint about a key that is neither a setting nor a group, with the nearest that is."""
+    key = override.key_or_group
+    if not key:
+        return f"{override.input_line!r} names no setting; write setting=value"
+    if override.is_add() or override.is_force_add() or (override.package is None and _options(key)):
+        return None
+    defaults = _composed([])
+    parsed = zip(overrides, _parsed(overrides), strict=True)
+    chosen = [word for word, item in parsed if item.package is None and _options(item.key_or_group)]
+    try:
+        composed = _composed(chosen)
+    except EXPLAINED:  # A chosen group is wrong too, and gets its own complaint once this one is corrected.
+        composed = defaults
+    if key in set(_nodes(composed)):
+        return None
+    if key in set(_nodes(defaults)):
+        reasons = [word for word in chosen if word.lstrip("~").partition("=")[0] == key.partition(".")[0]]
+        return f"{key} has no effect with {' '.join(reasons or chosen)}; remove it"
+    is_hydras = key.split(".")[0] == "hydra"
+    settings = [name for name, _ in _leaves(composed) if name.startswith("hydra.") == is_hydras]
+    return f"there is no setting {key}{_nearest_setting(key, settings, _groups())}"
+
+
+def _composed(overrides: list[str]) -> Any:
+    composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    return OmegaConf.to_container(composed, resolve=False)
+
+
+def _nearest_setting(key: str, settings: list[str], groups: list[str]) -> str:
+    """The closest dotted name; a last part that is right in the wrong place (lr=...) or half of one counts as close."""
+    last = key.rpartition(".")[2]
+    same_last = [name for name in settings if name.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(key, [*settings, *groups], n=1, cutoff=0.7) or same_last
+    close = close or [name for name in settings if last in name.rpartition(".")[2].split("_")]
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return nearest(key, [*settings, *groups]) or "; `distlora train --cfg job` prints all that there are"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nodes(tree: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _nodes(value, f"{prefix}{key}.")

@@ -1,0 +1,225 @@
+"""Where a run's numbers go: each step once in metrics.jsonl, the same in wandb's own log, rank 0 alone."""
+
+import json
+import struct
+import sys
+import zlib
+
+import pytest
+import wandb
+
+from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
+from distlora.reporting import EXIT_STOPPED, Reporter
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    """A machine without any wandb credentials or settings, whoever runs the test."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown(exit_code=0)  # wandb reads the environment once in a process
+    yield
+    wandb.teardown(exit_code=0)
+
+
+def make_config(run_dir, tracker="none"):
+    return Config(
+        model=ModelConfig(path="base"),
+        data=DataConfig(path="data.jsonl"),
+        tracker=TrackerConfig(name=tracker, project="project", group="group", tags=("a", "b")),
+        name="named",
+        run_dir=str(run_dir),
+    )
+
+
+def make_reporter(run_dir, *, tracker="none", rank=0, start_step=0, total_steps=4):
+    config = make_config(run_dir, tracker)
+    return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, start_step=start_step)
+
+
+def read_metrics(run_dir):
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(entry.pop("time") > 1.7e9 for entry in entries)
+    return entries
+
+
+def read_wandb_log(folder):
+    """Records of an offline run: a LevelDB log (7-byte file header, 32 KiB blocks of crc, length, kind, payload)."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("run-*.wandb")
+    data, position, record, records = path.read_bytes(), 7, b"", []
+    while len(data) - position > 7:
+        position += (32768 - position % 32768) * (32768 - position % 32768 < 7)  # A header never straddles two blocks.
+        crc, length, kind = struct.unpack_from("<IHB", data, position)
+        chunk = data[position + 7 : position + 7 + length]
+        assert zlib.crc32(bytes([kind]) + chunk) == crc
+        position += 7 + length
+        record += chunk
+        if kind in (1, 4):  # whole, or the last part
+            records.append(wandb_internal_pb2.Record.FromString(record))
+            record = b""
+    return records
+
+
+def items(entries):
+    return {"/".join(i.nested_key) if i.nested_key else i.key: json.loads(i.value_json) for i in entries}
+
+
+def test_each_step_is_one_line_and_an_evaluation_another(tmp_path, capsys):
+    with make_reporter(tmp_path) as reporter:
+        reporter.evaluation(0, {"eval_loss": 5.0})
+        for step in range(1, 5):
+            reporter.log(step, {"loss": 4.0 / step, "lr": 1e-4, "tokens_per_second": 12345.6, "gathered_bytes": 10})
+        reporter.event("saved")
+        reporter.evaluation(4, {"eval_loss": 3.0})
+        reporter.evaluation(4, {"eval_loss": 3.0})
+    entries = read_metrics(tmp_path)
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4, 4]
+    assert entries[0] == {"step": 0, "eval_loss": 5.0}
+    assert entries[2] == {"step": 2, "loss": 2.0, "lr": 1e-4, "tokens_per_second": 12345.6, "gathered_bytes": 10}
+    assert entries[5] == {"step": 4, "eval_loss": 3.0}
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "held-out documents after step 0: eval_loss 5.0000"
+    assert shown[1] == "step 1/4  loss 4.0000  lr 1.0e-04  12,346 tokens/s  ? left"  # the first step ...
+    assert shown[2] == "step 4/4  loss 1.0000  lr 1.0e-04  12,346 tokens/s  0:00 left"  # ... and the last; no flood
+    assert shown[3:] == ["saved", "held-out documents after step 4: eval_loss 3.0000"]
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    with make_reporter(tmp_path, rank=1, tracker="wandb") as reporter:
+        reporter.log(1, {"loss": 1.0})
+        reporter.evaluation(1, {"eval_loss": 1.0})
+        reporter.event("text")
+        reporter.summary({"eval_loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_killed_run_that_resumes_has_each_step_once(tmp_path):
+    killed = make_reporter(tmp_path)
+    killed.evaluation(0, {"eval_loss": 5.0})
+    for step in (1, 2, 3):
+        killed.log(step, {"loss": float(step)})
+        killed.evaluation(step, {"eval_loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    with make_reporter(tmp_path, start_step=2) as resumed:
+        resumed.evaluation(2, {"eval_loss": 2.0})
+        resumed.log(3, {"loss": 3.0})
+        resumed.log(4, {"loss": 4.0})
+    entries = read_metrics(tmp_path)
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [0, 1, 2]
+    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_figures_again(tmp_path):
+    killed = make_reporter(tmp_path)
+    killed.evaluation(0, {"eval_loss": 5.0})
+    killed.log(1, {"loss": 1.0})
+    with make_reporter(tmp_path) as again:
+        again.evaluation(0, {"eval_loss": 5.0})
+    assert read_metrics(tmp_path) == [{"step": 0, "eval_loss": 5.0}]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    with make_reporter(tmp_path) as reporter:
+        reporter.log(1, {"loss": float("nan"), "grad_norm": float("inf")})
+        reporter.summary({"eval_loss": float("nan")})
+        reporter.summary({"adapter_bytes": 12})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None}]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"eval_loss": None, "adapter_bytes": 12}
+
+
+def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, capfd):
+    with make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.evaluation(0, {"eval_loss": 5.0})
+        for step in range(1, 5):
+            reporter.log(step, {"loss": 4.0 / step})
+        reporter.evaluation(4, {"eval_loss": 3.0})
+        reporter.summary({"adapter_bytes": 12})
+    run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(run_id)
+    shown = capfd.readouterr()
+    assert shown.err == ""  # wandb itself says nothing
+    assert shown.out.splitlines()[0] == f"wandb: offline; upload with `wandb sync {folder}`"
+
+    records = read_wandb_log(folder)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.run_id, run.project, run.run_group, run.display_name) == (run_id, "project", "group", "named")
+    assert list(run.tags) == ["a", "b"]
+    config = items(run.config.update)
+    assert config["world"] == 2
+    assert config["adapter"]["r"] == 16
+    history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [(row["_step"], row.get("loss"), row.get("eval_loss")) for row in history] == [
+        (0, None, 5.0),
+        (1, 4.0, None),
+        (2, 2.0, None),
+        (3, 4.0 / 3, None),
+        (4, 1.0, 3.0),
+    ]
+    summary: dict = {}
+    for record in records:
+        summary.update(items(record.summary.update) if record.WhichOneof("record_type") == "summary" else {})
+    assert summary["adapter_bytes"] == 12
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(SystemExit(EXIT_STOPPED), 75), (RuntimeError("x"), 1), (UserError("x"), 2), (KeyboardInterrupt(), 1)],
+)
+def test_wandb_learns_how_the_run_ended(tmp_path, no_key, error, code):
+    with pytest.raises(type(error)), make_reporter(tmp_path, tracker="wandb"):
+        raise error
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    exits = [record.exit for record in read_wandb_log(folder) if record.WhichOneof("record_type") == "exit"]
+    assert [record.exit_code for record in exits] == [code]
+
+
+def test_a_resume_goes_on_with_the_same_wandb_run(tmp_path, no_key):
+    ids = []
+    for start_step in (0, 1):
+        with make_reporter(tmp_path, tracker="wandb", start_step=start_step) as reporter:
+            reporter.log(start_step + 1, {"loss": 1.0})
+        ids.append((tmp_path / "wandb" / "run_id.txt").read_text())
+    assert ids[0] == ids[1]
+
+
+def test_without_wandb_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.log(1, {"loss": 1.0})
+    assert capsys.readouterr().out.count("wandb is not installed") == 1
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_an_unusable_key_falls_back_to_offline_and_says_why(tmp_path, no_key, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    with make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.log(1, {"loss": 1.0})
+    shown = capsys.readouterr().out
+    assert "cannot log online" in shown
+    assert "logging offline" in shown
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.parametrize("rich", ["installed", "absent"])
+def test_a_terminal_shows_progress_with_and_without_rich(tmp_path, monkeypatch, capsys, rich):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    if rich == "absent":
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with make_reporter(tmp_path) as reporter:
+        reporter.event("an [event] with brackets")
+        reporter.log(4, {"loss": 1.25})
+    shown = capsys.readouterr().out
+    assert "an [event] with brackets" in shown
+    assert "4/4" in shown
+    assert "loss 1.2500" in shown

@@ -49,11 +49,11 @@ class Pace:
 
 
 def figures(metrics: Mapping[str, float]) -> str:
-    """`loss 3.2140  lr 1.9e-04  12,345 tokens/s  1.23 GiB`, of what there is."""
+    """`loss 3.2140  lr 1.9e-04  12,345 tok/s  1.23 GiB`, of what there is."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.4f}",
         "lr": lambda value: f"lr {value:.1e}",
-        "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
         "memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
     }
     return "  ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)
@@ -94,8 +94,9 @@ class Bar:
         self._total = total_steps
         self._pace = Pace(total_steps)
         self._drawn = -math.inf
-        text = TextColumn("{task.description}", markup=False)
-        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(20), text, auto_refresh=False)
+        figures = TextColumn("{task.description}", markup=False)
+        bar = BarColumn(8)  # Narrow, so that the figures fit into 80 columns.
+        self._progress = Progress(MofNCompleteColumn(), bar, figures, auto_refresh=False)
         self._task = self._progress.add_task("", total=total_steps, completed=start_step)
         self._progress.start()
 

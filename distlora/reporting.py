@@ -89,7 +89,11 @@ class Reporter:
         self._display.close()
         self._metrics.close()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish(exit_code=exit_code)
+            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); this waits for the writer.
+            wandb.teardown(exit_code=exit_code)
 
     def __enter__(self) -> Reporter:
         return self

@@ -26,7 +26,9 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
         selected = _ending_in(TARGET_PRESETS[target_modules], paths)
         if not selected:
             wanted = ", ".join(TARGET_PRESETS[target_modules])
-            raise UserError(f"adapter.target_modules={target_modules} ({wanted}) matches nothing; {_there_is(available)}")
+            raise UserError(
+                f"adapter.target_modules={target_modules} ({wanted}) matches nothing; {_there_is(available)}"
+            )
         return selected
     try:
         pattern = re.compile(target_modules)
@@ -68,7 +70,8 @@ def _no_match(text: str, paths: list[str], available: list[str]) -> str:
             f"for all modules of that name write adapter.target_modules=[{text}]"
         )
     example = f", such as {paths[0]}" if paths else ""
+    hint = nearest(text, [*TARGET_PRESETS, *available])
     return (
-        f"adapter.target_modules={text} is no preset ({', '.join(TARGET_PRESETS)}){nearest(text, [*TARGET_PRESETS, *available])} "
+        f"adapter.target_modules={text} is no preset ({', '.join(TARGET_PRESETS)}){hint} "
         f"and matches nothing as a regular expression for whole paths{example}; {_there_is(available)}"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distlora.config import Config
@@ -138,7 +138,8 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
     """Shard the base of `model` (on meta) as the config says and give its memory to the device, unfilled."""
     backend = Backend(ranks, sharded=ranks.world > 1 and config.adapter.method != "full")
     if backend.sharded:
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
+        assert ranks.group is not None
+        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=("shard",))
         fsdp2.shard(model, mesh, prefetch=config.parallel.prefetch, traffic=backend.traffic)
     model.to_empty(device=ranks.device)
     model.tie()

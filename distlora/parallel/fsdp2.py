@@ -24,6 +24,10 @@ FIRST_TORCH = (2, 12)
 """FSDP2 of torch 2.11 gives every sharded parameter requires_grad=True, which uint8 cannot have."""
 
 
+# TODO: call dist.all_gather_single once torch >= 2.13, which gave it this name, is required.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 class _CountedAllGather:
     """FSDP2's all-gather with the bytes of its result counted (the protocol of FSDPModule.set_custom_all_gather)."""
 
@@ -37,7 +41,7 @@ class _CountedAllGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.add_gather(output_tensor.nbytes)
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 def check_torch(version: str) -> None:

@@ -1,0 +1,27 @@
+"""Fixtures that several subjects share: a world of ranks, small model folders, a data file, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small_models import write_model_folder, write_text_file
+from worlds import World, start_world
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Four gloo ranks, started at the first use and kept for the whole run."""
+    with start_world() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small random models (llama, llama-tied, qwen3) and text.jsonl."""
+    root = tmp_path_factory.mktemp("folders")
+    for name in ("llama", "llama-tied", "qwen3"):
+        write_model_folder(root / name, name)
+    write_text_file(root / "text.jsonl")
+    return root

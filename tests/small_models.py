@@ -1,0 +1,118 @@
+"""Small random models with a real tokenizer, and text to train on: everything that the tests fine-tune."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distlora.config import Config, as_mapping, build
+
+VOCABULARY = 1001
+"""Prime to every number of ranks, so that the embedding is cut unevenly."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer of VOCABULARY entries, trained on CPython's language reference."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
+    """A random model (llama, llama-tied, qwen3) as save_pretrained writes it, three blocks of hidden size 96."""
+    import torch
+    import transformers
+
+    family = name.partition("-")[0]
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    config_class, model_class = classes[family]
+    values = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=200,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        max_position_embeddings=512,
+        tie_word_embeddings=name.endswith("tied"),
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.08,
+    )
+    torch.manual_seed(0)
+    model = model_class(config_class(**(values | settings)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # Norms of exactly 1 would hide a missing one.
+            if parameter.dim() == 1:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def write_text_file(path: Path, num_documents: int = 40) -> None:
+    """Plain text documents of uneven length, from CPython's language reference."""
+    topics = sorted(pydoc_data.topics.topics.values(), key=len)[:num_documents]
+    path.write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in topics))
+
+
+def make_run(run_dir: Path, folders: Path, model: str = "llama", **sections: dict[str, Any]) -> Config:
+    """A prepared run folder (config.yaml, data.json) over `folders`: fp32, all-linear, ten steps unless told."""
+    from distlora.data.prepare import prepare_run
+
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folders / model)},
+        "data": {
+            "path": str(folders / "text.jsonl"),
+            "sequence_length": 64,
+            "eval_fraction": 0.1,
+            "cache_dir": str(folders / "cache"),
+        },
+        "adapter": {"target_modules": "all-linear", "r": 8},
+        # Adam's first step is lr * g / (|g| + eps). With eps = 1e-8, an element whose gradient happens to be 1e-9, below the
+        # rounding noise of its sum (2e-8 here), would turn that noise into a full step: one such is in llama-tied.
+        "optim": {"lr": 2e-3, "eps": 1e-5},
+        "train": {"max_steps": 10, "global_batch": 12, "dtype": "fp32"},
+        "tracker": {"name": "none"},
+    }
+    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
+    config = build(Config, {**values, "run_dir": str(run_dir)})
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+    prepare_run(run_dir)
+    return config
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

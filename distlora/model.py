@@ -162,9 +162,9 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
-    """(all weights of the base, trainable parameters), NF4 weights counted as what they stand for."""
+    """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
     packed = {"codes", "scales", "group_scale"}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dense = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] not in packed and not p.requires_grad)
+    base = {name: p for name, p in model.named_parameters() if ".adapters." not in name}
+    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in packed)
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized)
-    return dense + quantized, trainable
+    return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)

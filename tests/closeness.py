@@ -11,8 +11,8 @@ from torch import Tensor
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| (Frobenius, fp64)."""
-    difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, ulps: float) -> None:

@@ -85,9 +85,8 @@ def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
         try:
             partial.rename(cache_dir / key)
         except OSError:
-            if not (
-                cache_dir / key
-            ).is_dir():  # Else another process was first: a folder is not renamed onto a full one.
+            # A folder is not renamed onto one that has files: another process was first.
+            if not (cache_dir / key).is_dir():
                 raise
         _fsync(cache_dir)
     finally:

@@ -71,9 +71,7 @@ def read_documents(path: str | Path, format: str) -> Iterator[Document]:
         value = _parse(raw, place, format)
         for key in _KEYS[format]:
             if key not in value:
-                raise UserError(
-                    f"{place}: no {key!r} among its keys: {_listed(value)}{nearest(key, value)}; {_good(format)}"
-                )
+                raise UserError(f"{place}: no {key!r} among its keys: {_listed(value)}; {_good(format)}")
         check(value, place, format)
         if b"\\ud" in raw.lower():  # The only way in for half a surrogate pair, on which tokenizers raise.
             _check_unicode(value, place, format)
@@ -143,9 +141,7 @@ def _check_chat(value: dict[str, Any], place: str, format: str) -> None:
             raise UserError(f"{where} is {_kind(message)}, not an object; {_good(format)}")
         for key in ("role", "content"):
             if key not in message:
-                raise UserError(
-                    f"{where} has no {key!r} among its keys: {_listed(message)}{nearest(key, message)}; {_good(format)}"
-                )
+                raise UserError(f"{where} has no {key!r} among its keys: {_listed(message)}; {_good(format)}")
             if not isinstance(message[key], str):
                 raise UserError(f"{where}: {key!r} is {_kind(message[key])}, not a string; {_good(format)}")
         role = message["role"]

@@ -20,7 +20,7 @@ from distlora.data.packing import build_rows, pack
 from distlora.data.rows import FORMAT_VERSION, TRAINED, PackedRows, read_meta, split_file
 from distlora.data.templates import Encoder
 
-_BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 4_000_000
+_BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Where a batch for the tokenizer ends: enough for all its threads, little enough to bound memory."""
 _PROGRESS_SECONDS = 3.0
 

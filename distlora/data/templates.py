@@ -112,9 +112,9 @@ class Encoder:
         tokens_of = dict(zip(unique, self._tokenize(unique), strict=True))
         for document, (whole, *prefixes) in zip(documents, texts, strict=True):
             tokens = np.array(tokens_of[whole], np.int32)
-            for prefix in prefixes:
+            for number, prefix in enumerate(prefixes):
                 if not np.array_equal(tokens[: len(tokens_of[prefix])], tokens_of[prefix]):
-                    raise self._not_a_prefix(document, whole, prefix)
+                    raise self._not_a_prefix(document, number // 2, whole.startswith(prefix))
             trained = np.zeros(len(tokens), np.uint8)
             for prompt, until in zip(prefixes[::2], prefixes[1::2], strict=True):
                 start = len(tokens_of[prompt])
@@ -153,15 +153,24 @@ class Encoder:
         after = start + int(special[-1]) + 1
         return after if self.tokenizer.decode(tokens[after:end].tolist()).strip() == "" else end
 
-    def _not_a_prefix(self, document: Document, whole: str, prefix: str) -> UserError:
-        if whole.startswith(prefix):
-            reason = "the tokenizer joins the end of the prompt, or of a turn, with what follows it"
-        else:
-            reason = "it rewrites a turn once later ones follow, or writes the prompt otherwise than the turn"
+    def _not_a_prefix(self, document: Document, turn: int, in_text: bool) -> UserError:
+        """Why the assistant's turn number `turn` (from 0) has no tokens of its own; its text may be `in_text`."""
+        roles = [message["role"] for message in document.value["messages"]]
+        index = [index for index, role in enumerate(roles) if role == "assistant"][turn]
+        where = f"{self.data_path}:{document.line}: messages[{index}]"
+        marks = (
+            f"mark the assistant's parts with {{% generation %}} and {{% endgeneration %}} in "
+            f"{self.model_path}/chat_template.jinja"
+        )
+        if in_text:
+            return UserError(
+                f"{where}: the tokenizer joins the turn's first or last characters with those around it, so it has no "
+                f"tokens of its own; strip the white space around its content, or {marks}"
+            )
         return UserError(
-            f"{self.data_path}:{document.line}: the chat template in {self.model_path} does not give the assistant's "
-            f"turns fixed tokens: {reason}; mark the assistant's parts with {{% generation %}} and "
-            f"{{% endgeneration %}} in {self.model_path}/chat_template.jinja, or keep one assistant turn a line"
+            f"{where}: the chat template in {self.model_path} rewrites this turn once later ones follow, or writes it "
+            f"otherwise than its prompt, so what the model would be trained on is not what it sees; {marks}, or keep "
+            "one assistant turn a line"
         )
 
 

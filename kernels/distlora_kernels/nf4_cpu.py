@@ -47,10 +47,11 @@ def dequantize(
     """reference.nf4_dequantize, bit for bit."""
     numel = torch.Size(shape).numel()
     absmax = _dynamic_map()[scales.int()].mul_(group_scale[:, None]).add_(offset).view(-1)
-    # For an odd last dimension bitsandbytes falls back to code that torch.compile builds at run time.
-    if shape[-1] % 2 == 0 and _has_bitsandbytes():
-        packed = codes.view(-1)[: -(-numel // 2)]
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: -(-numel // BLOCK)], BLOCK, "nf4", shape, dtype)
+    if numel % BLOCK == 0 and _has_bitsandbytes():
+        # As rows of one block each: for rows of 32, 96, 160... weights bitsandbytes 0.50's kernel takes a wrong absmax.
+        blocks = (numel // BLOCK, BLOCK)
+        packed = codes.view(-1)[: numel // 2]
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: blocks[0]], BLOCK, "nf4", blocks, dtype).view(shape)
     weights = _byte_values()[codes.view(-1).int()].view(-1, BLOCK).mul_(absmax[:, None])
     return weights.view(-1)[:numel].view(shape).to(dtype)
 

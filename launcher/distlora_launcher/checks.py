@@ -1,7 +1,7 @@
 """What can be refused without torch, before any process starts: the model's folder, the data's head, the machine.
 
-Every refusal is a UserError with the value, the reason and what to type instead. Ranges and names of single settings are
-checked where they are declared, in distlora.config.
+Every refusal is a UserError with the value, the reason and what to type instead. Ranges and names of single settings
+are checked where they are declared, in distlora.config.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ def check_run_dir(run_dir: Path) -> None:
     """Refuse a folder that holds another run, and a place where no folder can be made."""
     if (run_dir / "config.yaml").is_file():
         raise UserError(
-            f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}`, or set another run_dir"
+            f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}`, "
+            "or set another run_dir"
         )
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not existing.is_dir():
@@ -68,7 +68,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Refuse a folder that is no model of a known family, damaged weights, and settings that the model cannot follow."""
+    """Refuse a folder that is no model of a known family, damaged weights, and what this model cannot do."""
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise UserError(_no_folder(folder))
@@ -116,10 +116,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON object; download it again")
     model_type = model.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{path}: model_type={model_type!r} is not supported; "
-            f"the supported families are {', '.join(SUPPORTED_MODEL_TYPES)}{nearest(str(model_type), SUPPORTED_MODEL_TYPES)}"
-        )
+        families = ", ".join(SUPPORTED_MODEL_TYPES) + nearest(str(model_type), SUPPORTED_MODEL_TYPES)
+        raise UserError(f"{path}: model_type={model_type!r} is not supported; the supported families are {families}")
     if "quantization_config" in model:
         raise UserError(
             f"{path} has a quantization_config: a base that is already quantized cannot be read yet; "
@@ -134,7 +132,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_tensors(folder: Path, model: dict[str, Any], tensors: dict[str, Segment]) -> None:
-    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or stores a base in odd dtypes."""
+    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes."""
     num_layers = model.get("num_hidden_layers")
     if not isinstance(num_layers, int) or num_layers < 1:
         raise UserError(f"{folder / 'config.json'}: num_hidden_layers={num_layers!r} is not a number of layers")
@@ -155,9 +153,8 @@ def check_tensors(folder: Path, model: dict[str, Any], tensors: dict[str, Segmen
             )
 
 
-def linear_names(tensors: Iterable[str] | dict[str, Segment]) -> list[str]:
+def linear_names(tensors: dict[str, Segment]) -> list[str]:
     """Paths of the linears in the decoder blocks: the two-dimensional weights under model.layers.N."""
-    assert isinstance(tensors, dict)
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
     return [match[1] for match, segment in matches if match and len(segment.shape) == 2]
 

@@ -1,7 +1,7 @@
 """Command-line overrides to a `Config`: Hydra composes conf/, distlora.config checks and types the result.
 
-Hydra raises a dozen kinds of exceptions for a mistyped word; all of them leave here as one UserError that names the word
-and what to type instead (`explain.py`).
+Hydra raises a dozen kinds of exceptions for a mistyped word; all of them leave here as one UserError that names the
+word and what to type instead (`explain.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distlora_launcher.explain import EXPLAINED, explain
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir, initialize_config_module
+from hydra import initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distlora.config import Config, UserError, build
+from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -38,7 +38,8 @@ EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=docum
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> Config:
-    """The settings of one run. Raises UserError for anything that cannot be composed, is unknown, missing or invalid."""
+    """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid."""
+    refuse_nameless(overrides)
     with _initialized(config_dir) as prefix:
         return _compose_one([*prefix, *overrides])
 
@@ -48,6 +49,7 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
 
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
     """
+    refuse_nameless(overrides)
     with _initialized(config_dir) as prefix:
         try:
             loader = GlobalHydra.instance().config_loader()
@@ -77,7 +79,7 @@ def _compose_one(overrides: list[str]) -> Config:
         with open_dict(composed):
             composed.hydra.job.num, composed.hydra.job.id = 0, "0"  # For names such as trial-${hydra:job.num}.
             HydraConfig.instance().set_config(composed)
-            # Not composed.run_dir: an override of Hydra's own hydra.run.dir (wandb agents write one) names the folder too.
+            # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
             run_dir = composed.hydra.run.dir
             del composed["hydra"]
         return config_from_hydra(composed, run_dir=run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,26 +32,34 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     if first_line.startswith("Ambiguous value for argument"):
         word = first_line.split("'", 1)[1].rstrip("'")
         key, _, value = word.partition("=")
-        return UserError(f"{word} holds several values; add -m to run one job a value, or write {key}=[{value}] for a list")
+        return UserError(
+            f"{word} holds several values; add -m to run one job a value, or write {key}=[{value}] for a list"
+        )
     for override in _parsed(overrides):
         message = _bad_option(override) or _unknown_key(override, overrides)
         if message:
             return UserError(message)
-    missing = f" (options: {', '.join(error.options)})" if isinstance(error, MissingConfigException) and error.options else ""
+    missing = (
+        f" (options: {', '.join(error.options)})" if isinstance(error, MissingConfigException) and error.options else ""
+    )
     return UserError(f"{first_line}{missing}")
+
+
+def refuse_nameless(overrides: Sequence[str]) -> None:
+    """Refuse `=value`, which Hydra takes for a group without a name and fails on an assertion of its own."""
+    for word in overrides:
+        if re.match(r"[+~]*[\s@:]*=", word):
+            raise UserError(f"{word!r} names no setting; write setting=value")
 
 
 def _unreadable(error: OverrideParseException) -> UserError:
     word = str(error.override)
-    if "=" not in word:
-        return UserError(f"{word!r} is not a setting; write it as setting=value")
     key, _, value = word.partition("=")
-    if not key:
-        return UserError(f"{word!r} names no setting; write setting=value")
-    reason = str(error.message).partition("\n")[0]
+    if "=" not in word or not re.fullmatch(r"[+~]*[A-Za-z_][\w./@:-]*", key):
+        return UserError(f"{word!r} is not a setting; write it as setting=value")
     return UserError(
-        f"cannot read {word!r} ({reason}); a value with any of = , : [ ] {{ }} ( ) or quotes in it must be quoted, twice "
-        f"for the shell: '{key}=\"{value}\"'"
+        f"cannot read {word!r}: a value with any of = , : ~ # [ ] {{ }} ( ) or quotes in it must be quoted, twice for "
+        f"the shell: '{key}=\"{value}\"'"
     )
 
 
@@ -70,16 +79,17 @@ def _options(group: str) -> list[str]:
 def _bad_option(override: Override) -> str | None:
     """Complaint about `group=option` where the group exists and the option does not."""
     group, value = override.key_or_group, override.value()
-    options = _options(group) if group and override.package is None else []
+    options = _options(group) if override.package is None else []
     chosen = value if isinstance(value, list) else [value]
     absent = [item for item in chosen if item not in options]
     if not options or override.is_delete() or not absent:
         return None
     written = override.get_value_element_as_str()
     message = f"{group}={written}: the options of {group} are {', '.join(options)}{nearest(str(absent[0]), options)}"
-    if value is None:
+    defaults = _composed([])
+    if value is None and group not in defaults:
         message += f"; ~{group} chooses none"
-    elif f"{group}.path" in dict(_leaves(_composed([]))):
+    elif f"{group}.path" in dict(_leaves(defaults)):
         message += f"; to name a file or folder write {group}.path={written}"
     return message
 
@@ -87,8 +97,6 @@ def _bad_option(override: Override) -> str | None:
 def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
     """Complaint about a key that is neither a setting nor a group, with the nearest that is."""
     key = override.key_or_group
-    if not key:
-        return f"{override.input_line!r} names no setting; write setting=value"
     if override.is_add() or override.is_force_add() or (override.package is None and _options(key)):
         return None
     defaults = _composed([])

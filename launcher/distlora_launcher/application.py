@@ -1,0 +1,136 @@
+"""`distlora train`: the Hydra application.
+
+Everything is composed and checked first, since Hydra itself ends with code 1 and pages of text for a mistyped word;
+then Hydra takes over, so its flags (-m, --cfg, --info, --help) and its grammar are the real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from distlora.config import Config, UserError
+from distlora_launcher.checks import check
+from distlora_launcher.compose import CONF_MODULE, VERSION_BASE, compose_config, compose_sweep, config_from_hydra
+from distlora_launcher.local import remove_if_empty, start
+from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
+
+PROGRAM = "distlora train"
+
+
+def main(arguments: list[str]) -> int:
+    """Compose, check, and run what the overrides describe. Returns the exit code."""
+    arguments = [expand_home(word) for word in arguments]
+    flags = read_flags(arguments)
+    if is_run(flags):
+        for config in composed(flags):
+            check(config, new_run=True)
+        return run_hydra(ordered(arguments, flags.overrides))
+    if not flags.shell_completion:
+        composed(flags, may_lack_paths=True)
+    try:
+        return run_hydra(ordered(arguments, flags.overrides))
+    except SystemExit as stop:  # Hydra refused what it should print (--package), and has said why.
+        return BAD_INPUT if stop.code else DONE
+
+
+def ordered(arguments: list[str], overrides: list[str]) -> list[str]:
+    """The flags, then the overrides: Hydra itself refuses a setting after a flag that follows a setting."""
+    return [*(word for word in arguments if word not in overrides and word != "--"), "--", *overrides]
+
+
+def expand_home(word: str) -> str:
+    """`data.path=~/x` as zsh would pass it: bash leaves the ~ alone, and Hydra's grammar has no such character."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path.home()}{value[1:]}" if value == "~" or value.startswith("~/") else word
+
+
+def read_flags(arguments: list[str]) -> argparse.Namespace:
+    """Hydra's own flags and the overrides. Raises UserError for an unknown flag."""
+    parser = get_args_parser()
+    parser.prog = PROGRAM
+    parser.exit_on_error = False  # A page of usage would hide the reason.
+    try:
+        flags, unknown = parser.parse_known_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; `{PROGRAM} --help` lists the options") from error
+    if unknown:
+        word = unknown[0]
+        setting = word.lstrip("-")
+        hint = f"settings have no dashes: {setting}" if "=" in setting or "." in setting else "--help lists the options"
+        raise UserError(f"there is no option {word}; {hint}")
+    modes = {"--run": flags.run, "--multirun": flags.multirun, "--cfg": flags.cfg, "--info": flags.info}
+    given = [name for name, value in modes.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; leave one of them out")
+    if flags.resolve and not (flags.cfg or flags.help):
+        raise UserError("--resolve belongs to --cfg; write --cfg job --resolve")
+    for name in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(flags, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} would replace distlora's settings; add your own groups to them with --config-dir FOLDER"
+            )
+    return flags
+
+
+def is_run(flags: argparse.Namespace) -> bool:
+    """Whether the command starts something, rather than printing it."""
+    prints = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
+    return not any(prints)
+
+
+def is_multirun(flags: argparse.Namespace) -> bool:
+    return flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
+
+
+def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Config]:
+    """The settings of every run that the command line asks for."""
+    overrides = list(flags.overrides)
+    if may_lack_paths:  # --cfg shows settings before they are complete.
+        overrides = ["model.path=unset", "data.path=unset", *overrides]
+    if is_multirun(flags):
+        return compose_sweep(overrides, config_dir=flags.config_dir)
+    return [compose_config(overrides, config_dir=flags.config_dir)]
+
+
+def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
+    """Hand over to Hydra: one run, or with -m one after the other. Returns the first exit code that is not 0."""
+    codes: list[int] = []
+
+    def task(settings: DictConfig) -> None:
+        code = run_job(settings, len(codes))
+        codes.append(code)
+        if code not in (DONE, FAILED, BAD_INPUT):  # A signal or a stop ends the whole sweep.
+            sys.exit(code)
+
+    argv = sys.argv
+    sys.argv = [program, *arguments]  # The only way in to Hydra's own command line.
+    try:
+        hydra.main(config_path=f"pkg://{CONF_MODULE}", config_name="config", version_base=VERSION_BASE)(task)()
+    finally:
+        sys.argv = argv
+    return next((code for code in codes if code != DONE), DONE)
+
+
+def run_job(settings: DictConfig, number: int) -> int:
+    """One run. A job of a sweep that cannot run says so and leaves the others alone."""
+    hydra_settings = HydraConfig.get()
+    run_dir = Path(hydra_settings.runtime.output_dir)
+    sweeps = hydra_settings.mode == RunMode.MULTIRUN
+    if sweeps:
+        print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
+    try:
+        return start(config_from_hydra(settings, run_dir=str(run_dir)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        remove_if_empty(run_dir)

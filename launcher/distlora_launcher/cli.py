@@ -1,0 +1,104 @@
+"""The `distlora` command: finds the subcommand and turns errors of the user into one message and exit code 2.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n ended by signal n.
+A subcommand is one row of COMMANDS; its module is imported when it is called, so `distlora --help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand."""
+
+    usage: str
+    """What follows its name."""
+    summary: str
+    """One line of `distlora --help`."""
+    module: str
+    """Its `main(arguments: list[str]) -> int` does the work, `--help` included."""
+
+
+COMMANDS = {
+    "train": Command(
+        "model.path=FOLDER data.path=FILE [setting=value ...]",
+        "fine-tune a model (-m for several runs)",
+        "distlora_launcher.application",
+    ),
+    "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),
+    "demo": Command("", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
+}
+
+HELP = """Multi-GPU QLoRA training: a 4-bit base, exact and restartable.
+
+usage: distlora COMMAND ...
+
+{commands}
+
+`distlora COMMAND --help` says more. For a first run without a model or data: `distlora demo`.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN` continues).
+Tab completion: eval "$(distlora --shell-completion install=bash)"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if words else BAD_INPUT
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"distlora {version('distlora')}")
+        return 0
+    from distlora.config import UserError
+
+    try:
+        return run_command(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `distlora ... | head`: nobody reads any more, which is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run_command(words: list[str]) -> int:
+    """Call the subcommand that `words` name."""
+    if words[0] in ("-sc", "--shell-completion"):
+        from distlora_launcher.completion import main as complete
+
+        return complete(words)
+    command = COMMANDS.get(words[0])
+    if command is None:
+        from distlora.config import UserError, nearest
+
+        raise UserError(
+            f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+        )
+    return importlib.import_module(command.module).main(words[1:])
+
+
+def help_text() -> str:
+    """`distlora --help`."""
+    rows = [
+        f"  distlora {f'{name} {command.usage}'.rstrip()}\n      {command.summary}"
+        for name, command in COMMANDS.items()
+    ]
+    return HELP.format(commands="\n".join(rows)).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The demo's base model: really pretrained, by a full fine-tuning run over random weights, and kept in a cache.
+
+CACHE/demo/base-<hash>/ holds model/ (an ordinary Hugging Face folder) and the corpus (pretraining.jsonl, pairs.jsonl,
+held_out.jsonl). The hash is of the text and of everything that shapes the model, so another Python or another recipe
+makes another base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora_launcher.demo.corpus import Corpus
+from distlora_launcher.demo.runs import continue_run, run_module, run_settings
+
+PRETRAINING = (
+    "adapter=full",
+    "quant=none",
+    "tracker=none",
+    "data.sequence_length=256",
+    "data.eval_fraction=0.01",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.checkpointing=none",
+    "train.max_steps=800",
+    "train.log_every=10",
+    "train.save_every=200",
+    "optim.lr=3e-3",
+    "optim.betas=[0.9,0.95]",
+    "optim.weight_decay=0.1",
+    "optim.warmup_ratio=0.05",
+)
+"""What learns most in two minutes of two cores (README.md has the measurements)."""
+
+
+def cache_root() -> Path:
+    """DISTLORA_CACHE, or distlora/ in XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("DISTLORA_CACHE"):
+        return Path(os.environ["DISTLORA_CACHE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distlora"
+
+
+def base_folder(corpus: Corpus) -> Path:
+    """Where the base for this corpus is kept."""
+    recipe = "\n".join([corpus.digest, *PRETRAINING, Path(__file__).with_name("initial_model.py").read_text()])
+    return cache_root() / "demo" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def make_base(corpus: Corpus, folder: Path, processes: int) -> int:
+    """Pretrain the base and put it in `folder`, whole or not at all. Returns the exit code of the run.
+
+    It is made in a folder beside `folder`. A demo that was stopped leaves its run there, and the next one continues it.
+    """
+    scratch = folder.with_name(f".{folder.name}.building")
+    finished, run_dir = scratch / "base", scratch / "run"
+    if (run_dir / "config.yaml").is_file():
+        code = continue_run(run_dir)
+    else:
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            finished.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot make {finished}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
+        corpus.write(finished)
+        text = finished / "pretraining.jsonl"
+        run_module(f"{__package__}.initial_model", str(scratch / "random"), str(text))
+        settings = [f"model.path={scratch / 'random'}", f"data.path={text}", f"data.cache_dir={cache_root() / 'data'}"]
+        settings += [f"cluster.gpus_per_node={processes}", f"run_dir={run_dir}", "name=demo-base"]
+        code = run_settings([*settings, *PRETRAINING])
+    if code == 0:
+        (run_dir / "model").rename(finished / "model")
+        finished.rename(folder)
+        shutil.rmtree(scratch)
+    return code

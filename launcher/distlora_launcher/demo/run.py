@@ -1,0 +1,103 @@
+"""`distlora demo`: pretrain a tiny base (once), fine-tune it with QLoRA on two ranks, show what came of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora_launcher.checks import gpu_count
+from distlora_launcher.demo.base import base_folder, cache_root, make_base
+from distlora_launcher.demo.corpus import build_corpus
+from distlora_launcher.demo.report import Sample, next_commands, read_summary, sample_text, table, verdict
+from distlora_launcher.demo.runs import run_module, run_settings
+
+USAGE = """usage: distlora demo
+
+Pretrains a tiny Llama on Python's own documentation (about two minutes on two cores, once; kept in ~/.cache/distlora or
+DISTLORA_CACHE), fine-tunes it with QLoRA on question/answer pairs, and shows what came of it. Downloads nothing.
+"""
+
+QLORA = (
+    "recipe=qlora",
+    "adapter.r=16",
+    "data.sequence_length=256",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.checkpointing=none",
+    "train.max_steps=200",
+    "train.log_every=5",
+    "optim.lr=2e-3",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The whole demo; returns the exit code. Raises UserError for any argument but --help."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE.rstrip())
+        return 0
+    if arguments:
+        raise UserError(f"distlora demo takes no arguments, not {' '.join(arguments)!r}; `distlora train` has settings")
+    started = time.monotonic()
+    processes = min(2, gpu_count() or 2)
+
+    say("1/3  Text: the language reference and the docstrings of this Python's standard library")
+    corpus = build_corpus()
+    megabytes = sum(map(len, corpus.pretraining)) / 1e6
+    print(
+        f"{megabytes:.1f} MB to pretrain on; {len(corpus.pairs)} questions and answers, {len(corpus.held_out)} held out"
+    )
+
+    base = base_folder(corpus)
+    if base.is_dir():
+        say(f"2/3  Base: kept from an earlier demo, {base}")
+    else:
+        say("2/3  Base: a Llama of 4 million parameters, pretrained from random weights (adapter=full)")
+        code = make_base(corpus, base, processes)
+        if code != 0:
+            return code
+
+    say(f"3/3  QLoRA: the base in 4 bits, sharded over {processes} ranks; an adapter on every linear")
+    run_dir = Path(f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}-demo").absolute()
+    code = run_settings(
+        [
+            f"model.path={base}/model",
+            f"data.path={base}/pairs.jsonl",
+            f"data.eval_path={base}/held_out.jsonl",
+            f"data.cache_dir={cache_root() / 'data'}",
+            f"cluster.gpus_per_node={processes}",
+            f"run_dir={run_dir}",
+            "name=demo",
+            *QLORA,
+        ]
+    )
+    if code != 0:
+        return code
+
+    sample = ask(base / "model", run_dir, corpus.held_out[0])
+    figures = read_summary(run_dir)
+    say("Result")
+    print(table(figures, processes, time.monotonic() - started))
+    print(f"\n{verdict(figures)}")
+    if sample is not None:
+        print(f"\nThe first held-out question, answered through PEFT:\n{sample_text(sample)}")
+    print(f"\nNext:\n{next_commands(base, run_dir)}")
+    return 0
+
+
+def ask(base: Path, run_dir: Path, messages: list[dict[str, str]]) -> Sample | None:
+    """One answer before and after, by PEFT on the Hugging Face base; None where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        print("peft is not installed, so there is no sample answer; `pip install peft` to load the adapter with it")
+        return None
+    question, reference = (message["content"] for message in messages)
+    answers = run_dir / "answers.json"
+    run_module(f"{__package__}.answers", str(base), str(run_dir / "adapter"), question, str(answers))
+    return Sample(question, reference, **json.loads(answers.read_text(encoding="utf-8")))
+
+
+def say(heading: str) -> None:
+    print(f"\n{heading}", flush=True)

@@ -1,0 +1,141 @@
+"""A run on this machine: its folder, the preparation of its data, its workers; and the rest of one (`resume`)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from distlora.config import Config, UserError, as_mapping, load_config
+from distlora_launcher.checks import check, check_run_dir
+from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers
+
+CONFIG_NAME = "config.yaml"
+RESULTS = ("adapter", "model")
+"""Folders that a run publishes, whole, when it is done."""
+
+
+def start(config: Config, *, worker_module: str = "distlora.train") -> int:
+    """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
+    run_dir = Path(config.run_dir)
+    check_run_dir(run_dir)
+    create_run(run_dir, config)
+    say(f"run folder {shown(run_dir)}")
+    with running(run_dir):
+        code = prepare(run_dir)
+        if code != DONE:
+            forget_run(run_dir)
+            return code
+        return train(run_dir, config, worker_module)
+
+
+def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
+    """Continue a run from its newest checkpoint, or from the start where it has none. Returns the exit code."""
+    run_dir = run_dir.expanduser().absolute()
+    config = load_config(run_dir)
+    result = find_result(run_dir)
+    if result is not None:
+        say(f"{shown(run_dir)} is complete: {shown(result)}")
+        return DONE
+    check(config, new_run=False)
+    with running(run_dir):
+        say(f"run folder {shown(run_dir)}")
+        if not is_prepared(run_dir):
+            code = prepare(run_dir)
+            if code != DONE:
+                return code
+        return train(run_dir, config, worker_module)
+
+
+def train(run_dir: Path, config: Config, worker_module: str) -> int:
+    """Run the workers of a prepared run."""
+    processes = config.cluster.gpus_per_node
+    say(f"starting {processes} worker{'s' if processes > 1 else ''} (importing torch takes a few seconds)")
+    started = time.monotonic()
+    code = run_workers(run_dir, processes=processes, worker_module=worker_module)
+    if code == DONE:
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
+    elif code != BAD_INPUT:  # What was refused once is refused again.
+        say(f"continue with: distlora resume {shown(run_dir)}")
+    return code
+
+
+def create_run(run_dir: Path, config: Config) -> None:
+    """Write RUN/config.yaml, whole, and only if there is none: of two starts with one folder, one is refused."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".{CONFIG_NAME}.{os.getpid()}"
+    with temporary.open("w") as file:
+        yaml.safe_dump(as_mapping(config), file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, run_dir / CONFIG_NAME)
+    except FileExistsError as error:
+        raise UserError(f"run_dir={run_dir} already holds a run; set another run_dir") from error
+    finally:
+        temporary.unlink()
+
+
+def forget_run(run_dir: Path) -> None:
+    """Take back what `create_run` made, so that the same command works once its data is corrected."""
+    (run_dir / CONFIG_NAME).unlink()
+    remove_if_empty(run_dir)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that Hydra or we made and nothing was written into."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def find_result(run_dir: Path) -> Path | None:
+    """What a finished run published, or None."""
+    return next((run_dir / name for name in RESULTS if (run_dir / name).is_dir()), None)
+
+
+def is_prepared(run_dir: Path) -> bool:
+    """Whether the rows that RUN/data.json names are still in the cache."""
+    record = run_dir / "data.json"
+    return record.is_file() and Path(json.loads(record.read_text())["cache"]).is_dir()
+
+
+def prepare(run_dir: Path) -> int:
+    """Tokenize the run's data in a process of its own, which explains its own failures. Returns its exit code."""
+    command = [sys.executable, "-m", "distlora.data", str(run_dir)]
+    say("preparing the data")
+    with forwarding() as forwarder:
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, start_new_session=True)
+        forwarder.process = process
+        code = process.wait()
+    if forwarder.received is not None and code != DONE:
+        return 128 + forwarder.received
+    return code if code >= 0 else 1
+
+
+@contextlib.contextmanager
+def running(run_dir: Path) -> Iterator[None]:
+    """Hold the run: a second process that starts or resumes it meanwhile is refused."""
+    with (run_dir / CONFIG_NAME).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first") from error
+        yield
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it: relative where it lies under the working folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

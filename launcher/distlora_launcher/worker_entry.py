@@ -1,0 +1,70 @@
+"""The first code of a worker process: its output into its log, then the module that does the work, run as `__main__`.
+
+    python -m distlora_launcher.worker_entry LOG_DIR MODULE [ARGUMENTS]      (torchrun sets RANK)
+
+Rank 0 keeps its stdout, which the launcher shows and copies into rank_0.log; everything else that a rank writes goes
+to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.json as well, with a time fine enough to
+tell which rank failed first (torchrun's own error files have whole seconds).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+def end_with_parent(signum: signal.Signals) -> None:
+    """Have the kernel send `signum` here when the parent dies, so that no worker outlives a killed launcher."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+
+
+def redirect_output(log: Path, *, keep_stdout: bool) -> None:
+    """Append what this process and the libraries in it write to `log`. At the level of descriptors: C++ writes too."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    if not keep_stdout:
+        os.dup2(descriptor, 1)
+    os.close(descriptor)
+
+
+def write_error(path: Path, error: BaseException) -> None:
+    """What `failures.py` reads."""
+    from distlora.config import UserError
+
+    text = "".join(traceback.format_exception(error))
+    record = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "bad_input": isinstance(error, UserError),
+        "time": time.time(),
+        "traceback": text,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2))
+    temporary.replace(path)
+
+
+def main() -> None:
+    log_dir, module, *arguments = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    end_with_parent(signal.SIGKILL)
+    redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        write_error(Path(log_dir) / f"rank_{rank}.error.json", error)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Data files, tokenizers trained on the spot and model folders for the tests of distlora/data."""
+
+import json
+from pathlib import Path
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The same text as CHATML, with the assistant's parts marked by the template."""
+
+_CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and then the lazy dog sleeps.",
+    "How many birds are there? There are seven birds in the old tree.",
+    "A line, and two empty ones.\n\n",
+    "user assistant system\nHello! What is the capital of France? It is Paris.",
+]
+
+
+def write_lines(path: Path, documents: list) -> Path:
+    """A jsonl file; a document that is bytes is written as it is."""
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in documents]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def chat(*contents: str, first: str = "user") -> dict:
+    """A conversation that alternates between user and assistant."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def write_model(folder: Path, template: str | None, *, bos: bool = False, eos: bool = True) -> Path:
+    """A model folder with config.json and a byte-level BPE tokenizer of 400 tokens, saved and to be loaded as users do.
+
+    `bos`: the tokenizer puts <|bos|> in front of every text, as Llama's does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS * 4, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", special.index("<|bos|>"))]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|bos|>" if bos else None,
+        eos_token="<|eos|>" if eos else None,
+        chat_template=template,
+        model_max_length=32,
+    ).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    return folder

@@ -1,0 +1,59 @@
+"""Stands in for `distlora.train` in tests of the launcher: does what RUN/behaviour says, without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from distlora.config import UserError
+
+
+def main() -> None:
+    run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    behaviour = (run_dir / "behaviour").read_text()
+    (run_dir / f"pid_{rank}").write_text(str(os.getpid()))
+    print(f"hello from rank {rank} of {os.environ['WORLD_SIZE']}")
+    print(f"warning from rank {rank}", file=sys.stderr)
+    match behaviour:
+        case "environment":
+            for name in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+                print(f"{name}={os.environ.get(name)}")
+        case "terminal":
+            print(f"is a terminal: {sys.stdout.isatty()}")
+        case "success":
+            (run_dir / "adapter").mkdir(exist_ok=True)
+        case "rank 1 raises":
+            if rank == 1:
+                raise RuntimeError("no more memory in rank one")
+            time.sleep(1)  # The others then see its connection close.
+            raise ConnectionError("peer closed")
+        case "rank 1 is killed":
+            if rank == 1:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.4)
+            raise ConnectionError("peer closed")
+        case "rank 1 exits with 3":
+            if rank == 1:
+                sys.exit(3)
+            time.sleep(60)
+        case "bad input":
+            raise UserError("the adapter has no such thing; write another")
+        case "waits":
+            time.sleep(120)
+        case "saves when asked to stop":
+            signal.signal(signal.SIGTERM, lambda *_: stop(run_dir))
+            (run_dir / f"ready_{rank}").touch()
+            time.sleep(120)
+
+
+def stop(run_dir: Path) -> None:
+    (run_dir / "stopped.json").write_text("{}")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""LoRA on a frozen linear: its start, shared inputs, and rows that choose adapters."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from closeness import assert_close
+from torch import Tensor, nn
+
+from distlora.adapters import AdaptedLinear, RowChoice, link_shared_inputs, reset_adapters
+from distlora.config import AdapterConfig
+from distlora.quant import FrozenLinear
+
+
+def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:
+    """Give a dense linear on the meta device random weights; adapters too, B included."""
+    linear.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return linear
+
+
+def adapted(rows: RowChoice | None = None, names: tuple[str, ...] = ("default",), seed: int = 0, out: int = 40) -> AdaptedLinear:
+    linear = AdaptedLinear(32, out, bias=False, quantized=False, dtype=torch.float32, rows=rows or RowChoice())
+    for index, name in enumerate(names):
+        linear.add_adapter(name, AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index))
+    filled(linear, seed)
+    return linear
+
+
+def plain(linear: AdaptedLinear, x: Tensor, index: int) -> Tensor:
+    """The textbook formula with one of the adapters, or none for -1."""
+    y = x @ linear.weight.T
+    if index < 0:
+        return y
+    pair = linear.pairs[index]
+    return y + pair.scaling * (x @ pair.A.T) @ pair.B.T
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(True, 16 / math.sqrt(8)), (False, 2.0)])
+def test_scaling_is_alpha_over_r_or_its_root(rslora: bool, expected: float) -> None:
+    assert AdapterConfig(r=8, lora_alpha=16.0, use_rslora=rslora).scaling == expected
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_starts_like_peft_and_b_at_zero_whatever_else_exists(init: str) -> None:
+    config = AdapterConfig(r=64, init=init)
+    linear = AdaptedLinear(512, 40, bias=False, quantized=False, dtype=torch.float32, rows=RowChoice())
+    linear.add_adapter("default", config)
+    linear.to_empty(device="cpu")
+    reset_adapters([("model.layers.0.q_proj", linear)], config, seed=5)
+    a = linear.pairs[0].A.detach().clone()
+    assert not linear.pairs[0].B.any()
+    bound = 1 / math.sqrt(512)
+    expected_std = bound / math.sqrt(3) if init == "kaiming" else 1 / 64
+    assert abs(a.std() / expected_std - 1) < 0.02
+    assert init == "gaussian" or (a.abs() <= bound).all()
+    reset_adapters([("other", adapted()), ("model.layers.0.q_proj", linear)], config, seed=5)
+    assert torch.equal(linear.pairs[0].A, a)
+    reset_adapters([("model.layers.1.q_proj", linear)], config, seed=5)
+    assert not torch.equal(linear.pairs[0].A, a)
+
+
+def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
+    rows = RowChoice()
+    linear = adapted(rows, names=("first", "second"))
+    x = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rows.rows = torch.tensor([1, -1, 0, 1])
+    y = linear(x)
+    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate(rows.rows)])
+    assert_close(y, expected, ulps=4)
+
+    gradients = torch.autograd.grad(y.square().sum(), [x, *linear.adapters.parameters()])
+    references = torch.autograd.grad(expected.square().sum(), [x, *linear.adapters.parameters()])
+    for actual, reference in zip(gradients, references, strict=True):
+        assert_close(actual, reference, ulps=8)
+
+
+def test_an_unused_adapter_gets_a_zero_gradient() -> None:
+    rows = RowChoice()
+    linear = adapted(rows, names=("first", "second"))
+    rows.rows = torch.tensor([0, -1])
+    linear(torch.randn(2, 3, 32)).sum().backward()
+    assert linear.pairs[0].A.grad is not None
+    assert linear.pairs[0].A.grad.any()
+    assert linear.pairs[1].A.grad is not None
+    assert not linear.pairs[1].A.grad.any()
+
+
+def test_several_adapters_without_a_choice_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="no row choice"):
+        adapted(names=("first", "second"))(torch.randn(1, 2, 32))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = adapted(seed=1), adapted(seed=2, out=20), adapted(seed=3)
+
+
+@pytest.fixture
+def attention() -> tuple[Attention, list[int]]:
+    """Three linked projections, and a count of the X A^T products that they have computed."""
+    module = Attention()
+    link_shared_inputs({name: linear for name, linear in module.named_children() if isinstance(linear, AdaptedLinear)})
+    shared = module.q_proj.shared_input
+    assert shared is not None
+    assert module.v_proj.shared_input is shared
+    calls: list[int] = []
+    for linear in module.children():
+        assert isinstance(linear, AdaptedLinear)
+        original = linear.stacked_down
+
+        def counted(original=original):
+            calls.append(1)
+            return original()
+
+        linear.stacked_down = counted  # type: ignore[method-assign]
+    return module, calls
+
+
+def test_members_of_a_group_share_one_projection_of_the_same_input(attention: tuple[Attention, list[int]]) -> None:
+    module, calls = attention
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    outputs = [linear(x) for linear in module.children()]
+    assert len(calls) == 3 + 3, "once for the group (three A), and once in each member for its own function"
+    for output, linear in zip(outputs, module.children(), strict=True):
+        assert isinstance(linear, AdaptedLinear)
+        assert_close(output, plain(linear, x, 0), ulps=4)
+    loss = sum(output.square().sum() for output in outputs)
+    expected = sum(plain(linear, x, 0).square().sum() for linear in module.children())  # type: ignore[arg-type]
+    parameters = [x, *(p for n, p in module.named_parameters() if "adapters" in n)]
+    for actual, reference in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        assert_close(actual, reference, ulps=8)
+
+
+def test_an_input_changed_in_place_or_another_one_is_not_taken_for_the_same(attention: tuple[Attention, list[int]]) -> None:
+    module, _ = attention
+    x = torch.randn(2, 3, 32)
+    module.q_proj(x)
+    x.mul_(2)
+    assert_close(module.k_proj(x), plain(module.k_proj, x, 0), ulps=4)
+    other = torch.randn(2, 3, 32)
+    assert_close(module.v_proj(other), plain(module.v_proj, other, 0), ulps=4)
+    # Called twice in a row with one input: the second call must not find its own result gone.
+    assert torch.equal(module.q_proj(other), module.q_proj(other))
+
+
+def test_a_group_leaves_no_activation_behind(attention: tuple[Attention, list[int]]) -> None:
+    module, _ = attention
+    x = torch.randn(2, 3, 32)
+    for linear in module.children():
+        linear(x)
+    assert module.q_proj.shared_input is not None
+    assert module.q_proj.shared_input._input is None

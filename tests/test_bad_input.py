@@ -1,0 +1,200 @@
+"""What a user can get wrong: each ends with exit code 2 and one message that helps, before any process starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from distlora_launcher import local
+from distlora_launcher.cli import main
+from launcher_fakes import MODEL_CONFIG, write_data, write_model, write_safetensors
+
+DISTLORA = str(Path(sys.executable).parent / "distlora")
+OTHER_RUN = "model: {path: x}\n"
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad input must be refused before anything starts."""
+
+    def refuse(*arguments: object, **_: object) -> int:
+        pytest.fail(f"started a process with {arguments}")
+
+    monkeypatch.setattr(local, "prepare", refuse)
+    monkeypatch.setattr(local, "run_workers", refuse)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model of two shards and good data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write_model(tmp_path / "model", shards=2)
+    write_data(tmp_path / "data.jsonl")
+    return tmp_path
+
+
+def shard(place: Path) -> Path:
+    return place / "model" / "model-00002-of-00002.safetensors"
+
+
+def edit_model_config(place: Path, **changes: object) -> None:
+    (place / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | changes))
+
+
+def truncate(place: Path) -> None:
+    shard(place).write_bytes(shard(place).read_bytes()[:-10])
+
+
+def damage_header(place: Path) -> None:
+    data = shard(place).read_bytes()
+    shard(place).write_bytes(data[:8] + b"!" * 20 + data[28:])
+
+
+def remove_tensor(place: Path) -> None:
+    index = place / "model" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["model.layers.1.mlp.up_proj.weight"]
+    shapes = {"model.embed_tokens.weight": (32, 8)}
+    index.unlink()
+    write_safetensors(place / "model" / "model.safetensors", shapes)
+
+
+def append_broken_line(place: Path) -> None:
+    with (place / "data.jsonl").open("a") as file:
+        file.write('{"text": "half a li\n')
+
+
+def hold_another_run(place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "config.yaml").write_text(OTHER_RUN)
+
+
+def nothing(place: Path) -> None:
+    del place
+
+
+CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
+    # case: (what is broken, the overrides, what the message says)
+    "mistyped setting": (nothing, ["adapter.rr=8"], ["adapter.rr", "did you mean 'adapter.r'?"]),
+    "mistyped group": (nothing, ["adaptr=lora"], ["did you mean 'adapter'?"]),
+    "mistyped option": (nothing, ["adapter=fulll"], ["full, lora", "did you mean 'full'?"]),
+    "dashed setting": (nothing, ["--train.seed=1"], ["settings have no dashes: train.seed=1"]),
+    "unknown flag": (nothing, ["--verbos"], ["there is no option --verbos"]),
+    "rank of zero": (nothing, ["adapter.r=0"], ["adapter.r=0", "adapter.r=1"]),
+    "negative rank": (nothing, ["adapter.r=-4"], ["adapter.r=-4"]),
+    "missing model": (nothing, ["model.path=modle"], ["modle does not exist", "did you mean 'model'?"]),
+    "hub name": (nothing, ["model.path=meta-llama/Llama-3.2-1B"], ["hf download"]),
+    "model is a file": (nothing, ["model.path=data.jsonl"], ["is a file"]),
+    "no config.json": (lambda p: (p / "model/config.json").unlink(), [], ["holds no config.json"]),
+    "config.json is not JSON": (lambda p: (p / "model/config.json").write_text("{"), [], ["config.json is not JSON"]),
+    "config.json is a list": (lambda p: (p / "model/config.json").write_text("[]"), [], ["not a JSON object"]),
+    "other family": (
+        lambda p: edit_model_config(p, model_type="gpt2"),
+        [],
+        ["'gpt2' is not supported", "llama, qwen3"],
+    ),
+    "quantized": (lambda p: edit_model_config(p, quantization_config={}), [], ["quantization_config", "16-bit"]),
+    "no layers": (lambda p: edit_model_config(p, num_hidden_layers=None), [], ["num_hidden_layers=None"]),
+    "more layers than tensors": (
+        lambda p: edit_model_config(p, num_hidden_layers=3),
+        [],
+        ["model.layers.2.", "9 tensors"],
+    ),
+    "no tokenizer": (lambda p: (p / "model/tokenizer.json").unlink(), [], ["no tokenizer"]),
+    "missing shard": (lambda p: shard(p).unlink(), [], [shard(Path()).name, "is missing"]),
+    "truncated shard": (truncate, [], [shard(Path()).name, "truncated"]),
+    "empty shard": (lambda p: shard(p).write_bytes(b""), [], [shard(Path()).name]),
+    "damaged header": (damage_header, [], [shard(Path()).name, "damaged"]),
+    "missing tensor": (remove_tensor, [], ["model.norm.weight", "tensors are missing"]),
+    "no weights": (lambda p: [f.unlink() for f in (p / "model").glob("*.safetensors*")], [], ["model.safetensors"]),
+    "targets that match nothing": (
+        nothing,
+        ["adapter.target_modules=[q_prj]"],
+        ["'q_prj'", "did you mean 'q_proj'?", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"],
+    ),
+    "one idle target": (nothing, ["adapter.target_modules=[q_proj,query]"], ["'query'", "the model has down_proj"]),
+    "mistyped preset": (nothing, ["adapter.target_modules=atention"], ["did you mean 'attention'?"]),
+    "name where a list is needed": (nothing, ["adapter.target_modules=q_proj"], ["adapter.target_modules=[q_proj]"]),
+    "broken regular expression": (nothing, ['adapter.target_modules="[q"'], ["nor a regular expression"]),
+    "too long": (nothing, ["data.sequence_length=65"], ["65", "64 positions", "data.sequence_length=64"]),
+    "missing data": (nothing, ["data.path=date.jsonl"], ["date.jsonl does not exist"]),
+    "empty data": (lambda p: (p / "data.jsonl").write_text(""), [], ["data.jsonl holds no document"]),
+    "broken line": (append_broken_line, [], ["data.jsonl:6"]),
+    "missing held-out data": (nothing, ["data.eval_path=held.jsonl"], ["held.jsonl does not exist"]),
+    "another run": (hold_another_run, ["run_dir=run"], ["already holds a run", "distlora resume"]),
+    "run folder is a file": (nothing, ["run_dir=data.jsonl"], ["is a file"]),
+    "run folder under a file": (nothing, ["run_dir=data.jsonl/run"], ["is a file"]),
+    "full with quantization": (nothing, ["adapter=full"], ["add quant=none"]),
+    "several nodes": (nothing, ["cluster.nodes=2"], ["cluster.nodes=1"]),
+    "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),
+    "two modes": (nothing, ["-m", "--cfg", "job"], ["exclude each other"]),
+    "other settings": (nothing, ["--config-name", "mine"], ["--config-dir"]),
+    "missing config dir": (nothing, ["--config-dir", "nowhere"], ["is not a folder"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_with_a_reason(case: str, place: Path, capsys: pytest.CaptureFixture[str]):
+    break_it, overrides, expected = CASES[case]
+    break_it(place)
+    before = sorted(place.rglob("*"))
+    code = main(["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", *overrides])
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    for words in expected:
+        assert words in message
+    assert sorted(place.rglob("*")) == before, "a refused run leaves nothing behind"
+
+
+def test_more_processes_than_gpus(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    words = ["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "cluster.gpus_per_node=3"]
+    assert main(words) == 2
+    assert "shows 2 GPUs; set cluster.gpus_per_node=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train"], "model.path is not set"),
+        (["train", "model.path=model"], "data.path is not set"),
+        (["resume"], "distlora resume RUN"),
+        (["resume", "nowhere"], "holds no run"),
+        (["resume", "run", "train.seed=1"], "train.seed=1 cannot change"),
+    ],
+)
+def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, capsys: pytest.CaptureFixture[str]):
+    hold_another_run(place)
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "for example: distlora train model.path="),
+        (["model.path=model", "data.path=data.jsonl", "adapter.rr=8"], "did you mean 'adapter.r'?"),
+        (["model.path=model", "data.path=data.jsonl", "data.sequence_length=65"], "64 positions"),
+        (["model.path=model", "data.path=data.jsonl", "-m", "train.seed=0,-1"], "train.seed=-1"),
+    ],
+)
+def test_the_installed_command_refuses_in_seconds(overrides: list[str], expected: str, place: Path):
+    started = time.monotonic()
+    ended = subprocess.run([DISTLORA, "train", *overrides], cwd=place, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert expected in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert not (place / "runs").exists()
+    assert not (place / "outputs").exists()
+    # Half a second on an idle machine; ten times that, since tests share their cores.
+    assert time.monotonic() - started < 5

@@ -1,0 +1,220 @@
+"""The preparation process: files to a cache entry, its counts, its refusals and its exit codes."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from data_folders import CHATML, chat, write_lines, write_model
+
+from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserError, as_mapping
+from distlora.data import prepare as prepare_module
+from distlora.data.__main__ import main
+from distlora.data.loader import StepLoader
+from distlora.data.prepare import held_out, open_split, prepare, prepare_run
+from distlora.data.rows import STARTS, PackedRows, read_meta
+
+TEXTS = [{"text": f"{number} foxes sleep. " * (1 + number % 7)} for number in range(60)]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), CHATML)
+
+
+@pytest.fixture
+def make_config(tmp_path, model):
+    """make_config(documents, **data settings) -> Config, its RUN/config.yaml written."""
+
+    def make(documents, *, seed=0, model_path=model, **settings):
+        path = write_lines(tmp_path / "data.jsonl", documents)
+        options = {"path": str(path), "sequence_length": 32, "cache_dir": str(tmp_path / "cache"), **settings}
+        config = Config(
+            model=ModelConfig(path=str(model_path)),
+            data=DataConfig(**options),
+            train=TrainConfig(seed=seed),
+            run_dir=str(tmp_path / "run"),
+        )
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+        return config
+
+    return make
+
+
+def documents_in(rows):
+    """The documents of packed rows as token lists, padding left out."""
+    found = []
+    for tokens, flags in zip(rows.tokens, rows.flags, strict=True):
+        bounds = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]
+        found += [tokens[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+    return sorted(document for document in found if set(document) != {rows.pad_token_id})
+
+
+def test_every_document_is_in_exactly_one_split_and_comes_out_as_it_was_tokenized(make_config, model, tmp_path):
+    from transformers import AutoTokenizer
+
+    config = make_config(TEXTS, eval_fraction=0.3, sequence_length=512)
+    record = prepare_run(config.run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    whole = sorted([*tokenizer(item["text"]).input_ids, tokenizer.eos_token_id] for item in TEXTS)
+    splits = {split: open_split(config.run_dir, split) for split in ("train", "eval")}
+    assert sorted(documents_in(splits["train"]) + documents_in(splits["eval"])) == whole
+    assert 8 <= record["splits"]["eval"]["documents"] <= 28
+    for split, rows in splits.items():
+        counts = record["splits"][split]
+        assert counts["documents"] == len(documents_in(rows))
+        assert counts["rows"] == len(rows)
+        assert counts["tokens"] + counts["padding"] == rows.tokens.size
+        assert counts["targets"] == counts["tokens"] - counts["documents"] == rows.targets.sum()
+        loader = StepLoader(rows, global_batch=2, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
+        batches = [loader.batch(step) for step in range(loader.steps_per_epoch)]
+        labels = sum(int((part.labels != -100).sum()) for batch in batches for part in batch.micro_batches)
+        assert labels == sum(batch.global_targets for batch in batches) == counts["targets"]
+
+
+def test_long_texts_are_split_and_long_chats_truncated_or_dropped_and_counted(make_config, tmp_path):
+    entry = prepare(make_config([{"text": "fox " * 100}], eval_fraction=0))
+    counts = read_meta(entry)["splits"]["train"]
+    assert (counts["documents"], counts["split"], counts["truncated"]) == (1, 1, 0)
+    assert counts["pieces"] == counts["rows"] > 1
+    long_answer, long_question = chat("Hi", "fox " * 100), chat("fox " * 100, "Hi")
+    entry = prepare(make_config([long_answer, long_question, chat("Hi", "Hello"), chat("Hi?")], eval_fraction=0))
+    counts = read_meta(entry)["splits"]["train"]
+    assert [counts[key] for key in ("documents", "truncated", "dropped", "split")] == [2, 1, 2, 0]
+    assert max(len(document) for document in documents_in(PackedRows.open(entry, "train"))) == 32
+
+
+def test_held_out_documents_may_come_from_a_file_of_their_own_format(make_config, tmp_path):
+    path = write_lines(tmp_path / "eval.jsonl", [chat("Hi", "Hello"), chat("Hi", "Yes")])
+    entry = prepare(make_config(TEXTS, eval_path=str(path)))
+    splits = read_meta(entry)["splits"]
+    assert (splits["train"]["documents"], splits["eval"]["documents"]) == (60, 2)
+
+
+def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, monkeypatch):
+    config = make_config(TEXTS)
+    first = prepare_run(config.run_dir)
+
+    def refuse(model_dir):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(prepare_module, "_load_tokenizer", refuse)
+    again = prepare_run(config.run_dir)
+    assert (first["reused"], again["reused"], again["cache"]) == (False, True, first["cache"])
+    assert prepare(make_config(TEXTS, format="text")) == prepare(config)  # `auto` resolved to the same format.
+    with pytest.raises(AssertionError, match="tokenized again"):
+        prepare(make_config(TEXTS, seed=1))
+    with pytest.raises(AssertionError, match="tokenized again"):
+        prepare(make_config(TEXTS[1:]))
+
+
+def test_without_a_held_out_split_the_seed_does_not_matter_and_there_is_no_eval(make_config):
+    config = make_config(TEXTS, eval_fraction=0)
+    assert prepare(config) == prepare(make_config(TEXTS, eval_fraction=0, seed=1))
+    prepare_run(config.run_dir)
+    assert open_split(config.run_dir, "eval") is None
+
+
+def test_the_held_out_split_depends_on_seed_and_index_alone():
+    usable = np.ones(10_000, bool)
+    chosen = held_out(usable, 0.05, 0)
+    assert 400 < chosen.sum() < 600
+    assert np.array_equal(held_out(np.ones(20_000, bool), 0.05, 0)[:10_000], chosen)
+    assert (held_out(usable, 0.05, 1) != chosen).any()
+    assert not held_out(usable, 0.0, 0).any()
+
+
+def test_few_documents_still_hold_one_out_if_another_is_left():
+    for seed in range(5):
+        assert held_out(np.array([True, False, True, False]), 1e-9, seed)[[0, 2]].sum() == 1
+    assert held_out(np.array([True, False]), 1e-9, 0).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("documents", "settings", "complaint"),
+    [
+        ([chat("Hi?"), chat("So?")], {}, "none of its 2 documents has a token to train; every chat needs an assistant"),
+        ([chat("fox " * 50, "Hi")], {}, "1 were truncated before it: raise data.sequence_length=32"),
+        ([{"text": "one"}], {}, "none could be held out for evaluation; set data.eval_fraction=0,"),
+        ([{"text": "one"}, {"text": "two"}], {"eval_fraction": 0.999999}, "none was left to train on"),
+        ([{"text": "one"}, b"{"], {}, "data.jsonl:2: not valid JSON"),
+        ([{"text": "one"}], {"path": "absent.jsonl"}, "absent.jsonl does not exist"),
+    ],
+)
+def test_bad_data_ends_with_exit_code_2_and_one_message(make_config, capsys, tmp_path, documents, settings, complaint):
+    config = make_config(documents, **settings)
+    assert main([config.run_dir]) == 2
+    output = capsys.readouterr()
+    assert complaint in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    assert not (tmp_path / "run" / "data.json").exists()
+    assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == []
+
+
+def test_an_eval_file_without_a_target_is_refused_by_its_own_name(make_config, tmp_path):
+    path = write_lines(tmp_path / "eval.jsonl", [chat("Hi?")])
+    with pytest.raises(UserError, match=r"eval\.jsonl: none of its 1 documents has a token to train"):
+        prepare(make_config(TEXTS, eval_path=str(path)))
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(make_config, tmp_path):
+    folder = write_model(tmp_path / "model", CHATML)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50}))
+    with pytest.raises(UserError, match=r"beyond vocab_size=50 in .*config\.json"):
+        prepare(make_config(TEXTS, model_path=folder))
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(make_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50}))
+    with pytest.raises(UserError, match="holds no tokenizer that can be loaded"):
+        prepare(make_config(TEXTS, model_path=tmp_path / "empty"))
+    with pytest.raises(UserError, match="is not a folder"):
+        prepare(make_config(TEXTS, model_path=tmp_path / "absent"))
+
+
+def test_data_that_changes_while_it_is_read_is_not_cached(make_config, monkeypatch, tmp_path):
+    build = prepare_module._build
+
+    def build_while_editing(*arguments):
+        build(*arguments)
+        with (tmp_path / "data.jsonl").open("a") as file:
+            file.write('{"text": "late"}\n')
+
+    monkeypatch.setattr(prepare_module, "_build", build_while_editing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(make_config(TEXTS))
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_run_that_is_not_prepared_says_how_to(tmp_path):
+    with pytest.raises(UserError, match=r"run `python -m distlora\.data"):
+        open_split(tmp_path, "train")
+
+
+def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_config, tmp_path):
+    config = make_config(TEXTS)
+    command = [sys.executable, "-m", "distlora.data", config.run_dir]
+    first, second = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert len(open_split(config.run_dir, "train")) == record["splits"]["train"]["rows"]
+    assert f"{record['splits']['train']['documents']} documents in" in first.stdout
+    assert "held out " in first.stdout
+    assert f"cached in     {record['cache']}" in first.stdout
+    assert f"reused in     {record['cache']}" in second.stdout
+
+
+def test_the_command_refuses_a_broken_line_without_a_traceback(make_config):
+    config = make_config([b"{"])
+    command = [sys.executable, "-m", "distlora.data", config.run_dir]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "data.jsonl:1: not valid JSON" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,228 @@
+"""The `distlora` command: quick to start, a real Hydra application, one run folder a job, exit codes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from distlora_launcher import local
+from distlora_launcher.cli import COMMANDS, main
+from launcher_fakes import write_data, write_model, write_tokenizer
+
+DISTLORA = str(Path(sys.executable).parent / "distlora")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl")
+    return tmp_path
+
+
+class Steps:
+    """Stands in for the processes of a run: notes which would run, answers with the exit codes it is told."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Path] = []
+        self.trained: list[Path] = []
+        self.prepare_code = 0
+        self.train_codes: list[int] = []
+
+    def prepare(self, run_dir: Path) -> int:
+        self.prepared.append(run_dir)
+        return self.prepare_code
+
+    def run_workers(self, run_dir: Path, *, processes: int, worker_module: str) -> int:
+        assert (processes, worker_module) == (1, "distlora.train")
+        self.trained.append(run_dir)
+        return self.train_codes.pop(0) if self.train_codes else 0
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    stand_in = Steps()
+    monkeypatch.setattr(local, "prepare", stand_in.prepare)
+    monkeypatch.setattr(local, "run_workers", stand_in.run_workers)
+    return stand_in
+
+
+def train(*overrides: str) -> int:
+    return main(["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", *overrides])
+
+
+def test_starting_imports_neither_torch_nor_hydra():
+    heavy = "{'torch', 'hydra', 'omegaconf', 'transformers', 'numpy', 'yaml'}"
+    code = f"import sys, distlora_launcher.cli as cli; cli.main(['--help']); print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+
+
+def test_checking_imports_neither_torch_nor_transformers(place: Path):
+    code = (
+        "import sys; from distlora_launcher import application as a; "
+        "f = a.read_flags(sys.argv[1:]); [a.check(c, new_run=True) for c in a.composed(f)]; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    words = ["model.path=model", "data.path=data.jsonl", "data.sequence_length=64"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
+    assert ended.stdout == "set()\n", ended.stderr
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"distlora {name}" in text for name in COMMANDS)
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Hydra's --info points the root logger at a stdout that is the test's own, for good."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_train_is_a_hydra_application(capsys: pytest.CaptureFixture[str], place: Path):
+    assert main(["train", "--cfg", "job", "adapter.r=5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["adapter"]["r"] == 5
+    assert main(["train", "--info", "defaults", "adapter=full", "quant=none"]) == 0
+    assert "adapter/full" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    assert "distlora train model.path=FOLDER" in capsys.readouterr().out
+    assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("distlora tr", "train"),
+        ("distlora train adapter=", "adapter=full adapter=lora"),
+        ("distlora train -m train.se", "train.seed="),
+        ("distlora resume ", ""),
+    ],
+)
+def test_tab_completion(line: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.strip() == expected
+
+
+def test_a_run_has_its_settings_in_its_folder(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):
+    assert train("run_dir=runs/one", "adapter.r=8") == 0
+    run_dir = place / "runs" / "one"
+    assert steps.prepared == steps.trained == [run_dir]
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert settings["adapter"]["r"] == 8
+    assert settings["model"]["path"] == str(place / "model")
+    assert settings["run_dir"] == str(run_dir)
+    assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model", "runs"]
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert "run folder runs/one\n" in capsys.readouterr().out
+    assert train("run_dir=runs/one") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_the_default_run_folder_has_date_and_name(place: Path, steps: Steps):
+    assert train("name=trial") == 0
+    assert [path.name for path in (place / "runs").iterdir()] == [steps.trained[0].name]
+    assert steps.trained[0].name.endswith("-trial")
+
+
+def test_a_sweep_runs_one_job_after_the_other_in_folders_of_their_own(place: Path, steps: Steps):
+    assert train("-m", "train.seed=0,1", "run_dir=runs/sweep") == 0
+    assert steps.trained == [place / "runs" / "sweep" / "0", place / "runs" / "sweep" / "1"]
+    seeds = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in steps.trained]
+    assert seeds == [0, 1]
+    assert not (place / "multirun").exists()
+
+
+def test_a_failed_job_does_not_end_a_sweep_and_a_signal_does(place: Path, steps: Steps):
+    steps.train_codes = [1, 0]
+    assert train("-m", "train.seed=0,1", "run_dir=a") == 1
+    assert len(steps.trained) == 2
+    steps.train_codes = [143, 0]
+    with pytest.raises(SystemExit) as stop:
+        train("-m", "train.seed=0,1", "run_dir=b")
+    assert stop.value.code == 143
+    assert len(steps.trained) == 3
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_exit_code_of_the_workers_is_ours(code: int, place: Path, steps: Steps):
+    steps.train_codes = [code]
+    assert train("run_dir=run") == code
+
+
+def test_after_a_failed_preparation_the_same_command_can_be_repeated(place: Path, steps: Steps):
+    steps.prepare_code = 2
+    assert train("run_dir=run") == 2
+    assert steps.trained == []
+    assert not (place / "run").exists()
+    steps.prepare_code = 0
+    assert train("run_dir=run") == 0
+
+
+def test_the_preparation_process_explains_and_its_code_is_ours(place: Path):
+    write_tokenizer(place / "model")
+    with (place / "data.jsonl").open("w") as file:
+        file.write('{"text": "good"}\n' * 1500 + "broken\n")  # Beyond the head that the launcher reads itself.
+    words = ["model.path=model", "data.path=data.jsonl", "data.sequence_length=64", f"data.cache_dir={place}/cache"]
+    ended = subprocess.run([DISTLORA, "train", *words, "run_dir=run"], cwd=place, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert not (place / "run").exists()
+
+
+def stopped_run(place: Path) -> Path:
+    """A run that has settings and prepared data."""
+    run_dir = place / "run"
+    assert train("run_dir=run") == 0
+    cache = place / "cache"
+    cache.mkdir()
+    (run_dir / "data.json").write_text(json.dumps({"cache": str(cache)}))
+    return run_dir
+
+
+def test_resume_uses_the_folder_and_prepares_only_what_is_gone(place: Path, steps: Steps):
+    run_dir = stopped_run(place)
+    assert main(["resume", "run"]) == 0
+    assert (steps.prepared, steps.trained) == ([run_dir], [run_dir] * 2)
+    (place / "cache").rmdir()
+    assert main(["resume", "run/"]) == 0
+    assert steps.prepared == [run_dir] * 2
+
+
+def test_resume_of_a_complete_run_says_so(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):
+    run_dir = stopped_run(place)
+    (run_dir / "adapter").mkdir()
+    capsys.readouterr()
+    assert main(["resume", str(run_dir)]) == 0
+    assert capsys.readouterr().out == "run is complete: run/adapter\n"
+    assert len(steps.trained) == 1
+
+
+def test_resume_checks_the_model_again(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):
+    stopped_run(place)
+    (place / "model" / "model.safetensors").unlink()
+    assert main(["resume", "run"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_run_that_is_going_on_is_not_started_twice(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):
+    run_dir = stopped_run(place)
+    with (run_dir / "config.yaml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["resume", "run"]) == 2
+    assert "is running in another process" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""conf/ and the command line become a Config: every file composes, defaults agree, wrong words are explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from distlora_launcher.application import expand_home
+from distlora_launcher.cli import main
+from distlora_launcher.compose import compose_config, compose_sweep
+from hydra import compose, initialize_config_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from distlora.config import Config, DataConfig, ModelConfig, UserError, as_mapping
+
+PATHS = ["model.path=/model", "data.path=/data.jsonl"]
+CONF = Path(__file__).parent.parent / "conf"
+OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
+# Options that Config accepts only in company.
+TOGETHER = {"adapter/full": ["quant=none"]}
+
+
+def test_composed_defaults_equal_those_of_the_dataclasses():
+    with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", overrides=PATHS))
+    expected = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
+    assert values == expected | {"run_dir": "runs/${now:%Y-%m-%d_%H-%M-%S}-${name}"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_file_of_conf_composes(option: str):
+    group, name = option.split("/")
+    config = compose_config([*PATHS, f"{group}={name}", *TOGETHER.get(option, [])])
+    assert isinstance(config, Config)
+
+
+def test_every_file_of_conf_is_yaml_with_a_group():
+    assert {path.name for path in CONF.glob("*.yaml")} == {"config.yaml"}
+    for path in CONF.rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
+
+
+def test_overrides_reach_the_config():
+    overrides = ["adapter.r=8", "optim.lr=1", "optim.betas=[0.8,0.95]", "train.max_steps=3", "name=trial"]
+    config = compose_config([*PATHS, *overrides, "run_dir=x-${name}"])
+    assert (config.adapter.r, config.optim.lr, config.optim.betas, config.train.max_steps) == (8, 1.0, (0.8, 0.95), 3)
+    assert config.run_dir == str(Path("x-trial").absolute())
+
+
+def test_recipe_sets_several_groups_and_overrides_win():
+    config = compose_config([*PATHS, "recipe=qlora", "adapter.r=4"])
+    assert (config.adapter.target_modules, config.adapter.r, config.quant.method) == ("all-linear", 4, "nf4")
+
+
+def test_paths_become_absolute():
+    config = compose_config(["model.path=model", "data.path='~/data.jsonl'"])
+    assert config.model.path == str(Path("model").absolute())
+    assert config.data.path == str(Path.home() / "data.jsonl")
+
+
+def test_home_is_expanded_as_a_shell_would():
+    assert expand_home("data.path=~/data.jsonl") == f"data.path={Path.home()}/data.jsonl"
+    assert expand_home("data.path=~user/x") == "data.path=~user/x"
+    assert expand_home("~adapter.r") == "~adapter.r"
+
+
+def test_hydras_run_dir_is_the_run_folder():
+    assert compose_config([*PATHS, "hydra.run.dir=elsewhere"]).run_dir == str(Path("elsewhere").absolute())
+
+
+def test_sweep_has_one_config_for_each_combination():
+    configs = compose_sweep([*PATHS, "train.seed=0,1", "adapter.r=4,8"])
+    assert [(config.train.seed, config.adapter.r) for config in configs] == [(0, 4), (0, 8), (1, 4), (1, 8)]
+
+
+def test_own_groups_come_from_config_dir(tmp_path: Path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nadapter:\n  r: 3\n")
+    assert compose_config([*PATHS, "recipe=mine"], config_dir=str(tmp_path)).adapter.r == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.rr=8", "did you mean 'adapter.r'?"),
+        ("trian.seed=1", "did you mean 'train.seed'?"),
+        ("adapter=fulll", "did you mean 'full'?"),
+        ("adaptr=lora", "did you mean 'adapter'?"),
+        ("lr=1e-4", "did you mean 'optim.lr'?"),
+        ("alpha=3", "did you mean 'adapter.lora_alpha'?"),
+        ("++adapter.rr=8", "did you mean 'r'?"),
+        ("+seed=8", "there is no setting seed"),
+        ("~adapter.rr", "did you mean 'adapter.r'?"),
+        ("hydra.run.dirr=x", "did you mean 'hydra.run.dir'?"),
+        ("model=/models/Llama", "write model.path=/models/Llama"),
+        ("train.seed=0,1", "add -m"),
+        ("train.seed", "setting=value"),
+        ("=3", "names no setting"),
+        ("data.path=a=b", "must be quoted"),
+        ("data.path=", "data.path is empty"),
+        ("name=${nothing}", "'nothing' not found"),
+        ("adapter.r=0", "set adapter.r=1 or more"),
+        ("adapter.r=-3", "set adapter.r=1 or more"),
+        ("adapter.r=eight", "must be of type int"),
+        ("adapter=full", "add quant=none"),
+        ("recipe=null", "~recipe"),
+        ("train.dtype=bf61", "did you mean 'bf16'?"),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_to_type(override: str, expected: str):
+    with pytest.raises(UserError) as raised:
+        compose_config([*PATHS, override])
+    assert expected in str(raised.value)
+
+
+def test_a_setting_without_effect_is_refused():
+    with pytest.raises(UserError, match=r"adapter\.r has no effect with adapter=full"):
+        compose_config([*PATHS, "adapter=full", "quant=none", "adapter.r=8"])
+
+
+_KEYS = st.sampled_from(
+    [
+        "adapter",
+        "adapter.r",
+        "train.seed",
+        "quant",
+        "name",
+        "run_dir",
+        "recipe",
+        "hydra",
+        "hydra.run.dir",
+        "optim.lr",
+        "x/y",
+    ]
+)
+_TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
+_OVERRIDES = st.one_of(
+    _TEXT,
+    st.builds(
+        "{}{}{}{}".format,
+        st.sampled_from(["", "+", "++", "~"]),
+        st.one_of(_KEYS, _TEXT),
+        st.sampled_from(["=", ""]),
+        _TEXT,
+    ),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(_OVERRIDES, max_size=2))
+def test_random_overrides_compose_or_are_explained(overrides: list[str]):
+    assert main(["train", "--cfg", "job", "--", *overrides]) in (0, 2)

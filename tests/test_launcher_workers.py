@@ -1,0 +1,166 @@
+"""Workers under real torchrun: the first rank to fail is named, signals reach them, none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from distlora_launcher.failures import first_failure
+from distlora_launcher.workers import run_workers, worker_environment
+
+HERE = Path(__file__).parent
+WORKER = "launcher_fake_worker"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def run(run_dir: Path, behaviour: str, *, processes: int = 2) -> int:
+    (run_dir / "behaviour").write_text(behaviour)
+    return run_workers(run_dir, processes=processes, worker_module=WORKER)
+
+
+def test_rank_0_is_shown_and_every_rank_has_a_log(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(run_dir, "success") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "hello from rank 0 of 2\n"
+    assert shown.err == ""
+    for rank in (0, 1):
+        log = (run_dir / "logs" / f"rank_{rank}.log").read_text()
+        assert f"hello from rank {rank} of 2" in log
+        assert f"warning from rank {rank}" in log
+    (run_dir / "logs" / "rank_0.log").write_text("the first start")
+    assert run(run_dir, "environment", processes=1) == 0
+    assert (run_dir / "logs" / "start_1" / "rank_0.log").read_text() == "the first start"
+    log = (run_dir / "logs" / "rank_0.log").read_text()
+    assert f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}" in log
+    assert "MALLOC_TRIM_THRESHOLD_=8000000000" in log
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in log
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected", "code"),
+    [
+        ("rank 1 raises", "rank 1 failed first: RuntimeError: no more memory in rank one", 1),
+        ("rank 1 is killed", "rank 1 failed first: it was killed by SIGKILL", 1),
+        ("rank 1 exits with 3", "rank 1 failed first: it exited with code 3", 1),
+    ],
+)
+def test_the_first_rank_to_fail_is_named(
+    behaviour: str, expected: str, code: int, run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(run_dir, behaviour) == code
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {expected}")
+    assert str(run_dir / "logs" / "rank_1.log") in message
+    assert "Traceback" not in message
+    assert_no_workers(run_dir)
+
+
+def test_a_user_error_in_a_worker_is_bad_input(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(run_dir, "bad input") == 2
+    assert capsys.readouterr().err == "error: the adapter has no such thing; write another\n"
+    assert "Traceback" in (run_dir / "logs" / "rank_0.log").read_text()
+
+
+def test_a_module_that_cannot_be_imported_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_workers(run_dir, processes=1, worker_module="no_such_worker") == 1
+    assert "rank 0 failed first: ImportError: No module named no_such_worker" in capsys.readouterr().err
+
+
+def start_launcher(run_dir: Path, behaviour: str, ready: str) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, once both ranks wrote the files `ready`_0 and _1."""
+    (run_dir / "behaviour").write_text(behaviour)
+    code = (
+        "import sys; from pathlib import Path; from distlora_launcher.workers import run_workers; "
+        f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: all((run_dir / f"{ready}_{rank}").exists() for rank in (0, 1)))
+    return process
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def assert_no_workers(run_dir: Path) -> None:
+    def alive() -> list[int]:
+        pids = [int(path.read_text() or 0) for path in run_dir.glob("pid_*")]
+        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+    wait_until(lambda: not alive(), seconds=10)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_workers(signum: signal.Signals, code: int, run_dir: Path):
+    process = start_launcher(run_dir, "waits", "pid")
+    process.send_signal(signum)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"stopped by {signum.name}" in message
+    assert "Traceback" not in message
+    assert_no_workers(run_dir)
+
+
+def test_a_save_on_the_way_out_is_75(run_dir: Path):
+    (run_dir / "stopped.json").write_text("of an earlier start")
+    process = start_launcher(run_dir, "saves when asked to stop", "ready")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert_no_workers(run_dir)
+
+
+def test_an_earlier_stop_does_not_count(run_dir: Path):
+    (run_dir / "stopped.json").write_text("of an earlier start")
+    assert run(run_dir, "success", processes=1) == 0
+
+
+def test_killing_the_launcher_leaves_no_workers(run_dir: Path):
+    process = start_launcher(run_dir, "waits", "pid")
+    process.kill()
+    process.communicate(timeout=60)
+    assert_no_workers(run_dir)
+
+
+def test_on_a_terminal_rank_0_writes_to_a_terminal(run_dir: Path):
+    (run_dir / "behaviour").write_text("terminal")
+    code = (
+        "import pty, sys; sys.exit(pty.spawn([sys.executable, '-c', "
+        "'from pathlib import Path; from distlora_launcher.workers import run_workers; "
+        f'raise SystemExit(run_workers(Path("{run_dir}"), processes=1, worker_module="{WORKER}"))\']) >> 8)'
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert "is a terminal: True" in ended.stdout, ended.stderr
+    assert "is a terminal: True" in (run_dir / "logs" / "rank_0.log").read_text()
+
+
+def test_variables_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PET_MAX_RESTARTS", "3")
+    environment = worker_environment(2)
+    assert environment["OMP_NUM_THREADS"] == "7"
+    assert "PET_MAX_RESTARTS" not in environment
+
+
+def test_the_earliest_error_wins(tmp_path: Path):
+    for rank, when in ((0, 2.5), (1, 2.4), (2, 2.6)):
+        text = f'{{"type": "E{rank}", "message": "", "bad_input": false, "time": {when}, "traceback": ""}}'
+        (tmp_path / f"rank_{rank}.error.json").write_text(text)
+    assert first_failure(tmp_path).message.startswith("rank 1 failed first: E1\n")

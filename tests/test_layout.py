@@ -1,0 +1,145 @@
+"""The structure of the code: who imports whom, where third parties live, and that READMEs name what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "distlora_kernels": ROOT / "kernels" / "distlora_kernels",
+    "distlora": ROOT / "distlora",
+    "distlora_launcher": ROOT / "launcher" / "distlora_launcher",
+}
+
+# A module may import those of lower layers, and of its own.
+LAYERS = [
+    {"distlora_kernels"},
+    {"distlora.config", "distlora.randomness", "distlora.progress"},
+    {"distlora.targets", "distlora.reporting", "distlora.loading.segments", "distlora.quant"},
+    {"distlora.adapters"},
+    {"distlora.blocks", "distlora.head"},
+    {"distlora.model"},
+    {"distlora.parallel", "distlora.peft_format"},
+    {"distlora.loading"},
+    {"distlora.data", "distlora.optim", "distlora.checkpoint"},
+    {"distlora.trainer"},
+    {"distlora.train"},
+]
+
+HOMES = {
+    "triton": ("distlora_kernels",),
+    "deepspeed": ("distlora.parallel.zero3",),
+    "wandb": ("distlora.reporting",),
+    "hydra": ("distlora_launcher",),
+    "omegaconf": ("distlora_launcher",),
+    "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora.optim"),
+    "datasets": ("distlora.data",),
+    "peft": ("distlora_launcher.demo",),
+}
+
+WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Every absolute module that a file imports; only those at import time with top_level."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(module: str) -> int | None:
+    """The layer of the longest entry that is a prefix of `module`."""
+    entries = [(name, index) for index, names in enumerate(LAYERS) for name in names]
+    matches = [(len(name), index) for name, index in entries if module == name or module.startswith(name + ".")]
+    return max(matches)[1] if matches else None
+
+
+MODULES = dict(modules())
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("distlora_launcher")])
+def test_imports_point_one_way(module: str) -> None:
+    own = layer(module)
+    if module == "distlora":
+        assert imports(MODULES[module]) == set()
+        return
+    assert own is not None, f"{module} is in no layer: add it to LAYERS"
+    for imported in imports(MODULES[module]):
+        assert not imported.startswith("distlora_launcher"), f"{module} imports the launcher"
+        other = layer(imported)
+        assert other is None or other <= own, f"{module} (layer {own}) imports {imported} (layer {other})"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_third_parties_stay_in_their_homes(module: str) -> None:
+    for imported in imports(MODULES[module]):
+        homes = HOMES.get(imported.partition(".")[0])
+        assert homes is None or any(module == home or module.startswith(home + ".") for home in homes), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("distlora_launcher")])
+def test_what_a_bare_gpu_machine_lacks_is_imported_late(module: str) -> None:
+    at_import = {name.partition(".")[0] for name in imports(MODULES[module], top_level=True)}
+    assert not at_import & WORKER_HEAVY
+
+
+def test_kernels_need_torch_and_triton_alone() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "distlora_kernels", "bitsandbytes"}
+    for module, path in MODULES.items():
+        if module.startswith("distlora_kernels"):
+            assert {name.partition(".")[0] for name in imports(path)} <= allowed, module
+
+
+def test_top_level_folders_are_not_packages() -> None:
+    """`import kernels` must find the PyPI package of that name (transformers uses it), never our folder."""
+    for folder in ("kernels", "launcher", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_importing_the_worker_starts_nothing_and_pulls_no_heavy_package() -> None:
+    code = (
+        "import sys, distlora.train, torch; "
+        f"assert not set({sorted(WORKER_HEAVY)}) & set(sys.modules), set(sys.modules) & set({sorted(WORKER_HEAVY)}); "
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == ""
+
+
+@pytest.mark.parametrize("readme", sorted(p.relative_to(ROOT) for p in ROOT.rglob("README.md") if ".venv" not in p.parts), ids=str)
+def test_readmes_name_what_exists(readme: Path) -> None:
+    pattern = r"`((?:distlora|kernels|launcher|conf|tests|slurm)/[\w./-]*)`"
+    for path in re.findall(pattern, (ROOT / readme).read_text()):
+        assert (ROOT / path).exists(), f"{readme} names {path}"
+
+
+def test_files_and_functions_stay_small() -> None:
+    """A file is about one subject and a function fits on a screen or two; split what grows beyond."""
+    for module, path in MODULES.items():
+        text = path.read_text()
+        assert text.count("\n") <= 400, f"{module} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 80, f"{module}.{node.name}"

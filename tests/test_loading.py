@@ -1,0 +1,171 @@
+"""From safetensors to a rank's shard: the same bytes as quantizing the whole tensor, from any layout and source dtype."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from small_models import make_run, write_model_folder
+from torch import Tensor
+from worlds import World
+
+from distlora import train
+from distlora.config import Config, UserError, build
+from distlora.loading.segments import fingerprint, read_headers
+from distlora.loading.weights import load_base
+from distlora.model import CausalLM, build_model, hf_name
+from distlora.parallel import Backend, Ranks, parallelize
+from distlora.quant import FrozenLinear
+from distlora_kernels import nf4
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
+    base = {"model": {"path": str(folder)}, "data": {"path": "none.jsonl"}, "run_dir": "none"}
+    return build(Config, base | {"train": {"dtype": "fp32"}} | sections)
+
+
+def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
+    config = config_for(folder, **sections)
+    model = build_model(config)
+    backend = parallelize(model, ranks, config)
+    load_base(model, folder, backend)
+    return model, backend
+
+
+def own_rows(ranks: Ranks, *, folder: Path) -> dict[str, tuple[Tensor, int]]:
+    """Every parameter of the base: this rank's rows and the first one's index; buffers whole."""
+    model, backend = loaded(folder, ranks)
+    rows: dict[str, tuple[Tensor, int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".adapters." not in name:
+            local, first = backend.local_rows(parameter)
+            rows[hf_name(name)] = (local.clone(), first)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".offset"):
+            rows[hf_name(name)] = (buffer.clone(), 0)
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(world: World, folders: Path, size: int, model: str) -> None:
+    source = safetensors.torch.load_file(folders / model / "model.safetensors")
+    by_rank = world.run(size, own_rows, folder=folders / model)
+    for name, weight in source.items():
+        if name.endswith("_proj.weight"):
+            expected = dict(zip(("codes", "scales", "group_scale", "offset"), nf4.nf4_quantize(weight), strict=True))
+            expected = {name.replace("weight", part): tensor for part, tensor in expected.items()}
+        else:
+            expected = {name: weight}
+        for part, tensor in expected.items():
+            rows = [ranks_rows[part] for ranks_rows in by_rank]
+            if tensor.dim() == 0:
+                assert all(torch.equal(local, tensor) for local, _ in rows), part
+                continue
+            assert torch.equal(torch.cat([local for local, _ in rows]), tensor), part
+            assert [first for _, first in rows] == [min(r * -(-len(tensor) // size), len(tensor)) for r in range(size)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sharded_checkpoints_of_any_dtype_load_like_one_file(folders: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import LlamaForCausalLM
+
+    source = LlamaForCausalLM.from_pretrained(folders / "llama", dtype=dtype)
+    source.save_pretrained(tmp_path / "one")
+    source.save_pretrained(tmp_path / "many", max_shard_size="300KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = (loaded(tmp_path / name)[0].state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    adapters = {name for name in one if ".adapters." in name}
+    assert all(torch.equal(one[name], many[name]) for name in one.keys() - adapters)
+    for name, module in loaded(tmp_path / "one")[0].named_modules():
+        if isinstance(module, FrozenLinear):
+            weight = source.get_parameter(hf_name(f"{name}.weight"))
+            assert torch.equal(module.codes, nf4.nf4_quantize(weight)[0])
+
+
+def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -> None:
+    config = config_for(folders / "qwen3")
+    model = build_model(config)
+    figures = load_base(model, folders / "qwen3", parallelize(model, SINGLE, config))
+    linears = [name for name in read_headers(folders / "qwen3") if name.endswith("_proj.weight")]
+    assert figures.quantized_weights == sum(read_headers(folders / "qwen3")[name].numel for name in linears)
+    stored = sum(p.nbytes for n, p in model.named_parameters() if n.rpartition(".")[2] in ("codes", "scales", "group_scale"))
+    assert figures.quantized_bytes == stored + 4 * len(linears)
+
+
+def test_quant_none_keeps_the_weights_in_the_run_dtype(folders: Path) -> None:
+    source = safetensors.torch.load_file(folders / "llama" / "model.safetensors")
+    model, _ = loaded(folders / "llama", quant={"method": "none"}, train={"dtype": "bf16"})
+    for name, parameter in model.named_parameters():
+        if ".adapters." not in name:
+            assert torch.equal(parameter, source[hf_name(name)].bfloat16()), name
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused_by_name(folders: Path, tmp_path: Path, tensor: str, value: float) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "bad")
+    tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
+    tensors[tensor].view(-1)[777] = value
+    safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    with pytest.raises(UserError, match=f"{tensor} holds NaN or Inf"):
+        loaded(tmp_path / "bad")
+
+
+def test_tensors_of_another_model_are_refused_by_name(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "bad")
+    tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
+    removed = tensors.pop("model.layers.2.self_attn.o_proj.weight")
+    safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    with pytest.raises(UserError, match="no tensor model.layers.2.self_attn.o_proj.weight"):
+        loaded(tmp_path / "bad")
+    tensors["model.layers.2.self_attn.o_proj.weight"] = removed[:50].clone()
+    safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    with pytest.raises(UserError, match=r"shape \[50, 96\] on disk and \[96, 96\]"):
+        loaded(tmp_path / "bad")
+
+
+def test_families_that_do_more_are_refused_by_name(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "gemma")
+    config = json.loads((tmp_path / "gemma" / "config.json").read_text())
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    with pytest.raises(UserError, match="'gemma2'.*llama, qwen3"):
+        build_model(config_for(tmp_path / "gemma"))
+
+
+def test_fingerprint_tells_another_model_of_the_same_shapes(folders: Path, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "same", "llama")
+    assert fingerprint(tmp_path / "same") == fingerprint(folders / "llama")
+    tensors = safetensors.torch.load_file(tmp_path / "same" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
+    safetensors.torch.save_file(tensors, tmp_path / "same" / "model.safetensors")
+    assert fingerprint(tmp_path / "same") != fingerprint(folders / "llama")
+
+
+def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders)
+    read = world.run(3, bytes_read, run_dir=tmp_path / "run")
+    expected = [0, 0, 0]
+    for name, segment in read_headers(folders / "llama").items():
+        packed = name.endswith("_proj.weight")
+        rows = nf4.num_groups(segment.numel) if packed else segment.shape[0]
+        row_bytes = nf4.GROUP * 4 if packed else segment.num_bytes // segment.shape[0]
+        for rank in range(3):
+            start, stop = (min(i * -(-rows // 3) * row_bytes, segment.num_bytes) for i in (rank, rank + 1))
+            expected[rank] += stop - start
+    assert read == expected
+    assert sum(read) == sum(segment.num_bytes for segment in read_headers(folders / "llama").values())
+
+
+def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
+    config = train.load_config(run_dir)
+    model = build_model(config)
+    return load_base(model, config.model.path, parallelize(model, ranks, config)).bytes_read

@@ -1,0 +1,99 @@
+"""The adapted linear's autograd function against the reference, forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from torch import Tensor
+
+from distlora_kernels import nf4, reference
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, lora_linear, project_down
+
+SHAPES = [(1, 64, 48, 4), (37, 100, 66, 3), (130, 256, 320, 16)]
+
+
+def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (M, I), weight (O, I), a (R, I), b (O, R), bias (O,): of M, I, O, R; adapters in fp32 at the least."""
+    m, i, o, r = shape
+    generator = torch.Generator().manual_seed(1)
+    x, weight, a, b, bias = (torch.randn(s, generator=generator) for s in ((m, i), (o, i), (r, i), (o, r), (o,)))
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    return x.to(dtype), weight.to(dtype) / i**0.5, a.to(master) / i**0.5, b.to(master), bias.to(dtype)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_gradients_are_those_of_the_function(with_bias: bool, per_row: bool) -> None:
+    x, weight, a, b, bias = tensors((5, 24, 20, 4), torch.float64)
+    gate: Tensor | float = torch.tensor([[2.0, 2, 0, 0]] * 3 + [[0, 0, 0.5, 0.5], [0, 0, 0, 0]]).double() if per_row else 2.0
+    leaves = [t.requires_grad_() for t in (x.view(1, 5, 24), a, b)]
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, FrozenWeight((weight,), (20, 24)), Adapter(a, b, gate), bias=bias if with_bias else None)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_output_and_gradients_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int, int, int], packed: bool) -> None:
+    x, weight, a, b, bias = tensors(shape, dtype)
+    frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
+    dy = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(2)).to(dtype)
+    results = []
+    for use_reference in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        if use_reference:  # In fp64 from the same rounded inputs: what the exact result is.
+            wide = [leaf.double() for leaf in leaves]
+            y = reference.lora_linear(wide[0], frozen.dense(dtype).double(), wide[1], wide[2], 2.0, bias.double())
+            y.backward(dy.double())
+        else:
+            y = lora_linear(leaves[0], frozen, Adapter(leaves[1], leaves[2], 2.0), bias=bias)
+            y.backward(dy)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for name, actual, expected in zip(("y", "dx", "da", "db"), results[1], results[0], strict=True):
+        # fp32: a sum of up to 330 products, rounded at random: some ulps. bf16: inputs of the second GEMM and the
+        # outputs are rounded to bf16 (eps 2^-7): about one ulp each; da and db are then widened to fp32.
+        ulps = 4 if dtype == torch.float32 else 2
+        assert_close(actual.to(dtype), expected.to(torch.float32).to(dtype), ulps=ulps)
+        assert actual.dtype == (dtype if name in ("y", "dx") else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    x, weight, a, b, _ = tensors(shape, dtype)
+    frozen = FrozenWeight((weight,), (shape[2], shape[1]))
+    assert torch.equal(lora_linear(x, frozen, Adapter(a, torch.zeros_like(b), 4.0)), lora_linear(x, frozen))
+
+
+def test_a_tiny_update_survives_in_bf16() -> None:
+    """Added to an output already rounded to bf16, an update of 1e-3 of it keeps half of itself (shared facts)."""
+    x, weight, a, b, _ = tensors((256, 1024, 1024, 16), torch.bfloat16)
+    b = b * 1e-3
+    exact = (x.double() @ a.to(torch.bfloat16).double().T) @ b.to(torch.bfloat16).double().T
+    frozen = FrozenWeight((weight,), (1024, 1024))
+    contribution = lora_linear(x, frozen, Adapter(a, b, 1.0)).double() - x.double() @ weight.double().T
+    slope = float((contribution * exact).sum() / exact.square().sum())
+    assert abs(slope - 1) < 0.1, f"{slope:.2f} of the update is left"
+
+
+def test_a_precomputed_projection_changes_nothing() -> None:
+    x, weight, a, b, _ = tensors((37, 100, 66, 3), torch.float32)
+    frozen = FrozenWeight((weight,), (66, 100))
+    own = project_down(x, [a])[0]
+    assert torch.equal(lora_linear(x, frozen, Adapter(a, b, 2.0), xa=own), lora_linear(x, frozen, Adapter(a, b, 2.0)))
+
+
+def test_only_the_stored_parts_are_saved_for_backward() -> None:
+    """Never a dequantized weight, a view, or a copy: FSDP2 frees and refills the Parameters' storage in between."""
+    x, weight, a, b, _ = tensors((37, 128, 256, 3), torch.float32)
+    parts = tuple(torch.nn.Parameter(part, requires_grad=False) for part in nf4.nf4_quantize(weight))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(x.requires_grad_(), FrozenWeight(parts, (256, 128)), Adapter(a.requires_grad_(), b.requires_grad_(), 1.0))
+    own = [t for t in saved if t.numel() in {p.numel() for p in parts}]
+    assert {id(t) for t in own} >= {id(p) for p in parts}
+    assert not any(t.shape == weight.shape for t in saved)

@@ -1,0 +1,160 @@
+"""NF4 with double quantization: equal to bitsandbytes where its format is the definition, exactly nearest where it is ours."""
+
+from __future__ import annotations
+
+import math
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from distlora_kernels import nf4, nf4_cpu, reference
+
+SHAPES = [(3, 100), (7, 33), (1, 63), (256, 128), (1002, 96), (129, 640)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
+
+
+def with_zero_block(weight: Tensor) -> Tensor:
+    """The first block zero, if there is another: for a tensor of one partial zero block bitsandbytes stores absmax 1e-38."""
+    flat = weight.clone().view(-1)
+    if flat.numel() > 64:
+        flat[:64] = 0
+    return flat.view(weight.shape)
+
+
+def bitsandbytes_dequantize(packed: Tensor, state: bnb.QuantState, shape: tuple[int, ...]) -> Tensor:
+    """bitsandbytes' result, asked for as rows of one block where the tensor has whole blocks.
+
+    Its CPU kernel (0.50.2, AVX-512) takes wrong absmax values where a row is 32, 96, 160... weights long.
+    """
+    numel = math.prod(shape)
+    if numel % 64 == 0:
+        state.shape = torch.Size((numel // 64, 64))
+    return bnb.dequantize_4bit(packed, state).view(shape)
+
+
+def test_levels_and_dynamic_map_are_bitsandbytes_own() -> None:
+    assert torch.equal(torch.tensor(reference.NF4_LEVELS), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(reference.dynamic_map(), bnb.create_dynamic_map())
+    assert reference.dynamic_map()[reference.ZERO_SCALE] == 0
+
+
+@pytest.mark.parametrize("quantize", [reference.quantize_blocks, nf4_cpu.quantize_blocks], ids=["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_and_absmax_equal_bitsandbytes(quantize, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = with_zero_block(random_weight(shape, dtype))
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    codes, absmax = quantize(weight.flatten())
+    whole_bytes = weight.numel() // 2
+    assert torch.equal(codes.view(-1)[:whole_bytes], expected.view(-1)[:whole_bytes])
+    if weight.numel() % 2:
+        assert codes.view(-1)[whole_bytes] >> 4 == expected.view(-1)[whole_bytes] >> 4
+    num_blocks = -(-weight.numel() // 64)
+    assert torch.equal(absmax.view(-1)[:num_blocks], state.absmax)
+    assert not absmax.view(-1)[num_blocks:].any()
+    padding = codes.view(-1)[-(-weight.numel() // 2) :]
+    assert (padding == reference.ZERO_CODE * 17).all(), "padding must be codes of zero"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("path", ["reference", "bitsandbytes", "table"])
+def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
+) -> None:
+    if path == "table":
+        monkeypatch.setattr(nf4_cpu, "_has_bitsandbytes", lambda: False)
+    dequantize = reference.nf4_dequantize if path == "reference" else nf4.nf4_dequantize
+    weight = random_weight(shape, dtype)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    expected = bitsandbytes_dequantize(packed, state, shape)
+
+    groups = nf4.num_groups(weight.numel())
+    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
+    codes[: packed.numel()] = packed.view(-1)
+    scales = torch.zeros(groups * nf4.BLOCKS_PER_GROUP, dtype=torch.uint8)
+    scales[: state.absmax.numel()] = state.absmax
+    actual = dequantize(
+        codes.view(groups, -1), scales.view(groups, -1), state.state2.absmax, state.offset, shape=shape, dtype=dtype
+    )
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_second_level_is_the_exactly_nearest_entry(shape: tuple[int, ...]) -> None:
+    weight = random_weight(shape, torch.float32)
+    num_blocks = -(-weight.numel() // 64)
+    _, absmax = nf4.quantize_blocks(weight.flatten())
+    _, scales, group_scale, offset = nf4.nf4_quantize(weight)
+    assert offset == torch.tensor(math.fsum(absmax.view(-1)[:num_blocks].tolist()) / num_blocks)
+    # A tensor of one block has absmax = offset and group_scale 0.
+    divisor = torch.where(group_scale > 0, group_scale, 1.0)
+    normalized = ((absmax - offset) / divisor[:, None]).view(-1)[:num_blocks].double()
+    distance = (normalized[:, None] - reference.dynamic_map().double()[None, :]).abs()
+    chosen = distance.gather(1, scales.view(-1)[:num_blocks, None].long()).squeeze(1)
+    assert torch.equal(chosen, distance.min(dim=1).values)
+
+
+def test_our_second_level_is_within_one_map_step_of_bitsandbytes() -> None:
+    weight = random_weight((512, 640), torch.float32)
+    _, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    _, scales, _, _ = nf4.nf4_quantize(weight)
+    steps = (scales.view(-1)[: state.absmax.numel()].int() - state.absmax.int()).abs()
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("quantize", [reference.quantize_blocks, nf4_cpu.quantize_blocks], ids=["reference", "cpu"])
+def test_a_weight_on_a_midpoint_goes_to_the_lower_level(quantize) -> None:
+    midpoints = torch.tensor(reference.nf4_midpoints())
+    block = torch.zeros(64)
+    block[0] = 1.0  # absmax 1: the other weights are their own normalized values.
+    block[1:16] = midpoints
+    codes, _ = quantize(block)
+    index = torch.stack((codes.view(-1)[:8] >> 4, codes.view(-1)[:8] & 15), dim=1).view(-1)
+    assert index[1:16].tolist() == list(range(15))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5])
+def test_quantizing_slices_of_groups_equals_slices_of_the_whole(cut: int) -> None:
+    weight = random_weight((129, 640), torch.bfloat16).flatten()
+    codes, absmax = nf4.quantize_blocks(weight)
+    parts = [nf4.quantize_blocks(part) for part in weight.split(cut * nf4.GROUP)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), codes)
+    assert torch.equal(torch.cat([part[1] for part in parts]), absmax)
+    sums = [nf4.absmax_group_sums(part[1]) for part in parts]
+    assert torch.equal(torch.cat(sums), nf4.absmax_group_sums(absmax))
+
+
+def test_a_constant_weight_survives_both_levels() -> None:
+    weight = torch.full((128, 512), 0.25)
+    packed = nf4.nf4_quantize(weight)
+    assert torch.equal(nf4.nf4_dequantize(*packed, shape=(128, 512), dtype=torch.float32), weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_weights_are_refused(value: float) -> None:
+    weight = random_weight((256, 128), torch.float32)
+    weight[200, 7] = value
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        nf4.nf4_quantize(weight)
+
+
+def test_parts_that_do_not_fit_the_shape_are_refused() -> None:
+    packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
+    with pytest.raises(RuntimeError, match="a weight \\(256, 512\\) has 8 groups"):
+        nf4.nf4_dequantize(*packed, shape=(256, 512), dtype=torch.float32)
+    with pytest.raises(TypeError, match="int8"):
+        nf4.quantize_blocks(torch.zeros(64, dtype=torch.int8))
+
+
+def test_bits_per_weight_are_those_of_the_paper() -> None:
+    assert round(nf4.bits_per_weight(4096 * 4096), 3) == 4.127
+    packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
+    assert nf4.bits_per_weight(256 * 128) == 8 * sum(part.nbytes for part in packed) / (256 * 128)

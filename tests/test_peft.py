@@ -1,0 +1,115 @@
+"""What we train is what PEFT runs: its model over our dequantized weights gives our logits, and our gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from closeness import assert_close
+from small_models import make_run
+from torch import Tensor
+
+from distlora import train
+from distlora.config import load_config
+from distlora.loading.weights import load_base
+from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
+from distlora.parallel import Ranks, parallelize
+from distlora.peft_format import adapter_tensors
+from distlora.quant import FrozenLinear
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+TARGETS: list[Any] = ["all-linear", "attention", "qv", "mlp", ["o_proj"], r"model\.layers\.[02]\..*\.(q_proj|down_proj)"]
+
+
+@torch.no_grad()
+def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTrainedModel:
+    """The Hugging Face model whose linears hold our dequantized weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in ours.named_modules():
+        if isinstance(module, FrozenLinear):
+            model.get_parameter(hf_name(f"{name}.weight")).copy_(module.frozen_weight.dense(torch.float32))
+    return model
+
+
+def our_trained_model(run_dir: Path) -> CausalLM:
+    """The run's model with the adapter that it published."""
+    config = load_config(run_dir)
+    model = build_model(config)
+    load_base(model, config.model.path, parallelize(model, SINGLE, config))
+    materialize_buffers(model, SINGLE.device)
+    saved = safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(model).items():
+            parameter.copy_(saved[name])
+    return model
+
+
+def our_logits(model: CausalLM, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return model.head.logits(model.hidden_states(tokens, positions).flatten(0, 1)).view(*tokens.shape, -1)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+CASES = [("llama", targets, True) for targets in TARGETS]
+CASES += [("llama", "all-linear", False), ("qwen3", "all-linear", True), ("llama-tied", "qv", False)]
+
+
+@pytest.mark.parametrize(("model", "targets", "rslora"), CASES, ids=str)
+def test_peft_loads_the_adapter_and_gives_our_logits(
+    folders: Path, tmp_path: Path, tokens: Tensor, model: str, targets: Any, rslora: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    adapter = {"target_modules": targets, "r": 4, "lora_alpha": 8.0, "use_rslora": rslora}
+    make_run(run_dir, folders, model, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})
+    train.run(run_dir, SINGLE)
+    ours = our_trained_model(run_dir)
+    base = dequantized_hf_model(folders / model, ours)
+    with torch.no_grad():
+        base_logits = base(tokens).logits
+        tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter")
+        difference = (tuned(tokens).logits - our_logits(ours, tokens)).abs().max()
+        assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+        assert (tuned(tokens).logits - base_logits).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
+
+
+def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
+    run_dir = tmp_path / "run"
+    config = make_run(run_dir, folders, train={"max_steps": 4}, optim={"lr": 2e-2})
+    train.run(run_dir, SINGLE)
+    ours = our_trained_model(run_dir)
+    base = dequantized_hf_model(folders / "llama", ours)
+    tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter", is_trainable=True)
+    assert config.adapter.r == 8
+
+    labels = torch.full_like(tokens, -100)
+    labels[:, :-1] = tokens[:, 1:]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    loss = ours(tokens, positions, labels).sum() / (labels >= 0).sum()
+    loss.backward()
+    expected = tuned(input_ids=tokens, labels=tokens).loss
+    expected.backward()
+    assert_close(loss, expected, ulps=8)
+    theirs = {name.replace(".default", ""): p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+    for name, parameter in adapter_tensors(ours).items():
+        assert parameter.grad is not None
+        # Three blocks of fp32 sums in another order: some tens of ulps of the gradient's norm.
+        assert_close(parameter.grad, theirs[name], ulps=64)
+
+
+def test_peft_reads_our_config_as_it_was_set(folders: Path, tmp_path: Path) -> None:
+    adapter = {"target_modules": "mlp", "r": 6, "lora_alpha": 12.0, "use_rslora": False, "init": "gaussian"}
+    make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 1})
+    train.run(tmp_path / "run", SINGLE)
+    read = peft.LoraConfig.from_pretrained(tmp_path / "run" / "adapter")
+    assert (read.r, read.lora_alpha, read.use_rslora) == (6, 12.0, False)
+    assert read.target_modules == {"gate_proj", "up_proj", "down_proj"}
+    assert read.base_model_name_or_path == str(folders / "llama")

@@ -1,0 +1,194 @@
+"""A run that was stopped, at a save or by kill -9, and then resumed is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from closeness import assert_adapters_close, assert_losses_close
+from small_models import make_run, read_metrics, write_model_folder
+from torch import Tensor
+from worlds import World
+
+from distlora import checkpoint, train
+from distlora.config import UserError
+from distlora.parallel import Ranks
+
+SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3}
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+class Stopped(Exception):
+    pass
+
+
+def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> None:
+    """The worker, stopped as it begins the given step, or run to its end."""
+    original = train.Trainer._train_step
+
+    def step(self: train.Trainer, step: int, interval: object) -> None:
+        if step == stop_before:
+            raise Stopped
+        original(self, step, interval)  # type: ignore[arg-type]
+
+    train.Trainer._train_step = step  # type: ignore[assignment, method-assign]
+    try:
+        train.run(run_dir, ranks)
+    except Stopped:
+        pass
+    finally:
+        train.Trainer._train_step = original  # type: ignore[method-assign]
+
+
+def result(run_dir: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def figures(run_dir: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of everything that does not measure time or memory."""
+    names = ("loss", "eval_loss", "lr", "grad_norm")
+    return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stop_before", [1, 5, 6])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    world: World, folders: Path, tmp_path: Path, size: int, stop_before: int
+) -> None:
+    for name in ("whole", "stopped"):
+        make_run(tmp_path / name, folders, train=SETTINGS)
+    world.run(size, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    world.run(size, run_until, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    assert not (tmp_path / "stopped" / "adapter").exists()
+    world.run(size, run_until, run_dir=tmp_path / "stopped", stop_before=None)
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole"), "each step once, with the same numbers"
+
+
+def test_resuming_on_another_number_of_ranks_keeps_the_order_and_the_numbers(world: World, folders: Path, tmp_path: Path) -> None:
+    for name in ("whole", "moved"):
+        make_run(tmp_path / name, folders, train=SETTINGS)
+    world.run(1, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    world.run(3, run_until, run_dir=tmp_path / "moved", stop_before=5)
+    world.run(2, run_until, run_dir=tmp_path / "moved", stop_before=None)
+    losses = [[v for _, name, v in figures(tmp_path / run) if "loss" in name] for run in ("moved", "whole")]
+    assert_losses_close(*losses)
+    assert_adapters_close(result(tmp_path / "moved"), result(tmp_path / "whole"))
+
+
+def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "train": SETTINGS}
+    for name in ("whole", "stopped"):
+        make_run(tmp_path / name, folders, "llama-tied", **sections)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=5)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped")]
+    for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole" / "model").chat_template is not None
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+
+
+def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
+    """Child process: die by SIGKILL at the beginning of a step."""
+
+    def die(self: train.Trainer, current: int, interval: object, original=train.Trainer._train_step) -> None:
+        if current == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, current, interval)  # type: ignore[arg-type]
+
+    torch.set_num_threads(1)
+    train.Trainer._train_step = die  # type: ignore[assignment, method-assign]
+    train.run(run_dir, ranks)
+
+
+def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        make_run(tmp_path / name, folders, train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=(SINGLE, tmp_path / "killed", 5))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    run_until(SINGLE, run_dir=tmp_path / "killed", stop_before=None)
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    for name in ("whole", "damaged"):
+        make_run(tmp_path / name, folders, train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=5)
+    newest = checkpoint.steps(tmp_path / "damaged" / "checkpoints")[-1]
+    assert newest.name == "step_00000004"
+    if damage == "flipped byte":
+        content = bytearray((newest / "trainer.safetensors").read_bytes())
+        content[-1] ^= 1
+        (newest / "trainer.safetensors").write_bytes(content)
+    else:
+        (newest / ("manifest.json" if damage == "no manifest" else "adapter_model.safetensors")).unlink()
+    run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=None)
+    printed = capsys.readouterr().out
+    assert "step_00000004 is damaged" in printed
+    assert "continuing from step_00000002" in printed
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "damaged")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "models" / "llama", "llama")
+    (tmp_path / "models" / "text.jsonl").write_bytes((folders / "text.jsonl").read_bytes())
+    make_run(tmp_path / "run", tmp_path / "models", train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=5)
+    data = tmp_path / "run" / "data.json"
+    original = data.read_text()
+    data.write_text(json.dumps(json.loads(original) | {"cache": str(folders / "cache" / "other")}))
+    with pytest.raises((UserError, FileNotFoundError), match="other"):
+        run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    data.write_text(original)
+    weights = tmp_path / "models" / "llama" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(UserError, match="another base model"):
+        run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+
+
+def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train=SETTINGS | {"keep": 2})
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert [folder.name for folder in kept] == ["step_00000008", "step_00000009"]
+    files = {path.name for path in kept[-1].iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors", "state.json", "manifest.json"}
+    adapter_bytes = sum(tensor.nbytes for tensor in result(tmp_path / "run").values())
+    # fp32 weights and two Adam moments, and a few kilobytes of names and settings.
+    assert sum(path.stat().st_size for path in kept[-1].iterdir()) < 3 * adapter_bytes + 64_000
+
+
+def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", folders, train=SETTINGS)
+
+    def full_disk(temporary: Path, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (None, [])
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    assert (tmp_path / "run" / "adapter").is_dir()

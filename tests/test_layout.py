@@ -31,6 +31,7 @@ LAYERS = [
     {"distlora.data", "distlora.optim", "distlora.checkpoint"},
     {"distlora.trainer"},
     {"distlora.train"},
+    {"distlora.bench"},
 ]
 
 HOMES = {

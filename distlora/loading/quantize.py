@@ -6,6 +6,7 @@ its weights), kept until the offset is known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,7 @@ def _offset(absmax: torch.Tensor, linear: FrozenLinear, backend: Backend) -> flo
 def copy_into(parameter: nn.Parameter, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str) -> None:
     """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf."""
     local, first_row = backend.local_rows(parameter)
-    row_size = parameter[0].numel() if parameter.dim() > 1 else 1
+    row_size = math.prod(parameter.shape[1:])
     flat = local.view(-1)
     start = first_row * row_size
     for first, chunk in reader.chunks(segments, start, start + flat.numel(), CHUNK_ELEMENTS):

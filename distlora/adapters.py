@@ -1,7 +1,7 @@
 """LoRA on a frozen linear: the adapter's parameters, their start, and projections that share an input.
 
-Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's `RowChoice`, which
-says which row of the batch uses which of them (-1 = none). With one adapter and no choice every row uses it.
+Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's `RowChoice`,
+which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every row uses it.
 
 Letters: N adapters of a linear, R their ranks added up, M rows of the flattened input (batch x tokens).
 """
@@ -28,7 +28,8 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class RowChoice:
     """Which adapter each row of the block's current micro-batch uses: an index into the adapters, -1 for none.
 
-    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses the first.
+    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses the
+    first.
     """
 
     def __init__(self) -> None:
@@ -62,8 +63,8 @@ class LoRAPair(nn.Module):
 class SharedInput:
     """X A^T for linears that are called with the same tensor, computed once, by the first that is called.
 
-    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor simply
-    computes its own. The members of one call leave nothing behind.
+    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor
+    simply computes its own. The members of one call leave nothing behind.
     """
 
     def __init__(self, members: tuple[AdaptedLinear, ...]) -> None:
@@ -122,14 +123,14 @@ class AdaptedLinear(FrozenLinear):
                 raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
             return pairs[0].scaling
         ranks = [pair.A.shape[0] for pair in pairs]
-        owner = torch.tensor(list(itertools.chain(*([i] * r for i, r in enumerate(ranks)))), device=x.device)
-        scale = torch.tensor(list(itertools.chain(*([p.scaling] * r for p, r in zip(pairs, ranks, strict=True)))), device=x.device)
-        gate = torch.where(rows[:, None] == owner[None, :], scale, 0.0)
+        owner = torch.tensor([index for index, rank in enumerate(ranks) for _ in range(rank)], device=x.device)
+        scale = torch.tensor([pair.scaling for pair, rank in zip(pairs, ranks, strict=True) for _ in range(rank)])
+        gate = torch.where(rows[:, None] == owner[None, :], scale.to(x.device), 0.0)
         return gate.repeat_interleave(x.shape[:-1].numel() // rows.shape[0], dim=0)
 
 
 def link_shared_inputs(linears: dict[str, AdaptedLinear]) -> None:
-    """Group the adapted siblings that share an input. `linears` maps the paths inside one block to its adapted linears."""
+    """Group the adapted siblings that share an input; `linears` are one block's, by their paths in it."""
     parents = {path.rpartition(".")[0] for path in linears}
     for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
         paths = [f"{parent}.{name}" if parent else name for name in names]

@@ -1,8 +1,9 @@
-"""Seam 1: every decoder block sits in one wrapper, which is the unit of sharding, of checkpointing and of micro-batching.
+"""Seam 1: every decoder block sits in one wrapper, which is the unit of sharding, of checkpointing and of
+micro-batching.
 
-The wrapper is called by the family's own model code in place of its decoder layer. It cuts the batch into `num_micro` slices
-and runs the layer on each while the block's weights are gathered: with FSDP2 around the wrapper, a step gathers each block
-once however many micro-batches it accumulates.
+The wrapper is called by the family's own model code in place of its decoder layer. It cuts the batch into `num_micro`
+slices and runs the layer on each while the block's weights are gathered: with FSDP2 around the wrapper, a step gathers
+each block once however many micro-batches it accumulates.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Block(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced along; one with dim 0 = 1 is shared."""
+        """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced too; one with dim 0 = 1 is shared."""
         batch = hidden_states.shape[0]
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
@@ -72,4 +73,6 @@ def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (1, batch):
         return value[part] if value.shape[0] == batch else value
     described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(f"the block wrapper does not know how to slice the layer argument {name!r} ({described}) for {batch} rows")
+    raise TypeError(
+        f"the block wrapper does not know how to slice the layer argument {name!r} ({described}) for {batch} rows"
+    )

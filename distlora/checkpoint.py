@@ -3,8 +3,8 @@
     RUN/checkpoints/step_00000100/  adapter_config.json, adapter_model.safetensors (PEFT's format; model.safetensors for
                                     adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256)
 
-A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one; the
-manifest tells of later damage.
+A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one;
+the manifest tells of later damage.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and one line for each newer one that is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(steps(checkpoints)):
         fault = _fault(folder)
         if fault is None:
@@ -126,9 +126,11 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def check_matches(state: TrainState, folder: Path, *, base_fingerprint: str, data_cache: str) -> None:
     """Raises UserError when the checkpoint was made from another base or other data."""
     if state.base_fingerprint != base_fingerprint:
-        raise UserError(f"{folder} belongs to another base model: the weights at model.path have changed since; restore them to resume")
+        raise UserError(
+            f"{folder} belongs to another base model: the weights at model.path have changed since; restore them"
+        )
     if state.data_cache != data_cache:
-        raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them to resume")
+        raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")
 
 
 def _fault(folder: Path) -> str | None:

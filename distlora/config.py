@@ -1,9 +1,9 @@
 """Every setting of a run: frozen dataclasses whose field docstrings say what grows or breaks.
 
-A run is described once, by the launcher, as RUN/config.yaml; every rank and every resume builds the same `Config` from that
-file. This module imports neither torch nor hydra, so the launcher can refuse a wrong value in a second. What a single
-field can tell (ranges, names) is checked here, in `__post_init__`; what needs the model's folder or the data file is
-checked by the launcher (`distlora_launcher/checks.py`), before any worker starts.
+A run is described once, by the launcher, as RUN/config.yaml; every rank and every resume builds the same `Config` from
+that file. This module imports neither torch nor hydra, so the launcher can refuse a wrong value in a second. What a
+single field can tell (ranges, names) is checked here, in `__post_init__`; what needs the model's folder or the data
+file is checked by the launcher (`distlora_launcher/checks.py`), before any worker starts.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ def _require(condition: bool, message: str) -> None:
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{section}.{name}={value} must be positive; set {section}.{name}=1 or more")
+        _require(
+            value is None or value > 0, f"{section}.{name}={value} must be positive; set {section}.{name}=1 or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     path: str
-    """A local folder in Hugging Face format: config.json, safetensors (one file or sharded with an index), tokenizer."""
+    """A local folder in Hugging Face format: config.json, safetensors (one file or sharded with an index), tokenizer.
+    """
 
 
 DATA_FORMATS = ("auto", "chat", "prompt_completion", "text")
@@ -55,9 +58,12 @@ class DataConfig:
     format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
     """Which of the three every line has; `auto` reads it off the first line."""
     sequence_length: int = 1024
-    """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention quadratically."""
+    """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention
+    quadratically.
+    """
     eval_fraction: float = 0.05
-    """Share of the documents that is held out, chosen by a hash of (seed, index); 0 with no eval_path: no evaluation."""
+    """Share of the documents that is held out, chosen by a hash of (seed, index); 0 with no eval_path: no evaluation.
+    """
     eval_path: str | None = None
     """A jsonl file of held-out documents instead of a fraction of `path`."""
     cache_dir: str = "~/.cache/distlora/data"
@@ -70,7 +76,7 @@ class DataConfig:
         )
         _require(
             self.sequence_length >= 2,
-            f"data.sequence_length={self.sequence_length} leaves no token to predict; set data.sequence_length=2 or more",
+            f"data.sequence_length={self.sequence_length} leaves no token to predict; set it to 2 or more",
         )
         _require(
             0 <= self.eval_fraction < 1,
@@ -91,7 +97,8 @@ class AdapterConfig:
     """Names and meanings follow PEFT's LoraConfig."""
 
     method: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none)."""
+    """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none).
+    """
     r: int = 16
     """Rows of A and columns of B. Adapter, gradient and optimizer memory grow linearly with it."""
     lora_alpha: float = 16.0
@@ -99,8 +106,8 @@ class AdapterConfig:
     use_rslora: bool = True
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023), which keeps the update's size independent of r."""
     target_modules: str | tuple[str, ...] = "attention"
-    """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts of
-    their paths), or a regular expression that matches whole paths."""
+    """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
+    of their paths), or a regular expression that matches whole paths."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts (B is zero): Kaiming-uniform as in PEFT, or a normal distribution of std 1/r."""
 
@@ -113,12 +120,15 @@ class AdapterConfig:
         _require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
         _positive("adapter", self, "lora_alpha")
         inits = ("kaiming", "gaussian")
-        _require(self.init in inits, f"adapter.init={self.init!r} is not one of {', '.join(inits)}{nearest(self.init, inits)}")
+        _require(
+            self.init in inits,
+            f"adapter.init={self.init!r} is not one of {', '.join(inits)}{nearest(self.init, inits)}",
+        )
         _require(len(self.target_modules) > 0, "adapter.target_modules is empty; set adapter.target_modules=attention")
 
     @property
     def scaling(self) -> float:
-        """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, arXiv 2106.09685)."""
+        """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
         return self.lora_alpha / self.r**0.5 if self.use_rslora else self.lora_alpha / self.r
 
 
@@ -146,7 +156,9 @@ class ParallelConfig:
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
     def __post_init__(self) -> None:
-        _require(self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2")
+        _require(
+            self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
+        )
         _positive("parallel", self, "bucket_mb")
 
 
@@ -178,15 +190,17 @@ class OptimConfig:
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; set optim.betas=[0.9,0.999]",
         )
-        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0")
         _require(
-            self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off"
+            self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0"
         )
+        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off")
         _require(
             self.schedule in SCHEDULES,
             f"optim.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}{nearest(self.schedule, SCHEDULES)}",
         )
-        _require(0 <= self.warmup_ratio <= 1, f"optim.warmup_ratio={self.warmup_ratio} is not a share; set it from 0 to 1")
+        _require(
+            0 <= self.warmup_ratio <= 1, f"optim.warmup_ratio={self.warmup_ratio} is not a share; set it from 0 to 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +210,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Number of optimizer steps instead of `epochs`; the rows are repeated, reshuffled, as often as that takes."""
     global_batch: int = 8
-    """Rows in one optimizer step, over all ranks and accumulation steps. Results do not depend on how they are split."""
+    """Rows in one optimizer step, over all ranks and accumulation steps. Results do not depend on how they are split.
+    """
     micro_batch: int = 1
     """Rows that a rank runs at once. Activation memory grows linearly with it."""
     accumulate: Literal["step", "block"] = "step"
@@ -219,18 +234,36 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            "train", self, "epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every", "keep"
+            "train",
+            self,
+            "epochs",
+            "max_steps",
+            "global_batch",
+            "micro_batch",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
         )
-        for name, choices in {"accumulate": ("step", "block"), "checkpointing": ("block", "none"), "dtype": ("bf16", "fp32")}.items():
+        for name, choices in {
+            "accumulate": ("step", "block"),
+            "checkpointing": ("block", "none"),
+            "dtype": ("bf16", "fp32"),
+        }.items():
             value = getattr(self, name)
-            _require(value in choices, f"train.{name}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+            _require(
+                value in choices,
+                f"train.{name}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}",
+            )
         _require(self.seed >= 0, f"train.seed={self.seed} is negative; set train.seed=0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerConfig:
     name: Literal["wandb", "none"] = "wandb"
-    """`wandb` logs beside metrics.jsonl: online with a key, offline under RUN/wandb without; `none` writes metrics.jsonl only."""
+    """`wandb` logs beside metrics.jsonl: online with a key, offline under RUN/wandb without; `none` writes
+    metrics.jsonl only.
+    """
     project: str = "distlora"
     """Project in wandb."""
     group: str | None = None
@@ -240,7 +273,10 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         names = ("wandb", "none")
-        _require(self.name in names, f"tracker.name={self.name!r} is not one of {', '.join(names)}{nearest(self.name, names)}")
+        _require(
+            self.name in names,
+            f"tracker.name={self.name!r} is not one of {', '.join(names)}{nearest(self.name, names)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,7 +288,10 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _positive("cluster", self, "gpus_per_node")
-        _require(self.nodes == 1, f"cluster.nodes={self.nodes}: several nodes need the SLURM launcher, which is not built yet; set cluster.nodes=1")
+        _require(
+            self.nodes == 1,
+            f"cluster.nodes={self.nodes}: more than one needs the SLURM launcher, not built yet; set cluster.nodes=1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,9 +342,11 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the type of a field: sections are built, lists become tuples, ints stand for floats; else UserError."""
+    """`value` as a field's type: sections are built, lists become tuples, ints stand for floats; else UserError."""
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, Mapping), f"{name}={value!r} is a section; set one of its fields, {name}.<field>=...")
+        _require(
+            isinstance(value, Mapping), f"{name}={value!r} is a section; set one of its fields, {name}.<field>=..."
+        )
         return build(hint, value, prefix=name + ".")  # type: ignore[arg-type]
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:  # The section's own check knows the choices and says which is nearest.

@@ -1,7 +1,9 @@
-"""Seam 2: the head is a loss module. It turns hidden states and labels into loss sums per row; whole logits never exist.
+"""Seam 2: the head is a loss module. It turns hidden states and labels into loss sums per row; whole logits never
+exist.
 
 Token losses are independent of each other, so while the head is frozen the gradient of the hidden states is computed in
-the forward pass, chunk by chunk, and only scaled in backward: the head's weight is read (and, when sharded, gathered) once.
+the forward pass, chunk by chunk, and only scaled in backward: the head's weight is read (and, when sharded, gathered)
+once.
 """
 
 from __future__ import annotations

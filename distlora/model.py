@@ -1,4 +1,5 @@
-"""From a Hugging Face config to our model on the meta device: surgery on transformers' own classes, no ranks, no weights.
+"""From a Hugging Face config to our model on the meta device: surgery on transformers' own classes, no ranks, no
+weights.
 
 The decoder is the family's own module with three changes: the linears of its blocks are frozen (and adapted) ones, each
 block sits in a `Block`, and the head is a `LossHead`. What a family does beyond that is refused here, by name.
@@ -52,7 +53,9 @@ class CausalLM(nn.Module):
         """Whether the head's weight is the embedding's."""
         return bool(self.hf_config.tie_word_embeddings)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, adapter_rows: Tensor | None = None
+    ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
         Positions restart at 0 with each packed document, which is how the decoder tells them apart; labels[t] is the
@@ -72,7 +75,7 @@ class CausalLM(nn.Module):
     def tie(self) -> None:
         """Make the head's weight the embedding's Parameter again, after the model has been given memory."""
         if self.tied:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.get_parameter("weight")
 
     def hf_state_dict(self) -> dict[str, nn.Parameter]:
         """Every parameter of an unquantized, unadapted model by its Hugging Face name; a tied head is left out."""
@@ -104,7 +107,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
 
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hf_config.model_type not in FAMILIES:
-        raise UserError(f"model_type {hf_config.model_type!r} of {folder} is not supported; this version takes {', '.join(FAMILIES)}")
+        raise UserError(
+            f"model_type {hf_config.model_type!r} of {folder} is not supported; "
+            f"this version takes {', '.join(FAMILIES)}"
+        )
     return hf_config
 
 
@@ -158,7 +164,7 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
     """Compute what the meta skeleton could not hold: the rotary embedding's frequencies, from the config."""
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":
-            model.decoder.set_submodule(name, type(module)(config=model.hf_config).to(device))  # type: ignore[call-arg]
+            model.decoder.set_submodule(name, type(module)(config=model.hf_config).to(device))
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
@@ -166,5 +172,7 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     packed = {"codes", "scales", "group_scale"}
     base = {name: p for name, p in model.named_parameters() if ".adapters." not in name}
     dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in packed)
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized)
+    quantized = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized
+    )
     return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -32,7 +32,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr * (1 - progress) if config.schedule == "linear" else config.lr
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named `<state>/<parameter>`, for safetensors."""
     return {
         f"{key}/{names[parameter]}": value
@@ -42,7 +42,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`: moments go to their parameter's device, the step count stays where it was."""
     for name, tensor in tensors.items():
         key, _, path = name.partition("/")

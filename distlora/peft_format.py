@@ -16,7 +16,7 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)."""
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r)."""
     tensors: dict[str, nn.Parameter] = {}
     for path, linear in model.adapted_linears():
         pair = linear.adapters[adapter]

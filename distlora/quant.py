@@ -1,7 +1,8 @@
 """The frozen linear of a decoder block and the weight it owns: packed NF4, or dense.
 
-Both keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any other;
-what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by `distlora.loading`.
+Both keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
+other; what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by
+`distlora.loading`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class FrozenLinear(nn.Module):
     """y = x W^T + bias with W (out_features, in_features) frozen.
 
-    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 and the buffer `offset` () fp32, which
-    is replicated; otherwise `weight` in `dtype`. `bias` (out_features,) in `dtype`, or None.
+    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 and the buffer `offset` () fp32,
+    which is replicated; otherwise `weight` in `dtype`. `bias` (out_features,) in `dtype`, or None.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:

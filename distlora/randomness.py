@@ -1,7 +1,8 @@
 """Counter-based random numbers: a value depends on what it is for, never on who asks or when.
 
-Philox-4x32-10 (Salmon et al., SC 2011) in integer tensor ops. The key names the run's seed and the tensor or module; the
-counter is the position in it. So an adapter starts the same on any number of ranks, whatever else is initialized before.
+Philox-4x32-10 (Salmon et al., SC 2011) in integer tensor ops. The key names the run's seed and the tensor or module;
+the counter is the position in it. So an adapter starts the same on any number of ranks, whatever else is initialized
+before.
 """
 
 from __future__ import annotations

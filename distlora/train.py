@@ -1,7 +1,7 @@
 """The worker: `python -m distlora.train RUN`, started once a rank by torchrun. A table of contents of a run.
 
-Everything it does is in RUN/config.yaml and RUN/data.json, both written by the launcher; a run with checkpoints continues
-from the newest whole one.
+Everything it does is in RUN/config.yaml and RUN/data.json, both written by the launcher; a run with checkpoints
+continues from the newest whole one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distlora.loading.segments import fingerprint
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import CausalLM, build_model, count_parameters, materialize_buffers
 from distlora.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, parallelize
+from distlora.parallel import Ranks, join_ranks, leave_ranks, parallelize
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.reporting import Reporter
 from distlora.trainer import Trainer, peak_memory_bytes
@@ -66,7 +66,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 
         def save(step: int, evaluations: dict[int, float]) -> None:
             if ranks.rank == 0:
-                names = {parameter: name for name, parameter in trained.items()}
+                names: dict[torch.Tensor, str] = {parameter: name for name, parameter in trained.items()}
                 files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer_tensors(optimizer, names)}
                 environment = checkpoint.environment(ranks.world, ranks.device)
                 state = checkpoint.TrainState(step=step, evaluations=evaluations, environment=environment, **identity)
@@ -168,7 +168,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
     figures: dict[str, float] = {
         "bits_per_parameter": loaded.bits_per_weight,
         "gathered_bytes_per_step": traffic.gathered_bytes,
-        "gathered_bytes_per_step_bf16": traffic.gathered_bytes + backend.unpacked_extra_bytes(model, trainer.passes_per_step),
+        "gathered_bytes_per_step_bf16": traffic.gathered_bytes
+        + backend.unpacked_extra_bytes(model, trainer.passes_per_step),
         "reduced_bytes_per_step": traffic.reduced_bytes,
         "peak_memory_bytes": int(backend.max_over_ranks(peak)),
         "adapter_bytes": sum(parameter.nbytes for parameter in trained.values()),
@@ -192,7 +193,11 @@ def publish_result(run_dir: Path, model: CausalLM, config: Config) -> Path:
     if full:
         source = Path(config.model.path)
         for path in source.iterdir():  # The tokenizer and the generation config come along; weights do not.
-            if path.is_file() and not path.name.startswith("model") and path.suffix not in (".safetensors", ".bin", ".pt"):
+            if (
+                path.is_file()
+                and not path.name.startswith("model")
+                and path.suffix not in (".safetensors", ".bin", ".pt")
+            ):
                 shutil.copy2(path, temporary / path.name)
         dtype = model.hf_config.dtype or torch.float32
         model.hf_config.save_pretrained(temporary)
@@ -208,7 +213,9 @@ def publish_result(run_dir: Path, model: CausalLM, config: Config) -> Path:
 def main() -> None:
     """Entry of a worker process; torchrun's error file gets the exception of a rank that fails."""
     if len(sys.argv) != 2:
-        raise UserError("usage: python -m distlora.train RUN (the launcher does this; start runs with `distlora train`)")
+        raise UserError(
+            "usage: python -m distlora.train RUN (the launcher does this; start runs with `distlora train`)"
+        )
     ranks = join_ranks()
     run(Path(sys.argv[1]), ranks)
     leave_ranks(ranks)

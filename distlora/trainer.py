@@ -1,7 +1,7 @@
 """The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step.
 
-A step: loss = sum over the target tokens of all ranks and micro-batches / their number, which the loader knows in advance;
-backward; one sum over ranks; clip; update. Losses and norms stay on the device until the next log.
+A step: loss = sum over the target tokens of all ranks and micro-batches / their number, which the loader knows in
+advance; backward; one sum over ranks; clip; update. Losses and norms stay on the device until the next log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Interval:
 
 
 class Trainer:
-    """Runs the steps of one run from wherever it stands. `save(step, evaluations)` writes a checkpoint, on every rank."""
+    """The steps of a run, from wherever it stands. `save(step, evaluations)` writes a checkpoint; every rank calls it."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Trainer:
             self.reporter.log(interval.first_step + index + 1, figures)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {interval.first_step + index + 1}: loss {loss}, gradient norm {norm}; nothing was saved since. "
+                    f"step {interval.first_step + index + 1}: loss {loss}, gradient norm {norm}; not saved. "
                     "A lower optim.lr or a longer optim.warmup_ratio usually helps"
                 )
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
-
 
 # Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
 torch.set_num_threads(1)

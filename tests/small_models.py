@@ -56,21 +56,21 @@ def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }
     config_class, model_class = classes[family]
-    values = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=96,
-        intermediate_size=200,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=512,
-        tie_word_embeddings=name.endswith("tied"),
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.08,
-    )
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": name.endswith("tied"),
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.08,
+    }
     torch.manual_seed(0)
     model = model_class(config_class(**(values | settings)))
     with torch.no_grad():
@@ -100,8 +100,9 @@ def make_run(run_dir: Path, folders: Path, model: str = "llama", **sections: dic
             "cache_dir": str(folders / "cache"),
         },
         "adapter": {"target_modules": "all-linear", "r": 8},
-        # Adam's first step is lr * g / (|g| + eps). With eps = 1e-8, an element whose gradient happens to be 1e-9, below the
-        # rounding noise of its sum (2e-8 here), would turn that noise into a full step: one such is in llama-tied.
+        # Adam's first step is lr * g / (|g| + eps). With eps = 1e-8, an element whose gradient happens to be 1e-9,
+        # below the rounding noise of its sum (2e-8 here), would turn that noise into a full step: one such is in
+        # llama-tied.
         "optim": {"lr": 2e-3, "eps": 1e-5},
         "train": {"max_steps": 10, "global_batch": 12, "dtype": "fp32"},
         "tracker": {"name": "none"},

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from closeness import assert_close
 from torch import Tensor, nn
 
+from closeness import assert_close
 from distlora.adapters import AdaptedLinear, RowChoice, link_shared_inputs, reset_adapters
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
@@ -24,7 +24,9 @@ def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:
     return linear
 
 
-def adapted(rows: RowChoice | None = None, names: tuple[str, ...] = ("default",), seed: int = 0, out: int = 40) -> AdaptedLinear:
+def adapted(
+    rows: RowChoice | None = None, names: tuple[str, ...] = ("default",), seed: int = 0, out: int = 40
+) -> AdaptedLinear:
     linear = AdaptedLinear(32, out, bias=False, quantized=False, dtype=torch.float32, rows=rows or RowChoice())
     for index, name in enumerate(names):
         linear.add_adapter(name, AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index))
@@ -134,11 +136,15 @@ def test_members_of_a_group_share_one_projection_of_the_same_input(attention: tu
     loss = sum(output.square().sum() for output in outputs)
     expected = sum(plain(linear, x, 0).square().sum() for linear in module.children())  # type: ignore[arg-type]
     parameters = [x, *(p for n, p in module.named_parameters() if "adapters" in n)]
-    for actual, reference in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+    for actual, reference in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
         assert_close(actual, reference, ulps=8)
 
 
-def test_an_input_changed_in_place_or_another_one_is_not_taken_for_the_same(attention: tuple[Attention, list[int]]) -> None:
+def test_an_input_changed_in_place_or_another_one_is_not_taken_for_the_same(
+    attention: tuple[Attention, list[int]],
+) -> None:
     module, _ = attention
     x = torch.randn(2, 3, 32)
     module.q_proj(x)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from distlora_launcher import local
 from distlora_launcher.cli import main
 from launcher_fakes import MODEL_CONFIG, write_data, write_model, write_safetensors

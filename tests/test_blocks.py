@@ -69,7 +69,11 @@ def test_each_slice_sees_its_own_rows_choice_in_recomputation_too(checkpointing:
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("mask", torch.zeros(4, 5), "shape \\(4, 5\\)"), ("cache", object(), "object"), ("masks", (torch.zeros(2),), "shape \\(2,\\)")],
+    [
+        ("mask", torch.zeros(4, 5), "shape \\(4, 5\\)"),
+        ("cache", object(), "object"),
+        ("masks", (torch.zeros(2),), "shape \\(2,\\)"),
+    ],
 )
 def test_an_argument_that_may_hide_a_batch_is_refused(name: str, value: Any, message: str) -> None:
     block, x, kwargs = block_and_inputs(3, False)

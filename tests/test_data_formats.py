@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from data_folders import chat, write_lines
 
+from data_folders import chat, write_lines
 from distlora.config import UserError
 from distlora.data.formats import EXAMPLES, check_head, read_documents, resolve_format
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from data_folders import CHATML, chat, write_lines, write_model
 
+from data_folders import CHATML, chat, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserError, as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.__main__ import main

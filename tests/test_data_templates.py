@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from data_folders import CHATML, MARKED, chat, write_model
 
+from data_folders import CHATML, MARKED, chat, write_model
 from distlora.config import UserError
 from distlora.data.formats import Document
 from distlora.data.templates import Encoder

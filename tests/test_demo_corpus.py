@@ -4,6 +4,7 @@ import ast
 import json
 
 import pytest
+
 from distlora_launcher.demo import base, corpus, initial_model, report
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_close
 from torch import Tensor, nn
 
+from closeness import assert_close
 from distlora import head
 from distlora.head import LossHead
 
@@ -70,7 +70,9 @@ def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))])
+            largest = max(
+                [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))]
+            )
             return result
 
     with Watch():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from distlora_launcher import local
 from distlora_launcher.cli import COMMANDS, main
 from launcher_fakes import write_data, write_model, write_tokenizer

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from distlora_launcher.application import expand_home
-from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config, compose_sweep
 from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distlora.config import Config, DataConfig, ModelConfig, UserError, as_mapping
+from distlora_launcher.application import expand_home
+from distlora_launcher.cli import main
+from distlora_launcher.compose import compose_config, compose_sweep
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
 CONF = Path(__file__).parent.parent / "conf"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from distlora_launcher.failures import first_failure
 from distlora_launcher.workers import run_workers, worker_environment
 

@@ -95,7 +95,9 @@ def test_imports_point_one_way(module: str) -> None:
 def test_third_parties_stay_in_their_homes(module: str) -> None:
     for imported in imports(MODULES[module]):
         homes = HOMES.get(imported.partition(".")[0])
-        assert homes is None or any(module == home or module.startswith(home + ".") for home in homes), f"{module} imports {imported}"
+        assert homes is None or any(module == home or module.startswith(home + ".") for home in homes), (
+            f"{module} imports {imported}"
+        )
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("distlora_launcher")])
@@ -128,7 +130,9 @@ def test_importing_the_worker_starts_nothing_and_pulls_no_heavy_package() -> Non
     assert finished.stdout == ""
 
 
-@pytest.mark.parametrize("readme", sorted(p.relative_to(ROOT) for p in ROOT.rglob("README.md") if ".venv" not in p.parts), ids=str)
+@pytest.mark.parametrize(
+    "readme", sorted(p.relative_to(ROOT) for p in ROOT.rglob("README.md") if ".venv" not in p.parts), ids=str
+)
 def test_readmes_name_what_exists(readme: Path) -> None:
     pattern = r"`((?:distlora|kernels|launcher|conf|tests|slurm)/[\w./-]*)`"
     for path in re.findall(pattern, (ROOT / readme).read_text()):

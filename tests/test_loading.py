@@ -1,4 +1,4 @@
-"""From safetensors to a rank's shard: the same bytes as quantizing the whole tensor, from any layout and source dtype."""
+"""From safetensors to a rank's shard: the bytes of quantizing the whole tensor, from any layout and source dtype."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_models import make_run, write_model_folder
 from torch import Tensor
-from worlds import World
 
 from distlora import train
 from distlora.config import Config, UserError, build
@@ -22,6 +20,8 @@ from distlora.model import CausalLM, build_model, hf_name
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.quant import FrozenLinear
 from distlora_kernels import nf4
+from small_models import make_run, write_model_folder
+from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -55,7 +55,9 @@ def own_rows(ranks: Ranks, *, folder: Path) -> dict[str, tuple[Tensor, int]]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("model", ["llama", "llama-tied"])
-def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(world: World, folders: Path, size: int, model: str) -> None:
+def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
+    world: World, folders: Path, size: int, model: str
+) -> None:
     source = safetensors.torch.load_file(folders / model / "model.safetensors")
     by_rank = world.run(size, own_rows, folder=folders / model)
     for name, weight in source.items():
@@ -97,7 +99,9 @@ def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -
     figures = load_base(model, folders / "qwen3", parallelize(model, SINGLE, config))
     linears = [name for name in read_headers(folders / "qwen3") if name.endswith("_proj.weight")]
     assert figures.quantized_weights == sum(read_headers(folders / "qwen3")[name].numel for name in linears)
-    stored = sum(p.nbytes for n, p in model.named_parameters() if n.rpartition(".")[2] in ("codes", "scales", "group_scale"))
+    stored = sum(
+        p.nbytes for n, p in model.named_parameters() if n.rpartition(".")[2] in ("codes", "scales", "group_scale")
+    )
     assert figures.quantized_bytes == stored + 4 * len(linears)
 
 
@@ -125,7 +129,7 @@ def test_tensors_of_another_model_are_refused_by_name(folders: Path, tmp_path: P
     tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
     removed = tensors.pop("model.layers.2.self_attn.o_proj.weight")
     safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
-    with pytest.raises(UserError, match="no tensor model.layers.2.self_attn.o_proj.weight"):
+    with pytest.raises(UserError, match=r"no tensor model\.layers\.2\.self_attn\.o_proj\.weight"):
         loaded(tmp_path / "bad")
     tensors["model.layers.2.self_attn.o_proj.weight"] = removed[:50].clone()
     safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
@@ -137,7 +141,7 @@ def test_families_that_do_more_are_refused_by_name(folders: Path, tmp_path: Path
     shutil.copytree(folders / "llama", tmp_path / "gemma")
     config = json.loads((tmp_path / "gemma" / "config.json").read_text())
     (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
-    with pytest.raises(UserError, match="'gemma2'.*llama, qwen3"):
+    with pytest.raises(UserError, match=r"'gemma2'.*llama, qwen3"):
         build_model(config_for(tmp_path / "gemma"))
 
 

@@ -21,6 +21,8 @@ def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_pat
     largest_slice = max(segment.num_bytes for segment in read_headers(tmp_path / "model").values()) / RANKS
     for rank, figures in enumerate(measure(tmp_path / "model", world=RANKS)):
         over = figures.peak_bytes - figures.kept_bytes
-        assert over <= largest_slice + 64e6, f"rank {rank} took {over / MIB:.0f} MiB over its shard of {figures.kept_bytes / MIB:.0f}"
+        assert over <= largest_slice + 64e6, (
+            f"rank {rank} took {over / MIB:.0f} MiB over its shard of {figures.kept_bytes / MIB:.0f}"
+        )
         # Half of 131M bf16 weights of embedding and head, half of 631M at 4.127 bits, and 12 MB of fp32 adapters.
         assert figures.kept_bytes < 0.41 * parameters

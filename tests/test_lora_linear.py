@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close
 from torch import Tensor
 
+from closeness import assert_close
 from distlora_kernels import nf4, reference
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, lora_linear, project_down
 
@@ -26,7 +26,9 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tenso
 @pytest.mark.parametrize("per_row", [False, True])
 def test_gradients_are_those_of_the_function(with_bias: bool, per_row: bool) -> None:
     x, weight, a, b, bias = tensors((5, 24, 20, 4), torch.float64)
-    gate: Tensor | float = torch.tensor([[2.0, 2, 0, 0]] * 3 + [[0, 0, 0.5, 0.5], [0, 0, 0, 0]]).double() if per_row else 2.0
+    gate: Tensor | float = (
+        torch.tensor([[2.0, 2, 0, 0]] * 3 + [[0, 0, 0.5, 0.5], [0, 0, 0, 0]]).double() if per_row else 2.0
+    )
     leaves = [t.requires_grad_() for t in (x.view(1, 5, 24), a, b)]
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +40,9 @@ def test_gradients_are_those_of_the_function(with_bias: bool, per_row: bool) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_output_and_gradients_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int, int, int], packed: bool) -> None:
+def test_output_and_gradients_equal_the_reference(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], packed: bool
+) -> None:
     x, weight, a, b, bias = tensors(shape, dtype)
     frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
     dy = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -63,7 +67,9 @@ def test_output_and_gradients_equal_the_reference(dtype: torch.dtype, shape: tup
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
     x, weight, a, b, _ = tensors(shape, dtype)
     frozen = FrozenWeight((weight,), (shape[2], shape[1]))
     assert torch.equal(lora_linear(x, frozen, Adapter(a, torch.zeros_like(b), 4.0)), lora_linear(x, frozen))
@@ -93,7 +99,9 @@ def test_only_the_stored_parts_are_saved_for_backward() -> None:
     parts = tuple(torch.nn.Parameter(part, requires_grad=False) for part in nf4.nf4_quantize(weight))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x.requires_grad_(), FrozenWeight(parts, (256, 128)), Adapter(a.requires_grad_(), b.requires_grad_(), 1.0))
+        lora_linear(
+            x.requires_grad_(), FrozenWeight(parts, (256, 128)), Adapter(a.requires_grad_(), b.requires_grad_(), 1.0)
+        )
     own = [t for t in saved if t.numel() in {p.numel() for p in parts}]
     assert {id(t) for t in own} >= {id(p) for p in parts}
     assert not any(t.shape == weight.shape for t in saved)

@@ -1,4 +1,6 @@
-"""NF4 with double quantization: equal to bitsandbytes where its format is the definition, exactly nearest where it is ours."""
+"""NF4 with double quantization: equal to bitsandbytes where its format is the definition, exactly nearest where it is
+ours.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def random_weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
 
 
 def with_zero_block(weight: Tensor) -> Tensor:
-    """The first block zero, if there is another: for a tensor of one partial zero block bitsandbytes stores absmax 1e-38."""
+    """The first block zero, if there is another: for a tensor of one partial zero block bitsandbytes stores absmax
+    1e-38.
+    """
     flat = weight.clone().view(-1)
     if flat.numel() > 64:
         flat[:64] = 0

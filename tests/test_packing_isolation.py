@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import relative_error
-from test_loading import loaded
 
+from closeness import relative_error
 from distlora.config import AdapterConfig
 from distlora.model import CausalLM, materialize_buffers
+from test_loading import loaded
 
 LENGTHS = (17, 1, 30, 9)
 
@@ -29,7 +29,9 @@ def model_with_adapters(folder: Path) -> CausalLM:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
-def test_loss_and_gradients_of_packed_documents_equal_those_alone(folders: Path, name: str, checkpointing: bool) -> None:
+def test_loss_and_gradients_of_packed_documents_equal_those_alone(
+    folders: Path, name: str, checkpointing: bool
+) -> None:
     model = model_with_adapters(folders / name)
     for block in model.blocks:
         block.checkpointing = checkpointing

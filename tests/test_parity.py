@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from closeness import assert_adapters_close, assert_losses_close
-from small_models import make_run, read_metrics
 from torch import Tensor
-from worlds import World
 
+from closeness import assert_adapters_close, assert_losses_close
 from distlora import train
 from distlora.config import Config
 from distlora.parallel import Ranks, parallelize
+from small_models import make_run, read_metrics
+from worlds import World
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
@@ -65,7 +65,14 @@ def references(world: World, folders: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize(("model", "size", "settings", "parallel"), CELLS, ids=str)
 def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulation(
-    world: World, folders: Path, tmp_path: Path, references: dict[str, Any], model: str, size: int, settings: dict, parallel: dict
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    references: dict[str, Any],
+    model: str,
+    size: int,
+    settings: dict,
+    parallel: dict,
 ) -> None:
     make_run(tmp_path / "run", folders, model, train=settings, parallel=parallel)
     losses, adapter = outcome(world, size, tmp_path / "run")
@@ -101,7 +108,9 @@ def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, t
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_bf16_runs_on_two_ranks_equal_one_rank_within_bf16_rounding(world: World, folders: Path, tmp_path: Path) -> None:
+def test_bf16_runs_on_two_ranks_equal_one_rank_within_bf16_rounding(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
     losses = {}
     for size in (1, 2):
         make_run(tmp_path / str(size), folders, train={"dtype": "bf16", "micro_batch": 2})

@@ -10,10 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from closeness import assert_close
-from small_models import make_run
 from torch import Tensor
 
+from closeness import assert_close
 from distlora import train
 from distlora.config import load_config
 from distlora.loading.weights import load_base
@@ -21,9 +20,17 @@ from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
 from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_tensors
 from distlora.quant import FrozenLinear
+from small_models import make_run
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-TARGETS: list[Any] = ["all-linear", "attention", "qv", "mlp", ["o_proj"], r"model\.layers\.[02]\..*\.(q_proj|down_proj)"]
+TARGETS: list[Any] = [
+    "all-linear",
+    "attention",
+    "qv",
+    "mlp",
+    ["o_proj"],
+    r"model\.layers\.[02]\..*\.(q_proj|down_proj)",
+]
 
 
 @torch.no_grad()

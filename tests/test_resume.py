@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from closeness import assert_adapters_close, assert_losses_close
-from small_models import make_run, read_metrics, write_model_folder
 from torch import Tensor
-from worlds import World
 
+from closeness import assert_adapters_close, assert_losses_close
 from distlora import checkpoint, train
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from small_models import make_run, read_metrics, write_model_folder
+from worlds import World
 
 SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3}
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -71,7 +71,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole"), "each step once, with the same numbers"
 
 
-def test_resuming_on_another_number_of_ranks_keeps_the_order_and_the_numbers(world: World, folders: Path, tmp_path: Path) -> None:
+def test_resuming_on_another_number_of_ranks_keeps_the_order_and_the_numbers(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
     for name in ("whole", "moved"):
         make_run(tmp_path / name, folders, train=SETTINGS)
     world.run(1, run_until, run_dir=tmp_path / "whole", stop_before=None)
@@ -173,13 +175,21 @@ def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(folders: Path, tmp
     kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
     assert [folder.name for folder in kept] == ["step_00000008", "step_00000009"]
     files = {path.name for path in kept[-1].iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors", "state.json", "manifest.json"}
+    assert files == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "trainer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
     adapter_bytes = sum(tensor.nbytes for tensor in result(tmp_path / "run").values())
     # fp32 weights and two Adam moments, and a few kilobytes of names and settings.
     assert sum(path.stat().st_size for path in kept[-1].iterdir()) < 3 * adapter_bytes + 64_000
 
 
-def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path / "run", folders, train=SETTINGS)
 
     def full_disk(temporary: Path, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""A persistent world of four gloo ranks for the tests: importing torch and transformers costs seconds, so they do it once.
+"""A persistent world of four gloo ranks for the tests: importing torch and transformers costs seconds, so they do it
+once.
 
-`World.run(size, function, **arguments)` runs `function(ranks, **arguments)` on the first `size` ranks, as a process group
-of its own, and returns each rank's result. `function` must be importable (module level of a test file).
+`World.run(size, function, **arguments)` runs `function(ranks, **arguments)` on the first `size` ranks, as a process
+group of its own, and returns each rank's result. `function` must be importable (module level of a test file).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class World:
             connection.send((size, function, arguments))
         results = []
         for rank, connection in enumerate(self._connections[:size]):
-            assert connection.poll(TIMEOUT_SECONDS), f"rank {rank} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
+            assert connection.poll(TIMEOUT_SECONDS), (
+                f"rank {rank} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
+            )
             error, result = connection.recv()
             assert error is None, f"rank {rank} of {size} failed:\n{error}"
             results.append(result)
@@ -57,7 +60,9 @@ def start_world() -> Iterator[World]:
 
 
 def _serve(rank: int, port: int, connection: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(SIZE))
+    os.environ.update(
+        OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(SIZE)
+    )
     import torch
     import torch.distributed as dist
 

@@ -110,20 +110,26 @@ def _collect(target: Any, arguments: list[tuple[Any, ...]]) -> list[Figures]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=LLAMA_700M["num_hidden_layers"], help="decoder blocks of the model")
+    parser.add_argument(
+        "--layers", type=int, default=LLAMA_700M["num_hidden_layers"], help="decoder blocks of the model"
+    )
     layers = parser.parse_args().layers
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         parameters = write_random_checkpoint(folder, LLAMA_700M | {"num_hidden_layers": layers}, num_shards=4)
-        print(f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization, on {RANKS} threads.\n")
+        print(
+            f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization, on {RANKS} threads.\n"
+        )
         by_rank, peer = measure(folder, world=RANKS), measure_peer(folder)
     mib = 2**20
     print("| | seconds | peak anonymous MiB a process | of the model, MiB a process |\n|--|--|--|--|")
     slowest = max(by_rank, key=lambda figures: figures.seconds)
     largest = max(by_rank, key=lambda figures: figures.peak_bytes)
-    print(f"| distlora, {RANKS} ranks | {slowest.seconds:.1f} | {largest.peak_bytes / mib:.0f} | {largest.kept_bytes / mib:.0f} |")
-    print(f"| transformers + bitsandbytes | {peer.seconds:.1f} | {peer.peak_bytes / mib:.0f} | {peer.kept_bytes / mib:.0f} |")
-    print(f"\nTheirs takes {peer.seconds / slowest.seconds:.1f} times as long and {peer.peak_bytes / largest.peak_bytes:.1f} times the memory.")
+    mine = Figures(slowest.seconds, largest.peak_bytes, largest.kept_bytes)
+    for name, row in ((f"distlora, {RANKS} ranks", mine), ("transformers + bitsandbytes, one process", peer)):
+        print(f"| {name} | {row.seconds:.1f} | {row.peak_bytes / mib:.0f} | {row.kept_bytes / mib:.0f} |")
+    time_ratio, memory_ratio = peer.seconds / mine.seconds, peer.peak_bytes / mine.peak_bytes
+    print(f"\nTheirs takes {time_ratio:.1f} times as long and {memory_ratio:.1f} times the memory a process.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Peak anonymous memory of this process over a stretch of work: what counts against a job's limit and cannot be dropped."""
+"""Peak anonymous memory of this process over a stretch of work: what counts against a job's limit and cannot be
+dropped.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A rank's own rows of one weight: read, quantized and written into the shard, one chunk of groups at a time.
 
-Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's own blocks (1/64 of
-its weights), kept until the offset is known.
+Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's own blocks
+(1/64 of its weights), kept until the offset is known.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ CHUNK_ELEMENTS = CHUNK_GROUPS * nf4.GROUP
 
 
 @torch.no_grad()
-def quantize_into(linear: FrozenLinear, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str) -> None:
+def quantize_into(
+    linear: FrozenLinear, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
+) -> None:
     """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized linear.
 
-    The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must call
-    it for every tensor, in the same order: the offset is the mean over all of them. Raises UserError for NaN or Inf.
+    The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
+    call it for every tensor, in the same order: the offset is the mean over all of them. Raises UserError for NaN or
+    Inf.
     """
     numel = linear.in_features * linear.out_features
     codes, first_group = backend.local_rows(linear.codes)
@@ -42,14 +45,16 @@ def quantize_into(linear: FrozenLinear, segments: Sequence[Segment], reader: Rea
         codes[row : row + len(chunk_codes)] = chunk_codes
         absmax[row : row + len(chunk_codes)] = chunk_absmax
     if not bool(torch.isfinite(absmax).all()):
-        raise UserError(f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again")
+        raise UserError(
+            f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again"
+        )
 
     offset = torch.tensor(_offset(absmax, linear, backend), dtype=torch.float32, device=codes.device)
     own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
     scales, group_scale = nf4.quantize_absmax(absmax, offset, own_blocks)
     backend.local_rows(linear.scales)[0].copy_(scales)
     backend.local_rows(linear.group_scale)[0].copy_(group_scale)
-    linear.offset.copy_(offset)  # type: ignore[operator, union-attr]
+    linear.offset.copy_(offset)  # type: ignore[operator]
 
 
 def _offset(absmax: torch.Tensor, linear: FrozenLinear, backend: Backend) -> float:
@@ -64,7 +69,9 @@ def _offset(absmax: torch.Tensor, linear: FrozenLinear, backend: Backend) -> flo
 
 
 @torch.no_grad()
-def copy_into(parameter: nn.Parameter, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str) -> None:
+def copy_into(
+    parameter: nn.Parameter, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
+) -> None:
     """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf."""
     local, first_row = backend.local_rows(parameter)
     row_size = math.prod(parameter.shape[1:])

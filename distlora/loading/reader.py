@@ -1,6 +1,7 @@
 """Exact byte ranges of a parameter, by pread, a little ahead of their use.
 
-pread and not mmap: mapped pages count against a job's memory limit. A chunk is read while the one before it is quantized.
+pread and not mmap: mapped pages count against a job's memory limit. A chunk is read while the one before it is
+quantized.
 """
 
 from __future__ import annotations
@@ -68,5 +69,7 @@ class Reader:
         while view:
             got = os.preadv(self._files[file], [view], offset)
             if got == 0:
-                raise OSError(f"{file} ended at byte {offset:,} while it was read; it was changed after the run started")
+                raise OSError(
+                    f"{file} ended at byte {offset:,} while it was read; it was changed after the run started"
+                )
             view, offset = view[got:], offset + got

@@ -62,11 +62,15 @@ def read_headers(folder: Path) -> dict[str, Segment]:
     shards = sorted(set(weight_map.values()))
     for number, shard in enumerate(shards, start=1):
         if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard} is missing: shard {number} of {len(shards)} that {INDEX_NAME} names; download it again")
+            raise UserError(
+                f"{folder / shard} is missing: shard {number} of {len(shards)} in {INDEX_NAME}; download it again"
+            )
         tensors |= read_header(folder / shard)
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
-        raise UserError(f"{folder}: {INDEX_NAME} names {absent[0]} ({len(absent)} in all), which no shard holds; download it again")
+        raise UserError(
+            f"{folder}: {INDEX_NAME} names {absent[0]} ({len(absent)} in all), which no shard holds; download it again"
+        )
     return tensors
 
 
@@ -77,7 +81,9 @@ def read_header(file: Path) -> dict[str, Segment]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length + 8 > size:
-            raise UserError(f"{file} is truncated or damaged: its header does not fit into its {size:,} bytes; download it again")
+            raise UserError(
+                f"{file} is truncated or damaged: its header does not fit into its {size:,} bytes; download it again"
+            )
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -93,14 +99,20 @@ def read_header(file: Path) -> dict[str, Segment]:
                 for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is no safetensors file: its header is damaged ({error!r}); download it again") from error
+            raise UserError(
+                f"{file} is no safetensors file: its header is damaged ({error!r}); download it again"
+            ) from error
     for name, segment in segments.items():
         if segment.offset + segment.num_bytes > size:
             raise UserError(
-                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; download it again"
+                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; "
+                "download it again"
             )
         if segment.num_bytes != segment.numel * DTYPE_BYTES.get(segment.dtype, 0) and segment.dtype in DTYPE_BYTES:
-            raise UserError(f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {list(segment.shape)}; download it again")
+            raise UserError(
+                f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {list(segment.shape)}; "
+                "download it again"
+            )
     return segments
 
 

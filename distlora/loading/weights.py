@@ -1,4 +1,6 @@
-"""The base's weights from a checkpoint folder into the shards of a parallelized model: each rank reads its own bytes alone."""
+"""The base's weights from a checkpoint folder into the shards of a parallelized model: each rank reads its own bytes
+alone.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class Loaded:
 
 
 def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
-    """Fill every parameter of the base from `folder`. Raises UserError for a missing, misshapen or non-finite tensor."""
+    """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor."""
     began = time.monotonic()
     headers = read_headers(Path(folder))
     adapters = set(adapter_parameters(model))
@@ -56,7 +58,9 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
                 is_packed = isinstance(module, FrozenLinear) and own in _PACKED
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
-                copy_into(parameter, [_find(headers, hf_name(full), tuple(parameter.shape))], reader, backend, hf_name(full))
+                copy_into(
+                    parameter, [_find(headers, hf_name(full), tuple(parameter.shape))], reader, backend, hf_name(full)
+                )
         bytes_read = reader.bytes_read
     _check_bits(model, quantized_weights, quantized_bytes)
     return Loaded(time.monotonic() - began, bytes_read, quantized_weights, quantized_bytes)
@@ -66,9 +70,14 @@ def _find(headers: dict[str, Segment], name: str, shape: tuple[int, ...]) -> Seg
     """A tensor by its Hugging Face name; UserError when it is absent or not what config.json promises."""
     segment = headers.get(name)
     if segment is None:
-        raise UserError(f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's folder?")
+        raise UserError(
+            f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's folder?"
+        )
     if segment.shape != shape:
-        raise UserError(f"{name} has shape {list(segment.shape)} on disk and {list(shape)} by config.json; they belong to different models")
+        raise UserError(
+            f"{name} has shape {list(segment.shape)} on disk and {list(shape)} by config.json; "
+            "they belong to different models"
+        )
     if segment.dtype not in SOURCE_DTYPES:
         raise UserError(f"{name} is stored as {segment.dtype}; weights are read from {', '.join(SOURCE_DTYPES)}")
     return segment
@@ -77,5 +86,7 @@ def _find(headers: dict[str, Segment], name: str, shape: tuple[int, ...]) -> Seg
 def _check_bits(model: nn.Module, weights: int, stored: int) -> None:
     """Planned == actual bytes: nothing that should be packed stayed 16-bit, and no group was lost."""
     linears = [m for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized]
-    planned = sum(nf4.bits_per_weight(m.in_features * m.out_features) * m.in_features * m.out_features / 8 for m in linears)
+    planned = sum(
+        nf4.bits_per_weight(m.in_features * m.out_features) * m.in_features * m.out_features / 8 for m in linears
+    )
     assert stored == round(planned), f"{weights:,} weights take {stored:,} bytes, planned {planned:,.0f}"

@@ -1,6 +1,7 @@
 """Sharding and gradient reduction: `parallelize` is the one place that knows about ranks.
 
-Model files never import torch.distributed, and the trainer never asks which backend it has: what both may see is `Backend`.
+Model files never import torch.distributed, and the trainer never asks which backend it has: what both may see is
+`Backend`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Backend:
     def reduce_gradients_of(self, parameters: list[nn.Parameter], bucket_mb: float) -> None:
         """Own the gradients of these replicated parameters (in forward order) from now on."""
         bucket_bytes = int(bucket_mb * 2**20)
-        self._reducer = GradientReducer(parameters, group=self.ranks.group, bucket_bytes=bucket_bytes, traffic=self.traffic)
+        self._reducer = GradientReducer(
+            parameters, group=self.ranks.group, bucket_bytes=bucket_bytes, traffic=self.traffic
+        )
 
     @property
     def reducer(self) -> GradientReducer:

@@ -23,7 +23,12 @@ class GradientReducer:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, group: dist.ProcessGroup | None, bucket_bytes: int, traffic: Traffic
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        group: dist.ProcessGroup | None,
+        bucket_bytes: int,
+        traffic: Traffic,
     ) -> None:
         self._group, self._traffic = group, traffic
         self._buckets: list[Tensor] = []

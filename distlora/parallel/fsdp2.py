@@ -1,7 +1,7 @@
 """FSDP2 over the frozen base: each block is a unit, gathered as packed bytes; adapters stay outside, replicated.
 
-Units: every Block; the embedding and the head, one unit where they are tied; the final norm in the root. No mixed-precision
-policy: it would round the fp32 scales. Facts behind each line are in this folder's README.md.
+Units: every Block; the embedding and the head, one unit where they are tied; the final norm in the root. No
+mixed-precision policy: it would round the fp32 scales. Facts behind each line are in this folder's README.md.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, *, prefetch: bool, traffic: Traffic
             module.set_unshard_in_backward(False)
     if prefetch:
         for block, following in zip(model.blocks, model.blocks[1:], strict=False):
-            assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
+            assert isinstance(block, FSDPModule)
+            assert isinstance(following, FSDPModule)
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])

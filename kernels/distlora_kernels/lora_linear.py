@@ -3,7 +3,8 @@
 Two rules make the same function work under FSDP2, ZeRO-3 and none (README.md):
 - it saves the weight's Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward: so
   their storage may be freed after forward and refilled before backward;
-- the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is already
+- the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is
+already
   rounded to bf16, an update below half an ulp would vanish.
 
 Letters: M rows, I in features, O out features, R rank (all adapters of the linear side by side).
@@ -37,7 +38,8 @@ class FrozenWeight(NamedTuple):
 class Adapter(NamedTuple):
     """What a linear adds: a (R, I) and b (O, R), fp32 masters, and the gate on x A^T.
 
-    gate: the scale s, or (M, R) when several adapters stand side by side: s where a row uses the column's adapter, else 0.
+    gate: the scale s, or (M, R) when several adapters stand side by side: s where a row uses the column's adapter, else
+    0.
     """
 
     a: Tensor
@@ -48,7 +50,8 @@ class Adapter(NamedTuple):
 def project_down(x: Tensor, downs: list[Tensor]) -> list[Tensor]:
     """X A^T for several adapters of one input, X read once: x (..., I), downs (R_i, I) -> (M, R_i) each, in x's dtype.
 
-    Without gradient: it only saves `lora_linear` the work when its result is passed as `xa`; the gradient is lora_linear's.
+    Without gradient: it only saves `lora_linear` the work when its result is passed as `xa`; the gradient is
+    lora_linear's.
     """
     with torch.no_grad():
         stacked = torch.cat([down.to(x.dtype) for down in downs]) if len(downs) > 1 else downs[0].to(x.dtype)
@@ -56,12 +59,17 @@ def project_down(x: Tensor, downs: list[Tensor]) -> list[Tensor]:
 
 
 def lora_linear(
-    x: Tensor, weight: FrozenWeight, adapter: Adapter | None = None, *, bias: Tensor | None = None, xa: Tensor | None = None
+    x: Tensor,
+    weight: FrozenWeight,
+    adapter: Adapter | None = None,
+    *,
+    bias: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> Tensor:
     """x (..., I) -> (..., O) in x's dtype; gradients for x, a and b, never for the weight or the bias.
 
-    adapter=None is the base alone. `xa` is project_down's result for this adapter, if the caller has it. GEMMs run in x's
-    dtype with fp32 accumulation; the adapter's gradients are fp32 like its masters.
+    adapter=None is the base alone. `xa` is project_down's result for this adapter, if the caller has it. GEMMs run in
+    x's dtype with fp32 accumulation; the adapter's gradients are fp32 like its masters.
     """
     a, b, gate = adapter if adapter is not None else (None, None, 0.0)
     return _LoRALinear.apply(x, a, b, gate, bias, xa, weight.shape, *weight.parts)

@@ -2,7 +2,8 @@
 
 A quantized weight is four tensors (README.md has the byte layout):
     codes (G, 8192) uint8, scales (G, 256) uint8, group_scale (G,) fp32, offset () fp32
-All but the offset share dim 0 = G groups of 16,384 weights, so a cut there is a cut at a group boundary in each of them.
+All but the offset share dim 0 = G groups of 16,384 weights, so a cut there is a cut at a group boundary in each of
+them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
-from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, absmax_group_sums, num_groups, quantize_absmax
+from distlora_kernels.reference import (
+    BLOCK,
+    BLOCKS_PER_GROUP,
+    GROUP,
+    GROUP_BYTES,
+    absmax_group_sums,
+    num_groups,
+    quantize_absmax,
+)
 
 __all__ = [
     "BLOCK",
@@ -38,7 +47,8 @@ _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """First level of a run of whole groups: flat (n,) fp32, bf16 or fp16 -> codes (G, 8192) uint8, absmax (G, 256) fp32.
+    """First level of a run of whole groups: flat (n,) fp32, bf16 or fp16 -> codes (G, 8192) uint8, absmax (G, 256)
+    fp32.
 
     Equal to bitsandbytes byte for byte. n need not be a multiple of 16,384: the last group is padded with codes of 0.
     """
@@ -61,7 +71,9 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, which NF4 cannot represent")
     num_blocks = -(-weight.numel() // BLOCK)
-    offset = torch.tensor(absmax_offset(absmax_group_sums(absmax), num_blocks), dtype=torch.float32, device=weight.device)
+    offset = torch.tensor(
+        absmax_offset(absmax_group_sums(absmax), num_blocks), dtype=torch.float32, device=weight.device
+    )
     scales, group_scale = quantize_absmax(absmax, offset, num_blocks)
     return codes, scales, group_scale, offset
 
@@ -74,11 +86,17 @@ def nf4_dequantize(
     Equal to bitsandbytes bit for bit from the same stored bytes. Raises RuntimeError for parts that do not fit `shape`.
     """
     groups = num_groups(math.prod(shape))
-    fits = codes.shape == (groups, GROUP_BYTES) and scales.shape == (groups, BLOCKS_PER_GROUP) and group_scale.shape == (groups,)
+    fits = (
+        codes.shape == (groups, GROUP_BYTES)
+        and scales.shape == (groups, BLOCKS_PER_GROUP)
+        and group_scale.shape == (groups,)
+    )
     torch._check(
         fits,
-        lambda: f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
-        f"group_scale {tuple(group_scale.shape)}",
+        lambda: (
+            f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
+            f"group_scale {tuple(group_scale.shape)}"
+        ),
     )
     dequantize = nf4_cpu.dequantize if codes.device.type == "cpu" else reference.nf4_dequantize
     return dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)

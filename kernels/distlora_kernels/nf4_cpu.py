@@ -51,7 +51,9 @@ def dequantize(
         # As rows of one block each: for rows of 32, 96, 160... weights bitsandbytes 0.50's kernel takes a wrong absmax.
         blocks = (numel // BLOCK, BLOCK)
         packed = codes.view(-1)[: numel // 2]
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: blocks[0]], BLOCK, "nf4", blocks, dtype).view(shape)
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: blocks[0]], BLOCK, "nf4", blocks, dtype).view(
+            shape
+        )
     weights = _byte_values()[codes.view(-1).int()].view(-1, BLOCK).mul_(absmax[:, None])
     return weights.view(-1)[:numel].view(shape).to(dtype)
 

@@ -71,8 +71,9 @@ def num_groups(numel: int) -> int:
 def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     """First level: flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32.
 
-    code = nearest NF4 level of w / absmax, ties to the lower index; the first of two weights is the high nibble. Padding
-    and all-zero blocks get absmax 0 and codes 7. NaN and Inf show as non-finite absmax; their codes mean nothing.
+    code = nearest NF4 level of w / absmax, ties to the lower index; the first of two weights is the high nibble.
+    Padding and all-zero blocks get absmax 0 and codes 7. NaN and Inf show as non-finite absmax; their codes mean
+    nothing.
     """
     groups = num_groups(flat.numel())
     padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device)
@@ -127,11 +128,13 @@ def nf4_dequantize(
     return weights.view(-1)[: torch.Size(shape).numel()].view(shape).to(dtype)
 
 
-def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | float, bias: Tensor | None = None) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | float, bias: Tensor | None = None
+) -> Tensor:
     """y = x W^T + (gate * (x A^T)) B^T + bias. x (..., I), weight (O, I), a (R, I), b (O, R); y (..., O) in x's dtype.
 
-    `gate` is the scale s of one adapter, or (M, R) for several adapters side by side in a and b: s where the row uses the
-    column's adapter, 0 elsewhere.
+    `gate` is the scale s of one adapter, or (M, R) for several adapters side by side in a and b: s where the row uses
+    the column's adapter, 0 elsewhere.
     """
     flat = x.flatten(0, -2)
     delta = (flat @ a.to(x.dtype).T * gate).to(x.dtype) @ b.to(x.dtype).T

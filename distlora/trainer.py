@@ -38,7 +38,7 @@ class _Interval:
 
 
 class Trainer:
-    """The steps of a run, from wherever it stands. `save(step, evaluations)` writes a checkpoint; every rank calls it."""
+    """The steps of a run, from wherever it stands. Every rank calls `save(step, evaluations)` to write a checkpoint."""
 
     def __init__(
         self,

@@ -1,0 +1,36 @@
+# Everything is set up by the first target that needs it: `make demo` on a fresh machine is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format bench-load clean
+
+demo: $(READY)
+	$(BIN)/distlora demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Loading into 4-bit beside transformers + bitsandbytes, one run, one table.
+bench-load: $(READY)
+	$(BIN)/python -m distlora.bench.load
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora import train
+from distlora.adapters import reset_adapters
 from distlora.config import load_config
 from distlora.loading.weights import load_base
 from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
@@ -21,6 +23,7 @@ from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_tensors
 from distlora.quant import FrozenLinear
 from small_models import make_run
+from test_loading import config_for, loaded
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 TARGETS: list[Any] = [
@@ -120,3 +123,17 @@ def test_peft_reads_our_config_as_it_was_set(folders: Path, tmp_path: Path) -> N
     assert (read.r, read.lora_alpha, read.use_rslora) == (6, 12.0, False)
     assert read.target_modules == {"gate_proj", "up_proj", "down_proj"}
     assert read.base_model_name_or_path == str(folders / "llama")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fresh_adapter_leaves_the_model_bit_for_bit(folders: Path, tokens: Tensor, dtype: str) -> None:
+    """At step 0 our path with the adapter equals our path without it: rows that choose none."""
+    sections: dict[str, Any] = {"adapter": {"target_modules": "all-linear"}, "train": {"dtype": dtype}}
+    model, backend = loaded(folders / "qwen3", **sections)
+    materialize_buffers(model, backend.ranks.device)
+    reset_adapters(model.adapted_linears(), config_for(folders / "qwen3", **sections).adapter, seed=0)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with_adapter = model.hidden_states(tokens, positions)
+    for _, linear in model.adapted_linears():
+        linear.forward = functools.partial(FrozenLinear.forward, linear)  # type: ignore[method-assign]
+    assert torch.equal(with_adapter, model.hidden_states(tokens, positions))

@@ -60,7 +60,7 @@ def verdict(figures: Mapping[str, float]) -> str:
     return (
         f"The held-out loss fell by {before - after:.2f} nats: the tuned model gives the words of the true answers\n"
         f"{2.718281828 ** (before - after):,.1f} times the probability, token by token, on documents it never saw.\n"
-        "A base of 4 million parameters that read for two minutes still answers in broken English."
+        "A base of 2.5 million parameters that read for two minutes still answers in broken English."
     )
 
 

@@ -28,9 +28,9 @@ QLORA = (
     "train.global_batch=8",
     "train.micro_batch=4",
     "train.checkpointing=none",
-    "train.max_steps=200",
+    "train.max_steps=160",
     "train.log_every=5",
-    "optim.lr=2e-3",
+    "optim.lr=4e-3",
 )
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     if base.is_dir():
         say(f"2/3  Base: kept from an earlier demo, {base}")
     else:
-        say("2/3  Base: a Llama of 4 million parameters, pretrained from random weights (adapter=full)")
+        say("2/3  Base: a Llama of 2.5 million parameters, pretrained from random weights (adapter=full)")
         code = make_base(corpus, base, processes)
         if code != 0:
             return code

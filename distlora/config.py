@@ -41,6 +41,10 @@ def _positive(section: str, config: Any, *names: str) -> None:
         )
 
 
+MODEL_FAMILIES = ("llama", "qwen3")
+"""model_type values whose ForCausalLM.forward is decoder, linear head and nothing more (read in transformers 5)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     path: str

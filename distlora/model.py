@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, RowChoice, link_shared_inputs
 from distlora.blocks import Block
-from distlora.config import Config, UserError
+from distlora.config import MODEL_FAMILIES, Config, UserError
 from distlora.head import LossHead
 from distlora.quant import FrozenLinear
 from distlora.targets import select_targets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-FAMILIES = ("llama", "qwen3")
-"""model_type values whose ForCausalLM.forward is decoder, linear head and nothing more (read in transformers 5)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -106,10 +103,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hf_config.model_type not in FAMILIES:
+    if hf_config.model_type not in MODEL_FAMILIES:
         raise UserError(
             f"model_type {hf_config.model_type!r} of {folder} is not supported; "
-            f"this version takes {', '.join(FAMILIES)}"
+            f"this version takes {', '.join(MODEL_FAMILIES)}"
         )
     return hf_config
 

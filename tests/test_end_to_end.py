@@ -1,4 +1,4 @@
-"""The commands that a user types, as processes: `distlora train` on chats and a local model, kill -9, `distlora resume`."""
+"""The commands that a user types, as processes: `distlora train` on chats, a worker killed by -9, and `resume`."""
 
 from __future__ import annotations
 

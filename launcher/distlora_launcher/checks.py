@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from distlora.config import Config, UserError, nearest
+from distlora.config import MODEL_FAMILIES, Config, UserError, nearest
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.targets import select_targets
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
 HEAD_LINES = 1000
 """Lines of a data file that are read here; the preparation process reads them all."""
 
@@ -115,8 +114,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise UserError(f"{path} is not a JSON object; download it again")
     model_type = model.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        families = ", ".join(SUPPORTED_MODEL_TYPES) + nearest(str(model_type), SUPPORTED_MODEL_TYPES)
+    if model_type not in MODEL_FAMILIES:
+        families = ", ".join(MODEL_FAMILIES) + nearest(str(model_type), MODEL_FAMILIES)
         raise UserError(f"{path}: model_type={model_type!r} is not supported; the supported families are {families}")
     if "quantization_config" in model:
         raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,10 @@ def table(figures: Mapping[str, float], ranks: int, seconds: float) -> str:
     """The figures of the run, a line each. `seconds`: the whole demo."""
     gathered, as_bf16 = figures["gathered_bytes_per_step"], figures["gathered_bytes_per_step_bf16"]
     # One process holds the whole base and gathers nothing.
-    wire = f"{size(gathered)}; in bf16 it would be {size(as_bf16)}, {as_bf16 / gathered:.1f}x" if gathered else "none"
+    as_16_bit = (
+        f"{size(as_bf16)} ({as_bf16 / gathered:.1f}x) if the blocks were bf16, as the embedding is" if gathered else ""
+    )
+    wire = f"{size(gathered)}; {as_16_bit}" if gathered else "none"
     rows = {
         "held-out loss, base": f"{figures['base_eval_loss']:.3f} nats a token",
         "held-out loss, tuned": f"{figures['eval_loss']:.3f} nats a token",
@@ -59,20 +64,20 @@ def verdict(figures: Mapping[str, float]) -> str:
         return "Fine-tuning did not lower the held-out loss here, which it should: please report it."
     return (
         f"The held-out loss fell by {before - after:.2f} nats: the tuned model gives the words of the true answers\n"
-        f"{2.718281828 ** (before - after):,.1f} times the probability, token by token, on documents it never saw.\n"
+        f"{math.exp(before - after):,.1f} times the probability, token by token, on documents it never saw.\n"
         "A base of 2.5 million parameters that read for two minutes still answers in broken English."
     )
 
 
 def sample_text(sample: Sample) -> str:
-    return "\n".join(
-        [
-            f"  question     {sample.question}",
-            f"  docstring    {sample.reference}",
-            f"  base         {sample.before or '(nothing)'}",
-            f"  tuned        {sample.after or '(nothing)'}",
-        ]
-    )
+    """Four lines; a long answer is cut, as a small model that has lost its thread repeats itself."""
+    rows = {
+        "question": sample.question,
+        "docstring": sample.reference,
+        "base": sample.before or "(nothing)",
+        "tuned": sample.after or "(nothing)",
+    }
+    return "\n".join(f"  {name:9}  {textwrap.shorten(text, 160, placeholder=' ...')}" for name, text in rows.items())
 
 
 def next_commands(base: Path, run_dir: Path) -> str:

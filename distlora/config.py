@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(
-            value is None or value > 0, f"{section}.{name}={value} must be positive; set {section}.{name}=1 or more"
+            value is None or 0 < value < math.inf,
+            f"{section}.{name}={value} must be positive; set {section}.{name} to a number above 0",
         )
 
 
@@ -259,7 +261,7 @@ class TrainConfig:
                 value in choices,
                 f"train.{name}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}",
             )
-        _require(self.seed >= 0, f"train.seed={self.seed} is negative; set train.seed=0 or more")
+        _require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,8 +28,8 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class RowChoice:
     """Which adapter each row of the block's current micro-batch uses: an index into the adapters, -1 for none.
 
-    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses the
-    first.
+    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses
+    the only adapter.
     """
 
     def __init__(self) -> None:
@@ -95,6 +95,7 @@ class AdaptedLinear(FrozenLinear):
         self.adapters = nn.ModuleDict()
         self.row_choice = rows
         self.shared_input: SharedInput | None = None
+        self._columns: tuple[Tensor, Tensor] | None = None
 
     @property
     def pairs(self) -> list[LoRAPair]:
@@ -102,6 +103,7 @@ class AdaptedLinear(FrozenLinear):
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         self.adapters[name] = LoRAPair(self.in_features, self.out_features, config)
+        self._columns = None
 
     def stacked_down(self) -> Tensor:
         """(R, in): the A of all adapters, one below the other."""
@@ -122,10 +124,12 @@ class AdaptedLinear(FrozenLinear):
             if len(pairs) > 1:
                 raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
             return pairs[0].scaling
-        ranks = [pair.A.shape[0] for pair in pairs]
-        owner = torch.tensor([index for index, rank in enumerate(ranks) for _ in range(rank)], device=x.device)
-        scale = torch.tensor([pair.scaling for pair, rank in zip(pairs, ranks, strict=True) for _ in range(rank)])
-        gate = torch.where(rows[:, None] == owner[None, :], scale.to(x.device), 0.0)
+        if self._columns is None:  # Copied to the device once, not in every step.
+            columns = [(index, pair.scaling) for index, pair in enumerate(pairs) for _ in range(pair.A.shape[0])]
+            owners, scales = zip(*columns, strict=True)
+            self._columns = torch.tensor(owners, device=x.device), torch.tensor(scales, device=x.device)
+        owner, scale = self._columns
+        gate = torch.where(rows[:, None] == owner[None, :], scale, 0.0)
         return gate.repeat_interleave(x.shape[:-1].numel() // rows.shape[0], dim=0)
 
 

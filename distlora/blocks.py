@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.inner = inner
         self.row_choice = rows
         self.adapter_rows: Tensor | None = None
-        """(B,) index of each row's adapter, -1 for none; None: all rows use the first."""
+        """(B,) index of each row's adapter, -1 for none; None: all rows use the only one."""
         self.num_micro = 1
         """Slices of the batch; must divide it."""
         self.checkpointing = False

@@ -28,18 +28,36 @@ from distlora.config import UserError
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainState:
-    """state.json: where training stands, and what its bits depend on."""
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come."""
 
-    step: int
+    step: int = 0
     """Optimizer steps done; the data position follows from it."""
     evaluations: dict[int, float] = field(default_factory=dict)
-    """Held-out loss by step."""
+    """Held-out loss, nats a target token, by the number of steps done."""
+    seconds: float = 0.0
+    """Wall time of the steps, evaluation and saving left out."""
+    tokens: int = 0
+    """Tokens of the steps, over all ranks, padding included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What a checkpoint belongs to: resuming on anything else would be another run."""
+
     base_fingerprint: str
     """`loading.segments.fingerprint` of the base."""
     data_cache: str
     """Name of the tokenized cache, which is its content's hash."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """state.json."""
+
+    progress: Progress
+    identity: Identity
     environment: dict[str, Any]
     """`environment()` of the saving run: bit-exact continuation is claimed where it is equal."""
 
@@ -59,24 +77,27 @@ def environment(world: int, device: torch.device) -> dict[str, Any]:
 def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], state: TrainState) -> None:
     """Write a checkpoint folder: each of `files` is tensors (*.safetensors) or JSON (*.json) by name.
 
-    The folder appears complete or not at all; an older one of the same name is replaced.
+    The folder appears complete or not at all; an older one of the same name is set aside first, then removed.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_files(temporary, {**files, STATE_NAME: asdict(state)})
     sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.base_fingerprint}})
+    write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.identity.base_fingerprint}})
     publish(temporary, folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished temporary folder its name; the name stands for a whole folder from then on."""
     _sync(temporary)
+    replaced = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(replaced)
     temporary.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]]) -> None:
@@ -115,29 +136,30 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 def load_state(folder: Path) -> TrainState:
     values = json.loads((folder / STATE_NAME).read_text())
-    values["evaluations"] = {int(step): loss for step, loss in values["evaluations"].items()}
-    return TrainState(**values)
+    progress = Progress(**values["progress"])
+    progress.evaluations = {int(step): loss for step, loss in progress.evaluations.items()}  # JSON's keys are text.
+    return TrainState(progress=progress, identity=Identity(**values["identity"]), environment=values["environment"])
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / name)
 
 
-def check_matches(state: TrainState, folder: Path, *, base_fingerprint: str, data_cache: str) -> None:
+def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:
     """Raises UserError when the checkpoint was made from another base or other data."""
-    if state.base_fingerprint != base_fingerprint:
+    if state.identity.base_fingerprint != identity.base_fingerprint:
         raise UserError(
             f"{folder} belongs to another base model: the weights at model.path have changed since; restore them"
         )
-    if state.data_cache != data_cache:
+    if state.identity.data_cache != identity.data_cache:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")
 
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, or None."""
     try:
-        sums = json.loads((folder / MANIFEST_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        sums = dict(json.loads((folder / MANIFEST_NAME).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_NAME}: {error}"
     for name, expected in sums.items():
         if not (folder / name).is_file():

@@ -7,6 +7,7 @@ block sits in a `Block`, and the head is a `LossHead`. What a family does beyond
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,9 +76,8 @@ class CausalLM(nn.Module):
             self.head.weight = self.embedding.get_parameter("weight")
 
     def hf_state_dict(self) -> dict[str, nn.Parameter]:
-        """Every parameter of an unquantized, unadapted model by its Hugging Face name; a tied head is left out."""
-        tied = self.tied
-        return {hf_name(name): p for name, p in self.named_parameters() if not (tied and name == "head.weight")}
+        """Every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
+        return {hf_name(name): parameter for name, parameter in self.named_parameters()}
 
     def set_num_micro(self, num_micro: int) -> None:
         """Run every block's batch in this many slices from now on."""
@@ -120,7 +120,10 @@ def build_model(config: Config) -> CausalLM:
     # Full fine-tuning keeps fp32 masters and computes under autocast; frozen weights are in the run's dtype.
     dtype = torch.float32 if full else DTYPES[config.train.dtype]
     with torch.device("meta"):
-        hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        # A copy, because from_config writes the dtype into the config that it is given.
+        hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, attn_implementation="sdpa")
+    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.
+    hf_model.eval()
     decoder = hf_model.get_decoder()
     if not full:
         hf_model.requires_grad_(False)
@@ -158,7 +161,15 @@ def _replace_linears(layers: nn.ModuleList, choices: list[RowChoice], config: Co
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:
-    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies, from the config."""
+    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies, from the config.
+
+    Raises UserError for any other buffer that no checkpoint fills: it would hold whatever the memory held.
+    """
+    for name, _ in model.named_buffers():
+        if not (name.endswith(".offset") or ".rotary_emb." in name):
+            raise UserError(
+                f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill"
+            )
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":
             model.decoder.set_submodule(name, type(module)(config=model.hf_config).to(device))

@@ -45,7 +45,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`: moments go to their parameter's device, the step count stays where it was."""
+    """The inverse of `optimizer_tensors`: everything goes to its parameter's device."""
     for name, tensor in tensors.items():
         key, _, path = name.partition("/")
         parameter = parameters[path]

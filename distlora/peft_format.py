@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config
-from distlora.model import CausalLM
+from distlora.model import CausalLM, hf_name
+from distlora.quant import FrozenLinear
+from distlora.targets import select_targets
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -26,9 +28,8 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     return tensors
 
 
-def adapter_config(config: Config, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> dict[str, Any]:
+def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
     """adapter_config.json as PEFT's LoraConfig reads it."""
-    paths = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -41,18 +42,13 @@ def adapter_config(config: Config, tensors: dict[str, Tensor] | dict[str, nn.Par
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": "gaussian" if config.adapter.init == "gaussian" else True,
-        "target_modules": _target_modules(paths),
+        "target_modules": _target_modules(model),
     }
 
 
-def _target_modules(paths: set[str]) -> list[str]:
-    """Last names where every block has the same ones (as PEFT matches them), else whole paths."""
-    last_names: dict[str, set[str]] = {}
-    for path in paths:
-        layer, _, name = path.removeprefix("model.layers.").partition(".")
-        last_names.setdefault(layer, set()).add(name)
-    same = len({frozenset(names) for names in last_names.values()}) == 1
-    layers = {int(layer) for layer in last_names}
-    if same and layers == set(range(len(layers))):
-        return sorted({path.rpartition(".")[2] for path in paths})
-    return sorted(paths)
+def _target_modules(model: CausalLM) -> list[str]:
+    """Last names, as PEFT's users write them, if they mean exactly the adapted linears; else whole paths."""
+    adapted = sorted(path for path, _ in model.adapted_linears())
+    linears = [hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    short = sorted({path.rpartition(".")[2] for path in adapted})
+    return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted

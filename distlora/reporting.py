@@ -43,7 +43,9 @@ class Reporter:
         if not self._writes:
             return
         self._run_dir = run_dir
-        self._summary: dict[str, Any] = {}
+        summary = run_dir / "summary.json"
+        resumed = start_step > 0 and summary.is_file()
+        self._summary: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if resumed else {}
         path = run_dir / "metrics.jsonl"
         self._evaluated = _keep_steps(path, start_step)
         self._metrics = path.open("a", encoding="utf-8")

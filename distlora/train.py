@@ -7,7 +7,6 @@ continues from the newest whole one.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlora import checkpoint
 from distlora.adapters import adapter_parameters, reset_adapters
+from distlora.checkpoint import Identity, Progress, TrainState
 from distlora.config import Config, UserError, load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
@@ -31,6 +31,8 @@ from distlora.reporting import Reporter
 from distlora.trainer import Trainer, peak_memory_bytes
 
 MODEL_NAME = "model.safetensors"
+COMPANIONS = (".json", ".jinja", ".txt", ".model")
+"""What of a base's folder goes into RUN/model beside the weights, by suffix."""
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
@@ -38,16 +40,16 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     config = load_config(run_dir)
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    checkpoints = run_dir / "checkpoints"
-    newest, damaged = checkpoint.newest(checkpoints)
-    identity = {"base_fingerprint": fingerprint(Path(config.model.path)), "data_cache": data_cache(run_dir)}
-    state = checkpoint.load_state(newest) if newest is not None else None
-    if state is not None and newest is not None:
-        checkpoint.check_matches(state, newest, **identity)
-    start_step = state.step if state is not None else 0
+    identity = Identity(base_fingerprint=fingerprint(Path(config.model.path)), data_cache=data_cache(run_dir))
+    newest, damaged = checkpoint.newest(run_dir / "checkpoints")
+    progress = Progress()
+    if newest is not None:
+        state = checkpoint.load_state(newest)
+        checkpoint.check_matches(state, newest, identity)
+        progress = state.progress
 
     with Reporter(
-        run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=start_step
+        run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=progress.step
     ) as reporter:
         for line in damaged:
             reporter.event(line)
@@ -64,14 +66,14 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         backend.reduce_gradients_of(list(trained.values()), config.parallel.bucket_mb)
         describe(reporter, model, loaded, config)
 
-        def save(step: int, evaluations: dict[int, float]) -> None:
-            if ranks.rank == 0:
+        def save(progress: Progress) -> None:
+            if backend.writes:
                 names: dict[torch.Tensor, str] = {parameter: name for name, parameter in trained.items()}
                 files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer_tensors(optimizer, names)}
                 environment = checkpoint.environment(ranks.world, ranks.device)
-                state = checkpoint.TrainState(step=step, evaluations=evaluations, environment=environment, **identity)
-                checkpoint.save(checkpoints / f"step_{step:08d}", files, state)
-                checkpoint.prune(checkpoints, config.train.keep)
+                state = TrainState(progress=progress, identity=identity, environment=environment)
+                checkpoint.save(run_dir / "checkpoints" / f"step_{progress.step:08d}", files, state)
+                checkpoint.prune(run_dir / "checkpoints", config.train.keep)
             backend.barrier()
 
         trainer = Trainer(
@@ -80,16 +82,15 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             optimizer,
             loader=loader,
             eval_loader=eval_loader,
+            progress=progress,
             total_steps=total_steps,
             reporter=reporter,
             config=config,
             save=save,
         )
-        if state is not None:
-            trainer.evaluations = dict(state.evaluations)
-        trainer.fit(start_step)
+        trainer.fit()
         summarize(reporter, trainer, loaded, trained)
-        if ranks.rank == 0:
+        if backend.writes:
             reporter.event(f"saved {publish_result(run_dir, model, config)}")
         backend.barrier()
 
@@ -133,7 +134,7 @@ def weight_files(model: CausalLM, config: Config) -> dict[str, dict]:
     if config.adapter.method == "full":
         return {MODEL_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model)
-    return {CONFIG_NAME: adapter_config(config, tensors), WEIGHTS_NAME: dict(tensors)}
+    return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
         f"{model.hf_config.model_type}, {total:,} parameters in the base, {trainable:,} trained "
         f"({trainable / total:.2%}), {config.train.dtype}"
     )
-    if loaded.quantized_weights:
+    if loaded.bits_per_weight is not None:
         reporter.event(
             f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 and quantized in {loaded.seconds:.1f} s"
@@ -162,24 +163,26 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
 
 def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
     """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
-    backend, model = trainer.backend, trainer.model
+    backend, progress = trainer.backend, trainer.progress
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
-    traffic = trainer.step_traffic
     figures: dict[str, float] = {
-        "bits_per_parameter": loaded.bits_per_weight,
-        "gathered_bytes_per_step": traffic.gathered_bytes,
-        "gathered_bytes_per_step_bf16": traffic.gathered_bytes
-        + backend.unpacked_extra_bytes(model, trainer.passes_per_step),
-        "reduced_bytes_per_step": traffic.reduced_bytes,
         "peak_memory_bytes": int(backend.max_over_ranks(peak)),
         "adapter_bytes": sum(parameter.nbytes for parameter in trained.values()),
         "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
-        "train_seconds": trainer.seconds,
-        "tokens_per_second": trainer.tokens / trainer.seconds if trainer.seconds else math.nan,
+        "train_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
     }
-    if trainer.evaluations:
-        first, last = min(trainer.evaluations), max(trainer.evaluations)
-        figures |= {"base_eval_loss": trainer.evaluations[first], "eval_loss": trainer.evaluations[last]}
+    if loaded.bits_per_weight is not None:
+        figures["bits_per_parameter"] = loaded.bits_per_weight
+    if trainer.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
+        gathered = trainer.step_traffic.gathered_bytes
+        extra = backend.unpacked_extra_bytes(trainer.model, trainer.passes_per_step)
+        figures["gathered_bytes_per_step"] = gathered
+        figures["gathered_bytes_per_step_bf16"] = gathered + extra
+        figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
+    if progress.evaluations:
+        figures["base_eval_loss"] = progress.evaluations[min(progress.evaluations)]
+        figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
     reporter.summary(figures)
 
 
@@ -191,14 +194,10 @@ def publish_result(run_dir: Path, model: CausalLM, config: Config) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     if full:
-        source = Path(config.model.path)
-        for path in source.iterdir():  # The tokenizer and the generation config come along; weights do not.
-            if (
-                path.is_file()
-                and not path.name.startswith("model")
-                and path.suffix not in (".safetensors", ".bin", ".pt")
-            ):
+        for path in Path(config.model.path).iterdir():  # The tokenizer and the generation config come along.
+            if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
                 shutil.copy2(path, temporary / path.name)
+        # In the base's own dtype, which the fp32 masters are rounded to once, here.
         dtype = model.hf_config.dtype or torch.float32
         model.hf_config.save_pretrained(temporary)
         tensors = {name: tensor.to(dtype) for name, tensor in model.hf_state_dict().items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distlora.checkpoint import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
 from distlora.model import CausalLM
@@ -38,7 +40,7 @@ class _Interval:
 
 
 class Trainer:
-    """The steps of a run, from wherever it stands. Every rank calls `save(step, evaluations)` to write a checkpoint."""
+    """The steps of a run, from wherever it stands. Every rank calls `save(progress)` to write a checkpoint."""
 
     def __init__(
         self,
@@ -48,35 +50,30 @@ class Trainer:
         *,
         loader: StepLoader,
         eval_loader: StepLoader | None,
+        progress: Progress,
         total_steps: int,
         reporter: Reporter,
         config: Config,
-        save: Callable[[int, dict[int, float]], None],
+        save: Callable[[Progress], None],
     ) -> None:
         self.model, self.backend, self.optimizer = model, backend, optimizer
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
         self.reporter, self.config, self.save = reporter, config, save
-        self.evaluations: dict[int, float] = {}
-        """Held-out loss, nats a target token, by the number of steps done."""
-        self.seconds = 0.0
-        """Wall time of the steps so far, evaluation and saving left out."""
-        self.tokens = 0
-        """Tokens of those steps, over all ranks, padding included."""
-        self.step_traffic = Traffic()
-        """What the last logged interval moved on this rank, a step."""
+        self.progress = progress
+        self.step_traffic: Traffic | None = None
+        """What the last logged interval moved on this rank, a step; None before the first."""
 
     @property
     def passes_per_step(self) -> int:
         """Forward and backward passes of a step, which is how often it gathers each block."""
         return 2 * (self.loader.accumulation if self.config.train.accumulate == "step" else 1)
 
-    def fit(self, start_step: int) -> None:
-        """Train from `start_step` (steps already done) to the end; evaluate and save where the config says."""
-        settings = self.config.train
+    def fit(self) -> None:
+        """Train to the end; evaluate and save where the config says."""
+        settings, start_step = self.config.train, self.progress.step
         if start_step == 0:
-            self.evaluate(0)
+            self.evaluate()
         interval = _Interval(start_step)
-        self.backend.traffic.take()
         for step in range(start_step, self.total_steps):
             self._train_step(step, interval)
             done = step + 1
@@ -86,9 +83,9 @@ class Trainer:
             if evaluating or saving or done % settings.log_every == 0:
                 self._log(interval, done)
                 if evaluating:
-                    self.evaluate(done)
+                    self.evaluate()
                 if saving:
-                    self.save(done, self.evaluations)
+                    self.save(self.progress)
                 interval = _Interval(done)
 
     def _train_step(self, step: int, interval: _Interval) -> None:
@@ -134,7 +131,7 @@ class Trainer:
         input_ids, position_ids, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return self.model(input_ids, position_ids, labels)
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self) -> None:
         """Mean held-out loss over every held-out target token; does nothing without held-out rows."""
         if self.eval_loader is None:
             return
@@ -147,8 +144,10 @@ class Trainer:
                 targets += batch.global_targets
                 for micro_batch in batch.micro_batches:
                     total += self._loss_sums(micro_batch).sum()
-        self.evaluations[step] = float(self.backend.sum_over_ranks(total)) / targets
-        self.reporter.evaluation(step, {"eval_loss": self.evaluations[step]})
+        loss = float(self.backend.sum_over_ranks(total)) / targets
+        self.progress.evaluations[self.progress.step] = loss
+        self.reporter.evaluation(self.progress.step, {"eval_loss": loss})
+        self.backend.traffic.take()  # An evaluation's gathers are no training step's.
 
     def _log(self, interval: _Interval, done: int) -> None:
         """Read the interval's device scalars and write a line for each of its steps. The one host sync of training."""
@@ -156,8 +155,9 @@ class Trainer:
         norms = torch.stack(interval.grad_norms).tolist()
         seconds = time.monotonic() - interval.began
         num_steps = len(sums)
-        self.seconds += seconds
-        self.tokens += interval.tokens
+        self.progress.step = done
+        self.progress.seconds += seconds
+        self.progress.tokens += interval.tokens
         traffic = self.backend.traffic.take()
         self.step_traffic = Traffic(
             traffic.gathers // num_steps,
@@ -186,4 +186,5 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this rank has held: of the allocator on a GPU; resident, file pages included, on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

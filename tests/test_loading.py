@@ -12,11 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import distlora.model
 from distlora import train
-from distlora.config import Config, UserError, build
+from distlora.adapters import reset_adapters
+from distlora.config import AdapterConfig, Config, UserError, build
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, hf_name
+from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.quant import FrozenLinear
 from distlora_kernels import nf4
@@ -173,3 +175,29 @@ def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
     config = train.load_config(run_dir)
     model = build_model(config)
     return load_base(model, config.model.path, parallelize(model, ranks, config)).bytes_read
+
+
+def test_nothing_in_the_model_draws_from_torchs_generators(folders: Path, tmp_path: Path) -> None:
+    """attention_dropout in config.json: an evaluation would be noise, and recomputation would draw another mask."""
+    write_model_folder(tmp_path / "dropout", "llama", attention_dropout=0.3)
+    model, backend = loaded(tmp_path / "dropout")
+    materialize_buffers(model, backend.ranks.device)
+    reset_adapters(model.adapted_linears(), AdapterConfig(), seed=0)
+    tokens = torch.arange(40)[None]
+    assert torch.equal(model(tokens, tokens, tokens), model(tokens, tokens, tokens))
+
+
+def test_a_weight_that_stays_16_bit_is_noticed(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(*args: Any, quantized: bool, **kwargs: Any) -> FrozenLinear:
+        return FrozenLinear(*args, quantized=False, **kwargs)
+
+    monkeypatch.setattr(distlora.model, "FrozenLinear", forgetful)
+    with pytest.raises(AssertionError, match=r"stayed torch\.float32"):
+        loaded(folders / "llama", adapter={"target_modules": "qv"})
+
+
+def test_an_index_of_another_shape_is_refused(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(UserError, match="no safetensors index"):
+        read_headers(tmp_path / "bad")

@@ -26,14 +26,8 @@ from small_models import make_run
 from test_loading import config_for, loaded
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-TARGETS: list[Any] = [
-    "all-linear",
-    "attention",
-    "qv",
-    "mlp",
-    ["o_proj"],
-    r"model\.layers\.[02]\..*\.(q_proj|down_proj)",
-]
+FIRST_BLOCKS = r"model\.layers\.[01]\..*\.(q_proj|v_proj)"
+TARGETS: list[Any] = ["all-linear", "attention", "qv", "mlp", ["o_proj"], FIRST_BLOCKS]
 
 
 @torch.no_grad()
@@ -86,6 +80,8 @@ def test_peft_loads_the_adapter_and_gives_our_logits(
     with torch.no_grad():
         base_logits = base(tokens).logits
         tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter")
+        theirs = {name.replace(".default", "") for name, _ in tuned.named_parameters() if ".lora_" in name}
+        assert theirs == adapter_tensors(ours).keys(), "PEFT adapts other linears than we did"
         difference = (tuned(tokens).logits - our_logits(ours, tokens)).abs().max()
         assert difference <= 1e-4, f"logits are {difference:.1e} apart"
         assert (tuned(tokens).logits - base_logits).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"

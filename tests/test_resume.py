@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path) 
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest"])
+@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest", "odd manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -141,6 +142,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         content = bytearray((newest / "trainer.safetensors").read_bytes())
         content[-1] ^= 1
         (newest / "trainer.safetensors").write_bytes(content)
+    elif damage == "odd manifest":
+        (newest / "manifest.json").write_text("[]")
     else:
         (newest / ("manifest.json" if damage == "no manifest" else "adapter_model.safetensors")).unlink()
     run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=None)
@@ -202,3 +205,30 @@ def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (None, [])
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
     assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_resuming_after_the_last_step_publishes_the_result_and_keeps_the_figures(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    first, figures_before = result(tmp_path / "run"), json.loads((tmp_path / "run" / "summary.json").read_text())
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    again, figures_after = result(tmp_path / "run"), json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    peak = "peak_memory_bytes"
+    assert {**figures_after, peak: 0} == {**figures_before, peak: 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_fine_tuning_publishes_in_the_dtype_of_its_base(folders: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "models" / "llama"
+    shutil.copytree(folders / "llama", source)
+    AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=dtype).save_pretrained(source)
+    shutil.copy(folders / "text.jsonl", tmp_path / "models")
+    sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "train": {"max_steps": 2}}
+    make_run(tmp_path / "run", tmp_path / "models", **sections)
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    tensors = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}

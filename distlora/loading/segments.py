@@ -55,11 +55,11 @@ def read_headers(folder: Path) -> dict[str, Segment]:
             )
         return read_header(folder / SINGLE_NAME)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no safetensors index ({error!r}); download the checkpoint again") from error
     tensors: dict[str, Segment] = {}
-    shards = sorted(set(weight_map.values()))
     for number, shard in enumerate(shards, start=1):
         if not (folder / shard).is_file():
             raise UserError(

@@ -65,6 +65,11 @@ class Backend:
     traffic: Traffic = field(default_factory=Traffic)
     _reducer: GradientReducer | None = None
 
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes what all ranks have alike: checkpoints and results."""
+        return self.ranks.rank == 0
+
     def local_rows(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
         data = parameter.data

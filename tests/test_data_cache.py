@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from distlora.config import UserError
-from distlora.data.cache import cache_key, new_entry, write_json
+from distlora.data.cache import cache_key, new_entry
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta, split_file
+from distlora.durable import write_json
 
 FORK = multiprocessing.get_context("fork")  # The children touch numpy alone, and a spawned one imports for seconds.
 

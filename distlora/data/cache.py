@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import secrets
 import shutil
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.data.rows import FORMAT_VERSION
+from distlora.durable import sync
 
 TOKENIZER_FILES = (
     "config.json",  # names the tokenizer's class where tokenizer_config.json does not
@@ -81,31 +81,16 @@ def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _fsync(path)
+            sync(path)
         try:
             partial.rename(cache_dir / key)
         except OSError:
             # A folder is not renamed onto one that has files: another process was first.
             if not (cache_dir / key).is_dir():
                 raise
-        _fsync(cache_dir)
+        sync(cache_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never half; it survives a power cut."""
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        with temporary.open("x") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
@@ -114,12 +99,3 @@ def _remove_abandoned(cache_dir: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(partial)
-
-
-def _fsync(path: Path) -> None:
-    """Make a file's bytes or a folder's names durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

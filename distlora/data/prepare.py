@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from distlora.config import Config, DataConfig, UserError, load_config
-from distlora.data.cache import cache_key, new_entry, write_json
+from distlora.data.cache import cache_key, new_entry
 from distlora.data.corpus import Corpus
 from distlora.data.formats import Document, read_documents, resolve_format
 from distlora.data.hashing import HELD_OUT, hash64
 from distlora.data.packing import build_rows, pack
 from distlora.data.rows import FORMAT_VERSION, TRAINED, PackedRows, read_meta, split_file
 from distlora.data.templates import Encoder
+from distlora.durable import write_json
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Where a batch for the tokenizer ends: enough for all its threads, little enough to bound memory."""

@@ -39,7 +39,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time of the steps, evaluation and saving left out."""
     tokens: int = 0
-    """Tokens of the steps, over all ranks, padding included."""
+    """Tokens in the rows of the steps, over all ranks; empty rows do not count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +82,13 @@ def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], 
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_files(temporary, {**files, STATE_NAME: asdict(state)})
-    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.identity.base_fingerprint}})
-    publish(temporary, folder)
+    try:
+        write_files(temporary, {**files, STATE_NAME: asdict(state)})
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.identity.base_fingerprint}})
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # Of a failed save: half a checkpoint may be what fills the disk.
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -107,6 +110,7 @@ def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, 
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
             durable.sync(path)
         else:
             durable.write_json(path, content)

@@ -8,28 +8,24 @@ file is checked by the launcher (`distlora_launcher/checks.py`), before any work
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 
 class UserError(ValueError):
     """Bad input: the message holds the value, the reason and what to type instead. Ends a command with exit code 2."""
 
 
-def nearest(word: str, choices: typing.Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the choice closest to a mistyped word, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
@@ -37,7 +33,7 @@ def _require(condition: bool, message: str) -> None:
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(
+        require(
             value is None or 0 < value < math.inf,
             f"{section}.{name}={value} must be positive; set {section}.{name} to a number above 0",
         )
@@ -76,15 +72,15 @@ class DataConfig:
     """Where tokenized rows are kept, content-addressed: a second run with the same data does not tokenize again."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.format in DATA_FORMATS,
             f"data.format={self.format!r} is not one of {', '.join(DATA_FORMATS)}{nearest(self.format, DATA_FORMATS)}",
         )
-        _require(
+        require(
             self.sequence_length >= 2,
             f"data.sequence_length={self.sequence_length} leaves no token to predict; set it to 2 or more",
         )
-        _require(
+        require(
             0 <= self.eval_fraction < 1,
             f"data.eval_fraction={self.eval_fraction} is not a share of the documents; set it from 0 to below 1",
         )
@@ -119,18 +115,18 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         methods = ("lora", "full")
-        _require(
+        require(
             self.method in methods,
             f"adapter.method={self.method!r} is not one of {', '.join(methods)}{nearest(self.method, methods)}",
         )
-        _require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
+        require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
         _positive("adapter", self, "lora_alpha")
         inits = ("kaiming", "gaussian")
-        _require(
+        require(
             self.init in inits,
             f"adapter.init={self.init!r} is not one of {', '.join(inits)}{nearest(self.init, inits)}",
         )
-        _require(len(self.target_modules) > 0, "adapter.target_modules is empty; set adapter.target_modules=attention")
+        require(len(self.target_modules) > 0, "adapter.target_modules is empty; set adapter.target_modules=attention")
 
     @property
     def scaling(self) -> float:
@@ -146,7 +142,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         methods = ("nf4", "none")
-        _require(
+        require(
             self.method in methods,
             f"quant.method={self.method!r} is not one of {', '.join(methods)}{nearest(self.method, methods)}",
         )
@@ -162,7 +158,7 @@ class ParallelConfig:
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
         )
         _positive("parallel", self, "bucket_mb")
@@ -192,19 +188,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "eps")
-        _require(
+        require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; set optim.betas=[0.9,0.999]",
         )
-        _require(
-            self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0"
-        )
-        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off")
-        _require(
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off")
+        require(
             self.schedule in SCHEDULES,
             f"optim.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}{nearest(self.schedule, SCHEDULES)}",
         )
-        _require(
+        require(
             0 <= self.warmup_ratio <= 1, f"optim.warmup_ratio={self.warmup_ratio} is not a share; set it from 0 to 1"
         )
 
@@ -257,11 +251,11 @@ class TrainConfig:
             "dtype": ("bf16", "fp32"),
         }.items():
             value = getattr(self, name)
-            _require(
+            require(
                 value in choices,
                 f"train.{name}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}",
             )
-        _require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
+        require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,7 +273,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         names = ("wandb", "none")
-        _require(
+        require(
             self.name in names,
             f"tracker.name={self.name!r} is not one of {', '.join(names)}{nearest(self.name, names)}",
         )
@@ -294,7 +288,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _positive("cluster", self, "gpus_per_node")
-        _require(
+        require(
             self.nodes == 1,
             f"cluster.nodes={self.nodes}: more than one needs the SLURM launcher, not built yet; set cluster.nodes=1",
         )
@@ -320,75 +314,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.adapter.method == "full":
-            _require(
+            require(
                 self.quant.method == "none",
                 f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
             )
-
-
-Section = TypeVar("Section")
-
-
-def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
-    """Build a config dataclass, and those nested in it, from a mapping of plain values (a composed YAML).
-
-    Raises UserError for a key that the dataclass lacks (naming the nearest), a missing required one, and a value of
-    another type.
-    """
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        _require(key in hints, f"there is no setting {prefix}{key}{nearest(key, hints)}")
-    arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if item.name in values:
-            arguments[item.name] = _coerce(hints[item.name], values[item.name], prefix + item.name)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise UserError(f"{prefix}{item.name} is not set; add {prefix}{item.name}=...")
-    return cls(**arguments)
-
-
-def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """`value` as a field's type: sections are built, lists become tuples, ints stand for floats; else UserError."""
-    if dataclasses.is_dataclass(hint):
-        _require(
-            isinstance(value, Mapping), f"{name}={value!r} is a section; set one of its fields, {name}.<field>=..."
-        )
-        return build(hint, value, prefix=name + ".")  # type: ignore[arg-type]
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:  # The section's own check knows the choices and says which is nearest.
-        return str(value).lower() if value is None or isinstance(value, bool) else value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        kinds = [option for option in options if option is not type(None)]
-        is_list = isinstance(value, (list, tuple))
-        kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
-        return _coerce(kind, value, name)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[a,b]")
-        return tuple(_coerce(options[0], item, name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    _require(matches, f"{name}={value!r} must be of type {hint.__name__}")
-    return value
-
-
-def load_config(run_dir: str | Path) -> Config:
-    """The Config in RUN/config.yaml. Raises UserError when the folder holds no run."""
-    import yaml
-
-    path = Path(run_dir) / "config.yaml"
-    _require(path.is_file(), f"{run_dir} holds no run (no config.yaml); start one with `distlora train`")
-    return build(Config, yaml.safe_load(path.read_text()))
-
-
-def as_mapping(config: Config) -> dict[str, Any]:
-    """The config as nested plain values (tuples become lists), as written to RUN/config.yaml and sent to wandb."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))

@@ -1,6 +1,6 @@
 """The terminal of rank 0 while a run goes on: a live bar, or a line every few seconds, and lines that stay between.
 
-Shown of a step's figures, where present: `loss`, `lr`, `tokens_per_second`, `memory_bytes`, and the time left.
+Shown of a step's figures, where present: `loss`, `lr`, `tokens_per_second`, `peak_memory_bytes`, and the time left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pace:
         now = time.monotonic()
         if self._first is None or step <= self._first[0]:
             self._first = self._first or (step, now)
-            return "?"
+            return "0:00" if step == self._total else "?"
         seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
@@ -54,7 +54,7 @@ def figures(metrics: Mapping[str, float]) -> str:
         "loss": lambda value: f"loss {value:.4f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
-        "memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
+        "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
     }
     return "  ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)
 

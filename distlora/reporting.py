@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from distlora import durable
-from distlora.config import Config, UserError, as_mapping
+from distlora.config import Config, UserError
+from distlora.config_file import as_mapping
 from distlora.progress import display
 
 EXIT_STOPPED = 75

@@ -70,7 +70,7 @@ def _no_match(text: str, paths: list[str], available: list[str]) -> str:
             f"for all modules of that name write adapter.target_modules=[{text}]"
         )
     example = f", such as {paths[0]}" if paths else ""
-    hint = nearest(text, [*TARGET_PRESETS, *available])
+    hint = nearest(text, [*TARGET_PRESETS, *(f"[{name}]" for name in available)])
     return (
         f"adapter.target_modules={text} is no preset ({', '.join(TARGET_PRESETS)}){hint} "
         f"and matches nothing as a regular expression for whole paths{example}; {_there_is(available)}"

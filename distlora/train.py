@@ -18,7 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from distlora import checkpoint
 from distlora.adapters import adapter_parameters, reset_adapters
 from distlora.checkpoint import Identity, Progress, TrainState
-from distlora.config import Config, UserError, load_config
+from distlora.config import Config, UserError
+from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.loading.segments import fingerprint
@@ -65,6 +66,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             reporter.event(f"continuing from {newest.name}")
         backend.reduce_gradients_of(list(trained.values()), config.parallel.bucket_mb)
         describe(reporter, model, loaded, config)
+        describe_steps(reporter, loader, total_steps)
 
         def save(progress: Progress) -> None:
             if backend.writes:
@@ -161,17 +163,30 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
         )
 
 
+def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:
+    """How many steps of how many rows, and whether ranks will compute rows that are not there."""
+    slots = loader.world * loader.micro_batch * loader.accumulation
+    rows = min(loader.global_batch, len(loader.rows))
+    line = f"{total_steps:,} steps of {rows:,} rows"
+    if rows < slots:
+        line += f"; each computes {slots - rows:,} empty rows beside them (global_batch {loader.global_batch:,}, "
+        line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
+        line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
+    reporter.event(line)
+
+
 def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
     """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
     backend, progress = trainer.backend, trainer.progress
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
     figures: dict[str, float] = {
         "peak_memory_bytes": int(backend.max_over_ranks(peak)),
-        "adapter_bytes": sum(parameter.nbytes for parameter in trained.values()),
         "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
+    if trainer.config.adapter.method == "lora":
+        figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
     if trainer.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.

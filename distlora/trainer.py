@@ -108,8 +108,7 @@ class Trainer:
         interval.targets.append(batch.global_targets)
         interval.grad_norms.append(grad_norm)
         interval.rates.append(rate)
-        # Every rank has as many rows; empty ones cost as much as others.
-        interval.tokens += len(batch.rows) * batch.micro_batches[0].labels.shape[1] * self.backend.ranks.world
+        interval.tokens += batch.global_rows * batch.micro_batches[0].labels.shape[1]
 
     def _as_run(self, batch: StepBatch) -> list[MicroBatch]:
         """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""

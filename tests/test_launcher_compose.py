@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, UserError, as_mapping
+from distlora.config import Config, DataConfig, ModelConfig, UserError
+from distlora.config_file import as_mapping
 from distlora_launcher.application import expand_home
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config, compose_sweep

@@ -21,7 +21,7 @@ PACKAGES = {
 # A module may import those of lower layers, and of its own.
 LAYERS = [
     {"distlora_kernels"},
-    {"distlora.config", "distlora.durable", "distlora.randomness", "distlora.progress"},
+    {"distlora.config", "distlora.config_file", "distlora.durable", "distlora.randomness", "distlora.progress"},
     {"distlora.targets", "distlora.reporting", "distlora.loading.segments", "distlora.quant"},
     {"distlora.adapters"},
     {"distlora.blocks", "distlora.head"},

@@ -15,7 +15,8 @@ from torch import Tensor
 import distlora.model
 from distlora import train
 from distlora.adapters import reset_adapters
-from distlora.config import AdapterConfig, Config, UserError, build
+from distlora.config import AdapterConfig, Config, UserError
+from distlora.config_file import build
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import load_base
 from distlora.model import CausalLM, build_model, hf_name, materialize_buffers

@@ -16,7 +16,7 @@ from torch import Tensor
 from closeness import assert_close
 from distlora import train
 from distlora.adapters import reset_adapters
-from distlora.config import load_config
+from distlora.config_file import load_config
 from distlora.loading.weights import load_base
 from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
 from distlora.parallel import Ranks, parallelize

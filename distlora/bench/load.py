@@ -22,7 +22,8 @@ import torch.multiprocessing as multiprocessing
 
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.memory import PeakMemory
-from distlora.config import Config, build
+from distlora.config import Config
+from distlora.config_file import build
 
 RANKS = 2
 

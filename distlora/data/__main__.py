@@ -1,8 +1,10 @@
-"""`python -m distlora.data RUN`: prepare the data of a run. Exit code 0, or 2 with one message for bad input."""
+"""`python -m distlora.data RUN`: prepare the data of a run. Exit code 0, 2 with one message for bad input, else 1."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import signal
 import sys
 from typing import Any
 
@@ -20,6 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = "free some space, or set data.cache_dir to another disk" if error.errno == errno.ENOSPC else ""
+        print(f"error: {place}{error.strerror or error}; {reason}".rstrip("; "), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(summary(record))
     return 0
 

@@ -103,7 +103,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(raw: bytes, place: str, format: str) -> dict[str, Any]:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; convert the file to UTF-8"

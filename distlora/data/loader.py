@@ -40,6 +40,8 @@ class StepBatch:
     """The same number on every rank and in every step."""
     global_targets: int
     """Trained targets in the rows of all ranks: what the step's loss sum is divided by."""
+    global_rows: int
+    """Rows of all ranks that are not empty."""
     rows: tuple[int, ...]
     """This rank's rows in order of the micro-batches; -1 = an empty row."""
 
@@ -94,6 +96,7 @@ class StepLoader:
         own = slots[:, self.rank]
         return StepBatch(
             micro_batches=[self._assemble(indices) for indices in own],
+            global_rows=len(of_step),
             global_targets=int(self.rows.targets[of_step].sum(dtype=np.int64)),
             rows=tuple(own.reshape(-1).tolist()),
         )

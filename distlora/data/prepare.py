@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from distlora.config import Config, DataConfig, UserError, load_config
+from distlora.config import Config, DataConfig, UserError
+from distlora.config_file import load_config
 from distlora.data.cache import cache_key, new_entry
 from distlora.data.corpus import Corpus
 from distlora.data.formats import Document, read_documents, resolve_format

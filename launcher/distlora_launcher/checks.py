@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_machine(config)
         check_model(config)
         check_data(config)
+        check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -41,11 +43,21 @@ def check_run_dir(run_dir: Path) -> None:
             f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}`, "
             "or set another run_dir"
         )
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    check_writable(run_dir, "run_dir")
+
+
+def check_writable(place: Path, setting: str) -> None:
+    """Refuse a folder that cannot be made or written, by trying: permissions do not tell all (root, /proc)."""
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
     if not existing.is_dir():
-        raise UserError(f"run_dir={run_dir}: {existing} is a file; set another run_dir")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"run_dir={run_dir}: no permission to write in {existing}; set another run_dir")
+        raise UserError(f"{setting}={place}: {existing} is a file; set another {setting}")
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting}={place}: cannot write in {existing} ({error.strerror}); set another {setting}"
+        ) from error
 
 
 def gpu_count() -> int:

@@ -45,7 +45,7 @@ usage: distlora COMMAND ...
 {commands}
 
 `distlora COMMAND --help` says more. For a first run without a model or data: `distlora demo`.
-Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN` continues).
+Exit codes: 0 done, 1 failure, 2 bad input, 128 + n stopped by signal n (`distlora resume RUN`).
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """
 

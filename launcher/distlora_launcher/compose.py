@@ -20,7 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, UserError, build
+from distlora.config import Config, UserError
+from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
 
 CONF_MODULE = "distlora_launcher.conf"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from distlora.config import Config, UserError, as_mapping, load_config
+from distlora.config import Config, UserError
+from distlora.config_file import as_mapping, load_config
 from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers
 
@@ -65,7 +67,9 @@ def train(run_dir: Path, config: Config, worker_module: str) -> int:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
     elif code != BAD_INPUT and find_result(run_dir) is None:  # What was refused once is refused again.
-        say(f"continue with: distlora resume {shown(run_dir)}")
+        saved = sorted((run_dir / "checkpoints").glob("step_*"))
+        since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
+        say(f"continue {since} with: distlora resume {shown(run_dir)}")
     return code
 
 
@@ -103,9 +107,12 @@ def find_result(run_dir: Path) -> Path | None:
 
 
 def is_prepared(run_dir: Path) -> bool:
-    """Whether the rows that RUN/data.json names are still in the cache."""
+    """Whether the rows that RUN/data.json names are still in the cache; a damaged record is made again."""
     record = run_dir / "data.json"
-    return record.is_file() and Path(json.loads(record.read_text())["cache"]).is_dir()
+    try:
+        return record.is_file() and Path(json.loads(record.read_text())["cache"]).is_dir()
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def prepare(run_dir: Path) -> int:
@@ -117,6 +124,7 @@ def prepare(run_dir: Path) -> int:
         forwarder.process = process
         code = process.wait()
     if forwarder.received is not None and code != DONE:
+        print(f"stopped by {signal.Signals(forwarder.received).name}", file=sys.stderr)
         return 128 + forwarder.received
     return code if code >= 0 else 1
 

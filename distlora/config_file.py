@@ -1,0 +1,84 @@
+"""Config from plain values and back: RUN/config.yaml, a composed mapping, wandb. Imports neither torch nor hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from distlora.config import Config, UserError, nearest, require
+
+Section = TypeVar("Section")
+
+
+def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
+    """Build a config dataclass, and those nested in it, from a mapping of plain values (a composed YAML).
+
+    Raises UserError for a key that the dataclass lacks (naming the nearest), a missing required one, and a value of
+    another type.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        require(key in hints, f"there is no setting {prefix}{key}{nearest(key, hints)}")
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.name in values:
+            arguments[item.name] = _coerce(hints[item.name], values[item.name], prefix + item.name)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{item.name} is not set; add {prefix}{item.name}=...")
+    return cls(**arguments)
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """`value` as a field's type: sections are built, lists become tuples, ints stand for floats; else UserError."""
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), f"{name}={value!r} is a section; set one of its fields, {name}.<field>=...")
+        return build(hint, value, prefix=name + ".")  # type: ignore[arg-type]
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:  # The section's own check knows the choices and says which is nearest.
+        return str(value).lower() if value is None or isinstance(value, bool) else value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        kinds = [option for option in options if option is not type(None)]
+        is_list = isinstance(value, (list, tuple))
+        kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
+        return _coerce(kind, value, name)
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[a,b]")
+        return tuple(_coerce(options[0], item, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(matches, f"{name}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The Config in RUN/config.yaml. Raises UserError when the folder holds no run."""
+    import yaml
+
+    path = Path(run_dir) / "config.yaml"
+    require(path.is_file(), f"{run_dir} holds no run (no config.yaml); start one with `distlora train`")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); start the run again in another folder"
+        ) from error
+    require(isinstance(values, dict), f"{path} is damaged: it holds no settings; start the run again in another folder")
+    return build(Config, values)
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    """The config as nested plain values (tuples become lists), as written to RUN/config.yaml and sent to wandb."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))

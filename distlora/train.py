@@ -167,7 +167,7 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
     """How many steps of how many rows, and whether ranks will compute rows that are not there."""
     slots = loader.world * loader.micro_batch * loader.accumulation
     rows = min(loader.global_batch, len(loader.rows))
-    line = f"{total_steps:,} steps of {rows:,} rows"
+    line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
     if rows < slots:
         line += f"; each computes {slots - rows:,} empty rows beside them (global_batch {loader.global_batch:,}, "
         line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"

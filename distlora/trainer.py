@@ -153,17 +153,10 @@ class Trainer:
         sums = self.backend.sum_over_ranks(torch.stack(interval.loss_sums)).tolist()
         norms = torch.stack(interval.grad_norms).tolist()
         seconds = time.monotonic() - interval.began
-        num_steps = len(sums)
         self.progress.step = done
         self.progress.seconds += seconds
         self.progress.tokens += interval.tokens
-        traffic = self.backend.traffic.take()
-        self.step_traffic = Traffic(
-            traffic.gathers // num_steps,
-            traffic.gathered_bytes // num_steps,
-            traffic.reductions // num_steps,
-            traffic.reduced_bytes // num_steps,
-        )
+        self.step_traffic = self.backend.traffic.take(len(sums))
         shared = {
             "tokens_per_second": interval.tokens / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),

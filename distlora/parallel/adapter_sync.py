@@ -66,7 +66,7 @@ class GradientReducer:
         flat = self._buckets[self._launched]
         self._launched += 1
         if self._group is not None:
-            self._traffic.add_reduction(flat.nbytes)
+            self._traffic.reduced_bytes += flat.nbytes
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             assert work is not None
             self._works.append(work)

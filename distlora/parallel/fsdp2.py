@@ -40,7 +40,7 @@ class _CountedAllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        self.traffic.add_gather(output_tensor.nbytes)
+        self.traffic.gathered_bytes += output_tensor.nbytes
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 

@@ -143,9 +143,8 @@ def _load_tokenizer(model_dir: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # A damaged file shows as whatever its reader trips over; tokenizers raises Exception itself.
+    # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise UserError(f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}") from error
 

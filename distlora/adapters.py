@@ -41,7 +41,7 @@ class LoRAPair(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, config: AdapterConfig) -> None:
         super().__init__()
-        self.scaling = config.scaling
+        self.scaling = config.scaling_of("")
         self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device="meta"))
         self.B = nn.Parameter(torch.empty(out_features, config.r, dtype=torch.float32, device="meta"))
 

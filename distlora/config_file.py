@@ -49,7 +49,10 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         return _coerce(kind, value, name)
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[a,b]")
-        return tuple(_coerce(options[0], item, name) for item in value)
+        return tuple(_coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping:
+        require(isinstance(value, Mapping), f"{name}={value!r} must be a mapping; write {name}={{key: value}}")
+        return {str(key): _coerce(options[1], item, f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -45,7 +45,7 @@ def plain(linear: AdaptedLinear, x: Tensor, index: int) -> Tensor:
 
 @pytest.mark.parametrize(("rslora", "expected"), [(True, 16 / math.sqrt(8)), (False, 2.0)])
 def test_scaling_is_alpha_over_r_or_its_root(rslora: bool, expected: float) -> None:
-    assert AdapterConfig(r=8, lora_alpha=16.0, use_rslora=rslora).scaling == expected
+    assert AdapterConfig(r=8, lora_alpha=16.0, use_rslora=rslora).scaling_of("") == expected
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])

@@ -95,7 +95,10 @@ def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list
     """The settings of every run that the command line asks for."""
     overrides = list(flags.overrides)
     if may_lack_paths:  # --cfg shows settings before they are complete.
-        overrides = ["model.path=unset", "data.path=unset", *overrides]
+        unset = ["model.path=unset"]
+        if not any(word.startswith(("data.sources=", "data.path=")) for word in overrides):
+            unset.append("data.path=unset")  # Before the command line's words, after those of the groups.
+        overrides = [*unset, *overrides]
     if is_multirun(flags):
         return compose_sweep(overrides, config_dir=flags.config_dir)
     return [compose_config(overrides, config_dir=flags.config_dir)]

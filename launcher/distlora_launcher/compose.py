@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distlora.config import Config, UserError
+from distlora.config.places import is_hub_name
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
 
@@ -32,8 +33,8 @@ MOST_JOBS_CHECKED = 64
 """Jobs of a sweep that are composed and checked before the first one starts; the others are checked as they start."""
 
 REQUIRED = {
-    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer)",
-    "data.path": "a jsonl file with one document a line",
+    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer), or a name on the hub",
+    "data.path": "a file (jsonl, json, parquet, csv, txt), a folder of them, or a data set on the hub",
 }
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
 
@@ -68,6 +69,8 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str) -> Config:
     """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     missing = list(_missing_keys(values))
+    if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
+        missing.append("data.path")
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
         raise UserError("\n".join([*lines, EXAMPLE]))
@@ -114,20 +117,32 @@ def _string_keys(value: Any) -> Any:
 
 
 def _absolute(config: Config) -> Config:
-    """Paths that mean the same in a worker and in a resume from another folder."""
+    """Paths that mean the same in a worker and in a resume from another folder; names on the hub stay as they are."""
     model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
     data = dataclasses.replace(
         config.data,
-        path=_absolute_path("data.path", config.data.path),
+        path=config.data.path and _absolute_path("data.path", config.data.path),
+        sources=tuple(
+            dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
+            for index, source in enumerate(config.data.sources)
+        ),
         eval_path=config.data.eval_path and _absolute_path("data.eval_path", config.data.eval_path),
         cache_dir=_absolute_path("data.cache_dir", config.data.cache_dir),
     )
-    return dataclasses.replace(config, model=model, data=data, run_dir=_absolute_path("run_dir", config.run_dir))
+    if data.template is not None and data.template.endswith(".jinja"):
+        data = dataclasses.replace(data, template=_absolute_path("data.template", data.template))
+    adapter = config.adapter
+    if adapter.init_from is not None:
+        adapter = dataclasses.replace(adapter, init_from=_absolute_path("adapter.init_from", adapter.init_from))
+    run_dir = _absolute_path("run_dir", config.run_dir)
+    return dataclasses.replace(config, model=model, data=data, adapter=adapter, run_dir=run_dir)
 
 
 def _absolute_path(name: str, path: str) -> str:
     if not path.strip():
         raise UserError(f"{name} is empty; set {name}=..." + (f", {REQUIRED[name]}" if name in REQUIRED else ""))
+    if name != "run_dir" and is_hub_name(path):
+        return path
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError as error:

@@ -1,0 +1,92 @@
+"""Every setting of a run: frozen dataclasses whose field docstrings say what grows or breaks.
+
+A run is described once, by the launcher, as RUN/config.yaml; every rank and every resume builds the same `Config` from
+that file. This package imports neither torch nor hydra, so the launcher can refuse a wrong value in a second. What a
+single section can tell (ranges, names) is checked here, in `__post_init__`; what needs the model's folder or the data
+is checked by the launcher (`distlora_launcher/checks.py`), before any worker starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distlora.config.base import TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
+from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
+from distlora.config.errors import UserError, nearest, require
+from distlora.config.training import (
+    OPTIMIZERS,
+    SCHEDULES,
+    ClusterConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrackerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DATA_FORMATS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "TARGET_PRESETS",
+    "AdapterConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "QuantConfig",
+    "SourceConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "UserError",
+    "nearest",
+    "require",
+]
+
+MODEL_FAMILIES = ("llama", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run. The sections are Hydra's config groups (conf/)."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    name: str = "distlora"
+    """Names the run in its folder and in wandb."""
+    run_dir: str
+    """The run folder: config.yaml, metrics.jsonl, logs/, checkpoints/, adapter/."""
+
+    def __post_init__(self) -> None:
+        if self.adapter.method == "full":
+            require(
+                self.quant.method == "none",
+                f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
+            )
+            lora_only = {
+                "adapter.init_from": self.adapter.init_from is not None,
+                "adapter.lora_dropout": self.adapter.lora_dropout != 0,
+                "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
+                "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,
+                "adapter.alpha_pattern": len(self.adapter.alpha_pattern) > 0,
+            }
+            for setting, is_set in lora_only.items():
+                require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
+        require(
+            not self.data.streaming or self.train.max_steps is not None,
+            "data.streaming=true reads as many documents as the steps need, so their number must be known; "
+            "set train.max_steps",
+        )
+        require(
+            (self.data.eval_fraction > 0 or self.data.held_out_source is not None) or self.train.eval_every is None,
+            f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
+            "data.eval_path",
+        )

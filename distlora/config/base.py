@@ -1,0 +1,111 @@
+"""The model: its base, what adapts it, how the base is stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from distlora.config.errors import require, require_choice, require_positive
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    path: str
+    """A local folder in Hugging Face format (config.json, safetensors, tokenizer) or a name on the hub (org/name), whose
+    files the launcher downloads once; RUN/config.yaml then holds their folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; null: its main branch. RUN/config.yaml holds the commit."""
+    name: str | None = None
+    """The model's name on the hub, as adapters and model cards refer to it. The launcher fills it in."""
+
+
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Names and meanings follow PEFT's LoraConfig."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none).
+    """
+    r: int = 16
+    """Rows of A and columns of B. Adapter, gradient and optimizer memory grow linearly with it."""
+    lora_alpha: float = 16.0
+    """Numerator of the scale s: alpha/sqrt(r) with use_rslora, else alpha/r."""
+    use_rslora: bool = True
+    """Scale by alpha/sqrt(r) (Kalajdzievski 2023), which keeps the update's size independent of r."""
+    target_modules: str | tuple[str, ...] = "attention"
+    """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
+    of their paths), or a regular expression that matches whole paths."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some linears, by module name or regular expression: {down_proj: 32}. The first that matches the
+    end of a path counts, as in PEFT."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other lora_alpha for some linears, matched as rank_pattern is."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs that is set to 0 in training (the rest is scaled up). The same elements on any
+    number of ranks and after a resume."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts (B is zero): Kaiming-uniform as in PEFT, or a normal distribution of std 1/r."""
+    init_from: str | None = None
+    """A PEFT LoRA adapter (its folder) to start from instead. Its rank, alpha, scaling and targets become this run's."""
+
+    def __post_init__(self) -> None:
+        require_choice("adapter.method", self.method, ("lora", "full"))
+        require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
+        require_positive("adapter", self, "lora_alpha")
+        require_choice("adapter.init", self.init, ("kaiming", "gaussian"))
+        require(len(self.target_modules) > 0, "adapter.target_modules is empty; set adapter.target_modules=attention")
+        require(
+            0 <= self.lora_dropout < 1,
+            f"adapter.lora_dropout={self.lora_dropout} is not a share below 1; set adapter.lora_dropout=0.05 or 0",
+        )
+        for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key, value in pattern.items():
+                where = f"adapter.{setting}.{key}"
+                require(value > 0, f"{where}={value} must be positive; set it to a number above 0")
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    require(False, f"{where}: {key!r} is no regular expression ({error}); write a module's name")
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the linear at `path`."""
+        return _by_pattern(self.rank_pattern, path, self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """lora_alpha of the linear at `path`."""
+        return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
+
+
+def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
+    """PEFT's rule (get_pattern_key): the first key that matches `path` from its start or after a dot, to its end."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig:
+    method: Literal["nf4", "none"] = "nf4"
+    """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
+    them in the run's dtype."""
+
+    def __post_init__(self) -> None:
+        require_choice("quant.method", self.method, ("nf4", "none"))

@@ -1,0 +1,151 @@
+"""The data: where documents come from, what in them is trained, how they fill rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distlora.config.errors import require, require_choice
+
+DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
+
+Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One place that documents come from."""
+
+    path: str
+    """A file (jsonl, json, parquet, csv, tsv, txt; compressed ones too), a folder of such files, or the name of a data
+    set on the Hugging Face hub (org/name)."""
+    name: str | None = None
+    """Configuration (subset) of a hub data set that has several."""
+    split: str = "train"
+    """Split of a hub data set. Datasets' slices work: train[:10%]. A file or folder has one split, train."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null: its main branch."""
+    format: Format = "auto"
+    """What a document is; `auto` reads it off the keys of the first one."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Other names for a format's keys: {prompt: question, completion: answer}."""
+    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
+    """What one document is in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
+    weight: float | None = None
+    """Share of the trained tokens in a mixture, relative to the other sources' weights; null in all: everything once.
+    """
+
+    def __post_init__(self) -> None:
+        require_choice("data.format", self.format, DATA_FORMATS)
+        require_choice("data.sample_by", self.sample_by, ("auto", "line", "paragraph", "document"))
+        require(
+            self.weight is None or 0 < self.weight < math.inf,
+            f"data.sources: weight={self.weight} of {self.path} is not a share; set it above 0, or remove the source",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    path: str | None = None
+    """The one source of documents: a file, a folder, or a data set's name on the hub. `sources` mixes several."""
+    name: str | None = None
+    """Configuration (subset) of a hub data set that has several."""
+    split: str = "train"
+    """Split of a hub data set that is trained on."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null: its main branch."""
+    format: Format = "auto"
+    """What a document is: chat {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "input", "output"},
+    prompt_completion {"prompt", "completion"} or text {"text"}; `auto` reads it off the keys of the first one."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Other names for a format's keys: {prompt: question, completion: answer}."""
+    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
+    """What one document is in a plain text file. `auto`: a paragraph where the file has blank lines, else a line."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture instead of `path`: [{path: a.json, weight: 0.7}, {path: b.txt, weight: 0.3}]. Weights are shares of the
+    trained tokens; without any, every source is taken whole."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """How much of a weighted mixture an epoch is, as in datasets.interleave_datasets: it ends when the first source is
+    used up (no document twice), or when the last one is (the others are repeated)."""
+    streaming: bool = False
+    """Read only as many documents as train.max_steps needs, without downloading the rest of a hub data set."""
+    template: str | None = None
+    """Chat template: null is the tokenizer's own; a name (chatml, llama3, ...) or a .jinja file replaces it."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens of a chat are trained: every assistant turn, the last one, or all tokens."""
+    sequence_length: int = 1024
+    """Tokens in a row; documents are packed into rows. Activation memory grows linearly with it, attention
+    quadratically.
+    """
+    too_long: Literal["auto", "truncate", "drop", "split"] = "auto"
+    """What becomes of a document longer than a row: cut off, left out, or continued as another document. `auto` splits
+    plain text and truncates the rest. The numbers are reported."""
+    eval_fraction: float = 0.05
+    """Share of the documents that is held out, chosen by a hash of (seed, index); 0 with no eval_path: no evaluation.
+    """
+    eval_path: str | None = None
+    """Held-out documents instead of a fraction: a file, a folder or a hub data set, read as `path` is."""
+    eval_split: str | None = None
+    """Split of the hub data set at eval_path, or at `path`, that is held out instead of a fraction."""
+    cache_dir: str = "~/.cache/distlora/data"
+    """Where tokenized rows are kept, content-addressed: a second run with the same data does not tokenize again."""
+
+    def __post_init__(self) -> None:
+        require_choice("data.format", self.format, DATA_FORMATS)
+        require_choice("data.sample_by", self.sample_by, ("auto", "line", "paragraph", "document"))
+        require_choice("data.train_on", self.train_on, ("assistant", "last", "all"))
+        require_choice("data.too_long", self.too_long, ("auto", "truncate", "drop", "split"))
+        require_choice("data.stopping_strategy", self.stopping_strategy, ("first_exhausted", "all_exhausted"))
+        require(
+            self.sequence_length >= 2,
+            f"data.sequence_length={self.sequence_length} leaves no token to predict; set it to 2 or more",
+        )
+        require(
+            0 <= self.eval_fraction < 1,
+            f"data.eval_fraction={self.eval_fraction} is not a share of the documents; set it from 0 to below 1",
+        )
+        require(
+            (self.path is None) != (not self.sources),
+            "data.path and data.sources exclude each other; set one of them"
+            if self.sources
+            else "data.path is not set; add data.path=FILE (or a folder, or a hub data set), or data.sources=[...]",
+        )
+        weighted = [source.weight is not None for source in self.sources]
+        require(
+            all(weighted) or not any(weighted),
+            "data.sources: some have a weight and some have none; give all of them a weight, or none",
+        )
+        require(
+            any(weighted) or self.stopping_strategy == "first_exhausted",
+            f"data.stopping_strategy={self.stopping_strategy} needs weights in data.sources; add them, or leave it out",
+        )
+        require(
+            self.eval_split is None or self.eval_path is not None or not self.sources,
+            "data.eval_split belongs to one data set, and data.sources names several; set data.eval_path too",
+        )
+
+    @property
+    def training_sources(self) -> tuple[SourceConfig, ...]:
+        """What is trained on: the mixture, or `path` alone."""
+        return self.sources or (self._source(self.path, self.split),)
+
+    @property
+    def held_out_source(self) -> SourceConfig | None:
+        """What is evaluated on, where that is named rather than a fraction of the training documents."""
+        if self.eval_path is None and self.eval_split is None:
+            return None
+        return self._source(self.eval_path or self.path, self.eval_split or "train")
+
+    def _source(self, path: str | None, split: str) -> SourceConfig:
+        assert path is not None
+        return SourceConfig(
+            path=path,
+            name=self.name if path == self.path or self.path is None else None,
+            split=split,
+            revision=self.revision if path == self.path else None,
+            format=self.format,
+            columns=self.columns,
+            sample_by=self.sample_by,
+        )

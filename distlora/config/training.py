@@ -1,0 +1,170 @@
+"""The run: optimizer, schedule, steps, and where and how it goes on and is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distlora.config.errors import require, require_choice, require_positive, require_share
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    backend: Literal["fsdp2"] = "fsdp2"
+    """What shards the frozen base over the ranks. One process needs no sharding and gets none."""
+    prefetch: bool = True
+    """Gather the next block while this one computes. Two blocks are then resident instead of one."""
+    bucket_mb: float = 4.0
+    """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
+        )
+        require_positive("parallel", self, "bucket_mb")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) on fp32 masters, and the schedule of its learning rate."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """`adamw` is torch's, in one fused pass. The others are bitsandbytes': moments in 8 bits (2 bytes a parameter
+    instead of 8), and paged: moved to host memory while the GPU is short of it."""
+    lr: float = 2e-4
+    """Peak learning rate, reached after the warm-up."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, advises about 16 with a lower lr); 1: plain LoRA."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the trained parameters."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate after the warm-up: down to min_lr_ratio at the last step (cosine, linear), constant,
+    or constant and then linearly down over the last decay_ratio of the steps (warmup_stable_decay)."""
+    warmup_ratio: float = 0.03
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    decay_ratio: float = 0.1
+    """Share of all steps over which warmup_stable_decay goes down."""
+    min_lr_ratio: float = 0.0
+    """What a falling schedule ends at, relative to lr."""
+
+    def __post_init__(self) -> None:
+        require_choice("optim.name", self.name, OPTIMIZERS)
+        require_positive("optim", self, "lr", "loraplus_lr_ratio", "eps")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; set optim.betas=[0.9,0.999]",
+        )
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off")
+        require_choice("optim.schedule", self.schedule, SCHEDULES)
+        require_share("optim", self, "warmup_ratio", "decay_ratio", "min_lr_ratio")
+        require(
+            self.schedule != "warmup_stable_decay" or self.warmup_ratio + self.decay_ratio <= 1,
+            f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
+            "all steps; lower one of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    epochs: int = 1
+    """Passes over the packed rows."""
+    max_steps: int | None = None
+    """Number of optimizer steps instead of `epochs`; the rows are repeated, reshuffled, as often as that takes."""
+    global_batch: int = 8
+    """Rows in one optimizer step, over all ranks and accumulation steps. Results do not depend on how they are split.
+    """
+    micro_batch: int = 1
+    """Rows that a rank runs at once. Activation memory grows linearly with it."""
+    accumulate: Literal["step", "block"] = "step"
+    """Where a rank's micro-batches are looped over: `step` runs the model once for each (every block is gathered each
+    time); `block` runs each block over all of them while it is gathered once, and keeps all boundary activations."""
+    checkpointing: Literal["block", "none"] = "block"
+    """`block` keeps only the inputs of each decoder block and recomputes it in backward: about 1/3 more compute."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
+    seed: int = 0
+    """Names every random choice of the run: initialization, held-out split, order of the rows, dropout."""
+    log_every: int = 1
+    """Steps between reads of the device's counters (a host sync); every step is still logged, a few at a time. A
+    non-finite loss or gradient is noticed then; nothing is updated from the step where it came up."""
+    eval_every: int | None = None
+    """Steps between held-out evaluations; null: before the first and after the last step only."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without a better held-out loss; null: never."""
+    early_stopping_threshold: float = 0.0
+    """Nats a token by which the held-out loss must fall to count as better."""
+    load_best_at_end: bool = False
+    """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
+    save_every: int | None = None
+    """Steps between checkpoints; null: at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    sample_every: int | None = None
+    """Steps between samples: answers to sample_prompts, written to RUN/samples.jsonl and to the tracker; null: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to sample from; each is a user's turn where the tokenizer has a chat template."""
+    sample_tokens: int = 64
+    """Tokens that a sample may have."""
+
+    def __post_init__(self) -> None:
+        numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every")
+        require_positive("train", self, *numbers, "keep", "early_stopping_patience", "sample_every", "sample_tokens")
+        require_choice("train.accumulate", self.accumulate, ("step", "block"))
+        require_choice("train.checkpointing", self.checkpointing, ("block", "none"))
+        require_choice("train.dtype", self.dtype, ("bf16", "fp32"))
+        require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
+        require(
+            self.early_stopping_threshold >= 0,
+            f"train.early_stopping_threshold={self.early_stopping_threshold} is negative; set it to 0 or more",
+        )
+        for name in ("early_stopping_patience", "load_best_at_end"):
+            require(
+                not getattr(self, name) or self.eval_every is not None,
+                f"train.{name}={getattr(self, name)} needs evaluations during training; set train.eval_every",
+            )
+        require(
+            (self.sample_every is None) == (not self.sample_prompts),
+            "train.sample_every and train.sample_prompts belong together; set both, or none of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerConfig:
+    name: Literal["wandb", "none"] = "wandb"
+    """`wandb` logs beside metrics.jsonl: online with a key, offline under RUN/wandb without; `none` writes
+    metrics.jsonl only.
+    """
+    project: str = "distlora"
+    """Project in wandb."""
+    group: str | None = None
+    """Group in wandb."""
+    tags: tuple[str, ...] = ()
+    """Tags in wandb."""
+
+    def __post_init__(self) -> None:
+        require_choice("tracker.name", self.name, ("wandb", "none"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 1
+    """Worker processes on each machine: one a GPU, or that many CPU processes where there is none."""
+
+    def __post_init__(self) -> None:
+        require_positive("cluster", self, "gpus_per_node")
+        require(
+            self.nodes == 1,
+            f"cluster.nodes={self.nodes}: more than one needs the SLURM launcher, not built yet; set cluster.nodes=1",
+        )

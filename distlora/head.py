@@ -23,7 +23,11 @@ IGNORED_LABEL = -100
 
 
 class LossHead(nn.Module):
-    """forward(hidden (B, T, H), labels (B, T)) -> (B,) fp32: the sum of -log p(label) over each row's labels >= 0."""
+    """forward(hidden (B, T, H), labels (B, T)) -> (B,) fp32: the sum of -log p(label) over each row's labels >= 0.
+
+    Without labels, the logits (B, T, vocabulary) fp32 themselves: through forward too, which is what a sharded weight
+    is gathered for.
+    """
 
     def __init__(self, weight: nn.Parameter, *, logit_softcap: float | None = None, logit_scale: float = 1.0) -> None:
         super().__init__()
@@ -32,7 +36,9 @@ class LossHead(nn.Module):
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return self.logits(hidden)
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         tokens_per_chunk = max(16, LOGITS_PER_CHUNK // self.weight.shape[0])
         chunks = list(zip(flat.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True))
@@ -49,7 +55,7 @@ class LossHead(nn.Module):
         return F.cross_entropy(self.logits(hidden), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, vocabulary) fp32, scaled and capped as the model's config says."""
+        """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says."""
         logits = F.linear(hidden, self.weight).float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale

@@ -2,43 +2,78 @@
 weights.
 
 The decoder is the family's own module with three changes: the linears of its blocks are frozen (and adapted) ones, each
-block sits in a `Block`, and the head is a `LossHead`. What a family does beyond that is refused here, by name.
+block sits in a `Block`, and the head is a `LossHead`. What a family does beyond that is refused, by name, in
+`distlora.families`.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, RowChoice, link_shared_inputs
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, link_shared_inputs
 from distlora.blocks import Block
-from distlora.config import MODEL_FAMILIES, Config, UserError
+from distlora.config import Config, UserError
+from distlora.families import Family, check_config, read_config
 from distlora.head import LossHead
-from distlora.quant import FrozenLinear
-from distlora.targets import select_targets
+from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
+from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
+from distlora.loading.segments import read_headers
+from distlora.quant import PACKED_PARTS, FrozenLinear
+from distlora.targets import check_patterns, select_targets
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import Cache, PretrainedConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class CausalLM(nn.Module):
-    """A decoder and its loss head. forward(...) -> (B,) fp32 loss sums per row."""
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What generation knows beside the tokens that it passes; training has none of it."""
 
-    def __init__(self, decoder: nn.Module, head: LossHead, hf_config: PretrainedConfig, blocks: list[Block]) -> None:
+    attention_mask: Tensor | None
+    """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
+    cache: Cache | None
+    """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
+
+
+class CausalLM(nn.Module):
+    """A decoder and its loss head. forward(...) -> (B,) fp32 loss sums per row, or the next token's logits."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        head: LossHead,
+        blocks: list[Block],
+        *,
+        hf_config: PretrainedConfig,
+        family: Family,
+        layout: CheckpointLayout,
+        tied: bool,
+        outside_linears: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.head = head
-        self.hf_config = hf_config
         self.blocks = blocks
         """The blocks of the decoder, in order (the decoder owns them)."""
+        self.hf_config = hf_config
+        """The decoder's settings as transformers reads them: config.json, or its text_config."""
+        self.family = family
+        self.layout = layout
+        """Where the parameters lie in a checkpoint."""
+        self.tied = tied
+        """Whether the head's weight is the embedding's."""
+        self.outside_linears = outside_linears
+        """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
         self.autocast_dtype: torch.dtype | None = None
         """Compute dtype where it is not the parameters' own: full fine-tuning in bf16 from fp32 masters."""
 
@@ -46,28 +81,44 @@ class CausalLM(nn.Module):
     def embedding(self) -> nn.Module:
         return self.decoder.get_input_embeddings()  # type: ignore[operator]
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head's weight is the embedding's."""
-        return bool(self.hf_config.tie_word_embeddings)
-
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, adapter_rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None,
+        adapter_rows: Tensor | None = None,
+        past: Past | None = None,
+        step_rows: StepRows | None = None,
     ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
         Positions restart at 0 with each packed document, which is how the decoder tells them apart; labels[t] is the
-        target at position t, -100 for none.
+        target at position t, -100 for none. labels=None (generation): the logits of what follows the last position,
+        (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
+        in training the rows are, and without it there is no dropout.
         """
         with torch.autocast(input_ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.head(self.hidden_states(input_ids, position_ids, adapter_rows), labels)
+            hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows)
+            return self.head(hidden if labels is not None else hidden[:, -1:], labels)
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        adapter_rows: Tensor | None = None,
+        past: Past | None = None,
+        step_rows: StepRows | None = None,
+    ) -> Tensor:
         """(B, T) -> (B, T, H): what the head reads."""
         for block in self.blocks:
-            block.adapter_rows = adapter_rows
-        # With a cache transformers does not look for packed documents in the positions, and they leak into each other.
-        output = self.decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+            block.adapter_rows, block.step_rows = adapter_rows, step_rows
+        if past is None:
+            # With a cache transformers does not look for packed documents in the positions, and they leak into each
+            # other.
+            known: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+        else:
+            known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None, "cache": past.cache}
+        output = self.decoder(input_ids=input_ids, position_ids=position_ids, **known)
         return output.last_hidden_state
 
     def tie(self) -> None:
@@ -77,7 +128,7 @@ class CausalLM(nn.Module):
 
     def hf_state_dict(self) -> dict[str, nn.Parameter]:
         """Every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
-        return {hf_name(name): parameter for name, parameter in self.named_parameters()}
+        return {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
 
     def set_num_micro(self, num_micro: int) -> None:
         """Run every block's batch in this many slices from now on."""
@@ -88,98 +139,168 @@ class CausalLM(nn.Module):
         """(Hugging Face path, linear), in forward order."""
         for name, module in self.named_modules():
             if isinstance(module, AdaptedLinear):
-                yield hf_name(name), module
+                yield self.hf_name(name), module
 
-
-def hf_name(name: str) -> str:
-    """Our path of a module or parameter as Hugging Face names it: decoder.layers.0.inner.x -> model.layers.0.x."""
-    if name == "head.weight":
-        return "lm_head.weight"
-    return re.sub(r"^decoder\.", "model.", name).replace(".inner.", ".")
+    def hf_name(self, name: str) -> str:
+        """Our path of a module or parameter as the Hugging Face model of the same folder names it:
+        decoder.layers.0.inner.x -> model.layers.0.x, or model.language_model.layers.0.x for gemma3.
+        """
+        if name == "head.weight":
+            return "lm_head.weight"
+        return re.sub(r"^decoder\.", f"{self.family.decoder}.", name).replace(".inner.", ".")
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """The model's config.json through transformers. Raises UserError for a family that is not supported."""
+    """The model's config.json through transformers. Raises UserError for values that transformers refuses."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hf_config.model_type not in MODEL_FAMILIES:
-        raise UserError(
-            f"model_type {hf_config.model_type!r} of {folder} is not supported; "
-            f"this version takes {', '.join(MODEL_FAMILIES)}"
-        )
-    return hf_config
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"transformers refuses {Path(folder) / 'config.json'}: {error}") from error
 
 
 def build_model(config: Config) -> CausalLM:
-    """The whole model on the meta device, adapters included. Raises UserError when target_modules match nothing."""
+    """The whole model on the meta device, adapters included. Raises UserError for a model that cannot be trained as
+    the config says, and when target_modules match nothing.
+    """
     from transformers import AutoModelForCausalLM
 
-    hf_config = read_hf_config(config.model.path)
-    full = config.adapter.method == "full"
+    folder, full = Path(config.model.path), config.adapter.method == "full"
+    place = folder / "config.json"
+    family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
+    hf_config = read_hf_config(folder)
     # Full fine-tuning keeps fp32 masters and computes under autocast; frozen weights are in the run's dtype.
     dtype = torch.float32 if full else DTYPES[config.train.dtype]
     with torch.device("meta"):
         # A copy, because from_config writes the dtype into the config that it is given.
-        hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype, attn_implementation="sdpa")
+        hf_model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config), dtype=dtype, attn_implementation=family.attention
+        )
+    assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.
     hf_model.eval()
-    decoder = hf_model.get_decoder()
+    decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
     if not full:
         hf_model.requires_grad_(False)
+    head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
+    # As transformers tied it: a composite model's own config and its text_config need not agree.
+    tied = head.weight is decoder.get_input_embeddings().weight
+    inside = family.decoder + ".layers."
+    outside = tuple(
+        name
+        for name, module in hf_model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside) and name != "lm_head"
+    )
     layers = decoder.layers
-    choices = [RowChoice() for _ in layers]
+    contexts = [BlockContext() for _ in layers]
+    packed = _packed_linears(config, layout, inside)
     if not full:
-        _replace_linears(layers, choices, config, dtype)
-    blocks = [Block(layer, choice) for layer, choice in zip(layers, choices, strict=True)]
+        _replace_linears(layers, contexts, config, dtype, inside, packed)
+    blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
         block.checkpointing = config.train.checkpointing == "block"
     decoder.layers = nn.ModuleList(blocks)
-    model = CausalLM(decoder, LossHead(hf_model.get_output_embeddings().weight), hf_config, blocks)
+    model = CausalLM(
+        decoder,
+        head,
+        blocks,
+        hf_config=hf_config if family.text_config is None else getattr(hf_config, family.text_config),
+        family=family,
+        layout=layout,
+        tied=tied,
+        outside_linears=outside,
+    )
     if full and config.train.dtype != "fp32":
         model.autocast_dtype = DTYPES[config.train.dtype]
     return model
 
 
-def _replace_linears(layers: nn.ModuleList, choices: list[RowChoice], config: Config, dtype: torch.dtype) -> None:
-    """Put a frozen or adapted linear in place of every nn.Linear of the blocks."""
-    paths = [f"model.layers.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
+    """The cap that the family's head puts on logits, by its config."""
+    cap = decoder.config.final_logit_softcapping if family.head_softcap else None  # type: ignore[union-attr]
+    return None if cap is None else float(cap)  # type: ignore[arg-type]
+
+
+def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> dict[str, PackedWeight]:
+    """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
+
+    Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
+    """
+    folder = Path(config.model.path)
+    model = read_config(folder)
+    if "quantization_config" not in model:  # A model is built from its config.json alone.
+        return {}
+    headers = read_headers(folder)
+    stored = read_packed_weights(folder, model, headers)
+    check_keeps_packed(config, stored)
+    weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
+    sources = find_sources(layout, headers, weights)
+    return packed_parameters(stored, {name: source.names for name, source in sources.items()})
+
+
+def _replace_linears(
+    layers: nn.ModuleList,
+    contexts: list[BlockContext],
+    config: Config,
+    dtype: torch.dtype,
+    prefix: str,
+    packed: Mapping[str, PackedWeight],
+) -> None:
+    """Put a frozen or adapted linear in place of every nn.Linear of the blocks; `prefix` is what Hugging Face's paths
+    have before the block's index. Where the checkpoint is quantized, each is stored as it is there.
+    """
+    paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     targets = set(select_targets(config.adapter.target_modules, paths))
-    for index, (layer, rows) in enumerate(zip(layers, choices, strict=True)):
+    check_patterns(config.adapter, targets, paths)
+    for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         adapted: dict[str, AdaptedLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
             sizes = (linear.in_features, linear.out_features)
-            bias, quantized = linear.bias is not None, config.quant.method == "nf4"
+            stored = packed.get(f"{prefix}{index}.{path}.weight")
+            bias = linear.bias is not None
+            quantized = config.quant.method == "nf4" and (not packed or stored is not None)
             new: FrozenLinear
-            if f"model.layers.{index}.{path}" in targets:
-                new = adapted[path] = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, rows=rows)
-                adapted[path].add_adapter(DEFAULT_ADAPTER, config.adapter)
+            if f"{prefix}{index}.{path}" in targets:
+                new = adapted[path] = AdaptedLinear(
+                    *sizes, bias=bias, quantized=quantized, dtype=dtype, context=context
+                )
+                adapted[path].add_adapter(
+                    DEFAULT_ADAPTER, config.adapter, path=f"{prefix}{index}.{path}", seed=config.train.seed
+                )
             else:
                 new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
+            if stored is not None and not stored.nested:
+                new.keep_absmax()
             layer.set_submodule(path, new)
         link_shared_inputs(adapted)
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:
-    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies, from the config.
+    """Compute what the meta skeleton could not hold: the rotary embedding's frequencies and Gemma's embedding scale,
+    from the config.
 
     Raises UserError for any other buffer that no checkpoint fills: it would hold whatever the memory held.
     """
     for name, _ in model.named_buffers():
-        if not (name.endswith(".offset") or ".rotary_emb." in name):
+        if not (name.endswith((".offset", ".embed_scale")) or ".rotary_emb." in name):
             raise UserError(
                 f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill"
             )
+    config = model.decoder.config
     for name, module in list(model.decoder.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":
-            model.decoder.set_submodule(name, type(module)(config=model.hf_config).to(device))
+            model.decoder.set_submodule(name, type(module)(config=config).to(device))
+        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
+            # In the buffer's dtype: transformers rounds the scale to bf16 in a bf16 model too.
+            scale.fill_(module.scalar_embed_scale)
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
     """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
-    packed = {"codes", "scales", "group_scale"}
     base = {name: p for name, p in model.named_parameters() if ".adapters." not in name}
-    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in packed)
+    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
     quantized = sum(
         m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized
     )

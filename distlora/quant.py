@@ -1,6 +1,6 @@
 """The frozen linear of a decoder block and the weight it owns: packed NF4, or dense.
 
-Both keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
+All keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
 other; what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by
 `distlora.loading`.
 """
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from distlora_kernels import nf4
 from distlora_kernels.lora_linear import FrozenWeight, lora_linear
 
+PACKED_PARTS = frozenset({"codes", "scales", "group_scale", "absmax"})
+"""Names of the Parameters that hold packed weights."""
+
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
@@ -22,12 +25,15 @@ class FrozenLinear(nn.Module):
     """y = x W^T + bias with W (out_features, in_features) frozen.
 
     quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 and the buffer `offset` () fp32,
-    which is replicated; otherwise `weight` in `dtype`. `bias` (out_features,) in `dtype`, or None.
+    which is replicated; `keep_absmax` puts `absmax` (G, 256) fp32 in the place of the last three. Otherwise `weight` in
+    `dtype`. `bias` (out_features,) in `dtype`, or None.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.quantized = in_features, out_features, quantized
+        self.plain_absmax = False
+        """Whether the absmax are kept in fp32, without double quantization."""
         if quantized:
             groups = nf4.num_groups(in_features * out_features)
             self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
@@ -38,10 +44,33 @@ class FrozenLinear(nn.Module):
             self.weight = _frozen((out_features, in_features), dtype)
         self.bias = _frozen((out_features,), dtype) if bias else None
 
+    def keep_absmax(self) -> None:
+        """Store the absmax of every block itself: for a checkpoint that was quantized without double quantization.
+
+        4.5 bits a weight instead of 4.127. Quantizing those absmax here would move weights by 3e-3 of their size.
+        """
+        assert self.quantized, "a dense weight has no absmax"
+        del self.scales, self.group_scale, self.offset
+        self.absmax = _frozen((self.codes.shape[0], nf4.BLOCKS_PER_GROUP), torch.float32)
+        self.plain_absmax = True
+
+    @property
+    def group_bytes(self) -> int:
+        """Stored bytes of each group of a quantized weight, which is what a gather moves."""
+        assert self.quantized, "a dense weight has no groups"
+        return nf4.PLAIN_RECORD_BYTES if self.plain_absmax else nf4.GROUP_RECORD_BYTES
+
+    @property
+    def packed_bytes(self) -> int:
+        """Stored bytes of a quantized weight over all ranks, the offset included, FSDP2's padding not."""
+        return self.codes.shape[0] * self.group_bytes + (0 if self.plain_absmax else 4)
+
     @property
     def frozen_weight(self) -> FrozenWeight:
         """The weight as lora_linear takes it: the Parameters themselves, whatever storage they have now."""
         shape = (self.out_features, self.in_features)
+        if self.plain_absmax:
+            return FrozenWeight((self.codes, self.absmax), shape)
         if self.quantized:
             assert isinstance(self.offset, Tensor)
             return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), shape)
@@ -51,5 +80,8 @@ class FrozenLinear(nn.Module):
         return lora_linear(x, self.frozen_weight, bias=self.bias)
 
     def extra_repr(self) -> str:
-        kind = "nf4" if self.quantized else str(self.weight.dtype).removeprefix("torch.")
+        if self.quantized:
+            kind = "nf4, absmax in fp32" if self.plain_absmax else "nf4"
+        else:
+            kind = str(self.weight.dtype).removeprefix("torch.")
         return f"{self.in_features} -> {self.out_features}, {kind}"

@@ -8,22 +8,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from distlora.config import TARGET_PRESETS, UserError, nearest
+from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
+from distlora.families import FUSED_LINEARS
 
 
 def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) -> list[str]:
     """The paths among `names` that `adapter.target_modules` means, in their order.
 
     A list's entry means every path that equals it or ends in "." + it (as in PEFT); a string is a preset or a regular
-    expression for whole paths. Raises UserError, with what there is, when nothing matches or a list's entry is idle.
+    expression for whole paths. A preset means a fused linear (qkv_proj) where it names all that is in it. Raises
+    UserError, with what there is, when nothing matches, a list's entry is idle, or a preset names a part of a fused
+    linear.
     """
     paths = list(names)
     available = sorted({path.rpartition(".")[2] for path in paths})
     if not isinstance(target_modules, str):
         _refuse_idle(target_modules, paths, available)
-        return _ending_in(target_modules, paths)
+        return match_ending(target_modules, paths)
     if target_modules in TARGET_PRESETS:
-        selected = _ending_in(TARGET_PRESETS[target_modules], paths)
+        selected = match_ending(_with_fused(target_modules, available), paths)
         if not selected:
             wanted = ", ".join(TARGET_PRESETS[target_modules])
             raise UserError(
@@ -43,7 +46,59 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
     return selected
 
 
-def _ending_in(endings: Iterable[str], paths: list[str]) -> list[str]:
+def check_patterns(adapter: AdapterConfig, targets: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse a key of rank_pattern or alpha_pattern that changes no linear: a setting without effect is a mistake.
+
+    `targets` are the paths that get an adapter, `names` those of all linears.
+    """
+    adapted = list(targets)
+    for setting, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for key in idle_keys(pattern, adapted):
+            raise UserError(f"adapter.{setting}.{key}={pattern[key]} {_why_idle(key, adapted, list(names))}")
+
+
+def idle_keys(pattern: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The keys of a rank_pattern or alpha_pattern that change nothing: of those that match, the first counts."""
+    rest, idle = list(paths), []
+    for key in pattern:
+        taken = [path for path in rest if _takes(key, path)]
+        if not taken:
+            idle.append(key)
+        rest = [path for path in rest if path not in taken]
+    return idle
+
+
+def _takes(key: str, path: str) -> bool:
+    """Whether a pattern's key means a path, by the rule that AdapterConfig.rank_of itself follows."""
+    return AdapterConfig(r=1, rank_pattern={key: 2}).rank_of(path) == 2
+
+
+def _why_idle(key: str, adapted: list[str], names: list[str]) -> str:
+    if any(_takes(key, path) for path in adapted):
+        return "comes after other keys that match all of its linears; put it before them"
+    short = sorted({path.rpartition(".")[2] for path in adapted})
+    listed = ", ".join(short)
+    if any(_takes(key, path) for path in names):
+        return f"means linears without an adapter; add them to adapter.target_modules, which now means {listed}"
+    return f"matches no linear{nearest(key, short)}; adapter.target_modules means {listed}"
+
+
+def _with_fused(preset: str, available: list[str]) -> list[str]:
+    """The preset's names, and those of the model's fused linears that hold nothing else."""
+    wanted = TARGET_PRESETS[preset]
+    fused = {name: parts for name, parts in FUSED_LINEARS.items() if name in available and set(parts) & set(wanted)}
+    for name, parts in fused.items():
+        if not set(parts) <= set(wanted):
+            raise UserError(
+                f"adapter.target_modules={preset} ({', '.join(wanted)}) names a part of this model's {name}, which is "
+                f"one weight for {', '.join(parts)} and has one adapter or none; "
+                f"set adapter.target_modules=[{name}] or attention"
+            )
+    return [*wanted, *fused]
+
+
+def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
+    """The paths that equal one of `endings` or end in "." + it, PEFT's rule for a list of target_modules."""
     wanted = tuple(endings)
     dotted = tuple("." + ending for ending in wanted)
     return [path for path in paths if path in wanted or path.endswith(dotted)]
@@ -51,11 +106,12 @@ def _ending_in(endings: Iterable[str], paths: list[str]) -> list[str]:
 
 def _refuse_idle(entries: tuple[str, ...], paths: list[str], available: list[str]) -> None:
     for entry in entries:
-        if not _ending_in([entry], paths):
+        if not match_ending([entry], paths):
             listed = ",".join(entries)
+            inside = [name for name, parts in FUSED_LINEARS.items() if entry in parts and name in available]
+            hint = f" (it is a part of {inside[0]})" if inside else nearest(entry, available)
             raise UserError(
-                f"adapter.target_modules=[{listed}]: no module is named {entry!r}{nearest(entry, available)}; "
-                f"{_there_is(available)}"
+                f"adapter.target_modules=[{listed}]: no module is named {entry!r}{hint}; {_there_is(available)}"
             )
 
 
@@ -64,7 +120,7 @@ def _there_is(available: list[str]) -> str:
 
 
 def _no_match(text: str, paths: list[str], available: list[str]) -> str:
-    if _ending_in([text], paths):
+    if match_ending([text], paths):
         return (
             f"adapter.target_modules={text} is a regular expression for whole paths and matches none; "
             f"for all modules of that name write adapter.target_modules=[{text}]"

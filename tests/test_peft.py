@@ -18,7 +18,7 @@ from distlora import train
 from distlora.adapters import reset_adapters
 from distlora.config_file import load_config
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, hf_name, materialize_buffers
+from distlora.model import CausalLM, build_model, materialize_buffers
 from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_tensors
 from distlora.quant import FrozenLinear
@@ -36,7 +36,7 @@ def dequantized_hf_model(folder: Path, ours: CausalLM) -> transformers.PreTraine
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in ours.named_modules():
         if isinstance(module, FrozenLinear):
-            model.get_parameter(hf_name(f"{name}.weight")).copy_(module.frozen_weight.dense(torch.float32))
+            model.get_parameter(ours.hf_name(f"{name}.weight")).copy_(module.frozen_weight.dense(torch.float32))
     return model
 
 

@@ -1,4 +1,4 @@
-"""A rank's own rows of one weight: read, quantized and written into the shard, one chunk of groups at a time.
+"""A rank's own rows of one weight: read, quantized or cast or copied, and written into the shard, a chunk at a time.
 
 Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the fp32 absmax of the rank's own blocks
 (1/64 of its weights), kept until the offset is known.
@@ -13,15 +13,19 @@ import torch
 from torch import nn
 
 from distlora.config import UserError
+from distlora.loading.prequantized import PackedWeight
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
 from distlora.parallel import Backend
 from distlora.quant import FrozenLinear
-from distlora_kernels import nf4
+from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which stays in a core's cache."""
 CHUNK_ELEMENTS = CHUNK_GROUPS * nf4.GROUP
+MAP_ULPS = 4
+"""How far a stored 8-bit map may be from ours: bitsandbytes computes it anew on each machine, and torch.linspace's last
+bits depend on its instructions (2 ulps seen)."""
 
 
 @torch.no_grad()
@@ -69,15 +73,67 @@ def _offset(absmax: torch.Tensor, linear: FrozenLinear, backend: Backend) -> flo
 
 
 @torch.no_grad()
+def keep_packed_into(linear: FrozenLinear, packed: PackedWeight, reader: Reader, backend: Backend) -> None:
+    """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; the last group's padding is zeros.
+
+    Every rank reads its own groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for maps
+    that are not NF4's and the 8-bit dynamic one.
+    """
+    _check_maps(packed, reader)
+    zeros = reference.ZERO_CODE * 17  # In both nibbles.
+    copy_into(linear.codes, [packed.codes], reader, backend, packed.name, padding=zeros)
+    absmax_name = f"{packed.name}.absmax"
+    if not packed.nested:
+        copy_into(linear.absmax, [packed.absmax], reader, backend, absmax_name, padding=0)
+        return
+    assert packed.nested_absmax is not None
+    assert packed.offset is not None
+    copy_into(linear.scales, [packed.absmax], reader, backend, absmax_name, padding=reference.ZERO_SCALE)
+    copy_into(linear.group_scale, [packed.nested_absmax], reader, backend, f"{packed.name}.nested_absmax")
+    linear.offset.fill_(packed.offset)  # type: ignore[operator]
+
+
+def _check_maps(packed: PackedWeight, reader: Reader) -> None:
+    """The stored codes mean what ours mean."""
+    levels = reader.read([packed.quant_map], 0, 16)
+    if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
+        raise UserError(
+            f"{packed.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set model.path to the "
+            "16-bit checkpoint"
+        )
+    if packed.nested_quant_map is not None:
+        entries, ours = reader.read([packed.nested_quant_map], 0, 256), reference.dynamic_map()
+        if not bool(((entries - ours).abs() <= MAP_ULPS * torch.finfo(ours.dtype).eps * ours.abs()).all()):
+            worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
+            raise UserError(
+                f"{packed.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
+                f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set model.path to the 16-bit checkpoint"
+            )
+
+
+@torch.no_grad()
 def copy_into(
-    parameter: nn.Parameter, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
+    parameter: nn.Parameter,
+    segments: Sequence[Segment],
+    reader: Reader,
+    backend: Backend,
+    name: str,
+    *,
+    padding: int | None = None,
 ) -> None:
-    """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf."""
+    """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf.
+
+    With `padding` the segments may end before the parameter does; that is what the rest holds.
+    """
     local, first_row = backend.local_rows(parameter)
     row_size = math.prod(parameter.shape[1:])
     flat = local.view(-1)
     start = first_row * row_size
-    for first, chunk in reader.chunks(segments, start, start + flat.numel(), CHUNK_ELEMENTS):
+    stop = start + flat.numel()
+    if padding is not None:
+        stop = max(min(stop, sum(segment.numel for segment in segments)), start)
+        flat[stop - start :] = padding
+    for first, chunk in reader.chunks(segments, start, stop, CHUNK_ELEMENTS):
         if not bool(torch.isfinite(chunk).all()):
             raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
         flat[first - start : first - start + chunk.numel()] = chunk

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distlora.loading.segments import DTYPE_BYTES, Segment
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 class Reader:

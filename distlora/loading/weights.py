@@ -5,19 +5,21 @@ alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.adapters import adapter_parameters
 from distlora.config import UserError
-from distlora.loading.quantize import copy_into, quantize_into
+from distlora.families import read_config
+from distlora.loading.conversion import Source, find_sources, names_without_a_place
+from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
+from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
 from distlora.loading.reader import Reader
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.model import CausalLM, hf_name
+from distlora.model import CausalLM
 from distlora.parallel import Backend
-from distlora.quant import FrozenLinear
-
-_PACKED = ("codes", "scales", "group_scale")
+from distlora.quant import PACKED_PARTS, FrozenLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Loaded:
     """Weights of the whole model that are kept in NF4."""
     quantized_bytes: int
     """Bytes that they take, over all ranks, without FSDP2's padding."""
+    prequantized: bool
+    """Whether they were in NF4 on disk, and nothing was quantized."""
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -41,50 +45,106 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
     """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor."""
     began = time.monotonic()
     headers = read_headers(Path(folder))
+    sources = find_base(model, headers)
+    stored = read_packed_weights(Path(folder), read_config(Path(folder)), headers)
+    packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
     adapters = set(adapter_parameters(model))
     quantized_weights = quantized_bytes = 0
     with Reader() as reader:
         for path, module in model.named_modules():
             if isinstance(module, FrozenLinear) and module.quantized:
-                name = hf_name(f"{path}.weight")
+                name = model.hf_name(f"{path}.weight")
                 shape = (module.out_features, module.in_features)
-                quantize_into(module, [_find(headers, name, shape)], reader, backend, name)
+                if name in packed:
+                    _check_shape(name, packed[name].shape, shape)
+                    keep_packed_into(module, packed[name], reader, backend)
+                else:
+                    quantize_into(module, _segments(sources, name, shape), reader, backend, name)
                 quantized_weights += shape[0] * shape[1]
-                quantized_bytes += sum(getattr(module, part).nbytes for part in _PACKED) + 4
+                quantized_bytes += module.packed_bytes
             for own, parameter in module.named_parameters(recurse=False):
                 full = f"{path}.{own}" if path else own
-                is_packed = isinstance(module, FrozenLinear) and own in _PACKED
+                is_packed = isinstance(module, FrozenLinear) and own in PACKED_PARTS
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
-                copy_into(
-                    parameter, [_find(headers, hf_name(full), tuple(parameter.shape))], reader, backend, hf_name(full)
-                )
+                name = model.hf_name(full)
+                if name in packed:
+                    raise packed_outside_blocks(name)
+                copy_into(parameter, _segments(sources, name, tuple(parameter.shape)), reader, backend, name)
         bytes_read = reader.bytes_read
     if quantized_weights:
-        _check_packed(model)
-    return Loaded(time.monotonic() - began, bytes_read, quantized_weights, quantized_bytes)
+        _check_packed(model, packed)
+    return Loaded(time.monotonic() - began, bytes_read, quantized_weights, quantized_bytes, bool(packed))
 
 
-def _find(headers: dict[str, Segment], name: str, shape: tuple[int, ...]) -> Segment:
-    """A tensor by its Hugging Face name; UserError when it is absent or not what config.json promises."""
-    segment = headers.get(name)
-    if segment is None:
+def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
+    """Where each parameter of the base lies on disk, by its Hugging Face name.
+
+    Raises UserError when the checkpoint and config.json describe different models: weights without a place, or a head
+    beside an embedding that it is tied to and differs from.
+    """
+    layout, scope = model.layout, model.family.decoder
+    strays = names_without_a_place(layout, headers, scope)
+    if strays:
+        raise UserError(
+            f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), for which config.json has no place, so "
+            "the model would run without it; is config.json another model's?"
+        )
+    head, embedding = "lm_head.weight", f"{scope}.embed_tokens.weight"
+    wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
+    sources = find_sources(layout, headers, wanted)
+    # transformers does not tie them then, whatever config.json says.
+    if model.tied and {head, embedding} <= sources.keys() and _sample(sources[head]) != _sample(sources[embedding]):
+        raise UserError(
+            f"config.json ties the head to the embedding, but {sources[head].names[0]} and "
+            f"{sources[embedding].names[0]} differ on disk; set tie_word_embeddings to false in config.json"
+        )
+    return sources
+
+
+def _sample(source: Source) -> bytes:
+    """64 KiB from the middle: matrices that were trained apart differ everywhere."""
+    (segment,) = source.segments
+    with segment.file.open("rb") as stream:
+        stream.seek(segment.offset + max(segment.num_bytes // 2 - 2**15, 0))
+        return stream.read(min(2**16, segment.num_bytes))
+
+
+def _segments(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
+    """A parameter by its Hugging Face name; UserError when it is absent or not what config.json promises."""
+    source = sources.get(name)
+    if source is None:
         raise UserError(
             f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's folder?"
         )
-    if segment.shape != shape:
+    _check_shape(name, source.shape, shape)
+    dtype = source.segments[0].dtype
+    if dtype not in SOURCE_DTYPES:
+        raise UserError(f"{name} is stored as {dtype}; weights are read from {', '.join(SOURCE_DTYPES)}")
+    return source.segments
+
+
+def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if on_disk != shape:
         raise UserError(
-            f"{name} has shape {list(segment.shape)} on disk and {list(shape)} by config.json; "
+            f"{name} has shape {list(on_disk)} on disk and {list(shape)} by config.json; "
             "they belong to different models"
         )
-    if segment.dtype not in SOURCE_DTYPES:
-        raise UserError(f"{name} is stored as {segment.dtype}; weights are read from {', '.join(SOURCE_DTYPES)}")
-    return segment
 
 
-def _check_packed(model: CausalLM) -> None:
-    """Nothing in a block that has two or more dimensions stayed 16-bit unnoticed."""
+def _check_packed(model: CausalLM, packed: Mapping[str, PackedWeight]) -> None:
+    """Nothing in a block that has two or more dimensions stayed 16-bit unnoticed, nor was quantized a second time.
+
+    Linears that a quantized checkpoint (`packed`) keeps dense stay so.
+    """
+    kept_dense = set()
+    for path, module in model.named_modules():
+        if packed and isinstance(module, FrozenLinear):
+            name = model.hf_name(f"{path}.weight")
+            assert module.quantized == (name in packed), f"{name} is not kept as the checkpoint has it"
+            if not module.quantized:
+                kept_dense.add(module.weight)
     for block in model.blocks:
         for path, parameter in block.named_parameters():
-            packed = path.rpartition(".")[2] in _PACKED or ".adapters." in path
-            assert packed or parameter.dim() < 2, f"{path} stayed {parameter.dtype} under quant=nf4"
+            expected = path.rpartition(".")[2] in PACKED_PARTS or ".adapters." in path or parameter in kept_dense
+            assert expected or parameter.dim() < 2, f"{path} stayed {parameter.dtype} under quant=nf4"

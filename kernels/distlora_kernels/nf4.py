@@ -2,8 +2,8 @@
 
 A quantized weight is four tensors (README.md has the byte layout):
     codes (G, 8192) uint8, scales (G, 256) uint8, group_scale (G,) fp32, offset () fp32
-All but the offset share dim 0 = G groups of 16,384 weights, so a cut there is a cut at a group boundary in each of
-them.
+A weight that comes without double quantization is two: codes, and absmax (G, 256) fp32. All but the offset share dim 0
+= G groups of 16,384 weights, so a cut there is a cut at a group boundary in each of them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ __all__ = [
     "GROUP",
     "GROUP_BYTES",
     "GROUP_RECORD_BYTES",
+    "PLAIN_RECORD_BYTES",
     "absmax_group_sums",
     "absmax_offset",
     "bits_per_weight",
+    "dequantize_blocks",
     "nf4_dequantize",
     "nf4_quantize",
     "num_groups",
@@ -42,6 +44,8 @@ __all__ = [
 
 GROUP_RECORD_BYTES = GROUP_BYTES + BLOCKS_PER_GROUP + 4
 """Stored bytes of a group: its codes, scales and group_scale."""
+PLAIN_RECORD_BYTES = GROUP_BYTES + 4 * BLOCKS_PER_GROUP
+"""Stored bytes of a group without double quantization: its codes and absmax."""
 
 _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,6 +104,20 @@ def nf4_dequantize(
     )
     dequantize = nf4_cpu.dequantize if codes.device.type == "cpu" else reference.nf4_dequantize
     return dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """nf4_dequantize of a weight without double quantization: absmax (G, 256) fp32, one a block, is stored itself.
+
+    Equal to bitsandbytes bit for bit from the same stored bytes. Raises RuntimeError for parts that do not fit `shape`.
+    """
+    groups = num_groups(math.prod(shape))
+    torch._check(
+        codes.shape == (groups, GROUP_BYTES) and absmax.shape == (groups, BLOCKS_PER_GROUP),
+        lambda: f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, absmax {tuple(absmax.shape)}",
+    )
+    dequantize = nf4_cpu.dequantize_blocks if codes.device.type == "cpu" else reference.dequantize_blocks
+    return dequantize(codes, absmax, shape=shape, dtype=dtype)
 
 
 def bits_per_weight(numel: int) -> float:

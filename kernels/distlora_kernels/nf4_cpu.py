@@ -46,8 +46,14 @@ def dequantize(
     codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """reference.nf4_dequantize, bit for bit."""
+    absmax = _dynamic_map()[scales.int()].mul_(group_scale[:, None]).add_(offset)
+    return dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """reference.dequantize_blocks, bit for bit."""
     numel = torch.Size(shape).numel()
-    absmax = _dynamic_map()[scales.int()].mul_(group_scale[:, None]).add_(offset).view(-1)
+    absmax = absmax.view(-1)
     if numel % BLOCK == 0 and _has_bitsandbytes():
         # As rows of one block each: for rows of 32, 96, 160... weights bitsandbytes 0.50's kernel takes a wrong absmax.
         blocks = (numel // BLOCK, BLOCK)

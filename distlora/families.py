@@ -1,0 +1,254 @@
+"""The model families that the seams carry: how each is built, where its decoder sits, what its head does, and what of
+a config.json is refused with the reason.
+
+Torch-free: the launcher asks before any process starts, the worker asks the same again before it builds. Everything
+here was read in the modeling files of transformers 5.24 and is tried in tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError, nearest
+
+STATIC_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""Rotary embeddings whose frequencies do not depend on what else is in the batch. `dynamic` changes its base only
+beyond max_position_embeddings, where no row may be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One model_type of transformers, as far as building, naming and checking it differ from Llama."""
+
+    model_type: str
+    model_class: str
+    """The transformers class that AutoModelForCausalLM makes of it, which PEFT loads an adapter onto."""
+    attention: str = "sdpa"
+    """Attention implementation; eager where the scores are capped, which SDPA cannot do."""
+    decoder: str = "model"
+    """Path of the decoder in that class."""
+    text_config: str | None = None
+    """Key of config.json that holds the decoder's settings; None: the top level."""
+    disk_prefixes: tuple[str, ...] = ("model.", "")
+    """What stands before `layers.0...` on disk: as ForCausalLM and as the bare decoder was saved."""
+    disk_heads: tuple[str, ...] = ("lm_head.weight",)
+    """The head's names on disk."""
+    tied: bool = False
+    """tie_word_embeddings where config.json does not say."""
+    head_softcap: bool = False
+    """Whether the head applies config's final_logit_softcapping."""
+    layer_types: bool = False
+    """Whether the decoder picks a mask per layer by config's layer_types."""
+    ropes: tuple[str, ...] = (*STATIC_ROPES, "longrope")
+
+    @property
+    def composite(self) -> bool:
+        """Whether the folder holds more than the text model (a vision tower), which stays untouched."""
+        return self.text_config is not None
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(model_type="llama", model_class="LlamaForCausalLM"),
+        Family(model_type="mistral", model_class="MistralForCausalLM"),
+        Family(model_type="qwen2", model_class="Qwen2ForCausalLM", layer_types=True),
+        Family(model_type="qwen3", model_class="Qwen3ForCausalLM", layer_types=True),
+        Family(
+            model_type="gemma2",
+            model_class="Gemma2ForCausalLM",
+            attention="eager",
+            tied=True,
+            head_softcap=True,
+            layer_types=True,
+        ),
+        Family(
+            model_type="gemma3_text",
+            model_class="Gemma3ForCausalLM",
+            tied=True,
+            head_softcap=True,
+            layer_types=True,
+        ),
+        # Its forward caps no logits, whatever text_config.final_logit_softcapping says.
+        Family(
+            model_type="gemma3",
+            model_class="Gemma3ForConditionalGeneration",
+            decoder="model.language_model",
+            text_config="text_config",
+            disk_prefixes=("language_model.model.", "model.language_model.", "language_model."),
+            disk_heads=("language_model.lm_head.weight", "lm_head.weight"),
+            tied=True,
+            layer_types=True,
+        ),
+        Family(model_type="phi3", model_class="Phi3ForCausalLM", ropes=("default", "longrope")),
+    )
+}
+
+FUSED_LINEARS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Linears that hold several projections in one weight (phi3), which presets name apart."""
+
+_EXPERTS = "its experts are 3-D parameters and not linears, which can be neither adapted nor kept in 4 bits yet"
+_HEAD = "its head scales the logits, and no test shows yet that this is carried"
+_REASONS: tuple[tuple[str, str], ...] = (
+    (r"mixtral|phimoe|olmoe|gpt_oss|llama4.*|deepseek_v\d.*|.*moe.*|jamba|dbrx", _EXPERTS),
+    (r"granite|cohere2?", _HEAD),
+    (
+        r"gemma3n.*",
+        "its layers share keys and values and take per-layer embeddings, which the block wrapper cannot cut",
+    ),
+    (r".*_vl(_text)?|llava.*|mllama.*|paligemma.*|idefics.*|phi4_multimodal", "it is trained on more than text"),
+    (r"mamba.*|falcon_h1|recurrent_gemma|rwkv", "its recurrent state runs over the borders of packed documents"),
+    (r"bert|roberta|t5|bart|.*encoder.*", "it is no causal language model"),
+)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder. UserError when there is none, or it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json; point model.path at a model's folder in Hugging Face format")
+    try:
+        model = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(model, dict):
+        raise UserError(f"{path} is not a JSON object; download it again")
+    return model
+
+
+def family_of(model: Mapping[str, Any], place: Path | str) -> Family:
+    """The family of a config.json; UserError with the reason, or the nearest names, for one that is not supported."""
+    model_type = model.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is not None:
+        return family
+    reasons = (reason for pattern, reason in _REASONS if re.fullmatch(pattern, str(model_type)))
+    reason = next((f": {reason}" for reason in reasons), "")
+    raise UserError(
+        f"{place}: model_type={model_type!r} is not supported{reason}; the supported families are "
+        f"{', '.join(FAMILIES)}{nearest(str(model_type), FAMILIES)}"
+    )
+
+
+def text_settings(model: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The decoder's part of config.json."""
+    return model if family.text_config is None else model.get(family.text_config) or {}
+
+
+def is_tied(model: Mapping[str, Any], family: Family) -> bool:
+    """Whether the head's weight is the embedding's, by the config of the whole model."""
+    return bool(model.get("tie_word_embeddings", family.tied))
+
+
+def check_config(
+    model: Mapping[str, Any], place: Path | str, *, sequence_length: int | None = None, full: bool = False
+) -> Family:
+    """The family of a config.json that can be trained; UserError with the reason for one that cannot.
+
+    `place` is the config.json for messages, sequence_length the tokens of a row, `full` full fine-tuning.
+    """
+    family = family_of(model, place)
+    settings = text_settings(model, family)
+    if family.text_config is not None and not settings:
+        raise UserError(f"{place} has no {family.text_config}, where {family.model_type} keeps its text model")
+    if full and family.composite:
+        raise UserError(
+            f"adapter=full would save {family.model_type} without its vision tower; set adapter=lora, "
+            "or convert the folder to its text model (gemma3_text) first"
+        )
+    _check_class(model, place, family)
+    if settings.get("use_bidirectional_attention"):
+        raise UserError(
+            f"{place}: use_bidirectional_attention lets tokens see those after them; a causal model is needed"
+        )
+    known = ("full_attention", "sliding_attention")
+    unknown = [name for name in settings.get("layer_types") or () if name not in known]
+    if family.layer_types and unknown:
+        raise UserError(
+            f"{place}: layer_types has {unknown[0]!r}, which {family.model_type} does not know; "
+            f"it takes {' and '.join(known)}"
+        )
+    for rope in _ropes(settings):
+        _check_rope(rope, settings, place, family, sequence_length)
+    limit = settings.get("max_position_embeddings")
+    if isinstance(limit, int) and sequence_length is not None and sequence_length > limit:
+        raise UserError(
+            f"data.sequence_length={sequence_length:,} is beyond the model's {limit:,} positions "
+            f"(max_position_embeddings in {place}); set data.sequence_length={limit} or less"
+        )
+    return family
+
+
+def _check_class(model: Mapping[str, Any], place: Path | str, family: Family) -> None:
+    """Refuse code that comes with the weights, unless transformers has the very class (Phi-3 on the hub names both)."""
+    remote = model.get("auto_map")
+    name = remote.get("AutoModelForCausalLM") if isinstance(remote, Mapping) else None
+    if isinstance(name, str) and name.rpartition(".")[2] != family.model_class:
+        raise UserError(
+            f"{place}: auto_map asks for code that comes with the weights ({name}), which distlora does not run, and "
+            f"{family.model_class} of transformers may compute something else; use a base without auto_map, or delete "
+            "the entry if the two are the same"
+        )
+
+
+def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rotary settings in either format: rope_scaling, or rope_parameters, whole or by layer type."""
+    ropes = [settings.get("rope_scaling"), settings.get("rope_parameters")]
+    nested = [value for rope in ropes if isinstance(rope, Mapping) for value in rope.values()]
+    return [rope for rope in (*ropes, *nested) if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope)]
+
+
+def _check_rope(
+    rope: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    place: Path | str,
+    family: Family,
+    sequence_length: int | None,
+) -> None:
+    kind = str(rope.get("rope_type", rope.get("type")))
+    if family.model_type == "phi3" and kind in ("su", "yarn"):  # As Phi3Config reads them.
+        kind = "longrope"
+    if kind not in family.ropes:
+        raise UserError(
+            f"{place}: rope_type={kind!r} is not supported for {family.model_type}; "
+            f"it takes {', '.join(family.ropes)}{nearest(kind, family.ropes)}"
+        )
+    if kind != "longrope":
+        return
+    original = settings.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    if original is None:
+        original = 4096 if family.model_type == "phi3" else settings.get("max_position_embeddings")
+    if isinstance(original, int) and sequence_length is not None and sequence_length > original:
+        raise UserError(
+            f"data.sequence_length={sequence_length:,}: beyond {original:,} tokens (original_max_position_embeddings "
+            f"in {place}) longrope picks its factors by the longest document of the batch, so a packed document would "
+            f"not be what it is alone; set data.sequence_length={original} or less"
+        )
+
+
+def names_on_disk(names: Iterable[str], family: Family) -> dict[str, str]:
+    """Transformers' name -> name on disk, for the text model's tensors of a checkpoint.
+
+    From the prefixes alone, which is enough to refuse a bad folder early; what is loaded is decided by transformers'
+    own mapping (distlora/loading/conversion.py).
+    """
+    present = list(names)
+    embeddings = {prefix: f"{prefix}embed_tokens.weight" for prefix in family.disk_prefixes}
+    found = set(present)
+    prefix = next((prefix for prefix, name in embeddings.items() if name in found), family.disk_prefixes[0])
+    own = re.compile(re.escape(prefix) + r"(layers\..+|embed_tokens\..+|norm\..+)")
+    result = {}
+    for name in present:
+        match = own.fullmatch(name)
+        if match is not None:
+            result[f"{family.decoder}.{match[1]}"] = name
+    head = next((name for name in family.disk_heads if name in found), None)
+    return result if head is None else result | {"lm_head.weight": head}

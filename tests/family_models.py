@@ -1,0 +1,189 @@
+"""A tiny random model of every supported family and variant, and ours loaded from its folder.
+
+Vocabulary 1001, hidden 96, three blocks, windows of 16 tokens in rows of more; norms, biases and caps are such that a
+missing one is seen.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlora.adapters import LoRAPair, reset_adapters
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.loading.weights import load_base
+from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.parallel import Backend, Ranks, parallelize
+from distlora.quant import FrozenLinear
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+WINDOW = 16
+
+_COMMON = {
+    "vocab_size": 1001,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.08,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(9)],
+    "long_factor": [2.0 + i for i in range(9)],
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GEMMA = {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_GEMMA3 = _GEMMA | {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": _GEMMA3_ROPES,
+}
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _UNTIED | {"num_key_value_heads": 4}),
+    "llama3-tied": ("Llama", _TIED | {"rope_parameters": _LLAMA3}),
+    "llama-biases": ("Llama", _UNTIED | {"attention_bias": True, "mlp_bias": True}),
+    "llama-yarn": ("Llama", _UNTIED | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-dynamic": (
+        "Llama",
+        _UNTIED | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "mistral-window": ("Mistral", _UNTIED | {"sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", _UNTIED),
+    "qwen2-tied-window": (
+        "Qwen2",
+        _TIED | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", _UNTIED),
+    "gemma2": ("Gemma2", _TIED | _GEMMA | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma2-untied": ("Gemma2", _UNTIED | _GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+    "gemma3-text": ("Gemma3", _TIED | _GEMMA3 | {"final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", _TIED | _GEMMA3),
+    "gemma3-untied": ("Gemma3", _UNTIED | _GEMMA3),
+    "phi3": ("Phi3", _UNTIED | {"sliding_window": WINDOW}),
+    "phi3-longrope-tied": (
+        "Phi3",
+        _TIED | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128},
+    ),
+}
+"""name -> (transformers' class name without its ending, settings); Gemma 3 with "text" is the text model alone."""
+
+
+def hf_model(name: str) -> Any:
+    """A random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
+    import transformers
+
+    stem, settings = VARIANTS[name]
+    values = _COMMON | settings
+    torch.manual_seed(0)
+    if stem == "Gemma3" and "text" not in name:
+        tie = {"tie_word_embeddings": values["tie_word_embeddings"]}
+        config = transformers.Gemma3Config(text_config=values, vision_config=_VISION, mm_tokens_per_image=4, **tie)
+        model: Any = transformers.Gemma3ForConditionalGeneration(config)
+    elif stem == "Gemma3":
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**values))
+    else:
+        # Not every class takes head_dim as a field, but all read it.
+        model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, f"{stem}Config")(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(parameter * (1 + 0.2 * torch.randn_like(parameter)) + 0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write_family_folder(folder: Path, name: str) -> None:
+    """A variant as save_pretrained writes it."""
+    hf_model(name).save_pretrained(folder)
+
+
+def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
+    base: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none.jsonl", "sequence_length": 64},
+        "adapter": {"target_modules": "all-linear", "r": 4},
+        "train": {"dtype": "fp32"},
+        "run_dir": "none",
+    }
+    return build(Config, base | sections)
+
+
+def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
+    """Our model from a folder, with adapters whose B is not zero."""
+    config = config_for(folder, **sections)
+    model = build_model(config)
+    backend = parallelize(model, ranks, config)
+    load_base(model, folder, backend)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _, linear in model.adapted_linears():
+        for pair in linear.adapters.values():
+            assert isinstance(pair, LoRAPair)
+            pair.B.data.normal_(0, 0.05, generator=generator)
+    return model, backend
+
+
+@torch.no_grad()
+def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32) -> Any:
+    """The Hugging Face model of the folder, its decoder's linears holding our dequantized weights."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=ours.family.attention
+    )
+    for name, module in ours.named_modules():
+        if isinstance(module, FrozenLinear) and module.quantized:
+            weight = module.frozen_weight.dense(dtype)
+            theirs.get_parameter(ours.hf_name(f"{name}.weight")).copy_(weight)
+    return theirs
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def our_logits(model: CausalLM, input_ids: Tensor) -> Tensor:
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return model.head.logits(model.hidden_states(input_ids, positions).flatten(0, 1)).view(*input_ids.shape, -1)
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set entries of a folder's config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))

@@ -1,0 +1,360 @@
+"""Every family and variant: our model is transformers', trains as PEFT would, packs, shards, and saves what PEFT loads.
+
+The table in distlora/README.md names these tests, a column each.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from closeness import assert_adapters_close, assert_losses_close, relative_error
+from distlora import train
+from distlora.adapters import adapter_parameters
+from distlora.config import UserError
+from distlora.families import check_config, names_on_disk, read_config
+from distlora.loading.segments import read_headers
+from distlora.model import DTYPES, CausalLM, build_model
+from distlora.parallel import Ranks
+from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.targets import select_targets
+from distlora_launcher.checks import check_model, linear_names
+from family_models import (
+    SINGLE,
+    VARIANTS,
+    config_for,
+    dequantized,
+    edit_config,
+    load_ours,
+    our_logits,
+    tokens,
+    write_family_folder,
+)
+from small_models import make_run, tokenizer, write_text_file
+from worlds import World
+
+LENGTHS = (23, 1, 40)
+"""Packed documents; two are longer than the windows of 16."""
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A variant's folder, written at the first use."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("families") / name
+        write_family_folder(path, name)
+        return path
+
+    return folder
+
+
+def positions_of(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+
+def shifted(input_ids: Tensor) -> Tensor:
+    """Labels of plain text: the next token, nothing at the end."""
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_forward_is_transformers_own_on_the_dequantized_weights(
+    family_folder: Callable[[str], Path], dtype: str, name: str
+) -> None:
+    """The base alone (no row chooses the adapter): hidden states bit for bit; the loss but for the order of its sum
+    and, in bf16, for our fp32 logits.
+    """
+    ours, _ = load_ours(family_folder(name), train={"dtype": dtype})
+    theirs = dequantized(family_folder(name), ours, DTYPES[dtype])
+    input_ids = tokens(2, 48)
+    none = torch.full((2,), -1)
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids, labels=input_ids)
+        decoder = theirs.get_submodule(ours.family.decoder)
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        loss = ours(input_ids, positions_of(input_ids), shifted(input_ids), none).sum() / (2 * 47)
+        assert torch.equal(ours.hidden_states(input_ids, positions_of(input_ids), none), hidden)
+        assert abs(loss / expected.loss - 1) <= (1e-6 if dtype == "fp32" else 2e-3)
+
+
+FELT = [
+    ("mistral-window", {"sliding_window": None}),
+    ("qwen2-tied-window", {"use_sliding_window": False, "layer_types": None}),
+    ("gemma2", {"sliding_window": 512}),
+    ("gemma2", {"final_logit_softcapping": None}),
+    ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"query_pre_attn_scalar": 24}),
+    ("gemma3-text", {"sliding_window": 512}),
+    ("gemma3-text", {"final_logit_softcapping": None}),
+    ("gemma3-text", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+    ("phi3", {"sliding_window": None}),
+    ("phi3-longrope-tied", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}),
+    ("phi3-longrope-tied", {"original_max_position_embeddings": 300}),
+    ("llama3-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("llama-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), FELT, ids=str)
+def test_the_settings_that_make_a_variant_are_felt(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    """Without its window, cap or rope a variant gives other logits, so the equalities here say something about them."""
+    plain = tmp_path / "plain"
+    shutil.copytree(family_folder(name), plain)
+    edit_config(plain, **change)
+    input_ids = tokens(1, 48)
+    with torch.no_grad():
+        logits = [our_logits(load_ours(folder)[0], input_ids) for folder in (family_folder(name), plain)]
+    assert relative_error(*logits) > 1e-3
+
+
+def save_adapter(folder: Path, model: CausalLM, base: Path) -> None:
+    """RUN/adapter of a finished run, without the run."""
+    folder.mkdir()
+    config = config_for(base, adapter={"target_modules": "all-linear", "r": 4})
+    (folder / CONFIG_NAME).write_text(json.dumps(adapter_config(config, model)))
+    tensors = {name: parameter.detach().clone() for name, parameter in adapter_tensors(model).items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_peft_loads_the_saved_adapter_and_has_our_logits_and_gradients(
+    family_folder: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
+) -> None:
+    """On AutoModelForCausalLM of the same folder: every tensor has its place, no other linear is adapted."""
+    ours, _ = load_ours(family_folder(name))
+    save_adapter(tmp_path / "adapter", ours, family_folder(name))
+    base = dequantized(family_folder(name), ours)
+    input_ids = tokens(2, 48)
+    with torch.no_grad():
+        base_logits = base(input_ids).logits
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    assert not [str(warning.message) for warning in recwarn if "adapter keys" in str(warning.message)]
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    own = adapter_tensors(ours)
+    assert parameters.keys() == own.keys(), "PEFT adapts other linears than we did"
+    assert all(torch.equal(parameters[n], own[n]) for n in own)
+
+    with torch.no_grad():
+        logits = tuned(input_ids).logits
+        assert (logits - our_logits(ours, input_ids)).abs().max() <= 1e-4
+        assert (logits - base_logits).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
+
+    loss = ours(input_ids, positions_of(input_ids), shifted(input_ids)).sum() / (2 * 47)
+    gradients = torch.autograd.grad(loss, list(own.values()))
+    expected = tuned(input_ids=input_ids, labels=input_ids).loss
+    references = torch.autograd.grad(expected, [parameters[n] for n in own])
+    assert abs(loss / expected - 1) <= 1e-6
+    errors = {n: relative_error(a, b) for n, a, b in zip(own, gradients, references, strict=True)}
+    worst = max(errors, key=lambda n: errors[n])
+    assert errors[worst] <= 1e-5, f"the gradient of {worst} is {errors[worst]:.1e} apart"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_documents_equal_documents_alone(family_folder: Callable[[str], Path], name: str) -> None:
+    ours, _ = load_ours(family_folder(name))
+    documents = [tokens(1, length, seed) for seed, length in enumerate(LENGTHS)]
+    parameters = list(adapter_parameters(ours).values())
+
+    positions = torch.cat([positions_of(document) for document in documents], dim=1)
+    labels = torch.cat([document.flip(1) for document in documents], dim=1)
+    packed = ours(torch.cat(documents, dim=1), positions, labels).sum()
+    together = torch.autograd.grad(packed, parameters)
+    alone = sum(ours(document, positions_of(document), document.flip(1)).sum() for document in documents)
+    assert isinstance(alone, Tensor)
+    apart = torch.autograd.grad(alone, parameters)
+
+    assert abs(packed / alone - 1) <= 1e-6
+    assert relative_error(*(torch.cat([g.flatten() for g in gradients]) for gradients in (together, apart))) <= 2e-6
+
+
+def five_steps(ranks: Ranks, *, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Five AdamW steps on six rows, cut over the ranks; checkpointed, blocks gathered once for all micro-batches."""
+    model, backend = load_ours(folder, ranks, train={"dtype": "fp32", "checkpointing": "block"})
+    parameters = adapter_parameters(model)
+    backend.reduce_gradients_of(list(parameters.values()), 4.0)
+    # eps as in the parity tests: 1e-8 would turn the rounding of a gradient near zero into a step of full size.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, eps=1e-5, weight_decay=0.0)
+    rows = tokens(6, 48)
+    positions = torch.cat([torch.arange(31), torch.arange(17)]).expand_as(rows)
+    own = slice(ranks.rank * (6 // ranks.world), (ranks.rank + 1) * (6 // ranks.world))
+    model.set_num_micro(6 // ranks.world)
+    losses = []
+    for _ in range(5):
+        loss = model(rows[own], positions[own], shifted(rows)[own]).sum() / (6 * 47)
+        backend.backward(loss, last=True)
+        backend.finish_gradients()
+        losses.append(float(backend.sum_over_ranks(loss.detach().clone())))
+        optimizer.step()
+        backend.zero_gradients()
+    return losses, {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+SHARDED = {name: 3 if name in ("llama", "gemma3-untied", "phi3-longrope-tied") else 2 for name in VARIANTS}
+
+
+@pytest.mark.parametrize(("name", "size"), SHARDED.items(), ids=str)
+def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str], Path], name: str, size: int) -> None:
+    results = world.run(size, five_steps, folder=family_folder(name))
+    expected_losses, expected = five_steps(SINGLE, folder=family_folder(name))
+    for losses, adapter in results:
+        assert_losses_close(losses, expected_losses)
+        assert_adapters_close(adapter, expected)
+        assert all(torch.equal(adapter[n], results[0][1][n]) for n in adapter), "ranks differ"
+    assert expected_losses[-1] < expected_losses[0] - 0.02, "the run learned nothing, so the comparison says nothing"
+
+
+REFUSED = [
+    ("llama", {"model_type": "mixtral"}, r"'mixtral' is not supported: its experts are 3-D parameters"),
+    ("llama", {"model_type": "qwen3_moe"}, r"experts.*supported families are llama, mistral.*did you mean 'qwen3'"),
+    ("llama", {"model_type": "granite"}, r"'granite' is not supported: its head scales the logits"),
+    ("llama", {"model_type": "gemma3n"}, r"'gemma3n' is not supported: its layers share keys and values"),
+    ("llama", {"model_type": "qwen2_5_vl"}, r"trained on more than text.*did you mean"),
+    ("llama", {"model_type": "falcon_h1"}, r"recurrent state runs over the borders of packed documents"),
+    ("llama", {"model_type": "lama"}, r"'lama' is not supported; .*did you mean 'llama'"),
+    ("llama", {"model_type": None}, r"model_type=None is not supported"),
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}, r"code that comes with the weights"),
+    ("llama", {"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"'yarm'.*did you mean 'yarn'"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2]}},
+        r"rope_type='mrope' is not supported for llama",
+    ),
+    ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"'linear'.*phi3; it takes default, longrope"),
+    ("phi3-longrope-tied", {"original_max_position_embeddings": 32}, r"beyond 32 tokens.*set data.sequence_length=32"),
+    ("gemma3-text", {"use_bidirectional_attention": True}, r"use_bidirectional_attention lets tokens see"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"'chunked_attention'"),
+    ("gemma3", {"text_config": None}, r"no text_config, where gemma3 keeps its text model"),
+    ("qwen3", {"max_position_embeddings": 63}, r"beyond the model's 63 positions"),
+    ("qwen3", {"num_attention_heads": "four"}, r"transformers refuses .*num_attention_heads"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), REFUSED, ids=str)
+def test_what_the_seams_cannot_carry_is_refused_with_the_reason(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any], reason: str
+) -> None:
+    shutil.copytree(family_folder(name), tmp_path / "bad")
+    edit_config(tmp_path / "bad", **change)
+    with pytest.raises(UserError, match=reason):
+        build_model(config_for(tmp_path / "bad"))
+
+
+def test_longrope_depends_on_the_longest_document_of_the_batch_beyond_its_limit(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Why it is refused there: one long document changes what a short one beside it computes."""
+    shutil.copytree(family_folder("phi3-longrope-tied"), tmp_path / "long")
+    edit_config(tmp_path / "long", original_max_position_embeddings=32)
+    ours, _ = load_ours(tmp_path / "long", data={"path": "none.jsonl", "sequence_length": 32})
+    short, long = tokens(1, 20), tokens(1, 40, seed=2)
+    with torch.no_grad():
+        alone = ours.hidden_states(short, positions_of(short))
+        packed = ours.hidden_states(
+            torch.cat([short, long], dim=1), torch.cat([positions_of(short), positions_of(long)], dim=1)
+        )
+    assert relative_error(packed[:, :20], alone) > 1e-3
+
+
+def test_code_on_the_hub_that_transformers_has_itself_is_not_refused(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Phi-3 on the hub names its own files in auto_map, which transformers ignores for its own Phi3ForCausalLM."""
+    shutil.copytree(family_folder("phi3"), tmp_path / "phi")
+    edit_config(tmp_path / "phi", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
+    load_ours(tmp_path / "phi")
+
+
+def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folder: Callable[[str], Path]) -> None:
+    sections: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+    with pytest.raises(UserError, match="without its vision tower; set adapter=lora"):
+        build_model(config_for(family_folder("gemma3"), **sections))
+
+
+@pytest.mark.parametrize(
+    ("preset", "adapted"),
+    [
+        ("attention", {"qkv_proj", "o_proj"}),
+        ("mlp", {"gate_up_proj", "down_proj"}),
+        ("all-linear", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    ],
+)
+def test_presets_mean_the_fused_linears_of_phi3(
+    family_folder: Callable[[str], Path], preset: str, adapted: set[str]
+) -> None:
+    model = build_model(config_for(family_folder("phi3"), adapter={"target_modules": preset}))
+    assert {path.rpartition(".")[2] for path, _ in model.adapted_linears()} == adapted
+
+
+def test_a_preset_that_names_a_part_of_a_fused_linear_is_refused(family_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=r"qv \(q_proj, v_proj\) names a part of this model's qkv_proj.*\[qkv_proj\]"):
+        build_model(config_for(family_folder("phi3"), adapter={"target_modules": "qv"}))
+    with pytest.raises(UserError, match=r"no module is named 'k_proj' \(it is a part of qkv_proj\)"):
+        build_model(config_for(family_folder("phi3"), adapter={"target_modules": ["k_proj"]}))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_launcher_finds_what_the_worker_finds(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """From config.json and the headers alone: a model that can be trained, and the same paths for target_modules."""
+    folder = tmp_path / "model"
+    shutil.copytree(family_folder(name), folder)
+    (folder / "tokenizer.json").write_text("{}")  # Its presence is all that is asked.
+    check_model(config_for(folder))
+    family = check_config(read_config(folder), folder / "config.json", sequence_length=64)
+    headers = read_headers(folder)
+    paths = linear_names({path: headers[stored] for path, stored in names_on_disk(headers, family).items()})
+    model = build_model(config_for(folder))
+    assert sorted(select_targets("all-linear", paths)) == sorted(path for path, _ in model.adapted_linears())
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == family.model_class
+
+
+def test_the_launcher_names_a_missing_tensor_as_transformers_does(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(family_folder("gemma3-untied"), folder)
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"], tensors["language_model.lm_head.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no tensor lm_head.weight .*\(2 tensors are missing in all\)"):
+        check_model(config_for(folder))
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"no tensor model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_model(config_for(folder))
+
+
+def test_a_run_on_a_folder_with_a_vision_tower_publishes_an_adapter_of_the_text_model_alone(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The whole worker; `attention` means q_proj, k_proj and v_proj, which the vision tower has too."""
+    shutil.copytree(family_folder("gemma3"), tmp_path / "gemma3")
+    tokenizer().save_pretrained(tmp_path / "gemma3")
+    write_text_file(tmp_path / "text.jsonl")
+    adapter = {"target_modules": "attention", "r": 4}
+    make_run(tmp_path / "run", tmp_path, "gemma3", adapter=adapter, train={"max_steps": 2, "global_batch": 2})
+    train.run(tmp_path / "run", SINGLE)
+    saved = safetensors.torch.load_file(tmp_path / "run" / "adapter" / WEIGHTS_NAME)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma3")
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    theirs = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    assert len(saved) == 3 * 4 * 2
+    assert theirs.keys() == saved.keys(), "PEFT adapts other linears than we did"
+    assert all(torch.equal(theirs[n], saved[n]) for n in saved)

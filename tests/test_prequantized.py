@@ -1,0 +1,503 @@
+"""Checkpoints that bitsandbytes has quantized: kept byte for byte on any number of ranks, or refused by field."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from closeness import assert_adapters_close
+from distlora import train
+from distlora.adapters import reset_adapters
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.families import read_config
+from distlora.loading.prequantized import read_packed_weights
+from distlora.loading.segments import fingerprint, read_headers
+from distlora.loading.weights import Loaded, load_base
+from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.parallel import Backend, Ranks, parallelize
+from distlora.quant import FrozenLinear
+from distlora_kernels import nf4, nf4_cpu, reference
+from distlora_launcher.checks import check_model
+from small_models import make_run, tokenizer, write_model_folder, write_text_file
+from test_nf4 import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
+from test_peft import our_logits, our_trained_model
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+SKIPPED = ["lm_head", "model.layers.1.mlp", "k_proj"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nested": {"bnb_4bit_use_double_quant": True},
+    "plain": {"bnb_4bit_use_double_quant": False},
+    "storage-bf16": {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    "skipping": {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": SKIPPED},
+    "odd-nested": {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.float16},
+    "odd-plain": {"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": torch.float32},
+    "packed-head": {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": []},
+}
+LOADABLE = [name for name in VARIANTS if name != "packed-head"]
+# Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
+EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
+# 12,600 weights in q_proj and 26,400 in up_proj: multiples of neither 64 nor 16,384.
+ODD = {
+    "hidden_size": 100,
+    "intermediate_size": 264,
+    "head_dim": 126,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+WEIGHT = "model.layers.1.self_attn.q_proj.weight"
+
+
+def quantize(source: Path, target: Path, **settings: Any) -> None:
+    """A checkpoint as transformers and bitsandbytes save it."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **settings
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(target, max_shard_size="150KB")
+    tokenizer().save_pretrained(target)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.jsonl and a checkpoint for each of VARIANTS."""
+    root = tmp_path_factory.mktemp("prequantized")
+    write_model_folder(root / "even", "llama", **EVEN)
+    write_model_folder(root / "odd", "llama", **ODD)
+    for name, settings in VARIANTS.items():
+        quantize(root / ("odd" if name.startswith("odd") else "even"), root / name, **settings)
+    write_text_file(root / "text.jsonl")
+    return root
+
+
+def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
+    base: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": str(folder.parent / "text.jsonl"), "sequence_length": 64},
+        "adapter": {"target_modules": "all-linear"},
+        "train": {"dtype": "fp32"},
+        "run_dir": "none",
+    }
+    return build(Config, base | sections)
+
+
+def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend, Loaded]:
+    config = config_for(folder, **sections)
+    model = build_model(config)
+    backend = parallelize(model, ranks, config)
+    figures = load_base(model, folder, backend)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    return model, backend, figures
+
+
+def frozen_linears(model: CausalLM) -> dict[str, FrozenLinear]:
+    return {
+        model.hf_name(f"{path}.weight"): module
+        for path, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors
+
+
+def packed_names(tensors: dict[str, Tensor]) -> list[str]:
+    suffix = ".quant_state.bitsandbytes__nf4"
+    return sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+
+
+def copy_with(source: Path, target: Path, changes: dict[str, Tensor | None]) -> Path:
+    """The checkpoint in one file with some tensors replaced, or taken out (None)."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model*"))
+    tensors = stored_tensors(source) | {name: tensor for name, tensor in changes.items() if tensor is not None}
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+    safetensors.torch.save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
+    """WEIGHT's quant_state with some fields set."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(stored_tensors(source)[name].tolist())) | fields
+    return {name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 2 == 0], ids=str)
+@pytest.mark.parametrize("path", ["reference", "bitsandbytes", "table"])
+def test_plain_absmax_dequantizes_as_bitsandbytes_does(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
+) -> None:
+    if path == "table":
+        monkeypatch.setattr(nf4_cpu, "_has_bitsandbytes", lambda: False)
+    dequantize = reference.dequantize_blocks if path == "reference" else nf4.dequantize_blocks
+    packed, state = bnb.quantize_4bit(random_weight(shape, dtype), blocksize=64, quant_type="nf4")
+    groups = nf4.num_groups(torch.Size(shape).numel())
+    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
+    codes[: packed.numel()] = packed.view(-1)
+    absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP)
+    absmax[: state.absmax.numel()] = state.absmax
+    actual = dequantize(codes.view(groups, -1), absmax.view(groups, -1), shape=shape, dtype=dtype)
+    assert torch.equal(actual, bitsandbytes_dequantize(packed, state, shape))
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (1, 63)], ids=str)
+def test_plain_absmax_of_odd_shapes_dequantizes_as_the_reference_does(shape: tuple[int, int]) -> None:
+    """bitsandbytes compiles its fallback for odd rows, seconds a shape; tests/test_nf4.py holds the reference to it."""
+    parts = nf4.quantize_blocks(random_weight(shape, torch.float32).flatten())
+    for dtype in DTYPES:
+        expected = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
+        assert torch.equal(nf4.dequantize_blocks(*parts, shape=shape, dtype=dtype), expected)
+
+
+def test_parts_that_do_not_fit_the_shape_are_refused() -> None:
+    codes, absmax = nf4.quantize_blocks(random_weight((256, 128), torch.float32).flatten())
+    with pytest.raises(RuntimeError, match="a weight \\(256, 512\\) has 8 groups"):
+        nf4.dequantize_blocks(codes, absmax, shape=(256, 512), dtype=torch.float32)
+
+
+def test_the_dynamic_map_is_the_same_on_a_cpu_without_vector_instructions() -> None:
+    """torch.linspace is not: bitsandbytes' own map has other last bits there."""
+    code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+    assert finished.stdout.strip() == reference.dynamic_map().numpy().tobytes().hex(), finished.stderr
+
+
+def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
+    """This rank's rows of every packed part and dense linear by name, and the bytes that it read."""
+    model, backend, figures = loaded(folder, ranks)
+    rows: dict[str, Tensor] = {}
+    for name, linear in frozen_linears(model).items():
+        for part, parameter in linear.named_parameters(recurse=False):
+            rows[f"{name}.{part}"] = backend.local_rows(parameter)[0].clone()
+        if linear.quantized and not linear.plain_absmax:
+            rows[f"{name}.offset"] = linear.offset.clone()  # type: ignore[operator]
+    return rows, figures.bytes_read
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("variant", LOADABLE)
+def test_ranks_hold_slices_of_the_stored_bytes_and_read_no_others(
+    world: World, quantized: Path, variant: str, size: int
+) -> None:
+    tensors = stored_tensors(quantized / variant)
+    by_rank = world.run(size, own_rows, folder=quantized / variant)
+    expected_reads = 0
+    for name in packed_names(tensors):
+        nested = f"{name}.nested_absmax" in tensors
+        parts = {"codes": (name, 0x77), "scales" if nested else "absmax": (f"{name}.absmax", 127 if nested else 0)}
+        parts |= {"group_scale": (f"{name}.nested_absmax", 0)} if nested else {}
+        for part, (on_disk, padding) in parts.items():
+            whole = torch.cat([rows[f"{name}.{part}"] for rows, _ in by_rank]).view(-1)
+            expected = tensors[on_disk].view(-1).view(torch.uint8 if part == "codes" else tensors[on_disk].dtype)
+            assert torch.equal(whole[: len(expected)], expected), f"{name}.{part}"
+            assert (whole[len(expected) :] == padding).all(), f"the padding of {name}.{part}"
+            expected_reads += expected.nbytes
+        if nested:
+            state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+            assert all(float(rows[f"{name}.offset"]) == state["nested_offset"] for rows, _ in by_rank)
+        expected_reads += size * 4 * (16 + 256 * nested)  # Each rank checks the maps.
+    dense = [name for name, tensor in tensors.items() if name.endswith("weight") and name not in packed_names(tensors)]
+    expected_reads += sum(tensors[name].nbytes for name in dense)
+    assert sum(read for _, read in by_rank) == expected_reads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", LOADABLE)
+def test_weights_are_bit_for_bit_those_of_bitsandbytes(quantized: Path, variant: str, dtype: torch.dtype) -> None:
+    tensors = stored_tensors(quantized / variant)
+    linears = frozen_linears(loaded(quantized / variant)[0])
+    assert set(packed_names(tensors)) == {name for name, linear in linears.items() if linear.quantized}
+    for name in packed_names(tensors):
+        parts = {key.removeprefix("weight."): t for key, t in own_parts(tensors, name).items()}
+        state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+        state.dtype = dtype
+        expected = bitsandbytes_dequantize(tensors[name].view(torch.uint8), state, tuple(state.shape))
+        assert torch.equal(linears[name].frozen_weight.dense(dtype), expected), name
+
+
+def own_parts(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What accompanies a packed weight, as bitsandbytes' QuantState takes it."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+
+
+def dequantized_by_transformers(folder: Path) -> transformers.PreTrainedModel:
+    """transformers' own bitsandbytes model of the folder, its linears made dense by bitsandbytes."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    return model.dequantize()
+
+
+def row_losses(ranks: Ranks, *, folder: Path, tokens: Tensor) -> Tensor:
+    model, _, _ = loaded(folder, ranks)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model(tokens, positions, tokens.roll(-1, 1))
+
+
+@pytest.mark.parametrize("variant", [name for name in LOADABLE if not name.startswith("odd")])
+def test_every_rank_computes_what_transformers_does_with_bitsandbytes(
+    world: World, quantized: Path, variant: str
+) -> None:
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    theirs = dequantized_by_transformers(quantized / variant)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+    ours, _, _ = loaded(quantized / variant)
+    with torch.no_grad():
+        difference = (our_logits(ours, tokens) - logits).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none"
+    ).view_as(tokens)
+    for size in (1, 2, 3):
+        for rows in world.run(size, row_losses, folder=quantized / variant, tokens=tokens):
+            torch.testing.assert_close(rows, losses.sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("variant", "sizes"), [("skipping", (1, 2, 3)), ("plain", (1, 3))])
+def test_a_run_trains_on_any_number_of_ranks_and_peft_gives_its_logits(
+    world: World,
+    quantized: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    variant: str,
+    sizes: tuple[int, ...],
+) -> None:
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    adapters = {}
+    for size in sizes:
+        run_dir = tmp_path / f"run{size}"
+        make_run(run_dir, quantized, variant, train={"max_steps": 5})
+        if size == 1:
+            train.run(run_dir, SINGLE)
+            assert "MiB on rank 0 as stored in" in capsys.readouterr().out
+        else:
+            world.run(size, run_worker, run_dir=run_dir)
+        adapters[size] = safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+        assert_adapters_close(adapters[size], adapters[1])
+    assert {name.split(".")[6] for name in adapters[1]} >= {"q_proj", "k_proj", "up_proj"}
+    assert all(bool(tensor.any()) for tensor in adapters[1].values()), "an adapter was not trained"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["eval_loss"] < summary["base_eval_loss"]
+    assert summary["gathered_bytes_per_step"] < summary["gathered_bytes_per_step_bf16"]
+
+    ours = our_trained_model(run_dir)
+    tuned = peft.PeftModel.from_pretrained(dequantized_by_transformers(quantized / variant), run_dir / "adapter")
+    with torch.no_grad():
+        difference = (tuned(tokens).logits - our_logits(ours, tokens)).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+
+
+def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+def test_peft_on_the_quantized_checkpoint_itself_gives_our_logits(quantized: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", quantized, "nested", train={"max_steps": 3}, optim={"lr": 2e-2})
+    train.run(tmp_path / "run", SINGLE)
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        quantized / "nested", dtype=torch.float32, device_map="cpu"
+    )
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    tuned.train()  # In evaluation bitsandbytes would repack the weights for its own bf16 product.
+    with torch.no_grad():
+        difference = (tuned(tokens).logits - our_logits(our_trained_model(tmp_path / "run"), tokens)).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_linears_that_the_checkpoint_keeps_dense_stay_so(quantized: Path, dtype: str, torch_dtype: torch.dtype) -> None:
+    tensors = stored_tensors(quantized / "skipping")
+    model, _, figures = loaded(quantized / "skipping", train={"dtype": dtype})
+    dense = {name: linear for name, linear in frozen_linears(model).items() if not linear.quantized}
+    expected = {f"model.layers.{layer}.self_attn.k_proj.weight" for layer in range(3)}
+    expected |= {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert set(dense) == expected
+    for name, linear in dense.items():
+        assert torch.equal(linear.weight, tensors[name].to(torch_dtype))
+    kept = {name: linear for name, linear in frozen_linears(model).items() if linear.quantized}
+    assert figures.quantized_weights == sum(linear.in_features * linear.out_features for linear in kept.values())
+    assert figures.prequantized
+
+
+@pytest.mark.parametrize(("variant", "bits"), [("nested", 4 + 8 / 64 + 32 / 16384), ("plain", 4.5)])
+def test_bits_a_weight_are_those_of_the_parts(quantized: Path, variant: str, bits: float) -> None:
+    model, _, figures = loaded(quantized / variant)
+    linears = frozen_linears(model).values()
+    parts = [part for linear in linears for part in linear.frozen_weight.parts]
+    assert figures.quantized_bytes == sum(part.nbytes for part in parts)
+    padded = sum(nf4.num_groups(linear.in_features * linear.out_features) * nf4.GROUP for linear in linears)
+    offsets = 32 * len(linears) if variant == "nested" else 0
+    assert figures.quantized_bytes * 8 == padded * bits + offsets
+    assert figures.bits_per_weight == 8 * figures.quantized_bytes / figures.quantized_weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "gptq"}, r"quant_method='gptq'.*16-bit checkpoint"),
+        ({"quant_method": None}, "quant_method=None"),
+        ({"load_in_8bit": True}, "load_in_8bit=true"),
+        ({"load_in_4bit": False}, "load_in_4bit=False"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4'"),
+    ],
+    ids=str,
+)
+def test_another_quantization_is_refused_by_field(
+    quantized: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(quantized / "nested", folder)
+    model = json.loads((folder / "config.json").read_text())
+    model["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(model))
+    for refuse in (check_model, build_model):
+        with pytest.raises(UserError, match=says):
+            refuse(config_for(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"blocksize": 128}, r"q_proj\.weight: blocksize=128.*only 64"),
+        ({"nested_blocksize": 128}, "nested_blocksize=128.*only 256"),
+        ({"nested_dtype": "float16"}, "nested_dtype='float16'"),
+        ({"nested_offset": None}, "nested_offset=None"),
+        ({"nested_offset": float("nan")}, "nested_offset=nan"),
+        ({"quant_type": "fp4"}, "quant_type='fp4'"),
+        ({"shape": [128]}, r"shape=\[128\]"),
+        ({"shape": [128, 64]}, r"has 8,192 entries; a weight of shape \[128, 64\].*has 4,096"),
+    ],
+    ids=str,
+)
+def test_a_weight_that_cannot_be_kept_is_refused_by_field(
+    quantized: Path, tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    folder = copy_with(quantized / "nested", tmp_path / "model", with_state(quantized / "nested", **fields))
+    for refuse in (check_model, build_model):
+        with pytest.raises(UserError, match=says):
+            refuse(config_for(folder))
+
+
+def test_a_weight_of_another_shape_than_the_model_asks_for_is_refused(quantized: Path, tmp_path: Path) -> None:
+    folder = copy_with(quantized / "nested", tmp_path / "model", with_state(quantized / "nested", shape=[64, 256]))
+    with pytest.raises(UserError, match=r"q_proj\.weight has shape \[64, 256\] on disk and \[128, 128\]"):
+        loaded(folder)
+
+
+def test_parts_that_are_missing_or_of_another_type_are_refused(quantized: Path, tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Tensor | None], str]] = [
+        ({f"{WEIGHT}.absmax": None}, r"no tensor model\.layers\.1.*absmax"),
+        ({f"{WEIGHT}.nested_quant_map": None}, "no tensor .*nested_quant_map"),
+        ({f"{WEIGHT}.absmax": torch.zeros(256)}, "absmax is stored as F32, not U8"),
+        ({f"{WEIGHT}.nested_absmax": torch.zeros(3)}, r"nested_absmax has 3 entries; .* has 1;"),
+        ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"{"), dtype=torch.uint8)}, "is not JSON"),
+        ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"[]"), dtype=torch.uint8)}, "not a JSON obj"),
+    ]
+    for number, (change, says) in enumerate(changes):
+        folder = copy_with(quantized / "nested", tmp_path / str(number), change)
+        with pytest.raises(UserError, match=says):
+            read_packed_weights(folder, read_config(folder), read_headers(folder))
+
+
+def test_maps_of_another_code_and_numbers_that_are_none_are_refused_by_name(quantized: Path, tmp_path: Path) -> None:
+    nested, plain = quantized / "nested", quantized / "plain"
+    linear_map = torch.linspace(-1, 1, 256)
+    with_nan = stored_tensors(nested)[f"{WEIGHT}.nested_quant_map"].clone()
+    with_nan[7] = torch.nan
+    absmax = stored_tensors(plain)[f"{WEIGHT}.absmax"].clone()
+    absmax[200] = torch.inf
+    changes: list[tuple[Path, dict[str, Tensor | None], str]] = [
+        (nested, {f"{WEIGHT}.quant_map": bnb.get_4bit_type("fp4", device="cpu")}, r"quant_map holds .* NF4's levels"),
+        (nested, {f"{WEIGHT}.nested_quant_map": linear_map}, r"nested_quant_map is not .* dynamic map \(entry"),
+        (nested, {f"{WEIGHT}.nested_quant_map": with_nan}, r"nested_quant_map is not .* \(entry 7 is nan"),
+        (nested, {f"{WEIGHT}.nested_absmax": torch.tensor([torch.nan])}, r"nested_absmax holds NaN or Inf"),
+        (plain, {f"{WEIGHT}.absmax": absmax}, r"q_proj\.weight\.absmax holds NaN or Inf"),
+    ]
+    for number, (source, change, says) in enumerate(changes):
+        folder = copy_with(source, tmp_path / str(number), change)
+        with pytest.raises(UserError, match=says):
+            loaded(folder)
+
+
+def test_a_map_with_other_last_bits_is_taken_for_the_dynamic_one(quantized: Path, tmp_path: Path) -> None:
+    """What bitsandbytes stores on a CPU without fused multiply-add: up to 2 ulps from ours."""
+    entries = stored_tensors(quantized / "nested")[f"{WEIGHT}.nested_quant_map"]
+    other = torch.where(entries == 0, entries, entries * (1 + 2 * torch.finfo(torch.float32).eps))
+    assert not torch.equal(other, entries)
+    folder = copy_with(quantized / "nested", tmp_path / "model", {f"{WEIGHT}.nested_quant_map": other})
+    assert loaded(folder)[2].prequantized
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"quant": {"method": "none"}}, r"quant=none keeps weights in 16 bits, but model\.path=.* in NF4.*quant=nf4"),
+        ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
+    ],
+    ids=["none", "full"],
+)
+def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
+    for refuse in (check_model, build_model):
+        with pytest.raises(UserError, match=says):
+            refuse(config_for(quantized / "nested", **sections))
+
+
+def test_a_packed_head_is_refused_by_name(quantized: Path) -> None:
+    says = "lm_head.weight is stored in NF4.*lm_head in llm_int8_skip_modules"
+    with pytest.raises(UserError, match=says):
+        check_model(config_for(quantized / "packed-head"))
+    with pytest.raises(UserError, match=says):
+        loaded(quantized / "packed-head")
+
+
+def test_config_and_weights_that_disagree_are_refused(quantized: Path, tmp_path: Path) -> None:
+    """A folder with dense weights under a quantization_config would be trained in 16 bits in silence."""
+    shutil.copytree(quantized / "even", tmp_path / "dense")
+    shutil.copytree(quantized / "nested", tmp_path / "packed")
+    for source, target, says in (("nested", "dense", "no weight in"), ("even", "packed", "no quantization_config")):
+        shutil.copy(quantized / source / "config.json", tmp_path / target / "config.json")
+        with pytest.raises(UserError, match=says):
+            check_model(config_for(tmp_path / target))
+        with pytest.raises(UserError, match=says):
+            loaded(tmp_path / target)
+
+
+def test_the_launcher_takes_what_the_worker_takes(quantized: Path) -> None:
+    for variant in LOADABLE:
+        check_model(config_for(quantized / variant))
+
+
+def test_the_fingerprint_tells_one_quantization_from_another(quantized: Path, tmp_path: Path) -> None:
+    names = ["even", "nested", "plain", "storage-bf16", "skipping"]
+    assert len({fingerprint(quantized / name) for name in names}) == len(names)
+    absmax = stored_tensors(quantized / "nested")[f"{WEIGHT}.absmax"].clone()
+    absmax[0] ^= 1
+    changed = copy_with(quantized / "nested", tmp_path / "model", {f"{WEIGHT}.absmax": absmax})
+    assert fingerprint(changed) != fingerprint(quantized / "nested")

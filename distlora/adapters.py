@@ -1,7 +1,8 @@
-"""LoRA on a frozen linear: the adapter's parameters, their start, and projections that share an input.
+"""LoRA on a frozen linear: the adapter's parameters, their start, their dropout, and projections that share an input.
 
-Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's `RowChoice`,
-which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every row uses it.
+Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's
+`BlockContext`, which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every
+row uses it.
 
 Letters: N adapters of a linear, R their ranks added up, M rows of the flattened input (batch x tokens).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from distlora import randomness
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
+from distlora_kernels.dropout import Dropout, threshold_of
 from distlora_kernels.lora_linear import Adapter, lora_linear, project_down
 
 DEFAULT_ADAPTER = "default"
@@ -25,25 +28,39 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linears that a decoder block calls with the same tensor."""
 
 
-class RowChoice:
-    """Which adapter each row of the block's current micro-batch uses: an index into the adapters, -1 for none.
+class StepRows(NamedTuple):
+    """Where a batch's rows are in training: what a dropout mask depends on beside its linear."""
 
-    The block wrapper sets `rows` (B,) int64 before it runs its layer, in recomputation too; None: every row uses
-    the only adapter.
+    step: int
+    """The optimizer step, from 0."""
+    rows: Tensor
+    """(B,) int64: the number of each row in the packed training data."""
+
+    def part(self, part: slice) -> StepRows:
+        return StepRows(self.step, self.rows[part])
+
+
+class BlockContext:
+    """What a block's linears must know of the rows of its current micro-batch beside their hidden states.
+
+    The block wrapper sets both before it runs its layer, in recomputation too.
     """
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None
+        self.adapter_rows: Tensor | None = None
+        """(B,) int64: which adapter each row uses, -1 for none; None: every row uses the only adapter."""
+        self.step_rows: StepRows | None = None
+        """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
 
 
 class LoRAPair(nn.Module):
     """One adapter of one linear: A (r, in) and B (out, r), fp32 masters."""
 
-    def __init__(self, in_features: int, out_features: int, config: AdapterConfig) -> None:
+    def __init__(self, in_features: int, out_features: int, *, rank: int, scaling: float) -> None:
         super().__init__()
-        self.scaling = config.scaling_of("")
-        self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device="meta"))
-        self.B = nn.Parameter(torch.empty(out_features, config.r, dtype=torch.float32, device="meta"))
+        self.scaling = scaling
+        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device="meta"))
+        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device="meta"))
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
@@ -53,7 +70,7 @@ class LoRAPair(nn.Module):
         """
         shape = (self.A.shape[0], self.A.shape[1])
         if config.init == "gaussian":
-            start = randomness.normal(shape, seed=seed, name=name) / config.r
+            start = randomness.normal(shape, seed=seed, name=name) / shape[0]
         else:
             start = (2 * randomness.uniform(shape, seed=seed, name=name) - 1) / shape[1] ** 0.5
         self.A.copy_(start)
@@ -86,14 +103,24 @@ class SharedInput:
 
 
 class AdaptedLinear(FrozenLinear):
-    """A frozen linear with adapters: y = x W^T + s (x A^T) B^T, s by the adapter that the row uses."""
+    """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype, rows: RowChoice
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quantized: bool,
+        dtype: torch.dtype,
+        context: BlockContext,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, quantized=quantized, dtype=dtype)
         self.adapters = nn.ModuleDict()
-        self.row_choice = rows
+        self.context = context
+        self.dropout_threshold = 0
+        """Probability of dropping an input in training, in units of 2^-16."""
+        self.dropout_key = (0, 0)
         self.shared_input: SharedInput | None = None
         self._columns: tuple[Tensor, Tensor] | None = None
 
@@ -101,8 +128,16 @@ class AdaptedLinear(FrozenLinear):
     def pairs(self) -> list[LoRAPair]:
         return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
 
-    def add_adapter(self, name: str, config: AdapterConfig) -> None:
-        self.adapters[name] = LoRAPair(self.in_features, self.out_features, config)
+    def add_adapter(self, name: str, config: AdapterConfig, *, path: str, seed: int) -> None:
+        """One more adapter. `path` is the linear's Hugging Face path: by it patterns choose the rank and the scale, and
+        with the run's seed it names the stream of the dropout masks.
+        """
+        rank, scaling = config.rank_of(path), config.scaling_of(path)
+        threshold = threshold_of(config.lora_dropout)
+        # Adapters side by side see one input, so they share its mask.
+        assert not self.adapters or threshold == self.dropout_threshold, "the adapters of a linear differ in dropout"
+        self.dropout_threshold, self.dropout_key = threshold, randomness.key_of(seed, f"{path}.dropout")
+        self.adapters[name] = LoRAPair(self.in_features, self.out_features, rank=rank, scaling=scaling)
         self._columns = None
 
     def stacked_down(self) -> Tensor:
@@ -113,13 +148,21 @@ class AdaptedLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.pairs
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
-        adapter = Adapter(self.stacked_down(), up, self._gate(x, pairs))
-        xa = self.shared_input.project(self, x) if self.shared_input is not None else None
+        dropout = self._dropout()
+        adapter = Adapter(self.stacked_down(), up, self._gate(x, pairs), dropout)
+        # With dropout each linear sees an input of its own.
+        xa = self.shared_input.project(self, x) if self.shared_input is not None and dropout is None else None
         return lora_linear(x, self.frozen_weight, adapter, bias=self.bias, xa=xa)
+
+    def _dropout(self) -> Dropout | None:
+        at = self.context.step_rows
+        if at is None or self.dropout_threshold == 0:
+            return None
+        return Dropout(self.dropout_key, self.dropout_threshold, at.step, at.rows)
 
     def _gate(self, x: Tensor, pairs: list[LoRAPair]) -> Tensor | float:
         """The scale of the one adapter, or (M, R): each row's own adapter's scale in its columns, 0 in the others."""
-        rows = self.row_choice.rows
+        rows = self.context.adapter_rows
         if rows is None:
             if len(pairs) > 1:
                 raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distlora.adapters import RowChoice
+from distlora.adapters import BlockContext, StepRows
+
+_CACHES = ("cache", "past_key_values")
+"""Names under which transformers hands a layer the keys and values of earlier tokens, one object for all rows."""
 
 
 class Block(nn.Module):
     """A decoder layer with its batch run in slices, each checkpointed if asked."""
 
-    def __init__(self, inner: nn.Module, rows: RowChoice) -> None:
+    def __init__(self, inner: nn.Module, context: BlockContext) -> None:
         super().__init__()
         self.inner = inner
-        self.row_choice = rows
+        self.context = context
+        """What the layer's linears read; holds the slice that is running."""
         self.adapter_rows: Tensor | None = None
         """(B,) index of each row's adapter, -1 for none; None: all rows use the only one."""
+        self.step_rows: StepRows | None = None
+        """The rows' places in training, (B,); None: outside of training, where nothing is dropped."""
         self.num_micro = 1
         """Slices of the batch; must divide it."""
         self.checkpointing = False
@@ -48,13 +54,18 @@ class Block(nn.Module):
         for start in range(0, batch, size):
             part = slice(start, start + size)
             sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
-            rows = None if self.adapter_rows is None else self.adapter_rows[part]
-            outputs.append(self._run(hidden_states[part] if self.num_micro > 1 else hidden_states, rows, sliced))
+            adapter_rows = None if self.adapter_rows is None else self.adapter_rows[part]
+            step_rows = None if self.step_rows is None else self.step_rows.part(part)
+            hidden = hidden_states[part] if self.num_micro > 1 else hidden_states
+            outputs.append(self._run(hidden, adapter_rows, step_rows, sliced))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _run(self, hidden_states: Tensor, rows: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    def _run(
+        self, hidden_states: Tensor, adapter_rows: Tensor | None, step_rows: StepRows | None, kwargs: dict[str, Any]
+    ) -> Tensor:
         def layer(hidden: Tensor) -> Tensor:
-            self.row_choice.rows = rows  # In recomputation too, when another slice's choice may be set.
+            # In recomputation too, when another slice's rows may be set.
+            self.context.adapter_rows, self.context.step_rows = adapter_rows, step_rows
             output = self.inner(hidden, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
@@ -67,6 +78,8 @@ class Block(nn.Module):
 def _slice(name: str, value: Any, part: slice, batch: int) -> Any:
     """The rows `part` of a layer's keyword argument; refuses what may hide a batch dimension."""
     if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if name in _CACHES and part == slice(0, batch):  # Generation runs the batch whole: a cache cannot be cut.
         return value
     if isinstance(value, tuple):
         return tuple(_slice(name, item, part, batch) for item in value)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import safetensors.torch
+import torch
 from torch import nn
 
 from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
-from distlora.config import Config
-from distlora.model import CausalLM, hf_name
+from distlora.config import Config, UserError
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.model import CausalLM
 from distlora.quant import FrozenLinear
 from distlora.targets import select_targets
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_config", "adapter_tensors", "load_initial_adapter"]
+
 _PREFIX = "base_model.model."
 
 
@@ -28,16 +31,41 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     return tensors
 
 
+@torch.no_grad()
+def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> None:
+    """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
+
+    Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
+    """
+    assert config.adapter.init_from is not None
+    initial = read_initial_adapter(config.adapter.init_from)
+    linears = {model.hf_name(name): m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    check_fits(initial, config.adapter, {path: (m.out_features, m.in_features) for path, m in linears.items()})
+    file = initial.folder / WEIGHTS_NAME
+    stored = safetensors.torch.load_file(file)
+    for path, linear in model.adapted_linears():
+        pair = linear.adapters[adapter]
+        assert isinstance(pair, LoRAPair)
+        for part, parameter in (("A", pair.A), ("B", pair.B)):
+            name = initial.names[path, part]
+            if not torch.isfinite(stored[name]).all():
+                raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
+            parameter.copy_(stored[name])
+
+
 def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
     """adapter_config.json as PEFT's LoraConfig reads it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.path,
+        "base_model_name_or_path": config.model.name or config.model.path,
+        "revision": config.model.revision,
         "r": config.adapter.r,
         "lora_alpha": config.adapter.lora_alpha,
         "use_rslora": config.adapter.use_rslora,
-        "lora_dropout": 0.0,
+        "rank_pattern": dict(config.adapter.rank_pattern),
+        "alpha_pattern": dict(config.adapter.alpha_pattern),
+        "lora_dropout": config.adapter.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -49,6 +77,7 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
 def _target_modules(model: CausalLM) -> list[str]:
     """Last names, as PEFT's users write them, if they mean exactly the adapted linears; else whole paths."""
     adapted = sorted(path for path, _ in model.adapted_linears())
-    linears = [hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
     short = sorted({path.rpartition(".")[2] for path in adapted})
     return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from closeness import assert_close
-from distlora.adapters import AdaptedLinear, RowChoice, link_shared_inputs, reset_adapters
+from distlora.adapters import AdaptedLinear, BlockContext, link_shared_inputs, reset_adapters
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
 
@@ -24,12 +25,22 @@ def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:
     return linear
 
 
+def empty(in_features: int, out_features: int, context: BlockContext | None = None) -> AdaptedLinear:
+    context = context or BlockContext()
+    return AdaptedLinear(in_features, out_features, bias=False, quantized=False, dtype=torch.float32, context=context)
+
+
 def adapted(
-    rows: RowChoice | None = None, names: tuple[str, ...] = ("default",), seed: int = 0, out: int = 40
+    context: BlockContext | None = None,
+    names: tuple[str, ...] = ("default",),
+    seed: int = 0,
+    out: int = 40,
+    dropout: float = 0.0,
 ) -> AdaptedLinear:
-    linear = AdaptedLinear(32, out, bias=False, quantized=False, dtype=torch.float32, rows=rows or RowChoice())
+    linear = empty(32, out, context)
     for index, name in enumerate(names):
-        linear.add_adapter(name, AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index))
+        config = AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index, lora_dropout=dropout)
+        linear.add_adapter(name, config, path=f"model.layers.0.linear_{seed}", seed=0)
     filled(linear, seed)
     return linear
 
@@ -48,11 +59,62 @@ def test_scaling_is_alpha_over_r_or_its_root(rslora: bool, expected: float) -> N
     assert AdapterConfig(r=8, lora_alpha=16.0, use_rslora=rslora).scaling_of("") == expected
 
 
+PATHS = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.gate_proj")]
+KEYS = [
+    "q_proj",
+    "_proj",
+    "layers.1.self_attn.q_proj",
+    r"^model\.layers\.1\..*",
+    r".*\.11\..*",
+    "self_attn",
+    "q_proj|mlp",
+    ".",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ranks_and_scales_follow_the_key_that_peft_finds(path: str) -> None:
+    patterns = [KEYS, KEYS[::-1], *([key] for key in KEYS)]
+    for keys in patterns:
+        config = AdapterConfig(
+            r=3,
+            lora_alpha=5.0,
+            rank_pattern={key: 10 + index for index, key in enumerate(keys)},
+            alpha_pattern={key: 20.0 + index for index, key in enumerate(keys)},
+            use_rslora=False,
+        )
+        found = get_pattern_key(keys, path)
+        index = keys.index(found) if found in keys else None
+        assert config.rank_of(path) == (3 if index is None else 10 + index), (keys, found)
+        assert config.alpha_of(path) == (5 if index is None else 20 + index)
+        assert config.scaling_of(path) == config.alpha_of(path) / config.rank_of(path)
+        linear = empty(32, 40)
+        linear.add_adapter("default", config, path=path, seed=0)
+        assert (tuple(linear.pairs[0].A.shape), tuple(linear.pairs[0].B.shape)) == (
+            (config.rank_of(path), 32),
+            (40, config.rank_of(path)),
+        )
+        assert linear.pairs[0].scaling == config.scaling_of(path)
+
+
+def test_siblings_of_different_ranks_share_one_projection() -> None:
+    config = AdapterConfig(rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 7.0}, r=5)
+    linears = {name: empty(32, 40) for name in ("q_proj", "k_proj", "v_proj")}
+    for seed, (name, linear) in enumerate(linears.items()):
+        linear.add_adapter("default", config, path=f"model.layers.0.self_attn.{name}", seed=0)
+        filled(linear, seed)
+    link_shared_inputs(linears)
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+    assert [linear.pairs[0].A.shape[0] for linear in linears.values()] == [5, 2, 5]
+    for linear in linears.values():
+        assert_close(linear(x), plain(linear, x, 0), ulps=4)
+
+
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_a_starts_like_peft_and_b_at_zero_whatever_else_exists(init: str) -> None:
     config = AdapterConfig(r=64, init=init)
-    linear = AdaptedLinear(512, 40, bias=False, quantized=False, dtype=torch.float32, rows=RowChoice())
-    linear.add_adapter("default", config)
+    linear = empty(512, 40)
+    linear.add_adapter("default", config, path="model.layers.0.q_proj", seed=5)
     linear.to_empty(device="cpu")
     reset_adapters([("model.layers.0.q_proj", linear)], config, seed=5)
     a = linear.pairs[0].A.detach().clone()
@@ -68,12 +130,12 @@ def test_a_starts_like_peft_and_b_at_zero_whatever_else_exists(init: str) -> Non
 
 
 def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
-    rows = RowChoice()
-    linear = adapted(rows, names=("first", "second"))
+    context = BlockContext()
+    linear = adapted(context, names=("first", "second"))
     x = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rows.rows = torch.tensor([1, -1, 0, 1])
+    context.adapter_rows = torch.tensor([1, -1, 0, 1])
     y = linear(x)
-    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate(rows.rows)])
+    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate(context.adapter_rows)])
     assert_close(y, expected, ulps=4)
 
     gradients = torch.autograd.grad(y.square().sum(), [x, *linear.adapters.parameters()])
@@ -83,9 +145,9 @@ def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
 
 
 def test_an_unused_adapter_gets_a_zero_gradient() -> None:
-    rows = RowChoice()
-    linear = adapted(rows, names=("first", "second"))
-    rows.rows = torch.tensor([0, -1])
+    context = BlockContext()
+    linear = adapted(context, names=("first", "second"))
+    context.adapter_rows = torch.tensor([0, -1])
     linear(torch.randn(2, 3, 32)).sum().backward()
     assert linear.pairs[0].A.grad is not None
     assert linear.pairs[0].A.grad.any()

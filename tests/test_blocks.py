@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import RowChoice
+from distlora.adapters import BlockContext, StepRows
 from distlora.blocks import Block
 
 
@@ -17,22 +17,22 @@ class Layer(nn.Module):
 
     attention_type = "full_attention"
 
-    def __init__(self, rows: RowChoice) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.rows = rows
+        self.context = context
         self.seen: list[dict[str, Any]] = []
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.seen.append({**kwargs, "rows": self.rows.rows})
+        self.seen.append({**kwargs, "rows": self.context.adapter_rows, "step_rows": self.context.step_rows})
         cos, _ = kwargs["position_embeddings"]
         return torch.tanh(self.linear(hidden_states)) * cos + kwargs["scale"]
 
 
 def block_and_inputs(num_micro: int, checkpointing: bool) -> tuple[Block, Tensor, dict[str, Any]]:
     torch.manual_seed(0)
-    rows = RowChoice()
-    block = Block(Layer(rows), rows)
+    context = BlockContext()
+    block = Block(Layer(context), context)
     block.num_micro, block.checkpointing = num_micro, checkpointing
     kwargs = {
         "attention_mask": None,
@@ -56,13 +56,17 @@ def test_slices_give_the_whole_batch_and_its_gradients(num_micro: int, checkpoin
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_each_slice_sees_its_own_rows_choice_in_recomputation_too(checkpointing: bool) -> None:
+def test_each_slice_sees_its_own_rows_in_recomputation_too(checkpointing: bool) -> None:
     block, x, kwargs = block_and_inputs(3, checkpointing)
     block.adapter_rows = torch.tensor([0, 1, 2, 3, 4, 5])
+    block.step_rows = StepRows(7, torch.tensor([10, 11, 12, 13, 14, 15]))
     block(x, **kwargs).sum().backward()
     seen = [call["rows"].tolist() for call in block.inner.seen]  # type: ignore[union-attr]
     assert seen[:3] == [[0, 1], [2, 3], [4, 5]]
     assert sorted(seen[3:]) == (sorted(seen[:3]) if checkpointing else [])
+    for call in block.inner.seen:  # type: ignore[union-attr]
+        assert call["step_rows"].step == 7
+        assert call["step_rows"].rows.tolist() == [10 + choice for choice in call["rows"].tolist()]
     shapes = [tuple(t.shape) for t in block.inner.seen[0]["position_embeddings"]]  # type: ignore[index, union-attr]
     assert shapes == [(2, 5, 8), (1, 5, 8)], "what has one row is shared, what has six is cut"
 

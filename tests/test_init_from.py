@@ -1,0 +1,381 @@
+"""adapter.init_from: a run starts from what PEFT, or an earlier run, saved; what it cannot mean is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from distlora import train
+from distlora.config import Config, UserError
+from distlora.config_file import load_config
+from distlora.initial_adapter import read_initial_adapter
+from distlora.loading.weights import load_base
+from distlora.model import build_model, materialize_buffers
+from distlora.parallel import Ranks, parallelize
+from distlora.peft_format import adapter_config, adapter_tensors, load_initial_adapter
+from distlora_launcher.checks import check_model
+from distlora_launcher.cli import main
+from distlora_launcher.compose import compose_config
+from small_models import make_run, read_metrics
+from test_peft import dequantized_hf_model, our_logits
+from test_resume import result, run_until
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    """A LoRA as PEFT saves it, with random B, on the Hugging Face model of a folder."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    tuned.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rank 8 on q_proj and v_proj."""
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    return write_adapter(folder, folders / "llama", r=8, lora_alpha=12, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture
+def copy(adapter: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(adapter, tmp_path / "lora"))
+
+
+def overrides(folders: Path, adapter: Path, *more: str) -> list[str]:
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
+    return [*paths, f"adapter.init_from={adapter}", "train.dtype=fp32", *more]
+
+
+def starting(folders: Path, adapter: Path, *more: str) -> Config:
+    config = compose_config(overrides(folders, adapter, *more))
+    check_model(config)
+    return config
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = change(safetensors.torch.load_file(folder / WEIGHTS))
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 3, "model.layers.1.mlp.down_proj": 5}, "alpha_pattern": {r".*\.2\.mlp\..*": 7}}
+LORAS: list[dict[str, Any]] = [
+    {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["o_proj", "down_proj", "c_attn"]},
+    {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear", **PATTERNS},
+    {"r": 4, "lora_alpha": 4, "target_modules": r"model\.layers\.[02]\..*(up|gate)_proj", "dtype": torch.bfloat16},
+    {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj", "v_proj"], "rank_pattern": {"k_proj": 2, "x": 9}},
+]
+
+
+@pytest.mark.parametrize("fields", LORAS, ids=str)
+def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_path: Path, fields: dict) -> None:
+    folder = write_adapter(tmp_path / "lora", folders / "llama", **fields)
+    config = starting(folders, folder)
+    assert (config.adapter.r, config.adapter.lora_alpha) == (fields["r"], fields["lora_alpha"])
+    assert config.adapter.use_rslora == fields.get("use_rslora", False)
+    model = build_model(config)
+    load_base(model, config.model.path, parallelize(model, SINGLE, config))
+    materialize_buffers(model, SINGLE.device)
+    train.reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    load_initial_adapter(model, config)
+    base = dequantized_hf_model(folders / "llama", model)
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = base(tokens).logits
+        theirs = peft.PeftModel.from_pretrained(base, folder)(tokens).logits
+        difference = (theirs - our_logits(model, tokens)).abs().max()
+        assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+        assert (theirs - plain).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
+
+    # And what we save of it is what PEFT reads again, patterns included.
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "adapter_config.json").write_text(json.dumps(adapter_config(config, model)))
+    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    base = dequantized_hf_model(folders / "llama", model)
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(base, saved)(tokens).logits
+    assert (again - theirs).abs().max() <= 1e-5
+
+
+def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "log_every": 4}
+    patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 5.0}}
+    make_run(tmp_path / "first", folders, adapter={"target_modules": "all-linear", "r": 8, **patterns}, train=settings)
+    train.run(tmp_path / "first", SINGLE)
+    decided = read_initial_adapter(tmp_path / "first" / "adapter").settings
+    start = {**decided, "init_from": str(tmp_path / "first" / "adapter")}
+    make_run(tmp_path / "second", folders, adapter=start, train=settings)
+    assert load_config(tmp_path / "second").adapter.rank_pattern == {"down_proj": 3}
+    train.run(tmp_path / "second", SINGLE)
+    first, second = (
+        [line["eval_loss"] for line in read_metrics(tmp_path / name) if "eval_loss" in line]
+        for name in ("first", "second")
+    )
+    assert second[0] == first[-1]
+    assert second[-1] < second[0] < first[0], "it goes on from there"
+
+
+def test_a_resumed_run_needs_the_folder_until_its_first_checkpoint(folders: Path, tmp_path: Path, copy: Path) -> None:
+    settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
+    start = {**read_initial_adapter(copy).settings, "init_from": str(copy)}
+    for name in ("whole", "stopped"):
+        make_run(tmp_path / name, folders, adapter=start, train=settings)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=1)
+    copy.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"init_from=.*lora does not exist"):
+        train.run(tmp_path / "stopped", SINGLE)
+    with pytest.raises(UserError, match=r"init_from=.*lora does not exist"):
+        check_model(load_config(tmp_path / "stopped"))
+    (tmp_path / "away").rename(copy)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=3)
+    copy.rename(tmp_path / "away")
+    check_model(load_config(tmp_path / "stopped"))
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_adapters_settings_are_the_runs_and_dropout_stays_the_users(folders: Path, adapter: Path) -> None:
+    config = starting(folders, adapter, "adapter.lora_dropout=0.1", "recipe=qlora", "adapter.target_modules=qv")
+    ours = config.adapter
+    assert (ours.r, ours.lora_alpha, ours.use_rslora, ours.lora_dropout) == (8, 12.0, False, 0.1)
+    assert ours.target_modules == ("q_proj", "v_proj"), "which is what qv, typed, means, and not what the recipe says"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("adapter.r=16", "adapter.r=16 contradicts .*lora, whose r is 8"),
+        ("adapter.use_rslora=true", "adapter.use_rslora=true contradicts .* whose use_rslora is False"),
+        ("adapter.target_modules=all-linear", r"target_modules=all-linear contradicts .* is \[q_proj,v_proj\]"),
+        ("+adapter.rank_pattern.q_proj=4", r"rank_pattern.q_proj=4 contradicts .* whose rank_pattern is {}"),
+        ("adapter.init=gaussian", "adapter.init=gaussian has no effect"),
+    ],
+)
+def test_a_word_that_the_adapter_contradicts_is_refused(folders: Path, adapter: Path, word: str, reason: str) -> None:
+    assert compose_config(overrides(folders, adapter, "adapter.r=8")).adapter.r == 8
+    with pytest.raises(UserError, match=reason):
+        compose_config(overrides(folders, adapter, word))
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+    ({"use_dora": True}, "use_dora=True .*magnitudes"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+    ({"bias": "lora_only"}, "bias='lora_only'"),
+    ({"lora_bias": True}, "lora_bias=True"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+    ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"exclude_modules": ["k_proj"]}, "exclude_modules"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    ({"target_parameters": ["experts"]}, "target_parameters"),
+    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
+    ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changed the base"),
+    ({"use_qalora": True}, "use_qalora=True"),
+    ({"of_a_later_peft": 3}, r"of_a_later_peft=3 .*does not know"),
+    ({"r": "8"}, "r='8' is not a whole number"),
+    ({"lora_alpha": None}, "lora_alpha=None is not a number"),
+    ({"use_rslora": "yes"}, "use_rslora='yes' is not true or false"),
+    ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern=.* is not a mapping to numbers"),
+    ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is no regular expression"),
+    ({"target_modules": None}, "target_modules=None is not a list"),
+    ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] is not a list of what"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), FIELDS, ids=str)
+def test_a_field_that_changes_the_meaning_is_refused_by_name(
+    folders: Path, copy: Path, changes: dict, reason: str
+) -> None:
+    edit(copy, **changes)
+    with pytest.raises(UserError, match=reason):
+        starting(folders, copy)
+
+
+def test_fields_without_effect_and_of_a_later_peft_are_no_reason(folders: Path, copy: Path) -> None:
+    edit(copy, of_a_later_peft=None, another=False, modules_to_save=[], lora_dropout=0.2, eva_config={"rho": 2.0})
+    assert starting(folders, copy).adapter.lora_dropout == 0.0
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def plus(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(shape)}
+
+
+TENSORS: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
+    (without("layers.1.self_attn.q_proj"), "holds no tensors for model.layers.1.self_attn.q_proj"),
+    (without("layers.1.self_attn.q_proj.lora_B"), "has a lora_A and no lora_B"),
+    (
+        renamed("layers.2.", "layers.7."),
+        r"adapts model.layers.7.self_attn.q_proj \(2 linears in all\), which is no linear",
+    ),
+    (renamed("layers.2.self_attn.q_proj", "layers.2.self_attn.k_proj"), "target_modules"),
+    (renamed("model.layers", "layers"), "adapts layers.0.self_attn.q_proj"),
+    (
+        lambda t: {n: (v[:4] if "lora_A" in n else v[:, :4]).contiguous() for n, v in t.items()},
+        r"has shape \[4, 96\], .* needs \[8, 96\]",
+    ),
+    (lambda t: {n: v.half().to(torch.float64) for n, v in t.items()}, "is stored as F64"),
+    (
+        plus("model.embed_tokens.lora_embedding_A", 8, 1001),
+        "lora_embedding_A is no lora_A.* an adapter of the embedding",
+    ),
+    (plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96), "a magnitude of DoRA"),
+    (plus("model.embed_tokens.weight", 1001, 96), "the whole embedding"),
+    (plus("model.layers.0.self_attn.q_proj.lora_A.default.weight", 8, 96), "one tensor of two adapters"),
+    (lambda t: {}, "holds no tensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), TENSORS, ids=[reason for _, reason in TENSORS])
+def test_tensors_that_are_not_exactly_the_adapters_are_refused(
+    folders: Path, copy: Path, change: Callable, reason: str
+) -> None:
+    edit_tensors(copy, change)
+    with pytest.raises(UserError, match=reason):
+        starting(folders, copy)
+
+
+def test_names_with_the_adapters_name_in_them_are_read(folders: Path, adapter: Path, copy: Path) -> None:
+    edit_tensors(copy, renamed(".weight", ".default.weight"))
+    assert starting(folders, copy).adapter.r == 8
+    assert read_initial_adapter(copy).tensors.keys() == read_initial_adapter(adapter).tensors.keys()
+
+
+def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path) -> None:
+    def poison(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][3, 2] = torch.inf
+        return tensors
+
+    edit_tensors(copy, poison)
+    config = starting(folders, copy)
+    model = build_model(config)
+    parallelize(model, SINGLE, config)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight holds NaN or Inf"):
+        load_initial_adapter(model, config)
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def a_run(folder: Path) -> None:
+    shutil.copytree(folder, folder / "adapter")
+    (folder / "adapter_config.json").unlink()
+
+
+FOLDERS: list[tuple[Callable[[Path], object], str]] = [
+    (shutil.rmtree, "does not exist"),
+    (only_pickle, r"adapter_model.bin is a pickle.*save it again"),
+    (lambda folder: (folder / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
+    (a_run, r"holds no adapter_config.json; set adapter.init_from=.*/lora/adapter"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
+    (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 50), "damaged"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), FOLDERS, ids=[reason for _, reason in FOLDERS])
+def test_a_folder_that_is_no_adapter_is_refused(folders: Path, copy: Path, damage: Callable, reason: str) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=reason):
+        compose_config(overrides(folders, copy))
+
+
+def test_a_name_on_the_hub_is_told_how_to_get_here(folders: Path) -> None:
+    with pytest.raises(UserError, match="hf download org/some-lora --local-dir FOLDER"):
+        compose_config(overrides(folders, Path("org/some-lora")))
+
+
+def test_an_adapter_of_another_model_is_refused_and_of_another_name_is_noted(
+    folders: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starting(folders, copy)
+    assert "note:" not in capsys.readouterr().out
+    edit(copy, base_model_name_or_path="org/some-base")
+    starting(folders, copy)
+    assert capsys.readouterr().out.count("says that its base is org/some-base") == 1
+    wider = [word.replace("/llama", "/qwen3") for word in overrides(folders, copy)]
+    edit_tensors(copy, lambda t: {n: torch.cat([v, v], dim=1) if "lora_A" in n else v for n, v in t.items()})
+    with pytest.raises(UserError, match=r"shape \[8, 192\].*needs \[8, 96\] \(it was trained on org/some-base\)"):
+        check_model(compose_config(wider))
+
+
+def test_the_command_refuses_with_code_2_and_starts_nothing(
+    folders: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    edit(copy, use_dora=True)
+    assert main(["train", *overrides(folders, copy, f"run_dir={tmp_path / 'run'}")]) == 2
+    error = capsys.readouterr().err
+    assert "use_dora" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "reason"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, r"rank_pattern.q_prj=4 matches no linear \(did you mean 'q_proj'\?\)"),
+        ({"alpha_pattern": {"down_proj": 4.0}}, "alpha_pattern.down_proj=4.0 means linears without an adapter"),
+        ({"rank_pattern": {"q_proj": 4, r".*layers\.1.*q_proj": 2}}, r"layers\\.1.*q_proj=2 comes after other keys"),
+    ],
+)
+def test_an_idle_pattern_is_refused_by_the_launcher_and_by_the_model(
+    folders: Path, patterns: dict, reason: str
+) -> None:
+    words = [word for word in overrides(folders, Path()) if "init_from" not in word]
+    config = compose_config([*words, "adapter.target_modules=attention"])
+    config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **patterns))
+    for check in (check_model, build_model):
+        with pytest.raises(UserError, match=reason):
+            check(config)
+
+
+def test_patterns_are_settings_of_the_command_line(folders: Path) -> None:
+    words = [word for word in overrides(folders, Path()) if "init_from" not in word]
+    config = compose_config([*words, "adapter.rank_pattern.q_proj=4", "adapter.alpha_pattern={v_proj:2}"])
+    assert (config.adapter.rank_pattern, config.adapter.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 2.0})
+    ranks = {path: linear.pairs[0].A.shape[0] for path, linear in build_model(config).adapted_linears()}
+    assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {
+        "q_proj": 4,
+        "k_proj": 16,
+        "v_proj": 16,
+        "o_proj": 16,
+    }

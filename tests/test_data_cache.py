@@ -8,9 +8,10 @@ import signal
 import numpy as np
 import pytest
 
-from distlora.config import UserError
+from distlora.config import SourceConfig, UserError
 from distlora.data.cache import cache_key, new_entry
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta, split_file
+from distlora.data.sources import find_source
 from distlora.durable import write_json
 
 FORK = multiprocessing.get_context("fork")  # The children touch numpy alone, and a spawned one imports for seconds.
@@ -32,12 +33,13 @@ def sources(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_text("weights")
-    (tmp_path / "data.jsonl").write_text("a")
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     return tmp_path
 
 
 def key_of(sources, **settings):
-    return cache_key([sources / "data.jsonl"], sources / "model", {"sequence_length": 8, **settings})
+    fingerprint = find_source(SourceConfig(path=str(sources / "data.jsonl"))).fingerprint()
+    return cache_key([fingerprint], sources / "model", {"sequence_length": 8, **settings})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def key_of(sources, **settings):
 )
 def test_the_key_changes_with_every_byte_that_decides_the_tokens(sources, name):
     before = key_of(sources)
-    (sources / name).write_text("changed")
+    (sources / name).write_text('{"text": "changed"}')
     assert key_of(sources) != before
 
 

@@ -1,120 +1,225 @@
-"""Reading jsonl: what is accepted, and that every broken line is named."""
+"""What a document is: the canonical form of each format, and that every broken record is named."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from data_folders import chat, write_lines
+from data_folders import chat
 from distlora.config import UserError
-from distlora.data.formats import EXAMPLES, check_head, read_documents, resolve_format
+from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from distlora.data.formats import EXAMPLES, REQUIRED_KEYS, Record, kind_of, resolve_format, to_document
 
-GOOD = {
-    "chat": chat("Hi", "Hello!"),
-    "prompt_completion": {"prompt": "2+2=", "completion": "4"},
-    "text": {"text": "Once"},
-}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def record(value):
+    return Record("data.jsonl:3", 10, value)
+
+
+def canonical(value, format, *, columns=None, has_template=True):
+    """The document's value."""
+    document = to_document(record(value), format, columns or {}, has_template)
+    assert (document.place, document.num_bytes) == ("data.jsonl:3", 10)
+    return document.value
+
+
+def message(role="user", content="Hi", **more):
+    return {"messages": [{"role": role, "content": content, **more}]}
+
 
 BROKEN = [
-    ("text", b'{"text": "a"', "not valid JSON"),
-    ("text", b'["a"]', "a list where an object belongs"),
-    ("text", b'{"text": 3}', "'text' is a number, not a string"),
-    ("text", b'{"text": null}', "'text' is null, not a string"),
-    ("text", b'{"txt": "a"}', "no 'text' among its keys: 'txt';"),
-    ("text", b'{"text": "caf\xe9"}', "byte 14 (0xe9) is not UTF-8"),
-    ("text", b'{"text": "a\\ud83d"}', "half a surrogate pair (\\ud83d)"),
-    ("text", b"[" * 100_000, "JSON that cannot be read"),
-    ("prompt_completion", b'{"prompt": "a"}', "no 'completion' among its keys: 'prompt'"),
-    ("prompt_completion", b'{"prompt": "a", "completion": ["b"]}', "'completion' is a list, not a string"),
-    ("chat", b'{"messages": {}}', "'messages' is an object, not a list"),
-    ("chat", b'{"messages": []}', "'messages' is empty"),
-    ("chat", b'{"messages": ["Hi"]}', "messages[0] is a string, not an object"),
-    ("chat", b'{"messages": [{"role": "user"}]}', "messages[0] has no 'content' among its keys: 'role'"),
-    ("chat", b'{"messages": [{"role": 1, "content": "a"}]}', "messages[0]: 'role' is a number, not a string"),
-    ("chat", b'{"messages": [{"role": "user", "content": [1]}]}', "messages[0]: 'content' is a list, not a string"),
-    ("chat", b'{"messages": [{"role": "asistant", "content": ""}]}', "'asistant' (did you mean 'assistant'?)"),
-    ("chat", b'{"messages": [{"role": "user", "content": "\\uDC00"}]}', "half a surrogate pair"),
-    ("chat", b'{"messages": [{"role": "user", "content": ""}], "tools": [{}]}', "'tools' are not supported"),
+    ("text", ["a"], "a list where an object belongs"),
+    ("text", {"text": 3}, "'text' is a number, not a string"),
+    ("text", {"text": None}, "'text' is null, not a string"),
+    ("text", {"txt": "a"}, "no 'text' among its keys: 'txt';"),
+    ("prompt_completion", {"prompt": "a"}, "no 'completion' among its keys: 'prompt'"),
+    (
+        "prompt_completion",
+        {"prompt": [{}], "completion": "b"},
+        "'prompt' is a list, not a string (write a conversation",
+    ),
+    ("chat", {"messages": {}}, "'messages' is an object, not a list"),
+    ("chat", {"messages": []}, "'messages' is empty"),
+    ("chat", {"messages": ["Hi"]}, "messages[0] is a string, not an object"),
+    ("chat", {"messages": [{"role": "user"}]}, "messages[0] has no 'content' among its keys: 'role'"),
+    ("chat", {"messages": [{"content": "a"}]}, "messages[0] has no 'role' among its keys: 'content'"),
+    ("chat", {"messages": [{"from": "human", "value": "a"}]}, "set data.format=sharegpt data.columns="),
+    ("chat", message(role=1), "messages[0]: 'role' is a number, not a string"),
+    ("chat", message(role="asistant"), "'asistant' (did you mean 'assistant'?)"),
+    ("chat", message(content=None), "'content' is null, not a string, and there are no 'tool_calls'"),
+    ("chat", message(content=[1]), "a part of 'content' is a number; only text"),
+    ("chat", message(content=[{"type": "image_url"}]), "a part of 'content' is of the type 'image_url'; only text"),
+    ("chat", message(tool_calls=[CALL]), "only the assistant calls tools"),
+    ("chat", message("assistant", tool_calls={}) | {"tools": 3}, "'tools' is a number, not a list"),
+    ("chat", message("assistant", tool_calls=CALL), "'tool_calls' is an object, not a list"),
+    ("chat", message("assistant", tool_calls=[{"id": "1"}]), "tool_calls[0] has no function with a 'name'"),
+    ("chat", message("assistant", tool_calls=[{"name": "f", "arguments": "{"}]), "a string that is not JSON"),
+    ("chat", message("assistant", tool_calls=[{"name": "f", "arguments": "[1]"}]), "'arguments' is a list, not an obj"),
+    ("chat", message(reasoning_content=["a"]), "'reasoning_content' is a list, not a string"),
+    ("chat", message(weight=0.5), "'weight' is 0.5; a turn is trained (1) or not (0)"),
+    ("chat", message(train="no"), "'train' is a string; write true or false"),
+    ("chat", message() | {"tools": [{"parameters": {}}]}, "tools[0] has no function with a 'name'"),
+    ("chat", message() | {"tools": "{"}, "'tools' is a string that is not JSON"),
+    ("sharegpt", {"conversations": []}, "'conversations' is empty"),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, "conversations[0] has no 'value' among its keys: 'from'"),
+    ("sharegpt", {"conversations": [{"from": "hman", "value": ""}]}, "from 'hman' (did you mean 'human'?)"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "'value' is null, not a string"),
+    ("sharegpt", {"conversations": [{"from": "function_call", "value": "x"}]}, "a function_call that is not JSON"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": ""}], "system": 1}, "'system' is a number"),
+    ("alpaca", {"instruction": "a"}, "no 'output' among its keys: 'instruction'"),
+    ("alpaca", {"instruction": "a", "output": None}, "'output' is null, not a string"),
+    ("alpaca", {"instruction": "a", "output": "b", "input": 1}, "'input' is a number, not a string"),
+    ("alpaca", {"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is not a list of two strings"),
 ]
 
 
-@pytest.mark.parametrize(("format", "line", "complaint"), BROKEN, ids=[str(case[2]) for case in BROKEN])
-def test_a_broken_line_is_named_with_the_reason(tmp_path, format, line, complaint):
-    path = write_lines(tmp_path / "data.jsonl", [GOOD[format], b"", line, GOOD[format]])
+@pytest.mark.parametrize(("format", "value", "complaint"), BROKEN, ids=[case[2] for case in BROKEN])
+def test_a_broken_record_is_named_with_the_reason(format, value, complaint):
     with pytest.raises(UserError) as error:
-        list(read_documents(path, format))
-    assert str(error.value).startswith(f"{path}:3: ")
+        canonical(value, format)
+    assert str(error.value).startswith("data.jsonl:3: ")
     assert complaint in str(error.value)
     assert str(error.value).isascii()
 
 
-@pytest.mark.parametrize("format", GOOD)
-def test_the_example_in_every_message_is_a_good_line(tmp_path, format):
-    path = write_lines(tmp_path / "data.jsonl", [EXAMPLES[format].encode()])
-    assert [document.value for document in read_documents(path, format)] == [json.loads(EXAMPLES[format])]
+@pytest.mark.parametrize("format", EXAMPLES)
+def test_the_example_in_every_message_is_a_good_record_of_its_format(format):
+    value = json.loads(EXAMPLES[format])
+    assert resolve_format(record(value), "auto", {}) == format
+    assert canonical(value, format)
 
 
-@pytest.mark.parametrize("format", GOOD)
-def test_auto_is_the_format_of_the_first_line_that_is_not_blank(tmp_path, format):
-    path = write_lines(tmp_path / "data.jsonl", [b"", b"  ", GOOD[format]])
-    assert resolve_format(path, "auto") == format
-    assert check_head(path) == format
+def test_plain_forms_keep_their_strings_and_nothing_else():
+    assert canonical({"text": "a", "id": 7}, "text") == {"text": "a"}
+    assert canonical({"prompt": "a", "completion": "b", "id": 7}, "prompt_completion") == {
+        "prompt": "a",
+        "completion": "b",
+    }
 
 
-def test_a_first_line_that_fits_two_formats_asks_for_a_choice(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [GOOD["chat"] | GOOD["text"]])
-    with pytest.raises(UserError, match=r":1: .*fits the formats chat and text; choose one with data\.format=chat"):
-        resolve_format(path)
-    assert check_head(path, "text") == "text"
+def test_a_chat_keeps_what_templates_read_and_drops_nulls():
+    value = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
+            {"role": "assistant", "content": "c", "reasoning_content": "hm", "train": False, "tool_calls": None},
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "e", "weight": 0, "tool_calls": []},
+        ],
+        "tools": None,
+    }
+    assert canonical(value, "chat") == {
+        "messages": [
+            {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "c", "reasoning_content": "hm", "train": False},
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "e", "weight": 0},
+        ]
+    }
 
 
-def test_a_first_line_that_fits_no_format_lists_its_keys_and_good_lines(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [{"instruction": "a", "output": "b"}])
-    with pytest.raises(UserError, match="'instruction', 'output', which fits no format") as error:
-        resolve_format(path)
-    assert all(example in str(error.value) for example in EXAMPLES.values())
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"function": {"name": "weather", "arguments": json.dumps(CALL["function"]["arguments"])}},
+        {"name": "weather", "arguments": CALL["function"]["arguments"]},
+    ],
+)
+@pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL])])
+def test_tool_calls_have_one_form_however_they_were_written(call, tools):
+    value = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [call | {"id": "7"}]},
+            {"role": "tool", "content": "sunny", "tool_call_id": "7", "name": "weather"},
+        ],
+        "tools": tools,
+    }
+    chat = canonical(value, "chat")
+    assert chat["tools"] == [TOOL]
+    assert chat["messages"][1] == {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "7"}]}
+    assert chat["messages"][2] == value["messages"][2]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_a_file_without_a_document_is_refused(tmp_path, content):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="holds no document"):
-        check_head(path)
+def test_sharegpt_becomes_a_chat():
+    value = {
+        "system": "Be brief.",
+        "tools": json.dumps([TOOL["function"]]),
+        "conversations": [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris", "days": null}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "Sunny.", "weight": 0},
+        ],
+    }
+    expected = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "Sunny.", "weight": 0},
+        ],
+        "tools": [TOOL],
+    }
+    assert canonical(value, "sharegpt") == expected
+    value["conversations"].insert(0, {"from": "system", "value": "Be kind."})
+    assert canonical(value, "sharegpt")["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert canonical({"conversations": chat("Hi", "Yes")["messages"]}, "sharegpt") == chat("Hi", "Yes")
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        check_head(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="is not a file"):
-        check_head(tmp_path)
+def test_alpaca_is_a_chat_where_there_is_a_template():
+    value = {
+        "instruction": "Translate.",
+        "input": "cat",
+        "output": "chat",
+        "system": "You are a dictionary.",
+        "history": [["Hi", "Hello"]],
+    }
+    assert kind_of("alpaca", has_template=True) == "chat"
+    messages = canonical(value, "alpaca")["messages"]
+    assert [item["role"] for item in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [item["content"] for item in messages][1:] == ["Hi", "Hello", "Translate.\ncat", "chat"]
+    assert canonical({"instruction": "Sing.", "output": "La", "input": ""}, "alpaca") == chat("Sing.", "La")
 
 
-def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_no_content(tmp_path):
-    text = "a\u2028b\x0bc"
-    line = b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r"
-    path = write_lines(tmp_path / "data.jsonl", [line, {"text": "\U0001f600"}])
-    assert [document.value["text"] for document in read_documents(path, "text")] == [text, "\U0001f600"]
+def test_alpaca_is_its_own_prompt_where_there_is_none():
+    assert kind_of("alpaca", has_template=False) == "prompt_completion"
+    value = {"instruction": "Write {x}.", "input": "cat {0}", "output": "chat"}
+    with_input = canonical(value, "alpaca", has_template=False)
+    expected = ALPACA_WITH_INPUT.replace("{instruction}", "Write {x}.").replace("{input}", "cat {0}")
+    assert with_input == {"prompt": expected, "completion": "chat"}
+    without = canonical(value | {"input": None}, "alpaca", has_template=False)
+    assert without["prompt"] == ALPACA_WITHOUT_INPUT.replace("{instruction}", "Write {x}.")
+    system = canonical(value | {"system": "Be brief."}, "alpaca", has_template=False)["prompt"]
+    assert system.startswith("Be brief.\n\n### Instruction:\nWrite {x}.\n\n### Input:\ncat {0}\n\n### Response:\n")
+    with pytest.raises(UserError, match=r"set data\.template=chatml"):
+        canonical(value | {"history": [["q", "a"]]}, "alpaca", has_template=False)
 
 
-def test_documents_know_their_line_and_their_size(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [b'{"text": "a"}', b"", b'{"text": "bc"}'])
-    assert [(item.line, item.num_bytes) for item in read_documents(path, "text")] == [(1, 14), (3, 15)]
+def test_auto_refuses_what_fits_two_formats_or_none():
+    with pytest.raises(UserError, match=r"fits the formats chat and text; choose one with data\.format=chat"):
+        resolve_format(record(chat("Hi", "a") | {"text": "a"}), "auto", {})
+    with pytest.raises(UserError, match="it has 'question', 'answer', which fits no format; rename its keys") as error:
+        resolve_format(record({"question": "a", "answer": "b"}), "auto", {})
+    assert "data.columns={prompt: question}" in str(error.value)
+    assert all(f'"{key}"' in str(error.value) for keys in REQUIRED_KEYS.values() for key in keys)
 
 
-def test_the_head_is_checked_up_to_its_limit_and_no_further(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [GOOD["text"]] * 20 + [b"{"])
-    assert check_head(path, limit=20) == "text"
-    with pytest.raises(UserError, match=r"data\.jsonl:21: "):
-        check_head(path, limit=21)
-
-
-def test_the_check_imports_neither_torch_nor_transformers_nor_numpy(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [GOOD["chat"]] * 1000)
-    code = (
-        "import sys; from distlora.data.formats import check_head; check_head(sys.argv[1]);"
-        "print([name for name in ('torch', 'transformers', 'numpy', 'jinja2') if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
+    value = {"question": "a", "answer": "b", "text": "not this", "prompt": "nor this"}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert resolve_format(record(value), "auto", columns) == "prompt_completion"
+    assert canonical(value, "prompt_completion", columns=columns) == {"prompt": "a", "completion": "b"}
+    assert resolve_format(record({"body": "a"}), "auto", {"text": "body"}) == "text"
+    with pytest.raises(UserError, match=r"it has 'prompt', which fits no format; name the other keys of the format"):
+        resolve_format(record({"body": "a"}), "auto", {"prompt": "body"})
+    with pytest.raises(UserError, match=r"names 'quest' as 'prompt', but the columns there are 'question', .*mean"):
+        resolve_format(record(value), "auto", {"prompt": "quest"})
+    with pytest.raises(UserError, match=r"'promt' is no key of data\.format=auto .*did you mean 'prompt'"):
+        resolve_format(record(value), "auto", {"promt": "question"})
+    with pytest.raises(UserError, match=r"'prompt' is no key of data\.format=text"):
+        resolve_format(record(value), "text", columns)
+    with pytest.raises(UserError, match="no 'completion' among its keys"):
+        canonical({"question": "a"}, "prompt_completion", columns=columns)

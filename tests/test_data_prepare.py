@@ -16,8 +16,9 @@ from distlora.config_file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.__main__ import main
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import held_out, open_split, prepare, prepare_run
+from distlora.data.prepare import open_split, prepare, prepare_run
 from distlora.data.rows import STARTS, PackedRows, read_meta
+from distlora.data.splits import held_out
 
 TEXTS = [{"text": f"{number} foxes sleep. " * (1 + number % 7)} for number in range(60)]
 
@@ -90,11 +91,67 @@ def test_long_texts_are_split_and_long_chats_truncated_or_dropped_and_counted(ma
     assert max(len(document) for document in documents_in(PackedRows.open(entry, "train"))) == 32
 
 
+def test_what_becomes_of_a_document_that_is_too_long_can_be_chosen_and_is_counted(make_config):
+    documents = [chat("Hi", "fox " * 100), chat("fox " * 100, "Hi"), chat("Hi", "Hello"), chat("Hi?")]
+
+    def counts(documents, too_long):
+        entry = prepare(make_config(documents, eval_fraction=0, too_long=too_long))
+        found = read_meta(entry)["splits"]["train"]
+        return [found[key] for key in ("documents", "truncated", "split", "dropped_long", "dropped")]
+
+    assert counts(documents, "truncate") == counts(documents, "auto") == [2, 1, 0, 0, 2]
+    assert counts(documents, "drop") == [1, 0, 0, 2, 1], "too long and without a trained token are counted apart"
+    documents_used, truncated, split, dropped_long, dropped = counts(documents, "split")
+    assert (documents_used, truncated, dropped_long, dropped) == (3, 0, 0, 1)
+    assert split >= 1
+    texts = [{"text": "fox " * 100}, {"text": "fox"}, {"text": "fox fox"}]
+    assert counts(texts, "drop") == [2, 0, 0, 1, 0]
+    assert counts(texts, "truncate") == [3, 1, 0, 0, 0]
+    assert counts(texts, "split") == counts(texts, "auto") == [3, 0, 1, 0, 0]
+
+
 def test_held_out_documents_may_come_from_a_file_of_their_own_format(make_config, tmp_path):
     path = write_lines(tmp_path / "eval.jsonl", [chat("Hi", "Hello"), chat("Hi", "Yes")])
     entry = prepare(make_config(TEXTS, eval_path=str(path)))
     splits = read_meta(entry)["splits"]
     assert (splits["train"]["documents"], splits["eval"]["documents"]) == (60, 2)
+
+
+def test_alpaca_is_rendered_by_the_template_or_by_its_own_prompt_without_one(make_config, tmp_path, model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = write_model(tmp_path / "plain", None)
+    records = [{"instruction": "Count.", "input": "", "output": "1, 2, 3"}] * 2
+
+    def rendered(**settings):
+        entry = prepare(make_config(records, eval_fraction=0, sequence_length=256, **settings))
+        return tokenizer.decode(documents_in(PackedRows.open(entry, "train"))[0])
+
+    as_chat = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n1, 2, 3<|im_end|>\n"
+    assert rendered() == as_chat
+    assert rendered(model_path=plain, template="chatml") == as_chat
+    assert rendered(model_path=plain).endswith("### Instruction:\nCount.\n\n### Response:\n1, 2, 3<|eos|>")
+
+
+def test_settings_that_change_nothing_share_an_entry_and_those_that_do_have_their_own(make_config):
+    texts = prepare(make_config(TEXTS))
+    assert prepare(make_config(TEXTS, train_on="last", template="chatml")) == texts
+    assert prepare(make_config(TEXTS, too_long="drop")) != texts
+    chats = [chat("Hi", f"Hello {n}", "So?", "Yes") for n in range(6)]
+    entries = {prepare(make_config(chats, **settings)) for settings in ({}, {"train_on": "last"}, {"train_on": "all"})}
+    assert len(entries) == 3
+
+
+def test_a_run_says_where_its_data_lies_now_even_if_the_entry_was_made_from_elsewhere(make_config, tmp_path):
+    config = make_config(TEXTS)
+    first = prepare_run(config.run_dir)
+    moved = tmp_path / "moved.jsonl"
+    (tmp_path / "data.jsonl").rename(moved)
+    config = make_config(TEXTS, path=str(moved))
+    again = prepare_run(config.run_dir)
+    assert (again["reused"], again["cache"]) == (True, first["cache"])
+    assert {source["path"] for counts in again["splits"].values() for source in counts["sources"]} == {str(moved)}
 
 
 def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, monkeypatch):
@@ -104,7 +161,7 @@ def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, m
     def refuse(model_dir):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(prepare_module, "_load_tokenizer", refuse)
+    monkeypatch.setattr(prepare_module, "load_tokenizer", refuse)
     again = prepare_run(config.run_dir)
     assert (first["reused"], again["reused"], again["cache"]) == (False, True, first["cache"])
     assert prepare(make_config(TEXTS, format="text")) == prepare(config)  # `auto` resolved to the same format.
@@ -141,6 +198,7 @@ def test_few_documents_still_hold_one_out_if_another_is_left():
     [
         ([chat("Hi?"), chat("So?")], {}, "none of its 2 documents has a token to train; every chat needs an assistant"),
         ([chat("fox " * 50, "Hi")], {}, "1 were truncated before it: raise data.sequence_length=32"),
+        ([chat("fox " * 50, "Hi")], {"too_long": "drop"}, "1 were left out as longer than a row: raise data.sequence"),
         ([{"text": "one"}], {}, "none could be held out for evaluation; set data.eval_fraction=0,"),
         ([{"text": "one"}, {"text": "two"}], {"eval_fraction": 0.999999}, "none was left to train on"),
         ([{"text": "one"}, b"{"], {}, "data.jsonl:2: not valid JSON"),

@@ -1,15 +1,23 @@
 """Which tokens of a document are trained, with real tokenizers and chat templates."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from chat_tokenizers import KINDS, chat_tokenizer
 from data_folders import CHATML, MARKED, chat, write_model
 from distlora.config import UserError
+from distlora.data.chat import NAMED, ChatTemplate, template_source
 from distlora.data.formats import Document
 from distlora.data.templates import Encoder
+from distlora.data.turns import Conversation, Turn, TurnTokens
 
+GOLDEN = Path(__file__).parent / "golden"
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
@@ -21,6 +29,10 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Like Qwen3's: the last assistant turn is written otherwise once it is no longer the last."""
+CLOSING = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}"
+)
+"""Like Phi-3's own: the end of text closes a conversation, not a turn."""
 
 CONVERSATION = chat("Hello!", "It is Paris.", "How many birds?", "There are seven.", "Seven?")
 
@@ -39,27 +51,99 @@ def load(tmp_path_factory):
     return build
 
 
-def encode(tokenizer, format, *values):
-    """[(tokens, trained)] of documents on the lines 1, 2, ..."""
-    documents = [Document(line, 1, value) for line, value in enumerate(values, start=1)]
-    encoder = Encoder(tokenizer, format, "data.jsonl", "MODEL")
+def encode(tokenizer, kind, *values, **options):
+    """[(tokens, trained)] of documents at the places data.jsonl:1, data.jsonl:2, ..."""
+    documents = [Document(f"data.jsonl:{line}", 1, value) for line, value in enumerate(values, start=1)]
+    encoder = Encoder(tokenizer, kind, "MODEL", **options)
     encoded = [(tokens, trained) for tokens, trained in encoder.encode(documents)]
     assert {(tokens.dtype, trained.dtype) for tokens, trained in encoded} == {(np.dtype("int32"), np.dtype("uint8"))}
     return encoded
 
 
+def segments(tokenizer, tokens, trained):
+    """A document as [text, trained] stretches."""
+    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+    return [[tokenizer.decode(tokens[a:b].tolist()), bool(trained[a])] for a, b in itertools.pairwise(edges)]
+
+
 def trained_text(tokenizer, tokens, trained):
     """The trained stretches of a document as text."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], trained, [0]])))
-    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [text for text, is_trained in segments(tokenizer, tokens, trained) if is_trained]
+
+
+def merged(golden):
+    """Neighbouring segments of the same kind as one: the files break lines where a reader wants them."""
+    return [
+        ["".join(text for text, _ in group), is_trained]
+        for is_trained, group in itertools.groupby(golden, key=lambda segment: segment[1])
+    ]
+
+
+GOLDEN_CASES = [
+    pytest.param(template, case, train_on, id=f"{template}: {case['case']}, train_on={train_on}")
+    for template in ("chatml", "llama3", "mistral", "gemma")
+    for case in json.loads((GOLDEN / f"masks_{template}.json").read_text())
+    for train_on in ("assistant", "last", "all")
+    if train_on in case
+]
+
+
+@pytest.mark.parametrize(("template", "case", "train_on"), GOLDEN_CASES)
+def test_the_trained_tokens_are_those_marked_by_hand(template, case, train_on):
+    tokenizer = chat_tokenizer()
+    value = {key: case[key] for key in ("messages", "tools") if key in case}
+    (encoded,) = encode(tokenizer, "chat", value, template=template, train_on=train_on)
+    assert segments(tokenizer, *encoded) == merged(case[train_on])
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("kind", ["llama3", "gpt2"])
+def test_a_named_template_writes_turns_as_its_family_does(name, kind):
+    golden = json.loads((GOLDEN / "chat_layouts.json").read_text())
+    expected = golden["as the families write them, with the prompt for the next turn"][name]
+    template = ChatTemplate(chat_tokenizer(kind), "MODEL", name)
+    text = template.render("data.jsonl:1", golden["messages"], prompt=True)
+    # The beginning of text is written where the tokenizer itself puts it in front of texts; Llama 2's is in the layout.
+    if name != "llama2":
+        expected = ("<s>" if kind == "llama3" else "") + expected.removeprefix("<s>")
+    assert text == expected
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_template_trains_the_same_tokens_by_its_marks_and_by_its_prefixes(name, tmp_path):
+    """Without its marks the template is judged by what it writes: so the marks are where the prompts end."""
+    unmarked = tmp_path / "unmarked.jinja"
+    source = ChatTemplate(chat_tokenizer(), "MODEL", name).source
+    unmarked.write_text(source.replace("{%- generation %}", "").replace("{%- endgeneration %}", ""))
+    values = [
+        chat("Hi", "Hello there."),
+        {"messages": [{"role": "system", "content": "Be\nbrief."}, *CONVERSATION["messages"]]},
+        chat("A\n\nB", "- one\n- two\n\n```\nx = 1\n```", "C", "\u00e9 \U0001f600", "D", "3"),
+    ]
+    for train_on in ("assistant", "last"):
+        by_marks = encode(chat_tokenizer(), "chat", *values, template=name, train_on=train_on)
+        by_prefix = encode(chat_tokenizer(), "chat", *values, template=str(unmarked), train_on=train_on)
+        for (tokens, trained), (prefix_tokens, prefix_trained) in zip(by_marks, by_prefix, strict=True):
+            assert np.array_equal(tokens, prefix_tokens)
+            assert np.array_equal(trained, prefix_trained)
+            assert trained.any()
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
 def test_the_assistants_turns_are_trained_up_to_their_end_of_turn_and_no_further(load, template):
     tokenizer = load(template)
     ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION)
-    assert tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION["messages"], return_dict=False)
+    # What follows the last trained turn teaches nothing, and is left out.
+    assert tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION["messages"][:-1], return_dict=False)
     assert trained_text(tokenizer, tokens, trained) == ["It is Paris.<|im_end|>", "There are seven.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
+def test_all_tokens_of_a_conversation_are_trained_where_that_is_asked_for(load, template):
+    tokenizer = load(template)
+    ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION, train_on="all")
+    assert tokens.tolist() == tokenizer.apply_chat_template(CONVERSATION["messages"], return_dict=False)
+    assert trained.all()
 
 
 def test_both_ways_to_find_the_turns_agree_on_every_token(load):
@@ -77,31 +161,172 @@ def test_both_ways_to_find_the_turns_agree_on_every_token(load):
         assert np.array_equal(trained, mask_trained)
 
 
+PIECES = ["<|im_start|>", "<|im_end|>", "</s>", "[INST]", " ", "  ", "\n", "\n\n", "a", "the", "Hello", "'t", "1", "23"]
+PIECES += ["4567", "\u00e9", "\U0001f600", ".", "\u2581", "<|im_", "user"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(KINDS), pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), data=st.data())
+def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kind, pieces, data):
+    """The short cut (from the last special token on) against the whole: every text, cut anywhere."""
+    tokenizer = chat_tokenizer(kind)
+    text = "".join(pieces)
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, len(text)))
+    tokenize = lambda part: tokenizer(part, add_special_tokens=False).input_ids  # noqa: E731
+    whole, before, until = tokenize(text), tokenize(text[:start]), tokenize(text[:end])
+    conversation = Conversation(
+        place="x:1", text=text, turns=(Turn(message=0, start=start, end=end),), marked=False, inverse=True
+    )
+    turns = TurnTokens(tokenizer, ChatTemplate(tokenizer, "MODEL", "zephyr"))
+    if whole[: len(before)] == before and whole[: len(until)] == until:
+        ((tokens, trained),) = turns.encode([conversation])
+        assert tokens.tolist() == whole
+        outside = [1] * len(before) + [0] * (len(until) - len(before)) + [1] * (len(whole) - len(until))
+        assert trained.tolist() == outside[: len(whole)]
+    else:
+        with pytest.raises(UserError, match="the tokenizer joins"):
+            list(turns.encode([conversation]))
+
+
 def test_a_template_without_special_tokens_in_its_turns_is_trained_to_the_turns_end(load):
     tokenizer = load(LLAMA2)
     ((tokens, trained),) = encode(tokenizer, "chat", chat("Hello!", "It is Paris.", "Seven?", "Yes."))
     assert trained_text(tokenizer, tokens, trained) == [" It is Paris. <|eos|>", " Yes. <|eos|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_line_and_turn(load):
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_place_and_turn(load):
     tokenizer = load(FORGETFUL)
     ((tokens, trained),) = encode(tokenizer, "chat", chat("Hello!", "It is Paris."))
     assert trained_text(tokenizer, tokens, trained) == ["Thought. It is Paris.<|im_end|>"]
-    with pytest.raises(UserError, match=r"data\.jsonl:2: messages\[1\]: the chat template in MODEL rewrites this turn"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.jsonl:2: messages\[1\]: the chat template in MODEL rewrites this turn.*set data\.train_on=last",
+    ):
         encode(tokenizer, "chat", chat("Hello!", "It is Paris."), CONVERSATION)
+
+
+def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones(load):
+    """Its prompt is the conversation as the template writes it at inference: earlier turns without their thoughts."""
+    tokenizer = load(FORGETFUL)
+    (encoded,) = encode(tokenizer, "chat", CONVERSATION, train_on="last")
+    prompt = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], tokenize=False, add_generation_prompt=True)
+    assert "Thought." not in prompt
+    assert segments(tokenizer, *encoded) == [
+        [prompt, False],
+        ["Thought. There are seven.<|im_end|>", True],
+        ["\n", False],
+    ]
+
+
+def test_a_turn_that_is_masked_may_be_rewritten(load):
+    messages = [dict(message) for message in CONVERSATION["messages"]]
+    messages[1]["train"] = False
+    tokenizer = load(FORGETFUL)
+    ((tokens, trained),) = encode(tokenizer, "chat", {"messages": messages})
+    assert trained_text(tokenizer, tokens, trained) == ["Thought. There are seven.<|im_end|>"]
+
+
+def test_a_last_turn_that_is_masked_leaves_nothing_to_train_on_the_last(load):
+    messages = [*CONVERSATION["messages"][:3], {"role": "assistant", "content": "Bad.", "weight": 0}]
+    ((_, trained),) = encode(load(CHATML), "chat", {"messages": messages}, train_on="last")
+    assert not trained.any()
+
+
+@pytest.mark.parametrize(("train_on", "flag"), [("assistant", True), ("all", False)])
+def test_a_mask_that_cannot_be_followed_is_refused(load, train_on, flag):
+    value = {"messages": [{"role": "user", "content": "Hi", "train": flag}, *chat("x", "Hello")["messages"][1:]]}
+    with pytest.raises(UserError, match=rf"data\.jsonl:1: messages\[0\]: train={flag} on a message of the user"):
+        encode(load(CHATML), "chat", value, train_on=train_on)
+
+
+def test_a_template_that_closes_whole_conversations_otherwise_is_trained_to_each_turns_end(load):
+    tokenizer = load(CLOSING)
+    ((tokens, trained),) = encode(tokenizer, "chat", CONVERSATION)
+    assert trained_text(tokenizer, tokens, trained) == ["It is Paris.<|im_end|>", "There are seven.<|im_end|>\n<|eos|>"]
+
+
+def test_marks_without_the_end_of_turn_token_are_extended_to_it(load):
+    inside = "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    assert inside in MARKED
+    template = MARKED.replace(inside, "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}")
+    for train_on in ("assistant", "last"):
+        (encoded,) = encode(load(template), "chat", CONVERSATION, train_on=train_on)
+        (expected,) = encode(load(MARKED), "chat", CONVERSATION, train_on=train_on)
+        assert np.array_equal(encoded[0], expected[0])
+        assert np.array_equal(encoded[1], expected[1])
+
+
+def test_marks_are_extended_to_no_other_token_than_the_end_of_turn(load):
+    """Turns inside that end without a token, before the header of the next message, and a last one that has one."""
+    inside = "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    template = MARKED.replace(inside, "{{ m['content'] }}{% endgeneration %}{% if loop.last %}<|im_end|>{% endif %}")
+    tokenizer = load(template)
+    assert encode(tokenizer, "chat", chat("Hi", "Hello"))
+    with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: .* without a special token"):
+        encode(tokenizer, "chat", CONVERSATION)
+
+
+@pytest.mark.parametrize("header", ["", "<|im_start|>", "<|im_start|>assistant", "<|im_start|>assistant\n"])
+def test_marks_that_take_in_the_header_or_the_line_break_after_the_turn_are_cut(load, header):
+    """Marks that begin inside of the header, behind `header`; published templates do both (SmolLM3, TRL's Qwen 2.5)."""
+    inside = "<|im_start|>assistant\n".removeprefix(header)
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '" + header + "' }}{% generation %}"
+        "{{ '" + inside + "' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = load(template)
+    for value in (CONVERSATION, chat("Welcome.", "How many birds?", "Seven.", first="assistant")):
+        ((tokens, trained),) = encode(tokenizer, "chat", value)
+        answers = [m["content"] + "<|im_end|>" for m in value["messages"] if m["role"] == "assistant"]
+        assert trained_text(tokenizer, tokens, trained) == answers
+
+
+def test_a_template_that_marks_too_little_is_refused(load):
+    template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .* marks 1 parts with {% generation %} for 2 turns"):
+        encode(load(template), "chat", CONVERSATION)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
+def test_a_template_that_leaves_out_what_a_turn_holds_is_refused(load, template):
+    tokenizer = load(template.replace("m['content']", "(m['content'] or '')[:12]"))
+    with pytest.raises(UserError, match=r"data\.jsonl:2: messages\[3\]: .* does not write its content as the data has"):
+        encode(tokenizer, "chat", chat("Hi", "Short."), CONVERSATION)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    value = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    }
+    with pytest.raises(UserError, match=r"messages\[1\]: .* does not write its call of weather"):
+        encode(load(template), "chat", value)
+    value = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "thinking": "B"}]}
+    with pytest.raises(UserError, match=r"messages\[1\]: .* does not write its reasoning"):
+        encode(load(template), "chat", value)
+    value = chat("Hi", "Hello") | {"tools": [call]}
+    with pytest.raises(UserError, match=r"leaves out the tool 'weather'; remove 'tools', or set data\.template=chatml"):
+        encode(load(template), "chat", value)
+
+
+def test_a_template_without_an_end_of_turn_is_refused(load):
+    template = CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'")
+    with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: .* without a special token .* learn to stop"):
+        encode(load(template), "chat", CONVERSATION)
 
 
 def test_a_turn_whose_first_token_reaches_into_the_prompt_is_refused(load):
     r"""The tokenizer has a token for the first two newlines of 'assistant\n' + '\n\nHello'."""
-    tokenizer = load(CHATML)
-    assert len(tokenizer("\n\n").input_ids) == 1
-    with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: the tokenizer joins .* strip the white space"):
-        encode(tokenizer, "chat", chat("Hi", "\n\nHello"))
+    for template in (CHATML, MARKED):
+        tokenizer = load(template)
+        assert len(tokenizer("\n\n").input_ids) == 1
+        with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: the tokenizer joins .* white space"):
+            encode(tokenizer, "chat", chat("Hi", "\n\nHello"))
 
 
 def test_a_conversation_that_the_template_refuses_is_named_with_its_reason(load):
     values = [chat("Hi", "Hello"), {"messages": [{"role": "system", "content": "x"}]}]
-    with pytest.raises(UserError, match=r"data\.jsonl:2: the chat template refuses .*: only user and assistant"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: the chat template .* refuses .*: only user and assistant"):
         encode(load(LLAMA2), "chat", *values)
 
 
@@ -114,16 +339,57 @@ def test_an_assistant_that_speaks_first_needs_a_template_that_marks_it(load):
     assert trained_text(tokenizer, tokens, trained) == ["Welcome.<|im_end|>", "Hello<|im_end|>"]
 
 
-def test_chat_without_a_template_is_refused(load):
-    with pytest.raises(UserError, match="MODEL has no chat template"):
+def test_chat_without_a_template_is_refused_with_the_named_ones_that_fit(load):
+    with pytest.raises(
+        UserError, match=r"MODEL has no chat template.*set data.template to chatml, zephyr, vicuna, alpaca"
+    ):
         encode(load(None), "chat", CONVERSATION)
 
 
-@pytest.mark.parametrize("format", ["text", "prompt_completion"])
-def test_a_tokenizer_without_an_end_of_text_is_refused_where_one_is_appended(load, format):
+def test_a_named_template_whose_tokens_are_missing_is_refused_with_those_that_fit(load):
+    with pytest.raises(
+        UserError,
+        match=r"template=llama3 needs <\|start_header_id\|>, .*<\|eot_id\|>, which the tokenizer in MODEL lacks; set "
+        r"data.template to chatml, zephyr, vicuna, alpaca or null",
+    ):
+        encode(load(CHATML), "chat", CONVERSATION, template="llama3")
+    with pytest.raises(UserError, match=r"data\.template=llama2 needs a beginning-of-text token"):
+        encode(load(CHATML), "chat", CONVERSATION, template="llama2")
+
+
+def test_tools_are_refused_where_the_tokenizer_lacks_the_markers_for_them(load):
+    tokenizer = load(None)
+    tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
+    assert encode(tokenizer, "chat", CONVERSATION, template="mistral")
+    value = chat("Hi", "Hello") | {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    with pytest.raises(UserError, match=r"data\.jsonl:1: data\.template=mistral writes tools with \[AVAILABLE_TOOLS\]"):
+        encode(tokenizer, "chat", value, template="mistral")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("chatlm", r"data\.template='chatlm' is no template \(did you mean 'chatml'\?\)"),
+        ("absent.jinja", r"absent\.jinja is not a file"),
+    ],
+)
+def test_an_unknown_template_is_refused(template, message):
+    with pytest.raises(UserError, match=message):
+        template_source(template)
+
+
+def test_a_template_file_that_is_no_template_is_refused_by_its_line(load, tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("{{ bos_token }}\n{% for m in messages %}")
+    with pytest.raises(UserError, match=r"broken\.jinja is not valid: line 2"):
+        encode(load(None), "chat", CONVERSATION, template=str(path))
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt_completion"])
+def test_a_tokenizer_without_an_end_of_text_is_refused_where_one_is_appended(load, kind):
     tokenizer = load(CHATML, eos=False)
     with pytest.raises(UserError, match=r'set "eos_token" in MODEL/tokenizer_config\.json'):
-        Encoder(tokenizer, format, "data.jsonl", "MODEL")
+        Encoder(tokenizer, kind, "MODEL")
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -138,6 +404,29 @@ def test_a_completion_is_trained_with_its_end_of_text_from_an_exact_boundary(loa
     assert tokens.tolist().count(tokenizer.convert_tokens_to_ids("<|bos|>")) == bos
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Question: 2 + 2?\nAnswer:", " 4"),
+        ("Hel", "lo there"),
+        ("The ", "capital"),
+        ("A\n", "\n\nB"),
+        ("a", ""),
+        ("", "the"),
+    ],
+)
+def test_a_completion_goes_on_where_the_prompt_ends_and_no_space_comes_between(kind, prompt, completion):
+    """Llama 2's tokenizer puts a space in front of every text, and the model would learn to write it."""
+    tokenizer = chat_tokenizer(kind)
+    ((tokens, trained),) = encode(tokenizer, "prompt_completion", {"prompt": prompt, "completion": completion})
+    alone = tokenizer(prompt, add_special_tokens=kind == "llama3").input_ids
+    assert tokens[: len(alone)].tolist() == alone
+    assert trained.tolist() == [0] * len(alone) + [1] * (len(tokens) - len(alone))
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=True) == prompt + completion
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_every_token_of_a_text_is_trained_and_an_end_of_text_is_appended(load, bos):
     tokenizer = load(None, bos=bos)
@@ -147,7 +436,7 @@ def test_every_token_of_a_text_is_trained_and_an_end_of_text_is_appended(load, b
     assert len(empty) == 1 + bos
 
 
-def test_truncation_and_padding_saved_with_a_tokenizer_have_no_say(load, tmp_path):
+def test_truncation_and_padding_saved_with_a_tokenizer_have_no_say(load):
     tokenizer = load(None)
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=50)

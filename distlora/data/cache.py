@@ -39,16 +39,17 @@ _ABANDONED_AFTER = 86_400.0
 """Seconds after which a partial entry belongs to a process that was killed: no preparation takes a day."""
 
 
-def cache_key(data_files: list[Path], model_dir: Path, settings: dict[str, Any]) -> str:
-    """SHA-256, in 64 hex digits, over the bytes of the data and of the tokenizer, the settings and the versions.
+def cache_key(sources: list[dict[str, Any]], model_dir: Path, settings: dict[str, Any]) -> str:
+    """SHA-256, in 64 hex digits, over the documents and the tokenizer, the settings and the versions.
 
-    `settings` holds plain JSON values: all that decide what the rows are, and nothing else. Where the files lie does
-    not matter. The versions of transformers and tokenizers count, since both have changed tokenizations.
+    `sources` are the fingerprints of where the documents come from (`Source.fingerprint`). `settings` holds plain JSON
+    values: all that decide what the rows are, and nothing else. Where files lie does not matter. The versions of
+    transformers and tokenizers count, since both have changed tokenizations.
     """
     header = {
         "layout": FORMAT_VERSION,
         "settings": settings,
-        "data": [file_digest(path) for path in data_files],
+        "sources": sources,
         "tokenizer": {
             str(path.relative_to(model_dir)): file_digest(path)
             for pattern in TOKENIZER_FILES

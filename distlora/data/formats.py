@@ -1,188 +1,209 @@
-"""The first stage: lines of a jsonl file to documents, every broken line refused by file and line.
+"""The first stage: what a document is. Records of a source to documents in one of three canonical forms.
 
-Imports neither torch nor transformers: the launcher checks the head of a data file before anything starts.
+A *record* is what a file or a data set holds (a line, a row); a *document* is what the tokenizer is given. Every
+record that is not what its format says is refused, by its place. Imports neither torch nor transformers nor numpy: the
+launcher checks the head of the data before anything starts.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from distlora.config import DATA_FORMATS, UserError, nearest
+from distlora.data.conversations import alpaca_document, check_chat, kind_name, listed, sharegpt_messages
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+Kind = Literal["chat", "prompt_completion", "text"]
 
 EXAMPLES = {
     "chat": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
+    "alpaca": '{"instruction": "Translate to French.", "input": "cat", "output": "chat"}',
     "prompt_completion": '{"prompt": "The capital of France is", "completion": " Paris."}',
     "text": '{"text": "Once upon a time ..."}',
 }
-"""A good line of each format, shown with every complaint about a bad one."""
+"""A good record of each format, shown with every complaint about a bad one."""
 
-_KEYS = {"chat": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+REQUIRED_KEYS = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL_KEYS = {"chat": ("tools",), "sharegpt": ("system", "tools"), "alpaca": ("input", "system", "history")}
+"""Keys that a record may have besides. Any other key is ignored."""
+
+
+class Record(NamedTuple):
+    """One line, row or object as its source holds it."""
+
+    place: str
+    """Where a person finds it: "chats.jsonl:12", "chats.parquet row 12", "org/name train row 12"."""
+    num_bytes: int
+    """Its size in the source (estimated where that is compressed or columnar), for progress."""
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One line. `value` holds the strings under "text" or "prompt" and "completion", or the dicts under "messages"."""
+    """One document in canonical form.
 
-    line: int
-    """Counted from 1, blank lines included: what an editor shows."""
+    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str} or {"text": str}.
+    A message is what `conversations.check_chat` lets through.
+    """
+
+    place: str
     num_bytes: int
-    """Length of the line in the file, for progress."""
     value: dict[str, Any]
 
 
-def resolve_format(path: str | Path, format: str = "auto") -> str:
-    """`format`, or with `auto` the one format whose keys the first document has. Reads one line.
+def format_keys(format: str) -> tuple[str, ...]:
+    """The keys that a format reads, those that it needs first."""
+    return REQUIRED_KEYS[format] + OPTIONAL_KEYS.get(format, ())
 
-    Raises UserError for a file that is absent or empty, and for a first line that fits no format or several.
+
+def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> str:
+    """`format`, or with `auto` the one whose keys this record has, after `columns` renamed them.
+
+    Only formats that know every key of `columns` come into question. Raises UserError for a column that the record
+    lacks, a key that no format reads, and a record that fits no format or several.
     """
-    for line, raw in _lines(path):
-        if format != "auto":
-            return format
-        value = _parse(raw, f"{path}:{line}", "auto")
-        fitting = [name for name, keys in _KEYS.items() if all(key in value for key in keys)]
-        if len(fitting) == 1:
-            return fitting[0]
-        found = f"the line has {_listed(value)}"
-        if fitting:
+    assert format in DATA_FORMATS
+    candidates = [format] if format != "auto" else list(REQUIRED_KEYS)
+    known = list(dict.fromkeys(key for name in candidates for key in format_keys(name)))
+    for key in columns:
+        if key not in known:
             raise UserError(
-                f"{path}:{line}: {found}, which fits the formats {' and '.join(fitting)}; "
-                f"choose one with data.format={fitting[0]}"
+                f"data.columns: {key!r} is no key of data.format={format}{nearest(key, known)}; its keys are "
+                f"{', '.join(known)} (write columns={{key: name in the data}})"
             )
-        raise UserError(f"{path}:{line}: {found}, which fits no format; {_good('auto')}")
-    raise UserError(f"{path} holds no document (an empty file or blank lines only); {_good(format)}")
-
-
-def read_documents(path: str | Path, format: str) -> Iterator[Document]:
-    """Every document of a file in order, one line in memory at a time; blank lines are skipped.
-
-    `format` is a resolved one (never `auto`). Raises UserError at the first broken line.
-    """
-    assert format in _KEYS, f"{format!r} is not resolved"
-    check = {"chat": _check_chat, "prompt_completion": _check_strings, "text": _check_strings}[format]
-    for line, raw in _lines(path):
-        place = f"{path}:{line}"
-        value = _parse(raw, place, format)
-        for key in _KEYS[format]:
-            if key not in value:
-                raise UserError(f"{place}: no {key!r} among its keys: {_listed(value)}; {_good(format)}")
-        check(value, place, format)
-        if b"\\ud" in raw.lower():  # The only way in for half a surrogate pair, on which tokenizers raise.
-            _check_unicode(value, place, format)
-        yield Document(line, len(raw), value)
-
-
-def check_head(path: str | Path, format: str = "auto", limit: int = 1000) -> str:
-    """Check the first `limit` documents of a file; return the resolved format. Raises UserError at a broken line."""
-    resolved = resolve_format(path, format)
-    for count, _ in enumerate(read_documents(path, resolved), start=1):
-        if count == limit:
-            break
-    return resolved
-
-
-def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank. Splits at newlines alone, as JSON lines do."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist; set data.path (or data.eval_path) to a jsonl file")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; set data.path (or data.eval_path) to one jsonl file")
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            content = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
-            if content.strip():
-                yield line, content
-
-
-def _parse(raw: bytes, place: str, format: str) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
-        ) from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({_shown(text)}); {_good(format)}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # An integer of thousands of digits; brackets nested without end.
-        raise UserError(f"{place}: JSON that cannot be read: {error} ({_shown(text)}); {_good(format)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: {_kind(value)} where an object belongs ({_shown(text)}); {_good(format)}")
-    return value
-
-
-def _check_strings(value: dict[str, Any], place: str, format: str) -> None:
-    for key in _KEYS[format]:
-        if not isinstance(value[key], str):
-            raise UserError(f"{place}: {key!r} is {_kind(value[key])}, not a string; {_good(format)}")
-
-
-def _check_chat(value: dict[str, Any], place: str, format: str) -> None:
-    messages = value["messages"]
-    if not isinstance(messages, list):
-        raise UserError(f"{place}: 'messages' is {_kind(messages)}, not a list; {_good(format)}")
-    if not messages:
-        raise UserError(f"{place}: 'messages' is empty; remove the line. {_good(format)}")
-    if value.get("tools"):
-        raise UserError(f"{place}: 'tools' are not supported; remove the key, or describe them in a system message")
-    for index, message in enumerate(messages):
-        where = f"{place}: messages[{index}]"
-        if not isinstance(message, dict):
-            raise UserError(f"{where} is {_kind(message)}, not an object; {_good(format)}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise UserError(f"{where} has no {key!r} among its keys: {_listed(message)}; {_good(format)}")
-            if not isinstance(message[key], str):
-                raise UserError(f"{where}: {key!r} is {_kind(message[key])}, not a string; {_good(format)}")
-        role = message["role"]
-        if role not in ROLES:
+    value = _object(record, format)
+    for key, column in columns.items():
+        if column not in value:
             raise UserError(
-                f"{where} has the role {role!r}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {_good(format)}"
+                f"{record.place}: data.columns names {column!r} as {key!r}, but the columns there are "
+                f"{listed(value)}{nearest(column, value)}"
             )
+    if format != "auto":
+        return format
+    renamed = _renamed(value, columns)
+    fitting = [
+        name
+        for name, keys in REQUIRED_KEYS.items()
+        if all(renamed.get(key) is not None for key in keys) and set(columns) <= set(format_keys(name))
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"it has {listed(renamed)}"
+    if fitting:
+        raise UserError(
+            f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
+            f"choose one with data.format={fitting[0]}"
+        )
+    advice = (
+        "name the other keys of the format in data.columns too"
+        if columns
+        else f"rename its keys with data.columns, as in data.columns={{prompt: {next(iter(value), 'question')}}}"
+    )
+    raise UserError(f"{record.place}: {found}, which fits no format; {advice}. {good('auto')}")
 
 
-def _check_unicode(value: dict[str, Any], place: str, format: str) -> None:
-    messages = value["messages"] if format == "chat" else [value]
-    for text in (item for message in messages for item in message.values() if isinstance(item, str)):
+def kind_of(format: str, has_template: bool) -> Kind:
+    """The canonical form of a resolved format. Alpaca is a chat where there is a template to render one."""
+    kinds: dict[str, Kind] = {
+        "chat": "chat",
+        "sharegpt": "chat",
+        "alpaca": "chat" if has_template else "prompt_completion",
+        "prompt_completion": "prompt_completion",
+        "text": "text",
+    }
+    return kinds[format]
+
+
+def to_document(record: Record, format: str, columns: Mapping[str, str], has_template: bool) -> Document:
+    """A record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
+    value, place = _renamed(_object(record, format), columns), record.place
+    for key in REQUIRED_KEYS[format]:
+        if key not in value:
+            raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}; {good(format)}")
+    if format in ("chat", "sharegpt"):
+        if format == "sharegpt":
+            value = sharegpt_messages(value, place, good(format))
+        canonical = check_chat(value, place, good(format))
+    elif format == "alpaca":
+        canonical = alpaca_document(value, place, good(format), as_chat=has_template)
+    else:
+        canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
+    return Document(place, record.num_bytes, canonical)
+
+
+def check_unicode(value: Any, place: str) -> None:
+    """Refuse half a surrogate pair, on which tokenizers raise. Only JSON's escapes can bring one in."""
+    if isinstance(value, str):
         try:
-            text.encode("utf-8")
+            value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{place}: half a surrogate pair (\\u{ord(text[error.start]):04x}) is no character; "
+                f"{place}: half a surrogate pair (\\u{ord(value[error.start]):04x}) is no character; "
                 "write the pair, or the character itself in UTF-8"
             ) from error
+    elif isinstance(value, (dict, list)):
+        items: Iterable[Any] = [*value, *value.values()] if isinstance(value, dict) else value
+        for item in items:
+            check_unicode(item, place)
 
 
-def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
-    return names.get(type(value), "a number")
-
-
-def _listed(value: dict[str, Any]) -> str:
-    return ", ".join(repr(key) for key in list(value)[:8]) or "none"
-
-
-def _shown(text: str) -> str:
-    """The start of a line, short enough for a message; ASCII, since a terminal may not show the rest."""
+def shown(text: str) -> str:
+    """The start of a text, short enough for a message; ASCII, since a terminal may not show the rest."""
     text = text.strip()
     return ascii(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _good(format: str) -> str:
+def good(format: str) -> str:
+    """A good record of a format, or the outline of every format, as the end of a message."""
     if format in EXAMPLES:
         return f"a good line: {EXAMPLES[format]}"
     assert format in DATA_FORMATS
-    return "good lines: " + " or ".join(EXAMPLES.values())
+    outlines = ["{" + ", ".join(f'"{key}": ...' for key in keys) + "}" for keys in REQUIRED_KEYS.values()]
+    return f"good lines are {', '.join(outlines[:-1])} or {outlines[-1]}"
+
+
+def parse_json(text: str, place: str, format: str) -> Any:
+    """One JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({shown(text)}); {good(format)}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits; brackets nested without end.
+        raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good(format)}") from error
+
+
+def _object(record: Record, format: str) -> dict[str, Any]:
+    if not isinstance(record.value, dict):
+        raise UserError(f"{record.place}: {kind_name(record.value)} where an object belongs; {good(format)}")
+    return record.value
+
+
+def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """`value` with the keys of the format in place of the columns of the data."""
+    if not columns:
+        return value
+    taken = set(columns.values())
+    rest = {key: item for key, item in value.items() if key not in taken}
+    return rest | {key: value[column] for key, column in columns.items() if column in value}
+
+
+def _string(value: dict[str, Any], key: str, place: str, format: str) -> str:
+    item = value[key]
+    if not isinstance(item, str):
+        hint = ""
+        if isinstance(item, list) and format == "prompt_completion":
+            hint = ' (write a conversation as {"messages": [...]}, with "train": false in the turns of the prompt)'
+        raise UserError(f"{place}: {key!r} is {kind_name(item)}, not a string{hint}; {good(format)}")
+    return item

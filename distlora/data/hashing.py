@@ -1,4 +1,4 @@
-"""Choices by hash: which documents are held out, in which order rows are visited.
+"""Choices by hash: which documents are held out or drawn into a mixture, in which order rows are visited.
 
 A counter-based source (splitmix64, Steele et al. 2014, with random access), spelled out here in integer operations
 because numpy promises no stable streams for its generators across versions: the same seed must name the same order on
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-HELD_OUT, ROW_ORDER = 1, 2
+HELD_OUT, ROW_ORDER, MIXTURE = 1, 2, 3
 """What a hash is for; first of the words, so that no two uses share a stream."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -22,9 +22,9 @@ def _scramble(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def hash64(words: tuple[int, ...], count: int) -> np.ndarray:
-    """`count` uint64 numbers, the i-th a function of `words` (each below 2**64) and i alone."""
+def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
+    """The uint64 numbers `start` to `start + count`, the i-th a function of `words` (each below 2**64) and i alone."""
     state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
     for word in words:
         state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
-    return _scramble(state + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return _scramble(state + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)

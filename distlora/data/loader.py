@@ -23,13 +23,15 @@ EMPTY = -1
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that a rank runs at once. All three are int64 CPU tensors of shape (B, L)."""
+    """Rows that a rank runs at once. All are int64 CPU tensors, the first three of shape (B, L)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     """Already shifted: the target at this position, or -100."""
     position_ids: torch.Tensor
     """0 at the first token of each document, and of the padding."""
+    rows: torch.Tensor
+    """(B,) the number of each row in the packed data, -1 for an empty row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,20 @@ class StepLoader:
         """This rank's part of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
         of_step = self._rows_of_step(step)
-        slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
-        slots.reshape(-1)[: len(of_step)] = of_step
-        own = slots[:, self.rank]
+        own = self.slots(step)[:, self.rank]
         return StepBatch(
             micro_batches=[self._assemble(indices) for indices in own],
             global_rows=len(of_step),
             global_targets=int(self.rows.targets[of_step].sum(dtype=np.int64)),
             rows=tuple(own.reshape(-1).tolist()),
         )
+
+    def slots(self, step: int) -> np.ndarray:
+        """The rows of all ranks in step `step`: (accumulation, world, micro_batch) int64, -1 for an empty row."""
+        of_step = self._rows_of_step(step)
+        slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
+        slots.reshape(-1)[: len(of_step)] = of_step
+        return slots
 
     def _rows_of_step(self, step: int) -> np.ndarray:
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -131,4 +138,5 @@ class StepLoader:
             input_ids=torch.from_numpy(tokens),
             labels=torch.from_numpy(np.where(flags & TRAINED, following, IGNORED)),
             position_ids=torch.from_numpy(position - start),
+            rows=torch.from_numpy(indices.astype(np.int64)),
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from distlora.config import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
 TRAINED, STARTS = 1, 2
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here."""

@@ -1,0 +1,219 @@
+"""Chat templates: which one a run uses, whether the tokenizer can write it, and conversations as text.
+
+The named templates are the files of chat_templates/, written for this project; each marks the assistant's parts with
+{% generation %}. The table and `template_source` need neither torch nor transformers, so that the launcher can refuse
+a name; rendering imports transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError, nearest
+
+Message = dict[str, Any]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BOS_LINE = "{{- bos_token }}\n"
+"""First line of a named template; it stays where the tokenizer itself puts that token in front of a text."""
+_MASKING = ("train", "weight")
+"""Keys of a message that say whether it is trained; no template sees them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedTemplate:
+    """What the tokenizer must have for one of our templates."""
+
+    tokens: tuple[str, ...] = ()
+    """Markers that must be one token each: the model is stopped at them, and learns nothing from their letters."""
+    tool_tokens: tuple[str, ...] = ()
+    """Markers that tools, their calls and results need beside those."""
+    attributes: tuple[str, ...] = ()
+    """Special tokens that the template takes from the tokenizer: bos_token, eos_token."""
+
+
+NAMED = {
+    "chatml": NamedTemplate(tokens=("<|im_start|>", "<|im_end|>")),
+    "llama3": NamedTemplate(tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "llama2": NamedTemplate(attributes=("bos_token", "eos_token")),
+    "mistral": NamedTemplate(
+        tokens=("[INST]", "[/INST]"),
+        tool_tokens=(
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+        ),
+        attributes=("eos_token",),
+    ),
+    "gemma": NamedTemplate(tokens=("<start_of_turn>", "<end_of_turn>")),
+    "phi3": NamedTemplate(tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "phi4": NamedTemplate(tokens=("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    "zephyr": NamedTemplate(attributes=("eos_token",)),
+    "vicuna": NamedTemplate(attributes=("eos_token",)),
+    "alpaca": NamedTemplate(attributes=("eos_token",)),
+}
+"""`data.template` by name. The last three and llama2 write their roles in plain text."""
+
+
+def template_source(template: str) -> str:
+    """The Jinja text of `data.template`: a name of NAMED or the path of a file.
+
+    Raises UserError for an unknown name and for a file that is absent or not UTF-8. Part of the cache key.
+    """
+    if template in NAMED:
+        return (resources.files("distlora.data") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
+    if not template.endswith(".jinja"):
+        raise UserError(
+            f"data.template={template!r} is no template{nearest(template, NAMED)}; choose one of {', '.join(NAMED)}, "
+            "name a .jinja file, or set data.template=null for the tokenizer's own"
+        )
+    path = Path(template).expanduser()
+    if not path.is_file():
+        near = nearest(template.removesuffix(".jinja"), NAMED)
+        raise UserError(
+            f"data.template={template} is not a file; name a .jinja file, or one of {', '.join(NAMED)}{near}"
+        )
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.template={template} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+class ChatTemplate:
+    """One template with one tokenizer: messages to text.
+
+    Raises UserError, when it is built, where there is no template, where it is not valid Jinja, and where a named one
+    needs tokens that the tokenizer lacks.
+    """
+
+    def __init__(self, tokenizer: Any, model_path: str, template: str | None = None) -> None:
+        self.name = f"the chat template in {model_path}" if template is None else f"data.template={template}"
+        self._tokenizer = tokenizer
+        self._model_path = model_path
+        self._special = tokenizer.special_tokens_map
+        self._tool_tokens_of: tuple[str, str] | None = None
+        self.source: str | None = None
+        """The Jinja text that replaces the tokenizer's own, as it must be used at inference too; None: its own."""
+        if template is not None:
+            self.source = template_source(template)
+            if template in NAMED:
+                self.source = self._fitted(template, self.source)
+        elif tokenizer.chat_template is None:
+            usable = [name for name in NAMED if not self._missing(NAMED[name])]
+            raise UserError(
+                f"the tokenizer in {model_path} has no chat template, which chats need; set data.template to "
+                f"{', '.join(usable) or 'a .jinja file'}, use the model's instruct variant, or write the data as "
+                "prompt/completion"
+            )
+        self.prompt = self._generation_prompt()
+        """What the template writes to have the assistant speak; empty where it cannot be told."""
+
+    def is_marked(self, tools: Sequence[Any] | None = None) -> bool:
+        """Whether the template marks the assistant's parts. It may depend on tools: some tokenizers have two."""
+        return _GENERATION.search(self._text(tools)) is not None
+
+    def render(
+        self, place: str, messages: list[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
+    ) -> str:
+        """A conversation as text; with `prompt`, up to where the assistant speaks. Refusals name `place`."""
+        with self._refusals(place):
+            return self._render(messages, tools, prompt=prompt, marks=False)[0]
+
+    def render_marked(
+        self, place: str, messages: list[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation as text, and where its {% generation %} parts lie in it, in characters."""
+        with self._refusals(place):
+            return self._render(messages, tools, prompt=False, marks=True)
+
+    def check_tools(self, place: str, messages: list[Message], tools: Sequence[Any] | None) -> None:
+        """Refuse tools where a named template writes them with tokens that the tokenizer lacks."""
+        if self._tool_tokens_of is None:
+            return
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+            template, missing = self._tool_tokens_of
+            raise UserError(
+                f"{place}: data.template={template} writes tools with {missing}, which the tokenizer in "
+                f"{self._model_path} lacks; leave this document out, or set data.template=chatml if it has its tokens"
+            )
+
+    @contextlib.contextmanager
+    def _refusals(self, place: str) -> Iterator[None]:
+        """Name the document that the template refuses: raise_exception in it, or a field that it takes otherwise."""
+        import jinja2
+
+        try:
+            yield
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(f"{place}: {self.name} refuses this conversation: {error}") from error
+
+    def _text(self, tools: Sequence[Any] | None) -> str:
+        return self._tokenizer.get_chat_template(self.source, tools or None)
+
+    def _render(
+        self, messages: list[Message], tools: Sequence[Any] | None, *, prompt: bool, marks: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        # The function behind apply_chat_template, which gives the marks in tokens only, from tokens of its own.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # As apply_chat_template does: many templates write "None" for a key that is null, and skip an absent one.
+        conversation = [
+            {key: value for key, value in message.items() if value is not None and key not in _MASKING}
+            for message in messages
+        ]
+        rendered: Any = render_jinja_template(
+            conversations=[conversation],
+            tools=list(tools) if tools else None,
+            chat_template=self._text(tools),
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **self._special,
+        )
+        texts, spans = rendered
+        return texts[0], spans[0] if marks else []
+
+    def _generation_prompt(self) -> str:
+        """Compiles the template, and looks what it adds to a question. A template may refuse this very question."""
+        import jinja2
+
+        question = [{"role": "user", "content": "a"}]
+        try:
+            before, after = (self._render(question, None, prompt=prompt, marks=False)[0] for prompt in (False, True))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{self.name} is not valid: line {error.lineno}: {error.message}; correct it") from error
+        except (jinja2.TemplateError, TypeError):
+            return ""
+        return after[len(before) :] if after.startswith(before) else ""
+
+    def _fitted(self, template: str, source: str) -> str:
+        """A named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
+        missing = self._missing(NAMED[template])
+        if missing:
+            usable = [name for name in NAMED if not self._missing(NAMED[name])]
+            raise UserError(
+                f"data.template={template} needs {', '.join(missing)}, which the tokenizer in {self._model_path} "
+                f"lacks; set data.template to {' or '.join([', '.join(usable), 'null'] if usable else ['null'])}"
+            )
+        no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
+        if no_tools:
+            self._tool_tokens_of = (template, ", ".join(no_tools))
+        bos = self._tokenizer.bos_token_id
+        adds_bos = bos is not None and self._tokenizer("a").input_ids[:1] == [bos]
+        return source if adds_bos else source.replace(_BOS_LINE, "", 1)
+
+    def _missing(self, named: NamedTemplate) -> list[str]:
+        lacks = [token for token in named.tokens if not self._is_one_token(token)]
+        names = {"bos_token": "a beginning-of-text token", "eos_token": "an end-of-text token"}
+        return lacks + [names[name] for name in named.attributes if getattr(self._tokenizer, name) is None]
+
+    def _is_one_token(self, token: str) -> bool:
+        ids = self._tokenizer(token, add_special_tokens=False).input_ids
+        return len(ids) == 1 and self._tokenizer.convert_ids_to_tokens(ids[0]) == token

@@ -1,0 +1,253 @@
+"""Data sets of the Hugging Face `datasets` library: on the hub, and in folders written by save_to_disk.
+
+A hub data set is pinned to a commit before anything is read from it, so that two preparations of one run read the same
+documents. Every failure of the network, of access or of a name leaves here as one UserError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distlora.config import SourceConfig, UserError, nearest
+from distlora.data.files import without_nulls
+from distlora.data.formats import Record
+
+_MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
+"""Features that datasets would decode with libraries of their own; no format has them."""
+
+
+def resolve_commit(source: SourceConfig) -> str:
+    """The commit that `source.revision` means now: one request, no data.
+
+    Without a network, or with HF_HUB_OFFLINE=1, the commit of the copy that datasets has cached. Raises UserError for
+    no such data set or revision, for a gated one without access, and for one that is neither reachable nor cached.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached_commit(source, "HF_HUB_OFFLINE is set, and")
+    try:
+        commit = HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
+    except GatedRepoError as error:
+        raise _gated(source) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"the data set {source.path} has no revision {source.revision!r}; name a branch, tag or commit of it in "
+            "data.revision, or leave it out"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"there is no data set {source.path} on the hub that you can read (nor a file or folder of that name "
+            "here); correct data.path, or log in with `hf auth login` where it is private"
+        ) from error
+    except Exception as error:
+        if not _is_connection_failure(error):
+            raise
+        print(f"cannot reach the hub ({type(error).__name__}); looking for a cached copy", file=sys.stderr, flush=True)
+        return _cached_commit(source, f"the hub cannot be reached ({_first_line(error)}), and")
+    assert commit is not None, "the hub names the commit of every data set"
+    return commit
+
+
+def check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
+    """Refuse a configuration or a split that the data set lacks. Reads its file list and card, none of its rows."""
+    if streaming and "[" in source.split:
+        raise UserError(
+            f"split={source.split} takes a slice, for which all of {source.path} must be there; name the split "
+            "without a slice, or set data.streaming=false"
+        )
+    builder = _builder(source, commit)
+    data_files = getattr(builder.config, "data_files", None) or {}
+    splits = [str(name) for name in (builder.info.splits or data_files)]
+    for part in source.split.split("+"):
+        name = part.partition("[")[0].strip()
+        if splits and name not in splits and name != "all":
+            raise UserError(
+                f"the data set {source.path} has no split {name!r}{nearest(name, splits)}; "
+                f"its splits are {', '.join(splits)}"
+            )
+
+
+class HubDataset:
+    """The rows of one split at one commit."""
+
+    def __init__(self, source: SourceConfig, commit: str, *, streaming: bool) -> None:
+        self.source = source
+        self.commit = commit
+        self.streaming = streaming
+
+    def records(self) -> Iterator[Record]:
+        """Every row in order. Streaming, nothing is downloaded but what the rows read so far lie in."""
+        import datasets
+
+        check_hub(self.source, self.commit, streaming=self.streaming)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        source = self.source
+        with _explained(source):
+            rows = datasets.load_dataset(
+                source.path, source.name, split=source.split, revision=self.commit, streaming=self.streaming
+            )
+        yield from _records(rows, f"{source.path} {source.split}", source)
+
+
+class SavedDataset:
+    """The rows of a folder that save_to_disk wrote: one data set, or several splits of which one is named."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        self.source = source
+        self.folder = Path(source.path).expanduser()
+
+    def records(self) -> Iterator[Record]:
+        """Every row in order, memory-mapped."""
+        import datasets
+
+        try:
+            saved = datasets.load_from_disk(str(self.folder))
+        except Exception as error:
+            raise UserError(f"{self.folder} holds no data set that can be loaded: {_first_line(error)}") from error
+        if isinstance(saved, datasets.DatasetDict):
+            if self.source.split not in saved:
+                raise UserError(
+                    f"{self.folder} has no split {self.source.split!r}{nearest(self.source.split, saved)}; its splits "
+                    f"are {', '.join(saved)}"
+                )
+            saved = saved[self.source.split]
+        yield from _records(saved, str(self.folder), self.source)
+
+    @staticmethod
+    def is_saved(folder: Path) -> bool:
+        return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:
+    features = rows.features or {}
+    media = [name for name, feature in features.items() if type(feature).__name__ in _MEDIA]
+    if media:
+        rows = rows.remove_columns(media)
+    with _explained(source):
+        for number, row in enumerate(rows, start=1):
+            value = without_nulls(row)
+            yield Record(f"{label} row {number}", _num_characters(value), value)
+
+
+def _num_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0
+
+
+def _builder(source: SourceConfig, commit: str) -> Any:
+    """The builder of the data set at `commit`. Raises UserError for a configuration that is absent or not named."""
+    import datasets
+
+    with _explained(source):
+        try:
+            builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
+        except ValueError as error:
+            # datasets' own message for a configuration that is not there, or not named where there are several.
+            if "onfig" not in str(error):
+                raise
+            names = datasets.get_dataset_config_names(source.path, revision=commit)
+            said = f"no configuration {source.name!r}{nearest(source.name, names)}" if source.name else "several"
+            raise UserError(
+                f"the data set {source.path} has {said}; its configurations are {', '.join(names)}: "
+                f"set data.name={names[0]}, for example"
+            ) from error
+    if builder.hash != commit:
+        raise UserError(
+            f"the cached copy of {source.path} is of commit {builder.hash}, and {commit} is wanted; connect to the "
+            f"hub, or set data.revision={builder.hash}"
+        )
+    return builder
+
+
+def _cached_commit(source: SourceConfig, why: str) -> str:
+    import datasets
+
+    # What HF_HUB_OFFLINE sets: from here on this process reads the cache, and waits for no retries.
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        commit: str = datasets.load_dataset_builder(source.path, source.name, revision=source.revision).hash
+    except Exception as error:
+        raise UserError(
+            f"{why} the data set {source.path} is not in the cache of datasets ({_first_line(error)}); connect to the "
+            "hub once, or download its files and set data.path to their folder (there is none of that name here)"
+        ) from error
+    if source.revision is not None and not commit.startswith(source.revision) and len(source.revision) >= 7:
+        raise UserError(
+            f"{why} the cached copy of {source.path} is of commit {commit}, which cannot be checked against "
+            f"data.revision={source.revision}; set data.revision={commit}, or connect to the hub"
+        )
+    return commit
+
+
+def _gated(source: SourceConfig) -> UserError:
+    from huggingface_hub import constants, get_token
+
+    page = f"{constants.ENDPOINT}/datasets/{source.path}"
+    if get_token() is None:
+        return UserError(
+            f"the data set {source.path} is gated and there is no token; accept its conditions at {page}, then "
+            "log in with `hf auth login` (or set HF_TOKEN)"
+        )
+    return UserError(
+        f"the data set {source.path} is gated and your token has no access; accept its conditions at {page}, "
+        "with the account of the token"
+    )
+
+
+@contextlib.contextmanager
+def _explained(source: SourceConfig) -> Iterator[None]:
+    """What datasets and the hub raise, as one sentence about this data set."""
+    import datasets.exceptions as raised
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain = _chain(error)
+        # datasets drops the cause when it looks into its cache after a refusal, and leaves its sentence alone.
+        if any(isinstance(link, GatedRepoError) or "is a gated dataset" in str(link) for link in chain):
+            raise _gated(source) from error
+        if any(_is_connection_failure(link) for link in chain):
+            raise ConnectionError(
+                f"the connection to the hub broke while {source.path} was read ({_first_line(error)}); start again"
+            ) from error
+        is_theirs = isinstance(error, (raised.DatasetsError, ValueError, FileNotFoundError, RuntimeError))
+        if not is_theirs:
+            raise
+        raise UserError(
+            f"the data set {source.path} cannot be loaded: {_first_line(error.__cause__ or error)}"
+        ) from error
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    links = [error]
+    while (cause := links[-1].__cause__ or links[-1].__context__) is not None and cause not in links:
+        links.append(cause)
+    return links
+
+
+def _is_connection_failure(error: BaseException) -> bool:
+    """Whether the hub was not reached at all, rather than that it said no."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # The HTTP library's own base class, whichever library this version of huggingface_hub uses.
+    of_http_library = HfHubHTTPError.__bases__[0]
+    if isinstance(error, HfHubHTTPError):
+        return False
+    return isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError, of_http_library))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

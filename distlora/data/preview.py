@@ -1,0 +1,248 @@
+"""`python -m distlora.data.preview FOLDER`: documents as the model will see them, and what all of them amount to.
+
+Reads FOLDER/config.yaml and takes the first documents of each source through the encoder and the packing of a run.
+Nothing is cached. Exit code 0, else 2 with a message: bad input, or documents that a run would refuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distlora.config import Config, UserError
+from distlora.config_file import load_config
+from distlora.data.corpus import Corpus, TooLong
+from distlora.data.formats import Document
+from distlora.data.mixture import shares
+from distlora.data.packing import pack
+from distlora.data.painting import Paint, paint_for_stdout, painted
+from distlora.data.prepare import check_vocabulary, find_sources, load_tokenizer
+from distlora.data.reading import Encoders
+from distlora.data.sources import Source
+from distlora.data.splits import use_pieces
+from distlora.data.templates import Encoder
+from distlora.data.turns import Encoded
+
+SAMPLE = 1000
+"""Documents of each source that are read, unless all are asked for."""
+_BATCH = 256
+_HEAD, _TAIL = 450, 150
+"""Tokens of a long document that are printed; a book would fill the terminal."""
+_FATES = {"truncate": "cut off there", "drop": "left out", "split": "continued as further documents"}
+
+
+@dataclass(kw_only=True)
+class SourceSample:
+    """What was read of one source: D documents that a run takes, and those that it refuses."""
+
+    source: Source
+    format: str
+    encoder: Encoder
+    too_long: TooLong
+    ended: bool = False
+    """Whether it was read to its end."""
+    lengths: list[int] = field(default_factory=list)
+    """(D,) tokens."""
+    trained: list[int] = field(default_factory=list)
+    """(D,) targets, before anything is cut off."""
+    refused: list[str] = field(default_factory=list)
+    shown: list[tuple[Document, Encoded]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitSample:
+    """What was read of the sources of a split, and the pieces that it was cut into."""
+
+    samples: list[SourceSample]
+    corpus: Corpus
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the preview of the settings in a folder; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m distlora.data.preview", description="Show documents as trained.")
+    parser.add_argument("folder", help="a folder that holds config.yaml")
+    parser.add_argument("--rows", type=int, default=2, help="documents of each source to print")
+    parser.add_argument("--all", action="store_true", help=f"read all documents, not {SAMPLE:,} of each source")
+    parser.add_argument("--no-color", action="store_true", help="mark trained tokens with [[ ]]")
+    options = parser.parse_args(arguments)
+    paint = paint_for_stdout(no_color=options.no_color)
+    try:
+        config = load_config(options.folder)
+        with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
+            splits = read(config, Path(scratch), shown=options.rows, limit=None if options.all else SAMPLE)
+            for line in report(config, splits, paint):
+                print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # `... | head`: nobody reads any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 2 if any(sample.refused for split in splits.values() for sample in split.samples) else 0
+
+
+def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dict[str, SplitSample]:
+    """The first `limit` documents of every source (None: all), encoded and cut as a run does it, by split.
+
+    Keeps the first `shown` of each source. Raises UserError for a source that cannot be read.
+    """
+    model_dir = Path(config.model.path).expanduser()
+    encoders = Encoders(load_tokenizer(model_dir), str(model_dir), config.data)
+    splits = {}
+    for split, sources in find_sources(config.data).items():
+        corpus = Corpus(scratch / split, config.data.sequence_length)
+        samples = []
+        for number, source in enumerate(sources):
+            format, documents = source.open(encoders.has_template)
+            encoder, too_long = encoders.of(format)
+            sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
+            head = itertools.islice(documents, limit)
+            while batch := list(itertools.islice(head, _BATCH)):
+                corpus.append(_encoded(sample, batch, shown), number, too_long)
+            sample.ended = next(documents, None) is None
+            samples.append(sample)
+        if corpus.num_pieces:
+            check_vocabulary(model_dir, int(corpus.read()[0].max()))
+        splits[split] = SplitSample(samples=samples, corpus=corpus)
+    return splits
+
+
+def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
+    """The documents of a batch that a run takes; notes their figures, and why others are refused."""
+    try:
+        pairs = list(zip(batch, sample.encoder.encode(batch), strict=True))
+    except UserError:
+        # One by one, to see which, and how many.
+        pairs = []
+        for document in batch:
+            try:
+                pairs += zip([document], sample.encoder.encode([document]), strict=True)
+            except UserError as error:
+                sample.refused.append(str(error))
+    for document, encoded in pairs:
+        sample.lengths.append(len(encoded.tokens))
+        sample.trained.append(int(np.count_nonzero(encoded.trained[1:])))
+        if len(sample.shown) < shown:
+            sample.shown.append((document, encoded))
+        yield encoded
+
+
+def report(config: Config, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
+    """The lines of the preview: documents, then figures."""
+    length = config.data.sequence_length
+    for split in splits.values():
+        for sample in split.samples:
+            for document, encoded in sample.shown:
+                yield from document_lines(sample, document, encoded, length, paint)
+    legend = "trained tokens are green" if paint.colour else "trained tokens are between [[ and ]]"
+    yield paint.title(f"What is trained ({legend})")
+    for name, split in splits.items():
+        for number, sample in enumerate(split.samples):
+            yield from source_lines("training" if name == "train" else "held out", sample, split, number, length)
+        yield from split_lines(config, split, length, is_train=name == "train")
+
+
+def document_lines(
+    sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
+) -> Iterator[str]:
+    """One document as text, with what of it is trained."""
+    tokens, trained = encoded.tokens, encoded.trained.copy()
+    trained[0] = 0  # Nothing comes before it that could predict it.
+    num_targets = int(np.count_nonzero(trained))
+    yield paint.title(f"--- {document.place}: {len(tokens):,} tokens, {num_targets:,} trained")
+    end = len(tokens) if sample.too_long == "split" else min(len(tokens), length)
+    if end <= _HEAD + _TAIL:
+        yield painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
+    else:
+        yield painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
+        hidden = trained[_HEAD : end - _TAIL]
+        yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
+        yield painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
+    if len(tokens) > length:
+        yield paint.title(
+            f"--- longer than data.sequence_length={length:,} by {len(tokens) - length:,} tokens: "
+            f"{_FATES[sample.too_long]} (data.too_long)"
+        )
+    yield ""
+
+
+def source_lines(role: str, sample: SourceSample, split: SplitSample, number: int, length: int) -> Iterator[str]:
+    """Figures of one source: lengths, what is trained, what is too long, what is left out and why."""
+    count = len(sample.lengths)
+    amount = "all" if sample.ended else "the first"
+    yield f"{role}: {sample.source.label} ({sample.format}), {amount} {count + len(sample.refused):,} documents" + (
+        "" if sample.ended else "; --all reads the rest"
+    )
+    if sample.encoder.template is not None:
+        yield f"  rendered by      {sample.encoder.template.name}"
+    if sample.refused:
+        yield f"  refused          {len(sample.refused):,}, which would stop a run. The first: {sample.refused[0]}"
+    if not count:
+        return
+    lengths, trained = np.array(sample.lengths), np.array(sample.trained)
+    p95 = int(np.percentile(lengths, 95, method="higher"))
+    yield (
+        f"  tokens each      shortest {lengths.min():,}, median {int(np.median(lengths)):,}, 95 % up to {p95:,}, "
+        f"longest {lengths.max():,}"
+    )
+    yield f"  trained          {trained.sum():,} of {lengths.sum():,} tokens ({trained.sum() / lengths.sum():.1%})"
+    long = lengths > length
+    if long.any():
+        lost = f", {(lengths - length)[long].sum():,} tokens lost" if sample.too_long == "truncate" else ""
+        yield (
+            f"  too long         {np.count_nonzero(long):,} ({long.mean():.1%}) have more than {length:,} tokens: "
+            f"{_FATES[sample.too_long]} (data.too_long){lost}"
+        )
+    own = split.corpus.sources == number
+    unused = (split.corpus.pieces_of[own] == 0) & ~split.corpus.dropped_long[own]
+    if unused.any():
+        nothing = int(np.count_nonzero(unused & (trained == 0)))
+        cut = int(np.count_nonzero(unused)) - nothing
+        reasons = [f"{nothing:,} without a token to train"] if nothing else []
+        reasons += [f"{cut:,} cut off before the first trained token"] if cut else []
+        yield f"  left out         {nothing + cut:,}: {', '.join(reasons)}"
+
+
+def split_lines(config: Config, split: SplitSample, length: int, *, is_train: bool) -> Iterator[str]:
+    """Figures of a split: the mixture, and what packing leaves empty."""
+    corpus, samples = split.corpus, split.samples
+    if corpus.num_pieces == 0:
+        yield "  packed           nothing is left to train on"
+        return
+    used = np.ones(corpus.num_pieces, np.int64)
+    if len(samples) > 1:
+        weights = [sample.source.config.weight for sample in samples if sample.source.config.weight is not None]
+        wanted = shares(weights) if weights and is_train else None
+        whole = all(sample.ended for sample in samples)
+        if wanted is not None and whole:
+            until_all = config.data.stopping_strategy == "all_exhausted"
+            everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
+            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=config.train.seed)
+        of_piece = corpus.sources[corpus.documents]
+        targets = np.bincount(of_piece, weights=corpus.targets * used, minlength=len(samples))
+        yield "share of the trained tokens" + ("" if whole else " in what was read")
+        for number, sample in enumerate(samples):
+            note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""
+            yield f"  {targets[number] / targets.sum():6.1%}{note}  {sample.source.label}"
+    lengths = np.repeat(corpus.lengths, used)
+    rows = pack(np.cumsum(lengths) - lengths, lengths, length).num_rows
+    yield (
+        f"packed in {rows:,} rows of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
+        + (" (the last rows of a small sample are half empty)" if rows < 20 else "")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

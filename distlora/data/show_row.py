@@ -1,0 +1,65 @@
+"""`python -m distlora.data.show_row RUN N ...`: packed training rows as text, document by document.
+
+A run that stops at a non-finite loss names rows; this shows what is in them. Exit code 0, or 2 with a message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distlora.config import UserError
+from distlora.config_file import load_config
+from distlora.data.painting import Paint, paint_for_stdout, painted
+from distlora.data.prepare import load_tokenizer, open_split
+from distlora.data.rows import STARTS, TRAINED, PackedRows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the rows that are named; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m distlora.data.show_row", description="Show packed rows.")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("rows", type=int, nargs="+", help="numbers of training rows, from 0")
+    parser.add_argument("--no-color", action="store_true", help="mark trained tokens with [[ ]]")
+    options = parser.parse_args(arguments)
+    paint = paint_for_stdout(no_color=options.no_color)
+    try:
+        config = load_config(options.run)
+        rows = open_split(options.run, "train")
+        assert rows is not None, "a preparation without training rows is refused"
+        wrong = [number for number in options.rows if not 0 <= number < len(rows)]
+        if wrong:
+            raise UserError(f"there is no row {wrong[0]:,}: {options.run} has {len(rows):,}, numbered from 0")
+        tokenizer = load_tokenizer(Path(config.model.path))
+        for number in options.rows:
+            for line in row_lines(rows, number, tokenizer, paint):
+                print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> Iterator[str]:
+    """The documents of one row, with what of them is trained."""
+    tokens, flags = np.array(rows.tokens[number]), np.array(rows.flags[number])
+    trained = np.zeros(len(tokens), np.uint8)
+    trained[1:] = flags[:-1] & TRAINED  # A flag is about the token that follows.
+    starts = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]
+    yield paint.title(f"row {number:,}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
+    for start, end in itertools.pairwise(starts):
+        if trained[start:end].any():
+            yield paint.title(f"--- tokens {start:,} to {end - 1:,}")
+            yield painted(tokenizer, tokens, trained, start, end, paint)
+        else:
+            yield paint.title(f"--- tokens {start:,} to {end - 1:,}: padding")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Where documents come from: files, folders, saved data sets and the hub, behind one `Source`.
+
+Imports neither torch nor transformers nor numpy, and `datasets` only for what needs it: the launcher checks the head
+of every source before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora.config import DataConfig, SourceConfig, UserError, nearest
+from distlora.config.places import is_hub_name
+from distlora.data.files import is_compressed, is_data_file, read_file
+from distlora.data.formats import Document, Record, good, resolve_format, to_document
+from distlora.data.hub import HubDataset, SavedDataset, check_hub, resolve_commit
+
+_SPLIT_NAMES = re.compile(r"(?:^|[/._-])(train|training|test|testing|valid|validation|val|dev|eval)(?:[/._-]|$)", re.I)
+_STREAM_HEAD = 1 << 20
+"""Bytes at the start of a streamed file that its fingerprint is made of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One source, found and named, not yet read."""
+
+    config: SourceConfig
+    label: str
+    """What a person calls it: the file's or folder's name, or the data set's with its split."""
+    files: tuple[Path, ...] = ()
+    """Local files in the order in which they are read, those of a saved data set included."""
+    commit: str | None = None
+    """What a hub data set is pinned to."""
+    is_saved: bool = False
+    """A folder that datasets' save_to_disk wrote."""
+    streaming: bool = False
+    _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Size of what is read, for progress; None where it is not known (compressed files, the hub)."""
+        if self.commit is not None or any(is_compressed(path) for path in self.files):
+            return None
+        return sum(path.stat().st_size for path in self.files)
+
+    def records(self) -> Iterator[Record]:
+        """All records in order."""
+        if self.commit is not None:
+            yield from HubDataset(self.config, self.commit, streaming=self.streaming).records()
+        elif self.is_saved:
+            yield from SavedDataset(self.config).records()
+        else:
+            for path in self.files:
+                yield from read_file(path, self.config.format, self.config.sample_by)
+
+    def open(self, has_template: bool) -> tuple[str, Iterator[Document]]:
+        """The resolved format, read off the first record, and all documents. Raises UserError where there is none."""
+        records = self.records()
+        first = next(records, None)
+        if first is None:
+            raise UserError(
+                f"{self.config.path} holds no document (an empty file or blank lines only); {good(self.config.format)}"
+            )
+        format = resolve_format(first, self.config.format, self.config.columns)
+        columns = self.config.columns
+        return format, (
+            to_document(record, format, columns, has_template) for record in itertools.chain([first], records)
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the documents: plain JSON for the cache key. Where local files lie is not in it.
+
+        Local files count with all their bytes; streamed ones with their size, their time and their first MiB, since
+        they may be too large to read twice. A hub data set counts with its commit.
+        """
+        settings: dict[str, Any] = {"columns": dict(self.config.columns), "split": self.config.split}
+        if self.commit is not None:
+            return settings | {
+                "hub": self.config.path,
+                "name": self.config.name,
+                "commit": self.commit,
+                "format": self.config.format,
+            }
+        if any(_suffix_is_text(path) for path in self.files):
+            settings["sample_by"] = self.config.sample_by
+        format = self.open(has_template=False)[0] if not self.is_saved else self.config.format
+        return settings | {"files": [self._digest(path) for path in self.files], "format": format}
+
+    def describe(self) -> dict[str, Any]:
+        """What data.json says about it: enough to find it again."""
+        return {
+            "path": self.config.path,
+            "name": self.config.name,
+            "split": self.config.split,
+            "revision": self.config.revision,
+            "commit": self.commit,
+        }
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since the source was found: what was read would fit no fingerprint."""
+        for path, stamp in self._stamps.items():
+            if not path.exists() or _stamp(path) != stamp:
+                raise UserError(f"{path} changed while it was read; start again")
+
+    def _digest(self, path: Path) -> Any:
+        if self.streaming:
+            with path.open("rb") as file:
+                return [*_stamp(path), hashlib.sha256(file.read(_STREAM_HEAD)).hexdigest()]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def training_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> list[Source]:
+    """The sources that are trained on. `pinned` holds commits of hub data sets from an earlier start."""
+    sources = [find_source(source, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
+    seen: set[tuple[Any, ...]] = set()
+    for source in data.training_sources:
+        place = (source.path, source.name, source.split)
+        if place in seen:
+            raise UserError(
+                f"data.sources names {source.path} twice, so its held-out documents would be trained on; "
+                "keep one of them (a larger weight repeats it with data.stopping_strategy=all_exhausted)"
+            )
+        seen.add(place)
+    return sources
+
+
+def held_out_source(data: DataConfig, pinned: Mapping[str, str] | None = None) -> Source | None:
+    """The source that is evaluated on, where one is named."""
+    config = data.held_out_source
+    if config is None:
+        return None
+    if any((config.path, config.name, config.split) == (s.path, s.name, s.split) for s in data.training_sources):
+        raise UserError(
+            f"{config.path} (split {config.split}) is both trained on and held out; name another data.eval_split or "
+            "data.eval_path"
+        )
+    return find_source(config, streaming=data.streaming, pinned=pinned)
+
+
+def pinned_commits(run_dir: Path) -> dict[str, str]:
+    """The commits of hub data sets that an earlier start of this run read, out of RUN/data.json.
+
+    A record that is damaged pins nothing: the preparation makes it again.
+    """
+    path = run_dir / "data.json"
+    if not path.is_file():
+        return {}
+    try:
+        splits = json.loads(path.read_bytes())["splits"].values()
+        sources = [source for counts in splits for source in counts["sources"] if source["commit"] is not None]
+        return {_pin_name(source["path"], source["revision"]): source["commit"] for source in sources}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _pin_name(path: str, revision: str | None) -> str:
+    return f"{path}@{revision or ''}"
+
+
+def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mapping[str, str] | None = None) -> Source:
+    """Find a source. Reads no document; asks the hub for the commit of a data set that is not pinned.
+
+    Raises UserError for what is neither here nor on the hub, a kind that cannot be read, an empty folder, and a folder
+    whose files are the splits of one data set.
+    """
+    if is_hub_name(config.path):
+        commit = (pinned or {}).get(_pin_name(config.path, config.revision)) or resolve_commit(config)
+        label = f"{config.path} {config.split}"
+        return Source(config=config, label=label, commit=commit, streaming=streaming)
+    path = Path(config.path).expanduser()
+    if not path.exists():
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise UserError(
+            f"{path} does not exist{nearest(path.name, siblings)}; set data.path (or data.eval_path) to a file, a "
+            "folder, or a data set's name on the hub (org/name)"
+        )
+    is_saved = path.is_dir() and SavedDataset.is_saved(path)
+    for setting, value in (("name", config.name), ("revision", config.revision)):
+        if value is not None:
+            raise UserError(
+                f"data.{setting}={value} belongs to a data set on the hub, and {path} is local; leave it out"
+            )
+    if config.split != "train" and not is_saved:
+        raise UserError(
+            f"{path} is local and has one split, train, not {config.split!r}; name the file that holds it instead"
+        )
+    files = _files(path, is_saved)
+    return Source(
+        config=config,
+        label=path.name,
+        files=files,
+        is_saved=is_saved,
+        streaming=streaming,
+        _stamps={file: _stamp(file) for file in files},
+    )
+
+
+def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | None = None) -> list[str | None]:
+    """Find every source, trained on and held out, and check its first `limit` documents; the resolved formats.
+
+    Of a hub data set only the name, the configuration and the split are checked, and the format is None: its rows are
+    not here yet. One that is pinned was read before and is not asked for again.
+    """
+    held_out = held_out_source(data, pinned)
+    found = training_sources(data, pinned) + ([held_out] if held_out is not None else [])
+    return [_check_head(source, limit, pinned or {}) for source in found]
+
+
+def _check_head(source: Source, limit: int, pinned: Mapping[str, str]) -> str | None:
+    if source.commit is not None:
+        if _pin_name(source.config.path, source.config.revision) not in pinned:
+            check_hub(source.config, source.commit, streaming=source.streaming)
+        return None
+    format, documents = source.open(has_template=True)
+    for _ in itertools.islice(documents, limit):
+        pass
+    return format
+
+
+def _files(path: Path, is_saved: bool) -> tuple[Path, ...]:
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder; set data.path to one of them")
+    inside = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if is_saved:
+        return tuple(inside)
+    files = [file for file in inside if is_data_file(file)]
+    if not files:
+        raise UserError(
+            f"{path} holds no file of a known kind (jsonl, json, parquet, csv, tsv or txt); set data.path to the data"
+        )
+    named = {str(file.relative_to(path)): _SPLIT_NAMES.search(file.relative_to(path).as_posix()) for file in files}
+    splits = {match[1].lower() for match in named.values() if match}
+    if any(name.startswith("train") for name in splits) and not all(name.startswith("train") for name in splits):
+        other = next(name for name, match in named.items() if match and not match[1].lower().startswith("train"))
+        first = next(name for name, match in named.items() if match and match[1].lower().startswith("train"))
+        raise UserError(
+            f"{path} holds several splits, and all of its files would be trained on; set data.path={path / first} and "
+            f"data.eval_path={path / other}"
+        )
+    return tuple(files)
+
+
+def _suffix_is_text(path: Path) -> bool:
+    return ".txt" in path.suffixes
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,361 @@
+"""Which tokens of a chat are trained: the assistant's turns, found in the text and then in its tokens.
+
+In the text a turn is what the template marks with {% generation %}, else what the conversation up to it has beyond its
+prompt. In the tokens its two ends must be where the text up to them, tokenized by itself as at inference, ends. What
+cannot be had so is refused by the document's place and the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distlora.config import UserError
+from distlora.data.chat import ChatTemplate, Message
+from distlora.data.formats import Document
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's thoughts; transformers hands each to the template under the first two."""
+
+
+class Encoded(NamedTuple):
+    """One document of T tokens."""
+
+    tokens: np.ndarray
+    """(T,) int32."""
+    trained: np.ndarray
+    """(T,) uint8: 1 where the model is trained to predict this token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A turn of the assistant in a rendered conversation."""
+
+    message: int
+    """Its index among the messages."""
+    start: int
+    """First character that the assistant writes."""
+    end: int
+    """Character after the turn. Marked by the template, it may lie before the end-of-turn token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """A conversation as text, and the turns that are trained; or, with `inverse`, the only ones that are not."""
+
+    place: str
+    text: str
+    turns: tuple[Turn, ...]
+    marked: bool
+    """Whether the template marked the turns."""
+    inverse: bool
+
+
+class TurnFinder:
+    """Renders conversations and finds the turns to train in their text.
+
+    `train_on`: assistant (every turn of the assistant), last (its last turn) or all (all text). A message with
+    "train": false or "weight": 0 is never trained.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, train_on: str) -> None:
+        assert train_on in ("assistant", "last", "all")
+        self.template = template
+        self._train_on = train_on
+        self._closers = [token.content for token in tokenizer.added_tokens_decoder.values()]
+
+    def find(self, document: Document) -> Conversation:
+        """Raises UserError for what the template refuses, rewrites, marks otherwise or leaves out."""
+        messages, place = document.value["messages"], document.place
+        tools = document.value.get("tools") or None
+        self.template.check_tools(place, messages, tools)
+        of_assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [index for index, message in enumerate(messages) if self._is_wanted(place, index, message)]
+        if self._train_on == "all":
+            chosen = [index for index in of_assistant if index not in wanted]
+        else:
+            chosen = [index for index in of_assistant if index in wanted]
+            if self._train_on == "last":
+                chosen = [index for index in chosen if index == of_assistant[-1]]
+            if chosen:  # Nothing is learned from what follows, and a template may rewrite the turn because of it.
+                messages = messages[: chosen[-1] + 1]
+        marked = self.template.is_marked(tools)
+        turns: list[Turn] = []
+        if not chosen:
+            text = self.template.render(place, messages, tools)
+        elif marked:
+            text, turns = self._by_marks(place, messages, tools, chosen)
+        else:
+            text, turns = self._by_prefixes(place, messages, tools, chosen)
+        inverse = self._train_on == "all"
+        if not inverse:
+            for turn in turns:
+                self._check_written(place, turn.message, messages[turn.message], text[turn.start : turn.end])
+        names = [tool.get("function", tool).get("name") for tool in tools or ()]
+        absent = [name for name in names if name is not None and name not in text]
+        if absent:
+            raise UserError(
+                f"{place}: {self.template.name} leaves out the tool {absent[0]!r}; remove 'tools', or set "
+                "data.template=chatml, which writes them"
+            )
+        return Conversation(place=place, text=text, turns=tuple(turns), marked=marked, inverse=inverse)
+
+    def _by_marks(self, place: str, messages: list[Message], tools: Any, chosen: list[int]) -> tuple[str, list[Turn]]:
+        text, spans = self.template.render_marked(place, messages, tools)
+        of_assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) > len(of_assistant):  # A turn may be marked in parts: its thoughts, its words.
+            spans = _joined(spans)
+        if len(spans) != len(of_assistant):
+            raise UserError(
+                f"{place}: {self.template.name} marks {len(spans)} parts with {{% generation %}} for "
+                f"{len(of_assistant)} turns of the assistant; mark each turn once, or choose another data.template"
+            )
+        turns = []
+        for index, (start, end) in zip(of_assistant, spans, strict=True):
+            if index in chosen:
+                turns.append(Turn(message=index, start=_after_prompt(text, self.template.prompt, start, end), end=end))
+        return text, turns
+
+    def _by_prefixes(
+        self, place: str, messages: list[Message], tools: Any, chosen: list[int]
+    ) -> tuple[str, list[Turn]]:
+        """Each turn from the end of its prompt, as the model gets it at inference, to where the next message begins."""
+        text = self.template.render(place, messages, tools)
+        turns = []
+        for index in chosen:
+            if index == 0:
+                raise UserError(
+                    f"{place}: the conversation begins with the assistant, and {self.template.name} does not mark the "
+                    'assistant\'s parts; put a user or system message before it, mask it with "train": false, or '
+                    "choose a named data.template"
+                )
+            prompt = self.template.render(place, messages[:index], tools, prompt=True)
+            end = len(text) if index == len(messages) - 1 else None
+            if text.startswith(prompt) and end is None:
+                end = self._end(text, self.template.render(place, messages[: index + 1], tools), len(prompt))
+            if not text.startswith(prompt) or end is None:
+                raise self._rewritten(place, index)
+            turns.append(Turn(message=index, start=len(prompt), end=end))
+        return text, turns
+
+    def _end(self, text: str, until: str, start: int) -> int | None:
+        """Where the turn from `start` ends in `text`, given the conversation up to and including it.
+
+        A template may close a whole conversation otherwise than a turn inside (Phi-3's adds the end of text): then the
+        turn ends with the last special token that both have, if `until` has nothing but such tokens after it.
+        """
+        if text.startswith(until):
+            return len(until)
+        common = _common(text, until, start)
+        found = [(text.rfind(token, start, common), token) for token in self._closers]
+        end = max((position + len(token) for position, token in found if position >= 0), default=None)
+        if end is None:
+            return None
+        rest = until[end:]
+        for token in self._closers:
+            rest = rest.replace(token, "")
+        return None if rest.strip() else end
+
+    def _is_wanted(self, place: str, index: int, message: Message) -> bool:
+        """What a message's own "train" or "weight" says; True where it says nothing."""
+        flags = {key: bool(message[key]) for key in ("train", "weight") if message.get(key) is not None}
+        wanted = all(flags.values())
+        # Of other roles a flag may only say what holds anyway.
+        if flags and message["role"] != "assistant" and wanted != (self._train_on == "all"):
+            shown = ", ".join(f"{key}={message[key]!r}" for key in flags)
+            raise UserError(
+                f"{place}: messages[{index}]: {shown} on a message of the {message['role']}, but with "
+                f"data.train_on={self._train_on} only the assistant's turns can be chosen one by one; remove it"
+                + ("" if self._train_on == "all" else " (data.train_on=all trains all messages)")
+            )
+        return wanted
+
+    def _check_written(self, place: str, index: int, message: Message, written: str) -> None:
+        """Refuse a turn whose text, thoughts or calls the template does not write."""
+        calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        thoughts = next((message[key] for key in _REASONING if message.get(key)), None)
+        for what, text in [("content", message.get("content")), ("reasoning", thoughts)] + [
+            ("call of " + name, name) for name in calls
+        ]:
+            # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
+            if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
+                raise UserError(
+                    f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
+                    "so the model would not learn it; choose a data.template that does (chatml writes all), or remove "
+                    "it from the data"
+                )
+
+    def _rewritten(self, place: str, index: int) -> UserError:
+        others = ["keep one assistant turn a document", "choose a named data.template, such as chatml"]
+        if self._train_on != "last":
+            others.insert(0, "set data.train_on=last")
+        return UserError(
+            f"{place}: messages[{index}]: {self.template.name} rewrites this turn once later ones follow, or writes it "
+            "otherwise than its prompt, so what the model would be trained on is not what it sees; "
+            f"{', '.join(others)}, or mark the assistant's parts in it with {{% generation %}} and "
+            "{% endgeneration %}"
+        )
+
+
+class TurnTokens:
+    """Tokenizes rendered conversations and finds their turns in the tokens.
+
+    A turn's two ends are checked against the text up to them, tokenized by itself, token for token. Tokenizers cut a
+    text at its special tokens first and treat the parts by themselves, so it is enough to tokenize from the last
+    special token before that end: the few characters of a header, the same in every document, and so remembered.
+    Tokens that are matched only after normalization or between words are no such cuts, and slow tokenizers do not say
+    where in the text a token lies; with these the whole text up to the end is tokenized again.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        added = tokenizer.added_tokens_decoder
+        self._added = np.array(sorted(added), np.int64)
+        cuts = [id for id, token in added.items() if not (token.normalized or token.single_word)]
+        self._cuts = np.array(sorted(cuts) if tokenizer.is_fast else [], np.int64)
+        self._tails: dict[str, list[int]] = {}
+
+    def encode(self, conversations: list[Conversation]) -> Iterator[Encoded]:
+        """In order. Raises UserError for a turn without tokens of its own, and for one without an end-of-turn token."""
+        batch = self._tokenize([conversation.text for conversation in conversations])
+        documents = []
+        for number, conversation in enumerate(conversations):
+            tokens = np.array(batch.input_ids[number], np.int32)
+            encoding = batch.encodings[number] if len(self._cuts) else None
+            cuts = np.flatnonzero(np.isin(tokens, self._cuts))
+            # (first token, text) of what is tokenized again, for the two ends of each turn.
+            tails = [
+                (token, conversation.text[character:end])
+                for turn in conversation.turns
+                for end in (turn.start, turn.end)
+                for token, character in [_last_before(encoding, cuts, end)]
+            ]
+            documents.append((conversation, tokens, tails))
+        self._learn([text for _, _, tails in documents for _, text in tails])
+        for conversation, tokens, tails in documents:
+            yield Encoded(tokens, self._trained(conversation, tokens, tails))
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        # verbose=False: a text longer than the model's context is no news here, it is cut to rows later.
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+
+    def _learn(self, texts: list[str]) -> None:
+        """Tokenize the tails that are not known yet."""
+        if len(self._tails) > 20_000:
+            self._tails.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._tails]
+        if new:
+            self._tails |= zip(new, self._tokenize(new).input_ids, strict=True)
+
+    def _trained(self, conversation: Conversation, tokens: np.ndarray, tails: list[tuple[int, str]]) -> np.ndarray:
+        trained = np.full(len(tokens), int(conversation.inverse), np.uint8)
+        ends = []
+        for number, (first, text) in enumerate(tails):
+            tail = self._tails[text]
+            if tokens[first : first + len(tail)].tolist() != tail:
+                raise self._joined(conversation, conversation.turns[number // 2])
+            ends.append(first + len(tail))
+        closing = self._closing(conversation, tokens, ends)
+        for turn, start, end in zip(conversation.turns, ends[::2], ends[1::2], strict=True):
+            if conversation.inverse:
+                trained[start:end] = 0
+                continue
+            stop = self._end_of_turn(tokens, start, end, closing)
+            if stop is None:
+                raise self._unclosed(conversation, turn)
+            trained[start:stop] = 1
+        return trained
+
+    def _closing(self, conversation: Conversation, tokens: np.ndarray, ends: list[int]) -> int | None:
+        """The special token that the template writes after the last turn it marks, where nothing else can follow."""
+        if not conversation.marked or conversation.inverse or not ends:
+            return None
+        after = tokens[ends[-1] :]
+        special = after[np.isin(after, self._added)]
+        return int(special[0]) if len(special) else None
+
+    def _end_of_turn(self, tokens: np.ndarray, start: int, end: int, closing: int | None) -> int | None:
+        """The token after the end-of-turn token; None where the turn has none.
+
+        The model is stopped at it, so white space that the template writes after it is not trained. Where the template
+        marks the turn without it, `closing` is taken in.
+        """
+        special = np.flatnonzero(np.isin(tokens[start:end], self._added))
+        if len(special):
+            stop = start + int(special[-1]) + 1
+            if self._is_blank(tokens[stop:end]):
+                return stop
+        following = np.flatnonzero(np.isin(tokens[end:], self._added))
+        if closing is not None and len(following):
+            stop = end + int(following[0])
+            if tokens[stop] == closing and self._is_blank(tokens[end:stop]):
+                return stop + 1
+        return None
+
+    def _is_blank(self, tokens: np.ndarray) -> bool:
+        return len(tokens) == 0 or self._tokenizer.decode(tokens.tolist()).strip() == ""
+
+    def _joined(self, conversation: Conversation, turn: Turn) -> UserError:
+        return UserError(
+            f"{conversation.place}: messages[{turn.message}]: the tokenizer joins the turn's first or last characters "
+            "with those around it, so it has no tokens of its own; strip the white space around its content, choose "
+            'another data.template, or mask it with "train": false'
+        )
+
+    def _unclosed(self, conversation: Conversation, turn: Turn) -> UserError:
+        shown = conversation.text[turn.start : turn.end][-20:]
+        return UserError(
+            f"{conversation.place}: messages[{turn.message}]: {self._template.name} ends the assistant's turn "
+            f"({shown!a}) without a special token of this tokenizer, so the model would never learn to stop; "
+            "have the template write {{ eos_token }} after it, or choose a named data.template"
+        )
+
+
+def _after_prompt(text: str, prompt: str, start: int, end: int) -> int:
+    """Where a marked turn begins: some templates mark its header too, or the end of it, which inference is given."""
+    for cut in range(start, min(start + len(prompt), end) + 1):
+        if cut >= len(prompt) and text.startswith(prompt, cut - len(prompt)):
+            return cut
+    return start
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _common(first: str, second: str, start: int) -> int:
+    """Up to where two texts that are equal up to `start` are equal."""
+    low, high = start, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _last_before(encoding: Any, cuts: np.ndarray, character: int) -> tuple[int, int]:
+    """(token, its first character) of the last cut that begins before `character`; (0, 0) where there is none.
+
+    `cuts` (C,) are positions in the tokens, ascending, and so are their characters.
+    """
+    low, high = 0, len(cuts)
+    while low < high:
+        middle = (low + high) // 2
+        if encoding.token_to_chars(int(cuts[middle]))[0] < character:
+            low = middle + 1
+        else:
+            high = middle
+    return (int(cuts[low - 1]), encoding.token_to_chars(int(cuts[low - 1]))[0]) if low else (0, 0)

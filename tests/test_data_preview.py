@@ -1,0 +1,182 @@
+"""`distlora data preview`: what it shows is what a run trains on."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from chat_tokenizers import chat_tokenizer
+from data_folders import chat, write_lines
+from distlora.config import Config, UserError
+from distlora.config_file import as_mapping, build
+from distlora.data import preview
+from distlora.data.prepare import prepare_run
+from distlora_launcher import data as command
+from launcher_fakes import write_model
+
+SHORT = chat("Hi", "Hello there.", "Bye", "See you.")
+LONG = chat("Hi", "Hello there. " * 40)
+CUT = chat("Hi " * 100, "Hello there.")
+QUESTION = chat("Only a question?")
+WITH_THOUGHTS = {
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "thinking": "B"}]
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder with a real tokenizer, which has the markers of every template and no template of its own."""
+    folder = write_model(tmp_path_factory.mktemp("preview") / "model")
+    chat_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(chat_tokenizer())}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def settings(model, tmp_path):
+    """settings(data settings) -> a folder with config.yaml."""
+
+    def write(**data):
+        values = {"sequence_length": 64, "eval_fraction": 0, "cache_dir": str(tmp_path / "cache"), **data}
+        if "sources" not in values:
+            values = {"template": "chatml", **values}
+        config = build(Config, {"model": {"path": str(model)}, "data": values, "run_dir": str(tmp_path / "run")})
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+        return folder
+
+    return write
+
+
+def test_documents_are_shown_with_their_trained_tokens_marked(settings, tmp_path, capsys):
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT, SHORT, SHORT])
+    assert preview.main([str(settings(path=str(path))), "--rows", "1"]) == 0
+    shown = capsys.readouterr().out.partition("What is trained")[0]
+    title, _, text = shown.partition("\n")
+    assert title.startswith(f"--- {path}:1: ")
+    assert text.rstrip("\n") == (
+        "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello there.<|im_end|>]]\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[[See you.<|im_end|>]]"
+    )
+
+
+def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
+    path = write_lines(tmp_path / "chats.jsonl", [*[SHORT] * 30, *[LONG] * 3, CUT, *[QUESTION] * 2])
+    folder = settings(path=str(path))
+    assert preview.main([str(folder), "--rows", "0"]) == 0
+    shown = capsys.readouterr().out
+    counts = prepare_run(folder)["splits"]["train"]
+    assert "(chat), all 36 documents\n" in shown
+    assert f"packed in {counts['rows']:,} rows of 64 tokens" in shown
+    assert f", {counts['padding'] / (counts['rows'] * 64):.1%} padding" in shown
+    assert counts["dropped"] == 3
+    assert "left out         3: 2 without a token to train, 1 cut off before the first trained token\n" in shown
+    assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
+
+
+@pytest.mark.parametrize(("too_long", "fate"), [("drop", "left out"), ("split", "continued as further documents")])
+def test_what_becomes_of_long_documents_is_said(settings, tmp_path, capsys, too_long, fate):
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT, LONG])
+    folder = settings(path=str(path), too_long=too_long)
+    assert preview.main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"1 (50.0%) have more than 64 tokens: {fate} (data.too_long)\n" in shown
+    assert "--- longer than data.sequence_length=64 by " in shown
+    assert f"packed in {prepare_run(folder)['splits']['train']['rows']:,} rows" in shown
+
+
+def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT, WITH_THOUGHTS, SHORT, WITH_THOUGHTS])
+    folder = settings(path=str(path), template="zephyr")
+    assert preview.main([str(folder)]) == 2
+    shown = capsys.readouterr().out
+    assert f"refused          2, which would stop a run. The first: {path}:2: messages[1]: " in shown
+    with pytest.raises(UserError, match=r"chats\.jsonl:2: messages\[1\]"):
+        prepare_run(folder)
+
+
+def test_only_the_head_of_a_large_file_is_read_unless_all_is_asked_for(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preview, "SAMPLE", 5)
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 7)
+    folder = settings(path=str(path))
+    assert preview.main([str(folder), "--rows", "0"]) == 0
+    assert "(chat), the first 5 documents; --all reads the rest\n" in capsys.readouterr().out
+    assert preview.main([str(folder), "--rows", "0", "--all"]) == 0
+    assert "(chat), all 7 documents\n" in capsys.readouterr().out
+
+
+def test_a_mixture_is_shown_with_the_shares_that_it_gets(settings, tmp_path, capsys):
+    many = [{"text": f"The value number {number} of an attribute is an expression."} for number in range(400)]
+    one, two = write_lines(tmp_path / "one.jsonl", many), write_lines(tmp_path / "two.jsonl", many[:150])
+    folder = settings(sources=[{"path": str(one), "weight": 0.7}, {"path": str(two), "weight": 0.3}])
+    assert preview.main([str(folder), "--rows", "0"]) == 0
+    shown = capsys.readouterr().out
+    counts = prepare_run(folder)["splits"]["train"]
+    for source, wanted in zip(counts["sources"], ("70.0%", "30.0%"), strict=True):
+        assert f"{source['share']:6.1%} (wanted {wanted})" in shown
+    assert f"packed in {counts['rows']:,} rows" in shown
+
+
+def test_colours_are_for_terminals_and_control_characters_for_nobody(settings, tmp_path, capsys, monkeypatch):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("\x1b[31mred", "Hello")])
+    folder = str(settings(path=str(path)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert preview.main([folder]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[32mHello\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in coloured
+    assert "[[" not in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert preview.main([folder]) == 0
+    plain = capsys.readouterr().out
+    assert "[[Hello<|im_end|>]]" in plain
+    assert "\x1b" not in plain
+    for shown in (coloured, plain):
+        assert "\\x1b[31mred" in shown
+
+
+def test_a_tokenizer_that_writes_tokens_beyond_the_models_is_refused(settings, model, tmp_path, capsys):
+    folder = settings(path=str(write_lines(tmp_path / "chats.jsonl", [SHORT])))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(config) | {"vocab_size": 20}))
+    try:
+        assert preview.main([str(folder)]) == 2
+    finally:
+        (model / "config.json").write_text(config)
+    assert "beyond vocab_size=20" in capsys.readouterr().err
+
+
+def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 3)
+    words = [f"model.path={model}", "data.path=chats.jsonl", "data.template=chatml", "data.train_on=last", "--rows=1"]
+    assert command.main(["preview", *words, "data.sequence_length=64"]) == 0
+    shown = capfd.readouterr().out
+    assert "Hello there.<|im_end|>\n" in shown
+    assert "[[See you.<|im_end|>]]" in shown
+    assert [entry.name for entry in tmp_path.iterdir()] == ["chats.jsonl"]
+    assert json.loads(path.read_text().splitlines()[0]) == SHORT
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preveiw"], r"no command 'preveiw' \(did you mean 'preview'\?\)"),
+        (["preview", "--row", "3"], r"no option --row \(did you mean '--rows'\?\)"),
+        (["preview", "--rows", "-1"], r"--rows=-1 is no number of documents"),
+        (["preview", "data.path=x.jsonl"], r"model\.path is not set"),
+    ],
+)
+def test_a_mistyped_command_is_refused_with_what_was_meant(words, message):
+    with pytest.raises(UserError, match=message):
+        command.main(words)
+
+
+def test_a_template_that_does_not_exist_is_refused_before_anything_is_read(model, tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT])
+    words = [f"model.path={model}", f"data.path={path}", "data.template=chatlm", "data.sequence_length=64"]
+    with pytest.raises(UserError, match=r"data\.template='chatlm' is no template \(did you mean 'chatml'\?\)"):
+        command.main(["preview", *words])

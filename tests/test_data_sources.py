@@ -1,0 +1,176 @@
+"""Where documents come from: files, folders, saved data sets; what is refused, and what names their content."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_folders import chat, write_lines
+from distlora.config import DataConfig, SourceConfig, UserError
+from distlora.data.sources import check_sources, find_source, pinned_commits
+
+TEXTS = [{"text": f"{number} foxes"} for number in range(20)]
+
+
+def source(path, **settings):
+    return find_source(SourceConfig(path=str(path), **settings))
+
+
+def texts(path, **settings):
+    _, documents = source(path, **settings).open(has_template=True)
+    return [document.value["text"] for document in documents]
+
+
+def check(path, limit=1000, **settings):
+    (format,) = check_sources(DataConfig(path=str(path), **settings), limit=limit)
+    return format
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder of save_to_disk with one data set and one with two splits."""
+    import datasets
+
+    rows = datasets.Dataset.from_list(TEXTS)
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(str(tmp_path / "two"))
+    return tmp_path
+
+
+def test_a_folder_is_all_its_files_in_the_order_of_their_names(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    write_lines(folder / "c.jsonl", TEXTS[:2])
+    (folder / "b" / "a.json").write_text(json.dumps(TEXTS[2:4]))
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
+    (folder / "README.md").write_text("not data")
+    write_lines(folder / ".hidden" / "x.jsonl", TEXTS[5:])
+    assert texts(folder) == ["2 foxes", "3 foxes", "0 foxes", "1 foxes", "packed"]
+    assert check(folder) == "text"
+
+
+def test_a_record_of_another_format_later_in_a_folder_is_refused_by_its_place(tmp_path):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    path = write_lines(tmp_path / "b.jsonl", [chat("Hi", "Hello")])
+    with pytest.raises(UserError, match=rf"^{path}:1: no 'text' among its keys: 'messages'"):
+        texts(tmp_path)
+
+
+def test_a_folder_of_splits_is_not_trained_on_whole(tmp_path):
+    write_lines(tmp_path / "train-00000.jsonl", TEXTS)
+    assert check(tmp_path) == "text"
+    write_lines(tmp_path / "test-00000.jsonl", TEXTS)
+    with pytest.raises(UserError, match=r"several splits.*data\.path=.*train-00000\.jsonl.*eval_path=.*test-00000"):
+        check(tmp_path)
+
+
+def test_a_saved_data_set_is_read_by_split(saved):
+    assert texts(saved / "one") == [item["text"] for item in TEXTS]
+    assert texts(saved / "two", split="test") == [item["text"] for item in TEXTS[:5]]
+    _, documents = source(saved / "two").open(has_template=True)
+    assert next(documents).place == f"{saved / 'two'} row 1"
+    with pytest.raises(UserError, match=r"no split 'tset' \(did you mean 'test'\?\); its splits are train, test"):
+        texts(saved / "two", split="tset")
+    (saved / "one" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="holds no data set that can be loaded"):
+        texts(saved / "one")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"path": "absnt.jsonl"}, r"absnt\.jsonl does not exist \(did you mean 'absent\.jsonl'\?\)"),
+        ({"path": "empty"}, "holds no file of a known kind"),
+        ({"path": "absent.jsonl", "split": "test"}, "is local and has one split, train, not 'test'"),
+        ({"path": "absent.jsonl", "name": "x"}, "data.name=x belongs to a data set on the hub"),
+        ({"path": "absent.jsonl", "revision": "v1"}, "data.revision=v1 belongs to a data set on the hub"),
+        ({"path": "blank.jsonl"}, "blank.jsonl holds no document"),
+        ({"path": "nothing.jsonl"}, "nothing.jsonl holds no document"),
+        ({"path": "/dev/null"}, "neither a file nor a folder"),
+        ({"path": "good.jsonl", "eval_path": "good.jsonl"}, "is both trained on and held out"),
+        ({"path": "good.jsonl", "eval_path": "blank.jsonl"}, "blank.jsonl holds no document"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_refused(tmp_path, monkeypatch, settings, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "absent.jsonl").touch()
+    (tmp_path / "nothing.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    write_lines(tmp_path / "good.jsonl", TEXTS)
+    with pytest.raises(UserError, match=complaint):
+        check_sources(DataConfig(**settings), limit=10)
+
+
+def test_the_head_is_checked_up_to_its_limit_and_no_further(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [*TEXTS, b"{"])
+    assert check(path, limit=20) == "text"
+    with pytest.raises(UserError, match=r"data\.jsonl:21: "):
+        check(path, limit=21)
+
+
+def test_a_fingerprint_changes_with_the_content_and_the_reading_but_not_with_the_place(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", TEXTS)
+    first = source(path).fingerprint()
+    assert source(path, format="text").fingerprint() == first, "what auto came to"
+    moved = tmp_path / "moved.jsonl"
+    path.rename(moved)
+    assert source(moved).fingerprint() == first
+    write_lines(moved, [*TEXTS, {"text": "more"}])
+    assert source(moved).fingerprint() != first
+    paragraphs = tmp_path / "a.txt"
+    paragraphs.write_text("a\n\nb\nc\n")
+    assert source(paragraphs).fingerprint() != source(paragraphs, sample_by="line").fingerprint()
+
+
+def test_a_streamed_file_is_named_by_its_size_its_time_and_its_start(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", TEXTS)
+    config = SourceConfig(path=str(path))
+    first = find_source(config, streaming=True).fingerprint()
+    assert find_source(config, streaming=True).fingerprint() == first
+    os.utime(path, (0, 0))
+    assert find_source(config, streaming=True).fingerprint() != first
+
+
+def test_a_file_that_changes_after_it_was_found_is_refused(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", TEXTS)
+    found = source(path)
+    found.check_unchanged()
+    write_lines(path, TEXTS[1:])
+    with pytest.raises(UserError, match="changed while it was read"):
+        found.check_unchanged()
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"splits": {"train": {}}}', b"\xff"])
+def test_a_damaged_record_of_an_earlier_start_pins_nothing(tmp_path, record):
+    assert pinned_commits(tmp_path) == {}
+    (tmp_path / "data.json").write_bytes(record if isinstance(record, bytes) else record.encode())
+    assert pinned_commits(tmp_path) == {}
+
+
+def test_a_record_of_an_earlier_start_pins_hub_data_sets_by_name_and_revision(tmp_path):
+    entries = [
+        {"path": "org/name", "revision": None, "commit": "a" * 40},
+        {"path": "org/name", "revision": "v1", "commit": "b" * 40},
+        {"path": "data.jsonl", "revision": None, "commit": None},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps({"splits": {"train": {"sources": entries}}}))
+    pinned = pinned_commits(tmp_path)
+    commits = [find_source(SourceConfig(path="org/name", revision=r), pinned=pinned).commit for r in (None, "v1")]
+    assert commits == ["a" * 40, "b" * 40]
+
+
+def test_the_check_of_files_imports_no_heavy_package(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [chat("Hi", "Hello")] * 1000)
+    code = (
+        "import sys; from distlora.config import DataConfig; from distlora.data.sources import check_sources;"
+        "check_sources(DataConfig(path=sys.argv[1]), limit=1000);"
+        "heavy = ('torch', 'transformers', 'numpy', 'jinja2', 'datasets', 'pyarrow', 'huggingface_hub');"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,135 @@
+"""What `distlora generate` is asked to do: prompts in a file, and the request that the command hands to its worker.
+
+Imports no torch: the command refuses a broken file, or a flag out of range, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError, require
+from distlora.data.conversations import check_chat, kind_name, listed
+
+_GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt: a text, or the messages of a conversation that the assistant is to answer."""
+
+    place: str
+    """Where it comes from, for messages to the user."""
+    text: str | None = None
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Its part of a line of the result."""
+        if self.text is not None:
+            return {"prompt": self.text}
+        return {"messages": list(self.messages)} | ({"tools": list(self.tools)} if self.tools else {})
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file: one a line in a text file, blank lines left out; {"prompt"} or {"messages"} in a jsonl.
+
+    Raises UserError for a file that is absent, empty or of another kind, and for a broken line.
+    """
+    require(path.suffix in (".txt", ".jsonl"), f"--prompts={path} ends in {path.suffix!r}; name a .txt or .jsonl file")
+    require(path.is_file(), f"--prompts={path} is not a file; name a .txt or .jsonl file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    require(bool(numbered), f"--prompts={path} holds no prompt; write one a line")
+    if path.suffix == ".txt":
+        return [Prompt(place=place, text=line) for place, line in numbered]
+    return [_from_json(place, line) for place, line in numbered]
+
+
+def _from_json(place: str, line: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON ({error}); {_GOOD}") from error
+    require(isinstance(value, dict), f"{place} is {kind_name(value)}, not an object; {_GOOD}")
+    keys = {"prompt", "messages"} & value.keys()
+    require(bool(keys), f"{place} has neither 'prompt' nor 'messages' among its keys: {listed(value)}; {_GOOD}")
+    require(len(keys) == 1, f"{place} has both 'prompt' and 'messages'; keep one of them")
+    if "prompt" in value:
+        text = value["prompt"]
+        require(isinstance(text, str), f"{place}: 'prompt' is {kind_name(text)}, not a string; {_GOOD}")
+        return Prompt(place=place, text=text)
+    chat = check_chat(value, place, _GOOD)
+    last = chat["messages"][-1]["role"]
+    require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
+    return Prompt(place=place, messages=tuple(chat["messages"]), tools=tuple(chat.get("tools", ())))
+
+
+@contextlib.contextmanager
+def named_by_flag() -> Iterator[None]:
+    """What is refused of an adapter is refused of --adapter here, and not of the setting that a run starts from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"(adapter\.)?init_from", "--adapter", str(error))) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """request.json, from the command to its worker. Settings that are null are the model's own."""
+
+    run: str
+    """The run folder."""
+    weights: str | None = None
+    """Folder of what was trained: an adapter in PEFT's format or a whole model, or a folder of checkpoints, whose
+    newest whole one is meant; null: the base alone."""
+    foreign: bool = False
+    """Whether `weights` is an adapter of another run or program, whose rank, scale and targets are its own."""
+    prompts: str | None = None
+    """A file; null: prompts come from stdin."""
+    out: str | None = None
+    """Where the result of a file goes; null: stdout."""
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+    system: str | None = None
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        tokens, temperature, top_p, top_k = self.max_new_tokens, self.temperature, self.top_p, self.top_k
+        require(tokens > 0, f"--max-new-tokens={tokens} is no number of tokens; write 1 or more")
+        require(
+            temperature is None or 0 <= temperature < math.inf,
+            f"--temperature={temperature} must be 0 (the likeliest token each time) or more; 0.7 is usual",
+        )
+        require(top_p is None or 0 < top_p <= 1, f"--top-p={top_p} is not a share; write a number above 0, up to 1")
+        require(top_k is None or top_k > 0, f"--top-k={top_k} is no number of tokens; write 1 or more")
+        require(0 <= self.seed < 2**63, f"--seed={self.seed} must be from 0 to 2^63 - 1; write --seed 0")
+        require(
+            temperature != 0 or (top_p is None and top_k is None),
+            "--temperature=0 takes the likeliest token each time, so --top-p and --top-k have no effect; leave them "
+            "out",
+        )
+        require(
+            not self.raw or self.system is None,
+            "--system is a message of a chat, and --raw continues prompts without one; leave one of them out",
+        )
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        return cls(**json.loads(text))

@@ -1,0 +1,35 @@
+"""Samples: what a model writes between the steps of its training."""
+
+from __future__ import annotations
+
+from distlora.config import Config
+from distlora.generation.encoding import PromptEncoder, greedy
+from distlora.generation.generator import Generator, aside, generate_all
+from distlora.generation.prompts import Prompt
+from distlora.model import CausalLM
+from distlora.parallel import Backend
+
+
+class Sampler:
+    """What the model writes after train.sample_prompts, greedily, while it is trained.
+
+    Raises UserError, when it is built, for a prompt that is too long or that the chat template refuses.
+    """
+
+    def __init__(self, model: CausalLM, backend: Backend, config: Config) -> None:
+        self._model, self._backend = model, backend
+        self._prompts = config.train.sample_prompts
+        self._encoder = PromptEncoder(model, config)
+        self._encoded = [
+            self._encoder.encode(Prompt(place=f"train.sample_prompts[{index}]", text=text))
+            for index, text in enumerate(self._prompts)
+        ]
+        self._settings = greedy(self._encoder, config.model.path, config.train.sample_tokens)
+        self._generator = Generator(model, backend)
+
+    def __call__(self) -> list[tuple[str, str]]:
+        """(prompt, completion) pairs. Every rank calls it at the same step; it leaves the model as it was."""
+        with aside(self._model, self._backend):
+            batches = list(generate_all(self._generator, self._encoded, self._settings))
+        texts = [self._encoder.decode(completion) for batch in batches for completion in batch]
+        return list(zip(self._prompts, texts, strict=True))

@@ -1,0 +1,255 @@
+"""The worker of `distlora generate`: a run's model answers prompts from a file, from stdin or from a terminal.
+
+One process, or the ranks that torchrun started. Answers go to stdout, or where the request says; what is said besides
+goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from distlora import checkpoint
+from distlora.adapters import reset_adapters
+from distlora.config import Config, UserError
+from distlora.config_file import load_config
+from distlora.generation.chat import Chat, Printer
+from distlora.generation.encoding import PromptEncoder, sampling
+from distlora.generation.generator import Generator, generate, generate_all
+from distlora.generation.prompts import Prompt, Request, named_by_flag, read_prompts
+from distlora.initial_adapter import read_initial_adapter
+from distlora.loading.weights import load_base
+from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, parallelize
+from distlora.peft_format import WEIGHTS_NAME, adapter_tensors, load_initial_adapter
+
+MODEL_NAME = "model.safetensors"
+STILL_LOADING_SECONDS = 10.0
+PROGRESS_SECONDS = 3.0
+
+
+def run(request: Request, ranks: Ranks) -> None:
+    """Load the model and answer everything that the request asks, on this rank."""
+    config = load_config(request.run)
+    speaks = ranks.rank == 0
+    began = time.monotonic()
+    with still_loading() if speaks else contextlib.nullcontext():
+        model, backend = load_model(config, request.weights, ranks, foreign=request.foreign)
+    encoder = PromptEncoder(model, config, raw=request.raw)
+    if request.system is not None and encoder.template is None:
+        raise UserError(
+            f"--system={request.system!r} needs a chat template, and {config.model.path} has none; leave it out, or "
+            "write it into the prompt"
+        )
+    choice = sampling(
+        encoder,
+        config.model.path,
+        request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+    )
+    torch.manual_seed(request.seed)
+    if speaks:
+        say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
+    generator = Generator(model, backend)
+    if request.prompts is not None:
+        answer_file(request, generator, encoder, choice)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        Chat(generator, encoder, choice, system=request.system).run()
+    else:
+        answer_lines(sys.stdin, generator, encoder, choice, system=request.system)
+
+
+def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bool = False) -> tuple[CausalLM, Backend]:
+    """The base of a run and what it trained: a folder of weights, a folder of checkpoints, or None for the base alone.
+    A `foreign` adapter brings its own rank, scale and targets.
+
+    Raises UserError for damaged checkpoints, and for weights that are another model's.
+    """
+    if foreign:
+        assert weights is not None
+        with named_by_flag():
+            settings = read_initial_adapter(weights).settings
+        config = replace(config, adapter=replace(config.adapter, init_from=weights, **settings))
+    model = build_model(config)
+    backend = parallelize(model, ranks, config)
+    load_base(model, config.model.path, backend)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_linears(), config.adapter, seed=config.train.seed)  # B is zero: the base, exactly.
+    if foreign:
+        with named_by_flag():
+            load_initial_adapter(model, config)
+    elif weights is not None:
+        load_trained(model, weights_in(Path(weights)))
+    return model, backend
+
+
+def weights_in(folder: Path) -> Path:
+    """The folder itself if it holds weights, else the newest whole checkpoint in it."""
+    if (folder / WEIGHTS_NAME).is_file() or (folder / MODEL_NAME).is_file():
+        return folder
+    newest, damaged = checkpoint.newest(folder)
+    if newest is None:
+        raise UserError(f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter base for the base")
+    return newest
+
+
+@torch.no_grad()
+def load_trained(model: CausalLM, folder: Path) -> None:
+    """Take an adapter, or a whole model, from a folder. UserError where its tensors are not this model's."""
+    has_adapter = (folder / WEIGHTS_NAME).is_file()
+    own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
+    tensors = checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME)
+    odd = sorted(own.keys() ^ tensors.keys()) or [
+        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
+    ]
+    if odd:
+        raise UserError(
+            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
+            f"({len(odd)} such tensors); was it trained on another model?"
+        )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
+    """How prompts are read and tokens are chosen, in a line."""
+    prompts = (
+        "prompts go through the chat template" if encoder.template is not None else "prompts are continued as text"
+    )
+    choice = "the likeliest token each time"
+    if settings.do_sample:
+        names = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+        values = {name: getattr(settings, name) for name in names}
+        shown = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+        choice = f"sampling ({shown or 'temperature 1'})"
+    return f"{prompts}; {choice}; up to {settings.max_new_tokens:,} tokens"
+
+
+def answer_file(request: Request, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig) -> None:
+    """One JSON line for each prompt of the file, in order, written as they come: the prompt, "completion", "tokens"
+    (their number) and "ended" (false: cut at the limit)."""
+    assert request.prompts is not None
+    prompts = read_prompts(Path(request.prompts))
+    encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
+    if not generator.backend.writes:
+        for _ in generate_all(generator, encoded, settings):
+            pass
+        return
+    began = shown = time.monotonic()
+    done = num_tokens = 0
+    with open_result(request.out) as result:
+        for completions in generate_all(generator, encoded, settings):
+            for prompt, completion in zip(prompts[done:], completions, strict=False):
+                line = prompt.record() | {
+                    "completion": encoder.decode(completion),
+                    "tokens": len(completion.tokens),
+                    "ended": completion.ended,
+                }
+                result.write(json.dumps(line, ensure_ascii=False) + "\n")
+                num_tokens += len(completion.tokens)
+            result.flush()
+            done += len(completions)
+            now = time.monotonic()
+            if now - shown >= PROGRESS_SECONDS or done == len(prompts):
+                shown = now
+                say(f"{done:,}/{len(prompts):,} prompts  {num_tokens / (now - began):,.0f} tokens/s")
+
+
+@contextlib.contextmanager
+def open_result(out: str | None) -> Iterator[TextIO]:
+    """A new file, or stdout."""
+    if out is None:
+        yield sys.stdout
+        return
+    with Path(out).open("x", encoding="utf-8") as file:
+        yield file
+
+
+def answer_lines(
+    lines: TextIO, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
+) -> None:
+    """Answer each line as it comes, as text; blank lines are left out."""
+    for number, line in enumerate(lines, 1):
+        text = line.rstrip("\n")
+        if text.strip():
+            prompt = Prompt(place=f"line {number} of stdin", text=text)
+            tokens = encoder.encode(prompt, system=system)
+            generate(generator, [tokens], settings, streamer=Printer(encoder.tokenizer, settings))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def still_loading() -> Iterator[None]:
+    """A sign of life every few seconds."""
+    done = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(STILL_LOADING_SECONDS):
+            say(f"still loading ({time.monotonic() - began:.0f} s)")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def read_request(argument: str) -> Request:
+    """A request as JSON, or the folder that holds it as request.json."""
+    return Request.read(argument if argument.startswith("{") else (Path(argument) / "request.json").read_text("utf-8"))
+
+
+def quieten() -> None:
+    """No word of libraries between the answers, that the user could do nothing about."""
+    # bitsandbytes asks for a package with a matrix product that we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers remarks on settings of generation_config.json that have no effect.
+    transformers_logging.set_verbosity_error()
+
+
+def main(argument: str) -> int:
+    """Answer; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Of several ranks, errors go to torchrun."""
+    request = read_request(argument)
+    quieten()
+    ranks = join_ranks()
+    if ranks.world > 1:
+        run(request, ranks)
+        leave_ranks(ranks)
+        return 0
+    try:
+        run(request, ranks)
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        say(f"error: {first}; share the model among several GPUs with --processes N, or ask for fewer tokens")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `distlora generate ... | head`: nobody reads any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

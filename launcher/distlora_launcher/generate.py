@@ -1,0 +1,190 @@
+"""`distlora generate RUN`: talk to what a run trained, or have it answer the prompts of a file.
+
+Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
+(`python -m distlora.generation`), so that the terminal and its signals are the worker's own; with --processes torchrun
+starts several, which share the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from distlora.config import Config, UserError, nearest, require
+from distlora.config_file import load_config
+from distlora.generation.prompts import Request, named_by_flag, read_prompts
+from distlora.initial_adapter import read_initial_adapter
+from distlora.model_card import read_result
+from distlora_launcher.checks import gpu_count
+from distlora_launcher.hub import restore
+from distlora_launcher.local import find_result, shown
+from distlora_launcher.workers import DONE, run_workers, worker_environment
+
+WORKER = "distlora.generation"
+
+USAGE = """usage: distlora generate RUN [--adapter PATH|base] [--checkpoint step_N|best] [--prompts FILE] [--out FILE]
+                         [--max-new-tokens N] [--temperature T] [--top-p P] [--top-k K] [--seed S]
+                         [--system TEXT] [--raw] [--processes N]
+
+Generate text with what the run in the folder RUN trained, or with its newest checkpoint while it is unfinished. On a
+terminal this is a chat: /reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or
+/exit leaves. From a pipe, each line is a prompt and is answered as text.
+
+  --adapter base        the base model alone
+  --adapter PATH        another LoRA adapter of the same base: a folder in PEFT's format
+  --checkpoint NAME     a saved step (step_100), or the best by held-out loss (best)
+  --prompts FILE        answer these: a text file with one a line, or jsonl: {"prompt": TEXT} or {"messages": [...]};
+                        the result is a JSON line for each, with "completion", "tokens" and "ended"
+  --out FILE            write that result here (a new file) instead of to stdout
+  --max-new-tokens N    tokens that an answer may have (256)
+  --temperature T       0: the likeliest token each time; above 0: sample. Without it, what the model's
+                        generation_config.json says, else 0
+  --top-p P, --top-k K  sample among the likeliest tokens with this share of the probability, or this many
+  --seed S              of the sampling (0)
+  --system TEXT         a system message for every conversation that has none
+  --raw                 continue prompts as they are, without the chat template
+  --processes N         share the model among N processes, one a GPU; with --prompts only"""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    options = parse(arguments)
+    run_dir = Path(options.run).expanduser().absolute()
+    config = load_config(run_dir)
+    weights = find_weights(run_dir, config, options.adapter, options.checkpoint)
+    request = Request(
+        run=str(run_dir),
+        weights=None if weights is None else str(weights),
+        foreign=options.adapter not in (None, "base"),
+        prompts=options.prompts,
+        out=options.out,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        system=options.system,
+        raw=options.raw,
+    )
+    check_files(options.prompts, options.out)
+    check_processes(options.processes, options.prompts)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers.
+        restore(config)
+    require(
+        Path(config.model.path).is_dir(),
+        f"the run's base is gone: model.path={config.model.path} in {shown(run_dir)}/config.yaml is no folder; "
+        "put the model back there",
+    )
+    what = "the base alone" if weights is None else shown(weights)
+    print(f"loading {config.model.path} with {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    if options.processes > 1:
+        return run_several(request, options.processes)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", WORKER, request.as_json()]
+    os.execve(command[0], command, worker_environment(processes=1))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"distlora generate: {message}; `distlora generate --help` shows the usage")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    parser = _Parser(prog="distlora generate", add_help=False, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN")
+    for name in ("--adapter", "--checkpoint", "--prompts", "--out", "--system"):
+        parser.add_argument(name)
+    for name, kind, default in (
+        ("--max-new-tokens", int, 256),
+        ("--temperature", float, None),
+        ("--top-p", float, None),
+        ("--top-k", int, None),
+        ("--seed", int, 0),
+        ("--processes", int, 1),
+    ):
+        parser.add_argument(name, type=kind, default=default)
+    parser.add_argument("--raw", action="store_true")
+    options, extra = parser.parse_known_args(list(arguments))
+    if extra:
+        word = extra[0].partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        hint = nearest(word, known) if word.startswith("-") else ", one run folder is enough"
+        parser.error(f"{word!r} is not understood{hint}")
+    if options.adapter is not None and options.checkpoint is not None:
+        parser.error("--adapter and --checkpoint both say which weights; give one of them")
+    return options
+
+
+def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint: str | None) -> Path | None:
+    """The folder of the weights that are meant; the run's checkpoints where it is unfinished; None for the base."""
+    if adapter == "base":
+        return None
+    if adapter is not None:
+        folder = Path(adapter).expanduser().absolute()
+        require(
+            config.adapter.method == "lora",
+            f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter",
+        )
+        with named_by_flag():
+            read_initial_adapter(folder)
+        return folder
+    if checkpoint is not None:
+        return read_result(run_dir, checkpoint).folder
+    result = find_result(run_dir)
+    if result is not None:
+        return result
+    checkpoints = run_dir / "checkpoints"
+    require(
+        any(checkpoints.glob("step_*")),
+        f"{shown(run_dir)} has nothing trained yet: neither a result nor a checkpoint (train.save_every); wait for it, "
+        "or write --adapter base for the base alone",
+    )
+    return checkpoints
+
+
+def check_files(prompts: str | None, out: str | None) -> None:
+    """Refuse a broken file of prompts, and a result that has no prompts or would overwrite something."""
+    if prompts is not None:
+        read_prompts(Path(prompts))
+    if out is None:
+        return
+    require(prompts is not None, f"--out={out} is where the answers to --prompts go; add --prompts FILE")
+    place = Path(out)
+    require(not place.exists(), f"--out={out} exists already; name another file, or remove it")
+    require(place.parent.is_dir(), f"--out={out}: there is no folder {place.parent}; make it first")
+
+
+def check_processes(processes: int, prompts: str | None) -> None:
+    require(processes > 0, f"--processes={processes} is no number of processes; write 1 or more")
+    available = gpu_count()
+    require(
+        available == 0 or processes <= available,
+        f"--processes={processes}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
+        f"write --processes {available}",
+    )
+    require(
+        processes == 1 or prompts is not None,
+        f"--processes={processes} answers the prompts of a file, as several processes cannot share a terminal; add "
+        "--prompts FILE",
+    )
+
+
+def run_several(request: Request, processes: int) -> int:
+    """Run the ranks to the end. Their logs stay if they fail."""
+    folder = Path(tempfile.mkdtemp(prefix="distlora-generate-"))
+    (folder / "request.json").write_text(request.as_json(), encoding="utf-8")
+    code = run_workers(folder, processes=processes, worker_module=WORKER)
+    if code == DONE:
+        shutil.rmtree(folder)
+    return code

@@ -1,0 +1,625 @@
+"""Text from our models: the tokens of transformers, on any number of ranks; samples that change no run; the command."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import functools
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from distlora import train
+from distlora.config import UserError
+from distlora.config_file import load_config
+from distlora.generation import worker
+from distlora.generation.encoding import PromptEncoder, greedy, sampling
+from distlora.generation.generator import Completion, Generator, aside, context_limit, generate, generate_all
+from distlora.generation.prompts import Prompt, Request, read_prompts
+from distlora.generation.worker import load_model
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks
+from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.reporting import Reporter
+from distlora_launcher.cli import main as command
+from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
+from small_models import make_run, tokenizer, write_model_folder
+from worlds import World
+
+DISTLORA = Path(sys.executable).parent / "distlora"
+LENGTHS = (23, 5, 40)
+"""Prompts of one batch; the windows of the families are 16."""
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A variant's folder with the tests' tokenizer, written at the first use."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("generation") / name
+        write_family_folder(path, name)
+        tokenizer().save_pretrained(path)
+        return path
+
+    return folder
+
+
+def prompts() -> list[list[int]]:
+    return [tokens(1, length, length)[0].tolist() for length in LENGTHS]
+
+
+def choose(num_tokens: int = 24, **settings: Any) -> GenerationConfig:
+    """Greedy, no token twice: random tied models repeat one for ever, and what repeats says little."""
+    values = {"do_sample": False, "no_repeat_ngram_size": 1, "pad_token_id": 0, "eos_token_id": [1], **settings}
+    return GenerationConfig(max_new_tokens=num_tokens, **values)
+
+
+def completions(model: CausalLM, backend: Backend, settings: GenerationConfig) -> list[Completion]:
+    batches = generate_all(Generator(model, backend), prompts(), settings)
+    return [completion for batch in batches for completion in batch]
+
+
+FAMILIES = ["llama3-tied", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers_with_peft(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """A padded batch of ours against one prompt at a time on the dequantized model with PEFT's adapter."""
+    ours, backend = load_ours(family_folder(name))
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(adapter_config(config_for(family_folder(name)), ours)))
+    tensors = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS_NAME)
+    tuned = peft.PeftModel.from_pretrained(dequantized(family_folder(name), ours), tmp_path)
+    written = completions(ours, backend, choose())
+    assert [len(set(completion.tokens)) for completion in written] == [24, 24, 24]
+    assert completions(ours, backend, choose(use_cache=False)) == written
+    for prompt, completion in zip(prompts(), written, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=choose())
+        assert theirs[0, len(prompt) :].tolist() == completion.tokens
+
+
+@pytest.mark.parametrize("name", ["llama3-tied", "gemma2", "gemma3-text"])
+def test_logits_with_a_cache_are_those_without(family_folder: Callable[[str], Path], name: str) -> None:
+    model, backend = load_ours(family_folder(name))
+    ids = tokens(2, 40)
+    positions = torch.arange(40).expand_as(ids)
+    generator = Generator(model, backend)
+    cache = DynamicCache(config=model.decoder.config)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        generator(ids[:, :30], positions[:, :30], mask[:, :30], cache=cache)
+        for end in range(31, 41):
+            part = slice(end - 1, end)
+            cached = generator(ids[:, part], positions[:, part], mask[:, :end], cache=cache).logits
+            whole = generator(ids[:, :end], positions[:, :end], mask[:, :end]).logits
+            assert cached.shape == whole.shape == (2, 1, 1001)
+            assert (cached - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_a_layer_argument_that_may_hide_a_batch_is_still_refused(family_folder: Callable[[str], Path]) -> None:
+    model, _ = load_ours(family_folder("qwen3"))
+    hidden = torch.zeros(2, 3, 96)
+    with pytest.raises(TypeError, match="'strange'"):
+        model.blocks[0](hidden, strange=DynamicCache())
+    model.set_num_micro(2)
+    with pytest.raises(TypeError, match=r"'cache' \(DynamicCache\) for 2 rows"):
+        model.blocks[0](hidden, cache=DynamicCache())
+
+
+def continue_all(ranks: Ranks, *, folder: Path) -> tuple[list[Completion], list[Completion], Any]:
+    """Greedy and sampled completions on this rank, and what it gathered."""
+    model, backend = load_ours(folder, ranks)
+    model.set_num_micro(3)
+    backend.traffic.take()
+    with aside(model, backend):
+        plain = completions(model, backend, choose())
+        torch.manual_seed(7)
+        sampled = completions(model, backend, choose(do_sample=True, temperature=2.0, top_k=0))
+    assert all(block.num_micro == 3 for block in model.blocks)
+    return plain, sampled, (backend.traffic.gathered_bytes, backend.traffic.reduced_bytes)
+
+
+@pytest.mark.parametrize("name", ["llama3-tied", "gemma3-untied"])
+def test_sharded_ranks_write_what_one_writes(world: World, family_folder: Callable[[str], Path], name: str) -> None:
+    results = world.run(2, continue_all, folder=family_folder(name))
+    assert results[0] == results[1]
+    assert results[0][:2] == continue_all(SINGLE, folder=family_folder(name))[:2]
+    assert results[0][0] != results[0][1], "sampling chose what greed chooses, so this says less than it could"
+    assert results[0][2] == (0, 0), "samples are counted as a step's traffic"
+
+
+def drift(ranks: Ranks, *, folder: Path) -> list[Completion]:
+    """Rank 1 has another adapter, as after a fault: alone it would write other text and end elsewhere."""
+    model, backend = load_ours(folder, ranks)
+    if ranks.rank == 1:
+        for parameter in adapter_tensors(model).values():
+            parameter.data.mul_(-1.5)
+    return completions(model, backend, choose())
+
+
+def test_ranks_that_differ_write_what_rank_0_writes_and_never_wait_for_each_other(
+    world: World, family_folder: Callable[[str], Path]
+) -> None:
+    results = world.run(2, drift, folder=family_folder("qwen3"))
+    assert results[0] == results[1]
+
+
+def test_a_completion_ends_at_any_stop_token_and_leaves_it_out(family_folder: Callable[[str], Path]) -> None:
+    model, backend = load_ours(family_folder("qwen3"))
+    whole = completions(model, backend, choose())
+    stops = [whole[0].tokens[4], whole[1].tokens[9]]
+    written = completions(model, backend, choose(eos_token_id=stops))
+    assert written[0] == (whole[0].tokens[:4], True)
+    assert written[1] == (whole[1].tokens[:9], True)
+    assert [len(completion.tokens) for completion in whole] == [24, 24, 24]
+    assert not any(completion.ended for completion in whole)
+
+
+def test_completions_end_where_the_positions_end_without_shortening_others(
+    family_folder: Callable[[str], Path],
+) -> None:
+    model, backend = load_ours(family_folder("phi3-longrope-tied"))
+    assert context_limit(model) == 128, "where its rotary factors change, of 512 positions"
+    long = tokens(1, 120)[0].tolist()
+    batches = list(generate_all(Generator(model, backend), [*prompts(), long], choose(12)))
+    assert [[len(completion.tokens) for completion in batch] for batch in batches] == [[12, 12, 12], [8]]
+
+
+def test_the_end_of_a_turn_comes_from_the_template_the_tokenizer_and_the_model(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A base that learned a template of others must stop at its marker, whatever its own files say."""
+    folder = tmp_path / "base"
+    shutil.copytree(family_folder("qwen3"), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 17]}))
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|system|>\n{% endfor %}<|assistant|>")
+    config = config_for(folder, data={"path": "none", "template": str(template)})
+    model, _ = load_ours(folder)
+    names = tokenizer().convert_tokens_to_ids(["<eos>", "<|system|>"])
+    encoder = PromptEncoder(model, config)
+    assert encoder.stop_tokens(folder) == sorted({*names, 17})
+    assert PromptEncoder(model, config, raw=True).stop_tokens(folder) == sorted({names[0], 17})
+    shown = encoder.tokenizer.decode(encoder.encode(Prompt(place="p", text="Hi"), system="Be brief."))
+    assert shown == "<|system|>Be brief.<|system|>\n<|user|>Hi<|system|>\n<|assistant|>"
+    chat = Prompt(place="p", messages=({"role": "system", "content": "A"}, {"role": "user", "content": "B"}))
+    assert encoder.tokenizer.decode(encoder.encode(chat, system="C")).startswith("<|system|>A<|system|>\n<|user|>B")
+    raw = PromptEncoder(model, config, raw=True)
+    assert raw.tokenizer.decode(raw.encode(Prompt(place="p", text="Hi"))) == "Hi"
+    with pytest.raises(UserError, match=r"p holds messages.*no chat template"):
+        raw.encode(chat)
+    with pytest.raises(UserError, match=r"p: .* tokens, and the model has 512 positions"):
+        raw.encode(Prompt(place="p", text="word " * 600))
+
+
+def test_sampling_is_what_the_flags_say_then_what_the_model_says(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, backend = load_ours(family_folder("qwen3"))
+    encoder = PromptEncoder(model, config_for(family_folder("qwen3")))
+
+    def chosen(defaults: dict[str, Any], **flags: Any) -> tuple[Any, ...]:
+        (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
+        settings = sampling(encoder, tmp_path, 8, **flags)
+        assert settings.max_new_tokens == 8
+        assert settings.num_beams in (None, 1)
+        return settings.do_sample, settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty
+
+    advice = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "num_beams": 4, "repetition_penalty": 1.1}
+    assert chosen({}) == (False, None, None, None, None)
+    assert chosen({"repetition_penalty": 1.2}) == (False, None, None, None, 1.2)
+    assert chosen(advice) == (True, 0.6, 0.9, 0, 1.1)
+    assert chosen(advice, temperature=1.0) == (True, 1.0, 0.9, 0, 1.1)
+    assert chosen(advice, temperature=0) == (False, None, None, None, None)
+    assert chosen({}, top_k=5) == (True, None, None, 5, None)
+    # And transformers samples among no more than that: 5 tokens of a flat distribution, not its default of 50.
+    torch.manual_seed(0)
+    flat = choose(16, do_sample=True, temperature=1e4, top_k=0, no_repeat_ngram_size=0)
+    free = generate(Generator(model, backend), [[9]] * 8, flat)
+    few = generate(
+        Generator(model, backend), [[9]] * 8, copy.deepcopy(flat).__class__(**(flat.to_dict() | {"top_k": 5}))
+    )
+    assert len({completion.tokens[0] for completion in few}) <= 5
+    assert len({token for completion in free for token in completion.tokens}) > 100
+
+
+# --- samples in training ---
+
+
+SAMPLING = {"sample_every": 3, "sample_prompts": ["What is a list?", "Name a keyword."], "sample_tokens": 6}
+
+
+def finished(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_samples_change_nothing_of_a_run(world: World, folders: Path, tmp_path: Path, size: int) -> None:
+    settings = {"max_steps": 7, "micro_batch": 2, "accumulate": "block"}
+    results, gathered = [], []
+    for name, extra in (("with", SAMPLING), ("without", {})):
+        make_run(tmp_path / name, folders, "llama-tied", train={**settings, **extra})
+        world.run(size, finished, run_dir=tmp_path / name)
+        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        kept = ("step", "loss", "grad_norm", "eval_loss", "reduced_bytes")
+        figures = [{key: line[key] for key in kept if key in line} for line in metrics]
+        gathered.append([line["gathered_bytes"] for line in metrics if "loss" in line])
+        results.append((figures, safetensors.torch.load_file(tmp_path / name / "adapter" / WEIGHTS_NAME)))
+    assert results[0][0] == results[1][0]
+    # The step after a sample finds the last norm gathered already, as it does after an evaluation.
+    saved = [without - with_ for with_, without in zip(*gathered, strict=True)]
+    assert saved == ([0, 0, 0, 4 * 96, 0, 0, 4 * 96] if size > 1 else [0] * 7)
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+    lines = [json.loads(line) for line in (tmp_path / "with" / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (step, prompt)
+        for step in (3, 6)
+        for prompt in SAMPLING["sample_prompts"]  # type: ignore[attr-defined]
+    ]
+    assert all(isinstance(line["text"], str) for line in lines)
+    assert not (tmp_path / "without" / "samples.jsonl").exists()
+
+
+def test_a_sample_prompt_that_cannot_be_asked_ends_the_run_before_its_first_step(folders: Path, tmp_path: Path) -> None:
+    long = SAMPLING | {"sample_prompts": ["word " * 600]}
+    make_run(tmp_path / "run", folders, train={"max_steps": 3, **long})
+    with pytest.raises(UserError, match=r"train.sample_prompts\[0\]: .* 512 positions"):
+        train.run(tmp_path / "run", SINGLE)
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_samples_are_kept_to_the_step_that_a_resume_continues_from(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(folders / "llama", tracker={"name": "none"})
+
+    def reporter(rank: int = 0, start_step: int = 0) -> Reporter:
+        return Reporter(tmp_path, config, rank=rank, world=2, total_steps=9, start_step=start_step)
+
+    with reporter() as first:
+        for step in (2, 4, 6):
+            first.samples(step, [("Why?", f"Because\nof {step}: \u00e9 {'x' * 200}")])
+    with reporter(rank=1) as other:
+        other.samples(2, [("Why?", "not me")])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 8, "pro')  # Killed in the middle of a line.
+    with reporter(start_step=4) as resumed:
+        resumed.samples(6, [("Why?", "again")])
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["text"][:10]) for line in lines] == [
+        (2, "Because\nof"),
+        (4, "Because\nof"),
+        (6, "again"),
+    ]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after step")]
+    assert shown[0].startswith('after step 2: "Why?" -> "Because\\nof 2: \u00e9 xxx')
+    assert shown[-1] == 'after step 6: "Why?" -> "again"'
+    assert all(len(line) < 120 for line in shown)
+
+
+def test_wandb_gets_the_samples_of_a_step_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown(exit_code=0)  # wandb reads the environment once in a process.
+    with Reporter(tmp_path, config_for(tmp_path), rank=0, world=1, total_steps=2, start_step=0) as reporter:
+        reporter.log(1, {"loss": 1.0})
+        reporter.samples(1, [("Why?", "Because."), ("How?", "So.")])
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "prompt", "text"]
+    assert content["data"] == [[1, "Why?", "Because."], [1, "How?", "So."]]
+
+
+# --- distlora generate ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of steps 2 and 4; its result is that of step 4."""
+    root = tmp_path_factory.mktemp("generate")
+    write_model_folder(root / "llama", "llama")
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(30)))
+    make_run(root / "run", root, train={"max_steps": 4, "save_every": 2}, optim={"lr": 2e-2})
+    train.run(root / "run", SINGLE)
+    return root / "run"
+
+
+def ask(run_dir: Path, text: str, weights: Path | None) -> str:
+    """The raw continuation, in process."""
+    config = load_config(run_dir)
+    model, backend = load_model(config, None if weights is None else str(weights), SINGLE)
+    encoder = PromptEncoder(model, config, raw=True)
+    settings = greedy(encoder, config.model.path, 12)
+    (completion,) = generate(Generator(model, backend), [encoder.encode(Prompt(place="p", text=text))], settings)
+    return encoder.decode(completion)
+
+
+def run_command(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [DISTLORA, "generate", *map(str, words)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_prompts_of_a_file_become_json_lines_in_order(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [{"prompt": "A list"}, {"messages": [{"role": "user", "content": "The try statement"}]}, {"prompt": "5"}]
+    asked *= 4  # More than a batch.
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    files = {"prompts": str(tmp_path / "asked.jsonl"), "out": str(tmp_path / "out.jsonl")}
+    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), max_new_tokens=5, **files), SINGLE)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "through the chat template" in captured.err
+    assert "12/12 prompts" in captured.err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{key: line[key] for key in ("prompt", "messages") if key in line} for line in lines] == asked
+    assert all(line["tokens"] <= 5 and isinstance(line["completion"], str) for line in lines)
+    assert [line["completion"] for line in lines[:3]] == [line["completion"] for line in lines[9:]]
+
+
+def test_several_processes_share_the_model_and_write_the_same(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_text("A list\n\n7 is\n")
+    words = (trained, "--raw", "--prompts", tmp_path / "asked.txt", "--max-new-tokens", 12)
+    answered = run_command(*words, "--processes", 2, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stderr.startswith(f"loading {trained.parent / 'llama'} with ")
+    lines = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["A list", "7 is"]
+    assert [line["completion"] for line in lines] == [ask(trained, t, trained / "adapter") for t in ("A list", "7 is")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.txt"], "nothing stays behind"
+
+
+def test_lines_of_a_pipe_are_answered_as_text(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("7 is\n\nA list\n"))
+    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), raw=True, max_new_tokens=12), SINGLE)
+    captured = capsys.readouterr()
+    expected = [ask(trained, text, trained / "adapter") for text in ("7 is", "A list")]
+    assert captured.out == "".join(text + "\n" for text in expected)
+    assert "prompts are continued as text; the likeliest token each time; up to 12 tokens" in captured.err
+
+
+def test_which_weights_are_meant(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The result; the base; a step; the newest whole checkpoint of a run that is not finished."""
+    from distlora_launcher.generate import find_weights
+
+    config = load_config(trained)
+    assert find_weights(trained, config, None, None) == trained / "adapter"
+    assert find_weights(trained, config, "base", None) is None
+    assert find_weights(trained, config, None, "step_2") == trained / "checkpoints" / "step_00000002"
+    text = ask(trained, "7 is", trained / "adapter")
+    assert ask(trained, "7 is", trained / "checkpoints") == text
+    assert ask(trained, "7 is", trained / "checkpoints" / "step_00000002") != text
+    assert ask(trained, "7 is", None) != text
+
+    unfinished = tmp_path / "run"
+    shutil.copytree(trained, unfinished)
+    shutil.rmtree(unfinished / "adapter")
+    assert find_weights(unfinished, config, None, None) == unfinished / "checkpoints"
+    (unfinished / "checkpoints" / "step_00000004" / WEIGHTS_NAME).write_bytes(b"damaged")
+    older = ask(trained, "7 is", trained / "checkpoints" / "step_00000002")
+    assert ask(unfinished, "7 is", unfinished / "checkpoints") == older
+    shutil.rmtree(unfinished / "checkpoints")
+    assert command(["generate", str(unfinished)]) == 2
+    assert "has nothing trained yet" in capsys.readouterr().err
+
+
+def test_a_run_that_trained_the_whole_model_is_generated_from(folders: Path, tmp_path: Path) -> None:
+    sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "optim": {"lr": 1e-2}}
+    make_run(tmp_path / "run", folders, "llama-tied", train={"max_steps": 3}, **sections)  # type: ignore[arg-type]
+    train.run(tmp_path / "run", SINGLE)
+    texts = [ask(tmp_path / "run", "7 is", weights) for weights in (tmp_path / "run" / "model", None)]
+    assert texts[0] != texts[1]
+    assert ask(tmp_path / "run", "7 is", tmp_path / "run" / "checkpoints") == texts[0]
+
+
+def test_an_adapter_of_others_brings_its_own_rank_and_targets(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Made by PEFT on the run's base; the run itself has rank 8 and other targets."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(load_config(trained).model.path, dtype=torch.float32)
+    other = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "asked.txt").write_text("A list\n7 is\n")
+    other_model = {"weights": str(tmp_path / "other"), "foreign": True}
+    shutil.copytree(trained, tmp_path / "run")
+    write_model_folder(tmp_path / "llama", "llama", num_hidden_layers=2)
+    config_file = tmp_path / "run" / "config.yaml"
+    config_file.write_text(config_file.read_text().replace(str(trained.parent / "llama"), str(tmp_path / "llama")))
+    with pytest.raises(UserError, match=r"adapts model.layers.2.*set another --adapter or model.path"):
+        worker.run(Request(run=str(tmp_path / "run"), **other_model), SINGLE)  # type: ignore[arg-type]
+    texts = []
+    for weights in ({"weights": str(tmp_path / "other"), "foreign": True}, {}):
+        asked = {"raw": True, "prompts": str(tmp_path / "asked.txt"), "max_new_tokens": 12, **weights}
+        worker.run(Request(run=str(trained), **asked), SINGLE)  # type: ignore[arg-type]
+        texts.append([json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] != texts[1] == [ask(trained, "A list", None), ask(trained, "7 is", None)]
+
+    config = load_config(trained)
+    ours, _ = load_model(config, None, SINGLE)
+    tuned = peft.PeftModel.from_pretrained(dequantized(Path(config.model.path), ours), tmp_path / "other")
+    ids = torch.tensor([PromptEncoder(ours, config, raw=True).encode(Prompt(place="p", text="7 is"))])
+    theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert tokenizer().decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) == texts[0][1]
+
+
+BAD = [
+    (["RUN", "--temprature", "1"], r"'--temprature' is not understood \(did you mean '--temperature'\?\)"),
+    (["RUN", "--temperature", "hot"], r"--temperature: invalid float value: 'hot'"),
+    (["RUN", "--temperature", "-1"], r"--temperature=-1.0 must be 0"),
+    (["RUN", "--temperature", "0", "--top-k", "5"], r"--top-p and --top-k have no effect"),
+    (["RUN", "--top-p", "2"], r"--top-p=2.0 is not a share"),
+    (["RUN", "--max-new-tokens", "0"], r"--max-new-tokens=0"),
+    (["RUN", "--adapter", "base", "--checkpoint", "step_2"], r"--adapter and --checkpoint both"),
+    (["RUN", "--checkpoint", "step_3"], r"step_3"),
+    (["RUN", "--checkpoint", "best"], r"no best"),
+    (["RUN", "--adapter", "nowhere"], r"--adapter=.*nowhere does not exist"),
+    (["RUN", "--adapter", "dora"], r"dora.adapter_config.json: use_dora=True is not supported .*set another --adapter"),
+    (["RUN", "--raw", "--system", "Hi"], r"--system is a message of a chat"),
+    (["RUN", "--out", "x.jsonl"], r"--out=x.jsonl is where the answers to --prompts go"),
+    (["RUN", "--prompts", "nowhere.txt"], r"--prompts=nowhere.txt is not a file"),
+    (["RUN", "--prompts", "prompts.csv"], r"ends in '.csv'; name a .txt or .jsonl file"),
+    (["RUN", "--prompts", "bad.jsonl"], r"bad.jsonl:2 has neither 'prompt' nor 'messages'"),
+    (["RUN", "--prompts", "good.txt", "--out", "bad.jsonl"], r"--out=bad.jsonl exists already"),
+    (["RUN", "--prompts", "good.txt", "--out", "no/x.jsonl"], r"there is no folder no"),
+    (["RUN", "--processes", "2"], r"several processes cannot share a terminal; add --prompts"),
+    (["RUN", "RUN"], r"one run folder is enough"),
+    (["nowhere"], r"nowhere holds no run"),
+    ([], r"the following arguments are required: RUN"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_ends_with_2_before_torch_is_imported(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "A"}\n{"promt": "B"}\n')
+    (tmp_path / "good.txt").write_text("A list\n")
+    (tmp_path / "dora").mkdir()
+    (tmp_path / "dora" / CONFIG_NAME).write_text('{"peft_type": "LORA", "use_dora": true}')
+    assert command(["generate", *(str(trained) if word == "RUN" else word for word in words)]) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err), captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, distlora_launcher.generate; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"holds no prompt"),
+        ("{", r":1 is not JSON"),
+        ("[1]", r":1 is a list, not an object"),
+        ('{"prompt": 3}', r":1: 'prompt' is .*, not a string"),
+        ('{"prompt": "a", "messages": []}', r"has both"),
+        ('{"messages": [{"role": "usr", "content": "a"}]}', r"'usr' \(did you mean 'user'\?\)"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', r"the last message is the assistant's own"),
+    ],
+)
+def test_a_broken_line_of_prompts_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "asked.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / "asked.jsonl")
+
+
+def test_a_request_reaches_the_worker_as_it_was_made() -> None:
+    request = Request(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, raw=False, top_k=3)
+    assert Request.read(request.as_json()) == request
+
+
+class Terminal:
+    """A program on a pseudo-terminal."""
+
+    def __init__(self, *words: Any) -> None:
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            list(map(str, words)),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # So that \x03 is a SIGINT to it.
+            env=os.environ | {"TERM": "dumb"},
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> str:
+        """Everything up to and with `text`, which is taken out of `seen`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"{text!r} did not come; there is {self.seen!r}"
+            if select.select([self._ours], [], [], 0.2)[0]:
+                self.seen += os.read(self._ours, 4096).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def send(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_a_terminal_gets_a_chat(trained: Path) -> None:
+    """Answers, commands, Ctrl-C while one is written, Ctrl-D."""
+    terminal = Terminal(DISTLORA, "generate", trained, "--max-new-tokens", 450, "--temperature", 1.5)
+    try:
+        started = terminal.wait_for("/reset starts again").splitlines()
+        assert [line.split()[0] for line in started] == ["loading", "loaded", "/reset"], "no words of libraries"
+        assert "prompts go through the chat template; sampling (temperature 1.5); up to 450 tokens" in started[1]
+        terminal.wait_for("> ")
+        terminal.send("/systm\n")
+        terminal.wait_for("there is no /systm (did you mean '/system'?)")
+        terminal.wait_for("> ")
+        terminal.send("/system Be brief.\n")
+        terminal.wait_for("(a new conversation, with this system message)")
+        terminal.wait_for("> ")
+        terminal.send("What is a list?\n")
+        terminal.wait_for("What is a list?\r\n")
+        time.sleep(0.3)  # Some tokens.
+        terminal.send("\x03")
+        assert len(terminal.wait_for("(stopped)")) > 10
+        terminal.wait_for("> ")
+        terminal.send("/reset\n")
+        terminal.wait_for("(a new conversation)")
+        terminal.wait_for("> ")
+        time.sleep(0.3)  # readline misses a signal that comes while it gets ready.
+        terminal.send("\x03")
+        terminal.wait_for("(Ctrl-D or /exit leaves)")
+        terminal.wait_for("> ")
+        terminal.send("word " * 600 + "\n")
+        terminal.wait_for("tokens, and the model has 512 positions")
+        terminal.wait_for("> ")
+        terminal.send("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.close()

@@ -1,0 +1,106 @@
+"""`distlora import axolotl FILE.yaml`: another tool's configuration as a recipe of ours, and what of it is left behind.
+
+The recipe goes to stdout or, with --out, into a file; the report goes to stderr. What was written is composed and
+checked before it leaves, so `distlora train` takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distlora.config import UserError, nearest
+from distlora_launcher.importing.axolotl import convert
+from distlora_launcher.importing.recipe import recipe_text, report
+from distlora_launcher.workers import BAD_INPUT, DONE
+
+TOOLS = ("axolotl",)
+USAGE = "distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]"
+DESCRIPTION = """Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key that
+has no equal here. `distlora train --config-dir FOLDER recipe=NAME` then runs it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; usage: {USAGE}")
+
+
+def main(arguments: list[str]) -> int:
+    """Import the file; return 0, or with --strict 2 when something was not carried."""
+    parser = _Parser(prog="distlora import", usage=USAGE, description=DESCRIPTION)
+    parser.add_argument("tool", help="whose configuration it is: axolotl")
+    parser.add_argument("file", type=Path, help="its YAML file")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs it ran on; its batch grows with it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FOLDER/recipe/NAME.yaml instead of printing")
+    parser.add_argument("--strict", action="store_true", help="end with code 2 if anything was not carried")
+    options = parser.parse_args(arguments)
+    if options.tool not in TOOLS:
+        raise UserError(f"cannot import {options.tool!r}{nearest(options.tool, TOOLS)}; usage: {USAGE}")
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes} is not a number of processes; write --processes 1 or more")
+    if options.out is not None:
+        check_place(options.out)
+    imported = convert(read_yaml(options.file), processes=options.processes)
+    text = recipe_text(imported, source=options.file, processes=options.processes)
+    check_composes(text, options.file, starts_from_adapter="init_from" in imported.section("adapter"))
+    if options.out is None:
+        sys.stdout.write(text)
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+    print(report(imported, source=options.file, out=options.out), file=sys.stderr)
+    return BAD_INPUT if options.strict and imported.not_carried else DONE
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the path of an Axolotl YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML ({reason}); give the path of an Axolotl YAML file") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds no settings; give the path of an Axolotl YAML file, which begins with base_model"
+        )
+    return {str(key): value for key, value in values.items()}
+
+
+def check_place(out: Path) -> None:
+    """Refuse a place where `recipe=NAME` would not find the file, or would find another."""
+    wanted = f"write --out {Path('mine') / 'recipe' / 'NAME.yaml'}"
+    if out.suffix != ".yaml" or out.absolute().parent.name != "recipe":
+        raise UserError(f"--out {out}: a recipe is a .yaml file in a folder named recipe; {wanted}")
+    if re.fullmatch(r"\w[\w-]*", out.stem, re.ASCII) is None:
+        raise UserError(f"--out {out}: {out.stem!r} cannot follow recipe=; use letters, digits, _ and -: {wanted}")
+    if (resources.files("distlora_launcher.conf") / "recipe" / out.name).is_file():
+        raise UserError(f"--out {out}: recipe={out.stem} would find distlora's own recipe; choose another name")
+    if out.exists():
+        raise UserError(f"--out {out} exists; remove it, or choose another name")
+
+
+def check_composes(text: str, source: Path, *, starts_from_adapter: bool) -> None:
+    """Compose the recipe as `distlora train` would. Raises UserError for settings that do not go together.
+
+    The adapter that it may start from is left aside: it need not be on this machine.
+    """
+    from distlora_launcher.compose import compose_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe" / "imported.yaml"
+        recipe.parent.mkdir()
+        recipe.write_text(text, encoding="utf-8")
+        try:
+            aside = ["adapter.init_from=null"] if starts_from_adapter else []
+            compose_config(["recipe=imported", *aside], config_dir=folder)
+        except UserError as error:
+            raise UserError(f"{source} asks for what distlora refuses: {error}") from error

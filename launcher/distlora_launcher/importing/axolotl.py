@@ -1,0 +1,276 @@
+"""Axolotl's settings as ours: what each means there, its default there, and what has no equal.
+
+Read off Axolotl 067b021 (2026-07): its schema, its builders of training arguments and its prompt strategies. Where a
+default of ours differs from Axolotl's, Axolotl's value is written, so that the recipe means what the file meant. Keys
+without an equal are in axolotl_keys.py, data sets in axolotl_data.py, the length of a run in axolotl_steps.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distlora.config import TARGET_PRESETS, UserError
+from distlora_launcher.importing.axolotl_data import convert_data
+from distlora_launcher.importing.axolotl_keys import note_unread
+from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
+from distlora_launcher.importing.keys import Keys
+from distlora_launcher.importing.recipe import Imported
+
+OPTIMIZERS = {
+    "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused", "adamw"),
+    "adamw_8bit": ("adamw_bnb_8bit", "adamw_8bit"),
+    "paged_adamw": ("paged_adamw", "paged_adamw_32bit"),
+    "paged_adamw_8bit": ("paged_adamw_8bit",),
+}
+"""Ours, and the names in Axolotl (mostly transformers') that mean the same update."""
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+OTHER_TRAINING = ("rl", "reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
+
+
+def convert(values: dict[str, Any], *, processes: int) -> Imported:
+    """A parsed Axolotl file as our settings. Raises UserError where nothing sensible can be made of it."""
+    keys, imported = Keys(values), Imported()
+    for name in OTHER_TRAINING:
+        if value := keys.any(name):
+            raise UserError(
+                f"{name}={value!r}: Axolotl trains something else than the next token here, which distlora cannot yet; "
+                "remove the key to import the supervised fine-tuning that is left"
+            )
+    convert_model(keys, imported)
+    convert_adapter(keys, imported, processes)
+    convert_data(keys, imported)
+    convert_batch(keys, imported, processes)
+    convert_optimizer(keys, imported)
+    convert_steps(keys, imported)
+    convert_schedule(keys, imported)
+    convert_precision(keys, imported)
+    convert_tracker(keys, imported)
+    convert_parallel(keys, imported, processes)
+    note_unread(keys, imported)
+    return imported
+
+
+def convert_model(keys: Keys, imported: Imported) -> None:
+    base = keys.text("base_model")
+    if base is None:
+        raise UserError("base_model is not set; is this an Axolotl file? It names the model to fine-tune")
+    model = imported.section("model")
+    model["path"] = base
+    revision = keys.text("revision_of_model", "model_revision")
+    if revision is not None:
+        model["revision"] = revision
+    for name, what in (("base_model_config", "config.json"), ("tokenizer_config", "tokenizer")):
+        other = keys.text(name)
+        if other is not None and other != base:
+            imported.note("refused", f"{name}={other}", f"a model is one folder; put that {what} into a copy of {base}")
+    output = keys.text("output_dir")
+    if output is not None:
+        imported.settings["run_dir"] = output
+    target = keys.text("hub_model_id")
+    if target is not None:
+        imported.note(
+            "unsupported", "hub_model_id", f"nothing is uploaded while training; `distlora push RUN {target}`"
+        )
+
+
+def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
+    kind, in_4bit, in_8bit = keys.text("adapter"), keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
+    if kind not in (None, "lora", "qlora"):
+        raise UserError(
+            f"adapter={kind}: only lora, qlora and none are known here; set adapter: qlora to import the rest"
+        )
+    imported.options["adapter"] = "full" if kind is None else "lora"
+    imported.options["quant"] = "nf4" if kind is not None and (in_4bit or kind == "qlora") else "none"
+    if kind == "qlora" and not in_4bit:
+        imported.note("differs", "load_in_4bit (not set)", "Axolotl refuses qlora without it; the base is kept in NF4")
+    if in_8bit:
+        where = "the base is kept in 16 bits; quant=nf4 takes less than 8 bits would"
+        imported.note("unsupported", "load_in_8bit=true", where)
+    bnb = keys.mapping("bnb_config_kwargs")
+    for name, value in bnb.items():
+        ours = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True}.get(name)
+        if name not in ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype") and value != ours:
+            imported.note("unsupported", f"bnb_config_kwargs.{name}={value}", "4 bits are NF4 with double quantization")
+    if kind is None:
+        for name, value in list(keys.values.items()):
+            if name.startswith(("lora_", "peft_", "loraplus_")) and keys.any(name):
+                imported.note("idle", f"{name}={value}", "there is no adapter")
+        if processes > 1:
+            reason = "adapter=full is replicated: each process holds the model and its optimizer"
+            imported.note("differs", "adapter (not set)", reason)
+        return
+    start = keys.text("lora_model_dir")
+    adapter = imported.section("adapter")
+    if start is not None:
+        adapter["init_from"] = start
+        for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora"):
+            if keys.any(name):
+                imported.note("idle", name, "the adapter in lora_model_dir brings its own")
+    else:
+        _new_adapter(keys, imported, adapter)
+    adapter["lora_dropout"] = keys.number("lora_dropout") or 0.0
+    imported.section("optim")["loraplus_lr_ratio"] = keys.number("loraplus_lr_ratio") or 1.0
+    if saved := keys.words("lora_modules_to_save"):
+        imported.note("refused", f"lora_modules_to_save={_list(saved)}", "embeddings and head stay frozen; remove it")
+
+
+def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> None:
+    rank, alpha = keys.integer("lora_r"), keys.number("lora_alpha")
+    if rank is None or alpha is None:
+        raise UserError("lora_r and lora_alpha are not both set; Axolotl has no default for them: add lora_r: 16, ...")
+    adapter |= {"r": rank, "lora_alpha": alpha, "use_rslora": keys.flag("peft_use_rslora")}
+    adapter["target_modules"] = _targets(keys, imported)
+    for name, ours in (("lora_rank_pattern", "rank_pattern"), ("lora_alpha_pattern", "alpha_pattern")):
+        if pattern := keys.mapping(name):
+            adapter[ours] = pattern
+    start = keys.any("peft_init_lora_weights")
+    adapter["init"] = "gaussian" if start == "gaussian" else "kaiming"
+    if start not in (None, True, "gaussian"):
+        imported.note("unsupported", f"peft_init_lora_weights={start}", "A starts Kaiming-uniform, B is zero")
+
+
+def _targets(keys: Keys, imported: Imported) -> str | list[str]:
+    """What lora_target_linear and lora_target_modules mean together, less the embeddings."""
+    linear, modules = keys.flag("lora_target_linear"), keys.any("lora_target_modules")
+    if isinstance(modules, str) and not linear:
+        return modules  # A regular expression for whole paths, or all-linear: the same in PEFT and here.
+    names = keys.words("lora_target_modules") or []
+    embeddings = [name for name in names if name in EMBEDDINGS]
+    if embeddings:
+        imported.note(
+            "refused", f"lora_target_modules={_list(embeddings)}", "only linears of the blocks are adapted; remove them"
+        )
+    names = [name for name in names if name not in EMBEDDINGS]
+    if linear:
+        extra = [name for name in names if name not in TARGET_PRESETS["all-linear"]]
+        if extra:
+            imported.note(
+                "idle", f"lora_target_modules={_list(extra)}", "lora_target_linear takes every linear already"
+            )
+        return "all-linear"
+    if not names:
+        raise UserError(
+            "neither lora_target_linear nor lora_target_modules names a linear; add lora_target_linear: true"
+        )
+    preset = next((name for name, modules in TARGET_PRESETS.items() if sorted(modules) == sorted(names)), None)
+    return preset or names
+
+
+def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
+    """Rows of a step: micro_batch_size x accumulation x the processes that hold different rows."""
+    micro = keys.integer("micro_batch_size") or 1
+    accumulation, total = keys.integer("gradient_accumulation_steps"), keys.integer("batch_size")
+    if accumulation is None:
+        accumulation = max(1, total // micro) if total else 1
+    shared = 1
+    for name in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
+        size = keys.integer(name) or 1
+        if size > 1:
+            imported.note("unsupported", f"{name}={size}", "each process runs whole rows; the global batch is kept")
+            shared *= size
+    if processes % shared:
+        raise UserError(
+            f"--processes {processes} is no multiple of {shared}, over which the file splits each row "
+            "(context_parallel_size, sequence_parallel_degree, tensor_parallel_size); "
+            "write --processes with the number of GPUs that it ran on"
+        )
+    train = imported.section("train")
+    train["global_batch"] = micro * accumulation * (processes // shared)
+    train["micro_batch"] = micro
+    if not keys.flag("sample_packing") and "pretraining_dataset" not in keys.values:
+        imported.note(
+            "differs",
+            "sample_packing=false" if "sample_packing" in keys.values else "sample_packing (not set)",
+            "documents are always packed here, so a row holds several and an epoch has fewer steps; "
+            "lower train.global_batch for as many documents a step",
+        )
+    if keys.any("eval_batch_size") not in (None, micro):
+        imported.note("idle", "eval_batch_size", "the held-out loss does not depend on it")
+
+
+def convert_optimizer(keys: Keys, imported: Imported) -> None:
+    name = keys.text("optimizer") or "adamw_torch_fused"
+    ours = next((ours for ours, names in OPTIMIZERS.items() if name in names), None)
+    if ours is None:
+        imported.note("unsupported", f"optimizer={name}", f"adamw is written; choose among {', '.join(OPTIMIZERS)}")
+    imported.options["optim"] = ours or "adamw"
+    optim = imported.section("optim")
+    rate = keys.number("learning_rate")
+    if rate is None:
+        raise UserError("learning_rate is not set; Axolotl needs it: add learning_rate: 0.0002")
+    first, second = keys.number("adam_beta1"), keys.number("adam_beta2")
+    norm = keys.number("max_grad_norm")
+    optim |= {
+        "lr": rate,
+        "betas": [0.9 if first is None else first, 0.999 if second is None else second],
+        "eps": keys.number("adam_epsilon") or 1e-8,
+        "weight_decay": keys.number("weight_decay") or 0.0,
+        "max_grad_norm": 1.0 if norm is None else norm,
+    }
+
+
+def convert_precision(keys: Keys, imported: Imported) -> None:
+    """bf16 is Axolotl's default too; 32 bits only where 16 are turned off by name."""
+    bf16, fp16 = keys.any("bf16"), keys.flag("fp16") or keys.flag("float16")
+    if bf16 not in (None, True, False, "auto", "full"):
+        raise UserError(f"bf16={bf16!r} is not auto, true, false or full; correct it in the Axolotl file")
+    whole_bf16, fp32 = keys.flag("bfloat16"), keys.flag("float32")
+    if fp16:
+        imported.note("unsupported", "fp16", "bf16 is written: it has fp32's range and needs no loss scaling")
+    off = fp32 or (bf16 is False and not fp16 and not whole_bf16)
+    train = imported.section("train")
+    train["dtype"] = "fp32" if off else "bf16"
+    checkpointing = keys.any("gradient_checkpointing")
+    train["checkpointing"] = "block" if checkpointing else "none"
+    if isinstance(checkpointing, str) and checkpointing not in ("true", "unsloth"):
+        imported.note("unsupported", f"gradient_checkpointing={checkpointing}", "the blocks' inputs stay on the GPU")
+    seed = keys.integer("seed")
+    train["seed"] = 42 if seed is None else seed
+
+
+def convert_tracker(keys: Keys, imported: Imported) -> None:
+    project, mode, name = keys.text("wandb_project"), keys.text("wandb_mode"), keys.text("wandb_name")
+    entity = keys.text("wandb_entity")
+    used = (keys.flag("use_wandb") or project is not None) and mode != "disabled"
+    imported.options["tracker"] = "wandb" if used else "none"
+    if name is not None:
+        imported.settings["name"] = name
+    if used:
+        if project is not None:
+            imported.section("tracker")["project"] = project
+        if mode not in (None, "online"):
+            imported.note("unsupported", f"wandb_mode={mode}", f"set WANDB_MODE={mode} in the environment")
+        if entity is not None:
+            imported.note("unsupported", "wandb_entity", f"set WANDB_ENTITY={entity} in the environment")
+        return
+    for given, value in (("wandb_entity", entity), ("wandb_mode", mode), ("wandb_project", project)):
+        if value is not None and value != "disabled":
+            imported.note("idle", f"{given}={value}", "nothing is sent to wandb")
+
+
+def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
+    imported.section("cluster")["gpus_per_node"] = processes
+    for name in ("deepspeed", "fsdp", "fsdp_config"):
+        value = keys.any(name)
+        if not value:
+            continue
+        shown = f"{name}={value}" if isinstance(value, str) else name
+        imported.note("idle", shown, "the base is sharded over all processes, adapters are replicated (parallel=fsdp2)")
+        if _offloads(value):
+            imported.note("unsupported", f"{name} (CPU offload)", "the base stays on the GPUs, in 4 bits")
+
+
+def _offloads(value: Any) -> bool:
+    """Whether a DeepSpeed or FSDP setting moves parameters to the host."""
+    if isinstance(value, dict):
+        return any("offload" in str(key) and bool(item) for key, item in value.items()) or any(
+            map(_offloads, value.values())
+        )
+    if isinstance(value, list):
+        return any(map(_offloads, value))
+    return isinstance(value, str) and "offload" in value.lower()
+
+
+def _list(words: list[str]) -> str:
+    return f"[{', '.join(words)}]"

@@ -1,0 +1,106 @@
+"""What an import yields: settings by group, notes on what was left behind, and both as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.config import Config
+
+Group = Literal["differs", "idle", "unsupported", "refused", "unknown"]
+
+HEADINGS: dict[Group, str] = {
+    "differs": "carried with a difference",
+    "idle": "no effect here",
+    "unsupported": "not supported yet",
+    "refused": "refused",
+    "unknown": "unknown",
+}
+CARRIED: tuple[Group, ...] = ("idle",)
+"""Groups that lose nothing of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One key that has no exact equal here."""
+
+    group: Group
+    key: str
+    """As it stands in the file, with its value where that matters."""
+    reason: str
+    """Why, and what to do."""
+
+
+@dataclass(slots=True)
+class Imported:
+    """A configuration in our terms."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    """Chosen option of a config group: {"optim": "adamw_8bit"}."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Sections and single settings, as in a recipe."""
+    notes: list[Note] = field(default_factory=list)
+
+    def section(self, name: str) -> dict[str, Any]:
+        return self.settings.setdefault(name, {})
+
+    def note(self, group: Group, key: str, reason: str) -> None:
+        self.notes.append(Note(group, key, reason))
+
+    @property
+    def not_carried(self) -> list[Note]:
+        return [note for note in self.notes if note.group not in CARRIED]
+
+
+def recipe_text(imported: Imported, *, source: Path, processes: int) -> str:
+    """The recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
+    many = f"{processes} processes" if processes > 1 else "one process"
+    lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} (Axolotl), for {many}."]
+    lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in imported.options.items()), ""]
+    sections = typing.get_type_hints(Config)
+    lines += [f"{name}: {_line(value)}" for name, value in imported.settings.items() if isinstance(value, str)]
+    for name, section in sections.items():
+        values = imported.settings.get(name)
+        if isinstance(values, dict) and values:
+            names = [item.name for item in dataclasses.fields(section) if item.name in values]
+            assert len(names) == len(values), f"{name} has no such settings: {set(values) - set(names)}"
+            lines += [f"{name}:", *(f"  {key}: {_line(values[key])}".replace(": \n", ":\n") for key in names)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(value: Any) -> str:
+    """A value as YAML on one line, or one line an item for a list of mappings."""
+    import yaml
+
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "".join(f"\n    - {_line(item)}" for item in value)
+    text = yaml.safe_dump(_escaped(value), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _escaped(value: Any) -> Any:
+    """OmegaConf reads ${...} as a reference; what another tool wrote is plain text."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
+
+
+def report(imported: Imported, *, source: Path, out: Path | None) -> str:
+    """What the terminal says: where the recipe is, and every key that was not carried as it is, by group."""
+    lines = []
+    for group, heading in HEADINGS.items():
+        notes = [note for note in imported.notes if note.group == group]
+        if notes:
+            lines += [f"{heading}:", *(f"  {note.key}: {note.reason}" for note in notes)]
+    lost = len(imported.not_carried)
+    lines.append(f"imported {source}; " + (f"not carried exactly: {lost}" if lost else "everything was carried"))
+    if out is not None:
+        folder = out.parent.parent
+        lines.append(f"wrote {out}; run it with `distlora train --config-dir {folder} recipe={out.stem}`")
+    return "\n".join(lines)

@@ -1,0 +1,387 @@
+"""`distlora import axolotl`: what the file meant is written out, what has no equal is named, and the recipe runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distlora.config import Config, UserError
+from distlora.data.chat import NAMED
+from distlora_launcher.compose import compose_config
+from distlora_launcher.importing import main
+from distlora_launcher.importing.axolotl import convert
+from distlora_launcher.importing.axolotl_data import NEAR_TEMPLATES, TEMPLATES
+from distlora_launcher.importing.axolotl_keys import NEARBY
+from distlora_launcher.importing.recipe import Imported, recipe_text
+
+GOLDEN = Path(__file__).parent / "golden" / "axolotl"
+FILES = sorted(path.stem for path in GOLDEN.glob("*.yml"))
+LEAST: dict[str, Any] = {
+    "base_model": "/model",
+    "datasets": [{"path": "/chats.jsonl", "type": "chat_template"}],
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+    "learning_rate": "2e-4",
+    "sample_packing": True,
+}
+
+
+def composed(imported: Imported, tmp_path: Path) -> Config:
+    """The Config that `distlora train --config-dir tmp_path recipe=imported` runs."""
+    place = tmp_path / "recipe" / "imported.yaml"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(recipe_text(imported, source=Path("axolotl.yml"), processes=1))
+    return compose_config(["recipe=imported"], config_dir=str(tmp_path))
+
+
+def reported(imported: Imported, group: str) -> list[str]:
+    return [note.key for note in imported.notes if note.group == group]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_recipe_and_report(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)  # The report names the file as it was given.
+    assert main(["axolotl", f"{name}.yml", "--processes", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == Path(f"{name}.recipe.yaml").read_text()
+    assert captured.err == Path(f"{name}.report.txt").read_text()
+
+
+def test_there_are_golden_files_of_each_kind() -> None:
+    assert len(FILES) == 4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_key_is_dropped_silently(name: str) -> None:
+    """Whatever the value of any key becomes, the recipe, the report or a refusal shows it."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, bool):
+            return not value
+        return (
+            value * 2 + 1 if isinstance(value, (int, float)) else type(value)("odd" if isinstance(value, str) else [])
+        )
+
+    values = yaml.safe_load((GOLDEN / f"{name}.yml").read_text())
+    before = convert(values, processes=2)
+    for key, value in values.items():
+        if not value and value != 0:
+            continue  # Off in the file: that it stays unmentioned is the claim of other tests.
+        try:
+            shown = convert(values | {key: other(value)}, processes=2) != before
+        except UserError as error:
+            shown = key in str(error)
+        assert shown or key in reported(before, "unknown"), key
+
+
+@pytest.mark.parametrize("value", [None, False, ""])
+def test_what_is_off_is_not_mentioned(value: Any) -> None:
+    off = dict.fromkeys(("neftune_noise_alpha", "tf32", "relora", "lora_modules_to_save", "hub_model_id"), value)
+    assert convert(LEAST | off, processes=1).notes == convert(LEAST, processes=1).notes
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_recipe_written_to_out_runs_by_its_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "mine" / "recipe" / f"{name}.yaml"
+    assert main(["axolotl", str(GOLDEN / f"{name}.yml"), "--processes", "2", "--out", str(out)]) == 0
+    assert f"--config-dir {tmp_path / 'mine'} recipe={name}" in capsys.readouterr().err
+    config = compose_config([f"recipe={name}"], config_dir=str(tmp_path / "mine"))
+    assert config.model.path == yaml.safe_load((GOLDEN / f"{name}.yml").read_text())["base_model"]
+
+
+def test_strict_ends_with_2_unless_everything_was_carried(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--processes", "2", "--strict"]
+    codes = {name: main(["axolotl", str(GOLDEN / f"{name}.yml"), *arguments]) for name in FILES}
+    assert codes == {name: 0 if name == "mistral_7b_qlora" else 2 for name in FILES}
+    assert "everything was carried" in capsys.readouterr().err
+
+
+def test_defaults_of_axolotl_are_written_where_ours_differ(tmp_path: Path) -> None:
+    config = composed(convert(LEAST, processes=1), tmp_path)
+    assert (config.adapter.use_rslora, config.adapter.scaling_of("q_proj")) == (False, 0.5)
+    assert (config.train.seed, config.train.keep, config.train.checkpointing) == (42, 4, "none")
+    assert (config.data.sequence_length, config.data.too_long, config.data.eval_fraction) == (512, "drop", 0.0)
+    assert (config.tracker.name, config.optim.lr, config.optim.max_grad_norm) == ("none", 2e-4, 1.0)
+    assert (config.train.global_batch, config.optim.schedule, config.quant.method) == (1, "cosine", "nf4")
+
+
+def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
+    values = LEAST | {"micro_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert convert(values, processes=1).settings["train"]["global_batch"] == 8
+    assert convert(values, processes=8).settings["train"]["global_batch"] == 64
+    assert convert(values | {"context_parallel_size": 4}, processes=8).settings["train"]["global_batch"] == 16
+    by_total = LEAST | {"micro_batch_size": 2, "batch_size": 10}
+    assert convert(by_total, processes=2).settings["train"]["global_batch"] == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_steps": 1000, "warmup_steps": 10}, {"warmup_ratio": 0.01}),
+        ({"max_steps": 10_000}, {"warmup_ratio": 0.01}),  # Axolotl's 3 %, at most 100 steps.
+        ({"warmup_ratio": 0.1}, {"warmup_ratio": 0.1}),
+        ({"warmup_steps": 0}, {"warmup_ratio": 0.0}),
+        ({"warmup_steps": 10}, {"warmup_ratio": 0.03}),
+        ({"lr_scheduler": "constant", "warmup_ratio": 0.1}, {"schedule": "constant", "warmup_ratio": 0.0}),
+        ({"lr_scheduler": "constant_with_warmup", "warmup_ratio": 0.1}, {"schedule": "constant", "warmup_ratio": 0.1}),
+        ({"cosine_min_lr_ratio": 0.1}, {"min_lr_ratio": 0.1}),
+        (
+            {
+                "lr_scheduler": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear"},
+                "max_steps": 100,
+            },
+            {"schedule": "warmup_stable_decay", "decay_ratio": 0.2},
+        ),
+        ({"optimizer": "paged_adamw_32bit", "adam_beta2": 0.95}, {"betas": [0.9, 0.95]}),
+    ],
+)
+def test_optimizer_and_schedule(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    imported = convert(LEAST | given, processes=1)
+    optim = imported.settings["optim"]
+    assert {name: optim[name] for name in expected} == expected
+    composed(imported, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "save_every", "eval_every"),
+    [
+        ({"save_steps": 50, "eval_steps": 25}, 50, 25),
+        ({"saves_per_epoch": 1, "num_epochs": 1}, None, None),  # At the end, which is always saved.
+        ({"saves_per_epoch": 4, "evals_per_epoch": 2, "max_steps": 90, "num_epochs": 1}, 23, 45),
+        ({"save_steps": 0.25, "max_steps": 100}, 25, None),
+        ({"save_strategy": "no", "num_epochs": 3}, None, None),
+        ({"save_strategy": False, "num_epochs": 3}, None, None),  # How YAML reads a bare no.
+        ({"saves_per_epoch": 1, "num_epochs": 0.5, "max_steps": 9}, None, None),
+        ({"num_epochs": 3, "max_steps": 300}, 100, None),  # Axolotl saves after every epoch.
+    ],
+)
+def test_saves_and_evaluations_become_steps(
+    given: dict[str, Any], save_every: int | None, eval_every: int | None
+) -> None:
+    imported = convert(LEAST | {"val_set_size": 0.1} | given, processes=1)
+    train = imported.settings["train"]
+    assert (train["save_every"], train["eval_every"]) == (save_every, eval_every)
+    assert not reported(imported, "unsupported")
+
+
+def test_saves_an_epoch_are_named_where_the_steps_of_an_epoch_are_unknown() -> None:
+    imported = convert(LEAST | {"num_epochs": 2, "evals_per_epoch": 4, "val_set_size": 0.1}, processes=1)
+    assert reported(imported, "unsupported") == ["save_steps (not set: every epoch)", "evals_per_epoch=4"]
+
+
+BARE = {"format": "{instruction}", "no_input_format": "{instruction}"}
+PLACE = {"name": "v2", "split": "test", "revision": "abc"}
+SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"type": "chat_template"}, {"format": "chat"}),
+        ({"type": "chat_template", "field_messages": "m"}, {"format": "chat", "columns": {"messages": "m"}}),
+        ({"type": "chat_template", "field_messages": "conversations"} | SHAREGPT, {"format": "sharegpt"}),
+        ({"type": "chat_template", "field_tools": "f"}, {"format": "chat", "columns": {"tools": "f"}}),
+        ({"type": "sharegpt"}, {"format": "sharegpt"}),
+        ({"type": "completion"}, {"format": "text"}),
+        ({"type": "completion", "field": "body"}, {"format": "text", "columns": {"text": "body"}}),
+        ({"type": "alpaca"}, {"format": "alpaca"}),
+        (
+            {"type": "alpaca_w_system.load_open_orca"},
+            {
+                "format": "alpaca",
+                "columns": {"system": "system_prompt", "instruction": "question", "output": "response"},
+            },
+        ),
+        (
+            {"type": {"field_instruction": "q", "field_output": "a"} | BARE},
+            {"format": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}},
+        ),
+        ({"type": "input_output"}, {"format": "auto"}),
+        ({"type": "chat_template"} | PLACE, PLACE),
+    ],
+)
+def test_a_data_set(entry: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    imported = convert(LEAST | {"datasets": [{"path": "/d.jsonl"} | entry]}, processes=1)
+    data = imported.settings["data"]
+    assert {name: data[name] for name in expected} == expected
+    assert ("columns" in data) == ("columns" in expected)
+    assert composed(imported, tmp_path).data.path == "/d.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("entry", "group", "key"),
+    [
+        ({"type": "input_output"}, "refused", "datasets[0].type=input_output"),
+        ({"type": "gpteacher"}, "refused", "datasets[0].type=gpteacher"),
+        ({"type": {"format": "Q: {instruction}"}}, "refused", "datasets[0].type (a format of its own)"),
+        ({"type": "chat_template", "train_on_eos": "all"}, "unsupported", "datasets[0].train_on_eos"),
+        ({"type": "chat_template", "roles": {"assistant": ["bot"]}}, "refused", "datasets[0].roles.assistant"),
+        ({"type": "chat_template", "rolse": 1}, "unknown", "datasets[0].rolse"),
+        ({"type": "chat_template", "shards": 4}, "unsupported", "datasets[0].shards"),
+        ({"type": "chat_template", "data_files": ["a.json"]}, "unsupported", "datasets[0].data_files"),
+        ({"type": "completion", "roles_to_train": ["user"]}, "idle", "datasets[0].roles_to_train"),
+        ({"type": "chat_template", "roles_to_train": ["user"]}, "unsupported", "datasets[0].roles_to_train"),
+        ({"path": "s3://bucket/x", "type": "chat_template"}, "unsupported", "datasets[0].path=s3://bucket/x"),
+    ],
+)
+def test_what_a_data_set_cannot_be_here_is_named(entry: dict[str, Any], group: str, key: str) -> None:
+    imported = convert(LEAST | {"datasets": [{"path": "org/data"} | entry]}, processes=1)
+    assert key in reported(imported, group)
+
+
+@pytest.mark.parametrize("given", [{"train_on_inputs": True}, {"roles": ["user", "assistant"]}])
+def test_other_turns_than_the_assistants(given: dict[str, Any], tmp_path: Path) -> None:
+    entry = {"path": "/d.jsonl", "type": "chat_template", "roles_to_train": given.get("roles", ["assistant"])}
+    inputs = {"train_on_inputs": given.get("train_on_inputs", False)}
+    imported = convert(LEAST | {"datasets": [entry]} | inputs, processes=1)
+    assert composed(imported, tmp_path).data.train_on == "all"
+    assert {"train_on_inputs", "datasets[0].roles_to_train"} & set(reported(imported, "differs"))
+
+
+def test_several_files_and_data_sets_become_sources(tmp_path: Path) -> None:
+    files = {"path": "json", "data_files": ["/a.json", "/b.json"], "type": "chat_template"}
+    values = LEAST | {"datasets": [files, {"path": "org/more", "type": "sharegpt", "split": "train[:5%]"}]}
+    config = composed(convert(values, processes=1), tmp_path)
+    assert [source.path for source in config.data.sources] == ["/a.json", "/b.json", "org/more"]
+    assert [source.format for source in config.data.sources] == ["chat", "chat", "sharegpt"]
+    assert config.data.sources[2].split == "train[:5%]"
+
+
+def test_pretraining_data_streams_as_plain_text(tmp_path: Path) -> None:
+    values = {key: value for key, value in LEAST.items() if key != "datasets"}
+    values |= {"pretraining_dataset": [{"path": "org/text", "text_column": "body"}], "max_steps": 100}
+    config = composed(convert(values, processes=1), tmp_path)
+    assert (config.data.streaming, config.data.format, config.data.columns) == (True, "text", {"text": "body"})
+    assert config.data.too_long == "split"
+
+
+def test_test_data_sets_are_held_out(tmp_path: Path) -> None:
+    values = LEAST | {"test_datasets": [{"path": "/chats.jsonl", "split": "test", "type": "chat_template"}]}
+    config = composed(convert(values, processes=1), tmp_path)
+    assert config.data.held_out_source is not None
+    assert (config.data.held_out_source.path, config.data.held_out_source.split) == ("/chats.jsonl", "test")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, "qv"),
+        ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "down_proj"]}, ("q_proj", "down_proj")),
+        ({"lora_target_linear": None, "lora_target_modules": r"model\.layers.*q_proj"}, r"model\.layers.*q_proj"),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, "all-linear"),
+    ],
+)
+def test_target_modules(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    assert composed(convert(LEAST | given, processes=1), tmp_path).adapter.target_modules == expected
+
+
+def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path: Path) -> None:
+    values = LEAST | {"lora_model_dir": "/absent", "lora_dropout": 0.1}
+    imported = convert(values, processes=1)
+    assert imported.settings["adapter"] == {"init_from": "/absent", "lora_dropout": 0.1}
+    assert "lora_r" in reported(imported, "idle")
+    file = tmp_path / "axolotl.yml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["axolotl", str(file)]) == 0  # The adapter need not be on the machine that imports.
+
+
+def test_without_an_adapter_everything_is_trained(tmp_path: Path) -> None:
+    values = LEAST | {"adapter": None, "load_in_4bit": False}
+    config = composed(convert(values, processes=1), tmp_path)
+    assert (config.adapter.method, config.quant.method) == ("full", "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rl": "dpo"}, "rl='dpo'"),
+        ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),
+        ({"base_model": None}, "base_model is not set"),
+        ({"learning_rate": None}, "learning_rate is not set"),
+        ({"lora_r": None}, "lora_r"),
+        ({"lora_target_linear": False}, "add lora_target_linear: true"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' is not a number"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size=1.5 is not a whole number"),
+        ({"sample_packing": "perhaps"}, "is not true or false"),
+        ({"special_tokens": ["a"]}, "is not a mapping"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as raised:
+        convert(LEAST | given, processes=1)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "usage: distlora import axolotl FILE.yaml"),
+        (["axolotl", "absent.yml"], "No such file"),
+        (["unsloth", "x.yml"], "cannot import 'unsloth'"),
+        (["axolotl", "{file}", "--processes", "0"], "--processes 0"),
+        (["axolotl", "{tools}", "--processes", "3"], "no multiple of 2"),
+        (["axolotl", "{file}", "--out", "x.yaml"], "a folder named recipe"),
+        (["axolotl", "{file}", "--out", "recipe/x y.yaml"], "cannot follow recipe="),
+        (["axolotl", "{file}", "--out", "recipe/qlora.yaml"], "distlora's own recipe"),
+        (["axolotl", "{file}", "--outt", "x"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_command_line_says_what_to_type(arguments: list[str], expected: str) -> None:
+    file = str(GOLDEN / "mistral_7b_qlora.yml")
+    tools = str(GOLDEN / "tool_use_chat.yml")
+    with pytest.raises(UserError) as raised:
+        main([word.format(file=file, tools=tools) for word in arguments])
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a: [", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")]
+)
+def test_a_file_that_is_no_configuration_is_refused(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.yml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        main(["axolotl", str(file)])
+
+
+def test_settings_that_do_not_go_together_are_refused_by_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yml"
+    file.write_text(yaml.safe_dump(LEAST | {"streaming": True}))
+    with pytest.raises(UserError, match=r"x\.yml asks for what distlora refuses: .*train\.max_steps"):
+        main(["axolotl", str(file)])
+
+
+def test_an_existing_recipe_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "recipe" / "mine.yaml"
+    out.parent.mkdir()
+    out.write_text("")
+    with pytest.raises(UserError, match="exists"):
+        main(["axolotl", str(GOLDEN / "mistral_7b_qlora.yml"), "--out", str(out)])
+
+
+def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
+    config = composed(convert(LEAST | {"wandb_name": "a-${b}: c"}, processes=1), tmp_path)
+    assert config.name == "a-${b}: c"
+
+
+def test_names_that_a_typo_may_have_meant_are_known() -> None:
+    for name in NEARBY.split():
+        assert name not in reported(convert(LEAST | {name: LEAST.get(name)}, processes=1), "unknown"), name
+
+
+def test_a_mistyped_key_is_named_with_the_nearest() -> None:
+    imported = convert(LEAST | {"lora_alhpa": 3}, processes=1)
+    (note,) = [note for note in imported.notes if note.group == "unknown"]
+    assert note.key == "lora_alhpa"
+    assert "did you mean 'lora_alpha'?" in note.reason
+
+
+def test_templates_are_ours() -> None:
+    assert set(TEMPLATES.values()) | {ours for ours, _ in NEAR_TEMPLATES.values()} <= set(NAMED)

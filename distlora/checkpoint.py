@@ -10,7 +10,9 @@ the manifest tells of later damage.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import math
 import platform
 import shutil
 from collections.abc import Mapping
@@ -41,6 +43,20 @@ class Progress:
     tokens: int = 0
     """Tokens in the rows of the steps, over all ranks; empty rows do not count."""
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss of what was trained (not of the base); None before there is one."""
+        trained = {step: loss for step, loss in self.evaluations.items() if step > 0}
+        return min(trained, key=trained.__getitem__) if trained else None
+
+    def evaluations_since_best(self, threshold: float) -> int:
+        """Evaluations since one was more than `threshold` below all before it; the base's is the first."""
+        best, since = math.inf, 0
+        for _, loss in sorted(self.evaluations.items()):
+            since = 0 if loss < best - threshold else since + 1
+            best = min(best, loss)
+        return since
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
@@ -69,7 +85,9 @@ def environment(world: int, device: torch.device) -> dict[str, Any]:
         "ranks": world,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "distlora": importlib.metadata.version("distlora"),
         "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
     }
 
@@ -79,8 +97,7 @@ def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], 
 
     The folder appears complete or not at all; an older one of the same name is set aside first, then removed.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_of(folder)
     temporary.mkdir(parents=True)
     try:
         write_files(temporary, {**files, STATE_NAME: asdict(state)})
@@ -89,6 +106,13 @@ def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], 
         publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # Of a failed save: half a checkpoint may be what fills the disk.
+
+
+def temporary_of(folder: Path) -> Path:
+    """Where to write what `publish` will give the name `folder`; what an earlier attempt left there is removed."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
 
 
 def publish(temporary: Path, folder: Path) -> None:

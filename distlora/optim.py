@@ -1,9 +1,14 @@
-"""The optimizer of the trained parameters and the schedule of its learning rate."""
+"""The optimizer of the trained parameters and the schedule of its learning rate.
+
+Two kinds behind one interface: torch's AdamW in one fused pass, and bitsandbytes' 8-bit and paged ones. Both skip a
+step that is not `ok`, a flag on the device: an update with NaN in it would destroy the state that is saved afterwards.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,42 +16,142 @@ from torch import Tensor, nn
 from distlora.config import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) in one fused pass. The learning rate is set before every step (`learning_rate`)."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+class Optimizer(ABC):
+    """Updates named parameters; its state goes to checkpoints as flat tensors."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], inner: torch.optim.Optimizer) -> None:
+        self.parameters = parameters
+        self.inner = inner
+
+    def step(self, lr: float, ok: Tensor) -> None:
+        """One update at learning rate `lr` (times the ratio of each group); none where `ok` (() bool) is false."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        self._update(ok)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state as `<state>/<parameter>`; numbers as () tensors."""
+        return {
+            f"{key}/{name}": torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for key, value in self.inner.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`, before the first step."""
+        for name in {path.partition("/")[2] for path in tensors}:
+            self._prepare(self.parameters[name])
+        for path, tensor in tensors.items():
+            key, _, name = path.partition("/")
+            self._load(self.inner.state[self.parameters[name]], key, tensor, self.parameters[name].device)
+
+    @abstractmethod
+    def _update(self, ok: Tensor) -> None: ...
+
+    @abstractmethod
+    def _prepare(self, parameter: nn.Parameter) -> None:
+        """Make the state of a parameter that `_load` fills."""
+
+    @abstractmethod
+    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None: ...
+
+
+class FusedAdamW(Optimizer):
+    """torch.optim.AdamW(fused=True), on CPUs and GPUs."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        groups = parameter_groups(parameters, config)
+        inner = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+        super().__init__(parameters, inner)
+
+    def _update(self, ok: Tensor) -> None:
+        # The kernel's own switch, made for loss scaling: with 1 it leaves parameters, moments and step counts alone.
+        self.inner.found_inf = (~ok).float()  # type: ignore[attr-defined]
+        self.inner.step()
+
+    def _prepare(self, parameter: nn.Parameter) -> None:
+        pass
+
+    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None:
+        state[key] = tensor.to(device)
+
+
+class BitsAndBytesAdamW(Optimizer):
+    """bitsandbytes' AdamW: moments in 8 bits in blocks of 256 (arXiv 2110.02861; tensors below 4,096 elements stay
+    fp32), or paged, or both. The host reads `ok` in every step, since its kernels have no switch."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        from bitsandbytes import optim
+
+        classes = {
+            "adamw_8bit": optim.AdamW8bit,
+            "paged_adamw": optim.PagedAdamW32bit,
+            "paged_adamw_8bit": optim.PagedAdamW8bit,
+        }
+        inner = classes[config.name](
+            parameter_groups(parameters, config),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        super().__init__(parameters, inner)
+
+    def _update(self, ok: Tensor) -> None:
+        if bool(ok):
+            self.inner.step()
+
+    def _prepare(self, parameter: nn.Parameter) -> None:
+        # Its own constructor of state, so that a paged moment is paged again.
+        for group_index, group in enumerate(self.inner.param_groups):
+            for index, member in enumerate(group["params"]):
+                if member is parameter:
+                    self.inner.init_state(group, parameter, group_index, index)  # type: ignore[attr-defined]
+
+    def _load(self, state: dict[str, Any], key: str, tensor: Tensor, device: torch.device) -> None:
+        if isinstance(state[key], Tensor):
+            state[key].copy_(tensor)
+        else:
+            state[key] = int(tensor)
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> Optimizer:
+    """The optimizer that `config.name` means, over parameters by name."""
+    return FusedAdamW(parameters, config) if config.name == "adamw" else BitsAndBytesAdamW(parameters, config)
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """One group, or with LoRA+ (arXiv 2402.12354) the B matrices in one of their own, at a higher learning rate."""
+    ratio = config.loraplus_lr_ratio
+    faster = {name for name in parameters if ratio != 1 and name.endswith(".B")}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in faster], "lr_ratio": 1.0},
+        {"params": [p for name, p in parameters.items() if name in faster], "lr_ratio": ratio},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The rate of the update that ends step `step` (from 0 to total_steps - 1).
 
-    Linear from lr/warm-up to lr over the warm-up steps, then cosine or linear down to 0 at total_steps, or constant.
+    Linear from lr/warm-up to lr over the warm-up steps; then cosine or linear down to min_lr_ratio * lr at total_steps,
+    constant, or constant with a linear fall over the last decay steps (warmup_stable_decay, arXiv 2404.06395).
     """
     warmup = round(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (1 - progress) if config.schedule == "linear" else config.lr
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named `<state>/<parameter>`, for safetensors."""
-    return {
-        f"{key}/{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`: everything goes to its parameter's device."""
-    for name, tensor in tensors.items():
-        key, _, path = name.partition("/")
-        parameter = parameters[path]
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+    if config.schedule == "warmup_stable_decay":
+        start = total_steps - round(config.decay_ratio * total_steps)
+    else:
+        start = warmup
+    progress = max(step - start, 0) / max(total_steps - start, 1)
+    shape = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "warmup_stable_decay": 1 - progress,
+    }[config.schedule]
+    floor = config.min_lr_ratio if config.schedule != "constant" else 0.0
+    return config.lr * (floor + (1 - floor) * shape)

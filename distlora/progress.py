@@ -1,6 +1,7 @@
 """The terminal of rank 0 while a run goes on: a live bar, or a line every few seconds, and lines that stay between.
 
-Shown of a step's figures, where present: `loss`, `lr`, `tokens_per_second`, `peak_memory_bytes`, and the time left.
+Shown of a step's figures, where present: `loss`, the last `eval_loss`, `lr`, `tokens_per_second`, `mfu`,
+`peak_memory_bytes`, and the time left. Colour is rich's business, which respects NO_COLOR and terminals without any.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Pace:
 
 
 def figures(metrics: Mapping[str, float]) -> str:
-    """`loss 3.2140  lr 1.9e-04  12,345 tok/s  1.23 GiB`, of what there is."""
+    """`loss 3.2140  held-out 3.3012  lr 1.9e-04  12,345 tok/s  MFU 41%  1.23 GiB`, of what there is."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.4f}",
+        "eval_loss": lambda value: f"held-out {value:.4f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
+        "mfu": lambda value: f"MFU {value:.0%}",
         "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
     }
     return "  ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)

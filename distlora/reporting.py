@@ -2,8 +2,9 @@
 
 Every rank constructs a `Reporter` and calls it alike; only rank 0 writes, and the check is in here. A line of
 metrics.jsonl is `{"step": s, "time": seconds since 1970, ...}` with either the figures of a training step or those of a
-held-out evaluation (`eval_loss`); numbers that JSON cannot hold (NaN, infinity) are null. wandb is imported nowhere
-else, and only when a run starts: it may be absent on a machine that only trains.
+held-out evaluation (`eval_loss`); numbers that JSON cannot hold (NaN, infinity) are null. RUN/samples.jsonl holds what
+the model wrote between steps, `{"step", "prompt", "text"}`. wandb is imported nowhere else, and only when a run starts:
+it may be absent on a machine that only trains.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,9 @@ from distlora.progress import display
 
 EXIT_STOPPED = 75
 """Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
+
+SHOWN_CHARACTERS = 100
+"""Of a sample, on the terminal; samples.jsonl has it whole."""
 
 WANDB_FINISH_SECONDS = 60.0
 """How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
@@ -50,6 +54,9 @@ class Reporter:
         path = run_dir / "metrics.jsonl"
         self._evaluated = _keep_steps(path, start_step)
         self._metrics = path.open("a", encoding="utf-8")
+        self._samples = run_dir / "samples.jsonl"
+        _keep_steps(self._samples, start_step)
+        self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step)
         self._wandb = (
             _start_wandb(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
@@ -59,7 +66,7 @@ class Reporter:
         """The figures of one training step (counted from 1)."""
         if self._writes:
             self._record(step, metrics)
-            self._display.step(step, metrics)
+            self._display.step(step, {**metrics, **self._held_out})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out figures (`eval_loss`, nats a token) after `step` steps; the same step again adds no line."""
@@ -67,8 +74,27 @@ class Reporter:
             return
         self._evaluated.add(step)
         self._record(step, metrics)
+        self._held_out = dict(metrics)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._display.say(f"held-out documents after step {step}: {shown}")
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """What the model writes after `step` steps: (prompt, text) pairs."""
+        if not self._writes:
+            return
+        lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        for prompt, text in samples:
+            # As JSON: one line, whatever the model wrote.
+            shown = " -> ".join(json.dumps(part, ensure_ascii=False) for part in (prompt, text))
+            shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 3] + "..."
+            self._display.say(f"after step {step}: {shown}")
+        if self._wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=["step", "prompt", "text"], data=[list(line.values()) for line in lines])
+            self._wandb.log({"samples": table}, step=step)
 
     def event(self, text: str) -> None:
         """One line for the person who watches; not kept with the figures."""
@@ -130,7 +156,7 @@ def _plain(value: float) -> float | None:
 
 
 def _keep_steps(path: Path, start_step: int) -> set[int]:
-    """Drop the lines of steps after `start_step` from metrics.jsonl; returns the steps with a held-out evaluation.
+    """Drop the lines of steps after `start_step` from a file of them; returns the steps with a held-out evaluation.
 
     A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is not JSON was cut
     off by a kill, and its step is done again.

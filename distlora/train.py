@@ -7,8 +7,8 @@ continues from the newest whole one.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,15 +25,12 @@ from distlora.data.prepare import open_split
 from distlora.loading.segments import fingerprint
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import CausalLM, build_model, count_parameters, materialize_buffers
-from distlora.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from distlora.parallel import Ranks, join_ranks, leave_ranks, parallelize
-from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.optim import build_optimizer
+from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, parallelize
+from distlora.peft_format import load_initial_adapter
 from distlora.reporting import Reporter
-from distlora.trainer import Trainer, peak_memory_bytes
-
-MODEL_NAME = "model.safetensors"
-COMPANIONS = (".json", ".jinja", ".txt", ".model")
-"""What of a base's folder goes into RUN/model beside the weights, by suffix."""
+from distlora.results import BEST_NAME, finish, publish_result, restore, weight_files
+from distlora.trainer import Hooks, Trainer, peak_memory_bytes
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
@@ -41,7 +38,10 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     config = load_config(run_dir)
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    identity = Identity(base_fingerprint=fingerprint(Path(config.model.path)), data_cache=data_cache(run_dir))
+    data = json.loads((run_dir / "data.json").read_text())
+    # Of the tokenized cache, its name: the hash of what is in it.
+    identity = Identity(base_fingerprint=fingerprint(Path(config.model.path)), data_cache=Path(data["cache"]).name)
+    chat_template: str | None = data["chat_template"]
     newest, damaged = checkpoint.newest(run_dir / "checkpoints")
     progress = Progress()
     if newest is not None:
@@ -60,22 +60,29 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         materialize_buffers(model, ranks.device)
         reset_adapters(model.adapted_linears(), config.adapter, seed=config.train.seed)
         trained = trained_parameters(model)
-        optimizer = build_optimizer(trained.values(), config.optim)
+        optimizer = build_optimizer(trained, config.optim)
         if newest is not None:
-            restore(newest, model, trained, optimizer)
+            restore(newest, model, optimizer)
             reporter.event(f"continuing from {newest.name}")
+        elif config.adapter.init_from is not None:
+            load_initial_adapter(model, config)
+            reporter.event(f"starting from the adapter in {config.adapter.init_from}")
         backend.reduce_gradients_of(list(trained.values()), config.parallel.bucket_mb)
         describe(reporter, model, loaded, config)
         describe_steps(reporter, loader, total_steps)
 
         def save(progress: Progress) -> None:
             if backend.writes:
-                names: dict[torch.Tensor, str] = {parameter: name for name, parameter in trained.items()}
-                files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer_tensors(optimizer, names)}
+                files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer.state_tensors()}
                 environment = checkpoint.environment(ranks.world, ranks.device)
                 state = TrainState(progress=progress, identity=identity, environment=environment)
                 checkpoint.save(run_dir / "checkpoints" / f"step_{progress.step:08d}", files, state)
                 checkpoint.prune(run_dir / "checkpoints", config.train.keep)
+            backend.barrier()
+
+        def publish_best(progress: Progress) -> None:
+            if backend.writes:
+                publish_result(run_dir / BEST_NAME, model, config, chat_template)
             backend.barrier()
 
         trainer = Trainer(
@@ -88,12 +95,12 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             total_steps=total_steps,
             reporter=reporter,
             config=config,
-            save=save,
+            hooks=Hooks(save=save, publish_best=publish_best, sample=sample_hook(model, backend, config, reporter)),
         )
         trainer.fit()
         summarize(reporter, trainer, loaded, trained)
         if backend.writes:
-            reporter.event(f"saved {publish_result(run_dir, model, config)}")
+            reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template)}")
         backend.barrier()
 
 
@@ -121,32 +128,20 @@ def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, 
     return train, loader("eval", shuffle=False)
 
 
-def data_cache(run_dir: Path) -> str:
-    """The name of the run's tokenized cache: the hash of what is in it."""
-    return Path(json.loads((run_dir / "data.json").read_text())["cache"]).name
+def sample_hook(model: CausalLM, backend: Backend, config: Config, reporter: Reporter) -> Callable[[int], None] | None:
+    """Shows what the model writes, where the config asks for samples. UserError for a prompt that cannot be asked."""
+    if config.train.sample_every is None:
+        return None
+    # Here, as it imports much of transformers that other runs need not.
+    from distlora.generation.sampler import Sampler
+
+    sampler = Sampler(model, backend, config)
+    return lambda step: reporter.samples(step, sampler())
 
 
 def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
     """What the optimizer updates, by name, in forward order: the adapters, or everything."""
     return adapter_parameters(model) or {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def weight_files(model: CausalLM, config: Config) -> dict[str, dict]:
-    """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model."""
-    if config.adapter.method == "full":
-        return {MODEL_NAME: model.hf_state_dict()}
-    tensors = adapter_tensors(model)
-    return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
-
-
-@torch.no_grad()
-def restore(folder: Path, model: CausalLM, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Take the trained parameters and the optimizer's state from a checkpoint."""
-    has_adapter = (folder / WEIGHTS_NAME).is_file()
-    own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
-    for name, tensor in checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME).items():
-        own[name].copy_(tensor)
-    load_optimizer_tensors(optimizer, trained, checkpoint.load_tensors(folder, checkpoint.TRAINER_NAME))
 
 
 def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
@@ -159,7 +154,8 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
     if loaded.bits_per_weight is not None:
         reporter.event(
             f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
-            f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 and quantized in {loaded.seconds:.1f} s"
+            f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
+            f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
 
 
@@ -198,29 +194,10 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
     if progress.evaluations:
         figures["base_eval_loss"] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
+        if progress.best_step is not None:
+            figures["best_eval_loss"] = progress.evaluations[progress.best_step]
+            figures["best_step"] = progress.best_step
     reporter.summary(figures)
-
-
-def publish_result(run_dir: Path, model: CausalLM, config: Config) -> Path:
-    """RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder), whole or not at all."""
-    full = config.adapter.method == "full"
-    target = run_dir / ("model" if full else "adapter")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    if full:
-        for path in Path(config.model.path).iterdir():  # The tokenizer and the generation config come along.
-            if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
-                shutil.copy2(path, temporary / path.name)
-        # In the base's own dtype, which the fp32 masters are rounded to once, here.
-        dtype = model.hf_config.dtype or torch.float32
-        model.hf_config.save_pretrained(temporary)
-        tensors = {name: tensor.to(dtype) for name, tensor in model.hf_state_dict().items()}
-        checkpoint.write_files(temporary, {MODEL_NAME: tensors})
-    else:
-        checkpoint.write_files(temporary, weight_files(model, config))
-    checkpoint.publish(temporary, target)
-    return target
 
 
 @record

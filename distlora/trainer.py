@@ -12,18 +12,38 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from distlora.adapters import StepRows
 from distlora.checkpoint import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
+from distlora.flops import count_flops, peak_flops
 from distlora.model import CausalLM
-from distlora.optim import learning_rate
+from distlora.optim import Optimizer, learning_rate
 from distlora.parallel import Backend
 from distlora.parallel.traffic import Traffic
 from distlora.reporting import Reporter
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient was NaN or infinite. What was trained before that step is saved; the same step would fail
+    again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls at certain steps. Every rank calls each of them alike."""
+
+    save: Callable[[Progress], None]
+    """Write a checkpoint."""
+    publish_best: Callable[[Progress], None]
+    """Keep what is trained now as the best by held-out loss."""
+    sample: Callable[[int], None] | None = None
+    """Show what the model writes after so many steps."""
 
 
 @dataclass(slots=True)
@@ -31,22 +51,25 @@ class _Interval:
     """The steps since the last log: device scalars, read together."""
 
     first_step: int
-    loss_sums: list[Tensor] = field(default_factory=list)
+    row_losses: list[Tensor] = field(default_factory=list)
+    """(rows of this rank,) loss sums of each step."""
     targets: list[int] = field(default_factory=list)
     grad_norms: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    flops: int = 0
+    """Of this rank."""
     began: float = field(default_factory=time.monotonic)
 
 
 class Trainer:
-    """The steps of a run, from wherever it stands. Every rank calls `save(progress)` to write a checkpoint."""
+    """The steps of a run, from wherever it stands."""
 
     def __init__(
         self,
         model: CausalLM,
         backend: Backend,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         *,
         loader: StepLoader,
         eval_loader: StepLoader | None,
@@ -54,14 +77,18 @@ class Trainer:
         total_steps: int,
         reporter: Reporter,
         config: Config,
-        save: Callable[[Progress], None],
+        hooks: Hooks,
     ) -> None:
         self.model, self.backend, self.optimizer = model, backend, optimizer
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
-        self.reporter, self.config, self.save = reporter, config, save
+        self.reporter, self.config, self.hooks = reporter, config, hooks
         self.progress = progress
         self.step_traffic: Traffic | None = None
         """What the last logged interval moved on this rank, a step; None before the first."""
+        self._flops = count_flops(model)
+        self._peak_flops = peak_flops(backend.ranks.device)
+        self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
+        """On the device: false from the first step with a non-finite loss or gradient on; nothing is updated then."""
 
     @property
     def passes_per_step(self) -> int:
@@ -69,46 +96,78 @@ class Trainer:
         return 2 * (self.loader.accumulation if self.config.train.accumulate == "step" else 1)
 
     def fit(self) -> None:
-        """Train to the end; evaluate and save where the config says."""
+        """Train to the end, or until the held-out loss has stopped falling; evaluate, sample and save where the config
+        says. Raises NonFiniteError."""
         settings, start_step = self.config.train, self.progress.step
         if start_step == 0:
             self.evaluate()
         interval = _Interval(start_step)
         for step in range(start_step, self.total_steps):
+            if self._is_exhausted():
+                return
             self._train_step(step, interval)
             done = step + 1
             is_last = done == self.total_steps
-            evaluating = is_last or (settings.eval_every is not None and done % settings.eval_every == 0)
-            saving = is_last or (settings.save_every is not None and done % settings.save_every == 0)
-            if evaluating or saving or done % settings.log_every == 0:
+
+            def due(every: int | None, done: int = done) -> bool:
+                return every is not None and done % every == 0
+
+            evaluating = is_last or due(settings.eval_every)
+            saving = is_last or due(settings.save_every)
+            sampling = due(settings.sample_every)
+            if evaluating or saving or sampling or due(settings.log_every):
                 self._log(interval, done)
                 if evaluating:
-                    self.evaluate()
-                if saving:
-                    self.save(self.progress)
+                    self._evaluate_trained()
+                if sampling and self.hooks.sample is not None:
+                    self.hooks.sample(done)
+                    self.backend.traffic.take()
+                if saving or self._is_exhausted():
+                    self.hooks.save(self.progress)
                 interval = _Interval(done)
+
+    def _evaluate_trained(self) -> None:
+        """Evaluate what has been trained so far; keep it where it is the best."""
+        self.evaluate()
+        settings = self.config.train
+        if settings.eval_every is not None and self.progress.best_step == self.progress.step:
+            self.hooks.publish_best(self.progress)
+        if self._is_exhausted():
+            best = min(self.progress.evaluations, key=self.progress.evaluations.__getitem__)
+            self.reporter.event(
+                f"stopping early: the held-out loss has not fallen in {settings.early_stopping_patience} evaluations; "
+                f"the lowest was {self.progress.evaluations[best]:.4f} after step {best}"
+            )
+
+    def _is_exhausted(self) -> bool:
+        """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""
+        settings = self.config.train
+        if settings.early_stopping_patience is None:
+            return False
+        since_best = self.progress.evaluations_since_best(settings.early_stopping_threshold)
+        return since_best >= settings.early_stopping_patience
 
     def _train_step(self, step: int, interval: _Interval) -> None:
         batch = self.loader.batch(step)
-        loss_sum = torch.zeros((), device=self.backend.ranks.device)
+        row_losses: list[Tensor] = []
         self.backend.zero_gradients()
         micro_batches = self._as_run(batch)
         for index, micro_batch in enumerate(micro_batches):
-            micro_sum = self._loss_sums(micro_batch).sum()
-            self.backend.backward(micro_sum / batch.global_targets, last=index == len(micro_batches) - 1)
-            loss_sum += micro_sum.detach()
+            losses = self._loss_sums(micro_batch, step)
+            row_losses.append(losses.detach())
+            self.backend.backward(losses.sum() / batch.global_targets, last=index == len(micro_batches) - 1)
+            interval.flops += self._flops.of(micro_batch.position_ids)
         self.backend.finish_gradients()
         grad_norm = self.backend.clip_gradients(self.config.optim.max_grad_norm)
+        self._ok &= torch.isfinite(grad_norm)
         rate = learning_rate(step, self.total_steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate, self._ok)
 
-        interval.loss_sums.append(loss_sum)
+        interval.row_losses.append(torch.cat(row_losses))
         interval.targets.append(batch.global_targets)
         interval.grad_norms.append(grad_norm)
         interval.rates.append(rate)
-        interval.tokens += batch.global_rows * batch.micro_batches[0].labels.shape[1]
+        interval.tokens.append(batch.global_rows * batch.micro_batches[0].labels.shape[1])
 
     def _as_run(self, batch: StepBatch) -> list[MicroBatch]:
         """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""
@@ -121,14 +180,17 @@ class Trainer:
                 torch.cat([part.input_ids for part in parts]),
                 torch.cat([part.labels for part in parts]),
                 torch.cat([part.position_ids for part in parts]),
+                torch.cat([part.rows for part in parts]),
             )
         ]
 
-    def _loss_sums(self, batch: MicroBatch) -> Tensor:
+    def _loss_sums(self, batch: MicroBatch, step: int | None = None) -> Tensor:
+        """(B,) loss sums per row; `step` is the training step that the rows are in, None in an evaluation."""
         device = self.backend.ranks.device
-        tensors = (batch.input_ids, batch.position_ids, batch.labels)
-        input_ids, position_ids, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return self.model(input_ids, position_ids, labels)
+        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
+        input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        step_rows = None if step is None else StepRows(step, rows)
+        return self.model(input_ids, position_ids, labels, step_rows=step_rows)
 
     def evaluate(self) -> None:
         """Mean held-out loss over every held-out target token; does nothing without held-out rows."""
@@ -150,28 +212,56 @@ class Trainer:
 
     def _log(self, interval: _Interval, done: int) -> None:
         """Read the interval's device scalars and write a line for each of its steps. The one host sync of training."""
-        sums = self.backend.sum_over_ranks(torch.stack(interval.loss_sums)).tolist()
+        sums = self.backend.sum_over_ranks(torch.stack([losses.sum() for losses in interval.row_losses])).tolist()
         norms = torch.stack(interval.grad_norms).tolist()
         seconds = time.monotonic() - interval.began
-        self.progress.step = done
+        losses = [loss_sum / targets for loss_sum, targets in zip(sums, interval.targets, strict=True)]
+        finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
+        updates = finite.index(False) if False in finite else len(finite)
+        self.progress.step = interval.first_step + updates
         self.progress.seconds += seconds
-        self.progress.tokens += interval.tokens
+        self.progress.tokens += sum(interval.tokens[:updates])
         self.step_traffic = self.backend.traffic.take(len(sums))
         shared = {
-            "tokens_per_second": interval.tokens / seconds,
+            "tokens_per_second": sum(interval.tokens) / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),
             "gathered_bytes": self.step_traffic.gathered_bytes,
             "reduced_bytes": self.step_traffic.reduced_bytes,
         }
-        for index, (loss_sum, norm) in enumerate(zip(sums, norms, strict=True)):
-            loss = loss_sum / interval.targets[index]
-            figures = {"loss": loss, "lr": interval.rates[index], "grad_norm": norm, **shared}
+        if self._peak_flops is not None:
+            shared["mfu"] = interval.flops / seconds / self._peak_flops
+        for index in range(min(updates + 1, len(sums))):
+            figures = {"loss": losses[index], "lr": interval.rates[index], "grad_norm": norms[index], **shared}
             self.reporter.log(interval.first_step + index + 1, figures)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(
-                    f"step {interval.first_step + index + 1}: loss {loss}, gradient norm {norm}; not saved. "
-                    "A lower optim.lr or a longer optim.warmup_ratio usually helps"
-                )
+        if updates < len(sums):
+            self._stop_non_finite(interval.row_losses[updates], losses[updates], norms[updates])
+
+    def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
+        """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
+        step = self.progress.step
+        slots = self.loader.slots(step)
+        flags = torch.zeros(slots.shape, dtype=torch.float64, device=row_losses.device)
+        own = flags[:, self.loader.rank]
+        own.copy_((~torch.isfinite(row_losses)).view(own.shape))
+        bad = self.backend.sum_over_ranks(flags).cpu().numpy() > 0
+        rows = sorted(slots[bad & (slots >= 0)].tolist())
+        culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"
+        among = "" if rows else f" of rows {_listed(sorted(slots[slots >= 0].tolist()))}"
+        saved = "nothing was trained before it"
+        if step > 0:
+            self.hooks.save(self.progress)
+            saved = f"the state after step {step} is saved"
+        raise NonFiniteError(
+            f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); {saved}. "
+            "Rows are counted from 0 in the packed training data (`distlora data row RUN N` prints one). A resume "
+            "meets the same step again: start a new run with a lower optim.lr, a longer optim.warmup_ratio, or without "
+            "those documents"
+        )
+
+
+def _listed(rows: list[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, rows[:most]))
+    return shown if len(rows) <= most else f"{shown} and {len(rows) - most} more"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -22,14 +22,16 @@ PACKAGES = {
 LAYERS = [
     {"distlora_kernels"},
     {"distlora.config", "distlora.config_file", "distlora.durable", "distlora.randomness", "distlora.progress"},
-    {"distlora.targets", "distlora.reporting", "distlora.loading.segments", "distlora.quant"},
-    {"distlora.adapters"},
+    {"distlora.families", "distlora.reporting", "distlora.loading.segments", "distlora.quant"},
+    {"distlora.model_card", "distlora.targets", "distlora.loading.conversion", "distlora.loading.prequantized"},
+    {"distlora.adapters", "distlora.initial_adapter"},
     {"distlora.blocks", "distlora.head"},
     {"distlora.model"},
-    {"distlora.parallel", "distlora.peft_format"},
+    {"distlora.parallel", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint"},
-    {"distlora.trainer"},
+    {"distlora.generation"},
+    {"distlora.trainer", "distlora.results"},
     {"distlora.train"},
     {"distlora.bench"},
 ]
@@ -42,6 +44,7 @@ HOMES = {
     "omegaconf": ("distlora_launcher",),
     "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora.optim"),
     "datasets": ("distlora.data",),
+    "huggingface_hub": ("distlora_launcher", "distlora.data.hub", "distlora.model"),
     "peft": ("distlora_launcher.demo",),
 }
 

@@ -44,8 +44,6 @@ __all__ = [
     "require",
 ]
 
-MODEL_FAMILIES = ("llama", "qwen3")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:

@@ -15,8 +15,8 @@ Number = TypeVar("Number", int, float)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     path: str
-    """A local folder in Hugging Face format (config.json, safetensors, tokenizer) or a name on the hub (org/name), whose
-    files the launcher downloads once; RUN/config.yaml then holds their folder."""
+    """A local folder in Hugging Face format (config.json, safetensors, tokenizer) or a name on the hub (org/name): the
+    launcher downloads it once, and RUN/config.yaml then holds its folder."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; null: its main branch. RUN/config.yaml holds the commit."""
     name: str | None = None
@@ -58,7 +58,7 @@ class AdapterConfig:
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts (B is zero): Kaiming-uniform as in PEFT, or a normal distribution of std 1/r."""
     init_from: str | None = None
-    """A PEFT LoRA adapter (its folder) to start from instead. Its rank, alpha, scaling and targets become this run's."""
+    """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
 
     def __post_init__(self) -> None:
         require_choice("adapter.method", self.method, ("lora", "full"))
@@ -75,7 +75,7 @@ class AdapterConfig:
                 where = f"adapter.{setting}.{key}"
                 require(value > 0, f"{where}={value} must be positive; set it to a number above 0")
                 try:
-                    re.compile(key)
+                    re.compile(rf"(.*\.)?({key})$")
                 except re.error as error:
                     require(False, f"{where}: {key!r} is no regular expression ({error}); write a module's name")
 
@@ -105,7 +105,8 @@ def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Nu
 class QuantConfig:
     method: Literal["nf4", "none"] = "nf4"
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
-    them in the run's dtype."""
+    them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
+    and refused with `none`."""
 
     def __post_init__(self) -> None:
         require_choice("quant.method", self.method, ("nf4", "none"))

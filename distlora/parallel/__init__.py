@@ -21,7 +21,6 @@ from distlora.parallel import fsdp2
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.traffic import Traffic
 from distlora.quant import FrozenLinear
-from distlora_kernels import nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +99,12 @@ class Backend:
         return self._reducer
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes."""
+        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes.
+
+        A loss that is not finite makes the sums of all ranks NaN, so that each of them sees it in the norm.
+        """
         self.reducer.expect(last=last)
+        self.reducer.poison_unless_finite(loss.detach())
         loss.backward()
 
     def finish_gradients(self) -> None:
@@ -122,7 +125,7 @@ class Backend:
         world, extra = self.ranks.world, 0
         for linear in (module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized):
             groups = world * -(-linear.codes.shape[0] // world)
-            extra += 2 * linear.in_features * linear.out_features - groups * nf4.GROUP_RECORD_BYTES
+            extra += 2 * linear.in_features * linear.out_features - groups * linear.group_bytes
         return passes * extra
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

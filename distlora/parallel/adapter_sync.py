@@ -7,6 +7,7 @@ buckets in different order, collectives may not be issued so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,6 +55,13 @@ class GradientReducer:
     def expect(self, *, last: bool) -> None:
         """Before a backward: whether it is the step's last, whose gradients complete the sums."""
         self._is_last = last
+
+    def poison_unless_finite(self, loss: Tensor) -> None:
+        """Before a backward: make the sums NaN on every rank where this rank's loss, a device scalar, is not finite.
+
+        A loss may be infinite and its gradient finite. Adding 0 otherwise changes no bit that matters (-0 becomes 0).
+        """
+        self._buckets[0][:1] += torch.where(torch.isfinite(loss), 0.0, math.nan)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         if not self._is_last:

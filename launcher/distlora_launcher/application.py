@@ -18,7 +18,15 @@ from omegaconf import DictConfig
 
 from distlora.config import Config, UserError
 from distlora_launcher.checks import check
-from distlora_launcher.compose import CONF_MODULE, VERSION_BASE, compose_config, compose_sweep, config_from_hydra
+from distlora_launcher.compose import (
+    CONF_MODULE,
+    VERSION_BASE,
+    compose_config,
+    compose_sweep,
+    config_from_hydra,
+    with_new_keys,
+)
+from distlora_launcher.initial_adapter import with_initial_adapter
 from distlora_launcher.local import remove_if_empty, start
 from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
 
@@ -27,7 +35,7 @@ PROGRAM = "distlora train"
 
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
-    arguments = [expand_home(word) for word in arguments]
+    arguments = [with_new_keys(expand_home(word)) for word in arguments]
     flags = read_flags(arguments)
     if is_run(flags):
         for config in composed(flags):
@@ -131,7 +139,8 @@ def run_job(settings: DictConfig, number: int) -> int:
     if sweeps:
         print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
     try:
-        return start(config_from_hydra(settings, run_dir=str(run_dir)))
+        config = config_from_hydra(settings, run_dir=str(run_dir))
+        return start(with_initial_adapter(config, hydra_settings.overrides.task))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

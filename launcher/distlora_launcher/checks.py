@@ -6,21 +6,32 @@ are checked where they are declared, in distlora.config.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distlora.config import MODEL_FAMILIES, Config, UserError, nearest
+from distlora.config import Config, UserError, nearest, require
+from distlora.config.places import is_hub_name
+from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
+from distlora.loading.prequantized import (
+    PackedWeight,
+    check_keeps_packed,
+    packed_outside_blocks,
+    read_packed_weights,
+)
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.targets import select_targets
+from distlora.targets import check_patterns, select_targets
+from distlora_launcher.initial_adapter import check_initial_adapter
 
 HEAD_LINES = 1000
-"""Lines of a data file that are read here; the preparation process reads them all."""
+"""Documents of each source that are read here; the preparation process reads them all."""
 
-_BLOCK_WEIGHT = re.compile(r"(model\.layers\.(\d+)\..+)\.weight")
+_BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
+"""A weight of a decoder block, by transformers' names."""
 
 
 def check(config: Config, *, new_run: bool) -> None:
@@ -76,29 +87,53 @@ def check_machine(config: Config) -> None:
             f"cluster.gpus_per_node={wanted}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
             f"set cluster.gpus_per_node={available}"
         )
+    if available == 0 and config.optim.name.startswith("paged_"):
+        same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[config.optim.name]
+        raise UserError(
+            f"optim.name={config.optim.name} pages moments between a GPU and the host, and this machine shows no GPU; "
+            f"set optim.name={same}"
+        )
 
 
 def check_model(config: Config) -> None:
-    """Refuse a folder that is no model of a known family, damaged weights, and what this model cannot do."""
+    """Refuse a folder that is no model of a known family, damaged weights, and what this model cannot do.
+
+    A model on the hub is checked by its small files and its weights' headers, before the rest is downloaded.
+    """
+    if is_hub_name(config.model.path):
+        from distlora_launcher.hub_preview import preview
+
+        with preview(config.model.path, config.model.revision) as place:
+            model_here = dataclasses.replace(config.model, path=str(place), name=config.model.path)
+            check_model(dataclasses.replace(config, model=model_here))
+        return
+    require(
+        config.model.revision is None or config.model.name is not None,
+        f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
+    )
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise UserError(_no_folder(folder))
     model = read_model_config(folder)
-    limit = model.get("max_position_embeddings")
-    if isinstance(limit, int) and config.data.sequence_length > limit:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length:,} is beyond the model's {limit:,} positions "
-            f"(max_position_embeddings in {folder / 'config.json'}); set data.sequence_length={limit} or less"
-        )
+    full = config.adapter.method == "full"
+    family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
-    tensors = read_headers(folder)
-    check_tensors(folder, model, tensors)
+    on_disk = read_headers(folder)
+    packed = read_packed_weights(folder, model, on_disk)
+    check_keeps_packed(config, packed)
+    stored_as = names_on_disk(on_disk, family)
+    tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
+    packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
+    check_tensors(folder, model, tensors, packed, family)
     if config.adapter.method == "lora":
-        select_targets(config.adapter.target_modules, linear_names(tensors))
+        names = linear_names(tensors)
+        check_patterns(config.adapter, select_targets(config.adapter.target_modules, names), names)
+        shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
+        check_initial_adapter(config, shapes)
 
 
 def _no_folder(folder: Path) -> str:
@@ -107,33 +142,14 @@ def _no_folder(folder: Path) -> str:
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = nearest(folder.name, siblings)
     if not hint and not folder.parent.exists():
-        hint = (
-            "; is it a name on the Hugging Face hub? Download it first, with "
-            "`hf download NAME --local-dir FOLDER`, and set model.path=FOLDER"
-        )
+        hint = "; a model on the Hugging Face hub is named by its owner and its name, model.path=org/name"
     return f"model.path={folder} does not exist{hint}"
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a supported, unquantized model. Raises UserError for anything else."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no config.json; point model.path at a model's folder in Hugging Face format")
-    try:
-        model = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(model, dict):
-        raise UserError(f"{path} is not a JSON object; download it again")
-    model_type = model.get("model_type")
-    if model_type not in MODEL_FAMILIES:
-        families = ", ".join(MODEL_FAMILIES) + nearest(str(model_type), MODEL_FAMILIES)
-        raise UserError(f"{path}: model_type={model_type!r} is not supported; the supported families are {families}")
-    if "quantization_config" in model:
-        raise UserError(
-            f"{path} has a quantization_config: a base that is already quantized cannot be read yet; "
-            "set model.path to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
-        )
+    """config.json of a supported model. Raises UserError for anything else."""
+    model = read_config(folder)
+    family_of(model, folder / "config.json")
     return model
 
 
@@ -142,22 +158,36 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in alternatives)
 
 
-def check_tensors(folder: Path, model: dict[str, Any], tensors: dict[str, Segment]) -> None:
-    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes."""
-    num_layers = model.get("num_hidden_layers")
+def check_tensors(
+    folder: Path,
+    model: dict[str, Any],
+    tensors: dict[str, Segment],
+    packed: Mapping[str, PackedWeight],
+    family: Family,
+) -> None:
+    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes.
+
+    `tensors` by transformers' names; `packed` are the weights that are in NF4 already.
+    """
+    num_layers = text_settings(model, family).get("num_hidden_layers")
     if not isinstance(num_layers, int) or num_layers < 1:
         raise UserError(f"{folder / 'config.json'}: num_hidden_layers={num_layers!r} is not a number of layers")
-    needed = ["model.embed_tokens.weight", "model.norm.weight"]
-    needed += [] if model.get("tie_word_embeddings", False) else ["lm_head.weight"]
-    suffixes = {name.split(".", 3)[3] for name in tensors if _BLOCK_WEIGHT.fullmatch(name)}
-    needed += [f"model.layers.{layer}.{suffix}" for layer in range(num_layers) for suffix in sorted(suffixes)]
+    layers = f"{family.decoder}.layers."
+    needed = [f"{family.decoder}.embed_tokens.weight", f"{family.decoder}.norm.weight"]
+    needed += [] if is_tied(model, family) else ["lm_head.weight"]
+    in_blocks = (name.removeprefix(layers) for name in tensors if _BLOCK_WEIGHT.fullmatch(name))
+    suffixes = {name.partition(".")[2] for name in in_blocks}
+    needed += [f"{layers}{layer}.{suffix}" for layer in range(num_layers) for suffix in sorted(suffixes)]
     absent = [name for name in needed if name not in tensors]
     if absent or not suffixes:
-        first = absent[0] if absent else "model.layers.0"
+        first = absent[0] if absent else f"{layers}0"
         count = f" ({len(absent)} tensors are missing in all)" if len(absent) > 1 else ""
         raise UserError(f"{folder}: no tensor {first} in its safetensors{count}; download the checkpoint again")
     for name in needed:
-        if tensors[name].dtype not in SOURCE_DTYPES:
+        if name in packed:
+            if not _BLOCK_WEIGHT.fullmatch(name):
+                raise packed_outside_blocks(name)
+        elif tensors[name].dtype not in SOURCE_DTYPES:
             raise UserError(
                 f"{tensors[name].file}: {name} is stored as {tensors[name].dtype}; a base must be "
                 f"{', '.join(SOURCE_DTYPES)}, so set model.path to such a checkpoint"
@@ -165,15 +195,19 @@ def check_tensors(folder: Path, model: dict[str, Any], tensors: dict[str, Segmen
 
 
 def linear_names(tensors: dict[str, Segment]) -> list[str]:
-    """Paths of the linears in the decoder blocks: the two-dimensional weights under model.layers.N."""
+    """Paths of the linears in the decoder blocks, by transformers' names: the two-dimensional weights."""
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
     return [match[1] for match, segment in matches if match and len(segment.shape) == 2]
 
 
 def check_data(config: Config) -> None:
-    """Refuse data files that are absent, empty or broken within their first lines."""
-    from distlora.data.formats import check_head
+    """Refuse sources that are absent, empty or broken within their first lines, and an unknown chat template.
 
-    check_head(Path(config.data.path), config.data.format, limit=HEAD_LINES)
-    if config.data.eval_path is not None:
-        check_head(Path(config.data.eval_path), config.data.format, limit=HEAD_LINES)
+    Of a hub data set its name, configuration and split are checked, unless this run read it before.
+    """
+    from distlora.data.chat import template_source
+    from distlora.data.sources import check_sources, pinned_commits
+
+    if config.data.template is not None:
+        template_source(config.data.template)
+    check_sources(config.data, limit=HEAD_LINES, pinned=pinned_commits(Path(config.run_dir)))

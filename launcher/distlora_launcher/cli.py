@@ -35,6 +35,26 @@ COMMANDS = {
         "distlora_launcher.application",
     ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),
+    "data": Command(
+        "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N",
+        "print documents as the model sees them: what is trained, too long, left out",
+        "distlora_launcher.data",
+    ),
+    "generate": Command(
+        "RUN [--checkpoint best] [--prompts FILE] [--temperature T]",
+        "chat with what a run trained, or have it answer a file of prompts",
+        "distlora_launcher.generate",
+    ),
+    "push": Command(
+        "RUN ORG/NAME [--private] [--checkpoint best] [--dry-run]",
+        "upload the result to the Hugging Face hub, with a model card",
+        "distlora_launcher.push",
+    ),
+    "import": Command(
+        "axolotl FILE.yaml [--out FOLDER/recipe/NAME.yaml]",
+        "turn an Axolotl configuration into a recipe, naming what has no equal",
+        "distlora_launcher.importing",
+    ),
     "demo": Command("", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
 }
 

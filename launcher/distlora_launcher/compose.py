@@ -24,6 +24,7 @@ from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
+from distlora_launcher.initial_adapter import with_initial_adapter
 
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
@@ -39,8 +40,19 @@ REQUIRED = {
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
 
 
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns")
+"""Settings whose keys are the user's own words."""
+
+
+def with_new_keys(word: str) -> str:
+    """`adapter.rank_pattern={down_proj:32}` with Hydra's mark for keys that conf/ does not have; others as they are."""
+    key = word.partition("=")[0]
+    return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
+
+
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> Config:
     """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid."""
+    overrides = [with_new_keys(word) for word in overrides]
     refuse_nameless(overrides)
     with _initialized(config_dir) as prefix:
         return _compose_one([*prefix, *overrides])
@@ -51,6 +63,7 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
 
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
     """
+    overrides = [with_new_keys(word) for word in overrides]
     refuse_nameless(overrides)
     with _initialized(config_dir) as prefix:
         try:
@@ -86,7 +99,7 @@ def _compose_one(overrides: list[str]) -> Config:
             # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
             run_dir = composed.hydra.run.dir
             del composed["hydra"]
-        return config_from_hydra(composed, run_dir=run_dir)
+        return with_initial_adapter(config_from_hydra(composed, run_dir=run_dir), overrides)
     except EXPLAINED as error:
         raise explain(error, overrides) from error
 
@@ -121,12 +134,12 @@ def _absolute(config: Config) -> Config:
     model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
     data = dataclasses.replace(
         config.data,
-        path=config.data.path and _absolute_path("data.path", config.data.path),
+        path=None if config.data.path is None else _absolute_path("data.path", config.data.path),
         sources=tuple(
             dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
             for index, source in enumerate(config.data.sources)
         ),
-        eval_path=config.data.eval_path and _absolute_path("data.eval_path", config.data.eval_path),
+        eval_path=None if config.data.eval_path is None else _absolute_path("data.eval_path", config.data.eval_path),
         cache_dir=_absolute_path("data.cache_dir", config.data.cache_dir),
     )
     if data.template is not None and data.template.endswith(".jinja"):

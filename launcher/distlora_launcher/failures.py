@@ -54,6 +54,11 @@ def first_failure(log_dir: Path) -> Failure:
     )
 
 
+def would_repeat(log_dir: Path) -> bool:
+    """Whether a resume would fail at the same place: a step of the same rows and weights has the same NaN in it."""
+    return any(json.loads(path.read_text())["type"] == "NonFiniteError" for path in log_dir.glob("rank_*.error.json"))
+
+
 def exit_codes(torchrun_log: Path) -> dict[int, int]:
     """Exit codes by rank of the workers that torchrun saw fail, the first one first; -n for signal n."""
     text = torchrun_log.read_text(errors="replace") if torchrun_log.is_file() else ""

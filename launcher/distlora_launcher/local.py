@@ -18,6 +18,8 @@ import yaml
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
 from distlora_launcher.checks import check, check_run_dir
+from distlora_launcher.failures import would_repeat
+from distlora_launcher.hub import localize, restore
 from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers
 
 CONFIG_NAME = "config.yaml"
@@ -29,6 +31,7 @@ def start(config: Config, *, worker_module: str = "distlora.train") -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
+    config = localize(config)
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with running(run_dir):
@@ -47,6 +50,7 @@ def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
     if result is not None:
         say(f"{shown(run_dir)} is complete: {shown(result)}")
         return DONE
+    restore(config)
     check(config, new_run=False)
     with running(run_dir):
         say(f"run folder {shown(run_dir)}")
@@ -66,7 +70,9 @@ def train(run_dir: Path, config: Config, worker_module: str) -> int:
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
-    elif code != BAD_INPUT and find_result(run_dir) is None:  # What was refused once is refused again.
+    elif code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs"):
+        pass  # What was refused once is refused again, and what has ended has ended.
+    else:
         saved = sorted((run_dir / "checkpoints").glob("step_*"))
         since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
         say(f"continue {since} with: distlora resume {shown(run_dir)}")

@@ -1,0 +1,101 @@
+"""What a step must compute, counted from the model's shapes, and what a card can do: the two halves of MFU.
+
+Counted are the operations that the maths asks for: forward, the gradient of every input, the gradients of what is
+trained. Recomputation under checkpointing and dequantization are the implementation's, so they lower MFU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distlora.adapters import AdaptedLinear
+from distlora.model import CausalLM
+from distlora.quant import FrozenLinear
+
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 operations a second with fp32 accumulation, from the makers' data sheets; the first name that the device's
+contains counts."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device; None for a CPU and for a card that is not in the table: no MFU is shown then."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """A training step's operations, forward and backward."""
+
+    per_token: int
+    """In the linears, the adapters and the head."""
+    per_pair: tuple[tuple[int, int | None], ...]
+    """(operations a query-key pair, window) of each kind of attention layer, all its layers together."""
+
+    def of(self, position_ids: Tensor) -> int:
+        """position_ids (B, T), restarting with each document -> operations of these tokens.
+
+        A token at position p attends to p + 1 tokens, or to as many as its window has: causal attention within
+        documents, nothing counted twice.
+        """
+        total = self.per_token * position_ids.numel()
+        for operations, window in self.per_pair:
+            pairs = position_ids + 1 if window is None else (position_ids + 1).clamp(max=window)
+            total += operations * int(pairs.sum())
+        return total
+
+
+def count_flops(model: CausalLM) -> ModelFlops:
+    """Per linear of I x O: 2 IO forward, 2 IO for the input's gradient, 2 IO more where it is trained; an adapter of
+    rank R adds 6 R (I + O). Attention, per pair and layer: 4 heads * head_dim forward, 8 backward."""
+    config = model.hf_config
+    trained = any(parameter.requires_grad for parameter in model.head.parameters())
+    per_token = (6 if trained else 4) * model.head.weight.numel()
+    for module in (module for block in model.blocks for module in block.modules()):
+        if isinstance(module, FrozenLinear):
+            per_token += 4 * module.in_features * module.out_features
+            if isinstance(module, AdaptedLinear):
+                ranks = sum(pair.A.shape[0] for pair in module.pairs)
+                per_token += 6 * ranks * (module.in_features + module.out_features)
+        elif isinstance(module, torch.nn.Linear):
+            per_token += 6 * module.in_features * module.out_features
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_layer = 12 * config.num_attention_heads * head_dim
+    layers = len(model.blocks)
+    windowed = _windowed_layers(config, layers)
+    kinds = ((layers - windowed, None), (windowed, getattr(config, "sliding_window", None)))
+    return ModelFlops(per_token, tuple((per_layer * number, window) for number, window in kinds if number))
+
+
+def _windowed_layers(config: object, layers: int) -> int:
+    """How many layers see a sliding window only: by layer_types where the family has them, else all or none."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return sum(kind == "sliding_attention" for kind in types)
+    return layers if getattr(config, "sliding_window", None) is not None else 0

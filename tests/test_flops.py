@@ -1,0 +1,63 @@
+"""The operations that MFU divides by are those that torch counts while a step runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.flops import ModelFlops, count_flops, peak_flops
+from distlora.model import CausalLM, build_model, materialize_buffers
+
+TOKENS, ROWS = 48, 2
+
+
+def make_model(folder: Path) -> CausalLM:
+    sections = {
+        "model": {"path": str(folder)},
+        "data": {"path": "unused", "sequence_length": TOKENS},
+        "adapter": {"target_modules": "all-linear", "r": 8},
+        "quant": {"method": "none"},
+        "train": {"dtype": "fp32", "checkpointing": "none"},
+    }
+    model = build_model(build(Config, {**sections, "run_dir": "unused"}))
+    model.to_empty(device="cpu")
+    materialize_buffers(model, torch.device("cpu"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.tie()
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
+def test_counted_operations_are_those_that_run(folders: Path, name: str) -> None:
+    model = make_model(folders / name)
+    # Its products are plain GEMMs, over all pairs of positions, which torch's counter knows.
+    model.decoder.config._attn_implementation = "eager"
+    ids = torch.randint(0, 1001, (ROWS, TOKENS))
+    positions = torch.arange(TOKENS).repeat(ROWS, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, positions, ids).sum().backward()
+    flops = count_flops(model)
+    config = model.hf_config
+    # The first block's input needs no gradient: neither through q, k, v nor through their adapters.
+    projected = sum(
+        linear.out_features for path, linear in model.adapted_linears() if ".layers.0." in path and path[-6] in "qkv"
+    )
+    unneeded = 2 * config.hidden_size * (projected + 3 * 8) * ROWS * TOKENS
+    pairs = sum(operations for operations, _ in flops.per_pair) * ROWS * TOKENS**2
+    assert counter.get_total_flops() == flops.per_token * ROWS * TOKENS - unneeded + pairs
+
+
+def test_attention_counts_the_pairs_within_documents_and_windows() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])  # Two documents: 10 and 3 pairs.
+    assert ModelFlops(per_token=100, per_pair=((7, None),)).of(positions) == 600 + 7 * 13
+    assert ModelFlops(per_token=0, per_pair=((1, None), (1, 2))).of(positions) == 13 + (1 + 2 + 2 + 2 + 1 + 2)
+
+
+def test_a_cpu_has_no_peak_to_divide_by() -> None:
+    assert peak_flops(torch.device("cpu")) is None

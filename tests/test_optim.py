@@ -1,0 +1,120 @@
+"""Optimizers by name: torch's and bitsandbytes' alike skip what is not finite and continue from their saved state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distlora.config import OptimConfig, UserError
+from distlora.optim import Optimizer, build_optimizer, learning_rate, parameter_groups
+
+OK, NOT_OK = torch.tensor(True), torch.tensor(False)
+
+
+def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    """A pair large enough for 8 bits (4,096 elements and more) and a small one."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x.A": (16, 512), "x.B": (512, 16), "small.A": (4, 8)}
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def steps(optimizer: Optimizer, seeds: range, ok: Tensor = OK) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(100 + seed)
+        for parameter in optimizer.parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step(1e-2, ok)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
+    config = OptimConfig(name=name, weight_decay=0.1)  # type: ignore[arg-type]
+    whole = build_optimizer(parameters(), config)
+    steps(whole, range(6))
+
+    first = build_optimizer(parameters(), config)
+    steps(first, range(3))
+    saved = {key: value.clone() for key, value in first.state_tensors().items()}
+    second = build_optimizer({k: nn.Parameter(p.detach().clone()) for k, p in first.parameters.items()}, config)
+    second.load_state_tensors(saved)
+    steps(second, range(3, 6))
+    for key, parameter in whole.parameters.items():
+        assert torch.equal(parameter, second.parameters[key]), key
+    for key, value in whole.state_tensors().items():
+        assert torch.equal(value, second.state_tensors()[key]), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_step_that_is_not_ok_changes_neither_parameters_nor_state(name: str) -> None:
+    optimizer = build_optimizer(parameters(), OptimConfig(name=name))  # type: ignore[arg-type]
+    steps(optimizer, range(2))
+    before = {key: value.clone() for key, value in optimizer.state_tensors().items()}
+    weights = {key: value.detach().clone() for key, value in optimizer.parameters.items()}
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.step(1e-2, NOT_OK)
+    assert all(torch.equal(before[key], value) for key, value in optimizer.state_tensors().items())
+    assert all(torch.equal(weights[key], value) for key, value in optimizer.parameters.items())
+
+
+def test_eight_bit_moments_take_a_quarter_and_move_weights_as_32_bit_ones_do() -> None:
+    exact = build_optimizer(parameters(), OptimConfig())
+    small = build_optimizer(parameters(), OptimConfig(name="adamw_8bit"))
+    start = parameters()
+    for optimizer in (exact, small):
+        steps(optimizer, range(20))
+    moments = {key: value for key, value in small.state_tensors().items() if key.startswith("state")}
+    assert moments["state1/x.A"].dtype == torch.uint8
+    assert moments["state1/small.A"].dtype == torch.float32
+    # The two updates' distance is the moments' rounding: 8 bits, dynamic, in blocks of 256.
+    for key in ("x.A", "x.B"):
+        update = exact.parameters[key] - start[key]
+        assert (small.parameters[key] - exact.parameters[key]).norm() < 0.05 * update.norm()
+
+
+def test_lora_plus_gives_b_the_higher_rate() -> None:
+    config = OptimConfig(loraplus_lr_ratio=16.0)
+    groups = parameter_groups(parameters(), config)
+    assert [(group["lr_ratio"], len(group["params"])) for group in groups] == [(1.0, 2), (16.0, 1)]
+    optimizer = build_optimizer(parameters(), config)
+    start = parameters()
+    steps(optimizer, range(1))
+    # The first step of Adam moves every element by the learning rate, but where eps or the rounding of the sum counts.
+    for name, rate in (("x.A", 1e-2), ("x.B", 16e-2)):
+        moved = (optimizer.parameters[name] - start[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-2, atol=0)
+
+
+def test_without_lora_plus_there_is_one_group() -> None:
+    assert len(parameter_groups(parameters(), OptimConfig())) == 1
+
+
+def rates(config: OptimConfig, total: int) -> list[float]:
+    return [learning_rate(step, total, config) / config.lr for step in range(total)]
+
+
+def test_warmup_stable_decay_rises_stays_and_falls() -> None:
+    config = OptimConfig(schedule="warmup_stable_decay", warmup_ratio=0.2, decay_ratio=0.3, min_lr_ratio=0.1)
+    expected = [0.5, 1, 1, 1, 1, 1, 1, 1, 0.7, 0.4]
+    assert rates(config, 10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_falling_schedule_ends_at_its_floor(schedule: str) -> None:
+    config = OptimConfig(schedule=schedule, warmup_ratio=0.0, min_lr_ratio=0.2)  # type: ignore[arg-type]
+    values = rates(config, 100)
+    assert values[0] == 1
+    assert values == sorted(values, reverse=True)
+    assert 0.2 < values[-1] < 0.21
+
+
+def test_a_floor_leaves_a_constant_rate_alone() -> None:
+    assert set(rates(OptimConfig(schedule="constant", warmup_ratio=0.0, min_lr_ratio=0.5), 5)) == {1.0}
+
+
+def test_warm_up_and_decay_longer_than_the_run_are_refused() -> None:
+    with pytest.raises(UserError, match="together are more than all steps"):
+        OptimConfig(schedule="warmup_stable_decay", warmup_ratio=0.6, decay_ratio=0.5)

@@ -1,0 +1,140 @@
+"""How a run ends before its last step: a non-finite loss or gradient, early stopping; and which state is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distlora import checkpoint, train
+from distlora.checkpoint import Progress
+from distlora.parallel import Ranks
+from distlora.trainer import NonFiniteError
+from small_models import make_run, read_metrics
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+PATIENT = {"eval_every": 1, "max_steps": 8, "early_stopping_patience": 2}
+
+
+def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: float, where: str) -> str:
+    """The worker, with the loss of one row of rank 0 (or the gradients of its rows) spoilt in one step.
+
+    Returns the error's text.
+    """
+    train_step, loss_sums = train.Trainer._train_step, train.Trainer._loss_sums
+    spoiling = False
+
+    def spoilt_step(self: train.Trainer, step: int, interval: Any) -> None:
+        nonlocal spoiling
+        spoiling = step == bad_step and ranks.rank == 0
+        train_step(self, step, interval)
+
+    def spoilt_sums(self: train.Trainer, *arguments: Any) -> Tensor:
+        nonlocal spoiling
+        losses = loss_sums(self, *arguments)
+        if spoiling:
+            spoiling = False
+            spoil = torch.zeros_like(losses)
+            spoil[-1] = value
+            # An infinite loss may have a finite gradient, and the other way round.
+            losses = losses + (spoil if where == "loss" else _NanGradient.apply(losses))
+        return losses
+
+    train.Trainer._train_step, train.Trainer._loss_sums = spoilt_step, spoilt_sums  # type: ignore[method-assign]
+    try:
+        train.run(run_dir, ranks)
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        train.Trainer._train_step, train.Trainer._loss_sums = train_step, loss_sums  # type: ignore[method-assign]
+    return "no error"
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor) -> Tensor:
+        return torch.zeros_like(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.full_like(gradient, float("nan"))
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(1, "step"), (2, "step"), (2, "block")])
+@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)])
+def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
+    world: World, folders: Path, tmp_path: Path, size: int, accumulate: str, where: str, value: float
+) -> None:
+    settings = {"max_steps": 7, "log_every": 4, "accumulate": accumulate}
+    make_run(tmp_path / "bad", folders, train=settings)
+    make_run(tmp_path / "good", folders, train=settings | {"save_every": 2, "keep": 9})
+    messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
+    world.run(size, good_run, run_dir=tmp_path / "good")
+    assert len(set(messages)) == 1, "every rank stops, at the same place"
+    assert messages[0].startswith("step 3: the ")
+    assert ("gradient of rows" if where == "gradient" else "loss of row ") in messages[0]
+    folder = tmp_path / "bad" / "checkpoints" / "step_00000002"
+    good = tmp_path / "good" / "checkpoints" / "step_00000002"
+    assert checkpoint.newest(tmp_path / "bad" / "checkpoints") == (folder, [])
+    assert all(torch.equal(saved(good)[name], tensor) for name, tensor in saved(folder).items())
+    optimizer = [checkpoint.load_tensors(path, checkpoint.TRAINER_NAME) for path in (folder, good)]
+    assert all(torch.equal(optimizer[1][name], tensor) for name, tensor in optimizer[0].items())
+    assert [line["step"] for line in read_metrics(tmp_path / "bad") if "loss" in line] == [1, 2, 3]
+
+
+def good_run(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+def test_a_first_step_that_is_not_finite_saves_nothing(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train={"max_steps": 3})
+    message = run_with_bad_step(SINGLE, run_dir=tmp_path / "run", bad_step=0, value=float("nan"), where="loss")
+    assert "nothing was trained before it" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_early_stopping_counts_evaluations_without_a_fall() -> None:
+    progress = Progress(evaluations={0: 3.0, 2: 2.5, 4: 2.45, 6: 2.6})
+    assert progress.best_step == 4
+    assert progress.evaluations_since_best(0.0) == 1
+    assert progress.evaluations_since_best(0.1) == 2
+    assert Progress(evaluations={0: 3.0}).best_step is None
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(folders: Path, tmp_path: Path, load_best: bool) -> None:
+    # A rate at which the second step already does harm.
+    settings = PATIENT | {"load_best_at_end": load_best}
+    make_run(tmp_path / "run", folders, train=settings, optim={"lr": 1.0, "schedule": "constant"})
+    train.run(tmp_path / "run", SINGLE)
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    last = max(losses)
+    assert last < 8, f"it ran to the end: {losses}"
+    best = min(losses, key=losses.__getitem__)
+    assert last == best + 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    kept, final = saved(tmp_path / "run" / "best"), saved(tmp_path / "run" / "adapter")
+    if best > 0:
+        assert summary["best_step"] == best
+        assert any(not torch.equal(kept[name], final[name]) for name in kept) != load_best
+    # Started again, it has nothing left to do and ends the same.
+    train.run(tmp_path / "run", SINGLE)
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == list(range(1, last + 1))
+
+
+def test_a_rising_patience_resets_with_each_fall(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train=PATIENT)
+    train.run(tmp_path / "run", SINGLE)
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    assert max(losses) == 8, "the loss falls in every evaluation, so nothing stops"
+    assert torch.equal(*(next(iter(saved(tmp_path / "run" / name).values())) for name in ("best", "adapter")))

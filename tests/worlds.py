@@ -21,42 +21,56 @@ TIMEOUT_SECONDS = 240.0
 
 
 class World:
-    def __init__(self, connections: list[Connection]) -> None:
-        self._connections = connections
+    """SIZE processes that wait for work. After a failure they are started anew: some may wait for a rank for ever."""
+
+    def __init__(self) -> None:
+        self._start()
 
     def run(self, size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """The results of `function(Ranks, **arguments)` on the first `size` ranks."""
         assert 1 <= size <= SIZE
         for connection in self._connections[:size]:
             connection.send((size, function, arguments))
-        results = []
-        for rank, connection in enumerate(self._connections[:size]):
-            assert connection.poll(TIMEOUT_SECONDS), (
-                f"rank {rank} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
-            )
-            error, result = connection.recv()
-            assert error is None, f"rank {rank} of {size} failed:\n{error}"
-            results.append(result)
-        return results
+        try:
+            return [self._receive(rank, size) for rank in range(size)]
+        except AssertionError:
+            self.stop()
+            self._start()
+            raise
+
+    def _receive(self, rank: int, size: int) -> Any:
+        connection = self._connections[rank]
+        assert connection.poll(TIMEOUT_SECONDS), f"rank {rank} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
+        error, result = connection.recv()
+        assert error is None, f"rank {rank} of {size} failed:\n{error}"
+        return result
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pipes = [context.Pipe() for _ in range(SIZE)]
+        self._connections: list[Connection] = [pipe[0] for pipe in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, port, pipe[1]), daemon=True) for rank, pipe in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
 
 
 @contextlib.contextmanager
 def start_world() -> Iterator[World]:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes = [context.Pipe() for _ in range(SIZE)]
-    processes = [
-        context.Process(target=_serve, args=(rank, port, pipe[1]), daemon=True) for rank, pipe in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
+    world = World()
     try:
-        yield World([pipe[0] for pipe in pipes])
+        yield world
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        world.stop()
 
 
 def _serve(rank: int, port: int, connection: Connection) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.config import OptimConfig
+from distlora.config import OptimConfig, UserError
+from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 
 class Optimizer(ABC):
@@ -83,6 +84,11 @@ class BitsAndBytesAdamW(Optimizer):
     fp32), or paged, or both. The host reads `ok` in every step, since its kernels have no switch."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        if not has_bitsandbytes():
+            raise UserError(
+                f"optim.name={config.name} is bitsandbytes', which is not installed here; install it with `pip install "
+                "bitsandbytes`, or set optim.name=adamw"
+            )
         from bitsandbytes import optim
 
         classes = {

@@ -49,7 +49,11 @@ class Pace:
         return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def figures(metrics: Mapping[str, float]) -> str:
+DISPENSABLE = ("lr", "peak_memory_bytes", "eval_loss", "mfu")
+"""What a narrow terminal goes without, in this order."""
+
+
+def figures(metrics: Mapping[str, float], width: int | None = None) -> str:
     """`loss 3.2140  held-out 3.3012  lr 1.9e-04  12,345 tok/s  MFU 41%  1.23 GiB`, of what there is."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.4f}",
@@ -59,7 +63,11 @@ def figures(metrics: Mapping[str, float]) -> str:
         "mfu": lambda value: f"MFU {value:.0%}",
         "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
     }
-    return "  ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)
+    parts = {name: shown(metrics[name]) for name, shown in formats.items() if name in metrics}
+    for name in DISPENSABLE:
+        if width is not None and len("  ".join(parts.values())) > width:
+            parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 class Lines:
@@ -86,6 +94,9 @@ class Lines:
         pass
 
 
+BAR_WIDTH = 8
+
+
 class Bar:
     """A bar at the foot of a terminal, redrawn at most ten times a second. Raises ImportError without rich."""
 
@@ -98,13 +109,16 @@ class Bar:
         self._pace = Pace(total_steps)
         self._drawn = -math.inf
         figures = TextColumn("{task.description}", markup=False)
-        bar = BarColumn(8)  # Narrow, so that the figures fit into 80 columns.
+        bar = BarColumn(BAR_WIDTH)
         self._progress = Progress(MofNCompleteColumn(), bar, figures, auto_refresh=False)
         self._task = self._progress.add_task("", total=total_steps, completed=start_step)
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        description = f"{figures(metrics)}  {self._pace.left(step)} left"
+        left = self._pace.left(step)
+        beside = 2 * len(str(self._total)) + 1 + BAR_WIDTH + 2  # The count and the bar, each with a space.
+        width = self._progress.console.width - beside - len(f"  {left} left")
+        description = f"{figures(metrics, width)}  {left} left"
         self._progress.update(self._task, completed=step, description=description)
         if time.monotonic() - self._drawn >= self.SECONDS or step == self._total:
             self._drawn = time.monotonic()

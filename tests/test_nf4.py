@@ -73,7 +73,7 @@ def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
 ) -> None:
     if path == "table":
-        monkeypatch.setattr(nf4_cpu, "_has_bitsandbytes", lambda: False)
+        monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
     dequantize = reference.nf4_dequantize if path == "reference" else nf4.nf4_dequantize
     weight = random_weight(shape, dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)

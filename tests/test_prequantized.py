@@ -152,7 +152,7 @@ def test_plain_absmax_dequantizes_as_bitsandbytes_does(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
 ) -> None:
     if path == "table":
-        monkeypatch.setattr(nf4_cpu, "_has_bitsandbytes", lambda: False)
+        monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
     dequantize = reference.dequantize_blocks if path == "reference" else nf4.dequantize_blocks
     packed, state = bnb.quantize_4bit(random_weight(shape, dtype), blocksize=64, quant_type="nf4")
     groups = nf4.num_groups(torch.Size(shape).numel())

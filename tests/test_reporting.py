@@ -9,6 +9,7 @@ import pytest
 import wandb
 
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
+from distlora.progress import figures
 from distlora.reporting import EXIT_STOPPED, Reporter
 
 
@@ -225,3 +226,20 @@ def test_a_terminal_shows_progress_with_and_without_rich(tmp_path, monkeypatch, 
     assert "an [event] with brackets" in shown
     assert "4/4" in shown
     assert "loss 1.2500" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_narrow_terminal_goes_without_the_figures_that_matter_least(width: int):
+    metrics = {
+        "loss": 12.3456,
+        "eval_loss": 12.3456,
+        "lr": 1e-4,
+        "tokens_per_second": 123456.7,
+        "mfu": 0.41,
+        "peak_memory_bytes": 70 * 2**30,
+    }
+    shown = figures(metrics, width - 35)
+    assert len(shown) <= width - 35
+    assert "loss 12.3456" in shown
+    assert "123,457 tok/s" in shown
+    assert ("lr" in shown, "MFU 41%" in shown) == {80: (False, True), 100: (False, True), 200: (True, True)}[width]

@@ -54,7 +54,7 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], 
     """reference.dequantize_blocks, bit for bit."""
     numel = torch.Size(shape).numel()
     absmax = absmax.view(-1)
-    if numel % BLOCK == 0 and _has_bitsandbytes():
+    if numel % BLOCK == 0 and has_bitsandbytes():
         # As rows of one block each: for rows of 32, 96, 160... weights bitsandbytes 0.50's kernel takes a wrong absmax.
         blocks = (numel // BLOCK, BLOCK)
         packed = codes.view(-1)[: numel // 2]
@@ -79,7 +79,7 @@ def _byte_values() -> Tensor:
 
 
 @functools.cache
-def _has_bitsandbytes() -> bool:
+def has_bitsandbytes() -> bool:
     """Whether bitsandbytes is installed; imports it, which registers its ops."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False

@@ -45,17 +45,20 @@ class Progress:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest held-out loss of what was trained (not of the base); None before there is one."""
-        trained = {step: loss for step, loss in self.evaluations.items() if step > 0}
+        """The step with the lowest held-out loss of what was trained (not of the base); None before there is one.
+
+        A loss that is not finite is never the lowest.
+        """
+        trained = {step: loss for step, loss in self.evaluations.items() if step > 0 and math.isfinite(loss)}
         return min(trained, key=trained.__getitem__) if trained else None
 
     def evaluations_since_best(self, threshold: float) -> int:
         """Evaluations since one was more than `threshold` below all before it; the base's is the first."""
-        best, since = math.inf, 0
+        best, since = math.inf, -1  # The first is none "since".
         for _, loss in sorted(self.evaluations.items()):
             since = 0 if loss < best - threshold else since + 1
-            best = min(best, loss)
-        return since
+            best = min(best, loss) if math.isfinite(loss) else best
+        return max(since, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +67,8 @@ class Identity:
 
     base_fingerprint: str
     """`loading.segments.fingerprint` of the base."""
-    data_cache: str
-    """Name of the tokenized cache, which is its content's hash."""
+    data_digest: str
+    """`content` in data.json: the hash of the packed rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +119,9 @@ def temporary_of(folder: Path) -> Path:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a finished temporary folder its name; the name stands for a whole folder from then on."""
+    """Give a finished temporary folder its name; the name stands for a whole folder, on the disk, from then on."""
+    for path in temporary.rglob("*"):
+        durable.sync(path)
     durable.sync(temporary)
     replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -179,7 +184,7 @@ def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:
         raise UserError(
             f"{folder} belongs to another base model: the weights at model.path have changed since; restore them"
         )
-    if state.identity.data_cache != identity.data_cache:
+    if state.identity.data_digest != identity.data_digest:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")
 
 

@@ -6,6 +6,7 @@ trained. Recomputation under checkpointing and dequantization are the implementa
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,19 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bf16 operations a second with fp32 accumulation, from the makers' data sheets; the first name that the device's
-contains counts."""
+"""Dense bf16 operations a second with fp32 accumulation, from the makers' data sheets, by what the device's name has
+in it as a word; the first that it has counts."""
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Of one device; None for a CPU and for a card that is not in the table: no MFU is shown then."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    return peak_of_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of_card(name: str) -> float | None:
+    """By the device's name; None for one that is not in the table. A laptop's card has the name of a faster one."""
+    known = (peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{re.escape(card)}\b(?! Laptop)", name))
+    return next(known, None)
 
 
 @dataclass(frozen=True, slots=True)

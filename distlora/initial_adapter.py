@@ -1,7 +1,7 @@
 """adapter.init_from: what a PEFT LoRA folder says of itself, and whether it fits a model. Imports no torch.
 
 The launcher turns adapter_config.json into the run's settings and checks the tensors' names and shapes by the file's
-header; the worker checks again and loads (`peft_format.load_adapter`).
+header; the worker checks again and loads (`peft_format.load_initial_adapter`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ block sits in a `Block`, and the head is a `LossHead`. What a family does beyond
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,9 +118,15 @@ class CausalLM(nn.Module):
             # other.
             known: dict[str, Any] = {"attention_mask": None, "use_cache": False}
         else:
-            known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None, "cache": past.cache}
+            known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
+            known[self.cache_name] = past.cache
         output = self.decoder(input_ids=input_ids, position_ids=position_ids, **known)
         return output.last_hidden_state
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache: transformers has been renaming past_key_values since 5.2x."""
+        return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
 
     def tie(self) -> None:
         """Make the head's weight the embedding's Parameter again, after the model has been given memory."""

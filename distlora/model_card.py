@@ -1,93 +1,25 @@
-"""What a run folder says of its result, and the model card that states it on the Hugging Face hub.
+"""The model card that states on the Hugging Face hub what a run trained.
 
-Every fact comes from the run folder: config.yaml, data.json, metrics.jsonl, summary.json, state.json of the newest
-checkpoint, the adapter's own configuration. Files of this machine are named without their folders. Needs no torch.
+Every fact comes from the run folder (distlora.run_folder). Files of this machine are named without their folders.
+Needs no torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from distlora.config import Config, UserError, nearest
+from distlora.config import SourceConfig
 from distlora.config.places import is_hub_name
-from distlora.config_file import load_config
+from distlora.initial_adapter import WEIGHTS_NAME
+from distlora.run_folder import TEMPLATE_NAME, Result
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB = "https://huggingface.co"
-PUBLISHED = {"lora": "adapter", "full": "model"}
-"""The folder in RUN that a finished run leaves, by adapter.method."""
 
 _CPU = re.compile(r"DEFAULT|NO AVX|AVX\d+|NEON|SVE\d*|VSX|Z ?VECTOR")
 """What torch.backends.cpu.get_cpu_capability() answers; a GPU has a name."""
-_CHECKPOINT = re.compile(r"(?:step_)?0*(\d+)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """Something that a run trained, and what the run folder says of it."""
-
-    config: Config
-    folder: Path
-    """The files: an adapter in PEFT's format, or a whole model."""
-    step: int | None
-    """Optimizer steps behind it; None where no figure was logged."""
-    adapter: Mapping[str, Any] | None
-    """adapter_config.json; None for a whole model."""
-    evaluations: Mapping[int, float]
-    """Held-out loss, nats a token, by step."""
-    data: Mapping[str, Any]
-    """data.json."""
-    summary: Mapping[str, Any]
-    """summary.json; empty before the end of a run."""
-    environment: Mapping[str, Any]
-    """What the newest checkpoint was made on: ranks, device, versions."""
-
-
-def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
-    """What a run published, or with `checkpoint` its best (`best`) or a saved step (`step_100`, `100`).
-
-    Raises UserError for a folder without a run, a run that is not finished, and a checkpoint that is not there.
-    """
-    config = load_config(run_dir)
-    lines = _read_lines(run_dir / "metrics.jsonl")
-    evaluations = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
-    summary = _read_json(run_dir / "summary.json")
-    last = max((line["step"] for line in lines), default=None)
-    if checkpoint is None:
-        folder = run_dir / PUBLISHED[config.adapter.method]
-        if not folder.is_dir():
-            raise UserError(
-                f"{run_dir} is not finished: it has no {folder.name} folder; continue it with `distlora resume "
-                f"{run_dir}`, or name what it has with --checkpoint{_saved(run_dir)}"
-            )
-        step = summary.get("best_step", last) if config.train.load_best_at_end else last
-    elif checkpoint == "best":
-        folder = run_dir / "best"
-        if not folder.is_dir():
-            raise UserError(
-                f"{run_dir} has no best: that needs evaluations during training (train.eval_every); leave "
-                "--checkpoint out, or name a saved step"
-            )
-        trained = {step: loss for step, loss in evaluations.items() if step > 0}
-        step = min(trained, key=trained.__getitem__, default=None)
-    else:
-        step, folder = _checkpoint(run_dir, checkpoint, config)
-    is_adapter = config.adapter.method == "lora"
-    return Result(
-        config=config,
-        folder=folder,
-        step=step,
-        adapter=json.loads((folder / ADAPTER_CONFIG).read_text()) if is_adapter else None,
-        evaluations=evaluations,
-        data=_read_json(run_dir / "data.json"),
-        summary=summary,
-        environment=_environment(run_dir),
-    )
 
 
 def model_card(result: Result, *, repository: str, base: str | None, license_of_base: Mapping[str, Any]) -> str:
@@ -165,26 +97,38 @@ def _data(result: Result) -> Iterator[str]:
     sources = result.config.data.training_sources
     counted = splits.get("train", {}).get("sources", [{}] * len(sources))
     for source, counts in zip(sources, counted, strict=True):
-        name, details = _shown(source.path), [source.name]
-        if is_hub_name(source.path):
-            name = f"[{source.path}]({HUB}/datasets/{source.path})"
-            commit = counts.get("commit") or source.revision
-            details += [f"split {source.split}", f"commit `{commit[:12]}`" if commit else None]
+        share = []
         if len(sources) > 1 and counts:
-            details += [f"{counts['documents']:,} documents", f"{counts['share']:.1%} of the trained tokens"]
-        shown = ", ".join(detail for detail in details if detail)
-        yield f"- {name}" + (f" ({shown})" if shown else "")
+            share = [f"{counts['documents']:,} documents", f"{counts['share']:.1%} of the trained tokens"]
+        yield f"- {_source(source, counts, share)}"
+    held_out = result.config.data.held_out_source
     for split, title in (("train", "training"), ("eval", "held out")):
         if split in splits:
             counts = splits[split]
+            place = ""
+            if split == "eval" and held_out is not None:
+                place = f"{_source(held_out, counts.get('sources', [{}])[0], [])}, "
             yield (
-                f"- {title}: {counts['documents']:,} documents, {counts['targets']:,} trained of "
+                f"- {title}: {place}{counts['documents']:,} documents, {counts['targets']:,} trained of "
                 f"{counts['tokens']:,} tokens"
             )
     data = result.config.data
+    if "train_on" not in result.data.get("settings", {}):  # No chat is among the documents.
+        return
     if data.template is not None:
         yield f"- chat template: {_shown(data.template)} (not the base's own)"
     yield f"- trained tokens of a chat: {_TRAIN_ON[data.train_on]}"
+
+
+def _source(source: SourceConfig, counts: Mapping[str, Any], more: list[str]) -> str:
+    """A source by its name on the hub, with split and commit, or by its file's name; `more` joins the details."""
+    name, details = _shown(source.path), [source.name]
+    if is_hub_name(source.path):
+        name = f"[{source.path}]({HUB}/datasets/{source.path})"
+        commit = counts.get("commit") or source.revision
+        details += [f"split {source.split}", f"commit `{commit[:12]}`" if commit else None]
+    shown = ", ".join(detail for detail in [*details, *more] if detail)
+    return name + (f" ({shown})" if shown else "")
 
 
 _TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "all"}
@@ -241,7 +185,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     if "trainable_parameters" in summary:
         yield "trained parameters", f"{summary['trainable_parameters']:,}"
     if result.adapter is not None:
-        yield "adapter", f"{(result.folder / ADAPTER_WEIGHTS).stat().st_size / 1e6:,.1f} MB"
+        yield "adapter", f"{(result.folder / WEIGHTS_NAME).stat().st_size / 1e6:,.1f} MB"
 
 
 def _use(result: Result, repository: str, base: str | None) -> str:
@@ -262,6 +206,13 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         f'model = PeftModel.from_pretrained(base, "{repository}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
     )
+    if result.chat_template is not None:
+        code = "from pathlib import Path\n\nfrom huggingface_hub import hf_hub_download\n" + code
+        code += (
+            f"# The chats were rendered with {TEMPLATE_NAME} of this repository, not with the base's own template.\n"
+            f'template = hf_hub_download("{repository}", "{TEMPLATE_NAME}")\n'
+            'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
+        )
     text = f"```python\n{code}```"
     if result.config.quant.method == "nf4":
         text += (
@@ -294,43 +245,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _checkpoint(run_dir: Path, name: str, config: Config) -> tuple[int, Path]:
-    """(step, folder) of a saved step."""
-    match = _CHECKPOINT.fullmatch(name)
-    folder = run_dir / "checkpoints" / f"step_{int(match[1]):08d}" if match else None
-    if match is None or folder is None or not folder.is_dir():
-        have = [path.name for path in sorted((run_dir / "checkpoints").glob("step_*"))]
-        raise UserError(
-            f"--checkpoint {name}: {run_dir} has no such checkpoint{nearest(name, have)}; "
-            f"it has{_saved(run_dir) or ' none'}"
-        )
-    if config.adapter.method == "full":
-        raise UserError(
-            f"--checkpoint {name} holds weights without the model's configuration; leave --checkpoint out to take the "
-            "finished model"
-        )
-    return int(match[1]), folder
-
-
-def _saved(run_dir: Path) -> str:
-    """` best, step_00000100` for what a run has saved, or an empty string."""
-    names = [path.name for path in sorted((run_dir / "checkpoints").glob("step_*"))]
-    names = (["best"] if (run_dir / "best").is_dir() else []) + names
-    return f" {', '.join(names)}" if names else ""
-
-
-def _environment(run_dir: Path) -> dict[str, Any]:
-    states = sorted((run_dir / "checkpoints").glob("step_*/state.json"))
-    return _read_json(states[-1]).get("environment", {}) if states else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a kill may have cut off the last."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

@@ -159,5 +159,4 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         "linear": 1 - progress,
         "warmup_stable_decay": 1 - progress,
     }[config.schedule]
-    floor = config.min_lr_ratio if config.schedule != "constant" else 0.0
-    return config.lr * (floor + (1 - floor) * shape)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -86,10 +86,7 @@ class Reporter:
         with self._samples.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for prompt, text in samples:
-            # As JSON: one line, whatever the model wrote.
-            shown = " -> ".join(json.dumps(part, ensure_ascii=False) for part in (prompt, text))
-            shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 3] + "..."
-            self._display.say(f"after step {step}: {shown}")
+            self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
         if self._wandb is not None:
             import wandb
 
@@ -148,6 +145,12 @@ def _exit_code(error: BaseException | None) -> int:
     return 0 if error is None else 2 if isinstance(error, UserError) else 1
 
 
+def _shortened(text: str, most: int) -> str:
+    """As JSON, so on one line whatever the model wrote; cut to `most` characters."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
 def _plain(value: float) -> float | None:
     """A number that JSON can hold: integers stay integers, NaN and infinities become null."""
     if isinstance(value, int):
@@ -164,7 +167,7 @@ def _keep_steps(path: Path, start_step: int) -> set[int]:
     if not path.exists():
         return set()
     kept, evaluated = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would cut texts at U+2028 too.
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

@@ -9,14 +9,13 @@ import torch
 
 from distlora import checkpoint, durable
 from distlora.checkpoint import Progress
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
 
 MODEL_NAME = "model.safetensors"
-BEST_NAME = "best"
-"""In RUN: what had the lowest held-out loss, where there are evaluations during training."""
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""
 
@@ -30,12 +29,26 @@ def weight_files(model: CausalLM, config: Config) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def restore(folder: Path, model: CausalLM, optimizer: Optimizer) -> None:
-    """Take the trained parameters and the optimizer's state from a checkpoint."""
+def load_weights(folder: Path, model: CausalLM) -> None:
+    """Take an adapter, or a whole model, from a folder. UserError where its tensors are not this model's."""
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
-    for name, tensor in checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME).items():
+    tensors = checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME)
+    odd = sorted(own.keys() ^ tensors.keys()) or [
+        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
+    ]
+    if odd:
+        raise UserError(
+            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
+            f"({len(odd)} such tensors); was it trained on another model?"
+        )
+    for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def restore(folder: Path, model: CausalLM, optimizer: Optimizer) -> None:
+    """Take the trained parameters and the optimizer's state from a checkpoint."""
+    load_weights(folder, model)
     optimizer.load_state_tensors(checkpoint.load_tensors(folder, checkpoint.TRAINER_NAME))
 
 
@@ -44,7 +57,7 @@ def finish(run_dir: Path, model: CausalLM, config: Config, progress: Progress, c
 
     Returns what was saved, in words.
     """
-    target = run_dir / ("model" if config.adapter.method == "full" else "adapter")
+    target = run_dir / PUBLISHED[config.adapter.method]
     best = run_dir / BEST_NAME
     if not (config.train.load_best_at_end and progress.best_step not in (None, progress.step)):
         publish_result(target, model, config, chat_template)
@@ -75,5 +88,5 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
     else:
         checkpoint.write_files(temporary, weight_files(model, config))
     if chat_template is not None:
-        durable.write_text(temporary / "chat_template.jinja", chat_template)
+        durable.write_text(temporary / TEMPLATE_NAME, chat_template)
     checkpoint.publish(temporary, target)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
+from distlora.config.base import matches
 from distlora.families import FUSED_LINEARS
 
 
@@ -61,24 +62,19 @@ def idle_keys(pattern: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The keys of a rank_pattern or alpha_pattern that change nothing: of those that match, the first counts."""
     rest, idle = list(paths), []
     for key in pattern:
-        taken = [path for path in rest if _takes(key, path)]
+        taken = [path for path in rest if matches(key, path)]
         if not taken:
             idle.append(key)
         rest = [path for path in rest if path not in taken]
     return idle
 
 
-def _takes(key: str, path: str) -> bool:
-    """Whether a pattern's key means a path, by the rule that AdapterConfig.rank_of itself follows."""
-    return AdapterConfig(r=1, rank_pattern={key: 2}).rank_of(path) == 2
-
-
 def _why_idle(key: str, adapted: list[str], names: list[str]) -> str:
-    if any(_takes(key, path) for path in adapted):
+    if any(matches(key, path) for path in adapted):
         return "comes after other keys that match all of its linears; put it before them"
     short = sorted({path.rpartition(".")[2] for path in adapted})
     listed = ", ".join(short)
-    if any(_takes(key, path) for path in names):
+    if any(matches(key, path) for path in names):
         return f"means linears without an adapter; add them to adapter.target_modules, which now means {listed}"
     return f"matches no linear{nearest(key, short)}; adapter.target_modules means {listed}"
 

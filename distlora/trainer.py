@@ -1,4 +1,5 @@
-"""The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step.
+"""The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step (an
+8-bit optimizer does: optim.py).
 
 A step: loss = sum over the target tokens of all ranks and micro-batches / their number, which the loader knows in
 advance; backward; one sum over ranks; clip; update. Losses and norms stay on the device until the next log.
@@ -119,11 +120,10 @@ class Trainer:
                 self._log(interval, done)
                 if evaluating:
                     self._evaluate_trained()
-                if sampling and self.hooks.sample is not None:
-                    self.hooks.sample(done)
-                    self.backend.traffic.take()
                 if saving or self._is_exhausted():
                     self.hooks.save(self.progress)
+                if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
+                    self.hooks.sample(done)
                 interval = _Interval(done)
 
     def _evaluate_trained(self) -> None:
@@ -133,10 +133,11 @@ class Trainer:
         if settings.eval_every is not None and self.progress.best_step == self.progress.step:
             self.hooks.publish_best(self.progress)
         if self._is_exhausted():
-            best = min(self.progress.evaluations, key=self.progress.evaluations.__getitem__)
+            best = self.progress.best_step
+            lowest = "" if best is None else f"; the lowest was {self.progress.evaluations[best]:.4f} after step {best}"
             self.reporter.event(
-                f"stopping early: the held-out loss has not fallen in {settings.early_stopping_patience} evaluations; "
-                f"the lowest was {self.progress.evaluations[best]:.4f} after step {best}"
+                f"stopping early: the held-out loss has not fallen in {settings.early_stopping_patience} evaluations"
+                + lowest
             )
 
     def _is_exhausted(self) -> bool:
@@ -156,7 +157,7 @@ class Trainer:
             losses = self._loss_sums(micro_batch, step)
             row_losses.append(losses.detach())
             self.backend.backward(losses.sum() / batch.global_targets, last=index == len(micro_batches) - 1)
-            interval.flops += self._flops.of(micro_batch.position_ids)
+            interval.flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
         self.backend.finish_gradients()
         grad_norm = self.backend.clip_gradients(self.config.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)

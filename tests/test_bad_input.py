@@ -157,6 +157,8 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["data.path=null", "data.sources=[{path: data.jsonl, wieght: 1}]"],
         ["data.sources[0].wieght", "did you mean 'weight'?"],
     ),
+    "an infinite alpha": (nothing, ["adapter.alpha_pattern={q_proj: inf}"], ["q_proj=inf must be positive"]),
+    "a threshold of nothing": (nothing, ["train.early_stopping_threshold=0.1"], ["has no effect without"]),
     "an idle pattern": (nothing, ["adapter.rank_pattern={q_prj: 4}"], ["q_prj"]),
     "several nodes": (nothing, ["cluster.nodes=2"], ["cluster.nodes=1"]),
     "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),

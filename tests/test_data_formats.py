@@ -5,9 +5,11 @@ import json
 import pytest
 
 from data_folders import chat
-from distlora.config import UserError
+from distlora.config import DataConfig, UserError
 from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from distlora.data.formats import EXAMPLES, REQUIRED_KEYS, Record, kind_of, resolve_format, to_document
+from distlora.data.json_text import check_unicode
+from distlora.data.sources import check_sources
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -223,3 +225,43 @@ def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
         resolve_format(record(value), "text", columns)
     with pytest.raises(UserError, match="no 'completion' among its keys"):
         canonical({"question": "a"}, "prompt_completion", columns=columns)
+
+
+HALF = json.dumps({"city": "\ud83d"})
+TOOL_IN_STRING = json.dumps([{"type": "function", "function": {"name": "w", "description": "\ud83d"}}])
+HALF_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": HALF}}]}
+
+
+@pytest.mark.parametrize(
+    ("format", "value"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": "Hi"}, HALF_CALL]}),
+        ("chat", {**chat("Hi", "Hello"), "tools": TOOL_IN_STRING}),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": '{"name": "w", "arguments": ' + HALF + "}"}]},
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, value):
+    with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is no character"):
+        canonical(value, format)
+
+
+def test_half_a_surrogate_pair_is_refused_in_tables_too(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    table = pyarrow.Table.from_pylist([{"messages": messages, "tools": TOOL_IN_STRING}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet row 1: half a surrogate pair"):
+        check_sources(DataConfig(path=str(tmp_path / "a.parquet")), limit=10)
+
+
+def test_deep_json_is_checked_without_running_out_of_calls():
+    value = ["\ud83d"]
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        check_unicode(value, "data.jsonl:1")

@@ -4,13 +4,16 @@ import io
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
 
 from data_folders import CHATML, chat, write_model
-from distlora.config import Config, DataConfig, ModelConfig, TrainConfig
+from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config_file import as_mapping
+from distlora.data.hub import HubDataset
 from hub_server import start_hub
 
 ANSWERS = [chat(f"What is {number}?", f"{number} is a number.") for number in range(40)]
@@ -115,27 +118,31 @@ def check(hub, home, cases, token=None, **environment):
 
 def test_what_the_hub_refuses_is_one_sentence_before_anything_is_downloaded(hub, home):
     cases = {
-        "there is no data set org/absent": {"path": "org/absent"},
-        "there is no data set org/private": {"path": "org/private"},
-        "no revision 'v7'": {"path": "org/answers", "revision": "v7"},
+        "org/absent is neither a file or folder here nor a data set on the hub": {"path": "org/absent"},
+        "org/private is neither a file or folder here nor a data set": {"path": "org/private"},
+        "data.revision=v7: org/answers has no such branch, tag or commit": {"path": "org/answers", "revision": "v7"},
         "its splits are train, test": {"path": "org/answers", "split": "trian"},
         "several; its configurations are english, french: set data.name=english": {"path": "org/configured"},
         "no configuration 'englsh' (did you mean 'english'?)": {"path": "org/configured", "name": "englsh"},
         "no split 'test'": {"path": "org/configured", "name": "french", "split": "test"},
-        "is gated and there is no token": {"path": "org/gated"},
+        "data.path=org/gated is gated: accept its licence": {"path": "org/gated"},
         "takes a slice": {"path": "org/stories", "split": "train[:10%]", "streaming": True},
         "org/answers (split train) is both": {"path": "org/answers", "eval_path": "org/answers"},
+        "(split train) is both trained on and": {"path": "org/answers", "eval_split": "train[:5%]"},
+        "(split test) is both trained on and": {"path": "org/answers", "split": "train+test", "eval_split": "test"},
+        "train) is both trained on": {"path": "org/answers", "split": "train[:5%]", "eval_split": "train[:5%]"},
     }
     good = [
         {"path": "org/answers"},
         {"path": "org/configured", "name": "english", "eval_split": "test"},
         {"path": "org/stories", "streaming": True},
+        {"path": "org/answers", "split": "train[10%:]", "eval_split": "train[:10%]"},
     ]
     before = len(hub.requests)
     outcomes = check(hub, home, [*cases.values(), *good])
     for expected, outcome in zip(cases, outcomes, strict=False):
         assert expected in outcome
-    assert outcomes[len(cases) :] == [[None], [None, None], [None]]
+    assert outcomes[len(cases) :] == [[None], [None, None], [None], [None, None]]
     asked = hub.requests[before:]
     assert not any(r.method == "GET" and r.path.endswith((".jsonl", ".parquet")) for r in asked)
 
@@ -143,8 +150,8 @@ def test_what_the_hub_refuses_is_one_sentence_before_anything_is_downloaded(hub,
 def test_a_token_without_access_is_told_where_to_ask_and_one_with_access_is_let_in(hub, home):
     case = [{"path": "org/gated"}]
     (refused,) = check(hub, home, case, token="hf_guest")
-    assert "your token has no access; accept its conditions at http://127.0.0.1" in refused
-    assert "/datasets/org/gated" in refused
+    assert "org/gated is gated: accept its licence at http://127.0.0.1" in refused
+    assert "/datasets/org/gated; this machine is logged in as guest" in refused
     assert check(hub, home, case, token="hf_owner") == [[None]]
 
 
@@ -155,6 +162,108 @@ def test_without_a_network_the_message_says_so(hub, home, tmp_path):
     assert "is not in the cache" in message
     (message,) = check(hub, home, [{"path": "org/answers"}], **unreachable, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set, and the data set org/answers is not in the cache" in message
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A hub that answers with one status, or with 0 drops the connection."""
+
+    status = 0
+
+    def do_GET(self):
+        if self.status:
+            self.send_response(self.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (401, "data.path=org/answers: the hub answers strangers with 401; log in with `hf auth login`"),
+        (403, "data.path=org/answers: the hub answered 403"),
+        (429, "data.path=org/answers: the hub answered 429"),
+        (503, "the hub cannot be reached"),
+        (0, "the hub cannot be reached"),
+    ],
+)
+def test_an_answer_that_is_no_data_set_is_one_sentence(hub, tmp_path, status, expected):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (Failing,), {"status": status}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        (message,) = check(hub, tmp_path, [{"path": "org/answers"}], **endpoint)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"text": "a"}
+        try:
+            raise ConnectionResetError("peer closed the connection")
+        except ConnectionResetError as error:
+            raise ValueError("datasets could not read a row") from error
+
+    broken = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken)
+    monkeypatch.setattr("distlora.data.hub.check_hub", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"data\.path=org/x .* cannot be reached \(peer closed"):
+        list(HubDataset(SourceConfig(path="org/x"), "0" * 40, streaming=True).records())
+
+
+def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch, tmp_path):
+    from distlora_launcher import checks
+
+    def fail(config):
+        raise ConnectionError("the connection was lost")
+
+    monkeypatch.setattr(checks, "check_machine", fail)
+    config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"), run_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"^the connection was lost$"):
+        checks.check(config, new_run=False)
+
+
+def test_a_preview_streams_a_hub_data_set_and_downloads_no_more_than_its_head(hub, home, model, tmp_path):
+    data = DataConfig(path="org/many", sequence_length=128, cache_dir=str(home / "rows"))
+    config = Config(model=ModelConfig(path=str(model)), data=data, run_dir=str(tmp_path))
+    hub.add(
+        "org/many",
+        {f"data/train-{n:05}.parquet": parquet([*STORIES, {"text": f"{n}"}]) for n in range(4)},
+        kind="datasets",
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+
+    def shards_after(*flags):
+        before = len(hub.requests)
+        finished = subprocess.run(
+            [sys.executable, "-m", "distlora.data.preview", str(tmp_path), "--rows", "0", *flags],
+            env=hub.environment(home),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert finished.returncode == 0, finished.stderr
+        asked = {r.path for r in hub.requests[before:] if r.method == "GET" and r.path.endswith(".parquet")}
+        return finished.stdout, len(asked)
+
+    printed, shards = shards_after()
+    assert "the first 1,000 documents; --all reads the rest" in printed
+    assert shards <= 2
+    printed, shards = shards_after("--all")
+    assert "all 8,004 documents" in printed
+    assert shards == 4
 
 
 def test_a_run_reads_the_commit_that_it_started_with_whatever_is_pushed_later(hub, prepare):
@@ -191,7 +300,8 @@ def test_streaming_downloads_and_tokenizes_no_more_than_the_steps_need(hub, prep
     settings = {"path": "org/stories", "streaming": True}
     small = {"path": "org/answers", "streaming": True}
     (record, again, ended), printed = prepare({"run": settings, "again": settings, "small": small}, max_steps=50)
-    shards = {r.path.rpartition("/")[2] for r in hub.requests if r.method == "GET" and r.path.endswith(".parquet")}
+    asked = [r.path for r in hub.requests if r.method == "GET" and "org/stories" in r.path]
+    shards = {path.rpartition("/")[2] for path in asked if path.endswith(".parquet")}
     assert shards <= {"train-00000.parquet", "train-00001.parquet", "train-00002.parquet"}
     splits = record["splits"]
     assert 200 <= splits["train"]["rows"] <= 250

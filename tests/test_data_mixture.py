@@ -181,6 +181,13 @@ def test_a_source_without_a_trained_token_is_refused_by_its_own_name(prepared, t
         prepared(mixed((two_sources[0], silent), 1, 1))
 
 
+def test_a_bounded_reading_gives_up_a_source_in_which_nothing_is_trained(prepared, two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("distlora.data.reading.PATIENCE", 100)
+    silent = write_lines(tmp_path / "silent.jsonl", [chat("Hi?")] * 1000)
+    with pytest.raises(UserError, match=r"silent\.jsonl: none of its first 128 documents has a token to train"):
+        prepared(mixed((two_sources[0], silent), 1, 1), streaming=True, max_steps=5)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the sample data of {SHARED} is not on this machine")
 def test_alpaca_and_wikipedia_are_mixed_by_trained_tokens_within_two_percent(tmp_path, folders, prepared):
     """Seven to three, in both strategies, on the tokenizer of the small models (which has a chat template)."""

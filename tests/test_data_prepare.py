@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -136,11 +137,43 @@ def test_alpaca_is_rendered_by_the_template_or_by_its_own_prompt_without_one(mak
 
 def test_settings_that_change_nothing_share_an_entry_and_those_that_do_have_their_own(make_config):
     texts = prepare(make_config(TEXTS))
-    assert prepare(make_config(TEXTS, train_on="last", template="chatml")) == texts
+    for setting, value in (("train_on", "last"), ("template", "chatml")):
+        with pytest.raises(UserError, match=rf"data\.{setting}={value} has no effect: no source holds chats"):
+            prepare(make_config(TEXTS, **{setting: value}))
     assert prepare(make_config(TEXTS, too_long="drop")) != texts
     chats = [chat("Hi", f"Hello {n}", "So?", "Yes") for n in range(6)]
     entries = {prepare(make_config(chats, **settings)) for settings in ({}, {"train_on": "last"}, {"train_on": "all"})}
     assert len(entries) == 3
+
+
+def test_a_template_that_writes_the_date_has_an_entry_a_day_and_a_resume_keeps_its_own(
+    make_config, tmp_path, monkeypatch
+):
+    from distlora.data import prepare as module
+
+    template = CHATML.replace("{% for m", "{{ strftime_now('%d %B %Y') }}{% for m", 1)
+    model_path = write_model(tmp_path / "dated", template)
+    config = make_config([chat("Hi", f"Hello {n}") for n in range(6)], model_path=model_path)
+    days = iter(["2026-11-24", "2026-11-25", "2026-11-25", "2026-11-26", "2026-11-26"])
+    monkeypatch.setattr(module, "today_as_text", lambda: next(days))
+    first = prepare_run(config.run_dir)
+    resumed = prepare_run(config.run_dir)
+    assert (resumed["cache"], resumed["reused"], resumed["content"]) == (first["cache"], True, first["content"])
+    another = prepare(config)
+    assert str(another) != first["cache"]
+    shutil.rmtree(first["cache"])
+    assert prepare_run(config.run_dir)["settings"]["date"] == "2026-11-26", "what is gone cannot be made again"
+    plain = make_config([chat("Hi", f"Hello {n}") for n in range(6)])
+    assert prepare(plain) == prepare(plain), "no date in the template: no day in the name"
+
+
+def test_the_digest_of_an_entry_says_whether_its_rows_are_equal(make_config):
+    first = read_meta(prepare(make_config(TEXTS)))["content"]
+    assert len(first) == 64
+    same = read_meta(prepare(make_config(TEXTS, cache_dir=make_config(TEXTS).data.cache_dir + "2")))["content"]
+    assert same == first
+    changed = [{"text": "A wolf wakes. " * 3}, *TEXTS[1:]]
+    assert read_meta(prepare(make_config(changed)))["content"] != first
 
 
 def test_a_run_says_where_its_data_lies_now_even_if_the_entry_was_made_from_elsewhere(make_config, tmp_path):

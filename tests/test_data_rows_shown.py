@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +42,25 @@ def test_rows_that_are_not_there_are_refused(folders: Path, tmp_path: Path, caps
             command(words)
     with pytest.raises(UserError, match="holds no run"):
         command(["row", str(tmp_path), "0"])
+
+
+def test_a_reader_that_leaves_is_no_error(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders)
+    words = [sys.executable, "-m", "distlora.data.show_row", str(tmp_path / "run"), *["0"] * 200]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("row 0")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_cut_record_of_the_data_is_named(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run", folders)
+    record = tmp_path / "run" / "data.json"
+    record.write_text(record.read_text()[:100])
+    assert main([str(tmp_path / "run"), "0"]) == 2
+    message = capsys.readouterr().err
+    assert f"{record} is damaged" in message
+    assert f"python -m distlora.data {tmp_path / 'run'}" in message

@@ -10,6 +10,7 @@ import pytest
 
 from data_folders import chat, write_lines
 from distlora.config import DataConfig, SourceConfig, UserError
+from distlora.config.places import is_hub_name, means_hub
 from distlora.data.sources import check_sources, find_source, pinned_commits
 
 TEXTS = [{"text": f"{number} foxes"} for number in range(20)]
@@ -104,6 +105,70 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path, monkeypatch, settings
     write_lines(tmp_path / "good.jsonl", TEXTS)
     with pytest.raises(UserError, match=complaint):
         check_sources(DataConfig(**settings), limit=10)
+
+
+@pytest.mark.parametrize(
+    "held_out", ["data/test.jsonl", "other/../data/test.jsonl", "link/test.jsonl", "data", "hard.jsonl"]
+)
+def test_a_file_is_not_trained_on_and_held_out_however_it_is_named(tmp_path, held_out):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    write_lines(tmp_path / "data" / "a.jsonl", TEXTS)
+    write_lines(tmp_path / "data" / "test.jsonl", TEXTS)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "data" / "test.jsonl")
+    with pytest.raises(UserError, match=r"both trained on and held out; name another"):
+        check_sources(DataConfig(path=str(tmp_path / "data"), eval_path=str(tmp_path / held_out)), limit=10)
+    sources = tuple(SourceConfig(path=str(tmp_path / path)) for path in ("data", held_out))
+    with pytest.raises(UserError, match="twice, so its held-out documents would be trained on"):
+        check_sources(DataConfig(sources=sources), limit=10)
+    good = DataConfig(path=str(tmp_path / "data" / "a.jsonl"), eval_path=str(tmp_path / "hard.jsonl"))
+    assert check_sources(good, limit=10) == ["text", "text"]
+
+
+def test_a_split_of_a_saved_data_set_is_not_trained_on_and_held_out(saved):
+    path = str(saved / "two")
+    assert check_sources(DataConfig(path=path, eval_split="test"), limit=10) == ["text", "text"]
+    with pytest.raises(UserError, match=r"two \(split train\) is both trained on and held out"):
+        check_sources(DataConfig(path=path, eval_path=str(saved / "one" / ".." / "two")), limit=10)
+
+
+def test_settings_of_one_source_have_no_effect_beside_several_and_are_refused(tmp_path):
+    path = str(write_lines(tmp_path / "a.jsonl", TEXTS))
+    sources = (SourceConfig(path=path),)
+    for setting, value in {
+        "name": "x",
+        "split": "test",
+        "revision": "v1",
+        "format": "text",
+        "columns": {"text": "body"},
+        "sample_by": "line",
+    }.items():
+        with pytest.raises(UserError, match=rf"data\.{setting}=.* it belongs into each entry of data\.sources"):
+            DataConfig(sources=sources, **{setting: value})
+    DataConfig(sources=sources, eval_path="b.jsonl", format="text", columns={"text": "body"})
+    with pytest.raises(UserError, match=r"data\.split=test"):
+        DataConfig(sources=sources, eval_path="b.jsonl", split="test")
+
+
+def test_sample_by_needs_a_text_file(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", TEXTS)
+    text = tmp_path / "b.txt"
+    text.write_text("a\nb\n")
+    for settings in ({"path": str(lines)}, {"sources": (SourceConfig(path=str(lines), sample_by="line"),)}):
+        with pytest.raises(UserError, match=r"data\.sample_by=line has no effect: .*a\.jsonl holds no \.txt file"):
+            check_sources(DataConfig(**({"sample_by": "line"} if "path" in settings else {}), **settings), limit=10)
+    both = DataConfig(path=str(lines), eval_path=str(text), sample_by="line")
+    assert check_sources(both, limit=10) == ["text", "text"]
+
+
+def test_a_composed_name_on_the_hub_stays_one_whatever_lies_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert means_hub("org/name")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not means_hub("org/name"), "what a user types means what is there"
+    assert is_hub_name("org/name")
+    assert not is_hub_name(str(tmp_path / "org" / "name"))
 
 
 def test_the_head_is_checked_up_to_its_limit_and_no_further(tmp_path):

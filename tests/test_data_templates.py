@@ -15,7 +15,8 @@ from distlora.config import UserError
 from distlora.data.chat import NAMED, ChatTemplate, template_source
 from distlora.data.formats import Document
 from distlora.data.templates import Encoder
-from distlora.data.turns import Conversation, Turn, TurnTokens
+from distlora.data.turn_tokens import TurnTokens
+from distlora.data.turns import Conversation, Turn
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA2 = (
@@ -443,3 +444,52 @@ def test_truncation_and_padding_saved_with_a_tokenizer_have_no_say(load):
     ((tokens, _),) = encode(tokenizer, "text", {"text": "The quick brown fox jumps over the lazy dog. " * 3})
     assert len(tokens) > 20
     assert tokenizer.pad_token_id not in tokens
+
+
+ENDED_OUTSIDE = MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+)
+"""The marks leave out the end-of-turn token."""
+
+
+def with_marker(tokenizer):
+    """The tokenizer with </tool_call> as an added token that is not special, as Qwen's and Hermes's have it."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("</tool_call>", special=False, normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [MARKED, ENDED_OUTSIDE, CHATML], ids=["marked", "marked without its end", "plain"])
+def test_a_turn_that_ends_in_a_marker_is_trained_up_to_its_end_of_turn_token(load, template):
+    tokenizer = with_marker(load(template))
+    value = chat("Hi", "a tool</tool_call>", "So?", "Yes.</tool_call>")
+    (encoded,) = encode(tokenizer, "chat", value)
+    assert trained_text(tokenizer, *encoded) == ["a tool</tool_call><|im_end|>", "Yes.</tool_call><|im_end|>"]
+
+
+def test_a_marker_ends_no_turn(load):
+    tokenizer = with_marker(load(MARKED.replace("<|im_end|>", "")))
+    with pytest.raises(UserError, match="without a special token of this tokenizer"):
+        encode(tokenizer, "chat", chat("Hi", "a tool</tool_call>"))
+
+
+def test_an_added_token_that_the_template_writes_behind_answers_ends_them_special_or_not(load):
+    tokenizer = with_marker(load(MARKED.replace("<|im_end|>", "</tool_call>")))
+    (encoded,) = encode(tokenizer, "chat", chat("Hi", "Yes."))
+    assert trained_text(tokenizer, *encoded) == ["Yes.</tool_call>"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("m['content'][99].x", "UndefinedError|has no element|no attribute"),
+        ("1 / (m['content'] | length - 2)", "ZeroDivisionError"),
+        ("m['content'] | round", "TypeError"),
+        ("m['content'].index('?')", "ValueError: substring not found"),
+    ],
+)
+def test_whatever_a_template_trips_over_is_said_of_the_document(load, expression, reason):
+    tokenizer = load(CHATML.replace("m['content']", f"({expression}) | string"))
+    with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):
+        encode(tokenizer, "chat", chat("Hi", "Hello"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fcntl
 import functools
 import io
@@ -45,6 +46,8 @@ from worlds import World
 
 DISTLORA = Path(sys.executable).parent / "distlora"
 LENGTHS = (23, 5, 40)
+CHATS = {"chats": True, "chat_template": None}
+"""What RUN/data.json says of chats that the tokenizer's own template rendered."""
 """Prompts of one batch; the windows of the families are 16."""
 
 
@@ -196,16 +199,18 @@ def test_the_end_of_a_turn_comes_from_the_template_the_tokenizer_and_the_model(
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|system|>\n{% endfor %}<|assistant|>")
     config = config_for(folder, data={"path": "none", "template": str(template)})
+    trained = {"chats": True, "chat_template": template.read_text()}
+    template.unlink()  # What counts is what was trained, wherever it came from.
     model, _ = load_ours(folder)
     names = tokenizer().convert_tokens_to_ids(["<eos>", "<|system|>"])
-    encoder = PromptEncoder(model, config)
+    encoder = PromptEncoder(model, config, trained)
     assert encoder.stop_tokens(folder) == sorted({*names, 17})
-    assert PromptEncoder(model, config, raw=True).stop_tokens(folder) == sorted({names[0], 17})
+    assert PromptEncoder(model, config, trained, as_chat=False).stop_tokens(folder) == sorted({names[0], 17})
     shown = encoder.tokenizer.decode(encoder.encode(Prompt(place="p", text="Hi"), system="Be brief."))
     assert shown == "<|system|>Be brief.<|system|>\n<|user|>Hi<|system|>\n<|assistant|>"
     chat = Prompt(place="p", messages=({"role": "system", "content": "A"}, {"role": "user", "content": "B"}))
     assert encoder.tokenizer.decode(encoder.encode(chat, system="C")).startswith("<|system|>A<|system|>\n<|user|>B")
-    raw = PromptEncoder(model, config, raw=True)
+    raw = PromptEncoder(model, config, trained, as_chat=False)
     assert raw.tokenizer.decode(raw.encode(Prompt(place="p", text="Hi"))) == "Hi"
     with pytest.raises(UserError, match=r"p holds messages.*no chat template"):
         raw.encode(chat)
@@ -217,7 +222,7 @@ def test_sampling_is_what_the_flags_say_then_what_the_model_says(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model, backend = load_ours(family_folder("qwen3"))
-    encoder = PromptEncoder(model, config_for(family_folder("qwen3")))
+    encoder = PromptEncoder(model, config_for(family_folder("qwen3")), CHATS)
 
     def chosen(defaults: dict[str, Any], **flags: Any) -> tuple[Any, ...]:
         (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
@@ -231,7 +236,7 @@ def test_sampling_is_what_the_flags_say_then_what_the_model_says(
     assert chosen({"repetition_penalty": 1.2}) == (False, None, None, None, 1.2)
     assert chosen(advice) == (True, 0.6, 0.9, 0, 1.1)
     assert chosen(advice, temperature=1.0) == (True, 1.0, 0.9, 0, 1.1)
-    assert chosen(advice, temperature=0) == (False, None, None, None, None)
+    assert chosen(advice, temperature=0) == (False, None, None, None, chosen(advice)[4])
     assert chosen({}, top_k=5) == (True, None, None, 5, None)
     # And transformers samples among no more than that: 5 tokens of a flat distribution, not its default of 50.
     torch.manual_seed(0)
@@ -353,7 +358,7 @@ def ask(run_dir: Path, text: str, weights: Path | None) -> str:
     """The raw continuation, in process."""
     config = load_config(run_dir)
     model, backend = load_model(config, None if weights is None else str(weights), SINGLE)
-    encoder = PromptEncoder(model, config, raw=True)
+    encoder = PromptEncoder(model, config, CHATS, as_chat=False)
     settings = greedy(encoder, config.model.path, 12)
     (completion,) = generate(Generator(model, backend), [encoder.encode(Prompt(place="p", text=text))], settings)
     return encoder.decode(completion)
@@ -399,7 +404,7 @@ def test_lines_of_a_pipe_are_answered_as_text(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("7 is\n\nA list\n"))
-    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), raw=True, max_new_tokens=12), SINGLE)
+    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), as_chat=False, max_new_tokens=12), SINGLE)
     captured = capsys.readouterr()
     expected = [ask(trained, text, trained / "adapter") for text in ("7 is", "A list")]
     assert captured.out == "".join(text + "\n" for text in expected)
@@ -429,6 +434,19 @@ def test_which_weights_are_meant(trained: Path, tmp_path: Path, capsys: pytest.C
     shutil.rmtree(unfinished / "checkpoints")
     assert command(["generate", str(unfinished)]) == 2
     assert "has nothing trained yet" in capsys.readouterr().err
+
+
+def test_a_base_that_changed_since_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained.parent, tmp_path / "moved")
+    write_model_folder(tmp_path / "moved" / "llama", "llama", initializer_range=0.09)
+    config = load_config(tmp_path / "moved" / "run")
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, path=str(tmp_path / "moved" / "llama"))
+    )
+    for weights in ("adapter", "checkpoints"):
+        with pytest.raises(UserError, match="was trained on another base"):
+            load_model(config, str(tmp_path / "moved" / "run" / weights), SINGLE)
+    load_model(config, None, SINGLE)
 
 
 def test_a_run_that_trained_the_whole_model_is_generated_from(folders: Path, tmp_path: Path) -> None:
@@ -463,7 +481,7 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
         worker.run(Request(run=str(tmp_path / "run"), **other_model), SINGLE)  # type: ignore[arg-type]
     texts = []
     for weights in ({"weights": str(tmp_path / "other"), "foreign": True}, {}):
-        asked = {"raw": True, "prompts": str(tmp_path / "asked.txt"), "max_new_tokens": 12, **weights}
+        asked = {"as_chat": False, "prompts": str(tmp_path / "asked.txt"), "max_new_tokens": 12, **weights}
         worker.run(Request(run=str(trained), **asked), SINGLE)  # type: ignore[arg-type]
         texts.append([json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()])
     assert texts[0] != texts[1] == [ask(trained, "A list", None), ask(trained, "7 is", None)]
@@ -471,7 +489,7 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
     config = load_config(trained)
     ours, _ = load_model(config, None, SINGLE)
     tuned = peft.PeftModel.from_pretrained(dequantized(Path(config.model.path), ours), tmp_path / "other")
-    ids = torch.tensor([PromptEncoder(ours, config, raw=True).encode(Prompt(place="p", text="7 is"))])
+    ids = torch.tensor([PromptEncoder(ours, config, CHATS, as_chat=False).encode(Prompt(place="p", text="7 is"))])
     theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert tokenizer().decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) == texts[0][1]
 
@@ -548,8 +566,17 @@ def test_a_broken_line_of_prompts_is_named(tmp_path: Path, text: str, message: s
         read_prompts(tmp_path / "asked.jsonl")
 
 
+def test_a_prompt_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\u0085d", "e\x0bf\x0cg\x1ch"]
+    objects = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    for name, lines in (("asked.txt", texts), ("asked.jsonl", objects)):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == texts
+        assert read_prompts(tmp_path / name)[2].place == f"{tmp_path / name}:3"
+
+
 def test_a_request_reaches_the_worker_as_it_was_made() -> None:
-    request = Request(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, raw=False, top_k=3)
+    request = Request(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, as_chat=True, top_k=3)
     assert Request.read(request.as_json()) == request
 
 
@@ -591,7 +618,7 @@ class Terminal:
 
 def test_a_terminal_gets_a_chat(trained: Path) -> None:
     """Answers, commands, Ctrl-C while one is written, Ctrl-D."""
-    terminal = Terminal(DISTLORA, "generate", trained, "--max-new-tokens", 450, "--temperature", 1.5)
+    terminal = Terminal(DISTLORA, "generate", trained, "--chat", "--max-new-tokens", 450, "--temperature", 1.5)
     try:
         started = terminal.wait_for("/reset starts again").splitlines()
         assert [line.split()[0] for line in started] == ["loading", "loaded", "/reset"], "no words of libraries"

@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import safetensors.numpy
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, build
 from distlora_launcher import hub as launcher_hub
-from distlora_launcher import hub_preview
+from distlora_launcher import hub_preview, push
 from distlora_launcher.cli import main
 from distlora_launcher.hub import HubModel
 from hub_server import Hub, start_hub
-from launcher_fakes import MODEL_CONFIG, model_shapes, write_data, write_safetensors
+from launcher_fakes import MODEL_CONFIG, model_shapes, write_data, write_safetensors, write_tokenizer
 from launcher_fakes import write_model as write_fake_model
 
 DISTLORA = str(Path(sys.executable).with_name("distlora"))
@@ -202,6 +205,25 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(
     assert sorted(path.name for path in place.iterdir() if path.name != "home") == ["data.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], "org/plain has no chat template"), (["data.template=gemma"], "which the tokenizer in org/plain lacks")],
+)
+def test_chats_without_their_template_are_refused_before_the_download(
+    words: list[str], expected: str, folders: Path, hub: Hub, place: Path, run: Run
+) -> None:
+    files = {path.name: path.read_bytes() for path in (folders / "llama").iterdir()}
+    hub.add("org/plain", {name: content for name, content in files.items() if not name.startswith("chat_template")})
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    (place / "data.jsonl").write_text(json.dumps(chat) + "\n")
+    hub.requests.clear()
+    ended = run(*train_words("org/plain"), f"data.cache_dir={place / 'home' / 'rows'}", *words)
+    assert ended.returncode == 2, ended.stderr
+    assert expected in ended.stderr
+    assert hub.downloaded(".safetensors") <= hub_preview.HEADER_GUESS + 1
+    assert not (place / "run").exists()
+
+
 def test_a_sweep_asks_the_hub_once(hub: Hub, run: Run) -> None:
     hub.requests.clear()
     ended = run(*train_words("org/fake"), "-m", "adapter.target_modules=[q_proj],[v_proj],[q_prj]")
@@ -266,15 +288,19 @@ def test_what_a_quantized_checkpoint_says_of_itself_can_be_read_before_the_downl
 
 
 def test_ctrl_c_ends_a_download_at_once_and_leaves_no_half_files(hub: Hub, place: Path) -> None:
+    write_fake_model(place / "large")
+    write_tokenizer(place / "large")
+    write_safetensors(place / "large" / "model.safetensors", {**model_shapes(), **BIG})
+    hub.add("org/large", place / "large")
     hub.seconds_per_chunk = 0.2
     try:
-        command = [DISTLORA, *train_words("org/fake")]
+        command = [DISTLORA, *train_words("org/large"), f"data.cache_dir={place / 'home' / 'rows'}"]
         settings = hub.environment(place / "home")
         with subprocess.Popen(command, env=settings, cwd=place, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            assert process.stdout.readline().startswith("downloading org/fake")
+            assert any(line.startswith("downloading org/large") for line in process.stdout)
             deadline = time.monotonic() + 30
-            while not list(place.glob("home/hub/models--org--fake/blobs/*.incomplete")):
+            while not list(place.glob("home/hub/models--org--large/blobs/*.incomplete")):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
@@ -313,7 +339,7 @@ def test_a_log_gets_lines_of_progress(
     assert "hub-progress" not in {thread.name for thread in threading.enumerate()}
 
 
-def finished_run(run_dir: Path, **model: Any) -> Config:
+def finished_run(run_dir: Path, *, chat_template: str | None = None, **model: Any) -> Config:
     """A run folder as a finished run leaves it, with figures that are easy to find in a card."""
     values = {
         "model": {"path": "/data/models/base", **model},
@@ -356,7 +382,8 @@ def finished_run(run_dir: Path, **model: Any) -> Config:
         {"commit": "d" * 40, "documents": 100, "share": 0.298},
     ]
     splits = {"train": counts | {"sources": sources}, "eval": {"documents": 50, "targets": 9_000, "tokens": 12_000}}
-    (run_dir / "data.json").write_text(json.dumps({"splits": splits}))
+    record = {"splits": splits, "settings": {"train_on": "assistant"}, "chat_template": chat_template}
+    (run_dir / "data.json").write_text(json.dumps(record))
     summary = {
         "tokens_per_second": 12345.6,
         "train_seconds": 3725.0,
@@ -405,6 +432,62 @@ def test_no_path_of_this_machine_is_uploaded(place: Path, capsys: pytest.Capture
     assert (named["base_model_name_or_path"], named["revision"]) == ("org/base", None)
 
 
+@pytest.mark.parametrize("words", [[], ["--checkpoint", "best"], ["--checkpoint", "step_100"]])
+def test_a_template_of_the_runs_own_is_uploaded_and_the_card_sets_it(words: list[str], place: Path) -> None:
+    finished_run(place / "run", name="org/base", revision=COMMIT, chat_template="{{ 'a' }}\n\u00e9")
+    assert main(["push", "run", "owner/adapter", "--dry-run", "out", *words]) == 0
+    assert {path.name for path in (place / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+    }
+    assert (place / "out" / "chat_template.jinja").read_bytes().decode() == "{{ 'a' }}\n\u00e9"
+    code = (place / "out" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert 'hf_hub_download("owner/adapter", "chat_template.jinja")' in code
+    assert "tokenizer.chat_template = Path(template)" in code.splitlines()[-1]
+
+
+def change_settings(run_dir: Path, section: str, **values: Any) -> None:
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    settings[section] |= values
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def card_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["push", str(run_dir), "owner/adapter", "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_card_of_plain_text_says_nothing_of_chats(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished_run(place / "run", name="org/base", revision=COMMIT)
+    change_settings(place / "run", "data", template="chatml")
+    assert "chat template: chatml" in card_of(place / "run", capsys)
+    record = json.loads((place / "run" / "data.json").read_text())
+    del record["settings"]["train_on"]
+    (place / "run" / "data.json").write_text(json.dumps(record))
+    assert "chat" not in card_of(place / "run", capsys).replace("chats.jsonl", "")
+
+
+def test_a_held_out_set_that_has_a_name_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished_run(place / "run", name="org/base", revision=COMMIT)
+    change_settings(place / "run", "data", eval_path="/home/someone/tests.jsonl")
+    assert "- held out: tests.jsonl, 50 documents" in card_of(place / "run", capsys)
+    change_settings(place / "run", "data", eval_path="org/tests", eval_split="validation")
+    assert "- held out: [org/tests](https://huggingface.co/datasets/org/tests) (split validation), 50" in card_of(
+        place / "run", capsys
+    )
+
+
+@pytest.mark.parametrize("name", ["data.json", "summary.json", "metrics.jsonl", "adapter/adapter_config.json"])
+def test_a_damaged_record_is_named(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished_run(place / "run", name="org/base", revision=COMMIT)
+    (place / "run" / name).write_text('{"a": }')
+    assert main(["push", "run", "owner/adapter", "--dry-run"]) == 2
+    assert f"{name} is damaged" in capsys.readouterr().err
+
+
 def test_a_whole_model_is_pushed_with_its_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = finished_run(place / "run", name="org/base", revision=COMMIT)
     values = as_mapping(config)
@@ -435,7 +518,7 @@ def test_a_whole_model_is_pushed_with_its_files(place: Path, capsys: pytest.Capt
         (["run"], "distlora push: the following arguments are required: ORG/NAME"),
         (["run", "x"], "has no owner; write USER/x or ORG/x"),
         (["run", "owner/a--b"], "is no name on the hub"),
-        (["run", "owner/x", "--chekpoint", "best"], "unrecognized arguments: --chekpoint"),
+        (["run", "owner/x", "--chekpoint", "best"], "there is no option --chekpoint (did you mean '--checkpoint'?)"),
         (["run", "owner/x", "--checkpoint", "step_90"], "it has best, step_00000100"),
         (["run", "owner/x", "--dry-run", "data.jsonl"], "is not an empty folder"),
     ],
@@ -477,6 +560,17 @@ def test_what_the_hub_does_not_allow_is_explained(
     assert ended.stderr.startswith("error: ")
     assert expected in ended.stderr
     assert ("models", "owner/x") not in hub.repos
+
+
+def test_a_refusal_is_explained_when_the_hub_does_not_say_whose_the_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = httpx2.Request("POST", "http://hub")
+    error = HfHubHTTPError("no rights", response=httpx2.Response(403, request=request))
+
+    def whoami(_self: HfApi) -> None:
+        raise httpx2.ConnectError("gone", request=request)
+
+    monkeypatch.setattr(HfApi, "whoami", whoami)
+    assert "the token of this machine may not write to owner/x" in push._explain(error, "owner/x")
 
 
 def test_a_push_can_go_to_a_private_repository_and_a_branch(hub: Hub, place: Path, run: Run) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,29 @@ LEAST: dict[str, Any] = {
     "sample_packing": True,
 }
 
+CHATS: dict[str, Any] = {
+    "path": "/chats.jsonl",
+    "type": "chat_template",
+    "name": "en",
+    "revision": "abc",
+    "split": "train",
+    "field_messages": "turns",
+    "message_property_mappings": {"role": "role", "content": "content"},
+    "roles_to_train": ["assistant"],
+    "chat_template": "llama3",
+    "train_on_eos": "turn",
+    "message_field_training": "train",
+    "roles": {"assistant": ["gpt"]},
+}
+FULL: dict[str, Any] = LEAST | {
+    "datasets": [CHATS],
+    "test_datasets": [CHATS | {"split": "test"}],
+    "max_steps": 100,
+    "lr_scheduler": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear", "num_stable_steps": 70},
+}
+"""Keys in keys, each with a value that another would change."""
+
 
 def composed(imported: Imported, tmp_path: Path) -> Config:
     """The Config that `distlora train --config-dir tmp_path recipe=imported` runs."""
@@ -57,27 +82,45 @@ def test_there_are_golden_files_of_each_kind() -> None:
     assert len(FILES) == 4
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "every nested key"])
 def test_no_key_is_dropped_silently(name: str) -> None:
     """Whatever the value of any key becomes, the recipe, the report or a refusal shows it."""
 
     def other(value: Any) -> Any:
         if isinstance(value, bool):
             return not value
-        return (
-            value * 2 + 1 if isinstance(value, (int, float)) else type(value)("odd" if isinstance(value, str) else [])
-        )
+        if isinstance(value, (int, float)):
+            return value * 2 + 1
+        return {str: "odd", list: ["odd"], dict: {"odd": "other"}}[type(value)]
 
-    values = yaml.safe_load((GOLDEN / f"{name}.yml").read_text())
+    values = FULL if name == "every nested key" else yaml.safe_load((GOLDEN / f"{name}.yml").read_text())
     before = convert(values, processes=2)
-    for key, value in values.items():
+    for path in paths(values):
+        value = at(values, path)
         if not value and value != 0:
             continue  # Off in the file: that it stays unmentioned is the claim of other tests.
+        changed = copy.deepcopy(values)
+        at(changed, path[:-1])[path[-1]] = other(value)
         try:
-            shown = convert(values | {key: other(value)}, processes=2) != before
+            shown = convert(changed, processes=2) != before
         except UserError as error:
-            shown = key in str(error)
-        assert shown or key in reported(before, "unknown"), key
+            shown = str(path[-1]) in str(error)
+        known = [note.key for note in before.notes]
+        assert shown or any(str(path[-1]) in key for key in known if key not in reported(before, "differs")), path
+
+
+def paths(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every key of the file, and those in its data sets and its mappings of lr_scheduler_kwargs."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*place, key)
+        if key in ("datasets", "test_datasets", "lr_scheduler_kwargs") or (place and isinstance(value, dict)):
+            yield from paths(value, (*place, key))
+
+
+def at(values: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
 
 
 @pytest.mark.parametrize("value", [None, False, ""])
@@ -270,6 +313,35 @@ def test_test_data_sets_are_held_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"name": "de"}, "test_datasets[0].name=de"),
+        ({"name": None}, "test_datasets[0].name=(not set)"),
+        ({"revision": "def"}, "test_datasets[0].revision=def"),
+        ({"path": "/other.jsonl"}, "test_datasets[0].name=en"),
+        ({"chat_template": "gemma"}, "test_datasets[0].chat_template"),
+        ({"roles_to_train": ["user", "assistant"]}, "test_datasets[0].roles_to_train"),
+        ({"field_messages": "messages"}, "test_datasets"),
+        ({"shards": 3}, "test_datasets[0].shards"),
+        ({"path": None}, "test_datasets"),
+    ],
+)
+def test_what_is_otherwise_in_the_test_set_is_named(given: dict[str, Any], key: str) -> None:
+    assert convert(FULL, processes=1).notes == [
+        note for note in convert(FULL, processes=1).notes if "test_datasets" not in note.key
+    ], "equal sets need no note"
+    imported = convert(FULL | {"test_datasets": [CHATS | {"split": "test"} | given]}, processes=1)
+    assert key in reported(imported, "unsupported")
+    assert not [note for note in imported.notes if "test_datasets" in note.key and note.group == "differs"]
+
+
+def test_what_is_not_evaluated_on_gets_one_note() -> None:
+    tests = [CHATS, CHATS | {"path": "/more.jsonl", "chat_template": "chatml", "shards": 2}]
+    keys = [note.key for note in convert(FULL | {"test_datasets": tests}, processes=1).notes]
+    assert [key for key in keys if "test_datasets" in key or "chat_template" in key] == ["test_datasets"]
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, "qv"),
@@ -322,7 +394,7 @@ def test_what_cannot_be_imported_is_refused(given: dict[str, Any], expected: str
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "usage: distlora import axolotl FILE.yaml"),
+        ([], "arguments are required: axolotl, FILE.yaml; `distlora import --help` shows the usage"),
         (["axolotl", "absent.yml"], "No such file"),
         (["unsloth", "x.yml"], "cannot import 'unsloth'"),
         (["axolotl", "{file}", "--processes", "0"], "--processes 0"),
@@ -330,7 +402,8 @@ def test_what_cannot_be_imported_is_refused(given: dict[str, Any], expected: str
         (["axolotl", "{file}", "--out", "x.yaml"], "a folder named recipe"),
         (["axolotl", "{file}", "--out", "recipe/x y.yaml"], "cannot follow recipe="),
         (["axolotl", "{file}", "--out", "recipe/qlora.yaml"], "distlora's own recipe"),
-        (["axolotl", "{file}", "--outt", "x"], "unrecognized arguments"),
+        (["axolotl", "{file}", "--outt", "x"], "there is no option --outt (did you mean '--out'?)"),
+        (["axolotl", "{file}", "--out", "/proc/recipe/x.yaml"], "--out=/proc/recipe: cannot write in /proc"),
     ],
 )
 def test_a_wrong_command_line_says_what_to_type(arguments: list[str], expected: str) -> None:
@@ -342,7 +415,13 @@ def test_a_wrong_command_line_says_what_to_type(arguments: list[str], expected: 
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("a: [", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")]
+    ("text", "expected"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 2024-13-45", "is not YAML"),
+        ("- a", "holds no settings"),
+        ("", "holds no settings"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "x.yml"

@@ -20,10 +20,10 @@ from distlora import train
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading.weights import load_base
-from distlora.model import build_model, materialize_buffers
+from distlora.model import build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_config, adapter_tensors, load_initial_adapter
+from distlora.startup import start_model
 from distlora_launcher.checks import check_model
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
@@ -98,10 +98,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     config = starting(folders, folder)
     assert (config.adapter.r, config.adapter.lora_alpha) == (fields["r"], fields["lora_alpha"])
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
-    model = build_model(config)
-    load_base(model, config.model.path, parallelize(model, SINGLE, config))
-    materialize_buffers(model, SINGLE.device)
-    train.reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    model, _, _ = start_model(config, SINGLE)
     load_initial_adapter(model, config)
     base = dequantized_hf_model(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))

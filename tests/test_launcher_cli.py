@@ -15,6 +15,8 @@ import yaml
 
 from distlora_launcher import local
 from distlora_launcher.cli import COMMANDS, main
+from distlora_launcher.demo.base import base_folder
+from distlora_launcher.demo.corpus import Corpus
 from launcher_fakes import write_data, write_model, write_tokenizer
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
@@ -227,3 +229,28 @@ def test_a_run_that_is_going_on_is_not_started_twice(place: Path, steps: Steps, 
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(["resume", "run"]) == 2
     assert "is running in another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["data", "preview"], ["train"]])
+def test_a_path_that_the_system_refuses_is_bad_input(
+    command: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["model.path=model", f"data.path={'x' * 300}.jsonl", "data.sequence_length=64"]
+    assert main([*command, *words]) == 2
+    message = capsys.readouterr().err
+    assert "File name too long" in message
+    assert f"{'x' * 300}.jsonl" in message
+
+
+def test_the_base_of_the_demo_can_be_named_in_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr("distlora_launcher.demo.run.build_corpus", lambda: Corpus([], [], []))
+    assert main(["demo", "--base"]) == 2
+    assert "run `distlora demo` first" in capsys.readouterr().err
+    model = base_folder(Corpus([], [], [])) / "model"
+    model.mkdir(parents=True)
+    assert main(["demo", "--base"]) == 0
+    assert capsys.readouterr().out == f"{model}\n"
+    assert main(["demo", "--bsae"]) == 2

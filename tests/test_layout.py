@@ -21,17 +21,28 @@ PACKAGES = {
 # A module may import those of lower layers, and of its own.
 LAYERS = [
     {"distlora_kernels"},
-    {"distlora.config", "distlora.config_file", "distlora.durable", "distlora.randomness", "distlora.progress"},
+    {
+        "distlora.config",
+        "distlora.config_file",
+        "distlora.command_line",
+        "distlora.durable",
+        "distlora.randomness",
+        "distlora.progress",
+        "distlora.hub_errors",
+    },
     {"distlora.families", "distlora.reporting", "distlora.loading.segments", "distlora.quant"},
-    {"distlora.model_card", "distlora.targets", "distlora.loading.conversion", "distlora.loading.prequantized"},
+    {"distlora.targets", "distlora.loading.conversion", "distlora.loading.prequantized"},
     {"distlora.adapters", "distlora.initial_adapter"},
+    {"distlora.run_folder", "distlora.model_card"},
     {"distlora.blocks", "distlora.head"},
     {"distlora.model"},
     {"distlora.parallel", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint"},
+    {"distlora.results", "distlora.startup"},
     {"distlora.generation"},
-    {"distlora.trainer", "distlora.results"},
+    {"distlora.trainer"},
+    {"distlora.figures"},
     {"distlora.train"},
     {"distlora.bench"},
 ]
@@ -44,7 +55,7 @@ HOMES = {
     "omegaconf": ("distlora_launcher",),
     "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora.optim"),
     "datasets": ("distlora.data",),
-    "huggingface_hub": ("distlora_launcher", "distlora.data.hub", "distlora.model"),
+    "huggingface_hub": ("distlora_launcher", "distlora.hub_errors", "distlora.data.hub", "distlora.model"),
     "peft": ("distlora_launcher.demo",),
 }
 

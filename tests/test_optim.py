@@ -111,8 +111,10 @@ def test_a_falling_schedule_ends_at_its_floor(schedule: str) -> None:
     assert 0.2 < values[-1] < 0.21
 
 
-def test_a_floor_leaves_a_constant_rate_alone() -> None:
-    assert set(rates(OptimConfig(schedule="constant", warmup_ratio=0.0, min_lr_ratio=0.5), 5)) == {1.0}
+def test_a_floor_under_a_constant_rate_is_refused() -> None:
+    with pytest.raises(UserError, match=r"has no effect with optim\.schedule=constant"):
+        OptimConfig(schedule="constant", min_lr_ratio=0.5)
+    assert set(rates(OptimConfig(schedule="constant", warmup_ratio=0.0), 5)) == {1.0}
 
 
 def test_warm_up_and_decay_longer_than_the_run_are_refused() -> None:

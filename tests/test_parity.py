@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import train
+from distlora import startup, train
 from distlora.config import Config
-from distlora.parallel import Ranks, parallelize
+from distlora.parallel import Ranks
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -85,18 +85,18 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
 def adapters_after(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
     """Train, and return this rank's own adapters."""
     kept: dict[str, Tensor] = {}
-    build = train.build_model
+    build = startup.build_model
 
     def keep(config: Config) -> Any:
         model = build(config)
         kept["model"] = model  # type: ignore[assignment]
         return model
 
-    train.build_model = keep
+    startup.build_model = keep
     try:
         train.run(run_dir, ranks)
     finally:
-        train.build_model = build
+        startup.build_model = build
     return {name: p.detach() for name, p in train.trained_parameters(kept["model"]).items()}  # type: ignore[arg-type]
 
 
@@ -170,11 +170,7 @@ def collectives_of_a_step(ranks: Ranks, *, run_dir: Path) -> dict[str, int]:
     """Every c10d collective of one training step by name, counted by the profiler, not by our own counters."""
     config = train.load_config(run_dir)
     loader, _ = train.open_data(run_dir, config, ranks)
-    model = train.build_model(config)
-    backend = parallelize(model, ranks, config)
-    train.load_base(model, config.model.path, backend)
-    train.materialize_buffers(model, ranks.device)
-    train.reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    model, backend, _ = startup.start_model(config, ranks)
     backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
     batch = loader.batch(0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

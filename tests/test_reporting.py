@@ -243,3 +243,13 @@ def test_a_narrow_terminal_goes_without_the_figures_that_matter_least(width: int
     assert "loss 12.3456" in shown
     assert "123,457 tok/s" in shown
     assert ("lr" in shown, "MFU 41%" in shown) == {80: (False, True), 100: (False, True), 200: (True, True)}[width]
+
+
+def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path):
+    with make_reporter(tmp_path) as reporter:
+        for step in (2, 4):
+            reporter.samples(step, [("a prompt", "line\u2028separator\x85next\x0cpage\nline")])
+    with make_reporter(tmp_path, start_step=2):
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().strip().split("\n")]
+    assert [line["step"] for line in lines] == [2]

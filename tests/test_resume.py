@@ -164,6 +164,9 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
     data.write_text(json.dumps(json.loads(original) | {"cache": str(folders / "cache" / "other")}))
     with pytest.raises((UserError, FileNotFoundError), match="other"):
         run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    data.write_text(json.dumps(json.loads(original) | {"content": "0" * 64}))
+    with pytest.raises(UserError, match="was trained on other data"):
+        run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
     data.write_text(original)
     weights = tmp_path / "models" / "llama" / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)

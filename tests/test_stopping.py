@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from distlora import checkpoint, train
 from distlora.checkpoint import Progress
+from distlora.generation.sampler import Sampler
 from distlora.parallel import Ranks
 from distlora.trainer import NonFiniteError
 from small_models import make_run, read_metrics
@@ -109,6 +111,29 @@ def test_early_stopping_counts_evaluations_without_a_fall() -> None:
     assert progress.evaluations_since_best(0.0) == 1
     assert progress.evaluations_since_best(0.1) == 2
     assert Progress(evaluations={0: 3.0}).best_step is None
+    assert Progress(evaluations={0: 3.0}).evaluations_since_best(0.0) == 0
+
+
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best() -> None:
+    progress = Progress(evaluations={0: 3.0, 2: math.nan, 4: 2.5, 6: math.inf})
+    assert progress.best_step == 4
+    assert progress.evaluations_since_best(0.0) == 1
+    assert Progress(evaluations={0: 3.0, 2: math.nan}).best_step is None
+
+
+def test_a_sample_that_fails_costs_no_checkpoint(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {"sample_every": 2, "sample_prompts": ["What is a list?"]}
+    make_run(tmp_path / "run", folders, train={"max_steps": 4, "save_every": 2, **samples})
+
+    def fails(self: object) -> None:
+        raise torch.OutOfMemoryError("no room for a cache")
+
+    monkeypatch.setattr(Sampler, "__call__", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.run(tmp_path / "run", SINGLE)
+    assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("load_best", [False, True])

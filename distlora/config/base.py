@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from typing import Literal, TypeVar
 from distlora.config.errors import require, require_choice, require_positive
 
 Number = TypeVar("Number", int, float)
+
+_PATTERN = r"(.*\.)?({})$"
+"""From the start of a path or from after a dot, to its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +77,9 @@ class AdapterConfig:
         for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key, value in pattern.items():
                 where = f"adapter.{setting}.{key}"
-                require(value > 0, f"{where}={value} must be positive; set it to a number above 0")
+                require(0 < value < math.inf, f"{where}={value} must be positive; set it to a number above 0")
                 try:
-                    re.compile(rf"(.*\.)?({key})$")
+                    re.compile(_PATTERN.format(key))
                 except re.error as error:
                     require(False, f"{where}: {key!r} is no regular expression ({error}); write a module's name")
 
@@ -94,11 +98,13 @@ class AdapterConfig:
 
 
 def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
-    """PEFT's rule (get_pattern_key): the first key that matches `path` from its start or after a dot, to its end."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    """The value of the first key that means `path`."""
+    return next((value for key, value in pattern.items() if matches(key, path)), default)
+
+
+def matches(key: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the linear at `path`, by PEFT's rule (get_pattern_key)."""
+    return re.match(_PATTERN.format(key), path) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from distlora.config.errors import require, require_choice
 
@@ -44,6 +44,22 @@ class SourceConfig:
             self.weight is None or 0 < self.weight < math.inf,
             f"data.sources: weight={self.weight} of {self.path} is not a share; set it above 0, or remove the source",
         )
+
+
+_OF_ONE_SOURCE: Mapping[str, Any] = {
+    "name": None,
+    "split": "train",
+    "revision": None,
+    "format": "auto",
+    "columns": {},
+    "sample_by": "auto",
+}
+"""Settings of data.path, and their defaults."""
+
+
+def _written(value: Any) -> str:
+    """A default as one types it."""
+    return "null" if value is None else str(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +128,7 @@ class DataConfig:
             if self.sources
             else "data.path is not set; add data.path=FILE (or a folder, or a hub data set), or data.sources=[...]",
         )
+        self._check_without_effect()
         weighted = [source.weight is not None for source in self.sources]
         require(
             all(weighted) or not any(weighted),
@@ -125,6 +142,19 @@ class DataConfig:
             self.eval_split is None or self.eval_path is not None or not self.sources,
             "data.eval_split belongs to one data set, and data.sources names several; set data.eval_path too",
         )
+
+    def _check_without_effect(self) -> None:
+        """Settings of the one source beside `sources`: some of them are the held-out source's, where that is named."""
+        if not self.sources:
+            return
+        of_held_out = () if self.eval_path is None else ("name", "format", "columns", "sample_by")
+        for name, default in _OF_ONE_SOURCE.items():
+            value = getattr(self, name)
+            require(
+                value == default or name in of_held_out,
+                f"data.{name}={value} has no effect beside data.sources; it belongs into each entry of data.sources "
+                f"(leave it out, or set data.{name}={_written(default)} where a recipe sets it)",
+            )
 
     @property
     def training_sources(self) -> tuple[SourceConfig, ...]:

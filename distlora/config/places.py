@@ -10,12 +10,15 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".jinja")
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether `path` reads as org/name rather than as a place here.
+def means_hub(path: str) -> bool:
+    """Whether a path that a user typed means org/name on the hub rather than a place here.
 
     What exists here is local; so is what ends like a file or whose first part is a folder here: a mistyped path should
-    be looked for where its writer thinks it is.
+    be looked for where its writer thinks it is. Depends on the working folder: for composing settings alone.
     """
-    if _HUB_NAME.fullmatch(path) is None or path.endswith(FILE_SUFFIXES):
-        return False
-    return not Path(path).exists() and not Path(path).parent.is_dir()
+    return is_hub_name(path) and not Path(path).exists() and not Path(path).parent.is_dir()
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path of composed settings is org/name: all local ones are absolute there, wherever a process runs."""
+    return _HUB_NAME.fullmatch(path) is not None and not path.endswith(FILE_SUFFIXES)

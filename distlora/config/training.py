@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,10 +64,20 @@ class OptimConfig:
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; set optim.betas=[0.9,0.999]",
         )
-        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative; set optim.weight_decay=0")
-        require(self.max_grad_norm >= 0, f"optim.max_grad_norm={self.max_grad_norm} is negative; 0 turns clipping off")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay={self.weight_decay} is no decay; set optim.weight_decay=0 or more",
+        )
+        require(
+            0 <= self.max_grad_norm < math.inf,
+            f"optim.max_grad_norm={self.max_grad_norm} is no norm; set it above 0, or to 0 to turn clipping off",
+        )
         require_choice("optim.schedule", self.schedule, SCHEDULES)
         require_share("optim", self, "warmup_ratio", "decay_ratio", "min_lr_ratio")
+        require(
+            self.schedule != "constant" or self.min_lr_ratio == 0,
+            f"optim.min_lr_ratio={self.min_lr_ratio} has no effect with optim.schedule=constant; leave it out",
+        )
         require(
             self.schedule != "warmup_stable_decay" or self.warmup_ratio + self.decay_ratio <= 1,
             f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
@@ -124,8 +135,13 @@ class TrainConfig:
         require_choice("train.dtype", self.dtype, ("bf16", "fp32"))
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
         require(
-            self.early_stopping_threshold >= 0,
-            f"train.early_stopping_threshold={self.early_stopping_threshold} is negative; set it to 0 or more",
+            0 <= self.early_stopping_threshold < math.inf,
+            f"train.early_stopping_threshold={self.early_stopping_threshold} is no difference; set it to 0 or more",
+        )
+        require(
+            self.early_stopping_threshold == 0 or self.early_stopping_patience is not None,
+            f"train.early_stopping_threshold={self.early_stopping_threshold} has no effect without "
+            "train.early_stopping_patience; set both",
         )
         for name in ("early_stopping_patience", "load_best_at_end"):
             require(

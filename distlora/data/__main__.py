@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import signal
 import sys
 from typing import Any
 
-from distlora.config import UserError
+from distlora.command_line import DONE, run_to_exit_code
 from distlora.data.prepare import prepare_run
 
 
@@ -20,20 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = parser.parse_args(arguments).run
     # This process is there to tokenize, whatever the shell says for processes that fork afterwards.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        record = prepare_run(run_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        reason = "free some space, or set data.cache_dir to another disk" if error.errno == errno.ENOSPC else ""
-        print(f"error: {place}{error.strerror or error}; {reason}".rstrip("; "), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(summary(record))
-    return 0
+
+    def prepare() -> int:
+        print(summary(prepare_run(run_dir)))
+        return DONE
+
+    return run_to_exit_code(prepare, full_disk="free some space, or set data.cache_dir to another disk")
 
 
 NOTES = {

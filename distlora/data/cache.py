@@ -12,11 +12,11 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.data.rows import FORMAT_VERSION
+from distlora.data.rows import ARRAYS, FORMAT_VERSION, split_file
 from distlora.durable import sync
 
 TOKENIZER_FILES = (
@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """Patterns of the files in a model's folder that decide how its tokenizer and chat template behave."""
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template*", "additional_chat_templates/*")
+"""Those that can hold a chat template."""
 
 _ABANDONED_AFTER = 86_400.0
 """Seconds after which a partial entry belongs to a process that was killed: no preparation takes a day."""
@@ -65,6 +67,15 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(folder: Path, splits: Sequence[str]) -> str:
+    """SHA-256, in hex, over the arrays of an entry: equal where every row of every split is.
+
+    The key of an entry says what it was made from; this says what came of it.
+    """
+    arrays = {f"{split}/{name}": file_digest(split_file(folder, split, name)) for split in splits for name in ARRAYS}
+    return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

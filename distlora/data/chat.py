@@ -87,6 +87,12 @@ def template_source(template: str) -> str:
         raise UserError(f"data.template={template} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+    """[beginning of text] where the tokenizer itself puts that token in front of a text, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
 class ChatTemplate:
     """One template with one tokenizer: messages to text.
 
@@ -94,7 +100,10 @@ class ChatTemplate:
     needs tokens that the tokenizer lacks.
     """
 
-    def __init__(self, tokenizer: Any, model_path: str, template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, model_path: str, template: str | None = None, *, source: str | None = None
+    ) -> None:
+        """`template` is data.template; `source` is the Jinja text that an earlier `ChatTemplate` had, used as it is."""
         self.name = f"the chat template in {model_path}" if template is None else f"data.template={template}"
         self._tokenizer = tokenizer
         self._model_path = model_path
@@ -102,7 +111,9 @@ class ChatTemplate:
         self._tool_tokens_of: tuple[str, str] | None = None
         self.source: str | None = None
         """The Jinja text that replaces the tokenizer's own, as it must be used at inference too; None: its own."""
-        if template is not None:
+        if source is not None:
+            self.source = source
+        elif template is not None:
             self.source = template_source(template)
             if template in NAMED:
                 self.source = self._fitted(template, self.source)
@@ -152,8 +163,14 @@ class ChatTemplate:
 
         try:
             yield
-        except (jinja2.TemplateError, TypeError) as error:
+        except jinja2.TemplateError as error:
             raise UserError(f"{place}: {self.name} refuses this conversation: {error}") from error
+        except Exception as error:
+            # What runs there is the template's own code, in a sandbox: an index, a division, a filter's argument.
+            raise UserError(
+                f"{place}: {self.name} fails at this conversation ({type(error).__name__}: {error}); correct the "
+                "document, or choose another data.template"
+            ) from error
 
     def _text(self, tools: Sequence[Any] | None) -> str:
         return self._tokenizer.get_chat_template(self.source, tools or None)
@@ -189,9 +206,21 @@ class ChatTemplate:
             before, after = (self._render(question, None, prompt=prompt, marks=False)[0] for prompt in (False, True))
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self.name} is not valid: line {error.lineno}: {error.message}; correct it") from error
-        except (jinja2.TemplateError, TypeError):
+        except Exception:
+            # As in _refusals. A template that refuses every conversation is named at the first one.
             return ""
         return after[len(before) :] if after.startswith(before) else ""
+
+    def behind_answer(self) -> str:
+        """What the template writes behind a plain answer that ends a conversation; empty where it refuses this one."""
+        answer = "ANSWER"
+        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self.render("the turn that tells what ends an answer", turns)
+        except UserError:
+            # A template that refuses every conversation is named at the first one.
+            return ""
+        return text.rpartition(answer)[2] if answer in text else ""
 
     def _fitted(self, template: str, source: str) -> str:
         """A named template's text for this tokenizer. Raises UserError where the tokenizer lacks its tokens."""
@@ -205,9 +234,7 @@ class ChatTemplate:
         no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
         if no_tools:
             self._tool_tokens_of = (template, ", ".join(no_tools))
-        bos = self._tokenizer.bos_token_id
-        adds_bos = bos is not None and self._tokenizer("a").input_ids[:1] == [bos]
-        return source if adds_bos else source.replace(_BOS_LINE, "", 1)
+        return source if start_tokens(self._tokenizer) else source.replace(_BOS_LINE, "", 1)
 
     def _missing(self, named: NamedTemplate) -> list[str]:
         lacks = [token for token in named.tokens if not self._is_one_token(token)]

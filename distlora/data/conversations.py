@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora.data.json_text import parse_string
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -207,10 +208,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where} has no function with a 'name'; {example}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: 'arguments' is a string that is not JSON ({error}); {example}") from error
+        what = "'arguments' is a string that"
+        arguments = parse_string(arguments, where, what, example) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -223,10 +222,7 @@ def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
     """Definitions of tools as {"type": "function", "function": {...}}; a string holds them as JSON."""
     example = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: 'tools' is a string that is not JSON ({error}); {example}") from error
+        tools = parse_string(tools, place, "'tools' is a string that", example) if tools.strip() else None
     if tools is None:
         return []
     if not isinstance(tools, list):
@@ -256,10 +252,5 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
     message["role"] = SHAREGPT_ROLES[speaker]
     if speaker != "function_call":
         return message | {"content": value}
-    try:
-        calls = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f'{where}: a function_call that is not JSON ({error}); write {{"name": ..., "arguments": {{...}}}}'
-        ) from error
+    calls = parse_string(value, where, "a function_call that", 'write {"name": ..., "arguments": {...}}')
     return message | {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}

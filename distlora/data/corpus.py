@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from distlora.data.turns import Encoded
+from distlora.data.turn_tokens import Encoded
 
 TooLong = Literal["truncate", "drop", "split"]
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.formats import Record, check_unicode, parse_json
+from distlora.data.formats import Record, parse_json
 from distlora.data.json_list import ListReader
+from distlora.data.json_text import check_unicode
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20

@@ -8,7 +8,7 @@ launcher checks the head of the data before anything starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -138,22 +138,6 @@ def to_document(record: Record, format: str, columns: Mapping[str, str], has_tem
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
     return Document(place, record.num_bytes, canonical)
-
-
-def check_unicode(value: Any, place: str) -> None:
-    """Refuse half a surrogate pair, on which tokenizers raise. Only JSON's escapes can bring one in."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: half a surrogate pair (\\u{ord(value[error.start]):04x}) is no character; "
-                "write the pair, or the character itself in UTF-8"
-            ) from error
-    elif isinstance(value, (dict, list)):
-        items: Iterable[Any] = [*value, *value.values()] if isinstance(value, dict) else value
-        for item in items:
-            check_unicode(item, place)
 
 
 def shown(text: str) -> str:

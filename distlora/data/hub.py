@@ -15,6 +15,7 @@ from typing import Any
 from distlora.config import SourceConfig, UserError, nearest
 from distlora.data.files import without_nulls
 from distlora.data.formats import Record
+from distlora.hub_errors import DATASET, causes, explain_gate, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 """Features that datasets would decode with libraries of their own; no format has them."""
@@ -23,33 +24,24 @@ _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 def resolve_commit(source: SourceConfig) -> str:
     """The commit that `source.revision` means now: one request, no data.
 
-    Without a network, or with HF_HUB_OFFLINE=1, the commit of the copy that datasets has cached. Raises UserError for
-    no such data set or revision, for a gated one without access, and for one that is neither reachable nor cached.
+    Without a network, with a hub that is down, or with HF_HUB_OFFLINE=1, the commit of the copy that datasets has
+    cached. Raises UserError for no such data set or revision, for a gated one without access, and for one that is
+    neither reachable nor cached.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return _cached_commit(source, "HF_HUB_OFFLINE is set, and")
-    try:
-        commit = HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
-    except GatedRepoError as error:
-        raise _gated(source) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"the data set {source.path} has no revision {source.revision!r}; name a branch, tag or commit of it in "
-            "data.revision, or leave it out"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"there is no data set {source.path} on the hub that you can read (nor a file or folder of that name "
-            "here); correct data.path, or log in with `hf auth login` where it is private"
-        ) from error
-    except Exception as error:
-        if not _is_connection_failure(error):
-            raise
-        print(f"cannot reach the hub ({type(error).__name__}); looking for a cached copy", file=sys.stderr, flush=True)
-        return _cached_commit(source, f"the hub cannot be reached ({_first_line(error)}), and")
+    with explained(source.path, source.revision, DATASET):
+        try:
+            commit = HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            print(
+                f"cannot reach the hub ({_first_line(error)}); looking for a cached copy", file=sys.stderr, flush=True
+            )
+            return _cached_commit(source, f"the hub cannot be reached ({_first_line(error)}), and")
     assert commit is not None, "the hub names the commit of every data set"
     return commit
 
@@ -189,40 +181,20 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
     return commit
 
 
-def _gated(source: SourceConfig) -> UserError:
-    from huggingface_hub import constants, get_token
-
-    page = f"{constants.ENDPOINT}/datasets/{source.path}"
-    if get_token() is None:
-        return UserError(
-            f"the data set {source.path} is gated and there is no token; accept its conditions at {page}, then "
-            "log in with `hf auth login` (or set HF_TOKEN)"
-        )
-    return UserError(
-        f"the data set {source.path} is gated and your token has no access; accept its conditions at {page}, "
-        "with the account of the token"
-    )
-
-
 @contextlib.contextmanager
 def _explained(source: SourceConfig) -> Iterator[None]:
     """What datasets and the hub raise, as one sentence about this data set."""
     import datasets.exceptions as raised
-    from huggingface_hub.errors import GatedRepoError
 
     try:
-        yield
+        with explained(source.path, source.revision, DATASET):
+            yield
     except UserError:
         raise
     except Exception as error:
-        chain = _chain(error)
         # datasets drops the cause when it looks into its cache after a refusal, and leaves its sentence alone.
-        if any(isinstance(link, GatedRepoError) or "is a gated dataset" in str(link) for link in chain):
-            raise _gated(source) from error
-        if any(_is_connection_failure(link) for link in chain):
-            raise ConnectionError(
-                f"the connection to the hub broke while {source.path} was read ({_first_line(error)}); start again"
-            ) from error
+        if any("is a gated dataset" in str(link) for link in causes(error)):
+            raise UserError(explain_gate(source.path, DATASET)) from error
         is_theirs = isinstance(error, (raised.DatasetsError, ValueError, FileNotFoundError, RuntimeError))
         if not is_theirs:
             raise
@@ -231,22 +203,11 @@ def _explained(source: SourceConfig) -> Iterator[None]:
         ) from error
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    links = [error]
-    while (cause := links[-1].__cause__ or links[-1].__context__) is not None and cause not in links:
-        links.append(cause)
-    return links
+def is_offline() -> bool:
+    """Whether only the cache of datasets is read: by HF_HUB_OFFLINE, or since the hub gave no answer."""
+    import datasets
 
-
-def _is_connection_failure(error: BaseException) -> bool:
-    """Whether the hub was not reached at all, rather than that it said no."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    # The HTTP library's own base class, whichever library this version of huggingface_hub uses.
-    of_http_library = HfHubHTTPError.__bases__[0]
-    if isinstance(error, HfHubHTTPError):
-        return False
-    return isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError, of_http_library))
+    return bool(datasets.config.HF_HUB_OFFLINE)
 
 
 def _first_line(error: BaseException) -> str:

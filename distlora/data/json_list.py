@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distlora.config import UserError
 from distlora.data.conversations import kind_name
-from distlora.data.formats import Record, check_unicode, good, shown
+from distlora.data.formats import Record, good, shown
+from distlora.data.json_text import check_unicode
 
 _READ_AHEAD = 1 << 20
 """Characters that are asked for at a time."""

@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distlora.config import Config, DataConfig, UserError
+from distlora.config import Config, DataConfig, UserError, require
 from distlora.config_file import load_config
-from distlora.data.cache import cache_key, new_entry
+from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
 from distlora.data.chat import template_source
 from distlora.data.corpus import Corpus
 from distlora.data.mixture import shares
-from distlora.data.reading import Encoders, Need, read_enough, read_whole
+from distlora.data.reading import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
-from distlora.data.sources import Source, held_out_source, pinned_commits, training_sources
+from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
 from distlora.durable import write_json
+from distlora.run_folder import DATA_NAME, read_record
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
 
 
-def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> Sources:
-    """Where the documents of each split come from. Raises UserError for a source that cannot be found.
-
-    `pinned` holds the commits of hub data sets that an earlier start of the run read.
-    """
-    held_out = held_out_source(data, pinned)
-    return {"train": training_sources(data, pinned), **({"eval": [held_out]} if held_out is not None else {})}
-
-
-def prepare(config: Config, sources: Sources | None = None) -> Path:
+def prepare(config: Config, sources: Sources | None = None, *, earlier_date: str | None = None) -> Path:
     """The cache entry of a run's data, made if it is not there yet: returns its folder.
 
-    Progress goes to stderr. Raises UserError for a source that cannot be found, a broken record, a tokenizer that
-    cannot do the format, and a split in which no token is trained.
+    Where the chat template writes the date, an entry is of a day: that of today, or of `earlier_date`, when the run
+    was first prepared, while that one exists. Progress goes to stderr. Raises UserError for a source that cannot be
+    found, a broken record, a tokenizer that cannot do the format, a split in which no token is trained, and settings of
+    chats where no source holds any.
     """
     data = config.data
     model_dir = Path(config.model.path).expanduser()
@@ -49,6 +44,11 @@ def prepare(config: Config, sources: Sources | None = None) -> Path:
     sources = sources or find_sources(data)
     settings, fingerprints = _settings(config, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()
+    if "train_on" in settings and _writes_date(data, model_dir):
+        today = settings | {"date": today_as_text()}
+        earlier = settings | {"date": earlier_date}
+        is_there = (cache_dir / cache_key(fingerprints, model_dir, earlier)).is_dir()
+        settings = earlier if earlier_date is not None and is_there else today
     entry = cache_dir / cache_key(fingerprints, model_dir, settings)
     if not entry.is_dir():
         with new_entry(cache_dir, entry.name) as folder:
@@ -70,23 +70,35 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
     config = load_config(run_dir)
     started = time.time()
     sources = find_sources(config.data, pinned_commits(run_dir))
-    entry = prepare(config, sources)
+    with calling_model_by_name(config):
+        entry = prepare(config, sources, earlier_date=_earlier_date(run_dir))
     meta = read_meta(entry)
     record = {"cache": str(entry), "reused": meta["created"] < started, **meta}
     for split, counts in record["splits"].items():
         # The entry may have been made from files that lay elsewhere.
         for counted, source in zip(counts["sources"], sources.get(split, sources["train"]), strict=True):
             counted |= source.describe()
-    write_json(run_dir / "data.json", record)
+    write_json(run_dir / DATA_NAME, record)
     return record
+
+
+@contextlib.contextmanager
+def calling_model_by_name(config: Config) -> Iterator[None]:
+    """In messages of UserErrors that the block raises, a model of the hub is called org/name, not by its folder."""
+    try:
+        yield
+    except UserError as error:
+        if config.model.name is None:
+            raise
+        raise UserError(str(error).replace(config.model.path, config.model.name)) from error
 
 
 def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
     """The rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
-    path = Path(run_dir) / "data.json"
+    path = Path(run_dir) / DATA_NAME
     if not path.is_file():
         raise UserError(f"{run_dir} has no prepared data (no data.json); run `python -m distlora.data {run_dir}`")
-    record = json.loads(path.read_text())
+    record = read_record(path)
     return PackedRows.open(Path(record["cache"]), split) if split in record["splits"] else None
 
 
@@ -111,7 +123,15 @@ def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[di
         "too_long": data.too_long,
         "num_training_sources": len(sources["train"]),
     }
-    if not all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
+    if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
+        for name, value, default in (
+            ("template", data.template, None),
+            ("train_on", data.train_on, "assistant"),
+        ):
+            require(
+                value == default, f"data.{name}={value} has no effect: no source holds chats; leave data.{name} out"
+            )
+    else:
         settings["train_on"] = data.train_on
         if data.template is not None:
             settings["template"] = hashlib.sha256(template_source(data.template).encode()).hexdigest()
@@ -126,6 +146,30 @@ def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[di
     if data.streaming:
         settings["stream_rows"] = _needed_rows(config)
     return settings, fingerprints
+
+
+def _writes_date(data: DataConfig, model_dir: Path) -> bool:
+    """Whether the chat template asks for the time, as Llama 3.2's own does: the same documents are others tomorrow."""
+    if data.template is not None:
+        return "strftime_now" in template_source(data.template)
+    files = [path for pattern in TEMPLATE_FILES for path in model_dir.glob(pattern) if path.is_file()]
+    return any(b"strftime_now" in path.read_bytes() for path in files)
+
+
+def today_as_text() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def _earlier_date(run_dir: Path) -> str | None:
+    """The day in the cache entry that an earlier start of the run read, out of RUN/data.json.
+
+    A record that is damaged names none: the preparation makes it again.
+    """
+    try:
+        date = json.loads((run_dir / DATA_NAME).read_bytes())["settings"].get("date")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return date if isinstance(date, str) else None
 
 
 def _needed_rows(config: Config) -> int:
@@ -189,8 +233,10 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
         "created": time.time(),
         "sequence_length": data.sequence_length,
         "pad_token_id": pad,
+        "chats": encoders.has_chats,
         "chat_template": encoders.chat_template,
         "settings": settings,
+        "content": content_digest(folder, list(splits)),
         "model": str(model_dir.absolute()),
         "ended": ended.tolist(),
         "splits": splits,
@@ -217,16 +263,8 @@ def _check_trainable(corpus: Corpus, sources: list[Source], data: DataConfig) ->
     usable = corpus.pieces_of > 0
     for number, source in enumerate(sources):
         own = corpus.sources == number
-        if not own.any() or (usable & own).any():  # A bounded reading may end before it needs a source.
-            continue
-        advice = "every chat needs an assistant turn, every completion and text some content"
-        long = int(np.count_nonzero((corpus.truncated | corpus.dropped_long) & own))
-        if long:
-            fate = "left out as longer than a row" if corpus.dropped_long[own].any() else "truncated before it"
-            advice = f"{long:,} were {fate}: raise data.sequence_length={data.sequence_length}"
-        raise UserError(
-            f"{source.config.path}: none of its {np.count_nonzero(own):,} documents has a token to train; {advice}"
-        )
+        if own.any() and not (usable & own).any():  # A bounded reading may end before it needs a source.
+            raise nothing_to_train(corpus, source, number, data)
 
 
 def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:

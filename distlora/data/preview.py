@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distlora.command_line import BAD_INPUT, DONE, run_to_exit_code
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.data.corpus import Corpus, TooLong
@@ -25,12 +24,12 @@ from distlora.data.formats import Document
 from distlora.data.mixture import shares
 from distlora.data.packing import pack
 from distlora.data.painting import Paint, paint_for_stdout, painted
-from distlora.data.prepare import check_vocabulary, find_sources, load_tokenizer
+from distlora.data.prepare import calling_model_by_name, check_vocabulary, load_tokenizer
 from distlora.data.reading import Encoders
-from distlora.data.sources import Source
+from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder
-from distlora.data.turns import Encoded
+from distlora.data.turn_tokens import Encoded
 
 SAMPLE = 1000
 """Documents of each source that are read, unless all are asked for."""
@@ -75,22 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-color", action="store_true", help="mark trained tokens with [[ ]]")
     options = parser.parse_args(arguments)
     paint = paint_for_stdout(no_color=options.no_color)
-    try:
+
+    def show() -> int:
         config = load_config(options.folder)
-        with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
+        with calling_model_by_name(config), tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
             splits = read(config, Path(scratch), shown=options.rows, limit=None if options.all else SAMPLE)
             for line in report(config, splits, paint):
                 print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # `... | head`: nobody reads any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 2 if any(sample.refused for split in splits.values() for sample in split.samples) else 0
+        return BAD_INPUT if any(sample.refused for split in splits.values() for sample in split.samples) else DONE
+
+    return run_to_exit_code(show)
 
 
 def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dict[str, SplitSample]:
@@ -105,11 +98,12 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
         corpus = Corpus(scratch / split, config.data.sequence_length)
         samples = []
         for number, source in enumerate(sources):
-            format, documents = source.open(encoders.has_template)
+            head = source if limit is None else source.head()
+            format, documents = head.open(encoders.has_template)
             encoder, too_long = encoders.of(format)
             sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
-            head = itertools.islice(documents, limit)
-            while batch := list(itertools.islice(head, _BATCH)):
+            wanted = itertools.islice(documents, limit)
+            while batch := list(itertools.islice(wanted, _BATCH)):
                 corpus.append(_encoded(sample, batch, shown), number, too_long)
             sample.ended = next(documents, None) is None
             samples.append(sample)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distlora.config import DataConfig
+from distlora.config import DataConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
 from distlora.data.formats import Document, Kind, kind_of
 from distlora.data.hashing import HELD_OUT, hash64
@@ -25,6 +25,8 @@ _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Where a batch for the tokenizer ends: enough for all its threads, little enough to bound memory."""
 _STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
 """The same where documents are read until there are enough: what is read beyond that is waste."""
+PATIENCE = 10_000
+"""Documents without a token to train after which a bounded reading gives a source up: it would read to its end."""
 _PROGRESS_SECONDS = 3.0
 
 
@@ -42,6 +44,11 @@ class Encoders:
         """The Jinja text that chats were rendered with instead of the tokenizer's own; None where that was used."""
         templates = [encoder.template for encoder in self._of_kind.values() if encoder.template is not None]
         return templates[0].source if templates else None
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a document was met that the chat template renders."""
+        return "chat" in self._of_kind
 
     @property
     def has_template(self) -> bool:
@@ -90,14 +97,14 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
     """Append documents until the training pieces suffice, and no more; (S,) bool: which sources ended before.
 
     Of a mixture, the source that is furthest behind its share is read next; else each in turn. Held-out documents do
-    not count towards the need.
+    not count towards the need. Raises UserError for a source whose first PATIENCE documents have no token to train.
     """
     streams = []
     for source in sources:
         format, documents = source.open(encoders.has_template)
         streams.append((_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES), *encoders.of(format)))
     num_sources = len(sources)
-    ended = np.zeros(num_sources, bool)
+    ended, found = np.zeros(num_sources, bool), np.zeros(num_sources, bool)
     batches, num_documents = np.zeros(num_sources), np.zeros(num_sources, np.int64)
     sizes, tokens = np.zeros(num_sources), np.zeros(num_sources)
     progress = _Progress(", ".join(source.label for source in sources), None)
@@ -118,8 +125,24 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
         tokens[number] += lengths[trained].sum()
         batches[number] += 1
         num_documents[number] += len(batch)
+        found[number] |= len(targets) > 0
+        if num_documents[number] >= PATIENCE and not found[number]:
+            raise nothing_to_train(corpus, sources[number], number, encoders.data)
         progress.report(batch)
     return ended
+
+
+def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConfig) -> UserError:
+    """Why source `number`, of which no document in the corpus has a token to train, is no use, and what to change."""
+    own = corpus.sources == number
+    advice = "every chat needs an assistant turn, every completion and text some content"
+    long = int(np.count_nonzero((corpus.truncated | corpus.dropped_long) & own))
+    if long:
+        fate = "left out as longer than a row" if corpus.dropped_long[own].any() else "truncated before it"
+        advice = f"{long:,} were {fate}: raise data.sequence_length={data.sequence_length}"
+    count = int(np.count_nonzero(own))
+    which = "its first" if data.streaming and count >= PATIENCE else "its"
+    return UserError(f"{source.config.path}: none of {which} {count:,} documents has a token to train; {advice}")
 
 
 def below(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -11,14 +11,16 @@ import numpy as np
 
 from distlora.config import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
+ARRAYS = ("tokens", "flags", "targets")
+"""What a split consists of: a file each."""
 TRAINED, STARTS = 1, 2
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here."""
 
 
 def split_file(folder: Path, split: str, name: str) -> Path:
-    """Where `tokens`, `flags` or `targets` of a split lie in a cache folder."""
+    """Where one of ARRAYS of a split lies in a cache folder."""
     return folder / f"{split}_{name}.npy"
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distlora.command_line import DONE, run_to_exit_code
 from distlora.config import UserError
 from distlora.config_file import load_config
 from distlora.data.painting import Paint, paint_for_stdout, painted
@@ -29,21 +30,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-color", action="store_true", help="mark trained tokens with [[ ]]")
     options = parser.parse_args(arguments)
     paint = paint_for_stdout(no_color=options.no_color)
-    try:
-        config = load_config(options.run)
-        rows = open_split(options.run, "train")
-        assert rows is not None, "a preparation without training rows is refused"
-        wrong = [number for number in options.rows if not 0 <= number < len(rows)]
-        if wrong:
-            raise UserError(f"there is no row {wrong[0]:,}: {options.run} has {len(rows):,}, numbered from 0")
-        tokenizer = load_tokenizer(Path(config.model.path))
-        for number in options.rows:
-            for line in row_lines(rows, number, tokenizer, paint):
-                print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_to_exit_code(lambda: show(options.run, options.rows, paint))
+
+
+def show(run_dir: str, numbers: Sequence[int], paint: Paint) -> int:
+    """Print the rows. Raises UserError for one that the run does not have, and for a run without prepared data."""
+    config = load_config(run_dir)
+    rows = open_split(run_dir, "train")
+    assert rows is not None, "a preparation without training rows is refused"
+    wrong = [number for number in numbers if not 0 <= number < len(rows)]
+    if wrong:
+        raise UserError(f"there is no row {wrong[0]:,}: {run_dir} has {len(rows):,}, numbered from 0")
+    tokenizer = load_tokenizer(Path(config.model.path))
+    for number in numbers:
+        for line in row_lines(rows, number, tokenizer, paint):
+            print(line)
+    return DONE
 
 
 def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> Iterator[str]:

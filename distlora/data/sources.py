@@ -6,6 +6,7 @@ of every source before anything starts.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ from distlora.config import DataConfig, SourceConfig, UserError, nearest
 from distlora.config.places import is_hub_name
 from distlora.data.files import is_compressed, is_data_file, read_file
 from distlora.data.formats import Document, Record, good, resolve_format, to_document
-from distlora.data.hub import HubDataset, SavedDataset, check_hub, resolve_commit
+from distlora.data.hub import HubDataset, SavedDataset, check_hub, is_offline, resolve_commit
 
 _SPLIT_NAMES = re.compile(r"(?:^|[/._-])(train|training|test|testing|valid|validation|val|dev|eval)(?:[/._-]|$)", re.I)
 _STREAM_HEAD = 1 << 20
@@ -49,6 +50,16 @@ class Source:
         if self.commit is not None or any(is_compressed(path) for path in self.files):
             return None
         return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether plain text files are in it, of which sample_by makes documents."""
+        return any(".txt" in (suffix.lower() for suffix in path.suffixes) for path in self.files)
+
+    def head(self) -> Source:
+        """The same source for reading its first documents: a hub data set is streamed where that can be done."""
+        whole = self.commit is None or set("[+") & set(self.config.split) or self.config.split == "all"
+        return self if whole or is_offline() else dataclasses.replace(self, streaming=True)
 
     def records(self) -> Iterator[Record]:
         """All records in order."""
@@ -88,7 +99,7 @@ class Source:
                 "commit": self.commit,
                 "format": self.config.format,
             }
-        if any(_suffix_is_text(path) for path in self.files):
+        if self.has_text:
             settings["sample_by"] = self.config.sample_by
         format = self.open(has_template=False)[0] if not self.is_saved else self.config.format
         return settings | {"files": [self._digest(path) for path in self.files], "format": format}
@@ -117,32 +128,66 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def training_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> list[Source]:
-    """The sources that are trained on. `pinned` holds commits of hub data sets from an earlier start."""
-    sources = [find_source(source, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
-    seen: set[tuple[Any, ...]] = set()
-    for source in data.training_sources:
-        place = (source.path, source.name, source.split)
-        if place in seen:
+def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[Source]]:
+    """The sources of each split that has its own: train, and eval where held-out documents are named.
+
+    `pinned` holds commits of hub data sets from an earlier start. Raises UserError for a source that cannot be found,
+    for documents that two of them share, and for sample_by where nothing is plain text.
+    """
+    training = [find_source(source, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
+    held_out = data.held_out_source
+    named = [find_source(held_out, streaming=data.streaming, pinned=pinned)] if held_out is not None else []
+    for number, source in enumerate(training):
+        for other in training[:number]:
+            if shared := _shared(source, other):
+                raise UserError(
+                    f"data.sources names {shared} twice, so its held-out documents would be trained on; "
+                    "keep one of them (a larger weight repeats it with data.stopping_strategy=all_exhausted)"
+                )
+        for other in named:
+            if shared := _shared(source, other):
+                raise UserError(
+                    f"{shared} is both trained on and held out; name another data.eval_split or data.eval_path"
+                )
+    # Without data.sources one setting is for both the training and the held-out source.
+    groups = [[source] for source in [*training, *named]] if data.sources else [[*training, *named]]
+    for group in groups:
+        sample_by = group[0].config.sample_by
+        if sample_by != "auto" and not any(source.has_text for source in group):
             raise UserError(
-                f"data.sources names {source.path} twice, so its held-out documents would be trained on; "
-                "keep one of them (a larger weight repeats it with data.stopping_strategy=all_exhausted)"
+                f"data.sample_by={sample_by} has no effect: {group[0].config.path} holds no .txt file; leave it out"
             )
-        seen.add(place)
-    return sources
+    return {"train": training, **({"eval": named} if named else {})}
 
 
-def held_out_source(data: DataConfig, pinned: Mapping[str, str] | None = None) -> Source | None:
-    """The source that is evaluated on, where one is named."""
-    config = data.held_out_source
-    if config is None:
+def _shared(first: Source, second: Source) -> str | None:
+    """What both hold, as a message names it; None where they have no document in common.
+
+    A file is the same by whatever name. Splits of a data set are told apart by name; a name that both have
+    is refused unless both take a slice of it, and not the same one: whether slices overlap is theirs to know.
+    """
+    if first.commit is not None and second.commit is not None:
+        if (first.config.path, first.config.name or "default") != (second.config.path, second.config.name or "default"):
+            return None
+        for name, part in _split_parts(first.config.split):
+            for other_name, other_part in _split_parts(second.config.split):
+                overlap = name == other_name or "all" in (name, other_name)
+                if overlap and (part in (name, other_part) or other_part == other_name):
+                    return f"{first.config.path} (split {name})"
         return None
-    if any((config.path, config.name, config.split) == (s.path, s.name, s.split) for s in data.training_sources):
-        raise UserError(
-            f"{config.path} (split {config.split}) is both trained on and held out; name another data.eval_split or "
-            "data.eval_path"
-        )
-    return find_source(config, streaming=data.streaming, pinned=pinned)
+    if first.is_saved and second.is_saved and first.config.split != second.config.split:
+        return None
+    files = {_identity(file) for file in first.files}
+    common = next((file for file in second.files if _identity(file) in files), None)
+    if common is None or not first.is_saved:
+        return None if common is None else str(common)
+    return f"{first.config.path} (split {first.config.split})"
+
+
+def _split_parts(split: str) -> list[tuple[str, str]]:
+    """train[:5%]+test -> [(train, train[:5%]), (test, test)]."""
+    parts = [part.strip() for part in split.split("+")]
+    return [(part.partition("[")[0].strip(), part) for part in parts]
 
 
 def pinned_commits(run_dir: Path) -> dict[str, str]:
@@ -209,8 +254,7 @@ def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | N
     Of a hub data set only the name, the configuration and the split are checked, and the format is None: its rows are
     not here yet. One that is pinned was read before and is not asked for again.
     """
-    held_out = held_out_source(data, pinned)
-    found = training_sources(data, pinned) + ([held_out] if held_out is not None else [])
+    found = [source for of_split in find_sources(data, pinned).values() for source in of_split]
     return [_check_head(source, limit, pinned or {}) for source in found]
 
 
@@ -254,8 +298,10 @@ def _files(path: Path, is_saved: bool) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _suffix_is_text(path: Path) -> bool:
-    return ".txt" in path.suffixes
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal for all names of one file: links, and ways through other folders."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The second stage: documents to token ids and which of them are trained.
 
-Chat: as chat.py and turns.py have it. Prompt/completion: the completion and the end-of-text token that is appended.
-Plain text: every token, end-of-text appended. The tokenizer is passed in.
+Chat: as chat.py, turns.py and turn_tokens.py have it. Prompt/completion: the completion and the end-of-text token that
+is appended. Plain text: every token, end-of-text appended. The tokenizer is passed in.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from distlora.config import UserError
-from distlora.data.chat import ChatTemplate
+from distlora.data.chat import ChatTemplate, start_tokens
 from distlora.data.formats import Document
-from distlora.data.turns import Encoded, TurnFinder, TurnTokens
+from distlora.data.turn_tokens import Encoded, TurnTokens
+from distlora.data.turns import TurnFinder
 
 _ANCHORS = ("\n", ".", "0")
 """Texts after which a completion is tokenized as a continuation; one is enough that does not join with its start."""
@@ -52,9 +53,7 @@ class Encoder:
                 f"the tokenizer in {model_path} has no end-of-text token, so the model would never learn to stop; set "
                 f'"eos_token" in {model_path}/tokenizer_config.json'
             )
-        probe = tokenizer("a").input_ids
-        adds_bos = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
-        self._bos = [tokenizer.bos_token_id] if adds_bos else []
+        self._bos = start_tokens(tokenizer)
         apart = self._tokenize(["\n", "a", "\na"])
         self._adds_space = apart[0] + apart[1] != apart[2]
 

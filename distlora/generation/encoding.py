@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from distlora.config import Config, UserError
-from distlora.data.chat import ChatTemplate
+from distlora.data.chat import ChatTemplate, start_tokens
+from distlora.data.prepare import load_tokenizer
 from distlora.generation.generator import Completion, context_limit
 from distlora.generation.prompts import Prompt
 from distlora.model import CausalLM
@@ -19,24 +22,26 @@ caches) would change what a completion is or how it streams."""
 
 
 class PromptEncoder:
-    """Prompts to token ids, as a run's model was taught to read them: through the chat template where there is one
-    (the run's own, or the tokenizer's), else as text to continue.
+    """Prompts to token ids, as a run's model was taught to read them: through the chat template that its chats were
+    rendered with, or as text to continue where it was trained on no chats.
 
-    Raises UserError, when it is built, where data.template does not fit the tokenizer.
+    `data` is RUN/data.json. as_chat=True asks for the template whatever was trained, False for text to continue.
+    Raises UserError, when it is built, for a tokenizer that cannot be loaded or has no template that was asked for.
     """
 
-    def __init__(self, model: CausalLM, config: Config, *, raw: bool = False) -> None:
-        folder, template = config.model.path, config.data.template
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        has_template = template is not None or self.tokenizer.chat_template is not None
-        self.template = ChatTemplate(self.tokenizer, folder, template) if has_template and not raw else None
+    def __init__(
+        self, model: CausalLM, config: Config, data: Mapping[str, Any], *, as_chat: bool | None = None
+    ) -> None:
+        folder = config.model.path
+        self.tokenizer = load_tokenizer(Path(folder))
+        self.template: ChatTemplate | None = None
         """None: prompts are continued as they are."""
+        if data["chats"] if as_chat is None else as_chat:
+            self.template = ChatTemplate(self.tokenizer, folder, source=data["chat_template"])
         self._limit = context_limit(model)
         self._stops = _as_set(model.decoder.config.eos_token_id)  # type: ignore[union-attr, arg-type]
-        bos = self.tokenizer.bos_token_id
         # What training puts in front of a text; not every special token that the tokenizer would add (an end).
-        adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
-        self._start = [bos] if adds_bos else []
+        self._start = start_tokens(self.tokenizer)
 
     def encode(self, prompt: Prompt, *, system: str | None = None) -> list[int]:
         """Token ids up to where the model goes on. `system` is the first message, unless the prompt has one.
@@ -79,12 +84,8 @@ class PromptEncoder:
         """
         stops = self._stops | {self.tokenizer.eos_token_id} | _as_set(_model_defaults(folder).eos_token_id)
         if self.template is not None:
-            answer = "ANSWER"
-            turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-            text = self.template.render("the turn that tells what ends an answer", turns)
-            if answer in text:
-                behind = self._tokenize(text.rpartition(answer)[2])
-                stops.update([token for token in behind if token in self.tokenizer.added_tokens_decoder][:1])
+            behind = self._tokenize(self.template.behind_answer())
+            stops.update([token for token in behind if token in self.tokenizer.added_tokens_decoder][:1])
         return sorted(stops - {None})
 
     def decode(self, completion: Completion) -> str:
@@ -116,15 +117,14 @@ def sampling(
 ) -> GenerationConfig:
     """What the model's generation_config.json says, changed by what is given; greedy where neither asks for more.
 
-    temperature=0 is greedy; a temperature above 0, top_p and top_k each ask for sampling.
+    temperature=0 is greedy; a temperature above 0, top_p and top_k each ask for sampling. A penalty for repetition that
+    the model's file asks for holds in all cases.
     """
     settings = greedy(encoder, folder, max_new_tokens)
-    if temperature == 0:
-        return settings
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in given.items() if value is not None}
     defaults = _model_defaults(folder)
-    if not given and not defaults.do_sample:
+    if temperature == 0 or (not given and not defaults.do_sample):
         settings.update(**{name: getattr(defaults, name) for name in _WITHOUT_SAMPLING})
         return settings
     values = {name: getattr(defaults, name) for name in (*_WITHOUT_SAMPLING, *_WITH_SAMPLING)} | given
@@ -141,4 +141,8 @@ def _as_set(value: int | list[int] | None) -> set[int]:
 def _model_defaults(folder: str | Path) -> GenerationConfig:
     if not (Path(folder) / "generation_config.json").is_file():
         return GenerationConfig()
-    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:  # What transformers makes of a file that is not JSON.
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{folder}/generation_config.json cannot be read ({first}); mend it or remove it") from error

@@ -54,20 +54,25 @@ class Generator(PreTrainedModel, GenerationMixin):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """input_ids, position_ids (B, T); attention_mask (B, tokens in the cache + T).
 
-        use_cache and return_dict are transformers' way to say what `cache` and the result say already.
+        The cache has the name that this transformers gives it. use_cache and return_dict are its way to say what the
+        cache and the result say already.
         """
+        cache = past_key_values if cache is None else cache
         past = Past(attention_mask, cache)
         logits = self.causal_lm(input_ids, position_ids, None, past=past)
         if self.backend.ranks.world > 1:
             # The ranks compute the same; if one were off by a bit and stopped a token earlier, the rest would wait for
             # it for ever. So rank 0's logits are everyone's: a sum with zeros, which is exact.
             logits = self.backend.sum_over_ranks(logits if self.backend.writes else torch.zeros_like(logits))
-        return CausalLMOutputWithPast(logits=logits, cache=cache)
+        output = CausalLMOutputWithPast(logits=logits)
+        output[self.causal_lm.cache_name] = cache
+        return output
 
 
 def context_limit(model: CausalLM) -> int:

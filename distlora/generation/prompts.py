@@ -46,7 +46,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     require(path.suffix in (".txt", ".jsonl"), f"--prompts={path} ends in {path.suffix!r}; name a .txt or .jsonl file")
     require(path.is_file(), f"--prompts={path} is not a file; name a .txt or .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # With the byte order mark that Windows puts in front. Not str.splitlines, which also cuts at characters that a
+        # prompt may hold, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts={path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -105,7 +107,9 @@ class Request:
     top_k: int | None = None
     seed: int = 0
     system: str | None = None
-    raw: bool = False
+    as_chat: bool | None = None
+    """Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
+    messages ask for the template themselves."""
 
     def __post_init__(self) -> None:
         tokens, temperature, top_p, top_k = self.max_new_tokens, self.temperature, self.top_p, self.top_k
@@ -123,7 +127,7 @@ class Request:
             "out",
         )
         require(
-            not self.raw or self.system is None,
+            self.as_chat is not False or self.system is None,
             "--system is a message of a chat, and --raw continues prompts without one; leave one of them out",
         )
 

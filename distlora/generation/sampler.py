@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from distlora.config import Config
 from distlora.generation.encoding import PromptEncoder, greedy
 from distlora.generation.generator import Generator, aside, generate_all
@@ -16,10 +19,11 @@ class Sampler:
     Raises UserError, when it is built, for a prompt that is too long or that the chat template refuses.
     """
 
-    def __init__(self, model: CausalLM, backend: Backend, config: Config) -> None:
+    def __init__(self, model: CausalLM, backend: Backend, config: Config, data: Mapping[str, Any]) -> None:
+        """`data` is RUN/data.json, which says how the prompts of the training documents were written."""
         self._model, self._backend = model, backend
         self._prompts = config.train.sample_prompts
-        self._encoder = PromptEncoder(model, config)
+        self._encoder = PromptEncoder(model, config, data)
         self._encoded = [
             self._encoder.encode(Prompt(place=f"train.sample_prompts[{index}]", text=text))
             for index, text in enumerate(self._prompts)

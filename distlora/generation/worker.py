@@ -23,7 +23,6 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from distlora import checkpoint
-from distlora.adapters import reset_adapters
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.generation.chat import Chat, Printer
@@ -31,12 +30,13 @@ from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, named_by_flag, read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
-from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, parallelize
-from distlora.peft_format import WEIGHTS_NAME, adapter_tensors, load_initial_adapter
+from distlora.loading.segments import fingerprint
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
+from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
+from distlora.results import MODEL_NAME, load_weights
+from distlora.startup import start_model
 
-MODEL_NAME = "model.safetensors"
 STILL_LOADING_SECONDS = 10.0
 PROGRESS_SECONDS = 3.0
 
@@ -48,12 +48,11 @@ def run(request: Request, ranks: Ranks) -> None:
     began = time.monotonic()
     with still_loading() if speaks else contextlib.nullcontext():
         model, backend = load_model(config, request.weights, ranks, foreign=request.foreign)
-    encoder = PromptEncoder(model, config, raw=request.raw)
-    if request.system is not None and encoder.template is None:
-        raise UserError(
-            f"--system={request.system!r} needs a chat template, and {config.model.path} has none; leave it out, or "
-            "write it into the prompt"
-        )
+    data = json.loads((Path(request.run) / "data.json").read_text("utf-8"))
+    prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
+    holds_messages = any(prompt.text is None for prompt in prompts or ())
+    as_chat = True if request.system is not None or (holds_messages and request.as_chat is None) else request.as_chat
+    encoder = PromptEncoder(model, config, data, as_chat=as_chat)
     choice = sampling(
         encoder,
         config.model.path,
@@ -66,8 +65,8 @@ def run(request: Request, ranks: Ranks) -> None:
     if speaks:
         say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
     generator = Generator(model, backend)
-    if request.prompts is not None:
-        answer_file(request, generator, encoder, choice)
+    if prompts is not None:
+        answer_file(prompts, request, generator, encoder, choice)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         Chat(generator, encoder, choice, system=request.system).run()
     else:
@@ -85,17 +84,27 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
         with named_by_flag():
             settings = read_initial_adapter(weights).settings
         config = replace(config, adapter=replace(config.adapter, init_from=weights, **settings))
-    model = build_model(config)
-    backend = parallelize(model, ranks, config)
-    load_base(model, config.model.path, backend)
-    materialize_buffers(model, ranks.device)
-    reset_adapters(model.adapted_linears(), config.adapter, seed=config.train.seed)  # B is zero: the base, exactly.
+    model, backend, _ = start_model(config, ranks)  # B is zero: the base, exactly.
     if foreign:
         with named_by_flag():
             load_initial_adapter(model, config)
     elif weights is not None:
-        load_trained(model, weights_in(Path(weights)))
+        folder = weights_in(Path(weights))
+        check_base(folder, config)
+        load_weights(folder, model)
     return model, backend
+
+
+def check_base(weights: Path, config: Config) -> None:
+    """Raises UserError where the base is another than the one that a run's weights were trained on.
+
+    A checkpoint names its base; what a run published has the run's checkpoints beside it.
+    """
+    states = (
+        [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / "checkpoints")
+    )
+    if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != fingerprint(Path(config.model.path)):
+        raise UserError(f"{weights} was trained on another base: the weights at {config.model.path} have changed since")
 
 
 def weights_in(folder: Path) -> Path:
@@ -106,24 +115,6 @@ def weights_in(folder: Path) -> Path:
     if newest is None:
         raise UserError(f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter base for the base")
     return newest
-
-
-@torch.no_grad()
-def load_trained(model: CausalLM, folder: Path) -> None:
-    """Take an adapter, or a whole model, from a folder. UserError where its tensors are not this model's."""
-    has_adapter = (folder / WEIGHTS_NAME).is_file()
-    own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
-    tensors = checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME)
-    odd = sorted(own.keys() ^ tensors.keys()) or [
-        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
-    ]
-    if odd:
-        raise UserError(
-            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
-            f"({len(odd)} such tensors); was it trained on another model?"
-        )
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
@@ -140,11 +131,11 @@ def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
     return f"{prompts}; {choice}; up to {settings.max_new_tokens:,} tokens"
 
 
-def answer_file(request: Request, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig) -> None:
+def answer_file(
+    prompts: list[Prompt], request: Request, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig
+) -> None:
     """One JSON line for each prompt of the file, in order, written as they come: the prompt, "completion", "tokens"
     (their number) and "ended" (false: cut at the limit)."""
-    assert request.prompts is not None
-    prompts = read_prompts(Path(request.prompts))
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
     if not generator.backend.writes:
         for _ in generate_all(generator, encoded, settings):

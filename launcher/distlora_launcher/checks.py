@@ -6,7 +6,6 @@ are checked where they are declared, in distlora.config.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import tempfile
@@ -44,7 +43,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_data(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -101,11 +100,10 @@ def check_model(config: Config) -> None:
     A model on the hub is checked by its small files and its weights' headers, before the rest is downloaded.
     """
     if is_hub_name(config.model.path):
-        from distlora_launcher.hub_preview import preview
+        from distlora_launcher.hub_preview import with_small_files
 
-        with preview(config.model.path, config.model.revision) as place:
-            model_here = dataclasses.replace(config.model, path=str(place), name=config.model.path)
-            check_model(dataclasses.replace(config, model=model_here))
+        with with_small_files(config) as here:
+            check_model(here)
         return
     require(
         config.model.revision is None or config.model.name is not None,

@@ -7,12 +7,10 @@ A subcommand is one row of COMMANDS; its module is imported when it is called, s
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-INTERRUPTED = 130
 BAD_INPUT = 2
 
 
@@ -55,7 +53,7 @@ COMMANDS = {
         "turn an Axolotl configuration into a recipe, naming what has no equal",
         "distlora_launcher.importing",
     ),
-    "demo": Command("", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
+    "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
 }
 
 HELP = """Multi-GPU QLoRA training: a 4-bit base, exact and restartable.
@@ -81,18 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"distlora {version('distlora')}")
         return 0
-    from distlora.config import UserError
+    from distlora.command_line import run_to_exit_code
 
-    try:
-        return run_command(words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # `distlora ... | head`: nobody reads any more, which is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_to_exit_code(lambda: run_command(words))
 
 
 def run_command(words: list[str]) -> int:

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distlora.config import Config, UserError
-from distlora.config.places import is_hub_name
+from distlora.config.places import means_hub
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
 from distlora_launcher.initial_adapter import with_initial_adapter
@@ -154,7 +154,7 @@ def _absolute(config: Config) -> Config:
 def _absolute_path(name: str, path: str) -> str:
     if not path.strip():
         raise UserError(f"{name} is empty; set {name}=..." + (f", {REQUIRED[name]}" if name in REQUIRED else ""))
-    if name != "run_dir" and is_hub_name(path):
+    if name != "run_dir" and means_hub(path):
         return path
     try:
         return str(Path(path).expanduser().absolute())

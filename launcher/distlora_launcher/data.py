@@ -8,23 +8,20 @@ written.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from distlora.config import Config, UserError, nearest
-from distlora.config.places import is_hub_name
+from distlora.config import UserError, nearest
 from distlora.config_file import load_config
 from distlora_launcher.application import expand_home
+from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_data, check_model
 from distlora_launcher.compose import compose_config
-from distlora_launcher.hub_preview import preview as hub_folder
+from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.local import create_run
 from distlora_launcher.workers import DONE
 
@@ -60,7 +57,7 @@ def main(arguments: list[str]) -> int:
     config = compose_config(overrides, config_dir=options.config_dir)
     check_model(config)
     check_data(config)
-    with _model_here(config) as config, tempfile.TemporaryDirectory(prefix="distlora-preview-") as folder:
+    with with_small_files(config) as config, tempfile.TemporaryDirectory(prefix="distlora-preview-") as folder:
         create_run(Path(folder), config)
         flags = ["--rows", str(options.rows), *(["--all"] if options.all else [])]
         flags += ["--no-color"] if options.no_color else []
@@ -82,34 +79,15 @@ def _run(module: str, *arguments: str) -> int:
     return code if code >= 0 else 128 - code
 
 
-@contextlib.contextmanager
-def _model_here(config: Config) -> Iterator[Config]:
-    """The config with its tokenizer on this machine: of a model on the hub only the small files are downloaded."""
-    if not is_hub_name(config.model.path):
-        yield config
-        return
-    with hub_folder(config.model.path, config.model.revision) as folder:
-        model = dataclasses.replace(config.model, path=str(folder), name=config.model.path)
-        yield dataclasses.replace(config, model=model)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"distlora data preview: {message}; `distlora data --help` shows the usage")
-
-
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, overrides). UserError for an unknown flag, with the nearest, and for values that are no numbers."""
-    parser = _Parser(prog="distlora data preview", add_help=False, allow_abbrev=False)
+    parser = Parser("distlora data preview", help="distlora data --help")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--no-color", action="store_true")
     parser.add_argument("--config-dir")
-    options, overrides = parser.parse_known_args(list(arguments))
-    unknown = [word for word in overrides if word.startswith("-")]
-    if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        parser.error(f"there is no option {unknown[0]}{nearest(unknown[0], known)}")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args(arguments)
     if options.rows < 0:
         parser.error(f"--rows={options.rows} is no number of documents; write 0 or more")
-    return options, overrides
+    return options, options.overrides

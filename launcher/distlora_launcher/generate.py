@@ -15,23 +15,23 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from distlora.config import Config, UserError, nearest, require
+from distlora.config import Config, require
 from distlora.config_file import load_config
 from distlora.generation.prompts import Request, named_by_flag, read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.model_card import read_result
+from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
+from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.hub import restore
-from distlora_launcher.local import find_result, shown
+from distlora_launcher.local import shown
 from distlora_launcher.workers import DONE, run_workers, worker_environment
 
 WORKER = "distlora.generation"
 
 USAGE = """usage: distlora generate RUN [--adapter PATH|base] [--checkpoint step_N|best] [--prompts FILE] [--out FILE]
                          [--max-new-tokens N] [--temperature T] [--top-p P] [--top-k K] [--seed S]
-                         [--system TEXT] [--raw] [--processes N]
+                         [--system TEXT] [--chat|--raw] [--processes N]
 
 Generate text with what the run in the folder RUN trained, or with its newest checkpoint while it is unfinished. On a
 terminal this is a chat: /reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or
@@ -49,7 +49,7 @@ terminal this is a chat: /reset starts again, /system TEXT sets the system messa
   --top-p P, --top-k K  sample among the likeliest tokens with this share of the probability, or this many
   --seed S              of the sampling (0)
   --system TEXT         a system message for every conversation that has none
-  --raw                 continue prompts as they are, without the chat template
+  --chat, --raw         through the chat template, or continued as they are; without either, as the run was trained
   --processes N         share the model among N processes, one a GPU; with --prompts only"""
 
 
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
         top_k=options.top_k,
         seed=options.seed,
         system=options.system,
-        raw=options.raw,
+        as_chat=options.as_chat,
     )
     check_files(options.prompts, options.out)
     check_processes(options.processes, options.prompts)
@@ -94,14 +94,9 @@ def main(arguments: list[str]) -> int:
     os.execve(command[0], command, worker_environment(processes=1))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"distlora generate: {message}; `distlora generate --help` shows the usage")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
-    parser = _Parser(prog="distlora generate", add_help=False, allow_abbrev=False)
+    parser = Parser("distlora generate")
     parser.add_argument("run", metavar="RUN")
     for name in ("--adapter", "--checkpoint", "--prompts", "--out", "--system"):
         parser.add_argument(name)
@@ -114,13 +109,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("--processes", int, 1),
     ):
         parser.add_argument(name, type=kind, default=default)
-    parser.add_argument("--raw", action="store_true")
-    options, extra = parser.parse_known_args(list(arguments))
-    if extra:
-        word = extra[0].partition("=")[0]
-        known = [name for action in parser._actions for name in action.option_strings]
-        hint = nearest(word, known) if word.startswith("-") else ", one run folder is enough"
-        parser.error(f"{word!r} is not understood{hint}")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--chat", dest="as_chat", action="store_const", const=True)
+    form.add_argument("--raw", dest="as_chat", action="store_const", const=False)
+    options = parser.parse_args(arguments)
     if options.adapter is not None and options.checkpoint is not None:
         parser.error("--adapter and --checkpoint both say which weights; give one of them")
     return options
@@ -144,13 +136,12 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
     result = find_result(run_dir)
     if result is not None:
         return result
-    checkpoints = run_dir / "checkpoints"
     require(
-        any(checkpoints.glob("step_*")),
+        bool(checkpoint_folders(run_dir)),
         f"{shown(run_dir)} has nothing trained yet: neither a result nor a checkpoint (train.save_every); wait for it, "
         "or write --adapter base for the base alone",
     )
-    return checkpoints
+    return run_dir / CHECKPOINTS
 
 
 def check_files(prompts: str | None, out: str | None) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
+from distlora.hub_errors import explain_absent_weights, explained, unreachable
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
-from distlora_launcher.hub_errors import explain_absent_weights, explained, unreachable
 
 REPORT_SECONDS = 10.0
 """Between two lines of progress in a log."""
@@ -64,6 +64,11 @@ class HubModel:
         """The files that are not here yet."""
         files = {**self.companions, **self.weights}
         return {file: size for file, size in files.items() if not (self.folder / file).is_file()}
+
+
+def is_to_download(config: Config) -> bool:
+    """Whether the model is one on the hub that is not here, or not whole."""
+    return is_hub_name(config.model.path) and bool(locate(config.model.path, config.model.revision).absent())
 
 
 def localize(config: Config) -> Config:

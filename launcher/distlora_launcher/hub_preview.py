@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import glob
 import json
@@ -19,9 +20,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from distlora.config import UserError
+from distlora.config import Config, UserError
+from distlora.config.places import is_hub_name
+from distlora.hub_errors import explained
 from distlora_launcher.hub import HubModel, locate
-from distlora_launcher.hub_errors import explained
 
 HEADER_GUESS = 100_000
 """Bytes of a safetensors file that are asked for first; most headers fit (huggingface_hub: 97 % of the top 1000)."""
@@ -42,6 +44,17 @@ def preview(name: str, revision: str | None) -> Iterator[Path]:
         yield folder
     except UserError as error:
         raise UserError(str(error).replace(str(folder), name)) from error
+
+
+@contextlib.contextmanager
+def with_small_files(config: Config) -> Iterator[Config]:
+    """The config with its model as a folder here; of a model on the hub only the small files are downloaded."""
+    if not is_hub_name(config.model.path):
+        yield config
+        return
+    with preview(config.model.path, config.model.revision) as folder:
+        model = dataclasses.replace(config.model, path=str(folder), name=config.model.path)
+        yield dataclasses.replace(config, model=model)
 
 
 @functools.cache

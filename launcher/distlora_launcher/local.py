@@ -9,36 +9,46 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
+from distlora import durable
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
+from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.failures import would_repeat
-from distlora_launcher.hub import localize, restore
+from distlora_launcher.hub import is_to_download, localize, restore
+from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers
 
 CONFIG_NAME = "config.yaml"
-RESULTS = ("adapter", "model")
-"""Folders that a run publishes, whole, when it is done."""
 
 
 def start(config: Config, *, worker_module: str = "distlora.train") -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
+    record = None
+    if is_to_download(config):
+        code, record = prepare_before_download(config)
+        if code != DONE:
+            return code
     config = localize(config)
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with running(run_dir):
-        code = prepare(run_dir)
-        if code != DONE:
-            forget_run(run_dir)
-            return code
+        if record is not None:
+            durable.write_text(run_dir / DATA_NAME, record)
+        else:
+            code = prepare(run_dir)
+            if code != DONE:
+                forget_run(run_dir)
+                return code
         return train(run_dir, config, worker_module)
 
 
@@ -73,7 +83,7 @@ def train(run_dir: Path, config: Config, worker_module: str) -> int:
     elif code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs"):
         pass  # What was refused once is refused again, and what has ended has ended.
     else:
-        saved = sorted((run_dir / "checkpoints").glob("step_*"))
+        saved = checkpoint_folders(run_dir)
         since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
         say(f"continue {since} with: distlora resume {shown(run_dir)}")
     return code
@@ -107,14 +117,9 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def find_result(run_dir: Path) -> Path | None:
-    """What a finished run published, or None."""
-    return next((run_dir / name for name in RESULTS if (run_dir / name).is_dir()), None)
-
-
 def is_prepared(run_dir: Path) -> bool:
     """Whether the rows that RUN/data.json names are still in the cache; a damaged record is made again."""
-    record = run_dir / "data.json"
+    record = run_dir / DATA_NAME
     try:
         return record.is_file() and Path(json.loads(record.read_text())["cache"]).is_dir()
     except (ValueError, KeyError, TypeError):
@@ -133,6 +138,18 @@ def prepare(run_dir: Path) -> int:
         print(f"stopped by {signal.Signals(forwarder.received).name}", file=sys.stderr)
         return 128 + forwarder.received
     return code if code >= 0 else 1
+
+
+def prepare_before_download(config: Config) -> tuple[int, str | None]:
+    """(exit code, data.json) of the preparation with the small files of a model on the hub.
+
+    What the tokenizer refuses (chats without a template) is so refused before the weights are downloaded. The record
+    is the run's own: the cache's key does not depend on where the tokenizer's files lie.
+    """
+    with with_small_files(config) as here, tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
+        create_run(Path(scratch), here)
+        code = prepare(Path(scratch))
+        return code, (Path(scratch) / DATA_NAME).read_text(encoding="utf-8") if code == DONE else None
 
 
 @contextlib.contextmanager

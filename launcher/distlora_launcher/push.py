@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -11,10 +10,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distlora.config import UserError, nearest
-from distlora.model_card import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Result, model_card, read_metadata, read_result
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.model_card import model_card, read_metadata
+from distlora.run_folder import TEMPLATE_NAME, Result, read_result
+from distlora_launcher.arguments import Parser
 
 USAGE = """usage: distlora push RUN ORG/NAME [--private] [--revision BRANCH] [--checkpoint best|step_N]
                      [--base-model ORG/NAME] [--dry-run [FOLDER]]
@@ -69,13 +71,8 @@ class Options:
     """A folder, "" to print the card, None to upload."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"distlora push: {message}; `distlora push --help` shows the usage")
-
-
 def parse(arguments: list[str]) -> Options:
-    parser = _Parser(prog="distlora push", add_help=False, allow_abbrev=False)
+    parser = Parser("distlora push")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("name", metavar="ORG/NAME")
     parser.add_argument("--private", action="store_true")
@@ -105,8 +102,10 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
         "base_model_name_or_path": base,
         "revision": result.config.model.revision if same_base else None,
     }
-    files[ADAPTER_CONFIG] = (json.dumps(adapter, indent=2) + "\n").encode()
-    files[ADAPTER_WEIGHTS] = result.folder / ADAPTER_WEIGHTS
+    files[CONFIG_NAME] = (json.dumps(adapter, indent=2) + "\n").encode()
+    files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
+    if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
+        files[TEMPLATE_NAME] = result.chat_template.encode()
     return files
 
 
@@ -137,7 +136,7 @@ def upload(options: Options, files: Files, message: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
-    from distlora_launcher.hub_errors import endpoint, unreachable
+    from distlora.hub_errors import endpoint, unreachable
 
     if get_token() is None:
         raise UserError("uploading needs a token with write access: run `hf auth login`, or set HF_TOKEN")
@@ -175,6 +174,8 @@ def _explain(error: Exception, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    from distlora.hub_errors import unreachable
+
     assert isinstance(error, HfHubHTTPError)
     status = error.response.status_code
     if status == 401:
@@ -182,7 +183,15 @@ def _explain(error: Exception, name: str) -> str:
         return f"the hub refuses the token of this machine (from {where}); log in again with `hf auth login`"
     reason = (error.server_message or str(error)).strip().splitlines()[0]
     if status == 403:
-        user = HfApi().whoami()
+        try:
+            user = HfApi().whoami()
+        except Exception as failure:
+            if not isinstance(failure, HfHubHTTPError) and not unreachable(failure):
+                raise
+            return (
+                f"the token of this machine may not write to {name} ({reason}), and the hub does not say whose it is; "
+                "make one with write access and log in again with `hf auth login`"
+            )
         own = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
         owner, _, last = name.partition("/")
         if owner not in own:

@@ -15,10 +15,13 @@ from distlora_launcher.demo.corpus import build_corpus
 from distlora_launcher.demo.report import Sample, next_commands, read_summary, sample_text, table, verdict
 from distlora_launcher.demo.runs import run_module, run_settings
 
-USAGE = """usage: distlora demo
+USAGE = """usage: distlora demo [--base]
 
 Pretrains a tiny Llama on Python's own documentation (about two minutes on two cores, once; kept in ~/.cache/distlora or
 DISTLORA_CACHE), fine-tunes it with QLoRA on question/answer pairs, and shows what came of it. Downloads nothing.
+
+  --base   print the folder of the base that an earlier demo made, and nothing else, for
+           distlora train model.path=$(distlora demo --base) data.path=FILE
 """
 
 QLORA = (
@@ -35,12 +38,17 @@ QLORA = (
 
 
 def main(arguments: list[str]) -> int:
-    """The whole demo; returns the exit code. Raises UserError for any argument but --help."""
+    """The whole demo; returns the exit code. Raises UserError for any argument but --help and --base."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE.rstrip())
         return 0
+    if arguments == ["--base"]:
+        print(made_base())
+        return 0
     if arguments:
-        raise UserError(f"distlora demo takes no arguments, not {' '.join(arguments)!r}; `distlora train` has settings")
+        raise UserError(
+            f"distlora demo takes no arguments but --base, not {' '.join(arguments)!r}; `distlora train` has settings"
+        )
     started = time.monotonic()
     processes = min(2, gpu_count() or 2)
 
@@ -86,6 +94,14 @@ def main(arguments: list[str]) -> int:
         print(f"\nThe first held-out question, answered through PEFT:\n{sample_text(sample)}")
     print(f"\nNext:\n{next_commands(base, run_dir)}")
     return 0
+
+
+def made_base() -> Path:
+    """The model folder of the base that a demo here has made. Raises UserError where there is none."""
+    model = base_folder(build_corpus()) / "model"
+    if not model.is_dir():
+        raise UserError(f"the demo's base is not made yet ({model} does not exist); run `distlora demo` first")
+    return model
 
 
 def ask(base: Path, run_dir: Path, messages: list[dict[str, str]]) -> Sample | None:

@@ -6,41 +6,47 @@ checked before it leaves, so `distlora train` takes it.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora_launcher.arguments import Parser
+from distlora_launcher.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
 from distlora_launcher.workers import BAD_INPUT, DONE
 
 TOOLS = ("axolotl",)
-USAGE = "distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]"
-DESCRIPTION = """Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key that
-has no equal here. `distlora train --config-dir FOLDER recipe=NAME` then runs it."""
+USAGE = """usage: distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]
 
+Print an Axolotl configuration as a recipe, or write it to --out, and list on stderr every key that has no equal here.
+`distlora train --config-dir FOLDER recipe=NAME` then runs it.
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: {USAGE}")
+  --processes N   GPUs that it ran on (1); its batch grows with them
+  --out FILE      write FOLDER/recipe/NAME.yaml instead of printing
+  --strict        end with code 2 if anything was not carried"""
 
 
 def main(arguments: list[str]) -> int:
     """Import the file; return 0, or with --strict 2 when something was not carried."""
-    parser = _Parser(prog="distlora import", usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("tool", help="whose configuration it is: axolotl")
-    parser.add_argument("file", type=Path, help="its YAML file")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs it ran on; its batch grows with it")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FOLDER/recipe/NAME.yaml instead of printing")
-    parser.add_argument("--strict", action="store_true", help="end with code 2 if anything was not carried")
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    parser = Parser("distlora import")
+    parser.add_argument("tool", metavar="axolotl")
+    parser.add_argument("file", metavar="FILE.yaml", type=Path)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--strict", action="store_true")
     options = parser.parse_args(arguments)
     if options.tool not in TOOLS:
-        raise UserError(f"cannot import {options.tool!r}{nearest(options.tool, TOOLS)}; usage: {USAGE}")
+        raise UserError(
+            f"cannot import {options.tool!r}{nearest(options.tool, TOOLS)}; write distlora import axolotl FILE.yaml"
+        )
     if options.processes < 1:
         raise UserError(f"--processes {options.processes} is not a number of processes; write --processes 1 or more")
     if options.out is not None:
@@ -65,7 +71,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of an Axolotl YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # YAML that has the form of a date and is none (2024-13-45) is a plain ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not YAML ({reason}); give the path of an Axolotl YAML file") from error
     if not isinstance(values, dict):
@@ -86,6 +93,7 @@ def check_place(out: Path) -> None:
         raise UserError(f"--out {out}: recipe={out.stem} would find distlora's own recipe; choose another name")
     if out.exists():
         raise UserError(f"--out {out} exists; remove it, or choose another name")
+    check_writable(out.absolute().parent, "--out")
 
 
 def check_composes(text: str, source: Path, *, starts_from_adapter: bool) -> None:

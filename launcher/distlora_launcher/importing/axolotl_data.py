@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from distlora_launcher.importing.axolotl_keys import note_entry_key
 from distlora_launcher.importing.keys import Keys
 from distlora_launcher.importing.recipe import Imported
 
@@ -39,8 +40,8 @@ ROLES = {
 
 EVERY_TOKEN = "trains every token of a chat, its system messages and headers of turns too"
 
-FILE_TYPES = ("json", "csv", "parquet", "text")
-"""Values of path that name a reader for data_files."""
+FILE_TYPES = {"json": (".json", ".jsonl"), "csv": (".csv",), "parquet": (".parquet",), "text": (".txt",)}
+"""Values of path that name a reader for data_files, and of ds_type: the files that we read so, by their endings."""
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def convert_data(keys: Keys, imported: Imported) -> None:
         imported.note("idle", f"chat_template={template}", "no data set here is rendered by it")
     data["sequence_length"] = keys.integer("sequence_len") or 512
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
-    _held_out(keys, imported, inputs_trained, sources)
+    _held_out(keys, imported, inputs_trained, sources, template, jinja)
 
 
 def _entries(value: Any, name: str) -> list[Keys]:
@@ -105,7 +106,9 @@ def _sources(
         source.train_on = "all"
         imported.note("differs", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
     path, files = entry.text("path"), entry.words("data_files")
-    entry.any("ds_type")  # Read off the file's name here.
+    reader = entry.text("ds_type")
+    if reader is not None and not any((path or "").endswith(suffix) for suffix in FILE_TYPES.get(reader, ())):
+        imported.note("unsupported", f"{entry.place}ds_type={reader}", "a file is read by the ending of its name")
     if path is not None and re.match(r"\w+://", path):
         imported.note("unsupported", f"{entry.place}path={path}", "copy it here, and set its path in the recipe")
     if files and path in FILE_TYPES:
@@ -117,7 +120,7 @@ def _sources(
             )
         paths = [] if path is None else [path]
     for name, value in entry.unread():
-        _note_entry_key(entry, name, value, imported)
+        note_entry_key(entry, name, value, imported)
     base = {"format": source.format, **place}
     return [_Source({"path": one, **base}, source.format, source.template, source.train_on) for one in paths]
 
@@ -298,7 +301,14 @@ def _too_long(keys: Keys, imported: Imported, formats: set[str]) -> str:
     return strategy
 
 
-def _held_out(keys: Keys, imported: Imported, inputs_trained: bool, sources: list[_Source]) -> None:
+def _held_out(
+    keys: Keys,
+    imported: Imported,
+    inputs_trained: bool,
+    sources: list[_Source],
+    template: str | None,
+    jinja: str | None,
+) -> None:
     data = imported.section("data")
     share = keys.number("val_set_size") or 0.0
     if share >= 1:
@@ -308,67 +318,49 @@ def _held_out(keys: Keys, imported: Imported, inputs_trained: bool, sources: lis
         share = 0.05
     data["eval_fraction"] = share
     tests = _entries(keys.any("test_datasets"), "test_datasets")
-    found = [source for entry in tests for source in _sources(entry, imported, inputs_trained, None, None)]
+    aside = Imported()  # What is said of a test set holds for the one that is evaluated on, and not all of it.
+    found = [
+        (entry.place, source) for entry in tests for source in _sources(entry, aside, inputs_trained, template, jinja)
+    ]
     if not found:
+        if tests:
+            imported.note("unsupported", "test_datasets", "none of them has a path; nothing named is held out")
         return
-    test = found[0].settings
-    data["eval_path"] = test["path"]
-    data["eval_split"] = test.get("split", "train")
+    place, test = found[0]
+    data["eval_path"] = test.settings["path"]
+    data["eval_split"] = test.settings.get("split", "train")
     if len(found) > 1:
-        imported.note("unsupported", "test_datasets", f"one is evaluated on, {test['path']}; join the others to it")
-    own = {name: test.get(name) for name in ("format", "columns", "name")}
+        reason = f"one is evaluated on, {data['eval_path']}; join the others to it"
+        imported.note("unsupported", "test_datasets", reason)
+    for note in aside.notes:
+        of_training = note.group == "differs" and note.key.endswith("roles_to_train")
+        if note.key.startswith(place) and not of_training:
+            imported.note(note.group, note.key, note.reason)
     if len(sources) != 1:
+        own = {name: test.settings.get(name) for name in ("format", "columns", "name")}
         data |= {name: value for name, value in own.items() if value is not None}
-    elif any(own[name] != sources[0].settings.get(name) for name in ("format", "columns")):
+    _note_differences(place, test, imported)
+
+
+def _note_differences(place: str, test: _Source, imported: Imported) -> None:
+    """A note for all of the test set that is otherwise than the held-out documents will be read."""
+    data = imported.section("data")
+    if any(test.settings.get(name) != data.get(name) for name in ("format", "columns")):
         imported.note("unsupported", "test_datasets", "it is read as the training data is: give both the same columns")
-
-
-_SHARDS = "the whole data set is read; a part of a hub data set is split=train[:10%]"
-_ENTRY_KEYS = {
-    "trust_remote_code": ("refused", "code that comes with data is not run; use a data set without it"),
-    "shards": ("unsupported", _SHARDS),
-    "shards_idx": ("unsupported", _SHARDS),
-    "preprocess_shards": ("idle", "documents are tokenized as they are read"),
-    "skip": ("unsupported", _SHARDS),
-    "drop_system_message": ("unsupported", "system messages stay; remove them from the data"),
-    "split_thinking": ("unsupported", "put the reasoning into reasoning_content in the data"),
-    "field_thinking": ("unsupported", "the reasoning is read from reasoning_content; rename it in the data"),
-    "template_thinking_key": ("unsupported", "templates are given reasoning_content"),
-    "message_field_training_detail": ("unsupported", "a turn is trained whole or not at all"),
-    "input_transform": ("unsupported", "transform the data before"),
-    "field_system": ("idle", "the system message is in the conversation"),
-    "input_format": ("idle", "the format is read off the file's name"),
-    "field_human": ("idle", "not read by this type"),
-    "field_model": ("idle", "not read by this type"),
-    "field": ("idle", "not read by this type"),
-    "field_messages": ("idle", "not read by this type"),
-    "message_field_role": ("idle", "not read by this type"),
-    "message_field_content": ("idle", "not read by this type"),
-    "message_property_mappings": ("idle", "not read by this type"),
-    "roles": ("idle", "not read by this type"),
-    "roles_to_train": ("idle", "not read by this type"),
-    "train_on_eos": ("idle", "not read by this type"),
-    "train_on_eot": ("idle", "not read by this type"),
-    "chat_template": ("idle", "not read by this type"),
-    "chat_template_jinja": ("idle", "not read by this type"),
-    "conversation": ("idle", "not read by this type"),
-    "field_tools": ("idle", "not read by this type"),
-    "message_field_training": ("idle", "not read by this type"),
-    "temperature": ("idle", "belongs to distillation"),
-    "logprobs_field": ("idle", "belongs to distillation"),
-}
-
-
-def _note_entry_key(entry: Keys, name: str, value: Any, imported: Imported) -> None:
-    from distlora.config import nearest
-
-    if name not in _ENTRY_KEYS:
-        known = [*_ENTRY_KEYS, "path", "type", "name", "split", "revision", "data_files", "ds_type"]
-        imported.note("unknown", f"{entry.place}{name}", f"Axolotl has no such key{nearest(name, known)}")
-    elif value not in (None, False, ""):
-        group, reason = _ENTRY_KEYS[name]
-        if (name, value) not in (
-            ("field_thinking", "reasoning_content"),
-            ("template_thinking_key", "reasoning_content"),
-        ):
-            imported.note(group, f"{entry.place}{name}", reason)  # type: ignore[arg-type]
+    same_path = data.get("path") == data["eval_path"]
+    used = {
+        "name": data.get("name") if same_path or "path" not in data else None,
+        "revision": data.get("revision") if same_path else None,
+    }
+    for name, value in used.items():
+        if test.settings.get(name) != value:
+            reason = (
+                f"the held-out documents are read with {name}={value or 'null'}, as data.{name} is the training data's"
+            )
+            imported.note("unsupported", f"{place}{name}={test.settings.get(name) or '(not set)'}", reason)
+    if not _is_chat(test):
+        return
+    for name, key in (("template", "chat_template"), ("train_on", "roles_to_train")):
+        if getattr(test, name) != data[name]:
+            value = "the tokenizer's own" if data[name] is None else data[name]
+            imported.note("unsupported", f"{place}{key}", f"data.{name} is one for all data sets: {value}")

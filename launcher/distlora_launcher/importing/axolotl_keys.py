@@ -197,6 +197,31 @@ NEARBY = (
 )
 """Names that a mistyped key may have meant, beside those of ROWS."""
 
+_SHARDS = "the whole data set is read; a part of a hub data set is split=train[:10%]"
+ENTRY_ROWS: tuple[Row, ...] = (
+    ("refused", "code that comes with data is not run; use a data set without it", "trust_remote_code"),
+    ("unsupported", _SHARDS, "shards shards_idx skip"),
+    ("idle", "documents are tokenized as they are read", "preprocess_shards"),
+    ("unsupported", "system messages stay; remove them from the data", "drop_system_message"),
+    ("unsupported", "put the reasoning into reasoning_content in the data", "split_thinking"),
+    ("unsupported", "the reasoning is read from reasoning_content; rename it in the data", "field_thinking"),
+    ("unsupported", "templates are given reasoning_content", "template_thinking_key"),
+    ("unsupported", "a turn is trained whole or not at all", "message_field_training_detail"),
+    ("unsupported", "transform the data before", "input_transform"),
+    ("idle", "the system message is in the conversation", "field_system"),
+    ("idle", "the format is read off the file's name", "input_format"),
+    (
+        "idle",
+        "not read by this type",
+        "field_human field_model field field_messages message_field_role message_field_content "
+        "message_property_mappings roles roles_to_train train_on_eos train_on_eot chat_template chat_template_jinja "
+        "conversation field_tools message_field_training",
+    ),
+    ("idle", "belongs to distillation", "temperature logprobs_field"),
+)
+"""The same for the keys of one data set."""
+_ENTRY_KEYS = {name: (group, reason) for group, reason, names in ENTRY_ROWS for name in names.split()}
+
 KNOWN_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
 """Plugins that make the loss and its memory cheaper, and change no result."""
 
@@ -227,6 +252,20 @@ def note_unread(keys: Keys, imported: Imported) -> None:
             imported.note("unknown", name, f"no key of Axolotl that is known here{near}; it was ignored")
         elif row is not None and value not in (None, False, "", [], {}):
             imported.note(row[0], _shown(name, value), row[1])
+
+
+def note_entry_key(entry: Keys, name: str, value: Any, imported: Imported) -> None:
+    """A note for a key of a data set that nothing has read."""
+    if name not in _ENTRY_KEYS:
+        known = [*_ENTRY_KEYS, "path", "type", "name", "split", "revision", "data_files", "ds_type"]
+        imported.note("unknown", f"{entry.place}{name}", f"Axolotl has no such key{nearest(name, known)}")
+    elif value not in (None, False, ""):
+        group, reason = _ENTRY_KEYS[name]
+        if (name, value) not in (
+            ("field_thinking", "reasoning_content"),
+            ("template_thinking_key", "reasoning_content"),
+        ):
+            imported.note(group, f"{entry.place}{name}", reason)
 
 
 def _table() -> tuple[dict[str, tuple[Group, str]], dict[str, tuple[Group, str]]]:

@@ -95,7 +95,7 @@ def convert_schedule(keys: Keys, imported: Imported) -> None:
     """The learning rate over the run. Warm-ups start one step higher here: at lr / steps instead of 0."""
     optim, max_steps = imported.section("optim"), imported.section("train")["max_steps"]
     name = keys.text("lr_scheduler") or "cosine"
-    options = keys.mapping("lr_scheduler_kwargs")
+    options = Keys(keys.mapping("lr_scheduler_kwargs"), place="lr_scheduler_kwargs.")
     if name not in SCHEDULES:
         known = ", ".join(dict.fromkeys(SCHEDULES.values()))
         imported.note("unsupported", f"lr_scheduler={name}", f"cosine is written; choose among {known}")
@@ -104,23 +104,21 @@ def convert_schedule(keys: Keys, imported: Imported) -> None:
     if floor is not None and optim["schedule"] != "cosine":
         imported.note("idle", "cosine_min_lr_ratio", f"lr_scheduler={name} is no cosine")
         floor = None
-    floor = options.pop("min_lr_rate", None) if floor is None and name == "cosine_with_min_lr" else floor
+    floor = options.number("min_lr_rate") if floor is None and name == "cosine_with_min_lr" else floor
     optim["min_lr_ratio"] = float(floor or 0.0)
     if name == "warmup_stable_decay":
         _stable_decay(options, imported, max_steps)
-    for option in options:
+    for option, _ in options.unread():
         imported.note("unsupported", f"lr_scheduler_kwargs.{option}", "this shape of the learning rate is not built")
     optim["warmup_ratio"] = _warmup(keys, imported, max_steps, constant=name == "constant")
 
 
-def _stable_decay(options: dict[str, object], imported: Imported, max_steps: int | None) -> None:
+def _stable_decay(options: Keys, imported: Imported, max_steps: int | None) -> None:
     """transformers' WSD: num_decay_steps, and a cosine fall unless decay_type says linear."""
-    decay, shape = options.pop("num_decay_steps", None), options.pop("decay_type", "cosine")
-    options.pop("num_stable_steps", None)
-    options.pop("num_warmup_steps", None)
+    decay, shape = options.integer("num_decay_steps"), options.text("decay_type") or "cosine"
     if shape != "linear":
         imported.note("differs", f"lr_scheduler_kwargs.decay_type={shape}", "the last fall is linear here")
-    if isinstance(decay, int) and max_steps:
+    if decay is not None and max_steps:
         imported.section("optim")["decay_ratio"] = decay / max_steps
     else:
         imported.note(

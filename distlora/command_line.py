@@ -1,0 +1,65 @@
+"""How every command of ours ends: what the user can mend is one line on stderr and an exit code, never a traceback.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 128 + n ended by signal n. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from distlora.config import UserError
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
+
+_BAD_PATH = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+}
+"""What the system says of a path that someone typed, rather than of a disk that fails."""
+
+
+def run_to_exit_code(work: Callable[[], int], *, full_disk: str = "free some space") -> int:
+    """Do `work` and return its exit code, or what became of it: 2 after a UserError or for a path that the system
+    refuses, 1 for another fault of the system and for a reader that left (`... | head`), 130 after Ctrl-C.
+
+    `full_disk` is what to do when the disk is full. Anything else is a fault of ours and is raised.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()  # Here, where a reader that left is noticed, and not when Python ends.
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more, which is no error of ours; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"error: {place}{error.strerror}; {full_disk}", file=sys.stderr)
+            return FAILED
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; {_advice(error)}", file=sys.stderr)
+        return BAD_INPUT if error.errno in _BAD_PATH else FAILED
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "name a place that you may read and write, or change its permissions"
+    return "name another path" if error.errno in _BAD_PATH else "look after that disk, and start again"

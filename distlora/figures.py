@@ -1,0 +1,69 @@
+"""What a run says of itself: what was built, how many steps, and the figures that runs are compared by."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distlora.config import Config
+from distlora.data.loader import StepLoader
+from distlora.loading.weights import Loaded
+from distlora.model import CausalLM, count_parameters
+from distlora.reporting import Reporter
+from distlora.trainer import Trainer, peak_memory_bytes
+
+
+def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
+    """What was built, in two lines."""
+    total, trainable = count_parameters(model)
+    reporter.event(
+        f"{model.hf_config.model_type}, {total:,} parameters in the base, {trainable:,} trained "
+        f"({trainable / total:.2%}), {config.train.dtype}"
+    )
+    if loaded.bits_per_weight is not None:
+        reporter.event(
+            f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
+            f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
+            f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
+        )
+
+
+def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:
+    """How many steps of how many rows, and whether ranks will compute rows that are not there."""
+    slots = loader.world * loader.micro_batch * loader.accumulation
+    rows = min(loader.global_batch, len(loader.rows))
+    line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
+    if rows < slots:
+        line += f"; each computes {slots - rows:,} empty rows beside them (global_batch {loader.global_batch:,}, "
+        line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
+        line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
+    reporter.event(line)
+
+
+def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
+    """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
+    backend, progress = trainer.backend, trainer.progress
+    peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
+    figures: dict[str, float] = {
+        "peak_memory_bytes": int(backend.max_over_ranks(peak)),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "train_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
+    }
+    if trainer.config.adapter.method == "lora":
+        figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
+    if loaded.bits_per_weight is not None:
+        figures["bits_per_parameter"] = loaded.bits_per_weight
+    if trainer.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
+        gathered = trainer.step_traffic.gathered_bytes
+        extra = backend.unpacked_extra_bytes(trainer.model, trainer.passes_per_step)
+        figures["gathered_bytes_per_step"] = gathered
+        figures["gathered_bytes_per_step_bf16"] = gathered + extra
+        figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
+    if progress.evaluations:
+        figures["base_eval_loss"] = progress.evaluations[min(progress.evaluations)]
+        figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
+        if progress.best_step is not None:
+            figures["best_eval_loss"] = progress.evaluations[progress.best_step]
+            figures["best_step"] = progress.best_step
+    reporter.summary(figures)

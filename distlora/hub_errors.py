@@ -184,8 +184,10 @@ def explain_absence(error: BaseException, name: str, kind: HubKind) -> str:
     if constants.is_offline_mode():
         reason, advice = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to download it"
     else:
-        first = (str(causes(error)[-1]).strip() or type(causes(error)[-1]).__name__).splitlines()[0]
-        reason, advice = f"{constants.ENDPOINT} cannot be reached ({first})", "connect, and start again"
+        # Not the last cause: huggingface_hub ends with advice on a flag of its own.
+        first = str(causes(error)[-1]).strip().partition("\n")[0]
+        detail = f" ({first})" if first and "local_files_only" not in first else ""
+        reason, advice = f"{constants.ENDPOINT} cannot be reached{detail}", "connect, and start again"
     cached = [repository for repository in _cached(kind) if repository != name]
     have = f" The cache has {', '.join(cached[:5])}{nearest(name, cached)}." if cached else ""
     return (

@@ -20,6 +20,9 @@ from distlora_kernels.nf4_cpu import has_bitsandbytes
 class Optimizer(ABC):
     """Updates named parameters; its state goes to checkpoints as flat tensors."""
 
+    constants: tuple[str, ...] = ()
+    """Entries of a parameter's state that never change, and are not saved."""
+
     def __init__(self, parameters: dict[str, nn.Parameter], inner: torch.optim.Optimizer) -> None:
         self.parameters = parameters
         self.inner = inner
@@ -36,6 +39,7 @@ class Optimizer(ABC):
             f"{key}/{name}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
             for key, value in self.inner.state.get(parameter, {}).items()
+            if key not in self.constants
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -82,6 +86,8 @@ class FusedAdamW(Optimizer):
 class BitsAndBytesAdamW(Optimizer):
     """bitsandbytes' AdamW: moments in 8 bits in blocks of 256 (arXiv 2110.02861; tensors below 4,096 elements stay
     fp32), or paged, or both. The host reads `ok` in every step, since its kernels have no switch."""
+
+    constants = ("qmap1", "qmap2")  # The levels of 8 bits, which all parameters share.
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         if not has_bitsandbytes():

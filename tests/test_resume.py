@@ -72,6 +72,25 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole"), "each step once, with the same numbers"
 
 
+def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
+    optim = {"name": "adamw_8bit", "loraplus_lr_ratio": 4.0}
+    for name in ("whole", "stopped"):
+        # Of rank 64, so that some tensors are large enough for 8 bits.
+        make_run(tmp_path / name, folders, train=SETTINGS, optim=optim, adapter={"r": 64})
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    for stop_before in (5, None):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    assert any(
+        tensor.dtype == torch.uint8
+        for tensor in checkpoint.load_tensors(
+            checkpoint.steps(tmp_path / "whole" / "checkpoints")[-1], checkpoint.TRAINER_NAME
+        ).values()
+    )
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+
+
 def test_resuming_on_another_number_of_ranks_keeps_the_order_and_the_numbers(
     world: World, folders: Path, tmp_path: Path
 ) -> None:

@@ -495,7 +495,7 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
 
 
 BAD = [
-    (["RUN", "--temprature", "1"], r"'--temprature' is not understood \(did you mean '--temperature'\?\)"),
+    (["RUN", "--temprature", "1"], r"there is no option --temprature \(did you mean '--temperature'\?\)"),
     (["RUN", "--temperature", "hot"], r"--temperature: invalid float value: 'hot'"),
     (["RUN", "--temperature", "-1"], r"--temperature=-1.0 must be 0"),
     (["RUN", "--temperature", "0", "--top-k", "5"], r"--top-p and --top-k have no effect"),
@@ -514,7 +514,7 @@ BAD = [
     (["RUN", "--prompts", "good.txt", "--out", "bad.jsonl"], r"--out=bad.jsonl exists already"),
     (["RUN", "--prompts", "good.txt", "--out", "no/x.jsonl"], r"there is no folder no"),
     (["RUN", "--processes", "2"], r"several processes cannot share a terminal; add --prompts"),
-    (["RUN", "RUN"], r"one run folder is enough"),
+    (["RUN", "RUN"], r"is one argument too many"),
     (["nowhere"], r"nowhere holds no run"),
     ([], r"the following arguments are required: RUN"),
 ]

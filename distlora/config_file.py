@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from distlora.config import Config, UserError, nearest, require
+from distlora.config import Config, SourceConfig, UserError, nearest, require
+from distlora.config.peer_names import peer_hint
 
 Section = TypeVar("Section")
+
+_EXAMPLES = {int: "1", float: "0.1", bool: "true or false"}
+"""What to write for a value of each type; a string is the value itself, in quotes for Hydra and for the shell."""
 
 
 def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
@@ -22,7 +26,7 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
     """
     hints = typing.get_type_hints(cls)
     for key in values:
-        require(key in hints, f"there is no setting {prefix}{key}{nearest(key, hints)}")
+        require(key in hints, f"there is no setting {prefix}{key}{peer_hint(key) or nearest(key, hints)}")
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if item.name in values:
@@ -35,7 +39,10 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
 def _coerce(hint: Any, value: Any, name: str) -> Any:
     """`value` as a field's type: sections are built, lists become tuples, ints stand for floats; else UserError."""
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, Mapping), f"{name}={value!r} is a section; set one of its fields, {name}.<field>=...")
+        advice = f"set one of its fields, {name}.<field>=..."
+        if hint is SourceConfig:
+            advice = f"write {name.partition('[')[0]}=[{{path: {value}}}]"
+        require(isinstance(value, Mapping), f"{name}={value!r} is a section; {advice}")
         return build(hint, value, prefix=name + ".")  # type: ignore[arg-type]
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:  # The section's own check knows the choices and says which is nearest.
@@ -48,7 +55,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
         return _coerce(kind, value, name)
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[a,b]")
+        example = f"{{path: {value}}}" if options[0] is SourceConfig else "a,b"
+        require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[{example}]")
         return tuple(_coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
         require(isinstance(value, Mapping), f"{name}={value!r} must be a mapping; write {name}={{key: value}}")
@@ -56,7 +64,9 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    require(matches, f"{name}={value!r} must be of type {hint.__name__}")
+    example = _EXAMPLES.get(hint) or f"{name}='\"{value}\"'"
+    part = ", or set train.max_steps for part of an epoch" if name == "train.epochs" else ""
+    require(matches, f"{name}={value!r} must be of type {hint.__name__}; write {example}{part}")
     return value
 
 

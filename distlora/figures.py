@@ -61,7 +61,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
         figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
     if progress.evaluations:
-        figures["base_eval_loss"] = progress.evaluations[min(progress.evaluations)]
+        first = "base_eval_loss" if trainer.config.adapter.init_from is None else "initial_eval_loss"
+        figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
         if progress.best_step is not None:
             figures["best_eval_loss"] = progress.evaluations[progress.best_step]

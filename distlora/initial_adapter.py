@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import AdapterConfig, UserError, nearest
+from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header
 from distlora.targets import idle_keys, match_ending, select_targets
@@ -138,7 +139,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"`hf download {folder} --local-dir FOLDER`, then adapter.init_from=FOLDER"
             )
         siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"{place} does not exist{nearest(folder.name, siblings)}; set it to a PEFT LoRA's folder")
+        raise UserError(
+            f"{place} does not exist{nearest(folder.name, siblings, cutoff=FILES)}; set it to a PEFT LoRA's folder"
+        )
     path = folder / CONFIG_NAME
     if not path.is_file():
         inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]

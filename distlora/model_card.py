@@ -167,7 +167,10 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     """What was measured, as far as the run folder has it."""
     before, after = result.evaluations.get(0), result.evaluations.get(result.step or 0)
     if before is not None:
-        yield "held-out loss of the base (nats a token)", f"{before:.4f}"
+        started = (
+            "of the base" if result.config.adapter.init_from is None else "of the adapter that training started from"
+        )
+        yield f"held-out loss {started} (nats a token)", f"{before:.4f}"
     if after is not None and result.step:
         yield f"held-out loss after {result.step:,} steps", f"{after:.4f}"
     summary, environment = result.summary, result.environment

@@ -74,7 +74,8 @@ class Reporter:
             return
         self._evaluated.add(step)
         self._record(step, metrics)
-        self._held_out = dict(metrics)
+        if step > 0:  # What the base had is no figure of the steps that follow.
+            self._held_out = dict(metrics)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._display.say(f"held-out documents after step {step}: {shown}")
 

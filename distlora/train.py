@@ -54,6 +54,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     ) as reporter:
         for line in damaged:
             reporter.event(line)
+        reporter.event(f"reading {config.model.path}")
         model, backend, loaded = start_model(config, ranks)
         trained = trained_parameters(model)
         optimizer = build_optimizer(trained, config.optim)
@@ -62,10 +63,15 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             reporter.event(f"continuing from {newest.name}")
         elif config.adapter.init_from is not None:
             load_initial_adapter(model, config)
-            reporter.event(f"starting from the adapter in {config.adapter.init_from}")
+            reporter.event(
+                f"starting from the adapter in {config.adapter.init_from}; lora_dropout is this run's own, "
+                f"{config.adapter.lora_dropout}"
+            )
         backend.reduce_gradients_of(list(trained.values()), config.parallel.bucket_mb)
         describe(reporter, model, loaded, config)
         describe_steps(reporter, loader, total_steps)
+        if config.train.save_every is None:
+            reporter.event("nothing is saved before the end (set train.save_every to resume from within)")
 
         def save(progress: Progress) -> None:
             if backend.writes:

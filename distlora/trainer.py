@@ -101,6 +101,8 @@ class Trainer:
         says. Raises NonFiniteError."""
         settings, start_step = self.config.train, self.progress.step
         if start_step == 0:
+            if self.eval_loader is not None:
+                self.reporter.event(f"evaluating {len(self.eval_loader.rows):,} held-out rows")
             self.evaluate()
         interval = _Interval(start_step)
         for step in range(start_step, self.total_steps):

@@ -194,6 +194,8 @@ def test_more_processes_than_gpus(place: Path, monkeypatch: pytest.MonkeyPatch, 
     ("words", "expected"),
     [
         (["trian"], "did you mean 'train'?"),
+        (["preview", "data.path=data.jsonl"], "write distlora data preview"),
+        (["generate", "run/adapter"], "run/adapter is the adapter of run; write distlora generate run"),
         (["train"], "model.path is not set"),
         (["train", "model.path=model"], "data.path is not set"),
         (["resume"], "distlora resume RUN"),
@@ -203,6 +205,8 @@ def test_more_processes_than_gpus(place: Path, monkeypatch: pytest.MonkeyPatch, 
 )
 def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, capsys: pytest.CaptureFixture[str]):
     hold_another_run(place)
+    (place / "run" / "adapter").mkdir()
+    (place / "run" / "adapter" / "adapter_config.json").touch()
     assert main(words) == 2
     assert expected in capsys.readouterr().err
 

@@ -205,8 +205,46 @@ def test_auto_refuses_what_fits_two_formats_or_none():
         resolve_format(record(chat("Hi", "a") | {"text": "a"}), "auto", {})
     with pytest.raises(UserError, match="it has 'question', 'answer', which fits no format; rename its keys") as error:
         resolve_format(record({"question": "a", "answer": "b"}), "auto", {})
-    assert "data.columns={prompt: question}" in str(error.value)
+    assert "data.columns={prompt: question, completion: answer}" in str(error.value)
     assert all(f'"{key}"' in str(error.value) for keys in REQUIRED_KEYS.values() for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "{completion: chosen}"),
+        ({"chosen": "b", "rejected": "c"}, "{text: chosen}"),
+        ({"prompt": "a", "chosen": chat("a", "b")["messages"], "rejected": []}, "{messages: chosen}"),
+    ],
+)
+def test_preference_data_is_refused_with_the_way_to_its_chosen_answers(value, columns):
+    with pytest.raises(UserError, match="this is preference data") as error:
+        resolve_format(record(value), "auto", {})
+    assert str(error.value).endswith(f"data.columns={columns}")
+    key, column = columns.strip("{}").split(": ")
+    assert resolve_format(record(value), "auto", {key: column}) in ("prompt_completion", "text", "chat")
+
+
+@pytest.mark.parametrize(
+    ("value", "columns", "example"),
+    [
+        ({"id": 7, "q": "a", "a": "b"}, {}, "{prompt: q, completion: a}"),
+        ({"prompt": "a", "response": "b"}, {}, "{completion: response}"),
+        ({"q": "a", "a": "b"}, {"prompt": "q"}, "{prompt: q, completion: a}"),
+        ({"q": "a", "n": 1}, {"prompt": "q"}, "{prompt: q, completion: NAME}"),
+        ({"instruction": "a", "answer": "b"}, {}, "{output: answer}"),
+        ({"body": "a"}, {}, "{text: body}"),
+        ({"input": "a", "output": "b"}, {}, "{prompt: input, completion: output}"),
+        ({"system": "s", "question": "a", "answer": "b"}, {}, "{prompt: question, completion: answer}"),
+        ({"q": "a", "a": None}, {"prompt": "q", "completion": "a"}, "{prompt: q, completion: a}"),
+        ({"n": 1}, {}, "{prompt: NAME, completion: NAME}"),
+        ({"turns": []}, {}, "{messages: turns}"),
+    ],
+)
+def test_all_columns_that_are_still_missing_are_named(value, columns, example):
+    with pytest.raises(UserError, match="which fits no format") as error:
+        resolve_format(record(value), "auto", columns)
+    assert f"as in data.columns={example}." in str(error.value)
 
 
 def test_columns_rename_the_keys_of_the_data_and_decide_the_format():

@@ -77,6 +77,15 @@ def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):
     assert "too long         4 (11.1%) have more than 64 tokens: cut off there (data.too_long), " in shown
 
 
+def test_data_with_nothing_left_to_train_is_bad_input_as_it_is_to_a_run(settings, tmp_path, capsys):
+    path = write_lines(tmp_path / "chats.jsonl", [QUESTION, QUESTION])
+    folder = settings(path=str(path))
+    assert preview.main([str(folder)]) == 2
+    with pytest.raises(UserError) as refused:
+        prepare_run(folder)
+    assert str(refused.value) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("too_long", "fate"), [("drop", "left out"), ("split", "continued as further documents")])
 def test_what_becomes_of_long_documents_is_said(settings, tmp_path, capsys, too_long, fate):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, LONG])

@@ -367,6 +367,40 @@ def test_tools_are_refused_where_the_tokenizer_lacks_the_markers_for_them(load):
         encode(tokenizer, "chat", value, template="mistral")
 
 
+def without_markers(tokenizer, template=None):
+    """The tokenizer without the tokens of ChatML, so that only templates in plain text fit."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|im_", "<|other_"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>", chat_template=template)
+
+
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+
+
+@pytest.mark.parametrize("template", ["zephyr", "vicuna", "alpaca"])
+def test_a_named_template_without_tools_refuses_them_with_one_that_fits(load, template):
+    value = chat("Hi", "Hello") | {"tools": TOOLS}
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .* knows no tools; .*set data\.template=chatml, which knows"):
+        encode(load(None), "chat", value, template=template)
+    with pytest.raises(UserError, match="no named template that knows tools fits the tokenizer in MODEL") as error:
+        encode(without_markers(load(None)), "chat", value, template=template)
+    assert "chatml" not in str(error.value)
+
+
+def test_advice_about_tools_that_a_template_leaves_out_names_none_that_cannot_be_used(load):
+    called = chat("Hi", "Hello", "Hi")
+    called["messages"][1]["tool_calls"] = [CALL]
+    tokenizer = without_markers(load(None), PLAIN.replace("m['role'] + ': '", "'<' + m['role'] + '>'"))
+    for value in (chat("Hi", "Hello") | {"tools": TOOLS}, called):
+        with pytest.raises(UserError, match="no named template that knows tools fits the tokenizer") as error:
+            encode(tokenizer, "chat", value)
+        assert "chatml" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, UserError
+from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
 from distlora.config_file import as_mapping
 from distlora_launcher.application import expand_home
 from distlora_launcher.cli import main
@@ -24,9 +24,12 @@ OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.gl
 TOGETHER = {"adapter/full": ["quant=none"]}
 
 
-def test_composed_defaults_equal_those_of_the_dataclasses():
+def test_composed_defaults_equal_those_of_the_dataclasses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DISTLORA_CACHE", raising=False)
     with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", overrides=PATHS))
+        composed = compose("config", overrides=PATHS)
+        composed.data = OmegaConf.to_container(composed.data, resolve=True)
+        values = OmegaConf.to_container(composed)
     expected = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
     assert values == expected | {"run_dir": "runs/${now:%Y-%m-%d_%H-%M-%S}-${name}"}
 
@@ -109,12 +112,43 @@ def test_own_groups_come_from_config_dir(tmp_path: Path):
         ("adapter=full", "add quant=none"),
         ("recipe=null", "~recipe"),
         ("train.dtype=bf61", "did you mean 'bf16'?"),
+        ("train.learning_rate=1e-4", "did you mean 'optim.lr'?"),
+        ("+train.learning_rate=1e-4", "did you mean 'optim.lr'?"),
+        ("learning_rate=1e-4", "did you mean 'optim.lr'?"),
+        ("lora_r=8", "did you mean 'adapter.r'?"),
+        ("lora_alpha=8", "did you mean 'adapter.lora_alpha'?"),
+        (
+            "train.batch_size=8",
+            "write train.micro_batch (rows a rank runs at once) or train.global_batch (rows a step)",
+        ),
+        ("gradient_accumulation_steps=8", "did you mean 'train.global_batch'?"),
+        ("train.save_steps=8", "did you mean 'train.save_every'?"),
+        ("train.num_train_epochs=8", "did you mean 'train.epochs'?"),
+        ("data.val_size=0.1", "did you mean 'data.eval_fraction'?"),
+        ("train.resume=true", "write `distlora resume RUN`"),
+        ("data.packing=true", "documents are always packed"),
+        ("quant.bits=4", "write quant=nf4 (4 bits) or quant=none"),
+        ("adapter.use_dora=true", "DoRA is not built yet"),
+        ("cutoff_len=2048", "did you mean 'data.sequence_length'?"),
+        ("train.epochs=0.5", "write 1, or set train.max_steps for part of an epoch"),
+        ("optim.lr=high", "must be of type float; write 0.1"),
+        ("data.sources=[chats.jsonl]", "write data.sources=[{path: chats.jsonl}]"),
+        ("name=5", "must be of type str; write name='\"5\"'"),
+        ("train.load_best_at_end=3", "must be of type bool; write true or false"),
+        ("data.sources=chats.jsonl", "write data.sources=[{path: chats.jsonl}]"),
     ],
 )
 def test_a_wrong_word_is_named_with_what_to_type(override: str, expected: str):
     with pytest.raises(UserError) as raised:
         compose_config([*PATHS, override])
     assert expected in str(raised.value)
+
+
+def test_what_stands_for_a_setting_of_another_trainer_exists():
+    values = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
+    for setting in peer_names._SETTINGS:
+        section, name = setting.split(".")
+        assert name in values[section]
 
 
 def test_a_setting_without_effect_is_refused():
@@ -154,3 +188,16 @@ _OVERRIDES = st.one_of(
 @given(st.lists(_OVERRIDES, max_size=2))
 def test_random_overrides_compose_or_are_explained(overrides: list[str]):
     assert main(["train", "--cfg", "job", "--", *overrides]) in (0, 2)
+
+
+def test_one_variable_moves_all_caches(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DISTLORA_CACHE", "/fast")
+    assert compose_config(PATHS).data.cache_dir == "/fast/data"
+
+
+def test_settings_that_a_recipe_completes_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "recipe").mkdir()
+    recipe = "# @package _global_\nmodel:\n  path: org/model\ndata:\n  sources: [{path: a.json}, {path: b.txt}]\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(recipe)
+    assert main(["train", "--config-dir", str(tmp_path), "recipe=mine", "--cfg", "job"]) == 0
+    assert "path: a.json" in capsys.readouterr().out

@@ -33,7 +33,10 @@ def run(run_dir: Path, behaviour: str, *, processes: int = 2) -> int:
     return run_workers(run_dir, processes=processes, worker_module=WORKER)
 
 
-def test_rank_0_is_shown_and_every_rank_has_a_log(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_rank_0_is_shown_and_every_rank_has_a_log(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run(run_dir, "success") == 0
     shown = capsys.readouterr()
     assert shown.out == "hello from rank 0 of 2\n"
@@ -165,3 +168,19 @@ def test_the_earliest_error_wins(tmp_path: Path):
         text = f'{{"type": "E{rank}", "message": "", "bad_input": false, "time": {when}, "traceback": ""}}'
         (tmp_path / f"rank_{rank}.error.json").write_text(text)
     assert first_failure(tmp_path).message.startswith("rank 1 failed first: E1\n")
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
+    """`distlora train ... | head -1`: the run goes on, and its logs have the rest."""
+    (run_dir / "behaviour").write_text("success")
+    script = (
+        "import sys, time; from pathlib import Path; from distlora_launcher.workers import run_workers, show;"
+        "show('first\\n'); time.sleep(0.5); show('x' * 100000);"
+        f"sys.exit(10 + run_workers(Path({str(run_dir)!r}), processes=1, worker_module={WORKER!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    assert process.wait(timeout=120) == 10
+    assert "hello from rank 0 of 1" in (run_dir / "logs" / "rank_0.log").read_text()

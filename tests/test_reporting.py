@@ -84,10 +84,8 @@ def test_each_step_is_one_line_and_an_evaluation_another(tmp_path, capsys):
     assert entries[5] == {"step": 4, "eval_loss": 3.0}
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "held-out documents after step 0: eval_loss 5.0000"
-    assert shown[1] == "step 1/4  loss 4.0000  held-out 5.0000  lr 1.0e-04  12,346 tok/s  ? left"  # the first step ...
-    assert (
-        shown[2] == "step 4/4  loss 1.0000  held-out 5.0000  lr 1.0e-04  12,346 tok/s  0:00 left"
-    )  # ... and the last; no flood
+    assert shown[1] == "step 1/4  loss 4.0000  lr 1.0e-04  12,346 tok/s  ? left"  # the first step ...
+    assert shown[2] == "step 4/4  loss 1.0000  lr 1.0e-04  12,346 tok/s  0:00 left"  # ... and the last; no flood
     assert shown[3:] == ["saved", "held-out documents after step 4: eval_loss 3.0000"]
 
 

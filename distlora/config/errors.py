@@ -12,9 +12,16 @@ class UserError(ValueError):
     """Bad input: the message holds the value, the reason and what to type instead. Ends a command with exit code 2."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the choice closest to a mistyped word, or an empty string when none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+FILES = 0.75
+"""`cutoff` for names of files, which share their endings without being alike."""
+
+
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """` (did you mean 'x'?)` for the choice closest to a mistyped word, or an empty string when none is close.
+
+    `cutoff` is the least difflib ratio, from 0 to 1, that counts as close.
+    """
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -36,11 +36,13 @@ class NamedTemplate:
     """Markers that tools, their calls and results need beside those."""
     attributes: tuple[str, ...] = ()
     """Special tokens that the template takes from the tokenizer: bos_token, eos_token."""
+    knows_tools: bool = False
+    """Whether it writes tools, their calls and results."""
 
 
 NAMED = {
-    "chatml": NamedTemplate(tokens=("<|im_start|>", "<|im_end|>")),
-    "llama3": NamedTemplate(tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "chatml": NamedTemplate(tokens=("<|im_start|>", "<|im_end|>"), knows_tools=True),
+    "llama3": NamedTemplate(tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), knows_tools=True),
     "llama2": NamedTemplate(attributes=("bos_token", "eos_token")),
     "mistral": NamedTemplate(
         tokens=("[INST]", "[/INST]"),
@@ -52,6 +54,7 @@ NAMED = {
             "[/TOOL_RESULTS]",
         ),
         attributes=("eos_token",),
+        knows_tools=True,
     ),
     "gemma": NamedTemplate(tokens=("<start_of_turn>", "<end_of_turn>")),
     "phi3": NamedTemplate(tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
@@ -108,7 +111,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._model_path = model_path
         self._special = tokenizer.special_tokens_map
-        self._tool_tokens_of: tuple[str, str] | None = None
+        self._no_tools: str | None = None
+        """Why a named template cannot write tools; None where it can, and for every other template."""
         self.source: str | None = None
         """The Jinja text that replaces the tokenizer's own, as it must be used at inference too; None: its own."""
         if source is not None:
@@ -146,15 +150,26 @@ class ChatTemplate:
             return self._render(messages, tools, prompt=False, marks=True)
 
     def check_tools(self, place: str, messages: list[Message], tools: Sequence[Any] | None) -> None:
-        """Refuse tools where a named template writes them with tokens that the tokenizer lacks."""
-        if self._tool_tokens_of is None:
+        """Refuse tools where a named template knows none, or writes them with tokens that the tokenizer lacks."""
+        if self._no_tools is None:
             return
         if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-            template, missing = self._tool_tokens_of
-            raise UserError(
-                f"{place}: data.template={template} writes tools with {missing}, which the tokenizer in "
-                f"{self._model_path} lacks; leave this document out, or set data.template=chatml if it has its tokens"
-            )
+            raise UserError(f"{place}: {self.name} {self._no_tools}; leave this document out, or {self.tool_advice()}")
+
+    def tool_advice(self) -> str:
+        """What to do where this template does not write tools: the named ones that do and that the tokenizer fits."""
+        fitting = [name for name in NAMED if NAMED[name].knows_tools and self.fits(name, with_tools=True)]
+        if fitting:
+            return f"set data.template={' or '.join(fitting)}, which knows tools"
+        return (
+            "use an instruct model, or a .jinja file of your own: no named template that knows tools fits the "
+            f"tokenizer in {self._model_path}"
+        )
+
+    def fits(self, name: str, *, with_tools: bool = False) -> bool:
+        """Whether the tokenizer has what a named template needs."""
+        tool_tokens = NAMED[name].tool_tokens if with_tools else ()
+        return not self._missing(NAMED[name]) and all(map(self._is_one_token, tool_tokens))
 
     @contextlib.contextmanager
     def _refusals(self, place: str) -> Iterator[None]:
@@ -233,7 +248,10 @@ class ChatTemplate:
             )
         no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
         if no_tools:
-            self._tool_tokens_of = (template, ", ".join(no_tools))
+            lacking = ", ".join(no_tools)
+            self._no_tools = f"writes tools with {lacking}, which the tokenizer in {self._model_path} lacks"
+        elif not NAMED[template].knows_tools:
+            self._no_tools = "knows no tools"
         return source if start_tokens(self._tokenizer) else source.replace(_BOS_LINE, "", 1)
 
     def _missing(self, named: NamedTemplate) -> list[str]:

@@ -103,12 +103,45 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with data.format={fitting[0]}"
         )
-    advice = (
-        "name the other keys of the format in data.columns too"
-        if columns
-        else f"rename its keys with data.columns, as in data.columns={{prompt: {next(iter(value), 'question')}}}"
+    if not columns and {"chosen", "rejected"} <= set(value):
+        key = "messages" if isinstance(value["chosen"], list) else "completion" if "prompt" in value else "text"
+        raise UserError(
+            f"{record.place}: {found}: this is preference data (DPO), which distlora does not train; to fine-tune on "
+            f"the chosen answers: data.columns={{{key}: chosen}}"
+        )
+    advice = "name the other keys of the format in data.columns too" if columns else "rename its keys with data.columns"
+    raise UserError(
+        f"{record.place}: {found}, which fits no format; {advice}, as in "
+        f"data.columns={_columns_example(value, columns)}. {good('auto')}"
     )
-    raise UserError(f"{record.place}: {found}, which fits no format; {advice}. {good('auto')}")
+
+
+def _columns_example(value: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """`columns`, and for every key that a format still misses a column of the data that may hold it.
+
+    The format is the first that knows `columns`, has one of its keys already and finds columns for the others; else
+    prompt and completion, or what a lone column may be.
+    """
+    renamed = _renamed(value, columns)
+    free = {key: item for key, item in value.items() if key not in (*columns.values(), "id", "system")}
+    strings = [key for key, item in free.items() if isinstance(item, str)]
+    lists = [key for key, item in free.items() if isinstance(item, list)]
+    chosen: list[tuple[str, str]] = []
+    for name in ("prompt_completion", "alpaca", "chat", "sharegpt"):
+        missing = [key for key in REQUIRED_KEYS[name] if renamed.get(key) is None and key not in columns]
+        fillers = [key for key in strings if key not in format_keys(name)]
+        begun = len(missing) < len(REQUIRED_KEYS[name]) and set(columns) <= set(format_keys(name))
+        if begun and (columns or len(fillers) >= len(missing)):
+            chosen = list(zip(missing, [*fillers, *["NAME"] * len(missing)], strict=False))
+            break
+    else:
+        if lists and not strings:
+            chosen = [("messages", lists[0])]
+        elif len(strings) == 1:
+            chosen = [("text", strings[0])]
+        else:
+            chosen = list(zip(("prompt", "completion"), [*strings, "NAME", "NAME"], strict=False))
+    return "{" + ", ".join(f"{key}: {column}" for key, column in [*columns.items(), *chosen]) + "}"
 
 
 def kind_of(format: str, has_template: bool) -> Kind:

@@ -25,7 +25,7 @@ from distlora.data.mixture import shares
 from distlora.data.packing import pack
 from distlora.data.painting import Paint, paint_for_stdout, painted
 from distlora.data.prepare import calling_model_by_name, check_vocabulary, load_tokenizer
-from distlora.data.reading import Encoders
+from distlora.data.reading import Encoders, nothing_to_train
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder
@@ -81,7 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
             splits = read(config, Path(scratch), shown=options.rows, limit=None if options.all else SAMPLE)
             for line in report(config, splits, paint):
                 print(line)
-        return BAD_INPUT if any(sample.refused for split in splits.values() for sample in split.samples) else DONE
+        if any(sample.refused for split in splits.values() for sample in split.samples):
+            return BAD_INPUT
+        check_trainable(config, splits)
+        return DONE
 
     return run_to_exit_code(show)
 
@@ -111,6 +114,15 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
             check_vocabulary(model_dir, int(corpus.read()[0].max()))
         splits[split] = SplitSample(samples=samples, corpus=corpus)
     return splits
+
+
+def check_trainable(config: Config, splits: dict[str, SplitSample]) -> None:
+    """Refuse, as a run does, a source that was read to its end and has no token to train."""
+    for split in splits.values():
+        usable = split.corpus.pieces_of > 0
+        for number, sample in enumerate(split.samples):
+            if sample.ended and not (usable & (split.corpus.sources == number)).any():
+                raise nothing_to_train(split.corpus, sample.source, number, config.data)
 
 
 def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import DataConfig, SourceConfig, UserError, nearest
+from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
 from distlora.data.files import is_compressed, is_data_file, read_file
 from distlora.data.formats import Document, Record, good, resolve_format, to_document
 from distlora.data.hub import HubDataset, SavedDataset, check_hub, is_offline, resolve_commit
 
 _SPLIT_NAMES = re.compile(r"(?:^|[/._-])(train|training|test|testing|valid|validation|val|dev|eval)(?:[/._-]|$)", re.I)
+_PATTERN = re.compile(r"[*?]|\[[^\]]*\]")
+"""What a shell would expand."""
 _STREAM_HEAD = 1 << 20
 """Bytes at the start of a streamed file that its fingerprint is made of."""
 
@@ -222,11 +225,7 @@ def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mappin
         return Source(config=config, label=label, commit=commit, streaming=streaming)
     path = Path(config.path).expanduser()
     if not path.exists():
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise UserError(
-            f"{path} does not exist{nearest(path.name, siblings)}; set data.path (or data.eval_path) to a file, a "
-            "folder, or a data set's name on the hub (org/name)"
-        )
+        raise _absent(path)
     is_saved = path.is_dir() and SavedDataset.is_saved(path)
     for setting, value in (("name", config.name), ("revision", config.revision)):
         if value is not None:
@@ -245,6 +244,20 @@ def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mappin
         is_saved=is_saved,
         streaming=streaming,
         _stamps={file: _stamp(file) for file in files},
+    )
+
+
+def _absent(path: Path) -> UserError:
+    folder = next((parent for parent in path.parents if not _PATTERN.search(str(parent))), path.parent)
+    if _PATTERN.search(str(path)):
+        return UserError(
+            f"{path} does not exist, and patterns are not expanded; name the folder, {folder}, whose files are all "
+            "read, or list the files in data.sources=[{path: FILE}, {path: FILE}]"
+        )
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    return UserError(
+        f"{path} does not exist{nearest(path.name, siblings, cutoff=FILES)}; set data.path (or data.eval_path) to a "
+        "file, a folder, or a data set's name on the hub (org/name)"
     )
 
 

@@ -85,8 +85,8 @@ class TurnFinder:
         absent = [name for name in names if name is not None and name not in text]
         if absent:
             raise UserError(
-                f"{place}: {self.template.name} leaves out the tool {absent[0]!r}; remove 'tools', or set "
-                "data.template=chatml, which writes them"
+                f"{place}: {self.template.name} leaves out the tool {absent[0]!r}; remove 'tools', or "
+                f"{self.template.tool_advice()}"
             )
         return Conversation(place=place, text=text, turns=tuple(turns), marked=marked, inverse=inverse)
 
@@ -169,14 +169,20 @@ class TurnFinder:
         ]:
             # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
             if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
+                advice = "choose a data.template that does" + self._such_as_chatml()
+                if what.startswith("call of "):
+                    advice = self.template.tool_advice()
                 raise UserError(
                     f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
-                    "so the model would not learn it; choose a data.template that does (chatml writes all), or remove "
-                    "it from the data"
+                    f"so the model would not learn it; remove it from the data, or {advice}"
                 )
 
+    def _such_as_chatml(self) -> str:
+        """An example of a named template that writes all, where the tokenizer has its tokens."""
+        return ", such as chatml" if self.template.fits("chatml") else ""
+
     def _rewritten(self, place: str, index: int) -> UserError:
-        others = ["keep one assistant turn a document", "choose a named data.template, such as chatml"]
+        others = ["keep one assistant turn a document", "choose a named data.template" + self._such_as_chatml()]
         if self._train_on != "last":
             others.insert(0, "set data.train_on=last")
         return UserError(

@@ -19,7 +19,8 @@ from distlora.generation.encoding import PromptEncoder
 from distlora.generation.generator import Completion, Generator, generate
 from distlora.generation.prompts import Prompt
 
-COMMANDS = ("/reset", "/system", "/exit")
+COMMANDS = ("/help", "/reset", "/system", "/exit")
+HELP = "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
 _COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)
 
 
@@ -77,9 +78,7 @@ class Chat:
         with contextlib.suppress(ImportError):
             # Gives input() an editable line and its history, where Python was built with it.
             import readline  # noqa: F401
-        print(
-            "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
-        )
+        print(HELP)
         while True:
             try:
                 line = input("> ").strip()
@@ -104,7 +103,9 @@ class Chat:
                 self._answer(line)
             return
         name, rest = command[1], command[2]
-        if name == "/reset" and not rest:
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset" and not rest:
             self._messages.clear()
             print("(a new conversation)")
         elif name == "/system":

@@ -27,7 +27,7 @@ from distlora_launcher.compose import (
     with_new_keys,
 )
 from distlora_launcher.initial_adapter import with_initial_adapter
-from distlora_launcher.local import remove_if_empty, start
+from distlora_launcher.local import remove_if_empty, say, shown, start
 from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
 
 PROGRAM = "distlora train"
@@ -100,16 +100,11 @@ def is_multirun(flags: argparse.Namespace) -> bool:
 
 
 def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Config]:
-    """The settings of every run that the command line asks for."""
-    overrides = list(flags.overrides)
-    if may_lack_paths:  # --cfg shows settings before they are complete.
-        unset = ["model.path=unset"]
-        if not any(word.startswith(("data.sources=", "data.path=")) for word in overrides):
-            unset.append("data.path=unset")  # Before the command line's words, after those of the groups.
-        overrides = [*unset, *overrides]
+    """The settings of every run that the command line asks for; --cfg shows them before they are complete."""
+    options = {"config_dir": flags.config_dir, "may_lack_paths": may_lack_paths}
     if is_multirun(flags):
-        return compose_sweep(overrides, config_dir=flags.config_dir)
-    return [compose_config(overrides, config_dir=flags.config_dir)]
+        return compose_sweep(flags.overrides, **options)
+    return [compose_config(flags.overrides, **options)]
 
 
 def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
@@ -140,7 +135,10 @@ def run_job(settings: DictConfig, number: int) -> int:
         print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
     try:
         config = config_from_hydra(settings, run_dir=str(run_dir))
-        return start(with_initial_adapter(config, hydra_settings.overrides.task))
+        code = start(with_initial_adapter(config, hydra_settings.overrides.task))
+        if code == DONE and not sweeps:
+            say(f"try it with: distlora generate {shown(run_dir)}")
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

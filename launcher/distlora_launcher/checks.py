@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Config, UserError, nearest, require
+from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
 from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
 from distlora.loading.prequantized import (
@@ -138,7 +139,7 @@ def _no_folder(folder: Path) -> str:
     if folder.exists():
         return f"model.path={folder} is a file; point it at the folder that holds config.json and the safetensors"
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    hint = nearest(folder.name, siblings)
+    hint = nearest(folder.name, siblings, cutoff=FILES)
     if not hint and not folder.parent.exists():
         hint = "; a model on the Hugging Face hub is named by its owner and its name, model.path=org/name"
     return f"model.path={folder} does not exist{hint}"

@@ -94,6 +94,8 @@ def run_command(words: list[str]) -> int:
     if command is None:
         from distlora.config import UserError, nearest
 
+        if words[0] in ("preview", "row"):
+            raise UserError(f"there is no command {words[0]!r}; write distlora data {words[0]}")
         raise UserError(
             f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
         )

@@ -50,15 +50,20 @@ def with_new_keys(word: str) -> str:
     return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
 
 
-def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> Config:
-    """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid."""
+def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
+    """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid.
+
+    may_lack_paths: model.path and data.path may still be missing; they are "unset" then.
+    """
     overrides = [with_new_keys(word) for word in overrides]
     refuse_nameless(overrides)
     with _initialized(config_dir) as prefix:
-        return _compose_one([*prefix, *overrides])
+        return _compose_one([*prefix, *overrides], may_lack_paths)
 
 
-def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Config]:
+def compose_sweep(
+    overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False
+) -> list[Config]:
     """The settings of the jobs of a `-m` run, in Hydra's order; at most MOST_JOBS_CHECKED of them.
 
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
@@ -71,26 +76,31 @@ def compose_sweep(overrides: Sequence[str], *, config_dir: str | None = None) ->
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
             if any(override.key_or_group == "hydra/sweeper" for override in parsed):
                 shared = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]
-                return [_compose_one([*prefix, *shared])]
+                return [_compose_one([*prefix, *shared], may_lack_paths)]
             jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
         except EXPLAINED as error:
             raise explain(error, overrides) from error
-        return [_compose_one([*prefix, *job]) for job in jobs[:MOST_JOBS_CHECKED]]
+        return [_compose_one([*prefix, *job], may_lack_paths) for job in jobs[:MOST_JOBS_CHECKED]]
 
 
-def config_from_hydra(composed: DictConfig, *, run_dir: str) -> Config:
+def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
     """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     missing = list(_missing_keys(values))
     if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
         missing.append("data.path")
+    if may_lack_paths:
+        for key in {"model.path", "data.path"} & set(missing):
+            section, _, name = key.partition(".")
+            values[section][name] = "unset"
+            missing.remove(key)
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
         raise UserError("\n".join([*lines, EXAMPLE]))
     return _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
 
 
-def _compose_one(overrides: list[str]) -> Config:
+def _compose_one(overrides: list[str], may_lack_paths: bool) -> Config:
     try:
         composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
         with open_dict(composed):
@@ -99,7 +109,8 @@ def _compose_one(overrides: list[str]) -> Config:
             # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
             run_dir = composed.hydra.run.dir
             del composed["hydra"]
-        return with_initial_adapter(config_from_hydra(composed, run_dir=run_dir), overrides)
+        config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
+        return with_initial_adapter(config, overrides)
     except EXPLAINED as error:
         raise explain(error, overrides) from error
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distlora.config import UserError, nearest
+from distlora.config.peer_names import peer_hint
 
 EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 """What composing raises for bad words: Hydra leaks bare ValueErrors and TypeErrors for odd group values (adapter=1)."""
@@ -113,7 +114,8 @@ def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
         return f"{key} has no effect with {' '.join(reasons or chosen)}; remove it"
     is_hydras = key.split(".")[0] == "hydra"
     settings = [name for name, _ in _leaves(composed) if name.startswith("hydra.") == is_hydras]
-    return f"there is no setting {key}{_nearest_setting(key, settings, _groups())}"
+    peer = "" if is_hydras else peer_hint(key)
+    return f"there is no setting {key}{peer or _nearest_setting(key, settings, _groups())}"
 
 
 def _composed(overrides: list[str]) -> Any:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.config import Config, require
+from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.generation.prompts import Request, named_by_flag, read_prompts
 from distlora.initial_adapter import read_initial_adapter
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         return DONE
     options = parse(arguments)
     run_dir = Path(options.run).expanduser().absolute()
+    check_no_adapter(run_dir)
     config = load_config(run_dir)
     weights = find_weights(run_dir, config, options.adapter, options.checkpoint)
     request = Request(
@@ -116,6 +117,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.adapter is not None and options.checkpoint is not None:
         parser.error("--adapter and --checkpoint both say which weights; give one of them")
     return options
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse the adapter in a run where the run itself is meant, which names the base and how it was trained."""
+    run_dir = folder.parent
+    if (folder / "adapter_config.json").is_file() and (run_dir / "config.yaml").is_file():
+        raise UserError(f"{shown(folder)} is the adapter of {shown(run_dir)}; write distlora generate {shown(run_dir)}")
 
 
 def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint: str | None) -> Path | None:

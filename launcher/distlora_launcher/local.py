@@ -24,7 +24,7 @@ from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.failures import would_repeat
 from distlora_launcher.hub import is_to_download, localize, restore
 from distlora_launcher.hub_preview import with_small_files
-from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers
+from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers, show
 
 CONFIG_NAME = "config.yaml"
 
@@ -169,4 +169,4 @@ def shown(path: Path) -> str:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    show(text + "\n")

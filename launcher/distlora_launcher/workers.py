@@ -174,9 +174,18 @@ def show_output(output: int, process: subprocess.Popen[bytes], log: int) -> None
             process.wait()
             break
         os.write(log, chunk)
-        sys.stdout.write(decoder.decode(chunk))
-        sys.stdout.flush()
+        show(decoder.decode(chunk))
     os.close(output)
+
+
+def show(text: str) -> None:
+    """Write to stdout. When its reader has left (`... | head`, a pager that was quit) the run goes on unseen: what it
+    says is in its logs."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Forwarder:

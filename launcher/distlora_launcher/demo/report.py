@@ -86,6 +86,7 @@ def next_commands(base: Path, run_dir: Path) -> str:
         [
             f"  distlora train model.path={base}/model data.path={base}/pairs.jsonl recipe=qlora adapter.r=4",
             "  distlora train model.path=YOUR_MODEL data.path=YOUR.jsonl recipe=qlora cluster.gpus_per_node=2",
+            f"  distlora generate {run_dir}",
             f"  less {run_dir}/metrics.jsonl",
             "  distlora train --help",
         ]

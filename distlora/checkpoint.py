@@ -133,14 +133,13 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]]) -> None:
-    """Tensors to safetensors, the rest to JSON, by the file's ending; each synced to disk."""
+    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk."""
     for name, content in files.items():
         path = folder / name
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
             path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
-            durable.sync(path)
         else:
             durable.write_json(path, content)
 

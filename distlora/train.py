@@ -6,7 +6,6 @@ continues from the newest whole one.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,8 @@ from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.peft_format import load_initial_adapter
 from distlora.reporting import Reporter
-from distlora.results import BEST_NAME, finish, publish_result, restore, weight_files
+from distlora.results import finish, publish_result, restore, weight_files
+from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_model
 from distlora.trainer import Hooks, Trainer
 
@@ -39,10 +39,11 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     config = load_config(run_dir)
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    data = json.loads((run_dir / "data.json").read_text())
+    data = read_record(run_dir / DATA_NAME)
     identity = Identity(base_fingerprint=fingerprint(Path(config.model.path)), data_digest=data["content"])
     chat_template: str | None = data["chat_template"]
-    newest, damaged = checkpoint.newest(run_dir / "checkpoints")
+    checkpoints = run_dir / CHECKPOINTS
+    newest, damaged = checkpoint.newest(checkpoints)
     progress = Progress()
     if newest is not None:
         state = checkpoint.load_state(newest)
@@ -78,8 +79,8 @@ def run(run_dir: Path, ranks: Ranks) -> None:
                 files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer.state_tensors()}
                 environment = checkpoint.environment(ranks.world, ranks.device)
                 state = TrainState(progress=progress, identity=identity, environment=environment)
-                checkpoint.save(run_dir / "checkpoints" / f"step_{progress.step:08d}", files, state)
-                checkpoint.prune(run_dir / "checkpoints", config.train.keep)
+                checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state)
+                checkpoint.prune(checkpoints, config.train.keep)
             backend.barrier()
 
         def publish_best(progress: Progress) -> None:

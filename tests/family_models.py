@@ -13,31 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.adapters import LoRAPair, reset_adapters
+from distlora.adapters import LoRAPair
 from distlora.config import Config
 from distlora.config_file import build
-from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
-from distlora.parallel import Backend, Ranks, parallelize
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks
 from distlora.quant import FrozenLinear
+from distlora.startup import start_model
+from small_models import SHAPES
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 WINDOW = 16
 
-_COMMON = {
-    "vocab_size": 1001,
-    "hidden_size": 96,
-    "intermediate_size": 200,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "initializer_range": 0.08,
-}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -108,7 +95,7 @@ def hf_model(name: str) -> Any:
     import transformers
 
     stem, settings = VARIANTS[name]
-    values = _COMMON | settings
+    values = SHAPES | settings
     torch.manual_seed(0)
     if stem == "Gemma3" and "text" not in name:
         tie = {"tie_word_embeddings": values["tie_word_embeddings"]}
@@ -144,12 +131,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
     """Our model from a folder, with adapters whose B is not zero."""
-    config = config_for(folder, **sections)
-    model = build_model(config)
-    backend = parallelize(model, ranks, config)
-    load_base(model, folder, backend)
-    materialize_buffers(model, ranks.device)
-    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    model, backend, _ = start_model(config_for(folder, **sections), ranks)
     generator = torch.Generator().manual_seed(0)
     for _, linear in model.adapted_linears():
         for pair in linear.adapters.values():

@@ -16,6 +16,22 @@ from distlora.config_file import as_mapping, build
 VOCABULARY = 1001
 """Prime to every number of ranks, so that the embedding is cut unevenly."""
 
+SHAPES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.08,
+}
+"""What the configs of the tiny models have in common."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -57,21 +73,7 @@ def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }
     config_class, model_class = classes[family]
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 96,
-        "intermediate_size": 200,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": name.endswith("tied"),
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "initializer_range": 0.08,
-    }
+    values = {**SHAPES, "tie_word_embeddings": name.endswith("tied")}
     torch.manual_seed(0)
     model = model_class(config_class(**(values | settings)))
     with torch.no_grad():

@@ -198,7 +198,9 @@ def test_old_rotary_frequencies_on_disk_are_ignored(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-    load_ours(tmp_path)
+    model, _ = load_ours(tmp_path)
+    frequencies = model.decoder.get_submodule("rotary_emb").get_buffer("inv_freq")
+    assert len(frequencies.unique()) == 12, "computed from the config, not the ones on disk"
 
 
 def test_a_tied_head_that_differs_on_disk_is_refused_and_an_equal_one_is_not(tmp_path: Path) -> None:

@@ -277,7 +277,8 @@ def test_code_on_the_hub_that_transformers_has_itself_is_not_refused(
     """Phi-3 on the hub names its own files in auto_map, which transformers ignores for its own Phi3ForCausalLM."""
     shutil.copytree(family_folder("phi3"), tmp_path / "phi")
     edit_config(tmp_path / "phi", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
-    load_ours(tmp_path / "phi")
+    model, _ = load_ours(tmp_path / "phi")
+    assert type(model.decoder).__module__ == "transformers.models.phi3.modeling_phi3"
 
 
 def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folder: Callable[[str], Path]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from distlora import checkpoint
+from distlora.command_line import DONE, FAILED, run_to_exit_code
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.generation.chat import Chat, Printer
@@ -35,6 +35,7 @@ from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
 from distlora.results import MODEL_NAME, load_weights
+from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_model
 
 STILL_LOADING_SECONDS = 10.0
@@ -48,7 +49,7 @@ def run(request: Request, ranks: Ranks) -> None:
     began = time.monotonic()
     with still_loading() if speaks else contextlib.nullcontext():
         model, backend = load_model(config, request.weights, ranks, foreign=request.foreign)
-    data = json.loads((Path(request.run) / "data.json").read_text("utf-8"))
+    data = read_record(Path(request.run) / DATA_NAME)
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     holds_messages = any(prompt.text is None for prompt in prompts or ())
     as_chat = True if request.system is not None or (holds_messages and request.as_chat is None) else request.as_chat
@@ -101,7 +102,7 @@ def check_base(weights: Path, config: Config) -> None:
     A checkpoint names its base; what a run published has the run's checkpoints beside it.
     """
     states = (
-        [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / "checkpoints")
+        [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / CHECKPOINTS)
     )
     if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != fingerprint(Path(config.model.path)):
         raise UserError(f"{weights} was trained on another base: the weights at {config.model.path} have changed since")
@@ -228,19 +229,14 @@ def main(argument: str) -> int:
         run(request, ranks)
         leave_ranks(ranks)
         return 0
-    try:
-        run(request, ranks)
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    except torch.OutOfMemoryError as error:
-        first = str(error).partition(". ")[0]
-        say(f"error: {first}; share the model among several GPUs with --processes N, or ask for fewer tokens")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # `distlora generate ... | head`: nobody reads any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+
+    def work() -> int:
+        try:
+            run(request, ranks)
+        except torch.OutOfMemoryError as error:
+            first = str(error).partition(". ")[0]
+            say(f"error: {first}; share the model among several GPUs with --processes N, or ask for fewer tokens")
+            return FAILED
+        return DONE
+
+    return run_to_exit_code(work)

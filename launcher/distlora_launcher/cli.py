@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-BAD_INPUT = 2
+from distlora.command_line import BAD_INPUT, run_to_exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"distlora {version('distlora')}")
         return 0
-    from distlora.command_line import run_to_exit_code
 
     return run_to_exit_code(lambda: run_command(words))
 

@@ -22,10 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from distlora.command_line import BAD_INPUT, DONE, FAILED
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.failures import TORCHRUN_LOG, first_failure
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+STOPPED = 75
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 STOP_MARKER = "stopped.json"

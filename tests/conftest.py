@@ -8,11 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    import triton_interpreter  # noqa: F401  (before anything imports triton)
+
+from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
 # Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """Where the Triton kernels run in a test: the GPU, or without one the CPU, in Triton's interpreter."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        with dispatch.interpreted():
+            yield torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,249 @@
+"""NF4 in Triton: dequantization in one launch, and both levels of quantization, with the bytes of reference.py.
+
+A tile is rows of blocks: (blocks of the program, 64 weights). Nothing here allocates more than its result.
+README.md has the alternatives to each choice, with their figures.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distlora_kernels import reference, tables
+from distlora_kernels.offline import Case
+from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
+
+DEQUANTIZE_BLOCKS = 128
+"""Blocks of a program of the dequantization: half a group, so that one group_scale serves it."""
+QUANTIZE_BLOCKS = 64
+"""Blocks of a program of the first level."""
+QUANTIZE_GROUPS = 4
+"""Groups of a program of the second level."""
+NUM_WARPS = 4
+# Two roundings are the contract: no fused multiply-add.
+_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+_MIDPOINTS = tl.constexpr(reference.nf4_midpoints())
+
+
+@triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
+def _dequantize_kernel(
+    codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, BLOCKS: tl.constexpr
+):
+    """out[block, i] = round(level[code] * absmax). With group_scale_ptr None `scales` holds the absmax themselves."""
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * BLOCKS  # int64: one weight may pass 2^31 elements.
+    block = tl.arange(0, BLOCKS)
+    scale = tl.load(scales_ptr + first + block)
+    if group_scale_ptr is None:
+        absmax = scale
+    else:
+        group_scale = tl.load(group_scale_ptr + program // (256 // BLOCKS))
+        absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
+
+    # 8 codes a word; the first of two is the high nibble of its byte. The parts hold whole groups: no mask.
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + first * 8
+    words = tl.load(words_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :])
+    shift = (tl.arange(0, 8) ^ 1) * 4
+    codes = (words[:, :, None] >> shift[None, None, :]) & 15
+    # Flattened: a gather of two dimensions becomes shuffles in Triton 3.9. This one reads 16 words of shared memory
+    # that lie in 16 banks, whatever the codes.
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    weights = tl.reshape(tl.gather(levels, tl.reshape(codes, (BLOCKS * 64,)), 0), (BLOCKS, 64)) * absmax[:, None]
+
+    element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    left = tl.minimum(numel - first * 64, BLOCKS * 64).to(tl.int32)
+    tl.store(out_ptr + first * 64 + element, weights.to(out_ptr.dtype.element_ty), mask=element < left)
+
+
+def dequantize(codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, out: Tensor) -> None:
+    """reference.nf4_dequantize into `out`, bit for bit."""
+    dynamic_map = tables.dynamic_map(codes.device)
+    _launch_dequantize(codes, scales, group_scale, offset, dynamic_map, out)
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, *, out: Tensor) -> None:
+    """reference.dequantize_blocks into `out`, bit for bit."""
+    _launch_dequantize(codes, absmax, None, None, None, out)
+
+
+def _launch_dequantize(
+    codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset: Tensor | None, map_: Tensor | None, out: Tensor
+) -> None:
+    parts = (codes, scales) if group_scale is None else (codes, scales, group_scale)
+    torch._check(
+        all(part.is_contiguous() for part in parts) and codes.data_ptr() % 4 == 0,
+        lambda: (
+            f"the parts must be contiguous and codes start at a multiple of 4 bytes (8 codes are read at once); "
+            f"strides are {[part.stride() for part in parts]}, codes start at {codes.data_ptr()}"
+        ),
+    )
+    numel = out.numel()
+    grid = (triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK),)
+    _dequantize_kernel[grid](
+        codes,
+        scales,
+        group_scale,
+        offset,
+        map_,
+        tables.levels(codes.device),
+        out,
+        numel,
+        BLOCKS=DEQUANTIZE_BLOCKS,
+        **_OPTIONS,
+    )
+
+
+@triton.jit
+def _quantize_kernel(flat_ptr, codes_ptr, absmax_ptr, numel, BLOCKS: tl.constexpr):
+    """codes[block, i // 2], absmax[block] of flat[block, i]; what lies beyond numel counts as zero."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    left = tl.minimum(numel - first * 64, BLOCKS * 64).to(tl.int32)
+    weights = tl.load(flat_ptr + first * 64 + element, mask=element < left, other=0.0).to(tl.float32)
+    # As integers the bits without sign are ordered like the numbers, and NaN is above Inf: it is not lost.
+    absmax = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    # A zero block divided by 1 stays zero, whose code is 7 as it must be.
+    divisor = tl.where(absmax > 0, absmax, 1.0)
+    weights, divisor = tl.broadcast(weights, divisor[:, None])
+    normalized = tl.div_rn(weights, divisor)
+    index = tl.zeros((BLOCKS, 64), tl.int32)
+    for i in tl.static_range(15):
+        index += (normalized > _MIDPOINTS[i]).to(tl.int32)
+    high, low = tl.split(tl.reshape(index, (BLOCKS, 32, 2)))
+    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(codes_ptr + first * 32 + byte, (high * 16 + low).to(tl.uint8))
+    tl.store(absmax_ptr + first + block, absmax)
+
+
+def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.quantize_blocks, byte for byte (the codes of blocks with NaN or Inf excepted)."""
+    flat = flat.contiguous()
+    groups = num_groups(flat.numel())
+    codes = torch.empty(groups, GROUP_BYTES, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.float32, device=flat.device)
+    grid = (groups * (BLOCKS_PER_GROUP // QUANTIZE_BLOCKS),)
+    _quantize_kernel[grid](flat, codes, absmax, flat.numel(), BLOCKS=QUANTIZE_BLOCKS, **_OPTIONS)
+    return codes, absmax
+
+
+@triton.jit(do_not_specialize_on_alignment=["offset_ptr", "group_scale_ptr"])
+def _quantize_absmax_kernel(
+    absmax_ptr, offset_ptr, midpoints_ptr, scales_ptr, group_scale_ptr, num_groups, num_blocks, GROUPS: tl.constexpr
+):
+    """scales[group, i], group_scale[group] of absmax[group, i]; blocks from num_blocks on count as absmax = offset."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    block = group[:, None] * 256 + tl.arange(0, 256)[None, :]
+    held = group < num_groups
+    absmax = tl.load(absmax_ptr + block, mask=block < num_blocks, other=0.0)
+    centered = tl.where(block < num_blocks, absmax - tl.load(offset_ptr), 0.0)
+    group_scale = tl.max(tl.abs(centered), axis=1)
+    divisor = tl.where(group_scale > 0, group_scale, 1.0)
+    centered, divisor = tl.broadcast(centered, divisor[:, None])
+    normalized = tl.div_rn(centered, divisor)
+    # How many midpoints lie below, by halving.
+    index = tl.zeros((GROUPS, 256), tl.int32)
+    for bit in tl.static_range(7, -1, -1):
+        step = 1 << bit
+        index += tl.where(normalized > tl.load(midpoints_ptr + index + (step - 1)), step, 0)
+    tl.store(scales_ptr + block, index.to(tl.uint8), mask=held[:, None])
+    tl.store(group_scale_ptr + group, group_scale, mask=held)
+
+
+def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """reference.quantize_absmax, byte for byte."""
+    absmax = absmax.contiguous()
+    groups = absmax.shape[0]
+    scales = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.uint8, device=absmax.device)
+    group_scale = torch.empty(groups, dtype=torch.float32, device=absmax.device)
+    grid = (triton.cdiv(groups, QUANTIZE_GROUPS),)
+    midpoints = tables.dynamic_midpoints(absmax.device)
+    _quantize_absmax_kernel[grid](
+        absmax,
+        offset,
+        midpoints,
+        scales,
+        group_scale,
+        groups,
+        num_blocks,
+        GROUPS=QUANTIZE_GROUPS,
+        **_OPTIONS,
+    )
+    return scales, group_scale
+
+
+def _dequantize_case(name: str, dtype: str, *, nested: bool = True) -> Case:
+    scales = (
+        {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
+        if nested
+        else {"scales_ptr": "*fp32:16"}
+    )
+    return Case(
+        name=name,
+        kernel=_dequantize_kernel,
+        signature={
+            "codes_ptr": "*u8:16",
+            **scales,
+            "levels_ptr": "*fp32:16",
+            "out_ptr": f"*{dtype}:16",
+            "numel": "i32:16",
+        },
+        constants={"BLOCKS": DEQUANTIZE_BLOCKS}
+        | ({} if nested else {"group_scale_ptr": None, "offset_ptr": None, "map_ptr": None}),
+        num_warps=NUM_WARPS,
+        options={"enable_fp_fusion": False},
+        bounds={
+            "elements": DEQUANTIZE_BLOCKS * BLOCK,
+            "max_instructions_per_element": {90: 8},
+            "loads_128": True,
+            "stores_128": True,
+        },
+    )
+
+
+def _quantize_case(dtype: str) -> Case:
+    return Case(
+        name=f"nf4 quantize {dtype}",
+        kernel=_quantize_kernel,
+        signature={
+            "flat_ptr": f"*{dtype}:16",
+            "codes_ptr": "*u8:16",
+            "absmax_ptr": "*fp32:16",
+            "numel": "i32:16",
+        },
+        constants={"BLOCKS": QUANTIZE_BLOCKS},
+        num_warps=NUM_WARPS,
+        options={"enable_fp_fusion": False},
+        bounds={"elements": QUANTIZE_BLOCKS * BLOCK, "loads_128": True, "stores_128": True},
+    )
+
+
+OFFLINE = (
+    _dequantize_case("nf4 dequantize bf16", "bf16"),
+    _dequantize_case("nf4 dequantize fp16", "fp16"),
+    _dequantize_case("nf4 dequantize fp32", "fp32"),
+    _dequantize_case("nf4 dequantize plain bf16", "bf16", nested=False),
+    _quantize_case("fp32"),
+    _quantize_case("bf16"),
+    _quantize_case("fp16"),
+    Case(
+        name="nf4 second level",
+        kernel=_quantize_absmax_kernel,
+        signature={
+            "absmax_ptr": "*fp32:16",
+            "offset_ptr": "*fp32",
+            "midpoints_ptr": "*fp32:16",
+            "scales_ptr": "*u8:16",
+            "group_scale_ptr": "*fp32",
+            "num_groups": "i32:16",
+            "num_blocks": "i32:16",
+        },
+        constants={"GROUPS": QUANTIZE_GROUPS},
+        num_warps=NUM_WARPS,
+        options={"enable_fp_fusion": False},
+        bounds={"elements": QUANTIZE_GROUPS * BLOCKS_PER_GROUP},
+    ),
+)

@@ -1,0 +1,248 @@
+"""The Triton kernels of NF4: every bit as the reference has it, into memory that held NaN before."""
+
+from __future__ import annotations
+
+import math
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from distlora_kernels import nf4, nf4_cpu, reference, tables
+from test_nf4 import bitsandbytes_dequantize, random_weight, with_zero_block
+
+GROUP, BLOCK = nf4.GROUP, nf4.BLOCK
+# One element, odd numbers, rows that straddle groups, exactly one group, and 3 groups with one weight more.
+SHAPES = [(1, 1), (1, 63), (7, 33), (1001, 96), (128, 128), (1, 3 * GROUP + 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def random_parts(groups: int, device: torch.device, seed: int = 0) -> Parts:
+    """Every code and every map entry, absmax of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (groups, nf4.GROUP_BYTES), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(256, (groups, nf4.BLOCKS_PER_GROUP), generator=generator, dtype=torch.uint8)
+    group_scale = torch.rand(groups, generator=generator) * 0.1
+    return codes.to(device), scales.to(device), group_scale.to(device), torch.tensor(0.037, device=device)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantizing_equals_the_reference(
+    triton_device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    parts = random_parts(nf4.num_groups(math.prod(shape)), triton_device)
+    expected = reference.nf4_dequantize(*parts, shape=shape, dtype=dtype)
+    out = poisoned(shape, dtype, triton_device)
+    assert nf4.nf4_dequantize(*parts, shape=shape, dtype=dtype, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
+    assert torch.equal(nf4.nf4_dequantize(*parts, shape=shape, dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantizing_plain_absmax_equals_the_reference(
+    triton_device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    groups = nf4.num_groups(math.prod(shape))
+    codes = random_parts(groups, triton_device)[0]
+    absmax = torch.rand(groups, nf4.BLOCKS_PER_GROUP, generator=torch.Generator().manual_seed(1)).to(triton_device)
+    expected = reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
+    out = poisoned(shape, dtype, triton_device)
+    nf4.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, out=out)
+    assert torch.equal(out, expected)
+    assert torch.equal(nf4.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_a_slice_of_groups_is_dequantized_into_a_slice_of_the_weight(triton_device: torch.device, first: int) -> None:
+    codes, scales, group_scale, offset = random_parts(5, triton_device)
+    last = first + 2
+    expected = reference.nf4_dequantize(codes, scales, group_scale, offset, shape=(5, GROUP), dtype=torch.bfloat16)
+    weight = poisoned((5, GROUP), torch.bfloat16, triton_device)
+    # group_scale[1:] starts at 4 bytes beyond any alignment.
+    sliced = (codes[first:last], scales[first:last], group_scale[first:last], offset)
+    nf4.nf4_dequantize(*sliced, shape=(2 * GROUP,), dtype=torch.bfloat16, out=weight[first:last].view(-1))
+    assert torch.equal(weight[first:last], expected[first:last])
+    assert weight[:first].isnan().all()
+    assert weight[last:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
+    triton_device: torch.device, dtype: torch.dtype, nested: bool
+) -> None:
+    shape = (1002, 96)
+    packed, state = bnb.quantize_4bit(
+        random_weight(shape, dtype), blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    expected = bitsandbytes_dequantize(packed, state, shape)
+    groups = nf4.num_groups(math.prod(shape))
+    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
+    codes[: packed.numel()] = packed.view(-1)
+    absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP, dtype=state.absmax.dtype)
+    absmax[: state.absmax.numel()] = state.absmax
+    rows = [part.view(groups, -1).to(triton_device) for part in (codes, absmax)]
+    if nested:
+        second = (state.state2.absmax.to(triton_device), state.offset.to(triton_device))
+        actual = nf4.nf4_dequantize(*rows, *second, shape=shape, dtype=dtype)
+    else:
+        actual = nf4.dequantize_blocks(*rows, shape=shape, dtype=dtype)
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantizing_equals_the_reference(
+    triton_device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    flat = with_zero_block(random_weight(shape, dtype)).flatten()
+    flat[-1] = -0.0
+    codes, absmax = nf4.quantize_blocks(flat.to(triton_device))
+    expected_codes, expected_absmax = reference.quantize_blocks(flat)
+    assert torch.equal(codes.cpu(), expected_codes)
+    assert torch.equal(absmax.cpu(), expected_absmax)
+
+    num_blocks = -(-flat.numel() // BLOCK)
+    offset = torch.tensor(nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks), dtype=torch.float32)
+    scales, group_scale = nf4.quantize_absmax(absmax, offset.to(triton_device), num_blocks)
+    expected_scales, expected_group_scale = reference.quantize_absmax(expected_absmax, offset, num_blocks)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(group_scale.cpu(), expected_group_scale)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-41, 1e38], ids=["normal", "subnormal", "large"])
+def test_quantizing_around_the_midpoints_equals_the_reference(triton_device: torch.device, magnitude: float) -> None:
+    """The two neighbours of each midpoint too, which take the other code: nothing is lost to a fast division."""
+    midpoints = torch.tensor(reference.nf4_midpoints())
+    below, above = (torch.nextafter(midpoints, torch.tensor(to)) for to in (-math.inf, math.inf))
+    flat = torch.cat((midpoints, torch.ones(1), below, above, torch.ones(17), torch.rand(GROUP // 2)))
+    flat = torch.where(flat.abs() <= 1, flat, 0.0) * magnitude
+    codes, absmax = nf4.quantize_blocks(flat.to(triton_device))
+    expected_codes, expected_absmax = reference.quantize_blocks(flat)
+    assert torch.equal(absmax.cpu(), expected_absmax)
+    assert torch.equal(codes.cpu(), expected_codes)
+    if magnitude == 1.0:
+        first = torch.stack((codes.view(-1)[:8] >> 4, codes.view(-1)[:8] & 15), dim=1).view(-1)
+        assert first[:15].tolist() == list(range(15)), "a weight on a midpoint goes to the lower level"
+
+
+@pytest.mark.parametrize("side", [-math.inf, None, math.inf], ids=["below", "on", "above"])
+def test_second_level_around_the_midpoints_equals_the_reference(
+    triton_device: torch.device, side: float | None
+) -> None:
+    """The fp32 numbers next to each midpoint of the map, and the midpoint rounded to fp32."""
+    entries = reference.dynamic_map().double()
+    midpoints = ((entries[1:] + entries[:-1]) / 2).float()
+    if side is not None:
+        midpoints = torch.nextafter(midpoints, torch.tensor(side))
+    absmax = torch.cat((midpoints, torch.ones(1))).view(1, -1).repeat(5, 1)  # The largest is 1, so that the scale is 1.
+    absmax[3] *= 0.3
+    num_blocks = 4 * 256 + 100
+    offset = torch.zeros(())
+    actual = nf4.quantize_absmax(absmax.to(triton_device), offset.to(triton_device), num_blocks)
+    expected = reference.quantize_absmax(absmax, offset, num_blocks)
+    assert torch.equal(actual[0].cpu(), expected[0])
+    assert torch.equal(actual[1].cpu(), expected[1])
+
+
+def test_thresholds_in_fp32_decide_as_midpoints_in_fp64_do() -> None:
+    entries = reference.dynamic_map().double()
+    exact = (entries[1:] + entries[:-1]) / 2
+    threshold = tables.dynamic_midpoints(torch.device("cpu"))
+    assert threshold[255] == math.inf
+    next_number = torch.nextafter(threshold[:255], torch.tensor(math.inf))
+    assert (threshold[:255].double() <= exact).all(), "not above it: so x > midpoint implies x > threshold"
+    assert (next_number.double() > exact).all(), "the next number is above it: so x > threshold implies x > midpoint"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_weights_show_in_the_absmax(triton_device: torch.device, value: float, dtype: torch.dtype) -> None:
+    weight = random_weight((256, 128), dtype)
+    weight[200, 7] = value
+    weight[200, 9] = math.inf  # A larger number beside NaN in its block.
+    _, absmax = nf4.quantize_blocks(weight.flatten().to(triton_device))
+    assert absmax.isfinite().logical_not().nonzero().tolist() == [[1, 200 * 2 - 256]]
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        nf4.nf4_quantize(weight.to(triton_device))
+
+
+def test_no_groups_are_quantized_and_dequantized_to_nothing(triton_device: torch.device) -> None:
+    """A rank may hold no group of a small weight."""
+    codes, absmax = nf4.quantize_blocks(torch.empty(0, device=triton_device))
+    offset = torch.zeros((), device=triton_device)
+    scales, group_scale = nf4.quantize_absmax(absmax, offset, 0)
+    assert (codes.shape, scales.shape, group_scale.shape) == ((0, 8192), (0, 256), (0,))
+    weight = nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(0, 64), dtype=torch.bfloat16)
+    assert weight.shape == (0, 64)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_the_ops_pass_opcheck(triton_device: torch.device, nested: bool) -> None:
+    codes, scales, group_scale, offset = random_parts(1, triton_device)
+    out = torch.zeros(100, 163, dtype=torch.bfloat16, device=triton_device)
+    if nested:
+        torch.library.opcheck(nf4.nf4_dequantize_out, (codes, scales, group_scale, offset), {"out": out})
+    else:
+        torch.library.opcheck(nf4.dequantize_blocks_out, (codes, scales.float()), {"out": out})
+
+
+def project(x: Tensor, codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor) -> Tensor:
+    nested = nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(200, 96), dtype=torch.float32)
+    plain = nf4.dequantize_blocks(codes, scales.float(), shape=(200, 96), dtype=torch.float32)
+    return x @ (nested + plain).T
+
+
+def check_compiled(device: torch.device) -> None:
+    inputs = (torch.ones(3, 96, device=device), *random_parts(2, device))
+    torch._dynamo.reset()
+    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), project(*inputs))
+
+
+def test_a_compiled_function_may_dequantize(triton_device: torch.device) -> None:
+    check_compiled(triton_device)
+
+
+def test_a_compiled_function_may_dequantize_on_the_cpu() -> None:
+    check_compiled(torch.device("cpu"))
+
+
+def test_dequantizing_into_a_given_tensor_without_triton_equals_the_reference() -> None:
+    codes, scales, group_scale, offset = random_parts(2, torch.device("cpu"))
+    out = poisoned((300, 64), torch.bfloat16, torch.device("cpu"))
+    expected = reference.nf4_dequantize(codes, scales, group_scale, offset, shape=(300, 64), dtype=torch.bfloat16)
+    nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(300, 64), dtype=torch.bfloat16, out=out)
+    assert torch.equal(out, expected)
+    absmax = scales.float()
+    nf4.dequantize_blocks(codes, absmax, shape=(300, 64), dtype=torch.bfloat16, out=out.view(-1))
+    assert torch.equal(out, nf4_cpu.dequantize_blocks(codes, absmax, shape=(300, 64), dtype=torch.bfloat16))
+
+
+def test_a_tensor_that_does_not_fit_is_refused(triton_device: torch.device) -> None:
+    parts = random_parts(1, triton_device)
+    for out in (
+        torch.empty(64, 65, device=triton_device),
+        torch.empty(64, 64, device=triton_device, dtype=torch.float16),
+        torch.empty(64, 128, device=triton_device)[:, ::2],
+    ):
+        with pytest.raises(RuntimeError, match=r"with the 4,096 elements of \(64, 64\)"):
+            nf4.nf4_dequantize(*parts, shape=(64, 64), dtype=torch.float32, out=out)
+
+
+def test_parts_that_cannot_be_read_by_words_are_refused(triton_device: torch.device) -> None:
+    codes, *rest = random_parts(2, triton_device)
+    shifted = torch.zeros(2 * nf4.GROUP_BYTES + 1, dtype=torch.uint8, device=triton_device)[1:].view(2, -1)
+    for wrong in (codes.T.contiguous().T, shifted):
+        with pytest.raises(RuntimeError, match="multiple of 4 bytes"):
+            nf4.nf4_dequantize(wrong, *rest, shape=(2, GROUP), dtype=torch.float32)

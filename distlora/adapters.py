@@ -1,4 +1,4 @@
-"""LoRA on a frozen linear: the adapter's parameters, their start, their dropout, and projections that share an input.
+"""LoRA on a frozen linear: the adapter's parameters, their start, and their dropout.
 
 Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's
 `BlockContext`, which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every
@@ -9,7 +9,6 @@ Letters: N adapters of a linear, R their ranks added up, M rows of the flattened
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,12 +19,9 @@ from distlora import randomness
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
 from distlora_kernels.dropout import Dropout, threshold_of
-from distlora_kernels.lora_linear import Adapter, lora_linear, project_down
+from distlora_kernels.lora_linear import Adapter, Linear, RowChoice
 
 DEFAULT_ADAPTER = "default"
-
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of sibling linears that a decoder block calls with the same tensor."""
 
 
 class StepRows(NamedTuple):
@@ -77,31 +73,6 @@ class LoRAPair(nn.Module):
         self.B.zero_()
 
 
-class SharedInput:
-    """X A^T for linears that are called with the same tensor, computed once, by the first that is called.
-
-    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor
-    simply computes its own. The members of one call leave nothing behind.
-    """
-
-    def __init__(self, members: tuple[AdaptedLinear, ...]) -> None:
-        self.members = members
-        self._input: Tensor | None = None
-        self._version = -1
-        self._results: dict[int, Tensor] = {}
-
-    def project(self, member: AdaptedLinear, x: Tensor) -> Tensor:
-        """`member`'s (M, R) product with its stacked A."""
-        if x is not self._input or x._version != self._version or id(member) not in self._results:
-            downs = project_down(x, [other.stacked_down() for other in self.members])
-            self._input, self._version = x, x._version
-            self._results = dict(zip(map(id, self.members), downs, strict=True))
-        result = self._results.pop(id(member))
-        if not self._results:
-            self._input = None
-        return result
-
-
 class AdaptedLinear(FrozenLinear):
     """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses."""
 
@@ -121,8 +92,7 @@ class AdaptedLinear(FrozenLinear):
         self.dropout_threshold = 0
         """Probability of dropping an input in training, in units of 2^-16."""
         self.dropout_key = (0, 0)
-        self.shared_input: SharedInput | None = None
-        self._columns: tuple[Tensor, Tensor] | None = None
+        self._scales: Tensor | None = None
 
     @property
     def pairs(self) -> list[LoRAPair]:
@@ -138,21 +108,19 @@ class AdaptedLinear(FrozenLinear):
         assert not self.adapters or threshold == self.dropout_threshold, "the adapters of a linear differ in dropout"
         self.dropout_threshold, self.dropout_key = threshold, randomness.key_of(seed, f"{path}.dropout")
         self.adapters[name] = LoRAPair(self.in_features, self.out_features, rank=rank, scaling=scaling)
-        self._columns = None
+        self._scales = None
 
     def stacked_down(self) -> Tensor:
         """(R, in): the A of all adapters, one below the other."""
         pairs = self.pairs
         return pairs[0].A if len(pairs) == 1 else torch.cat([pair.A for pair in pairs])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operand(self, x: Tensor) -> Linear:
+        """This linear as it applies to x: with the adapters that its rows use, and the inputs that these do not see."""
         pairs = self.pairs
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
-        dropout = self._dropout()
-        adapter = Adapter(self.stacked_down(), up, self._gate(x, pairs), dropout)
-        # With dropout each linear sees an input of its own.
-        xa = self.shared_input.project(self, x) if self.shared_input is not None and dropout is None else None
-        return lora_linear(x, self.frozen_weight, adapter, bias=self.bias, xa=xa)
+        adapter = Adapter(self.stacked_down(), up, self._scale(pairs), self._dropout())
+        return Linear(self.frozen_weight, adapter, self.bias)
 
     def _dropout(self) -> Dropout | None:
         at = self.context.step_rows
@@ -160,32 +128,16 @@ class AdaptedLinear(FrozenLinear):
             return None
         return Dropout(self.dropout_key, self.dropout_threshold, at.step, at.rows)
 
-    def _gate(self, x: Tensor, pairs: list[LoRAPair]) -> Tensor | float:
-        """The scale of the one adapter, or (M, R): each row's own adapter's scale in its columns, 0 in the others."""
+    def _scale(self, pairs: list[LoRAPair]) -> float | RowChoice:
+        """The scale of the one adapter, or which adapter each row uses."""
         rows = self.context.adapter_rows
         if rows is None:
             if len(pairs) > 1:
                 raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
             return pairs[0].scaling
-        if self._columns is None:  # Copied to the device once, not in every step.
-            columns = [(index, pair.scaling) for index, pair in enumerate(pairs) for _ in range(pair.A.shape[0])]
-            owners, scales = zip(*columns, strict=True)
-            self._columns = torch.tensor(owners, device=x.device), torch.tensor(scales, device=x.device)
-        owner, scale = self._columns
-        gate = torch.where(rows[:, None] == owner[None, :], scale, 0.0)
-        return gate.repeat_interleave(x.shape[:-1].numel() // rows.shape[0], dim=0)
-
-
-def link_shared_inputs(linears: dict[str, AdaptedLinear]) -> None:
-    """Group the adapted siblings that share an input; `linears` are one block's, by their paths in it."""
-    parents = {path.rpartition(".")[0] for path in linears}
-    for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
-        paths = [f"{parent}.{name}" if parent else name for name in names]
-        members = tuple(linears[path] for path in paths if path in linears)
-        if len(members) > 1:
-            shared = SharedInput(members)
-            for member in members:
-                member.shared_input = shared
+        if self._scales is None:  # Copied to the device once, not in every step.
+            self._scales = torch.tensor([pair.scaling for pair in pairs], device=rows.device)
+        return RowChoice(rows, self._scales, tuple(pair.A.shape[0] for pair in pairs))
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

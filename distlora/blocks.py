@@ -8,13 +8,16 @@ each block once however many micro-batches it accumulates.
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.adapters import BlockContext, StepRows
+from distlora_kernels import scratch
 
 _CACHES = ("cache", "past_key_values")
 """Names under which transformers hands a layer the keys and values of earlier tokens, one object for all rows."""
@@ -36,6 +39,8 @@ class Block(nn.Module):
         """Slices of the batch; must divide it."""
         self.checkpointing = False
         """Keep only the slices' inputs and recompute the rest in backward."""
+        self.keep_dequantized = False
+        """Keep what recomputation dequantizes until its slice's backward is done, with checkpointing."""
 
     def __getattr__(self, name: str) -> Any:
         # Some families' models read plain attributes off their layers (attention_type).
@@ -71,8 +76,14 @@ class Block(nn.Module):
 
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing in a block draws from torch's generators, so their state need not be kept.
-            return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False)
+            context = functools.partial(_keeping, hidden_states.device) if self.keep_dequantized else noop_context_fn
+            return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context)
         return layer(hidden_states)
+
+
+def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a checkpoint puts around its forward and its recomputation."""
+    return scratch.keeping("forward", device), scratch.keeping("recomputation", device)
 
 
 def _slice(name: str, value: Any, part: slice, batch: int) -> Any:

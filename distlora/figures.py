@@ -14,7 +14,7 @@ from distlora.trainer import Trainer, peak_memory_bytes
 
 
 def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
-    """What was built, in two lines."""
+    """What was built, and which kernels it runs."""
     total, trainable = count_parameters(model)
     reporter.event(
         f"{model.hf_config.model_type}, {total:,} parameters in the base, {trainable:,} trained "
@@ -26,6 +26,8 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
+    for note in model.notes:
+        reporter.event(note)
 
 
 def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, link_shared_inputs
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows
+from distlora.attention import LONGEST, Documents, VarlenOp, use
 from distlora.blocks import Block
 from distlora.config import Config, UserError
 from distlora.families import Family, check_config, read_config
@@ -27,7 +28,7 @@ from distlora.head import LossHead
 from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
 from distlora.loading.segments import read_headers
-from distlora.quant import PACKED_PARTS, FrozenLinear
+from distlora.quant import PACKED_PARTS, FrozenLinear, link_shared_inputs
 from distlora.targets import check_patterns, select_targets
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class CausalLM(nn.Module):
         """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
         self.autocast_dtype: torch.dtype | None = None
         """Compute dtype where it is not the parameters' own: full fine-tuning in bf16 from fp32 masters."""
+        self.attends_by_documents = False
+        """Whether a forward takes `documents`, and attends to each by its length."""
+        self.notes: list[str] = []
+        """What a start says of how this model computes on its device."""
 
     @property
     def embedding(self) -> nn.Module:
@@ -90,16 +95,18 @@ class CausalLM(nn.Module):
         adapter_rows: Tensor | None = None,
         past: Past | None = None,
         step_rows: StepRows | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
         Positions restart at 0 with each packed document, which is how the decoder tells them apart; labels[t] is the
         target at position t, -100 for none. labels=None (generation): the logits of what follows the last position,
         (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
-        in training the rows are, and without it there is no dropout.
+        in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
+        the model attends by documents; without them it attends through masks, made from the positions.
         """
         with torch.autocast(input_ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows)
+            hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents)
             return self.head(hidden if labels is not None else hidden[:, -1:], labels)
 
     def hidden_states(
@@ -109,8 +116,10 @@ class CausalLM(nn.Module):
         adapter_rows: Tensor | None = None,
         past: Past | None = None,
         step_rows: StepRows | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, H): what the head reads."""
+        assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
         for block in self.blocks:
             block.adapter_rows, block.step_rows = adapter_rows, step_rows
         if past is None:
@@ -120,6 +129,8 @@ class CausalLM(nn.Module):
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
             known[self.cache_name] = past.cache
+        if documents is not None:
+            known |= {"attention_mask": documents.starts, LONGEST: documents.longest}
         output = self.decoder(input_ids=input_ids, position_ids=position_ids, **known)
         return output.last_hidden_state
 
@@ -127,6 +138,11 @@ class CausalLM(nn.Module):
     def cache_name(self) -> str:
         """What the decoder calls its cache: transformers has been renaming past_key_values since 5.2x."""
         return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+
+    def attend_by_documents(self, op: VarlenOp) -> None:
+        """Compute attention with `op` wherever a forward is given documents."""
+        use(self.decoder, op)
+        self.attends_by_documents = True
 
     def tie(self) -> None:
         """Make the head's weight the embedding's Parameter again, after the model has been given memory."""
@@ -208,6 +224,7 @@ def build_model(config: Config) -> CausalLM:
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
         block.checkpointing = config.train.checkpointing == "block"
+        block.keep_dequantized = config.train.keep_dequantized
     decoder.layers = nn.ModuleList(blocks)
     model = CausalLM(
         decoder,
@@ -262,7 +279,7 @@ def _replace_linears(
     targets = set(select_targets(config.adapter.target_modules, paths))
     check_patterns(config.adapter, targets, paths)
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
-        adapted: dict[str, AdaptedLinear] = {}
+        replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
             sizes = (linear.in_features, linear.out_features)
             stored = packed.get(f"{prefix}{index}.{path}.weight")
@@ -270,18 +287,15 @@ def _replace_linears(
             quantized = config.quant.method == "nf4" and (not packed or stored is not None)
             new: FrozenLinear
             if f"{prefix}{index}.{path}" in targets:
-                new = adapted[path] = AdaptedLinear(
-                    *sizes, bias=bias, quantized=quantized, dtype=dtype, context=context
-                )
-                adapted[path].add_adapter(
-                    DEFAULT_ADAPTER, config.adapter, path=f"{prefix}{index}.{path}", seed=config.train.seed
-                )
+                new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
+                new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=f"{prefix}{index}.{path}", seed=config.train.seed)
             else:
                 new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
             if stored is not None and not stored.nested:
                 new.keep_absmax()
             layer.set_submodule(path, new)
-        link_shared_inputs(adapted)
+            replaced[path] = new
+        link_shared_inputs(replaced)
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:

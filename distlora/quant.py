@@ -1,4 +1,4 @@
-"""The frozen linear of a decoder block and the weight it owns: packed NF4, or dense.
+"""The frozen linear of a decoder block, the weight it owns (packed NF4, or dense), and linears that share an input.
 
 All keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
 other; what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by
@@ -7,14 +7,20 @@ other; what crosses the wire is the packed bytes. Everything starts on the meta 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from distlora_kernels import nf4
-from distlora_kernels.lora_linear import FrozenWeight, lora_linear
+from distlora_kernels.lora_linear import FrozenWeight, Linear, lora_linears
 
 PACKED_PARTS = frozenset({"codes", "scales", "group_scale", "absmax"})
 """Names of the Parameters that hold packed weights."""
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of sibling linears that a decoder block calls with the same tensor."""
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -32,6 +38,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.quantized = in_features, out_features, quantized
+        self.shared_input: SharedInput | None = None
         self.plain_absmax = False
         """Whether the absmax are kept in fp32, without double quantization."""
         if quantized:
@@ -76,8 +83,14 @@ class FrozenLinear(nn.Module):
             return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), shape)
         return FrozenWeight((self.weight,), shape)
 
+    def operand(self, x: Tensor) -> Linear:
+        """This linear as it applies to x (..., in_features)."""
+        return Linear(self.frozen_weight, bias=self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.frozen_weight, bias=self.bias)
+        if self.shared_input is not None:
+            return self.shared_input.output(self, x)
+        return lora_linears(x, (self.operand(x),))[0]
 
     def extra_repr(self) -> str:
         if self.quantized:
@@ -85,3 +98,41 @@ class FrozenLinear(nn.Module):
         else:
             kind = str(self.weight.dtype).removeprefix("torch.")
         return f"{self.in_features} -> {self.out_features}, {kind}"
+
+
+class SharedInput:
+    """Linears that are called with the same tensor: the first that is called computes the outputs of all, so that the
+    input is read, and its gradient written, once for all of them.
+
+    Members recognize the input by identity, so no family's code is patched; a member that is given another tensor
+    computes all of them for that one. The members of one call leave nothing behind.
+    """
+
+    def __init__(self, members: tuple[FrozenLinear, ...]) -> None:
+        self.members = members
+        self._input: Tensor | None = None
+        self._version = -1
+        self._outputs: dict[int, Tensor] = {}
+
+    def output(self, member: FrozenLinear, x: Tensor) -> Tensor:
+        """`member`'s output for x."""
+        if x is not self._input or x._version != self._version or id(member) not in self._outputs:
+            outputs = lora_linears(x, [other.operand(x) for other in self.members])
+            self._input, self._version = x, x._version
+            self._outputs = dict(zip(map(id, self.members), outputs, strict=True))
+        output = self._outputs.pop(id(member))
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+def link_shared_inputs(linears: Mapping[str, FrozenLinear]) -> None:
+    """Group the siblings that share an input; `linears` are one block's, by their paths in it."""
+    parents = {path.rpartition(".")[0] for path in linears}
+    for parent, names in itertools.product(sorted(parents), SHARED_INPUTS):
+        paths = [f"{parent}.{name}" if parent else name for name in names]
+        members = tuple(linears[path] for path in paths if path in linears)
+        if len(members) > 1:
+            shared = SharedInput(members)
+            for member in members:
+                member.shared_input = shared

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
+from distlora import attention, liger
 from distlora.adapters import reset_adapters
 from distlora.config import Config
 from distlora.loading.weights import Loaded, load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.model import DTYPES, CausalLM, build_model, materialize_buffers
 from distlora.parallel import Backend, Ranks, parallelize
+from distlora.quant import FrozenLinear
+from distlora_kernels import scratch
 
 
 def start_model(config: Config, ranks: Ranks) -> tuple[CausalLM, Backend, Loaded]:
@@ -15,8 +20,55 @@ def start_model(config: Config, ranks: Ranks) -> tuple[CausalLM, Backend, Loaded
     Raises UserError for a base that cannot be read or does not fit its config.json.
     """
     model = build_model(config)
+    use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
     loaded = load_base(model, config.model.path, backend)
     materialize_buffers(model, ranks.device)
+    reserve_scratch(model, config, ranks.device)
     reset_adapters(model.adapted_linears(), config.adapter, seed=config.train.seed)
     return model, backend, loaded
+
+
+def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> None:
+    """Take the memory for dequantized weights before the first step needs it; said in `model.notes`."""
+    if device.type != "cuda":  # There a dequantized weight is an ordinary tensor.
+        return
+    dtype = DTYPES[config.train.dtype]
+    shapes = [
+        [(m.out_features, m.in_features) for m in block.modules() if isinstance(m, FrozenLinear) and m.quantized]
+        for block in model.blocks
+    ]
+    largest = max((scratch.block_bytes([shape], dtype) for block in shapes for shape in block), default=0)
+    if largest == 0:
+        return
+    keep = config.train.keep_dequantized
+    block = max(scratch.block_bytes(block, dtype) for block in shapes) if keep else 0
+    taken = scratch.reserve(device, largest=largest, block=block)
+    model.notes.append(
+        f"{taken / 2**20:,.0f} MiB of scratch for dequantized weights: one at a time"
+        + (", and a block's from recomputation to backward" if keep else "")
+    )
+
+
+def use_device_kernels(model: CausalLM, config: Config, device: torch.device) -> None:
+    """Exchange what the device has better kernels for; what was done, and what was not and why, in `model.notes`.
+
+    Nothing on the CPU, where transformers' own modules are the reference.
+    """
+    if device.type != "cuda":
+        return
+    settings = config.train
+    choice = attention.choose(
+        model.family,
+        model.decoder.config,
+        device=device,
+        dtype=DTYPES[settings.dtype],
+        deterministic=settings.deterministic_attention,
+    )
+    if choice.op is not None:
+        model.attend_by_documents(choice.op)
+    model.notes.append(choice.said)
+    if settings.liger:
+        reason = liger.why_not(device=device, full=config.adapter.method == "full")
+        used = liger.apply(model.decoder, model.family) if reason is None else f"liger-kernel is not used: {reason}"
+        model.notes.append(used)

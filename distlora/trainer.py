@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distlora.adapters import StepRows
+from distlora.attention import Documents
 from distlora.checkpoint import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
@@ -193,7 +194,8 @@ class Trainer:
         tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
         input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
         step_rows = None if step is None else StepRows(step, rows)
-        return self.model(input_ids, position_ids, labels, step_rows=step_rows)
+        documents = Documents.of(batch.position_ids).to(device) if self.model.attends_by_documents else None
+        return self.model(input_ids, position_ids, labels, step_rows=step_rows, documents=documents)
 
     def evaluate(self) -> None:
         """Mean held-out loss over every held-out target token; does nothing without held-out rows."""

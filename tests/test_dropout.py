@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train
-from distlora.adapters import AdaptedLinear, BlockContext, StepRows, link_shared_inputs
+from distlora.adapters import AdaptedLinear, BlockContext, StepRows
 from distlora.config import AdapterConfig
 from distlora.model import CausalLM
+from distlora.quant import link_shared_inputs
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
 from distlora_kernels.dropout import Dropout, dropped, threshold_of
-from distlora_kernels.lora_linear import Adapter, FrozenWeight, lora_linear
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
 from distlora_kernels.philox import philox
 from small_models import make_run
 from test_adapters import adapted
@@ -111,9 +112,10 @@ def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     x, weight, a, b, bias = tensors(shape, dtype)
     frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
     dropout = Dropout(KEY, threshold_of(0.25), 3, torch.tensor([8, 2, 5]))
-    gate: Tensor | float = (
-        torch.tensor([2.0, 0.0, 1.0]).repeat_interleave(12)[:, None].expand(36, 16) if per_row else 2.0
+    scale: RowChoice | float = (
+        RowChoice(torch.tensor([0, -1, 1]), torch.tensor([2.0, 1.0]), (10, 6)) if per_row else 2.0
     )
+    gate = scale if isinstance(scale, float) else scale.gate(36).double()
     kept = (~dropped(dropout, 36, 256)).double() / 0.75
     dy = torch.randn(36, 320, generator=torch.Generator().manual_seed(2)).to(dtype)
 
@@ -124,7 +126,7 @@ def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     references = [expected, *torch.autograd.grad(expected, leaves, dy.double())]
 
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    y = lora_linear(leaves[0].view(3, 12, 256), frozen, Adapter(leaves[1], leaves[2], gate, dropout), bias=bias)
+    y = lora_linear(leaves[0].view(3, 12, 256), frozen, Adapter(leaves[1], leaves[2], scale, dropout), bias=bias)
     results = [y.flatten(0, 1), *torch.autograd.grad(y.flatten(0, 1), leaves, dy)]
     for actual, reference in zip(results, references, strict=True):
         # As in tests/test_lora_linear.py: sums of up to 330 products in fp32; two roundings to bf16.

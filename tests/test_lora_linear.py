@@ -8,7 +8,7 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora_kernels import nf4, reference
-from distlora_kernels.lora_linear import Adapter, FrozenWeight, lora_linear, project_down
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 
 SHAPES = [(1, 64, 48, 4), (37, 100, 66, 3), (130, 256, 320, 16)]
 
@@ -26,13 +26,12 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tenso
 @pytest.mark.parametrize("per_row", [False, True])
 def test_gradients_are_those_of_the_function(with_bias: bool, per_row: bool) -> None:
     x, weight, a, b, bias = tensors((5, 24, 20, 4), torch.float64)
-    gate: Tensor | float = (
-        torch.tensor([[2.0, 2, 0, 0]] * 3 + [[0, 0, 0.5, 0.5], [0, 0, 0, 0]]).double() if per_row else 2.0
-    )
+    scales = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    scale: RowChoice | float = RowChoice(torch.tensor([0, 0, 0, 1, -1]), scales, (1, 3)) if per_row else 2.0
     leaves = [t.requires_grad_() for t in (x.view(1, 5, 24), a, b)]
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x, FrozenWeight((weight,), (20, 24)), Adapter(a, b, gate), bias=bias if with_bias else None)
+        return lora_linear(x, FrozenWeight((weight,), (20, 24)), Adapter(a, b, scale), bias=bias if with_bias else None)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -86,11 +85,45 @@ def test_a_tiny_update_survives_in_bf16() -> None:
     assert abs(slope - 1) < 0.1, f"{slope:.2f} of the update is left"
 
 
-def test_a_precomputed_projection_changes_nothing() -> None:
-    x, weight, a, b, _ = tensors((37, 100, 66, 3), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_adapters", [1, 2])
+def test_linears_of_one_input_together_equal_each_by_itself(dtype: torch.dtype, num_adapters: int) -> None:
+    """Values, and the gradient of the shared input as autograd adds it up: bit for bit, but for X A^T of two adapters,
+    whose one product may sum in another order."""
+    x, weight, a, b, bias = tensors((37, 100, 66, 3), dtype)
     frozen = FrozenWeight((weight,), (66, 100))
-    own = project_down(x, [a])[0]
-    assert torch.equal(lora_linear(x, frozen, Adapter(a, b, 2.0), xa=own), lora_linear(x, frozen, Adapter(a, b, 2.0)))
+    packed = FrozenWeight(nf4.nf4_quantize(weight[:20]), (20, 100))
+    results = []
+    for together in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        small = Adapter(leaves[1] * 2, leaves[2][:20] * 1, 0.5) if num_adapters == 2 else None
+        linears = [Linear(frozen, Adapter(leaves[1], leaves[2], 2.0), bias), Linear(packed), Linear(packed, small)]
+        # A node, as the norm before a block's projections is: a leaf would add its gradients up itself.
+        node = leaves[0] * 1
+        if together:
+            ys = lora_linears(node, linears)
+        else:
+            ys = tuple(lora_linear(node, *linear[:2], bias=linear.bias) for linear in linears)
+        loss = sum((y.float() ** 2).sum() for y in ys)
+        results.append([*ys, *torch.autograd.grad(loss, leaves)])
+    for joined, alone in zip(*results, strict=True):
+        if num_adapters == 1:
+            assert torch.equal(joined, alone)
+        else:
+            assert_close(joined.to(dtype), alone.to(dtype), ulps=2)
+
+
+def test_a_linear_whose_output_is_not_used_costs_no_gradient() -> None:
+    x, weight, a, b, _ = tensors((5, 24, 20, 4), torch.float64)
+    frozen = FrozenWeight((weight,), (20, 24))
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    other = Adapter(a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_(), 1.0)
+    used, _ = lora_linears(x, (Linear(frozen, Adapter(a, b, 2.0)), Linear(frozen, other)))
+    alone = lora_linear(x, frozen, Adapter(a, b, 2.0))
+    together = torch.autograd.grad(used.sum(), [*leaves, other.a, other.b], allow_unused=True)
+    assert together[3] is together[4] is None
+    for actual, expected in zip(together[:3], torch.autograd.grad(alone.sum(), leaves), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_only_the_stored_parts_are_saved_for_backward() -> None:

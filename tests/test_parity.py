@@ -39,6 +39,7 @@ CELLS = [
     ("llama", 2, {"micro_batch": 2, "checkpointing": "none"}, {}),
     ("llama", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
     ("llama", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"prefetch": False}),
+    ("llama", 2, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}, {}),
     ("llama", 3, {"micro_batch": 4, "checkpointing": "none"}, {}),
     ("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
     ("llama", 4, {"micro_batch": 1}, {"prefetch": False}),

@@ -112,8 +112,9 @@ def rank_bytes(config: Config, shape: Shape) -> float:
 
     Weights, adapters and optimizer stay; the inputs of all blocks are kept (checkpointing=block) until their block's
     backward. On top comes the larger of a block at work and the head. Transient sizes follow the code: FSDP2 holds a
-    gathered unit, the buffer it was received in and, with prefetch, the next one's; NF4 is dequantized in plain torch
-    on a GPU, 13 bytes a weight at its peak (reference.py: codes as int64, then fp32).
+    gathered unit, the buffer it was received in and, with prefetch, the next one's; the largest weight is dequantized
+    into the scratch, and an adapter's gradients are summed from one fp32 part for 256 tokens (skinny_triton.py).
+    Attention by documents needs no mask, and dropout none either.
     """
     assert config.train.checkpointing == "block"
     assert config.train.dtype == "bf16"
@@ -135,14 +136,13 @@ def rank_bytes(config: Config, shape: Shape) -> float:
     kept_tokens = at_once
     if train.accumulate == "block":
         kept_tokens *= -(-train.global_batch // (ranks * train.micro_batch))
-    # Inputs of the blocks (bf16); around the head 12 B an element; the mask of packed rows, 3 B a pair of positions.
-    kept = kept_tokens * (hidden * (2 * layers + 12) + 3 * length)
+    # Inputs of the blocks (bf16); around the head 12 B an element.
+    kept = kept_tokens * hidden * (2 * layers + 12)
 
     gathered = 0 if ranks == 1 else (3 if config.parallel.prefetch else 2) * block
     working = at_once * (26 * hidden + 4 * shape.kv_size + 14 * shape.intermediate_size)
-    if config.adapter.lora_dropout:
-        working += 64 * at_once * max(hidden, shape.intermediate_size)
-    dequantized = 13 * max(i * o for i, o in shape.linears.values())
+    dequantized = 2 * max(i * o for i, o in shape.linears.values())
+    dequantized += 4 * at_once / 256 * min(config.adapter.r, 32) * shape.intermediate_size
     head = (0 if ranks == 1 else 2 * vocabulary) + 16 * 2**24
     return base + adapters + kept + max(gathered + working + dequantized, head)
 

@@ -79,6 +79,11 @@ class Config:
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
         require(
+            not self.train.keep_dequantized or self.quant.method == "nf4",
+            f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
+            "leave it out, or set quant=nf4",
+        )
+        require(
             not self.data.streaming or self.train.max_steps is not None,
             "data.streaming=true reads as many documents as the steps need, so their number must be known; "
             "set train.max_steps",

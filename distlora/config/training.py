@@ -101,8 +101,16 @@ class TrainConfig:
     time); `block` runs each block over all of them while it is gathered once, and keeps all boundary activations."""
     checkpointing: Literal["block", "none"] = "block"
     """`block` keeps only the inputs of each decoder block and recomputes it in backward: about 1/3 more compute."""
+    keep_dequantized: bool = False
+    """With checkpointing=block: keep the weights that a block's recomputation dequantizes until its backward is done,
+    so that each is dequantized twice a step and not three times. Takes one block's weights in `dtype`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
+    deterministic_attention: bool = True
+    """On CUDA, add up variable-length attention's gradients in a fixed order, which a resume that is equal bit for bit
+    needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""
+    liger: bool = True
+    """On CUDA, use liger-kernel's RMSNorm, gated MLP and rotary embedding, if it is installed (`distlora[cuda]`)."""
     seed: int = 0
     """Names every random choice of the run: initialization, held-out split, order of the rows, dropout."""
     log_every: int = 1
@@ -132,6 +140,11 @@ class TrainConfig:
         require_positive("train", self, *numbers, "keep", "early_stopping_patience", "sample_every", "sample_tokens")
         require_choice("train.accumulate", self.accumulate, ("step", "block"))
         require_choice("train.checkpointing", self.checkpointing, ("block", "none"))
+        require(
+            not self.keep_dequantized or self.checkpointing == "block",
+            f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where nothing "
+            "is recomputed; leave it out, or set train.checkpointing=block",
+        )
         require_choice("train.dtype", self.dtype, ("bf16", "fp32"))
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
         require(

@@ -1,8 +1,10 @@
-"""The adapted linear, y = x W^T + s (x A^T) B^T, over a frozen weight that is dense or packed: one autograd function.
+"""The adapted linear, y = x W^T + s (x A^T) B^T, over frozen weights that are dense or packed: one autograd function
+for all linears that are applied to an input.
 
 Two rules make the same function work under FSDP2, ZeRO-3 and none (README.md):
-- it saves the weight's Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward: so
-  their storage may be freed after forward and refilled before backward;
+- it saves the weights' Parameters themselves, never a view or a dequantized copy, and dequantizes again in backward: so
+  their storage may be freed after forward and refilled before backward (scratch.keeping is the exception, under a
+  checkpoint);
 - the adapter's term is written first and the base GEMM accumulates into it (beta = 1). Added to an output that is
   already rounded to bf16, an update below half an ulp would vanish.
 
@@ -14,137 +16,116 @@ Letters: M rows, I in features, O out features, R rank (all adapters of the line
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora_kernels.dropout import Dropout, dropped
-from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
+from distlora_kernels import lora_torch
+from distlora_kernels.dispatch import uses_triton
+from distlora_kernels.operands import Adapter, FrozenWeight, Linear, Needs, RowChoice
+from distlora_kernels.scratch import DenseWeights
 
-
-class FrozenWeight(NamedTuple):
-    """A weight (O, I) that gets no gradient.
-
-    `parts` is (weight,), NF4's (codes, scales, group_scale, offset), or (codes, absmax) without double quantization.
-    """
-
-    parts: tuple[Tensor, ...]
-    shape: tuple[int, int]
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """(O, I) in `dtype`."""
-        if len(self.parts) == 1:
-            return self.parts[0].to(dtype)
-        if len(self.parts) == 2:
-            return dequantize_blocks(*self.parts, shape=self.shape, dtype=dtype)
-        codes, scales, group_scale, offset = self.parts
-        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype)
-
-
-class Adapter(NamedTuple):
-    """What a linear adds: a (R, I) and b (O, R), fp32 masters, the gate on x A^T, and the inputs that it does not see.
-
-    gate: the scale s, or (M, R) when several adapters stand side by side: s where a row uses the column's adapter, else
-    0.
-    """
-
-    a: Tensor
-    b: Tensor
-    gate: Tensor | float
-    dropout: Dropout | None = None
-
-
-def project_down(x: Tensor, downs: list[Tensor]) -> list[Tensor]:
-    """X A^T for several adapters of one input, X read once: x (..., I), downs (R_i, I) -> (M, R_i) each, in x's dtype.
-
-    Without gradient: it only saves `lora_linear` the work when its result is passed as `xa`; the gradient is
-    lora_linear's.
-    """
-    with torch.no_grad():
-        stacked = torch.cat([down.to(x.dtype) for down in downs]) if len(downs) > 1 else downs[0].to(x.dtype)
-        return list((x.flatten(0, -2) @ stacked.T).split([down.shape[0] for down in downs], dim=1))
+__all__ = ["Adapter", "FrozenWeight", "Linear", "RowChoice", "lora_linear", "lora_linears"]
 
 
 def lora_linear(
-    x: Tensor,
-    weight: FrozenWeight,
-    adapter: Adapter | None = None,
-    *,
-    bias: Tensor | None = None,
-    xa: Tensor | None = None,
+    x: Tensor, weight: FrozenWeight, adapter: Adapter | None = None, *, bias: Tensor | None = None
 ) -> Tensor:
     """x (..., I) -> (..., O) in x's dtype; gradients for x, a and b, never for the weight or the bias.
 
-    adapter=None is the base alone. `xa` is project_down's result for this adapter, if the caller has it; with dropout
-    there is none, as each linear sees an input of its own. GEMMs run in x's dtype with fp32 accumulation; the adapter's
-    gradients are widened to its masters' fp32 after their GEMM.
+    adapter=None is the base alone. GEMMs run in x's dtype with fp32 accumulation; the adapter's gradients have its
+    masters' dtype.
     """
-    a, b, gate, dropout = adapter if adapter is not None else (None, None, 0.0, None)
-    assert xa is None or dropout is None, "x A^T of the whole input was given to an adapter with dropout"
-    if dropout is not None:
-        gate = gate * dropout.scale
-    y = _LoRALinear.apply(x.flatten(0, -2), a, b, gate, dropout, bias, xa, weight.shape, *weight.parts)
-    return y.unflatten(0, x.shape[:-1])
+    return lora_linears(x, (Linear(weight, adapter, bias),))[0]
 
 
-class _LoRALinear(torch.autograd.Function):
+def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """Several linears of one input x (..., I) -> each one's (..., O), as `lora_linear` gives it.
+
+    x is read once for all their A where no dropout makes them see different inputs, and their gradients of x are added
+    up in place. The base GEMMs stay separate.
+    """
+    adapters = [linear.adapter for linear in linears]
+    tensors = [
+        tensor
+        for linear, adapter in zip(linears, adapters, strict=True)
+        for tensor in (*(adapter[:2] if adapter is not None else (None, None)), linear.bias, *linear.weight.parts)
+    ]
+    # What is no tensor of the graph; the tensors take their places in `_joined`.
+    forms = tuple(
+        linear._replace(
+            weight=linear.weight._replace(parts=(None,) * len(linear.weight.parts)),
+            adapter=None if adapter is None else adapter._replace(a=None, b=None),
+            bias=None,
+        )
+        for linear, adapter in zip(linears, adapters, strict=True)
+    )
+    ys = _LoRALinears.apply(x.flatten(0, -2), forms, *tensors)
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
+
+
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        gate: Tensor | float,
-        dropout: Dropout | None,
-        bias: Tensor | None,
-        xa: Tensor | None,
-        shape: tuple[int, int],
-        *parts: Tensor,
-    ) -> Tensor:
-        weight = FrozenWeight(parts, shape).dense(x.dtype)
-        gated = None
-        if a is None or b is None:
-            y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-        else:
-            if xa is None:
-                xa = _seen(x, dropout) @ a.to(x.dtype).T
-            gated = (xa * gate).to(x.dtype)
-            up = b.to(x.dtype).T
-            delta = gated @ up if bias is None else torch.addmm(bias, gated, up)
-            y = torch.addmm(delta, x, weight.T, out=delta)
-        ctx.shape, ctx.num_parts, ctx.dropout = shape, len(parts), dropout
-        ctx.gate = gate if isinstance(gate, float) else None
-        # Only what backward reads: x for dA, gated for dB.
-        ctx.save_for_backward(*parts, None if a is None else x, gated, a, b, None if ctx.gate is not None else gate)
-        return y
+    def forward(ctx: Any, x: Tensor, forms: tuple[Linear, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights = DenseWeights(len(forms))
+        ys, kept = _path(x).forward(x, _joined(forms, tensors), weights)
+        adapted = any(form.adapter is not None for form in forms)
+        ctx.forms = forms
+        ctx.set_materialize_grads(False)
+        # x for dA, what the path keeps (x A^T) for dB.
+        ctx.save_for_backward(x if adapted else None, *kept, *weights.saved, *tensors)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *parts, x, gated, a, b, gate = ctx.saved_tensors
-        needs_dx, needs_da, needs_db = ctx.needs_input_grad[:3]
-        dx = da = db = None
-        if a is not None:
-            dxa = ((dy @ b.to(dy.dtype)) * (ctx.gate if gate is None else gate)).to(dy.dtype)
-            db = (dy.T @ gated).to(b.dtype) if needs_db else None
-            mask = None if ctx.dropout is None else dropped(ctx.dropout, *x.shape)
-            da = (dxa.T @ _zeroed(x, mask)).to(a.dtype) if needs_da else None
-        if needs_dx:
-            weight = FrozenWeight(tuple(parts), ctx.shape).dense(dy.dtype)
-            if a is None:
-                dx = dy @ weight
-            else:
-                dx = _zeroed(dxa @ a.to(dy.dtype), mask)
-                dx = torch.addmm(dx, dy, weight, out=dx)
-        return (dx, da, db, None, None, None, None, None, *(None for _ in range(ctx.num_parts)))
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        forms, count = ctx.forms, len(ctx.forms)
+        x, *saved = ctx.saved_tensors
+        kept, dense, tensors = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        weights = DenseWeights(count)
+        weights.saved = dense
+        places = list(_places(forms))
+        wanted = ctx.needs_input_grad[2:]
+        needs = Needs(
+            ctx.needs_input_grad[0], tuple(wanted[place] for place in places), tuple(wanted[p + 1] for p in places)
+        )
+        first = next((dy for dy in dys if dy is not None), None)
+        if first is None:
+            return (None,) * (2 + len(tensors))
+        gradients = _path(first).backward(x, _joined(forms, tensors), weights, kept, dys, needs)
+        results: list[Tensor | None] = [None] * len(tensors)
+        for place, da, db in zip(places, gradients.a, gradients.b, strict=True):
+            results[place], results[place + 1] = da, db
+        return (gradients.x, None, *results)
 
 
-def _seen(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """What the adapter sees of x (M, I)."""
-    return _zeroed(x, None if dropout is None else dropped(dropout, *x.shape))
+def _path(tensor: Tensor) -> ModuleType:
+    """The module that computes forward and backward on this tensor's device."""
+    if not uses_triton(tensor):
+        return lora_torch
+    from distlora_kernels import lora_gpu
+
+    return lora_gpu
 
 
-def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x.masked_fill(mask, 0)
+def _places(forms: Sequence[Linear]) -> Iterator[int]:
+    """Where each linear's tensors start: a, b, bias and the weight's parts."""
+    start = 0
+    for form in forms:
+        yield start
+        start += 3 + len(form.weight.parts)
+
+
+def _joined(forms: Sequence[Linear], tensors: Sequence[Tensor | None]) -> tuple[Linear, ...]:
+    """The linears again, of their forms and their tensors."""
+    linears = []
+    for form, start in zip(forms, _places(forms), strict=True):
+        a, b, bias = tensors[start : start + 3]
+        weight = form.weight._replace(parts=tuple(tensors[start + 3 : start + 3 + len(form.weight.parts)]))
+        adapter = None if form.adapter is None else form.adapter._replace(a=a, b=b)
+        linears.append(Linear(weight, adapter, bias))
+    return tuple(linears)

@@ -1,0 +1,99 @@
+"""What goes into an adapted linear: its frozen weight, its adapter, and which rows use which adapter.
+
+Letters: B rows of the batch, M rows of the flattened input (B x tokens), I in features, O out features, N adapters of a
+linear, R their ranks added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora_kernels.dropout import Dropout
+from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
+
+
+class FrozenWeight(NamedTuple):
+    """A weight (O, I) that gets no gradient.
+
+    `parts` is (weight,), NF4's (codes, scales, group_scale, offset), or (codes, absmax) without double quantization.
+    """
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+    @property
+    def packed(self) -> bool:
+        return len(self.parts) > 1
+
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """(O, I) in `dtype`; a packed weight is written to `out` if that is given."""
+        place = {} if out is None else {"out": out}
+        if len(self.parts) == 1:
+            return self.parts[0].to(dtype)
+        if len(self.parts) == 2:
+            return dequantize_blocks(*self.parts, shape=self.shape, dtype=dtype, **place)
+        codes, scales, group_scale, offset = self.parts
+        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, **place)
+
+
+class RowChoice(NamedTuple):
+    """Which adapter each row of the batch uses, of several that lie side by side: columns of b, rows of a."""
+
+    rows: Tensor
+    """(B,) int64: the adapter's number, -1 for none."""
+    scales: Tensor
+    """(N,) fp32: the scale s of each adapter."""
+    ranks: tuple[int, ...]
+    """The rank of each adapter."""
+
+    def gate(self, num_rows: int) -> Tensor:
+        """(M, R) fp32: s where the row uses the column's adapter, else 0. M = num_rows."""
+        owner = torch.tensor([n for n, rank in enumerate(self.ranks) for _ in range(rank)], device=self.rows.device)
+        gate = torch.where(self.rows[:, None] == owner[None, :], self.scales[owner], 0.0)
+        return gate.repeat_interleave(num_rows // self.rows.shape[0], dim=0)
+
+
+class Adapter(NamedTuple):
+    """What a linear adds: a (R, I) and b (O, R), fp32 masters, their scale s, and the inputs that they do not see."""
+
+    a: Tensor
+    b: Tensor
+    scale: float | RowChoice
+    dropout: Dropout | None = None
+
+
+class Linear(NamedTuple):
+    """One of the linears that are applied to an input."""
+
+    weight: FrozenWeight
+    adapter: Adapter | None = None
+    bias: Tensor | None = None
+    """(O,), which gets no gradient."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    a: tuple[bool, ...]
+    """Of each linear's adapter."""
+    b: tuple[bool, ...]
+
+
+@dataclass(slots=True)
+class Gradients:
+    """The gradients of the linears of one input; None where none is asked for or none comes in."""
+
+    num_linears: int
+    x: Tensor | None = None
+    """(M, I) in x's dtype."""
+    a: list[Tensor | None] = field(init=False)
+    """Of each linear, in its masters' dtype."""
+    b: list[Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.a, self.b = [None] * self.num_linears, [None] * self.num_linears

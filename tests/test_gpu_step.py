@@ -1,0 +1,134 @@
+"""Whole training steps under FSDP2 on one GPU, a world of one rank: gathers, prefetch, memory, and the bytes of the base.
+
+FSDP2 of torch 2.11 makes every sharded parameter require a gradient, which uint8 cannot; there, and in this test alone,
+the packed bytes are Parameters of bf16 that are viewed as bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from distlora import startup
+from distlora.adapters import adapter_parameters
+from distlora.config import Config
+from distlora.model import CausalLM
+from distlora.parallel import Ranks, fsdp2
+from distlora.parallel.traffic import Traffic
+from distlora.quant import FrozenLinear
+from distlora_kernels import scratch
+from distlora_kernels.operands import FrozenWeight
+from small_models import make_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),
+]
+STEPS = 4
+BYTES = ("codes", "scales")
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("cuda:nccl,cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def hold_bytes_as_bf16(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for linear in (m for m in model.modules() if isinstance(m, FrozenLinear)):
+        for name in BYTES:
+            packed = linear.get_parameter(name)
+            setattr(linear, name, nn.Parameter(packed.data.view(torch.bfloat16), requires_grad=False))
+
+    def frozen_weight(self: FrozenLinear) -> FrozenWeight:
+        codes, scales = (self.get_parameter(name).detach().view(torch.uint8) for name in BYTES)
+        assert isinstance(self.offset, Tensor)
+        return FrozenWeight((codes, scales, self.group_scale, self.offset), (self.out_features, self.in_features))
+
+    monkeypatch.setattr(FrozenLinear, "frozen_weight", property(frozen_weight))
+
+
+def packed_bytes(model: CausalLM) -> dict[str, Tensor]:
+    """Copies of the packed weights, as bytes, on the CPU."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in BYTES:
+            local = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+            found[name.replace("_fsdp_wrapped_module.", "")] = local.cpu().view(torch.uint8).clone()
+    return found
+
+
+def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
+    """Losses of some steps of SGD on the adapters, then the adapters; nothing else is kept."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 500, (STEPS, 4, 65), generator=generator).to(device)
+    positions = torch.arange(64, device=device).expand(4, 64)
+    adapters = list(adapter_parameters(model).values())
+    losses, allocated = [], []
+    for step in range(STEPS):
+        loss = model(tokens[step, :, :-1], positions, tokens[step, :, 1:]).sum() / 256
+        loss.backward()
+        with torch.no_grad():
+            for parameter in adapters:
+                assert parameter.grad is not None
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+        losses.append(loss.detach())
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert len(set(allocated[1:])) == 1, f"memory is left behind by steps: {allocated}"
+    return [*losses, *(parameter.detach().clone() for parameter in adapters)]
+
+
+def started(config: Config, device: torch.device) -> CausalLM:
+    model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
+    with torch.no_grad():
+        for index, parameter in enumerate(adapter_parameters(model).values()):
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.copy_(values / parameter.shape[1] ** 0.5)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_dequantized": True}, {"checkpointing": "none"}], ids=str)
+def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
+    group: dist.ProcessGroup,
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    device = torch.device("cuda")
+    config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings})
+    whole = started(config, device)
+    before = packed_bytes(whole)
+    expected = train_steps(whole, device)
+    del whole
+    for prefetch in (False, True):
+        with monkeypatch.context() as patch:
+            model = started(config, device)
+            if tuple(map(int, torch.__version__.split(".")[:2])) < fsdp2.FIRST_TORCH:
+                hold_bytes_as_bf16(model, patch)
+                patch.setattr(fsdp2, "check_torch", lambda version: None)
+            mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("shard",))
+            fsdp2.shard(model, mesh, prefetch=prefetch, traffic=Traffic())
+            actual = train_steps(model, device)
+            for ours, theirs in zip(actual, expected, strict=True):
+                assert torch.equal(ours, theirs)
+            after = packed_bytes(model)
+            assert after.keys() == before.keys()
+            for name, packed in before.items():
+                assert torch.equal(after[name], packed), f"{name} has other bytes after {STEPS} steps"
+            assert len(scratch._arenas) == 1, "weights are dequantized on a stream beside the one that computes"
+            del model
+    assert torch.cuda.memory_stats()["num_alloc_retries"] == 0

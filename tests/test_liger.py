@@ -1,0 +1,192 @@
+"""liger-kernel's modules in our decoders: the numbers of transformers' own, the same parameters under the same names.
+
+liger-kernel comes with the extra `cuda`; without a GPU its kernels run in Triton's interpreter (conftest.py), ours not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from closeness import relative_error
+from distlora import liger, startup
+from distlora.model import CausalLM
+from distlora.parallel import Ranks
+from family_models import VARIANTS, load_ours, tokens, write_family_folder
+
+needs_liger = pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed (the extra `cuda`)"
+)
+ONE_EACH = ("llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3")
+PARTIAL_ROTARY = "phi3-longrope-tied"
+RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+
+
+@pytest.fixture
+def rotary_kept(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts the rotary embedding of a decoder's file back after the test."""
+
+    def keep(model: CausalLM) -> ModuleType:
+        module = sys.modules[type(model.decoder).__module__]
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+        return module
+
+    return keep
+
+
+@pytest.fixture
+def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what the interpreter lacks for these kernels. It hands floats over as they are, where the compiler
+    makes fp32 scalars with methods of them, and it has none of libdevice's functions."""
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    def elementwise(function: Any) -> Any:
+        return lambda x: tl.tensor(interpreter.TensorHandle(function(x.handle.data), x.handle.dtype), x.type)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", elementwise(lambda x: np.float32(1) / np.sqrt(x)))
+    monkeypatch.setattr("liger_kernel.ops.geglu.tanh", elementwise(np.tanh))
+
+
+def test_where_it_cannot_be_used_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "need CUDA" in str(liger.why_not(device=torch.device("cpu"), full=False))
+    assert "autocast" in str(liger.why_not(device=torch.device("cuda"), full=True))
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(liger.why_not(device=torch.device("cuda"), full=False))
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
+    assert liger.why_not(device=torch.device("cuda"), full=False) is None
+
+
+def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    losses = model(input_ids, positions, input_ids.roll(-1, dims=1))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return losses.detach(), list(torch.autograd.grad(losses.sum() / input_ids.numel(), parameters))
+
+
+@needs_liger
+@pytest.mark.parametrize("name", [*ONE_EACH, PARTIAL_ROTARY])
+def test_a_decoder_with_liger_computes_what_it_did(
+    name: str, tmp_path: Path, rotary_kept: Any, interpretable: None
+) -> None:
+    write_family_folder(tmp_path, name)
+    # With and without recomputation: the rotary embedding and the MLP's backward overwrite what they are given.
+    checkpointing = "block" if name in ("llama-biases", "gemma2") else "none"
+    train = {"dtype": "fp32", "checkpointing": checkpointing, "liger": False}
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    input_ids = tokens(2, 4).to(RANKS.device)
+    expected_losses, expected = run(model, input_ids)
+    before = dict(model.named_parameters())
+    module = rotary_kept(model)
+
+    said = liger.apply(model.decoder, model.family)
+
+    assert module.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+    gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
+    norms = {"gemma2": 13, "gemma3": 19, "gemma3-text": 19, "qwen3": 13}.get(name, 7)
+    assert f"RMSNorm ({norms}), {gated} (3), rotary embedding" in said
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[path] is after[path] for path in before)
+    losses, gradients = run(model, input_ids)
+    assert relative_error(losses, expected_losses) <= 1e-6
+    for actual, gradient in zip(gradients, expected, strict=True):
+        assert relative_error(actual, gradient) <= 3e-6
+
+
+@needs_liger
+def test_a_model_is_built_sharded_and_loaded_with_it(
+    tmp_path: Path, rotary_kept: Any, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a start does it: exchanged on meta, before the weights are there."""
+    write_family_folder(tmp_path, "gemma3")
+    train = {"dtype": "fp32", "liger": False}
+    input_ids = tokens(2, 4).to(RANKS.device)
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    rotary_kept(model)
+    expected, _ = run(model, input_ids)
+    monkeypatch.setattr(
+        startup, "use_device_kernels", lambda model, config, device: liger.apply(model.decoder, model.family)
+    )
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    assert type(model.decoder.norm).__name__ == "LigerRMSNorm"
+    losses, _ = run(model, input_ids)
+    assert relative_error(losses, expected) <= 1e-6
+
+
+@needs_liger
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: these kernels compute in bf16, the interpreter cannot"
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3-text"])
+def test_norms_and_mlps_in_bf16_are_as_exact_as_transformers(name: str, tmp_path: Path, rotary_kept: Any) -> None:
+    """Against the same modules in fp64, forward and gradient of the input, at most 1.2 times transformers' error."""
+    write_family_folder(tmp_path, name)
+    train = {"dtype": "bf16", "checkpointing": "none", "liger": False}
+    model, _ = load_ours(tmp_path, RANKS, quant={"method": "none"}, train=train)
+    layer = model.blocks[0].inner
+    paths = ("input_layernorm", "mlp")
+    theirs = [layer.get_submodule(path) for path in paths]
+    generator = torch.Generator().manual_seed(3)
+    size = model.decoder.config.hidden_size
+    x, grad = (torch.randn(40, size, generator=generator).bfloat16().to(RANKS.device) for _ in range(2))
+    transformers_own = [through(module, x, grad) for module in theirs]
+    exact = [through(in_fp64(module, model), x.double(), grad.double()) for module in theirs]
+    rotary_kept(model)
+    liger.apply(model.decoder, model.family)
+    ours = [through(layer.get_submodule(path), x, grad) for path in paths]
+    for path, actual, other, wanted in zip(paths, ours, transformers_own, exact, strict=True):
+        for what, a, b, c in zip(("output", "gradient"), actual, other, wanted, strict=True):
+            assert relative_error(a, c) <= 1.2 * relative_error(b, c), f"{path}, {what}"
+
+
+def through(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    output = module(leaf)
+    return output.detach(), torch.autograd.grad(output, leaf, grad.clone())[0]
+
+
+def in_fp64(module: nn.Module, model: CausalLM) -> Any:
+    """A norm or an MLP of transformers with our weights, by its formula."""
+    if (weight := getattr(module, "weight", None)) is not None:
+        gemma = model.family.model_type.startswith("gemma")
+        scale = weight.double() + (1.0 if gemma else 0.0)
+        return lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
+
+    def mlp(x: Tensor) -> Tensor:
+        gate, up = (linear_in_fp64(module.get_submodule(name), x) for name in ("gate_proj", "up_proj"))
+        gemma = model.family.model_type.startswith("gemma")
+        activated = nn.functional.gelu(gate, approximate="tanh") if gemma else nn.functional.silu(gate)
+        return linear_in_fp64(module.get_submodule("down_proj"), activated * up)
+
+    return mlp
+
+
+def linear_in_fp64(linear: Any, x: Tensor) -> Tensor:
+    pair = next(iter(linear.adapters.values()))
+    return x @ linear.weight.double().T + pair.scaling * (x @ pair.A.double().T) @ pair.B.double().T
+
+
+def test_every_family_is_tried() -> None:
+    families = {VARIANTS[name][0] for name in ONE_EACH}
+    assert families == {stem for stem, _ in VARIANTS.values()}

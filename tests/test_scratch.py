@@ -1,0 +1,120 @@
+"""Dequantized weights: where they lie on a GPU, and keeping them from a block's recomputation to its backward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distlora.adapters import AdaptedLinear, BlockContext
+from distlora.blocks import Block
+from distlora.config import AdapterConfig, UserError
+from distlora.quant import FrozenLinear, link_shared_inputs
+from distlora_kernels import nf4, scratch
+from distlora_kernels.operands import FrozenWeight
+from small_models import make_run
+
+SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "o_proj": (64, 64)}
+
+
+class Layer(nn.Module):
+    """Two projections of one input and one of theirs, packed."""
+
+    def __init__(self, context: BlockContext) -> None:
+        super().__init__()
+        for index, (name, (out, features)) in enumerate(SHAPES.items()):
+            linear = AdaptedLinear(features, out, bias=False, quantized=True, dtype=torch.float32, context=context)
+            linear.add_adapter("default", AdapterConfig(r=4), path=name, seed=0)
+            generator = torch.Generator().manual_seed(index)
+            parts = nf4.nf4_quantize(torch.randn(out, features, generator=generator) / 8)
+            for part, value in zip(("codes", "scales", "group_scale"), parts, strict=False):
+                setattr(linear, part, nn.Parameter(value, requires_grad=False))
+            linear.offset = parts[3]
+            for pair in linear.pairs:
+                pair.A = nn.Parameter(torch.randn(4, features, generator=generator))
+                pair.B = nn.Parameter(torch.randn(out, 4, generator=generator))
+            self.add_module(name, linear)
+        link_shared_inputs({name: m for name, m in self.named_children() if isinstance(m, FrozenLinear)})
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        return hidden_states + self.o_proj(torch.tanh(q * torch.cat((k, k), dim=-1)))
+
+
+def two_blocks(*, checkpointing: bool, keep: bool, num_micro: int = 1) -> nn.Sequential:
+    blocks = []
+    for _ in range(2):
+        context = BlockContext()
+        block = Block(Layer(context), context)
+        block.checkpointing, block.keep_dequantized, block.num_micro = checkpointing, keep, num_micro
+        blocks.append(block)
+    return nn.Sequential(*blocks)
+
+
+def gradients_and_dequantizations(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[list[Tensor], int]:
+    """Of the input and all adapters, and how many weights were dequantized."""
+    calls: list[tuple[int, int]] = []
+    dense = FrozenWeight.dense
+
+    def counted(self: FrozenWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        calls.append(self.shape)
+        return dense(self, dtype, out)
+
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(7), requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenWeight, "dense", counted)
+        y = model(x)
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(y.square().sum(), [x, *adapters])
+    return [y.detach(), *gradients], len(calls)
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_kept_weights_are_dequantized_twice_a_step_instead_of_three_times(
+    monkeypatch: pytest.MonkeyPatch, num_micro: int
+) -> None:
+    expected, without = gradients_and_dequantizations(
+        monkeypatch, two_blocks(checkpointing=True, keep=False, num_micro=num_micro)
+    )
+    actual, kept = gradients_and_dequantizations(
+        monkeypatch, two_blocks(checkpointing=True, keep=True, num_micro=num_micro)
+    )
+    weights = 2 * len(SHAPES) * num_micro
+    assert (without, kept) == (3 * weights, 2 * weights)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_nothing_dequantized_outlives_its_block() -> None:
+    """Without a checkpoint nothing is kept, and with one what is saved in forward is dropped."""
+    for checkpointing in (False, True):
+        saved: list[Tensor] = []
+        model = two_blocks(checkpointing=checkpointing, keep=checkpointing)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            model(torch.randn(4, 5, 64, requires_grad=True))
+        assert not [t for t in saved if tuple(t.shape) in SHAPES.values() and t.dtype == torch.float32]
+
+
+def test_an_arena_reuses_one_place_and_keeps_a_blocks_weights_apart() -> None:
+    own = scratch.Arena(torch.device("cpu"))
+    first, second = own.take_one((8, 64), torch.float32), own.take_one((4, 64), torch.bfloat16)
+    assert first.data_ptr() == second.data_ptr()
+    own.kept = torch.empty(4096, dtype=torch.uint8)
+    own.start_keeping()
+    kept = [own.take_kept((3, 5), torch.bfloat16), own.take_kept((7, 64), torch.bfloat16)]
+    assert kept[1].data_ptr() - kept[0].data_ptr() == 512
+    assert own.kept.data_ptr() != own.one.data_ptr()
+    before = own.take_kept((1, 1), torch.float32).data_ptr()
+    own.start_keeping()
+    assert own.take_kept((3, 5), torch.bfloat16).data_ptr() < before
+    assert own.take_kept((64, 64), torch.float32).fill_(1.0).sum() == 4096, "grows beyond what was reserved"
+    assert scratch.block_bytes([(3, 5), (7, 64)], torch.bfloat16) == 512 + 1024
+
+
+def test_settings_without_an_effect_are_refused(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"keep_dequantized=true has no effect with train.checkpointing=none"):
+        make_run(tmp_path / "a", folders, train={"keep_dequantized": True, "checkpointing": "none"})
+    with pytest.raises(UserError, match=r"keep_dequantized=true has no effect with quant=none"):
+        make_run(tmp_path / "b", folders, train={"keep_dequantized": True}, quant={"method": "none"})

@@ -1,4 +1,4 @@
-"""Whole training steps under FSDP2 on one GPU, a world of one rank: gathers, prefetch, memory, and the bytes of the base.
+"""Whole training steps under FSDP2 on one GPU, a world of one rank: gathers, prefetch, memory, the bytes of the base.
 
 FSDP2 of torch 2.11 makes every sharded parameter require a gradient, which uint8 cannot; there, and in this test alone,
 the packed bytes are Parameters of bf16 that are viewed as bytes.

@@ -49,3 +49,11 @@ def register(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[...
         return op
 
     return decorate
+
+
+def check(condition: bool, message: Callable[[], str], error: type[Exception] = RuntimeError) -> None:
+    """Raise `error` unless the condition holds. Not torch._check: torch.compile breaks the graph at one whose message
+    shows values.
+    """
+    if not condition:
+        raise error(message())

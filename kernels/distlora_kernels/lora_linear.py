@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import uses_triton
+from distlora_kernels.dropout import Dropout
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
@@ -49,31 +50,39 @@ def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     x is read once for all their A where no dropout makes them see different inputs, and their gradients of x are added
     up in place. The base GEMMs stay separate.
     """
-    adapters = [linear.adapter for linear in linears]
-    tensors = [
-        tensor
-        for linear, adapter in zip(linears, adapters, strict=True)
-        for tensor in (*(adapter[:2] if adapter is not None else (None, None)), linear.bias, *linear.weight.parts)
-    ]
-    # What is no tensor of the graph; the tensors take their places in `_joined`.
-    forms = tuple(
-        linear._replace(
-            weight=linear.weight._replace(parts=(None,) * len(linear.weight.parts)),
-            adapter=None if adapter is None else adapter._replace(a=None, b=None),
-            bias=None,
-        )
-        for linear, adapter in zip(linears, adapters, strict=True)
-    )
+    forms = tuple(_Form.of(linear) for linear in linears)
+    tensors = [tensor for linear in linears for tensor in _tensors(linear)]
     ys = _LoRALinears.apply(x.flatten(0, -2), forms, *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
 
 
+class _Form(NamedTuple):
+    """What of a linear is no tensor of the graph."""
+
+    shape: tuple[int, int]
+    num_parts: int
+    scale: float | RowChoice | None
+    """None without an adapter."""
+    dropout: Dropout | None
+
+    @staticmethod
+    def of(linear: Linear) -> _Form:
+        scale, dropout = (None, None) if linear.adapter is None else linear.adapter[2:]
+        return _Form(linear.weight.shape, len(linear.weight.parts), scale, dropout)
+
+
+def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
+    """What of a linear autograd must see: a, b, bias and the weight's parts."""
+    a, b = (None, None) if linear.adapter is None else linear.adapter[:2]
+    return (a, b, linear.bias, *linear.weight.parts)
+
+
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forms: tuple[Linear, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, forms: tuple[_Form, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights = DenseWeights(len(forms))
         ys, kept = _path(x).forward(x, _joined(forms, tensors), weights)
-        adapted = any(form.adapter is not None for form in forms)
+        adapted = any(form.scale is not None for form in forms)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
         # x for dA, what the path keeps (x A^T) for dB.
@@ -112,20 +121,19 @@ def _path(tensor: Tensor) -> ModuleType:
     return lora_gpu
 
 
-def _places(forms: Sequence[Linear]) -> Iterator[int]:
-    """Where each linear's tensors start: a, b, bias and the weight's parts."""
+def _places(forms: Sequence[_Form]) -> Iterator[int]:
+    """Where each linear's tensors start."""
     start = 0
     for form in forms:
         yield start
-        start += 3 + len(form.weight.parts)
+        start += 3 + form.num_parts
 
 
-def _joined(forms: Sequence[Linear], tensors: Sequence[Tensor | None]) -> tuple[Linear, ...]:
+def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...]:
     """The linears again, of their forms and their tensors."""
     linears = []
     for form, start in zip(forms, _places(forms), strict=True):
-        a, b, bias = tensors[start : start + 3]
-        weight = form.weight._replace(parts=tuple(tensors[start + 3 : start + 3 + len(form.weight.parts)]))
-        adapter = None if form.adapter is None else form.adapter._replace(a=a, b=b)
-        linears.append(Linear(weight, adapter, bias))
+        a, b, bias, *parts = tensors[start : start + 3 + form.num_parts]
+        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout)
+        linears.append(Linear(FrozenWeight(tuple(parts), form.shape), adapter, bias))
     return tuple(linears)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
-from distlora_kernels.dispatch import register, uses_triton
+from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, absmax_group_sums, num_groups
 
 __all__ = [
@@ -49,8 +49,8 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 
     Equal to bitsandbytes byte for byte. n need not be a multiple of 16,384: the last group is padded with codes of 0.
     """
-    torch._check_type(flat.dtype in _SOURCE_DTYPES, lambda: f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}")
-    torch._check(flat.dim() == 1, lambda: f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}")
+    check(flat.dtype in _SOURCE_DTYPES, lambda: f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}", TypeError)
+    check(flat.dim() == 1, lambda: f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}")
     if not uses_triton(flat):
         return nf4_cpu.quantize_blocks(flat)
     from distlora_kernels import nf4_triton
@@ -65,7 +65,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     scale = exactly nearest entry of the dynamic map, ties to the lower index. Blocks from `num_blocks` on are padding.
     absmax must be finite: what NaN and Inf give means nothing.
     """
-    torch._check(
+    check(
         absmax.dtype == offset.dtype == torch.float32 and absmax.dim() == 2 and absmax.shape[1] == BLOCKS_PER_GROUP,
         lambda: (
             f"absmax must be (G, {BLOCKS_PER_GROUP}) fp32 and offset fp32, got {tuple(absmax.shape)} {absmax.dtype}, "
@@ -151,12 +151,13 @@ def nf4_dequantize(
         and scales.shape == (groups, BLOCKS_PER_GROUP)
         and group_scale.shape == (groups,)
     )
-    # Not torch._check here and below: torch.compile breaks the graph at one whose message shows values.
-    if not fits:
-        raise RuntimeError(
+    check(
+        fits,
+        lambda: (
             f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
             f"group_scale {tuple(group_scale.shape)}"
-        )
+        ),
+    )
     if out is None and _eagerly_on_cpu(codes):
         return nf4_cpu.dequantize(codes, scales, group_scale, offset, shape=shape, dtype=dtype)
     weight = _place(out, shape, dtype, codes.device)
@@ -173,10 +174,10 @@ def dequantize_blocks(
     fit `shape`.
     """
     groups = num_groups(math.prod(shape))
-    if codes.shape != (groups, GROUP_BYTES) or absmax.shape != (groups, BLOCKS_PER_GROUP):
-        raise RuntimeError(
-            f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, absmax {tuple(absmax.shape)}"
-        )
+    check(
+        codes.shape == (groups, GROUP_BYTES) and absmax.shape == (groups, BLOCKS_PER_GROUP),
+        lambda: f"a weight {shape} has {groups} groups; got codes {tuple(codes.shape)}, absmax {tuple(absmax.shape)}",
+    )
     if out is None and _eagerly_on_cpu(codes):
         return nf4_cpu.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
     weight = _place(out, shape, dtype, codes.device)

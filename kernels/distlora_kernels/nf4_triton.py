@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distlora_kernels import reference, tables
+from distlora_kernels.dispatch import check
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
 
@@ -73,7 +74,7 @@ def _launch_dequantize(
     codes: Tensor, scales: Tensor, group_scale: Tensor | None, offset: Tensor | None, map_: Tensor | None, out: Tensor
 ) -> None:
     parts = (codes, scales) if group_scale is None else (codes, scales, group_scale)
-    torch._check(
+    check(
         all(part.is_contiguous() for part in parts) and codes.data_ptr() % 4 == 0,
         lambda: (
             f"the parts must be contiguous and codes start at a multiple of 4 bytes (8 codes are read at once); "

@@ -114,7 +114,7 @@ class DenseWeights:
         if not weight.packed:
             return weight.dense(dtype)
         first, place = weight.parts[0], None
-        if uses_triton(first):
+        if uses_triton(first) and not torch.compiler.is_compiling():  # A graph has memory of its own.
             own = arena(first.device)
             place = (own.take_kept if _keeping == "recomputation" else own.take_one)(weight.shape, dtype)
         dense = weight.dense(dtype, place)

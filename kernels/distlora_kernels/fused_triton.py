@@ -1,0 +1,386 @@
+"""x W^T and dy W from a packed weight W (O, I), decoded inside the matrix product: Triton kernels and their launches.
+
+What makes forward's inner loop cheap (README.md has the instruction counts):
+- a thread reads 16 bytes, 32 codes of one row, and looks the levels up one by one in a table of 16 fp32, which lies in
+  16 different banks of shared memory: a look-up by 32 lanes takes one cycle, where a table of 256 pairs takes six;
+- W is the *left* operand of W x^T, and its k and its rows are renumbered so that the codes a thread has read are those
+  that the matrix instruction wants in its registers: W never passes through shared memory. A sum does not care about
+  the order of k, so x is renumbered alike; the rows are put back at the end. Where the renumbering does not fit an
+  architecture, Triton moves data: slower, and equal.
+
+A second launch adds the parts of a split sum, in a fixed order.
+
+Letters: M rows, I in features, O out features, R rank, G groups, S parts that the sum is split into.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distlora_kernels import tables
+from distlora_kernels.fused_tiles import (
+    DX,
+    DX_HOPPER,
+    HOPPER,
+    LINEAR,
+    LINEAR_HOPPER,
+    Config,
+    dx_config,
+    k_width,
+    linear_config,
+    ranks_at_a_time,
+)
+from distlora_kernels.offline import Case
+from distlora_kernels.reference import BLOCK
+
+# absmax is rounded twice by contract: no fused multiply-add.
+_OPTIONS = {"enable_fp_fusion": False}
+_REDUCED = 1024
+"""Outputs that one program of the second launch adds."""
+
+
+@triton.jit
+def _absmax(scales_ptr, scale_ptr, map_ptr, offset, block, mask):
+    """fp32 absmax of the blocks: stored itself (scales_ptr is None), or fl(fl(map[scale] * group_scale) + offset)."""
+    if scales_ptr is None:
+        absmax = tl.load(scale_ptr + block, mask=mask, other=0.0)
+    else:
+        scale = tl.load(scales_ptr + block, mask=mask, other=0).to(tl.int32)
+        group_scale = tl.load(scale_ptr + (block >> 8), mask=mask, other=0.0)
+        absmax = tl.load(map_ptr + scale) * group_scale + offset
+    return absmax
+
+
+@triton.jit
+def _decode(words, absmax, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """words (ROWS, COLUMNS / 8) int32 of 8 codes, absmax (ROWS, COLUMNS / 64) -> (ROWS, COLUMNS) in `dtype`."""
+    bits = words.to(tl.uint32, bitcast=True)
+    # Byte 0 holds the first two codes, the first of them in the high nibble. join appends a dim, the fastest one, so
+    # the outermost join is of the two nibbles of a byte and the innermost of bytes b and b + 2.
+    high = tl.join(
+        tl.join((bits >> 4) & 15, (bits >> 20) & 15),
+        tl.join((bits >> 12) & 15, bits >> 28),
+    )
+    low = tl.join(
+        tl.join(bits & 15, (bits >> 16) & 15),
+        tl.join((bits >> 8) & 15, (bits >> 24) & 15),
+    )
+    code = tl.reshape(tl.join(high, low), (ROWS * COLUMNS,)).to(tl.int32)
+    # Gathered in one dim: loads from shared memory in Triton 3.6 and 3.9. In two dims: shuffles, 4 a code in 3.9.
+    level = tl.reshape(tl.gather(levels, code, 0), (ROWS, COLUMNS // 64, 64))
+    return tl.reshape(level * absmax[:, :, None], (ROWS, COLUMNS)).to(dtype)
+
+
+@triton.jit
+def _renumber_k(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K_WIDTH: tl.constexpr):
+    """(ROWS, COLUMNS) with its columns renumbered: each of the 4 lanes that share a row in the matrix instruction gets
+    a quarter of the row's 128 columns, which lie together in memory."""
+    quarters = tl.reshape(tile, (ROWS, COLUMNS // 128, 4, 32 // K_WIDTH, K_WIDTH))
+    return tl.reshape(tl.permute(quarters, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _renumber_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """(ROWS, COLUMNS) with its rows renumbered: a warp reads rows of 8, far apart; the matrix instruction wants 16."""
+    eights = tl.reshape(tile, (ROWS // (16 * WARPS), 2, WARPS, 8, COLUMNS))
+    return tl.reshape(tl.permute(eights, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _restore_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """The inverse of _renumber_rows."""
+    eights = tl.reshape(tile, (ROWS // (16 * WARPS), WARPS, 2, 8, COLUMNS))
+    return tl.reshape(tl.permute(eights, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _store(result, y_ptr, addend_ptr, bias_ptr, row, column, M, N, part):
+    """result (rows, columns) fp32 + addend (M, N) + bias (N,), which part 0 adds, rounded once into y (S, M, N)."""
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    element = row.to(tl.int64)[:, None] * N + column[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < tl.where(part == 0, N, 0), other=0.0).to(tl.float32)
+        result += bias[None, :]
+    if addend_ptr is not None:
+        inside_first = inside & (row < tl.where(part == 0, M, 0))[:, None]
+        result += tl.load(addend_ptr + element, mask=inside_first, other=0.0).to(tl.float32)
+    tl.store(y_ptr + part.to(tl.int64) * M * N + element, result.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["offset_ptr"])
+def _linear_kernel(
+    x_ptr, codes_ptr, scales_ptr, scale_ptr, offset_ptr, map_ptr, levels_ptr,
+    addend_ptr, xa_ptr, b_ptr, bias_ptr, y_ptr,
+    M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
+    WHOLE: tl.constexpr, K_WIDTH: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """y (S, M, O) = x W^T + xa b^T + addend + bias over part `program_id(1)` of I. WHOLE: I is a multiple of DEPTH."""
+    part = tl.program_id(1)
+    row = tl.program_id(0) % num_row_tiles * ROWS + tl.arange(0, ROWS)
+    out = tl.program_id(0) // num_row_tiles * WIDTH + tl.arange(0, WIDTH)
+    row_inside, out_inside = (row < M)[:, None], (out < OUT)[:, None]
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    offset = tl.load(offset_ptr) if offset_ptr is not None else 0.0
+    dtype = x_ptr.dtype.element_ty
+    x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * IN
+    codes_row_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + out.to(tl.int64)[:, None] * row_words
+    first_block = out.to(tl.int64)[:, None] * row_blocks
+    total = tl.zeros((WIDTH, ROWS), tl.float32)
+    for tile in tl.range(part * tiles_per_part, min((part + 1) * tiles_per_part, tl.cdiv(IN, DEPTH))):
+        k = (tile * DEPTH + tl.arange(0, DEPTH))[None, :]
+        word = (tile * (DEPTH // 8) + tl.arange(0, DEPTH // 8))[None, :]
+        block = (tile * (DEPTH // 64) + tl.arange(0, DEPTH // 64))[None, :]
+        if WHOLE:
+            k_inside, word_inside, block_inside = row_inside, out_inside, out_inside
+        else:
+            k_inside, word_inside = row_inside & (k < IN), out_inside & (word < row_words)
+            block_inside = out_inside & (block < row_blocks)
+        absmax = _absmax(scales_ptr, scale_ptr, map_ptr, offset, first_block + block, block_inside)
+        x = tl.load(x_row_ptr + k, mask=k_inside, other=0.0)
+        words = tl.load(codes_row_ptr + word, mask=word_inside, other=0)
+        w = _renumber_k(_decode(words, absmax, levels, WIDTH, DEPTH, dtype), WIDTH, DEPTH, K_WIDTH)
+        w = _renumber_rows(w, WIDTH, DEPTH, WARPS)
+        total = tl.dot(w, tl.trans(_renumber_k(x, ROWS, DEPTH, K_WIDTH)), total, input_precision="ieee")
+    if xa_ptr is not None:
+        for start in tl.range(0, tl.where(part == 0, R, 0), RANKS, num_stages=1):
+            rank = (start + tl.arange(0, RANKS))[None, :]
+            xa = tl.load(xa_ptr + row.to(tl.int64)[:, None] * R + rank, mask=row_inside & (rank < R), other=0.0)
+            b = tl.load(b_ptr + out.to(tl.int64)[:, None] * R + rank, mask=out_inside & (rank < R), other=0.0)
+            b = _renumber_rows(b, WIDTH, RANKS, WARPS)
+            total = tl.dot(b, tl.trans(xa), total, input_precision="ieee")
+    y = tl.trans(_restore_rows(total, WIDTH, ROWS, WARPS))
+    _store(y, y_ptr, addend_ptr, bias_ptr, row, out, M, OUT, part)
+
+
+@triton.jit(do_not_specialize_on_alignment=["offset_ptr"])
+def _dx_kernel(
+    dy_ptr, codes_ptr, scales_ptr, scale_ptr, offset_ptr, map_ptr, levels_ptr, dxa_ptr, a_ptr, dx_ptr,
+    M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """dx (S, M, I) = dy W + dxa a over part `program_id(1)` of O. WHOLE: I is a multiple of WIDTH.
+
+    The sum runs over W's rows while its codes lie along them: W goes through shared memory, as tl.dot does it.
+    """
+    part = tl.program_id(1)
+    row = tl.program_id(0) % num_row_tiles * ROWS + tl.arange(0, ROWS)
+    column_tile = tl.program_id(0) // num_row_tiles
+    column = column_tile * WIDTH + tl.arange(0, WIDTH)
+    word = (column_tile * (WIDTH // 8) + tl.arange(0, WIDTH // 8))[None, :]
+    block = (column_tile * (WIDTH // 64) + tl.arange(0, WIDTH // 64))[None, :]
+    row_inside = (row < M)[:, None]
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    offset = tl.load(offset_ptr) if offset_ptr is not None else 0.0
+    dtype = dy_ptr.dtype.element_ty
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+    dy_row_ptr = dy_ptr + row.to(tl.int64)[:, None] * OUT
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for tile in tl.range(part * tiles_per_part, min((part + 1) * tiles_per_part, tl.cdiv(OUT, DEPTH))):
+        out = tile * DEPTH + tl.arange(0, DEPTH)
+        out_inside = (out < OUT)[:, None]
+        if WHOLE:
+            word_inside, block_inside = out_inside, out_inside
+        else:
+            word_inside, block_inside = out_inside & (word < row_words), out_inside & (block < row_blocks)
+        first = out.to(tl.int64)[:, None]
+        absmax = _absmax(scales_ptr, scale_ptr, map_ptr, offset, first * row_blocks + block, block_inside)
+        dy = tl.load(dy_row_ptr + out[None, :], mask=row_inside & (out < OUT)[None, :], other=0.0)
+        words = tl.load(words_ptr + first * row_words + word, mask=word_inside, other=0)
+        w = _decode(words, absmax, levels, DEPTH, WIDTH, dtype)
+        total = tl.dot(dy, w, total, input_precision="ieee")
+    if dxa_ptr is not None:
+        for start in tl.range(0, tl.where(part == 0, R, 0), RANKS, num_stages=1):
+            rank = start + tl.arange(0, RANKS)
+            rank_inside = rank < R
+            dxa = tl.load(
+                dxa_ptr + row.to(tl.int64)[:, None] * R + rank[None, :],
+                mask=row_inside & rank_inside[None, :],
+                other=0.0,
+            )
+            a = tl.load(
+                a_ptr + rank.to(tl.int64)[:, None] * IN + column[None, :],
+                mask=rank_inside[:, None] & (column < IN)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(dxa, a, total, input_precision="ieee")
+    _store(total, dx_ptr, None, None, row, column, M, IN, part)
+
+
+@triton.jit
+def _add_parts_kernel(parts_ptr, y_ptr, numel, num_parts, OUTPUTS: tl.constexpr):
+    """y (numel,) = the sum of parts (S, numel) fp32 from the first to the last, rounded once."""
+    element = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros((OUTPUTS,), tl.float32)
+    part_ptr = parts_ptr + element
+    for _ in tl.range(0, num_parts):
+        total += tl.load(part_ptr, mask=element < numel, other=0.0)
+        part_ptr += numel
+    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=element < numel)
+
+
+def linear(
+    x: Tensor,
+    parts: list[Tensor],
+    out_features: int,
+    *,
+    addend: Tensor | None = None,
+    xa: Tensor | None = None,
+    b: Tensor | None = None,
+    bias: Tensor | None = None,
+    num_parts: int | None = None,
+) -> Tensor:
+    """x (M, I), the packed weight's parts -> (M, O) in x's dtype: x W^T + xa b^T + addend + bias, rounded once.
+
+    `num_parts`: into how many parts the sum over I is split; None is as many as fill the device.
+    """
+    (m, i), o, capability = x.shape, out_features, _capability(x.device)
+    config = linear_config(capability, m, x.dtype)
+    return _launch(
+        _linear_kernel, x, parts, (addend, xa, b, bias), config, outputs=o, summed=i, in_features=i,
+        rank=None if xa is None else xa.shape[1], num_parts=num_parts,
+        constants={
+            "WHOLE": i % config.depth == 0,
+            "K_WIDTH": k_width(capability, len(parts) == 4),
+            "WARPS": config.warps,
+        },
+    )  # fmt: skip
+
+
+def dx(
+    dy: Tensor,
+    parts: list[Tensor],
+    in_features: int,
+    *,
+    dxa: Tensor | None = None,
+    a: Tensor | None = None,
+    num_parts: int | None = None,
+) -> Tensor:
+    """dy (M, O), the packed weight's parts -> (M, I) in dy's dtype: dy W + dxa a, rounded once. num_parts: of O."""
+    (m, o), i = dy.shape, in_features
+    config = dx_config(_capability(dy.device), m, dy.dtype)
+    return _launch(
+        _dx_kernel, dy, parts, (dxa, a), config, outputs=i, summed=o, in_features=i,
+        rank=None if dxa is None else dxa.shape[1], num_parts=num_parts, constants={"WHOLE": i % config.width == 0},
+    )  # fmt: skip
+
+
+def _launch(
+    kernel: Any,
+    rows: Tensor,
+    parts: list[Tensor],
+    operands: tuple[Tensor | None, ...],
+    config: Config,
+    *,
+    outputs: int,
+    summed: int,
+    in_features: int,
+    rank: int | None,
+    num_parts: int | None,
+    constants: dict[str, Any],
+) -> Tensor:
+    """The product of rows (M, summed) and the weight -> (M, outputs), and the second launch if the sum is split."""
+    device, m = rows.device, rows.shape[0]
+    result = rows.new_empty(m, outputs)
+    if result.numel() == 0:
+        return result
+    row_tiles, output_tiles = triton.cdiv(m, config.rows), triton.cdiv(outputs, config.width)
+    depth_tiles = triton.cdiv(summed, config.depth)
+    if num_parts is None:
+        # As many programs as run at once, of 4 tiles at the least: below that the start of a program weighs more.
+        num_parts = min(depth_tiles // 4, _num_sms(device) * config.programs // (row_tiles * output_tiles))
+    tiles_per_part = triton.cdiv(depth_tiles, max(1, num_parts))
+    num_parts = triton.cdiv(depth_tiles, tiles_per_part)
+    y = result if num_parts == 1 else rows.new_empty((num_parts, m, outputs), dtype=torch.float32)
+    codes, scales, scale, offset = parts if len(parts) == 4 else (parts[0], None, parts[1], None)
+    kernel[(row_tiles * output_tiles, num_parts)](
+        rows, codes, scales, scale, offset,
+        None if scales is None else tables.dynamic_map(device), tables.levels(device), *operands, y,
+        m, outputs if kernel is _linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
+        rank or 0, row_tiles, tiles_per_part,
+        ROWS=config.rows, WIDTH=config.width, DEPTH=config.depth, RANKS=ranks_at_a_time(rank), **constants,
+        num_warps=config.warps, num_stages=config.stages, **_OPTIONS,
+    )  # fmt: skip
+    if num_parts > 1:
+        grid = (triton.cdiv(result.numel(), _REDUCED),)
+        _add_parts_kernel[grid](y, result, result.numel(), num_parts, OUTPUTS=_REDUCED, num_warps=4)
+    return result
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _case(
+    name: str, kernel: Any, config: Config, archs: tuple[int, ...], *, nested: bool, lora: bool, parts: bool
+) -> Case:
+    """The specialization for sizes that are multiples of 128, bf16, r = 16, one configuration."""
+    linear_kernel = kernel is _linear_kernel
+    signature = {"codes_ptr": "*u8:16", "scale_ptr": "*fp32:16", "levels_ptr": "*fp32:16", "M": "i32"}
+    signature |= dict.fromkeys(("OUT", "IN", "row_words", "row_blocks"), "i32:16")
+    signature |= dict.fromkeys(("num_row_tiles", "tiles_per_part"), "i32")
+    signature["R"] = "i32:16" if lora else "i32"
+    signature |= dict.fromkeys(("x_ptr",) if linear_kernel else ("dy_ptr",), "*bf16:16")
+    signature["y_ptr" if linear_kernel else "dx_ptr"] = "*fp32:16" if parts else "*bf16:16"
+    constants: dict[str, Any] = {"ROWS": config.rows, "WIDTH": config.width, "DEPTH": config.depth, "WHOLE": True}
+    constants["RANKS"] = ranks_at_a_time(16)
+    if linear_kernel:
+        constants |= {"K_WIDTH": k_width(divmod(archs[0], 10), nested), "WARPS": config.warps}
+        constants |= {"addend_ptr": None, "bias_ptr": None}
+    nested_parts = {"scales_ptr": "*u8:16", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
+    adapter = ("xa_ptr", "b_ptr") if linear_kernel else ("dxa_ptr", "a_ptr")
+    if nested:
+        signature |= nested_parts
+    else:
+        constants |= dict.fromkeys(nested_parts)
+    if lora:
+        signature |= dict.fromkeys(adapter, "*bf16:16")
+    else:
+        constants |= dict.fromkeys(adapter)
+    return Case(
+        name=name, kernel=kernel, signature=signature, constants=constants, num_warps=config.warps,
+        num_stages=config.stages, options=_OPTIONS, archs=archs,
+        bounds={
+            "elements": config.width * config.depth,
+            "mma": True,
+            "hgmma": archs == (90,),
+            "loads_128": True,
+            "stores_128": True,
+        },
+    )  # fmt: skip
+
+
+def _cases() -> tuple[Case, ...]:
+    cases = []
+    for label, kernel, table, archs in (
+        ("fused linear", _linear_kernel, LINEAR_HOPPER, (90,)),
+        ("fused linear, not sm_90", _linear_kernel, LINEAR, (80, 89, 100)),
+        ("fused dx", _dx_kernel, DX_HOPPER, (90,)),
+        ("fused dx, not sm_90", _dx_kernel, DX, (80, 89, 100)),
+    ):
+        for m, config in table.items():
+            parts = m <= 64  # Fewer rows are fewer programs: then the sum is split.
+            cases.append(_case(f"{label} M={m}", kernel, config, archs, nested=True, lora=True, parts=parts))
+        m, config = min(table.items())
+        cases.append(_case(f"{label} M={m} plain absmax", kernel, config, archs, nested=False, lora=False, parts=False))
+    return (
+        *cases,
+        Case(
+            name="fused, sum of parts", kernel=_add_parts_kernel,
+            signature={"parts_ptr": "*fp32:16", "y_ptr": "*bf16:16", "numel": "i32:16", "num_parts": "i32"},
+            constants={"OUTPUTS": _REDUCED}, num_warps=4, bounds={"loads_128": True, "stores_128": True},
+        ),
+    )  # fmt: skip
+
+
+OFFLINE = _cases()

@@ -1,0 +1,247 @@
+"""How the kernels of skinny_triton.py are launched: tiles, splits, buffers of partial sums. Signatures of the ops.
+
+Counted at M = I = O = 8192, r = 16, bf16; x, y and dy are 134.2 MB. The times are predictions (nothing was run on a
+GPU, 2026-11-24) at 3.0 TB/s, with 3 us for each further launch that only adds partials.
+
+| op | MB: operand + partials written and read | us | as separate products |
+|---|---|---|---|
+| down | 134.7 | 45 | 45 for each linear of the input, where one call serves all (R = 48: 46 + 3) |
+| down with dropout | 134.7 | 45-60: 15 instructions an element, about as long as reading | |
+| up | 134.7 | 45 | 45 |
+| up a.T with dropout | 134.7 | 45-60 | |
+| dy | 134.7 + 2 x (16.8 + 4.2) = 177 | 59 + 6, less what stays in L2 | 90: dy is read twice |
+| grad | 134.7 + 2 x 1.0 | 46 + 3 | 45 for each linear (R = 48: 49 + 3) |
+
+Beside x, every tile of rows reads all of a from L2: 34 MB for r = 16, 50 MB for R = 48. dy's partials of db are
+M / 256 x O x R fp32: at R = 64 they would cost as much as the second reading that they save.
+Letters as in skinny.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from distlora_kernels.dropout import Dropout
+from distlora_kernels.skinny_triton import (
+    LARGEST_FUSED_RANK,
+    add_partials,
+    down_kernel,
+    dy_kernel,
+    grad_kernel,
+    tile_of,
+    up_kernel,
+)
+
+_PROGRAMS = 128
+"""Programs that a sum is split into where the rows alone give fewer: about one a processor of an H100, each with
+three tiles of 16 KB on their way (3 TB/s at 1 us needs 23 KB a processor)."""
+
+
+class _Split(NamedTuple):
+    size: int
+    parts: int
+
+
+def _split(length: int, grain: int, programs: int, wanted: int = _PROGRAMS) -> _Split:
+    """`length` in equal parts, multiples of `grain`, so that about `wanted` programs run where there are `programs` for
+    each part.
+    """
+    grains = triton.cdiv(length, grain)
+    size = triton.cdiv(grains, min(grains, max(1, wanted // programs))) * grain
+    return _Split(size, triton.cdiv(length, size))
+
+
+class _Rows(NamedTuple):
+    """How rows choose adapters, as the kernels are told it."""
+
+    batch: int
+    tokens: int
+    rank: int
+    """Of one adapter: the columns of xa and dxa."""
+    spans: Tensor | None
+    """(N, 2) int32: each adapter's first column and number of columns."""
+
+
+def _rows_of(num_rows: int, rank: int, rows: Tensor | None, ranks: tuple[int, ...], device: torch.device) -> _Rows:
+    if rows is None:
+        return _Rows(1, num_rows, rank, None)
+    batch = rows.shape[0]
+    return _Rows(batch, num_rows // batch, max(ranks), _spans(ranks, device))
+
+
+@functools.cache
+def _spans(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([(sum(ranks[:n]), rank) for n, rank in enumerate(ranks)], dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """(R, 2) int32: the adapter of each column, and the column's place in it."""
+    places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
+    return torch.tensor(places, dtype=torch.int32, device=device)
+
+
+def _alignment(ranks: tuple[int, ...]) -> int:
+    """The largest power of 2, up to 16, that divides every rank, and so every adapter's first column."""
+    return min(16, *(rank & -rank for rank in (16, *ranks)))
+
+
+def _dropout_arguments(dropout: Dropout | None, num_rows: int) -> dict[str, Any]:
+    if dropout is None:
+        return {"dropped_rows": None, "dropped_tokens": 0, "key0": 0, "key1": 0, "threshold": 0, "step": 0}
+    words = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
+    # As signed numbers, so that every word is an int32 to Triton.
+    signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in words.items()}
+    tokens = num_rows // dropout.rows.shape[0]
+    return {"dropped_rows": dropout.rows, "dropped_tokens": tokens, "threshold": dropout.threshold, **signed}
+
+
+def _row_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix or a copy of it, so that a row's elements follow each other."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def down(x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None) -> Tensor:
+    """skinny.skinny_down; a may have any strides."""
+    x = _row_contiguous(x)
+    (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], rows, ranks, x.device)
+    tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None)
+    tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
+    programs = by.batch * tiles_of_a_row * pieces
+    split = _split(num_columns, tile.columns, programs)
+    out = x.new_empty(num_rows, by.rank)
+    sums = out if split.parts == 1 else out.new_empty(split.parts, *out.shape, dtype=torch.float32)
+    down_kernel[(programs, split.parts)](
+        x, a, sums, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_split=out.numel(),
+        split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_arguments(dropout, num_rows),
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split.parts > 1:
+        _add(sums, out)
+    return out
+
+
+def up(
+    xa: Tensor, b: Tensor, bias: Tensor | None, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None
+) -> Tensor:
+    """skinny.skinny_up."""
+    xa = _row_contiguous(xa)
+    num_rows, num_columns = xa.shape[0], b.shape[0]
+    by = _rows_of(num_rows, b.shape[1], rows, ranks, xa.device)
+    tile = tile_of("up", by.rank, by.tokens, xa.dtype, dropout is not None)
+    tiles_of_a_row, column_tiles = triton.cdiv(by.tokens, tile.rows), triton.cdiv(num_columns, tile.columns)
+    out = xa.new_empty(num_rows, num_columns)
+    up_kernel[(by.batch * tiles_of_a_row * column_tiles,)](
+        xa, b, bias, out, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_xa=xa.stride(0), stride_bo=b.stride(0), stride_br=b.stride(1),
+        tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_arguments(dropout, num_rows),
+        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=triton.cdiv(by.rank, tile.ranks),
+        SPAN_ALIGNMENT=_alignment(ranks), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def dy(
+    dy: Tensor,
+    b: Tensor,
+    xa: Tensor,
+    scale: float,
+    rows: Tensor | None,
+    ranks: tuple[int, ...],
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """skinny.skinny_dy."""
+    dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
+    (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], rows, ranks, dy.device)
+    if by.rank > LARGEST_FUSED_RANK:
+        db = b.new_empty(b.shape, dtype=torch.float32)
+        _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
+        return down(dy, b.T, rows, ranks, None), db
+    tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
+    stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
+    stripes = by.batch * stripes_of_a_row
+    # Two programs a processor: with two stages each, one waits for its tile while the other multiplies.
+    split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
+    dxa = dy.new_empty(num_rows, by.rank)
+    sums = dxa if split.parts == 1 else dxa.new_empty(split.parts, *dxa.shape, dtype=torch.float32)
+    parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
+    dy_kernel[(stripes, split.parts)](
+        dy, b, xa, sums, parts, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_dy=dy.stride(0), stride_b=b.stride(0), stride_xa=xa.stride(0), stride_split=dxa.numel(),
+        split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=_alignment(ranks),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split.parts > 1:
+        _add(sums, dxa)
+    db = b.new_empty(b.shape, dtype=torch.float32)
+    _add(parts, db, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=True)
+    return dxa, db
+
+
+def grad(dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None) -> Tensor:
+    """skinny.skinny_grad."""
+    da = x.new_empty(sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=torch.float32)
+    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, rows, ranks, dropout, 1.0, None)
+    return da
+
+
+def _products_over_rows(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    ranks: tuple[int, ...],
+    dropout: Dropout | None,
+    scale: float,
+    scales: Tensor | None,
+) -> None:
+    """out = scale * left^T d(right): left (M, R), right (M, I), out (R, I) fp32, contiguous or a contiguous one's
+    transpose.
+    """
+    (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], rows, ranks, right.device)
+    tile = tile_of("grad", by.rank, by.tokens, right.dtype, dropout is not None)
+    column_tiles, pieces = triton.cdiv(num_columns, tile.columns), triton.cdiv(by.rank, tile.ranks)
+    stripe = _split(by.tokens, tile.rows, column_tiles * pieces * by.batch)
+    stripes = by.batch * stripe.parts
+    rank_is_last = out.stride(1) != 1
+    parts = out.new_empty(stripes, *((num_columns, by.rank) if rank_is_last else (by.rank, num_columns)))
+    grad_kernel[(column_tiles * pieces, stripes)](
+        left, right, parts, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_dxa=left.stride(0), stride_x=right.stride(0),
+        stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
+        stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_arguments(dropout, num_rows),
+        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    whole = out.T if rank_is_last else out
+    _add(parts, whole, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=rank_is_last)
+
+
+def _add(
+    partials: Tensor,
+    out: Tensor,
+    *,
+    scale: float = 1.0,
+    rows: Tensor | None = None,
+    ranks: tuple[int, ...] = (),
+    scales: Tensor | None = None,
+    rank_is_last: bool = False,
+) -> None:
+    """Adds partials (S, ...) over dim 0 into `out`; with rows, those of the rows of each adapter into its columns."""
+    count, size = partials.shape[0], out.numel()
+    width, rank = (0, 2) if rank_is_last else (1, 1)
+    add_partials[(triton.cdiv(size, 512),)](
+        partials, out, rows, None if rows is None else _owners(ranks, out.device), scales,
+        size=size, num_partials=count, partial_size=partials.stride(0),
+        partials_of_a_row=1 if rows is None else count // rows.shape[0], scale=scale,
+        width=out.shape[width], all_ranks=sum(ranks), max_rank=partials.shape[rank],
+        RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,351 @@
+"""The kernels of skinny.py: tensor-core products whose time is that of reading or writing the one large operand.
+
+A tile of rows never straddles two rows of the batch where rows choose adapters, so a program has one adapter. Sums that
+several programs share are written as fp32 partials and added in order by `add_partials`: no atomics. How the work is
+cut depends on shapes alone, never on the number of processors: so do the bits.
+
+Ranks are padded to 16, 32 or 64; larger ones are cut into pieces of 64, whose programs are neighbours and find the
+large operand in L2. Letters as in skinny.py; BM, BN, BK, BR a tile's rows, columns, summed length and ranks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from distlora_kernels.offline import Case
+from distlora_kernels.philox_triton import dropped_tile
+
+_SLICES = ["batch_rows", "dropped_rows"]
+"""Arguments that may be slices of tensors, whose alignment must not make another specialization."""
+_WORDS = ["key0", "key1", "threshold", "step"]
+"""Arguments that may be any number, which must not make another specialization either."""
+
+
+@triton.jit
+def _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
+    """The first column and the number of columns of the adapter of a row of the batch; (0, 0) for none."""
+    if batch_rows is None:
+        first = 0
+        count = num_ranks
+    else:
+        adapter = tl.load(batch_rows + row)
+        # Dividing and multiplying changes nothing and tells the compiler what it may read 16 bytes at a time (in Triton
+        # 3.6 tl.multiple_of of a loaded number does not).
+        first = tl.load(spans + 2 * adapter, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
+        count = tl.load(spans + 2 * adapter + 1, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
+    return first, count
+
+
+@triton.jit
+def _dropout_counter(dropped_rows, tokens, m, valid):
+    """The row's number and the position of each row m (int32, whose division is cheap) of the flattened input."""
+    return tl.load(dropped_rows + m // tokens, mask=valid, other=0), m % tokens
+
+
+@triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
+def down_kernel(
+    x, a, out, batch_rows, spans, dropped_rows,
+    tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_split,
+    split_columns, tiles_of_a_row, dropped_tokens, key0, key1, threshold, step,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns. Grid (tiles x PIECES, splits)."""
+    tile = tl.program_id(0) // PIECES
+    r = tl.program_id(0) % PIECES * BR + tl.arange(0, BR)
+    split = tl.program_id(1)
+    row = tile // tiles_of_a_row
+    position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
+    valid = position < tokens
+    m = row.to(tl.int64) * tokens + position
+    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, num_columns)
+    if batch_rows is not None:
+        end = tl.where(count > 0, end, begin)
+    x_rows = x + m[:, None] * stride_x
+    a_rows = a + (first + r).to(tl.int64)[None, :] * stride_ar
+    if dropped_rows is not None:
+        counter = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+    total = tl.zeros((BM, BR), dtype=tl.float32)
+    for column in range(begin, end, BK):
+        i = column + tl.arange(0, BK)
+        x_tile = tl.load(x_rows + i[None, :], mask=valid[:, None] & (i < num_columns)[None, :], other=0.0)
+        a_tile = tl.load(
+            a_rows + i.to(tl.int64)[:, None] * stride_ai,
+            mask=(i < num_columns)[:, None] & (r < count)[None, :],
+            other=0.0,
+        )
+        if dropped_rows is not None:
+            drop = dropped_tile(key0, key1, threshold, step, counter[0], counter[1], column, BK)
+            x_tile = tl.where(drop, 0.0, x_tile)
+        total = tl.dot(x_tile, a_tile, total, input_precision="ieee")
+    to = out + split.to(tl.int64) * stride_split + m[:, None] * num_ranks + r[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
+
+
+@triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
+def up_kernel(
+    xa, b, bias, out, batch_rows, spans, dropped_rows,
+    tokens, num_columns, num_ranks, stride_xa, stride_bo, stride_br,
+    tiles_of_a_row, column_tiles, dropped_tokens, key0, key1, threshold, step,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """out[m, o] = sum of xa[m, r] b[o, first + r], and bias[o] or a dropout. Grid (tiles x column_tiles), a tile's
+    columns one after the other, so that whole rows are written at a time.
+    """
+    tile = tl.program_id(0) // column_tiles
+    column = tl.program_id(0) % column_tiles * BN
+    o = column + tl.arange(0, BN)
+    row = tile // tiles_of_a_row
+    position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
+    valid = position < tokens
+    m = row.to(tl.int64) * tokens + position
+    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for piece in range(PIECES):
+        r = piece * BR + tl.arange(0, BR)
+        xa_tile = tl.load(
+            xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & (r < count)[None, :], other=0.0
+        )
+        at = b + (first + r).to(tl.int64)[:, None] * stride_br + o.to(tl.int64)[None, :] * stride_bo
+        b_tile = tl.load(at, mask=(r < count)[:, None] & (o < num_columns)[None, :], other=0.0)
+        total = tl.dot(xa_tile, b_tile, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + o, mask=o < num_columns, other=0.0).to(tl.float32)[None, :]
+    y = total.to(out.dtype.element_ty)
+    if dropped_rows is not None:
+        # After narrowing, in the layout of the store: the mask then needs no exchange between threads.
+        number, at = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+        y = tl.where(dropped_tile(key0, key1, threshold, step, number, at, column, BN), 0.0, y)
+    to = out + m[:, None] * num_columns + o[None, :]
+    tl.store(to, y, mask=valid[:, None] & (o < num_columns)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=_SLICES[:1])
+def dy_kernel(
+    dy, b, xa, dxa, db, batch_rows, spans,
+    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_split,
+    split_columns, stripes_of_a_row,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and
+    db[stripe, o, r] = sum of dy[m, o] xa[m, r] over the stripe's BM rows m. Grid (stripes, splits).
+    """
+    stripe = tl.program_id(0)
+    r = tl.arange(0, BR)
+    split = tl.program_id(1)
+    row = stripe // stripes_of_a_row
+    position = stripe % stripes_of_a_row * BM + tl.arange(0, BM)
+    valid = position < tokens
+    m = row.to(tl.int64) * tokens + position
+    first, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, num_columns)
+    if batch_rows is not None:
+        # A row without an adapter is not read; its part of db is neither written nor added.
+        end = tl.where(count > 0, end, begin)
+    own = (r < count)[None, :]
+    xa_tile = tl.load(xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & own, other=0.0)
+    dy_rows = dy + m[:, None] * stride_dy
+    db_stripe = db + stripe.to(tl.int64) * num_columns * num_ranks
+    total = tl.zeros((BM, BR), dtype=tl.float32)
+    for column in range(begin, end, BK):
+        o = column + tl.arange(0, BK)
+        inside = o < num_columns
+        dy_tile = tl.load(dy_rows + o[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+        at = b + o.to(tl.int64)[:, None] * stride_b + (first + r)[None, :]
+        b_tile = tl.load(at, mask=inside[:, None] & own, other=0.0)
+        total = tl.dot(dy_tile, b_tile, total, input_precision="ieee")
+        db_tile = tl.dot(tl.trans(dy_tile), xa_tile, input_precision="ieee")
+        to = db_stripe + o.to(tl.int64)[:, None] * num_ranks + r[None, :]
+        tl.store(to, db_tile, mask=inside[:, None] & (r < num_ranks)[None, :])
+    to = dxa + split.to(tl.int64) * stride_split + m[:, None] * num_ranks + r[None, :]
+    tl.store(to, total.to(dxa.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
+
+
+@triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
+def grad_kernel(
+    dxa, x, out, batch_rows, spans, dropped_rows,
+    tokens, num_columns, num_ranks, stride_dxa, stride_x, stride_or, stride_oi,
+    stripe_tokens, stripes_of_a_row, dropped_tokens, key0, key1, threshold, step,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows. Grid (column tiles x PIECES, stripes)."""
+    column = tl.program_id(0) // PIECES * BN
+    r = tl.program_id(0) % PIECES * BR + tl.arange(0, BR)
+    i = column + tl.arange(0, BN)
+    stripe = tl.program_id(1)
+    row = stripe // stripes_of_a_row
+    _, count = _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT)
+    begin = stripe % stripes_of_a_row * stripe_tokens
+    end = tl.minimum(begin + stripe_tokens, tokens)
+    if batch_rows is not None:
+        end = tl.where(count > 0, end, begin)
+    total = tl.zeros((BR, BN), dtype=tl.float32)
+    for start in range(begin, end, BM):
+        position = start + tl.arange(0, BM)
+        valid = position < tokens
+        m = row.to(tl.int64) * tokens + position
+        at = dxa + m[:, None] * stride_dxa + r[None, :]
+        dxa_tile = tl.load(at, mask=valid[:, None] & (r < count)[None, :], other=0.0)
+        at = x + m[:, None] * stride_x + i[None, :]
+        x_tile = tl.load(at, mask=valid[:, None] & (i < num_columns)[None, :], other=0.0)
+        if dropped_rows is not None:
+            number, at = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+            drop = dropped_tile(key0, key1, threshold, step, number, at, column, BN)
+            x_tile = tl.where(drop, 0.0, x_tile)
+        total = tl.dot(tl.trans(dxa_tile), x_tile, total, input_precision="ieee")
+    to = out + stripe.to(tl.int64) * num_ranks * num_columns + r[:, None] * stride_or + i[None, :] * stride_oi
+    tl.store(to, total, mask=(r < num_ranks)[:, None] & (i < num_columns)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=["batch_rows", "scales"])
+def add_partials(
+    partials, out, batch_rows, owners, scales,
+    size, num_partials, partial_size, partials_of_a_row, scale,
+    width, all_ranks, max_rank,
+    RANK_IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[e] = scale * (partials[0, e] + partials[1, e] + ...), in this order, e < size.
+
+    With rows that choose, out is (width, all_ranks) or (all_ranks, width), a partial (width, max_rank) or (max_rank,
+    width), and a column of an adapter adds the partials of the rows that use it, times its scale if there are scales.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < size
+    source = e
+    if batch_rows is not None:
+        column = e % all_ranks if RANK_IS_LAST else e // width
+        other = e // all_ranks if RANK_IS_LAST else e % width
+        owner = tl.load(owners + 2 * column, mask=inside, other=0)
+        place = tl.load(owners + 2 * column + 1, mask=inside, other=0)
+        source = other * max_rank + place if RANK_IS_LAST else place.to(tl.int64) * width + other
+    # Advanced as a pointer, since the partials together may pass 2^31 elements.
+    at = partials + source
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, num_partials, 8):
+        # Eight loads on their way at a time; the sum stays one after the other.
+        for step in tl.static_range(8):
+            index = first + step
+            wanted = e < tl.where(index < num_partials, size, 0)
+            if batch_rows is not None:
+                user = tl.load(batch_rows + index // partials_of_a_row, mask=index < num_partials, other=-1)
+                wanted = wanted & (user == owner)
+            total += tl.load(at, mask=wanted, other=0.0)
+            at += partial_size
+    if scales is not None:
+        total *= scale * tl.load(scales + owner, mask=inside, other=0.0)
+    else:
+        total *= scale
+    tl.store(out + e, total.to(out.dtype.element_ty), mask=inside)
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its operands: rows, then columns (or what is summed a step), then ranks."""
+
+    rows: int
+    columns: int
+    ranks: int
+    num_warps: int
+    num_stages: int
+
+
+LARGEST_FUSED_RANK = 32
+"""dy's two products share one reading of dy up to it. Beyond, the partials of db cost more than a second reading."""
+
+
+def tile_of(op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: bool = False) -> Tile:
+    """The tile of an op for one adapter's rank and one row's tokens, so that nothing spills and 99 KB are enough.
+
+    With dropout twice the threads: the generator, not the memory, is what a program waits for.
+    """
+    ranks = min(max(16, triton.next_power_of_2(rank)), 64)
+    warps = 8 if with_dropout or (op == "down" and ranks > 16) else 4
+    if dtype == torch.float32:
+        # Without tensor cores (ieee): operands are held in registers.
+        rows, columns = {"down": (32, 32), "up": (32, 64), "dy": (64, 32), "grad": (32, 64)}[op]
+        return Tile(_rows(rows, tokens), columns, min(ranks, 32), 4, 2)
+    if op == "down":
+        # More ranks, more rows: every tile of rows reads the whole of a from L2.
+        return Tile(_rows(64 if ranks == 16 else 128, tokens), 128 if ranks == 16 else 64, ranks, warps, 4)
+    if op == "up":
+        return Tile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
+    if op == "dy":
+        return Tile(_rows(256, tokens), 64, ranks, 8, 2)
+    return Tile(_rows(64, tokens), 128, ranks, warps, 3 if with_dropout else 4)
+
+
+def _rows(most: int, tokens: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(tokens)))
+
+
+def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: Any) -> Case:
+    """A kernel at M = I = O = 8192 for one adapter, all numbers but the dropout's words divisible by 16; `changes` to
+    the types of its arguments, None for one that is absent.
+    """
+    operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
+    numbers = dict.fromkeys(_WORDS, "i32")
+    absent = dict.fromkeys(("batch_rows", "spans", "dropped_rows", "owners", "scales", "bias"))
+    sums = {"partials": "*fp32:16", "scale": "fp32", "num_partials": "i32", "partials_of_a_row": "i32"}
+    types = {**operands, "out": f"*{dtype}:16", "db": "*fp32:16", **numbers, **sums, **absent, **changes}
+    sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
+    constants = {**sizes, "PIECES": 1, "SPAN_ALIGNMENT": 16, "RANK_IS_LAST": False, "BLOCK": 512}
+    given = {
+        parameter: types.get(parameter, "i32:16")
+        for parameter in kernel.arg_names
+        if parameter not in constants and types.get(parameter, "i32:16") is not None
+    }
+    return Case(
+        name=f"skinny {name}",
+        kernel=kernel,
+        signature=given,
+        constants={parameter: constants.get(parameter) for parameter in kernel.arg_names if parameter not in given},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        bounds={"loads_128": True, "stores_128": kernel is up_kernel},
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    bf16, many = torch.bfloat16, 8192
+    dropout = {"dropped_rows": "*i64"}
+    choice = {"batch_rows": "*i64", "spans": "*i32:16"}
+    tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
+    return (
+        _case("down R=16", down_kernel, tile["down"][16], stride_ai="i32:1"),
+        _case("down R=48", down_kernel, tile["down"][48], stride_ai="i32:1"),
+        _case("down M=16", down_kernel, tile_of("down", 16, 16, bf16), stride_ai="i32:1", out="*fp32:16"),
+        _case("down dropout", down_kernel, tile_of("down", 16, many, bf16, True), stride_ai="i32:1", **dropout),
+        _case("down choice", down_kernel, tile["down"][16], stride_ai="i32:1", **choice),
+        _case("down fp32", down_kernel, tile_of("down", 16, many, torch.float32), "fp32", stride_ai="i32:1"),
+        _case("up R=16", up_kernel, tile["up"][16], stride_br="i32:1"),
+        _case("up R=48", up_kernel, tile["up"][48], stride_br="i32:1"),
+        _case("up bias choice", up_kernel, tile["up"][16], stride_br="i32:1", bias="*bf16:16", **choice),
+        _case("up a.T", up_kernel, tile["up"][16], stride_bo="i32:1"),
+        _case("up a.T dropout", up_kernel, tile_of("up", 16, many, bf16, True), stride_bo="i32:1", **dropout),
+        _case("up fp32", up_kernel, tile_of("up", 16, many, torch.float32), "fp32", stride_br="i32:1"),
+        _case("dy R=16", dy_kernel, tile["dy"][16], dxa="*fp32:16"),
+        _case("dy R=32", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16"),
+        _case("dxa R=48", down_kernel, tile["down"][48], stride_ar="i32:1"),
+        _case("db R=48", grad_kernel, tile["grad"][48], out="*fp32:16", stride_or="i32:1"),
+        _case("dy choice", dy_kernel, tile["dy"][16], dxa="*fp32:16", **choice),
+        _case("dy fp32", dy_kernel, tile_of("dy", 16, many, torch.float32), "fp32"),
+        _case("grad R=16", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16"),
+        _case("grad R=48", grad_kernel, tile["grad"][48], stride_oi="i32:1", out="*fp32:16"),
+        _case(
+            "grad dropout",
+            grad_kernel,
+            tile_of("grad", 16, many, bf16, True),
+            out="*fp32:16",
+            stride_oi="i32:1",
+            **dropout,
+        ),
+        _case("grad choice", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16", **choice),
+        _case("grad fp32", grad_kernel, tile_of("grad", 16, many, torch.float32), "fp32", stride_oi="i32:1"),
+        _case("sum", add_partials, Tile(0, 0, 0, 4, 3), out="*fp32:16"),
+    )
+
+
+OFFLINE = _cases()

@@ -1,0 +1,214 @@
+"""The products that decode a packed weight as they go, against fp64, and which variant is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close, relative_error
+from distlora_kernels import dispatch, fused, nf4, variants
+from distlora_kernels.operands import FrozenWeight
+
+# M, O, I, R: M in every bucket of the tables; no O is a multiple of a tile; I = 320 leaves half a tile of codes, and
+# its rows cross from one group into the next (O I > 16,384); R is padded, and beyond one tile of ranks (72).
+SHAPES = [(1, 48, 64, 3), (16, 100, 320, 16), (37, 66, 192, 40), (64, 100, 320, 3), (130, 48, 320, 72)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> Iterator[None]:
+    """Memory that a kernel leaves unwritten holds NaN. warn_only: the library's GEMMs must not refuse on a GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Operands:
+    """Random operands of both products, rounded to `dtype`."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, nested: bool = True):
+        m, o, i, r = shape
+        generator = torch.Generator().manual_seed(m)
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator).to(dtype).to(device)
+
+        dense = torch.randn(o, i, generator=generator) / i**0.5
+        parts = nf4.nf4_quantize(dense) if nested else nf4.quantize_blocks(dense.reshape(-1))
+        self.weight = FrozenWeight(tuple(part.to(device) for part in parts), (o, i))
+        self.x, self.xa, self.b, self.bias, self.addend = (random(*s) for s in ((m, i), (m, r), (o, r), (o,), (m, o)))
+        self.dy, self.dxa, self.a = (random(*s) for s in ((m, o), (m, r), (r, i)))
+        self.exact = self.weight.dense(dtype).double()
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
+    """fp32: sums of up to 400 products, rounded at random: some ulps. Else one rounding at the end, which is 0.3 eps
+    (uniform in half an ulp; an ulp is between eps / 2 and eps of a number) and a twentieth for the summation."""
+    assert torch.isfinite(actual).all()
+    assert_close(actual, exact, ulps=4 if actual.dtype == torch.float32 else 0.35)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_is_the_exact_product_rounded_once(
+    triton_device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    p = Operands(shape, dtype, triton_device, nested=shape[0] != 37)
+    y = fused.fused_linear(p.x, p.weight, addend=p.addend, xa=p.xa, b=p.b, bias=p.bias)
+    base = p.x.double() @ p.exact.T
+    assert_rounded_once(y, base + p.xa.double() @ p.b.double().T + p.addend.double() + p.bias.double())
+    assert_rounded_once(fused.fused_linear(p.x, p.weight), base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_is_the_exact_product_rounded_once(
+    triton_device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    p = Operands(shape, dtype, triton_device, nested=shape[0] != 37)
+    base = p.dy.double() @ p.exact
+    assert_rounded_once(fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a), base + p.dxa.double() @ p.a.double())
+    assert_rounded_once(fused.fused_linear_dx(p.dy, p.weight), base)
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_the_error_is_no_worse_than_that_of_a_library_gemm(triton_device: torch.device, m: int) -> None:
+    """On the dequantized weight; in fp32 too, so that the summation and not the rounding of the result is seen."""
+    for dtype in (torch.bfloat16, torch.float32):
+        p = Operands((m, 100, 640, 16), dtype, triton_device)
+        exact = p.x.double() @ p.exact.T
+        ours = relative_error(fused.fused_linear(p.x, p.weight), exact)
+        library = relative_error(p.x @ p.exact.to(dtype).T, exact)
+        # Of the same size, with other roundings: the order of summation is the library's own.
+        assert ours <= library * (1.02 if dtype == torch.bfloat16 else 2), f"{ours:.2e} against {library:.2e}"
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_decoded_weight_is_the_dequantized_one_bit_for_bit(
+    triton_device: torch.device, dtype: torch.dtype, nested: bool
+) -> None:
+    """Products with the identity have one term each."""
+    p = Operands((1, 52, 320, 1), dtype, triton_device, nested)
+    weight = p.weight.dense(dtype)
+    identity_i, identity_o = (torch.eye(n, dtype=dtype, device=triton_device) for n in (320, 52))
+    assert torch.equal(fused.fused_linear(identity_i, p.weight), weight.T)
+    assert torch.equal(fused.fused_linear_dx(identity_o, p.weight), weight)
+
+
+@pytest.mark.parametrize("num_parts", [2, 5])
+def test_a_split_sum_counts_every_term_once(triton_device: torch.device, num_parts: int) -> None:
+    """5 parts of 3 tiles: no part is empty. bf16, where the parts themselves must stay in fp32."""
+    from distlora_kernels import fused_triton
+
+    p = Operands((3, 48, 320, 16), torch.bfloat16, triton_device)
+    parts = list(p.weight.parts)
+    y = fused_triton.linear(p.x, parts, 48, addend=p.addend, xa=p.xa, b=p.b, bias=p.bias, num_parts=num_parts)
+    adapter = p.xa.double() @ p.b.double().T
+    assert_rounded_once(y, p.x.double() @ p.exact.T + adapter + p.addend.double() + p.bias.double())
+    p = Operands((3, 330, 64, 16), torch.bfloat16, triton_device)
+    dx = fused_triton.dx(p.dy, list(p.weight.parts), 64, dxa=p.dxa, a=p.a, num_parts=num_parts)
+    assert_rounded_once(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double())
+
+
+def test_every_table_gives_the_same_product(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100's tiles and renumbering, run here: which lane holds what must not matter."""
+    from distlora_kernels import fused_triton
+
+    monkeypatch.setattr(fused_triton, "_capability", lambda device: (8, 0))
+    for m in (7, 20, 70):
+        p = Operands((m, 66, 192, 16), torch.bfloat16, triton_device)
+        y = fused.fused_linear(p.x, p.weight, xa=p.xa, b=p.b)
+        assert_rounded_once(y, p.x.double() @ p.exact.T + p.xa.double() @ p.b.double().T)
+        dx = fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a)
+        assert_rounded_once(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double())
+
+
+def test_a_tiny_update_keeps_its_whole_size(triton_device: torch.device) -> None:
+    """The slope of the adapter's contribution at 1e-3 of the base is 1 within 3 sigma of the output's own rounding.
+
+    Each output's rounding error is some e with variance (relative_error * |y|)^2 / n, independent of the contribution
+    c, so that slope - 1 = sum(e c) / sum(c^2) has sigma |y| relative_error / (sqrt(n) rms(c) sqrt(n)).
+    """
+    p = Operands((64, 512, 1024, 16), torch.bfloat16, triton_device)
+    b = (p.b.double() * 1e-3 / (p.xa.shape[1] ** 0.5)).to(torch.bfloat16)
+    base, update = p.x.double() @ p.exact.T, p.xa.double() @ b.double().T
+    assert 0.5e-3 < float(update.norm() / base.norm()) < 2e-3
+    y = fused.fused_linear(p.x, p.weight, xa=p.xa, b=b).double()
+    slope = float(((y - base) * update).sum() / update.square().sum())
+    rounding = y - (base + update)
+    sigma = float(rounding.norm() / update.norm()) / y.numel() ** 0.5
+    assert abs(slope - 1) <= 3 * sigma, f"slope {slope:.4f}, sigma {sigma:.4f}"
+    assert sigma < 0.01  # Else it would show nothing.
+
+
+def test_the_same_call_gives_the_same_bits(triton_device: torch.device) -> None:
+    p = Operands((37, 66, 320, 16), torch.bfloat16, triton_device)
+    first, second = (fused.fused_linear(p.x, p.weight, xa=p.xa, b=p.b) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_torch_accepts_the_ops(interpreted: bool, request: pytest.FixtureRequest) -> None:
+    device = request.getfixturevalue("triton_device") if interpreted else torch.device("cpu")
+    p = Operands((3, 48, 64, 4), torch.bfloat16, device)
+    parts = list(p.weight.parts)
+    for op, arguments in (
+        (torch.ops.distlora.fused_linear.default, (p.x, parts, 48, p.addend, p.xa, p.b, p.bias)),
+        (torch.ops.distlora.fused_linear.default, (p.x, parts, 48, None, None, None, None)),
+        (torch.ops.distlora.fused_linear_dx.default, (p.dy, parts, 64, p.dxa, p.a)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_triton_torch_computes_the_same(dtype: torch.dtype) -> None:
+    assert not dispatch.uses_triton(torch.zeros(1))
+    p = Operands((37, 66, 192, 16), dtype, torch.device("cpu"))
+    y = fused.fused_linear(p.x, p.weight, addend=p.addend, xa=p.xa, b=p.b, bias=p.bias)
+    exact = p.x.double() @ p.exact.T + p.xa.double() @ p.b.double().T + p.addend.double() + p.bias.double()
+    assert_close(y, exact, ulps=4 if dtype == torch.float32 else 1)  # Four terms, each rounded.
+    dx = fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a)
+    assert_close(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double(), ulps=4 if dtype == torch.float32 else 1)
+
+
+def test_what_does_not_fit_is_refused_with_its_values() -> None:
+    p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="I = 100"):
+        fused.fused_linear(p.x, p.weight._replace(shape=(48, 100)))
+    with pytest.raises(RuntimeError, match=r"rows of 64, got \(3, 48\)"):
+        fused.fused_linear(p.dy, p.weight)
+    with pytest.raises(RuntimeError, match="given together"):
+        fused.fused_linear(p.x, p.weight, xa=p.xa)
+    with pytest.raises(RuntimeError, match=r"one rank.*torch.float32"):
+        fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a.float())
+    with pytest.raises(RuntimeError, match=r"bias must be \(48,\), got \(3, 48\)"):
+        fused.fused_linear(p.x, p.weight, bias=p.addend)
+    with pytest.raises(TypeError, match="float64"):
+        fused.fused_linear(p.x.double(), p.weight)
+    with pytest.raises(RuntimeError, match="has parts"):
+        fused.fused_linear(p.x, p.weight._replace(parts=p.weight.parts[:1]))
+
+
+def test_few_rows_are_fused_and_many_go_to_the_library() -> None:
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+        assert variants.by_table(capability, 16, 8192, 8192) == "fused"
+        assert variants.by_table(capability, 2048, 8192, 8192) == "scratch"
+    assert variants.by_table((9, 0), 16, 48, 100) == "scratch", "blocks that run over the end of a row"
+
+
+def test_a_variant_can_be_forced_for_packed_weights_alone() -> None:
+    p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
+    dense = FrozenWeight((p.weight.dense(torch.bfloat16),), (48, 64))
+    assert variants.choose(p.x, p.weight) == "fused"
+    assert variants.choose(p.x.float(), p.weight) == "scratch"
+    with variants.forced("scratch"):
+        assert variants.choose(p.x, p.weight) == "scratch"
+    with variants.forced("fused"):
+        assert variants.choose(p.x.float(), p.weight) == "fused"
+        assert variants.choose(p.x, dense) == "scratch"
+    assert variants.choose(p.x, p.weight) == "fused"

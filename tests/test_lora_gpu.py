@@ -1,0 +1,160 @@
+"""The GPU's path of the adapted linears, on a GPU or in Triton's interpreter, against fp64: forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close, relative_error
+from distlora_kernels import nf4, scratch, variants
+from distlora_kernels.dropout import Dropout, dropped, threshold_of
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
+
+BATCH, TOKENS, FEATURES = 3, 12, 128
+OUTPUTS = (100, 48, 64)
+RANKS = (16, 3, 8)
+ROWS = torch.tensor([8, 2, 5])
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(
+    dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool
+) -> tuple[Tensor, list[Linear], list[Tensor]]:
+    """x (B, T, I), three linears of it (the last without an adapter), and the gradients of their outputs."""
+    x = randn(BATCH, TOKENS, FEATURES, seed=0).to(device, dtype)
+    linears, dys = [], []
+    for index, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True)):
+        weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
+        parts = nf4.nf4_quantize(weight) if packed else (weight,)
+        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
+        ranks = (rank, 5) if choice else (rank,)
+        scale: float | RowChoice = 1.5
+        if choice:
+            rows, scales = torch.tensor([1, -1, 0], device=device), torch.tensor([2.0, 0.5], device=device)
+            scale = RowChoice(rows, scales, ranks)
+        a = (randn(sum(ranks), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
+        b = randn(out, sum(ranks), seed=21 + index).to(device).requires_grad_()
+        mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None
+        bias = randn(out, seed=31).to(device, dtype) if index == 1 else None
+        linears.append(Linear(frozen, None if index == 2 else Adapter(a, b, scale, mask), bias))
+        dys.append(randn(BATCH, TOKENS, out, seed=41 + index).to(device, dtype))
+    return x, linears, dys
+
+
+def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients (x, then a and b of each adapter) as torch differentiates the formula."""
+    wide = x.double().requires_grad_()
+    flat, ys, leaves = wide.flatten(0, 1), [], [wide]
+    for linear in linears:
+        y = flat @ linear.weight.dense(x.dtype).double().T
+        if linear.bias is not None:
+            y = y + linear.bias.double()
+        if linear.adapter is not None:
+            a, b, scale, dropout = linear.adapter
+            a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
+            leaves += [a64, b64]
+            seen = flat
+            if dropout is not None:
+                seen = flat * ~dropped(dropout, *flat.shape) * dropout.scale
+            gate = scale if isinstance(scale, float) else scale.gate(flat.shape[0]).double()
+            y = y + (seen @ a64.T * gate) @ b64.T
+        ys.append(y.unflatten(0, x.shape[:-1]))
+    gradients = torch.autograd.grad(ys, leaves, [dy.double() for dy in dys])
+    return [*(y.detach() for y in ys), *gradients]
+
+
+@pytest.mark.parametrize(("packed", "variant"), [(False, "scratch"), (True, "scratch"), (True, "fused")])
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_of_linears_that_share_an_input(
+    triton_device: torch.device, variant: str, packed: bool, dropout: bool, choice: bool, dtype: torch.dtype
+) -> None:
+    x, linears, dys = problem(dtype, triton_device, packed=packed, dropout=dropout, choice=choice)
+    expected = in_fp64(x, linears, dys)
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
+    with variants.forced(variant):
+        ys = lora_linears(leaf, linears)
+        gradients = torch.autograd.grad(ys, leaves, dys)
+    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+        # fp32: sums of up to 128 products, rounded at random. bf16: the operands of the second product and the result
+        # are rounded (2^-8 each at most), a and b before they are used.
+        assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_two_calls_give_the_same_bits(triton_device: torch.device, variant: str) -> None:
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=False)
+    results = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        with variants.forced(variant):
+            ys = lora_linears(leaf, linears)
+            adapters = [t for linear in linears if linear.adapter is not None for t in linear.adapter[:2]]
+            results.append([*ys, *torch.autograd.grad(ys, [leaf, *adapters], dys)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: torch.device, variant: str) -> None:
+    x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
+    weight, adapter, _ = linears[0]
+    assert adapter is not None
+    fresh = adapter._replace(b=torch.zeros_like(adapter.b))
+    with variants.forced(variant), torch.no_grad():
+        actual, base = lora_linear(x, weight, fresh), lora_linear(x, weight)
+    assert_close(actual, base, ulps=1)
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
+    """|sBA| / |W| = 1e-3: the slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding."""
+    rows, features, out, rank = 256, 512, 512, 16
+    weight = (randn(out, features, seed=1) / features**0.5).bfloat16()
+    frozen = FrozenWeight(tuple(p.to(triton_device) for p in nf4.nf4_quantize(weight)), (out, features))
+    dense = frozen.dense(torch.bfloat16).double()
+    x = randn(rows, features, seed=2).to(triton_device, torch.bfloat16)
+    a, b = randn(rank, features, seed=3).to(triton_device), randn(out, rank, seed=4).to(triton_device)
+    b *= 1e-3 * float(dense.norm()) / float((b.double() @ a.double()).norm())
+    with variants.forced(variant), torch.no_grad():
+        y = lora_linear(x, frozen, Adapter(a, b, 1.0)).double()
+    base = x.double() @ dense.T
+    exact = (x.double() @ a.bfloat16().double().T) @ b.bfloat16().double().T
+    slope = float(((y - base) * exact).sum() / exact.square().sum())
+    noise = y - base - exact
+    sigma = float(noise.std() / exact.norm())
+    assert abs(slope - 1) < 3 * sigma, f"{slope:.3f} of the update is left; its noise is {sigma:.3f}"
+    # Two roundings in the scratch variant, one in the fused: at most sqrt(2) of a single one's error.
+    single = relative_error((base + exact).to(torch.bfloat16), base + exact)
+    assert relative_error(y, base + exact) < 1.45 * single
+
+
+def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.device) -> None:
+    x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
+    largest = scratch.block_bytes([max((o, FEATURES) for o in OUTPUTS)], torch.bfloat16)
+    assert scratch.reserve(triton_device, largest=largest) == largest
+    place = scratch.arena(triton_device).one.data_ptr()
+    with variants.forced("scratch"), torch.no_grad():
+        lora_linears(x, linears)
+    assert scratch.arena(triton_device).one.data_ptr() == place
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(triton_device: torch.device, variant: str) -> None:
+    """Without a break of the graph: values and gradients bit for bit."""
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
+    results = []
+    for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
+        with variants.forced(variant):
+            ys = function(leaf, tuple(linears))
+            results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)

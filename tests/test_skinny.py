@@ -1,0 +1,290 @@
+"""The skinny products against fp64 from the same rounded inputs, in torch and in Triton; masks bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close
+from distlora_kernels.dropout import Dropout, dropped
+from distlora_kernels.operands import RowChoice
+from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
+
+KEY = (0x01234567, 0x89ABCDEF)
+SHAPES = [(1, 66, 100, 3), (37, 100, 66, 16), (300, 256, 256, 48)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+RANKS = (3, 8, 4)
+CHOSEN = [1, -1, 0, 2, 1]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the op runs: as torch operations on the CPU, or as Triton kernels."""
+    return torch.device("cpu") if request.param == "torch" else request.getfixturevalue("triton_device")
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """x (M, I), a (R, I), b (O, R), dy (M, O), xa (M, R), bias (O,) of M, I, O, R."""
+    m, i, o, r = shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (m, i),
+        "a": (r, i),
+        "b": (o, r),
+        "dy": (m, o),
+        "xa": (m, r),
+        "bias": (o,),
+    }
+    return {name: normal(*s, dtype=dtype, device=device, seed=n) for n, (name, s) in enumerate(shapes.items())}
+
+
+def choice_of(device: torch.device) -> RowChoice:
+    return RowChoice(torch.tensor(CHOSEN, device=device), torch.tensor([0.5, 2.0, 1.25], device=device), RANKS)
+
+
+def dropout_of(device: torch.device, rows: list[int]) -> Dropout:
+    return Dropout(KEY, 20_000, 7, torch.tensor(rows, device=device))
+
+
+def seen(x: Tensor, dropout: Dropout | None) -> Tensor:
+    return x.double() if dropout is None else x.double().masked_fill(dropped(dropout, *x.shape), 0)
+
+
+def poisoned(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, with NaN in every tensor that it allocates empty (torch's own debugging aid)."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(1).isnan()
+            return op(*args, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return call
+
+
+def expand(compact: Tensor, choice: RowChoice) -> Tensor:
+    """(M, max(ranks)) -> (M, R) with each row's values in its adapter's columns and zeros elsewhere."""
+    wide = compact.new_zeros(compact.shape[0], sum(choice.ranks))
+    tokens = compact.shape[0] // len(CHOSEN)
+    for row, adapter in enumerate(CHOSEN):
+        if adapter >= 0:
+            first, rank = sum(RANKS[:adapter]), RANKS[adapter]
+            part = slice(row * tokens, (row + 1) * tokens)
+            wide[part, first : first + rank] = compact[part, :rank]
+    return wide
+
+
+def assert_sum_close(actual: Tensor, expected: Tensor) -> None:
+    """One rounding to nearest is below 0.3 ulps in this norm; n fp32 additions one after the other up to sqrt(n) / 2,
+    n <= 300.
+    """
+    assert_close(actual, expected, ulps=8 if actual.dtype == torch.float32 else 0.5)
+    assert torch.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    t = operands(shape, dtype, device)
+    x, a, b, dy, xa, bias = t.values()
+    down, up, both, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_dy, skinny_grad))
+    dxa, db = both(dy, b, xa, scale=0.3)
+    for actual, expected, wanted in (
+        (down(x, a), x.double() @ a.double().T, dtype),
+        (up(xa, b), xa.double() @ b.double().T, dtype),
+        (up(xa, b, bias=bias), xa.double() @ b.double().T + bias.double(), dtype),
+        (up(xa, a.T), xa.double() @ a.double(), dtype),
+        (dxa, dy.double() @ b.double(), dtype),
+        (db, 0.3 * (dy.double().T @ xa.double()), torch.float32),
+        (grad(xa, x), xa.double().T @ x.double(), torch.float32),
+    ):
+        assert actual.dtype == wanted
+        assert actual.is_contiguous()
+        assert_sum_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 21])
+def test_rows_choose_adapters(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
+    m, choice = tokens * len(CHOSEN), choice_of(device)
+    x, a, b, dy, _, bias = operands((m, 100, 66, sum(RANKS)), dtype, device).values()
+    compact = normal(m, max(RANKS), dtype=dtype, device=device, seed=9)
+    wide, double = expand(compact, choice).double(), [t.double() for t in (x, a, b, dy)]
+    uses = expand(torch.ones_like(compact), choice).double()
+    down, up, both, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_dy, skinny_grad))
+    xa = down(x, a, choice=choice)
+    dxa, db = both(dy, b, compact, scale=0.3, choice=choice)
+    owners = torch.tensor([n for n, rank in enumerate(RANKS) for _ in range(rank)], device=device)
+    assert xa.shape == dxa.shape == compact.shape
+    for actual, expected in (
+        (expand(xa, choice), uses * (double[0] @ double[1].T)),
+        (up(compact, b, choice=choice), wide @ double[2].T),
+        (up(compact, b, bias=bias, choice=choice), wide @ double[2].T + bias.double()),
+        (up(compact, a.T, choice=choice), wide @ double[1]),
+        (expand(dxa, choice), uses * (double[3] @ double[2])),
+        (db, 0.3 * choice.scales[owners].double() * (double[3].T @ wide)),
+        (grad(compact, x, choice=choice), wide.T @ double[0]),
+    ):
+        assert_sum_close(actual, expected)
+    unused = torch.arange(max(RANKS), device=device) >= torch.tensor([*RANKS, 0], device=device)[choice.rows][:, None]
+    for columns in (xa, dxa):
+        assert not columns[unused.repeat_interleave(tokens, dim=0)].any(), "columns beyond an adapter's rank are not 0"
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_dropout_is_that_of_its_definition(chosen: bool, device: torch.device) -> None:
+    """Rows of the dropout that are not those of the choice, tiles that straddle them, columns that end within 8."""
+    dtype, m, i = torch.bfloat16, 105, 100
+    choice, rank = (choice_of(device), sum(RANKS)) if chosen else (None, 8)
+    dropout = dropout_of(device, [5, 2**33 + 1, -1])
+    x, a, *_ = operands((m, i, 8, rank), dtype, device).values()
+    compact = normal(m, 8, dtype=dtype, device=device, seed=9)
+    wide = compact if choice is None else expand(compact, choice)
+    down, up, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_grad))
+    mask = dropped(dropout, m, i)
+    dx = up(compact, a.T, choice=choice, dropout=dropout)
+    whole = up(compact, a.T, choice=choice)
+    assert torch.equal(dx, whole.masked_fill(mask, 0))
+    # An input that only the mask can hide: a single wrong element would show.
+    loud = torch.where(mask, 1e4, x.float()).to(dtype)
+    for op in (
+        functools.partial(down, a=a, choice=choice, dropout=dropout),
+        functools.partial(grad, compact, choice=choice, dropout=dropout),
+    ):
+        assert torch.equal(op(x=x), op(x=loud))
+    xa = down(x, a, choice=choice, dropout=dropout)
+    exact = seen(x, dropout) @ a.double().T
+    if choice is None:
+        assert_sum_close(xa, exact)
+    else:
+        assert_sum_close(expand(xa, choice), expand(torch.ones_like(compact), choice).double() * exact)
+    assert_sum_close(grad(compact, x, choice=choice, dropout=dropout), wide.double().T @ seen(x, dropout))
+
+
+@pytest.mark.parametrize("rank", [70, 130])
+def test_ranks_beyond_a_tile(rank: int, device: torch.device) -> None:
+    x, a, b, dy, xa, bias = operands((40, 96, 80, rank), torch.bfloat16, device).values()
+    dxa, db = poisoned(skinny_dy)(dy, b, xa, scale=2.0)
+    assert_sum_close(poisoned(skinny_down)(x, a), x.double() @ a.double().T)
+    assert_sum_close(skinny_up(xa, b, bias=bias), xa.double() @ b.double().T + bias.double())
+    assert_sum_close(dxa, dy.double() @ b.double())
+    assert_sum_close(db, 2 * dy.double().T @ xa.double())
+    assert_sum_close(skinny_grad(xa, x), xa.double().T @ x.double())
+
+
+def test_large_ranks_that_rows_choose(device: torch.device) -> None:
+    """Above 32 dy is read twice, by the kernels of down and grad."""
+    ranks = (40, 24)
+    choice = RowChoice(torch.tensor([1, 0, -1], device=device), torch.tensor([0.5, 2.0], device=device), ranks)
+    _, _, b, dy, *_ = operands((60, 64, 80, 64), torch.bfloat16, device).values()
+    xa = normal(60, 40, dtype=torch.bfloat16, device=device, seed=9)
+    dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
+    first, second = dy[:20].double(), dy[20:40].double()
+    expected = torch.cat([0.5 * second.T @ xa[20:40].double(), 2 * first.T @ xa[:20, :24].double()], dim=1)
+    assert_sum_close(db, expected)
+    assert_sum_close(dxa[:20, :24], first @ b[:, 40:].double())
+    assert_sum_close(dxa[20:40], second @ b[:, :40].double())
+    assert not dxa[:20, 24:].any()
+    assert not dxa[40:].any()
+
+
+def test_operands_may_be_slices(device: torch.device) -> None:
+    """A group's xa is cut into the columns of each linear; a batch's rows are cut into micro-batches."""
+    x, a, b, dy, xa, _ = operands((40, 96, 80, 48), torch.bfloat16, device).values()
+    part = slice(16, 32)
+    for sliced, copied in (
+        (skinny_up(xa[:, part], b[:, part]), skinny_up(xa[:, part].contiguous(), b[:, part].contiguous())),
+        (skinny_grad(xa[:, part], x), skinny_grad(xa[:, part].contiguous(), x)),
+        (skinny_down(x[3:, 5:70], a[:, 5:70]), skinny_down(x[3:, 5:70].contiguous(), a[:, 5:70].contiguous())),
+        (skinny_dy(dy.T.contiguous().T, b, xa, scale=1.0)[1], skinny_dy(dy, b, xa, scale=1.0)[1]),
+    ):
+        assert torch.equal(sliced, copied)
+
+
+def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None:
+    """Also where the sums are split: 16 rows of 1,024 columns, 300 rows of 64."""
+    x, a, b, dy, xa, _ = operands((16, 1024, 1024, 16), torch.bfloat16, triton_device).values()
+    tall, left = (
+        operands((300, 64, 64, 16), torch.bfloat16, triton_device)["x"],
+        normal(300, 16, dtype=torch.bfloat16, device=triton_device, seed=9),
+    )
+
+    def results() -> list[Tensor]:
+        return [skinny_down(x, a), skinny_up(xa, b), *skinny_dy(dy, b, xa, scale=0.3), skinny_grad(left, tall)]
+
+    for first, second in zip(results(), results(), strict=True):
+        assert torch.equal(first, second)
+    assert_sum_close(skinny_down(x, a), x.double() @ a.double().T)
+    assert_sum_close(skinny_dy(dy, b, xa, scale=0.3)[0], dy.double() @ b.double())
+
+
+def test_the_backward_products_are_the_gradients() -> None:
+    """In fp64, by torch's own numerical gradients: the adapter's term in these ops' terms."""
+    choice = RowChoice(torch.tensor([1, -1, 0]), torch.tensor([0.5, 2.0]), (2, 3))
+    dropout = dropout_of(torch.device("cpu"), [4, 5, 6])
+    owners = torch.tensor([0, 0, 1, 1, 1])
+
+    class Term(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            scaled = b * choice.scales[owners]
+            xa = skinny_down(x, a, choice=choice, dropout=dropout)
+            ctx.save_for_backward(x, a, scaled, xa)
+            return skinny_up(xa, scaled, choice=choice)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x, a, scaled, xa = ctx.saved_tensors
+            dxa, db = skinny_dy(dy, scaled, xa, scale=1.0, choice=choice)
+            dx = skinny_up(dxa, a.T, choice=choice, dropout=dropout)
+            return dx, skinny_grad(dxa, x, choice=choice, dropout=dropout), db
+
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 10), (5, 10), (7, 5))]
+    assert torch.autograd.gradcheck(Term.apply, leaves)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_ops_pass_opcheck(chosen: bool, triton_device: torch.device) -> None:
+    dtype, rank = torch.bfloat16, sum(RANKS)
+    x, a, b, dy, xa, bias = operands((10, 24, 20, rank), dtype, triton_device).values()
+    rows, ranks, scales = None, [], None
+    if chosen:
+        rows, scales, ranks = choice_of(triton_device)
+        xa = xa[:, : max(RANKS)].contiguous()
+    drop = torch.tensor([4, 5], device=triton_device), [*KEY, 20_000, 7]
+    ops = torch.ops.distlora
+    torch.library.opcheck(ops.skinny_down.default, (x, a, rows, ranks, *drop))
+    torch.library.opcheck(ops.skinny_up.default, (xa, b, bias, rows, ranks, None, []))
+    torch.library.opcheck(ops.skinny_dy.default, (dy, b, xa, 0.3, rows, ranks, scales))
+    torch.library.opcheck(ops.skinny_grad.default, (xa, x, rows, ranks, *drop))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, a, c: skinny_down(x, a[:, 1:]), r"x has 8 features, a is made for 7"),
+        (lambda x, a, c: skinny_down(x, a.double()), r"one float dtype"),
+        (lambda x, a, c: skinny_down(x[:4], a, choice=c), r"4 inputs do not split over rows \(3,\)"),
+        (lambda x, a, c: skinny_down(x, a[1:], choice=c), r"ranks \(2, 3\) .* do not fit a rank of 4"),
+        (lambda x, a, c: skinny_up(x[:, :4], a.T, choice=c), r"xa has 4 columns for a rank of 3"),
+        (lambda x, a, c: skinny_up(x[:, :5], a.T, bias=x[0, :3]), r"the bias of 8 .* outputs is \(3,\)"),
+        (lambda x, a, c: skinny_dy(x, a.T, x[:3, :5], scale=1.0), r"dy has 6 rows, xa 3"),
+        (lambda x, a, c: skinny_grad(x[:5], x), r"x has 6 rows, dxa 5"),
+        (lambda x, a, c: skinny_grad(x, x, dropout=dropout_of(x.device, [1, 2, 3, 4])), r"not 4 rows of equal"),
+        (lambda x, a, c: skinny_down(x[:0], a), r"no empty x"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(call: Callable[..., Any], message: str) -> None:
+    choice = RowChoice(torch.tensor([1, -1, 0]), torch.tensor([0.5, 2.0]), (2, 3))
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        call(torch.ones(6, 8), torch.ones(5, 8), choice)

@@ -1,0 +1,128 @@
+"""DoRA (Liu et al., arXiv 2402.09353): the norms of the rows of W + s B A without making it, and the gradient of the
+magnitudes.
+
+    y = (m / n) * (x W^T + s (x A^T) B^T),   n_o = ||W_o + s (B A)_o||, without gradient (the paper's section 4.3)
+    n_o^2 = ||W_o||^2 + 2 s <(W A^T)_o, B_o> + s^2 <(B A A^T)_o, B_o>
+    dm_o = sum over rows of dy_o (y_o / m_o)
+
+||W_o||^2 never changes. W A^T is the base applied to the rows of A: M = R rows through the frozen linear. The rest is
+(O, R). With B = 0 the last two terms are exactly 0, so n is the root of ||W_o||^2, correctly rounded; so is m where it
+starts, and m / n is exactly 1.
+
+Letters: M rows of the input, I in features, O out features, R adapter rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distlora_kernels import dora_reference
+from distlora_kernels.dispatch import check, register, uses_triton
+from distlora_kernels.operands import FrozenWeight
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def frozen_row_norms_squared(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    """||W_o||^2 of every row: (O,) fp32, summed in fp32 in a fixed order.
+
+    W is rounded to `dtype` (fp32, bf16, fp16) first, as the GEMMs see it. A packed weight is read once and not
+    dequantized to memory on a GPU. Raises RuntimeError for another dtype.
+    """
+    check(dtype in _DTYPES, lambda: f"row norms are of a weight in fp32, bf16 or fp16, not {dtype}")
+    rows, columns = weight.shape
+    if len(weight.parts) == 1:
+        got = tuple(weight.parts[0].shape)
+        check(got == (rows, columns), lambda: f"a weight {weight.shape} is given as {got}")
+    return _frozen_row_norms_squared(list(weight.parts), rows, columns, dtype)
+
+
+def _fake_row_norms(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(rows, dtype=torch.float32)
+
+
+@register(
+    "frozen_row_norms_squared(Tensor[] parts, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
+    fake=_fake_row_norms,
+)
+def _frozen_row_norms_squared(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if not uses_triton(parts[0]):
+        return dora_reference.row_norms_squared(FrozenWeight(tuple(parts), (rows, columns)).dense(dtype))
+    from distlora_kernels import dora_triton
+
+    return dora_triton.row_norms_squared(parts, rows, columns, dtype)
+
+
+def initial_magnitude(row_norms_squared: Tensor) -> Tensor:
+    """m at the start: (O,) fp32, to the bit what dora_norms gives for B = 0."""
+    return dora_reference.root(row_norms_squared)
+
+
+@torch.no_grad()
+def dora_norms(row_norms_squared: Tensor, wa: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The norms n: (O,) fp32 of row_norms_squared (O,) fp32, wa = W A^T (O, R), a (R, I), b (O, R) and the scale s.
+
+    wa, a and b are fp32, bf16 or fp16 and are widened; everything is computed in fp32, and a sum that rounding made
+    negative counts as 0. No gradient. Raises RuntimeError for shapes that do not fit each other.
+    """
+    rank, rows = a.shape[0], b.shape[0]
+    check(
+        wa.shape == b.shape == (rows, rank) and row_norms_squared.shape == (rows,),
+        lambda: (
+            f"W A^T and B must be (O, R) with R = {rank} and the row norms (O,); got W A^T {tuple(wa.shape)}, "
+            f"B {tuple(b.shape)}, row norms {tuple(row_norms_squared.shape)}"
+        ),
+    )
+    check(row_norms_squared.dtype == torch.float32, lambda: f"row norms are fp32, not {row_norms_squared.dtype}")
+    a = a.float()
+    return _dora_norms(row_norms_squared.contiguous(), wa.contiguous(), a @ a.T, b.contiguous(), scale)
+
+
+def _fake_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(row_norms_squared)
+
+
+@register(
+    "dora_norms(Tensor row_norms_squared, Tensor wa, Tensor gram, Tensor b, float scale) -> Tensor", fake=_fake_norms
+)
+def _dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
+    if not uses_triton(b):
+        return dora_reference.dora_norms(row_norms_squared, wa, gram, b, scale)
+    from distlora_kernels import dora_triton
+
+    return dora_triton.dora_norms(row_norms_squared, wa, gram, b, scale)
+
+
+@torch.no_grad()
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    """dm: (O,) fp32 of dy and y (M, O), the output without its bias, and the magnitude (O,) fp32.
+
+    Products and sums are fp32, in an order that depends on M alone; dy and y are read once. Where the magnitude is 0, y
+    says nothing about it and its gradient is 0. Raises RuntimeError for shapes or dtypes that do not fit.
+    """
+    check(
+        dy.dim() == 2 and dy.shape == y.shape and magnitude.shape == dy.shape[1:],
+        lambda: (
+            f"dy and y must be (M, O) and the magnitude (O,); got {tuple(dy.shape)}, {tuple(y.shape)}, "
+            f"{tuple(magnitude.shape)}"
+        ),
+    )
+    check(
+        dy.dtype == y.dtype and magnitude.dtype == torch.float32,
+        lambda: f"dy and y must have one dtype, the magnitude fp32; got {dy.dtype}, {y.dtype}, {magnitude.dtype}",
+    )
+    return _magnitude_gradient(dy.contiguous(), y.contiguous(), magnitude.contiguous())
+
+
+def _fake_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    return torch.empty_like(magnitude)
+
+
+@register("dora_magnitude_gradient(Tensor dy, Tensor y, Tensor magnitude) -> Tensor", fake=_fake_gradient)
+def _magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    if not uses_triton(dy):
+        return dora_reference.magnitude_gradient(dy, y, magnitude)
+    from distlora_kernels import dora_triton
+
+    return dora_triton.magnitude_gradient(dy, y, magnitude)

@@ -1,0 +1,33 @@
+"""dora.py in plain torch: the definition of "correct". The letters are dora.py's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_norms_squared(weight: Tensor) -> Tensor:
+    """weight (O, I) -> (O,) fp32: sum over I of weight^2, in fp32."""
+    # A million elements at a time: a copy of the whole weight in fp32 would be the largest tensor around.
+    rows = max(1, 2**20 // weight.shape[1])
+    return torch.cat([part.float().square().sum(dim=1) for part in weight.split(rows)])
+
+
+def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
+    """n (O,), wa (O, R), gram = A A^T (R, R), b (O, R) -> (O,) fp32: sqrt(n + 2 s <wa, b> + s^2 <b gram, b>) of each
+    row.
+    """
+    wa, b = wa.float(), b.float()
+    cross, square = (wa * b).sum(dim=1), ((b @ gram) * b).sum(dim=1)
+    return root((row_norms_squared + 2 * scale * cross + scale**2 * square).clamp_min(0))
+
+
+def root(squares: Tensor) -> Tensor:
+    """The square root in fp32, correctly rounded: torch's own on the CPU misses the last bit of 15 % of the numbers."""
+    return squares.double().sqrt().float()
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    """dy, y (M, O), magnitude (O,) -> (O,) fp32: sum over M of dy * y, divided by the magnitude; 0 where that is 0."""
+    total = (dy.float() * y.float()).sum(dim=0)
+    return torch.where(magnitude == 0, 0.0, total / magnitude)

@@ -1,0 +1,305 @@
+"""dora.py in Triton: row norms of a packed weight, norms of W + s B A from (O, R), column sums of dy * y.
+
+No atomics: each sum has one order, given by the shapes. What it costs (estimates, H100 at 3 TB/s; no GPU ran this):
+- row norms run once per linear and training, so they are simple: each weight's byte is loaded by itself.
+- norms read 2 (O, R) and (R, R): 4 MiB at O = 8192, R = 64, below the time of a launch.
+- the gradient reads dy and y once, 268 MB at M = O = 8192 in bf16: 90 us; partial sums are 0.8 % of that.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distlora_kernels import tables
+from distlora_kernels.offline import Case
+
+NORM_COLUMNS = 1024
+"""Weights of a row that a program adds up at a time."""
+NORM_ROWS = 32
+"""Out features of a program of dora_norms."""
+GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128
+"""Tile of the gradient: 256 bytes of a row at once in bf16."""
+STRIPE_ROWS = 256
+"""Rows whose products one program adds up. Fixed, so that the order of a sum is the same on every GPU."""
+NUM_WARPS = 4
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
+def _row_norms_kernel(
+    weight_ptr,
+    scales_ptr,
+    group_scale_ptr,
+    offset_ptr,
+    map_ptr,
+    levels_ptr,
+    out_ptr,
+    columns,
+    DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out[row] = sum of the squares of the row's weights, each rounded to DTYPE.
+
+    weight holds codes; with levels_ptr None it is the weight itself. With group_scale_ptr None `scales` holds the
+    absmax.
+    """
+    row = tl.program_id(0)
+    first = row.to(tl.int64) * columns  # int64: one weight may pass 2^31 elements.
+    # Shifts below: with divisions, which mind the sign, the kernel has 11 % more instructions.
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        held = column < columns
+        element = first + column
+        if levels_ptr is None:
+            weight = tl.load(weight_ptr + element, mask=held, other=0.0).to(tl.float32)
+        else:
+            byte = tl.load(weight_ptr + (element >> 1), mask=held, other=0).to(tl.int32)
+            # The first of two weights is the high nibble.
+            code = (byte >> (((element & 1) ^ 1) * 4).to(tl.int32)) & 15
+            scale = tl.load(scales_ptr + (element >> 6), mask=held, other=0)
+            if group_scale_ptr is None:
+                absmax = scale
+            else:
+                group_scale = tl.load(group_scale_ptr + (element >> 14), mask=held, other=0.0)
+                absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
+            weight = tl.load(levels_ptr + code) * absmax
+        rounded = tl.where(held, weight, 0.0).to(DTYPE).to(tl.float32)
+        total += rounded * rounded
+    tl.store(out_ptr + row, tl.sum(total, axis=0))
+
+
+def row_norms_squared(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """dora.frozen_row_norms_squared."""
+    weight = parts[0].contiguous()
+    device = weight.device
+    scales = group_scale = offset = dynamic_map = levels = None
+    if len(parts) > 1:
+        scales, levels = parts[1], tables.levels(device)
+    if len(parts) == 4:
+        group_scale, offset, dynamic_map = parts[2], parts[3], tables.dynamic_map(device)
+    out = torch.empty(rows, dtype=torch.float32, device=device)
+    _row_norms_kernel[(rows,)](
+        weight,
+        scales,
+        group_scale,
+        offset,
+        dynamic_map,
+        levels,
+        out,
+        columns,
+        DTYPE=_TRITON_DTYPES[dtype],
+        COLUMNS=NORM_COLUMNS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,  # absmax has two roundings by contract.
+    )
+    return out
+
+
+@triton.jit
+def _norms_kernel(
+    squares_ptr, wa_ptr, gram_ptr, b_ptr, out_ptr, rows, rank, scale, ROWS: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """out[row] = sqrt(squares[row] + 2 scale <wa[row], b[row]> + scale^2 <b[row] gram, b[row]>), RANK columns at a
+    time.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    held = row < rows
+    cross = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, rank, RANK):
+        column = start + tl.arange(0, RANK)
+        mask = held[:, None] & (column < rank)[None, :]
+        at = row[:, None] * rank + column[None, :]
+        b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        cross += tl.sum(tl.load(wa_ptr + at, mask=mask, other=0.0).to(tl.float32) * b, axis=1)
+        product = tl.zeros((ROWS, RANK), tl.float32)
+        for inner in range(0, rank, RANK):
+            k = inner + tl.arange(0, RANK)
+            left = tl.load(
+                b_ptr + row[:, None] * rank + k[None, :], mask=held[:, None] & (k < rank)[None, :], other=0.0
+            )
+            right = tl.load(
+                gram_ptr + k[:, None] * rank + column[None, :],
+                mask=(k < rank)[:, None] & (column < rank)[None, :],
+                other=0.0,
+            )
+            # ieee: TF32 would keep 10 bits of fp32 masters.
+            product = tl.dot(left.to(tl.float32), right, product, input_precision="ieee")
+        square += tl.sum(product * b, axis=1)
+    squares = tl.load(squares_ptr + row, mask=held, other=0.0)
+    total = squares + (2.0 * scale * cross + scale * scale * square)
+    # Not tl.maximum, which turns NaN into 0. The root is rounded correctly: see initial_magnitude.
+    tl.store(out_ptr + row, tl.sqrt_rn(tl.where(total < 0.0, 0.0, total)), mask=held)
+
+
+def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:
+    """dora_reference.dora_norms."""
+    rows, rank = b.shape
+    out = torch.empty(rows, dtype=torch.float32, device=b.device)
+    grid = (triton.cdiv(rows, NORM_ROWS),)
+    _norms_kernel[grid](
+        row_norms_squared,
+        wa,
+        gram,
+        b,
+        out,
+        rows,
+        rank,
+        scale,
+        ROWS=NORM_ROWS,
+        RANK=_rank_tile(rank),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def _rank_tile(rank: int) -> int:
+    # A rank that is no multiple of 16 is loaded number by number, whose addresses spill at 32 columns.
+    return 32 if rank > 16 and rank % 16 == 0 else 16
+
+
+@triton.jit
+def _stripe_kernel(
+    dy_ptr,
+    y_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    STRIPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """partial[stripe, column] = sum over the stripe's rows of dy * y."""
+    stripe = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # int64 up to the stripe, as outputs may pass 2^31 elements; within it int32 does.
+    first = stripe.to(tl.int64) * STRIPE * columns
+    left = tl.minimum(rows - stripe * STRIPE, STRIPE)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, STRIPE, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < left)[:, None] & (column < columns)[None, :]
+        at = row[:, None] * columns + column[None, :]
+        dy = tl.load(dy_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
+        total += dy * y
+    tl.store(partial_ptr + stripe.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+@triton.jit
+def _gradient_kernel(partial_ptr, magnitude_ptr, out_ptr, stripes, columns, COLUMNS: tl.constexpr):
+    """out[column] = sum of partial[stripe, column], stripe after stripe, over the magnitude; 0 where that is 0."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    held = column < columns
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for stripe in range(stripes):
+        total += tl.load(partial_ptr + tl.cast(stripe, tl.int64) * columns + column, mask=held, other=0.0)
+    magnitude = tl.load(magnitude_ptr + column, mask=held, other=1.0)
+    quotient = tl.div_rn(total, tl.where(magnitude == 0.0, 1.0, magnitude))
+    tl.store(out_ptr + column, tl.where(magnitude == 0.0, 0.0, quotient), mask=held)
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
+    """dora_reference.magnitude_gradient."""
+    rows, columns = dy.shape
+    stripes = triton.cdiv(rows, STRIPE_ROWS)
+    partial = torch.empty(stripes, columns, dtype=torch.float32, device=dy.device)
+    out = torch.empty(columns, dtype=torch.float32, device=dy.device)
+    across = triton.cdiv(columns, GRADIENT_COLUMNS)
+    # Programs side by side read one row's neighbouring pieces.
+    _stripe_kernel[(across, stripes)](
+        dy,
+        y,
+        partial,
+        rows,
+        columns,
+        STRIPE=STRIPE_ROWS,
+        ROWS=GRADIENT_ROWS,
+        COLUMNS=GRADIENT_COLUMNS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+    _gradient_kernel[(across,)](
+        partial, magnitude, out, stripes, columns, COLUMNS=GRADIENT_COLUMNS, num_warps=NUM_WARPS, enable_fp_fusion=True
+    )
+    return out
+
+
+def _row_norms_case(kind: str, types: dict[str, str]) -> Case:
+    pointers = ("weight_ptr", "scales_ptr", "group_scale_ptr", "offset_ptr", "map_ptr", "levels_ptr", "out_ptr")
+    given = types | {"out_ptr": "*fp32:16"}
+    return Case(
+        name=f"dora row norms {kind}",
+        kernel=_row_norms_kernel,
+        signature=given | {"columns": "i32:16"},
+        constants={"DTYPE": tl.bfloat16, "COLUMNS": NORM_COLUMNS}
+        | {name: None for name in pointers if name not in given},
+        num_warps=NUM_WARPS,
+        options={"enable_fp_fusion": False},
+        bounds={"elements": NORM_COLUMNS},
+    )
+
+
+def _norms_case(rank: int) -> Case:
+    return Case(
+        name=f"dora norms R={rank}",
+        kernel=_norms_kernel,
+        signature=dict.fromkeys(("squares_ptr", "wa_ptr", "gram_ptr", "b_ptr", "out_ptr"), "*fp32:16")
+        | {"rows": "i32:16", "rank": "i32" if rank % 16 else "i32:16", "scale": "fp32"},
+        constants={"ROWS": NORM_ROWS, "RANK": _rank_tile(rank)},
+        num_warps=NUM_WARPS,
+        bounds={} if rank % 16 else {"loads_128": True},
+    )
+
+
+OFFLINE = (
+    _row_norms_case(
+        "nf4",
+        {
+            "weight_ptr": "*u8:16",
+            "scales_ptr": "*u8:16",
+            "group_scale_ptr": "*fp32",
+            "offset_ptr": "*fp32",
+            "map_ptr": "*fp32:16",
+            "levels_ptr": "*fp32:16",
+        },
+    ),
+    _row_norms_case("plain", {"weight_ptr": "*u8:16", "scales_ptr": "*fp32:16", "levels_ptr": "*fp32:16"}),
+    _row_norms_case("dense", {"weight_ptr": "*bf16:16"}),
+    _norms_case(8),
+    _norms_case(16),
+    _norms_case(64),
+    Case(
+        name="dora magnitude stripes",
+        kernel=_stripe_kernel,
+        signature={
+            "dy_ptr": "*bf16:16",
+            "y_ptr": "*bf16:16",
+            "partial_ptr": "*fp32:16",
+            "rows": "i32:16",
+            "columns": "i32:16",
+        },
+        constants={"STRIPE": STRIPE_ROWS, "ROWS": GRADIENT_ROWS, "COLUMNS": GRADIENT_COLUMNS},
+        num_warps=NUM_WARPS,
+        bounds={"elements": GRADIENT_ROWS * GRADIENT_COLUMNS, "loads_128": True, "min_programs_per_sm": 8},
+    ),
+    Case(
+        name="dora magnitude",
+        kernel=_gradient_kernel,
+        signature={
+            "partial_ptr": "*fp32:16",
+            "magnitude_ptr": "*fp32:16",
+            "out_ptr": "*fp32:16",
+            "stripes": "i32",
+            "columns": "i32:16",
+        },
+        constants={"COLUMNS": GRADIENT_COLUMNS},
+        num_warps=NUM_WARPS,
+    ),
+)

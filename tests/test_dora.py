@@ -1,0 +1,156 @@
+"""DoRA's norms and the gradient of its magnitudes, on the CPU and in Triton, against the formula itself in fp64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from closeness import assert_close
+from distlora_kernels.dora import dora_norms, frozen_row_norms_squared, initial_magnitude, magnitude_gradient
+from distlora_kernels.nf4 import nf4_quantize, quantize_blocks
+from distlora_kernels.operands import FrozenWeight
+
+SCALE = 0.7
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU with plain torch, then where Triton's kernels run."""
+    return request.getfixturevalue("triton_device") if request.param == "triton" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _new_tensors_are_nan() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def frozen(kind: str, weight: Tensor) -> FrozenWeight:
+    shape = (weight.shape[0], weight.shape[1])
+    if kind == "nested":
+        return FrozenWeight(nf4_quantize(weight), shape)
+    if kind == "plain":
+        return FrozenWeight(quantize_blocks(weight.flatten()), shape)
+    return FrozenWeight((weight,), shape)
+
+
+def dora_output(x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+    """The definition (PEFT's without dropout): the rows of W + s B A scaled to norm 1, times the magnitude."""
+    direction = w + SCALE * b @ a
+    return x @ (magnitude / direction.norm(dim=1).detach() * direction.T).T.T
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (5, 5001), (3, 6000)], ids=str)  # The long ones straddle groups.
+def test_row_norms(kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+    weight = frozen(kind, random(*shape, seed=0, device=device) * 0.02)
+    squares = frozen_row_norms_squared(weight, dtype)
+    assert squares.dtype == torch.float32
+    assert_close(squares, weight.dense(dtype).double().square().sum(dim=1), ulps=4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 40, 64])
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_norms(rows: int, rank: int, device: torch.device) -> None:
+    w, a, b = (random(*shape, seed=rank, device=device) for shape in ((rows, 48), (rank, 48), (rows, rank)))
+    squares, wa = w.double().square().sum(dim=1).float(), (w.double() @ a.double().T).float()
+    expected = (w.double() + SCALE * b.double() @ a.double()).norm(dim=1)
+    norms = dora_norms(squares, wa, a, b.requires_grad_(), SCALE)
+    assert norms.dtype == torch.float32
+    assert not norms.requires_grad
+    assert_close(norms, expected, ulps=8)
+    # 1 part in 256 of w a, a and b is lost in bf16.
+    low = dora_norms(squares, wa.bfloat16(), a.bfloat16(), b.bfloat16(), SCALE)
+    assert low.dtype == torch.float32
+    assert_close(low.bfloat16(), expected, ulps=4)
+
+
+def test_norms_start_at_the_bits_of_the_magnitude(device: torch.device) -> None:
+    squares = random(1000, seed=1, device=device).abs() * 100
+    wa, a = random(1000, 16, seed=2, device=device), random(16, 64, seed=3, device=device)
+    norms = dora_norms(squares, wa, a, torch.zeros_like(wa), SCALE)
+    assert torch.equal(norms, initial_magnitude(squares))
+    assert torch.equal(norms, squares.double().sqrt().float())
+
+
+def test_norms_of_rows_that_cancel_are_no_nan_and_nan_stays(device: torch.device) -> None:
+    a, b = random(3, 64, seed=4, device=device), random(500, 3, seed=5, device=device)
+    w = -SCALE * b @ a
+    squares, wa = w.square().sum(dim=1), w @ a.T
+    norms = dora_norms(squares, wa, a, b, SCALE)
+    assert bool((norms >= 0).all())
+    assert bool((norms < 0.01 * squares.sqrt()).all())
+    assert bool((norms == 0).any()), "rounding made none of 500 sums negative, so the clamp was not tried"
+    squares[7] = math.nan
+    assert dora_norms(squares, wa, a, b, SCALE).isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 33), (300, 130), (515, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_gradient(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    rows, out = shape
+    x, w, a, b = (
+        random(*size, seed=index, device=device).double()
+        for index, size in enumerate(((rows, 24), (out, 24), (3, 24), (out, 3)))
+    )
+    magnitude = (w.norm(dim=1) * (1 + 0.1 * random(out, seed=7, device=device))).requires_grad_()
+    y = dora_output(x, w, a, b, magnitude)
+    # Its sign is y's at most elements, as in a sum that does not cancel, whose rounding is small beside it.
+    dy = (y.detach() + random(rows, out, seed=9, device=device)).to(dtype)
+    (expected,) = torch.autograd.grad(y, magnitude, dy.double())
+
+    y, magnitude = y.detach().to(dtype), magnitude.detach().float()
+    gradient = magnitude_gradient(dy, y, magnitude)
+    assert gradient.dtype == torch.float32
+    # Of the rounded y, whatever the dtype, to fp32; of the true one to what y's rounding leaves.
+    assert_close(gradient, (dy.double() * y.double()).sum(dim=0) / magnitude.double(), ulps=8)
+    assert_close(gradient.to(dtype), expected, ulps=8)
+    assert torch.equal(gradient, magnitude_gradient(dy, y, magnitude))
+
+
+def test_magnitude_gradient_reads_strided_rows_and_a_magnitude_of_zero(device: torch.device) -> None:
+    both = random(20, 2, 12, seed=0, device=device)
+    magnitude = torch.ones(12, device=device)
+    magnitude[3] = 0
+    expected = (both[:, 0] * both[:, 1]).sum(dim=0)
+    expected[3] = 0
+    assert_close(magnitude_gradient(both[:, 0], both[:, 1], magnitude), expected, ulps=8)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    row, square, wide = torch.ones(4), torch.ones(4, 4), torch.ones(4, 5)
+    with pytest.raises(RuntimeError, match=r"row norms are of a weight in fp32, bf16 or fp16, not torch.float64"):
+        frozen_row_norms_squared(FrozenWeight((square,), (4, 4)), torch.float64)
+    with pytest.raises(RuntimeError, match=r"a weight \(4, 4\) is given as \(4, 5\)"):
+        frozen_row_norms_squared(FrozenWeight((wide,), (4, 4)), torch.float32)
+    with pytest.raises(RuntimeError, match=r"with R = 4 and the row norms \(O,\); got W A\^T \(4, 4\), B \(4, 5\)"):
+        dora_norms(row, square, wide, wide, SCALE)
+    with pytest.raises(RuntimeError, match=r"row norms are fp32, not torch.float64"):
+        dora_norms(row.double(), square, square, square, SCALE)
+    with pytest.raises(RuntimeError, match=r"got \(4, 4\), \(4, 5\), \(4,\)"):
+        magnitude_gradient(square, wide, row)
+    with pytest.raises(RuntimeError, match=r"must have one dtype, the magnitude fp32; got torch.bfloat16"):
+        magnitude_gradient(square.bfloat16(), square, row)
+
+
+def test_ops_keep_their_schemas(device: torch.device) -> None:
+    ops: Any = torch.ops.distlora
+    weight = random(3, 70, seed=0, device=device)
+    for kind in ("nested", "plain", "dense"):
+        opcheck(ops.frozen_row_norms_squared.default, (list(frozen(kind, weight).parts), 3, 70, torch.bfloat16))
+    low = random(3, 2, seed=1, device=device)
+    opcheck(ops.dora_norms.default, (weight.square().sum(dim=1), low, low.T @ low, low, SCALE))
+    opcheck(ops.dora_magnitude_gradient.default, (low, low, torch.ones(2, device=device)))

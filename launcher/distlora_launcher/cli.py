@@ -53,6 +53,11 @@ COMMANDS = {
         "turn an Axolotl configuration into a recipe, naming what has no equal",
         "distlora_launcher.importing",
     ),
+    "bench": Command(
+        "kernels [--offline]",
+        "measure the GPU kernels; --offline: what they compile to, without a GPU",
+        "distlora_launcher.bench",
+    ),
     "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
 }
 

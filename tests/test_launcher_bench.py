@@ -1,0 +1,91 @@
+"""`distlora bench`: what it refuses, and which process it becomes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distlora_launcher import bench, cli
+
+
+class BecameError(Exception):
+    """Stands in for the process that os.execve makes: its module, arguments and environment."""
+
+    def __init__(self, executable: str, command: list[str], environment: dict[str, str]) -> None:
+        assert command[:2] == [executable, "-m"]
+        self.module, self.arguments, self.environment = command[2], command[3:], environment
+
+
+@pytest.fixture(autouse=True)
+def become(monkeypatch: pytest.MonkeyPatch) -> None:
+    def execve(executable: str, command: list[str], environment: dict[str, str]) -> None:
+        raise BecameError(executable, command, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["bench", *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err
+
+
+def test_offline_compiles_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BecameError) as became:
+        cli.main(["bench", "kernels", "--offline", "--arch", "90", "100", "--only", "linear M=16", "--json"])
+    assert became.value.module == "distlora_kernels.offline"
+    assert became.value.arguments == ["--only=linear M=16", "--json", "--arch", "90", "100"]
+    assert "TRITON_INTERPRET" not in became.value.environment
+    with pytest.raises(BecameError) as became:
+        cli.main(["bench", "kernels", "--offline"])
+    assert became.value.arguments == []
+
+
+def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "kernels")
+    assert "this machine shows no GPU" in message
+    assert "distlora bench kernels --offline" in message
+
+
+def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(BecameError) as became:
+        cli.main(["bench", "kernels", "--only", "dequantize"])
+    assert (became.value.module, became.value.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["kernel"], "did you mean 'kernels'"),
+        (["kernels", "--offline", "--onyl", "x"], "--only"),
+        (["kernels", "--offline", "--arch", "70"], "--arch 70 is not known; known are 80, 89, 90, 100"),
+        (["kernels", "--offline", "--arch", "H100"], "--arch"),
+        (["kernels", "--ofline"], "--offline"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, *words)
+    assert named in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+
+
+def test_help_names_both(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["kernels", "--help"]):
+        assert cli.main(["bench", *words]) == 0
+        text = capsys.readouterr().out
+        assert "--offline" in text
+        assert "90 (H100, H200)" in text
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = "import sys, distlora_launcher.bench as b; b.main(['--help']); print({'torch', 'triton'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+    assert bench.usage().startswith("usage: distlora bench kernels")

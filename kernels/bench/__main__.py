@@ -1,0 +1,199 @@
+"""Kernels against library GEMMs and the peers' sequences: checks every variant, then times it, and prints Markdown.
+
+    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny|block ...] [--shapes ..] [--m ..] [--markdown FILE]
+    python -m distlora_kernels.bench ...             the same, where distlora is installed
+
+All shapes and M take some minutes. What the bounds are about: --shapes llama-70b/o,llama-70b/down --m 16,8192
+
+Exit status: 0, 1 where a variant gave a wrong result, 2 where it cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from distlora_kernels.dispatch import interpreted
+
+from . import block, bounds, dequantize, linear, shapes, skinny
+from .rates import ASSUMED, Rates, measure_rates
+from .table import Row, legend, markdown
+
+SECTIONS = ("dequantize", "linear", "skinny", "block")
+_PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            "error: no CUDA device, and this benchmark times kernels on one. Without a GPU, "
+            "`python -m distlora_kernels.offline` compiles the kernels and counts their instructions, and here "
+            "`--device cpu --shapes 192x128 --m 16 --block 64x64 --tokens 1x16` checks every row and times nothing.",
+            file=sys.stderr,
+        )
+        return 2
+    if device.type == "cuda":
+        # With its index, as tensors have it: the scratch is kept by device.
+        device = torch.device("cuda", torch.cuda.current_device())
+    with interpreted() if _interprets(device) else contextlib.nullcontext():
+        rates = measure_rates(device) if device.type == "cuda" else ASSUMED
+        rows: list[Row] = []
+        began = time.monotonic()
+        for row in _rows(options, device, rates):
+            rows.append(row)
+            figure = row.fault or ("right" if row.seconds is None else f"{row.seconds * 1e6:.1f} us")
+            where = f"{row.section}, {row.shape}{f', M={row.num_rows}' if row.num_rows else ''}"
+            print(f"{time.monotonic() - began:5.0f} s  {where}, {row.task}: {row.name}: {figure}", file=sys.stderr)
+            if options.markdown is not None:
+                # After each row: a run that is cut off leaves what it has measured.
+                options.markdown.write_text(_report(rows, device, rates))
+        print(_report(rows, device, rates))
+    wrong = [row for row in rows if row.fault]
+    if wrong:
+        print(f"error: {len(wrong)} of {len(rows)} rows are wrong; see WRONG in the table", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; all by default")
+    models = sorted({group.name.partition("/")[0] for group in shapes.GROUPS})
+    parser.add_argument(
+        "--shapes",
+        type=_argument(shapes.groups_named),
+        default=shapes.GROUPS,
+        help=f"{', '.join(models)}, one of their groups (llama-70b/down), or OxI+OxI (linears of one input)",
+    )
+    parser.add_argument(
+        "--m", type=_argument(_counts), default=shapes.ROWS, help=f"rows: {','.join(map(str, shapes.ROWS))} by default"
+    )
+    parser.add_argument("--r", type=int, default=16, help="adapter rank (%(default)s)")
+    parser.add_argument(
+        "--block", type=_argument(_block), default=block.BlockShape(), help="hidden x intermediate (4096x14336)"
+    )
+    parser.add_argument(
+        "--tokens", type=_argument(_batches), default=((1, 8192), (4, 2048)), help="sequences x tokens (1x8192,4x2048)"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the report there too, after each row")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks and times nothing")
+    options = parser.parse_args(arguments)
+    for section in options.sections:
+        if section not in SECTIONS:
+            parser.error(f"no section {section!r}; there are {', '.join(SECTIONS)}")
+    options.sections = options.sections or list(SECTIONS)
+    return options
+
+
+def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """argparse hides what a ValueError says."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{text!r} is not two numbers, AxB")
+    return tuple((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _batches(text: str) -> tuple[tuple[int, int], ...]:
+    return _pairs(text)
+
+
+def _block(text: str) -> block.BlockShape:
+    (hidden, intermediate), *others = _pairs(text)
+    if others or hidden % 64 or (hidden > 512 and hidden % 512):
+        raise ValueError(f"a block is HxF, H a multiple of 512 or up to 512 one of 64, not {text!r}")
+    return block.BlockShape(hidden, intermediate)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"{text!r} is not a list of numbers, 1,16,64")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _interprets(device: torch.device) -> bool:
+    """Whether the kernels run in Triton's interpreter; otherwise the CPU runs each op's torch implementation.
+
+    Its faults of bf16 must be mended before (tests/triton_interpreter.py), or rows are wrong that are right on a GPU.
+    """
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _rows(options: argparse.Namespace, device: torch.device, rates: Rates) -> Iterator[Row]:
+    for section in SECTIONS:
+        if section not in options.sections:
+            continue
+        if section == "dequantize":
+            yield from dequantize.rows(options.shapes, device, rates)
+        elif section == "linear":
+            yield from linear.rows(options.shapes, options.m, options.r, device, rates)
+        elif section == "skinny":
+            yield from skinny.rows(options.shapes, options.m, options.r, device, rates)
+        else:
+            yield from block.rows(options.block, options.tokens, options.r, device, rates)
+
+
+def _report(rows: Sequence[Row], device: torch.device, rates: Rates) -> str:
+    lines = [f"{_card(device)}, {time.strftime('%Y-%m-%d')}, {_versions()}, commit {_commit()}.", ""]
+    measured = "measured" if device.type == "cuda" else "assumed (an H100's)"
+    lines += [
+        f"Copy bandwidth {rates.bandwidth / 1e12:.2f} TB/s, bf16 GEMM {rates.gemm / 1e12:.0f} TFLOP/s, {measured}."
+    ]
+    lines += ["", legend(device), "", markdown(rows)]
+    if device.type == "cuda":
+        lines += ["Bounds, for an H100-class card:", "", *bounds.verdicts(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _card(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()})"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)"
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    cuda = f"CUDA {torch.version.cuda}, " if torch.version.cuda else ""
+    return f"Python {platform.python_version()}, {cuda}{', '.join(found)}"
+
+
+def _commit() -> str:
+    """Of the checkout that this file lies in."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return finished.stdout.strip() if finished.returncode == 0 else "unknown"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,297 @@
+"""The benchmark of the kernels: every row is there and right, the peers' sequences are what they stand for, a wrong
+variant gets no figure, and the bounds are read off the right rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from distlora_kernels.bench import bounds, costs, dequantize, installed, linear, peers, table
+from distlora_kernels.bench.__main__ import main
+from distlora_kernels.bench.checks import check, worst_tile_error
+from distlora_kernels.bench.linear import train
+from distlora_kernels.bench.problem import Weights, make_batch, make_weights
+from distlora_kernels.bench.rates import ASSUMED, Rates, Step, predicted_seconds
+from distlora_kernels.bench.shapes import GROUPS, Group, groups_named
+from distlora_kernels.bench.table import FORWARD, TRAINING, Candidate, Place, Row, judge, markdown
+from torch import Tensor
+
+from closeness import assert_close
+from distlora_kernels import variants
+from distlora_kernels.lora_linear import lora_linears
+from distlora_kernels.nf4_cpu import has_bitsandbytes
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SHAPES = ((128, 64), (66, 64))
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m bench` as where nothing is installed; without a GPU in Triton's interpreter, with its bf16 mended."""
+    mend = "" if torch.cuda.is_available() else "import triton_interpreter\n"
+    run = "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    code = f"{mend}import sys, runpy\nsys.argv[1:] = {list(arguments)!r}\n{run}"
+    paths = (ROOT / "kernels", ROOT, ROOT / "tests")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
+
+
+def test_every_row_is_there_and_right(tmp_path: Path) -> None:
+    report, on_gpu = tmp_path / "report.md", torch.cuda.is_available()
+    finished = run_bench(
+        *("--shapes", "128x64+66x64,128x64", "--m", "5", "--r", "3", "--block", "64x64", "--tokens", "2x3"),
+        *("--markdown", str(report), "--device", "cuda" if on_gpu else "cpu"),
+    )
+    assert finished.returncode == 0, finished.stderr + finished.stdout
+    assert finished.stdout.strip() == report.read_text().strip()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in finished.stdout.splitlines()]
+    found = {(row[0], row[2], row[3]) for row in cells if len(row) == 10}
+    sequences = {"PEFT sequence, fp32 adapter", "PEFT sequence, autocast", "Unsloth sequence"}
+    if installed.has_peft():
+        base = "bitsandbytes" if has_bitsandbytes() else "our dequantization"
+        sequences.add(f"PEFT itself over {base}, fp32 adapter")
+    adapted = {"plain bf16 GEMM", "ours, scratch", "ours, fused"} | sequences
+    if has_bitsandbytes():
+        adapted.add("bitsandbytes Linear4bit, no adapter")
+    for shape in ("128x64 + 66x64", "128x64"):
+        for task in (FORWARD, TRAINING):
+            alone = {"ours, fused GEMM alone"} if (shape, task) == ("128x64", FORWARD) else set()
+            assert {name for where, what, name in found if (where, what) == (shape, task)} == adapted | alone
+    for shape in ("128x64", "66x64"):
+        assert {(shape, "NF4 to bf16", name) for name in ("ours", "ours, plain absmax")} <= found
+        for task in ("x A^T", "(x A^T) B^T", "dY B, dB", "dA"):
+            assert {name for where, what, name in found if (where, what) == (shape, task)} == {"library GEMM", "ours"}
+    block = {"bf16 block, no adapter", "ours"} | sequences
+    kept = {"ours, weights kept from recomputation"}
+    for task, names in (("step", block), ("step, block checkpoint", block | kept)):
+        assert {name for where, what, name in found if (where, what) == ("H=64 F=64 2x3", task)} == names
+    figures = [row[4] for row in cells if len(row) == 10 and row[2] not in ("task", "--")]
+    if on_gpu:
+        assert all(float(figure) > 0 for figure in figures)
+        assert "not measured" in finished.stdout
+    else:
+        assert set(figures) == {"no figures"}
+        assert "No figures: Triton's interpreter" in finished.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dequantize"]) == 2
+    error = capsys.readouterr().err
+    assert "no CUDA device" in error
+    assert "--device cpu" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linears",), "no section 'linears'"),
+        (("--shapes", "llama-9b"), "llama-70b"),
+        (("--shapes", "64x64+64x128"), "not '64x64+64x128'"),
+        (("--m", "16,"), "'16,' is not a list of numbers"),
+        (("--block", "4000x64"), "not '4000x64'"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return make_weights(SHAPES, 8, CPU)
+
+
+SEQUENCES = {"peft": peers.peft, "peft under autocast": peers.peft_autocast, "unsloth": peers.unsloth}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_the_peers_sequences_give_what_ours_gives(weights: Weights, sequence: Callable[..., Sequence[Tensor]]) -> None:
+    assert_same(weights, partial(sequence, linears=weights.linears), weights.masters)
+
+
+@pytest.mark.skipif(not installed.has_peft(), reason="peft is not installed")
+@pytest.mark.parametrize("with_bitsandbytes", [True, False])
+def test_peft_itself_gives_what_ours_gives(
+    weights: Weights, with_bitsandbytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_bitsandbytes and not has_bitsandbytes():
+        pytest.skip("bitsandbytes is not installed")
+    monkeypatch.setattr(installed, "has_bitsandbytes", lambda: with_bitsandbytes)
+    modules = installed.peft_linears(weights)
+    for module in modules.modules:
+        assert type(module).__module__.startswith("peft.")
+    assert_same(weights, modules, modules.parameters)
+    if with_bitsandbytes:
+        # And the sequence that is written down has its operations.
+        x = make_batch(SHAPES, 37, CPU).x
+        (first, *_), (other, *_) = modules(x), peers.peft(x, weights.linears)
+        assert operations(first) - Counter(["MatMul4BitBackward"]) == operations(other) - Counter(
+            ["FourBitBaseBackward"]
+        )
+
+
+def operations(y: Tensor) -> Counter[str]:
+    """How often each operation is in the graph of y."""
+    found, pending = set(), [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            pending += [function for function, _ in node.next_functions]
+    return Counter(node.name() for node in found)
+
+
+def assert_same(weights: Weights, forward: linear.Forward, parameters: Sequence[Tensor]) -> None:
+    """Outputs within an epsilon of bf16 of ours, gradients within two: each side rounds some intermediate results."""
+    batch = make_batch(SHAPES, 37, CPU)
+    ours = train(partial(lora_linears, linears=weights.linears), batch, weights.masters)
+    theirs = train(forward, batch, parameters)
+    assert theirs.keys() == ours.keys() == {"y0", "y1", "dx", "da0", "db0", "da1", "db1"}
+    for name, value in ours.items():
+        assert_close(theirs[name].bfloat16(), value.bfloat16(), ulps=2 if name.startswith("d") else 1)
+
+
+@pytest.mark.parametrize(("name", "variant"), [(linear.SCRATCH, "scratch"), (linear.FUSED, "fused")])
+@pytest.mark.parametrize("num_rows", [4, 300])
+def test_a_variant_is_forced_in_forward_and_backward(
+    weights: Weights, name: str, variant: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` runs both: whatever the table says for this many rows, the variant is forced all through it."""
+    weight = weights.linears[0].weight
+    monkeypatch.setattr(linear, "train", lambda forward, batch, parameters: variants.choose(batch.x, weight))
+    problem = linear.Problem(
+        *(Group("pair", SHAPES), weights, make_batch(SHAPES, num_rows, CPU), 8), backward=True, base={}, adapted={}
+    )
+    (candidate,) = [candidate for candidate in linear.candidates(problem, {}) if candidate.name == name]
+    assert candidate.run() == variant
+
+
+def test_one_wrong_tile_of_many_is_seen() -> None:
+    right = torch.randn(700, 1000, generator=torch.Generator().manual_seed(0))
+    assert worst_tile_error(right.bfloat16(), right) < 0.5
+    wrong = right.clone()
+    wrong[640:, 960:] *= 1.1  # a corner of 60 x 40
+    assert worst_tile_error(wrong, right) > 5
+    wrong[0, 0] = float("nan")
+    assert math.isnan(worst_tile_error(wrong, right))
+    assert check({"y": wrong}, {"y": right})[1] == "y is nan ulps off (at most 2)"
+    assert check({"y": right}, {"y": right, "dx": right})[1]
+
+
+def test_a_wrong_variant_gets_no_figure() -> None:
+    right = torch.ones(4, 4)
+    place = Place(section="linears", shape="4x4", num_rows=4, device=CPU, rates=ASSUMED)
+    candidates = [
+        Candidate(name="good", task=FORWARD, run=lambda: {"y": right}, expected={"y": right}),
+        Candidate(name="bad", task=FORWARD, run=lambda: {"y": right * 1.1}, expected={"y": right}),
+    ]
+    candidates.append(Candidate(name="broken", task=FORWARD, run=lambda: {"y": right[5]}, expected={"y": right}))
+    good, bad, broken = judge(place, candidates)
+    assert not good.fault
+    assert bad.fault
+    assert broken.fault == "raised IndexError (its traceback is on stderr)"
+    assert "| good | no figures |" in markdown([good, bad])
+    assert "| bad | WRONG: y is 13 ulps off (at most 2) |" in markdown([good, bad])
+
+
+def test_what_is_right_is_timed_beside_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with a clock that knows what each candidate takes."""
+    clock = {"forward: library": 4e-6, "forward: good": 5e-6}
+    monkeypatch.setattr(table, "median_seconds", lambda runs, device: {name: clock[name] for name in runs})
+    monkeypatch.setattr(table, "peak_bytes", lambda run, device: 3 * 2**20)
+    right = torch.ones(4, 4)
+    place = Place(section="linears", shape="4x4", num_rows=4, device=torch.device("cuda"), rates=Rates(1e12, 1e15))
+    outputs = {"library": right, "good": right, "bad": right * 1.1}
+    rows = judge(
+        place,
+        [
+            Candidate(
+                name=name,
+                task=FORWARD,
+                run=lambda y=y: {"y": y},
+                expected={"y": right},
+                steps=[Step(1e6)],
+                floor=(2e6, 3),
+            )
+            for name, y in outputs.items()
+        ],
+        baseline="library",
+    )
+    lines = markdown(rows).splitlines()
+    assert "| 4x4 | 4 | forward | good | 5.0 | 1.25 | 40% of copy bandwidth | 4 | 3 | 0.00 |" in lines
+    assert "| 4x4 | 4 | forward | bad | WRONG: y is 13 ulps off (at most 2) |  |  |  |  | 12.80 |" in lines
+
+
+def test_shapes_are_the_models() -> None:
+    assert [group.name for group in groups_named("llama-70b")] == [
+        f"llama-70b/{name}" for name in ("qkv", "o", "gate-up", "down")
+    ]
+    assert groups_named("llama-70b/down")[0].shapes == ((8192, 28672),)
+    assert groups_named("qwen3-32b/qkv,128x64")[0].shapes == ((8192, 5120), (1024, 5120), (1024, 5120))
+    # The bounds are about single linears that are in the default run.
+    assert set(bounds.SHAPES) <= {shape for group in GROUPS if len(group.shapes) == 1 for shape in group.shapes}
+
+
+def test_predictions_are_those_of_the_cost_model() -> None:
+    """facts/triton.md 3: 1374 us for a GEMM of 8192^3 at 800 TFLOP/s, 59 us for a dequantization with its launch."""
+    (group,) = groups_named("8192x8192")
+    forward = predicted_seconds(costs.plain(group, 8192, backward=False), ASSUMED)
+    assert forward == pytest.approx(1374e-6 + 3e-6, abs=1e-6)
+    assert predicted_seconds([costs.dequantize(8192, 8192)], ASSUMED) == pytest.approx(59.3e-6, abs=1e-7)
+    ours = predicted_seconds(costs.ours_scratch(group, 8192, 16, backward=False), ASSUMED)
+    assert ours == pytest.approx(1532e-6, rel=0.02)
+
+
+@pytest.mark.parametrize(("factor", "word"), [(0.99, "PASS"), (1.01, "FAIL")])
+def test_bounds_are_read_off_the_right_rows(factor: float, word: str) -> None:
+    """Times just within the bounds and just beyond them; and rows of other shapes, which have none."""
+    rows = [_row("llama-70b/gate-up 28672x8192 + 28672x8192", 8192, linear.SCRATCH, TRAINING, 99.0)]
+    for shape, most in (("llama-70b/o 8192x8192", 1.16), ("llama-70b/down 8192x28672", 1.12)):
+        rows += [
+            _row(shape, 8192, linear.PLAIN, TRAINING, 1.0),
+            _row(shape, 8192, linear.SCRATCH, TRAINING, most * factor),
+            _row(shape, 8192, linear.PEFT, TRAINING, 1.3 * most),
+            _row(shape, 8192, linear.UNSLOTH, TRAINING, most),
+        ]
+    rows.append(_row("llama-70b/o 8192x8192", 16, linear.FUSED_ALONE, FORWARD, 1.0, share=0.60 / factor))
+    rows.append(_row("8192x8192", 0, dequantize.OURS, dequantize.TASK, 1.0, share=0.85 / factor))
+    rows.append(_row("1024x4096", 0, dequantize.OURS, dequantize.TASK, 1.0, share=0.1))
+    lines = bounds.verdicts(rows)
+    assert len(lines) == 8
+    assert all(line.startswith(f"- {word} ") for line in lines)
+
+
+def test_bounds_without_their_rows_are_not_measured() -> None:
+    assert all(line.startswith("- not measured ") for line in bounds.verdicts([]))
+    assert len(bounds.verdicts([])) == 8
+
+
+def _row(shape: str, num_rows: int, name: str, task: str, seconds: float, *, share: float | None = None) -> Row:
+    return Row(
+        section=linear.SECTION if num_rows else dequantize.SECTION,
+        shape=shape,
+        num_rows=num_rows,
+        task=task,
+        name=name,
+        fault="",
+        worst_ulps=0.3,
+        predicted=1.0,
+        seconds=seconds,
+        floor_share=share,
+    )

@@ -45,7 +45,7 @@ def fused_linear(
     for name, tensor, shape in (("addend", addend, (m, o)), ("bias", bias, (o,))):
         check(
             tensor is None or tensor.shape == shape,
-            lambda name=name, tensor=tensor, shape=shape: f"{name} must be {shape}, got {tuple(tensor.shape)}",
+            lambda: f"{name} must be {shape}, got {None if tensor is None else tuple(tensor.shape)}",  # noqa: B023
         )
     result: Tensor = _linear(x, list(weight.parts), o, addend, xa, b, bias)
     return result
@@ -80,8 +80,8 @@ def _check_weight(rows: Tensor, columns: int, weight: FrozenWeight) -> None:
     for part in parts:
         check(
             part.is_contiguous() and part.device == rows.device,
-            lambda part=part: (
-                f"a part of the weight is not contiguous on {rows.device}: {part.stride()}, {part.device}"
+            lambda: (
+                f"a part of the weight is not contiguous on {rows.device}: {part.stride()}, {part.device}"  # noqa: B023
             ),
         )
 

@@ -266,4 +266,6 @@ def choose(family: Family, hf_config: Any, *, device: torch.device, dtype: torch
         flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
         op = from_flash_attn(flash_attn_varlen_func, deterministic=deterministic)
         return Choice(op, f"attention runs over each document's length (flash-attn), {order}")
-    return Choice(None, f"{dense}: this torch was built without flash attention, and flash-attn is not installed")
+    return Choice(
+        None, f"{dense}: torch {torch.__version__} has no flash attention by documents, and flash-attn is not installed"
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,9 @@ from distlora.families import Family
 
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 _SILU = ("silu", "swish")
+
+FIRST = (0, 8, 5)
+"""The version that was read and is tested. 0.8.0 has no partial rotary embedding: on Phi-4-mini it reads beyond cos."""
 
 
 class GatedMLP(nn.Module):
@@ -64,6 +68,11 @@ def why_not(*, device: torch.device, full: bool) -> str | None:
         return "adapter=full computes under autocast, where its kernels round more than transformers does"
     if importlib.util.find_spec("liger_kernel") is None:
         return "it is not installed; pip install 'distlora[cuda]' does that, train.liger=false silences this"
+    version = importlib.metadata.version("liger_kernel")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < FIRST:
+        return (
+            f"it is {version}, older than {'.'.join(map(str, FIRST))}; pip install -U liger-kernel brings a newer one"
+        )
     return None
 
 

@@ -57,6 +57,8 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     """
     if device.type != "cuda":
         return
+    # Sums of split GEMMs in fp32, as everything else here; torch's default lets the library round them to bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     settings = config.train
     choice = attention.choose(
         model.family,

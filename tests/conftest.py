@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,27 @@ import torch
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
 
+from distlora import liger
 from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
 # Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _rotary_embeddings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel's is put in for the whole process (distlora/liger.py); a test on the CPU that follows needs the
+    family's own."""
+    apply = liger.apply
+
+    def undone_later(decoder: Any, family: Any) -> str:
+        module = sys.modules[type(decoder).__module__]
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+        return apply(decoder, family)
+
+    monkeypatch.setattr(liger, "apply", undone_later)
 
 
 @pytest.fixture

@@ -84,10 +84,11 @@ def test_attending_by_documents_equals_dense_masks(name: str, tmp_path: Path) ->
     model.attend_by_documents(op)
     for num_micro in (1, 2):
         calls.clear()
-        losses, gradients = losses_and_gradients(model, Documents.of(POSITIONS), num_micro)
+        # 65, which is no length of these rows: it is this that comes down to the operation.
+        losses, gradients = losses_and_gradients(model, Documents.of(POSITIONS)._replace(longest=65), num_micro)
         # Three blocks, each run for every slice in forward and in recomputation.
         assert len(calls) == 3 * 2 * num_micro
-        assert {longest for longest, _ in calls} == {64}
+        assert {longest for longest, _ in calls} == {65}
         windowed = any(setting in name for setting in ("window", "gemma3")) or name == "phi3"
         assert (15 in {left for _, left in calls}) == windowed
         assert_losses_close(losses.tolist(), expected_losses.tolist())

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from distlora import startup
 from distlora.adapters import adapter_parameters
+from distlora.attention import Documents
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.parallel import Ranks, fsdp2
@@ -73,22 +74,25 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
     """Losses of some steps of SGD on the adapters, then the adapters; nothing else is kept."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 500, (STEPS, 4, 65), generator=generator).to(device)
-    positions = torch.arange(64, device=device).expand(4, 64)
+    # Two documents a row.
+    positions = torch.cat([torch.arange(23), torch.arange(41)]).expand(4, 64)
+    documents = Documents.of(positions).to(device) if model.attends_by_documents else None
+    positions = positions.to(device)
     adapters = list(adapter_parameters(model).values())
-    losses, allocated = [], []
+    losses, allocated = torch.empty(STEPS, device=device), []
     for step in range(STEPS):
-        loss = model(tokens[step, :, :-1], positions, tokens[step, :, 1:]).sum() / 256
+        loss = model(tokens[step, :, :-1], positions, tokens[step, :, 1:], documents=documents).sum() / 256
         loss.backward()
         with torch.no_grad():
             for parameter in adapters:
                 assert parameter.grad is not None
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-        losses.append(loss.detach())
+        losses[step] = loss.detach()
         torch.cuda.synchronize()
         allocated.append(torch.cuda.memory_allocated())
     assert len(set(allocated[1:])) == 1, f"memory is left behind by steps: {allocated}"
-    return [*losses, *(parameter.detach().clone() for parameter in adapters)]
+    return [losses, *(parameter.detach().clone() for parameter in adapters)]
 
 
 def started(config: Config, device: torch.device) -> CausalLM:
@@ -108,10 +112,13 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
 ) -> None:
-    device = torch.device("cuda")
+    # With its index, as tensors and the workers have it: the scratch is kept by device.
+    device = torch.device("cuda", torch.cuda.current_device())
+    monkeypatch.setattr(scratch, "_arenas", {})
     config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings})
     whole = started(config, device)
     before = packed_bytes(whole)
+    assert before
     expected = train_steps(whole, device)
     del whole
     for prefetch in (False, True):

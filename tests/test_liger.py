@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,18 +27,6 @@ needs_liger = pytest.mark.skipif(
 ONE_EACH = ("llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3")
 PARTIAL_ROTARY = "phi3-longrope-tied"
 RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-
-
-@pytest.fixture
-def rotary_kept(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts the rotary embedding of a decoder's file back after the test."""
-
-    def keep(model: CausalLM) -> ModuleType:
-        module = sys.modules[type(model.decoder).__module__]
-        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
-        return module
-
-    return keep
 
 
 @pytest.fixture
@@ -73,7 +60,10 @@ def test_where_it_cannot_be_used_the_reason_is_said(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in str(liger.why_not(device=torch.device("cuda"), full=False))
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
-    assert liger.why_not(device=torch.device("cuda"), full=False) is None
+    for version, reason in (("0.8.0", "it is 0.8.0, older than 0.8.5"), ("0.8.5", None), ("0.10.0.dev1", None)):
+        monkeypatch.setattr(liger.importlib.metadata, "version", lambda name, version=version: version)
+        said = liger.why_not(device=torch.device("cuda"), full=False)
+        assert said is None if reason is None else reason in str(said)
 
 
 def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -85,9 +75,7 @@ def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @needs_liger
 @pytest.mark.parametrize("name", [*ONE_EACH, PARTIAL_ROTARY])
-def test_a_decoder_with_liger_computes_what_it_did(
-    name: str, tmp_path: Path, rotary_kept: Any, interpretable: None
-) -> None:
+def test_a_decoder_with_liger_computes_what_it_did(name: str, tmp_path: Path, interpretable: None) -> None:
     write_family_folder(tmp_path, name)
     # With and without recomputation: the rotary embedding and the MLP's backward overwrite what they are given.
     checkpointing = "block" if name in ("llama-biases", "gemma2") else "none"
@@ -96,7 +84,7 @@ def test_a_decoder_with_liger_computes_what_it_did(
     input_ids = tokens(2, 4).to(RANKS.device)
     expected_losses, expected = run(model, input_ids)
     before = dict(model.named_parameters())
-    module = rotary_kept(model)
+    module = sys.modules[type(model.decoder).__module__]
 
     said = liger.apply(model.decoder, model.family)
 
@@ -115,14 +103,13 @@ def test_a_decoder_with_liger_computes_what_it_did(
 
 @needs_liger
 def test_a_model_is_built_sharded_and_loaded_with_it(
-    tmp_path: Path, rotary_kept: Any, interpretable: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a start does it: exchanged on meta, before the weights are there."""
     write_family_folder(tmp_path, "gemma3")
     train = {"dtype": "fp32", "liger": False}
     input_ids = tokens(2, 4).to(RANKS.device)
     model, _ = load_ours(tmp_path, RANKS, train=train)
-    rotary_kept(model)
     expected, _ = run(model, input_ids)
     monkeypatch.setattr(
         startup, "use_device_kernels", lambda model, config, device: liger.apply(model.decoder, model.family)
@@ -139,7 +126,7 @@ def test_a_model_is_built_sharded_and_loaded_with_it(
     not torch.cuda.is_available(), reason="needs a CUDA device: these kernels compute in bf16, the interpreter cannot"
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3-text"])
-def test_norms_and_mlps_in_bf16_are_as_exact_as_transformers(name: str, tmp_path: Path, rotary_kept: Any) -> None:
+def test_norms_and_mlps_in_bf16_are_as_exact_as_transformers(name: str, tmp_path: Path) -> None:
     """Against the same modules in fp64, forward and gradient of the input, at most 1.2 times transformers' error."""
     write_family_folder(tmp_path, name)
     train = {"dtype": "bf16", "checkpointing": "none", "liger": False}
@@ -152,7 +139,6 @@ def test_norms_and_mlps_in_bf16_are_as_exact_as_transformers(name: str, tmp_path
     x, grad = (torch.randn(40, size, generator=generator).bfloat16().to(RANKS.device) for _ in range(2))
     transformers_own = [through(module, x, grad) for module in theirs]
     exact = [through(in_fp64(module, model), x.double(), grad.double()) for module in theirs]
-    rotary_kept(model)
     liger.apply(model.decoder, model.family)
     ours = [through(layer.get_submodule(path), x, grad) for path in paths]
     for path, actual, other, wanted in zip(paths, ours, transformers_own, exact, strict=True):

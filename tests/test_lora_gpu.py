@@ -114,25 +114,26 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
 
 @pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
-    """|sBA| / |W| = 1e-3: the slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding."""
-    rows, features, out, rank = 256, 512, 512, 16
+    """The slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3, and
+    at 1e-4 where a GPU has enough outputs to see it. The error is that of a bf16 GEMM on the dequantized weight.
+    """
+    on_gpu = triton_device.type == "cuda"
+    rows, features, out, rank = (4096, 4096, 4096, 16) if on_gpu else (256, 512, 512, 16)
     weight = (randn(out, features, seed=1) / features**0.5).bfloat16()
     frozen = FrozenWeight(tuple(p.to(triton_device) for p in nf4.nf4_quantize(weight)), (out, features))
-    dense = frozen.dense(torch.bfloat16).double()
+    dense = frozen.dense(torch.bfloat16)
     x = randn(rows, features, seed=2).to(triton_device, torch.bfloat16)
     a, b = randn(rank, features, seed=3).to(triton_device), randn(out, rank, seed=4).to(triton_device)
-    b *= 1e-3 * float(dense.norm()) / float((b.double() @ a.double()).norm())
+    b *= (1e-4 if on_gpu else 1e-3) * float(dense.norm()) / float((b @ a).norm())
     with variants.forced(variant), torch.no_grad():
         y = lora_linear(x, frozen, Adapter(a, b, 1.0)).double()
-    base = x.double() @ dense.T
+    base = x.double() @ dense.double().T
     exact = (x.double() @ a.bfloat16().double().T) @ b.bfloat16().double().T
     slope = float(((y - base) * exact).sum() / exact.square().sum())
-    noise = y - base - exact
-    sigma = float(noise.std() / exact.norm())
+    sigma = float((y - base - exact).std() / exact.norm())
     assert abs(slope - 1) < 3 * sigma, f"{slope:.3f} of the update is left; its noise is {sigma:.3f}"
-    # Two roundings in the scratch variant, one in the fused: at most sqrt(2) of a single one's error.
-    single = relative_error((base + exact).to(torch.bfloat16), base + exact)
-    assert relative_error(y, base + exact) < 1.45 * single
+    library = relative_error(x @ dense.T, base)
+    assert relative_error(y, base + exact) <= 1.01 * library
 
 
 def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.device) -> None:

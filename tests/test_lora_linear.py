@@ -75,7 +75,7 @@ def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(
 
 
 def test_a_tiny_update_survives_in_bf16() -> None:
-    """Added to an output already rounded to bf16, an update of 1e-3 of it keeps half of itself (shared facts)."""
+    """Added to an output already rounded to bf16, an update of 1e-3 of it keeps half of itself."""
     x, weight, a, b, _ = tensors((256, 1024, 1024, 16), torch.bfloat16)
     b = b * 1e-3
     exact = (x.double() @ a.to(torch.bfloat16).double().T) @ b.to(torch.bfloat16).double().T

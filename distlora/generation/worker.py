@@ -80,6 +80,8 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
 
     Raises UserError for damaged checkpoints, and for weights that are another model's.
     """
+    # Nothing is recomputed here.
+    config = replace(config, train=replace(config.train, keep_dequantized=False))
     if foreign:
         assert weights is not None
         with named_by_flag():

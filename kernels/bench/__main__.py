@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         # With its index, as tensors have it: the scratch is kept by device.
         device = torch.device("cuda", torch.cuda.current_device())
+        # As distlora's workers set it: sums of split GEMMs in fp32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     with interpreted() if _interprets(device) else contextlib.nullcontext():
         rates = measure_rates(device) if device.type == "cuda" else ASSUMED
         rows: list[Row] = []

@@ -145,7 +145,7 @@ def _project_down(x: Tensor, linears: Sequence[Linear]) -> list[Tensor | None]:
 
 def _is_plain(adapter: Adapter) -> bool:
     """Whether all rows use it and it sees all of x, so that its products may be joined with its siblings'."""
-    return adapter.dropout is None and isinstance(adapter.scale, float)
+    return adapter.dropout is None and not isinstance(adapter.scale, RowChoice)
 
 
 def _choice(adapter: Adapter | None) -> RowChoice | None:
@@ -154,7 +154,7 @@ def _choice(adapter: Adapter | None) -> RowChoice | None:
 
 def _factor(adapter: Adapter) -> float:
     """What dB is scaled by, beside the scales of a choice."""
-    scale = adapter.scale if isinstance(adapter.scale, float) else 1.0
+    scale = 1.0 if isinstance(adapter.scale, RowChoice) else adapter.scale
     return scale if adapter.dropout is None else scale * adapter.dropout.scale
 
 

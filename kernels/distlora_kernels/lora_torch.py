@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dropout import Dropout, dropped
-from distlora_kernels.operands import Gradients, Linear, Needs
+from distlora_kernels.operands import Gradients, Linear, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
 
@@ -83,7 +83,7 @@ def _project_down(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
 def _gate(linear: Linear, num_rows: int) -> Tensor | float:
     assert linear.adapter is not None
     scale, dropout = linear.adapter.scale, linear.adapter.dropout
-    gate = scale if isinstance(scale, float) else scale.gate(num_rows)
+    gate = scale.gate(num_rows) if isinstance(scale, RowChoice) else scale
     return gate if dropout is None else gate * dropout.scale
 
 

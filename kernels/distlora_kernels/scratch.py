@@ -64,6 +64,8 @@ _keeping: Literal["off", "forward", "recomputation"] = "off"
 
 def arena(device: torch.device) -> Arena:
     """The arena of the device's current stream."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _arenas.setdefault((device, stream), Arena(device))
 

@@ -119,7 +119,7 @@ def test_every_table_gives_the_same_product(triton_device: torch.device, monkeyp
     """An A100's tiles and renumbering, run here: which lane holds what must not matter."""
     from distlora_kernels import fused_triton
 
-    monkeypatch.setattr(fused_triton, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(fused_triton, "capability", lambda device: (8, 0))
     for m in (7, 20, 70):
         p = Operands((m, 66, 192, 16), torch.bfloat16, triton_device)
         y = fused.fused_linear(p.x, p.weight, xa=p.xa, b=p.b)
@@ -192,6 +192,14 @@ def test_what_does_not_fit_is_refused_with_its_values() -> None:
         fused.fused_linear(p.x.double(), p.weight)
     with pytest.raises(RuntimeError, match="has parts"):
         fused.fused_linear(p.x, p.weight._replace(parts=p.weight.parts[:1]))
+
+
+def test_codes_that_cannot_be_read_by_words_are_refused(triton_device: torch.device) -> None:
+    p = Operands((3, 48, 64, 4), torch.bfloat16, triton_device)
+    codes, *rest = p.weight.parts
+    shifted = torch.zeros(codes.numel() + 1, dtype=torch.uint8, device=triton_device)[1:].view(codes.shape)
+    with pytest.raises(RuntimeError, match="multiple of 4 bytes"):
+        fused.fused_linear(p.x, p.weight._replace(parts=(shifted, *rest)))
 
 
 def test_few_rows_are_fused_and_many_go_to_the_library() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,50 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
 
 
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_fp64_is_added_in_fp64(triton_device: torch.device, packed: bool, choice: bool) -> None:
+    """The kernels add in fp32, so torch computes it on a GPU too."""
+    x, linears, dys = problem(torch.float32, triton_device, packed=packed, dropout=True, choice=choice)
+    wide = []
+    for weight, adapter, bias in linears:
+        dense = weight if packed else FrozenWeight((weight.dense(torch.float64),), weight.shape)
+        if adapter is not None:
+            a, b = (t.detach().double().requires_grad_() for t in adapter[:2])
+            adapter = adapter._replace(a=a, b=b)
+        wide.append(Linear(dense, adapter, None if bias is None else bias.double()))
+    x, dys = x.double(), [dy.double() for dy in dys]
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in wide if linear.adapter is not None for t in linear.adapter[:2])]
+    ys = lora_linears(leaf, wide)
+    actual = [*ys, *torch.autograd.grad(ys, leaves, dys)]
+    for ours, exact in zip(actual, in_fp64(x, wide, dys), strict=True):
+        assert ours.dtype == torch.float64
+        assert_close(ours, exact, ulps=8)
+
+
+def test_a_scale_may_be_an_integer(triton_device: torch.device) -> None:
+    x, linears, _ = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
+    weight, adapter, _ = linears[0]
+    assert adapter is not None
+    with torch.no_grad():
+        whole, real = (lora_linear(x, weight, adapter._replace(scale=scale)) for scale in (2, 2.0))
+    assert torch.equal(whole, real)
+
+
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+def test_no_tokens_give_no_outputs_and_gradients_of_zero(triton_device: torch.device, choice: bool) -> None:
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=choice)
+    leaf = x[:, :0].clone().requires_grad_()
+    adapters = [t for linear in linears if linear.adapter is not None for t in linear.adapter[:2]]
+    ys = lora_linears(leaf, linears)
+    assert [y.shape for y in ys] == [(BATCH, 0, out) for out in OUTPUTS]
+    dx, *gradients = torch.autograd.grad(ys, [leaf, *adapters], [dy[:, :0] for dy in dys])
+    assert dx.shape == leaf.shape
+    for gradient, adapter in zip(gradients, adapters, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(adapter))
+
+
 @pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_two_calls_give_the_same_bits(triton_device: torch.device, variant: str) -> None:
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=True, choice=False)
@@ -114,8 +160,8 @@ def test_a_fresh_adapter_leaves_the_base_output_within_an_ulp(triton_device: tor
 
 @pytest.mark.parametrize("variant", ["scratch", "fused"])
 def test_a_tiny_update_keeps_its_size_in_bf16(triton_device: torch.device, variant: str) -> None:
-    """The slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3, and
-    at 1e-4 where a GPU has enough outputs to see it. The error is that of a bf16 GEMM on the dequantized weight.
+    """The slope of what is added on what should be is 1 within 3 sigma of the outputs' rounding, at |sBA| / |W| = 1e-3,
+    and at 1e-4 where a GPU has enough outputs to see it. The error is that of a bf16 GEMM on the dequantized weight.
     """
     on_gpu = triton_device.type == "cuda"
     rows, features, out, rank = (4096, 4096, 4096, 16) if on_gpu else (256, 512, 512, 16)
@@ -141,20 +187,24 @@ def test_linears_take_turns_in_one_place_of_the_arena(triton_device: torch.devic
     largest = scratch.block_bytes([max((o, FEATURES) for o in OUTPUTS)], torch.bfloat16)
     assert scratch.reserve(triton_device, largest=largest) == largest
     place = scratch.arena(triton_device).one.data_ptr()
+    scratch.arena(triton_device).one.zero_()
     with variants.forced("scratch"), torch.no_grad():
         lora_linears(x, linears)
     assert scratch.arena(triton_device).one.data_ptr() == place
+    assert scratch.arena(triton_device).one.any(), "the weights were written elsewhere"
 
 
-@pytest.mark.parametrize("variant", ["scratch", "fused"])
-def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(triton_device: torch.device, variant: str) -> None:
-    """Without a break of the graph: values and gradients bit for bit."""
+@pytest.mark.parametrize("variant", ["scratch", "fused", None])
+def test_a_compiled_function_of_adapted_linears_equals_the_eager_one(
+    triton_device: torch.device, variant: variants.Variant | None
+) -> None:
+    """Without a break of the graph, also where the variant is chosen by the table: values and gradients bit for bit."""
     x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=False)
     leaf = x.clone().requires_grad_()
     leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
     results = []
     for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
-        with variants.forced(variant):
+        with contextlib.nullcontext() if variant is None else variants.forced(variant):
             ys = function(leaf, tuple(linears))
             results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
     for eager, compiled in zip(*results, strict=True):

@@ -87,6 +87,25 @@ def test_kept_weights_are_dequantized_twice_a_step_instead_of_three_times(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("reserved", [False, True])
+def test_weights_kept_in_an_arena_are_those_of_backward(triton_device: torch.device, reserved: bool) -> None:
+    """On a GPU: each weight of a block has a place of its own from recomputation on, also where the arena must grow."""
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(7)).to(triton_device).requires_grad_()
+    results = []
+    for keep in (False, True):
+        scratch.reserve(triton_device, largest=0, block=scratch.block_bytes([*SHAPES.values()], x.dtype) * reserved)
+        place = scratch.arena(triton_device).kept.data_ptr()
+        model = two_blocks(checkpointing=True, keep=keep).to(triton_device)
+        y = model(x)
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *adapters])])
+        if keep:
+            assert scratch.arena(triton_device).kept_bytes == scratch.block_bytes([*SHAPES.values()], x.dtype)
+            assert (scratch.arena(triton_device).kept.data_ptr() == place) == reserved
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_nothing_dequantized_outlives_its_block() -> None:
     """Without a checkpoint nothing is kept, and with one what is saved in forward is dropped."""
     for checkpointing in (False, True):

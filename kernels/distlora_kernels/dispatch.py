@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,13 +38,28 @@ def interpreted() -> Iterator[None]:
         _interpreting = False
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it the tensor's GPU is the current one: Triton launches on that, whatever its arguments' device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation on the device of its first argument, a tensor or a list of them."""
+
+    def on_its_device(first: Any, *others: Any, **options: Any) -> Any:
+        with on_device_of(first if isinstance(first, Tensor) else first[0]):
+            return implementation(first, *others, **options)
+
+    return on_its_device
+
+
 def register(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes the op `distlora::name` of this schema; returns the op, to be called as it is."""
     name = schema.partition("(")[0]
 
     def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, _on_its_device(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"distlora::{name}", fake, lib=_library)
         op: Callable[..., Any] = getattr(torch.ops.distlora, name).default
         return op

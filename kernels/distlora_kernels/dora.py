@@ -75,8 +75,9 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, a: Tensor, b: Tensor, scal
         ),
     )
     check(row_norms_squared.dtype == torch.float32, lambda: f"row norms are fp32, not {row_norms_squared.dtype}")
-    a = a.float()
-    return _dora_norms(row_norms_squared.contiguous(), wa.contiguous(), a @ a.T, b.contiguous(), scale)
+    # In fp64, whatever a script has set for fp32 (TF32): R is small.
+    gram = (a.double() @ a.double().T).float()
+    return _dora_norms(row_norms_squared.contiguous(), wa.contiguous(), gram, b.contiguous(), scale)
 
 
 def _fake_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -50,6 +50,14 @@ DX = {
 }
 
 
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that a device is treated as: the CPU's interpreter as an H100. torch.compile asks it once
+    and puts no call into the graph.
+    """
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+
+
 def linear_config(capability: tuple[int, int], m: int, dtype: torch.dtype) -> Config:
     """The configuration of x W^T for M rows."""
     return _config(LINEAR_HOPPER if capability == HOPPER else LINEAR, LINEAR, m, dtype)

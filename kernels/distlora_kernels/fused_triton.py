@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from distlora_kernels import tables
+from distlora_kernels.dispatch import check
 from distlora_kernels.fused_tiles import (
     DX,
     DX_HOPPER,
-    HOPPER,
     LINEAR,
     LINEAR_HOPPER,
     Config,
+    capability,
     dx_config,
     k_width,
     linear_config,
@@ -238,14 +239,14 @@ def linear(
 
     `num_parts`: into how many parts the sum over I is split; None is as many as fill the device.
     """
-    (m, i), o, capability = x.shape, out_features, _capability(x.device)
-    config = linear_config(capability, m, x.dtype)
+    (m, i), o, arch = x.shape, out_features, capability(x.device)
+    config = linear_config(arch, m, x.dtype)
     return _launch(
         _linear_kernel, x, parts, (addend, xa, b, bias), config, outputs=o, summed=i, in_features=i,
         rank=None if xa is None else xa.shape[1], num_parts=num_parts,
         constants={
             "WHOLE": i % config.depth == 0,
-            "K_WIDTH": k_width(capability, len(parts) == 4),
+            "K_WIDTH": k_width(arch, len(parts) == 4),
             "WARPS": config.warps,
         },
     )  # fmt: skip
@@ -262,7 +263,7 @@ def dx(
 ) -> Tensor:
     """dy (M, O), the packed weight's parts -> (M, I) in dy's dtype: dy W + dxa a, rounded once. num_parts: of O."""
     (m, o), i = dy.shape, in_features
-    config = dx_config(_capability(dy.device), m, dy.dtype)
+    config = dx_config(capability(dy.device), m, dy.dtype)
     return _launch(
         _dx_kernel, dy, parts, (dxa, a), config, outputs=i, summed=o, in_features=i,
         rank=None if dxa is None else dxa.shape[1], num_parts=num_parts, constants={"WHOLE": i % config.width == 0},
@@ -297,6 +298,10 @@ def _launch(
     num_parts = triton.cdiv(depth_tiles, tiles_per_part)
     y = result if num_parts == 1 else rows.new_empty((num_parts, m, outputs), dtype=torch.float32)
     codes, scales, scale, offset = parts if len(parts) == 4 else (parts[0], None, parts[1], None)
+    check(
+        codes.data_ptr() % 4 == 0,
+        lambda: f"codes must start at a multiple of 4 bytes (8 are read at once); they start at {codes.data_ptr()}",
+    )
     kernel[(row_tiles * output_tiles, num_parts)](
         rows, codes, scales, scale, offset,
         None if scales is None else tables.dynamic_map(device), tables.levels(device), *operands, y,
@@ -307,13 +312,10 @@ def _launch(
     )  # fmt: skip
     if num_parts > 1:
         grid = (triton.cdiv(result.numel(), _REDUCED),)
-        _add_parts_kernel[grid](y, result, result.numel(), num_parts, OUTPUTS=_REDUCED, num_warps=4)
+        _add_parts_kernel[grid](
+            y, result, result.numel(), num_parts, OUTPUTS=_REDUCED, num_warps=4, enable_fp_fusion=True
+        )
     return result
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
 
 
 @functools.cache

@@ -75,8 +75,10 @@ def backward(
 def _input_gradient(
     linears: Sequence[Linear], weights: DenseWeights, dys: dict[int, Tensor], dxas: dict[int, Tensor]
 ) -> Tensor | None:
-    """dX (M, I): the adapters' terms first, then the base GEMMs accumulate into them."""
+    """dX (M, I): the adapters' terms first, then the base GEMMs accumulate into them; a fused product adds its own."""
     total: Tensor | None = None
+    fused = {index for index, dy in dys.items() if variants.choose(dy, linears[index].weight) == "fused"}
+    inside: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(part: Tensor) -> None:
         nonlocal total
@@ -86,17 +88,20 @@ def _input_gradient(
     for index, dxa in dxas.items():
         adapter = linears[index].adapter
         assert adapter is not None
-        if _is_plain(adapter):
-            plain.append((dxa, adapter.a.to(dxa.dtype)))
+        down = adapter.a.to(dxa.dtype)
+        if not _is_plain(adapter):
+            add(skinny_up(dxa, down.T, choice=_choice(adapter), dropout=adapter.dropout))
+        elif index in fused:
+            inside[index] = (dxa, down)
         else:
-            down = adapter.a.to(dxa.dtype).T
-            add(skinny_up(dxa, down, choice=_choice(adapter), dropout=adapter.dropout))
+            plain.append((dxa, down))
     if plain:
         add(skinny_up(_side_by_side([dxa for dxa, _ in plain]), _stacked([a for _, a in plain]).T))
     for index, dy in dys.items():
         weight = linears[index].weight
-        if variants.choose(dy, weight) == "fused":
-            add(fused_linear_dx(dy, weight))
+        if index in fused:
+            own, down = inside.get(index, (None, None))
+            add(fused_linear_dx(dy, weight, dxa=own, a=down))
         elif total is None:
             total = dy @ weights.take(index, weight, dy.dtype)
         else:
@@ -164,7 +169,7 @@ def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     if (choice := _choice(adapter)) is not None:
         # By expanding views: the number of repetitions must not be read from the device.
         columns = [scale.expand(rank) for scale, rank in zip(choice.scales, choice.ranks, strict=True)]
-        scale = torch.cat(columns) * scale
+        scale = torch.cat(columns).to(adapter.b.dtype) * scale
     return torch.mul(adapter.b, scale, out=torch.empty_like(adapter.b, dtype=dtype))
 
 

@@ -113,8 +113,8 @@ class _LoRALinears(torch.autograd.Function):
 
 
 def _path(tensor: Tensor) -> ModuleType:
-    """The module that computes forward and backward on this tensor's device."""
-    if not uses_triton(tensor):
+    """The module that computes forward and backward on this tensor's device; no rows are left to torch."""
+    if not uses_triton(tensor) or tensor.shape[0] == 0:
         return lora_torch
     from distlora_kernels import lora_gpu
 

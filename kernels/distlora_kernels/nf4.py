@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
-from distlora_kernels.dispatch import check, register, uses_triton
+from distlora_kernels.dispatch import check, on_device_of, register, uses_triton
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, absmax_group_sums, num_groups
 
 __all__ = [
@@ -55,7 +55,8 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
         return nf4_cpu.quantize_blocks(flat)
     from distlora_kernels import nf4_triton
 
-    return nf4_triton.quantize_blocks(flat)
+    with on_device_of(flat):
+        return nf4_triton.quantize_blocks(flat)
 
 
 def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
         return reference.quantize_absmax(absmax, offset, num_blocks)
     from distlora_kernels import nf4_triton
 
-    return nf4_triton.quantize_absmax(absmax, offset, num_blocks)
+    with on_device_of(absmax):
+        return nf4_triton.quantize_absmax(absmax, offset, num_blocks)
 
 
 def absmax_offset(group_sums: Tensor, num_blocks: int) -> float:

@@ -10,7 +10,8 @@ xa and dxa are compact: row m has the columns of its own adapter, then zeros up 
 Sums are fp32 (fp64 for fp64 inputs), narrowed once, and added in one order: the same inputs give the same bits.
 
 Letters: M rows, I in features, O out features, R rank (of all adapters together), N adapters, B rows of the batch.
-Dense tensors may be slices of wider ones. The torch operations of this file run on the CPU and are the definition.
+Dense tensors may be slices of wider ones. The torch operations of this file run on the CPU, and in fp64
+everywhere, and are the definition.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _down(
     x: Tensor, a: Tensor, rows: Tensor | None, ranks: Sequence[int], dropped_rows: Tensor | None, words: Sequence[int]
 ) -> Tensor:
     dropout = _dropout(dropped_rows, words)
-    if uses_triton(x):
+    if _in_triton(x):
         from distlora_kernels import skinny_launch
 
         return skinny_launch.down(x, a, rows, tuple(ranks), dropout)
@@ -198,7 +199,7 @@ def _up(
     words: Sequence[int],
 ) -> Tensor:
     dropout = _dropout(dropped_rows, words)
-    if uses_triton(xa):
+    if _in_triton(xa):
         from distlora_kernels import skinny_launch
 
         return skinny_launch.up(xa, b, bias, rows, tuple(ranks), dropout)
@@ -236,7 +237,7 @@ def _dy(
     ranks: Sequence[int],
     scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if uses_triton(dy):
+    if _in_triton(dy):
         from distlora_kernels import skinny_launch
 
         return skinny_launch.dy(dy, b, xa, scale, rows, tuple(ranks), scales)
@@ -250,7 +251,7 @@ def _dy(
         dxa[part, :rank] = dy[part] @ b[:, columns]
         db[:, columns] += dy[part].T.to(wide) @ xa[part, :rank].to(wide)
     owner = torch.tensor([n for n, rank in enumerate(ranks) for _ in range(rank)], device=b.device)
-    return dxa, db.mul_((scale * scales)[owner])
+    return dxa, db.mul_((scale * scales.to(wide))[owner])
 
 
 def _fake_grad(
@@ -277,7 +278,7 @@ def _grad(
     words: Sequence[int],
 ) -> Tensor:
     dropout = _dropout(dropped_rows, words)
-    if uses_triton(x):
+    if _in_triton(x):
         from distlora_kernels import skinny_launch
 
         return skinny_launch.grad(dxa, x, rows, tuple(ranks), dropout)
@@ -289,6 +290,11 @@ def _grad(
     for part, columns, rank in _own_parts(rows, ranks, x.shape[0]):
         da[columns] += dxa[part, :rank].T.to(wide) @ seen[part].to(wide)
     return da
+
+
+def _in_triton(tensor: Tensor) -> bool:
+    """Whether the kernels run. They add in fp32, so fp64 is left to torch on a GPU too."""
+    return uses_triton(tensor) and tensor.dtype != torch.float64
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -121,7 +121,7 @@ def down(x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], drop
         stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_split=out.numel(),
         split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_arguments(dropout, num_rows),
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split.parts > 1:
         _add(sums, out)
@@ -143,7 +143,7 @@ def up(
         stride_xa=xa.stride(0), stride_bo=b.stride(0), stride_br=b.stride(1),
         tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_arguments(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=triton.cdiv(by.rank, tile.ranks),
-        SPAN_ALIGNMENT=_alignment(ranks), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SPAN_ALIGNMENT=_alignment(ranks), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -177,7 +177,7 @@ def dy(
         stride_dy=dy.stride(0), stride_b=b.stride(0), stride_xa=xa.stride(0), stride_split=dxa.numel(),
         split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=_alignment(ranks),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split.parts > 1:
         _add(sums, dxa)
@@ -219,7 +219,7 @@ def _products_over_rows(
         stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
         stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_arguments(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     whole = out.T if rank_is_last else out
     _add(parts, whole, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=rank_is_last)
@@ -243,5 +243,5 @@ def _add(
         size=size, num_partials=count, partial_size=partials.stride(0),
         partials_of_a_row=1 if rows is None else count // rows.shape[0], scale=scale,
         width=out.shape[width], all_ranks=sum(ranks), max_rank=partials.shape[rank],
-        RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4,
+        RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -259,9 +259,10 @@ LARGEST_FUSED_RANK = 32
 def tile_of(op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: bool = False) -> Tile:
     """The tile of an op for one adapter's rank and one row's tokens, so that nothing spills and 99 KB are enough.
 
-    With dropout twice the threads: the generator, not the memory, is what a program waits for.
+    With dropout twice the threads: the generator, not the memory, is what a program waits for. A rank that is no
+    multiple of 16 is read and written number by number, and the addresses fill registers: fewer rows at a time.
     """
-    ranks = min(max(16, triton.next_power_of_2(rank)), 64)
+    ranks, odd = min(max(16, triton.next_power_of_2(rank)), 64), rank % 16 != 0
     warps = 8 if with_dropout or (op == "down" and ranks > 16) else 4
     if dtype == torch.float32:
         # Without tensor cores (ieee): operands are held in registers.
@@ -273,8 +274,9 @@ def tile_of(op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: b
     if op == "up":
         return Tile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
     if op == "dy":
-        return Tile(_rows(256, tokens), 64, ranks, 8, 2)
-    return Tile(_rows(64, tokens), 128, ranks, warps, 3 if with_dropout else 4)
+        return Tile(_rows(128 if odd else 256, tokens), 64, ranks, 8, 3 if odd else 2)
+    rows = 32 if odd and ranks == 16 and not with_dropout else 64
+    return Tile(_rows(rows, tokens), 128, ranks, warps, 3 if with_dropout else 4)
 
 
 def _rows(most: int, tokens: int) -> int:
@@ -312,6 +314,7 @@ def _cases() -> tuple[Case, ...]:
     bf16, many = torch.bfloat16, 8192
     dropout = {"dropped_rows": "*i64"}
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
+    of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa"), "i32")
     tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
     return (
         _case("down R=16", down_kernel, tile["down"][16], stride_ai="i32:1"),
@@ -330,9 +333,12 @@ def _cases() -> tuple[Case, ...]:
         _case("dy R=32", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16"),
         _case("dxa R=48", down_kernel, tile["down"][48], stride_ar="i32:1"),
         _case("db R=48", grad_kernel, tile["grad"][48], out="*fp32:16", stride_or="i32:1"),
+        _case("dy R=8", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8),
+        _case("dy R=8 choice", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **choice),
         _case("dy choice", dy_kernel, tile["dy"][16], dxa="*fp32:16", **choice),
         _case("dy fp32", dy_kernel, tile_of("dy", 16, many, torch.float32), "fp32"),
         _case("grad R=16", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16"),
+        _case("grad R=8", grad_kernel, tile_of("grad", 8, many, bf16), stride_oi="i32:1", out="*fp32:16", **of_8),
         _case("grad R=48", grad_kernel, tile["grad"][48], stride_oi="i32:1", out="*fp32:16"),
         _case(
             "grad dropout",

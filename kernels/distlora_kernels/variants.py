@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import fused
+from distlora_kernels.fused_tiles import capability
 from distlora_kernels.operands import FrozenWeight
 
 Variant = Literal["scratch", "fused"]
@@ -50,16 +51,16 @@ def by_table(capability: tuple[int, int], m: int, o: int, i: int) -> Variant:
 def choose(rows: Tensor, weight: FrozenWeight) -> Variant:
     """The variant for rows (M, I), or (M, O) of a gradient, on their device.
 
-    A dense weight has only one. fp32 goes to the library: matrix instructions in fp32 precision are slow in Triton.
+    A dense weight has only one. fp32 goes to the library, as matrix instructions in fp32 precision are slow in Triton;
+    so does fp64, which the fused product does not take.
     """
     if not weight.packed:
         return "scratch"
     if _forced is not None:
         return _forced
-    if rows.dtype == torch.float32:
+    if rows.dtype not in (torch.bfloat16, torch.float16):
         return "scratch"
-    capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (9, 0)
-    return by_table(capability, rows.shape[0], *weight.shape)
+    return by_table(capability(rows.device), rows.shape[0], *weight.shape)
 
 
 @contextlib.contextmanager

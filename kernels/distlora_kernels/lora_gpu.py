@@ -100,8 +100,8 @@ def _input_gradient(
     for index, dy in dys.items():
         weight = linears[index].weight
         if index in fused:
-            own, down = inside.get(index, (None, None))
-            add(fused_linear_dx(dy, weight, dxa=own, a=down))
+            own = inside.get(index)
+            add(fused_linear_dx(dy, weight) if own is None else fused_linear_dx(dy, weight, dxa=own[0], a=own[1]))
         elif total is None:
             total = dy @ weights.take(index, weight, dy.dtype)
         else:

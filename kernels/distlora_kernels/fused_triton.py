@@ -13,6 +13,7 @@ A second launch adds the parts of a split sum, in a fixed order.
 Letters: M rows, I in features, O out features, R rank, G groups, S parts that the sum is split into.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -373,6 +374,12 @@ def _cases() -> tuple[Case, ...]:
         for m, config in table.items():
             parts = m <= 64  # Fewer rows are fewer programs: then the sum is split.
             cases.append(_case(f"{label} M={m}", kernel, config, archs, nested=True, lora=True, parts=parts))
+        if kernel is _linear_kernel:  # What fills the registers most.
+            added = dict.fromkeys(("addend_ptr", "bias_ptr"), "*bf16:16")
+            case = cases[-1]
+            constants = {name: value for name, value in case.constants.items() if name not in added}
+            name, signature = f"{case.name}, addend and bias", {**case.signature, **added}
+            cases.append(dataclasses.replace(case, name=name, signature=signature, constants=constants))
         m, config = min(table.items())
         cases.append(_case(f"{label} M={m} plain absmax", kernel, config, archs, nested=False, lora=False, parts=False))
     return (

@@ -148,6 +148,11 @@ def up(
     return out
 
 
+MOST_PARTS_BYTES = 2**28
+"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read again,
+2 % of a linear's backward: memory is what long rows lack."""
+
+
 def dy(
     dy: Tensor,
     b: Tensor,
@@ -160,13 +165,13 @@ def dy(
     """skinny.skinny_dy."""
     dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
     (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], rows, ranks, dy.device)
-    if by.rank > LARGEST_FUSED_RANK:
-        db = b.new_empty(b.shape, dtype=torch.float32)
-        _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
-        return down(dy, b.T, rows, ranks, None), db
     tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
     stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
     stripes = by.batch * stripes_of_a_row
+    if by.rank > LARGEST_FUSED_RANK or stripes * b.numel() * 4 > MOST_PARTS_BYTES:
+        db = b.new_empty(b.shape, dtype=torch.float32)
+        _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
+        return down(dy, b.T, rows, ranks, None), db
     # Two programs a processor: with two stages each, one waits for its tile while the other multiplies.
     split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank)

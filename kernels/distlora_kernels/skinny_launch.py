@@ -149,8 +149,8 @@ def up(
 
 
 MOST_PARTS_BYTES = 2**28
-"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read again
-(2 % of a linear's backward), as memory is what long rows lack."""
+"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read
+again (2 % of a linear's backward), as memory is what long rows lack."""
 
 
 def dy(

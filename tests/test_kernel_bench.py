@@ -35,9 +35,9 @@ CPU = torch.device("cpu")
 SHAPES = ((128, 64), (66, 64))
 
 
-def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_bench(*arguments: str, mended: bool = True) -> subprocess.CompletedProcess[str]:
     """`python -m bench` as where nothing is installed; without a GPU in Triton's interpreter, with its bf16 mended."""
-    mend = "" if torch.cuda.is_available() else "import triton_interpreter\n"
+    mend = "import triton_interpreter\n" if mended and not torch.cuda.is_available() else ""
     run = "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
     code = f"{mend}import sys, runpy\nsys.argv[1:] = {list(arguments)!r}\n{run}"
     paths = (ROOT / "kernels", ROOT, ROOT / "tests")
@@ -91,6 +91,13 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "no CUDA device" in error
     assert "--device cpu" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_interpreter_that_computes_bf16_wrongly_is_refused() -> None:
+    finished = run_bench("--device", "cpu", "dequantize", mended=False)  # TRITON_INTERPRET=1 is inherited.
+    assert finished.returncode == 2
+    assert "computes bf16 wrongly" in finished.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
         # As distlora's workers set it: sums of split GEMMs in fp32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if _interprets(device) and not _is_mended():
+        print(
+            "error: with TRITON_INTERPRET=1 the kernels run in Triton's interpreter, which computes bf16 wrongly; "
+            "tests/test_kernel_bench.py runs this benchmark with it mended. Unset TRITON_INTERPRET to check the torch "
+            "implementations.",
+            file=sys.stderr,
+        )
+        return 2
     with interpreted() if _interprets(device) else contextlib.nullcontext():
         rates = measure_rates(device) if device.type == "cuda" else ASSUMED
         rows: list[Row] = []
@@ -138,11 +146,15 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _interprets(device: torch.device) -> bool:
-    """Whether the kernels run in Triton's interpreter; otherwise the CPU runs each op's torch implementation.
-
-    Its faults of bf16 must be mended before (tests/triton_interpreter.py), or rows are wrong that are right on a GPU.
-    """
+    """Whether the kernels run in Triton's interpreter; otherwise the CPU runs each op's torch implementation."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _is_mended() -> bool:
+    """Whether somebody has mended the interpreter's bf16 (tests/triton_interpreter.py)."""
+    from triton.runtime import interpreter
+
+    return interpreter.InterpreterBuilder.create_dot.__module__ != interpreter.__name__
 
 
 def _rows(options: argparse.Namespace, device: torch.device, rates: Rates) -> Iterator[Row]:

@@ -34,15 +34,15 @@ def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> No
     if device.type != "cuda":  # There a dequantized weight is an ordinary tensor.
         return
     dtype = DTYPES[config.train.dtype]
-    shapes = [
+    blocks = [
         [(m.out_features, m.in_features) for m in block.modules() if isinstance(m, FrozenLinear) and m.quantized]
         for block in model.blocks
     ]
-    largest = max((scratch.block_bytes([shape], dtype) for block in shapes for shape in block), default=0)
+    largest = max((scratch.block_bytes([shape], dtype) for shapes in blocks for shape in shapes), default=0)
     if largest == 0:
         return
     keep = config.train.keep_dequantized
-    block = max(scratch.block_bytes(block, dtype) for block in shapes) if keep else 0
+    block = max(scratch.block_bytes(shapes, dtype) for shapes in blocks) if keep else 0
     taken = scratch.reserve(device, largest=largest, block=block)
     model.notes.append(
         f"{taken / 2**20:,.0f} MiB of scratch for dequantized weights: one at a time"
@@ -51,7 +51,8 @@ def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> No
 
 
 def use_device_kernels(model: CausalLM, config: Config, device: torch.device) -> None:
-    """Exchange what the device has better kernels for; what was done, and what was not and why, in `model.notes`.
+    """Exchange what the device has better kernels for, and have split GEMMs sum in fp32; what was exchanged, and what
+    was not and why, in `model.notes`.
 
     Nothing on the CPU, where transformers' own modules are the reference.
     """
@@ -72,5 +73,5 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     model.notes.append(choice.said)
     if settings.liger:
         reason = liger.why_not(device=device, full=config.adapter.method == "full")
-        used = liger.apply(model.decoder, model.family) if reason is None else f"liger-kernel is not used: {reason}"
-        model.notes.append(used)
+        said = liger.apply(model.decoder, model.family) if reason is None else f"liger-kernel is not used: {reason}"
+        model.notes.append(said)

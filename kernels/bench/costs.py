@@ -5,6 +5,7 @@ Letters: M rows, I in features, O out features, R rank; E bytes of a bf16 elemen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from distlora_kernels.nf4 import bits_per_weight
@@ -68,13 +69,17 @@ def ours_scratch(group: Group, m: int, r: int, *, backward: bool, kept: bool = F
     if not backward:
         return
     for out, features in group.shapes:
-        # dxa and db, then the second pass over their partials, which are small.
-        yield from (_gemm(m, r, out), Step(0.0))
+        yield from (_gemm(m, r, out), _parts(out, m, r))
         if not kept:
             yield dequantize(out, features)
         yield _gemm(m, features, out, accumulates=True)
     yield _gemm(m, group.features, r * len(group.shapes))
     yield from (_gemm(r * len(group.shapes), group.features, m), Step(0.0))
+
+
+def _parts(out: int, m: int, r: int) -> Step:
+    """db's parts, one fp32 (out, R) for 256 rows, written by the pass over dy and read again."""
+    return Step(2 * 4.0 * math.ceil(m / 256) * out * r)
 
 
 def _casts(group: Group, r: int, *, backward: bool) -> Iterator[Step]:
@@ -95,15 +100,15 @@ def fused(out: int, features: int, m: int) -> Step:
 
 
 def ours_fused(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
-    """The same with the decoding GEMM, which adds the adapter's term of forward itself; parts of dX are added up."""
+    """The same with the decoding GEMM, which adds the adapter's terms itself; the linears' parts of dX are added up."""
     yield from _our_casts(group, r, backward=backward)
     yield _gemm(m, r * len(group.shapes), group.features)
-    for out, features in group.shapes:
+    for index, (out, features) in enumerate(group.shapes):
         yield fused(out, features, m)
         if backward:
-            yield from (_gemm(m, r, out), Step(0.0), fused(out, features, m), Step(3 * E * m * features))
+            yield from (_gemm(m, r, out), _parts(out, m, r), fused(out, features, m))
+            yield from [Step(3 * E * m * features)] * (index > 0)
     if backward:
-        yield _gemm(m, group.features, r * len(group.shapes))
         yield from (_gemm(r * len(group.shapes), group.features, m), Step(0.0))
 
 

@@ -28,7 +28,7 @@ def frozen_row_norms_squared(weight: FrozenWeight, dtype: torch.dtype) -> Tensor
     """||W_o||^2 of every row: (O,) fp32, summed in fp32 in a fixed order.
 
     W is rounded to `dtype` (fp32, bf16, fp16) first, as the GEMMs see it. A packed weight is read once and not
-    dequantized to memory on a GPU. Raises RuntimeError for another dtype.
+    dequantized to memory on a GPU. Raises RuntimeError for another dtype, or a dense weight of another shape.
     """
     check(dtype in _DTYPES, lambda: f"row norms are of a weight in fp32, bf16 or fp16, not {dtype}")
     rows, columns = weight.shape

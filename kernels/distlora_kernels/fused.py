@@ -1,7 +1,7 @@
 """Contract of the products that decode a packed weight as they go: no dequantized weight is ever in memory.
 
-For few rows: the weight is decoded once for each 128 of them, so from some M on it is cheaper to dequantize it once and
-to let a library multiply. variants.py says which.
+For few rows: the weight is decoded once for each tile of them (128 at most), so from some M on it is cheaper to
+dequantize it once and to let a library multiply. variants.py says which.
 
 Letters: M rows, I in features, O out features, R rank, G groups.
 """

@@ -2,8 +2,9 @@
 on a weight dequantized into the scratch, or fused with the dequantization where M is small (variants.py).
 
 What is large is moved as seldom as can be: x is read once for all A (twice with the base GEMM, which no adapter avoids)
-and once for all dA, each dY once for dxa and dB, dX is written once and then accumulated into. The scale s (and what
-makes up for dropout) is multiplied into B before B is rounded to x's dtype, so no gate is applied to x A^T.
+and once for all dA, each dY once for dxa and dB where the rank is small, dX is written once and then accumulated into
+by the library's GEMMs. The scale s (and what makes up for dropout) is multiplied into B before B is rounded to x's
+dtype, so no gate is applied to x A^T.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class _LoRALinears(torch.autograd.Function):
 
 
 def _path(tensor: Tensor) -> ModuleType:
-    """The module that computes forward and backward on this tensor's device; no rows are left to torch."""
+    """The module that computes forward and backward on this tensor's device; torch's where there are no rows."""
     if not uses_triton(tensor) or tensor.shape[0] == 0:
         return lora_torch
     from distlora_kernels import lora_gpu

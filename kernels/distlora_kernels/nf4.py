@@ -47,7 +47,8 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     """First level of a run of whole groups: flat (n,) fp32, bf16 or fp16 -> codes (G, 8192) uint8, absmax (G, 256)
     fp32.
 
-    Equal to bitsandbytes byte for byte. n need not be a multiple of 16,384: the last group is padded with codes of 0.
+    Equal to bitsandbytes byte for byte. n need not be a multiple of 16,384: the last group is padded with zeros,
+    whose code is 7.
     """
     check(flat.dtype in _SOURCE_DTYPES, lambda: f"NF4 quantizes fp32, bf16 and fp16, not {flat.dtype}", TypeError)
     check(flat.dim() == 1, lambda: f"NF4 quantizes the flattened weight, got shape {tuple(flat.shape)}")

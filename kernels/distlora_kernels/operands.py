@@ -31,13 +31,12 @@ class FrozenWeight(NamedTuple):
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """(O, I) in `dtype`; a packed weight is written to `out` if that is given."""
-        place = {} if out is None else {"out": out}
         if len(self.parts) == 1:
             return self.parts[0].to(dtype)
         if len(self.parts) == 2:
-            return dequantize_blocks(*self.parts, shape=self.shape, dtype=dtype, **place)
+            return dequantize_blocks(*self.parts, shape=self.shape, dtype=dtype, out=out)
         codes, scales, group_scale, offset = self.parts
-        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, **place)
+        return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, out=out)
 
 
 class RowChoice(NamedTuple):

@@ -2,7 +2,7 @@
 
     down   xa  = d(x) a^T                            forward, one product for all linears of an input (a stacked)
     up     y   = xa b^T + bias, or d(dxa a)          what the base GEMM of forward or dX then accumulates into
-    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both
+    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both (twice where skinny_launch.py says)
     grad   da  = dxa^T d(x)
 
 d sets the dropped inputs to 0 (dropout.py). With a choice the adapters lie side by side (rows of a, columns of b), and
@@ -163,7 +163,7 @@ def _down(
         from distlora_kernels import skinny_launch
 
         return skinny_launch.down(x, a, rows, tuple(ranks), dropout)
-    seen = _kept(x, dropout)
+    seen = _zeroed(x, dropout)
     if rows is None:
         return seen @ a.T
     xa = x.new_zeros(x.shape[0], max(ranks))
@@ -204,11 +204,11 @@ def _up(
 
         return skinny_launch.up(xa, b, bias, rows, tuple(ranks), dropout)
     if rows is None:
-        return _kept(xa @ b.T, dropout) if bias is None else torch.addmm(bias, xa, b.T)
+        return _zeroed(xa @ b.T, dropout) if bias is None else torch.addmm(bias, xa, b.T)
     y = xa.new_zeros(xa.shape[0], b.shape[0]) if bias is None else bias.expand(xa.shape[0], -1).contiguous()
     for part, columns, rank in _own_parts(rows, ranks, xa.shape[0]):
         y[part] = torch.addmm(y[part], xa[part, :rank], b[:, columns].T)
-    return _kept(y, dropout)
+    return _zeroed(y, dropout)
 
 
 def _fake_dy(
@@ -283,7 +283,7 @@ def _grad(
 
         return skinny_launch.grad(dxa, x, rows, tuple(ranks), dropout)
     wide = _wide(x)
-    seen = _kept(x, dropout)
+    seen = _zeroed(x, dropout)
     if rows is None:
         return dxa.T.to(wide) @ seen.to(wide)
     da = torch.zeros(sum(ranks), x.shape[1], dtype=wide, device=x.device)
@@ -301,7 +301,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
+def _zeroed(x: Tensor, dropout: Dropout | None) -> Tensor:
     return x if dropout is None else x.masked_fill(dropped(dropout, *x.shape), 0)
 
 

@@ -13,7 +13,9 @@ GPU, 2026-11-24) at 3.0 TB/s, with 3 us for each further launch that only adds p
 | grad | 134.7 + 2 x 1.0 | 46 + 3 | 45 for each linear (R = 48: 49 + 3) |
 
 Beside x, every tile of rows reads all of a from L2: 34 MB for r = 16, 50 MB for R = 48. dy's partials of db are
-M / 256 x O x R fp32: at R = 64 they would cost as much as the second reading that they save.
+M / 256 x O x R fp32 (M / 128 for ranks that are no multiple of 16): at R = 64 they would cost as much as the second
+reading that they save.
+
 Letters as in skinny.py.
 """
 
@@ -28,7 +30,6 @@ from torch import Tensor
 
 from distlora_kernels.dropout import Dropout
 from distlora_kernels.skinny_triton import (
-    LARGEST_FUSED_RANK,
     add_partials,
     down_kernel,
     dy_kernel,
@@ -40,6 +41,11 @@ from distlora_kernels.skinny_triton import (
 _PROGRAMS = 128
 """Programs that a sum is split into where the rows alone give fewer: about one a processor of an H100, each with
 three tiles of 16 KB on their way (3 TB/s at 1 us needs 23 KB a processor)."""
+_LARGEST_RANK_READ_ONCE = 32
+"""Up to it `dy` reads dy once for both products. Beyond, the parts of db cost about as much as a second reading."""
+MOST_PARTS_BYTES = 2**28
+"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read
+again (2 % of a linear's backward), as memory is what long rows lack."""
 
 
 class _Split(NamedTuple):
@@ -148,11 +154,6 @@ def up(
     return out
 
 
-MOST_PARTS_BYTES = 2**28
-"""What the parts of db may take when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond, dy is read
-again (2 % of a linear's backward), as memory is what long rows lack."""
-
-
 def dy(
     dy: Tensor,
     b: Tensor,
@@ -168,7 +169,7 @@ def dy(
     tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
     stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
     stripes = by.batch * stripes_of_a_row
-    if by.rank > LARGEST_FUSED_RANK or stripes * b.numel() * 4 > MOST_PARTS_BYTES:
+    if by.rank > _LARGEST_RANK_READ_ONCE or stripes * b.numel() * 4 > MOST_PARTS_BYTES:
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
         return down(dy, b.T, rows, ranks, None), db

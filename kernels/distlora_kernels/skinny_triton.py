@@ -252,10 +252,6 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-LARGEST_FUSED_RANK = 32
-"""dy's two products share one reading of dy up to it. Beyond, the partials of db cost more than a second reading."""
-
-
 def tile_of(op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: bool = False) -> Tile:
     """The tile of an op for one adapter's rank and one row's tokens, so that nothing spills and 99 KB are enough.
 

@@ -36,7 +36,7 @@ _MOST_ROWS = {
     (10, 0): 64,
 }
 _MOST_ROWS_ELSEWHERE = 64
-"""Below it dequantizing costs more than decoding on every card above."""
+"""Up to it dequantizing costs more than decoding on every card above."""
 
 _forced: Variant | None = None
 

@@ -115,8 +115,8 @@ class AdaptedLinear(FrozenLinear):
         pairs = self.pairs
         return pairs[0].A if len(pairs) == 1 else torch.cat([pair.A for pair in pairs])
 
-    def operand(self, x: Tensor) -> Linear:
-        """This linear as it applies to x: with the adapters that its rows use, and the inputs that these do not see."""
+    def operand(self) -> Linear:
+        """With the adapters that the block's rows use now, and the inputs that these do not see."""
         pairs = self.pairs
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
         adapter = Adapter(self.stacked_down(), up, self._scale(pairs), self._dropout())

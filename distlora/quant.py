@@ -83,14 +83,14 @@ class FrozenLinear(nn.Module):
             return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), shape)
         return FrozenWeight((self.weight,), shape)
 
-    def operand(self, x: Tensor) -> Linear:
-        """This linear as it applies to x (..., in_features)."""
+    def operand(self) -> Linear:
+        """This linear as `lora_linears` takes it."""
         return Linear(self.frozen_weight, bias=self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
-        return lora_linears(x, (self.operand(x),))[0]
+        return lora_linears(x, (self.operand(),))[0]
 
     def extra_repr(self) -> str:
         if self.quantized:
@@ -112,15 +112,15 @@ class SharedInput:
         self.members = members
         self._input: Tensor | None = None
         self._version = -1
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[FrozenLinear, Tensor] = {}
 
     def output(self, member: FrozenLinear, x: Tensor) -> Tensor:
         """`member`'s output for x."""
-        if x is not self._input or x._version != self._version or id(member) not in self._outputs:
-            outputs = lora_linears(x, [other.operand(x) for other in self.members])
+        if x is not self._input or x._version != self._version or member not in self._outputs:
+            outputs = lora_linears(x, [other.operand() for other in self.members])
             self._input, self._version = x, x._version
-            self._outputs = dict(zip(map(id, self.members), outputs, strict=True))
-        output = self._outputs.pop(id(member))
+            self._outputs = dict(zip(self.members, outputs, strict=True))
+        output = self._outputs.pop(member)
         if not self._outputs:
             self._input = None
         return output

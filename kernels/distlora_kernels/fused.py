@@ -113,26 +113,10 @@ def _check_pair(
     )
 
 
-def _fake_linear(
-    x: Tensor,
-    parts: Sequence[Tensor],
-    out_features: int,
-    addend: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
-
-
-def _fake_dx(dy: Tensor, parts: Sequence[Tensor], in_features: int, dxa: Tensor | None, a: Tensor | None) -> Tensor:
-    return dy.new_empty(dy.shape[0], in_features)
-
-
 @register(
     "fused_linear(Tensor x, Tensor[] parts, SymInt out_features, Tensor? addend, Tensor? xa, Tensor? b, Tensor? bias)"
     " -> Tensor",
-    fake=_fake_linear,
+    fake=lambda x, _, out_features, *_others: x.new_empty(x.shape[0], out_features),
 )
 def _linear(
     x: Tensor,
@@ -157,7 +141,8 @@ def _linear(
 
 
 @register(
-    "fused_linear_dx(Tensor dy, Tensor[] parts, SymInt in_features, Tensor? dxa, Tensor? a) -> Tensor", fake=_fake_dx
+    "fused_linear_dx(Tensor dy, Tensor[] parts, SymInt in_features, Tensor? dxa, Tensor? a) -> Tensor",
+    fake=lambda dy, _, in_features, *_others: dy.new_empty(dy.shape[0], in_features),
 )
 def _dx(dy: Tensor, parts: Sequence[Tensor], in_features: int, dxa: Tensor | None, a: Tensor | None) -> Tensor:
     if uses_triton(dy):

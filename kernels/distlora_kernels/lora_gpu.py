@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distlora_kernels import variants
 from distlora_kernels.fused import fused_linear, fused_linear_dx
-from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice
+from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, per_column
 from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
@@ -168,9 +168,7 @@ def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     """s b (O, R) in `dtype`: multiplied in fp32 and rounded once, by one kernel."""
     scale: float | Tensor = _factor(adapter)
     if (choice := _choice(adapter)) is not None:
-        # By expanding views: the number of repetitions must not be read from the device.
-        columns = [scale.expand(rank) for scale, rank in zip(choice.scales, choice.ranks, strict=True)]
-        scale = torch.cat(columns).to(adapter.b.dtype) * scale
+        scale = per_column(choice.scales, choice.ranks).to(adapter.b.dtype) * scale
     return torch.mul(adapter.b, scale, out=torch.empty_like(adapter.b, dtype=dtype))
 
 

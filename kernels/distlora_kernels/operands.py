@@ -6,6 +6,7 @@ linear, R their ranks added up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +40,14 @@ class FrozenWeight(NamedTuple):
         return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, out=out)
 
 
+def per_column(values: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(N,), a number of each adapter -> (R,), that of each column.
+
+    By expanding views: no count is read from the device, and nothing is copied to it.
+    """
+    return torch.cat([value.expand(rank) for value, rank in zip(values, ranks, strict=True)])
+
+
 class RowChoice(NamedTuple):
     """Which adapter each row of the batch uses, of several that lie side by side: columns of b, rows of a."""
 
@@ -51,8 +60,8 @@ class RowChoice(NamedTuple):
 
     def gate(self, num_rows: int) -> Tensor:
         """(M, R) fp32: s where the row uses the column's adapter, else 0. M = num_rows."""
-        owner = torch.tensor([n for n, rank in enumerate(self.ranks) for _ in range(rank)], device=self.rows.device)
-        gate = torch.where(self.rows[:, None] == owner[None, :], self.scales[owner], 0.0)
+        owner = per_column(torch.arange(len(self.ranks), device=self.rows.device), self.ranks)
+        gate = torch.where(self.rows[:, None] == owner[None, :], per_column(self.scales, self.ranks), 0.0)
         return gate.repeat_interleave(num_rows // self.rows.shape[0], dim=0)
 
 

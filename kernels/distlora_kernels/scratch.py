@@ -67,7 +67,9 @@ def arena(device: torch.device) -> Arena:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _arenas.setdefault((device, stream), Arena(device))
+    if (device, stream) not in _arenas:
+        _arenas[device, stream] = Arena(device)
+    return _arenas[device, stream]
 
 
 def reserve(device: torch.device, *, largest: int, block: int = 0) -> int:
@@ -93,7 +95,7 @@ def keeping(part: Literal["forward", "recomputation"], device: torch.device) -> 
     held; in recomputation it hands it to the backward that asked for it. Only for blocks under a checkpoint.
     """
     global _keeping
-    if part == "recomputation" and uses_triton(torch.empty(0, device=device)):
+    if part == "recomputation":
         arena(device).start_keeping()
     before, _keeping = _keeping, part
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.dropout import Dropout, dropped
-from distlora_kernels.operands import RowChoice
+from distlora_kernels.operands import RowChoice, per_column
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -145,15 +145,9 @@ def _num_columns(rank: int, ranks: Sequence[int]) -> int:
     return max(ranks) if ranks else rank
 
 
-def _fake_down(
-    x: Tensor, a: Tensor, rows: Tensor | None, ranks: Sequence[int], dropped_rows: Tensor | None, words: Sequence[int]
-) -> Tensor:
-    return x.new_empty(x.shape[0], _num_columns(a.shape[0], ranks))
-
-
 @register(
     "skinny_down(Tensor x, Tensor a, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout) -> Tensor",
-    fake=_fake_down,
+    fake=lambda x, a, _, ranks, *_others: x.new_empty(x.shape[0], _num_columns(a.shape[0], ranks)),
 )
 def _down(
     x: Tensor, a: Tensor, rows: Tensor | None, ranks: Sequence[int], dropped_rows: Tensor | None, words: Sequence[int]
@@ -172,22 +166,10 @@ def _down(
     return xa
 
 
-def _fake_up(
-    xa: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    ranks: Sequence[int],
-    dropped_rows: Tensor | None,
-    words: Sequence[int],
-) -> Tensor:
-    return xa.new_empty(xa.shape[0], b.shape[0])
-
-
 @register(
     "skinny_up(Tensor xa, Tensor b, Tensor? bias, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout)"
     " -> Tensor",
-    fake=_fake_up,
+    fake=lambda xa, b, *_others: xa.new_empty(xa.shape[0], b.shape[0]),
 )
 def _up(
     xa: Tensor,
@@ -211,22 +193,13 @@ def _up(
     return _zeroed(y, dropout)
 
 
-def _fake_dy(
-    dy: Tensor,
-    b: Tensor,
-    xa: Tensor,
-    scale: float,
-    rows: Tensor | None,
-    ranks: Sequence[int],
-    scales: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(xa, memory_format=torch.contiguous_format), b.new_empty(b.shape, dtype=_wide(b))
-
-
 @register(
     "skinny_dy(Tensor dy, Tensor b, Tensor xa, float scale, Tensor? rows, int[] ranks, Tensor? scales)"
     " -> (Tensor, Tensor)",
-    fake=_fake_dy,
+    fake=lambda _, b, xa, *_others: (
+        torch.empty_like(xa, memory_format=torch.contiguous_format),
+        b.new_empty(b.shape, dtype=_wide(b)),
+    ),
 )
 def _dy(
     dy: Tensor,
@@ -250,24 +223,14 @@ def _dy(
     for part, columns, rank in _own_parts(rows, ranks, dy.shape[0]):
         dxa[part, :rank] = dy[part] @ b[:, columns]
         db[:, columns] += dy[part].T.to(wide) @ xa[part, :rank].to(wide)
-    owner = torch.tensor([n for n, rank in enumerate(ranks) for _ in range(rank)], device=b.device)
-    return dxa, db.mul_((scale * scales.to(wide))[owner])
-
-
-def _fake_grad(
-    dxa: Tensor,
-    x: Tensor,
-    rows: Tensor | None,
-    ranks: Sequence[int],
-    dropped_rows: Tensor | None,
-    words: Sequence[int],
-) -> Tensor:
-    return x.new_empty(sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=_wide(x))
+    return dxa, db.mul_(per_column(scale * scales.to(wide), ranks))
 
 
 @register(
     "skinny_grad(Tensor dxa, Tensor x, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout) -> Tensor",
-    fake=_fake_grad,
+    fake=lambda dxa, x, _, ranks, *_others: x.new_empty(
+        sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=_wide(x)
+    ),
 )
 def _grad(
     dxa: Tensor,

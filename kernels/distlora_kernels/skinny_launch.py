@@ -97,7 +97,7 @@ def _alignment(ranks: tuple[int, ...]) -> int:
     return min(16, *(rank & -rank for rank in (16, *ranks)))
 
 
-def _dropout_arguments(dropout: Dropout | None, num_rows: int) -> dict[str, Any]:
+def _dropout_words(dropout: Dropout | None, num_rows: int) -> dict[str, Any]:
     if dropout is None:
         return {"dropped_rows": None, "dropped_tokens": 0, "key0": 0, "key1": 0, "threshold": 0, "step": 0}
     words = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
@@ -125,7 +125,7 @@ def down(x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], drop
     down_kernel[(programs, split.parts)](
         x, a, sums, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_split=out.numel(),
-        split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_arguments(dropout, num_rows),
+        split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def up(
     up_kernel[(by.batch * tiles_of_a_row * column_tiles,)](
         xa, b, bias, out, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_xa=xa.stride(0), stride_bo=b.stride(0), stride_br=b.stride(1),
-        tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_arguments(dropout, num_rows),
+        tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=triton.cdiv(by.rank, tile.ranks),
         SPAN_ALIGNMENT=_alignment(ranks), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def _products_over_rows(
         left, right, parts, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_dxa=left.stride(0), stride_x=right.stride(0),
         stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
-        stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_arguments(dropout, num_rows),
+        stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=_alignment(ranks),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench-load clean
+.PHONY: demo test test-slow lint format bench-load clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -12,6 +12,10 @@ demo: $(READY)
 # Two at a time, each file in one process: a world of four ranks, a GPU's kernels, an interpreter hold what they use.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes minutes each: whole commands as a user runs them, larger models. Not in CI.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

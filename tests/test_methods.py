@@ -1,0 +1,201 @@
+"""Every method is what PEFT trains: the table of distlora/README.md, a cell each.
+
+A cell is a real run on some ranks, over a base in NF4 or unquantized, in fp32. PEFT gets our dequantized base and the
+adapter that we start from, trains on the same packed rows with its own modules and optimizer, and must come to the same
+losses and the same adapter; PEFT must load what the run published and have its logits and its gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor, nn
+
+from closeness import assert_adapters_close, assert_losses_close, relative_error
+from distlora import train
+from distlora.config import Config
+from distlora.config_file import load_config
+from distlora.data.loader import StepBatch
+from distlora.parallel import Backend, Ranks
+from distlora.peft_format import WEIGHTS_NAME
+from distlora.results import load_weights, publish_result, weight_files
+from distlora.startup import start_model
+from family_models import SINGLE, dequantized, tokens
+from small_models import make_run, read_metrics
+from worlds import World
+
+STEPS, LR = 2, 5e-3
+PROBES = tokens(4, 24)
+"""Rows whose last position's logits are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table: the settings of its runs."""
+
+    adapter: dict[str, Any]
+    optim: dict[str, Any] = field(default_factory=dict)
+    model: str = "llama"
+    bases: tuple[str, ...] = ("nf4", "none")
+
+
+_PLAIN = {"use_rslora": False, "lora_alpha": 8.0}
+METHODS = {
+    "LoRA": Method(adapter=_PLAIN),
+    "rsLoRA": Method(adapter={"use_rslora": True}),
+    "LoRA+": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}),
+}
+CELLS = [(name, base, size) for name, method in METHODS.items() for base in method.bases for size in (1, 2, 3)]
+
+
+def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:
+    return make_run(
+        run_dir,
+        folders,
+        method.model,
+        adapter={"target_modules": "all-linear", "r": 4} | method.adapter,
+        quant={"method": base},
+        data={"eval_fraction": 0.0},
+        optim={"lr": LR, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0} | method.optim,
+        train={"max_steps": STEPS, "micro_batch": 2},
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to, and what the trained model says of the next step's rows and of the probes."""
+
+    losses: list[float]
+    adapter: dict[str, Tensor]
+    """As published, in PEFT's format."""
+    gradients: dict[str, Tensor]
+    """By the same names."""
+    logits: Tensor
+
+
+def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
+    """Train on these ranks, start again from what was saved, and take one more step's gradients."""
+    train.run(run_dir, ranks)
+    config = load_config(run_dir)
+    loader, _ = train.open_data(run_dir, config, ranks)
+    model, backend, _ = start_model(config, ranks)
+    load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model)
+    backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
+    _accumulate(model, backend, loader.batch(STEPS))
+    gradients = {name: p.grad.clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
+    with torch.no_grad():
+        logits = model(PROBES, positions_of(PROBES), None)
+    adapter = safetensors.torch.load_file(run_dir / "adapter" / WEIGHTS_NAME)
+    return Outcome([line["loss"] for line in read_metrics(run_dir)], adapter, gradients, logits[:, -1])
+
+
+def _accumulate(model: Any, backend: Backend, batch: StepBatch) -> None:
+    """The gradients of a step, summed over the ranks."""
+    backend.zero_gradients()
+    for index, micro in enumerate(batch.micro_batches):
+        loss = model(micro.input_ids, micro.position_ids, micro.labels).sum() / batch.global_targets
+        backend.backward(loss, last=index == len(batch.micro_batches) - 1)
+    backend.finish_gradients()
+
+
+def positions_of(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+
+class Peer:
+    """PEFT's model over our dequantized base, from the adapter that our runs of a method start with."""
+
+    def __init__(self, folder: Path, folders: Path, method: Method, base: str) -> None:
+        self.config = prepare(folder, folders, method, base)
+        ours, _, _ = start_model(self.config, SINGLE)
+        self.start = folder / "start"
+        publish_result(self.start, ours, self.config, None)
+        self.base = dequantized(folders / method.model, ours)
+        self.loader, _ = train.open_data(folder, self.config, SINGLE)
+        tuned = self.load(self.start)
+        optimizer = self._optimizer(tuned)
+        self.losses = []
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            self.losses.append(self._backward(tuned, step))
+            optimizer.step()
+        self.adapter = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(tuned).items()}
+        tuned.unload()
+
+    def load(self, adapter: Path) -> Any:
+        """What PEFT makes of an adapter's folder."""
+        return peft.PeftModel.from_pretrained(self.base, adapter, is_trainable=True)
+
+    def outcome(self, adapter: Path) -> tuple[dict[str, Tensor], Tensor]:
+        """(gradients by the names that PEFT saves, logits) of a published adapter."""
+        tuned = self.load(adapter)
+        self._backward(tuned, STEPS)
+        by_parameter = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+        gradients = peft.get_peft_model_state_dict(tuned, state_dict=by_parameter)
+        with torch.no_grad():
+            logits = tuned(input_ids=PROBES, use_cache=False).logits[:, -1]
+        tuned.unload()
+        return gradients, logits
+
+    def _optimizer(self, tuned: nn.Module) -> torch.optim.Optimizer:
+        settings = self.config.optim
+        arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
+        if settings.loraplus_lr_ratio == 1:
+            return torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], **arguments)
+        ratio = settings.loraplus_lr_ratio
+        return create_loraplus_optimizer(
+            tuned, torch.optim.AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.0, **arguments
+        )
+
+    def _backward(self, tuned: Any, step: int) -> float:
+        """Add a step's gradients; its loss."""
+        batch, total = self.loader.batch(step), 0.0
+        for micro in batch.micro_batches:
+            logits = tuned(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False).logits
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+            loss = losses / batch.global_targets
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+@pytest.fixture(scope="module")
+def peer(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Peer]:
+    """PEFT's side of a method on a base, made at the first use."""
+
+    @functools.cache
+    def make(name: str, base: str) -> Peer:
+        return Peer(tmp_path_factory.mktemp("peer") / "run", folders, METHODS[name], base)
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "base", "size"), CELLS, ids=lambda value: str(value))
+def test_a_method_is_pefts_on_any_base_and_ranks(
+    world: World, folders: Path, tmp_path: Path, peer: Callable[[str, str], Peer], name: str, base: str, size: int
+) -> None:
+    run_dir = tmp_path / "run"
+    prepare(run_dir, folders, METHODS[name], base)
+    ours, theirs = world.run(size, our_outcome, run_dir=run_dir)[0], peer(name, base)
+    assert_losses_close(ours.losses, theirs.losses)
+    assert_adapters_close(ours.adapter, theirs.adapter)
+
+    gradients, logits = theirs.outcome(run_dir / "adapter")
+    assert gradients.keys() == ours.gradients.keys() == ours.adapter.keys()
+    for tensor, gradient in gradients.items():
+        assert relative_error(ours.gradients[tensor], gradient) <= 1e-5, tensor
+    difference = (ours.logits - logits).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+    start = safetensors.torch.load_file(theirs.start / WEIGHTS_NAME)
+    assert all(relative_error(tensor, start[key]) > 1e-4 for key, tensor in ours.adapter.items()), "nothing was trained"

@@ -31,10 +31,13 @@ def main() -> None:
             time.sleep(1)  # The others then see its connection close.
             raise ConnectionError("peer closed")
         case "rank 1 is killed":
+            dying = run_dir / "dying"
             if rank == 1:
-                time.sleep(0.3)
+                dying.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.4)
+            while not dying.exists():  # On a busy machine it may start seconds after this rank.
+                time.sleep(0.01)
+            time.sleep(0.1)
             raise ConnectionError("peer closed")
         case "rank 1 exits with 3":
             if rank == 1:

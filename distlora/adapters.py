@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distlora import randomness
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
+from distlora.token_rows import TokenRows
 from distlora_kernels.dropout import Dropout, threshold_of
 from distlora_kernels.lora_linear import Adapter, Linear, RowChoice
 
@@ -141,12 +142,14 @@ class AdaptedLinear(FrozenLinear):
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every adapter parameter by its path in `module`, in forward order."""
+    """Every replicated, trained parameter by its path in `module`: the embedding's and the head's trained rows, then
+    adapters in forward order.
+    """
     return {
         f"{path}.{name}": parameter
-        for path, pair in module.named_modules()
-        if isinstance(pair, LoRAPair)
-        for name, parameter in pair.named_parameters()
+        for path, part in module.named_modules()
+        if isinstance(part, (LoRAPair, TokenRows))
+        for name, parameter in part.named_parameters()
     }
 
 

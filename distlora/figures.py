@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from distlora.data.loader import StepLoader
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM, count_parameters
 from distlora.reporting import Reporter
+from distlora.tokens import HEAD
 from distlora.trainer import Trainer, peak_memory_bytes
 
 
@@ -26,8 +29,24 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
+    for line in _vocabulary(model):
+        reporter.event(line)
     for note in model.notes:
         reporter.event(note)
+
+
+def _vocabulary(model: CausalLM) -> Iterator[str]:
+    """What new tokens made of the vocabulary, and which rows are trained."""
+    vocabulary = model.vocabulary
+    if vocabulary.new:
+        named = [f"{text} = {id}" for text, id in vocabulary.new.items()]
+        grown = "spare rows of embedding and head hold them"
+        if vocabulary.has_grown:
+            grown = f"embedding and head have grown from {vocabulary.stored:,} to {vocabulary.rows:,} rows"
+        yield f"{len(named)} new tokens: {', '.join(named[:8])}{', ...' if len(named) > 8 else ''}; {grown}"
+    for matrix, ids in vocabulary.trained.items():
+        name = "the head" if matrix == HEAD else "the embedding" + (" and the head tied to it" if model.tied else "")
+        yield f"{len(ids):,} rows of {name} are trained"
 
 
 def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:

@@ -77,10 +77,13 @@ class ModelFlops:
 
 def count_flops(model: CausalLM) -> ModelFlops:
     """Per linear of I x O: 2 IO forward, 2 IO for the input's gradient, 2 IO more where it is trained; an adapter of
-    rank R adds 6 R (I + O). Attention, per pair and layer: 4 heads * head_dim forward, 8 backward."""
+    rank R adds 6 R (I + O), N trained rows of the head 6 N I.
+    Attention, per pair and layer: 4 heads * head_dim forward, 8 backward."""
     config = model.hf_config
     trained = any(parameter.requires_grad for parameter in model.head.parameters())
     per_token = (6 if trained else 4) * model.head.weight.numel()
+    if model.head.token_rows is not None:
+        per_token += 6 * model.head.token_rows.rows.numel()
     for module in (module for block in model.blocks for module in block.modules()):
         if isinstance(module, FrozenLinear):
             per_token += 4 * module.in_features * module.out_features

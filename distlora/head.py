@@ -3,7 +3,7 @@ exist.
 
 Token losses are independent of each other, so while the head is frozen the gradient of the hidden states is computed in
 the forward pass, chunk by chunk, and only scaled in backward: the head's weight is read (and, when sharded, gathered)
-once.
+once. Trained token rows, columns of the logits, get their gradient in backward, from what forward kept of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from distlora.token_rows import TokenRows, weighted_sum
 
 LOGITS_PER_CHUNK = 2**24
 """fp32 logits that exist at once (64 MiB); the tokens of a chunk are this over the vocabulary, 16 or more."""
@@ -35,6 +37,18 @@ class LossHead(nn.Module):
         """(vocabulary, H); the embedding's Parameter itself where the two are tied."""
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
+        self._token_rows: tuple[
+            TokenRows, ...
+        ] = ()  # In a tuple: the model owns them, and the embedding may share them.
+
+    @property
+    def token_rows(self) -> TokenRows | None:
+        """The rows of the weight that are trained while the rest is frozen."""
+        return self._token_rows[0] if self._token_rows else None
+
+    def train_rows(self, token_rows: TokenRows) -> None:
+        """Take these rows in place of the weight's own from now on."""
+        self._token_rows = (token_rows,)
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
@@ -47,16 +61,23 @@ class LossHead(nn.Module):
         elif self.weight.requires_grad:
             losses = torch.cat([checkpoint(self.token_losses, *chunk, use_reentrant=False) for chunk in chunks])
         else:
-            losses = _FrozenHeadLoss.apply(flat, targets, self, tokens_per_chunk)
+            rows = None if self.token_rows is None else self.token_rows.rows
+            losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens_per_chunk)
         return losses.view(labels.shape).sum(dim=1)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """hidden (N, H), labels (N,) -> (N,) fp32 losses, 0 where there is no label."""
-        return F.cross_entropy(self.logits(hidden), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    def token_losses(self, hidden: Tensor, labels: Tensor, own: Tensor | None = None) -> Tensor:
+        """hidden (N, H), labels (N,) -> (N,) fp32 losses, 0 where there is no label. `own`: from own_columns."""
+        return F.cross_entropy(self.logits(hidden, own), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def own_columns(self, hidden: Tensor) -> Tensor | None:
+        """(..., H) -> (..., trained rows) fp32: their logits, neither scaled nor capped; None where there are none."""
+        return None if self.token_rows is None else self.token_rows.columns(hidden)
+
+    def logits(self, hidden: Tensor, own: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says."""
         logits = F.linear(hidden, self.weight).float()
+        if self.token_rows is not None:
+            logits = self.token_rows.replace_columns(logits, self.token_rows.columns(hidden) if own is None else own)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -65,23 +86,37 @@ class LossHead(nn.Module):
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Token losses (N,) of a frozen head; the hidden states' gradient is taken in forward and scaled in backward."""
+    """Token losses (N,) of a frozen head; the hidden states' gradient is taken in forward and scaled in backward.
+
+    Of trained rows (`rows` (n, H) fp32, or None) forward keeps the gradient of their logits, (N, n): the sum over
+    tokens that is the rows' gradient can be made only when each token's loss has its weight.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: LossHead, tokens_per_chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, rows: Tensor | None, head: LossHead, tokens_per_chunk: int
+    ) -> Tensor:
         gradient = torch.empty_like(hidden)
-        losses = []
+        losses, of_columns = [], []
         for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                loss = head.token_losses(leaf, target)
-                out.copy_(torch.autograd.grad(loss.sum(), leaf)[0])
+                own = head.own_columns(leaf)
+                loss = head.token_losses(leaf, target, own)
+                of_leaf, *of_own = torch.autograd.grad(loss.sum(), [leaf] if own is None else [leaf, own])
+                out.copy_(of_leaf)
+            of_columns += of_own
             losses.append(loss.detach())
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, *(() if rows is None else (hidden, torch.cat(of_columns))))
         return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None
+        gradient, *of_rows = ctx.saved_tensors
+        weights = grad_losses[:, None]
+        rows = None
+        if of_rows:
+            hidden, of_columns = of_rows
+            rows = weighted_sum(of_columns * weights, hidden)
+        return (gradient * weights).to(gradient.dtype), None, rows, None, None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.attention import LONGEST, Documents, VarlenOp, use
 from distlora.blocks import Block
 from distlora.config import Config, UserError
@@ -30,6 +30,8 @@ from distlora.loading.prequantized import PackedWeight, check_keeps_packed, pack
 from distlora.loading.segments import read_headers
 from distlora.quant import PACKED_PARTS, FrozenLinear, link_shared_inputs
 from distlora.targets import check_patterns, select_targets
+from distlora.token_rows import TokenRows
+from distlora.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
@@ -59,12 +61,21 @@ class CausalLM(nn.Module):
         hf_config: PretrainedConfig,
         family: Family,
         layout: CheckpointLayout,
+        vocabulary: Vocabulary,
         tied: bool,
         outside_linears: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
+        self.token_rows = nn.ModuleDict(
+            {matrix: TokenRows(ids, head.weight.shape[1]) for matrix, ids in vocabulary.trained.items()}
+        )
+        """The trained rows of embed_tokens and lm_head; of a tied head they are the embedding's."""
         self.decoder = decoder
         self.head = head
+        shared = EMBEDDING if tied else HEAD
+        if (rows := self.rows_of(shared)) is not None:
+            head.train_rows(rows)
         self.blocks = blocks
         """The blocks of the decoder, in order (the decoder owns them)."""
         self.hf_config = hf_config
@@ -131,13 +142,26 @@ class CausalLM(nn.Module):
             known[self.cache_name] = past.cache
         if documents is not None:
             known |= {"attention_mask": documents.starts, LONGEST: documents.longest}
-        output = self.decoder(input_ids=input_ids, position_ids=position_ids, **known)
+        if (rows := self.rows_of(EMBEDDING)) is None:
+            known["input_ids"] = input_ids
+        else:
+            assert adapter_rows is None, "trained token rows know no choice of adapters"
+            known["inputs_embeds"] = rows.embed(self.embedding, input_ids)
+        output = self.decoder(position_ids=position_ids, **known)
         return output.last_hidden_state
 
     @property
     def cache_name(self) -> str:
         """What the decoder calls its cache: transformers has been renaming past_key_values since 5.2x."""
         return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+
+    def rows_of(self, matrix: str) -> TokenRows | None:
+        """The trained rows of embed_tokens or lm_head; None where there are none, or the head has the embedding's."""
+        if matrix not in self.token_rows:
+            return None
+        rows = self.token_rows[matrix]
+        assert isinstance(rows, TokenRows)
+        return rows
 
     def attend_by_documents(self, op: VarlenOp) -> None:
         """Compute attention with `op` wherever a forward is given documents."""
@@ -194,6 +218,9 @@ def build_model(config: Config) -> CausalLM:
     place = folder / "config.json"
     family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
     hf_config = read_hf_config(folder)
+    text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
+    vocabulary = vocabulary_of(config, read_config(folder))
+    text_config.vocab_size = vocabulary.rows
     # Full fine-tuning keeps fp32 masters and computes under autocast; frozen weights are in the run's dtype.
     dtype = torch.float32 if full else DTYPES[config.train.dtype]
     with torch.device("meta"):
@@ -230,9 +257,10 @@ def build_model(config: Config) -> CausalLM:
         decoder,
         head,
         blocks,
-        hf_config=hf_config if family.text_config is None else getattr(hf_config, family.text_config),
+        hf_config=text_config,
         family=family,
         layout=layout,
+        vocabulary=vocabulary,
         tied=tied,
         outside_linears=outside,
     )
@@ -320,7 +348,8 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
     """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
-    base = {name: p for name, p in model.named_parameters() if ".adapters." not in name}
+    adapters = adapter_parameters(model)
+    base = {name: p for name, p in model.named_parameters() if name not in adapters}
     dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
     quantized = sum(
         m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized

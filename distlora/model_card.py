@@ -147,8 +147,11 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
         targets = adapter["target_modules"]
         many = isinstance(targets, list) and len(targets) > 16
         yield "target_modules", f"{len(targets)} linears" if many else _joined(targets)
+        yield from _trained_rows(adapter.get("trainable_token_indices"))
         if config.adapter.init_from is not None:
             yield "started from", _shown(config.adapter.init_from)
+    if config.model.new_tokens:
+        yield "new tokens", _joined(f"`{text}`" for text in config.model.new_tokens)
     yield "base in training", "NF4, double quantization" if config.quant.method == "nf4" else train.dtype
     yield "compute dtype", train.dtype
     yield "optimizer", f"{optim.name}, betas {_joined(optim.betas)}, weight decay {optim.weight_decay:g}"
@@ -161,6 +164,13 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
     if result.step is not None:
         yield "steps", f"{result.step:,}"
     yield "seed", str(train.seed)
+
+
+def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
+    """How many rows of the embedding, or of which matrix, are trained."""
+    for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
+        if ids:
+            yield f"trained rows of {matrix}", f"{len(ids):,}"
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:
@@ -206,10 +216,17 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{revision}, dtype="auto")\n'
-        f'model = PeftModel.from_pretrained(base, "{repository}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
     )
-    if result.chat_template is not None:
+    load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
+    if result.config.model.new_tokens:
+        code += (
+            f'tokenizer = AutoTokenizer.from_pretrained("{repository}")  # It has the new tokens.\n'
+            "rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)\n"
+            f"base.resize_token_embeddings(rows, mean_resizing=False)  # The adapter holds the new rows.\n{load}"
+        )
+    else:
+        code += f'{load}tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
+    if result.chat_template is not None and not result.config.model.new_tokens:  # The tokenizer here reads it itself.
         code = "from pathlib import Path\n\nfrom huggingface_hub import hf_hub_download\n" + code
         code += (
             f"# The chats were rendered with {TEMPLATE_NAME} of this repository, not with the base's own template.\n"

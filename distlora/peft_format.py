@@ -14,6 +14,8 @@ from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read
 from distlora.model import CausalLM
 from distlora.quant import FrozenLinear
 from distlora.targets import select_targets
+from distlora.token_rows import TokenRows
+from distlora.tokens import EMBEDDING
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_config", "adapter_tensors", "load_initial_adapter"]
 
@@ -21,13 +23,19 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r)."""
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r), and
+    trained token rows as <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
+    """
     tensors: dict[str, nn.Parameter] = {}
     for path, linear in model.adapted_linears():
         pair = linear.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.A
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.B
+    for matrix, rows in model.token_rows.items():
+        assert isinstance(rows, TokenRows)
+        path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
+        tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
     return tensors
 
 
@@ -71,7 +79,14 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": "gaussian" if config.adapter.init == "gaussian" else True,
         "target_modules": _target_modules(model),
+        "trainable_token_indices": _token_indices(model),
     }
+
+
+def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
+    """A list means the embedding, and the head where it is tied; null that no rows are trained."""
+    indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
+    return indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None)
 
 
 def _target_modules(model: CausalLM) -> list[str]:

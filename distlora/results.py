@@ -14,6 +14,7 @@ from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
+from distlora.tokens import tokenizer_files
 
 MODEL_NAME = "model.safetensors"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
@@ -72,7 +73,7 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
     """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
 
     `chat_template` is the one that the chats were rendered with, where that is not the base's own: whoever serves the
-    result needs it. The folder appears whole or not at all.
+    result needs it, and the tokenizer where it has new tokens. The folder appears whole or not at all.
     """
     temporary = checkpoint.temporary_of(target)
     temporary.mkdir()
@@ -87,6 +88,8 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
         checkpoint.write_files(temporary, {MODEL_NAME: tensors})
     else:
         checkpoint.write_files(temporary, weight_files(model, config))
+    for name, content in tokenizer_files(config).items():
+        (temporary / name).write_bytes(content)
     if chat_template is not None:
         durable.write_text(temporary / TEMPLATE_NAME, chat_template)
     checkpoint.publish(temporary, target)

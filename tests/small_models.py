@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pydoc_data.topics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from distlora.config_file import as_mapping, build
 
 VOCABULARY = 1001
 """Prime to every number of ranks, so that the embedding is cut unevenly."""
+
+NEW_TOKENS = ("statement", "of the", "method")
+"""Texts in the data, which the tokenizer has no tokens for."""
 
 SHAPES = {
     "vocab_size": VOCABULARY,
@@ -90,12 +94,14 @@ def write_text_file(path: Path, num_documents: int = 40) -> None:
     path.write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in topics))
 
 
-def make_run(run_dir: Path, folders: Path, model: str = "llama", **sections: dict[str, Any]) -> Config:
+def make_run(
+    run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
+) -> Config:
     """A prepared run folder (config.yaml, data.json) over `folders`: fp32, all-linear, ten steps unless told."""
     from distlora.data.prepare import prepare_run
 
     base: dict[str, dict[str, Any]] = {
-        "model": {"path": str(folders / model)},
+        "model": {"path": str(folders / model), "new_tokens": list(new_tokens)},
         "data": {
             "path": str(folders / "text.jsonl"),
             "sequence_length": 64,

@@ -191,7 +191,7 @@ def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, m
     config = make_config(TEXTS)
     first = prepare_run(config.run_dir)
 
-    def refuse(model_dir):
+    def refuse(model_dir, new_tokens):
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(prepare_module, "load_tokenizer", refuse)

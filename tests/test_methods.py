@@ -30,7 +30,7 @@ from distlora.peft_format import WEIGHTS_NAME
 from distlora.results import load_weights, publish_result, weight_files
 from distlora.startup import start_model
 from family_models import SINGLE, dequantized, tokens
-from small_models import make_run, read_metrics
+from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World
 
 STEPS, LR = 2, 5e-3
@@ -45,6 +45,7 @@ class Method:
     adapter: dict[str, Any]
     optim: dict[str, Any] = field(default_factory=dict)
     model: str = "llama"
+    new_tokens: tuple[str, ...] = ()
     bases: tuple[str, ...] = ("nf4", "none")
 
 
@@ -53,6 +54,10 @@ METHODS = {
     "LoRA": Method(adapter=_PLAIN),
     "rsLoRA": Method(adapter={"use_rslora": True}),
     "LoRA+": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}),
+    "new tokens": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}, new_tokens=NEW_TOKENS),
+    "new tokens, tied": Method(
+        adapter=_PLAIN | {"trainable_token_indices": [11, 7]}, model="llama-tied", new_tokens=NEW_TOKENS
+    ),
 }
 CELLS = [(name, base, size) for name, method in METHODS.items() for base in method.bases for size in (1, 2, 3)]
 
@@ -62,6 +67,7 @@ def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:
         run_dir,
         folders,
         method.model,
+        method.new_tokens,
         adapter={"target_modules": "all-linear", "r": 4} | method.adapter,
         quant={"method": base},
         data={"eval_fraction": 0.0},
@@ -111,6 +117,11 @@ def positions_of(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
+def saved_by_peft(tuned: Any, **options: Any) -> dict[str, Tensor]:
+    """By the names that it saves, without the whole of a resized embedding, of which the trained rows are enough."""
+    return peft.get_peft_model_state_dict(tuned, save_embedding_layers=False, **options)
+
+
 class Peer:
     """PEFT's model over our dequantized base, from the adapter that our runs of a method start with."""
 
@@ -120,6 +131,8 @@ class Peer:
         self.start = folder / "start"
         publish_result(self.start, ours, self.config, None)
         self.base = dequantized(folders / method.model, ours)
+        if ours.vocabulary.has_grown:
+            self.base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
         self.loader, _ = train.open_data(folder, self.config, SINGLE)
         tuned = self.load(self.start)
         optimizer = self._optimizer(tuned)
@@ -128,7 +141,7 @@ class Peer:
             optimizer.zero_grad()
             self.losses.append(self._backward(tuned, step))
             optimizer.step()
-        self.adapter = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(tuned).items()}
+        self.adapter = {name: tensor.clone() for name, tensor in saved_by_peft(tuned).items()}
         tuned.unload()
 
     def load(self, adapter: Path) -> Any:
@@ -140,7 +153,7 @@ class Peer:
         tuned = self.load(adapter)
         self._backward(tuned, STEPS)
         by_parameter = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
-        gradients = peft.get_peft_model_state_dict(tuned, state_dict=by_parameter)
+        gradients = saved_by_peft(tuned, state_dict=by_parameter)
         with torch.no_grad():
             logits = tuned(input_ids=PROBES, use_cache=False).logits[:, -1]
         tuned.unload()

@@ -75,6 +75,7 @@ class Config:
                 "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
                 "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,
                 "adapter.alpha_pattern": len(self.adapter.alpha_pattern) > 0,
+                "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
             }
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")

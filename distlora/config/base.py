@@ -25,6 +25,19 @@ class ModelConfig:
     """Branch, tag or commit of a model on the hub; null: its main branch. RUN/config.yaml holds the commit."""
     name: str | None = None
     """The model's name on the hub, as adapters and model cards refer to it. The launcher fills it in."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become tokens of their own: [<|im_start|>, <|im_end|>]. Those written <|...|> are special, so decoders
+    leave them out of text. Their rows start as the mean of all others and are trained; embedding and head grow where
+    they have no spare rows."""
+
+    def __post_init__(self) -> None:
+        for text in self.new_tokens:
+            require(
+                text.strip() == text != "",
+                f"model.new_tokens has {text!r}, which is empty or has spaces around it; write the token's text alone",
+            )
+        twice = [text for index, text in enumerate(self.new_tokens) if text in self.new_tokens[:index]]
+        require(not twice, f"model.new_tokens names {twice[0]} twice; leave one out" if twice else "")
 
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -63,6 +76,10 @@ class AdapterConfig:
     """How A starts (B is zero): Kaiming-uniform as in PEFT, or a normal distribution of std 1/r."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    """Ids of tokens whose rows are trained beside those of model.new_tokens, while the rest of the matrix is frozen: a
+    list for the embedding (and the head that is tied to it), or {embed_tokens: [...], lm_head: [...]}. Each costs a row
+    of fp32, with its gradient and moments, on every rank."""
 
     def __post_init__(self) -> None:
         require_choice("adapter.method", self.method, ("lora", "full"))
@@ -74,6 +91,7 @@ class AdapterConfig:
             0 <= self.lora_dropout < 1,
             f"adapter.lora_dropout={self.lora_dropout} is not a share below 1; set adapter.lora_dropout=0.05 or 0",
         )
+        _check_indices(self.trainable_token_indices)
         for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key, value in pattern.items():
                 where = f"adapter.{setting}.{key}"
@@ -95,6 +113,20 @@ class AdapterConfig:
         """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
+
+
+def _check_indices(named: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> None:
+    """Refuse what cannot be ids of tokens, each once."""
+    setting = "adapter.trainable_token_indices"
+    for matrix, ids in named.items() if isinstance(named, Mapping) else ((None, named or ()),):
+        where = setting if matrix is None else f"{setting}.{matrix}"
+        if matrix is not None:
+            require_choice(f"{setting}'s matrix", matrix, ("embed_tokens", "lm_head"))
+            require(len(ids) > 0, f"{where} is empty; leave {matrix} out")
+        negative = next((id for id in ids if id < 0), None)
+        require(negative is None, f"{where} has {negative}, and ids of tokens start at 0; write the token's id")
+        twice = next((id for index, id in enumerate(ids) if id in ids[:index]), None)
+        require(twice is None, f"{where} has {twice} twice; leave one out")
 
 
 def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:

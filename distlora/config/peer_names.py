@@ -12,6 +12,8 @@ _SETTINGS = {
     "optim.warmup_ratio": ("warmup_steps", "num_warmup_steps"),
     "adapter.r": ("lora_r", "lora_rank", "rank"),
     "adapter.lora_alpha": ("lora_alpha",),
+    "model.new_tokens": ("tokens", "special_tokens", "additional_special_tokens", "extra_special_tokens"),
+    "adapter.trainable_token_indices": ("peft_trainable_token_indices", "token_indices"),
     "train.global_batch": ("gradient_accumulation_steps", "grad_accum"),
     "train.save_every": ("save_steps",),
     "train.eval_every": ("eval_steps",),

@@ -242,9 +242,11 @@ class ChatTemplate:
         missing = self._missing(NAMED[template])
         if missing:
             usable = [name for name in NAMED if not self._missing(NAMED[name])]
+            tokens = ",".join(f'"{token}"' for token in NAMED[template].tokens if not self._is_one_token(token))
+            add = f", or add them with 'model.new_tokens=[{tokens}]'" if tokens else ""
             raise UserError(
                 f"data.template={template} needs {', '.join(missing)}, which the tokenizer in {self._model_path} "
-                f"lacks; set data.template to {' or '.join([', '.join(usable), 'null'] if usable else ['null'])}"
+                f"lacks; set data.template to {' or '.join([', '.join(usable), 'null'] if usable else ['null'])}{add}"
             )
         no_tools = [token for token in NAMED[template].tool_tokens if not self._is_one_token(token)]
         if no_tools:

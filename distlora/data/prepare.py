@@ -24,6 +24,7 @@ from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
 from distlora.durable import write_json
 from distlora.run_folder import DATA_NAME, read_record
+from distlora.tokens import load_tokenizer, vocabulary_of
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
@@ -102,18 +103,6 @@ def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
     return PackedRows.open(Path(record["cache"]), split) if split in record["splits"] else None
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer in a model's folder. Raises UserError where there is none that can be loaded."""
-    from transformers import AutoTokenizer  # Seconds of imports, which a reused cache does not pay.
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise UserError(f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}") from error
-
-
 def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Everything besides the documents and the tokenizer that decides the rows, and the sources' fingerprints."""
     data = config.data
@@ -123,6 +112,8 @@ def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[di
         "too_long": data.too_long,
         "num_training_sources": len(sources["train"]),
     }
+    if config.model.new_tokens:
+        settings["new_tokens"] = list(config.model.new_tokens)
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
         for name, value, default in (
             ("template", data.template, None),
@@ -184,7 +175,7 @@ def _all(sources: Sources) -> list[Source]:
 def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, settings: dict[str, Any]) -> None:
     """Write a whole cache entry into `folder`."""
     data, seed = config.data, config.train.seed
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
     encoders = Encoders(tokenizer, str(model_dir), data)
     corpora = {split: Corpus(folder / f"{split}_documents", data.sequence_length) for split in sources}
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
@@ -225,7 +216,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
             raise _nothing_left(split, data, corpus)
         splits[split] = write_split(folder, split, corpus, chosen, used, pad)
         count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, mix)
-    check_vocabulary(model_dir, max(counts["largest_token"] for counts in splits.values()))
+    check_vocabulary(config, model_dir, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
         corpus.delete()
     meta = {
@@ -244,13 +235,16 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     write_json(folder / "meta.json", meta)
 
 
-def check_vocabulary(model_dir: Path, largest_token: int) -> None:
+def check_vocabulary(config: Config, model_dir: Path, largest_token: int) -> None:
     """Refuse a tokenizer of another model, whose tokens the embedding lacks: on a GPU that is a device assertion."""
     path = model_dir / "config.json"
     if not path.is_file():
         return
-    config = json.loads(path.read_text())
-    vocab_size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    model = json.loads(path.read_text())
+    if config.model.new_tokens:
+        vocabulary_of(config, model)  # Grows by as many as are missing.
+        return
+    vocab_size = model.get("vocab_size", model.get("text_config", {}).get("vocab_size"))
     if vocab_size is not None and largest_token >= vocab_size:
         raise UserError(
             f"the tokenizer in {model_dir} writes the token {largest_token}, beyond vocab_size={vocab_size} in "

@@ -24,12 +24,13 @@ from distlora.data.formats import Document
 from distlora.data.mixture import shares
 from distlora.data.packing import pack
 from distlora.data.painting import Paint, paint_for_stdout, painted
-from distlora.data.prepare import calling_model_by_name, check_vocabulary, load_tokenizer
+from distlora.data.prepare import calling_model_by_name, check_vocabulary
 from distlora.data.reading import Encoders, nothing_to_train
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder
 from distlora.data.turn_tokens import Encoded
+from distlora.tokens import load_tokenizer
 
 SAMPLE = 1000
 """Documents of each source that are read, unless all are asked for."""
@@ -95,7 +96,7 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
     Keeps the first `shown` of each source. Raises UserError for a source that cannot be read.
     """
     model_dir = Path(config.model.path).expanduser()
-    encoders = Encoders(load_tokenizer(model_dir), str(model_dir), config.data)
+    encoders = Encoders(load_tokenizer(model_dir, config.model.new_tokens), str(model_dir), config.data)
     splits = {}
     for split, sources in find_sources(config.data).items():
         corpus = Corpus(scratch / split, config.data.sequence_length)
@@ -111,7 +112,7 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
             sample.ended = next(documents, None) is None
             samples.append(sample)
         if corpus.num_pieces:
-            check_vocabulary(model_dir, int(corpus.read()[0].max()))
+            check_vocabulary(config, model_dir, int(corpus.read()[0].max()))
         splits[split] = SplitSample(samples=samples, corpus=corpus)
     return splits
 

@@ -18,8 +18,9 @@ from distlora.command_line import DONE, run_to_exit_code
 from distlora.config import UserError
 from distlora.config_file import load_config
 from distlora.data.painting import Paint, paint_for_stdout, painted
-from distlora.data.prepare import load_tokenizer, open_split
+from distlora.data.prepare import open_split
 from distlora.data.rows import STARTS, TRAINED, PackedRows
+from distlora.tokens import load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def show(run_dir: str, numbers: Sequence[int], paint: Paint) -> int:
     wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
         raise UserError(f"there is no row {wrong[0]:,}: {run_dir} has {len(rows):,}, numbered from 0")
-    tokenizer = load_tokenizer(Path(config.model.path))
+    tokenizer = load_tokenizer(Path(config.model.path), config.model.new_tokens)
     for number in numbers:
         for line in row_lines(rows, number, tokenizer, paint):
             print(line)

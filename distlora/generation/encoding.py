@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from distlora.config import Config, UserError
 from distlora.data.chat import ChatTemplate, start_tokens
-from distlora.data.prepare import load_tokenizer
 from distlora.generation.generator import Completion, context_limit
 from distlora.generation.prompts import Prompt
 from distlora.model import CausalLM
+from distlora.tokens import load_tokenizer
 
 _WITHOUT_SAMPLING = ("repetition_penalty", "no_repeat_ngram_size")
 _WITH_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -33,7 +33,7 @@ class PromptEncoder:
         self, model: CausalLM, config: Config, data: Mapping[str, Any], *, as_chat: bool | None = None
     ) -> None:
         folder = config.model.path
-        self.tokenizer = load_tokenizer(Path(folder))
+        self.tokenizer = load_tokenizer(Path(folder), config.model.new_tokens)
         self.template: ChatTemplate | None = None
         """None: prompts are continued as they are."""
         if data["chats"] if as_chat is None else as_chat:

@@ -17,9 +17,14 @@ from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, p
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
 from distlora.loading.reader import Reader
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
+from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
 from distlora.parallel import Backend
 from distlora.quant import PACKED_PARTS, FrozenLinear
+from distlora.tokens import EMBEDDING, HEAD
+
+_TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
+"""Parameters with a row for each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,13 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
                 name = model.hf_name(full)
                 if name in packed:
                     raise packed_outside_blocks(name)
-                copy_into(parameter, _segments(sources, name, tuple(parameter.shape)), reader, backend, name)
+                matrix = _TOKEN_MATRICES.get(full)
+                if matrix is None:
+                    copy_into(parameter, _segments(sources, name, tuple(parameter.shape)), reader, backend, name)
+                    continue
+                segments = _segments(sources, name, (model.vocabulary.stored, parameter.shape[1]))
+                rows = model.rows_of(matrix)
+                load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
         bytes_read = reader.bytes_read
     if quantized_weights:
         _check_packed(model, packed)

@@ -25,6 +25,7 @@ from distlora.loading.prequantized import (
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.targets import check_patterns, select_targets
+from distlora.tokens import check_before_tokenizer
 from distlora_launcher.initial_adapter import check_initial_adapter
 
 HEAD_LINES = 1000
@@ -116,6 +117,7 @@ def check_model(config: Config) -> None:
     model = read_model_config(folder)
     full = config.adapter.method == "full"
     family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
+    check_before_tokenizer(config, model)
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora.data.cache import TOKENIZER_FILES
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.model_card import model_card, read_metadata
 from distlora.run_folder import TEMPLATE_NAME, Result, read_result
+from distlora.tokens import tokenizer_files
 from distlora_launcher.arguments import Parser
 
 USAGE = """usage: distlora push RUN ORG/NAME [--private] [--revision BRANCH] [--checkpoint best|step_N]
@@ -104,6 +106,9 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     }
     files[CONFIG_NAME] = (json.dumps(adapter, indent=2) + "\n").encode()
     files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
+    if result.config.model.new_tokens:
+        published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
+        files |= published or tokenizer_files(result.config)  # A saved step has none.
     if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
         files[TEMPLATE_NAME] = result.chat_template.encode()
     return files

@@ -1,0 +1,77 @@
+"""Embedding and head where the vocabulary has new tokens: old rows from disk, new ones by a rule, and where the trained
+rows start.
+
+A new token's row starts as the mean of the rows of all tokens before the first new one, as accurate as fp64 makes it
+and rounded once to the matrix's dtype: the same on any number of ranks, bit for bit. (transformers' mean_resizing draws
+from a normal distribution round that mean; its draws depend on the generator.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distlora.config import UserError
+from distlora.loading.quantize import copy_into
+from distlora.loading.reader import Reader
+from distlora.loading.segments import Segment
+from distlora.parallel import Backend
+from distlora.token_rows import TokenRows
+from distlora.tokens import Vocabulary
+
+ROWS_PER_SUM = 1024
+"""Rows that are added up by one rank: a mean does not depend on where a shard ends."""
+
+
+@torch.no_grad()
+def load_matrix(
+    parameter: nn.Parameter,
+    segments: Sequence[Segment],
+    reader: Reader,
+    backend: Backend,
+    name: str,
+    *,
+    vocabulary: Vocabulary,
+    token_rows: TokenRows | None,
+) -> None:
+    """Fill the rank's rows of an embedding or a head, and start the rows of it that are trained, which all ranks have.
+
+    Every rank must call it for every matrix, in the same order. Raises UserError for NaN or Inf.
+    """
+    copy_into(parameter, segments, reader, backend, name, padding=0 if vocabulary.has_grown else None)
+    width = parameter.shape[1]
+    new_row = None
+    if vocabulary.new:
+        new_row = mean_row(segments, min(vocabulary.new.values()), width, reader, backend).to(parameter.dtype)
+        local, first = backend.local_rows(parameter)
+        for id in vocabulary.new.values():
+            if first <= id < first + len(local):
+                local[id - first] = new_row
+    if token_rows is not None:
+        new_ids = set(vocabulary.new.values())
+        for row, id in zip(token_rows.rows, token_rows.ids, strict=True):
+            # Through the matrix's dtype: the model starts as it is with the rows untrained.
+            stored = None if id in new_ids else reader.read(segments, id * width, (id + 1) * width)
+            start = new_row if stored is None else stored.to(parameter.dtype)
+            assert start is not None
+            if not bool(torch.isfinite(start).all()):  # Another rank's shard may hold the row.
+                raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+            row.copy_(start)
+
+
+def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader, backend: Backend) -> Tensor:
+    """(width,) fp64: the mean of the matrix's first `num_rows` rows; each rank reads its share of them."""
+    world, rank, device = backend.ranks.world, backend.ranks.rank, backend.ranks.device
+    starts = range(0, num_rows, ROWS_PER_SUM)
+    sums = torch.zeros(len(starts), width, dtype=torch.float64, device=device)
+    for index in range(rank, len(starts), world):
+        stop = min(starts[index] + ROWS_PER_SUM, num_rows)
+        rows = reader.read(segments, starts[index] * width, stop * width).view(-1, width)
+        sums[index] = rows.to(device, torch.float64).sum(dim=0)
+    backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
+    total = torch.zeros(width, dtype=torch.float64, device=device)
+    for part in sums:  # In order.
+        total += part
+    return total / num_rows

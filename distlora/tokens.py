@@ -1,0 +1,156 @@
+"""New tokens, the vocabulary that they make, and which of its rows are trained. Imports no torch.
+
+The one place where a tokenizer is made: preparation, preview, generation and whatever is published read text through
+the same one, the base's with the texts of `model.new_tokens` added.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.families import family_of, is_tied, text_settings
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+"""The two matrices with a row for each token, as PEFT and Hugging Face name their modules."""
+
+_CONTROL = re.compile(r"<\|.+\|>")
+"""Texts that are added as special tokens: control tokens as Llama 3, Qwen and Phi write theirs, which decoders leave
+out of text. Others (<think>, a word of a trade) are ordinary added tokens and stay in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The rows of embedding and head in training."""
+
+    stored: int
+    """Rows on disk: vocab_size of config.json."""
+    rows: int
+    """Rows in training: more than are stored where new tokens do not fit into spare ones."""
+    new: Mapping[str, int] = field(default_factory=dict)
+    """The id of each new token."""
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Ids whose rows alone are trained, ascending, by matrix. A head that is tied to the embedding has no entry: its
+    rows are the embedding's."""
+
+    @property
+    def has_grown(self) -> bool:
+        return self.rows > self.stored
+
+
+def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer in a model's folder, with new tokens added.
+
+    Raises UserError where there is none that can be loaded, and for a new token that it has already.
+    """
+    from transformers import AutoTokenizer  # Seconds of imports, which a reused cache does not pay.
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise UserError(f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}") from error
+    if new_tokens:
+        _add(tokenizer, model_dir, new_tokens)
+    return tokenizer
+
+
+def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    for text in new_tokens:
+        if text in known:
+            raise UserError(
+                f"model.new_tokens: {text} is token {known[text]} of the tokenizer in {model_dir} already; leave it "
+                f"out, and to train its row add adapter.trainable_token_indices=[{known[text]}]"
+            )
+    for text in new_tokens:
+        is_control = _CONTROL.fullmatch(text) is not None
+        token = AddedToken(text, special=is_control, normalized=False)  # Matched as written, wherever it stands.
+        added = tokenizer.add_tokens([token], special_tokens=is_control)
+        if added != 1 or tokenizer(text, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(text)]:
+            raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot take {text!r}; leave it out")
+
+
+def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
+    """What the run makes of the vocabulary of a config.json (`model`). Loads the tokenizer where there are new tokens.
+
+    Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
+    """
+    path = Path(config.model.path) / "config.json"
+    family = family_of(model, path)
+    stored = text_settings(model, family)["vocab_size"]
+    new: dict[str, int] = {}
+    if config.model.new_tokens:
+        tokenizer = load_tokenizer(path.parent, config.model.new_tokens)
+        new = {text: tokenizer.convert_tokens_to_ids(text) for text in config.model.new_tokens}
+        last = min(new.values()) - 1
+        if last >= stored:
+            raise UserError(
+                f"the tokenizer in {path.parent} has the token {last}, beyond vocab_size={stored} in {path}, and new "
+                "tokens would follow it; put the tokenizer of this model into the folder"
+            )
+    rows = max(stored, *(id + 1 for id in new.values())) if new else stored
+    trained = trained_indices(config, tied=is_tied(model, family), new=tuple(new.values()))
+    check_indices(trained, rows, path)
+    return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
+
+
+def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
+    list in the embedding alone, as PEFT has it.
+
+    Raises UserError for a head that is trained apart from the embedding that it is tied to.
+    """
+    if config.adapter.method == "full":  # There every row is.
+        return {}
+    named = config.adapter.trainable_token_indices
+    chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
+    if tied and HEAD in chosen:
+        if sorted(chosen[HEAD]) != sorted(chosen.get(EMBEDDING, ())):
+            raise UserError(
+                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
+                f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
+            )
+        del chosen[HEAD]
+    matrices = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
+    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in matrices}
+    return {matrix: ids for matrix, ids in united.items() if ids}
+
+
+def check_before_tokenizer(config: Config, model: Mapping[str, Any]) -> None:
+    """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
+    path = Path(config.model.path) / "config.json"
+    family = family_of(model, path)
+    rows = text_settings(model, family).get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{path}: vocab_size={rows!r} is not a number of tokens; download it again")
+    check_indices(
+        trained_indices(config, tied=is_tied(model, family), new=()), rows + len(config.model.new_tokens), path
+    )
+
+
+def check_indices(trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
+    """Refuse ids that are no rows of the model."""
+    for ids in trained.values():
+        if ids[-1] >= rows:
+            raise UserError(
+                f"adapter.trainable_token_indices has {ids[-1]}, and the model has {rows:,} tokens (vocab_size in "
+                f"{place}, and model.new_tokens); set ids from 0 to {rows - 1}"
+            )
+
+
+def tokenizer_files(config: Config) -> dict[str, bytes]:
+    """What a tokenizer with new tokens is published as, by file name; empty where the base's own serves."""
+    if not config.model.new_tokens:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="distlora-tokenizer-") as folder:
+        load_tokenizer(Path(config.model.path), config.model.new_tokens).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -1,0 +1,261 @@
+"""New tokens: one tokenizer everywhere, rows that start as the mean, and trained rows with autograd's gradients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from closeness import assert_close
+from distlora import train
+from distlora.config import UserError
+from distlora.config_file import load_config
+from distlora.generation.encoding import PromptEncoder
+from distlora.head import LossHead
+from distlora.parallel import Ranks
+from distlora.peft_format import adapter_tensors
+from distlora.results import load_weights, publish_result
+from distlora.run_folder import read_record, read_result
+from distlora.startup import start_model
+from distlora.token_rows import TokenRows, sum_by_slot
+from distlora.tokens import load_tokenizer, vocabulary_of
+from distlora_launcher.push import collect
+from family_models import SINGLE, config_for, dequantized, load_ours, our_logits, tokens, write_family_folder
+from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
+from worlds import World
+
+NEW_IDS = tuple(range(VOCABULARY, VOCABULARY + len(NEW_TOKENS)))
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def with_new(folder: Path, *new: str, **sections: Any) -> Any:
+    return config_for(folder, model={"path": str(folder), "new_tokens": list(new)}, **sections)
+
+
+def test_new_tokens_are_one_token_each_and_control_tokens_are_special(folders: Path) -> None:
+    extended = load_tokenizer(folders / "llama", ["<|im_start|>", "<think>"])
+    assert extended("a<|im_start|>b<think>").input_ids.count(1001) == 1
+    assert extended("a<|im_start|>b<think>").input_ids[-1] == 1002
+    assert extended.decode([1001, 1002], skip_special_tokens=True) == "<think>"
+    plain = load_tokenizer(folders / "llama")
+    text = "an expression of <|im_end|>"
+    assert extended(text).input_ids == plain(text).input_ids, "other text is tokenized as it was"
+
+
+def test_a_token_that_exists_is_refused_with_its_id(folders: Path) -> None:
+    with pytest.raises(UserError, match=r"<\|user\|> is token 3 .*trainable_token_indices=\[3\]"):
+        load_tokenizer(folders / "llama", ["<new>", "<|user|>"])
+
+
+def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "spare", "llama", vocab_size=VOCABULARY + 2)
+    for folder, stored, rows in ((folders / "llama", 1001, 1004), (tmp_path / "spare", 1003, 1004)):
+        vocabulary = vocabulary_of(with_new(folder, "<a>", "<b>", "<c>"), model_config(folder))
+        assert (vocabulary.stored, vocabulary.rows) == (stored, rows)
+        assert vocabulary.new == {"<a>": 1001, "<b>": 1002, "<c>": 1003}
+        assert vocabulary.trained == {"embed_tokens": (1001, 1002, 1003), "lm_head": (1001, 1002, 1003)}
+    assert not vocabulary_of(with_new(tmp_path / "spare", "<a>"), model_config(tmp_path / "spare")).has_grown
+
+
+def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> None:
+    def trained(model: str, indices: Any) -> Any:
+        config = with_new(folders / model, "<a>", adapter={"trainable_token_indices": indices})
+        return vocabulary_of(config, model_config(folders / model)).trained
+
+    assert trained("llama", [9, 4]) == {"embed_tokens": (4, 9, 1001), "lm_head": (1001,)}
+    assert trained("llama", {"lm_head": [9]}) == {"embed_tokens": (1001,), "lm_head": (9, 1001)}
+    assert trained("llama-tied", [9]) == {"embed_tokens": (9, 1001)}
+    assert trained("llama-tied", {"embed_tokens": [9, 4], "lm_head": [4, 9]}) == {"embed_tokens": (4, 9, 1001)}
+    with pytest.raises(UserError, match="write one list for both"):
+        trained("llama-tied", {"embed_tokens": [9], "lm_head": [4]})
+    with pytest.raises(UserError, match="ids from 0 to 1001"):
+        trained("llama", [1002])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "model", "llama", vocab_size=900)
+    with pytest.raises(UserError, match="the token 1000, beyond vocab_size=900"):
+        vocabulary_of(with_new(tmp_path / "model", "<a>"), model_config(tmp_path / "model"))
+
+
+def own_rows(ranks: Ranks, *, folder: Path, adapter: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
+    """This rank's rows of embedding and head and the first one's index; trained rows whole."""
+    sections: dict[str, Any] = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
+    model, backend, _ = start_model(with_new(folder, "<a>", "<b>", "<c>", **sections), ranks)
+    matrices = {"embed_tokens": model.embedding.get_parameter("weight"), "lm_head": model.head.weight}
+    rows = {name: backend.local_rows(parameter) for name, parameter in matrices.items()}
+    trained = {f"trained {name}": (model.get_parameter(f"token_rows.{name}.rows"), 0) for name in model.token_rows}
+    return {name: (rows.detach().clone(), first) for name, (rows, first) in {**rows, **trained}.items()}
+
+
+@pytest.mark.parametrize("spare", [0, 2, 50])
+def test_new_rows_are_the_mean_on_any_number_of_ranks(world: World, tmp_path: Path, spare: int) -> None:
+    """The mean of the rows that the tokenizer had; the rest is what was on disk, and trained rows are the matrix's."""
+    folder = tmp_path / "model"
+    write_model_folder(folder, "llama", vocab_size=VOCABULARY + spare)
+    rows = max(VOCABULARY + spare, VOCABULARY + 3)
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    adapter = {"target_modules": "qv", "r": 2, "trainable_token_indices": {"embed_tokens": [7], "lm_head": [1000]}}
+    for size in (1, 2, 3):
+        parts = world.run(size, own_rows, folder=folder, adapter=adapter)
+        for name, disk in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
+            expected = torch.zeros(rows, stored[disk].shape[1])
+            expected[: len(stored[disk])] = stored[disk]
+            expected[list(NEW_IDS)] = stored[disk][:VOCABULARY].double().mean(dim=0).float()
+            expected = expected.bfloat16()
+            for part in parts:
+                local, first = part[name]
+                assert torch.equal(local, expected[first : first + len(local)]), (name, size)
+            assert sum(len(part[name][0]) for part in parts) == rows
+            ids = [7 if name == "embed_tokens" else 1000, *NEW_IDS]
+            assert all(torch.equal(part[f"trained {name}"][0], expected[ids].float()) for part in parts)
+
+
+def replaced(matrix: Tensor, rows: TokenRows) -> Tensor:
+    return matrix.index_copy(0, torch.tensor(rows.ids), rows.rows)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_loss_and_gradients_are_those_of_the_whole_matrix(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd through index_copy, token losses weighted unevenly; tied, so that both uses add up."""
+    monkeypatch.setattr("distlora.head.LOGITS_PER_CHUNK", 37 * 20)  # Chunks of 20 tokens, the last one shorter.
+    monkeypatch.setattr("distlora.token_rows.TOKENS_PER_PRODUCT", 16)
+    torch.manual_seed(0)
+    embedding = nn.Embedding(37, 12, padding_idx=4)
+    embedding.weight.requires_grad_(False)
+    rows = TokenRows((3, 4, 30, 36), 12).to_empty(device="cpu")
+    rows.rows.data.normal_()
+    head = LossHead(embedding.weight, logit_softcap=softcap)
+    head.train_rows(rows)
+    ids = torch.randint(0, 37, (3, 19), generator=torch.Generator().manual_seed(1))
+    ids[:, ::4] = torch.tensor([3, 4, 30, 36, 3])
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = -100
+    weights = torch.tensor([0.3, 1.0, 2.0])
+
+    def mixed(hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden.cumsum(dim=1)) + hidden
+
+    loss = (head(mixed(rows.embed(embedding, ids)), labels) * weights).sum()
+    (gradient,) = torch.autograd.grad(loss, rows.rows)
+
+    logits = F.linear(
+        mixed(F.embedding(ids, replaced(embedding.weight, rows), padding_idx=4)), replaced(head.weight, rows)
+    )
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    expected = (losses.view(3, 19).sum(dim=1) * weights).sum()
+    (expected_gradient,) = torch.autograd.grad(expected, rows.rows)
+    assert_close(loss, expected, ulps=8)
+    assert_close(gradient, expected_gradient, ulps=16)  # Sums of 57 tokens in another order.
+    with torch.no_grad():
+        assert_close((head(mixed(rows.embed(embedding, ids)), labels) * weights).sum(), expected, ulps=8)
+
+
+def test_the_sum_by_slot_is_fp32_of_16_bit_values() -> None:
+    torch.manual_seed(0)
+    values, slots = torch.randn(3000, 8).bfloat16(), torch.randint(-1, 5, (3000,))
+    expected = torch.zeros(6, 8, dtype=torch.float64).index_add_(0, slots + 1, values.double())[1:]
+    assert_close(sum_by_slot(values, slots, 5), expected.float(), ulps=16)
+
+
+# Gemma scales what it embeds; gemma3 is the text model of a folder with a vision tower.
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3-untied", "phi3"])
+def test_peft_has_the_logits_and_gradients_of_trained_rows_in_other_families(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    write_family_folder(folder, name)
+    tokenizer().save_pretrained(folder)
+    model = {"path": str(folder), "new_tokens": ["<|im_start|>", "<|im_end|>", "<think>"]}
+    ours, _ = load_ours(folder, model=model, adapter={"target_modules": "all-linear", "r": 4})
+    for parameter in (p for name, p in ours.named_parameters() if name.startswith("token_rows.")):
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.05)
+    publish_result(tmp_path / "adapter", ours, config_for(folder, model=model), None)
+    base = dequantized(folder, ours)
+    base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    ids = tokens(2, 40)
+    ids[:, 1::6] = torch.tensor([1001, 1002, 1003, 1001, 1002, 1003, 1001])
+    with torch.no_grad():
+        difference = (tuned(input_ids=ids).logits - our_logits(ours, ids)).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    (ours(ids, positions, labels).sum() / (labels >= 0).sum()).backward()
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    theirs = {n.replace(".default", ""): p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+    for tensor, parameter in adapter_tensors(ours).items():
+        assert parameter.grad is not None
+        assert_close(parameter.grad, theirs[tensor], ulps=84)  # 1e-5.
+
+
+@pytest.fixture(scope="module")
+def run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with new tokens."""
+    run_dir = tmp_path_factory.mktemp("tokens") / "run"
+    adapter = {"target_modules": "qv", "r": 2}
+    make_run(run_dir, folders, "llama", NEW_TOKENS, adapter=adapter, train={"max_steps": 2, "save_every": 1})
+    train.run(run_dir, SINGLE)
+    return run_dir
+
+
+def test_preparation_generation_and_what_is_published_read_with_one_tokenizer(run: Path, folders: Path) -> None:
+    record = read_record(run / "data.json")
+    assert record["splits"]["train"]["largest_token"] in NEW_IDS
+    assert record["settings"]["new_tokens"] == list(NEW_TOKENS)
+    published = transformers.AutoTokenizer.from_pretrained(run / "adapter")
+    text = "the statement of the method"
+    config = load_config(run)
+    model, _, _ = start_model(config, SINGLE)
+    encoder = PromptEncoder(model, config, record)
+    assert published(text).input_ids == encoder.tokenizer(text).input_ids
+    assert set(NEW_IDS) <= set(published(text).input_ids)
+    assert published.chat_template == tokenizer().chat_template
+
+
+def test_every_trained_row_moves_and_a_resume_has_them(run: Path) -> None:
+    config = load_config(run)
+    model, _, _ = start_model(config, SINGLE)
+    before = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
+    load_weights(run / "checkpoints" / "step_00000002", model)
+    for name, tensor in adapter_tensors(model).items():
+        if "token_adapter" in name:
+            assert (tensor != before[name]).any(dim=1).all(), f"a row of {name} was not trained"
+    saved = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert saved["trainable_token_indices"] == {"embed_tokens": list(NEW_IDS), "lm_head": list(NEW_IDS)}
+
+
+def test_the_pushed_repository_has_the_tokenizer_and_says_how_to_load_it(run: Path) -> None:
+    for checkpoint in (None, "step_2"):
+        files = collect(read_result(run, checkpoint), repository="me/it", base="org/base")
+        assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
+        card = files["README.md"]
+        assert isinstance(card, bytes)
+        for words in (b"`of the`", b"resize_token_embeddings(rows", b'AutoTokenizer.from_pretrained("me/it")'):
+            assert words in card
+        assert b"| trained rows of lm_head | 3 |" in card
+
+
+def test_full_fine_tuning_publishes_the_grown_model_and_its_tokenizer(folders: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    full = {"adapter": {"method": "full", "target_modules": "qv"}, "quant": {"method": "none"}}
+    make_run(run_dir, folders, "llama-tied", NEW_TOKENS, **full, train={"max_steps": 1, "global_batch": 4})
+    train.run(run_dir, SINGLE)
+    published = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert published.config.vocab_size == published.get_input_embeddings().num_embeddings == NEW_IDS[-1] + 1
+    assert len(transformers.AutoTokenizer.from_pretrained(run_dir / "model")) == NEW_IDS[-1] + 1

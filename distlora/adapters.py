@@ -10,7 +10,7 @@ Letters: N adapters of a linear, R their ranks added up, M rows of the flattened
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,10 @@ class BlockContext:
         """(B,) int64: which adapter each row uses, -1 for none; None: every row uses the only adapter."""
         self.step_rows: StepRows | None = None
         """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
+        self.balanced: Tensor | None = None
+        """(B, T) bool: the positions over which a router's choices are to be balanced; None: no loss asks for it."""
+        self.balance: Tensor | None = None
+        """(B, 2, experts): what the router of the layer that ran says to that (experts.balance_of)."""
 
 
 class LoRAPair(nn.Module):
@@ -141,6 +145,12 @@ class AdaptedLinear(FrozenLinear):
         return RowChoice(rows, self._scales, tuple(pair.A.shape[0] for pair in pairs))
 
 
+class Adapted(Protocol):
+    """A frozen weight that may have adapters: a linear, or all experts' at once."""
+
+    adapters: nn.ModuleDict
+
+
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every replicated, trained parameter by its path in `module`: the embedding's and the head's trained rows, then
     adapters in forward order.
@@ -153,9 +163,9 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def reset_adapters(linears: Iterable[tuple[str, AdaptedLinear]], config: AdapterConfig, *, seed: int) -> None:
-    """Start every adapter. The random stream is named by the linear's Hugging Face path and the adapter's name."""
-    for path, linear in linears:
-        for name, pair in linear.adapters.items():
+def reset_adapters(weights: Iterable[tuple[str, Adapted]], config: AdapterConfig, *, seed: int) -> None:
+    """Start every adapter. The random stream is named by the weight's Hugging Face path and the adapter's name."""
+    for path, weight in weights:
+        for name, pair in weight.adapters.items():
             assert isinstance(pair, LoRAPair)
             pair.reset(config, seed=seed, name=f"{path}.{name}")

@@ -52,6 +52,25 @@ class Documents(NamedTuple):
         return Documents(self.starts.to(device, non_blocking=True), self.longest)
 
 
+def masks_by_layer_type(decoder: nn.Module, position_ids: Tensor) -> dict[str, Tensor | None]:
+    """What a decoder that makes its masks without the positions (B, T) is handed in their place: masks by layer type,
+    in which documents, told apart by their positions, do not see each other. Through transformers' own functions.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    config: Any = decoder.config
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    # Only its dtype, device and first two dimensions are read.
+    embeds = torch.empty((*position_ids.shape, 0), dtype=weight.dtype, device=position_ids.device)
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    return {
+        kind: makers[kind](
+            config=config, inputs_embeds=embeds, attention_mask=None, cache=None, position_ids=position_ids
+        )
+        for kind in sorted(set(config.layer_types))
+    }
+
+
 class VarlenOp(Protocol):
     """Causal attention within each document of flattened rows."""
 
@@ -249,7 +268,9 @@ def choose(family: Family, hf_config: Any, *, device: torch.device, dtype: torch
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     if family.attention != "sdpa":
-        return Choice(None, f"{dense}: {family.model_type} may cap its scores, which no such kernel here does")
+        return Choice(
+            None, f"{dense}: {family.model_type} caps its scores or has attention sinks, which no such kernel here does"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
     if head_size % 8 or head_size > 256:

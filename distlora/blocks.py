@@ -35,6 +35,10 @@ class Block(nn.Module):
         """(B,) index of each row's adapter, -1 for none; None: all rows use the only one."""
         self.step_rows: StepRows | None = None
         """The rows' places in training, (B,); None: outside of training, where nothing is dropped."""
+        self.balanced: Tensor | None = None
+        """(B, T): the positions over which the router is to be balanced; None: outside of training, without routers."""
+        self.balance: Tensor | None = None
+        """(B, 2, experts) fp32: what the last forward's router says to that; whoever reads it takes it away."""
         self.num_micro = 1
         """Slices of the batch; must divide it."""
         self.checkpointing = False
@@ -55,30 +59,58 @@ class Block(nn.Module):
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
         size = batch // self.num_micro
-        outputs = []
+        outputs, balances = [], []
         for start in range(0, batch, size):
             part = slice(start, start + size)
             sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
             adapter_rows = None if self.adapter_rows is None else self.adapter_rows[part]
             step_rows = None if self.step_rows is None else self.step_rows.part(part)
+            balanced = None if self.balanced is None else self.balanced[part]
             hidden = hidden_states[part] if self.num_micro > 1 else hidden_states
-            outputs.append(self._run(hidden, adapter_rows, step_rows, sliced))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+            output, balance = self._run(hidden, adapter_rows, step_rows, balanced, sliced)
+            outputs.append(output)
+            balances += [] if balance is None else [balance]
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if balances:
+            output, self.balance = _Together.apply(output, torch.cat(balances))
+        return output
 
     def _run(
-        self, hidden_states: Tensor, adapter_rows: Tensor | None, step_rows: StepRows | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        def layer(hidden: Tensor) -> Tensor:
+        self,
+        hidden_states: Tensor,
+        adapter_rows: Tensor | None,
+        step_rows: StepRows | None,
+        balanced: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        def layer(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
-            self.context.adapter_rows, self.context.step_rows = adapter_rows, step_rows
+            context = self.context
+            context.adapter_rows, context.step_rows = adapter_rows, step_rows
+            context.balanced, context.balance = balanced, None
             output = self.inner(hidden, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            return output[0] if isinstance(output, tuple) else output, context.balance
 
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing in a block draws from torch's generators, so their state need not be kept.
             context = functools.partial(_keeping, hidden_states.device) if self.keep_dequantized else noop_context_fn
             return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context)
         return layer(hidden_states)
+
+
+class _Together(torch.autograd.Function):
+    """(output, balance) as they are, in one node of the graph: the backward of the block starts where both gradients
+    are there. FSDP2 gathers the block again at the output's, and the balance's alone would reach it before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return output.view_as(output), balance.view_as(balance)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_balance: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grad_output, grad_balance
 
 
 def _keeping(device: torch.device) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -22,6 +22,20 @@ beyond max_position_embeddings, where no row may be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayout:
+    """Where a family's decoder layers have their mixture of experts; every layer has one."""
+
+    module: str = "mlp.experts"
+    """Path of the experts in a layer."""
+    router: str = "mlp.gate"
+    """Path of the router in a layer."""
+    weights: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    """The 3-D weights of the module, in the order of its parameters, which is the order in which PEFT wraps them."""
+    on_disk: tuple[str, ...] = ("mlp",)
+    """What routers and experts are part of in a layer, by their names on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """One model_type of transformers, as far as building, naming and checking it differ from Llama."""
 
@@ -44,6 +58,11 @@ class Family:
     """Whether the head applies config's final_logit_softcapping."""
     layer_types: bool = False
     """Whether the decoder picks a mask per layer by config's layer_types."""
+    blind_masks: bool = False
+    """Whether the decoder makes its masks without a look at the positions, so that packed documents would leak: it is
+    then handed masks by layer type."""
+    experts: ExpertLayout | None = None
+    """None: a family without experts."""
     ropes: tuple[str, ...] = (*STATIC_ROPES, "longrope")
 
     @property
@@ -86,6 +105,21 @@ FAMILIES: dict[str, Family] = {
             layer_types=True,
         ),
         Family(model_type="phi3", model_class="Phi3ForCausalLM", ropes=("default", "longrope")),
+        Family(
+            model_type="mixtral",
+            model_class="MixtralForCausalLM",
+            experts=ExpertLayout(on_disk=("block_sparse_moe", "mlp")),
+        ),
+        Family(model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", experts=ExpertLayout()),
+        # Its attention has sinks, which SDPA cannot add to a softmax.
+        Family(
+            model_type="gpt_oss",
+            model_class="GptOssForCausalLM",
+            attention="eager",
+            layer_types=True,
+            blind_masks=True,
+            experts=ExpertLayout(router="mlp.router"),
+        ),
     )
 }
 
@@ -95,10 +129,10 @@ FUSED_LINEARS: dict[str, tuple[str, ...]] = {
 }
 """Linears that hold several projections in one weight (phi3), which presets name apart."""
 
-_EXPERTS = "its experts are 3-D parameters and not linears, which can be neither adapted nor kept in 4 bits yet"
+_EXPERTS = "no test covers its experts, routers and shared experts yet"
 _HEAD = "its head scales the logits, and no test shows yet that this is carried"
 _REASONS: tuple[tuple[str, str], ...] = (
-    (r"mixtral|phimoe|olmoe|gpt_oss|llama4.*|deepseek_v\d.*|.*moe.*|jamba|dbrx", _EXPERTS),
+    (r"phimoe|olmoe|llama4.*|deepseek_v\d.*|.*moe.*|jamba|dbrx", _EXPERTS),
     (r"granite|cohere2?", _HEAD),
     (
         r"gemma3n.*",
@@ -164,6 +198,8 @@ def check_config(
             f"adapter=full would save {family.model_type} without its vision tower; set adapter=lora, "
             "or convert the folder to its text model (gemma3_text) first"
         )
+    if family.experts is not None:
+        _check_experts(model, settings, place, family, full=full)
     _check_class(model, place, family)
     if settings.get("use_bidirectional_attention"):
         raise UserError(
@@ -204,6 +240,31 @@ def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ropes = [settings.get("rope_scaling"), settings.get("rope_parameters")]
     nested = [value for rope in ropes if isinstance(rope, Mapping) for value in rope.values()]
     return [rope for rope in (*ropes, *nested) if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope)]
+
+
+def _check_experts(
+    model: Mapping[str, Any], settings: Mapping[str, Any], place: Path | str, family: Family, *, full: bool
+) -> None:
+    if full:
+        raise UserError(
+            f"adapter=full on a mixture of experts ({family.model_type}) is covered by no test; set adapter=lora "
+            "(adapter.target_modules=all-linear adapts the experts too)"
+        )
+    method = (model.get("quantization_config") or {}).get("quant_method")
+    if method == "mxfp4":
+        raise UserError(
+            f"{place}: quantization_config.quant_method='mxfp4': experts in MXFP4 are neither kept nor read; set "
+            "model.path to a copy in bf16 (transformers writes one: from_pretrained(..., "
+            "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16'), then save_pretrained)"
+        )
+    step, dense = settings.get("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
+    if step != 1 or dense:
+        which = f"decoder_sparse_step={step}" if step != 1 else f"mlp_only_layers={dense}"
+        raise UserError(
+            f"{place}: {which} makes some layers dense, whose gate_proj, up_proj and down_proj PEFT takes for names of "
+            f"experts on {family.model_type}, so it could not load an adapter on them; only models with experts in "
+            "every layer are supported"
+        )
 
 
 def _check_rope(

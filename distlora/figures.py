@@ -9,6 +9,7 @@ from torch import nn
 
 from distlora.config import Config
 from distlora.data.loader import StepLoader
+from distlora.experts import ExpertWeight
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM, count_parameters
 from distlora.reporting import Reporter
@@ -19,8 +20,9 @@ from distlora.trainer import Trainer, peak_memory_bytes
 def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
     """What was built, and which kernels it runs."""
     total, trainable = count_parameters(model)
+    active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
     reporter.event(
-        f"{model.hf_config.model_type}, {total:,} parameters in the base, {trainable:,} trained "
+        f"{model.hf_config.model_type}, {total:,} parameters in the base{active}, {trainable:,} trained "
         f"({trainable / total:.2%}), {config.train.dtype}"
     )
     if loaded.bits_per_weight is not None:
@@ -29,7 +31,7 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
-    for line in _vocabulary(model):
+    for line in (*_vocabulary(model), *experts_said(model)):
         reporter.event(line)
     for note in model.notes:
         reporter.event(note)
@@ -47,6 +49,28 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
     for matrix, ids in vocabulary.trained.items():
         name = "the head" if matrix == HEAD else "the embedding" + (" and the head tied to it" if model.tied else "")
         yield f"{len(ids):,} rows of {name} are trained"
+
+
+def experts_said(model: CausalLM) -> Iterator[str]:
+    """What of a mixture of experts is trained, and what balances its routers."""
+    if model.family.experts is None:
+        return
+    names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
+    adapted = f"the experts' {' and '.join(names)} have adapters" if names else "experts have no adapters"
+    yield f"{adapted}; routers have none and stay as they are, in the run's dtype (PEFT's all-linear adapts them)"
+    if model.router_aux_loss > 0:
+        yield (
+            f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "
+            "held-out losses do not"
+        )
+
+
+def active_parameters(model: CausalLM) -> int:
+    """Weights of the base that a token goes through: of experts, those that it chooses."""
+    chosen = getattr(model.hf_config, "num_experts_per_tok", 0)
+    experts = [module for module in model.modules() if isinstance(module, ExpertWeight)]
+    idle = sum(weight.numel // weight.num_experts * (weight.num_experts - chosen) for weight in experts)
+    return count_parameters(model)[0] - idle
 
 
 def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distlora.adapters import AdaptedLinear
+from distlora.experts import ExpertWeight
 from distlora.model import CausalLM
 from distlora.quant import FrozenLinear
 
@@ -77,8 +78,9 @@ class ModelFlops:
 
 def count_flops(model: CausalLM) -> ModelFlops:
     """Per linear of I x O: 2 IO forward, 2 IO for the input's gradient, 2 IO more where it is trained; an adapter of
-    rank R adds 6 R (I + O), N trained rows of the head 6 N I.
-    Attention, per pair and layer: 4 heads * head_dim forward, 8 backward."""
+    rank R adds 6 R (I + O), N trained rows of the head 6 N I; of experts, those that a token chooses. Routers are not
+    counted. Attention, per pair and layer: 4 heads * head_dim forward, 8 backward.
+    """
     config = model.hf_config
     trained = any(parameter.requires_grad for parameter in model.head.parameters())
     per_token = (6 if trained else 4) * model.head.weight.numel()
@@ -90,6 +92,10 @@ def count_flops(model: CausalLM) -> ModelFlops:
             if isinstance(module, AdaptedLinear):
                 ranks = sum(pair.A.shape[0] for pair in module.pairs)
                 per_token += 6 * ranks * (module.in_features + module.out_features)
+        elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
+            ranks = sum(pair.rank for pair in module.pairs)
+            one = 4 * module.in_features * module.out_features + 6 * ranks * (module.in_features + module.out_features)
+            per_token += config.num_experts_per_tok * one
         elif isinstance(module, torch.nn.Linear):
             per_token += 6 * module.in_features * module.out_features
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -51,7 +51,7 @@ _REASONS = {
     "layers_to_transform": "the layers must follow from target_modules alone",
     "exclude_modules": "the adapted linears must follow from target_modules alone",
     "layer_replication": "the base's layers are used once each",
-    "target_parameters": "linears alone are adapted here",
+    "target_parameters": "experts cannot start from an adapter yet",
     "megatron_config": "Megatron's layers are not those of this base",
     "alora_invocation_tokens": "the adapter is used in all positions here",
 }

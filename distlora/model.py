@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
-from distlora.attention import LONGEST, Documents, VarlenOp, use
+from distlora.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
+from distlora.balance import ask_for_balance, balance_sums, place_routers, weight_of
 from distlora.blocks import Block
 from distlora.config import Config, UserError
+from distlora.expert_targets import check_router_loss, expert_names, select_adapted
+from distlora.experts import ExpertWeight, replace_experts
 from distlora.families import Family, check_config, read_config
 from distlora.head import LossHead
 from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
 from distlora.loading.segments import read_headers
-from distlora.quant import PACKED_PARTS, FrozenLinear, link_shared_inputs
-from distlora.targets import check_patterns, select_targets
+from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor, link_shared_inputs
+from distlora.targets import check_patterns
 from distlora.token_rows import TokenRows
 from distlora.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 
@@ -91,6 +95,8 @@ class CausalLM(nn.Module):
         """Compute dtype where it is not the parameters' own: full fine-tuning in bf16 from fp32 masters."""
         self.attends_by_documents = False
         """Whether a forward takes `documents`, and attends to each by its length."""
+        self.router_aux_loss = 0.0
+        """Weight of the routers' load-balancing loss in a training row's loss; 0: none is computed."""
         self.notes: list[str] = []
         """What a start says of how this model computes on its device."""
 
@@ -117,8 +123,13 @@ class CausalLM(nn.Module):
         the model attends by documents; without them it attends through masks, made from the positions.
         """
         with torch.autocast(input_ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
+            balanced = ask_for_balance(self.blocks, labels if balancing else None)
             hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents)
-            return self.head(hidden if labels is not None else hidden[:, -1:], labels)
+            output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels)
+            if balanced is None or labels is None:
+                return output
+            return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
 
     def hidden_states(
         self,
@@ -136,7 +147,8 @@ class CausalLM(nn.Module):
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
-            known: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+            masks = masks_by_layer_type(self.decoder, position_ids) if self.family.blind_masks else None
+            known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
             known[self.cache_name] = past.cache
@@ -188,13 +200,25 @@ class CausalLM(nn.Module):
             if isinstance(module, AdaptedLinear):
                 yield self.hf_name(name), module
 
+    def adapted_experts(self) -> Iterator[tuple[str, ExpertWeight]]:
+        """(Hugging Face name, fused weight of a layer's experts), in forward order."""
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertWeight) and module.pairs:
+                yield self.hf_name(name), module
+
+    def adapted_weights(self) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
+        """(Hugging Face path, linear or fused weight), linears first."""
+        return itertools.chain(self.adapted_linears(), self.adapted_experts())
+
     def hf_name(self, name: str) -> str:
         """Our path of a module or parameter as the Hugging Face model of the same folder names it:
-        decoder.layers.0.inner.x -> model.layers.0.x, or model.language_model.layers.0.x for gemma3.
+        decoder.layers.0.inner.x -> model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight of
+        experts is a parameter there, and no module that owns a weight.
         """
         if name == "head.weight":
             return "lm_head.weight"
-        return re.sub(r"^decoder\.", f"{self.family.decoder}.", name).replace(".inner.", ".")
+        name = re.sub(r"^decoder\.", f"{self.family.decoder}.", name).replace(".inner.", ".")
+        return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -217,6 +241,7 @@ def build_model(config: Config) -> CausalLM:
     folder, full = Path(config.model.path), config.adapter.method == "full"
     place = folder / "config.json"
     family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
+    check_router_loss(config.train.router_aux_loss, family)
     hf_config = read_hf_config(folder)
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
     vocabulary = vocabulary_of(config, read_config(folder))
@@ -247,7 +272,7 @@ def build_model(config: Config) -> CausalLM:
     contexts = [BlockContext() for _ in layers]
     packed = _packed_linears(config, layout, inside)
     if not full:
-        _replace_linears(layers, contexts, config, dtype, inside, packed)
+        _replace_weights(layers, contexts, config, dtype, inside, packed, family)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
         block.checkpointing = config.train.checkpointing == "block"
@@ -264,6 +289,10 @@ def build_model(config: Config) -> CausalLM:
         tied=tied,
         outside_linears=outside,
     )
+    if family.experts is not None:
+        model.router_aux_loss = weight_of(config.train.router_aux_loss, model.hf_config)
+        if model.router_aux_loss > 0:
+            place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
     if full and config.train.dtype != "fp32":
         model.autocast_dtype = DTYPES[config.train.dtype]
     return model
@@ -292,20 +321,22 @@ def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> di
     return packed_parameters(stored, {name: source.names for name, source in sources.items()})
 
 
-def _replace_linears(
+def _replace_weights(
     layers: nn.ModuleList,
     contexts: list[BlockContext],
     config: Config,
     dtype: torch.dtype,
     prefix: str,
     packed: Mapping[str, PackedWeight],
+    family: Family,
 ) -> None:
-    """Put a frozen or adapted linear in place of every nn.Linear of the blocks; `prefix` is what Hugging Face's paths
-    have before the block's index. Where the checkpoint is quantized, each is stored as it is there.
+    """Put a frozen or adapted linear in place of every nn.Linear of the blocks, and of their experts; `prefix` is what
+    Hugging Face's paths have before the block's index. Where the checkpoint is quantized, each is stored as it is
+    there.
     """
     paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
-    targets = set(select_targets(config.adapter.target_modules, paths))
-    check_patterns(config.adapter, targets, paths)
+    targets = set(select_adapted(config.adapter, paths, family, len(layers)))
+    check_patterns(config.adapter, targets, [*paths, *expert_names(family, len(layers))])
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
@@ -324,6 +355,12 @@ def _replace_linears(
             layer.set_submodule(path, new)
             replaced[path] = new
         link_shared_inputs(replaced)
+        if family.experts is not None:
+            quantized = config.quant.method == "nf4" and not packed
+            fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
+            for path, weight in fused.items():
+                if (path := f"{prefix}{index}.{path}") in targets:
+                    weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)
 
 
 def materialize_buffers(model: CausalLM, device: torch.device) -> None:
@@ -351,7 +388,5 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     adapters = adapter_parameters(model)
     base = {name: p for name, p in model.named_parameters() if name not in adapters}
     dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
-    quantized = sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear) and m.quantized
-    )
+    quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
     return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -10,10 +10,11 @@ from torch import nn
 
 from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config, UserError
+from distlora.expert_targets import expert_names, peft_paths
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
 from distlora.model import CausalLM
 from distlora.quant import FrozenLinear
-from distlora.targets import select_targets
+from distlora.targets import match_ending, select_targets
 from distlora.token_rows import TokenRows
 from distlora.tokens import EMBEDDING
 
@@ -23,15 +24,18 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r), and
-    trained token rows as <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r); of a
+    fused weight of E experts (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained
+    token rows as <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
     """
     tensors: dict[str, nn.Parameter] = {}
-    for path, linear in model.adapted_linears():
-        pair = linear.adapters[adapter]
+    paths = peft_paths([path for path, _ in model.adapted_experts()], model.family)
+    for path, weight in model.adapted_weights():
+        pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = pair.A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = pair.B
+        place = paths.get(path, path)
+        tensors[f"{_PREFIX}{place}.lora_A.weight"] = pair.A
+        tensors[f"{_PREFIX}{place}.lora_B.weight"] = pair.B
     for matrix, rows in model.token_rows.items():
         assert isinstance(rows, TokenRows)
         path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
@@ -80,7 +84,7 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "init_lora_weights": "gaussian" if config.adapter.init == "gaussian" else True,
         "target_modules": _target_modules(model),
         "trainable_token_indices": _token_indices(model),
-    }
+    } | _target_parameters(model)
 
 
 def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
@@ -95,4 +99,18 @@ def _target_modules(model: CausalLM) -> list[str]:
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
     short = sorted({path.rpartition(".")[2] for path in adapted})
+    if not short:  # Experts alone.
+        return []
     return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted
+
+
+def _target_parameters(model: CausalLM) -> dict[str, list[str]]:
+    """The fused expert weights with adapters, as _target_modules names linears; nothing where there are none."""
+    adapted = sorted(name for name, _ in model.adapted_experts())
+    if not adapted:
+        return {}
+    assert model.family.experts is not None
+    module = model.family.experts.module
+    short = sorted({f"{module}.{name.rpartition('.')[2]}" for name in adapted})
+    every = expert_names(model.family, len(model.blocks))
+    return {"target_parameters": short if sorted(match_ending(short, every)) == adapted else adapted}

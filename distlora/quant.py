@@ -1,4 +1,5 @@
-"""The frozen linear of a decoder block, the weight it owns (packed NF4, or dense), and linears that share an input.
+"""A frozen weight (packed NF4, or dense), the linear of a decoder block that owns one, and linears that share an
+input.
 
 All keep the weight as Parameters with requires_grad=False, so that FSDP2 and ZeRO-3 shard and gather them like any
 other; what crosses the wire is the packed bytes. Everything starts on the meta device and is filled by
@@ -8,6 +9,7 @@ other; what crosses the wire is the packed bytes. Everything starts on the meta 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -27,29 +29,32 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
-class FrozenLinear(nn.Module):
-    """y = x W^T + bias with W (out_features, in_features) frozen.
+class FrozenTensor(nn.Module):
+    """A frozen weight of any shape.
 
-    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 and the buffer `offset` () fp32,
-    which is replicated; `keep_absmax` puts `absmax` (G, 256) fp32 in the place of the last three. Otherwise `weight` in
-    `dtype`. `bias` (out_features,) in `dtype`, or None.
+    quantized: `codes` (G, 8192) u8, `scales` (G, 256) u8, `group_scale` (G,) fp32 over the flattened weight and the
+    buffer `offset` () fp32, which is replicated; `keep_absmax` puts `absmax` (G, 256) fp32 in the place of the last
+    three. Otherwise `weight` (shape) in `dtype`.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], *, quantized: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.quantized = in_features, out_features, quantized
-        self.shared_input: SharedInput | None = None
+        self.shape, self.quantized = shape, quantized
         self.plain_absmax = False
         """Whether the absmax are kept in fp32, without double quantization."""
         if quantized:
-            groups = nf4.num_groups(in_features * out_features)
+            groups = nf4.num_groups(self.numel)
             self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
             self.scales = _frozen((groups, nf4.BLOCKS_PER_GROUP), torch.uint8)
             self.group_scale = _frozen((groups,), torch.float32)
             self.register_buffer("offset", torch.empty((), dtype=torch.float32, device="meta"))
         else:
-            self.weight = _frozen((out_features, in_features), dtype)
-        self.bias = _frozen((out_features,), dtype) if bias else None
+            self.weight = _frozen(shape, dtype)
+
+    @property
+    def numel(self) -> int:
+        """Weights that it stands for."""
+        return math.prod(self.shape)
 
     def keep_absmax(self) -> None:
         """Store the absmax of every block itself: for a checkpoint that was quantized without double quantization.
@@ -74,14 +79,30 @@ class FrozenLinear(nn.Module):
 
     @property
     def frozen_weight(self) -> FrozenWeight:
-        """The weight as lora_linear takes it: the Parameters themselves, whatever storage they have now."""
-        shape = (self.out_features, self.in_features)
+        """The weight as the kernels take it: the Parameters themselves, whatever storage they have now."""
         if self.plain_absmax:
-            return FrozenWeight((self.codes, self.absmax), shape)
+            return FrozenWeight((self.codes, self.absmax), self.shape)
         if self.quantized:
             assert isinstance(self.offset, Tensor)
-            return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), shape)
-        return FrozenWeight((self.weight,), shape)
+            return FrozenWeight((self.codes, self.scales, self.group_scale, self.offset), self.shape)
+        return FrozenWeight((self.weight,), self.shape)
+
+    @property
+    def storage(self) -> str:
+        """How it is stored, in words."""
+        if self.quantized:
+            return "nf4, absmax in fp32" if self.plain_absmax else "nf4"
+        return str(self.weight.dtype).removeprefix("torch.")
+
+
+class FrozenLinear(FrozenTensor):
+    """y = x W^T + bias with W (out_features, in_features) frozen. `bias` (out_features,) in `dtype`, or None."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, quantized: bool, dtype: torch.dtype) -> None:
+        super().__init__((out_features, in_features), quantized=quantized, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.shared_input: SharedInput | None = None
+        self.bias = _frozen((out_features,), dtype) if bias else None
 
     def operand(self) -> Linear:
         """This linear as `lora_linears` takes it."""
@@ -93,11 +114,7 @@ class FrozenLinear(nn.Module):
         return lora_linears(x, (self.operand(),))[0]
 
     def extra_repr(self) -> str:
-        if self.quantized:
-            kind = "nf4, absmax in fp32" if self.plain_absmax else "nf4"
-        else:
-            kind = str(self.weight.dtype).removeprefix("torch.")
-        return f"{self.in_features} -> {self.out_features}, {kind}"
+        return f"{self.in_features} -> {self.out_features}, {self.storage}"
 
 
 class SharedInput:

@@ -10,7 +10,7 @@ from distlora.config import Config
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import DTYPES, CausalLM, build_model, materialize_buffers
 from distlora.parallel import Backend, Ranks, parallelize
-from distlora.quant import FrozenLinear
+from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 
 
@@ -25,7 +25,7 @@ def start_model(config: Config, ranks: Ranks) -> tuple[CausalLM, Backend, Loaded
     loaded = load_base(model, config.model.path, backend)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
-    reset_adapters(model.adapted_linears(), config.adapter, seed=config.train.seed)
+    reset_adapters(model.adapted_weights(), config.adapter, seed=config.train.seed)
     return model, backend, loaded
 
 
@@ -35,8 +35,7 @@ def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> No
         return
     dtype = DTYPES[config.train.dtype]
     blocks = [
-        [(m.out_features, m.in_features) for m in block.modules() if isinstance(m, FrozenLinear) and m.quantized]
-        for block in model.blocks
+        [m.shape for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized] for block in model.blocks
     ]
     largest = max((scratch.block_bytes([shape], dtype) for shapes in blocks for shape in shapes), default=0)
     if largest == 0:
@@ -72,6 +71,7 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
         model.attend_by_documents(choice.op)
     model.notes.append(choice.said)
     if settings.liger:
-        reason = liger.why_not(device=device, full=config.adapter.method == "full")
+        experts = model.family.experts is not None
+        reason = liger.why_not(device=device, full=config.adapter.method == "full", experts=experts)
         said = liger.apply(model.decoder, model.family) if reason is None else f"liger-kernel is not used: {reason}"
         model.notes.append(said)

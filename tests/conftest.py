@@ -55,9 +55,9 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small random models (llama, llama-tied, qwen3) and text.jsonl."""
+    """A folder with small random models (llama, llama-tied, qwen3, mixtral) and text.jsonl."""
     root = tmp_path_factory.mktemp("folders")
-    for name in ("llama", "llama-tied", "qwen3"):
+    for name in ("llama", "llama-tied", "qwen3", "mixtral"):
         write_model_folder(root / name, name)
     write_text_file(root / "text.jsonl")
     return root

@@ -18,7 +18,7 @@ from distlora.config import Config
 from distlora.config_file import build
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.quant import FrozenLinear
+from distlora.quant import FrozenTensor
 from distlora.startup import start_model
 from small_models import SHAPES
 
@@ -60,6 +60,17 @@ _GEMMA3 = _GEMMA | {
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 72}
+# An expert's gate_up_proj (78 x 96 = 117 blocks) ends within a group, its down_proj (39 x 96) within a block.
+_QWEN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 39, "norm_topk_prob": True}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "truncate": False,
+}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _UNTIED | {"num_key_value_heads": 4}),
     "llama3-tied": ("Llama", _TIED | {"rope_parameters": _LLAMA3}),
@@ -86,6 +97,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         _TIED | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128},
     ),
+    "mixtral": ("Mixtral", _UNTIED | _EXPERTS | {"sliding_window": WINDOW}),
+    "qwen3-moe": ("Qwen3Moe", _TIED | _QWEN_EXPERTS),
+    "gpt-oss": ("GptOss", _UNTIED | _EXPERTS | {"sliding_window": WINDOW, "rope_parameters": _YARN}),
 }
 """name -> (transformers' class name without its ending, settings); Gemma 3 with "text" is the text model alone."""
 
@@ -133,8 +147,8 @@ def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -
     """Our model from a folder, with adapters whose B is not zero."""
     model, backend, _ = start_model(config_for(folder, **sections), ranks)
     generator = torch.Generator().manual_seed(0)
-    for _, linear in model.adapted_linears():
-        for pair in linear.adapters.values():
+    for _, weight in model.adapted_weights():
+        for pair in weight.adapters.values():
             assert isinstance(pair, LoRAPair)
             pair.B.data.normal_(0, 0.05, generator=generator)
     return model, backend
@@ -146,10 +160,10 @@ def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=ours.family.attention
+        folder, dtype=dtype, attn_implementation=ours.family.attention, experts_implementation="eager"
     )
     for name, module in ours.named_modules():
-        if isinstance(module, FrozenLinear) and module.quantized:
+        if isinstance(module, FrozenTensor) and module.quantized:
             weight = module.frozen_weight.dense(dtype)
             theirs.get_parameter(ours.hf_name(f"{name}.weight")).copy_(weight)
     return theirs

@@ -67,7 +67,7 @@ def tokenizer() -> Any:
 
 
 def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
-    """A random model (llama, llama-tied, qwen3) as save_pretrained writes it, three blocks of hidden size 96."""
+    """A random model (llama, llama-tied, qwen3, mixtral) as save_pretrained writes it: three blocks of hidden 96."""
     import torch
     import transformers
 
@@ -75,9 +75,12 @@ def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     }
     config_class, model_class = classes[family]
     values = {**SHAPES, "tie_word_embeddings": name.endswith("tied")}
+    if family == "mixtral":
+        values |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 72}
     torch.manual_seed(0)
     model = model_class(config_class(**(values | settings)))
     with torch.no_grad():

@@ -53,6 +53,7 @@ _PLAIN = {"use_rslora": False, "lora_alpha": 8.0}
 METHODS = {
     "LoRA": Method(adapter=_PLAIN),
     "rsLoRA": Method(adapter={"use_rslora": True}),
+    "experts": Method(adapter=_PLAIN, model="mixtral"),
     "LoRA+": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}),
     "new tokens": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}, new_tokens=NEW_TOKENS),
     "new tokens, tied": Method(

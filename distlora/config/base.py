@@ -64,6 +64,10 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "attention"
     """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
     of their paths), or a regular expression that matches whole paths."""
+    target_parameters: tuple[str, ...] = ()
+    """Which fused weights of a mixture of experts get an adapter for each expert, by the last parts of their names:
+    [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both where target_modules is mlp or all-linear, else none.
+    """
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some linears, by module name or regular expression: {down_proj: 32}. The first that matches the
     end of a path counts, as in PEFT."""
@@ -86,7 +90,10 @@ class AdapterConfig:
         require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
         require_positive("adapter", self, "lora_alpha")
         require_choice("adapter.init", self.init, ("kaiming", "gaussian"))
-        require(len(self.target_modules) > 0, "adapter.target_modules is empty; set adapter.target_modules=attention")
+        require(
+            len(self.target_modules) > 0 or len(self.target_parameters) > 0,
+            "adapter.target_modules is empty; set adapter.target_modules=attention",
+        )
         require(
             0 <= self.lora_dropout < 1,
             f"adapter.lora_dropout={self.lora_dropout} is not a share below 1; set adapter.lora_dropout=0.05 or 0",

@@ -111,6 +111,10 @@ class TrainConfig:
     needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""
     liger: bool = True
     """On CUDA, use liger-kernel's RMSNorm, gated MLP and rotary embedding, if it is installed (`distlora[cuda]`)."""
+    router_aux_loss: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts' routers in the training loss; null: as config.json
+    says (router_aux_loss_coef where output_router_logits is true, else 0). Routers are frozen: it reaches the adapters
+    before them."""
     seed: int = 0
     """Names every random choice of the run: initialization, held-out split, order of the rows, dropout."""
     log_every: int = 1
@@ -146,6 +150,10 @@ class TrainConfig:
             "is recomputed; leave it out, or set train.checkpointing=block",
         )
         require_choice("train.dtype", self.dtype, ("bf16", "fp32"))
+        require(
+            self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,
+            f"train.router_aux_loss={self.router_aux_loss} is no weight; set it to 0.001, or to 0 for none",
+        )
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
         require(
             0 <= self.early_stopping_threshold < math.inf,

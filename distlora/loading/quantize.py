@@ -17,7 +17,7 @@ from distlora.loading.prequantized import PackedWeight
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
 from distlora.parallel import Backend
-from distlora.quant import FrozenLinear
+from distlora.quant import FrozenTensor
 from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64
@@ -30,16 +30,16 @@ bits depend on its instructions (2 ulps seen)."""
 
 @torch.no_grad()
 def quantize_into(
-    linear: FrozenLinear, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
+    weight: FrozenTensor, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
 ) -> None:
-    """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized linear.
+    """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized weight.
 
     The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
     call it for every tensor, in the same order: the offset is the mean over all of them. Raises UserError for NaN or
     Inf.
     """
-    numel = linear.in_features * linear.out_features
-    codes, first_group = backend.local_rows(linear.codes)
+    numel = weight.numel
+    codes, first_group = backend.local_rows(weight.codes)
     groups = codes.shape[0]
     absmax = torch.zeros(groups, nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=codes.device)
     stop = min((first_group + groups) * nf4.GROUP, numel)
@@ -53,27 +53,27 @@ def quantize_into(
             f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again"
         )
 
-    offset = torch.tensor(_offset(absmax, linear, backend), dtype=torch.float32, device=codes.device)
+    offset = torch.tensor(_offset(absmax, weight, backend), dtype=torch.float32, device=codes.device)
     own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
     scales, group_scale = nf4.quantize_absmax(absmax, offset, own_blocks)
-    backend.local_rows(linear.scales)[0].copy_(scales)
-    backend.local_rows(linear.group_scale)[0].copy_(group_scale)
-    linear.offset.copy_(offset)  # type: ignore[operator]
+    backend.local_rows(weight.scales)[0].copy_(scales)
+    backend.local_rows(weight.group_scale)[0].copy_(group_scale)
+    weight.offset.copy_(offset)  # type: ignore[operator]
 
 
-def _offset(absmax: torch.Tensor, linear: FrozenLinear, backend: Backend) -> float:
+def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> float:
     """The mean absmax over all ranks, from the sums of all groups; they are the same numbers on any number of ranks."""
-    total_groups = linear.codes.shape[0]
+    total_groups = weight.codes.shape[0]
     sums = nf4.absmax_group_sums(absmax)
     per_rank = -(-total_groups // backend.ranks.world) if backend.sharded else total_groups
     padded = torch.zeros(per_rank, dtype=torch.float64, device=sums.device)
     padded[: len(sums)] = sums
-    num_blocks = -(-linear.in_features * linear.out_features // nf4.BLOCK)
+    num_blocks = -(-weight.numel // nf4.BLOCK)
     return nf4.absmax_offset(backend.gather_rows(padded), num_blocks)
 
 
 @torch.no_grad()
-def keep_packed_into(linear: FrozenLinear, packed: PackedWeight, reader: Reader, backend: Backend) -> None:
+def keep_packed_into(linear: FrozenTensor, packed: PackedWeight, reader: Reader, backend: Backend) -> None:
     """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; the last group's padding is zeros.
 
     Every rank reads its own groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for maps

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distlora.adapters import adapter_parameters
 from distlora.config import UserError
-from distlora.families import read_config
+from distlora.families import ExpertLayout, read_config
 from distlora.loading.conversion import Source, find_sources, names_without_a_place
 from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
@@ -20,7 +20,7 @@ from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
 from distlora.parallel import Backend
-from distlora.quant import PACKED_PARTS, FrozenLinear
+from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.tokens import EMBEDDING, HEAD
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
@@ -57,19 +57,18 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
     quantized_weights = quantized_bytes = 0
     with Reader() as reader:
         for path, module in model.named_modules():
-            if isinstance(module, FrozenLinear) and module.quantized:
+            if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
-                shape = (module.out_features, module.in_features)
                 if name in packed:
-                    _check_shape(name, packed[name].shape, shape)
+                    _check_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
                 else:
-                    quantize_into(module, _segments(sources, name, shape), reader, backend, name)
-                quantized_weights += shape[0] * shape[1]
+                    quantize_into(module, _segments(sources, name, module.shape), reader, backend, name)
+                quantized_weights += module.numel
                 quantized_bytes += module.packed_bytes
             for own, parameter in module.named_parameters(recurse=False):
                 full = f"{path}.{own}" if path else own
-                is_packed = isinstance(module, FrozenLinear) and own in PACKED_PARTS
+                is_packed = isinstance(module, FrozenTensor) and own in PACKED_PARTS
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
                 name = model.hf_name(full)
@@ -146,7 +145,8 @@ def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) ->
 def _check_packed(model: CausalLM, packed: Mapping[str, PackedWeight]) -> None:
     """Nothing in a block that has two or more dimensions stayed 16-bit unnoticed, nor was quantized a second time.
 
-    Linears that a quantized checkpoint (`packed`) keeps dense stay so.
+    Linears that a quantized checkpoint (`packed`) keeps dense stay so; so do an MoE's routers, which decide by small
+    differences, and its experts' biases.
     """
     kept_dense = set()
     for path, module in model.named_modules():
@@ -158,4 +158,13 @@ def _check_packed(model: CausalLM, packed: Mapping[str, PackedWeight]) -> None:
     for block in model.blocks:
         for path, parameter in block.named_parameters():
             expected = path.rpartition(".")[2] in PACKED_PARTS or ".adapters." in path or parameter in kept_dense
+            expected = expected or _stays_dense(path, model.family.experts)
             assert expected or parameter.dim() < 2, f"{path} stayed {parameter.dtype} under quant=nf4"
+
+
+def _stays_dense(path: str, experts: ExpertLayout | None) -> bool:
+    """Whether a block's parameter of two dimensions is an MoE's router or the biases of its experts."""
+    if experts is None:
+        return False
+    biases = tuple(f"{experts.module}.{weight}_bias" for weight in experts.weights)
+    return path.startswith(f"inner.{experts.router}.") or path.endswith(biases)

@@ -20,7 +20,7 @@ from distlora.model import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.traffic import Traffic
-from distlora.quant import FrozenLinear
+from distlora.quant import FrozenTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,9 @@ class Backend:
         if not self.sharded:
             return 0
         world, extra = self.ranks.world, 0
-        for linear in (module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized):
-            groups = world * -(-linear.codes.shape[0] // world)
-            extra += 2 * linear.in_features * linear.out_features - groups * linear.group_bytes
+        for weight in (module for module in model.modules() if isinstance(module, FrozenTensor) and module.quantized):
+            groups = world * -(-weight.codes.shape[0] // world)
+            extra += 2 * weight.numel - groups * weight.group_bytes
         return passes * extra
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def supports(shape: tuple[int, int]) -> bool:
+def supports(shape: tuple[int, ...]) -> bool:
     """Whether a packed weight (O, I) can be decoded in the product: its blocks must not run over the end of a row."""
     return shape[1] % BLOCK == 0
 

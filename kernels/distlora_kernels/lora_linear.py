@@ -59,7 +59,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 class _Form(NamedTuple):
     """What of a linear is no tensor of the graph."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     num_parts: int
     scale: float | RowChoice | None
     """None without an adapter."""

@@ -28,6 +28,7 @@ __all__ = [
     "absmax_offset",
     "bits_per_weight",
     "dequantize_blocks",
+    "dequantize_slice",
     "nf4_dequantize",
     "nf4_quantize",
     "num_groups",
@@ -186,6 +187,30 @@ def dequantize_blocks(
     weight = _place(out, shape, dtype, codes.device)
     dequantize_blocks_out(codes, absmax, out=weight)
     return weight
+
+
+def dequantize_slice(
+    codes: Tensor,
+    scales: Tensor,
+    group_scale: Tensor,
+    offset: Tensor,
+    *,
+    start: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights from `start` on that fill `shape`, bit for bit those of the whole; for tensors on the CPU.
+
+    Both ends must be borders of blocks, not of groups: an expert's slice of a fused weight. Raises RuntimeError else.
+    """
+    first, blocks = start // BLOCK, math.prod(shape) // BLOCK
+    check(
+        start % BLOCK == 0 and math.prod(shape) % BLOCK == 0 and first + blocks <= scales.numel(),
+        lambda: f"weights {start} to {start + math.prod(shape)} are no whole blocks of {scales.numel()} x {BLOCK}",
+    )
+    return nf4_cpu.dequantize_slice(
+        codes, scales, group_scale, offset, blocks=slice(first, first + blocks), shape=shape, dtype=dtype
+    )
 
 
 def _eagerly_on_cpu(codes: Tensor) -> bool:

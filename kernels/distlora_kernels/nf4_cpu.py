@@ -50,6 +50,24 @@ def dequantize(
     return dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
 
 
+def dequantize_slice(
+    codes: Tensor,
+    scales: Tensor,
+    group_scale: Tensor,
+    offset: Tensor,
+    *,
+    blocks: slice,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights of some neighbouring blocks, which fill `shape`: the same bits as `dequantize` gives them."""
+    of_block = group_scale[torch.arange(blocks.start, blocks.stop) // BLOCKS_PER_GROUP]
+    absmax = _dynamic_map()[scales.view(-1)[blocks].int()].mul_(of_block).add_(offset)
+    half = BLOCK // 2
+    own = codes.view(-1)[blocks.start * half : blocks.stop * half]
+    return dequantize_blocks(own, absmax, shape=shape, dtype=dtype)
+
+
 def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """reference.dequantize_blocks, bit for bit."""
     numel = torch.Size(shape).numel()

@@ -18,20 +18,20 @@ from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
 
 
 class FrozenWeight(NamedTuple):
-    """A weight (O, I) that gets no gradient.
+    """A weight (O, I), or one of all experts (E, O, I), that gets no gradient.
 
     `parts` is (weight,), NF4's (codes, scales, group_scale, offset), or (codes, absmax) without double quantization.
     """
 
     parts: tuple[Tensor, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def packed(self) -> bool:
         return len(self.parts) > 1
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """(O, I) in `dtype`; a packed weight is written to `out` if that is given."""
+        """The whole weight in `dtype`; a packed weight is written to `out` if that is given."""
         if len(self.parts) == 1:
             return self.parts[0].to(dtype)
         if len(self.parts) == 2:

@@ -149,3 +149,19 @@ def lora_linear(
     delta = (flat @ a.to(x.dtype).T * gate).to(x.dtype) @ b.to(x.dtype).T
     y = delta + flat @ weight.T
     return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
+
+
+def expert_linear(
+    x: Tensor,
+    experts: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y_s = W_e x_s + gate_s B_e (A_e x_s) + bias_e with e = experts[s]. x (S, I), weight (E, O, I), a (E, R, I),
+    b (E, O, R), bias (E, O); gate s or (S, R); y (S, O)."""
+    xa = torch.einsum("si,sri->sr", x, a[experts]) * gate
+    y = torch.einsum("si,soi->so", x, weight[experts]) + torch.einsum("sr,sor->so", xa, b[experts])
+    return y if bias is None else y + bias[experts]

@@ -8,6 +8,7 @@ has a place of its own. On the CPU a weight is an ordinary tensor: malloc is tol
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -37,14 +38,14 @@ class Arena:
     def __post_init__(self) -> None:
         self.one = self.kept = torch.empty(0, dtype=torch.uint8, device=self.device)
 
-    def take_one(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def take_one(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """(shape) in `dtype`, unfilled, until the next call."""
         nbytes = _nbytes(shape, dtype)
         if self.one.numel() < nbytes:
             self.one = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self.one[:nbytes].view(dtype).view(shape)
 
-    def take_kept(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def take_kept(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """(shape) in `dtype`, unfilled, until `start_keeping`."""
         nbytes, start = _nbytes(shape, dtype), self.kept_bytes
         self.kept_bytes = start + _aligned(nbytes)
@@ -82,7 +83,7 @@ def reserve(device: torch.device, *, largest: int, block: int = 0) -> int:
     return own.one.nbytes + own.kept.nbytes
 
 
-def block_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+def block_bytes(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
     """What an arena needs to keep weights of these shapes."""
     return sum(_aligned(_nbytes(shape, dtype)) for shape in shapes)
 
@@ -127,8 +128,8 @@ class DenseWeights:
         return dense
 
 
-def _nbytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    return shape[0] * shape[1] * dtype.itemsize
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _aligned(nbytes: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
+from distlora.expert_targets import check_router_loss, expert_names, select_adapted
 from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
 from distlora.loading.prequantized import (
     PackedWeight,
@@ -24,7 +25,7 @@ from distlora.loading.prequantized import (
     read_packed_weights,
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.targets import check_patterns, select_targets
+from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
 from distlora_launcher.initial_adapter import check_initial_adapter
 
@@ -130,9 +131,12 @@ def check_model(config: Config) -> None:
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
     check_tensors(folder, model, tensors, packed, family)
+    check_router_loss(config.train.router_aux_loss, family)
     if config.adapter.method == "lora":
-        names = linear_names(tensors)
-        check_patterns(config.adapter, select_targets(config.adapter.target_modules, names), names)
+        names = linear_names(tensors, family)
+        num_layers = text_settings(model, family)["num_hidden_layers"]
+        targets = select_adapted(config.adapter, names, family, num_layers)
+        check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
         check_initial_adapter(config, shapes)
 
@@ -195,10 +199,13 @@ def check_tensors(
             )
 
 
-def linear_names(tensors: dict[str, Segment]) -> list[str]:
-    """Paths of the linears in the decoder blocks, by transformers' names: the two-dimensional weights."""
+def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
+    """Paths of the linears in the decoder blocks, by transformers' names: the two-dimensional weights, but for those of
+    routers and experts.
+    """
     matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
-    return [match[1] for match, segment in matches if match and len(segment.shape) == 2]
+    names = [match[1] for match, segment in matches if match and len(segment.shape) == 2]
+    return [name for name in names if family.experts is None or not set(family.experts.on_disk) & set(name.split("."))]
 
 
 def check_data(config: Config) -> None:

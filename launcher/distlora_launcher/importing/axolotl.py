@@ -104,7 +104,14 @@ def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
     adapter = imported.section("adapter")
     if start is not None:
         adapter["init_from"] = start
-        for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora"):
+        for name in (
+            "lora_r",
+            "lora_alpha",
+            "lora_target_modules",
+            "lora_target_linear",
+            "lora_target_parameters",
+            "peft_use_rslora",
+        ):
             if keys.any(name):
                 imported.note("idle", name, "the adapter in lora_model_dir brings its own")
     else:
@@ -120,6 +127,8 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
     if rank is None or alpha is None:
         raise UserError("lora_r and lora_alpha are not both set; Axolotl has no default for them: add lora_r: 16, ...")
     adapter |= {"r": rank, "lora_alpha": alpha, "use_rslora": keys.flag("peft_use_rslora")}
+    if parameters := keys.words("lora_target_parameters"):
+        adapter["target_parameters"] = parameters
     adapter["target_modules"] = _targets(keys, imported)
     for name, ours in (("lora_rank_pattern", "rank_pattern"), ("lora_alpha_pattern", "alpha_pattern")):
         if pattern := keys.mapping(name):
@@ -149,6 +158,8 @@ def _targets(keys: Keys, imported: Imported) -> str | list[str]:
                 "idle", f"lora_target_modules={_list(extra)}", "lora_target_linear takes every linear already"
             )
         return "all-linear"
+    if not names and keys.any("lora_target_parameters"):
+        return []
     if not names:
         raise UserError(
             "neither lora_target_linear nor lora_target_modules names a linear; add lora_target_linear: true"

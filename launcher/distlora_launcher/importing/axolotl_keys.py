@@ -86,7 +86,9 @@ ROWS: tuple[Row, ...] = (
     ("refused", "GPTQ weights cannot be read; set base_model to the 16-bit checkpoint", "gptq"),
     ("unsupported", "only text is trained on", "image_size image_resize_algorithm processor_* role_boundaries"),
     ("idle", "there is no other tower in memory", "freeze_mm_modules"),
-    ("unsupported", "experts are not supported yet", "experts_implementation quantize_moe_experts llama4_*"),
+    ("idle", "experts are in NF4 under quant=nf4, and run as one grouped product on a GPU", "quantize_moe_experts"),
+    ("idle", "experts run as one grouped product on a GPU", "experts_implementation"),
+    ("unsupported", "Llama 4 is not supported", "llama4_*"),
     # The adapter.
     ("refused", "weights are stored (out, in)", "lora_fan_in_fan_out"),
     ("unsupported", "DoRA is not built yet; LoRA is written", "peft_use_dora"),
@@ -99,7 +101,7 @@ ROWS: tuple[Row, ...] = (
     (
         "refused",
         "only linears of the blocks are adapted",
-        "lora_target_parameters peft_layer_replication peft_trainable_token_indices peft_ensure_weight_tying",
+        "peft_layer_replication peft_trainable_token_indices peft_ensure_weight_tying",
     ),
     ("idle", "embeddings have no adapter", "loraplus_lr_embedding"),
     ("idle", "adapters are fp32, the rest as train.dtype says", "peft_autocast_adapter_dtype embeddings_skip_upcast"),

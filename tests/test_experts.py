@@ -1,0 +1,123 @@
+"""The linear of a mixture of experts: the loop and the grouped product are the reference, forward and gradients; an
+expert's slice of a packed weight is the whole's."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close
+from distlora_kernels import experts_grouped, experts_torch, nf4, reference
+from distlora_kernels.expert_operands import ExpertAdapter, ExpertLinear, Routing
+from distlora_kernels.experts import combine, dispatch, expert_linear
+from distlora_kernels.operands import FrozenWeight
+
+EXPERTS, CHOICES = 5, 2
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def routing_of(tokens: int, *, seed: int = 0) -> Routing:
+    """Expert 3 is chosen by no token."""
+    scores = random(tokens, EXPERTS, seed=seed)
+    scores[:, 3] = -100
+    return Routing.of(scores.topk(CHOICES).indices, EXPERTS, on_host=True)
+
+
+def packed(weight: Tensor) -> FrozenWeight:
+    return FrozenWeight(nf4.nf4_quantize(weight), tuple(weight.shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 7, 9),  # No expert begins with a block.
+        (5, 24, 40),  # Blocks, not groups.
+        (5, 128, 128),  # A group each.
+        (3, 130, 160),  # Across the border of a group.
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_experts_slice_is_the_whole_weights(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight = packed(random(*shape, seed=1))
+    weight_of = experts_torch.dense_experts(ExpertLinear(weight, False, None, None), dtype)
+    whole = weight.dense(dtype)
+    assert all(torch.equal(weight_of(expert), whole[expert]) for expert in range(shape[0]))
+
+
+@pytest.mark.parametrize("gated", ["none", "scale", "rows"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("path", [experts_torch, experts_grouped], ids=["loop", "grouped"])
+def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, transposed: bool, gated: str) -> None:
+    """The grouped product in bf16, which is all that it takes; rank 3 is no multiple of its 8."""
+    dtype, ulps = (torch.float32, 8) if path is experts_torch else (torch.bfloat16, 4)
+    ins, outs, rank, tokens = 24, 40, 3, 23
+    routing = routing_of(tokens)
+    rows = routing.tokens.shape[0]
+    fused = random(EXPERTS, *((ins, outs) if transposed else (outs, ins)), seed=2)
+    weight = packed(fused) if quantized else FrozenWeight((fused.to(dtype),), tuple(fused.shape))
+    dense = weight.dense(dtype).float()
+    bias = random(EXPERTS, outs, seed=3).to(dtype)
+    x, dy = random(rows, ins, seed=4).to(dtype), random(rows, outs, seed=5).to(dtype)
+    a, b = random(EXPERTS, rank, ins, seed=6) / 5, random(EXPERTS, outs, rank, seed=7) / 5
+    gate: Any = 0.5
+    if gated == "rows":  # Every third token uses no adapter.
+        gate = torch.where(routing.tokens[:, None] % 3 == 0, 0.0, 0.5).expand(-1, rank).contiguous()
+    leaves = [tensor.double().requires_grad_() for tensor in (x, a, b)]
+    expected = reference.expert_linear(
+        leaves[0],
+        routing.experts,
+        (dense.transpose(1, 2) if transposed else dense).double(),
+        *leaves[1:],
+        0.0 if gated == "none" else gate,
+        bias.double(),
+    )
+    dx, da, db = torch.autograd.grad(expected, leaves, dy.double())
+
+    adapter = None if gated == "none" else ExpertAdapter(a, b, gate)
+    linear = ExpertLinear(weight, transposed, adapter, bias)
+    y, kept = path.forward(x, linear, routing)
+    gradients = path.backward(x, linear, routing, kept, dy, (True, True, True))
+    assert_close(y, expected, ulps=ulps)
+    assert_close(gradients.x, dx, ulps=ulps)
+    if adapter is None:
+        assert gradients.a is gradients.b is None
+    else:
+        assert gradients.a.dtype == gradients.b.dtype == torch.float32
+        assert_close(gradients.a.to(dtype), da, ulps=ulps)
+        assert_close(gradients.b.to(dtype), db, ulps=ulps)
+        assert gradients.a[3].count_nonzero() == gradients.b[3].count_nonzero() == 0, "no row chose it"
+
+
+def test_autograd_takes_what_the_path_gives_and_asks_for_no_more() -> None:
+    routing = routing_of(11)
+    weight = packed(random(EXPERTS, 40, 24, seed=2))
+    a, b = (random(*shape, seed=6).requires_grad_() for shape in ((EXPERTS, 3, 24), (EXPERTS, 40, 3)))
+    x = random(routing.tokens.shape[0], 24, seed=4)
+    loss = expert_linear(x, weight, routing, transposed=False, adapter=ExpertAdapter(a, b, 0.5)).square().sum()
+    loss.backward()
+    linear = functools.partial(reference.expert_linear, experts=routing.experts, weight=weight.dense(torch.float32))
+    da, db = torch.autograd.grad(linear(x, a=a, b=b, gate=0.5).square().sum(), [a, b])
+    assert_close(a.grad, da, ulps=8)
+    assert_close(b.grad, db, ulps=8)
+
+
+def test_tokens_go_to_their_experts_and_come_back() -> None:
+    """dispatch, then combine, gives every token as often as it chose; so do their gradients."""
+    routing = routing_of(13)
+    x = random(13, 6, seed=8).requires_grad_()
+    rows = dispatch(x, routing)
+    assert torch.equal(rows, x[routing.tokens])
+    assert torch.equal(routing.experts, routing.experts.sort().values)
+    back = combine(rows, routing)
+    assert_close(back, CHOICES * x, ulps=1)
+    dy = random(13, 6, seed=9)
+    (dx,) = torch.autograd.grad(back, x, dy)
+    assert_close(dx, CHOICES * dy, ulps=1)

@@ -1,0 +1,286 @@
+"""Mixtures of experts: which weights get an adapter and which do not, bits a parameter, rows that choose, and the loss
+that balances routers. Their forward, gradients and files are columns of tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import distlora.experts
+from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
+from distlora.adapters import adapter_parameters
+from distlora.config import AdapterConfig, UserError
+from distlora.experts import ExpertPair, ExpertWeight
+from distlora.figures import active_parameters, experts_said
+from distlora.flops import count_flops
+from distlora.loading.weights import load_base
+from distlora.model import CausalLM, build_model, count_parameters
+from distlora.parallel import parallelize
+from distlora.peft_format import adapter_config, adapter_tensors
+from distlora.startup import start_model
+from distlora_kernels import nf4
+from distlora_launcher.checks import check_model
+from family_models import SINGLE, config_for, dequantized, edit_config, load_ours, tokens, write_family_folder
+from test_families import five_steps, positions_of, save_adapter, shifted
+from worlds import World
+
+MODELS = ("mixtral", "qwen3-moe", "gpt-oss")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("moe") / name
+        write_family_folder(path, name)
+        (path / "tokenizer.json").write_text("{}")
+        return path
+
+    return folder
+
+
+def adapted(model: CausalLM) -> set[str]:
+    """The last names of what is adapted."""
+    return {path.rpartition(".")[2] for path, _ in model.adapted_weights()}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+FUSED = {"gate_up_proj", "down_proj"}
+SELECTED: list[tuple[dict[str, Any], set[str]]] = [
+    ({"target_modules": "attention"}, ATTENTION),
+    ({"target_modules": "mlp"}, FUSED),
+    ({"target_modules": "all-linear"}, ATTENTION | FUSED),
+    ({"target_modules": "all-linear", "target_parameters": ["mlp.experts.down_proj"]}, ATTENTION | {"down_proj"}),
+    ({"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}, {"q_proj", "gate_up_proj"}),
+    ({"target_modules": [], "target_parameters": ["gate_up_proj"]}, {"gate_up_proj"}),
+]
+
+
+@pytest.mark.parametrize(("adapter", "expected"), SELECTED, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_presets_and_target_parameters_choose_experts_and_never_a_router(
+    folder_of: Callable[[str], Path], name: str, adapter: dict[str, Any], expected: set[str]
+) -> None:
+    model = build_model(config_for(folder_of(name), adapter={"r": 4, **adapter}))
+    assert adapted(model) == expected
+    routers = [path for path in adapter_parameters(model) if ".gate." in path or ".router." in path]
+    assert not routers
+    assert "routers have none and stay as they are" in next(experts_said(model))
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"target_modules": ["gate"]}, r"'gate' hits only routers, and a router is not trained"),
+    ("gpt-oss", {"target_modules": r".*\.router"}, r"hits only routers"),
+    ("mixtral", {"target_parameters": ["mlp.gate.weight"]}, r"is the router, which is not trained"),
+    ("mixtral", {"target_parameters": ["experts.gate_proj"]}, r"no weight of the experts is named 'experts.gate_proj'"),
+    (
+        "mixtral",
+        {"target_modules": ["q_proj", "w1"]},
+        r"experts are fused weights; set adapter.target_par",
+    ),
+    ("qwen3-moe", {"target_modules": ["gate_up_proj"]}, r"experts are fused weights"),
+    (
+        "qwen3-moe",
+        {"target_modules": "all-linear", "lora_dropout": 0.1},
+        r"lora_dropout=0.1 has no place in adapters",
+    ),
+    ("llama", {"target_parameters": ["mlp.experts.down_proj"]}, r"names weights of experts, and llama has none"),
+]
+
+
+@pytest.mark.parametrize(("name", "adapter", "reason"), REFUSED, ids=str)
+def test_what_experts_cannot_have_is_refused_by_the_launcher_and_the_worker(
+    folder_of: Callable[[str], Path], name: str, adapter: dict[str, Any], reason: str
+) -> None:
+    config = config_for(folder_of(name), adapter={"r": 4, **adapter})
+    for check in (check_model, build_model):
+        with pytest.raises(UserError, match=reason):
+            check(config)
+
+
+def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_of: Callable[[str], Path]) -> None:
+    for check in (check_model, build_model):
+        with pytest.raises(UserError, match=r"router_aux_loss=0.1 balances routers, and llama has none"):
+            check(config_for(folder_of("llama"), train={"router_aux_loss": 0.1}))
+        with pytest.raises(UserError, match=r"adapter=full on a mixture of experts \(mixtral\)"):
+            check(config_for(folder_of("mixtral"), adapter={"method": "full"}, quant={"method": "none"}))
+    with pytest.raises(UserError, match=r"is no weight; set it to 0\.001"):
+        config_for(folder_of("mixtral"), train={"router_aux_loss": -1.0})
+
+
+def test_attention_alone_may_have_dropout(folder_of: Callable[[str], Path]) -> None:
+    adapter = {"target_modules": "attention", "lora_dropout": 0.1}
+    assert adapted(build_model(config_for(folder_of("mixtral"), adapter=adapter))) == ATTENTION
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_bits_a_parameter_are_the_stored_ones(folder_of: Callable[[str], Path], name: str) -> None:
+    """Every weight of two or more dimensions of a block but the router, from the shapes alone."""
+    model = build_model(config := config_for(folder_of(name)))
+    backend = parallelize(model, SINGLE, config)
+    loaded = load_base(model, config.model.path, backend)
+    experts = [(m.num_experts, m.out_features, m.in_features) for m in model.modules() if isinstance(m, ExpertWeight)]
+    assert len(experts) == 2 * 3
+    shapes = {module.shape for module in model.modules() if hasattr(module, "frozen_weight")}
+    planned = weights = 0
+    for module in (module for module in model.modules() if hasattr(module, "frozen_weight")):
+        planned += nf4.bits_per_weight(module.numel) * module.numel
+        weights += module.numel
+    stored = sum(
+        tensor.nbytes
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name.rpartition(".")[2] in ("codes", "scales", "group_scale", "offset")
+    )
+    assert shapes
+    assert loaded.quantized_weights == weights
+    assert 8 * stored == 8 * loaded.quantized_bytes == round(planned)
+    assert nf4.bits_per_weight(128 * 1536 * 2048) == pytest.approx(4.127, abs=5e-4), "Qwen3-30B-A3B's gate_up_proj"
+
+
+def test_an_expert_that_stayed_16_bit_is_noticed(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(folder_of("mixtral"))
+    monkeypatch.setattr(distlora.experts, "ExpertWeight", functools.partial(_dense, ExpertWeight))
+    model = build_model(config)
+    with pytest.raises(AssertionError, match=r"experts.*stayed torch.float32 under quant=nf4"):
+        load_base(model, config.model.path, parallelize(model, SINGLE, config))
+
+
+def _dense(weight: Any, *args: Any, quantized: bool, **kwargs: Any) -> Any:
+    return weight(*args, quantized=False, **kwargs)
+
+
+def test_experts_start_as_pefts_do(folder_of: Callable[[str], Path]) -> None:
+    """A uniform on +-1/sqrt(in) or normal with std 1/r of one expert, B zero, the scale of one expert's rank."""
+    adapter = {"target_modules": "mlp", "r": 8, "rank_pattern": {"down_proj": 2}}
+    model, _, _ = start_model(config_for(folder_of("mixtral"), adapter=adapter), SINGLE)
+    pairs = dict(model.adapted_experts())
+    up, down = (pairs[f"model.layers.0.mlp.experts.{name}"].pairs[0] for name in ("gate_up_proj", "down_proj"))
+    assert (up.rank, down.rank) == (8, 2)
+    assert up.A.shape == (4 * 8, 96)
+    assert down.B.shape == (96, 4 * 2)
+    assert up.scaling == 16 / 8**0.5
+    assert 0.98 / 96**0.5 < up.A.abs().max() <= 1 / 96**0.5
+    gaussian = ExpertPair(4000, 8, num_experts=4, rank=4, scaling=1.0).to_empty(device="cpu")
+    gaussian.reset(AdapterConfig(init="gaussian"), seed=0, name="x")
+    assert abs(gaussian.A.std() * 4 - 1) < 0.02
+    assert not any(pair.B.any() for pair in (up, down, gaussian))
+
+
+def test_saved_names_are_nested_only_where_both_weights_are_adapted(folder_of: Callable[[str], Path]) -> None:
+    layer = "base_model.model.model.layers.0.mlp.experts"
+    both = build_model(config_for(folder_of("gpt-oss"), adapter={"target_modules": "mlp"}))
+    names = [name for name in adapter_tensors(both) if ".layers.0." in name]
+    assert names == [f"{layer}{part}.lora_{a}.weight" for part in (".base_layer", "") for a in "AB"]
+    config = config_for(folder_of("gpt-oss"), adapter={"target_modules": [], "target_parameters": ["gate_up_proj"]})
+    one = build_model(config)
+    assert [name for name in adapter_tensors(one) if ".layers.0." in name] == [f"{layer}.lora_{a}.weight" for a in "AB"]
+    saved = adapter_config(config, one)
+    assert saved["target_modules"] == []
+    assert saved["target_parameters"] == ["mlp.experts.gate_up_proj"]
+
+
+def test_a_row_may_choose_the_experts_adapter_or_none(folder_of: Callable[[str], Path]) -> None:
+    """Rows with -1 are the base, in one batch with rows that use the adapter; their gradients are of these alone."""
+    ours, _ = load_ours(folder_of("mixtral"), adapter={"target_modules": "mlp", "r": 4})
+    rows = tokens(3, 24)
+    choice = torch.tensor([0, -1, 0])
+    positions = positions_of(rows)
+    parameters = list(adapter_parameters(ours).values())
+    mixed = ours(rows, positions, shifted(rows), choice)
+    used = ours(rows[::2], positions[::2], shifted(rows)[::2])
+    base = ours(rows[1:2], positions[1:2], shifted(rows)[1:2], torch.tensor([-1]))
+    assert_close(mixed[::2], used, ulps=8)
+    assert_close(mixed[1:2], base, ulps=8)
+    assert relative_error(mixed[1:2], ours(rows[1:2], positions[1:2], shifted(rows)[1:2])) > 1e-3
+    for one, other in zip(
+        torch.autograd.grad(mixed.sum(), parameters), torch.autograd.grad(used.sum(), parameters), strict=True
+    ):
+        assert_close(one, other, ulps=64)
+
+
+def test_flops_and_active_parameters_count_the_experts_that_a_token_chooses(folder_of: Callable[[str], Path]) -> None:
+    model = build_model(config_for(folder_of("mixtral"), adapter={"target_modules": "mlp", "r": 4}))
+    attention, head = 96 * (96 + 48 + 48 + 96), 1001 * 96
+    expert, ranks = 96 * 144 + 72 * 96, 4 * (96 + 144 + 72 + 96)
+    assert count_flops(model).per_token == 4 * head + 3 * (4 * attention + 2 * (4 * expert + 6 * ranks))
+    total, _ = count_parameters(model)
+    assert active_parameters(model) == total - 3 * 2 * expert, "two of four experts are idle"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
+    folder_of: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Two rows in one micro-batch: the mean of what transformers and PEFT compute for each alone. The loss is weighed
+    so that it is felt, and counts in the gradients of every adapter before a router.
+    """
+    rows, weight = tokens(2, 32), 0.5
+    ours, _ = load_ours(folder_of(name), train={"dtype": "fp32", "router_aux_loss": weight})
+    assert f"include {weight:g} x the routers" in list(experts_said(ours))[-1]
+    save_adapter(tmp_path / "adapter", ours, folder_of(name))
+    base = dequantized(folder_of(name), ours)
+    base.router_aux_loss_coef = weight
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    theirs = [tuned(input_ids=row[None], labels=row[None], output_router_logits=True) for row in rows]
+    expected = sum(output.loss for output in theirs) / 2
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    own = adapter_tensors(ours)
+
+    ours.set_num_micro(2)
+    losses = ours(rows, positions_of(rows), shifted(rows)) / 31
+    for loss, output in zip(losses, theirs, strict=True):
+        assert abs(loss / output.loss - 1) <= 1e-6
+        assert output.aux_loss * weight > 0.2, "the routers' loss is not felt"
+    references = torch.autograd.grad(expected, [parameters[n] for n in own], retain_graph=True)
+    for n, a, b in zip(own, torch.autograd.grad(losses.mean(), list(own.values())), references, strict=True):
+        assert relative_error(a, b) <= 1e-5, n
+    with torch.no_grad():
+        plain = ours(rows, positions_of(rows), shifted(rows)) / 31
+    assert (plain < losses - 0.2).all(), "a held-out loss includes the routers'"
+    assert all(block.balance is None for block in ours.blocks), "a graph is kept alive"
+
+
+def test_the_routers_loss_does_not_depend_on_ranks_or_slices(world: World, folder_of: Callable[[str], Path]) -> None:
+    """FSDP2 gathers a block before the first of its two gradients, that of its output and that of its router's loss."""
+    settings: dict[str, Any] = {"folder": folder_of("mixtral"), "router_aux_loss": 0.5}
+    expected_losses, expected = five_steps(SINGLE, **settings)
+    for losses, adapter in world.run(2, five_steps, **settings):
+        assert_losses_close(losses, expected_losses)
+        assert_adapters_close(adapter, expected)
+
+
+def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(folder_of: Callable[[str], Path]) -> None:
+    """A row of 20 tokens is what it is alone when 12 of padding follow and an empty row is in the batch."""
+    ours, _ = load_ours(folder_of("mixtral"), train={"dtype": "fp32", "router_aux_loss": 0.5})
+    short = tokens(1, 20)
+    alone = ours(short, positions_of(short), shifted(short))
+    padded = torch.cat([short, torch.zeros(1, 12, dtype=torch.int64)], dim=1)
+    positions = torch.cat([torch.arange(20), torch.arange(12)])[None]
+    labels = torch.cat([shifted(short), torch.full((1, 12), -100)], dim=1)
+    batch = (torch.cat([padded, torch.zeros_like(padded)]), torch.cat([positions, torch.arange(32)[None]]))
+    together = ours(*batch, torch.cat([labels, torch.full_like(labels, -100)]))
+    assert_close(together[:1], alone, ulps=8)
+    assert together[1] == 0
+    without = ours(padded, positions, labels)
+    assert_close(without, alone, ulps=8)
+
+
+@pytest.mark.parametrize(("config", "weight"), [({}, 0.0), ({"output_router_logits": True}, 0.001)])
+def test_the_routers_loss_is_configs_own_where_nothing_is_set(
+    folder_of: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], weight: float
+) -> None:
+    shutil.copytree(folder_of("qwen3-moe"), tmp_path / "model")
+    edit_config(tmp_path / "model", **config)
+    assert build_model(config_for(tmp_path / "model")).router_aux_loss == weight
+    off = config_for(tmp_path / "model", train={"router_aux_loss": 0.0})
+    assert build_model(off).router_aux_loss == 0.0

@@ -53,7 +53,7 @@ LAYERS = [
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint"},
     {"distlora.results", "distlora.startup"},
-    {"distlora.generation"},
+    {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},
     {"distlora.train"},
@@ -72,9 +72,10 @@ HOMES = {
     "peft": ("distlora_launcher.demo", "distlora_kernels.bench"),
     "liger_kernel": ("distlora.liger",),
     "flash_attn": ("distlora.attention",),
+    "matplotlib": ("distlora.analysis.plots",),
 }
 
-WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes"}
+WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -53,6 +53,11 @@ COMMANDS = {
         "turn an Axolotl configuration into a recipe, naming what has no equal",
         "distlora_launcher.importing",
     ),
+    "analyze": Command(
+        "quantization MODEL [--text FILE] [--no-perplexity] [--out FOLDER]",
+        "what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
+        "distlora_launcher.analyze",
+    ),
     "bench": Command(
         "kernels [--offline]",
         "measure the GPU kernels; --offline: what they compile to, without a GPU",

@@ -1,0 +1,110 @@
+"""What `distlora analyze quantization` is asked to do: the request that the command hands to its worker. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distlora.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    QuantConfig,
+    TrainConfig,
+    UserError,
+    require,
+)
+
+RESULT_NAME, REPORT_NAME, PLOT_NAME = "quantization.json", "report.md", "quantization.png"
+"""What the command leaves in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
+
+    model: str
+    """The model's folder."""
+    model_name: str
+    """What the report calls it."""
+    text: str | None
+    """Documents to measure perplexity on: a file, a folder or a data set on the hub; None: weights alone."""
+    text_name: str | None
+    """What the report calls them."""
+    out: str
+    """An existing folder for the results."""
+    cache_dir: str
+    """Where tokenized rows are kept."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """What the model computes in, and what its weights are without quantization."""
+    sequence_length: int = 1024
+    """Tokens in a row."""
+    rows: int = 128
+    """Most rows that are measured; of more, as many are taken at even distances."""
+
+    def __post_init__(self) -> None:
+        require(self.rows > 0, f"--rows={self.rows} is no number of rows; write 1 or more")
+        require(
+            self.sequence_length >= 2,
+            f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",
+        )
+        require(self.dtype in ("bf16", "fp32"), f"--dtype={self.dtype} is not known; write bf16 or fp32")
+
+    def config(self, quant: Literal["nf4", "none"]) -> Config:
+        """The settings of a run that would train this model on this text: what our own model path is built from.
+
+        Its adapter, which every model of ours has, adds exactly nothing.
+        """
+        return Config(
+            model=ModelConfig(path=self.model),
+            data=DataConfig(
+                # The model's folder stands in where no text is read: a config without data is none.
+                path=self.text or self.model,
+                eval_fraction=0.0,
+                sequence_length=self.sequence_length,
+                cache_dir=self.cache_dir,
+            ),
+            adapter=AdapterConfig(r=1),
+            quant=QuantConfig(method=quant),
+            train=TrainConfig(dtype=self.dtype),
+            run_dir=self.out,
+        )
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        return cls(**json.loads(text))
+
+
+_WORDS = (
+    (r"data\.path \(or data\.eval_path\)", "--text"),
+    (r"data\.path=", "--text "),
+    (r"data\.path", "--text"),
+    (r"data\.sequence_length=", "--sequence-length "),
+    (r"data\.sequence_length", "--sequence-length"),
+    (r"(?<=set )model\.path to", "MODEL to"),
+    (r"(?<=point )model\.path at", "MODEL at"),
+    (r"model\.path=(?=\S)", "MODEL "),
+    (r"model\.path", "MODEL"),
+)
+"""Settings of a run, and what this command calls them."""
+
+
+@contextlib.contextmanager
+def named_by_argument() -> Iterator[None]:
+    """UserErrors that the block raises name this command's arguments in place of a run's settings."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for setting, argument in _WORDS:
+            text = re.sub(setting, argument, text)
+        raise UserError(text) from error

@@ -1,0 +1,174 @@
+"""A weight there and back through a 4-bit format, a chunk of groups at a time, and the sums that errors are made of.
+
+A tensor is read twice: for the absmax of its blocks, whose mean the second level needs, and for the round trip itself.
+So what is in memory beside one chunk is an absmax for every 64 weights, whatever the tensor's size. NF4 and int4 share
+the absmax of a block, and with it the whole second level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora.analysis import int4
+from distlora_kernels import nf4
+
+CHUNK = 64 * nf4.GROUP
+"""Weights at once: 4 MiB in fp32, which stays in a core's cache."""
+
+DENSE = "bf16"
+"""The name of the 16-bit format beside the 4-bit ones."""
+
+
+class FourBit(NamedTuple):
+    """A 4-bit format with blocks of 64 and double quantization."""
+
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """flat (n,) -> codes (G, 8192) uint8, absmax (G, 256) fp32."""
+    dequantize: Callable[..., Tensor]
+    """(codes, scales, group_scale, offset, *, shape, dtype) -> the weight."""
+
+
+FORMATS = {
+    "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
+    "int4": FourBit(int4.quantize_blocks, int4.dequantize),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SecondLevel:
+    """The absmax of a tensor in 8 bits, which both formats have alike. G groups."""
+
+    scales: Tensor
+    """(G, 256) uint8."""
+    group_scale: Tensor
+    """(G,) fp32."""
+    offset: Tensor
+    """() fp32."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[Tensor], numel: int) -> SecondLevel:
+        """From flat chunks that are `numel` weights together, each of whole groups but the last.
+
+        Raises ValueError for NaN and Inf.
+        """
+        absmax = torch.cat([_absmax(chunk) for chunk in chunks])
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError("NaN or Inf weights")
+        num_blocks = -(-numel // nf4.BLOCK)
+        mean = nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks)
+        offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
+        return cls(*nf4.quantize_absmax(absmax, offset, num_blocks), offset)
+
+    def groups(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(scales, group_scale, offset) of some groups."""
+        return self.scales[first : first + count], self.group_scale[first : first + count], self.offset
+
+
+def _absmax(chunk: Tensor) -> Tensor:
+    """(n,) -> (G, 256) fp32: the largest magnitude of each block of 64, 0 in the padding."""
+    padded = torch.zeros(nf4.num_groups(chunk.numel()) * nf4.GROUP, dtype=torch.float32, device=chunk.device)
+    padded[: chunk.numel()] = chunk
+    return padded.view(-1, nf4.BLOCK).abs().amax(dim=1).view(-1, nf4.BLOCKS_PER_GROUP)
+
+
+def round_trip(
+    chunk: Tensor, format: FourBit, second: SecondLevel, first_group: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, int]:
+    """(the flat chunk as it comes back, in `dtype`; the bytes that it is stored in, without the tensor's offset)."""
+    codes, _ = format.quantize(chunk)
+    scales, group_scale, offset = second.groups(first_group, len(codes))
+    restored = format.dequantize(codes, scales, group_scale, offset, shape=tuple(chunk.shape), dtype=dtype)
+    return restored, codes.nbytes + scales.nbytes + group_scale.nbytes
+
+
+@dataclass(slots=True)
+class FormatSums:
+    """What a format did to some weights."""
+
+    error: float = 0.0
+    """Sum of the squared errors."""
+    largest: float = 0.0
+    """Largest error."""
+    num_bytes: int = 0
+
+    def add(self, other: FormatSums) -> None:
+        self.error += other.error
+        self.largest = max(self.largest, other.largest)
+        self.num_bytes += other.num_bytes
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over weights, from which everything that is reported of a tensor or of many follows. fp64."""
+
+    numel: int = 0
+    powers: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """Sums of w, w^2, w^3 and w^4."""
+    formats: dict[str, FormatSums] = field(default_factory=dict)
+
+    def add(self, other: Sums) -> None:
+        """The sums over both."""
+        self.numel += other.numel
+        self.powers = [mine + theirs for mine, theirs in zip(self.powers, other.powers, strict=True)]
+        for name, sums in other.formats.items():
+            self.formats.setdefault(name, FormatSums()).add(sums)
+
+    def relative_error(self, format: str) -> float:
+        """||w - w'|| / ||w|| (Frobenius)."""
+        return math.sqrt(self.formats[format].error / self.powers[1]) if self.powers[1] else 0.0
+
+    def snr_db(self, format: str) -> float | None:
+        """10 log10(||w||^2 / ||w - w'||^2); None where nothing was lost."""
+        error = self.formats[format].error
+        return 10 * math.log10(self.powers[1] / error) if error and self.powers[1] else None
+
+    def bits(self, format: str) -> float:
+        """Stored bits a weight, padding and second level included."""
+        return 8 * self.formats[format].num_bytes / self.numel
+
+    @property
+    def std(self) -> float:
+        mean, square = self.powers[0] / self.numel, self.powers[1] / self.numel
+        return math.sqrt(max(square - mean**2, 0.0))
+
+    @property
+    def excess_kurtosis(self) -> float | None:
+        """E(w - m)^4 / var^2 - 3: 0 for a normal distribution, -1.2 for a uniform one; None for constant weights."""
+        mean, square, cube, fourth = (power / self.numel for power in self.powers)
+        variance = square - mean**2
+        if variance <= 1e-30:
+            return None
+        return (fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / variance**2 - 3
+
+
+def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
+    """Both 4-bit formats and bf16 on one tensor of `numel` weights; `chunks` begins to read it again at each call, in
+    flat pieces of whole groups (but the last). Errors are those of the formats: dequantized in fp32.
+
+    Raises ValueError for NaN and Inf.
+    """
+    second = SecondLevel.of(chunks(), numel)
+    sums = Sums(formats={name: FormatSums() for name in (*FORMATS, DENSE)})
+    first_group = 0
+    for chunk in chunks():
+        weights = chunk.float()
+        sums.add(Sums(weights.numel(), [float((weights.double() ** power).sum()) for power in (1, 2, 3, 4)]))
+        for name, format in FORMATS.items():
+            restored, num_bytes = round_trip(chunk, format, second, first_group)
+            sums.formats[name].add(_difference(weights, restored, num_bytes))
+        sums.formats[DENSE].add(_difference(weights, weights.bfloat16().float(), 2 * weights.numel()))
+        first_group += nf4.num_groups(chunk.numel())
+    for name in FORMATS:
+        sums.formats[name].num_bytes += second.offset.nbytes
+    return sums
+
+
+def _difference(weights: Tensor, restored: Tensor, num_bytes: int) -> FormatSums:
+    error = weights - restored
+    return FormatSums(float((error.double() ** 2).sum()), float(error.abs().max()), num_bytes)

@@ -1,0 +1,99 @@
+"""The quantizable weights of a checkpoint on disk, and what each format costs them: tensor by tensor, never a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.analysis.roundtrip import CHUNK, Sums, measure
+from distlora.config import Config, UserError
+from distlora.loading.conversion import Source
+from distlora.loading.reader import Reader
+from distlora.loading.segments import SOURCE_DTYPES, read_headers
+from distlora.loading.weights import find_base
+from distlora.model import CausalLM, build_model
+from distlora.quant import FrozenLinear
+
+_PLACE = re.compile(r"layers\.(\d+)\.(.+)\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight that quant=nf4 quantizes, on disk."""
+
+    name: str
+    """As the Hugging Face model has it: model.layers.0.mlp.up_proj.weight."""
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def numel(self) -> int:
+        return sum(segment.numel for segment in self.source.segments)
+
+    @property
+    def layer(self) -> int:
+        return int(self._place[1])
+
+    @property
+    def linear(self) -> str:
+        """Its path in the block: mlp.up_proj."""
+        return self._place[2]
+
+    @property
+    def _place(self) -> re.Match[str]:
+        match = _PLACE.search(self.name)
+        assert match is not None, f"{self.name} is not in a decoder block"
+        return match
+
+    def chunks(self, reader: Reader, device: torch.device) -> Iterator[Tensor]:
+        """The weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""
+        for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+            yield chunk.to(device)
+
+    def measure(self, reader: Reader, device: torch.device) -> Sums:
+        """What the formats do to it. Raises UserError for NaN and Inf."""
+        try:
+            return measure(lambda: self.chunks(reader, device), self.numel)
+        except ValueError as error:
+            raise UserError(f"{self.name} holds {error}; the checkpoint is damaged, download it again") from error
+
+
+def quantized_modules(model: CausalLM) -> Iterator[tuple[str, FrozenLinear]]:
+    """(name of the weight, module) of every linear of the decoder blocks, quantized in this model or not."""
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            yield model.hf_name(f"{path}.weight"), module
+
+
+def find_weights(config: Config) -> tuple[list[Weight], int]:
+    """(what quant=nf4 quantizes, parameters of the whole model), from headers alone, in the order of the forward.
+
+    Raises UserError for a checkpoint that is not the model's, and for weights in another type than 32 or 16 bits.
+    """
+    model = build_model(config)
+    sources = find_base(model, read_headers(Path(config.model.path)))
+    weights = []
+    for name, module in quantized_modules(model):
+        if not module.quantized:
+            continue
+        source = sources.get(name)
+        if source is None or source.shape != (module.out_features, module.in_features):
+            found = "no tensor" if source is None else f"shape {list(source.shape)}"
+            raise UserError(
+                f"the checkpoint has {found} for {name}, which config.json describes as "
+                f"{[module.out_features, module.in_features]}; they belong to different models"
+            )
+        if source.segments[0].dtype not in SOURCE_DTYPES:
+            raise UserError(f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}")
+        weights.append(Weight(name, source))
+    tied = {"lm_head.weight"} if model.tied else set()
+    total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)
+    return weights, total

@@ -1,0 +1,121 @@
+"""The worker of `distlora analyze quantization`: weights, then perplexity, then the files and the tables."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from distlora import durable
+from distlora.analysis import figures, report
+from distlora.analysis.perplexity import evenly, measure_formats
+from distlora.analysis.plots import plot_quantization
+from distlora.analysis.references import measure_references
+from distlora.analysis.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.roundtrip import Sums
+from distlora.analysis.weights import Weight, find_weights
+from distlora.command_line import DONE, run_to_exit_code
+from distlora.data.prepare import prepare
+from distlora.data.rows import PackedRows
+from distlora.loading.reader import Reader
+from distlora.parallel import Ranks, join_ranks
+
+PROGRESS_SECONDS = 3.0
+
+
+def run(request: Request) -> None:
+    """Everything that the request asks for; tables on stdout, progress on stderr."""
+    ranks = join_ranks()
+    say = Progress()
+    # The text first: what is wrong with it is said before minutes are spent on the weights.
+    rows = None if request.text is None else read_rows(request)
+    weights, total = find_weights(request.config("nf4"))
+    say.line(f"weights: {len(weights):,} tensors, {sum(weight.numel for weight in weights):,} of {total:,} parameters")
+    found: dict[str, Any] = describe(request, ranks)
+    found |= figures.of_weights(measured(weights, ranks, say), total)
+    found["references"] = {name: figures.of_sums(sums) for name, sums in measure_references().items()}
+    found["perplexity"] = None
+    if rows is not None:
+        chosen = evenly(rows, request.rows)
+        losses = measure_formats(request, chosen, weights, ranks, say)
+        found["perplexity"] = {
+            "text": request.text_name,
+            "rows": len(chosen),
+            "rows_in_all": len(rows),
+            "sequence_length": request.sequence_length,
+            "targets": int(chosen.targets.sum()),
+            "formats": figures.of_losses(losses),
+        }
+    write(request, found)
+
+
+def read_rows(request: Request) -> PackedRows:
+    """The text in rows, tokenized as training data is."""
+    return PackedRows.open(prepare(request.config("nf4")), "train")
+
+
+def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tuple[Weight, Sums]]:
+    """Each weight with what the formats do to it."""
+    with Reader() as reader:
+        for number, weight in enumerate(weights, start=1):
+            yield weight, weight.measure(reader, ranks.device)
+            say(f"weights: {number:,}/{len(weights):,} tensors, {weight.name}")
+
+
+def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
+    """Where the figures come from."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
+    return {
+        "model_name": request.model_name,
+        "command": f"distlora analyze quantization {request.model_name}",
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "dtype": request.dtype,
+        "device": f"{ranks.device.type} ({device})",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def write(request: Request, found: dict[str, Any]) -> None:
+    """The three files, and the tables on stdout."""
+    out = Path(request.out)
+    plot_quantization(found, out / PLOT_NAME)
+    durable.write_text(out / REPORT_NAME, report.markdown(found))
+    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
+    print(report.terminal(found))
+    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
+
+
+class Progress:
+    """Lines on stderr: called often, it writes every few seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self._last >= PROGRESS_SECONDS:
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(argument: str) -> int:
+    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    transformers_logging.set_verbosity_error()
+
+    def work() -> int:
+        with named_by_argument():
+            run(Request.read(argument))
+        return DONE
+
+    return run_to_exit_code(work)

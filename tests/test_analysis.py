@@ -1,0 +1,339 @@
+"""`distlora analyze quantization`: figures of hand-made weights, one model in four formats, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_losses_close, relative_error
+from distlora.analysis import int4, report
+from distlora.analysis.perplexity import Readings, compare, evenly, put_through
+from distlora.analysis.references import measure_references
+from distlora.analysis.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.roundtrip import FORMATS, SecondLevel, Sums, measure, round_trip
+from distlora.analysis.weights import find_weights, quantized_modules
+from distlora.analysis.worker import read_rows
+from distlora.analysis.worker import run as analyse
+from distlora.data.loader import StepLoader
+from distlora.loading.reader import Reader
+from distlora.parallel import Ranks
+from distlora.quant import FrozenLinear
+from distlora.startup import start_model
+from distlora_kernels import nf4, reference
+from distlora_launcher import analyze
+from distlora_launcher.cli import main
+from distlora_launcher.demo.corpus import Corpus
+from launcher_fakes import MODEL_CONFIG, write_model
+from small_models import write_text_file
+
+DISTLORA = Path(sys.executable).parent / "distlora"
+ONE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+def whole(weights: Tensor) -> Sums:
+    return measure(lambda: iter([weights]), weights.numel())
+
+
+def nearest(value: float, levels: tuple[float, ...]) -> float:
+    return min(levels, key=lambda level: abs(level - value))
+
+
+def test_int4_has_15_levels_ties_go_down_and_a_block_of_zeros_stays_zero() -> None:
+    levels = torch.tensor(int4.LEVELS)
+    assert len(levels) == 15
+    assert torch.equal(levels, -levels.flip(0))
+    assert int4.LEVELS[int4.ZERO_CODE] == 0
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    block = torch.cat([levels, midpoints, torch.zeros(64 - 29)])
+    codes, absmax = int4.quantize_blocks(torch.cat([block, torch.zeros(64)]))
+    assert absmax.flatten()[:3].tolist() == [1.0, 0.0, 0.0]
+    index = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
+    assert index[:29].tolist() == [*range(15), *range(14)]
+    assert set(index[29:].tolist()) == {int4.ZERO_CODE}
+
+
+def test_a_level_above_a_midpoint_goes_up() -> None:
+    levels = torch.tensor(int4.LEVELS)
+    above = torch.nextafter((levels[1:] + levels[:-1]) / 2, torch.tensor(2.0))
+    codes, _ = int4.quantize_blocks(torch.cat([torch.ones(1), above, torch.zeros(49)]))
+    assert torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[1:15].tolist() == list(range(1, 15))
+
+
+@pytest.mark.parametrize(
+    ("exact", "lossy", "levels"),
+    [("int4", "nf4", int4.LEVELS), ("nf4", "int4", reference.NF4_LEVELS)],
+)
+def test_weights_on_the_levels_of_one_format_have_the_errors_of_the_other_by_hand(
+    exact: str, lossy: str, levels: tuple[float, ...]
+) -> None:
+    """Blocks of one absmax, which the second level holds exactly: the error is that of the levels alone."""
+    scale = 7.0
+    values = [scale * level for level in (levels * 5)[:63]] + [scale]
+    weights = torch.tensor(values * 300)
+    sums = whole(weights)
+    other = reference.NF4_LEVELS if lossy == "nf4" else int4.LEVELS
+    errors = [value - scale * nearest(value / scale, other) for value in values]
+    norm = math.sqrt(sum(value**2 for value in values))
+    assert sums.relative_error(exact) < 1e-7
+    assert sums.relative_error(lossy) == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / norm, rel=1e-6)
+    assert sums.formats[lossy].largest == pytest.approx(max(map(abs, errors)), rel=1e-6)
+    assert sums.snr_db(lossy) == pytest.approx(20 * math.log10(norm / math.sqrt(sum(e**2 for e in errors))), rel=1e-5)
+
+
+def test_bf16_loses_what_rounding_loses_and_nothing_of_bf16_weights() -> None:
+    weights = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    assert whole(weights).relative_error("bf16") == pytest.approx(relative_error(weights.bfloat16(), weights), rel=1e-9)
+    already = whole(weights.bfloat16())
+    assert already.relative_error("bf16") == 0
+    assert already.snr_db("bf16") is None
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 70), (96, 1001), (257, 129)])
+def test_bits_are_counted_bytes_and_both_formats_take_what_a_run_stores(shape: tuple[int, int]) -> None:
+    numel = math.prod(shape)
+    sums = whole(torch.randn(numel, generator=torch.Generator().manual_seed(0)))
+    stored = FrozenLinear(shape[1], shape[0], bias=False, quantized=True, dtype=torch.bfloat16).packed_bytes
+    assert sums.formats["nf4"].num_bytes == sums.formats["int4"].num_bytes == stored
+    assert sums.bits("nf4") == sums.bits("int4") == 8 * stored / numel
+    assert sums.bits("bf16") == 16
+
+
+def test_errors_are_those_of_the_whole_weight_whatever_the_chunks() -> None:
+    """In four chunks, the last one short, against nf4_quantize of all of it: the same second level, bit for bit."""
+    weights = torch.randn(3 * nf4.GROUP + 1000, generator=torch.Generator().manual_seed(2)) * 0.02
+    chunks = weights.split(nf4.GROUP)
+    second = SecondLevel.of(chunks, weights.numel())
+    codes, *parts = nf4.nf4_quantize(weights)
+    assert all(torch.equal(*pair) for pair in zip(second.groups(0, len(codes)), parts, strict=True))
+    restored = torch.cat([round_trip(chunk, FORMATS["nf4"], second, n)[0] for n, chunk in enumerate(chunks)])
+    shape = tuple(weights.shape)
+    assert torch.equal(restored, nf4.nf4_dequantize(codes, *parts, shape=shape, dtype=torch.float32))
+    sums = measure(lambda: iter(chunks), weights.numel())
+    assert sums.relative_error("nf4") == pytest.approx(relative_error(restored, weights), rel=1e-9)
+
+
+def test_moments_of_known_weights() -> None:
+    signs = torch.ones(640)
+    signs[::2] = -1
+    assert whole(signs).excess_kurtosis == pytest.approx(-2)
+    assert whole(torch.full((640,), 0.5)).excess_kurtosis is None
+    shifted = whole(torch.cat([signs + 3, signs + 3]))
+    assert shifted.excess_kurtosis == pytest.approx(-2)
+    assert shifted.std == pytest.approx(1)
+    nothing = whole(torch.zeros(640))
+    assert (nothing.relative_error("nf4"), nothing.snr_db("nf4")) == (0, None)
+
+
+def test_nf4_wins_on_normal_weights_and_int4_on_uniform_ones() -> None:
+    """int4 on uniform weights by hand: steps of 1/7 of an absmax of 64/65 on average, the largest of 64 exact."""
+    found = measure_references()
+    by_hand = math.sqrt(3 / 12) / 7 * (64 / 65) * math.sqrt(63 / 64)
+    assert found["uniform"].relative_error("int4") == pytest.approx(by_hand, rel=0.005)
+    assert found["uniform"].relative_error("nf4") > 1.2 * by_hand
+    for name, kurtosis in (("uniform", -1.2), ("normal", 0.0), ("Laplace", 3.0)):
+        assert found[name].excess_kurtosis == pytest.approx(kurtosis, abs=0.05)
+    for name in ("normal", "Laplace"):
+        assert found[name].relative_error("int4") > 1.15 * found[name].relative_error("nf4")
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        whole(torch.tensor([1.0, math.inf]))
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_rows() -> None:
+    targets = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)
+    dense = torch.tensor([30.0, 50.0, 100.0], dtype=torch.float64)
+    alike = compare(dense + 0.1 * targets, dense, torch.zeros(3), targets)
+    assert alike.loss == pytest.approx(186 / 60)
+    assert alike.difference == pytest.approx(0.1)
+    assert alike.standard_error == pytest.approx(0, abs=1e-9)
+    other = compare(dense + torch.tensor([6.0, 0.0, 0.0]), dense, torch.tensor([0.0, 3.0, 3.0]), targets)
+    residuals = [6 - 0.1 * 10, -0.1 * 20, -0.1 * 30]
+    assert other.standard_error == pytest.approx(math.sqrt(sum(r**2 for r in residuals) * 3 / 2) / 60)
+    assert other.divergence == pytest.approx(0.1)
+    assert compare(dense[:1], dense[:1], torch.zeros(1), targets[:1]).standard_error is None
+
+
+def request_for(folder: Path, out: Path, **settings: Any) -> Request:
+    out.mkdir(exist_ok=True)
+    values: dict[str, Any] = {
+        "model": str(folder / "llama"),
+        "model_name": "tiny",
+        "text": str(folder / "text.jsonl"),
+        "text_name": "text.jsonl",
+        "out": str(out),
+        "cache_dir": str(folder / "cache"),
+        "dtype": "fp32",
+        "sequence_length": 64,
+        "rows": 9,
+    }
+    return Request(**(values | settings))
+
+
+def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_path: Path) -> None:
+    """So int4, which has no packed path, is measured as NF4 is; and a model does not diverge from itself."""
+    request = request_for(folders, tmp_path / "out")
+    rows = evenly(read_rows(request), request.rows)
+    assert len(rows) == 9
+    weights, _ = find_weights(request.config("nf4"))
+    packed, _, _ = start_model(request.config("nf4"), ONE)
+    model, _, _ = start_model(request.config("none"), ONE)
+    readings = {}
+    readings["dense"] = Readings(rows, ONE, print)
+    readings["dense"].take(model, "dense")
+    readings["again"] = Readings(rows, ONE, print, readings["dense"])
+    readings["again"].take(model, "again")
+    by_name = {weight.name: weight for weight in weights}
+    with Reader() as reader:
+        for name, module in quantized_modules(model):
+            put_through(by_name[name], FORMATS["nf4"], module.weight, reader)
+    for name, other in (("restored", model), ("packed", packed)):
+        readings[name] = Readings(rows, ONE, print, readings["dense"])
+        readings[name].take(other, name)
+    dense, restored = readings["dense"], readings["restored"]
+    assert torch.equal(restored.losses, readings["packed"].losses)
+    assert torch.equal(readings["again"].losses, dense.losses)
+    assert torch.equal(readings["again"].divergences, torch.zeros(9, dtype=torch.float64))
+    assert bool((restored.divergences > 0).all())
+    loader = StepLoader(rows, global_batch=9, micro_batch=9, rank=0, world=1, seed=0, shuffle=False)
+    (batch,) = loader.batch(0).micro_batches
+    with torch.no_grad():
+        as_trained = packed(batch.input_ids, batch.position_ids, batch.labels)
+    assert_losses_close(restored.losses.tolist(), as_trained.tolist())
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with a model and a text; nothing may become another process."""
+
+    def refuse(*arguments: object) -> None:
+        pytest.fail(f"became {arguments}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execve", refuse)
+    write_model(tmp_path / "model", shards=2)
+    (tmp_path / "text.txt").write_text("One line.\nAnother.\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / REPORT_NAME).write_text("figures")
+    quantized = MODEL_CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    write_model(tmp_path / "gptq")
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(quantized))
+    yield tmp_path
+    assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantisation", "model"], "did you mean 'quantization'?"),
+        (["quantization"], "MODEL"),
+        (["quantization", "modle"], "did you mean 'model'?"),
+        (["quantization", "text.txt"], "is a file"),
+        (["quantization", "gptq"], "quant_method='gptq'"),
+        (["quantization", "model", "--txt", "text.txt"], "did you mean '--text'?"),
+        (["quantization", "model", "--text", "texts.txt"], "did you mean 'text.txt'?"),
+        (["quantization", "model", "--text", "empty.jsonl"], "holds no document"),
+        (["quantization", "model", "--text", "text.txt", "--no-perplexity"], "leave out --no-perplexity"),
+        (["quantization", "model", "--out", "old"], "holds an earlier analysis"),
+        (["quantization", "model", "--dtype", "fp16"], "write bf16 or fp32"),
+        (["quantization", "model", "--rows", "0"], "--rows=0"),
+        (["quantization", "model", "--rows", "many"], "--rows"),
+        (["quantization", "model", "--sequence-length", "1"], "leaves no token to predict"),
+        (["quantization", "model", "--sequence-length", "65"], "--sequence-length"),
+    ],
+)
+def test_mistakes_are_named_before_torch_is_imported(
+    place: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyze", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert "data.path" not in error
+    assert "model.path" not in error
+
+
+def test_the_command_needs_no_torch_and_help_says_what_it_does() -> None:
+    code = "import sys, distlora_launcher.analyze as a; a.main(['--help']); print({'torch'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert output.startswith("usage: distlora analyze quantization MODEL")
+    assert output.endswith("set()\n")
+
+
+def test_without_a_text_docstrings_are_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = [
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in ("One.", "Two.")
+    ]
+    monkeypatch.setattr(analyze, "build_corpus", lambda: Corpus(["seen"], chats[:1], chats[1:]))
+    analyze.write_default_text(tmp_path / "text.jsonl")
+    assert (tmp_path / "text.jsonl").read_text() == '{"text": "One."}\n{"text": "Two."}\n'
+
+
+def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = request_for(folders, tmp_path / "out", model=str(folders / "llama-tied"))
+    analyse(request)
+    found = json.loads((tmp_path / "out" / RESULT_NAME).read_text())
+    assert len(found["tensors"]) == 21
+    assert set(found["linears"]) == {
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
+    for grouped in ("layers", "linears"):
+        assert sum(group["weights"] for group in found[grouped].values()) == found["overall"]["weights"]
+        assert (
+            sum(group["formats"]["nf4"]["bytes"] for group in found[grouped].values())
+            == (found["overall"]["formats"]["nf4"]["bytes"])
+        )
+    weights, total = find_weights(request.config("nf4"))
+    dense, _, _ = start_model(request.config("none"), ONE)
+    assert found["model"]["parameters"] == total
+    assert total == sum(p.numel() for name, p in dense.named_parameters() if ".adapters." not in name)
+    assert sum(weight.numel for weight in weights) == found["overall"]["weights"]
+    formats = found["perplexity"]["formats"]
+    assert list(formats) == ["fp32", "nf4", "int4"]
+    assert formats["fp32"]["points"] == formats["fp32"]["divergence"] == 0
+    assert formats["nf4"]["perplexity"] == pytest.approx(math.exp(formats["nf4"]["loss"]))
+    assert formats["int4"]["divergence"] > formats["nf4"]["divergence"] > 0
+    text = (tmp_path / "out" / REPORT_NAME).read_text()
+    shown = capsys.readouterr().out
+    for sentence in report.reading(found):
+        assert sentence in text
+        assert sentence in shown
+    assert PLOT_NAME in text
+    assert (tmp_path / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_on_a_text_shorter_than_a_row(folders: Path, tmp_path: Path) -> None:
+    """A real process; a sharded model, a row that is mostly padding, no error of a single row."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "qwen3")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    transformers.AutoTokenizer.from_pretrained(folders / "qwen3").save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    write_text_file(tmp_path / "one.jsonl", num_documents=1)
+    command = [DISTLORA, "analyze", "quantization", "sharded", "--text", "one.jsonl", "--out", "out"]
+    environment = os.environ | {"DISTLORA_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    perplexity = json.loads((tmp_path / "out" / RESULT_NAME).read_text())["perplexity"]
+    assert perplexity["rows"] == 1
+    assert perplexity["sequence_length"] == 512
+    assert 0 < perplexity["targets"] < 511
+    assert perplexity["formats"]["nf4"]["points_standard_error"] is None
+    assert f"{perplexity['targets']:,} tokens of one.jsonl" in ended.stdout
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert again.returncode == 2
+    assert "out holds an earlier analysis" in again.stderr

@@ -3,29 +3,35 @@
     RUN/checkpoints/step_00000100/  adapter_config.json, adapter_model.safetensors (PEFT's format; model.safetensors for
                                     adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256)
 
+Tensors are whole in the files, whatever number of ranks has cut them, so any number can go on from them.
 A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one;
 the manifest tells of later damage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from distlora import durable
 from distlora.config import UserError
+from distlora.parallel import Backend
+from distlora.tensor_files import write_tensors
+
+Files = Mapping[str, Mapping[str, Tensor] | dict[str, Any]]
+"""Tensors (*.safetensors) or JSON (*.json) by the name of their file."""
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 
@@ -95,27 +101,33 @@ def environment(world: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]], state: TrainState) -> None:
-    """Write a checkpoint folder: each of `files` is tensors (*.safetensors) or JSON (*.json) by name.
+def save(folder: Path, files: Files, state: TrainState, backend: Backend) -> None:
+    """Write a checkpoint folder. Every rank must call it alike: those that do not write give their rows of tensors."""
+    with whole_folder(folder, backend) as temporary:
+        write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend)
+        if backend.writes:
+            sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+            manifest = {"files": sums, "base_fingerprint": state.identity.base_fingerprint}
+            durable.write_json(temporary / MANIFEST_NAME, manifest)
 
-    The folder appears complete or not at all; an older one of the same name is set aside first, then removed.
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
+    """A place to write what then appears as `folder`, complete or not at all.
+
+    An older one of the same name is set aside first, then removed. On ranks that do not write there is no such place.
     """
-    temporary = temporary_of(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if not backend.writes:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_files(temporary, {**files, STATE_NAME: asdict(state)})
-        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        write_files(temporary, {MANIFEST_NAME: {"files": sums, "base_fingerprint": state.identity.base_fingerprint}})
+        yield temporary
         publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # Of a failed save: half a checkpoint may be what fills the disk.
-
-
-def temporary_of(folder: Path) -> Path:
-    """Where to write what `publish` will give the name `folder`; what an earlier attempt left there is removed."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    return temporary
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -132,16 +144,13 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_files(folder: Path, files: Mapping[str, dict[str, Tensor] | dict[str, Any]]) -> None:
-    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk."""
+def write_files(folder: Path, files: Files, backend: Backend) -> None:
+    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk. On every rank."""
     for name, content in files.items():
-        path = folder / name
         if name.endswith(".safetensors"):
-            tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
-        else:
-            durable.write_json(path, content)
+            write_tensors(folder / name, content, backend)
+        elif backend.writes:
+            durable.write_json(folder / name, content)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -171,10 +180,6 @@ def load_state(folder: Path) -> TrainState:
     progress = Progress(**values["progress"])
     progress.evaluations = {int(step): loss for step, loss in progress.evaluations.items()}  # JSON's keys are text.
     return TrainState(progress=progress, identity=Identity(**values["identity"]), environment=values["environment"])
-
-
-def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(folder / name)
 
 
 def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:

@@ -105,6 +105,7 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         figures["gathered_bytes_per_step"] = gathered
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
         figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
+        figures["scattered_bytes_per_step"] = trainer.step_traffic.scattered_bytes
     if progress.evaluations:
         first = "base_eval_loss" if trainer.config.adapter.init_from is None else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]

@@ -4,6 +4,7 @@ exist.
 Token losses are independent of each other, so while the head is frozen the gradient of the hidden states is computed in
 the forward pass, chunk by chunk, and only scaled in backward: the head's weight is read (and, when sharded, gathered)
 once. Trained token rows, columns of the logits, get their gradient in backward, from what forward kept of it.
+A trained head computes its logits again in backward, chunk by chunk, and adds up its own gradient in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from distlora.token_rows import TokenRows, weighted_sum
 
@@ -55,27 +55,31 @@ class LossHead(nn.Module):
             return self.logits(hidden)
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         tokens_per_chunk = max(16, LOGITS_PER_CHUNK // self.weight.shape[0])
-        chunks = list(zip(flat.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True))
         if not torch.is_grad_enabled():
+            chunks = zip(flat.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True)
             losses = torch.cat([self.token_losses(part, target) for part, target in chunks])
         elif self.weight.requires_grad:
-            losses = torch.cat([checkpoint(self.token_losses, *chunk, use_reentrant=False) for chunk in chunks])
+            losses = _TrainedHeadLoss.apply(flat, targets, self.weight, self, tokens_per_chunk)
         else:
             rows = None if self.token_rows is None else self.token_rows.rows
             losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens_per_chunk)
         return losses.view(labels.shape).sum(dim=1)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor, own: Tensor | None = None) -> Tensor:
-        """hidden (N, H), labels (N,) -> (N,) fp32 losses, 0 where there is no label. `own`: from own_columns."""
-        return F.cross_entropy(self.logits(hidden, own), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    def token_losses(
+        self, hidden: Tensor, labels: Tensor, own: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """hidden (N, H), labels (N,) -> (N,) fp32 losses, 0 where there is no label. The rest as in `logits`."""
+        logits = self.logits(hidden, own, weight)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
     def own_columns(self, hidden: Tensor) -> Tensor | None:
         """(..., H) -> (..., trained rows) fp32: their logits, neither scaled nor capped; None where there are none."""
         return None if self.token_rows is None else self.token_rows.columns(hidden)
 
-    def logits(self, hidden: Tensor, own: Tensor | None = None) -> Tensor:
-        """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says."""
-        logits = F.linear(hidden, self.weight).float()
+    def logits(self, hidden: Tensor, own: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says. `own`: from own_columns;
+        `weight` (vocabulary, H): in the place of the head's own."""
+        logits = F.linear(hidden, self.weight if weight is None else weight).float()
         if self.token_rows is not None:
             logits = self.token_rows.replace_columns(logits, self.token_rows.columns(hidden) if own is None else own)
         if self.logit_scale != 1.0:
@@ -120,3 +124,36 @@ class _FrozenHeadLoss(torch.autograd.Function):
             hidden, of_columns = of_rows
             rows = weighted_sum(of_columns * weights, hidden)
         return (gradient * weights).to(gradient.dtype), None, rows, None, None
+
+
+class _TrainedHeadLoss(torch.autograd.Function):
+    """Token losses (N,) of a trained head; backward computes each chunk again, for hidden's gradient and the weight's.
+
+    It saves the weight as it was in forward: a Parameter that FSDP2 gathers again before backward, or a copy in the
+    compute dtype. The weight's gradient is the sum over chunks in fp32, rounded to that dtype once: adding up hundreds
+    of chunks in bf16 would lose the small ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, head: LossHead, tokens_per_chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, labels, weight)
+        ctx.head, ctx.tokens_per_chunk = head, tokens_per_chunk
+        chunks = zip(hidden.split(tokens_per_chunk), labels.split(tokens_per_chunk), strict=True)
+        return torch.cat([head.token_losses(part, target, weight=weight) for part, target in chunks])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, labels, weight = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        tensors = (hidden, labels, grad_losses, grad_hidden)
+        for part, target, grad, out in zip(*(t.split(ctx.tokens_per_chunk) for t in tensors), strict=True):
+            with torch.enable_grad():
+                leaves = (part.detach().requires_grad_(), weight.detach().requires_grad_())
+                losses = ctx.head.token_losses(leaves[0], target, weight=leaves[1])
+            grad_part, grad_chunk = torch.autograd.grad(losses, leaves, grad)
+            out.copy_(grad_part)
+            grad_weight += grad_chunk
+        return grad_hidden, None, grad_weight.to(weight.dtype), None, None

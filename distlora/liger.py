@@ -64,8 +64,7 @@ def why_not(*, device: torch.device, full: bool, experts: bool = False) -> str |
     if device.type != "cuda":
         return f"its kernels need CUDA, this is {device.type}"
     if full:
-        # Under autocast torch's norms return fp32 where liger's return the input's dtype.
-        return "adapter=full computes under autocast, where its kernels round more than transformers does"
+        return "adapter=full trains the norms, and no test covers its kernels' gradients of them"
     if experts:
         return "no test shows yet that its norms and rotary embeddings are those of mixtures of experts"
     if importlib.util.find_spec("liger_kernel") is None:

@@ -91,8 +91,8 @@ class CausalLM(nn.Module):
         """Whether the head's weight is the embedding's."""
         self.outside_linears = outside_linears
         """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
-        self.autocast_dtype: torch.dtype | None = None
-        """Compute dtype where it is not the parameters' own: full fine-tuning in bf16 from fp32 masters."""
+        self.compute_dtype: torch.dtype | None = None
+        """Of the base's trained parameters, where it is not their own: in bf16 they are fp32 masters."""
         self.attends_by_documents = False
         """Whether a forward takes `documents`, and attends to each by its length."""
         self.router_aux_loss = 0.0
@@ -103,6 +103,10 @@ class CausalLM(nn.Module):
     @property
     def embedding(self) -> nn.Module:
         return self.decoder.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.decoder.get_submodule("norm")
 
     def forward(
         self,
@@ -122,14 +126,13 @@ class CausalLM(nn.Module):
         in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
         the model attends by documents; without them it attends through masks, made from the positions.
         """
-        with torch.autocast(input_ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
-            balanced = ask_for_balance(self.blocks, labels if balancing else None)
-            hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents)
-            output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels)
-            if balanced is None or labels is None:
-                return output
-            return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
+        balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
+        balanced = ask_for_balance(self.blocks, labels if balancing else None)
+        hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents)
+        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels)
+        if balanced is None or labels is None:
+            return output
+        return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
 
     def hidden_states(
         self,
@@ -232,9 +235,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         raise UserError(f"transformers refuses {Path(folder) / 'config.json'}: {error}") from error
 
 
-def build_model(config: Config) -> CausalLM:
-    """The whole model on the meta device, adapters included. Raises UserError for a model that cannot be trained as
-    the config says, and when target_modules match nothing.
+def build_model(config: Config, *, training: bool = True) -> CausalLM:
+    """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
+    where it is not `training`. Raises UserError for a model that cannot be trained as the config says, and when
+    target_modules match nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -246,8 +250,9 @@ def build_model(config: Config) -> CausalLM:
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
     vocabulary = vocabulary_of(config, read_config(folder))
     text_config.vocab_size = vocabulary.rows
-    # Full fine-tuning keeps fp32 masters and computes under autocast; frozen weights are in the run's dtype.
-    dtype = torch.float32 if full else DTYPES[config.train.dtype]
+    # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
+    masters = full and training
+    dtype = torch.float32 if masters else DTYPES[config.train.dtype]
     with torch.device("meta"):
         # A copy, because from_config writes the dtype into the config that it is given.
         hf_model = AutoModelForCausalLM.from_config(
@@ -257,8 +262,7 @@ def build_model(config: Config) -> CausalLM:
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.
     hf_model.eval()
     decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
-    if not full:
-        hf_model.requires_grad_(False)
+    hf_model.requires_grad_(masters)
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
     # As transformers tied it: a composite model's own config and its text_config need not agree.
     tied = head.weight is decoder.get_input_embeddings().weight
@@ -293,8 +297,8 @@ def build_model(config: Config) -> CausalLM:
         model.router_aux_loss = weight_of(config.train.router_aux_loss, model.hf_config)
         if model.router_aux_loss > 0:
             place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
-    if full and config.train.dtype != "fp32":
-        model.autocast_dtype = DTYPES[config.train.dtype]
+    if masters and config.train.dtype != "fp32":
+        model.compute_dtype = DTYPES[config.train.dtype]
     return model
 
 

@@ -3,93 +3,126 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from distlora import checkpoint, durable
 from distlora.checkpoint import Progress
 from distlora.config import Config, UserError
+from distlora.loading.reader import TORCH_DTYPES, Reader
+from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
+from distlora.parallel import Backend
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
+from distlora.tensor_files import read_into, write_model
 from distlora.tokens import tokenizer_files
 
-MODEL_NAME = "model.safetensors"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""
 
 
-def weight_files(model: CausalLM, config: Config) -> dict[str, dict]:
+def weight_files(model: CausalLM, config: Config) -> dict[str, Any]:
     """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model."""
     if config.adapter.method == "full":
-        return {MODEL_NAME: model.hf_state_dict()}
+        return {SINGLE_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model)
     return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
 
 
-@torch.no_grad()
-def load_weights(folder: Path, model: CausalLM) -> None:
-    """Take an adapter, or a whole model, from a folder. UserError where its tensors are not this model's."""
+def load_weights(folder: Path, model: CausalLM, backend: Backend) -> None:
+    """Take an adapter, or a whole model, from a folder: of what the ranks share, each reads its rows.
+
+    UserError where its tensors are not this model's.
+    """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
-    tensors = checkpoint.load_tensors(folder, WEIGHTS_NAME if has_adapter else MODEL_NAME)
-    odd = sorted(own.keys() ^ tensors.keys()) or [
-        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
+    stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
+    odd = sorted(own.keys() ^ stored.keys()) or [
+        name for name, segment in stored.items() if segment.shape != own[name].shape
     ]
     if odd:
         raise UserError(
             f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
             f"({len(odd)} such tensors); was it trained on another model?"
         )
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+    with Reader() as reader:
+        for name, segment in stored.items():
+            read_into(own[name], segment, reader, backend)
 
 
-def restore(folder: Path, model: CausalLM, optimizer: Optimizer) -> None:
-    """Take the trained parameters and the optimizer's state from a checkpoint."""
-    load_weights(folder, model)
-    optimizer.load_state_tensors(checkpoint.load_tensors(folder, checkpoint.TRAINER_NAME))
+def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
+    """The optimizer's state as a checkpoint has it, `<state>/<parameter>`: what belongs to rows of a parameter is cut
+    over the ranks as that is."""
+    states = optimizer.state_tensors().items()
+    return {path: backend.spread(state, trained[path.partition("/")[2]]) for path, state in states}
 
 
-def finish(run_dir: Path, model: CausalLM, config: Config, progress: Progress, chat_template: str | None) -> str:
+def restore(
+    folder: Path, model: CausalLM, optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend
+) -> None:
+    """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks."""
+    load_weights(folder, model, backend)
+    states: dict[str, Tensor] = {}
+    with Reader() as reader:
+        for path, segment in read_header(folder / checkpoint.TRAINER_NAME).items():
+            parameter = trained[path.partition("/")[2]]
+            shape = backend.local_rows(parameter)[0].shape if segment.shape == parameter.shape else segment.shape
+            states[path] = torch.empty(shape, dtype=TORCH_DTYPES[segment.dtype])
+            read_into(backend.spread(states[path], parameter), segment, reader, backend)
+    optimizer.load_state_tensors(states)
+
+
+def finish(
+    run_dir: Path, model: CausalLM, config: Config, progress: Progress, chat_template: str | None, backend: Backend
+) -> str:
     """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
 
-    Returns what was saved, in words.
+    Returns what was saved, in words. Every rank must call it alike.
     """
     target = run_dir / PUBLISHED[config.adapter.method]
     best = run_dir / BEST_NAME
     if not (config.train.load_best_at_end and progress.best_step not in (None, progress.step)):
-        publish_result(target, model, config, chat_template)
+        publish_result(target, model, config, chat_template, backend)
         return str(target)
-    temporary = checkpoint.temporary_of(target)
-    shutil.copytree(best, temporary)
-    checkpoint.publish(temporary, target)
+    with checkpoint.whole_folder(target, backend) as temporary:
+        if backend.writes:
+            shutil.copytree(best, temporary, dirs_exist_ok=True)
     return f"{target} (the best, of step {progress.best_step})"
 
 
-def publish_result(target: Path, model: CausalLM, config: Config, chat_template: str | None) -> None:
+def publish_result(target: Path, model: CausalLM, config: Config, chat_template: str | None, backend: Backend) -> None:
     """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
 
     `chat_template` is the one that the chats were rendered with, where that is not the base's own: whoever serves the
-    result needs it, and the tokenizer where it has new tokens. The folder appears whole or not at all.
+    result needs it, and the tokenizer where it has new tokens. The folder appears whole or not at all. Every rank must
+    call it alike.
     """
-    temporary = checkpoint.temporary_of(target)
-    temporary.mkdir()
-    if config.adapter.method == "full":
-        for path in Path(config.model.path).iterdir():  # The tokenizer and the generation config come along.
-            if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
-                shutil.copy2(path, temporary / path.name)
-        # In the base's own dtype, which the fp32 masters are rounded to once, here.
-        dtype = model.hf_config.dtype or torch.float32
-        model.hf_config.save_pretrained(temporary)
-        tensors = {name: tensor.to(dtype) for name, tensor in model.hf_state_dict().items()}
-        checkpoint.write_files(temporary, {MODEL_NAME: tensors})
-    else:
-        checkpoint.write_files(temporary, weight_files(model, config))
-    for name, content in tokenizer_files(config).items():
-        (temporary / name).write_bytes(content)
-    if chat_template is not None:
-        durable.write_text(temporary / TEMPLATE_NAME, chat_template)
-    checkpoint.publish(temporary, target)
+    with checkpoint.whole_folder(target, backend) as temporary:
+        if config.adapter.method == "full":
+            if backend.writes:
+                _write_companions(temporary, model, config)
+            # In the base's own dtype, which the fp32 masters are rounded to once, here.
+            dtype = model.hf_config.dtype or torch.float32
+            assert isinstance(dtype, torch.dtype)
+            write_model(temporary, model.hf_state_dict(), backend, dtype)
+        else:
+            checkpoint.write_files(temporary, weight_files(model, config), backend)
+        if backend.writes:
+            for name, content in tokenizer_files(config).items():
+                (temporary / name).write_bytes(content)
+            if chat_template is not None:
+                durable.write_text(temporary / TEMPLATE_NAME, chat_template)
+
+
+def _write_companions(folder: Path, model: CausalLM, config: Config) -> None:
+    """What makes a folder of weights a model: the config, and the base's tokenizer and generation config."""
+    for path in Path(config.model.path).iterdir():
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
+            shutil.copy2(path, folder / path.name)
+    model.hf_config.save_pretrained(folder)

@@ -14,12 +14,12 @@ from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 
 
-def start_model(config: Config, ranks: Ranks) -> tuple[CausalLM, Backend, Loaded]:
-    """The model on this rank with the base's weights and adapters that add nothing yet.
+def start_model(config: Config, ranks: Ranks, *, training: bool = True) -> tuple[CausalLM, Backend, Loaded]:
+    """The model on this rank with the base's weights and adapters that add nothing yet; `training` as in build_model.
 
     Raises UserError for a base that cannot be read or does not fit its config.json.
     """
-    model = build_model(config)
+    model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
     loaded = load_base(model, config.model.path, backend)

@@ -15,9 +15,8 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlora import checkpoint
-from distlora.adapters import adapter_parameters
 from distlora.checkpoint import Identity, Progress, TrainState
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
@@ -28,7 +27,7 @@ from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.peft_format import load_initial_adapter
 from distlora.reporting import Reporter
-from distlora.results import finish, publish_result, restore, weight_files
+from distlora.results import finish, publish_result, restore, trainer_tensors, weight_files
 from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_model
 from distlora.trainer import Hooks, Trainer
@@ -37,6 +36,7 @@ from distlora.trainer import Hooks, Trainer
 def run(run_dir: Path, ranks: Ranks) -> None:
     """One run, or the rest of one, on this rank."""
     config = load_config(run_dir)
+    check_ranks(config, ranks.world)
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     data = read_record(run_dir / DATA_NAME)
@@ -58,9 +58,10 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         reporter.event(f"reading {config.model.path}")
         model, backend, loaded = start_model(config, ranks)
         trained = trained_parameters(model)
-        optimizer = build_optimizer(trained, config.optim)
+        backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+        optimizer = build_optimizer(backend.updated(trained), config.optim)
         if newest is not None:
-            restore(newest, model, optimizer)
+            restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
         elif config.adapter.init_from is not None:
             load_initial_adapter(model, config)
@@ -68,24 +69,25 @@ def run(run_dir: Path, ranks: Ranks) -> None:
                 f"starting from the adapter in {config.adapter.init_from}; lora_dropout is this run's own, "
                 f"{config.adapter.lora_dropout}"
             )
-        backend.reduce_gradients_of(list(trained.values()), config.parallel.bucket_mb)
         describe(reporter, model, loaded, config)
         describe_steps(reporter, loader, total_steps)
         if config.train.save_every is None:
             reporter.event("nothing is saved before the end (set train.save_every to resume from within)")
 
         def save(progress: Progress) -> None:
+            files = {
+                **weight_files(model, config),
+                checkpoint.TRAINER_NAME: trainer_tensors(optimizer, trained, backend),
+            }
+            environment = checkpoint.environment(ranks.world, ranks.device)
+            state = TrainState(progress=progress, identity=identity, environment=environment)
+            checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state, backend)
             if backend.writes:
-                files = {**weight_files(model, config), checkpoint.TRAINER_NAME: optimizer.state_tensors()}
-                environment = checkpoint.environment(ranks.world, ranks.device)
-                state = TrainState(progress=progress, identity=identity, environment=environment)
-                checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state)
                 checkpoint.prune(checkpoints, config.train.keep)
             backend.barrier()
 
         def publish_best(progress: Progress) -> None:
-            if backend.writes:
-                publish_result(run_dir / BEST_NAME, model, config, chat_template)
+            publish_result(run_dir / BEST_NAME, model, config, chat_template, backend)
             backend.barrier()
 
         trainer = Trainer(
@@ -104,8 +106,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         )
         trainer.fit()
         summarize(reporter, trainer, loaded, trained)
-        if backend.writes:
-            reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template)}")
+        reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
 
 
@@ -148,7 +149,7 @@ def sample_hook(
 
 def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
     """What the optimizer updates, by name, in forward order: the adapters, or everything."""
-    return adapter_parameters(model) or {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @record

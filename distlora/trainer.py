@@ -232,6 +232,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),
             "gathered_bytes": self.step_traffic.gathered_bytes,
             "reduced_bytes": self.step_traffic.reduced_bytes,
+            "scattered_bytes": self.step_traffic.scattered_bytes,
         }
         if self._peak_flops is not None:
             shared["mfu"] = interval.flops / seconds / self._peak_flops

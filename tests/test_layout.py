@@ -51,7 +51,7 @@ LAYERS = [
     {"distlora.model"},
     {"distlora.parallel", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
-    {"distlora.data", "distlora.optim", "distlora.checkpoint"},
+    {"distlora.data", "distlora.optim", "distlora.checkpoint", "distlora.tensor_files"},
     {"distlora.results", "distlora.startup"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},

@@ -95,7 +95,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     config = load_config(run_dir)
     loader, _ = train.open_data(run_dir, config, ranks)
     model, backend, _ = start_model(config, ranks)
-    load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model)
+    load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
     gradients = {name: p.grad.clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
@@ -128,9 +128,9 @@ class Peer:
 
     def __init__(self, folder: Path, folders: Path, method: Method, base: str) -> None:
         self.config = prepare(folder, folders, method, base)
-        ours, _, _ = start_model(self.config, SINGLE)
+        ours, backend, _ = start_model(self.config, SINGLE)
         self.start = folder / "start"
-        publish_result(self.start, ours, self.config, None)
+        publish_result(self.start, ours, self.config, None, backend)
         self.base = dequantized(folders / method.model, ours)
         if ours.vocabulary.has_grown:
             self.base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)

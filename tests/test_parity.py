@@ -189,18 +189,3 @@ def test_a_step_has_no_reduce_scatter_and_one_all_reduce_a_bucket(world: World, 
     assert sum(count for name, count in counts.items() if "reduce" in name) == 1, counts
     # Three micro-batches; in each 3 blocks forward and backward, and the embedding, the head and the norm forward.
     assert sum(count for name, count in counts.items() if "gather" in name) == 3 * (3 + 3 + 3), counts
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_full_fine_tuning_does_not_depend_on_ranks(world: World, folders: Path, tmp_path: Path, size: int) -> None:
-    sections: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
-    losses, models = [], []
-    for ranks in (1, size):
-        run_dir = tmp_path / str(ranks)
-        make_run(run_dir, folders, "llama-tied", **sections)
-        metrics = world.run(ranks, run_once, run_dir=run_dir)[0]
-        losses.append([line["loss"] if "loss" in line else line["eval_loss"] for line in metrics])
-        models.append(safetensors.torch.load_file(run_dir / "model" / "model.safetensors"))
-    assert_losses_close(losses[1], losses[0])
-    assert_adapters_close(models[1], models[0])
-    assert losses[0][-1] < losses[0][0] - 0.1

@@ -82,8 +82,8 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
         run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
     assert any(
         tensor.dtype == torch.uint8
-        for tensor in checkpoint.load_tensors(
-            checkpoint.steps(tmp_path / "whole" / "checkpoints")[-1], checkpoint.TRAINER_NAME
+        for tensor in safetensors.torch.load_file(
+            checkpoint.steps(tmp_path / "whole" / "checkpoints")[-1] / checkpoint.TRAINER_NAME
         ).values()
     )
     whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")

@@ -180,10 +180,10 @@ def test_peft_has_the_logits_and_gradients_of_trained_rows_in_other_families(nam
     write_family_folder(folder, name)
     tokenizer().save_pretrained(folder)
     model = {"path": str(folder), "new_tokens": ["<|im_start|>", "<|im_end|>", "<think>"]}
-    ours, _ = load_ours(folder, model=model, adapter={"target_modules": "all-linear", "r": 4})
+    ours, backend = load_ours(folder, model=model, adapter={"target_modules": "all-linear", "r": 4})
     for parameter in (p for name, p in ours.named_parameters() if name.startswith("token_rows.")):
         parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.05)
-    publish_result(tmp_path / "adapter", ours, config_for(folder, model=model), None)
+    publish_result(tmp_path / "adapter", ours, config_for(folder, model=model), None, backend)
     base = dequantized(folder, ours)
     base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
     tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
@@ -230,9 +230,9 @@ def test_preparation_generation_and_what_is_published_read_with_one_tokenizer(ru
 
 def test_every_trained_row_moves_and_a_resume_has_them(run: Path) -> None:
     config = load_config(run)
-    model, _, _ = start_model(config, SINGLE)
+    model, backend, _ = start_model(config, SINGLE)
     before = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
-    load_weights(run / "checkpoints" / "step_00000002", model)
+    load_weights(run / "checkpoints" / "step_00000002", model, backend)
     for name, tensor in adapter_tensors(model).items():
         if "token_adapter" in name:
             assert (tensor != before[name]).any(dim=1).all(), f"a row of {name} was not trained"

@@ -40,6 +40,7 @@ __all__ = [
     "TrackerConfig",
     "TrainConfig",
     "UserError",
+    "check_ranks",
     "nearest",
     "require",
 ]
@@ -79,6 +80,7 @@ class Config:
             }
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
+        check_ranks(self, self.cluster.gpus_per_node)
         require(
             not self.train.keep_dequantized or self.quant.method == "nf4",
             f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
@@ -94,3 +96,13 @@ class Config:
             f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
             "data.eval_path",
         )
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuse what so many processes cannot share; a resume may be on another number than the config has."""
+    require(
+        ranks == 1 or config.adapter.method != "full" or not config.optim.name.endswith("_8bit"),
+        f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {ranks} processes would cut "
+        f"(adapter=full is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
+        "cluster.gpus_per_node=1",
+    )

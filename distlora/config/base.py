@@ -53,8 +53,8 @@ class AdapterConfig:
     """Names and meanings follow PEFT's LoraConfig."""
 
     method: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none).
-    """
+    """`lora` trains low-rank adapters on a frozen base; `full` trains every parameter (the baseline; needs quant=none):
+    16 bytes a parameter over all ranks (fp32 master, gradient, two moments), and a unit's copy in `train.dtype`."""
     r: int = 16
     """Rows of A and columns of B. Adapter, gradient and optimizer memory grow linearly with it."""
     lora_alpha: float = 16.0

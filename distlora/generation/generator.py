@@ -102,8 +102,7 @@ def aside(model: CausalLM, backend: Backend) -> Iterator[None]:
     finally:
         for block, number in zip(model.blocks, num_micro, strict=True):
             block.num_micro = number
-        backend.traffic.gathered_bytes = traffic.gathered_bytes
-        backend.traffic.reduced_bytes = traffic.reduced_bytes
+        backend.traffic.restore(traffic)
 
 
 def generate(

@@ -30,11 +30,11 @@ from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, named_by_flag, read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading.segments import fingerprint
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, fingerprint
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
-from distlora.results import MODEL_NAME, load_weights
+from distlora.results import load_weights
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_model
 
@@ -87,14 +87,14 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
         with named_by_flag():
             settings = read_initial_adapter(weights).settings
         config = replace(config, adapter=replace(config.adapter, init_from=weights, **settings))
-    model, backend, _ = start_model(config, ranks)  # B is zero: the base, exactly.
+    model, backend, _ = start_model(config, ranks, training=False)  # B is zero: the base, exactly.
     if foreign:
         with named_by_flag():
             load_initial_adapter(model, config)
     elif weights is not None:
         folder = weights_in(Path(weights))
         check_base(folder, config)
-        load_weights(folder, model)
+        load_weights(folder, model, backend)
     return model, backend
 
 
@@ -112,7 +112,7 @@ def check_base(weights: Path, config: Config) -> None:
 
 def weights_in(folder: Path) -> Path:
     """The folder itself if it holds weights, else the newest whole checkpoint in it."""
-    if (folder / WEIGHTS_NAME).is_file() or (folder / MODEL_NAME).is_file():
+    if any((folder / name).is_file() for name in (WEIGHTS_NAME, SINGLE_NAME, INDEX_NAME)):
         return folder
     newest, damaged = checkpoint.newest(folder)
     if newest is None:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from distlora.loading.segments import DTYPE_BYTES, Segment
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
 
 
 class Reader:
@@ -61,7 +67,7 @@ class Reader:
             before += segment.numel
         assert done == len(buffer), f"elements {start} to {stop} lie beyond the {before} of the parameter"
         self.bytes_read += done
-        return torch.frombuffer(buffer, dtype=_TORCH_DTYPES[segments[0].dtype])
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segments[0].dtype])
 
     def _fill(self, view: memoryview, file: Path, offset: int) -> None:
         if file not in self._files:

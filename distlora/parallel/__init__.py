@@ -7,6 +7,7 @@ Model files never import torch.distributed, and the trainer never asks which bac
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.adapter_sync import GradientReducer
+from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.traffic import Traffic
+from distlora.parallel.trained_shards import ShardedGradients
 from distlora.quant import FrozenTensor
 
 
@@ -60,18 +64,20 @@ class Backend:
 
     ranks: Ranks
     sharded: bool
-    """Whether the base is cut over the ranks; one process and adapter=full keep it whole."""
+    """Whether the base is cut over the ranks; one process keeps it whole."""
     traffic: Traffic = field(default_factory=Traffic)
-    _reducer: GradientReducer | None = None
+    _root: nn.Module | None = None
+    _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
+    """Those of replicated parameters, and of sharded ones."""
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes what all ranks have alike: checkpoints and results."""
         return self.ranks.rank == 0
 
-    def local_rows(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def local_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
         """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
-        data = parameter.data
+        data = tensor.data
         if not isinstance(data, DTensor):
             return data, 0
         # FSDP2 cuts dim 0 like torch.chunk: ceil(rows / ranks) each, the last ranks may get fewer or none.
@@ -86,37 +92,80 @@ class Backend:
         dist.all_gather(gathered, local, group=self.ranks.group)
         return torch.cat(gathered)
 
-    def reduce_gradients_of(self, parameters: list[nn.Parameter], bucket_mb: float) -> None:
-        """Own the gradients of these replicated parameters (in forward order) from now on."""
-        bucket_bytes = int(bucket_mb * 2**20)
-        self._reducer = GradientReducer(
-            parameters, group=self.ranks.group, bucket_bytes=bucket_bytes, traffic=self.traffic
+    def spread(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A tensor that belongs to `local_rows(parameter)`, of their shape, as cut over the ranks like `parameter`."""
+        data = parameter.data
+        if not isinstance(data, DTensor) or local.shape != data.to_local().shape:
+            return local
+        return DTensor.from_local(
+            local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
 
-    @property
-    def reducer(self) -> GradientReducer:
-        assert self._reducer is not None, "reduce_gradients_of comes first"
-        return self._reducer
+    def whole(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """All rows of a tensor, cut over the ranks or not, in host memory on the rank that writes; None on the others.
+
+        Every rank must call it for the same tensors in the same order. For saving, not for a step.
+        """
+        data = tensor.detach()
+        if not isinstance(data, DTensor):
+            return data.to("cpu", dtype).contiguous() if self.writes else None
+        local = data.to_local().to(dtype)
+        per_rank = -(-data.shape[0] // self.ranks.world)
+        padded = local.new_zeros(per_rank, *data.shape[1:])
+        padded[: len(local)] = local
+        rows = local.new_empty(per_rank * self.ranks.world, *data.shape[1:]) if self.writes else None
+        dist.gather(padded, None if rows is None else list(rows.split(per_rank)), group=self.ranks.group, group_dst=0)
+        return None if rows is None else rows[: data.shape[0]].cpu()
+
+    def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> None:
+        """Own the gradients of these trained parameters (in forward order) from now on."""
+        trained = list(parameters)
+        replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
+        sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
+        group, traffic = self.ranks.group, self.traffic
+        self._gradients = []
+        if replicated:
+            bucket_bytes = int(bucket_mb * 2**20)
+            self._gradients += [GradientReducer(replicated, group=group, bucket_bytes=bucket_bytes, traffic=traffic)]
+        if sharded:
+            assert self._root is not None
+            assert group is not None
+            self._gradients += [ShardedGradients(self._root, sharded, group=group, traffic=traffic)]
+
+    def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """What the optimizer updates in the place of these: themselves, or the rows of them that this rank owns."""
+        rows = {parameter: own for part in self._gradients for parameter, own in part.updated()}
+        return {name: rows[parameter] for name, parameter in parameters.items()}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes.
 
         A loss that is not finite makes the sums of all ranks NaN, so that each of them sees it in the norm.
         """
-        self.reducer.expect(last=last)
-        self.reducer.poison_unless_finite(loss.detach())
+        assert self._gradients, "reduce_gradients_of comes first"
+        for part in self._gradients:
+            part.expect(last=last)
+            part.poison_unless_finite(loss.detach())
         loss.backward()
 
     def finish_gradients(self) -> None:
-        """Wait until every gradient is the sum over all ranks: identical bits on each."""
-        self.reducer.finish()
+        """Wait until every gradient is the sum over all ranks: identical bits on each that has it."""
+        for part in self._gradients:
+            part.finish()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to this global norm, 0 for never; returns the norm before, on the device."""
-        return self.reducer.clip(max_norm)
+        """Scale the gradients down to this global norm, 0 for never. Returns the norm before, on the device, which the
+        host does not read."""
+        norm = torch.stack([part.squared_norm() for part in self._gradients]).sum().sqrt()
+        if max_norm > 0:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for part in self._gradients:
+                part.scale(factor)
+        return norm
 
     def zero_gradients(self) -> None:
-        self.reducer.zero()
+        for part in self._gradients:
+            part.zero()
 
     def unpacked_extra_bytes(self, model: CausalLM, passes: int) -> int:
         """What `passes` gathers of every block would move beyond what they do, were the packed weights bf16."""
@@ -146,12 +195,16 @@ class Backend:
 
 
 def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
-    """Shard the base of `model` (on meta) as the config says and give its memory to the device, unfilled."""
-    backend = Backend(ranks, sharded=ranks.world > 1 and config.adapter.method != "full")
+    """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled."""
+    backend = Backend(ranks, sharded=ranks.world > 1, _root=model)
     if backend.sharded:
         assert ranks.group is not None
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=("shard",))
         fsdp2.shard(model, mesh, prefetch=config.parallel.prefetch, traffic=backend.traffic)
+    elif model.compute_dtype is not None:
+        adapters = set(adapter_parameters(model).values())
+        for module in (model.embedding, *(block.inner for block in model.blocks), model.final_norm, model.head):
+            ComputeCopies(module, model.compute_dtype, ignored=adapters)
     model.to_empty(device=ranks.device)
     model.tie()
     return backend

@@ -1,7 +1,8 @@
-"""FSDP2 over the frozen base: each block is a unit, gathered as packed bytes; adapters stay outside, replicated.
+"""FSDP2 over the base: each block is a unit, gathered as packed bytes; adapters stay outside, replicated.
 
-Units: every Block; the embedding and the head, one unit where they are tied; the final norm in the root. No
-mixed-precision policy: it would round the fp32 scales. Facts behind each line are in this folder's README.md.
+Units: every Block; the embedding and the head, one unit where they are tied; the final norm in the root. A unit that is
+frozen has no mixed-precision policy, which would round its fp32 scales; one that is trained is gathered in the compute
+dtype of its fp32 masters, and its gradients are summed in fp32. Facts behind each line are in this folder's README.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from distlora.adapters import adapter_parameters
 from distlora.config import UserError
@@ -24,12 +25,14 @@ FIRST_TORCH = (2, 12)
 """FSDP2 of torch 2.11 gives every sharded parameter requires_grad=True, which uint8 cannot have."""
 
 
-# TODO: call dist.all_gather_single once torch >= 2.13, which gave it this name, is required.
+# TODO: call dist.all_gather_single and reduce_scatter_single once torch >= 2.13, which gave them these names, is
+# required.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-class _CountedAllGather:
-    """FSDP2's all-gather with the bytes of its result counted (the protocol of FSDPModule.set_custom_all_gather)."""
+class _Counted:
+    """A collective of FSDP2's that counts its bytes."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -37,11 +40,30 @@ class _CountedAllGather:
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+
+class _CountedAllGather(_Counted):
+    """By the bytes of its result (the protocol of FSDPModule.set_custom_all_gather)."""
+
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.gathered_bytes += output_tensor.nbytes
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _CountedReduceScatter(_Counted):
+    """By the bytes of what every rank puts in (the protocol of FSDPModule.set_custom_reduce_scatter)."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self.traffic.scattered_bytes += input_tensor.nbytes
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def check_torch(version: str) -> None:
@@ -55,26 +77,47 @@ def check_torch(version: str) -> None:
 
 
 def shard(model: CausalLM, mesh: DeviceMesh, *, prefetch: bool, traffic: Traffic) -> None:
-    """Shard every frozen parameter of `model` (on meta) over the mesh, in place."""
+    """Shard every parameter of `model` (on meta) but the adapters' over the mesh, in place."""
     check_torch(torch.__version__)
     ignored = set(adapter_parameters(model).values())
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-    if model.tied:
-        fully_shard([model.embedding, model.head], mesh=mesh, reshard_after_forward=True)
-    else:
-        fully_shard(model.embedding, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model.head, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
 
-    count = _CountedAllGather(traffic)
+    def is_trained(module: nn.Module) -> bool:
+        return any(parameter.requires_grad for parameter in module.parameters() if parameter not in ignored)
+
+    def unit(modules: nn.Module | list[nn.Module], *, trained: bool, reshard: bool = True) -> None:
+        policy = MixedPrecisionPolicy()
+        if trained and model.compute_dtype is not None:
+            policy = MixedPrecisionPolicy(
+                param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        fully_shard(modules, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored, mp_policy=policy)
+
+    for block in model.blocks:
+        unit(block, trained=is_trained(block))
+    if model.tied:
+        unit([model.embedding, model.head], trained=is_trained(model.head))
+    else:
+        unit(model.embedding, trained=is_trained(model.embedding))
+        unit(model.head, trained=is_trained(model.head))
+    # The root stays gathered from forward to backward, and after a forward without one. A trained one may not: what is
+    # saved then would be its copy in the compute dtype.
+    rest_is_trained = is_trained(model.final_norm)
+    unit(model, trained=rest_is_trained, reshard=rest_is_trained)
+
+    gather, scatter = _CountedAllGather(traffic), _CountedReduceScatter(traffic)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(count)  # type: ignore[arg-type]
-    # Neither is read in backward: embeddings need no gradient, and the head took its own in forward (head.py).
+            module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+            # The loss is divided by the target tokens of all ranks already: sums, not FSDP2's means.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    # An embedding's gradient needs no weight, and a frozen head took its own in forward (head.py); a trained head
+    # computes its logits again in backward.
     for module in (model.embedding, model.head):
         if isinstance(module, FSDPModule):
-            module.set_unshard_in_backward(False)
+            is_head = module is model.head or model.tied
+            module.set_unshard_in_backward(is_head and model.head.weight.requires_grad)
     if prefetch:
         for block, following in zip(model.blocks, model.blocks[1:], strict=False):
             assert isinstance(block, FSDPModule)

@@ -96,9 +96,6 @@ def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
         for name, value in list(keys.values.items()):
             if name.startswith(("lora_", "peft_", "loraplus_")) and keys.any(name):
                 imported.note("idle", f"{name}={value}", "there is no adapter")
-        if processes > 1:
-            reason = "adapter=full is replicated: each process holds the model and its optimizer"
-            imported.note("differs", "adapter (not set)", reason)
         return
     start = keys.text("lora_model_dir")
     adapter = imported.section("adapter")

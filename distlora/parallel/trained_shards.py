@@ -1,0 +1,78 @@
+"""Gradients of trained parameters that FSDP2 shards: summed by reduce-scatter, kept as this rank's rows.
+
+The optimizer sees plain tensors: for each parameter this rank's rows of it, which share their memory with FSDP2's
+shard. Nothing that is whole outlives a unit's backward, but with `train.accumulate=step` the sums of the micro-batches
+before the last one do (fp32, every trained parameter): what is not sent yet has to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from distlora.parallel.traffic import Traffic
+
+
+class ShardedGradients:
+    """Sums the gradients of `parameters` over the ranks of `group`; they are sharded by units within `root`."""
+
+    def __init__(
+        self, root: nn.Module, parameters: Sequence[nn.Parameter], *, group: dist.ProcessGroup, traffic: Traffic
+    ) -> None:
+        assert isinstance(root, FSDPModule)
+        self._root, self._group, self._traffic = root, group, traffic
+        self._parameters = list(parameters)
+        self._rows = [nn.Parameter(shard_of(parameter).to_local()) for parameter in parameters]
+        self._poison = torch.zeros((), device=self._rows[0].device)
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """(parameter, what the optimizer updates): this rank's rows of it."""
+        return zip(self._parameters, self._rows, strict=True)
+
+    def expect(self, *, last: bool) -> None:
+        """Before a backward: whether it is the step's last, after which the sums are sent."""
+        self._root.set_requires_gradient_sync(last)
+
+    def poison_unless_finite(self, loss: Tensor) -> None:
+        """Make the norm NaN on every rank where this rank's loss, a device scalar, is not finite."""
+        self._poison += torch.where(torch.isfinite(loss), 0.0, math.nan)
+
+    def finish(self) -> None:
+        """After the last backward, which has waited for every reduce-scatter: the optimizer's tensors get the sums."""
+        for parameter, rows in zip(self._parameters, self._rows, strict=True):
+            shard = shard_of(parameter).to_local()
+            assert shard.data_ptr() == rows.data_ptr(), "FSDP2 has moved a shard since its rows were taken"
+            assert isinstance(parameter.grad, DTensor), "a trained parameter got no gradient"
+            rows.grad = parameter.grad.to_local()
+
+    def squared_norm(self) -> Tensor:
+        """Of the whole gradient, over all ranks: the same bits on each, and NaN where a number on any is not finite."""
+        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum() + self._poison
+        self._traffic.reduced_bytes += square.nbytes
+        dist.all_reduce(square, group=self._group)
+        return square
+
+    def scale(self, factor: Tensor) -> None:
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def zero(self) -> None:
+        """Start the next step's sums."""
+        self._poison.zero_()
+        for tensor in (*self._parameters, *self._rows):
+            tensor.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [rows.grad for rows in self._rows if rows.grad is not None]
+
+
+def shard_of(parameter: nn.Parameter) -> DTensor:
+    """A sharded parameter's data, outside of autograd."""
+    data = parameter.data
+    assert isinstance(data, DTensor)
+    return data

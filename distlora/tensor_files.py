@@ -1,0 +1,99 @@
+"""safetensors files written and read a tensor at a time, whether the ranks have cut the tensors or not.
+
+A file says in its header where each tensor lies, so rank 0 writes it front to back while one tensor is gathered after
+the other, and a rank reads its own rows of a tensor alone: no rank ever holds a whole model. The bytes do not depend on
+the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora import durable
+from distlora.loading.reader import TORCH_DTYPES, Reader
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, Segment
+from distlora.parallel import Backend
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
+READ_ELEMENTS = 2**22
+"""Elements that are read at once."""
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | None = None
+) -> None:
+    """One safetensors file of `tensors`, all cast to `dtype` if it is given. Every rank must call it alike."""
+    kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    # Larger elements first, as safetensors orders them, so that each starts at a multiple of its size.
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": _NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if not backend.writes:
+        for name in names:
+            backend.whole(tensors[name], dtype)
+        return
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            whole = backend.whole(tensors[name], dtype)
+            assert whole is not None
+            file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    backend: Backend,
+    dtype: torch.dtype,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """A model's tensors in the files that transformers would make: one, or several and an index of them.
+
+    Every rank must call it alike.
+    """
+    shards: list[dict[str, Tensor]] = []
+    filled = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    stem, suffix = SINGLE_NAME.split(".")
+    files = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE_NAME]
+    for file, shard in zip(files, shards, strict=True):
+        write_tensors(folder / file, shard, backend, dtype)
+    if backend.writes and len(shards) > 1:
+        total = sum(tensor.numel() for tensor in tensors.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)}
+        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
+        durable.write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+@torch.no_grad()
+def read_into(tensor: Tensor, segment: Segment, reader: Reader, backend: Backend) -> None:
+    """Fill a tensor, or the rows of it that this rank owns, with what a file holds of its shape, cast to its dtype."""
+    local, first_row = backend.local_rows(tensor)
+    flat = local.view(-1)
+    start = first_row * math.prod(tensor.shape[1:])
+    for first, chunk in reader.chunks([segment], start, start + flat.numel(), READ_ELEMENTS):
+        flat[first - start : first - start + chunk.numel()] = chunk

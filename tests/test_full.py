@@ -1,0 +1,192 @@
+"""Full fine-tuning, cut over the ranks: the run of one process, saved without any rank holding the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from closeness import assert_adapters_close, assert_losses_close
+from distlora import checkpoint, startup, train
+from distlora.config_file import load_config
+from distlora.loading.segments import read_headers
+from distlora.parallel import Ranks
+from distlora.tensor_files import write_model
+from small_models import make_run, read_metrics
+from test_resume import run_until
+from test_stopping import run_with_bad_step
+from worlds import World
+
+FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+def prepare(run_dir: Path, folders: Path, model: str = "llama", **train_settings: Any) -> None:
+    make_run(run_dir, folders, model, **FULL, train=train_settings)
+
+
+def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
+    train.run(run_dir, ranks)
+    return read_metrics(run_dir)
+
+
+def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
+
+
+def published(run_dir: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run_dir / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def references(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Metrics and model of one rank that runs every row at once, by model."""
+    results = {}
+    for model in ("llama", "llama-tied"):
+        run_dir = tmp_path_factory.mktemp("reference") / model
+        prepare(run_dir, folders, model, micro_batch=12, checkpointing="none")
+        results[model] = world.run(1, run_once, run_dir=run_dir)[0], published(run_dir)
+    return results
+
+
+def planned_bytes(folder: Path, size: int, element: int, *, tied: bool) -> tuple[int, int]:
+    """(gathered in a pass over the model, forward and backward; summed over the ranks in a step), from the shapes."""
+    gathered = summed = 0
+    for name, segment in read_headers(folder).items():
+        padded = size * -(-segment.shape[0] // size) * (segment.numel // segment.shape[0])
+        once = name == "model.embed_tokens.weight" and not tied  # Its gradient needs no weight.
+        gathered += padded * element * (1 if once else 2)
+        summed += 4 * padded
+    return gathered, summed
+
+
+CELLS = [
+    ("llama", 1, {"micro_batch": 4, "accumulate": "block"}),
+    ("llama", 2, {"micro_batch": 2}),
+    ("llama", 3, {"micro_batch": 2, "accumulate": "block"}),
+    ("llama", 4, {"micro_batch": 3, "checkpointing": "none"}),
+    ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}),
+    ("llama-tied", 3, {"micro_batch": 2}),
+]
+
+
+@pytest.mark.parametrize(("model", "size", "settings"), CELLS, ids=str)
+def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step(
+    world: World, folders: Path, tmp_path: Path, references: dict[str, Any], model: str, size: int, settings: dict
+) -> None:
+    prepare(tmp_path / "run", folders, model, **settings)
+    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
+    expected, expected_model = references[model]
+    assert_losses_close(losses_of(metrics), losses_of(expected))
+    assert_adapters_close(published(tmp_path / "run"), expected_model)
+    assert losses_of(metrics)[-1] < losses_of(metrics)[0] - 0.1, "the run learned nothing"
+    steps = [[line for line in lines if "loss" in line] for lines in (metrics, expected)]
+    assert_losses_close(*([line["grad_norm"] for line in lines] for lines in steps), relative=1e-5)
+
+    gathered, summed = planned_bytes(folders / model, size, 4, tied=model == "llama-tied") if size > 1 else (0, 0)
+    passes = 12 // size // settings["micro_batch"] if settings.get("accumulate") != "block" else 1
+    line = steps[0][-1]
+    # The norm is one number.
+    assert (line["gathered_bytes"], line["scattered_bytes"]) == (passes * gathered, summed)
+    assert line["reduced_bytes"] == (4 if size > 1 else 0)
+
+
+def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
+    make_run(
+        tmp_path / "lora", folders, train={"dtype": "bf16", "max_steps": 1, "micro_batch": 2}, quant={"method": "none"}
+    )
+    metrics = {"lora": world.run(1, run_once, run_dir=tmp_path / "lora")[0]}
+    for size in (1, 2):
+        prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=2)
+        metrics[str(size)] = world.run(size, run_once, run_dir=tmp_path / str(size))[0]
+    losses = {name: losses_of(lines) for name, lines in metrics.items()}
+    # Two ranks add the same micro-batch gradients in another order; rounding of activations to bf16 is the same.
+    assert_losses_close(losses["2"], losses["1"], relative=1e-4)
+    assert losses["1"][0] == losses["2"][0] == losses["lora"][0], "at step 0 it is not the base that LoRA trains on"
+    step = [line for line in metrics["2"] if "loss" in line][-1]
+    gathered, summed = planned_bytes(folders / "llama", 2, 2, tied=False)
+    assert (step["gathered_bytes"], step["scattered_bytes"]) == (3 * gathered, summed)
+    (newest,) = checkpoint.steps(tmp_path / "2" / "checkpoints")
+    tensors = safetensors.torch.load_file(newest / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
+
+
+SETTINGS = {"max_steps": 6, "save_every": 2, "keep": 9, "micro_batch": 2}
+
+
+def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    for name in ("whole", "same", "moved"):
+        prepare(tmp_path / name, folders, "llama-tied", **SETTINGS)
+    world.run(2, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    for run, sizes in (("same", (2, 2)), ("moved", (3, 2, 1))):
+        for size, stop in zip(sizes, (*range(2, 2 * len(sizes), 2), None), strict=True):
+            world.run(size, run_until, run_dir=tmp_path / run, stop_before=stop)
+    whole, same, moved = (published(tmp_path / run) for run in ("whole", "same", "moved"))
+    assert all(torch.equal(same[name], tensor) for name, tensor in whole.items())
+    assert_adapters_close(moved, whole)
+    assert_losses_close(*(losses_of(read_metrics(tmp_path / run)) for run in ("moved", "whole")))
+
+
+def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int) -> None:
+    """What a checkpoint of a run holds, as a model's folder in bf16, and as another checkpoint's files."""
+    config = load_config(run_dir)
+    model, backend, _ = startup.start_model(config, ranks)
+    trained = train.trained_parameters(model)
+    backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    optimizer = train.build_optimizer(backend.updated(trained), config.optim)
+    train.restore(checkpoint.steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
+    with checkpoint.whole_folder(target, backend) as folder:
+        write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
+        files = {"trainer.safetensors": train.trainer_tensors(optimizer, trained, backend)}
+        checkpoint.write_files(folder, files, backend)
+    backend.barrier()
+
+
+def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_transformers(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prepare(tmp_path / "run", folders, max_steps=1)
+    world.run(2, run_once, run_dir=tmp_path / "run")
+    saved = {}
+    for size in (1, 2, 3):
+        target = tmp_path / str(size)
+        world.run(size, saved_again, run_dir=tmp_path / "run", target=target, shard_bytes=250_000)
+        saved[size] = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert saved[1] == saved[2] == saved[3]
+    assert (
+        saved[1]["trainer.safetensors"]
+        == (checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] / "trainer.safetensors").read_bytes()
+    )
+    shards = [name for name in saved[1] if name.startswith("model-")]
+    assert len(shards) > 3
+    assert "model.safetensors.index.json" in saved[1]
+    (tmp_path / "3" / "config.json").write_bytes((tmp_path / "run" / "model" / "config.json").read_bytes())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "3", dtype=torch.bfloat16).state_dict()
+    whole = published(tmp_path / "run")
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("gradient", 0.0)])
+def test_every_rank_learns_of_a_number_that_is_not_finite_on_one(
+    world: World, folders: Path, tmp_path: Path, where: str, value: float
+) -> None:
+    prepare(tmp_path / "bad", folders, max_steps=4, log_every=4)
+    prepare(tmp_path / "good", folders, max_steps=4, save_every=2)
+    messages = world.run(2, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
+    world.run(2, run_once, run_dir=tmp_path / "good")
+    assert len(set(messages)) == 1, "every rank stops, at the same place"
+    assert messages[0].startswith("step 3: the ")
+    folders_of_2 = [tmp_path / name / "checkpoints" / "step_00000002" for name in ("bad", "good")]
+    for file in ("model.safetensors", "trainer.safetensors"):
+        kept, good = (folder / file for folder in folders_of_2)
+        assert kept.read_bytes() == good.read_bytes()

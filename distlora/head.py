@@ -37,9 +37,8 @@ class LossHead(nn.Module):
         """(vocabulary, H); the embedding's Parameter itself where the two are tied."""
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
-        self._token_rows: tuple[
-            TokenRows, ...
-        ] = ()  # In a tuple: the model owns them, and the embedding may share them.
+        # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
+        self._token_rows: tuple[TokenRows, ...] = ()
 
     @property
     def token_rows(self) -> TokenRows | None:

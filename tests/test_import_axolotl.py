@@ -219,6 +219,19 @@ def test_saves_an_epoch_are_named_where_the_steps_of_an_epoch_are_unknown() -> N
     assert reported(imported, "unsupported") == ["save_steps (not set: every epoch)", "evals_per_epoch=4"]
 
 
+def test_new_tokens_and_trained_rows_are_carried(tmp_path: Path) -> None:
+    special = {"pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>", "<b>"]}
+    given = {"tokens": ["<a>", "<b>"], "special_tokens": special, "peft_trainable_token_indices": {"lm_head": [7]}}
+    imported = convert(LEAST | given, processes=1)
+    config = composed(imported, tmp_path)
+    assert config.model.new_tokens == ("<a>", "<b>", "<|im_end|>")
+    assert config.adapter.trainable_token_indices == {"lm_head": (7,)}
+    assert not reported(imported, "refused")
+    imported = convert(LEAST | {"special_tokens": {"eos_token": "<|im_end|>"}}, processes=1)
+    assert reported(imported, "refused") == ["special_tokens.eos_token=<|im_end|>"]
+    assert "new_tokens" not in imported.settings["model"]
+
+
 BARE = {"format": "{instruction}", "no_input_format": "{instruction}"}
 PLACE = {"name": "v2", "split": "test", "revision": "abc"}
 SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}

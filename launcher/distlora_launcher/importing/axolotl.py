@@ -11,7 +11,7 @@ from typing import Any
 
 from distlora.config import TARGET_PRESETS, UserError
 from distlora_launcher.importing.axolotl_data import convert_data
-from distlora_launcher.importing.axolotl_keys import note_unread
+from distlora_launcher.importing.axolotl_keys import additional_special_tokens, note_unread
 from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
 from distlora_launcher.importing.keys import Keys
 from distlora_launcher.importing.recipe import Imported
@@ -64,6 +64,11 @@ def convert_model(keys: Keys, imported: Imported) -> None:
         other = keys.text(name)
         if other is not None and other != base:
             imported.note("refused", f"{name}={other}", f"a model is one folder; put that {what} into a copy of {base}")
+    tokens = [*(keys.words("tokens") or []), *additional_special_tokens(keys)]
+    if tokens:
+        model["new_tokens"] = list(dict.fromkeys(tokens))
+        reason = "those that the tokenizer has already must be left out (the run names them), which Axolotl ignores"
+        imported.note("differs", f"tokens={_list(tokens)}", reason)
     output = keys.text("output_dir")
     if output is not None:
         imported.settings["run_dir"] = output
@@ -127,6 +132,8 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
     if parameters := keys.words("lora_target_parameters"):
         adapter["target_parameters"] = parameters
     adapter["target_modules"] = _targets(keys, imported)
+    if rows := keys.any("peft_trainable_token_indices"):
+        adapter["trainable_token_indices"] = rows
     for name, ours in (("lora_rank_pattern", "rank_pattern"), ("lora_alpha_pattern", "alpha_pattern")):
         if pattern := keys.mapping(name):
             adapter[ours] = pattern

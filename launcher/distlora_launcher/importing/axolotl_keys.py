@@ -75,12 +75,11 @@ ROWS: tuple[Row, ...] = (
         "overrides_of_model_config model_config overrides_of_model_kwargs model_kwargs rope_scaling "
         "model_quantization_config*",
     ),
-    (
-        "refused",
-        "the vocabulary stays as it is; change the tokenizer and the embeddings in a copy of the model",
-        "tokens added_tokens_overrides resize_token_embeddings_to_32x shrink_embeddings mean_resizing_embeddings "
-        "fix_untrained_tokens",
-    ),
+    ("refused", "ids keep the texts that they have; model.new_tokens adds tokens", "added_tokens_overrides"),
+    ("refused", "a vocabulary only grows; change the embeddings in a copy of the model", "shrink_embeddings"),
+    ("unsupported", "a vocabulary grows by what model.new_tokens needs, no further", "resize_token_embeddings_to_32x"),
+    ("idle", "rows of new tokens start as the mean of all others", "mean_resizing_embeddings"),
+    ("unsupported", "rows of new tokens start as the mean of all others, no other row changes", "fix_untrained_tokens"),
     ("refused", "Hugging Face tokenizers are used", "tokenizer_use_mistral_common"),
     ("refused", "a run starts from the checkpoint's weights", "reinit_weights"),
     ("refused", "GPTQ weights cannot be read; set base_model to the 16-bit checkpoint", "gptq"),
@@ -101,9 +100,10 @@ ROWS: tuple[Row, ...] = (
     (
         "refused",
         "only linears of the blocks are adapted",
-        "peft_layer_replication peft_trainable_token_indices peft_ensure_weight_tying",
+        "peft_layer_replication",
     ),
     ("idle", "embeddings have no adapter", "loraplus_lr_embedding"),
+    ("idle", "trained rows of a tied embedding are the head's", "peft_ensure_weight_tying"),
     ("idle", "adapters are fp32, the rest as train.dtype says", "peft_autocast_adapter_dtype embeddings_skip_upcast"),
     ("unsupported", "norms compute in fp32 and are stored in 16 bits", "fp32_norms fp32_norm_classes"),
     (
@@ -228,6 +228,15 @@ KNOWN_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
 """Plugins that make the loss and its memory cheaper, and change no result."""
 
 
+_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+def additional_special_tokens(keys: Keys) -> list[str]:
+    """What special_tokens adds beside the tokens with a role."""
+    special = keys.mapping("special_tokens")
+    return [str(token) for name in _ADDITIONAL for token in special.get(name) or ()]
+
+
 def note_unread(keys: Keys, imported: Imported) -> None:
     """A note for every key that nothing has read: its group and reason, or that Axolotl has no such key."""
     for plugin in keys.words("plugins") or []:
@@ -238,11 +247,11 @@ def note_unread(keys: Keys, imported: Imported) -> None:
     for name, value in keys.mapping("special_tokens").items():
         if name == "pad_token" and value is not None:
             imported.note("idle", "special_tokens.pad_token", "padding is never trained nor seen, any token does")
-        elif value:
+        elif value and name not in _ADDITIONAL:
             imported.note(
                 "refused",
                 f"special_tokens.{name}={value}",
-                "tokens are the tokenizer's; change them in a copy of the model",
+                "the tokenizer decides which token this is; change it in a copy of the model",
             )
     exact, prefixes = _table()
     for name, value in keys.unread():

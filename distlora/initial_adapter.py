@@ -16,6 +16,7 @@ from typing import Any
 from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
+from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header
 from distlora.targets import idle_keys, match_ending, select_targets
 
@@ -26,7 +27,7 @@ PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # ".default" is the adapter's name, which PEFT itself leaves out of the file.
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
-_TAKEN = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+_TAKEN = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "trainable_token_indices"}
 """Fields that become settings of the run."""
 
 _WITHOUT_MEANING = {
@@ -44,7 +45,6 @@ _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _REASONS = {
     "use_dora": "DoRA's magnitudes have no place here yet",
     "modules_to_save": "whole modules beside the adapter are not trained here",
-    "trainable_token_indices": "rows of the embedding are not trained here",
     "bias": "biases are not trained here",
     "lora_bias": "the adapter has no bias here",
     "fan_in_fan_out": "weights are (out, in) here",
@@ -72,6 +72,8 @@ class InitialAdapter:
     """By Hugging Face path and part ("A" or "B")."""
     names: dict[tuple[str, str], str]
     """The same tensors' names in the file."""
+    token_rows: dict[str, InitialRows]
+    """By matrix."""
 
 
 def read_initial_adapter(folder: str | Path) -> InitialAdapter:
@@ -88,12 +90,15 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
                 f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another adapter.init_from"
             )
     base = values.get("base_model_name_or_path")
+    token_rows = read_initial_rows(values, segments, folder)
+    settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}))
     return InitialAdapter(
         folder=folder,
-        settings=_settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names})),
+        settings=settings | settings_of(token_rows),
         base=base if isinstance(base, str) and base else None,
         tensors={key: segments[name] for key, name in names.items()},
         names=names,
+        token_rows=token_rows,
     )
 
 
@@ -186,6 +191,8 @@ def _read_names(folder: Path) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
         match = _TENSOR.fullmatch(name)
+        if is_of_rows(name):
+            continue
         if match is None:
             raise UserError(f"{file}: {name} is no lora_A or lora_B of a linear{_kind(name)}; set another init_from")
         key = (match["path"], match["part"])

@@ -12,6 +12,7 @@ from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config, UserError
 from distlora.expert_targets import expert_names, peft_paths
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.initial_rows import check_rows
 from distlora.model import CausalLM
 from distlora.quant import FrozenLinear
 from distlora.targets import match_ending, select_targets
@@ -63,6 +64,15 @@ def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT
             if not torch.isfinite(stored[name]).all():
                 raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
             parameter.copy_(stored[name])
+    check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=model.head.weight.shape[1])
+    for matrix, from_file in initial.token_rows.items():
+        rows = model.rows_of(matrix)
+        if rows is None:  # Of a tied head, which has the embedding's.
+            continue
+        if not torch.isfinite(stored[from_file.name]).all():
+            raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
+        # Rows of this run's own new tokens stay as they start.
+        rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].float()
 
 
 def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:

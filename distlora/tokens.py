@@ -6,6 +6,7 @@ the same one, the base's with the texts of `model.new_tokens` added.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
             )
     rows = max(stored, *(id + 1 for id in new.values())) if new else stored
     trained = trained_indices(config, tied=is_tied(model, family), new=tuple(new.values()))
-    check_indices(trained, rows, path)
+    check_indices(config, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
 
 
@@ -114,7 +115,7 @@ def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict
     named = config.adapter.trainable_token_indices
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and HEAD in chosen:
-        if sorted(chosen[HEAD]) != sorted(chosen.get(EMBEDDING, ())):
+        if tuple(chosen[HEAD]) != tuple(chosen.get(EMBEDDING, ())):  # PEFT asks for the same order, too.
             raise UserError(
                 f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
                 f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
@@ -132,19 +133,36 @@ def check_before_tokenizer(config: Config, model: Mapping[str, Any]) -> None:
     rows = text_settings(model, family).get("vocab_size")
     if not isinstance(rows, int) or rows < 1:
         raise UserError(f"{path}: vocab_size={rows!r} is not a number of tokens; download it again")
-    check_indices(
-        trained_indices(config, tied=is_tied(model, family), new=()), rows + len(config.model.new_tokens), path
-    )
+    trained = trained_indices(config, tied=is_tied(model, family), new=())
+    check_indices(config, trained, rows + len(config.model.new_tokens), path)
 
 
-def check_indices(trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
+def check_indices(config: Config, trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
     """Refuse ids that are no rows of the model."""
     for ids in trained.values():
         if ids[-1] >= rows:
+            initial = config.adapter.init_from
+            if initial is not None:
+                raise UserError(
+                    f"the adapter at adapter.init_from={initial} has trained the row {ids[-1]}, and the model has "
+                    f"{rows:,} tokens (vocab_size in {place}, and model.new_tokens); "
+                    f"{_new_tokens_hint(Path(initial), rows - len(config.model.new_tokens))}"
+                )
             raise UserError(
                 f"adapter.trainable_token_indices has {ids[-1]}, and the model has {rows:,} tokens (vocab_size in "
                 f"{place}, and model.new_tokens); set ids from 0 to {rows - 1}"
             )
+
+
+def _new_tokens_hint(folder: Path, stored: int) -> str:
+    """What to write where an adapter's ids lie beyond the base's rows: the end of a message."""
+    path = folder / "tokenizer.json"
+    added: list[dict[str, Any]] = []
+    if path.is_file():
+        added = json.loads(path.read_bytes()).get("added_tokens") or []
+    texts = [token["content"] for token in sorted(added, key=lambda token: token["id"]) if token["id"] >= stored]
+    listed = ",".join(json.dumps(text, ensure_ascii=False) for text in texts) or "..."
+    return f"its new tokens must be this run's, in their order: 'model.new_tokens=[{listed}]'"
 
 
 def tokenizer_files(config: Config) -> dict[str, bytes]:

@@ -45,7 +45,7 @@ LAYERS = [
         "distlora.loading.conversion",
         "distlora.loading.prequantized",
     },
-    {"distlora.adapters", "distlora.experts", "distlora.initial_adapter"},
+    {"distlora.adapters", "distlora.experts", "distlora.initial_adapter", "distlora.initial_rows"},
     {"distlora.run_folder", "distlora.model_card"},
     {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance"},
     {"distlora.model"},

@@ -21,12 +21,14 @@ from distlora.config_file import load_config
 from distlora.generation.encoding import PromptEncoder
 from distlora.head import LossHead
 from distlora.parallel import Ranks
-from distlora.peft_format import adapter_tensors
+from distlora.peft_format import adapter_tensors, load_initial_adapter
 from distlora.results import load_weights, publish_result
 from distlora.run_folder import read_record, read_result
 from distlora.startup import start_model
 from distlora.token_rows import TokenRows, sum_by_slot
 from distlora.tokens import load_tokenizer, vocabulary_of
+from distlora_launcher.checks import check_model
+from distlora_launcher.compose import compose_config
 from distlora_launcher.push import collect
 from family_models import SINGLE, config_for, dequantized, load_ours, our_logits, tokens, write_family_folder
 from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
@@ -76,9 +78,9 @@ def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> 
     assert trained("llama", [9, 4]) == {"embed_tokens": (4, 9, 1001), "lm_head": (1001,)}
     assert trained("llama", {"lm_head": [9]}) == {"embed_tokens": (1001,), "lm_head": (9, 1001)}
     assert trained("llama-tied", [9]) == {"embed_tokens": (9, 1001)}
-    assert trained("llama-tied", {"embed_tokens": [9, 4], "lm_head": [4, 9]}) == {"embed_tokens": (4, 9, 1001)}
+    assert trained("llama-tied", {"embed_tokens": [9, 4], "lm_head": [9, 4]}) == {"embed_tokens": (4, 9, 1001)}
     with pytest.raises(UserError, match="write one list for both"):
-        trained("llama-tied", {"embed_tokens": [9], "lm_head": [4]})
+        trained("llama-tied", {"embed_tokens": [9, 4], "lm_head": [4, 9]})
     with pytest.raises(UserError, match="ids from 0 to 1001"):
         trained("llama", [1002])
 
@@ -174,7 +176,7 @@ def test_the_sum_by_slot_is_fp32_of_16_bit_values() -> None:
 
 
 # Gemma scales what it embeds; gemma3 is the text model of a folder with a vision tower.
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3-untied", "phi3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3-untied", "phi3", "mixtral"])
 def test_peft_has_the_logits_and_gradients_of_trained_rows_in_other_families(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     write_family_folder(folder, name)
@@ -259,3 +261,75 @@ def test_full_fine_tuning_publishes_the_grown_model_and_its_tokenizer(folders: P
     published = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
     assert published.config.vocab_size == published.get_input_embeddings().num_embeddings == NEW_IDS[-1] + 1
     assert len(transformers.AutoTokenizer.from_pretrained(run_dir / "model")) == NEW_IDS[-1] + 1
+
+
+def of_peft(folder: Path, base: Path, indices: Any, rows: int | None = None) -> Any:
+    """A PEFT model whose trained rows (and B) have moved, saved as PEFT saves it by default."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    tuned = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
+    tuned.save_pretrained(folder)
+    return tuned
+
+
+@pytest.mark.parametrize(
+    ("model", "indices", "new"),
+    [
+        ("llama", [9, 4], ()),
+        ("llama", {"lm_head": [8]}, ()),
+        ("llama", {"embed_tokens": [1002, 9, 1001], "lm_head": [1001, 1002]}, ("<a>", "<b>")),
+        ("llama-tied", [1001, 4], ("<a>",)),
+        ("llama-tied", {"embed_tokens": [9, 4], "lm_head": [9, 4]}, ()),
+    ],
+    ids=str,
+)
+def test_a_run_starts_from_the_trained_rows_of_peft(
+    folders: Path, tmp_path: Path, model: str, indices: Any, new: tuple[str, ...]
+) -> None:
+    tuned = of_peft(tmp_path / "peft", folders / model, indices, VOCABULARY + len(new) if new else None)
+    quoted = ",".join(f'"{text}"' for text in new)
+    words = [f"model.path={folders / model}", f"data.path={folders / 'text.jsonl'}", "quant=none", "train.dtype=fp32"]
+    words += [f"model.new_tokens=[{quoted}]", f"adapter.init_from={tmp_path / 'peft'}", "data.sequence_length=64"]
+    config = compose_config(words)
+    check_model(config)
+    ours, _, _ = start_model(config, SINGLE)
+    load_initial_adapter(ours, config)
+    ids = tokens(2, 30)
+    ids[:, ::3] = torch.tensor([4, 9, 8, *(range(1001, 1001 + len(new)) or (4, 8))] * 4)[:10]
+    with torch.no_grad():
+        difference = (tuned(input_ids=ids).logits - our_logits(ours, ids)).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+
+
+def test_an_adapter_with_new_tokens_asks_for_them_by_name(folders: Path, tmp_path: Path) -> None:
+    of_peft(tmp_path / "peft", folders / "llama-tied", [1001, 1002], VOCABULARY + 2)
+    load_tokenizer(folders / "llama", ["<a>", "<b>"]).save_pretrained(tmp_path / "peft")
+    words = [f"model.path={folders / 'llama-tied'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
+    with pytest.raises(UserError, match=r"""1,001 tokens .*'model.new_tokens=\["<a>","<b>"\]'"""):
+        check_model(compose_config([*words, f"adapter.init_from={tmp_path / 'peft'}"]))
+    # A row that PEFT's user added and did not train is in no file that we read.
+    of_peft(tmp_path / "half", folders / "llama-tied", [1001], VOCABULARY + 2)
+    with pytest.raises(UserError, match="row 1002 is not among trainable_token_indices"):
+        check_model(compose_config([*words, f"adapter.init_from={tmp_path / 'half'}", 'model.new_tokens=["<a>"]']))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_that_are_not_trained_yet_leave_the_model_as_it_is(folders: Path, dtype: str) -> None:
+    sections: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 2}, "train": {"dtype": dtype}}
+    plain, _, _ = start_model(config_for(folders / "llama", **sections), SINGLE)
+    sections["adapter"]["trainable_token_indices"] = {"embed_tokens": [3, 8, 900], "lm_head": [7, 1000]}
+    with_rows, _, _ = start_model(config_for(folders / "llama", **sections), SINGLE)
+    ids = tokens(2, 40)
+    ids[:, ::4] = torch.tensor([3, 8, 900, 7, 1000] * 2)
+    positions = torch.arange(40).expand_as(ids)
+    with torch.no_grad():
+        hidden = with_rows.hidden_states(ids, positions)
+        assert torch.equal(hidden, plain.hidden_states(ids, positions))
+        # A product of 2 columns may add up otherwise than one of 1,001.
+        assert_close(with_rows.head.logits(hidden), plain.head.logits(hidden), ulps=1)

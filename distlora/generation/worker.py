@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers import GenerationConfig
@@ -86,7 +86,8 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
         assert weights is not None
         with named_by_flag():
             settings = read_initial_adapter(weights).settings
-        config = replace(config, adapter=replace(config.adapter, init_from=weights, **settings))
+        own: dict[str, Any] = {"init_from": weights, "trainable_token_indices": None}
+        config = replace(config, adapter=replace(config.adapter, **own | settings))
     model, backend, _ = start_model(config, ranks, training=False)  # B is zero: the base, exactly.
     if foreign:
         with named_by_flag():

@@ -138,7 +138,7 @@ def check_model(config: Config) -> None:
         targets = select_adapted(config.adapter, names, family, num_layers)
         check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
-        check_initial_adapter(config, shapes)
+        check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
 
 
 def _no_folder(folder: Path) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, Config, UserError
-from distlora.initial_adapter import CONFIG_NAME, check_fits, read_initial_adapter
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.initial_rows import check_rows
 
 
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
@@ -39,8 +40,8 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **initial.settings))
 
 
-def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an adapter at init_from that does not fit the model's linears (`shapes`: (out, in) by path).
+def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
+    """Refuse an adapter at init_from that does not fit the model's linears (`shapes`: (out, in) by path) and embedding.
 
     A run that has saved its own weights needs it no more.
     """
@@ -48,6 +49,7 @@ def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]])
         return
     initial = read_initial_adapter(config.adapter.init_from)
     check_fits(initial, config.adapter, shapes)
+    check_rows(initial.token_rows, initial.folder / WEIGHTS_NAME, stored=embedding[0], hidden=embedding[1])
     names = {config.model.path, config.model.name}
     if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
         base = config.model.name or config.model.path
@@ -62,4 +64,4 @@ def _comparable(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

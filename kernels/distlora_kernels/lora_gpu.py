@@ -14,44 +14,89 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distlora_kernels import variants
+from distlora_kernels import dora_linear, variants
+from distlora_kernels.dropout import Dropout, dropped
 from distlora_kernels.fused import fused_linear, fused_linear_dx
-from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, per_column
+from distlora_kernels.operands import Adapter, FrozenWeight, Gradients, Kept, Linear, Needs, RowChoice, per_column
 from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
 
-def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tuple[list[Tensor], list[Tensor | None]]:
+def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tuple[list[Tensor], list[Kept]]:
     """x (M, I) -> each linear's y (M, O), and what its backward keeps: x A^T (M, R), compact where rows choose."""
     x = _row_major(x)
-    kept = _project_down(x, linears)
-    ys = []
-    for index, (linear, xa) in enumerate(zip(linears, kept, strict=True)):
-        weight, adapter, bias = linear
-        up = None if adapter is None else _scaled_up(adapter, x.dtype)
-        choice = _choice(adapter)
-        fused = variants.choose(x, weight) == "fused"
-        if fused and choice is None:
-            ys.append(fused_linear(x, weight, xa=xa, b=up, bias=bias))
-            continue
-        if xa is None or up is None:
-            dense = weights.take(index, weight, x.dtype)
-            ys.append(x @ dense.T if bias is None else torch.addmm(bias, x, dense.T))
-            continue
-        y = skinny_up(xa, up, bias=bias, choice=choice)
-        if fused:
-            y = fused_linear(x, weight, addend=y)
+    ys, kept = [], []
+    for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
+        base, (_, adapter, bias) = _Base(index, linear.weight, weights, x), linear
+        if adapter is not None and xa is not None:
+            if adapter.magnitude is None:
+                y, own = _adapted(base, x, xa, adapter, bias), Kept(xa)
+            else:
+                y, own = _with_magnitude(base, x, xa, adapter, bias)
+        elif base.dense is None:
+            y, own = fused_linear(x, linear.weight, bias=bias), Kept()
         else:
-            torch.addmm(y, x, weights.take(index, weight, x.dtype).T, out=y)
+            y, own = x @ base.dense.T if bias is None else torch.addmm(bias, x, base.dense.T), Kept()
         ys.append(y)
+        kept.append(own)
     return ys, kept
+
+
+class _Base:
+    """The product with one frozen weight W (O, I), in the variant that is chosen for the rows of x."""
+
+    def __init__(self, index: int, weight: FrozenWeight, weights: DenseWeights, x: Tensor) -> None:
+        self.weight = weight
+        self.dense = None if variants.choose(x, weight) == "fused" else weights.take(index, weight, x.dtype)
+        """The whole weight in x's dtype, until the next is taken; None where it is decoded inside the product."""
+
+    def plus(self, addend: Tensor, x: Tensor) -> Tensor:
+        """addend + x W^T, (M, O); the addend may be overwritten."""
+        if self.dense is None:
+            return fused_linear(x, self.weight, addend=addend)
+        return torch.addmm(addend, x, self.dense.T, out=addend)
+
+    def of_rows(self, a: Tensor) -> Tensor:
+        """W a^T, (O, R) of a (R, I)."""
+        return fused_linear(a, self.weight).T if self.dense is None else self.dense @ a.T
+
+
+def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
+    """x W^T + s (x A^T) B^T + bias, (M, O)."""
+    up, choice = _scaled_up(adapter, x.dtype), _choice(adapter)
+    if base.dense is None and choice is None:
+        return fused_linear(x, base.weight, xa=xa, b=up, bias=bias)
+    return base.plus(skinny_up(xa, up, bias=bias, choice=choice), x)
+
+
+def _with_magnitude(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None) -> tuple[Tensor, Kept]:
+    """y (M, O) of DoRA, and what backward keeps."""
+    assert adapter.magnitude is not None
+    norms, excess = dora_linear.factors(adapter, base.of_rows(adapter.a.to(x.dtype)), x.dtype)
+    if adapter.dropout is not None:
+        delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
+        output = base.plus(delta.clone(), _seen(x, adapter.dropout))
+        y = dora_linear.plus_excess(delta, output, excess, out=delta)
+        return base.plus(y if bias is None else y.add_(bias), x), Kept(xa, output, norms, excess)
+    y = _adapted(base, x, xa, adapter, bias)
+    if bias is None:
+        y = dora_linear.plus_excess(y, y, excess, out=y)
+        return y, Kept(xa, y, adapter.magnitude.masters, excess)
+    # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
+    output = y - bias
+    return dora_linear.plus_excess(y, output, excess), Kept(xa, output, norms, excess)
+
+
+def _seen(x: Tensor, dropout: Dropout) -> Tensor:
+    """d(x), scaled up: (M, I) in x's dtype."""
+    return x.masked_fill(dropped(dropout, *x.shape), 0).mul_(dropout.scale)
 
 
 def backward(
     x: Tensor | None,
     linears: Sequence[Linear],
     weights: DenseWeights,
-    kept: Sequence[Tensor | None],
+    kept: Sequence[Kept],
     dys: Sequence[Tensor | None],
     needs: Needs,
 ) -> Gradients:
@@ -59,24 +104,41 @@ def backward(
     gradients = Gradients(len(linears))
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     dxas: dict[int, Tensor] = {}
+    through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
-        adapter, xa = linears[index].adapter, kept[index]
-        if adapter is not None and xa is not None:
-            dxas[index], db = skinny_dy(
-                dy, _scaled_up(adapter, dy.dtype), xa, scale=_factor(adapter), choice=_choice(adapter)
-            )
-            gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
+        adapter, own = linears[index].adapter, kept[index]
+        if adapter is None or own.xa is None:
+            continue
+        scaled = dy
+        if own.excess is not None:
+            if needs.magnitude[index]:
+                gradients.magnitude[index] = dora_linear.gradient(adapter, own, dy)
+            scaled = dora_linear.plus_excess(dy, dy, own.excess)
+            if adapter.dropout is None:
+                rows[index] = scaled
+            else:
+                through_dropout[index] = dora_linear.times_excess(dy, own.excess)
+        up = _scaled_up(adapter, dy.dtype)
+        dxas[index], db = skinny_dy(scaled, up, own.xa, scale=_factor(adapter), choice=_choice(adapter))
+        gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
     if x is not None:
         _add_down_gradients(gradients, _row_major(x), linears, dxas, needs)
     if needs.x:
-        gradients.x = _input_gradient(linears, weights, rows, dxas)
+        gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout)
     return gradients
 
 
 def _input_gradient(
-    linears: Sequence[Linear], weights: DenseWeights, dys: dict[int, Tensor], dxas: dict[int, Tensor]
+    linears: Sequence[Linear],
+    weights: DenseWeights,
+    dys: dict[int, Tensor],
+    dxas: dict[int, Tensor],
+    through_dropout: dict[int, Tensor],
 ) -> Tensor | None:
-    """dX (M, I): the adapters' terms first, then the base GEMMs accumulate into them; a fused product adds its own."""
+    """dX (M, I): the adapters' terms first, then the base GEMMs accumulate into them; a fused product adds its own.
+
+    `through_dropout`: of linears whose magnitude scales what the dropout lets through of the base, (k - 1) dY.
+    """
     total: Tensor | None = None
     fused = {index for index, dy in dys.items() if variants.choose(dy, linears[index].weight) == "fused"}
     inside: dict[int, tuple[Tensor, Tensor]] = {}
@@ -98,6 +160,12 @@ def _input_gradient(
             plain.append((dxa, down))
     if plain:
         add(skinny_up(_side_by_side([dxa for dxa, _ in plain]), _stacked([a for _, a in plain]).T))
+    for index, dy in through_dropout.items():
+        weight, adapter = linears[index].weight, linears[index].adapter
+        assert adapter is not None
+        assert adapter.dropout is not None
+        dx = fused_linear_dx(dy, weight) if index in fused else dy @ weights.take(index, weight, dy.dtype)
+        add(dx.masked_fill_(dropped(adapter.dropout, *dx.shape), 0).mul_(adapter.dropout.scale))
     for index, dy in dys.items():
         weight = linears[index].weight
         if index in fused:

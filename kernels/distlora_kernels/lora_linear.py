@@ -9,7 +9,7 @@ Two rules make the same function work under FSDP2, ZeRO-3 and none (README.md):
   already rounded to bf16, an update below half an ulp would vanish.
 
 With dropout it is y = x W^T + s k (d(x) A^T) B^T: d sets the dropped inputs to 0, k makes up for them (dropout.py). The
-mask is computed in forward and again in backward, never kept.
+mask is computed in forward and again in backward, never kept. With a magnitude it is DoRA's (dora_linear.py).
 
 Letters: M rows, I in features, O out features, R rank (all adapters of the linear side by side).
 """
@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import uses_triton
 from distlora_kernels.dropout import Dropout
-from distlora_kernels.operands import Adapter, FrozenWeight, Linear, Needs, RowChoice
+from distlora_kernels.operands import Adapter, FrozenWeight, Kept, Linear, Magnitude, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
-__all__ = ["Adapter", "FrozenWeight", "Linear", "RowChoice", "lora_linear", "lora_linears"]
+__all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
 
 
 def lora_linear(
@@ -67,14 +67,22 @@ class _Form(NamedTuple):
 
     @staticmethod
     def of(linear: Linear) -> _Form:
-        scale, dropout = (None, None) if linear.adapter is None else linear.adapter[2:]
+        scale, dropout = (None, None) if linear.adapter is None else linear.adapter[2:4]
         return _Form(linear.weight.shape, len(linear.weight.parts), scale, dropout)
 
 
+_NUM_TENSORS = 5
+"""Tensors of a linear beside its weight's parts."""
+
+
 def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
-    """What of a linear autograd must see: a, b, bias and the weight's parts."""
-    a, b = (None, None) if linear.adapter is None else linear.adapter[:2]
-    return (a, b, linear.bias, *linear.weight.parts)
+    """What of a linear autograd must see: a, b, the magnitude and what belongs to it, bias and the weight's parts."""
+    a = b = masters = row_norms_squared = None
+    if linear.adapter is not None:
+        a, b = linear.adapter[:2]
+        if linear.adapter.magnitude is not None:
+            masters, row_norms_squared = linear.adapter.magnitude
+    return (a, b, masters, row_norms_squared, linear.bias, *linear.weight.parts)
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -85,8 +93,10 @@ class _LoRALinears(torch.autograd.Function):
         adapted = any(form.scale is not None for form in forms)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
-        # x for dA, what the path keeps (x A^T) for dB.
-        ctx.save_for_backward(x if adapted else None, *kept, *weights.saved, *tensors)
+        # x for dA, what the path keeps for dB (x A^T) and for the magnitude's gradient (y).
+        ctx.save_for_backward(
+            x if adapted else None, *(tensor for own in kept for tensor in own), *weights.saved, *tensors
+        )
         return tuple(ys)
 
     @staticmethod
@@ -94,21 +104,23 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         forms, count = ctx.forms, len(ctx.forms)
         x, *saved = ctx.saved_tensors
-        kept, dense, tensors = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        size = len(Kept._fields)
+        kept = [Kept(*saved[size * index : size * (index + 1)]) for index in range(count)]
+        dense, tensors = saved[size * count : (size + 1) * count], saved[(size + 1) * count :]
         weights = DenseWeights(count)
         weights.saved = dense
         places = list(_places(forms))
         wanted = ctx.needs_input_grad[2:]
         needs = Needs(
-            ctx.needs_input_grad[0], tuple(wanted[place] for place in places), tuple(wanted[p + 1] for p in places)
+            ctx.needs_input_grad[0], *(tuple(wanted[place + offset] for place in places) for offset in range(3))
         )
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
             return (None,) * (2 + len(tensors))
         gradients = _path(first).backward(x, _joined(forms, tensors), weights, kept, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
-        for place, da, db in zip(places, gradients.a, gradients.b, strict=True):
-            results[place], results[place + 1] = da, db
+        for place, *own in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
+            results[place : place + len(own)] = own
         return (gradients.x, None, *results)
 
 
@@ -126,14 +138,15 @@ def _places(forms: Sequence[_Form]) -> Iterator[int]:
     start = 0
     for form in forms:
         yield start
-        start += 3 + form.num_parts
+        start += _NUM_TENSORS + form.num_parts
 
 
 def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...]:
     """The linears again, of their forms and their tensors."""
     linears = []
     for form, start in zip(forms, _places(forms), strict=True):
-        a, b, bias, *parts = tensors[start : start + 3 + form.num_parts]
-        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout)
+        a, b, masters, norms, bias, *parts = tensors[start : start + _NUM_TENSORS + form.num_parts]
+        magnitude = None if masters is None else Magnitude(masters, norms)
+        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout, magnitude)
         linears.append(Linear(FrozenWeight(tuple(parts), form.shape), adapter, bias))
     return tuple(linears)

@@ -65,13 +65,24 @@ class RowChoice(NamedTuple):
         return gate.repeat_interleave(num_rows // self.rows.shape[0], dim=0)
 
 
+class Magnitude(NamedTuple):
+    """What DoRA gives the rows of W + s b a for a norm (dora_linear.py)."""
+
+    masters: Tensor
+    """(N, O) fp32: of each adapter; N = 1 without a choice."""
+    row_norms_squared: Tensor
+    """(O,) fp32: of the rows of the frozen weight, as the GEMMs see it."""
+
+
 class Adapter(NamedTuple):
-    """What a linear adds: a (R, I) and b (O, R), fp32 masters, their scale s, and the inputs that they do not see."""
+    """What a linear adds: a (R, I) and b (O, R), fp32 masters, their scale s, the inputs that they do not see, and with
+    DoRA the magnitude."""
 
     a: Tensor
     b: Tensor
     scale: float | RowChoice
     dropout: Dropout | None = None
+    magnitude: Magnitude | None = None
 
 
 class Linear(NamedTuple):
@@ -83,6 +94,19 @@ class Linear(NamedTuple):
     """(O,), which gets no gradient."""
 
 
+class Kept(NamedTuple):
+    """What a linear's backward reads of its forward."""
+
+    xa: Tensor | None = None
+    """x A^T, None without an adapter."""
+    output: Tensor | None = None
+    """DoRA: (M, O), what the magnitude multiplies, or its product with it."""
+    divisor: Tensor | None = None
+    """DoRA: (N, O) fp32; the magnitude's gradient is the sum of dy * output over the rows, divided by it."""
+    excess: Tensor | None = None
+    """DoRA: k - 1 as (O,), or (B, O) where rows choose, in x's dtype."""
+
+
 class Needs(NamedTuple):
     """Which gradients are asked for."""
 
@@ -90,6 +114,7 @@ class Needs(NamedTuple):
     a: tuple[bool, ...]
     """Of each linear's adapter."""
     b: tuple[bool, ...]
+    magnitude: tuple[bool, ...]
 
 
 @dataclass(slots=True)
@@ -102,6 +127,8 @@ class Gradients:
     a: list[Tensor | None] = field(init=False)
     """Of each linear, in its masters' dtype."""
     b: list[Tensor | None] = field(init=False)
+    magnitude: list[Tensor | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.a, self.b = [None] * self.num_linears, [None] * self.num_linears
+        count = self.num_linears
+        self.a, self.b, self.magnitude = [None] * count, [None] * count, [None] * count

@@ -1,0 +1,88 @@
+"""DoRA inside the adapted linear, on either path: the factors k = m / n of its outputs, and what they do to gradients.
+
+    v = d(x) W^T + s (d(x) A^T) B^T       (M, O), what the magnitude multiplies; d as in dropout.py
+    y = k v + bias                        without dropout, where d(x) = x
+    y = x W^T + (k - 1) d(x) W^T + k s (d(x) A^T) B^T + bias = x W^T + (v - d(x) W^T) + (k - 1) v + bias
+
+The second line is what PEFT computes: what is dropped from the adapter's input is dropped from what the magnitude
+changes of the base, not from the base. k is constant in backward but for m (the paper's section 4.3), so
+    dm = sum over rows of dy v / n = sum over rows of dy (k v) / m,
+and everything else follows as in lora_linear.py, of k dy in the place of dy.
+
+Always k - 1 is applied, as y + (k - 1) y: it is exactly 0 at the start, and in bf16 it keeps 8 bits where k would keep
+those of 1 + something small. Rows that use no adapter have k = 1.
+
+Letters: B rows of the batch, M rows of the flattened input, I in features, O out features, N adapters, R their ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distlora_kernels.dora import dora_norms, magnitude_gradient
+from distlora_kernels.operands import Adapter, Kept, RowChoice
+
+
+def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n (N, O) fp32, k - 1 in `dtype` as (O,), or (B, O) where rows choose) of wa = W A^T (O, R).
+
+    A row of W + s B A that is 0 has no direction: k = 1 there, and 0 of it.
+    """
+    magnitude = adapter.magnitude
+    assert magnitude is not None
+    squares, a = magnitude.row_norms_squared, adapter.a.to(dtype)
+    if not isinstance(adapter.scale, RowChoice):
+        norms = dora_norms(squares, wa, a, adapter.b, adapter.scale)[None]
+        return norms, _excess(magnitude.masters, norms)[0].to(dtype)
+    choice, parts, start = adapter.scale, [], 0
+    for scale, rank in zip(choice.scales, choice.ranks, strict=True):
+        own = slice(start, start + rank)
+        # The scales of a choice are on the device, so they go into B.
+        parts.append(dora_norms(squares, wa[:, own], a[own], adapter.b[:, own] * scale, 1.0))
+        start += rank
+    norms = torch.stack(parts)
+    excess = _excess(magnitude.masters, norms)
+    return norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype)
+
+
+def _excess(masters: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(norms == 0, 0.0, masters / norms - 1)
+
+
+def _of_rows(values: Tensor, rows: Tensor, *, otherwise: float) -> Tensor:
+    """(N, O) of the adapters -> (B, O) of the rows; `otherwise` for rows that use none, which are the last (-1)."""
+    return torch.cat([values, torch.full_like(values[:1], otherwise)])[rows]
+
+
+def plus_excess(base: Tensor, rows: Tensor, excess: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """base + (k - 1) rows, (M, O), rounded once; `out` may be either of them."""
+    if excess.dim() == 1:
+        return torch.addcmul(base, rows, excess, out=out)
+    batch = (excess.shape[0], base.shape[0] // excess.shape[0])
+    base, rows, excess = base.unflatten(0, batch), rows.unflatten(0, batch), excess[:, None]
+    return torch.addcmul(base, rows, excess, out=None if out is None else out.unflatten(0, batch)).flatten(0, 1)
+
+
+def times_excess(rows: Tensor, excess: Tensor) -> Tensor:
+    """(k - 1) rows, (M, O)."""
+    if excess.dim() == 1:
+        return rows * excess
+    return (rows.unflatten(0, (excess.shape[0], -1)) * excess[:, None]).flatten(0, 1)
+
+
+def gradient(adapter: Adapter, kept: Kept, dy: Tensor) -> Tensor:
+    """dm (N, O) fp32 of dy (M, O), which is not multiplied by k yet."""
+    output, divisor = kept.output, kept.divisor
+    assert output is not None
+    assert divisor is not None
+    if dy.shape[0] == 0:
+        return torch.zeros_like(divisor)
+    if not isinstance(adapter.scale, RowChoice):
+        return magnitude_gradient(dy, output, divisor[0])[None]
+    rows, num_adapters = adapter.scale.rows, divisor.shape[0]
+    batch = (rows.shape[0], dy.shape[0] // rows.shape[0])
+    parts = zip(dy.unflatten(0, batch), output.unflatten(0, batch), _of_rows(divisor, rows, otherwise=1.0), strict=True)
+    of_rows = torch.stack([magnitude_gradient(*part) for part in parts])
+    own = rows == torch.arange(num_adapters, device=rows.device)[:, None]
+    return torch.where(own[:, :, None], of_rows, 0.0).sum(dim=1)

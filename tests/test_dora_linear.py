@@ -1,0 +1,222 @@
+"""DoRA in the adapted linear, on the CPU's path and on the GPU's, against PEFT's formula in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close
+from distlora_kernels import nf4, variants
+from distlora_kernels.dora import frozen_row_norms_squared, initial_magnitude
+from distlora_kernels.dropout import Dropout, dropped, threshold_of
+from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, Magnitude, RowChoice, lora_linear, lora_linears
+
+BATCH, TOKENS, FEATURES = 3, 12, 128
+OUTPUTS, RANKS = (100, 48, 64), (16, 3, 8)
+ROWS = torch.tensor([8, 2, 5])
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(
+    dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool
+) -> tuple[Tensor, list[Linear], list[Tensor]]:
+    """x (B, T, I), three linears of it (one with a bias, the last a LoRA), and the gradients of their outputs."""
+    x = randn(BATCH, TOKENS, FEATURES, seed=0).to(device, dtype)
+    linears, dys = [], []
+    for index, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True)):
+        weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
+        parts = nf4.nf4_quantize(weight) if packed else (weight,)
+        frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
+        ranks = (rank, 5) if choice else (rank,)
+        scale: float | RowChoice = 1.5
+        if choice:
+            rows, scales = torch.tensor([1, -1, 0], device=device), torch.tensor([2.0, 0.5], device=device)
+            scale = RowChoice(rows, scales, ranks)
+        a = (randn(sum(ranks), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
+        b = (0.3 * randn(out, sum(ranks), seed=21 + index)).to(device).requires_grad_()
+        mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None
+        magnitude = None
+        if index < 2:
+            squares = frozen_row_norms_squared(frozen, dtype)
+            masters = initial_magnitude(squares) * (1 + 0.2 * randn(len(ranks), out, seed=51).to(device))
+            magnitude = Magnitude(masters.requires_grad_(), squares)
+        bias = randn(out, seed=31).to(device, dtype) if index == 1 else None
+        linears.append(Linear(frozen, Adapter(a, b, scale, mask, magnitude), bias))
+        dys.append(randn(BATCH, TOKENS, out, seed=41 + index).to(device, dtype))
+    return x, linears, dys
+
+
+def trained(linears: list[Linear]) -> list[Tensor]:
+    """a and b of each, then the magnitudes."""
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    magnitudes = [adapter.magnitude.masters for adapter in adapters if adapter.magnitude is not None]
+    return [*(tensor for adapter in adapters for tensor in adapter[:2]), *magnitudes]
+
+
+def peft_output(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, m: Tensor | None, kept: Tensor | None
+) -> Tensor:
+    """What PEFT's DoraLinearLayer computes of one adapter without the bias; `kept` multiplies x, None: no dropout."""
+    seen = x if kept is None else x * kept
+    if m is None:
+        return x @ w.T + scale * (seen @ a.T) @ b.T
+    k = m / (w + scale * b @ a).norm(dim=1).detach()
+    return x @ w.T + (k - 1) * (seen @ w.T) + k * ((seen @ a.T) @ b.T) * scale
+
+
+def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of x and of `trained`, as torch differentiates PEFT's formula row by row of the batch."""
+    wide = x.double().requires_grad_()
+    leaves = [t.detach().double().requires_grad_() for t in trained(linears)]
+    ab, magnitudes = iter(leaves), iter(leaves[2 * len(linears) :])
+    ys = []
+    for linear in linears:
+        adapter, w = linear.adapter, linear.weight.dense(x.dtype).double()
+        assert adapter is not None
+        a, b = next(ab), next(ab)
+        m = None if adapter.magnitude is None else next(magnitudes)
+        kept = None
+        if adapter.dropout is not None:
+            mask = dropped(adapter.dropout, BATCH * TOKENS, FEATURES).unflatten(0, (BATCH, TOKENS))
+            kept = (~mask).double() * adapter.dropout.scale
+        rows = []
+        for row in range(BATCH):
+            seen = None if kept is None else kept[row]
+            if not isinstance(adapter.scale, RowChoice):
+                rows.append(peft_output(wide[row], w, a, b, adapter.scale, None if m is None else m[0], seen))
+                continue
+            own, ranks = int(adapter.scale.rows[row]), adapter.scale.ranks
+            if own < 0:
+                rows.append(wide[row] @ w.T)
+                continue
+            part = slice(sum(ranks[:own]), sum(ranks[: own + 1]))
+            scale = float(adapter.scale.scales[own])
+            rows.append(peft_output(wide[row], w, a[part], b[:, part], scale, None if m is None else m[own], seen))
+        y = torch.stack(rows)
+        ys.append(y if linear.bias is None else y + linear.bias.double())
+    gradients = torch.autograd.grad(ys, [wide, *leaves], [dy.double() for dy in dys])
+    return [*(y.detach() for y in ys), *gradients]
+
+
+def assert_equal_to_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> None:
+    expected = in_fp64(x, linears, dys)
+    leaf = x.clone().requires_grad_()
+    ys = lora_linears(leaf, linears)
+    gradients = torch.autograd.grad(ys, [leaf, *trained(linears)], dys)
+    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+        # As in tests/test_lora_gpu.py. fp32: sums of up to 128 products. bf16: the operands and the result are rounded,
+        # and with DoRA once more what the magnitude multiplies.
+        assert_close(actual.to(x.dtype), reference.float(), ulps=8 if x.dtype == torch.float32 else 2)
+
+
+FORMS = [
+    pytest.param(
+        packed, dropout, choice, id=f"{'nf4' if packed else 'dense'}{'-dropout' * dropout}{'-choice' * choice}"
+    )
+    for packed in (False, True)
+    for dropout in (False, True)
+    for choice in (False, True)
+]
+
+
+@pytest.mark.parametrize(("packed", "dropout", "choice"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_on_the_cpu(packed: bool, dropout: bool, choice: bool, dtype: torch.dtype) -> None:
+    assert_equal_to_fp64(*problem(dtype, torch.device("cpu"), packed=packed, dropout=dropout, choice=choice))
+
+
+@pytest.mark.parametrize(("packed", "variant"), [(False, "scratch"), (True, "scratch"), (True, "fused")])
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_on_the_gpus_path(
+    triton_device: torch.device, variant: Any, packed: bool, dropout: bool, choice: bool, dtype: torch.dtype
+) -> None:
+    with variants.forced(variant):
+        assert_equal_to_fp64(*problem(dtype, triton_device, packed=packed, dropout=dropout, choice=choice))
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dropout: bool, choice: bool, dtype: torch.dtype) -> None:
+    """With a bias and without, on the CPU."""
+    x, linears, _ = problem(dtype, torch.device("cpu"), packed=True, dropout=dropout, choice=choice)
+    for weight, adapter, bias in linears[:2]:
+        assert adapter is not None
+        assert adapter.magnitude is not None
+        start = initial_magnitude(adapter.magnitude.row_norms_squared).expand_as(adapter.magnitude.masters)
+        magnitude = adapter.magnitude._replace(masters=start)
+        fresh = adapter._replace(b=torch.zeros_like(adapter.b), magnitude=magnitude)
+        assert torch.equal(lora_linear(x, weight, fresh, bias=bias), lora_linear(x, weight, bias=bias))
+
+
+def test_a_row_that_is_zero_has_no_direction_and_breaks_nothing() -> None:
+    """PEFT's 0 / 0 is NaN there. Of a weight of 0 and a magnitude of 0: y is the bias, and no gradient comes in."""
+    x, linears, dys = problem(torch.float32, torch.device("cpu"), packed=False, dropout=False, choice=False)
+    weight, adapter, bias = linears[1]
+    assert adapter is not None
+    assert adapter.magnitude is not None
+    with torch.no_grad():
+        weight.parts[0][7] = adapter.b[7] = 0
+        adapter.magnitude.row_norms_squared[7] = adapter.magnitude.masters[0, 7] = 0
+    y = lora_linear(x, weight, adapter, bias=bias)
+    assert bias is not None
+    assert torch.equal(y[..., 7], bias[7].expand(BATCH, TOKENS))
+    gradients = torch.autograd.grad(y, [adapter.a, adapter.b, adapter.magnitude.masters], dys[1])
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert gradients[2][0, 7] == 0
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
+def test_no_tokens_give_no_outputs_and_gradients_of_zero(
+    path: str, choice: bool, request: pytest.FixtureRequest
+) -> None:
+    device = request.getfixturevalue("triton_device") if path == "triton" else torch.device("cpu")
+    x, linears, dys = problem(torch.bfloat16, device, packed=True, dropout=True, choice=choice)
+    ys = lora_linears(x[:, :0], linears)
+    assert [y.shape for y in ys] == [(BATCH, 0, out) for out in OUTPUTS]
+    leaves = trained(linears)
+    for gradient, leaf in zip(torch.autograd.grad(ys, leaves, [dy[:, :0] for dy in dys]), leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize(("path", "dropout"), [("torch", True), ("triton", False)])
+def test_a_compiled_function_equals_the_eager_one(path: str, dropout: bool, request: pytest.FixtureRequest) -> None:
+    """Without a break of the graph: values and gradients bit for bit."""
+    device = request.getfixturevalue("triton_device") if path == "triton" else torch.device("cpu")
+    x, linears, dys = problem(torch.bfloat16, device, packed=True, dropout=dropout, choice=False)
+    leaf = x.clone().requires_grad_()
+    results = []
+    for function in (lora_linears, torch.compile(lora_linears, backend="aot_eager", fullgraph=True)):
+        ys = function(leaf, tuple(linears))
+        results.append([*ys, *torch.autograd.grad(ys, [leaf, *trained(linears)], dys)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_no_weight_is_kept_for_backward_and_one_output_at_the_most() -> None:
+    x, linears, _ = problem(torch.float32, torch.device("cpu"), packed=True, dropout=False, choice=False)
+    for weight, adapter, bias in linears[:2]:
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            y = lora_linear(x, weight, adapter, bias=bias)
+        assert not any(t.shape == weight.shape and t.is_floating_point() for t in saved)
+        outputs = [t for t in saved if t.shape == (BATCH * TOKENS, weight.shape[0])]
+        assert len(outputs) == 1
+        assert (outputs[0].data_ptr() == y.data_ptr()) == (bias is None), "without a bias it is the output itself"
+
+
+def test_an_output_that_torch_writes_over_is_noticed() -> None:
+    x, linears, _ = problem(torch.float32, torch.device("cpu"), packed=True, dropout=False, choice=False)
+    y = lora_linear(x, *linears[0][:2])
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

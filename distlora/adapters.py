@@ -1,4 +1,4 @@
-"""LoRA on a frozen linear: the adapter's parameters, their start, and their dropout.
+"""LoRA and DoRA on a frozen linear: the adapter's parameters, their start, and their dropout.
 
 Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's
 `BlockContext`, which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every
@@ -19,8 +19,9 @@ from distlora import randomness
 from distlora.config import AdapterConfig
 from distlora.quant import FrozenLinear
 from distlora.token_rows import TokenRows
+from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import Dropout, threshold_of
-from distlora_kernels.lora_linear import Adapter, Linear, RowChoice
+from distlora_kernels.lora_linear import Adapter, Linear, Magnitude, RowChoice
 
 DEFAULT_ADAPTER = "default"
 
@@ -55,13 +56,17 @@ class BlockContext:
 
 
 class LoRAPair(nn.Module):
-    """One adapter of one linear: A (r, in) and B (out, r), fp32 masters."""
+    """One adapter of one linear: A (r, in), B (out, r) and with DoRA the magnitude (out,), fp32 masters."""
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int, scaling: float) -> None:
+    magnitude: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, scaling: float, dora: bool = False) -> None:
         super().__init__()
         self.scaling = scaling
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device="meta"))
         self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device="meta"))
+        magnitude = torch.empty(out_features, dtype=torch.float32, device="meta")
+        self.register_parameter("magnitude", nn.Parameter(magnitude) if dora else None)
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
@@ -79,7 +84,13 @@ class LoRAPair(nn.Module):
 
 
 class AdaptedLinear(FrozenLinear):
-    """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses."""
+    """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses.
+
+    With DoRA the buffer `row_norms_squared` (out_features,) fp32 holds those of the frozen weight, rounded to `dtype`;
+    it is replicated, and filled by `distlora.loading`. kernels/distlora_kernels/dora_linear.py has the formula.
+    """
+
+    row_norms_squared: Tensor | None
 
     def __init__(
         self,
@@ -93,7 +104,10 @@ class AdaptedLinear(FrozenLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, quantized=quantized, dtype=dtype)
         self.adapters = nn.ModuleDict()
+        self.register_buffer("row_norms_squared", None)
         self.context = context
+        self.compute_dtype = dtype
+        """What the GEMMs see the weight in."""
         self.dropout_threshold = 0
         """Probability of dropping an input in training, in units of 2^-16."""
         self.dropout_key = (0, 0)
@@ -112,7 +126,11 @@ class AdaptedLinear(FrozenLinear):
         # Adapters side by side see one input, so they share its mask.
         assert not self.adapters or threshold == self.dropout_threshold, "the adapters of a linear differ in dropout"
         self.dropout_threshold, self.dropout_key = threshold, randomness.key_of(seed, f"{path}.dropout")
-        self.adapters[name] = LoRAPair(self.in_features, self.out_features, rank=rank, scaling=scaling)
+        dora = config.use_dora
+        assert all((pair.magnitude is not None) == dora for pair in self.pairs), "DoRA's adapters and LoRA's do not mix"
+        if dora and self.row_norms_squared is None:
+            self.row_norms_squared = torch.empty(self.out_features, dtype=torch.float32, device="meta")
+        self.adapters[name] = LoRAPair(self.in_features, self.out_features, rank=rank, scaling=scaling, dora=dora)
         self._scales = None
 
     def stacked_down(self) -> Tensor:
@@ -124,8 +142,13 @@ class AdaptedLinear(FrozenLinear):
         """With the adapters that the block's rows use now, and the inputs that these do not see."""
         pairs = self.pairs
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
-        adapter = Adapter(self.stacked_down(), up, self._scale(pairs), self._dropout())
+        adapter = Adapter(self.stacked_down(), up, self._scale(pairs), self._dropout(), self._magnitude(pairs))
         return Linear(self.frozen_weight, adapter, self.bias)
+
+    def _magnitude(self, pairs: list[LoRAPair]) -> Magnitude | None:
+        if self.row_norms_squared is None:
+            return None
+        return Magnitude(torch.stack([pair.get_parameter("magnitude") for pair in pairs]), self.row_norms_squared)
 
     def _dropout(self) -> Dropout | None:
         at = self.context.step_rows
@@ -164,8 +187,14 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def reset_adapters(weights: Iterable[tuple[str, Adapted]], config: AdapterConfig, *, seed: int) -> None:
-    """Start every adapter. The random stream is named by the weight's Hugging Face path and the adapter's name."""
+    """Start every adapter. The random stream is named by the weight's Hugging Face path and the adapter's name; a
+    magnitude is the norm of the frozen row, which the loading must have computed.
+    """
     for path, weight in weights:
         for name, pair in weight.adapters.items():
             assert isinstance(pair, LoRAPair)
             pair.reset(config, seed=seed, name=f"{path}.{name}")
+            if pair.magnitude is not None:
+                assert isinstance(weight, AdaptedLinear)
+                assert weight.row_norms_squared is not None
+                pair.magnitude.data.copy_(initial_magnitude(weight.row_norms_squared))

@@ -105,6 +105,11 @@ def _check_settings(adapter: AdapterConfig) -> None:
             f"adapter.lora_dropout={adapter.lora_dropout} has no place in adapters of experts: PEFT adds s B A to the "
             "weight, which cannot drop inputs; set adapter.lora_dropout=0, or adapter.target_modules=attention"
         )
+    if adapter.use_dora:
+        raise UserError(
+            "adapter.use_dora=true has no place in adapters of experts: PEFT has no DoRA of fused weights; set "
+            "adapter.use_dora=false, or adapter.target_modules=attention"
+        )
     if adapter.init not in ("kaiming", "gaussian"):
         raise UserError(
             f"adapter.init={adapter.init} starts from a linear's weight, and experts are targeted, whose weights are "

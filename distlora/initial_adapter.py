@@ -1,4 +1,4 @@
-"""adapter.init_from: what a PEFT LoRA folder says of itself, and whether it fits a model. Imports no torch.
+"""adapter.init_from: what a PEFT LoRA or DoRA folder says of itself, and whether it fits a model. Imports no torch.
 
 The launcher turns adapter_config.json into the run's settings and checks the tensors' names and shapes by the file's
 header; the worker checks again and loads (`peft_format.load_initial_adapter`).
@@ -24,10 +24,16 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-# ".default" is the adapter's name, which PEFT itself leaves out of the file.
-_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+# ".default" is the adapter's name, which PEFT itself leaves out of the file, as it does ".weight" of a magnitude.
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.lora_"
+    r"(?:(?P<part>[AB])(?:\.default)?\.weight|(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)"
+)
 
-_TAKEN = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "trainable_token_indices"}
+_TAKEN = {
+    *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"),
+    "trainable_token_indices",
+}
 """Fields that become settings of the run."""
 
 _WITHOUT_MEANING = {
@@ -37,13 +43,12 @@ _WITHOUT_MEANING = {
     # Details of fields that are refused where they are in use.
     *("layers_pattern", "megatron_core", "qalora_group_size"),
 }
-"""Fields that say nothing of what A and B do to a base."""
+"""Fields that say nothing of what the tensors do to a base."""
 
 _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights whose adapter belongs to the base as it is on disk."""
 
 _REASONS = {
-    "use_dora": "DoRA's magnitudes have no place here yet",
     "modules_to_save": "whole modules beside the adapter are not trained here",
     "bias": "biases are not trained here",
     "lora_bias": "the adapter has no bias here",
@@ -61,7 +66,7 @@ _DEFAULTS: dict[str, Any] = {"bias": "none"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialAdapter:
-    """A LoRA adapter in PEFT's format, as far as its config and its file's header tell."""
+    """A LoRA or DoRA adapter in PEFT's format, as far as its config and its file's header tell."""
 
     folder: Path
     settings: dict[str, Any]
@@ -69,7 +74,7 @@ class InitialAdapter:
     base: str | None
     """The base that it says it was trained on."""
     tensors: dict[tuple[str, str], Segment]
-    """By Hugging Face path and part ("A" or "B")."""
+    """By Hugging Face path and part ("A", "B", with DoRA "magnitude")."""
     names: dict[tuple[str, str], str]
     """The same tensors' names in the file."""
     token_rows: dict[str, InitialRows]
@@ -77,11 +82,11 @@ class InitialAdapter:
 
 
 def read_initial_adapter(folder: str | Path) -> InitialAdapter:
-    """Raises UserError for a folder that is not there, is damaged, or holds what a LoRA of ours cannot mean."""
+    """Raises UserError for a folder that is not there, is damaged, or holds what an adapter of ours cannot mean."""
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    names = _read_names(folder)
+    names = _read_names(folder, dora=values.get("use_dora") is True)
     segments = read_header(folder / WEIGHTS_NAME)
     for name in names.values():
         if segments[name].dtype not in SOURCE_DTYPES:
@@ -125,7 +130,7 @@ def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[
     for (path, part), segment in sorted(initial.tensors.items()):
         out_features, in_features = shapes[path]
         rank = adapter.rank_of(path)
-        expected = (rank, in_features) if part == "A" else (out_features, rank)
+        expected = {"A": (rank, in_features), "B": (out_features, rank), "magnitude": (out_features,)}[part]
         if segment.shape != expected:
             raise UserError(
                 f"{file}: {initial.names[path, part]} has shape {list(segment.shape)}, and {path} at rank {rank} needs "
@@ -162,7 +167,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_fields(values: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a field whose value gives A and B another meaning than y = x W^T + s (x A^T) B^T."""
+    """Raises UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type={values.get('peft_type')!r}; adapter.init_from takes LORA adapters alone")
     init = values.get("init_lora_weights")
@@ -177,8 +182,8 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {name}={values[name]!r} is not supported ({reason}); set another init_from")
 
 
-def _read_names(folder: Path) -> dict[tuple[str, str], str]:
-    """Name in the file by (path, part); exactly an A and a B for each path."""
+def _read_names(folder: Path, *, dora: bool) -> dict[tuple[str, str], str]:
+    """Name in the file by (path, part); exactly an A and a B for each path, and a magnitude if it is `dora`."""
     file = folder / WEIGHTS_NAME
     if not file.is_file():
         pickled = [name for name in PICKLED_NAMES if (folder / name).is_file()]
@@ -195,14 +200,20 @@ def _read_names(folder: Path) -> dict[tuple[str, str], str]:
             continue
         if match is None:
             raise UserError(f"{file}: {name} is no lora_A or lora_B of a linear{_kind(name)}; set another init_from")
-        key = (match["path"], match["part"])
+        key = (match["path"], match["part"] or match["magnitude"])
         if key in found:
             raise UserError(f"{file}: {found[key]} and {name} are one tensor of two adapters; save one adapter alone")
         found[key] = name
+    parts = {"A": "lora_A", "B": "lora_B", **({"magnitude": "lora_magnitude_vector"} if dora else {})}
     for path, part in found:
-        other = "B" if part == "A" else "A"
-        if (path, other) not in found:
-            raise UserError(f"{file}: {path} has a lora_{part} and no lora_{other}; save the adapter again")
+        if part not in parts:
+            raise UserError(
+                f"{file}: {path} has a lora_magnitude_vector, which is DoRA's, but {CONFIG_NAME} has no use_dora=true; "
+                "save the adapter again"
+            )
+        for other, name in parts.items():
+            if (path, other) not in found:
+                raise UserError(f"{file}: {path} has a {parts[part]} and no {name}; save the adapter again")
     if not found:
         raise UserError(f"{file} holds no tensors; save the adapter again")
     return found
@@ -212,7 +223,6 @@ def _kind(name: str) -> str:
     """What a tensor that is neither A nor B is, where its name says so."""
     kinds = {
         "lora_embedding_": "an adapter of the embedding, which is not adapted here",
-        "lora_magnitude_vector": "a magnitude of DoRA, which has no place here yet",
         "lora_B.bias": "a bias of the adapter, which has none here",
         "modules_to_save": "a whole module beside the adapter, which is not trained here",
         "embed_tokens.weight": "the whole embedding, which PEFT saves when its size changed",
@@ -228,9 +238,11 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str]) -> dict[str,
     is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
     _require(is_list or isinstance(targets, str), path, values, "target_modules", "a list of names or a text")
     rank, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
+    dora = values.get("use_dora", False)
     _require(_is_number(rank, int), path, values, "r", "a whole number")
     _require(_is_number(alpha), path, values, "lora_alpha", "a number")
     _require(isinstance(rslora, bool), path, values, "use_rslora", "true or false")
+    _require(isinstance(dora, bool), path, values, "use_dora", "true or false")
     patterns: dict[str, dict[str, Any]] = {}
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         pattern = values.get(name) or {}
@@ -248,7 +260,7 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str]) -> dict[str,
         used = tuple(sorted(entry for entry in targets if match_ending([entry], paths)))
         _require(bool(used), path, values, "target_modules", f"a list of what {WEIGHTS_NAME} adapts ({paths[0]})")
         targets = used
-    scale = {"r": rank, "lora_alpha": float(alpha), "use_rslora": rslora}
+    scale = {"r": rank, "lora_alpha": float(alpha), "use_rslora": rslora, "use_dora": dora}
     return {**scale, "target_modules": targets, **patterns}
 
 

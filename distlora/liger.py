@@ -39,7 +39,8 @@ class GatedMLP(nn.Module):
         self.up_proj = mlp.get_submodule("up_proj")
         self.down_proj = mlp.get_submodule("down_proj")
         self.multiply = multiply
-        """(gate, up) -> act(gate) * up, same shapes. Its backward overwrites both: no linear here saves its output."""
+        """(gate, up) -> act(gate) * up, same shapes. Its backward overwrites both: no LoRA here saves its output (and
+        DoRA, which does, goes without)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.multiply(self.gate_proj(x), self.up_proj(x)))
@@ -77,19 +78,24 @@ def why_not(*, device: torch.device, full: bool, experts: bool = False) -> str |
     return None
 
 
-def apply(decoder: Any, family: Family) -> str:
+def apply(decoder: Any, family: Family, *, outputs_are_kept: bool = False) -> str:
     """Exchange what liger-kernel has a kernel for in a decoder (on meta or with memory). Returns what is used, a line.
 
     - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
       the input's dtype ("llama" casting), SwiGLU;
     - gemma2, gemma3: RMSNorm with 1 + weight, all in fp32 ("gemma" casting), GEGLU with the tanh approximation;
     - all of them: the rotary embedding, partial ones (phi3) included.
-    An MLP with another activation stays what it is.
+    An MLP with another activation stays what it is. `outputs_are_kept`: linears read their outputs in backward, so
+    norms alone are exchanged: the rotary embedding writes over queries and keys, the MLP's backward over gate and up,
+    and autograd, which would notice torch doing that, sees neither.
     """
     from liger_kernel.transformers import liger_rotary_pos_emb
     from liger_kernel.transformers.functional import liger_geglu, liger_swiglu
 
     norms = _replace_norms(decoder, family)
+    version = f"liger-kernel {importlib.metadata.version('liger_kernel')}"
+    if outputs_are_kept:
+        return f"{version}: RMSNorm ({norms}); the others write over outputs that DoRA's gradients read"
     config = decoder.config
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     used = [f"RMSNorm ({norms})"]
@@ -98,7 +104,7 @@ def apply(decoder: Any, family: Family) -> str:
         used.append(f"{name} ({_replace_mlps(decoder, multiply)})")
     sys.modules[type(decoder).__module__].apply_rotary_pos_emb = liger_rotary_pos_emb  # type: ignore[attr-defined]
     used.append("rotary embedding")
-    return f"liger-kernel {importlib.metadata.version('liger_kernel')}: {', '.join(used)}"
+    return f"{version}: {', '.join(used)}"
 
 
 def _replace_norms(decoder: nn.Module, family: Family) -> int:

@@ -374,7 +374,7 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
     Raises UserError for any other buffer that no checkpoint fills: it would hold whatever the memory held.
     """
     for name, _ in model.named_buffers():
-        if not (name.endswith((".offset", ".embed_scale")) or ".rotary_emb." in name):
+        if not (name.endswith((".offset", ".embed_scale", ".row_norms_squared")) or ".rotary_emb." in name):
             raise UserError(
                 f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill"
             )

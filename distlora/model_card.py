@@ -140,7 +140,8 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
     if adapter is None:
         yield "method", "full fine-tuning"
     else:
-        yield "method", "LoRA" + (", rsLoRA scaling" if adapter.get("use_rslora") else "")
+        method = "DoRA" if adapter.get("use_dora") else "LoRA"
+        yield "method", method + (", rsLoRA scaling" if adapter.get("use_rslora") else "")
         yield "r", _with_pattern(adapter["r"], adapter.get("rank_pattern"))
         yield "lora_alpha", _with_pattern(adapter["lora_alpha"], adapter.get("alpha_pattern"))
         yield "lora_dropout", f"{config.adapter.lora_dropout:g}"

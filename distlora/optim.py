@@ -135,9 +135,11 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or with LoRA+ (arXiv 2402.12354) the B matrices in one of their own, at a higher learning rate."""
+    """One group, or with LoRA+ (arXiv 2402.12354) the B matrices in one of their own, at a higher learning rate; with
+    DoRA the magnitudes too, as PEFT's create_loraplus_optimizer does with whatever has one dimension.
+    """
     ratio = config.loraplus_lr_ratio
-    faster = {name for name in parameters if ratio != 1 and name.endswith(".B")}
+    faster = {name for name in parameters if ratio != 1 and name.endswith((".B", ".magnitude"))}
     groups = [
         {"params": [p for name, p in parameters.items() if name not in faster], "lr_ratio": 1.0},
         {"params": [p for name, p in parameters.items() if name in faster], "lr_ratio": ratio},

@@ -25,9 +25,10 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
-    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B (out, r); of a
-    fused weight of E experts (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained
-    token rows as <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r)
+    and with DoRA lora_magnitude_vector (out,), which is no `.weight` in a file; of a fused weight of E experts
+    (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained token rows as
+    <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
     """
     tensors: dict[str, nn.Parameter] = {}
     paths = peft_paths([path for path, _ in model.adapted_experts()], model.family)
@@ -37,6 +38,8 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
         place = paths.get(path, path)
         tensors[f"{_PREFIX}{place}.lora_A.weight"] = pair.A
         tensors[f"{_PREFIX}{place}.lora_B.weight"] = pair.B
+        if pair.magnitude is not None:
+            tensors[f"{_PREFIX}{place}.lora_magnitude_vector"] = pair.magnitude
     for matrix, rows in model.token_rows.items():
         assert isinstance(rows, TokenRows)
         path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
@@ -59,7 +62,7 @@ def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT
     for path, linear in model.adapted_linears():
         pair = linear.adapters[adapter]
         assert isinstance(pair, LoRAPair)
-        for part, parameter in (("A", pair.A), ("B", pair.B)):
+        for part, parameter in pair.named_parameters():
             name = initial.names[path, part]
             if not torch.isfinite(stored[name]).all():
                 raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
@@ -85,6 +88,7 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "r": config.adapter.r,
         "lora_alpha": config.adapter.lora_alpha,
         "use_rslora": config.adapter.use_rslora,
+        "use_dora": config.adapter.use_dora,
         "rank_pattern": dict(config.adapter.rank_pattern),
         "alpha_pattern": dict(config.adapter.alpha_pattern),
         "lora_dropout": config.adapter.lora_dropout,

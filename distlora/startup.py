@@ -73,5 +73,8 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     if settings.liger:
         experts = model.family.experts is not None
         reason = liger.why_not(device=device, full=config.adapter.method == "full", experts=experts)
-        said = liger.apply(model.decoder, model.family) if reason is None else f"liger-kernel is not used: {reason}"
-        model.notes.append(said)
+        model.notes.append(
+            liger.apply(model.decoder, model.family, outputs_are_kept=config.adapter.use_dora)
+            if reason is None
+            else f"liger-kernel is not used: {reason}"
+        )

@@ -28,10 +28,10 @@ def _rotary_embeddings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     family's own."""
     apply = liger.apply
 
-    def undone_later(decoder: Any, family: Any) -> str:
+    def undone_later(decoder: Any, family: Any, **options: Any) -> str:
         module = sys.modules[type(decoder).__module__]
         monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
-        return apply(decoder, family)
+        return apply(decoder, family, **options)
 
     monkeypatch.setattr(liger, "apply", undone_later)
 

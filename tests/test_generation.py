@@ -505,7 +505,7 @@ BAD = [
     (["RUN", "--checkpoint", "step_3"], r"step_3"),
     (["RUN", "--checkpoint", "best"], r"no best"),
     (["RUN", "--adapter", "nowhere"], r"--adapter=.*nowhere does not exist"),
-    (["RUN", "--adapter", "dora"], r"dora.adapter_config.json: use_dora=True is not supported .*set another --adapter"),
+    (["RUN", "--adapter", "odd"], r"odd.adapter_config.json: lora_bias=True is not supported .*set another --adapter"),
     (["RUN", "--raw", "--system", "Hi"], r"--system is a message of a chat"),
     (["RUN", "--out", "x.jsonl"], r"--out=x.jsonl is where the answers to --prompts go"),
     (["RUN", "--prompts", "nowhere.txt"], r"--prompts=nowhere.txt is not a file"),
@@ -534,8 +534,8 @@ def test_a_mistake_ends_with_2_before_torch_is_imported(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "A"}\n{"promt": "B"}\n')
     (tmp_path / "good.txt").write_text("A list\n")
-    (tmp_path / "dora").mkdir()
-    (tmp_path / "dora" / CONFIG_NAME).write_text('{"peft_type": "LORA", "use_dora": true}')
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / CONFIG_NAME).write_text('{"peft_type": "LORA", "lora_bias": true}')
     assert command(["generate", *(str(trained) if word == "RUN" else word for word in words)]) == 2
     captured = capsys.readouterr()
     assert re.search(message, captured.err), captured.err

@@ -154,6 +154,13 @@ def test_defaults_of_axolotl_are_written_where_ours_differ(tmp_path: Path) -> No
     assert (config.train.global_batch, config.optim.schedule, config.quant.method) == (1, "cosine", "nf4")
 
 
+def test_dora_is_carried_for_a_new_adapter_and_brought_by_an_older_one() -> None:
+    values = LEAST | {"peft_use_dora": True}
+    assert convert(values, processes=1).settings["adapter"]["use_dora"] is True
+    started = convert(values | {"lora_model_dir": "lora"}, processes=1)
+    assert "use_dora" not in started.settings["adapter"]
+
+
 def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
     values = LEAST | {"micro_batch_size": 2, "gradient_accumulation_steps": 4}
     assert convert(values, processes=1).settings["train"]["global_batch"] == 8

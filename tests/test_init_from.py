@@ -36,7 +36,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    """A LoRA as PEFT saves it, with random B, on the Hugging Face model of a folder."""
+    """A LoRA or DoRA as PEFT saves it, with random B and magnitudes, on the Hugging Face model of a folder."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -44,6 +44,8 @@ def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float3
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
+            elif "lora_magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     tuned.to(dtype).save_pretrained(folder)
     return folder
 
@@ -89,6 +91,7 @@ LORAS: list[dict[str, Any]] = [
     {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear", **PATTERNS},
     {"r": 4, "lora_alpha": 4, "target_modules": r"model\.layers\.[02]\..*(up|gate)_proj", "dtype": torch.bfloat16},
     {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj", "v_proj"], "rank_pattern": {"k_proj": 2, "x": 9}},
+    {"r": 4, "lora_alpha": 6, "target_modules": ["k_proj", "down_proj"], "use_dora": True},
 ]
 
 
@@ -98,6 +101,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     config = starting(folders, folder)
     assert (config.adapter.r, config.adapter.lora_alpha) == (fields["r"], fields["lora_alpha"])
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
+    assert config.adapter.use_dora == fields.get("use_dora", False)
     model, _, _ = start_model(config, SINGLE)
     load_initial_adapter(model, config)
     base = dequantized_hf_model(folders / "llama", model)
@@ -172,6 +176,8 @@ def test_the_adapters_settings_are_the_runs_and_dropout_stays_the_users(folders:
     [
         ("adapter.r=16", "adapter.r=16 contradicts .*lora, whose r is 8"),
         ("adapter.use_rslora=true", "adapter.use_rslora=true contradicts .* whose use_rslora is False"),
+        ("adapter.use_dora=true", "adapter.use_dora=true contradicts .* whose use_dora is False"),
+        ("adapter=dora", "adapter=dora contradicts .* whose use_dora is False"),
         ("adapter.target_modules=all-linear", r"target_modules=all-linear contradicts .* is \[q_proj,v_proj\]"),
         ("+adapter.rank_pattern.q_proj=4", r"rank_pattern.q_proj=4 contradicts .* whose rank_pattern is {}"),
         ("adapter.init=gaussian", "adapter.init=gaussian has no effect"),
@@ -185,7 +191,8 @@ def test_a_word_that_the_adapter_contradicts_is_refused(folders: Path, adapter: 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
-    ({"use_dora": True}, "use_dora=True .*magnitudes"),
+    ({"use_dora": True}, "has a lora_A and no lora_magnitude_vector"),
+    ({"use_dora": "yes"}, "use_dora='yes' is not true or false"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"lora_bias": True}, "lora_bias=True"),
@@ -256,7 +263,10 @@ TENSORS: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
         plus("model.embed_tokens.lora_embedding_A", 8, 1001),
         "lora_embedding_A is no lora_A.* an adapter of the embedding",
     ),
-    (plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96), "a magnitude of DoRA"),
+    (
+        plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96),
+        "which is DoRA's, but adapter_config.json has no use_dora=true",
+    ),
     (plus("model.embed_tokens.weight", 1001, 96), "the whole embedding"),
     (plus("model.layers.0.self_attn.q_proj.lora_A.default.weight", 8, 96), "one tensor of two adapters"),
     (lambda t: {}, "holds no tensors"),
@@ -340,10 +350,10 @@ def test_the_command_refuses_with_code_2_and_starts_nothing(
     folders: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    edit(copy, use_dora=True)
+    edit(copy, lora_bias=True)
     assert main(["train", *overrides(folders, copy, f"run_dir={tmp_path / 'run'}")]) == 2
     error = capsys.readouterr().err
-    assert "use_dora" in error
+    assert "lora_bias" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
 

@@ -128,7 +128,7 @@ def test_own_groups_come_from_config_dir(tmp_path: Path):
         ("train.resume=true", "write `distlora resume RUN`"),
         ("data.packing=true", "documents are always packed"),
         ("quant.bits=4", "write quant=nf4 (4 bits) or quant=none"),
-        ("adapter.use_dora=true", "DoRA is not built yet"),
+        ("use_dora=true", "did you mean 'adapter.use_dora'?"),
         ("cutoff_len=2048", "did you mean 'data.sequence_length'?"),
         ("train.epochs=0.5", "write 1, or set train.max_steps for part of an epoch"),
         ("optim.lr=high", "must be of type float; write 0.1"),

@@ -59,6 +59,8 @@ METHODS = {
     "new tokens, tied": Method(
         adapter=_PLAIN | {"trainable_token_indices": [11, 7]}, model="llama-tied", new_tokens=NEW_TOKENS
     ),
+    "DoRA": Method(adapter={"use_dora": True}),
+    "DoRA, LoRA+": Method(adapter={"use_dora": True}, optim={"loraplus_lr_ratio": 4.0}, bases=("nf4",)),
 }
 CELLS = [(name, base, size) for name, method in METHODS.items() for base in method.bases for size in (1, 2, 3)]
 

@@ -72,6 +72,7 @@ class Config:
             )
             lora_only = {
                 "adapter.init_from": self.adapter.init_from is not None,
+                "adapter.use_dora": self.adapter.use_dora,
                 "adapter.lora_dropout": self.adapter.lora_dropout != 0,
                 "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
                 "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,

@@ -61,6 +61,9 @@ class AdapterConfig:
     """Numerator of the scale s: alpha/sqrt(r) with use_rslora, else alpha/r."""
     use_rslora: bool = True
     """Scale by alpha/sqrt(r) (Kalajdzievski 2023), which keeps the update's size independent of r."""
+    use_dora: bool = False
+    """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more number an
+    output. A step takes some more time and, for each adapted linear of a block, memory for one more output."""
     target_modules: str | tuple[str, ...] = "attention"
     """Which linears get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
     of their paths), or a regular expression that matches whole paths."""

@@ -14,6 +14,7 @@ _SETTINGS = {
     "adapter.lora_alpha": ("lora_alpha",),
     "model.new_tokens": ("tokens", "special_tokens", "additional_special_tokens", "extra_special_tokens"),
     "adapter.trainable_token_indices": ("peft_trainable_token_indices", "token_indices"),
+    "adapter.use_dora": ("use_dora", "peft_use_dora"),
     "train.global_batch": ("gradient_accumulation_steps", "grad_accum"),
     "train.save_every": ("save_steps",),
     "train.eval_every": ("eval_steps",),
@@ -35,7 +36,6 @@ _SENTENCES = {
     "bits": _BITS,
     "load_in_4bit": _BITS,
     "load_in_8bit": _BITS,
-    "use_dora": "; DoRA is not built yet",
 }
 """Names that no single setting stands for, and what to say of them."""
 

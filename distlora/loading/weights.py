@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.adapters import adapter_parameters
+from distlora.adapters import AdaptedLinear, adapter_parameters
 from distlora.config import UserError
 from distlora.families import ExpertLayout, read_config
 from distlora.loading.conversion import Source, find_sources, names_without_a_place
 from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
 from distlora.loading.reader import Reader
+from distlora.loading.row_norms import fill_row_norms
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
@@ -81,6 +82,8 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
                 segments = _segments(sources, name, (model.vocabulary.stored, parameter.shape[1]))
                 rows = model.rows_of(matrix)
                 load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
+            if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
+                fill_row_norms(module, backend)
         bytes_read = reader.bytes_read
     if quantized_weights:
         _check_packed(model, packed)

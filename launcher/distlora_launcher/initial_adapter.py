@@ -25,6 +25,8 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     keys = {word.lstrip("+").partition("=")[0]: word for word in overrides}
     typed = {key.split(".")[1]: word for key, word in keys.items() if key.startswith("adapter.")}
+    if keys.get("adapter") == "adapter=dora":
+        typed.setdefault("use_dora", keys["adapter"])
     for name, value in initial.settings.items():
         chosen = getattr(config.adapter, name)
         if name in typed and _comparable(chosen) != _comparable(value):

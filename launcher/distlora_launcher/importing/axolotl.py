@@ -113,6 +113,7 @@ def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
             "lora_target_linear",
             "lora_target_parameters",
             "peft_use_rslora",
+            "peft_use_dora",
         ):
             if keys.any(name):
                 imported.note("idle", name, "the adapter in lora_model_dir brings its own")
@@ -131,6 +132,8 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
     adapter |= {"r": rank, "lora_alpha": alpha, "use_rslora": keys.flag("peft_use_rslora")}
     if parameters := keys.words("lora_target_parameters"):
         adapter["target_parameters"] = parameters
+    if keys.flag("peft_use_dora"):
+        adapter["use_dora"] = True
     adapter["target_modules"] = _targets(keys, imported)
     if rows := keys.any("peft_trainable_token_indices"):
         adapter["trainable_token_indices"] = rows

@@ -90,7 +90,6 @@ ROWS: tuple[Row, ...] = (
     ("unsupported", "Llama 4 is not supported", "llama4_*"),
     # The adapter.
     ("refused", "weights are stored (out, in)", "lora_fan_in_fan_out"),
-    ("unsupported", "DoRA is not built yet; LoRA is written", "peft_use_dora"),
     (
         "unsupported",
         "write adapter.target_modules as a regular expression: model.layers.(0|1|2).*q_proj",

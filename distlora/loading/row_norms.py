@@ -1,0 +1,79 @@
+"""||W_o||^2 of every row of a frozen weight that is in memory already, over all ranks: what DoRA's norms start from.
+
+A weight lies on the ranks in groups of 16,384 weights (dense ones in rows), and a row may lie on two of them. So that
+no bit depends on their number, each sum has one order: b = gcd(in_features, 16384) consecutive weights never cross a
+border of a row or of a group; their squares are added in halves (the first half to the second, down to one), the sums
+of all ranks are put side by side, and those of a row are added in halves again. All in fp64, one addition after the
+other, so it depends on no library's way to sum either; rounded to fp32 once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distlora.adapters import AdaptedLinear
+from distlora.parallel import Backend
+from distlora_kernels import nf4
+from distlora_kernels.operands import FrozenWeight
+
+CHUNK_GROUPS = 16
+"""Groups whose squares are in memory at once: 2 MiB in fp64."""
+
+
+@torch.no_grad()
+def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
+    """Fill `row_norms_squared` from the weight as the GEMMs see it: dequantized, rounded to the run's dtype.
+
+    Every rank must call it for every such linear, in the same order, after the weight is complete.
+    """
+    assert linear.row_norms_squared is not None
+    rows, columns = linear.out_features, linear.in_features
+    size = math.gcd(columns, nf4.GROUP)
+    parts = [halved(part.double().square().view(-1, size)) for part in _own_parts(linear, backend)]
+    sums = torch.cat([linear.row_norms_squared.new_empty(0, dtype=torch.float64), *parts])  # A rank may own nothing.
+    if backend.sharded:
+        unit = nf4.GROUP if linear.quantized else columns
+        units = -(-(linear.codes if linear.quantized else linear.weight).shape[0] // backend.ranks.world)
+        padded = torch.zeros(units * unit // size, dtype=torch.float64, device=sums.device)
+        padded[: len(sums)] = sums
+        sums = backend.gather_rows(padded)[: rows * columns // size]
+    linear.row_norms_squared.copy_(halved(sums.view(rows, -1)))
+
+
+def halved(values: Tensor) -> Tensor:
+    """(n, m) -> (n,): the sum over m, always of the first half and the second (zeros fill m up to a power of 2)."""
+    length = values.shape[1]
+    missing = (1 << (length - 1).bit_length()) - length
+    if missing:
+        values = torch.cat([values, values.new_zeros(values.shape[0], missing)], dim=1)
+    while values.shape[1] > 1:
+        first, second = values.chunk(2, dim=1)
+        values = first + second
+    return values[:, 0]
+
+
+def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
+    """The rank's own weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
+    chunk = CHUNK_GROUPS * nf4.GROUP
+    if not linear.quantized:
+        yield from backend.local_rows(linear.weight)[0].flatten().split(chunk)
+        return
+    numel, dtype = linear.in_features * linear.out_features, linear.compute_dtype
+    codes, first = backend.local_rows(linear.codes)
+    parts = [codes]
+    if linear.plain_absmax:
+        parts.append(backend.local_rows(linear.absmax)[0])
+    else:
+        parts += [backend.local_rows(linear.scales)[0], backend.local_rows(linear.group_scale)[0]]
+    for start in range(0, codes.shape[0], CHUNK_GROUPS):
+        own = [part[start : start + CHUNK_GROUPS] for part in parts]
+        if not linear.plain_absmax:
+            assert isinstance(linear.offset, Tensor)
+            own.append(linear.offset)
+        groups = own[0].shape[0]
+        dense = FrozenWeight(tuple(own), (groups, nf4.GROUP)).dense(dtype).flatten()
+        yield dense[: numel - (first + start) * nf4.GROUP]

@@ -1,0 +1,253 @@
+"""DoRA in a model: the norms of its base on any ranks, its start, dropout, resume, rows that choose. (That it is
+PEFT's, trained on one to three ranks, is a row of tests/test_methods.py.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from closeness import assert_adapters_close, assert_close, assert_losses_close
+from distlora.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
+from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
+from distlora.loading.row_norms import halved
+from distlora.model import CausalLM, materialize_buffers
+from distlora.optim import parameter_groups
+from distlora.parallel import Ranks
+from small_models import make_run, write_model_folder
+from test_dropout import OurDropout
+from test_loading import loaded
+from test_parity import adapters_after, outcome
+from test_peft import dequantized_hf_model, our_trained_model
+from test_prequantized import ODD, quantize
+from test_resume import SINGLE, figures, result, run_until
+from worlds import World
+
+DORA = {"target_modules": "all-linear", "r": 8, "use_dora": True}
+
+
+def norms_of(ranks: Ranks, *, folder: Path, sections: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """By path: a rank's row norms, and on a single rank the norms of the weight as the GEMMs see it, in fp64."""
+    model, _ = loaded(folder, ranks, adapter=DORA, **sections)
+    norms = {}
+    for path, linear in model.adapted_linears():
+        squares = linear.row_norms_squared
+        assert squares is not None
+        dense = linear.frozen_weight.dense(linear.compute_dtype) if ranks.world == 1 else None
+        norms[path] = (squares.clone(), None if dense is None else dense.double().square().sum(dim=1))
+    return norms
+
+
+@pytest.fixture(scope="module")
+def bases(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """A folder and the sections of a config for each way in which a base is stored."""
+    root = tmp_path_factory.mktemp("bases")
+    write_model_folder(root / "odd", "llama", **ODD)
+    quantize(root / "odd", root / "nested", bnb_4bit_use_double_quant=True)
+    quantize(root / "odd", root / "plain", bnb_4bit_use_double_quant=False)
+    return {
+        "nf4": (folders / "llama", {}),
+        "nf4-bf16": (folders / "llama", {"train": {"dtype": "bf16"}}),
+        "dense": (folders / "llama", {"quant": {"method": "none"}}),
+        "dense-bf16": (folders / "llama", {"quant": {"method": "none"}, "train": {"dtype": "bf16"}}),
+        "nested": (root / "nested", {}),
+        "plain": (root / "plain", {}),
+    }
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-bf16", "dense", "dense-bf16", "nested", "plain"])
+def test_row_norms_are_those_of_the_weight_in_use_and_the_same_bits_on_any_ranks(
+    world: World, bases: dict[str, tuple[Path, dict[str, Any]]], base: str
+) -> None:
+    folder, sections = bases[base]
+    single = norms_of(SINGLE, folder=folder, sections=sections)
+    for squares, expected in single.values():
+        assert expected is not None
+        # Summed in fp64 and rounded once.
+        assert bool(((squares.double() - expected).abs() <= 0.51 * torch.finfo(torch.float32).eps * expected).all())
+    for size in (2, 3):
+        for norms in world.run(size, norms_of, folder=folder, sections=sections):
+            assert all(torch.equal(norms[path][0], squares) for path, (squares, _) in single.items())
+
+
+def test_halves_are_added_in_one_order() -> None:
+    values = torch.tensor([[1e16, 1.0, -1e16, 1.0, 3.0]], dtype=torch.float64)
+    # (1e16 + 3, 1 + 0, -1e16 + 0, 1 + 0) -> (3 to a multiple of 2, 2) -> their sum.
+    assert halved(values).tolist() == [(1e16 + 3.0 - 1e16) + 2.0]
+    assert torch.equal(halved(torch.ones(3, 1)), torch.ones(3))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: str) -> None:
+    """Of rows that use it and of rows that use none, alone and side by side, with dropout and without."""
+    sections: dict[str, Any] = {"quant": {"method": quant}, "train": {"dtype": dtype}}
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(40).expand_as(tokens)
+    states = []
+    for adapter in ({"target_modules": "qv", "r": 4}, DORA):
+        model, backend = loaded(folders / "qwen3", adapter=adapter, **sections)
+        materialize_buffers(model, backend.ranks.device)
+        reset_adapters(model.adapted_linears(), AdapterConfig(**adapter), seed=0)  # type: ignore[arg-type]
+        states.append(model.hidden_states(tokens, positions))
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([0, -1])))
+    at = StepRows(0, torch.tensor([0, 1]))
+    assert torch.equal(states[0], model.hidden_states(tokens, positions, step_rows=at))
+    for _, linear in model.adapted_linears():
+        magnitude = linear.pairs[0].magnitude
+        assert magnitude is not None
+        assert linear.row_norms_squared is not None
+        assert torch.equal(magnitude.detach(), linear.row_norms_squared.double().sqrt().float())
+
+
+CELLS = [(1, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}), (3, {"micro_batch": 1})]
+
+
+def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpointing(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    adapter = DORA | {"lora_dropout": 0.3}
+    make_run(tmp_path / "reference", folders, adapter=adapter, train={"micro_batch": 12, "checkpointing": "none"})
+    losses, expected = outcome(world, 1, tmp_path / "reference")
+    assert losses[-1] < losses[0] - 0.05
+    for size, settings in CELLS:
+        make_run(tmp_path / str(size), folders, adapter=adapter, train=settings)
+        actual, tensors = outcome(world, size, tmp_path / str(size))
+        assert_losses_close(actual, losses)
+        assert_adapters_close(tensors, expected)
+
+
+def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, adapter=DORA, train={"max_steps": 2})
+    first, *others = world.run(3, adapters_after, run_dir=tmp_path / "run")
+    assert sum(name.endswith(".magnitude") for name in first) == 3 * 7
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 5, "save_every": 2, "log_every": 1}
+    for name, stops in (("whole", [None]), ("stopped", [3, None])):
+        make_run(tmp_path / name, folders, adapter=DORA | {"lora_dropout": 0.1}, train=settings)
+        for stop in stops:
+            world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+
+
+def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path) -> None:
+    settings = {"adapter": DORA | {"lora_dropout": 0.3}, "train": {"max_steps": 4}, "optim": {"lr": 2e-2}}
+    make_run(tmp_path / "run", folders, **settings)  # type: ignore[arg-type]
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    ours = our_trained_model(tmp_path / "run")
+    base = dequantized_hf_model(folders / "llama", ours)
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter", is_trainable=True).train()
+    at = StepRows(3, torch.tensor([5, 1]))
+    for path, linear in ours.adapted_linears():
+        layer = tuned.get_submodule(f"base_model.model.{path}")
+        assert isinstance(layer.lora_dropout["default"], nn.Dropout)
+        layer.lora_dropout["default"] = OurDropout(linear, at)
+
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    labels = torch.full_like(tokens, -100)
+    labels[:, :-1] = tokens[:, 1:]
+    theirs = nn.functional.cross_entropy(
+        tuned(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    theirs.backward()
+    loss = loss_of(ours, tokens, labels, step_rows=at)
+    loss.backward()
+    assert_losses_close([loss.item()], [theirs.item()])
+    for path, linear in ours.adapted_linears():
+        layer = tuned.get_submodule(f"base_model.model.{path}")
+        pair = linear.pairs[0]
+        peers = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+        for actual, peer in zip((pair.A, pair.B, pair.magnitude), peers, strict=True):
+            assert actual is not None
+            assert actual.grad is not None
+            # fp32 sums of a few hundred products through three blocks, in another order: 1e-5 relative.
+            assert_close(actual.grad, peer["default"].weight.grad, ulps=84)
+
+
+def loss_of(model: CausalLM, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:
+    return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), labels, **rows).sum()
+
+
+def adapted(names: tuple[str, ...], context: BlockContext, bias: bool) -> AdaptedLinear:
+    """Dense, of random weights, DoRA adapters of several ranks that are trained a little."""
+    linear = AdaptedLinear(32, 40, bias=bias, quantized=False, dtype=torch.float32, context=context)
+    for index, name in enumerate(names):
+        config = AdapterConfig(r=4 + 2 * index, lora_alpha=8.0 + index, use_dora=True)
+        linear.add_adapter(name, config, path="model.layers.0.q_proj", seed=0)
+    linear.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        assert linear.row_norms_squared is not None
+        linear.row_norms_squared.copy_(linear.weight.square().sum(dim=1))
+        for pair in linear.pairs:
+            assert pair.magnitude is not None
+            pair.magnitude.add_(linear.row_norms_squared.sqrt())
+    return linear
+
+
+def textbook(linear: AdaptedLinear, pair: LoRAPair, x: Tensor) -> Tensor:
+    """The paper's formula, its norm detached."""
+    assert pair.magnitude is not None
+    direction = linear.weight + pair.scaling * pair.B @ pair.A
+    y = x @ (pair.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T
+    return y if linear.bias is None else y + linear.bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_choose_among_magnitudes_and_minus_one_is_the_base(bias: bool) -> None:
+    context = BlockContext()
+    linear = adapted(("first", "second"), context, bias)
+    x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    context.adapter_rows = torch.tensor([1, -1, 0, 1, 1])
+    y = linear(x)
+    base = nn.functional.linear(x[1], linear.weight, linear.bias)
+    assert_close(y[1], base, ulps=4)
+    parts = [textbook(linear, linear.pairs[int(row)], x[i]) for i, row in enumerate(context.adapter_rows)]
+    expected = torch.stack([parts[0], base, *parts[2:]])
+    assert_close(y, expected, ulps=8)
+    leaves = [x, *linear.adapters.parameters()]
+    assert len(leaves) == 1 + 2 * 3
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    for actual, reference in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        assert_close(actual, reference, ulps=16)
+    # All rows of one adapter are what it gives alone.
+    context.adapter_rows = torch.zeros(5, dtype=torch.int64)
+    chosen = linear(x)
+    del linear.adapters["second"]
+    linear._scales, context.adapter_rows = None, None
+    assert_close(chosen, linear(x), ulps=4)
+
+
+def test_dora_and_lora_do_not_share_a_linear() -> None:
+    linear = adapted(("first",), BlockContext(), False)
+    with pytest.raises(AssertionError, match="do not mix"):
+        linear.add_adapter("second", AdapterConfig(), path="model.layers.0.q_proj", seed=0)
+
+
+def test_magnitudes_have_the_rate_of_b() -> None:
+    parameters = dict(adapted(("default",), BlockContext(), False).adapters.named_parameters())
+    slow, fast = parameter_groups(parameters, OptimConfig(loraplus_lr_ratio=16.0))
+    assert (len(slow["params"]), len(fast["params"])) == (1, 2)
+    assert (slow["lr_ratio"], fast["lr_ratio"]) == (1.0, 16.0)
+
+
+def test_dora_is_refused_where_everything_is_trained() -> None:
+    sections = {"model": ModelConfig(path="m"), "data": DataConfig(path="d.jsonl"), "quant": QuantConfig(method="none")}
+    with pytest.raises(UserError, match=r"adapter.use_dora has no effect with adapter=full; leave it out"):
+        Config(adapter=AdapterConfig(method="full", use_dora=True), run_dir="-", **sections)  # type: ignore[arg-type]

@@ -92,6 +92,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"target_modules": "all-linear", "lora_dropout": 0.1},
         r"lora_dropout=0.1 has no place in adapters",
     ),
+    (
+        "qwen3-moe",
+        {"target_modules": "all-linear", "use_dora": True},
+        r"use_dora=true has no place in adapters of experts",
+    ),
     ("llama", {"target_parameters": ["mlp.experts.down_proj"]}, r"names weights of experts, and llama has none"),
 ]
 

@@ -256,7 +256,10 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     with torch.device("meta"):
         # A copy, because from_config writes the dtype into the config that it is given.
         hf_model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config), dtype=dtype, attn_implementation=family.attention
+            copy.deepcopy(hf_config),
+            dtype=dtype,
+            attn_implementation=family.attention,
+            experts_implementation="eager",  # Ours take their place.
         )
     assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.

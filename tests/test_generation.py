@@ -81,6 +81,7 @@ def completions(model: CausalLM, backend: Backend, settings: GenerationConfig) -
 
 
 FAMILIES = ["llama3-tied", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3"]
+FAMILIES += ["mixtral", "gpt-oss"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

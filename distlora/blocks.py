@@ -99,8 +99,9 @@ class Block(nn.Module):
 
 
 class _Together(torch.autograd.Function):
-    """(output, balance) as they are, in one node of the graph: the backward of the block starts where both gradients
-    are there. FSDP2 gathers the block again at the output's, and the balance's alone would reach it before.
+    """(output, balance) as they are, in one node of the graph: no backward of the block starts before both gradients
+    are there. FSDP2 gathers the block again at the output's, and must do so before the balance's needs its weights;
+    without this node that would be by the order in which autograd happens to run nodes.
     """
 
     @staticmethod

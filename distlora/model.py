@@ -363,7 +363,8 @@ def _replace_weights(
             replaced[path] = new
         link_shared_inputs(replaced)
         if family.experts is not None:
-            quantized = config.quant.method == "nf4" and not packed
+            # bitsandbytes leaves fused experts in 16 bits, in a checkpoint that it has quantized too.
+            quantized = config.quant.method == "nf4"
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:

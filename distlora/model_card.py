@@ -147,7 +147,11 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
         yield "lora_dropout", f"{config.adapter.lora_dropout:g}"
         targets = adapter["target_modules"]
         many = isinstance(targets, list) and len(targets) > 16
-        yield "target_modules", f"{len(targets)} linears" if many else _joined(targets)
+        if targets:
+            yield "target_modules", f"{len(targets)} linears" if many else _joined(targets)
+        if parameters := adapter.get("target_parameters"):
+            many = len(parameters) > 16
+            yield "target_parameters", f"{len(parameters)} weights of experts" if many else _joined(parameters)
         yield from _trained_rows(adapter.get("trainable_token_indices"))
         if config.adapter.init_from is not None:
             yield "started from", _shown(config.adapter.init_from)

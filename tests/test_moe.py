@@ -12,10 +12,12 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 
 import distlora.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
+from distlora import train
 from distlora.adapters import adapter_parameters
 from distlora.config import AdapterConfig, UserError
 from distlora.experts import ExpertPair, ExpertWeight
@@ -23,13 +25,16 @@ from distlora.figures import active_parameters, experts_said
 from distlora.flops import count_flops
 from distlora.loading.weights import load_base
 from distlora.model import CausalLM, build_model, count_parameters
-from distlora.parallel import parallelize
+from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_config, adapter_tensors
+from distlora.quant import FrozenTensor
 from distlora.startup import start_model
 from distlora_kernels import nf4
 from distlora_launcher.checks import check_model
 from family_models import SINGLE, config_for, dequantized, edit_config, load_ours, tokens, write_family_folder
+from small_models import make_run, read_metrics
 from test_families import five_steps, positions_of, save_adapter, shifted
+from test_prequantized import quantize
 from worlds import World
 
 MODELS = ("mixtral", "qwen3-moe", "gpt-oss")
@@ -289,3 +294,48 @@ def test_the_routers_loss_is_configs_own_where_nothing_is_set(
     assert build_model(config_for(tmp_path / "model")).router_aux_loss == weight
     off = config_for(tmp_path / "model", train={"router_aux_loss": 0.0})
     assert build_model(off).router_aux_loss == 0.0
+
+
+def trained(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
+    """A run, or the rest of one, on this rank."""
+    train.run(run_dir, ranks)
+    return read_metrics(run_dir)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
+    world: World, folders: Path, tmp_path: Path, size: int
+) -> None:
+    """A run of four steps with the routers' loss, and the same one stopped after two."""
+    settings = {"max_steps": 4, "micro_batch": 2, "accumulate": "block", "save_every": 2, "router_aux_loss": 0.1}
+    for name in ("whole", "stopped"):
+        config = make_run(tmp_path / name, folders, "mixtral", train=settings, data={"eval_fraction": 0.0})
+    lines = world.run(size, trained, run_dir=tmp_path / "whole")[0]
+    model = build_model(config)
+    blocks = rest = 0
+    for path, parameter in model.named_parameters():
+        if ".adapters." not in path:
+            padded = size * -(-parameter.shape[0] // size) * parameter[:1].numel() * parameter.element_size()
+            blocks, rest = (blocks + padded, rest) if ".layers." in path else (blocks, rest + padded)
+    assert lines[-1]["gathered_bytes"] == 2 * blocks + rest, "forward and backward, all micro-batches in one gather"
+    adapter = safetensors.torch.load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert lines[-1]["reduced_bytes"] == sum(tensor.nbytes for tensor in adapter.values())
+
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "step_00000002", tmp_path / "stopped" / "checkpoints" / "step_00000002"
+    )
+    assert world.run(size, trained, run_dir=tmp_path / "stopped")[0][-1]["loss"] == lines[-1]["loss"]
+    resumed = safetensors.torch.load_file(tmp_path / "stopped" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], adapter[name]) for name in adapter)
+
+
+def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(folders: Path, tmp_path: Path) -> None:
+    """It keeps fused experts dense in a checkpoint that it has quantized; here nothing but the router is."""
+    quantize(folders / "mixtral", tmp_path / "packed", bnb_4bit_use_double_quant=True)
+    config = config_for(tmp_path / "packed")
+    model = build_model(config)
+    loaded = load_base(model, config.model.path, parallelize(model, SINGLE, config))
+    assert loaded.prequantized
+    weights = [module for module in model.modules() if isinstance(module, FrozenTensor)]
+    assert all(weight.quantized for weight in weights)
+    assert loaded.quantized_weights == sum(weight.numel for weight in weights)

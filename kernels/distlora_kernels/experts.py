@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import experts_grouped, experts_torch
 from distlora_kernels.expert_operands import ExpertAdapter, ExpertLinear, Routing
 from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["ExpertAdapter", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
 
@@ -93,19 +94,22 @@ class _ExpertLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, form: _Form, *parts: Tensor
     ) -> Tensor:
-        y, gated = _path(x).forward(x, form.joined(a, b, bias, parts), form.routing)
+        weights = DenseWeights(1)
+        y, gated = _path(x).forward(x, form.joined(a, b, bias, parts), form.routing, weights)
         ctx.form = form
         # x for dA, what the path keeps (s x A^T) for dB.
-        ctx.save_for_backward(None if a is None else x, gated, a, b, bias, *parts)
+        ctx.save_for_backward(None if a is None else x, gated, *weights.saved, a, b, bias, *parts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, a, b, bias, *parts = ctx.saved_tensors
+        x, gated, dense, a, b, bias, *parts = ctx.saved_tensors
+        weights = DenseWeights(1)
+        weights.saved = [dense]
         linear = ctx.form.joined(a, b, bias, parts)
-        dy = dy.contiguous()
-        gradients = _path(dy).backward(x, linear, ctx.form.routing, gated, dy, ctx.needs_input_grad[:3])
+        dy, needs = dy.contiguous(), ctx.needs_input_grad[:3]
+        gradients = _path(dy).backward(x, linear, ctx.form.routing, weights, gated, dy, needs)
         return (*gradients, None, None, *(None for _ in parts))
 
 

@@ -18,9 +18,9 @@ from distlora_kernels.scratch import DenseWeights
 _RANK_MULTIPLE = 8
 
 
-def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
     """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R padded), None without an adapter."""
-    y = _product(x, _dense(linear, x.dtype).transpose(-2, -1), routing)
+    y = _product(x, _dense(linear, x.dtype, weights).transpose(-2, -1), routing)
     gated = None
     if linear.adapter is not None:
         a, b = _padded(linear.adapter, x.dtype)
@@ -35,12 +35,13 @@ def backward(
     x: Tensor | None,
     linear: ExpertLinear,
     routing: Routing,
+    weights: DenseWeights,
     gated: Tensor | None,
     dy: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> ExpertGradients:
     """The gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R), as `needs` asks for them."""
-    dx = _product(dy, _dense(linear, dy.dtype), routing) if needs[0] else None
+    dx = _product(dy, _dense(linear, dy.dtype, weights), routing) if needs[0] else None
     if linear.adapter is None:
         return ExpertGradients(dx, None, None)
     assert x is not None
@@ -64,9 +65,9 @@ def _product(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
     return F.grouped_mm(left, right, offs=routing.ends)
 
 
-def _dense(linear: ExpertLinear, dtype: torch.dtype) -> Tensor:
+def _dense(linear: ExpertLinear, dtype: torch.dtype, weights: DenseWeights) -> Tensor:
     """(E, O, I) in `dtype`; on a GPU until the next weight is taken."""
-    weight = DenseWeights(1).take(0, linear.weight, dtype)
+    weight = weights.take(0, linear.weight, dtype)
     return weight.transpose(-2, -1) if linear.transposed else weight
 
 

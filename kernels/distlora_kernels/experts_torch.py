@@ -16,10 +16,13 @@ from torch import Tensor
 from distlora_kernels import nf4
 from distlora_kernels.expert_operands import ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.scratch import DenseWeights
 
 
-def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R), None without an adapter."""
+def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
+    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R), None without an adapter. No dense weight is
+    left in `weights`: an expert's is dropped before the next one's is made.
+    """
     weight_of = dense_experts(linear, x.dtype)
     y = x.new_empty(x.shape[0], linear.out_features)
     gated = None
@@ -43,6 +46,7 @@ def backward(
     x: Tensor | None,
     linear: ExpertLinear,
     routing: Routing,
+    weights: DenseWeights,
     gated: Tensor | None,
     dy: Tensor,
     needs: tuple[bool, bool, bool],

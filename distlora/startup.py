@@ -6,9 +6,10 @@ import torch
 
 from distlora import attention, liger
 from distlora.adapters import reset_adapters
+from distlora.buffers import materialize_buffers
 from distlora.config import Config
 from distlora.loading.weights import Loaded, load_base
-from distlora.model import DTYPES, CausalLM, build_model, materialize_buffers
+from distlora.model import DTYPES, CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.quant import FrozenTensor
 from distlora_kernels import scratch

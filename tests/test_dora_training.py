@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
+from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.row_norms import halved
-from distlora.model import CausalLM, materialize_buffers
+from distlora.model import CausalLM
 from distlora.optim import parameter_groups
 from distlora.parallel import Ranks
 from small_models import make_run, write_model_folder

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from distlora.buffers import materialize_buffers
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.flops import ModelFlops, count_flops, peak_flops, peak_of_card
-from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.model import CausalLM, build_model
 
 TOKENS, ROWS = 48, 2
 

@@ -49,7 +49,7 @@ LAYERS = [
     {"distlora.run_folder", "distlora.model_card"},
     {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance"},
     {"distlora.model"},
-    {"distlora.parallel", "distlora.peft_format", "distlora.flops"},
+    {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint", "distlora.tensor_files"},
     {"distlora.results", "distlora.startup"},

@@ -14,11 +14,12 @@ from torch import Tensor
 import distlora.model
 from distlora import train
 from distlora.adapters import reset_adapters
+from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import build
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.model import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.quant import FrozenLinear
 from distlora_kernels import nf4

@@ -16,9 +16,10 @@ from torch import Tensor
 from closeness import assert_close
 from distlora import train
 from distlora.adapters import reset_adapters
+from distlora.buffers import materialize_buffers
 from distlora.config_file import load_config
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.model import CausalLM, build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_tensors
 from distlora.quant import FrozenLinear

@@ -21,13 +21,14 @@ from torch import Tensor
 from closeness import assert_adapters_close
 from distlora import train
 from distlora.adapters import reset_adapters
+from distlora.buffers import materialize_buffers
 from distlora.config import Config, UserError
 from distlora.config_file import build
 from distlora.families import read_config
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import Loaded, load_base
-from distlora.model import CausalLM, build_model, materialize_buffers
+from distlora.model import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.quant import FrozenLinear
 from distlora_kernels import nf4, nf4_cpu, reference

@@ -23,6 +23,25 @@ _CACHES = ("cache", "past_key_values")
 """Names under which transformers hands a layer the keys and values of earlier tokens, one object for all rows."""
 
 
+class Reference:
+    """The rows of a forward a second time, through other adapters and without gradient: DPO's reference model.
+
+    Each block runs both while it is gathered and hands its output on here. Nothing of it is kept for backward, and of
+    the blocks' outputs one at a time is alive.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        """(B,) int64: which adapter each row uses here, -1 for none."""
+        self.hidden: Tensor | None = None
+        """(B, T, H): what the next block reads; None before the first, which reads what the rows themselves do."""
+
+    def take(self) -> Tensor | None:
+        """The states, which are then freed with whoever took them, though the blocks know this object still."""
+        taken, self.hidden = self.hidden, None
+        return taken
+
+
 class Block(nn.Module):
     """A decoder layer with its batch run in slices, each checkpointed if asked."""
 
@@ -39,6 +58,8 @@ class Block(nn.Module):
         """(B, T): the positions over which the router is to be balanced; None: outside of training, without routers."""
         self.balance: Tensor | None = None
         """(B, 2, experts) fp32: what the last forward's router says to that; whoever reads it takes it away."""
+        self.reference: Reference | None = None
+        """Shared by the blocks of a forward that runs its rows through other adapters too."""
         self.num_micro = 1
         """Slices of the batch; must divide it."""
         self.checkpointing = False
@@ -55,6 +76,24 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced too; one with dim 0 = 1 is shared."""
+        output, balance = self._run_slices(hidden_states, self.adapter_rows, self.step_rows, self.balanced, kwargs)
+        if balance is not None:
+            output, self.balance = _Together.apply(output, balance)
+        if self.reference is not None:
+            with torch.no_grad():
+                before = hidden_states if self.reference.hidden is None else self.reference.hidden
+                self.reference.hidden, _ = self._run_slices(before, self.reference.rows, None, None, kwargs)
+        return output
+
+    def _run_slices(
+        self,
+        hidden_states: Tensor,
+        rows: Tensor | None,
+        places: StepRows | None,
+        balanced: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, H), and what the routers say where they are asked."""
         batch = hidden_states.shape[0]
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
@@ -63,17 +102,15 @@ class Block(nn.Module):
         for start in range(0, batch, size):
             part = slice(start, start + size)
             sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
-            adapter_rows = None if self.adapter_rows is None else self.adapter_rows[part]
-            step_rows = None if self.step_rows is None else self.step_rows.part(part)
-            balanced = None if self.balanced is None else self.balanced[part]
+            adapter_rows = None if rows is None else rows[part]
+            step_rows = None if places is None else places.part(part)
+            positions = None if balanced is None else balanced[part]
             hidden = hidden_states[part] if self.num_micro > 1 else hidden_states
-            output, balance = self._run(hidden, adapter_rows, step_rows, balanced, sliced)
+            output, balance = self._run(hidden, adapter_rows, step_rows, positions, sliced)
             outputs.append(output)
             balances += [] if balance is None else [balance]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        if balances:
-            output, self.balance = _Together.apply(output, torch.cat(balances))
-        return output
+        return output, torch.cat(balances) if balances else None
 
     def _run(
         self,

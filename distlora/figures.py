@@ -7,14 +7,25 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.data.loader import StepLoader
 from distlora.experts import ExpertWeight
 from distlora.loading.weights import Loaded
-from distlora.model import CausalLM, count_parameters
+from distlora.model import CausalLM
+from distlora.quant import PACKED_PARTS, FrozenTensor
 from distlora.reporting import Reporter
 from distlora.tokens import HEAD
 from distlora.trainer import Trainer, peak_memory_bytes
+
+
+def count_parameters(model: CausalLM) -> tuple[int, int]:
+    """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
+    adapters = adapter_parameters(model)
+    base = {name: p for name, p in model.named_parameters() if name not in adapters}
+    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
+    quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
+    return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
@@ -110,6 +121,7 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         first = "base_eval_loss" if trainer.config.adapter.init_from is None else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
+        figures |= trainer.held_out  # Of the last evaluation, which was at that step.
         if progress.best_step is not None:
             figures["best_eval_loss"] = progress.evaluations[progress.best_step]
             figures["best_step"] = progress.best_step

@@ -76,19 +76,22 @@ class ModelFlops:
         return total
 
 
-def count_flops(model: CausalLM) -> ModelFlops:
+def count_flops(model: CausalLM, *, with_reference: bool = False) -> ModelFlops:
     """Per linear of I x O: 2 IO forward, 2 IO for the input's gradient, 2 IO more where it is trained; an adapter of
     rank R adds 6 R (I + O), N trained rows of the head 6 N I; of experts, those that a token chooses. Routers are not
     counted. Attention, per pair and layer: 4 heads * head_dim forward, 8 backward.
+
+    `with_reference`: every row runs forward once more, without an adapter (DPO).
     """
     config = model.hf_config
     trained = any(parameter.requires_grad for parameter in model.head.parameters())
-    per_token = (6 if trained else 4) * model.head.weight.numel()
+    again = 2 if with_reference else 0
+    per_token = ((6 if trained else 4) + again) * model.head.weight.numel()
     if model.head.token_rows is not None:
         per_token += 6 * model.head.token_rows.rows.numel()
     for module in (module for block in model.blocks for module in block.modules()):
         if isinstance(module, FrozenLinear):
-            per_token += 4 * module.in_features * module.out_features
+            per_token += (4 + again) * module.in_features * module.out_features
             if isinstance(module, AdaptedLinear):
                 ranks = sum(pair.A.shape[0] for pair in module.pairs)
                 per_token += 6 * ranks * (module.in_features + module.out_features)
@@ -99,7 +102,7 @@ def count_flops(model: CausalLM) -> ModelFlops:
         elif isinstance(module, torch.nn.Linear):
             per_token += 6 * module.in_features * module.out_features
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_layer = 12 * config.num_attention_heads * head_dim
+    per_layer = (12 + 2 * again) * config.num_attention_heads * head_dim
     layers = len(model.blocks)
     windowed = _windowed_layers(config, layers)
     kinds = ((layers - windowed, None), (windowed, getattr(config, "sliding_window", None)))

@@ -27,6 +27,9 @@ IGNORED_LABEL = -100
 class LossHead(nn.Module):
     """forward(hidden (B, T, H), labels (B, T)) -> (B,) fp32: the sum of -log p(label) over each row's labels >= 0.
 
+    With `reference` (B, T, H), the hidden states of the same rows in another model: the losses of each token in both,
+    (2, B, T) fp32, the second without gradient. One forward for both, since a sharded weight is gathered for one.
+
     Without labels, the logits (B, T, vocabulary) fp32 themselves: through forward too, which is what a sharded weight
     is gathered for.
     """
@@ -49,9 +52,18 @@ class LossHead(nn.Module):
         """Take these rows in place of the weight's own from now on."""
         self._token_rows = (token_rows,)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None) -> Tensor:
         if labels is None:
             return self.logits(hidden)
+        losses = self._losses(hidden, labels)
+        if reference is None:
+            return losses.sum(dim=1)
+        with torch.no_grad():
+            of_reference = self._losses(reference, labels)
+        return torch.stack([losses, of_reference])
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """(B, T) fp32: the loss of each token, 0 where there is no label."""
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         tokens_per_chunk = max(16, LOGITS_PER_CHUNK // self.weight.shape[0])
         if not torch.is_grad_enabled():
@@ -62,7 +74,7 @@ class LossHead(nn.Module):
         else:
             rows = None if self.token_rows is None else self.token_rows.rows
             losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens_per_chunk)
-        return losses.view(labels.shape).sum(dim=1)
+        return losses.view(labels.shape)
 
     def token_losses(
         self, hidden: Tensor, labels: Tensor, own: Tensor | None = None, weight: Tensor | None = None

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows
 from distlora.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.balance import ask_for_balance, balance_sums, place_routers, weight_of
-from distlora.blocks import Block
+from distlora.blocks import Block, Reference
 from distlora.config import Config, UserError
 from distlora.expert_targets import check_router_loss, expert_names, select_adapted
 from distlora.experts import ExpertWeight, replace_experts
@@ -32,7 +32,7 @@ from distlora.head import LossHead
 from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
 from distlora.loading.segments import read_headers
-from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor, link_shared_inputs
+from distlora.quant import FrozenLinear, link_shared_inputs
 from distlora.targets import check_patterns
 from distlora.token_rows import TokenRows
 from distlora.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
@@ -117,6 +117,7 @@ class CausalLM(nn.Module):
         past: Past | None = None,
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
+        reference_rows: Tensor | None = None,
     ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
@@ -125,10 +126,17 @@ class CausalLM(nn.Module):
         (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
         in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
         the model attends by documents; without them it attends through masks, made from the positions.
+        With `reference_rows` (B,) the rows run a second time, through these adapters (-1 for none), without gradient
+        and dropout, while each block is gathered: the losses of each token in both, (2, B, T) fp32.
         """
+        reference = None if reference_rows is None else Reference(reference_rows)
         balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
         balanced = ask_for_balance(self.blocks, labels if balancing else None)
-        hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents)
+        hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents, reference)
+        if reference is not None:
+            with torch.no_grad():
+                states = self.final_norm(reference.take())
+            return self.head(hidden, labels, states)
         output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels)
         if balanced is None or labels is None:
             return output
@@ -142,11 +150,12 @@ class CausalLM(nn.Module):
         past: Past | None = None,
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
+        reference: Reference | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, H): what the head reads."""
+        """(B, T) -> (B, T, H): what the head reads. `reference` then holds what the last block gave its rows."""
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
         for block in self.blocks:
-            block.adapter_rows, block.step_rows = adapter_rows, step_rows
+            block.adapter_rows, block.step_rows, block.reference = adapter_rows, step_rows, reference
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
@@ -298,6 +307,8 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     )
     if family.experts is not None:
         model.router_aux_loss = weight_of(config.train.router_aux_loss, model.hf_config)
+        if config.train.objective == "dpo":  # What config.json says is about tokens, not pairs.
+            model.router_aux_loss = 0.0
         if model.router_aux_loss > 0:
             place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
     if masters and config.train.dtype != "fp32":
@@ -369,12 +380,3 @@ def _replace_weights(
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:
                     weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)
-
-
-def count_parameters(model: CausalLM) -> tuple[int, int]:
-    """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
-    adapters = adapter_parameters(model)
-    base = {name: p for name, p in model.named_parameters() if name not in adapters}
-    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
-    quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
-    return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,8 +1,9 @@
 """The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step (an
 8-bit optimizer does: optim.py).
 
-A step: loss = sum over the target tokens of all ranks and micro-batches / their number, which the loader knows in
-advance; backward; one sum over ranks; clip; update. Losses and norms stay on the device until the next log.
+A step: loss = sum over the units (target tokens, pairs of answers) of all ranks and micro-batches / their number, which
+the loader knows in advance; backward; one sum over ranks; clip; update. Losses and norms stay on the device until the
+next log.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distlora.adapters import StepRows
-from distlora.attention import Documents
 from distlora.checkpoint import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
 from distlora.flops import count_flops, peak_flops
 from distlora.model import CausalLM
+from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
 from distlora.parallel import Backend
 from distlora.parallel.traffic import Traffic
@@ -55,7 +55,9 @@ class _Interval:
     first_step: int
     row_losses: list[Tensor] = field(default_factory=list)
     """(rows of this rank,) loss sums of each step."""
-    targets: list[int] = field(default_factory=list)
+    figures: list[Tensor] = field(default_factory=list)
+    """(F,) sums of the objective's figures in each step, of this rank."""
+    units: list[int] = field(default_factory=list)
     grad_norms: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -87,7 +89,10 @@ class Trainer:
         self.progress = progress
         self.step_traffic: Traffic | None = None
         """What the last logged interval moved on this rank, a step; None before the first."""
-        self._flops = count_flops(model)
+        self.objective = objective_of(config.train)
+        self.held_out: dict[str, float] = {}
+        """The figures of the last evaluation, by name."""
+        self._flops = count_flops(model, with_reference=self.objective.has_reference)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
         """On the device: false from the first step with a non-finite loss or gradient on; nothing is updated then."""
@@ -154,12 +159,15 @@ class Trainer:
     def _train_step(self, step: int, interval: _Interval) -> None:
         batch = self.loader.batch(step)
         row_losses: list[Tensor] = []
+        figures: list[Tensor] = []
+        units = self.objective.units(batch)
         self.backend.zero_gradients()
         micro_batches = self._as_run(batch)
         for index, micro_batch in enumerate(micro_batches):
-            losses = self._loss_sums(micro_batch, step)
-            row_losses.append(losses.detach())
-            self.backend.backward(losses.sum() / batch.global_targets, last=index == len(micro_batches) - 1)
+            losses = self.objective.losses(self.model, micro_batch, self.backend.ranks.device, step)
+            row_losses.append(losses.rows.detach())
+            figures.append(losses.figures)
+            self.backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
             interval.flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
         self.backend.finish_gradients()
         grad_norm = self.backend.clip_gradients(self.config.optim.max_grad_norm)
@@ -168,7 +176,8 @@ class Trainer:
         self.optimizer.step(rate, self._ok)
 
         interval.row_losses.append(torch.cat(row_losses))
-        interval.targets.append(batch.global_targets)
+        interval.figures.append(torch.stack(figures).sum(dim=0))
+        interval.units.append(units)
         interval.grad_norms.append(grad_norm)
         interval.rates.append(rate)
         interval.tokens.append(batch.global_rows * batch.micro_batches[0].labels.shape[1])
@@ -188,45 +197,43 @@ class Trainer:
             )
         ]
 
-    def _loss_sums(self, batch: MicroBatch, step: int | None = None) -> Tensor:
-        """(B,) loss sums per row; `step` is the training step that the rows are in, None in an evaluation."""
-        device = self.backend.ranks.device
-        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
-        input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        step_rows = None if step is None else StepRows(step, rows)
-        documents = Documents.of(batch.position_ids).to(device) if self.model.attends_by_documents else None
-        return self.model(input_ids, position_ids, labels, step_rows=step_rows, documents=documents)
-
     def evaluate(self) -> None:
-        """Mean held-out loss over every held-out target token; does nothing without held-out rows."""
+        """Mean held-out loss and figures over every held-out unit; does nothing without held-out rows."""
         if self.eval_loader is None:
             return
         self.model.set_num_micro(1)
-        total = torch.zeros((), dtype=torch.float64, device=self.backend.ranks.device)
-        targets = 0
+        names, device = ("loss", *self.objective.figures), self.backend.ranks.device
+        totals = torch.zeros(len(names), dtype=torch.float64, device=device)
+        units = 0
         with torch.no_grad():
             for index in range(self.eval_loader.steps_per_epoch):
                 batch = self.eval_loader.batch(index)
-                targets += batch.global_targets
+                units += self.objective.units(batch)
                 for micro_batch in batch.micro_batches:
-                    total += self._loss_sums(micro_batch).sum()
-        loss = float(self.backend.sum_over_ranks(total)) / targets
-        self.progress.evaluations[self.progress.step] = loss
-        self.reporter.evaluation(self.progress.step, {"eval_loss": loss})
+                    losses = self.objective.losses(self.model, micro_batch, device, None)
+                    totals += torch.cat([losses.rows.sum()[None], losses.figures])
+        means = (self.backend.sum_over_ranks(totals) / units).tolist()
+        self.held_out = {f"eval_{name}": mean for name, mean in zip(names, means, strict=True)}
+        self.progress.evaluations[self.progress.step] = self.held_out["eval_loss"]
+        self.reporter.evaluation(self.progress.step, self.held_out)
         self.backend.traffic.take()  # An evaluation's gathers are no training step's.
 
     def _log(self, interval: _Interval, done: int) -> None:
         """Read the interval's device scalars and write a line for each of its steps. The one host sync of training."""
-        sums = self.backend.sum_over_ranks(torch.stack([losses.sum() for losses in interval.row_losses])).tolist()
+        steps = zip(interval.row_losses, interval.figures, strict=True)
+        sums = torch.stack([torch.cat([losses.sum()[None], figures]) for losses, figures in steps])
+        means = [
+            [total / units for total in totals]
+            for totals, units in zip(self.backend.sum_over_ranks(sums).tolist(), interval.units, strict=True)
+        ]
         norms = torch.stack(interval.grad_norms).tolist()
         seconds = time.monotonic() - interval.began
-        losses = [loss_sum / targets for loss_sum, targets in zip(sums, interval.targets, strict=True)]
-        finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
+        finite = [math.isfinite(mean[0]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
         updates = finite.index(False) if False in finite else len(finite)
         self.progress.step = interval.first_step + updates
         self.progress.seconds += seconds
         self.progress.tokens += sum(interval.tokens[:updates])
-        self.step_traffic = self.backend.traffic.take(len(sums))
+        self.step_traffic = self.backend.traffic.take(len(means))
         shared = {
             "tokens_per_second": sum(interval.tokens) / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),
@@ -236,11 +243,13 @@ class Trainer:
         }
         if self._peak_flops is not None:
             shared["mfu"] = interval.flops / seconds / self._peak_flops
-        for index in range(min(updates + 1, len(sums))):
-            figures = {"loss": losses[index], "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+        names = ("loss", *self.objective.figures)
+        for index in range(min(updates + 1, len(means))):
+            of_step = dict(zip(names, means[index], strict=True))
+            figures = {**of_step, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
             self.reporter.log(interval.first_step + index + 1, figures)
-        if updates < len(sums):
-            self._stop_non_finite(interval.row_losses[updates], losses[updates], norms[updates])
+        if updates < len(means):
+            self._stop_non_finite(interval.row_losses[updates], means[updates][0], norms[updates])
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""

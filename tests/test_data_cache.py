@@ -23,7 +23,8 @@ def write_entry(folder, num_rows=3, length=4):
     meta = {"version": FORMAT_VERSION, "sequence_length": length, "pad_token_id": 0, "splits": {"train": counts}}
     np.save(split_file(folder, "train", "tokens"), np.arange(num_rows * length, dtype=np.int32).reshape(-1, length))
     np.save(split_file(folder, "train", "flags"), np.zeros((num_rows, length), np.uint8))
-    np.save(split_file(folder, "train", "targets"), np.zeros(num_rows, np.int32))
+    for name in ("targets", "pairs"):
+        np.save(split_file(folder, "train", name), np.zeros(num_rows, np.int32))
     write_json(folder / "meta.json", meta)
 
 

@@ -210,22 +210,6 @@ def test_auto_refuses_what_fits_two_formats_or_none():
 
 
 @pytest.mark.parametrize(
-    ("value", "columns"),
-    [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "{completion: chosen}"),
-        ({"chosen": "b", "rejected": "c"}, "{text: chosen}"),
-        ({"prompt": "a", "chosen": chat("a", "b")["messages"], "rejected": []}, "{messages: chosen}"),
-    ],
-)
-def test_preference_data_is_refused_with_the_way_to_its_chosen_answers(value, columns):
-    with pytest.raises(UserError, match="this is preference data") as error:
-        resolve_format(record(value), "auto", {})
-    assert str(error.value).endswith(f"data.columns={columns}")
-    key, column = columns.strip("{}").split(": ")
-    assert resolve_format(record(value), "auto", {key: column}) in ("prompt_completion", "text", "chat")
-
-
-@pytest.mark.parametrize(
     ("value", "columns", "example"),
     [
         ({"id": 7, "q": "a", "a": "b"}, {}, "{prompt: q, completion: a}"),

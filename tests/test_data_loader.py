@@ -18,7 +18,8 @@ def make_rows(num_rows: int) -> PackedRows:
     flags[:, [0, 4]] = STARTS
     targets = np.arange(num_rows, dtype=np.int32) % 4
     flags[:, :3] |= np.where(np.arange(3) < targets[:, None], TRAINED, 0).astype(np.uint8)
-    return PackedRows(tokens=tokens, flags=flags, targets=targets, pad_token_id=PAD, counts={})
+    pairs = np.arange(num_rows, dtype=np.int32) % 3
+    return PackedRows(tokens=tokens, flags=flags, targets=targets, pairs=pairs, pad_token_id=PAD, counts={})
 
 
 def make_loader(rows, *, global_batch=5, micro_batch=1, rank=0, world=1, seed=0, shuffle=True):

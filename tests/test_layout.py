@@ -52,7 +52,7 @@ LAYERS = [
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint", "distlora.tensor_files"},
-    {"distlora.results", "distlora.startup"},
+    {"distlora.results", "distlora.startup", "distlora.objectives"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},

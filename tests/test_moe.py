@@ -21,10 +21,10 @@ from distlora import train
 from distlora.adapters import adapter_parameters
 from distlora.config import AdapterConfig, UserError
 from distlora.experts import ExpertPair, ExpertWeight
-from distlora.figures import active_parameters, experts_said
+from distlora.figures import active_parameters, count_parameters, experts_said
 from distlora.flops import count_flops
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model, count_parameters
+from distlora.model import CausalLM, build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.peft_format import adapter_config, adapter_tensors
 from distlora.quant import FrozenTensor

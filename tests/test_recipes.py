@@ -16,7 +16,7 @@ from distlora_launcher.compose import compose_config
 
 RECIPES = Path(__file__).parent.parent / "conf" / "recipe"
 GB = 1e9
-MODEL_FREE = {"qlora"}
+MODEL_FREE = {"dpo", "qlora"}
 """Recipes that name no model, and so claim no card."""
 
 
@@ -171,6 +171,7 @@ def test_the_recipes_that_are_promised_exist() -> None:
         "llama2_70b_2x24gb",
         "llama3_70b_8x80gb",
         "llama3_8b_24gb",
+        "dpo",
         "qlora",
         "qwen_32b_2x48gb",
         "tool_calls",

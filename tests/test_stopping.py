@@ -15,6 +15,7 @@ from torch import Tensor
 from distlora import checkpoint, train
 from distlora.checkpoint import Progress
 from distlora.generation.sampler import Sampler
+from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
 from distlora.trainer import NonFiniteError
 from small_models import make_run, read_metrics
@@ -29,7 +30,7 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
 
     Returns the error's text.
     """
-    train_step, loss_sums = train.Trainer._train_step, train.Trainer._loss_sums
+    train_step, losses_of = train.Trainer._train_step, NextToken.losses
     spoiling = False
 
     def spoilt_step(self: train.Trainer, step: int, interval: Any) -> None:
@@ -37,24 +38,25 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
         spoiling = step == bad_step and ranks.rank == 0
         train_step(self, step, interval)
 
-    def spoilt_sums(self: train.Trainer, *arguments: Any) -> Tensor:
+    def spoilt_losses(self: NextToken, *arguments: Any) -> Losses:
         nonlocal spoiling
-        losses = loss_sums(self, *arguments)
+        losses = losses_of(self, *arguments)
         if spoiling:
             spoiling = False
-            spoil = torch.zeros_like(losses)
+            spoil = torch.zeros_like(losses.rows)
             spoil[-1] = value
             # An infinite loss may have a finite gradient, and the other way round.
-            losses = losses + (spoil if where == "loss" else _NanGradient.apply(losses))
+            rows = losses.rows + (spoil if where == "loss" else _NanGradient.apply(losses.rows))
+            losses = losses._replace(rows=rows)
         return losses
 
-    train.Trainer._train_step, train.Trainer._loss_sums = spoilt_step, spoilt_sums  # type: ignore[method-assign]
+    train.Trainer._train_step, NextToken.losses = spoilt_step, spoilt_losses  # type: ignore[method-assign]
     try:
         train.run(run_dir, ranks)
     except NonFiniteError as error:
         return str(error)
     finally:
-        train.Trainer._train_step, train.Trainer._loss_sums = train_step, loss_sums  # type: ignore[method-assign]
+        train.Trainer._train_step, NextToken.losses = train_step, losses_of  # type: ignore[method-assign]
     return "no error"
 
 

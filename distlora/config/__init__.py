@@ -82,6 +82,14 @@ class Config:
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
         check_ranks(self, self.cluster.gpus_per_node)
+        if self.train.objective == "dpo":
+            self._check_preference()
+        for format in self.data.formats:
+            require(
+                format != "preference" or self.train.objective == "dpo",
+                f"data.format=preference is data for train.objective=dpo, not for {self.train.objective}; set "
+                "train.objective=dpo, or name the format of what else the data holds",
+            )
         require(
             not self.train.keep_dequantized or self.quant.method == "nf4",
             f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
@@ -96,6 +104,51 @@ class Config:
             (self.data.eval_fraction > 0 or self.data.held_out_source is not None) or self.train.eval_every is None,
             f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
             "data.eval_path",
+        )
+
+    def _check_preference(self) -> None:
+        """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""
+        require(
+            self.adapter.method != "full",
+            "train.objective=dpo compares the adapter with the base under it, and adapter=full trains the base itself; "
+            "set adapter=lora",
+        )
+        require(
+            self.adapter.init_from is None,
+            "train.objective=dpo takes the base without an adapter as its reference, which is not where "
+            f"adapter.init_from={self.adapter.init_from} starts; merge that adapter into a copy of the base first, and "
+            "leave adapter.init_from out",
+        )
+        trained_rows = {
+            "model.new_tokens": len(self.model.new_tokens) > 0,
+            "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
+        }
+        for setting, is_set in trained_rows.items():
+            require(
+                not is_set,
+                f"{setting} trains rows of the embedding, which train.objective=dpo would change in its reference too; "
+                "train them first with train.objective=sft, or leave it out",
+            )
+        require(
+            not self.train.router_aux_loss,
+            f"train.router_aux_loss={self.train.router_aux_loss} weighs a loss of tokens, and train.objective=dpo "
+            "compares pairs; leave it out",
+        )
+        for format in self.data.formats:
+            require(
+                format in ("auto", "preference"),
+                f"train.objective=dpo compares a chosen with a rejected answer, which data.format={format} has not; "
+                "set data.format=preference, or train.objective=sft",
+            )
+        require(
+            self.data.train_on == "assistant",
+            f"data.train_on={self.data.train_on} has no effect with train.objective=dpo, where the answers behind the "
+            "common prompt are what is compared; leave it out",
+        )
+        require(
+            self.data.too_long != "split",
+            "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
+            "compared; set data.too_long=truncate or drop",
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from distlora.config.errors import require, require_choice
 
-DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
+DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
 
-Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
+Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,8 @@ class DataConfig:
     """Branch, tag or commit of a hub data set; null: its main branch."""
     format: Format = "auto"
     """What a document is: chat {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "input", "output"},
-    prompt_completion {"prompt", "completion"} or text {"text"}; `auto` reads it off the keys of the first one."""
+    prompt_completion {"prompt", "completion"}, text {"text"} or preference {"prompt", "chosen", "rejected"}; `auto`
+    reads it off the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
     sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
@@ -155,6 +156,11 @@ class DataConfig:
                 f"data.{name}={value} has no effect beside data.sources; it belongs into each entry of data.sources "
                 f"(leave it out, or set data.{name}={_written(default)} where a recipe sets it)",
             )
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Every format that is set: of `path` and eval_path, and of the mixture's sources."""
+        return (self.format, *(source.format for source in self.sources))
 
     @property
     def training_sources(self) -> tuple[SourceConfig, ...]:

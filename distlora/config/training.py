@@ -8,6 +8,7 @@ from typing import Literal
 
 from distlora.config.errors import require, require_choice, require_positive, require_share
 
+OBJECTIVES = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
@@ -87,6 +88,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
+    objective: Literal["sft", "dpo"] = "sft"
+    """What is minimized: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
+    (arXiv 2305.18290), whose reference is the base without its adapter: no second model, half as many operations more.
+    """
+    dpo_beta: float = 0.1
+    """Scale of DPO's rewards: the larger, the less the model may move away from the reference."""
     epochs: int = 1
     """Passes over the packed rows."""
     max_steps: int | None = None
@@ -142,6 +149,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every")
         require_positive("train", self, *numbers, "keep", "early_stopping_patience", "sample_every", "sample_tokens")
+        require_choice("train.objective", self.objective, OBJECTIVES)
+        require_positive("train", self, "dpo_beta")
+        require(
+            self.objective == "dpo" or self.dpo_beta == 0.1,
+            f"train.dpo_beta={self.dpo_beta} has no effect with train.objective={self.objective}; leave it out, or set "
+            "train.objective=dpo",
+        )
         require_choice("train.accumulate", self.accumulate, ("step", "block"))
         require_choice("train.checkpointing", self.checkpointing, ("block", "none"))
         require(

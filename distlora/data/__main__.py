@@ -44,10 +44,11 @@ def summary(record: dict[str, Any]) -> str:
             lines.append(f"{name}  none: no evaluation")
             continue
         counts = record["splits"][split]
+        what = "pairs" if counts["pairs"] else "documents"
         share = counts["padding"] / (counts["rows"] * record["sequence_length"])
         notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts[key]]
         lines.append(
-            f"{name}  {counts['documents']:,} documents in {counts['rows']:,} rows of {record['sequence_length']:,} "
+            f"{name}  {counts['documents']:,} {what} in {counts['rows']:,} rows of {record['sequence_length']:,} "
             f"tokens, {counts['targets']:,} of {counts['tokens']:,} tokens trained, padding {share:.1%}"
             + (f" ({', '.join(notes)})" if notes else "")
         )

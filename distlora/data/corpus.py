@@ -1,5 +1,7 @@
 """The encoded documents of one or several sources, on disk: what lies between the tokenizer and the packing.
 
+A pair of preference data counts as one document, and is one piece.
+
 Memory holds some 50 bytes a document; the tokens lie in flat files, since a large data set has billions of them.
 Letters: P pieces, D documents.
 """
@@ -14,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from distlora.data.rows import REJECTED, TRAINED
 from distlora.data.turn_tokens import Encoded
 
 TooLong = Literal["truncate", "drop", "split"]
@@ -30,7 +33,7 @@ class Corpus:
     """Documents cut into pieces of at most `sequence_length` tokens, in the order in which they were appended."""
 
     stem: Path
-    """Two files `<stem>.tokens` (int32) and `<stem>.trained` (uint8) hold the pieces, one after the other."""
+    """Two files `<stem>.tokens` (int32) and `<stem>.marks` (uint8) hold the pieces, one after the other."""
     sequence_length: int
     _lengths: array.array[int] = field(default_factory=_integers)
     _targets: array.array[int] = field(default_factory=_integers)
@@ -41,22 +44,25 @@ class Corpus:
     def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
         """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
 
-        A document longer than a row is cut to it (`truncate`), left out (`drop`) or becomes several pieces (`split`).
+        A document longer than a row is cut to it (`truncate`), left out (`drop`) or becomes several pieces (`split`,
+        not for pairs).
         """
         length = self.sequence_length
-        with self._file("tokens").open("ab") as tokens_file, self._file("trained").open("ab") as trained_file:
-            for tokens, trained in encoded:
-                end, fate = len(tokens), 0
-                if end > length and too_long != "split":
-                    end, fate = (length, _TRUNCATED) if too_long == "truncate" else (0, _DROPPED)
-                for start in range(0, end, length):
-                    piece = slice(start, min(start + length, end))
-                    # The first token is nobody's target.
-                    num_targets = int(np.count_nonzero(trained[piece][1:]))
-                    if num_targets:
-                        tokens_file.write(tokens[piece].data)
-                        trained_file.write(trained[piece].data)
-                        self._lengths.append(piece.stop - piece.start)
+        with self._file("tokens").open("ab") as tokens_file, self._file("marks").open("ab") as marks_file:
+            for document in encoded:
+                pieces, fate = [document], 0
+                if len(document.tokens) > length:
+                    if too_long == "truncate":
+                        pieces, fate = [document.cut(length)], _TRUNCATED
+                    elif too_long == "drop":
+                        pieces, fate = [], _DROPPED
+                    else:
+                        pieces = _split(document, length)
+                for piece in pieces:
+                    if num_targets := piece.num_targets:
+                        tokens_file.write(piece.tokens.data)
+                        marks_file.write(_marks(piece).data)
+                        self._lengths.append(len(piece.tokens))
                         self._targets.append(num_targets)
                         self._documents.append(len(self._fates))
                 self._sources.append(source)
@@ -112,16 +118,34 @@ class Corpus:
         return tuple(np.array(part, np.int64) for part in parts)  # type: ignore[return-value]
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens (int32) and trained flags (uint8), flat and memory-mapped. At least one piece must be there."""
+        """All tokens (int32) and marks (uint8), flat and memory-mapped. At least one piece must be there.
+
+        A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here.
+        """
         return (
             np.memmap(self._file("tokens"), np.int32, mode="r"),
-            np.memmap(self._file("trained"), np.uint8, mode="r"),
+            np.memmap(self._file("marks"), np.uint8, mode="r"),
         )
 
     def delete(self) -> None:
         """Remove the two files."""
-        for name in ("tokens", "trained"):
+        for name in ("tokens", "marks"):
             self._file(name).unlink()
 
     def _file(self, name: str) -> Path:
         return self.stem.with_suffix("." + name)
+
+
+def _split(document: Encoded, length: int) -> list[Encoded]:
+    """Consecutive stretches of `length` tokens, the last one shorter."""
+    assert document.rejected is None, "halves of a pair say nothing; refused when the settings were composed"
+    starts = range(0, len(document.tokens), length)
+    return [Encoded(document.tokens[at : at + length], document.trained[at : at + length]) for at in starts]
+
+
+def _marks(piece: Encoded) -> np.ndarray:
+    """(T,) uint8, the bits that `Corpus.read` explains."""
+    marks = piece.trained * np.uint8(TRAINED)
+    if piece.rejected is not None:
+        marks[piece.rejected] |= REJECTED
+    return marks

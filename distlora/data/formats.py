@@ -1,4 +1,4 @@
-"""The first stage: what a document is. Records of a source to documents in one of three canonical forms.
+"""The first stage: what a document is. Records of a source to documents in one of four canonical forms.
 
 A *record* is what a file or a data set holds (a line, a row); a *document* is what the tokenizer is given. Every
 record that is not what its format says is refused, by its place. Imports neither torch nor transformers nor numpy: the
@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from distlora.config import DATA_FORMATS, UserError, nearest
 from distlora.data.conversations import alpaca_document, check_chat, kind_name, listed, sharegpt_messages
+from distlora.data.preference import preference_pair
 
-Kind = Literal["chat", "prompt_completion", "text"]
+Kind = Literal["chat", "prompt_completion", "text", "preference"]
 
 EXAMPLES = {
     "chat": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
@@ -23,6 +24,7 @@ EXAMPLES = {
     "alpaca": '{"instruction": "Translate to French.", "input": "cat", "output": "chat"}',
     "prompt_completion": '{"prompt": "The capital of France is", "completion": " Paris."}',
     "text": '{"text": "Once upon a time ..."}',
+    "preference": '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
 }
 """A good record of each format, shown with every complaint about a bad one."""
 
@@ -32,8 +34,14 @@ REQUIRED_KEYS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
 }
-OPTIONAL_KEYS = {"chat": ("tools",), "sharegpt": ("system", "tools"), "alpaca": ("input", "system", "history")}
+OPTIONAL_KEYS = {
+    "chat": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "history"),
+    "preference": ("prompt", "tools"),
+}
 """Keys that a record may have besides. Any other key is ignored."""
 
 
@@ -51,8 +59,9 @@ class Record(NamedTuple):
 class Document:
     """One document in canonical form.
 
-    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str} or {"text": str}.
-    A message is what `conversations.check_chat` lets through.
+    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str} or {"text": str};
+    or, of a pair, {"chosen": value, "rejected": value} with two of the first or two of the second form. A message is
+    what `conversations.check_chat` lets through.
     """
 
     place: str
@@ -103,12 +112,6 @@ def resolve_format(record: Record, format: str, columns: Mapping[str, str]) -> s
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with data.format={fitting[0]}"
         )
-    if not columns and {"chosen", "rejected"} <= set(value):
-        key = "messages" if isinstance(value["chosen"], list) else "completion" if "prompt" in value else "text"
-        raise UserError(
-            f"{record.place}: {found}: this is preference data (DPO), which distlora does not train; to fine-tune on "
-            f"the chosen answers: data.columns={{{key}: chosen}}"
-        )
     advice = "name the other keys of the format in data.columns too" if columns else "rename its keys with data.columns"
     raise UserError(
         f"{record.place}: {found}, which fits no format; {advice}, as in "
@@ -152,8 +155,25 @@ def kind_of(format: str, has_template: bool) -> Kind:
         "alpaca": "chat" if has_template else "prompt_completion",
         "prompt_completion": "prompt_completion",
         "text": "text",
+        "preference": "preference",
     }
     return kinds[format]
+
+
+def check_objective(format: str, objective: str, label: str) -> None:
+    """Refuse a source, named `label`, whose resolved format is not what train.objective trains on."""
+    is_preference = format == "preference"
+    if is_preference and objective == "sft":
+        raise UserError(
+            f"{label} holds preference data (chosen and rejected answers), which train.objective=sft does not train "
+            "on; set train.objective=dpo, or fine-tune on the chosen answers with data.columns={completion: chosen} "
+            "(where they answer 'prompt'), {messages: chosen} (conversations) or {text: chosen} (whole texts)"
+        )
+    if not is_preference and objective == "dpo":
+        raise UserError(
+            f"{label} is {format}, and train.objective=dpo compares a chosen with a rejected answer; set "
+            f"train.objective=sft, or use preference data: {good('preference')}"
+        )
 
 
 def to_document(record: Record, format: str, columns: Mapping[str, str], has_template: bool) -> Document:
@@ -168,6 +188,8 @@ def to_document(record: Record, format: str, columns: Mapping[str, str], has_tem
         canonical = check_chat(value, place, good(format))
     elif format == "alpaca":
         canonical = alpaca_document(value, place, good(format), as_chat=has_template)
+    elif format == "preference":
+        canonical = preference_pair(value, place, good(format))
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
     return Document(place, record.num_bytes, canonical)

@@ -42,6 +42,8 @@ class StepBatch:
     """The same number on every rank and in every step."""
     global_targets: int
     """Trained targets in the rows of all ranks: what the step's loss sum is divided by."""
+    global_pairs: int
+    """Pairs of a chosen and a rejected answer in the rows of all ranks; 0 where the data has none."""
     global_rows: int
     """Rows of all ranks that are not empty."""
     rows: tuple[int, ...]
@@ -98,6 +100,7 @@ class StepLoader:
             micro_batches=[self._assemble(indices) for indices in own],
             global_rows=len(of_step),
             global_targets=int(self.rows.targets[of_step].sum(dtype=np.int64)),
+            global_pairs=int(self.rows.pairs[of_step].sum(dtype=np.int64)),
             rows=tuple(own.reshape(-1).tolist()),
         )
 

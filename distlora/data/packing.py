@@ -1,7 +1,7 @@
 """The third stage: documents of any length to rows of L tokens, each document whole inside one row.
 
-A *piece* is what is packed: a document, or a stretch of a plain text that is longer than a row. Rows are laid out in
-numpy; what a flag and a label mean is in README.md.
+A *piece* is what is packed: a document, a stretch of a plain text that is longer than a row, or the two documents of a
+pair. Rows are laid out in numpy; what a flag and a label mean is in README.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distlora.data.rows import STARTS, TRAINED
+from distlora.data.rows import REJECTED, STARTS, TRAINED
 
 _TOKENS_AT_ONCE = 4_000_000
 """Tokens laid out at a time: bounds the memory of building rows to about 200 MB, for any amount of data."""
@@ -88,13 +88,13 @@ def pack(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Pack
 
 
 def build_rows(
-    packing: Packing, tokens: np.ndarray, trained: np.ndarray, pad_token_id: int
+    packing: Packing, tokens: np.ndarray, marks: np.ndarray, pad_token_id: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Lay out the rows, some at a time: (which rows, tokens (n, L) int32, flags (n, L) uint8).
 
-    `tokens` (int32) and `trained` (uint8, 1 = predicting this token is trained) are flat over all documents. The label
-    at a position is the next token where that is trained and of the same piece. Padding has the pad token, no label,
-    and starts as a document of its own.
+    `tokens` (int32) and `marks` (uint8, as in `Corpus.read`) are flat over all documents. The label at a position is
+    the next token where that is trained and of the same document. Padding has the pad token, no label, and starts as a
+    document of its own.
     """
     length = packing.sequence_length
     step = max(1, _TOKENS_AT_ONCE // length)
@@ -113,10 +113,13 @@ def build_rows(
         out_tokens[target] = tokens[source]
         out_flags = np.zeros((last - first) * length + 1, np.uint8)  # One more: where the padding of a full row starts.
         is_trained = np.zeros(len(out_flags), bool)
-        is_trained[target] = trained[source] != 0
-        is_trained[begin] = False  # The first token of a piece has nothing before it that could predict it.
+        is_trained[target] = marks[source] & TRAINED != 0
+        rejected = target[marks[source] & REJECTED != 0]
+        # The first token of a document has nothing before it that could predict it.
+        is_trained[begin] = is_trained[rejected] = False
         out_flags[:-1][is_trained[1:]] = TRAINED
         out_flags[begin] |= STARTS
+        out_flags[rejected] |= STARTS | REJECTED
         out_flags[end] |= STARTS  # Where the next piece starts too, or the next row, or the padding.
         yield (
             slice(first, last),

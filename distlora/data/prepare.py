@@ -136,6 +136,8 @@ def _settings(config: Config, sources: Sources) -> tuple[dict[str, Any], list[di
         settings["seed"] = config.train.seed
     if data.streaming:
         settings["stream_rows"] = _needed_rows(config)
+    if config.train.objective != "sft":
+        settings["objective"] = config.train.objective
     return settings, fingerprints
 
 
@@ -176,7 +178,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     """Write a whole cache entry into `folder`."""
     data, seed = config.data, config.train.seed
     tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
-    encoders = Encoders(tokenizer, str(model_dir), data)
+    encoders = Encoders(tokenizer, str(model_dir), data, config.train.objective)
     corpora = {split: Corpus(folder / f"{split}_documents", data.sequence_length) for split in sources}
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
     wanted = shares(weights) if weights else None
@@ -193,6 +195,10 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
         read_whole(corpora["eval"], sources["eval"], encoders)
     for split, corpus in corpora.items():
         _check_trainable(corpus, sources[split], data)
+    require(
+        data.template is None or encoders.has_chats,
+        f"data.template={data.template} has no effect: no source holds chats; leave data.template out",
+    )
 
     pad = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
@@ -224,6 +230,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
         "created": time.time(),
         "sequence_length": data.sequence_length,
         "pad_token_id": pad,
+        "objective": config.train.objective,
         "chats": encoders.has_chats,
         "chat_template": encoders.chat_template,
         "settings": settings,

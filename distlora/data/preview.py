@@ -28,7 +28,7 @@ from distlora.data.prepare import calling_model_by_name, check_vocabulary
 from distlora.data.reading import Encoders, nothing_to_train
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
-from distlora.data.templates import Encoder
+from distlora.data.templates import Encoder, PairEncoder
 from distlora.data.turn_tokens import Encoded
 from distlora.tokens import load_tokenizer
 
@@ -46,7 +46,7 @@ class SourceSample:
 
     source: Source
     format: str
-    encoder: Encoder
+    encoder: Encoder | PairEncoder
     too_long: TooLong
     ended: bool = False
     """Whether it was read to its end."""
@@ -96,7 +96,8 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
     Keeps the first `shown` of each source. Raises UserError for a source that cannot be read.
     """
     model_dir = Path(config.model.path).expanduser()
-    encoders = Encoders(load_tokenizer(model_dir, config.model.new_tokens), str(model_dir), config.data)
+    tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
+    encoders = Encoders(tokenizer, str(model_dir), config.data, config.train.objective)
     splits = {}
     for split, sources in find_sources(config.data).items():
         corpus = Corpus(scratch / split, config.data.sequence_length)
@@ -104,7 +105,7 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
         for number, source in enumerate(sources):
             head = source if limit is None else source.head()
             format, documents = head.open(encoders.has_template)
-            encoder, too_long = encoders.of(format)
+            encoder, too_long = encoders.of(source, format)
             sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
             wanted = itertools.islice(documents, limit)
             while batch := list(itertools.islice(wanted, _BATCH)):
@@ -140,7 +141,7 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
                 sample.refused.append(str(error))
     for document, encoded in pairs:
         sample.lengths.append(len(encoded.tokens))
-        sample.trained.append(int(np.count_nonzero(encoded.trained[1:])))
+        sample.trained.append(encoded.num_targets)
         if len(sample.shown) < shown:
             sample.shown.append((document, encoded))
         yield encoded
@@ -164,22 +165,27 @@ def report(config: Config, splits: dict[str, SplitSample], paint: Paint) -> Iter
 def document_lines(
     sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
 ) -> Iterator[str]:
-    """One document as text, with what of it is trained."""
-    tokens, trained = encoded.tokens, encoded.trained.copy()
-    trained[0] = 0  # Nothing comes before it that could predict it.
-    num_targets = int(np.count_nonzero(trained))
-    yield paint.title(f"--- {document.place}: {len(tokens):,} tokens, {num_targets:,} trained")
-    end = len(tokens) if sample.too_long == "split" else min(len(tokens), length)
-    if end <= _HEAD + _TAIL:
-        yield painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
-    else:
-        yield painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
-        hidden = trained[_HEAD : end - _TAIL]
-        yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
-        yield painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
-    if len(tokens) > length:
+    """One document, or the two of a pair, as text, with what of it is trained."""
+    excess = len(encoded.tokens) - length
+    kept = encoded.cut(length) if excess > 0 and sample.too_long != "split" else encoded
+    for whole, part, side in zip(encoded.documents, kept.documents, ("chosen", "rejected"), strict=False):
+        tokens, trained = encoded.tokens[whole], encoded.trained[whole].copy()
+        trained[0] = 0  # Nothing comes before it that could predict it.
+        place = document.place if encoded.rejected is None else f"{document.place}, {side}"
+        yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
+        end = part.stop - part.start
+        if end <= _HEAD + _TAIL:
+            yield painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
+        else:
+            yield painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
+            hidden = trained[_HEAD : end - _TAIL]
+            yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
+            yield painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
+        if end < len(tokens) and encoded.rejected is not None:
+            yield paint.title(f"--- {len(tokens) - end:,} more tokens")
+    if excess > 0:
         yield paint.title(
-            f"--- longer than data.sequence_length={length:,} by {len(tokens) - length:,} tokens: "
+            f"--- longer than data.sequence_length={length:,} by {excess:,} tokens: "
             f"{_FATES[sample.too_long]} (data.too_long)"
         )
     yield ""
@@ -189,7 +195,8 @@ def source_lines(role: str, sample: SourceSample, split: SplitSample, number: in
     """Figures of one source: lengths, what is trained, what is too long, what is left out and why."""
     count = len(sample.lengths)
     amount = "all" if sample.ended else "the first"
-    yield f"{role}: {sample.source.label} ({sample.format}), {amount} {count + len(sample.refused):,} documents" + (
+    what = "pairs" if sample.format == "preference" else "documents"
+    yield f"{role}: {sample.source.label} ({sample.format}), {amount} {count + len(sample.refused):,} {what}" + (
         "" if sample.ended else "; --all reads the rest"
     )
     if sample.encoder.template is not None:

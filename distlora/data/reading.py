@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from distlora.config import DataConfig, UserError
 from distlora.data.corpus import Corpus, TooLong
-from distlora.data.formats import Document, Kind, kind_of
+from distlora.data.formats import Document, Kind, check_objective, kind_of
 from distlora.data.hashing import HELD_OUT, hash64
 from distlora.data.mixture import volume
 from distlora.data.sources import Source
-from distlora.data.templates import Encoder
+from distlora.data.templates import Encoder, PairEncoder
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Where a batch for the tokenizer ends: enough for all its threads, little enough to bound memory."""
@@ -37,6 +37,8 @@ class Encoders:
     tokenizer: Any
     model_path: str
     data: DataConfig
+    objective: str
+    """train.objective, which must fit every source."""
     _of_kind: dict[Kind, Encoder] = field(default_factory=dict)
 
     @property
@@ -55,24 +57,33 @@ class Encoders:
         """Whether a conversation can be rendered, which decides what an Alpaca record becomes."""
         return self.data.template is not None or self.tokenizer.chat_template is not None
 
-    def of(self, format: str) -> tuple[Encoder, TooLong]:
-        """The encoder for a resolved format, and what becomes of its documents that are longer than a row."""
+    def of(self, source: Source, format: str) -> tuple[Encoder | PairEncoder, TooLong]:
+        """The encoder for a source of this (resolved) format, and what becomes of documents longer than a row.
+
+        Raises UserError for a format that train.objective does not train on.
+        """
+        check_objective(format, self.objective, source.label)
         kind = kind_of(format, self.has_template)
+        too_long = self.data.too_long
+        if too_long == "auto":
+            too_long = "split" if kind == "text" else "truncate"
+        if kind == "preference":
+            return PairEncoder(self.tokenizer, self._encoder), too_long
+        return self._encoder(kind), too_long
+
+    def _encoder(self, kind: Literal["chat", "prompt_completion", "text"]) -> Encoder:
         if kind not in self._of_kind:
             self._of_kind[kind] = Encoder(
                 self.tokenizer, kind, self.model_path, template=self.data.template, train_on=self.data.train_on
             )
-        too_long = self.data.too_long
-        if too_long == "auto":
-            too_long = "split" if kind == "text" else "truncate"
-        return self._of_kind[kind], too_long
+        return self._of_kind[kind]
 
 
 def read_whole(corpus: Corpus, sources: list[Source], encoders: Encoders) -> None:
     """Append every document of every source, one source after the other."""
     for number, source in enumerate(sources):
         format, documents = source.open(encoders.has_template)
-        encoder, too_long = encoders.of(format)
+        encoder, too_long = encoders.of(source, format)
         progress = _Progress(source.label, source.total_bytes)
         for batch in _batches(documents, _BATCH_DOCUMENTS, _BATCH_BYTES):
             corpus.append(encoder.encode(batch), number, too_long)
@@ -102,7 +113,7 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
     streams = []
     for source in sources:
         format, documents = source.open(encoders.has_template)
-        streams.append((_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES), *encoders.of(format)))
+        streams.append((_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES), *encoders.of(source, format)))
     num_sources = len(sources)
     ended, found = np.zeros(num_sources, bool), np.zeros(num_sources, bool)
     batches, num_documents = np.zeros(num_sources), np.zeros(num_sources, np.int64)

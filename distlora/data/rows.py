@@ -11,12 +11,13 @@ import numpy as np
 
 from distlora.config import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
-ARRAYS = ("tokens", "flags", "targets")
+ARRAYS = ("tokens", "flags", "targets", "pairs")
 """What a split consists of: a file each."""
-TRAINED, STARTS = 1, 2
-"""Bits of a flag: the label at this position is the next token; a document (or the padding) starts here."""
+TRAINED, STARTS, REJECTED = 1, 2, 4
+"""Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
+starts here is the rejected answer of a pair, whose chosen one lies right before it."""
 
 
 def split_file(folder: Path, split: str, name: str) -> Path:
@@ -45,9 +46,11 @@ class PackedRows:
     tokens: np.ndarray
     """(N, L) int32."""
     flags: np.ndarray
-    """(N, L) uint8, bits TRAINED and STARTS."""
+    """(N, L) uint8, bits TRAINED, STARTS and REJECTED."""
     targets: np.ndarray
     """(N,) int32, in memory: how many labels of each row are trained."""
+    pairs: np.ndarray
+    """(N,) int32, in memory: how many pairs of a chosen and a rejected answer lie in each row."""
     pad_token_id: int
     """A valid token of the model, for rows that are not there."""
     counts: dict[str, Any]
@@ -66,6 +69,7 @@ class PackedRows:
             tokens=_load(split_file(cache_dir, split, "tokens"), shape, np.int32),
             flags=_load(split_file(cache_dir, split, "flags"), shape, np.uint8),
             targets=np.array(_load(split_file(cache_dir, split, "targets"), shape[:1], np.int32)),
+            pairs=np.array(_load(split_file(cache_dir, split, "pairs"), shape[:1], np.int32)),
             pad_token_id=meta["pad_token_id"],
             counts=counts,
         )

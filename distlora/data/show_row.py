@@ -19,7 +19,7 @@ from distlora.config import UserError
 from distlora.config_file import load_config
 from distlora.data.painting import Paint, paint_for_stdout, painted
 from distlora.data.prepare import open_split
-from distlora.data.rows import STARTS, TRAINED, PackedRows
+from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
 from distlora.tokens import load_tokenizer
 
 
@@ -56,9 +56,11 @@ def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> It
     trained[1:] = flags[:-1] & TRAINED  # A flag is about the token that follows.
     starts = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]
     yield paint.title(f"row {number:,}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
+    is_rejected = [*(flags & REJECTED > 0), False]
     for start, end in itertools.pairwise(starts):
         if trained[start:end].any():
-            yield paint.title(f"--- tokens {start:,} to {end - 1:,}")
+            side = ", rejected" if is_rejected[start] else ", chosen" if is_rejected[end] else ""
+            yield paint.title(f"--- tokens {start:,} to {end - 1:,}{side}")
             yield painted(tokenizer, tokens, trained, start, end, paint)
         else:
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}: padding")

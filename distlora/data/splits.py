@@ -15,7 +15,7 @@ from distlora.data.hashing import HELD_OUT, hash64
 from distlora.data.mixture import copies, volume
 from distlora.data.packing import build_rows, pack
 from distlora.data.reading import below
-from distlora.data.rows import TRAINED, split_file
+from distlora.data.rows import REJECTED, TRAINED, split_file
 from distlora.data.sources import Source
 
 
@@ -65,7 +65,7 @@ def use_pieces(
 def write_split(
     folder: Path, split: str, corpus: Corpus, in_split: np.ndarray, used: np.ndarray, pad: int
 ) -> dict[str, Any]:
-    """Pack the pieces of a split, each as often as `used` ((P,) int64) says, into its three files; its counts."""
+    """Pack the pieces of a split, each as often as `used` ((P,) int64) says, into its files; its counts."""
     lengths = corpus.lengths
     chosen = np.repeat(np.arange(len(lengths)), used)
     packing = pack((np.cumsum(lengths) - lengths)[chosen], lengths[chosen], corpus.sequence_length)
@@ -76,11 +76,12 @@ def write_split(
 
     tokens = new_file("tokens", np.int32, shape)
     flags = new_file("flags", np.uint8, shape)
-    targets = new_file("targets", np.int32, shape[:1])
+    targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
     largest = 0
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags
         targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
+        pairs[rows] = np.count_nonzero(row_flags & REJECTED, axis=1)
         largest = max(largest, int(row_tokens.max()))
     pieces_of = corpus.pieces_of
     used_of = np.bincount(corpus.documents[used > 0], minlength=corpus.num_documents)
@@ -92,6 +93,7 @@ def write_split(
     return {
         "documents": count(used_of > 0),
         "rows": packing.num_rows,
+        "pairs": int(pairs.sum(dtype=np.int64)),
         "tokens": num_tokens,
         "targets": int(targets.sum(dtype=np.int64)),
         "padding": packing.num_rows * corpus.sequence_length - num_tokens,

@@ -1,12 +1,14 @@
 """The second stage: documents to token ids and which of them are trained.
 
 Chat: as chat.py, turns.py and turn_tokens.py have it. Prompt/completion: the completion and the end-of-text token that
-is appended. Plain text: every token, end-of-text appended. The tokenizer is passed in.
+is appended. Plain text: every token, end-of-text appended. A pair: its two answers, each as a chat or a completion. The
+tokenizer is passed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -111,3 +113,33 @@ class Encoder:
             "completion has no tokens of its own; let the prompt end with a line break and the completion begin "
             "with a letter"
         )
+
+
+class PairEncoder:
+    """Encodes batches of pairs, a chosen and a rejected answer to the same prompt, by the encoders of their documents.
+
+    `encoder_of` gives the one for chats or the one for prompts and completions. Raises UserError as they do.
+    """
+
+    def __init__(self, tokenizer: Any, encoder_of: Callable[[Literal["chat", "prompt_completion"]], Encoder]) -> None:
+        self.tokenizer = tokenizer
+        self.template: ChatTemplate | None = None
+        """What renders the answers, from the first conversation on."""
+        self._encoder_of = encoder_of
+
+    def encode(self, documents: list[Document]) -> Iterator[Encoded]:
+        """Encode a batch, in order: each pair as one."""
+        answers = [
+            Document(f"{document.place}, {side}", document.num_bytes, document.value[side])
+            for document in documents
+            for side in ("chosen", "rejected")
+        ]
+        encoded = self._documents(answers)
+        for chosen in encoded:
+            yield Encoded.pair(chosen, next(encoded))
+
+    def _documents(self, documents: list[Document]) -> Iterator[Encoded]:
+        for is_chat, group in itertools.groupby(documents, key=lambda document: "messages" in document.value):
+            encoder = self._encoder_of("chat" if is_chat else "prompt_completion")
+            self.template = self.template or encoder.template
+            yield from encoder.encode(list(group))

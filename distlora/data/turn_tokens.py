@@ -17,12 +17,42 @@ from distlora.data.turns import Conversation, Turn
 
 
 class Encoded(NamedTuple):
-    """One document of T tokens."""
+    """One document of T tokens, or a pair: the chosen answer's document and right behind it the rejected one's."""
 
     tokens: np.ndarray
     """(T,) int32."""
     trained: np.ndarray
     """(T,) uint8: 1 where the model is trained to predict this token."""
+    rejected: int | None = None
+    """The first token of a pair's rejected document; None: there is one document."""
+
+    @classmethod
+    def pair(cls, chosen: Encoded, rejected: Encoded) -> Encoded:
+        tokens = np.concatenate([chosen.tokens, rejected.tokens])
+        return cls(tokens, np.concatenate([chosen.trained, rejected.trained]), len(chosen.tokens))
+
+    @property
+    def documents(self) -> list[slice]:
+        """Where its one or two documents lie."""
+        end = len(self.tokens)
+        return [slice(0, end)] if self.rejected is None else [slice(0, self.rejected), slice(self.rejected, end)]
+
+    @property
+    def num_targets(self) -> int:
+        """Trained tokens; the first of a document is nobody's target. 0 where a document of a pair has none."""
+        counts = [int(np.count_nonzero(self.trained[document][1:])) for document in self.documents]
+        return sum(counts) if all(counts) else 0
+
+    def cut(self, length: int) -> Encoded:
+        """Its first `length` tokens; of a pair that is longer, each document up to the same number of tokens, the
+        greatest with which both fit into `length`.
+        """
+        if self.rejected is None:
+            return Encoded(self.tokens[:length], self.trained[:length])
+        first, second = self.rejected, len(self.tokens) - self.rejected
+        most = max(length // 2, length - min(first, second))
+        kept = np.r_[0 : min(first, most), first : first + min(second, most)]
+        return Encoded(self.tokens[kept], self.trained[kept], min(first, most))
 
 
 class TurnTokens:

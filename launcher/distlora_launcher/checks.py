@@ -214,8 +214,14 @@ def check_data(config: Config) -> None:
     Of a hub data set its name, configuration and split are checked, unless this run read it before.
     """
     from distlora.data.chat import template_source
+    from distlora.data.formats import check_objective
     from distlora.data.sources import check_sources, pinned_commits
 
     if config.data.template is not None:
         template_source(config.data.template)
-    check_sources(config.data, limit=HEAD_LINES, pinned=pinned_commits(Path(config.run_dir)))
+    formats = check_sources(config.data, limit=HEAD_LINES, pinned=pinned_commits(Path(config.run_dir)))
+    held_out = config.data.held_out_source
+    sources = [*config.data.training_sources, *([held_out] if held_out is not None else [])]
+    for source, format in zip(sources, formats, strict=True):
+        if format is not None:
+            check_objective(format, config.train.objective, source.path)

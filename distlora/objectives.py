@@ -1,0 +1,132 @@
+"""What a run minimizes: a loss a token (sft) or a loss a pair of answers (dpo), as sums over ranks and micro-batches.
+
+An objective turns a micro-batch into loss sums per row, with gradient, and the sums of the figures that are reported
+beside the loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches,
+which the loader knows in advance: so nothing depends on how rows are spread. Nothing is read from the device.
+
+Letters: B rows, T tokens of a row, P most pairs of a row, F figures.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distlora.adapters import StepRows
+from distlora.attention import Documents
+from distlora.config import TrainConfig
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model import CausalLM
+
+
+class Losses(NamedTuple):
+    """Of one micro-batch."""
+
+    rows: Tensor
+    """(B,) fp32: loss sums per row."""
+    figures: Tensor
+    """(F,) fp32 without gradient: sums of the objective's figures over the rows' units."""
+
+
+class Objective(Protocol):
+    figures: tuple[str, ...]
+    """Names of what is reported beside the loss; each is a mean over the units."""
+    has_reference: bool
+    """Whether every row runs forward a second time, without gradient."""
+
+    def units(self, batch: StepBatch) -> int:
+        """What the sums of a step are divided by."""
+        ...
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
+        """`step` is the training step that the rows are in; None: an evaluation, without dropout."""
+        ...
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    return Preference(config.dpo_beta) if config.objective == "dpo" else NextToken()
+
+
+class NextToken:
+    """-log p of each target token."""
+
+    figures: tuple[str, ...] = ()
+    has_reference = False
+
+    def units(self, batch: StepBatch) -> int:
+        return batch.global_targets
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
+        rows = _run(model, batch, device, step, against_base=False)
+        return Losses(rows, rows.new_zeros(0))
+
+
+class Preference:
+    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(r(chosen) - r(rejected)) of each pair, with the reward of an
+    answer r = beta * (log p(answer) - log p_ref(answer)); the reference is the base without its adapter.
+    """
+
+    figures: tuple[str, ...] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    """TRL's names. accuracies: the share of the pairs whose chosen answer has the higher reward."""
+    has_reference = True
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def units(self, batch: StepBatch) -> int:
+        return batch.global_pairs
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
+        policy, reference = _run(model, batch, device, step, against_base=True)
+        sides, is_pair = pair_sides(batch)
+        sides, is_pair = sides.to(device, non_blocking=True), is_pair.to(device, non_blocking=True)
+        # Token by token: the two sums are large and nearly equal.
+        rewards = self.beta * _sums(reference - policy, sides)
+        chosen, rejected = rewards.unbind(dim=-1)
+        losses = torch.where(is_pair, F.softplus(rejected - chosen), 0.0)
+        with torch.no_grad():
+            logps = -_sums(policy, sides)
+            figures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), logps[..., 0], logps[..., 1])
+            sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
+        return Losses(losses.sum(dim=1), sums)
+
+
+def pair_sides(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """(B, P, 2, T) bool: the tokens of each pair's chosen and rejected document; (B, P) bool: which pairs are there.
+
+    A row's documents are chosen, rejected, chosen, rejected, ..., and the padding. On the CPU, as the batch is.
+    """
+    starts = batch.position_ids == 0
+    most = int(starts.sum(dim=1).max()) // 2
+    document = starts.cumsum(dim=1) - 1
+    sides = document[:, None, None, :] == torch.arange(2 * most).view(1, most, 2, 1)
+    return sides, (sides[:, :, 1] & (batch.labels >= 0)[:, None, :]).any(dim=-1)
+
+
+def _sums(values: Tensor, sides: Tensor) -> Tensor:
+    """values (B, T) over sides (B, P, 2, T) -> (B, P, 2). Not by scatter, whose sums on a GPU have no fixed order."""
+    return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
+
+
+def _run(model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None, *, against_base: bool) -> Tensor:
+    """The model's loss sums (B,); `against_base`: each token's loss with the adapter and without it, (2, B, T)."""
+    tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
+    input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return model(
+        input_ids,
+        position_ids,
+        labels,
+        step_rows=None if step is None else StepRows(step, rows),
+        documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
+        reference_rows=torch.full_like(rows, -1) if against_base else None,
+    )

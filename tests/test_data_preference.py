@@ -1,0 +1,221 @@
+"""Preference data: every form that TRL reads becomes two documents that begin alike, side by side in one row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_folders import MARKED, write_lines, write_model
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.data import preview, show_row
+from distlora.data.formats import Record, check_objective, resolve_format, to_document
+from distlora.data.loader import StepLoader
+from distlora.data.prepare import open_split, prepare
+from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
+from distlora.data.turn_tokens import Encoded
+from distlora.tokens import load_tokenizer
+from small_models import make_run
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASKED, GOOD, BAD = said("user", "Who?"), said("assistant", "Me."), said("assistant", "You.")
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "explicit": {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+    "implicit": {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    "a copy of the prompt, as UltraFeedback": {"prompt": "Who?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    "a prompt in front of both": {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    "a question and messages": {"prompt": "Who?", "chosen": [GOOD], "rejected": [BAD]},
+    "single messages, as Axolotl": {"prompt": [ASKED], "chosen": GOOD, "rejected": BAD},
+    "a conversation and texts": {"prompt": [ASKED], "chosen": "Me.", "rejected": "You."},
+    "ShareGPT's words, as LLaMA-Factory": {
+        "prompt": [{"from": "human", "value": "Who?"}],
+        "chosen": {"from": "gpt", "value": "Me."},
+        "rejected": {"from": "gpt", "value": "You."},
+    },
+}
+
+
+def pair_of(value: dict[str, Any], **columns: str) -> dict[str, Any]:
+    record = Record("pairs.jsonl:1", 10, value)
+    format = resolve_format(record, "auto", columns)
+    assert format == "preference"
+    return to_document(record, format, columns, has_template=True).value
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_every_form_of_conversation_is_the_same_pair(form: str) -> None:
+    pair = pair_of(CONVERSATIONS[form])
+    assert pair == {"chosen": {"messages": [ASKED, GOOD]}, "rejected": {"messages": [ASKED, BAD]}}
+
+
+def test_the_assistants_turns_in_the_common_prompt_are_not_trained() -> None:
+    before = [said("system", "Be brief."), ASKED, GOOD, said("user", "Sure?")]
+    pair = pair_of({"chosen": [*before, said("assistant", "Yes.")], "rejected": [*before, said("assistant", "No.")]})
+    for side in ("chosen", "rejected"):
+        flags = [message.get("train") for message in pair[side]["messages"]]
+        assert flags == [None, None, False, None, None]
+
+
+def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
+    explicit = pair_of({"prompt": "It is", "chosen": " day.", "rejected": " night."})
+    assert explicit["chosen"] == {"prompt": "It is", "completion": " day."}
+    hh = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And now?\n\nAssistant:"
+    marked = pair_of({"chosen": hh + " I think so.", "rejected": hh + " I thank you."})
+    assert marked == {
+        "chosen": {"prompt": hh, "completion": " I think so."},
+        "rejected": {"prompt": hh, "completion": " I thank you."},
+    }
+    plain = pair_of({"chosen": "The sky is blue.", "rejected": "The sky is black."})
+    assert plain["chosen"] == {"prompt": "The sky is", "completion": " blue."}, "words stay whole"
+    renamed = pair_of({"question": "Q", "good": "a", "bad": "b"}, prompt="question", chosen="good", rejected="bad")
+    assert renamed["rejected"] == {"prompt": "Q", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"chosen": "Yes.", "rejected": "No."}, "do not begin with the same words and there is no 'prompt'"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "no message in common and there is no 'prompt'"),
+        ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "'prompt' is a number"),
+        ({"prompt": [ASKED], "chosen": 3, "rejected": [BAD]}, "'chosen' is a number, neither a string nor a list"),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [said("bot", "x")]}, r"1, rejected: messages\[0\] has the"),
+        ({"prompt": [ASKED], "chosen": [], "rejected": [BAD]}, "pairs.jsonl:1, chosen: 'messages' is empty"),
+    ],
+    ids=str,
+)
+def test_what_is_no_pair_is_refused_by_its_place(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        to_document(Record("pairs.jsonl:1", 10, value), "preference", {}, has_template=True)
+
+
+def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> None:
+    with pytest.raises(UserError, match=r"set train\.objective=dpo, or fine-tune on the chosen answers with data\.col"):
+        check_objective("preference", "sft", "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl is chat, and train\.objective=dpo compares"):
+        check_objective("chat", "dpo", "a.jsonl")
+    both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    with pytest.raises(UserError, match="fits the formats chat and preference; choose one"):
+        resolve_format(Record("a.jsonl:1", 10, both), "auto", {})
+    advised = resolve_format(Record("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", {"messages": "chosen"})
+    assert advised == "chat"
+
+
+def prepared(folder: Path, pairs: list[Any], **data: Any) -> PackedRows:
+    """The training rows of these pairs."""
+    model = folder / "model"
+    if not model.exists():
+        write_model(model, MARKED)
+    path = str(write_lines(folder / "pairs.jsonl", pairs))
+    values = {"path": path, "eval_fraction": 0.0, "cache_dir": str(folder / "cache"), "sequence_length": 64, **data}
+    train = {"objective": "dpo"}
+    config = build(Config, {"model": {"path": str(model)}, "data": values, "train": train, "run_dir": str(folder)})
+    return PackedRows.open(prepare(config), "train")
+
+
+def sides_of(rows: PackedRows) -> list[tuple[list[int], list[int]]]:
+    """(tokens, trained tokens) of every document but padding, row by row."""
+    found = []
+    for tokens, flags in zip(rows.tokens, rows.flags, strict=True):
+        starts = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]
+        for start, end in itertools.pairwise(starts):
+            labels = np.flatnonzero(flags[start:end] & TRAINED) + 1
+            if len(labels):
+                found.append((tokens[start:end].tolist(), tokens[start:end][labels].tolist()))
+    return found
+
+
+def test_a_row_holds_whole_pairs_with_the_answers_alone_trained(tmp_path: Path) -> None:
+    pairs = [{"prompt": "It is", "chosen": " day" * n, "rejected": " the night"} for n in (1, 2, 3, 4)]
+    rows = prepared(tmp_path, [*pairs, CONVERSATIONS["implicit"]])
+    tokenizer = load_tokenizer(tmp_path / "model")
+    found = sides_of(rows)
+    assert len(found) == 2 * 5 == 2 * rows.pairs.sum()
+    texts = [(tokenizer.decode(tokens), tokenizer.decode(trained)) for tokens, trained in found]
+    for (chosen, _), (rejected, trained) in zip(texts[::2], texts[1::2], strict=True):
+        if chosen.startswith("<|im_start|>"):
+            assert (rejected, trained) == (
+                "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nYou.<|im_end|>\n",
+                "You.<|im_end|>",
+            )
+        else:
+            assert chosen.startswith("It is day")
+            assert (rejected, trained) == ("It is the night<|eos|>", " the night<|eos|>")
+    assert np.array_equal((rows.flags & REJECTED > 0).sum(axis=1), rows.pairs)
+    batch = StepLoader(rows, global_batch=9, micro_batch=9, rank=0, world=1, seed=0, shuffle=True).batch(0)
+    assert batch.global_pairs == 5
+    assert (batch.micro_batches[0].labels >= 0).sum() == rows.targets.sum() == sum(len(t) for _, t in found)
+
+
+def test_a_pair_that_is_too_long_loses_the_ends_of_both_at_the_same_length(tmp_path: Path) -> None:
+    def encoded(chosen: int, rejected: int) -> Encoded:
+        sides = [Encoded(np.arange(n, dtype=np.int32), np.ones(n, np.uint8)) for n in (chosen, rejected)]
+        return Encoded.pair(*sides)
+
+    for lengths, kept in (((50, 6), (14, 6)), ((6, 50), (6, 14)), ((30, 40), (10, 10)), ((10, 11), (10, 10))):
+        cut = encoded(*lengths).cut(20)
+        assert (cut.rejected, len(cut.tokens)) == (kept[0], sum(kept))
+        assert cut.tokens.tolist() == [*range(kept[0]), *range(kept[1])]
+    short = {"prompt": "It is", "chosen": " day", "rejected": " the night"}
+    long = short | {"rejected": " night" * 80}
+    hopeless = short | {"prompt": "It is" * 80}
+    for too_long, pairs in (("auto", 2), ("drop", 1)):
+        rows = prepared(tmp_path, [short, long, hopeless], too_long=too_long)
+        assert rows.pairs.sum() == pairs
+        counted = {name: rows.counts[name] for name in ("documents", "truncated", "dropped", "dropped_long", "pairs")}
+        lost = {"truncated": 1, "dropped": 1, "dropped_long": 0}
+        if too_long == "drop":
+            lost = {"truncated": 0, "dropped": 0, "dropped_long": 2}
+        assert counted == {"documents": pairs, "pairs": pairs, **lost}
+
+
+def test_a_pair_with_an_answer_that_has_no_token_to_train_is_left_out(tmp_path: Path) -> None:
+    unanswered = {"chosen": [ASKED, GOOD], "rejected": [ASKED]}
+    masked = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD | {"train": False}]}
+    rows = prepared(tmp_path, [CONVERSATIONS["explicit"], unanswered, masked])
+    assert (rows.pairs.sum(), rows.counts["dropped"]) == (1, 2)
+
+
+def test_pairs_are_held_out_mixed_and_streamed_whole(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"It is {n}", "chosen": " day", "rejected": " the night"} for n in range(40)]
+    rows = prepared(tmp_path, pairs, eval_fraction=0.2)
+    entry = next(path for path in (tmp_path / "cache").iterdir())
+    meta, held_out = read_meta(entry), PackedRows.open(entry, "eval")
+    assert meta["objective"] == "dpo"
+    assert 0 < held_out.pairs.sum() < 20
+    assert rows.pairs.sum() + held_out.pairs.sum() == 40
+    assert len(sides_of(held_out)) == 2 * held_out.pairs.sum()
+
+
+def test_a_template_without_conversations_has_no_effect_and_is_refused(tmp_path: Path) -> None:
+    text = {"prompt": "It is", "chosen": " day", "rejected": " the night"}
+    with pytest.raises(UserError, match=r"data\.template=chatml has no effect: no source holds chats"):
+        prepared(tmp_path, [text], template="chatml")
+
+
+def test_preview_and_row_show_both_sides(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", [CONVERSATIONS["explicit"]] * 3)
+    data = {"path": str(path), "eval_fraction": 0.0}
+    make_run(tmp_path / "run", folders, data=data, train={"objective": "dpo"})
+    assert preview.main([str(tmp_path / "run"), "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert f"--- {path}:1, chosen: " in shown
+    assert f"--- {path}:1, rejected: " in shown
+    assert "<|assistant|>[[Me.<eos>]]" in shown
+    assert "<|assistant|>[[You.<eos>]]" in shown
+    assert "(preference), all 3 pairs" in shown
+    rows = open_split(tmp_path / "run", "train")
+    assert rows is not None
+    assert show_row.main([str(tmp_path / "run"), "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(", chosen\n") == shown.count(", rejected\n") == rows.pairs[0]
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert record["splits"]["train"]["pairs"] == 3

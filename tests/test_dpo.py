@@ -1,0 +1,308 @@
+"""DPO is what two models would compute, from one: losses, gradients, memory, bytes on the wire, ranks, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from closeness import assert_adapters_close, assert_close, assert_losses_close
+from distlora import train
+from distlora.adapters import StepRows
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.data.loader import MicroBatch
+from distlora.flops import count_flops
+from distlora.model import CausalLM
+from distlora.objectives import Preference
+from distlora.parallel import Ranks
+from distlora.peft_format import adapter_tensors
+from distlora.startup import start_model
+from family_models import SINGLE, dequantized
+from small_models import make_run, read_metrics
+from test_packing_isolation import model_with_adapters
+from test_parity import planned_gather
+from test_resume import figures, result, run_until
+from worlds import World
+
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs of uneven length: a text that goes on as it does, and in capitals, which even a model without knowledge
+    can tell in texts that it has not seen."""
+    topics = [topic.split() for topic in sorted(pydoc_data.topics.topics.values(), key=len)[20:80]]
+    lines = []
+    for number, words in enumerate(topics):
+        answer = " " + " ".join(words[5 : 8 + number % 6])
+        pair = {"prompt": " ".join(words[:5]), "chosen": answer.lower(), "rejected": answer.upper()}
+        lines.append(json.dumps(pair) + "\n")
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def prepare(
+    run_dir: Path, folders: Path, preferences: Path, model: str = "llama", **sections: dict[str, Any]
+) -> Config:
+    """A prepared run of six steps of six rows, with one to several pairs in each."""
+    sections["data"] = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
+    sections["train"] = {"objective": "dpo", "max_steps": 6, "global_batch": 6} | sections.get("train", {})
+    return make_run(run_dir, folders, model, **sections)
+
+
+def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
+    train.run(run_dir, ranks)
+    return read_metrics(run_dir)
+
+
+def documents_of(batch: MicroBatch) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, labels) of every document that has a label, in order."""
+    found = []
+    for tokens, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
+        starts = (positions == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            if (labels[start:end] >= 0).any():
+                found.append((tokens[start:end], labels[start:end]))
+    return found
+
+
+def summed_logp(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    logp = model(tokens[None]).logits[0].log_softmax(dim=-1)
+    return logp.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels >= 0].sum()
+
+
+def with_trained_adapter(run_dir: Path, config: Config) -> CausalLM:
+    """The run's model with adapters that are not where they start."""
+    model, _, _ = start_model(config, SINGLE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(model).items():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", ["block", "none"])
+def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
+    folders: Path, preferences: Path, tmp_path: Path, checkpointing: str
+) -> None:
+    beta = 0.3
+    settings = {"dpo_beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
+    config = prepare(tmp_path / "run", folders, preferences, train=settings)
+    ours = with_trained_adapter(tmp_path / "run", config)
+    step = train.open_data(tmp_path / "run", config, SINGLE)[0].batch(0)
+    assert step.global_pairs > step.global_rows, "no row holds several pairs"
+    ours.set_num_micro(2)
+    whole = MicroBatch(
+        *(torch.cat([getattr(m, name) for m in step.micro_batches]) for name in MicroBatch.__dataclass_fields__)
+    )
+    losses = Preference(beta).losses(ours, whole, SINGLE.device, 0)
+    loss = losses.rows.sum() / step.global_pairs
+    loss.backward()
+
+    weights = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
+    base = dequantized(folders / "llama", ours)
+    tuned = peft.get_peft_model(
+        base, peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", lora_dropout=0.0)
+    )
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    documents = documents_of(whole)
+    assert len(documents) == 2 * step.global_pairs
+    total = torch.zeros(())
+    rewards = []
+    for chosen, rejected in zip(documents[::2], documents[1::2], strict=True):
+        with torch.no_grad(), tuned.disable_adapter():
+            reference = [summed_logp(tuned, *document) for document in (chosen, rejected)]
+        policy = [summed_logp(tuned, *document) for document in (chosen, rejected)]
+        of_pair = [beta * (a - b) for a, b in zip(policy, reference, strict=True)]
+        total = total - F.logsigmoid(of_pair[0] - of_pair[1])
+        rewards.append((of_pair[0].item(), of_pair[1].item(), policy[0].item()))
+    expected = total / step.global_pairs
+    expected.backward()
+
+    assert abs(loss - LN2) > 1e-2, "the policy is the reference, so this says little"
+    assert_losses_close([loss.item()], [expected.item()])
+    for name, parameter in adapter_tensors(ours).items():
+        # Sums over documents and pairs in another order: some tens of ulps (1e-5 is 84).
+        assert_close(parameter.grad, parameters[name].grad, ulps=84)  # type: ignore[arg-type]
+    means = dict(zip(Preference.figures, (losses.figures / step.global_pairs).tolist(), strict=True))
+    for index, name in enumerate(("rewards/chosen", "rewards/rejected", "logps/chosen")):
+        assert means[name] == pytest.approx(sum(r[index] for r in rewards) / len(rewards), rel=1e-4)
+    assert means["rewards/accuracies"] == pytest.approx(sum(r[0] > r[1] for r in rewards) / len(rewards))
+
+
+@pytest.fixture(scope="module")
+def alone(
+    world: World, folders: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[list[dict[str, Any]], dict[str, Tensor]]]:
+    """One rank, all rows of a step at once, nothing recomputed: metrics and adapter, by model."""
+    results = {}
+    for model in ("llama", "llama-tied"):
+        run_dir = tmp_path_factory.mktemp("alone") / model
+        prepare(run_dir, folders, preferences, model, train={"micro_batch": 6, "checkpointing": "none"})
+        results[model] = (world.run(1, run_once, run_dir=run_dir)[0], result(run_dir))
+    return results
+
+
+def test_a_run_starts_at_ln_2_and_raises_the_held_out_margin(alone: dict[str, Any]) -> None:
+    for metrics, _ in alone.values():
+        before, after = (line for line in metrics if "eval_loss" in line)
+        first = next(line for line in metrics if "loss" in line)
+        for line, prefix in ((before, "eval_"), (first, "")):
+            assert abs(line[f"{prefix}loss"] - LN2) <= 1e-6
+            assert line[f"{prefix}rewards/margins"] == 0, "the adapter adds nothing yet: the two models are one"
+        assert after["eval_rewards/margins"] > 0.02
+        assert after["eval_loss"] < LN2 - 0.01
+        assert after["eval_rewards/accuracies"] > 0.6
+
+
+def test_in_bf16_too_a_run_starts_at_ln_2(folders: Path, preferences: Path, tmp_path: Path) -> None:
+    prepare(tmp_path / "run", folders, preferences, "qwen3", train={"dtype": "bf16", "max_steps": 1})
+    lines = run_once(SINGLE, run_dir=tmp_path / "run")
+    assert abs(lines[0]["eval_loss"] - LN2) <= 1e-6
+    assert abs(lines[1]["loss"] - LN2) <= 1e-6
+
+
+CELLS = [
+    ("llama", 1, {"micro_batch": 2}),
+    ("llama", 2, {"micro_batch": 1}),
+    ("llama", 2, {"micro_batch": 1, "accumulate": "block"}),
+    ("llama", 3, {"micro_batch": 2, "checkpointing": "none"}),
+    ("llama-tied", 2, {"micro_batch": 2}),
+    ("llama-tied", 3, {"micro_batch": 1, "accumulate": "block"}),
+]
+
+
+@pytest.mark.parametrize(("model", "size", "settings"), CELLS, ids=str)
+def test_ranks_and_micro_batches_change_nothing_and_the_base_is_gathered_as_often_as_in_sft(
+    world: World,
+    folders: Path,
+    preferences: Path,
+    tmp_path: Path,
+    alone: dict[str, Any],
+    model: str,
+    size: int,
+    settings: dict[str, Any],
+) -> None:
+    config = prepare(tmp_path / "run", folders, preferences, model, train=settings)
+    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
+    expected, adapter = alone[model]
+    for name in ("loss", "eval_loss"):
+        assert_losses_close(*([line[name] for line in lines if name in line] for lines in (metrics, expected)))
+    assert_adapters_close(result(tmp_path / "run"), adapter)
+    assert metrics[-1]["eval_rewards/margins"] == pytest.approx(expected[-1]["eval_rewards/margins"], rel=1e-4)
+    if size > 1:
+        blocks, rest = planned_gather(config, folders / model, size)
+        passes = -(-6 // (size * settings["micro_batch"])) if config.train.accumulate == "step" else 1
+        assert metrics[-2]["gathered_bytes"] == passes * (2 * blocks + rest), "what SFT gathers (test_parity.py)"
+
+
+def saved_bytes(model: CausalLM, **arguments: Any) -> int:
+    """Bytes of all storages that a forward keeps for its backward."""
+    tokens = torch.randint(5, 1000, (4, 40), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(40).repeat(4, 1)
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(tokens, positions, tokens, **arguments)
+    assert output.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_the_reference_keeps_nothing_for_backward(folders: Path, checkpointing: bool, num_micro: int) -> None:
+    model = model_with_adapters(folders / "llama-tied")
+    for block in model.blocks:
+        block.checkpointing = checkpointing
+    model.set_num_micro(num_micro)
+    plain = saved_bytes(model)
+    assert saved_bytes(model, reference_rows=torch.full((4,), -1)) == plain > 4 * 40 * 96 * 4 * 3
+    assert all(block.reference is None or block.reference.hidden is None for block in model.blocks)
+
+
+def test_the_reference_is_the_base_whatever_the_adapter_and_the_dropout(folders: Path) -> None:
+    model = model_with_adapters(folders / "llama")
+    tokens = torch.randint(5, 1000, (3, 40), generator=torch.Generator().manual_seed(1))
+    positions, none = torch.arange(40).repeat(3, 1), torch.full((3,), -1)
+    for _, linear in model.adapted_linears():
+        linear.dropout_threshold = 1 << 14  # A quarter.
+    places = StepRows(3, torch.tensor([5, 6, 7]))
+    policy, reference = model(tokens, positions, tokens, step_rows=places, reference_rows=none)
+    assert torch.equal(reference.sum(dim=1), model(tokens, positions, tokens, adapter_rows=none))
+    assert torch.equal(policy.sum(dim=1), model(tokens, positions, tokens, step_rows=places))
+    assert not torch.equal(policy.sum(dim=1), model(tokens, positions, tokens)), "nothing was dropped"
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:
+    for name in ("whole", "stopped"):
+        settings = {"save_every": 2, "max_steps": 4, "micro_batch": 6}
+        prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    for stop_before in (3, None):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["eval_rewards/margins"] == read_metrics(tmp_path / "whole")[-1]["eval_rewards/margins"]
+
+
+def test_mfu_counts_the_references_forward(folders: Path) -> None:
+    model = model_with_adapters(folders / "llama")
+    plain, both = count_flops(model), count_flops(model, with_reference=True)
+    ranks = sum(6 * 16 * (m.in_features + m.out_features) for _, m in model.adapted_linears())
+    assert both.per_token - ranks == 1.5 * (plain.per_token - ranks), "2 operations a weight beside 4, no adapter"
+    assert both.per_pair[0][0] * 3 == plain.per_pair[0][0] * 4, "forward beside forward and twice that backward"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full trains the base itself"),
+        ({"adapter": {"init_from": "there"}}, "is not where adapter.init_from=there starts"),
+        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens trains rows of the embedding"),
+        ({"adapter": {"trainable_token_indices": (3,)}}, "trainable_token_indices trains rows of the embedding"),
+        ({"train": {"router_aux_loss": 0.1}}, "train.router_aux_loss=0.1 weighs a loss of tokens"),
+        ({"data": {"format": "chat"}}, "which data.format=chat has not; set data.format=preference"),
+        ({"data": {"train_on": "all"}}, "data.train_on=all has no effect"),
+        ({"data": {"too_long": "split"}}, "set data.too_long=truncate or drop"),
+        ({"train": {"dpo_beta": 0.0}}, "train.dpo_beta=0"),
+        ({"train": {"objective": "sft", "dpo_beta": 0.2}}, "train.dpo_beta=0.2 has no effect"),
+        ({"train": {"objective": "sft"}, "data": {"format": "preference"}}, "set train.objective=dpo"),
+        ({"train": {"objective": "kto"}}, "train.objective"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "dpo"}}
+    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
+    with pytest.raises(UserError, match=message):
+        build(Config, {**values, "run_dir": "r"})
+
+
+def test_a_run_on_other_data_is_refused_when_the_data_is_prepared(
+    folders: Path, preferences: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"text\.jsonl is text, and train\.objective=dpo compares"):
+        make_run(tmp_path / "text", folders, train={"objective": "dpo"})
+    with pytest.raises(UserError, match=r"pairs\.jsonl holds preference data .* set train\.objective=dpo"):
+        make_run(tmp_path / "pairs", folders, data={"path": str(preferences)})

@@ -72,7 +72,7 @@ class Identity:
     """What a checkpoint belongs to: resuming on anything else would be another run."""
 
     base_fingerprint: str
-    """`loading.segments.fingerprint` of the base."""
+    """`loading.start_file.base_identity` of the run."""
     data_digest: str
     """`content` in data.json: the hash of the packed rows."""
 
@@ -186,7 +186,8 @@ def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:
     """Raises UserError when the checkpoint was made from another base or other data."""
     if state.identity.base_fingerprint != identity.base_fingerprint:
         raise UserError(
-            f"{folder} belongs to another base model: the weights at model.path have changed since; restore them"
+            f"{folder} belongs to another base model: the weights at model.path, or the start that PiSSA took out of "
+            "them, have changed since; restore them"
         )
     if state.identity.data_digest != identity.data_digest:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")

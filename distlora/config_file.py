@@ -71,7 +71,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The Config in RUN/config.yaml. Raises UserError when the folder holds no run."""
+    """The Config in RUN/config.yaml, with the place where the folder is now. UserError when it holds no run."""
     import yaml
 
     path = Path(run_dir) / "config.yaml"
@@ -83,7 +83,7 @@ def load_config(run_dir: str | Path) -> Config:
             f"{path} is damaged ({str(error).splitlines()[0]}); start the run again in another folder"
         ) from error
     require(isinstance(values, dict), f"{path} is damaged: it holds no settings; start the run again in another folder")
-    return build(Config, values)
+    return build(Config, {**values, "run_dir": str(run_dir)})
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

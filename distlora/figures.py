@@ -118,7 +118,7 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
         figures["scattered_bytes_per_step"] = trainer.step_traffic.scattered_bytes
     if progress.evaluations:
-        first = "base_eval_loss" if trainer.config.adapter.init_from is None else "initial_eval_loss"
+        first = "base_eval_loss" if trainer.config.adapter.starts_as_base else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
         figures |= trainer.held_out  # Of the last evaluation, which was at that step.

@@ -173,8 +173,9 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
     init = values.get("init_lora_weights")
     if init not in _KEEPS_THE_BASE:
         raise UserError(
-            f"{path}: init_lora_weights={init!r} changed the base that the adapter belongs to; save it for the "
-            "unchanged one (save_pretrained with path_initial_model_for_weight_conversion) and use that"
+            f"{path}: init_lora_weights={init!r} changed the base that the adapter belongs to; take what the run "
+            "published (RUN/adapter, a plain LoRA), or have PEFT save it for the unchanged one (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
         )
     for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
         if values[name] and values[name] != _DEFAULTS.get(name):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from distlora.config import SourceConfig
+from distlora.config import AdapterConfig, SourceConfig
 from distlora.config.places import is_hub_name
 from distlora.initial_adapter import WEIGHTS_NAME
 from distlora.run_folder import TEMPLATE_NAME, Result
@@ -155,6 +155,8 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
         yield from _trained_rows(adapter.get("trainable_token_indices"))
         if config.adapter.init_from is not None:
             yield "started from", _shown(config.adapter.init_from)
+        if config.adapter.decomposes:
+            yield "started from", _start(config.adapter)
     if config.model.new_tokens:
         yield "new tokens", _joined(f"`{text}`" for text in config.model.new_tokens)
     yield "base in training", "NF4, double quantization" if config.quant.method == "nf4" else train.dtype
@@ -171,6 +173,14 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
     yield "seed", str(train.seed)
 
 
+def _start(adapter: AdapterConfig) -> str:
+    """Where an adapter started that comes from the base's weights."""
+    if not adapter.pissa:
+        return "LoftQ: the principal part of what NF4 loses of each weight, one iteration"
+    how = f"PiSSA (`{adapter.init}`): the principal part of each weight, which the base lacked in training"
+    return f"{how}; trained at rank {adapter.r}, and published with that start taken off, at twice the rank"
+
+
 def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
     """How many rows of the embedding, or of which matrix, are trained."""
     for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
@@ -182,9 +192,8 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     """What was measured, as far as the run folder has it."""
     before, after = result.evaluations.get(0), result.evaluations.get(result.step or 0)
     if before is not None:
-        started = (
-            "of the base" if result.config.adapter.init_from is None else "of the adapter that training started from"
-        )
+        adapter = result.config.adapter
+        started = "of the base" if adapter.starts_as_base else "of the adapter that training started from"
         yield f"held-out loss {started} (nats a token)", f"{before:.4f}"
     if after is not None and result.step:
         yield f"held-out loss after {result.step:,} steps", f"{after:.4f}"
@@ -239,7 +248,12 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
     text = f"```python\n{code}```"
-    if result.config.quant.method == "nf4":
+    if result.config.quant.method == "nf4" and result.config.adapter.pissa:
+        text += (
+            "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
+            "quantizing the base gives."
+        )
+    elif result.config.quant.method == "nf4":
         text += (
             "\n\nThe base can be loaded in the 4-bit form that it was trained on: `quantization_config="
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'

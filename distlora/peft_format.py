@@ -95,7 +95,8 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if config.adapter.init == "gaussian" else True,
+        # To PEFT "pissa" says that A and B belong to a base without its principal part (pissa_format.py).
+        "init_lora_weights": init if (init := config.adapter.init) == "gaussian" or config.adapter.pissa else True,
         "target_modules": _target_modules(model),
         "trainable_token_indices": _token_indices(model),
     } | _target_parameters(model)

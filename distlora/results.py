@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from distlora import checkpoint, durable
 from distlora.checkpoint import Progress
 from distlora.config import Config, UserError
+from distlora.loading.initialize import read_start
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel import Backend
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.pissa_format import plain_config, plain_tensors, trained_tensors
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
 from distlora.tensor_files import read_into, write_model
 from distlora.tokens import tokenizer_files
@@ -28,32 +31,55 @@ COMPANIONS = (".json", ".jinja", ".txt", ".model")
 
 
 def weight_files(model: CausalLM, config: Config) -> dict[str, Any]:
-    """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model."""
+    """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model.
+
+    PiSSA's belongs to the base without the run's start.
+    """
     if config.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model)
     return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
 
 
-def load_weights(folder: Path, model: CausalLM, backend: Backend) -> None:
+def adapter_files(model: CausalLM, config: Config) -> dict[str, Any]:
+    """The files of an adapter that PEFT loads onto the unchanged base."""
+    files = weight_files(model, config)
+    if not config.adapter.pissa:
+        return files
+    tensors = plain_tensors(files[WEIGHTS_NAME], read_start(config))
+    return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
+
+
+def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping[str, Tensor] | None = None) -> None:
     """Take an adapter, or a whole model, from a folder: of what the ranks share, each reads its rows.
 
-    UserError where its tensors are not this model's.
+    `start` is that of a run of PiSSA: what such a run publishes is a plain LoRA, unlike its checkpoints. UserError
+    where the folder's tensors are not this model's.
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
+    if start is not None and not (folder / checkpoint.STATE_NAME).is_file():
+        trained = trained_tensors(safetensors.torch.load_file(folder / WEIGHTS_NAME), start, folder)
+        _check_fits(folder, {name: tuple(tensor.shape) for name, tensor in trained.items()}, own, model)
+        for name, tensor in trained.items():
+            own[name].data.copy_(tensor)
+        return
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
-    odd = sorted(own.keys() ^ stored.keys()) or [
-        name for name, segment in stored.items() if segment.shape != own[name].shape
-    ]
+    _check_fits(folder, {name: segment.shape for name, segment in stored.items()}, own, model)
+    with Reader() as reader:
+        for name, segment in stored.items():
+            read_into(own[name], segment, reader, backend)
+
+
+def _check_fits(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], model: CausalLM
+) -> None:
+    odd = sorted(own.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if shape != own[name].shape]
     if odd:
         raise UserError(
             f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
             f"({len(odd)} such tensors); was it trained on another model?"
         )
-    with Reader() as reader:
-        for name, segment in stored.items():
-            read_into(own[name], segment, reader, backend)
 
 
 def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
@@ -112,7 +138,7 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
         else:
-            checkpoint.write_files(temporary, weight_files(model, config), backend)
+            checkpoint.write_files(temporary, adapter_files(model, config), backend)
         if backend.writes:
             for name, content in tokenizer_files(config).items():
                 (temporary / name).write_bytes(content)

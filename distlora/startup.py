@@ -1,6 +1,9 @@
-"""The order of a start, which decides what is ever in memory: build on meta, shard, fill the shards, start adapters."""
+"""The order of a start, which decides what is ever in memory: build on meta, shard, start adapters that are
+computed from the base, fill the shards, start the others."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -8,6 +11,7 @@ from distlora import attention, liger
 from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
 from distlora.config import Config
+from distlora.loading import initialize
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import DTYPES, CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
@@ -15,18 +19,32 @@ from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 
 
-def start_model(config: Config, ranks: Ranks, *, training: bool = True) -> tuple[CausalLM, Backend, Loaded]:
-    """The model on this rank with the base's weights and adapters that add nothing yet; `training` as in build_model.
+def start_model(
+    config: Config,
+    ranks: Ranks,
+    *,
+    training: bool = True,
+    say: Callable[[str], None] | None = None,
+    restores: bool = False,
+) -> tuple[CausalLM, Backend, Loaded]:
+    """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
+    decomposed to, which `say` is told of. `training` as in build_model.
 
-    Raises UserError for a base that cannot be read or does not fit its config.json.
+    `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
+    from that. Raises UserError for a base that cannot be read or does not fit its config.json, and for a start that is
+    gone.
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
-    loaded = load_base(model, config.model.path, backend)
+    adapter = config.adapter
+    if adapter.decomposes and (adapter.pissa or not restores):
+        initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
+    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
-    reset_adapters(model.adapted_weights(), config.adapter, seed=config.train.seed)
+    if not adapter.decomposes:
+        reset_adapters(model.adapted_weights(), adapter, seed=config.train.seed)
     return model, backend, loaded
 
 

@@ -21,7 +21,7 @@ from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
-from distlora.loading.segments import fingerprint
+from distlora.loading.start_file import base_identity
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
@@ -40,14 +40,13 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     data = read_record(run_dir / DATA_NAME)
-    identity = Identity(base_fingerprint=fingerprint(Path(config.model.path)), data_digest=data["content"])
     chat_template: str | None = data["chat_template"]
     checkpoints = run_dir / CHECKPOINTS
     newest, damaged = checkpoint.newest(checkpoints)
     progress = Progress()
     if newest is not None:
         state = checkpoint.load_state(newest)
-        checkpoint.check_matches(state, newest, identity)
+        checkpoint.check_matches(state, newest, identity_of(config, data))
         progress = state.progress
 
     with Reporter(
@@ -56,7 +55,8 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         for line in damaged:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
-        model, backend, loaded = start_model(config, ranks)
+        model, backend, loaded = start_model(config, ranks, say=reporter.event, restores=newest is not None)
+        identity = identity_of(config, data)
         trained = trained_parameters(model)
         backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
@@ -108,6 +108,11 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         summarize(reporter, trainer, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
+
+
+def identity_of(config: Config, data: dict[str, Any]) -> Identity:
+    """What the checkpoints of a run belong to; `data` is data.json."""
+    return Identity(base_fingerprint=base_identity(config), data_digest=data["content"])
 
 
 def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:

@@ -71,6 +71,7 @@ class Config:
                 f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
             )
             lora_only = {
+                "adapter.init": self.adapter.init != "kaiming",
                 "adapter.init_from": self.adapter.init_from is not None,
                 "adapter.use_dora": self.adapter.use_dora,
                 "adapter.lora_dropout": self.adapter.lora_dropout != 0,
@@ -90,6 +91,11 @@ class Config:
                 f"data.format=preference is data for train.objective=dpo, not for {self.train.objective}; set "
                 "train.objective=dpo, or name the format of what else the data holds",
             )
+        require(
+            self.adapter.init != "loftq" or self.quant.method == "nf4",
+            f"adapter.init=loftq starts from what quantization loses, and quant={self.quant.method} loses nothing; set "
+            "quant=nf4, or adapter.init=pissa",
+        )
         require(
             not self.train.keep_dequantized or self.quant.method == "nf4",
             f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
@@ -118,6 +124,11 @@ class Config:
             "train.objective=dpo takes the base without an adapter as its reference, which is not where "
             f"adapter.init_from={self.adapter.init_from} starts; merge that adapter into a copy of the base first, and "
             "leave adapter.init_from out",
+        )
+        require(
+            not self.adapter.decomposes,
+            "train.objective=dpo takes the base without an adapter as its reference, which is not where "
+            f"adapter.init={self.adapter.init} starts (PiSSA's base is no model by itself); set adapter.init=kaiming",
         )
         trained_rows = {
             "model.new_tokens": len(self.model.new_tokens) > 0,

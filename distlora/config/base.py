@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from distlora.config.errors import require, require_choice, require_positive
+from distlora.config.initialization import PLAIN, check_init, is_pissa
 
 Number = TypeVar("Number", int, float)
 
@@ -79,8 +80,12 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     """Share of the adapter's inputs that is set to 0 in training (the rest is scaled up). The same elements on any
     number of ranks and after a resume."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts (B is zero): Kaiming-uniform as in PEFT, or a normal distribution of std 1/r."""
+    init: str = "kaiming"
+    """How A and B start. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero. `pissa`: the
+    principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>` finds it by n
+    subspace iterations, minutes faster on large weights. `loftq`: the principal part of what NF4 loses of them (arXiv
+    2310.08659; needs quant=nf4). The last three decompose each weight once; the run keeps the start, as many bytes as
+    the adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -92,7 +97,17 @@ class AdapterConfig:
         require_choice("adapter.method", self.method, ("lora", "full"))
         require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
         require_positive("adapter", self, "lora_alpha")
-        require_choice("adapter.init", self.init, ("kaiming", "gaussian"))
+        check_init(self.init)
+        require(
+            not (self.decomposes and self.init_from is not None),
+            f"adapter.init={self.init} has no effect with adapter.init_from={self.init_from}, which holds A and B; "
+            "leave one of them out",
+        )
+        require(
+            not (self.decomposes and self.use_dora),
+            f"adapter.init={self.init} starts at weights that adapter.use_dora would rescale: its magnitudes are the "
+            "norms of the base's rows, without that start; set adapter.use_dora=false or adapter.init=kaiming",
+        )
         require(
             len(self.target_modules) > 0 or len(self.target_parameters) > 0,
             "adapter.target_modules is empty; set adapter.target_modules=attention",
@@ -110,6 +125,21 @@ class AdapterConfig:
                     re.compile(_PATTERN.format(key))
                 except re.error as error:
                     require(False, f"{where}: {key!r} is no regular expression ({error}); write a module's name")
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the start is computed from the base's weights."""
+        return self.init not in PLAIN
+
+    @property
+    def pissa(self) -> bool:
+        """Whether the base is trained on without the adapter's start."""
+        return is_pissa(self.init)
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the model computes exactly what the base does before the first step."""
+        return not self.decomposes and self.init_from is None
 
     def rank_of(self, path: str) -> int:
         """The rank of the linear at `path`."""

@@ -30,7 +30,9 @@ from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, named_by_flag, read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, fingerprint
+from distlora.loading.initialize import read_start
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
+from distlora.loading.start_file import base_identity
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
@@ -82,20 +84,23 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
     """
     # Nothing is recomputed here.
     config = replace(config, train=replace(config.train, keep_dequantized=False))
+    if foreign or weights is None:  # On the base as its checkpoint has it, whatever this run took out of it.
+        config = replace(config, adapter=replace(config.adapter, init="kaiming"))
     if foreign:
         assert weights is not None
         with named_by_flag():
             settings = read_initial_adapter(weights).settings
         own: dict[str, Any] = {"init_from": weights, "trainable_token_indices": None}
         config = replace(config, adapter=replace(config.adapter, **own | settings))
-    model, backend, _ = start_model(config, ranks, training=False)  # B is zero: the base, exactly.
+    # Without weights B is zero: the base, exactly.
+    model, backend, _ = start_model(config, ranks, training=False, restores=weights is not None)
     if foreign:
         with named_by_flag():
             load_initial_adapter(model, config)
     elif weights is not None:
         folder = weights_in(Path(weights))
         check_base(folder, config)
-        load_weights(folder, model, backend)
+        load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
     return model, backend
 
 
@@ -107,7 +112,7 @@ def check_base(weights: Path, config: Config) -> None:
     states = (
         [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / CHECKPOINTS)
     )
-    if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != fingerprint(Path(config.model.path)):
+    if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != base_identity(config):
         raise UserError(f"{weights} was trained on another base: the weights at {config.model.path} have changed since")
 
 

@@ -92,6 +92,11 @@ def check_keeps_packed(config: Config, packed: Mapping[str, PackedWeight]) -> No
         raise UserError(
             f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or model.path to the 16-bit checkpoint"
         )
+    if config.adapter.decomposes:
+        raise UserError(
+            f"adapter.init={config.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
+            "model.path to the 16-bit checkpoint"
+        )
 
 
 def packed_outside_blocks(name: str) -> UserError:

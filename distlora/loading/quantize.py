@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from distlora.config import UserError
+from distlora.loading.decompose import Residual
 from distlora.loading.prequantized import PackedWeight
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
@@ -30,13 +31,19 @@ bits depend on its instructions (2 ulps seen)."""
 
 @torch.no_grad()
 def quantize_into(
-    weight: FrozenTensor, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str
+    weight: FrozenTensor,
+    segments: Sequence[Segment],
+    reader: Reader,
+    backend: Backend,
+    name: str,
+    *,
+    residual: Residual | None = None,
 ) -> None:
     """Fill the rank's rows of codes, scales and group_scale, and the replicated offset, of a quantized weight.
 
     The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
-    call it for every tensor, in the same order: the offset is the mean over all of them. Raises UserError for NaN or
-    Inf.
+    call it for every tensor, in the same order: the offset is the mean over all of them. With `residual`, what is
+    quantized is the weight less an adapter's start. Raises UserError for NaN or Inf.
     """
     numel = weight.numel
     codes, first_group = backend.local_rows(weight.codes)
@@ -45,6 +52,8 @@ def quantize_into(
     stop = min((first_group + groups) * nf4.GROUP, numel)
     for start, chunk in reader.chunks(segments, first_group * nf4.GROUP, stop, CHUNK_ELEMENTS):
         row = start // nf4.GROUP - first_group
+        if residual is not None:
+            chunk = residual.of(chunk, start)
         chunk_codes, chunk_absmax = nf4.quantize_blocks(chunk.to(codes.device))
         codes[row : row + len(chunk_codes)] = chunk_codes
         absmax[row : row + len(chunk_codes)] = chunk_absmax
@@ -120,10 +129,12 @@ def copy_into(
     name: str,
     *,
     padding: int | None = None,
+    residual: Residual | None = None,
 ) -> None:
     """Fill the rank's rows of a dense parameter, cast to its dtype. Raises UserError for NaN or Inf.
 
-    With `padding` the segments may end before the parameter does; that is what the rest holds.
+    With `padding` the segments may end before the parameter does; that is what the rest holds. With `residual` an
+    adapter's start is taken out before the cast.
     """
     local, first_row = backend.local_rows(parameter)
     row_size = math.prod(parameter.shape[1:])
@@ -136,4 +147,6 @@ def copy_into(
     for first, chunk in reader.chunks(segments, start, stop, CHUNK_ELEMENTS):
         if not bool(torch.isfinite(chunk).all()):
             raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+        if residual is not None:
+            chunk = residual.of(chunk, first)
         flat[first - start : first - start + chunk.numel()] = chunk

@@ -13,6 +13,7 @@ from distlora.adapters import AdaptedLinear, adapter_parameters
 from distlora.config import UserError
 from distlora.families import ExpertLayout, read_config
 from distlora.loading.conversion import Source, find_sources, names_without_a_place
+from distlora.loading.decompose import Residual, Start
 from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
 from distlora.loading.reader import Reader
@@ -47,8 +48,11 @@ class Loaded:
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
 
 
-def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
-    """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor."""
+def load_base(model: CausalLM, folder: str | Path, backend: Backend, *, less_start: bool = False) -> Loaded:
+    """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
+
+    `less_start`: adapted weights without what their adapter computes now (PiSSA).
+    """
     began = time.monotonic()
     headers = read_headers(Path(folder))
     sources = find_base(model, headers)
@@ -58,13 +62,15 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
     quantized_weights = quantized_bytes = 0
     with Reader() as reader:
         for path, module in model.named_modules():
+            residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
                 if name in packed:
                     _check_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
                 else:
-                    quantize_into(module, _segments(sources, name, module.shape), reader, backend, name)
+                    segments = segments_of(sources, name, module.shape)
+                    quantize_into(module, segments, reader, backend, name, residual=residual)
                 quantized_weights += module.numel
                 quantized_bytes += module.packed_bytes
             for own, parameter in module.named_parameters(recurse=False):
@@ -77,9 +83,11 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
                     raise packed_outside_blocks(name)
                 matrix = _TOKEN_MATRICES.get(full)
                 if matrix is None:
-                    copy_into(parameter, _segments(sources, name, tuple(parameter.shape)), reader, backend, name)
+                    segments = segments_of(sources, name, tuple(parameter.shape))
+                    taken = residual if own == "weight" else None
+                    copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue
-                segments = _segments(sources, name, (model.vocabulary.stored, parameter.shape[1]))
+                segments = segments_of(sources, name, (model.vocabulary.stored, parameter.shape[1]))
                 rows = model.rows_of(matrix)
                 load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
@@ -88,6 +96,11 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend) -> Loaded:
     if quantized_weights:
         _check_packed(model, packed)
     return Loaded(time.monotonic() - began, bytes_read, quantized_weights, quantized_bytes, bool(packed))
+
+
+def _residual_of(linear: AdaptedLinear) -> Residual:
+    (pair,) = linear.pairs
+    return Residual(Start(pair.A, pair.B), pair.scaling)
 
 
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
@@ -123,7 +136,7 @@ def _sample(source: Source) -> bytes:
         return stream.read(min(2**16, segment.num_bytes))
 
 
-def _segments(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
+def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]) -> Sequence[Segment]:
     """A parameter by its Hugging Face name; UserError when it is absent or not what config.json promises."""
     source = sources.get(name)
     if source is None:

@@ -92,6 +92,11 @@ class Backend:
         dist.all_gather(gathered, local, group=self.ranks.group)
         return torch.cat(gathered)
 
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Rank `owner`'s values into every rank's `tensor`, in place. For loading, not for a step."""
+        if self.ranks.group is not None:
+            dist.broadcast(tensor, group=self.ranks.group, group_src=owner)
+
     def spread(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
         """A tensor that belongs to `local_rows(parameter)`, of their shape, as cut over the ranks like `parameter`."""
         data = parameter.data

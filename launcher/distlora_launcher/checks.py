@@ -25,6 +25,8 @@ from distlora.loading.prequantized import (
     read_packed_weights,
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
+from distlora.loading.start_file import check_decomposes, require_start
+from distlora.run_folder import checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
 from distlora_launcher.initial_adapter import check_initial_adapter
@@ -44,6 +46,8 @@ def check(config: Config, *, new_run: bool) -> None:
         check_machine(config)
         check_model(config)
         check_data(config)
+        if not new_run and config.adapter.pissa and checkpoint_folders(Path(config.run_dir)):
+            require_start(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
@@ -139,6 +143,7 @@ def check_model(config: Config) -> None:
         check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
         check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
+        check_decomposes(config.adapter, targets, shapes)
 
 
 def _no_folder(folder: Path) -> str:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora.config.initialization import is_pissa
 from distlora.data.cache import TOKENIZER_FILES
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.loading.start_file import require_start, start_path
 from distlora.model_card import model_card, read_metadata
-from distlora.run_folder import TEMPLATE_NAME, Result, read_result
+from distlora.run_folder import TEMPLATE_NAME, Result, read_record, read_result
 from distlora.tokens import tokenizer_files
 from distlora_launcher.arguments import Parser
 
@@ -51,11 +55,12 @@ def main(arguments: list[str]) -> int:
             "nor adapter_config.json name a base; add --base-model ORG/NAME if it is on the hub",
             file=sys.stderr,
         )
-    files = collect(result, repository=options.name, base=base)
-    if options.dry_run is not None:
-        dry_run(files, options.dry_run)
-        return 0
-    upload(options, files, f"{run_dir.name}: {result.folder.name}")
+    with as_plain_adapter(result) as plain:
+        files = collect(plain, repository=options.name, base=base)
+        if options.dry_run is not None:
+            dry_run(files, options.dry_run)
+        else:
+            upload(options, files, f"{run_dir.name}: {result.folder.name}")
     return 0
 
 
@@ -86,6 +91,21 @@ def parse(arguments: list[str]) -> Options:
     if options.base_model is not None:
         _check_name("--base-model", options.base_model)
     return options
+
+
+@contextlib.contextmanager
+def as_plain_adapter(result: Result) -> Iterator[Result]:
+    """The result itself; for a saved step of PiSSA, which belongs to a base that others do not have, what the run would
+    publish of it."""
+    if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
+        yield result
+        return
+    require_start(result.config)
+    from distlora.pissa_format import write_plain  # Imports torch, which other results need not.
+
+    with tempfile.TemporaryDirectory(prefix="distlora-push-") as place:
+        write_plain(result.folder, start_path(result.config), Path(place))
+        yield dataclasses.replace(result, folder=Path(place), adapter=read_record(Path(place) / CONFIG_NAME))
 
 
 def collect(result: Result, *, repository: str, base: str | None) -> dict[str, bytes | Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, UserError
+from distlora.config.initialization import check_init
 from distlora_launcher.importing.axolotl_data import convert_data
 from distlora_launcher.importing.axolotl_keys import additional_special_tokens, note_unread
 from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
@@ -140,10 +141,33 @@ def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> Non
     for name, ours in (("lora_rank_pattern", "rank_pattern"), ("lora_alpha_pattern", "alpha_pattern")):
         if pattern := keys.mapping(name):
             adapter[ours] = pattern
-    start = keys.any("peft_init_lora_weights")
-    adapter["init"] = "gaussian" if start == "gaussian" else "kaiming"
-    if start not in (None, True, "gaussian"):
+    adapter["init"] = _start(keys, imported)
+
+
+def _start(keys: Keys, imported: Imported) -> str:
+    """adapter.init: peft_init_lora_weights, or LoftQ where `peft` has a loftq_config."""
+    start, loftq = keys.any("peft_init_lora_weights"), keys.mapping("peft").get("loftq_config")
+    if loftq is not None:
+        settings = loftq if isinstance(loftq, dict) else {}
+        bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
+        if bits != 4:
+            reason = "LoftQ goes with 4 bits; A starts Kaiming-uniform, B is zero"
+            imported.note("unsupported", f"peft.loftq_config.loftq_bits={bits}", reason)
+            return "kaiming"
+        imported.options["quant"] = "nf4"
+        if iterations != 1:
+            imported.note("unsupported", f"peft.loftq_config.loftq_iter={iterations}", "LoftQ takes one iteration")
+        reason = "the base is kept in NF4, and the start does not depend on lora_alpha, with which PEFT scales it"
+        imported.note("differs", "peft.loftq_config", reason)
+        return "loftq"
+    if start in (None, True):
+        return "kaiming"
+    try:
+        check_init(str(start))
+    except UserError:
         imported.note("unsupported", f"peft_init_lora_weights={start}", "A starts Kaiming-uniform, B is zero")
+        return "kaiming"
+    return str(start)
 
 
 def _targets(keys: Keys, imported: Imported) -> str | list[str]:

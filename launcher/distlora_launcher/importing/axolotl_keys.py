@@ -95,7 +95,7 @@ ROWS: tuple[Row, ...] = (
         "write adapter.target_modules as a regular expression: model.layers.(0|1|2).*q_proj",
         "peft_layers_to_transform peft_layers_pattern",
     ),
-    ("unsupported", "LoftQ is not built; A starts Kaiming-uniform, B is zero", "peft"),
+    ("idle", "no adapter starts anew", "peft peft_init_lora_weights"),
     (
         "refused",
         "only linears of the blocks are adapted",

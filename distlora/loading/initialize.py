@@ -1,0 +1,141 @@
+"""Adapters that start from the base's weights (PiSSA, LoftQ): computed once, kept in the run, read again later.
+
+The exception to the memory bound of loading: a weight is decomposed by one rank, which reads it whole. The weights go
+round the ranks, as many at a time as there are ranks, so that all of them compute; what one has computed is broadcast.
+Adapters are replicated, so nothing of a weight but A and B goes over the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from distlora import durable
+from distlora.adapters import AdaptedLinear
+from distlora.config import Config, UserError
+from distlora.config.initialization import subspace_iterations
+from distlora.loading.decompose import Sketch, principal_part, quantization_error
+from distlora.loading.quantize import CHUNK_GROUPS
+from distlora.loading.reader import Reader
+from distlora.loading.segments import fingerprint, read_headers
+from distlora.loading.start_file import (
+    START_NAME,
+    StartRecord,
+    check_decomposes,
+    digest_of,
+    read_start_record,
+    require_start,
+    start_path,
+)
+from distlora.loading.weights import find_base, segments_of
+from distlora.model import CausalLM
+from distlora.parallel import Backend
+from distlora.peft_format import adapter_tensors
+
+SAY_SECONDS = 5.0
+"""Between two lines about a decomposition that goes on."""
+
+
+def start_from_base(
+    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], *, restores: bool
+) -> None:
+    """Fill every adapter with the start that the run keeps, or compute it and keep it. Every rank must call it.
+
+    `restores`: the run must have it. Raises UserError for a start that is gone, damaged or another base's, for ranks
+    that a weight does not have, and for NaN or Inf weights.
+    """
+    record = require_start(config) if restores else read_start_record(config)
+    if record is not None:
+        say(f"the adapters' start ({record.method}) is that in {START_NAME}")
+        fill(model, read_start(config))
+        return
+    shapes = {path: _shape(linear) for path, linear in model.adapted_linears()}
+    check_decomposes(config.adapter, [path for path, _ in model.adapted_weights()], shapes)
+    began = time.monotonic()
+    _decompose(model, config, backend, say)
+    if backend.writes:
+        save_start(model, config)
+    backend.barrier()
+    say(f"decomposed in {time.monotonic() - began:.1f} s; A and B at their start are kept in {START_NAME}")
+
+
+def read_start(config: Config) -> dict[str, Tensor]:
+    """A0 (r, in) and B0 (out, r) by PEFT's names, fp32."""
+    return safetensors.torch.load_file(start_path(config))
+
+
+@torch.no_grad()
+def fill(model: CausalLM, start: dict[str, Tensor]) -> None:
+    own = _pairs(model)
+    assert own.keys() == start.keys(), f"{START_NAME} holds other linears than the run adapts"
+    for name, parameter in own.items():
+        parameter.copy_(start[name])
+
+
+def _pairs(model: CausalLM) -> dict[str, nn.Parameter]:
+    """A and B by PEFT's names, without the token rows that are trained beside them."""
+    return {name: parameter for name, parameter in adapter_tensors(model).items() if ".lora_" in name}
+
+
+def save_start(model: CausalLM, config: Config) -> None:
+    """Write the run's start file: whole and on the disk, or not at all."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in sorted(_pairs(model).items())}
+    contents = ((name, tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in tensors.items())
+    base = fingerprint(Path(config.model.path))
+    record = StartRecord(method=config.adapter.init, base=base, digest=digest_of(contents))
+    metadata = {"format": "pt", **record.metadata()}
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
+
+    durable.replace_file(start_path(config), write)
+
+
+def _decompose(model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None]) -> None:
+    linears = sorted(model.adapted_linears(), key=lambda item: (-item[1].in_features * item[1].out_features, item[0]))
+    sources = find_base(model, read_headers(Path(config.model.path)))
+    world, said = backend.ranks.world, time.monotonic()
+    most = " x ".join(map(str, _shape(linears[0][1])))
+    say(
+        f"decomposing {len(linears):,} weights for adapter.init={config.adapter.init}, the largest of {most}, "
+        + ("whole, on this process" if world == 1 else f"each whole on one of {world} ranks")
+    )
+    with Reader() as reader:
+        for done in range(0, len(linears), world):
+            together = linears[done : done + world]  # Of like size, so that no rank waits long for another.
+            if backend.ranks.rank < len(together):
+                path, linear = together[backend.ranks.rank]
+                segments = segments_of(sources, f"{path}.weight", _shape(linear))
+                weight = reader.read(segments, 0, linear.in_features * linear.out_features).view(_shape(linear))
+                _start(linear, path, weight.to(backend.ranks.device), config)
+            for owner, (_, linear) in enumerate(together):
+                for parameter in linear.pairs[0].parameters():
+                    backend.broadcast(parameter.data, owner)
+            if time.monotonic() - said >= SAY_SECONDS:
+                said = time.monotonic()
+                say(f"decomposed {done + len(together):,} of {len(linears):,} weights")
+
+
+@torch.no_grad()
+def _start(linear: AdaptedLinear, path: str, weight: Tensor, config: Config) -> None:
+    """Decompose one whole weight (out, in) into its linear's adapter."""
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{path}.weight holds NaN or Inf weights; the checkpoint is damaged, download it again")
+    (pair,) = linear.pairs
+    if not config.adapter.pissa:
+        weight = quantization_error(weight, chunk_groups=CHUNK_GROUPS)
+    iterations = subspace_iterations(config.adapter.init)
+    sketch = None if iterations is None else Sketch(config.train.seed, f"{path}.sketch", iterations)
+    start = principal_part(weight, pair.A.shape[0], scaling=pair.scaling, sketch=sketch)
+    pair.A.copy_(start.A)
+    pair.B.copy_(start.B)
+
+
+def _shape(linear: AdaptedLinear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features

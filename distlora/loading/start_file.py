@@ -1,0 +1,136 @@
+"""RUN/initial_adapter.safetensors: where an adapter started that comes from the base's weights. Imports no torch.
+
+It holds A0 and B0 by PEFT's names, and says in its header by which method they were made, from which base, and what
+their digest is. A run of PiSSA trains on the base less s B0 A0, which every later start builds again from this file:
+so the file belongs to the base's identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from distlora.config import AdapterConfig, Config, UserError, require
+from distlora.loading.segments import Segment, fingerprint, read_header
+
+START_NAME = "initial_adapter.safetensors"
+METHOD_KEY, BASE_KEY, DIGEST_KEY = "distlora_init", "distlora_base", "distlora_digest"
+"""Of the header's metadata."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartRecord:
+    """What the header says."""
+
+    method: str
+    """adapter.init."""
+    base: str
+    """`fingerprint` of the base that was decomposed."""
+    digest: str
+    """`digest_of` the tensors."""
+
+    def metadata(self) -> dict[str, str]:
+        return {METHOD_KEY: self.method, BASE_KEY: self.base, DIGEST_KEY: self.digest}
+
+
+def start_path(config: Config) -> Path:
+    return Path(config.run_dir) / START_NAME
+
+
+def base_identity(config: Config) -> str:
+    """The name of the base that a run trains on: `fingerprint` of its checkpoint, and for PiSSA a hash of it, the
+    method, A0 and B0.
+
+    What is kept of a base's quantized weights (a checkpoint's identity, a cache's key) must be kept under this name.
+    Raises UserError for a start that is gone, damaged or not of this base.
+    """
+    base = fingerprint(Path(config.model.path))
+    if not config.adapter.pissa:
+        return base
+    record = require_start(config)
+    return hashlib.sha256(f"{base} {record.method} {record.digest}".encode()).hexdigest()
+
+
+def require_start(config: Config) -> StartRecord:
+    """`read_start_record` of a run that needs it. UserError where it is gone."""
+    record = read_start_record(config)
+    if record is None:
+        raise UserError(
+            f"{start_path(config)} is gone: adapter.init={config.adapter.init} trains on the base without the start "
+            "that it held, so this run means nothing without it; put it back, or start a new run"
+        )
+    return record
+
+
+def read_start_record(config: Config) -> StartRecord | None:
+    """What a run's start file says, after every byte of it was checked; None where there is no such file.
+
+    Raises UserError for a damaged file, and for the start of another method or base.
+    """
+    path = start_path(config)
+    if not path.is_file():
+        return None
+    segments = read_header(path)
+    with path.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        metadata = json.loads(stream.read(length)).get("__metadata__", {})
+    record = StartRecord(
+        method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
+    )
+    if record.digest != digest_of(_contents(segments)):
+        raise UserError(f"{path} is damaged: its tensors are not those that were saved; {_remedy(config)}")
+    if record.method != config.adapter.init:
+        raise UserError(
+            f"{path} was made by adapter.init={record.method}, this run's is {config.adapter.init}; {_remedy(config)}"
+        )
+    if record.base != fingerprint(Path(config.model.path)):
+        raise UserError(
+            f"{path} was computed from another base: the weights at model.path={config.model.path} have changed since; "
+            "restore them, or start a new run"
+        )
+    return record
+
+
+def digest_of(tensors: Iterable[tuple[str, tuple[int, ...], bytes]]) -> str:
+    """SHA-256 over (name, shape, fp32 bytes), in the order of the names."""
+    digest = hashlib.sha256()
+    for name, shape, content in tensors:
+        digest.update(f"{name} {list(shape)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _contents(segments: Mapping[str, Segment]) -> Iterable[tuple[str, tuple[int, ...], bytes]]:
+    for name, segment in sorted(segments.items()):
+        with segment.file.open("rb") as stream:
+            stream.seek(segment.offset)
+            yield name, segment.shape, stream.read(segment.num_bytes)
+
+
+def _remedy(config: Config) -> str:
+    trained = any((Path(config.run_dir) / "checkpoints").glob("step_*"))
+    return "put a whole copy back, or start a new run" if trained else "remove it: it is computed again"
+
+
+def check_decomposes(adapter: AdapterConfig, targets: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a start that weights do not have. `targets`: paths of the adapted weights; `shapes`: (out, in) of the
+    linears by path."""
+    if not adapter.decomposes:
+        return
+    for path in targets:
+        require(
+            path in shapes,
+            f"adapter.init={adapter.init} decomposes the weights of linears, and {path} holds those of a layer's "
+            "experts; set adapter.target_modules=attention without adapter.target_parameters, or adapter.init=kaiming",
+        )
+        rank, most = adapter.rank_of(path), min(shapes[path])
+        require(
+            rank <= most,
+            f"adapter.init={adapter.init} takes {rank} singular values of {path}, which has {most} (its weight is "
+            f"{' x '.join(map(str, shapes[path]))}); set adapter.r={most} or less"
+            f"{', or its entry in adapter.rank_pattern' if adapter.rank_pattern else ''}",
+        )

@@ -1,0 +1,74 @@
+"""PiSSA's adapter as a plain LoRA of twice the rank, which belongs to the unchanged base, and back.
+
+Training goes on W_res = W - s B0 A0. What it made of W is W_res + s B A = W + s (B A - B0 A0) = W + s B' A' with
+A' = [A; A0] (2r, in) and B' = [B, -B0] (out, 2r) (Meng et al. 2024, arXiv 2404.02948). The rank is twice
+as large, and lora_alpha so much larger that s is what it was, for every entry of rank_pattern and alpha_pattern too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distlora import durable
+from distlora.config import UserError
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+
+
+def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of the plain LoRA, from that of the trained one."""
+    growth = 2**0.5 if trained["use_rslora"] else 2.0
+    return {
+        **trained,
+        "r": 2 * trained["r"],
+        "lora_alpha": growth * trained["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in trained["rank_pattern"].items()},
+        "alpha_pattern": {key: growth * alpha for key, alpha in trained["alpha_pattern"].items()},
+        "init_lora_weights": True,
+    }
+
+
+def plain_tensors(trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A' and B' by PEFT's names, from A and B and from A0 and B0. What is trained beside them stays as it is."""
+    return {
+        name: _joined(name, tensor.detach().cpu(), start[name]) if name in start else tensor
+        for name, tensor in trained.items()
+    }
+
+
+def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
+    """The plain LoRA of a saved step of PiSSA, in the folder `target`."""
+    tensors = plain_tensors(load_file(checkpoint / WEIGHTS_NAME), load_file(start_file))
+    save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
+    durable.write_json(target / CONFIG_NAME, plain_config(json.loads((checkpoint / CONFIG_NAME).read_text("utf-8"))))
+
+
+def trained_tensors(plain: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """A and B out of A' and B' in `folder`. Raises UserError where these did not begin at this start."""
+    trained = dict(plain)
+    for name in plain.keys() & start.keys():
+        tensor = plain[name]
+        dim = _dim(name)
+        half = tensor.shape[dim] // 2
+        trained[name] = tensor.narrow(dim, 0, half)
+        if not torch.equal(tensor, _joined(name, trained[name], start[name])):
+            raise UserError(
+                f"{folder} was trained from another start: {name} does not end with that of this run; put back the "
+                "folder that this run made"
+            )
+    return trained
+
+
+def _dim(name: str) -> int:
+    """Along which A or B is as wide as the rank."""
+    return 0 if ".lora_A." in name else 1
+
+
+def _joined(name: str, trained: Tensor, start: Tensor) -> Tensor:
+    return torch.cat([trained, start if _dim(name) == 0 else -start], dim=_dim(name))

@@ -1,0 +1,463 @@
+"""adapter.init=pissa and loftq: adapters that start from the base's weights, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from closeness import relative_error
+from distlora import randomness, train
+from distlora.config import AdapterConfig, Config, UserError
+from distlora.config_file import load_config
+from distlora.generation import worker
+from distlora.initial_adapter import read_initial_adapter
+from distlora.loading import decompose, initialize
+from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
+from distlora.loading.prequantized import check_keeps_packed
+from distlora.loading.start_file import START_NAME, base_identity
+from distlora.model import CausalLM
+from distlora.parallel import Ranks
+from distlora.peft_format import adapter_tensors
+from distlora.startup import start_model
+from distlora_kernels import nf4
+from distlora_launcher.checks import check_model
+from distlora_launcher.cli import main
+from distlora_launcher.compose import compose_config
+from family_models import SINGLE, config_for, tokens
+from small_models import make_run
+from test_peft import dequantized_hf_model, our_logits
+from test_resume import figures, result, run_until
+from worlds import World
+
+PROBE = tokens(2, 40)
+SETTINGS = {"max_steps": 4, "save_every": 2, "log_every": 1}
+
+
+def weight_of(out_features: int, in_features: int, *, decay: float = 0.0) -> Tensor:
+    """A random weight; with `decay` its k-th singular value is about (1 + k)^-decay."""
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(out_features))
+    if decay:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        weight = left @ torch.diag((1.0 + torch.arange(len(values))) ** -decay) @ right
+    return weight
+
+
+def product(start: Start, scaling: float) -> Tensor:
+    return scaling * start.B.double() @ start.A.double()
+
+
+@pytest.mark.parametrize("shape", [(70, 41), (41, 70), (64, 64), (5, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_exact_start_is_the_best_approximation_split_in_halves(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, scaling, rank = weight_of(*shape).to(dtype), 0.7, 3
+    start = principal_part(weight, rank, scaling=scaling)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = left[:, :rank] @ torch.diag(values[:rank]) @ right[:rank]
+    assert start.A.shape == (rank, shape[1])
+    assert start.B.shape == (shape[0], rank)
+    # A and B are rounded to fp32 once each.
+    assert relative_error(product(start, scaling), best) < 2 * torch.finfo(torch.float32).eps
+    half = (values[:rank] / scaling).sqrt()
+    for norms in (start.A.double().norm(dim=1), start.B.double().norm(dim=0)):
+        assert relative_error(norms, half) < 2 * torch.finfo(torch.float32).eps
+
+
+def test_a_weight_of_a_lower_rank_has_a_start_without_nan() -> None:
+    weight = weight_of(30, 2) @ weight_of(2, 50)
+    start = principal_part(weight, 5, scaling=2.0)
+    assert torch.isfinite(start.A).all()
+    assert torch.isfinite(start.B).all()
+    assert relative_error(product(start, 2.0), weight) < 1e-6
+    zero = principal_part(torch.zeros(4, 6), 2, scaling=1.0)
+    assert not zero.A.any()
+    assert not zero.B.any()
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)], ids=str)
+def test_subspace_iterations_are_those_of_torch_that_peft_uses(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, rank = weight_of(*shape, decay=0.5), 6
+    drawn = randomness.normal((60, rank), seed=3, name="linear.sketch")
+    monkeypatch.setattr(torch, "randn", lambda *size, dtype, device: drawn.to(dtype).reshape(size))
+    left, values, right = torch.svd_lowrank(weight, rank, niter=2)
+    theirs = left @ torch.diag(values) @ right.T
+    monkeypatch.undo()
+    ours = principal_part(weight, rank, scaling=1.0, sketch=Sketch(3, "linear.sketch", 2))
+    exact = product(principal_part(weight, rank, scaling=1.0), 1.0)
+    # Their QR and products are in fp32.
+    assert relative_error(product(ours, 1.0), theirs) < 1e-5
+    assert 1e-3 < relative_error(product(ours, 1.0), exact) < 0.5, "a sketch of two iterations, not the exact part"
+    many = principal_part(weight, rank, scaling=1.0, sketch=Sketch(3, "linear.sketch", 200))
+    assert relative_error(product(many, 1.0), exact) < 1e-5
+
+
+def test_the_bits_of_a_start_do_not_depend_on_threads() -> None:
+    weight, threads = weight_of(700, 300), torch.get_num_threads()
+    starts = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        for sketch in (None, Sketch(0, "x", 2)):
+            starts.append(principal_part(weight, 8, scaling=1.0, sketch=sketch))
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(threads)
+    for one, two in zip(starts[:2], starts[2:], strict=True):
+        assert torch.equal(one.A, two.A)
+        assert torch.equal(one.B, two.B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_residual_has_the_same_bits_however_it_is_cut(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decompose, "BLOCK_ELEMENTS", 200)  # Blocks of 5 rows, the last of 3.
+    weight = weight_of(48, 37).to(dtype)
+    start = principal_part(weight, 4, scaling=0.5)
+    residual, flat = Residual(start, 0.5), weight.view(-1)
+    whole = residual.of(flat, 0)
+    expected = weight.double() - product(start, 0.5)
+    assert whole.dtype == torch.float32
+    assert (whole.view_as(weight) - expected).abs().max() < 4 * torch.finfo(torch.float32).eps * weight.abs().max()
+    for cuts in ([1, 36, 37, 38, 1000], [185, 370, 1701], [600], list(range(0, 1776, 53))):
+        edges = [0, *cuts, flat.numel()]
+        pieces = [residual.of(flat[low:high], low) for low, high in itertools.pairwise(edges)]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_loftq_starts_closer_and_pissa_loses_less_where_the_spectrum_decays() -> None:
+    weight = weight_of(300, 200, decay=0.7)
+
+    def loses(value: Tensor) -> Tensor:
+        return quantization_error(value, chunk_groups=1)
+
+    assert torch.equal(loses(weight), loses(weight).view_as(weight))
+    whole = weight - nf4.nf4_dequantize(*nf4.nf4_quantize(weight), shape=(300, 200), dtype=torch.float32)
+    assert torch.equal(loses(weight), whole), "what the loader's base lacks"
+    error, scaling = loses(weight), 0.5
+    loftq = principal_part(error, 16, scaling=scaling)
+    assert (error - product(loftq, scaling)).norm() < 0.95 * error.norm()
+    pissa = principal_part(weight, 16, scaling=scaling)
+    rest = Residual(pissa, scaling).of(weight.view(-1), 0).view_as(weight)
+    # Q(W_res) + s B A is as far from W as Q(W_res) from W_res.
+    assert loses(rest).norm() < 0.6 * error.norm()
+
+
+def started(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
+    """A and B at the start, and this rank's rows of the base."""
+    model, backend, _ = start_model(load_config(run_dir), ranks)
+    base = {
+        name: (local.clone(), first)
+        for name, parameter in model.named_parameters()
+        if ".adapters." not in name
+        for local, first in [backend.local_rows(parameter)]
+    }
+    base |= {name: (buffer.clone(), 0) for name, buffer in model.named_buffers() if name.endswith("offset")}
+    return {name: parameter.detach().clone() for name, parameter in adapter_tensors(model).items()}, base
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "loftq"])
+def test_ranks_have_the_adapters_and_the_base_of_one_process(
+    world: World, folders: Path, tmp_path: Path, init: str, method: str
+) -> None:
+    if init == "loftq" and method == "none":
+        return
+    adapter = {"init": init, "rank_pattern": {"k_proj": 3, "down_proj": 11}, "alpha_pattern": {"o_proj": 5.0}}
+    reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+    for size in (1, 2, 3):
+        run_dir = tmp_path / str(size)
+        make_run(run_dir, folders, adapter={"target_modules": "all-linear", **adapter}, quant={"method": method})
+        by_rank = world.run(size, started, run_dir=run_dir)
+        stored = safetensors.torch.load_file(run_dir / START_NAME)
+        whole = {}
+        for name, (part, _) in by_rank[0][1].items():
+            whole[name] = part if part.dim() == 0 else torch.cat([base[name][0] for _, base in by_rank])
+        for adapters, base in by_rank:
+            assert all(torch.equal(tensor, stored[name]) for name, tensor in adapters.items())
+            assert all(torch.equal(base[name][0], whole[name]) for name in base if name.endswith("offset"))
+        reference = reference or (stored, whole)
+        assert stored.keys() == reference[0].keys()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in reference[0].items())
+        assert all(torch.equal(whole[name], tensor) for name, tensor in reference[1].items())
+
+
+def peft_model(folder: Path, config: Config, init: str) -> Any:
+    """What PEFT makes of the same settings, on the Hugging Face model of the folder."""
+    adapter = config.adapter
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        init_lora_weights=init,  # type: ignore[arg-type]
+        target_modules="all-linear",
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=adapter.use_rslora,
+    )
+    return peft.get_peft_model(base, settings)
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rslora: bool) -> None:
+    """The residual base, s B A, the logits and the gradients of both; singular vectors have no sign of their own."""
+    adapter = {"init": "pissa", "use_rslora": rslora, "r": 4, "lora_alpha": 6.0}
+    config = make_run(tmp_path / "run", folders, adapter=adapter, quant={"method": "none"})
+    ours, _, _ = start_model(config, SINGLE)
+    theirs = peft_model(folders / "llama", config, "pissa")
+    labels = torch.cat([PROBE[:, 1:], torch.full((2, 1), -100)], dim=1)
+    loss = ours(PROBE, torch.arange(40).expand_as(PROBE), labels).sum() / (labels >= 0).sum()
+    loss.backward()
+    expected = theirs(input_ids=PROBE, labels=PROBE)
+    expected.loss.backward()
+    assert abs(loss.item() - expected.loss.item()) < 1e-5
+    assert (our_logits(ours, PROBE) - expected.logits).abs().max() <= 1e-4
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
+    for path, linear in ours.adapted_linears():
+        peer = theirs.get_submodule(f"base_model.model.{path}")
+        (pair,), their_a, their_b = linear.pairs, peer.lora_A["default"].weight, peer.lora_B["default"].weight
+        assert pair.scaling == peer.scaling["default"]
+        # Their SVD in fp32 turns singular vectors by eps * largest / gap (Wedin); ours is exact to fp32.
+        weight = plain.get_parameter(f"{path}.weight").detach()
+        values = torch.linalg.svdvals(weight.double())
+        turned = 8 * torch.finfo(torch.float32).eps * float(values[0] / -values[:5].diff().max())
+        assert turned < 1e-3
+        assert relative_error(linear.weight, peer.base_layer.weight) < turned
+        assert relative_error(pair.B @ pair.A, their_b @ their_a) < turned
+        whole = linear.weight.double() + product(Start(pair.A, pair.B), pair.scaling)
+        assert relative_error(whole, weight) < 2 * torch.finfo(torch.float32).eps
+        sign = (pair.A * their_a).sum(dim=1).sign()
+        assert pair.A.grad is not None
+        assert pair.B.grad is not None
+        assert relative_error(sign[:, None] * pair.A, their_a) < turned
+        assert relative_error(sign[:, None] * pair.A.grad, their_a.grad) < 1e-4
+        assert relative_error(sign * pair.B.grad, their_b.grad) < 1e-4
+
+
+def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "plain", folders)
+    config = make_run(tmp_path / "run", folders, adapter={"init": "loftq", "alpha_pattern": {"up_proj": 3.0}})
+    (_, plain), (_, base) = started(SINGLE, run_dir=tmp_path / "plain"), started(SINGLE, run_dir=tmp_path / "run")
+    assert all(torch.equal(base[name][0], tensor) for name, (tensor, _) in plain.items())
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
+    for path, linear in start_model(config, SINGLE)[0].adapted_linears():
+        (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
+        error = (weight - linear.frozen_weight.dense(torch.float32)).double()
+        values = torch.linalg.svdvals(error)
+        rest = error - product(Start(pair.A, pair.B), pair.scaling)
+        assert rest.norm() < error.norm()
+        assert abs(float((rest.norm() - values[8:].norm()).detach())) < 1e-6 * float(error.norm()), (
+            "and by as much as 8 ranks can"
+        )
+
+
+def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
+    """The trained model of a run of PiSSA, and the Hugging Face model of its dequantized W_res + s B0 A0."""
+    config = load_config(run_dir)
+    ours, _ = worker.load_model(config, str(run_dir / "adapter"), SINGLE)
+    base, start = dequantized_hf_model(folders / "llama", ours), initialize.read_start(config)
+    with torch.no_grad():
+        for path, linear in ours.adapted_linears():
+            a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+            base.get_parameter(f"{path}.weight").add_(linear.pairs[0].scaling * b @ a)
+    return ours, base
+
+
+PATTERNS = {"rank_pattern": {"k_proj": 3, "down_proj": 6}, "alpha_pattern": {"o_proj": 5.0, "k_proj": 2.0}}
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_3"])
+def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
+    folders: Path, tmp_path: Path, init: str, rslora: bool
+) -> None:
+    adapter = {"init": init, "use_rslora": rslora, "r": 4, "lora_alpha": 8.0, **PATTERNS}
+    quant = {"method": "nf4" if init == "pissa" else "none"}
+    settings = {"max_steps": 4, "eval_every": 2, "save_every": 2, "load_best_at_end": True}
+    run_dir = tmp_path / "run"
+    make_run(run_dir, folders, adapter=adapter, quant=quant, train=settings, optim={"lr": 1e-2})
+    train.run(run_dir, SINGLE)
+    read = peft.LoraConfig.from_pretrained(run_dir / "adapter")
+    assert (read.r, read.use_rslora, read.init_lora_weights) == (8, rslora, True)
+    assert read.rank_pattern == {"k_proj": 6, "down_proj": 12}
+    ours, base = with_residual(run_dir, folders)
+    bases = [base]
+    if quant["method"] == "none":  # The dense base itself, to the rounding of W_res.
+        bases.append(transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32))
+    for base in bases:
+        with torch.no_grad():
+            plain = base(PROBE).logits
+            tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter")
+            for path, linear in ours.adapted_linears():
+                scaling = tuned.get_submodule(f"base_model.model.{path}").scaling["default"]
+                assert abs(scaling - linear.pairs[0].scaling) < 1e-14 * scaling
+            difference = (tuned(PROBE).logits - our_logits(ours, PROBE)).abs().max()
+            assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+            assert (tuned(PROBE).logits - plain).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
+
+    # A checkpoint holds rank r, the best and the result rank 2r; all of the same step are the same model.
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert "initial_eval_loss" in summary
+    assert "base_eval_loss" not in summary
+    best = summary["best_step"]
+    for folder in ("adapter", "best", f"checkpoints/step_{best:08d}"):
+        other, _ = worker.load_model(load_config(run_dir), str(run_dir / folder), SINGLE)
+        assert torch.equal(our_logits(other, PROBE), our_logits(ours, PROBE)), folder
+    checkpointed = safetensors.torch.load_file(run_dir / f"checkpoints/step_{best:08d}" / "adapter_model.safetensors")
+    assert checkpointed["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (6, 200)
+
+    # The base alone is the checkpoint's, and the plain adapter is another run's start.
+    alone, _ = worker.load_model(load_config(run_dir), None, SINGLE)
+    make_run(tmp_path / "plain", folders, quant=quant)
+    unchanged, _, _ = start_model(load_config(tmp_path / "plain"), SINGLE)
+    assert torch.equal(our_logits(alone, PROBE), our_logits(unchanged, PROBE))
+    foreign, _ = worker.load_model(load_config(tmp_path / "plain"), str(run_dir / "adapter"), SINGLE, foreign=True)
+    if quant["method"] == "none":  # NF4(W) is another base than NF4(W_res) + s B0 A0.
+        assert (our_logits(foreign, PROBE) - our_logits(ours, PROBE)).abs().max() <= 1e-4
+
+
+def no_second_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> Start:
+        raise AssertionError("the start was computed again")
+
+    monkeypatch.setattr(initialize, "principal_part", refuse)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_resumed_run_builds_its_base_from_the_kept_start(
+    folders: Path, tmp_path: Path, init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "stopped"):
+        make_run(tmp_path / name, folders, adapter={"init": init}, train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=1)
+    no_second_decomposition(monkeypatch)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=3)
+    moved = (tmp_path / "stopped").rename(tmp_path / "moved")
+    run_until(SINGLE, run_dir=moved, stop_before=None)
+    whole, resumed = result(tmp_path / "whole"), result(moved)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(moved) == figures(tmp_path / "whole")
+
+
+def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    make_run(run_dir, folders, adapter={"init": "pissa"}, train=SETTINGS)
+    run_until(SINGLE, run_dir=run_dir, stop_before=3)
+    identity = base_identity(load_config(run_dir))
+    no_second_decomposition(monkeypatch)
+    path = run_dir / START_NAME
+    content = path.read_bytes()
+
+    def refuses(match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            train.run(run_dir, SINGLE)
+        with pytest.raises(UserError, match=match):
+            worker.load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
+
+    path.unlink()
+    refuses(f"{START_NAME} is gone")
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses(f"{START_NAME} is damaged: its tensors .* put a whole copy back")
+    path.write_bytes(content[:-100])
+    refuses(f"{START_NAME} is truncated")
+    other = tmp_path / "other"
+    monkeypatch.undo()
+    make_run(other, folders, adapter={"init": "pissa_niter_1"}, train=SETTINGS)
+    started(SINGLE, run_dir=other)
+    assert base_identity(load_config(other)) != identity
+    shutil.copy(other / START_NAME, path)
+    refuses(f"{START_NAME} was made by adapter.init=pissa_niter_1, this run's is pissa")
+    # The start of other weights, by the same method: another run.
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("init: pissa", "init: pissa_niter_1"))
+    refuses("belongs to another base model|was trained on another base")
+    (run_dir / "config.yaml").write_text(text)
+    path.write_bytes(content)
+    train.run(run_dir, SINGLE)
+    assert base_identity(load_config(run_dir)) == identity
+
+
+REFUSALS: list[tuple[list[str], str]] = [
+    (["adapter.init=pisa"], r"adapter.init='pisa' is not one of kaiming, .*did you mean 'pissa'"),
+    (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' names no number .*pissa_niter_4, or pissa"),
+    (["adapter.init=pissa_niter_x"], "adapter.init='pissa_niter_x' names no number"),
+    (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none loses nothing; set quant=nf4"),
+    (["adapter.init=pissa", "train.objective=dpo"], r"adapter.init=pissa starts \(PiSSA's base is no model by itself"),
+    (["adapter.init=loftq", "train.objective=dpo"], "objective=dpo takes the base .* adapter.init=loftq starts"),
+    (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
+    (["adapter=full", "quant=none", "+adapter.init=loftq"], "adapter.init has no effect with adapter=full|loftq"),
+    (["adapter.init=pissa", "adapter.r=97"], r"takes 97 singular values of .*, which has (48|96) .*; set adapter.r="),
+    (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"takes 49 .*k_proj, which has 48 .*rank_pattern"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), REFUSALS, ids=str)
+def test_a_start_that_makes_no_sense_is_refused_by_the_launcher(folders: Path, words: list[str], reason: str) -> None:
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
+    with pytest.raises(UserError, match=reason):
+        check_model(compose_config([*paths, *words]))
+
+
+def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:
+    for init in ("pissa", "pissa_niter_4", "loftq"):
+        with pytest.raises(UserError, match=f"adapter.init={init} has no effect with adapter.init_from=x"):
+            AdapterConfig(init=init, init_from="x")
+        with pytest.raises(UserError, match=f"adapter.init={init} starts at weights that adapter.use_dora"):
+            AdapterConfig(init=init, use_dora=True)
+
+
+def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", folders, adapter={"init": "pissa", "r": 97})
+    with pytest.raises(UserError, match=r"takes 97 singular values of model\.layers\..*, which has"):
+        start_model(config, SINGLE)
+    shutil.copytree(folders / "llama", tmp_path / "models" / "llama")
+    weights = tmp_path / "models" / "llama" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 5] = torch.inf
+    safetensors.torch.save_file(tensors, weights)
+    adapter = dataclasses.replace(config.adapter, r=4)
+    model = dataclasses.replace(config.model, path=str(tmp_path / "models" / "llama"))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
+        start_model(dataclasses.replace(config, adapter=adapter, model=model), SINGLE)
+    assert not (tmp_path / "run" / START_NAME).exists()
+
+
+def test_a_checkpoint_that_is_quantized_already_has_no_weights_to_decompose(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", adapter={"init": "pissa"})
+    with pytest.raises(
+        UserError, match=r"init=pissa decomposes 16-bit weights, but .* is quantized already \(2 weights"
+    ):
+        check_keeps_packed(config, {"a": None, "b": None})  # type: ignore[dict-item]
+
+
+def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    make_run(run_dir, folders, adapter={"init": "pissa"}, train=SETTINGS)
+    train.run(run_dir, SINGLE)
+    words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
+    assert main([*words, "--checkpoint", "step_4", "--dry-run", str(out / "step")]) == 0
+    assert main([*words, "--dry-run", str(out / "result")]) == 0
+    step, whole = (safetensors.torch.load_file(out / name / "adapter_model.safetensors") for name in ("step", "result"))
+    assert step.keys() == whole.keys()
+    assert all(torch.equal(step[name], whole[name]) for name in whole)
+    configs = [json.loads((out / name / "adapter_config.json").read_text()) for name in ("step", "result")]
+    assert configs[0] == configs[1]
+    assert configs[0]["r"] == 16
+    for name in ("step", "result"):
+        card = (out / name / "README.md").read_text()
+        assert "PiSSA (`pissa`)" in card
+        assert "trained at rank 8" in card
+        assert "Load the base in 16 bits" in card
+    with pytest.raises(UserError, match="changed the base that the adapter belongs to; take what the run published"):
+        read_initial_adapter(run_dir / "checkpoints" / "step_00000004")
+    assert read_initial_adapter(run_dir / "adapter").settings["r"] == 16

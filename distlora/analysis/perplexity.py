@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distlora.analysis.request import Request
 from distlora.analysis.roundtrip import FORMATS, FourBit, SecondLevel, round_trip
-from distlora.analysis.weights import Weight, quantized_modules
+from distlora.analysis.weights import Weight, block_weights
 from distlora.attention import Documents
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
@@ -73,8 +73,9 @@ def measure_formats(
     dense.take(model, request.dtype)
     by_name = {weight.name: weight for weight in weights}
     with Reader() as reader, torch.no_grad():
-        for name, module in quantized_modules(model):
-            put_through(by_name[name], FORMATS["int4"], module.weight, reader)
+        for name, module in block_weights(model):
+            if name in by_name:  # A router stays as it is.
+                put_through(by_name[name], FORMATS["int4"], module.weight, reader)
     int4 = Readings(rows, ranks, say, dense)
     int4.take(model, "int4")
     del model

@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, which people tell apart whatever their eyes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,3 +101,22 @@ def _plot_perplexity(points: Axes, divergence: Axes, formats: Mapping[str, Any])
     for panel in (points, divergence):
         panel.set_xticks(range(len(names)), [name.replace("nf4", "NF4") for name in names])
         panel.axhline(0, color="black", linewidth=0.8)
+
+
+def plot_methods(rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], path: Path) -> None:
+    """Held-out loss of each method, every seed a dot; and over the learning rates that were tried."""
+    figure, (by_method, by_rate) = new_figure(2, width=11, height=4.2)
+    names = [row["method"] for row in rows]
+    for index, row in enumerate(rows):
+        colour = COLOURS[index % len(COLOURS)]
+        by_method.plot(row["eval_losses"], [index] * len(row["eval_losses"]), ".", color=colour, alpha=0.6)
+        by_method.plot([row["eval_loss"]], [index], "|", markersize=16, color=colour)
+        rates = [float(rate) for rate in row["rates"]]
+        style = "-" if index < len(COLOURS) else "--"
+        by_rate.plot(rates, list(row["rates"].values()), f".{style}", color=colour, label=row["method"])
+    by_method.set_yticks(range(len(names)), names)
+    by_method.invert_yaxis()
+    by_method.set(xlabel=f"held-out loss, nats a token (base: {bases.get('unquantized', bases.get('nf4')):.3f})")
+    by_rate.set(xlabel="learning rate", ylabel="held-out loss", xscale="log")
+    by_rate.legend(frameon=False, fontsize=7)
+    save(figure, path)

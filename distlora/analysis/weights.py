@@ -17,9 +17,9 @@ from distlora.loading.reader import Reader
 from distlora.loading.segments import SOURCE_DTYPES, read_headers
 from distlora.loading.weights import find_base
 from distlora.model import CausalLM, build_model
-from distlora.quant import FrozenLinear
+from distlora.quant import FrozenTensor
 
-_PLACE = re.compile(r"layers\.(\d+)\.(.+)\.weight$")
+_PLACE = re.compile(r"layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Weight:
 
     @property
     def linear(self) -> str:
-        """Its path in the block: mlp.up_proj."""
+        """Its path in the block: mlp.up_proj; mlp.experts.up_proj is of all experts."""
         return self._place[2]
 
     @property
@@ -66,10 +66,10 @@ class Weight:
             raise UserError(f"{self.name} holds {error}; the checkpoint is damaged, download it again") from error
 
 
-def quantized_modules(model: CausalLM) -> Iterator[tuple[str, FrozenLinear]]:
-    """(name of the weight, module) of every linear of the decoder blocks, quantized in this model or not."""
+def block_weights(model: CausalLM) -> Iterator[tuple[str, FrozenTensor]]:
+    """(name, module) of every frozen weight of the decoder blocks, quantized in this model or not: linears, experts."""
     for path, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, FrozenTensor):
             yield model.hf_name(f"{path}.weight"), module
 
 
@@ -81,15 +81,15 @@ def find_weights(config: Config) -> tuple[list[Weight], int]:
     model = build_model(config)
     sources = find_base(model, read_headers(Path(config.model.path)))
     weights = []
-    for name, module in quantized_modules(model):
-        if not module.quantized:
+    for name, module in block_weights(model):
+        if not module.quantized:  # A router, which stays as it is.
             continue
         source = sources.get(name)
-        if source is None or source.shape != (module.out_features, module.in_features):
+        if source is None or source.shape != module.shape:
             found = "no tensor" if source is None else f"shape {list(source.shape)}"
             raise UserError(
-                f"the checkpoint has {found} for {name}, which config.json describes as "
-                f"{[module.out_features, module.in_features]}; they belong to different models"
+                f"the checkpoint has {found} for {name}, which config.json describes as {list(module.shape)}; they "
+                "belong to different models"
             )
         if source.segments[0].dtype not in SOURCE_DTYPES:
             raise UserError(f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}")

@@ -1,6 +1,7 @@
 """`distlora bench kernels`: how fast the GPU kernels are here; with --offline, what they compile to, on any machine.
+`distlora bench methods` is in methods/.
 
-This process becomes the one that measures or compiles, which imports torch and triton.
+For kernels this process becomes the one that measures or compiles, which imports torch and triton.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ MEASURE, COMPILE = "distlora_kernels.bench", "distlora_kernels.offline"
 
 USAGE = """usage: distlora bench kernels [options of the benchmark]
        distlora bench kernels --offline [--only TEXT] [--arch N ...] [--json]
+       distlora bench methods [--out FOLDER] [--quick] ...
 
-Measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
+methods: compare adapter methods on the demo's base and data; `distlora bench methods --help` says more.
+
+kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
 `python -m distlora_kernels.bench --help` shows the options.
 
   --offline      run nothing: compile every kernel for four generations of GPUs and print what came of it: registers,
@@ -35,13 +39,17 @@ Measure the GPU kernels on this machine's GPU, beside the plain bf16 product and
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the process that does it. Returns for --help alone."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if not arguments or (arguments[0] != "methods" and {"-h", "--help"} & set(arguments)):
         print(usage())
         return DONE
+    if arguments[0] == "methods":
+        from distlora_launcher.methods import main as compare_methods
+
+        return compare_methods(arguments[1:])
     if arguments[0] != "kernels":
         raise UserError(
-            f"distlora bench: there is nothing named {arguments[0]!r} to measure{nearest(arguments[0], ['kernels'])}; "
-            "write distlora bench kernels"
+            f"distlora bench: there is nothing named {arguments[0]!r} to measure"
+            f"{nearest(arguments[0], ['kernels', 'methods'])}; write distlora bench kernels or distlora bench methods"
         )
     if "--offline" in arguments:
         options = parse(arguments[1:])

@@ -59,8 +59,8 @@ COMMANDS = {
         "distlora_launcher.analyze",
     ),
     "bench": Command(
-        "kernels [--offline]",
-        "measure the GPU kernels; --offline: what they compile to, without a GPU",
+        "kernels [--offline] | methods [--quick]",
+        "measure the GPU kernels (--offline: what they compile to); compare adapter methods on the demo's data",
         "distlora_launcher.bench",
     ),
     "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),

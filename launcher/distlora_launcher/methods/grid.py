@@ -1,0 +1,155 @@
+"""What is compared: the methods, each one change away from rsLoRA of rank 16, and which runs each of them gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    """What the table calls it; with dashes for spaces, its runs' folders too."""
+    settings: tuple[str, ...]
+    """Overrides beside COMMON."""
+    rate: float
+    """Where the search for its learning rate starts."""
+
+
+ADAPTED = ("adapter=lora", "quant=none", "adapter.target_modules=all-linear", "adapter.r=16", "adapter.use_rslora=true")
+
+
+def _but(*changed: str) -> tuple[str, ...]:
+    """ADAPTED with other values for some of its settings, and what is added."""
+    values = dict(word.split("=", 1) for word in (*ADAPTED, *changed))
+    return tuple(f"{key}={value}" for key, value in values.items())
+
+
+METHODS = (
+    Method("full", ("adapter=full", "quant=none"), 5e-4),
+    Method("LoRA r=8", _but("adapter.r=8", "adapter.use_rslora=false"), 4e-3),
+    Method("LoRA r=64", _but("adapter.r=64", "adapter.use_rslora=false"), 4e-3),
+    Method("rsLoRA r=8", _but("adapter.r=8"), 4e-3),
+    Method("rsLoRA r=16", _but(), 4e-3),
+    Method("rsLoRA r=64", _but("adapter.r=64"), 4e-3),
+    Method("DoRA r=16", _but("adapter.use_dora=true"), 4e-3),
+    Method("QLoRA r=16", _but("quant=nf4"), 4e-3),
+    Method("rsLoRA r=16 qv", _but("adapter.target_modules=qv"), 4e-3),
+    Method("rsLoRA r=16 attention", _but("adapter.target_modules=attention"), 4e-3),
+)
+"""All of them on attention and MLP (all-linear), unquantized and with lora_alpha=16 where the name does not say."""
+
+COMMON = (
+    "tracker=none",
+    "train.dtype=bf16",
+    "data.sequence_length=256",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.checkpointing=none",
+    "train.log_every=8",
+    "train.keep=1",
+    "adapter.lora_alpha=16",
+)
+"""What all share beside data, steps, seed and the schedule (cosine, 3 % warm-up)."""
+
+FACTOR = 2.0
+"""Between neighbouring learning rates."""
+MOST_RATES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What decides every figure beside the method: runs of two setups do not belong into one table."""
+
+    base: str
+    """The demo's base: a folder with model/, pairs.jsonl and held_out.jsonl."""
+    steps: int
+    ranks: int
+    seeds: int
+    """Runs of each method at its best learning rate."""
+    search: bool
+    """Whether learning rates are searched for, or each method gets its first one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One run."""
+
+    method: Method
+    rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.method.name.replace(' ', '-').replace('=', '')}_lr{self.rate:g}_seed{self.seed}"
+
+    def overrides(self, setup: Setup, runs: Path, cache_dir: Path) -> list[str]:
+        """What `distlora train` gets."""
+        shared = [
+            word for word in COMMON if not (word.startswith("adapter.") and "adapter=full" in self.method.settings)
+        ]
+        return [
+            f"model.path={setup.base}/model",
+            f"data.path={setup.base}/pairs.jsonl",
+            f"data.eval_path={setup.base}/held_out.jsonl",
+            f"data.cache_dir={cache_dir}",
+            f"run_dir={runs / self.folder}",
+            *self.method.settings,
+            *shared,
+            f"train.max_steps={setup.steps}",
+            f"cluster.gpus_per_node={setup.ranks}",
+            f"optim.lr={self.rate:g}",
+            f"train.seed={self.seed}",
+        ]
+
+
+Losses = Mapping[Planned, float]
+"""Held-out loss of each finished run."""
+
+
+def rates_of(method: Method, losses: Losses) -> dict[float, float]:
+    """{learning rate: held-out loss} of a method's runs with seed 0, which are what is chosen by."""
+    return {run.rate: loss for run, loss in losses.items() if run.method == method and run.seed == 0}
+
+
+def best_rate(method: Method, losses: Losses) -> float | None:
+    """The rate of its lowest held-out loss; None before its first run."""
+    tried = rates_of(method, losses)
+    return min(tried, key=tried.__getitem__) if tried else None
+
+
+def next_rate(method: Method, losses: Losses) -> float | None:
+    """The rate to try next: the first one, its neighbours, then further out while the best is at an end.
+
+    None when the best lies between two others, or after MOST_RATES.
+    """
+    tried = rates_of(method, losses)
+    for rate in (method.rate, method.rate * FACTOR, method.rate / FACTOR):
+        if rate not in tried:
+            return rate
+    best = min(tried, key=tried.__getitem__)
+    if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
+        return None
+    return best * FACTOR if best == max(tried) else best / FACTOR
+
+
+def next_round(setup: Setup, losses: Losses, methods: Sequence[Method] = METHODS) -> list[Planned]:
+    """The runs that are due, a round of all methods at a time, so that a table is whole as early as can be.
+
+    Learning rates first, then other seeds at the best of them. Empty when all are done.
+    """
+    if setup.search:
+        wanted = {method: next_rate(method, losses) for method in methods}
+        searching = [Planned(method, rate, 0) for method, rate in wanted.items() if rate is not None]
+        if searching:
+            fewest = min(len(rates_of(run.method, losses)) for run in searching)
+            return [run for run in searching if len(rates_of(run.method, losses)) == fewest]
+    for seed in range(setup.seeds):
+        due = [Planned(method, best_rate(method, losses) or method.rate, seed) for method in methods]
+        due = [run for run in due if run not in losses]
+        if due:
+            return due
+    return []

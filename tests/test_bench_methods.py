@@ -1,0 +1,269 @@
+"""`distlora bench methods`: its grid composes, its search ends, its check can fail, and it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.config import Config, UserError
+from distlora.run_folder import read_record
+from distlora_launcher.checks import check
+from distlora_launcher.cli import main
+from distlora_launcher.compose import compose_config
+from distlora_launcher.demo.corpus import write_jsonl
+from distlora_launcher.methods import grid, run
+from distlora_launcher.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
+from distlora_launcher.methods.results import BaseDiffersError, check_base, figures, reading, state_bytes, table
+from small_models import write_model_folder
+
+BY_NAME = {method.name: method for method in METHODS}
+SETUP = Setup(base="base", steps=4, ranks=1, seeds=3, search=True)
+
+
+def chat(number: int) -> dict[str, Any]:
+    turns = [("user", f"What is {number}?"), ("assistant", f"The number {number}, after {number - 1}.")]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """What the demo's base looks like, with a model of the tests in it."""
+    write_model_folder(tmp_path / "base" / "model", "llama")
+    write_jsonl(tmp_path / "base" / "pairs.jsonl", (chat(number) for number in range(40)))
+    write_jsonl(tmp_path / "base" / "held_out.jsonl", (chat(number) for number in range(40, 50)))
+    return tmp_path / "base"
+
+
+def changes(method: grid.Method, tmp_path: Path, base: Path) -> dict[str, Any]:
+    """What a method's run sets otherwise than rsLoRA of rank 16 does, checked as a start checks it."""
+
+    def composed(of: grid.Method) -> Config:
+        setup = Setup(str(base), steps=4, ranks=2, seeds=1, search=True)
+        config = compose_config(Planned(of, 4e-3, 0).overrides(setup, tmp_path / "runs", tmp_path / "cache"))
+        check(config, new_run=True)
+        return config
+
+    ours, middle = composed(method), composed(BY_NAME["rsLoRA r=16"])
+    assert ours.data == middle.data
+    assert ours.train == middle.train
+    assert ours.optim == middle.optim
+    names = ("method", "r", "use_rslora", "use_dora", "target_modules", "lora_alpha")
+    found = {
+        name: getattr(ours.adapter, name)
+        for name in names
+        if getattr(ours.adapter, name) != getattr(middle.adapter, name)
+    }
+    return found | ({"quant": ours.quant.method} if ours.quant != middle.quant else {})
+
+
+def test_each_method_is_a_valid_run_and_one_change_away_from_the_middle(tmp_path: Path, base: Path) -> None:
+    found = {name: changes(method, tmp_path, base) for name, method in BY_NAME.items()}
+    assert found.pop("full")["method"] == "full"
+    assert found == {
+        "LoRA r=8": {"r": 8, "use_rslora": False},
+        "LoRA r=64": {"r": 64, "use_rslora": False},
+        "rsLoRA r=8": {"r": 8},
+        "rsLoRA r=16": {},
+        "rsLoRA r=64": {"r": 64},
+        "DoRA r=16": {"use_dora": True},
+        "QLoRA r=16": {"quant": "nf4"},
+        "rsLoRA r=16 qv": {"target_modules": "qv"},
+        "rsLoRA r=16 attention": {"target_modules": "attention"},
+    }
+    folders = {Planned(method, rate, seed).folder for method in METHODS for rate in (1e-3, 2e-3) for seed in (0, 1)}
+    assert len(folders) == 4 * len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("valley", "tried", "best"),
+    [
+        (4e-3, [2e-3, 4e-3, 8e-3], 4e-3),
+        (9e-3, [2e-3, 4e-3, 8e-3, 16e-3], 8e-3),
+        (1.1e-3, [1e-3, 2e-3, 4e-3, 8e-3, 0.5e-3], 1e-3),
+        (1.0, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3], 32e-3),
+    ],
+)
+def test_a_search_ends_with_the_best_rate_between_two_others_or_after_five(
+    valley: float, tried: list[float], best: float
+) -> None:
+    method = BY_NAME["rsLoRA r=16"]
+    losses: dict[Planned, float] = {}
+    while (rate := next_rate(method, losses)) is not None:
+        losses[Planned(method, rate, 0)] = abs(rate - valley)
+    assert sorted(run.rate for run in losses) == pytest.approx(sorted(tried))
+    assert best_rate(method, losses) == pytest.approx(best)
+
+
+def test_rounds_hold_back_methods_that_are_ahead_and_end_with_seeds_at_the_best_rate() -> None:
+    two = METHODS[:2]
+    losses: dict[Planned, float] = {Planned(two[0], two[0].rate, 0): 1.0}
+    assert next_round(SETUP, losses, two) == [Planned(two[1], two[1].rate, 0)]
+    rounds = 0
+    while due := next_round(SETUP, losses, two):
+        rounds += 1
+        losses |= {planned: 1.0 + abs(planned.rate - planned.method.rate) for planned in due}
+    assert rounds == 1 + 2 + 2
+    for method in two:
+        assert {(run.rate, run.seed) for run in losses if run.method == method and run.seed} == {
+            (method.rate, 1),
+            (method.rate, 2),
+        }
+    quick = Setup(base="base", steps=4, ranks=1, seeds=1, search=False)
+    assert next_round(quick, {}, two) == [Planned(method, method.rate, 0) for method in two]
+    assert next_round(quick, {Planned(method, method.rate, 0): 1.0 for method in two}, two) == []
+
+
+def summary(**values: float) -> dict[str, float]:
+    return {
+        "base_eval_loss": 5.0,
+        "eval_loss": 4.5,
+        "trainable_parameters": 1000,
+        "peak_memory_bytes": 600 * 2**20,
+        "train_seconds": 20.0,
+        "gathered_bytes_per_step": 2**20,
+        "reduced_bytes_per_step": 4000,
+    } | values
+
+
+def all_runs() -> dict[Planned, dict[str, float]]:
+    """One run of each method, two seeds of the middle one."""
+    runs = {Planned(method, method.rate, 0): summary() for method in METHODS}
+    runs[Planned(BY_NAME["QLoRA r=16"], 4e-3, 0)] = summary(base_eval_loss=5.02, bits_per_parameter=4.127)
+    runs[Planned(METHODS[0], METHODS[0].rate, 0)] = summary(base_eval_loss=5.001, eval_loss=4.3)
+    runs[Planned(BY_NAME["rsLoRA r=16"], 4e-3, 1)] = summary(eval_loss=4.6)
+    return runs
+
+
+def test_a_run_that_starts_from_another_loss_is_named() -> None:
+    runs = all_runs()
+    assert check_base(runs) == {"unquantized": 5.0, "nf4": 5.02}
+    for name, loss in (("DoRA r=16", 5.0001), ("full", 5.02), ("rsLoRA r=64", 4.9)):
+        wrong = Planned(BY_NAME[name], BY_NAME[name].rate, 0)
+        with pytest.raises(BaseDiffersError, match=name.replace(" ", "-").replace("=", "")):
+            check_base(runs | {wrong: summary(base_eval_loss=loss)})
+    other_seed = Planned(BY_NAME["QLoRA r=16"], 4e-3, 1)
+    with pytest.raises(BaseDiffersError, match="nf4 base"):
+        check_base(runs | {other_seed: summary(base_eval_loss=5.0, bits_per_parameter=4.127)})
+
+
+def test_the_table_holds_what_the_runs_say() -> None:
+    rows = figures(all_runs(), base_weights=10_000, quantizable=6_000)
+    assert [row["method"] for row in rows] == [method.name for method in METHODS]
+    middle = next(row for row in rows if row["method"] == "rsLoRA r=16")
+    assert middle["eval_loss"] == pytest.approx(4.55)
+    assert middle["spread"] == pytest.approx(0.1 / 2**0.5)
+    assert middle["state_bytes"] == 2 * 10_000 + 16 * 1000
+    text = table(rows, "heading").markdown()
+    assert "| rsLoRA r=16 | 1,000 | 4.550 ± 0.071 | 0.450 | 0.004* |" in text
+    sentences = list(reading(rows))
+    assert "training everything in place of rsLoRA r=16: -0.250 nats (one seed)" in sentences
+
+
+def test_state_is_counted_once_over_all_ranks() -> None:
+    full, qlora = BY_NAME["full"], BY_NAME["QLoRA r=16"]
+    assert state_bytes(full, {"trainable_parameters": 10_000}, 10_000, 6_000) == 16 * 10_000
+    packed = {"trainable_parameters": 100, "bits_per_parameter": 4.5}
+    assert state_bytes(qlora, packed, 10_000, 6_000) == 6_000 * 4.5 / 8 + 2 * 4_000 + 1_600
+
+
+@pytest.fixture
+def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Runs the command with training replaced by a summary; returns the folders of the runs that were started."""
+    started: list[str] = []
+
+    def train(planned: Planned, setup: Setup, out: Path) -> int:
+        started.append(planned.folder)
+        folder = out / "runs" / planned.folder
+        folder.mkdir(parents=True)
+        loss = {} if "quant=nf4" not in planned.method.settings else {"base_eval_loss": 5.02, "bits_per_parameter": 4.2}
+        values = summary(eval_loss=4.5 + abs(planned.rate - 4e-3) + planned.seed / 100, **loss)
+        (folder / "summary.json").write_text(json.dumps(values))
+        return 0
+
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "made_base", lambda: base / "model")
+
+    def command(*words: str, code: int = 0) -> list[str]:
+        started.clear()
+        assert main(["bench", "methods", *words]) == code
+        return list(started)
+
+    return command
+
+
+def test_finished_runs_are_skipped_and_a_wrong_base_fails(
+    fake: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--out", str(tmp_path / "out"), "--steps", "4", "--ranks", "1", "--seeds", "2"]
+    first = fake(*words)
+    assert len(first) == len(set(first)) > 4 * len(METHODS)
+    shown = capsys.readouterr().out
+    rows = read_record(tmp_path / "out" / "methods.json")["rows"]
+    assert [row["method"] for row in rows] == [method.name for method in METHODS]
+    assert all(len(row["eval_losses"]) == 2 for row in rows)
+    assert (tmp_path / "out" / "methods.png").read_bytes().startswith(b"\x89PNG")
+    assert "DoRA r=16" in shown
+    assert "5.0000 on the unquantized base, 5.0200 on the nf4 base" in shown
+    assert fake(*words) == []
+    assert len(fake(*words[:-1], "3")) == len(METHODS)
+    assert (tmp_path / "out" / "methods.md").read_text().count("| rsLoRA r=16 |") == 1
+    gone = tmp_path / "out" / "runs" / first[3]
+    (gone / "summary.json").unlink()
+    gone.rmdir()
+    assert fake(*words) == [first[3]]
+    (gone / "summary.json").write_text(json.dumps(summary(base_eval_loss=4.0)))
+    capsys.readouterr()
+    fake(*words, code=1)
+    assert f"{first[3]} starts from a held-out loss of 4.0" in capsys.readouterr().err
+    assert main(["bench", "methods", *words[:2], "--steps", "5"]) == 2
+    assert "holds runs with steps=4, and this would be steps=5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--step", "4"], "did you mean '--steps'?"),
+        (["--steps", "0"], "--steps=0"),
+        (["--seeds", "many"], "--seeds"),
+        (["--quick", "--seeds", "2"], "leave out --seeds"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "methods", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_the_demo_there_is_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Path:
+        raise UserError("the demo's base is not made yet; run `distlora demo` first")
+
+    monkeypatch.setattr(run, "made_base", absent)
+    assert main(["bench", "methods", "--out", str(tmp_path / "out")]) == 2
+    assert "run `distlora demo` first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_method_trains_and_starts_from_the_same_base(base: Path, tmp_path: Path) -> None:
+    """Real runs, one process each: step 0 is checked by the command itself."""
+    code = (
+        "import sys; from pathlib import Path; from distlora_launcher.methods import run; "
+        f"run.made_base = lambda: Path({str(base / 'model')!r}); sys.exit(run.main(sys.argv[1:]))"
+    )
+    words = ["--quick", "--steps", "2", "--ranks", "1", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"DISTLORA_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = read_record(tmp_path / "out" / "methods.json")["rows"]
+    assert len(rows) == len(METHODS)
+    assert all(row["eval_loss"] < row["base_eval_loss"] for row in rows)
+    assert f"Before the first step all {len(METHODS)} runs have the base's held-out loss" in ended.stdout

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from closeness import assert_close
+from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train
 from distlora.config import UserError
 from distlora.config_file import load_config
@@ -31,7 +31,7 @@ from distlora_launcher.checks import check_model
 from distlora_launcher.compose import compose_config
 from distlora_launcher.push import collect
 from family_models import SINGLE, config_for, dequantized, load_ours, our_logits, tokens, write_family_folder
-from small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
+from small_models import NEW_TOKENS, VOCABULARY, make_run, read_metrics, tokenizer, write_model_folder
 from worlds import World
 
 NEW_IDS = tuple(range(VOCABULARY, VOCABULARY + len(NEW_TOKENS)))
@@ -208,10 +208,10 @@ def test_peft_has_the_logits_and_gradients_of_trained_rows_in_other_families(nam
 
 @pytest.fixture(scope="module")
 def run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps with new tokens."""
+    """A run of six steps with new tokens."""
     run_dir = tmp_path_factory.mktemp("tokens") / "run"
     adapter = {"target_modules": "qv", "r": 2}
-    make_run(run_dir, folders, "llama", NEW_TOKENS, adapter=adapter, train={"max_steps": 2, "save_every": 1})
+    make_run(run_dir, folders, "llama", NEW_TOKENS, adapter=adapter, train={"max_steps": 6, "save_every": 2, "keep": 3})
     train.run(run_dir, SINGLE)
     return run_dir
 
@@ -253,14 +253,41 @@ def test_the_pushed_repository_has_the_tokenizer_and_says_how_to_load_it(run: Pa
         assert b"| trained rows of lm_head | 3 |" in card
 
 
-def test_full_fine_tuning_publishes_the_grown_model_and_its_tokenizer(folders: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+def trained(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+def test_full_fine_tuning_on_ranks_publishes_the_grown_model_and_its_tokenizer(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
     full = {"adapter": {"method": "full", "target_modules": "qv"}, "quant": {"method": "none"}}
-    make_run(run_dir, folders, "llama-tied", NEW_TOKENS, **full, train={"max_steps": 1, "global_batch": 4})
-    train.run(run_dir, SINGLE)
-    published = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    assert published.config.vocab_size == published.get_input_embeddings().num_embeddings == NEW_IDS[-1] + 1
-    assert len(transformers.AutoTokenizer.from_pretrained(run_dir / "model")) == NEW_IDS[-1] + 1
+    published = {}
+    for size in (1, 3):
+        run_dir = tmp_path / f"{size}"
+        make_run(run_dir, folders, "llama-tied", NEW_TOKENS, **full, train={"max_steps": 2, "global_batch": 4})
+        world.run(size, trained, run_dir=run_dir)
+        model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+        assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == NEW_IDS[-1] + 1
+        assert len(transformers.AutoTokenizer.from_pretrained(run_dir / "model")) == NEW_IDS[-1] + 1
+        published[size] = dict(model.state_dict())
+    assert_adapters_close(published[3], published[1])
+
+
+def test_accumulation_in_the_blocks_and_ranks_change_no_trained_row(
+    run: Path, world: World, folders: Path, tmp_path: Path
+) -> None:
+    """Nor checkpointing: against the run of one rank that accumulates by steps."""
+    settings = {"max_steps": 6, "accumulate": "block", "micro_batch": 2, "checkpointing": "none"}
+    make_run(tmp_path / "run", folders, "llama", NEW_TOKENS, adapter={"target_modules": "qv", "r": 2}, train=settings)
+    world.run(2, trained, run_dir=tmp_path / "run")
+    ours, expected = (
+        safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "run", run)
+    )
+    assert_adapters_close(ours, expected)
+    assert_losses_close(
+        *([line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "run", run))
+    )
 
 
 def of_peft(folder: Path, base: Path, indices: Any, rows: int | None = None) -> Any:

@@ -110,7 +110,7 @@ def test_train_is_a_hydra_application(capsys: pytest.CaptureFixture[str], place:
     ("line", "expected"),
     [
         ("distlora tr", "train"),
-        ("distlora train adapter=", "adapter=full adapter=lora"),
+        ("distlora train adapter=", "adapter=dora adapter=full adapter=lora"),
         ("distlora train -m train.se", "train.seed="),
         ("distlora resume ", ""),
     ],

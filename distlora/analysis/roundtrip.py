@@ -158,7 +158,7 @@ def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
     first_group = 0
     for chunk in chunks():
         weights = chunk.float()
-        sums.add(Sums(weights.numel(), [float((weights.double() ** power).sum()) for power in (1, 2, 3, 4)]))
+        sums.add(Sums(weights.numel(), _powers(weights)))
         for name, format in FORMATS.items():
             restored, num_bytes = round_trip(chunk, format, second, first_group)
             sums.formats[name].add(_difference(weights, restored, num_bytes))
@@ -169,6 +169,14 @@ def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
     return sums
 
 
+def _powers(weights: Tensor) -> list[float]:
+    """Sums of w, w^2, w^3 and w^4."""
+    exact = weights.double()
+    squares = exact * exact
+    return [float(power.sum()) for power in (exact, squares, squares * exact, squares * squares)]
+
+
 def _difference(weights: Tensor, restored: Tensor, num_bytes: int) -> FormatSums:
     error = weights - restored
-    return FormatSums(float((error.double() ** 2).sum()), float(error.abs().max()), num_bytes)
+    exact = error.double()
+    return FormatSums(float((exact * exact).sum()), float(error.abs().max()), num_bytes)

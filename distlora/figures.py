@@ -60,6 +60,11 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
     for matrix, ids in vocabulary.trained.items():
         name = "the head" if matrix == HEAD else "the embedding" + (" and the head tied to it" if model.tied else "")
         yield f"{len(ids):,} rows of {name} are trained"
+    if model.modules_to_save:
+        yield (
+            f"{' and '.join(model.modules_to_save)} are trained whole"
+            + (", apart from each other: config.json ties them, the adapter does not" if model.tied_in_base else "")
+        )
 
 
 def experts_said(model: CausalLM) -> Iterator[str]:

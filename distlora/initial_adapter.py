@@ -16,6 +16,7 @@ from typing import Any
 from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
+from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header
 from distlora.targets import idle_keys, match_ending, select_targets
@@ -32,7 +33,7 @@ _TENSOR = re.compile(
 
 _TAKEN = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "modules_to_save"),
 }
 """Fields that become settings of the run."""
 
@@ -49,7 +50,7 @@ _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights whose adapter belongs to the base as it is on disk."""
 
 _REASONS = {
-    "modules_to_save": "whole modules beside the adapter are not trained here",
+    "ensure_weight_tying": "an embedding and a head that are trained whole are trained apart here",
     "bias": "biases are not trained here",
     "lora_bias": "the adapter has no bias here",
     "fan_in_fan_out": "weights are (out, in) here",
@@ -79,6 +80,8 @@ class InitialAdapter:
     """The same tensors' names in the file."""
     token_rows: dict[str, InitialRows]
     """By matrix."""
+    modules: dict[str, InitialModule]
+    """What was trained whole, by last name."""
 
 
 def read_initial_adapter(folder: str | Path) -> InitialAdapter:
@@ -86,7 +89,7 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    names = _read_names(folder, dora=values.get("use_dora") is True)
+    names = _read_names(folder, values)
     segments = read_header(folder / WEIGHTS_NAME)
     for name in names.values():
         if segments[name].dtype not in SOURCE_DTYPES:
@@ -96,14 +99,16 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
             )
     base = values.get("base_model_name_or_path")
     token_rows = read_initial_rows(values, segments, folder)
+    modules = read_initial_modules(values, segments, folder)
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}))
     return InitialAdapter(
         folder=folder,
-        settings=settings | settings_of(token_rows),
+        settings=settings | settings_of(token_rows) | modules_setting(modules),
         base=base if isinstance(base, str) and base else None,
         tensors={key: segments[name] for key, name in names.items()},
         names=names,
         token_rows=token_rows,
+        modules=modules,
     )
 
 
@@ -183,8 +188,9 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {name}={values[name]!r} is not supported ({reason}); set another init_from")
 
 
-def _read_names(folder: Path, *, dora: bool) -> dict[tuple[str, str], str]:
-    """Name in the file by (path, part); exactly an A and a B for each path, and a magnitude if it is `dora`."""
+def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Name in the file by (path, part); exactly an A and a B for each path, and a magnitude with DoRA."""
+    dora = values.get("use_dora") is True
     file = folder / WEIGHTS_NAME
     if not file.is_file():
         pickled = [name for name in PICKLED_NAMES if (folder / name).is_file()]
@@ -197,7 +203,7 @@ def _read_names(folder: Path, *, dora: bool) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
         match = _TENSOR.fullmatch(name)
-        if is_of_rows(name):
+        if is_of_rows(name) or is_of_modules(name, values):
             continue
         if match is None:
             raise UserError(f"{file}: {name} is no lora_A or lora_B of a linear{_kind(name)}; set another init_from")

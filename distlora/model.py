@@ -36,6 +36,7 @@ from distlora.quant import FrozenLinear, link_shared_inputs
 from distlora.targets import check_patterns
 from distlora.token_rows import TokenRows
 from distlora.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
+from distlora.trained_modules import train_whole
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
@@ -67,6 +68,7 @@ class CausalLM(nn.Module):
         layout: CheckpointLayout,
         vocabulary: Vocabulary,
         tied: bool,
+        modules_to_save: tuple[str, ...] = (),
         outside_linears: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
@@ -77,7 +79,13 @@ class CausalLM(nn.Module):
         """The trained rows of embed_tokens and lm_head; of a tied head they are the embedding's."""
         self.decoder = decoder
         self.head = head
-        shared = EMBEDDING if tied else HEAD
+        self.tied_in_base = tied
+        """Whether config.json ties the head's weight to the embedding's."""
+        self.tied = tied and not modules_to_save
+        """Whether the head's weight is the embedding's."""
+        self.modules_to_save = modules_to_save
+        """Which of embed_tokens and lm_head are trained whole and saved beside the adapters."""
+        shared = EMBEDDING if self.tied else HEAD
         if (rows := self.rows_of(shared)) is not None:
             head.train_rows(rows)
         self.blocks = blocks
@@ -87,8 +95,6 @@ class CausalLM(nn.Module):
         self.family = family
         self.layout = layout
         """Where the parameters lie in a checkpoint."""
-        self.tied = tied
-        """Whether the head's weight is the embedding's."""
         self.outside_linears = outside_linears
         """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
         self.compute_dtype: torch.dtype | None = None
@@ -278,6 +284,8 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
     # As transformers tied it: a composite model's own config and its text_config need not agree.
     tied = head.weight is decoder.get_input_embeddings().weight
+    if whole := config.adapter.modules_to_save:
+        train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
     inside = family.decoder + ".layers."
     outside = tuple(
         name
@@ -303,6 +311,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
         layout=layout,
         vocabulary=vocabulary,
         tied=tied,
+        modules_to_save=whole,
         outside_linears=outside,
     )
     if family.experts is not None:
@@ -311,7 +320,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
             model.router_aux_loss = 0.0
         if model.router_aux_loss > 0:
             place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
-    if masters and config.train.dtype != "fp32":
+    if training and (full or whole) and config.train.dtype != "fp32":
         model.compute_dtype = DTYPES[config.train.dtype]
     return model
 

@@ -153,6 +153,8 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
             many = len(parameters) > 16
             yield "target_parameters", f"{len(parameters)} weights of experts" if many else _joined(parameters)
         yield from _trained_rows(adapter.get("trainable_token_indices"))
+        if whole := adapter.get("modules_to_save"):
+            yield "trained whole", ", ".join(whole)
         if config.adapter.init_from is not None:
             yield "started from", _shown(config.adapter.init_from)
         if config.adapter.decomposes:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import nn
 
 from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config, UserError
 from distlora.expert_targets import expert_names, peft_paths
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, InitialAdapter, check_fits, read_initial_adapter
+from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
 from distlora.model import CausalLM
+from distlora.parallel import Backend
 from distlora.quant import FrozenLinear
 from distlora.targets import match_ending, select_targets
 from distlora.token_rows import TokenRows
-from distlora.tokens import EMBEDDING
+from distlora.tokens import EMBEDDING, HEAD
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_config", "adapter_tensors", "load_initial_adapter"]
 
@@ -28,7 +30,8 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r)
     and with DoRA lora_magnitude_vector (out,), which is no `.weight` in a file; of a fused weight of E experts
     (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained token rows as
-    <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves.
+    <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves; and modules that
+    are trained whole as <path>.weight.
     """
     tensors: dict[str, nn.Parameter] = {}
     paths = peft_paths([path for path, _ in model.adapted_experts()], model.family)
@@ -44,11 +47,20 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
         assert isinstance(rows, TokenRows)
         path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
         tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
+    for path, parameter in whole_modules(model).items():
+        tensors[f"{_PREFIX}{path}.weight"] = parameter
     return tensors
 
 
+def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
+    """The weights that are trained whole, by the Hugging Face paths of their modules."""
+    weights = {EMBEDDING: model.embedding.get_parameter("weight"), HEAD: model.head.weight}
+    paths = {EMBEDDING: f"{model.family.decoder}.{EMBEDDING}", HEAD: HEAD}
+    return {paths[name]: weight for name, weight in weights.items() if name in model.modules_to_save}
+
+
 @torch.no_grad()
-def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> None:
+def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adapter: str = DEFAULT_ADAPTER) -> None:
     """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
 
     Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
@@ -58,7 +70,9 @@ def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT
     linears = {model.hf_name(name): m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
     check_fits(initial, config.adapter, {path: (m.out_features, m.in_features) for path, m in linears.items()})
     file = initial.folder / WEIGHTS_NAME
-    stored = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        whole = {of.name for of in initial.modules.values()}
+        stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
     for path, linear in model.adapted_linears():
         pair = linear.adapters[adapter]
         assert isinstance(pair, LoRAPair)
@@ -76,6 +90,22 @@ def load_initial_adapter(model: CausalLM, config: Config, adapter: str = DEFAULT
             raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
         # Rows of this run's own new tokens stay as they start.
         rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].float()
+    _load_modules(model, initial, backend)
+
+
+def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) -> None:
+    """Fill what is trained whole, each rank its own rows. Rows of this run's own new tokens stay as they start."""
+    file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
+    rows = (vocabulary.stored, vocabulary.rows)
+    check_modules(initial.modules, file, rows=rows, hidden=model.head.weight.shape[1])
+    by_name = {path.rpartition(".")[2]: weight for path, weight in whole_modules(model).items()}
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        for module, of in initial.modules.items():
+            local, first = backend.local_rows(by_name[module])
+            own = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
+            if not torch.isfinite(own).all():
+                raise UserError(f"{file}: {of.name} holds NaN or Inf; set adapter.init_from to another adapter")
+            local[: len(own)] = own
 
 
 def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
@@ -99,6 +129,7 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "init_lora_weights": init if (init := config.adapter.init) == "gaussian" or config.adapter.pissa else True,
         "target_modules": _target_modules(model),
         "trainable_token_indices": _token_indices(model),
+        "modules_to_save": list(model.modules_to_save) or None,
     } | _target_parameters(model)
 
 

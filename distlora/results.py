@@ -62,7 +62,8 @@ def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping
         trained = trained_tensors(safetensors.torch.load_file(folder / WEIGHTS_NAME), start, folder)
         _check_fits(folder, {name: tuple(tensor.shape) for name, tensor in trained.items()}, own, model)
         for name, tensor in trained.items():
-            own[name].data.copy_(tensor)
+            rows, first = backend.local_rows(own[name])
+            rows.copy_(tensor[first : first + len(rows)])
         return
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
     _check_fits(folder, {name: segment.shape for name, segment in stored.items()}, own, model)

@@ -112,6 +112,9 @@ def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict
     """
     if config.adapter.method == "full":  # There every row is.
         return {}
+    whole = config.adapter.modules_to_save
+    if whole:
+        return _beside_whole_modules(config, tied=tied, new=new)
     named = config.adapter.trainable_token_indices
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and HEAD in chosen:
@@ -123,6 +126,22 @@ def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict
         del chosen[HEAD]
     matrices = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
     united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in matrices}
+    return {matrix: ids for matrix, ids in united.items() if ids}
+
+
+def _beside_whole_modules(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """`trained_indices` where adapter.modules_to_save trains the embedding or the head whole, apart from each other."""
+    whole = config.adapter.modules_to_save
+    named = config.adapter.trainable_token_indices
+    chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
+    if tied and len(whole) == 1 and (new or any(chosen.values())):
+        raise UserError(
+            f"adapter.modules_to_save=[{whole[0]}] takes apart the embedding and the head, which this model ties, and "
+            "tokens that are trained would then be trained in one of them alone; "
+            f"set adapter.modules_to_save=[{EMBEDDING},{HEAD}]"
+        )
+    rest = [matrix for matrix in (EMBEDDING, HEAD) if matrix not in whole]
+    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in rest}
     return {matrix: ids for matrix, ids in united.items() if ids}
 
 

@@ -64,7 +64,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
         elif config.adapter.init_from is not None:
-            load_initial_adapter(model, config)
+            load_initial_adapter(model, config, backend)
             reporter.event(
                 f"starting from the adapter in {config.adapter.init_from}; lora_dropout is this run's own, "
                 f"{config.adapter.lora_dropout}"

@@ -139,6 +139,26 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "run folder under a file": (nothing, ["run_dir=data.jsonl/run"], ["is a file"]),
     "full with quantization": (nothing, ["adapter=full"], ["add quant=none"]),
     "full with dropout": (nothing, ["adapter=full", "quant=none", "+adapter.lora_dropout=0.1"], ["has no effect"]),
+    "full with whole modules": (
+        nothing,
+        ["adapter=full", "quant=none", "+adapter.modules_to_save=[lm_head]"],
+        ["adapter.modules_to_save has no effect"],
+    ),
+    "another module whole": (
+        nothing,
+        ["adapter.modules_to_save=[lm_haed]"],
+        ["did you mean 'lm_head'?", "adapter=full trains everything"],
+    ),
+    "a module whole and its rows": (
+        nothing,
+        ["adapter.modules_to_save=[embed_tokens]", "adapter.trainable_token_indices=[3]"],
+        ["leave it out of one of them"],
+    ),
+    "whole modules with 8 bits on several": (
+        nothing,
+        ["adapter.modules_to_save=[lm_head]", "optim=adamw_8bit", "cluster.gpus_per_node=2"],
+        ["blocks of 256", "set optim.name=adamw"],
+    ),
     "paged moments on a CPU": (nothing, ["optim=paged_adamw_8bit"], ["shows no GPU", "optim.name=adamw_8bit"]),
     "mistyped optimizer": (nothing, ["optim.name=adamw8bit"], ["did you mean 'adamw_8bit'?"]),
     "a floor above the peak": (nothing, ["optim.min_lr_ratio=2"], ["is not a share"]),

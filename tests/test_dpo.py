@@ -279,8 +279,11 @@ def test_mfu_counts_the_references_forward(folders: Path) -> None:
     [
         ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full trains the base itself"),
         ({"adapter": {"init_from": "there"}}, "is not where adapter.init_from=there starts"),
-        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens trains rows of the embedding"),
-        ({"adapter": {"trainable_token_indices": (3,)}}, "trainable_token_indices trains rows of the embedding"),
+        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens trains rows of the embedding or the head"),
+        (
+            {"adapter": {"trainable_token_indices": (3,)}},
+            "trainable_token_indices trains rows of the embedding or the head",
+        ),
         ({"train": {"router_aux_loss": 0.1}}, "train.router_aux_loss=0.1 weighs a loss of tokens"),
         ({"data": {"format": "chat"}}, "which data.format=chat has not; set data.format=preference"),
         ({"data": {"train_on": "all"}}, "data.train_on=all has no effect"),

@@ -46,6 +46,8 @@ def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float3
                 parameter.normal_(std=0.05)
             elif "lora_magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
     tuned.to(dtype).save_pretrained(folder)
     return folder
 
@@ -90,6 +92,7 @@ LORAS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["o_proj", "down_proj", "c_attn"]},
     {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear", **PATTERNS},
     {"r": 4, "lora_alpha": 4, "target_modules": r"model\.layers\.[02]\..*(up|gate)_proj", "dtype": torch.bfloat16},
+    {"r": 4, "lora_alpha": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "model.embed_tokens"]},
     {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj", "v_proj"], "rank_pattern": {"k_proj": 2, "x": 9}},
     {"r": 4, "lora_alpha": 6, "target_modules": ["k_proj", "down_proj"], "use_dora": True},
 ]
@@ -102,8 +105,8 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     assert (config.adapter.r, config.adapter.lora_alpha) == (fields["r"], fields["lora_alpha"])
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
     assert config.adapter.use_dora == fields.get("use_dora", False)
-    model, _, _ = start_model(config, SINGLE)
-    load_initial_adapter(model, config)
+    model, backend, _ = start_model(config, SINGLE)
+    load_initial_adapter(model, config, backend)
     base = dequantized_hf_model(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -193,7 +196,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
     ({"use_dora": True}, "has a lora_A and no lora_magnitude_vector"),
     ({"use_dora": "yes"}, "use_dora='yes' is not true or false"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, which the file does not hold"),
+    ({"modules_to_save": ["norm"]}, "modules_to_save has 'norm'; .* embed_tokens and lm_head alone"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),
+    ({"ensure_weight_tying": True}, "ensure_weight_tying=True .*trained apart"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"lora_bias": True}, "lora_bias=True"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
@@ -296,9 +302,9 @@ def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path
     edit_tensors(copy, poison)
     config = starting(folders, copy)
     model = build_model(config)
-    parallelize(model, SINGLE, config)
+    backend = parallelize(model, SINGLE, config)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight holds NaN or Inf"):
-        load_initial_adapter(model, config)
+        load_initial_adapter(model, config, backend)
 
 
 def only_pickle(folder: Path) -> None:

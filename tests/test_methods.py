@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from closeness import assert_adapters_close, assert_losses_close, relative_error
 from distlora import train
@@ -55,6 +56,8 @@ METHODS = {
     "rsLoRA": Method(adapter={"use_rslora": True}),
     "experts": Method(adapter=_PLAIN, model="mixtral"),
     "LoRA+": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}),
+    "embeddings and head": Method(adapter=_PLAIN | {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied embeddings": Method(adapter=_PLAIN | {"modules_to_save": ["embed_tokens"]}, model="llama-tied"),
     "new tokens": Method(adapter=_PLAIN, optim={"loraplus_lr_ratio": 4.0}, new_tokens=NEW_TOKENS),
     "new tokens, tied": Method(
         adapter=_PLAIN | {"trainable_token_indices": [11, 7]}, model="llama-tied", new_tokens=NEW_TOKENS
@@ -100,7 +103,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
-    gradients = {name: p.grad.clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
+    gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
     with torch.no_grad():
         logits = model(PROBES, positions_of(PROBES), None)
     adapter = safetensors.torch.load_file(run_dir / "adapter" / WEIGHTS_NAME)
@@ -114,6 +117,11 @@ def _accumulate(model: Any, backend: Backend, batch: StepBatch) -> None:
         loss = model(micro.input_ids, micro.position_ids, micro.labels).sum() / batch.global_targets
         backend.backward(loss, last=index == len(batch.micro_batches) - 1)
     backend.finish_gradients()
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """Of a module that is cut over the ranks, all of it."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def positions_of(input_ids: Tensor) -> Tensor:

@@ -325,8 +325,8 @@ def test_a_run_starts_from_the_trained_rows_of_peft(
     words += [f"model.new_tokens=[{quoted}]", f"adapter.init_from={tmp_path / 'peft'}", "data.sequence_length=64"]
     config = compose_config(words)
     check_model(config)
-    ours, _, _ = start_model(config, SINGLE)
-    load_initial_adapter(ours, config)
+    ours, backend, _ = start_model(config, SINGLE)
+    load_initial_adapter(ours, config, backend)
     ids = tokens(2, 30)
     ids[:, ::3] = torch.tensor([4, 9, 8, *(range(1001, 1001 + len(new)) or (4, 8))] * 4)[:10]
     with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distlora.config.base import TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
+from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.training import (
@@ -26,6 +26,7 @@ from distlora.config.training import (
 __all__ = [
     "DATA_FORMATS",
     "OPTIMIZERS",
+    "SAVED_MODULES",
     "SCHEDULES",
     "TARGET_PRESETS",
     "AdapterConfig",
@@ -78,6 +79,7 @@ class Config:
                 "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
                 "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,
                 "adapter.alpha_pattern": len(self.adapter.alpha_pattern) > 0,
+                "adapter.modules_to_save": len(self.adapter.modules_to_save) > 0,
                 "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
             }
             for setting, is_set in lora_only.items():
@@ -133,11 +135,13 @@ class Config:
         trained_rows = {
             "model.new_tokens": len(self.model.new_tokens) > 0,
             "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
+            "adapter.modules_to_save": len(self.adapter.modules_to_save) > 0,
         }
         for setting, is_set in trained_rows.items():
             require(
                 not is_set,
-                f"{setting} trains rows of the embedding, which train.objective=dpo would change in its reference too; "
+                f"{setting} trains rows of the embedding or the head, which train.objective=dpo would change in its "
+                "reference too; "
                 "train them first with train.objective=sft, or leave it out",
             )
         require(
@@ -165,9 +169,10 @@ class Config:
 
 def check_ranks(config: Config, ranks: int) -> None:
     """Refuse what so many processes cannot share; a resume may be on another number than the config has."""
+    saved = config.adapter.modules_to_save
+    sharded = "adapter=full" if config.adapter.method == "full" else f"adapter.modules_to_save=[{','.join(saved)}]"
     require(
-        ranks == 1 or config.adapter.method != "full" or not config.optim.name.endswith("_8bit"),
+        ranks == 1 or not (config.adapter.method == "full" or saved) or not config.optim.name.endswith("_8bit"),
         f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {ranks} processes would cut "
-        f"(adapter=full is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
-        "cluster.gpus_per_node=1",
+        f"({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or cluster.gpus_per_node=1",
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from distlora.config.errors import require, require_choice, require_positive
+from distlora.config.errors import nearest, require, require_choice, require_positive
 from distlora.config.initialization import PLAIN, check_init, is_pissa
 
 Number = TypeVar("Number", int, float)
@@ -40,6 +40,9 @@ class ModelConfig:
         twice = [text for index, text in enumerate(self.new_tokens) if text in self.new_tokens[:index]]
         require(not twice, f"model.new_tokens names {twice[0]} twice; leave one out" if twice else "")
 
+
+SAVED_MODULES = ("embed_tokens", "lm_head")
+"""What can be trained whole beside adapters."""
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
@@ -93,6 +96,10 @@ class AdapterConfig:
     list for the embedding (and the head that is tied to it), or {embed_tokens: [...], lm_head: [...]}. Each costs a row
     of fp32, with its gradient and moments, on every rank."""
 
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters, and saved with them: embed_tokens, lm_head or both. They cost 16 bytes
+    a parameter, cut over the ranks: 34 GB for both of a 70B model. On a model that ties them they are trained apart."""
+
     def __post_init__(self) -> None:
         require_choice("adapter.method", self.method, ("lora", "full"))
         require(self.r > 0, f"adapter.r={self.r} is not a rank; set adapter.r=1 or more (16 is the usual start)")
@@ -117,6 +124,7 @@ class AdapterConfig:
             f"adapter.lora_dropout={self.lora_dropout} is not a share below 1; set adapter.lora_dropout=0.05 or 0",
         )
         _check_indices(self.trainable_token_indices)
+        _check_saved_modules(self.modules_to_save, self.trainable_token_indices)
         for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key, value in pattern.items():
                 where = f"adapter.{setting}.{key}"
@@ -153,6 +161,26 @@ class AdapterConfig:
         """s in y = x W^T + s (x A^T) B^T: alpha/sqrt(r) (rsLoRA, arXiv 2312.03732) or alpha/r (LoRA, 2106.09685)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
+
+
+def _check_saved_modules(
+    names: tuple[str, ...], indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+) -> None:
+    """Refuse what cannot be trained whole, and rows that are trained twice."""
+    for index, name in enumerate(names):
+        require(
+            name in SAVED_MODULES,
+            f"adapter.modules_to_save has {name!r}{nearest(name, SAVED_MODULES)}; beside adapters "
+            f"{' and '.join(SAVED_MODULES)} alone can be trained whole, and adapter=full trains everything",
+        )
+        require(name not in names[:index], f"adapter.modules_to_save names {name} twice; leave one out")
+    chosen = indices if isinstance(indices, Mapping) else {SAVED_MODULES[0]: indices or ()}
+    for name in names:
+        require(
+            not chosen.get(name),
+            f"adapter.trainable_token_indices trains rows of {name}, which adapter.modules_to_save trains whole; leave "
+            "it out of one of them",
+        )
 
 
 def _check_indices(named: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> None:

@@ -96,7 +96,7 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
     model, backend, _ = start_model(config, ranks, training=False, restores=weights is not None)
     if foreign:
         with named_by_flag():
-            load_initial_adapter(model, config)
+            load_initial_adapter(model, config, backend)
     elif weights is not None:
         folder = weights_in(Path(weights))
         check_base(folder, config)

@@ -120,11 +120,17 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
     wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
     sources = find_sources(layout, headers, wanted)
     # transformers does not tie them then, whatever config.json says.
-    if model.tied and {head, embedding} <= sources.keys() and _sample(sources[head]) != _sample(sources[embedding]):
+    if (
+        model.tied_in_base
+        and {head, embedding} <= sources.keys()
+        and _sample(sources[head]) != _sample(sources[embedding])
+    ):
         raise UserError(
             f"config.json ties the head to the embedding, but {sources[head].names[0]} and "
             f"{sources[embedding].names[0]} differ on disk; set tie_word_embeddings to false in config.json"
         )
+    if model.tied_in_base and embedding in sources:  # What adapter.modules_to_save takes apart starts alike.
+        sources.setdefault(head, sources[embedding])
     return sources
 
 

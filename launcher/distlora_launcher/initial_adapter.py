@@ -9,6 +9,7 @@ from typing import Any
 
 from distlora.config import TARGET_PRESETS, Config, UserError
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
 
 
@@ -51,7 +52,10 @@ def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]],
         return
     initial = read_initial_adapter(config.adapter.init_from)
     check_fits(initial, config.adapter, shapes)
-    check_rows(initial.token_rows, initial.folder / WEIGHTS_NAME, stored=embedding[0], hidden=embedding[1])
+    file, (stored, hidden) = initial.folder / WEIGHTS_NAME, embedding
+    check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
+    rows = range(stored, stored + len(config.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
+    check_modules(initial.modules, file, rows=rows, hidden=hidden)
     names = {config.model.path, config.model.name}
     if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
         base = config.model.name or config.model.path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distlora.config import TARGET_PRESETS, UserError
+from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.initialization import check_init
 from distlora_launcher.importing.axolotl_data import convert_data
 from distlora_launcher.importing.axolotl_keys import additional_special_tokens, note_unread
@@ -39,10 +39,10 @@ def convert(values: dict[str, Any], *, processes: int) -> Imported:
                 "remove the key to import the supervised fine-tuning that is left"
             )
     convert_model(keys, imported)
-    convert_adapter(keys, imported, processes)
+    convert_adapter(keys, imported)
     convert_data(keys, imported)
     convert_batch(keys, imported, processes)
-    convert_optimizer(keys, imported)
+    convert_optimizer(keys, imported, processes)
     convert_steps(keys, imported)
     convert_schedule(keys, imported)
     convert_precision(keys, imported)
@@ -80,7 +80,7 @@ def convert_model(keys: Keys, imported: Imported) -> None:
         )
 
 
-def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
+def convert_adapter(keys: Keys, imported: Imported) -> None:
     kind, in_4bit, in_8bit = keys.text("adapter"), keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if kind not in (None, "lora", "qlora"):
         raise UserError(
@@ -122,8 +122,21 @@ def convert_adapter(keys: Keys, imported: Imported, processes: int) -> None:
         _new_adapter(keys, imported, adapter)
     adapter["lora_dropout"] = keys.number("lora_dropout") or 0.0
     imported.section("optim")["loraplus_lr_ratio"] = keys.number("loraplus_lr_ratio") or 1.0
-    if saved := keys.words("lora_modules_to_save"):
-        imported.note("refused", f"lora_modules_to_save={_list(saved)}", "embeddings and head stay frozen; remove it")
+    _modules_to_save(keys, imported, adapter, given=start is not None)
+
+
+def _modules_to_save(keys: Keys, imported: Imported, adapter: dict[str, Any], *, given: bool) -> None:
+    saved = keys.words("lora_modules_to_save")
+    if saved and given:
+        imported.note("idle", "lora_modules_to_save", "the adapter in lora_model_dir brings its own")
+        return
+    known = [name for name in (name.rpartition(".")[2] for name in saved or ()) if name in SAVED_MODULES]
+    others = [name for name in saved or () if name.rpartition(".")[2] not in SAVED_MODULES]
+    if others:
+        reason = f"beside adapters {' and '.join(SAVED_MODULES)} alone are trained whole; remove it"
+        imported.note("refused", f"lora_modules_to_save={_list(others)}", reason)
+    if known:
+        adapter["modules_to_save"] = known
 
 
 def _new_adapter(keys: Keys, imported: Imported, adapter: dict[str, Any]) -> None:
@@ -231,11 +244,16 @@ def convert_batch(keys: Keys, imported: Imported, processes: int) -> None:
         imported.note("idle", "eval_batch_size", "the held-out loss does not depend on it")
 
 
-def convert_optimizer(keys: Keys, imported: Imported) -> None:
+def convert_optimizer(keys: Keys, imported: Imported, processes: int) -> None:
     name = keys.text("optimizer") or "adamw_torch_fused"
     ours = next((ours for ours, names in OPTIMIZERS.items() if name in names), None)
     if ours is None:
         imported.note("unsupported", f"optimizer={name}", f"adamw is written; choose among {', '.join(OPTIMIZERS)}")
+    whole = imported.options["adapter"] == "full" or "modules_to_save" in imported.section("adapter")
+    if ours is not None and ours.endswith("_8bit") and whole and processes > 1:
+        ours = ours.removesuffix("_8bit")
+        reason = f"{ours} is written: moments in 8 bits cannot be cut over processes, as those of whole modules are"
+        imported.note("differs", f"optimizer={name}", reason)
     imported.options["optim"] = ours or "adamw"
     optim = imported.section("optim")
     rate = keys.number("learning_rate")

@@ -36,6 +36,7 @@ from distlora_launcher.demo.corpus import Corpus
 from family_models import write_family_folder
 from launcher_fakes import MODEL_CONFIG, write_model
 from small_models import tokenizer, write_text_file
+from test_prequantized import quantize
 
 DISTLORA = Path(sys.executable).parent / "distlora"
 ONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -321,6 +322,10 @@ def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsy
         assert sentence in text
         assert sentence in shown
     assert PLOT_NAME in text
+    heads = ("| fp32 |  |  |  |  |  | ", "| bf16 | 0.0017 | ")
+    fp32, bf16 = (next(line for line in text.splitlines() if line.startswith(head)) for head in heads)
+    assert fp32.endswith(f"| {formats['fp32']['perplexity']:,.2f} |  |  |")
+    assert bf16.endswith("|  |  |  |")
     assert (tmp_path / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
 
 
@@ -346,3 +351,14 @@ def test_the_command_on_a_text_shorter_than_a_row(folders: Path, tmp_path: Path)
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert again.returncode == 2
     assert "out holds an earlier analysis" in again.stderr
+
+
+def test_a_checkpoint_in_nf4_has_nothing_to_compare_with(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantize(folders / "llama", tmp_path / "packed", bnb_4bit_use_double_quant=True)
+    assert main(["analyze", "quantization", "packed", "--no-perplexity"]) == 2
+    error = capsys.readouterr().err
+    assert "packed is quantized already (21 weights in NF4), so there are no 16-bit weights to compare with" in error
+    assert not (tmp_path / "analysis").exists()

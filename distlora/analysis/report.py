@@ -62,11 +62,13 @@ def _formats(figures: Mapping[str, Any]) -> Table:
             f"{values['bits']:.3f}",
             f"{model_bytes / 2**20:,.1f}",
         ]
+        of = perplexity and perplexity["formats"].get(name)  # bf16 has none where the model computed in fp32.
         if perplexity:
-            of = perplexity["formats"].get(dense if name == "bf16" else name)
-            cells += [f"{of['perplexity']:,.2f}"]
+            cells.append(f"{of['perplexity']:,.2f}" if of else "")
             cells += ["", ""] if name == "bf16" else [points(of), f"{of['divergence']:.5f}"]
         rows.append(cells)
+    if perplexity and dense == "fp32":
+        rows.insert(1, ["fp32", *[""] * 5, f"{perplexity['formats'][dense]['perplexity']:,.2f}", "", ""])
     computed = f", computed in {dense}" if perplexity else ""
     return Table(f"{figures['model_name']}: {figures['overall']['weights']:,} weights of its blocks{computed}", rows)
 

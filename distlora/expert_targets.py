@@ -110,7 +110,7 @@ def _check_settings(adapter: AdapterConfig) -> None:
             "adapter.use_dora=true has no place in adapters of experts: PEFT has no DoRA of fused weights; set "
             "adapter.use_dora=false, or adapter.target_modules=attention"
         )
-    if adapter.init not in ("kaiming", "gaussian"):
+    if adapter.decomposes:
         raise UserError(
             f"adapter.init={adapter.init} starts from a linear's weight, and experts are targeted, whose weights are "
             "fused; set adapter.init=kaiming, or adapter.target_modules=attention"

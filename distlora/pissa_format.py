@@ -49,19 +49,15 @@ def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
     durable.write_json(target / CONFIG_NAME, plain_config(json.loads((checkpoint / CONFIG_NAME).read_text("utf-8"))))
 
 
-def trained_tensors(plain: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """A and B out of A' and B' in `folder`. Raises UserError where these did not begin at this start."""
-    trained = dict(plain)
-    for name in plain.keys() & start.keys():
-        tensor = plain[name]
-        dim = _dim(name)
-        half = tensor.shape[dim] // 2
-        trained[name] = tensor.narrow(dim, 0, half)
-        if not torch.equal(tensor, _joined(name, trained[name], start[name])):
-            raise UserError(
-                f"{folder} was trained from another start: {name} does not end with that of this run; put back the "
-                "folder that this run made"
-            )
+def trained_part(name: str, plain: Tensor, start: Tensor, folder: Path) -> Tensor:
+    """A or B out of A' or B' in `folder`. Raises UserError where it did not begin at this start."""
+    dim = _dim(name)
+    trained = plain.narrow(dim, 0, plain.shape[dim] // 2)
+    if plain.shape[dim] != 2 * start.shape[dim] or not torch.equal(plain, _joined(name, trained, start)):
+        raise UserError(
+            f"{folder} was trained from another start: {name} does not end with that of this run; put back the folder "
+            "that this run made"
+        )
     return trained
 
 

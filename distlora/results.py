@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel import Backend
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora.pissa_format import plain_config, plain_tensors, trained_tensors
+from distlora.pissa_format import plain_config, plain_tensors, trained_part
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
 from distlora.tensor_files import read_into, write_model
 from distlora.tokens import tokenizer_files
@@ -58,29 +57,23 @@ def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
-    if start is not None and not (folder / checkpoint.STATE_NAME).is_file():
-        trained = trained_tensors(safetensors.torch.load_file(folder / WEIGHTS_NAME), start, folder)
-        _check_fits(folder, {name: tuple(tensor.shape) for name, tensor in trained.items()}, own, model)
-        for name, tensor in trained.items():
-            rows, first = backend.local_rows(own[name])
-            rows.copy_(tensor[first : first + len(rows)])
-        return
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
-    _check_fits(folder, {name: segment.shape for name, segment in stored.items()}, own, model)
-    with Reader() as reader:
-        for name, segment in stored.items():
-            read_into(own[name], segment, reader, backend)
-
-
-def _check_fits(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], model: CausalLM
-) -> None:
-    odd = sorted(own.keys() ^ shapes.keys()) or [name for name, shape in shapes.items() if shape != own[name].shape]
+    plain = {} if start is None or (folder / checkpoint.STATE_NAME).is_file() else start
+    odd = sorted(own.keys() ^ stored.keys()) or [
+        name for name, segment in stored.items() if segment.shape != own[name].shape and name not in plain
+    ]
     if odd:
         raise UserError(
             f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
             f"({len(odd)} such tensors); was it trained on another model?"
         )
+    with Reader() as reader:
+        for name, segment in stored.items():
+            if name in plain:
+                whole = reader.read([segment], 0, segment.numel).view(segment.shape)
+                own[name].data.copy_(trained_part(name, whole, plain[name], folder))
+            else:
+                read_into(own[name], segment, reader, backend)
 
 
 def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:

@@ -156,14 +156,14 @@ def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -
 
 @torch.no_grad()
 def dequantized(folder: Path, ours: CausalLM, dtype: torch.dtype = torch.float32) -> Any:
-    """The Hugging Face model of the folder, its decoder's linears holding our dequantized weights."""
+    """The Hugging Face model of the folder, its decoder's linears holding our weights, dequantized."""
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=ours.family.attention, experts_implementation="eager"
     )
     for name, module in ours.named_modules():
-        if isinstance(module, FrozenTensor) and module.quantized:
+        if isinstance(module, FrozenTensor):
             weight = module.frozen_weight.dense(dtype)
             theirs.get_parameter(ours.hf_name(f"{name}.weight")).copy_(weight)
     return theirs

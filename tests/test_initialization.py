@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from closeness import relative_error
+from closeness import assert_losses_close, relative_error
 from distlora import randomness, train
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import load_config
@@ -31,11 +31,12 @@ from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
 from distlora.startup import start_model
 from distlora_kernels import nf4
-from distlora_launcher.checks import check_model
+from distlora_launcher.checks import check, check_model
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
-from family_models import SINGLE, config_for, tokens
-from small_models import make_run
+from family_models import SINGLE, config_for, tokens, write_family_folder
+from small_models import NEW_TOKENS, make_run
+from test_methods import Method, Peer, our_outcome, prepare
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import figures, result, run_until
 from worlds import World
@@ -105,16 +106,18 @@ def test_subspace_iterations_are_those_of_torch_that_peft_uses(
 
 def test_the_bits_of_a_start_do_not_depend_on_threads() -> None:
     weight, threads = weight_of(700, 300), torch.get_num_threads()
-    starts = []
+    starts, rests = [], []
     for number in (1, 2):
         torch.set_num_threads(number)
         for sketch in (None, Sketch(0, "x", 2)):
             starts.append(principal_part(weight, 8, scaling=1.0, sketch=sketch))
         assert torch.get_num_threads() == number
+        rests.append(Residual(starts[-1], 1.0).of(weight.view(-1), 0))
     torch.set_num_threads(threads)
     for one, two in zip(starts[:2], starts[2:], strict=True):
         assert torch.equal(one.A, two.A)
         assert torch.equal(one.B, two.B)
+    assert torch.equal(*rests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -241,6 +244,68 @@ def test_pissa_on_an_unquantized_base_is_pefts(folders: Path, tmp_path: Path, rs
         assert relative_error(sign * pair.B.grad, their_b.grad) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma3-untied", "phi3-longrope-tied", "gpt-oss"])
+def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -> None:
+    """Names that differ on disk, fused linears, biases, and attention beside experts; a base in bf16."""
+    write_family_folder(tmp_path / name, name)
+    adapter = {"init": "pissa", "r": 4, "target_modules": "attention"}
+    sections = {"adapter": adapter, "quant": {"method": "none"}, "train": {"dtype": "bf16"}}
+    config = config_for(tmp_path / name, run_dir=str(tmp_path), **sections)
+    ours, _, _ = start_model(config, SINGLE)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+    eps = torch.finfo(torch.bfloat16).eps
+    for path, linear in ours.adapted_linears():
+        (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
+        assert linear.weight.dtype == torch.bfloat16
+        start = product(Start(pair.A, pair.B), pair.scaling).detach()
+        assert start.norm() > 0.3 * weight.norm()
+        assert relative_error(linear.weight.double() + start, weight) < eps
+        assert relative_error(linear.weight, weight - start) < eps
+
+
+@pytest.mark.parametrize("beside", ["trainable_tokens_delta", "lm_head.weight"])
+def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
+    folders: Path, tmp_path: Path, beside: str
+) -> None:
+    run_dir, whole = tmp_path / "run", {"modules_to_save": ["lm_head"]} if "lm_head" in beside else {}
+    new_tokens = () if whole else NEW_TOKENS
+    make_run(run_dir, folders, "llama", new_tokens, adapter={"init": "pissa", **whole}, train=SETTINGS)
+    train.run(run_dir, SINGLE)
+    assert all(".lora_" in name for name in safetensors.torch.load_file(run_dir / START_NAME))
+    step = run_dir / "checkpoints" / "step_00000004"
+    published, saved = result(run_dir), safetensors.torch.load_file(step / "adapter_model.safetensors")
+    others = [name for name in published if name.endswith(beside)]
+    assert others
+    assert all(torch.equal(published[name], saved[name]) for name in others)
+    models = [worker.load_model(load_config(run_dir), str(folder), SINGLE)[0] for folder in (run_dir / "adapter", step)]
+    assert torch.equal(*(our_logits(model, PROBE) for model in models))
+
+
+class PissaPeer(Peer):
+    """PEFT from the start that it computes itself."""
+
+    def load(self, adapter: Path) -> Any:
+        return peft_model(Path(self.config.model.path), self.config, "pissa")
+
+
+def test_training_from_pefts_own_start_goes_the_same_way(world: World, folders: Path, tmp_path: Path) -> None:
+    method = Method(adapter={"init": "pissa"})
+    theirs = PissaPeer(tmp_path / "peer", folders, method, "none")
+    prepare(tmp_path / "run", folders, method, "none")
+    ours = world.run(2, our_outcome, run_dir=tmp_path / "run")[0]
+    assert_losses_close(ours.losses, theirs.losses, relative=1e-5)
+    scaling, start = theirs.config.adapter.scaling_of("any"), initialize.read_start(theirs.config)
+    for name in ours.adapter:
+        if ".lora_B." in name:
+            other = name.replace("lora_B", "lora_A")
+            made, expected = (scaling * run.adapter[name] @ run.adapter[other] for run in (ours, theirs))
+            moved = expected - scaling * start[name] @ start[other]
+            # Their start in fp32 is as far from ours; the steps are Adam's, of the size of the rate however small the
+            # gradient is, so that an element whose gradient is noise goes its own way.
+            assert relative_error(made, expected) < 1e-3
+            assert moved.norm() > 0.02 * expected.norm(), "nothing was trained"
+
+
 def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "plain", folders)
     config = make_run(tmp_path / "run", folders, adapter={"init": "loftq", "alpha_pattern": {"up_proj": 3.0}})
@@ -358,9 +423,12 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     path = run_dir / START_NAME
     content = path.read_bytes()
 
-    def refuses(match: str) -> None:
+    def refuses(match: str, *, by_launcher: bool = True) -> None:
         with pytest.raises(UserError, match=match):
             train.run(run_dir, SINGLE)
+        if by_launcher:
+            with pytest.raises(UserError, match=match):
+                check(load_config(run_dir), new_run=False)
         with pytest.raises(UserError, match=match):
             worker.load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
 
@@ -380,7 +448,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     # The start of other weights, by the same method: another run.
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace("init: pissa", "init: pissa_niter_1"))
-    refuses("belongs to another base model|was trained on another base")
+    refuses("belongs to another base model|was trained on another base", by_launcher=False)
     (run_dir / "config.yaml").write_text(text)
     path.write_bytes(content)
     train.run(run_dir, SINGLE)
@@ -406,6 +474,13 @@ def test_a_start_that_makes_no_sense_is_refused_by_the_launcher(folders: Path, w
     paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
     with pytest.raises(UserError, match=reason):
         check_model(compose_config([*paths, *words]))
+
+
+def test_experts_have_no_start_of_their_own(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "mixtral", run_dir=str(tmp_path), adapter={"init": "loftq", "target_modules": "mlp"})
+    for refuse in (check_model, lambda config: start_model(config, SINGLE)):
+        with pytest.raises(UserError, match="init=loftq starts from a linear's weight, and experts are targeted"):
+            refuse(config)
 
 
 def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:

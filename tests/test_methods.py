@@ -23,12 +23,14 @@ from torch.distributed.tensor import DTensor
 
 from closeness import assert_adapters_close, assert_losses_close, relative_error
 from distlora import train
+from distlora.checkpoint import write_files
 from distlora.config import Config
 from distlora.config_file import load_config
 from distlora.data.loader import StepBatch
+from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.peft_format import WEIGHTS_NAME
-from distlora.results import load_weights, publish_result, weight_files
+from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from distlora.results import load_weights, weight_files
 from distlora.startup import start_model
 from family_models import SINGLE, dequantized, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
@@ -62,6 +64,7 @@ METHODS = {
     "new tokens, tied": Method(
         adapter=_PLAIN | {"trainable_token_indices": [11, 7]}, model="llama-tied", new_tokens=NEW_TOKENS
     ),
+    "PiSSA": Method(adapter={"init": "pissa", "rank_pattern": {"v_proj": 3}}),
     "DoRA": Method(adapter={"use_dora": True}),
     "DoRA, LoRA+": Method(adapter={"use_dora": True}, optim={"loraplus_lr_ratio": 4.0}, bases=("nf4",)),
 }
@@ -88,7 +91,7 @@ class Outcome:
 
     losses: list[float]
     adapter: dict[str, Tensor]
-    """As published, in PEFT's format."""
+    """As trained, in PEFT's format."""
     gradients: dict[str, Tensor]
     """By the same names."""
     logits: Tensor
@@ -99,14 +102,14 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     train.run(run_dir, ranks)
     config = load_config(run_dir)
     loader, _ = train.open_data(run_dir, config, ranks)
-    model, backend, _ = start_model(config, ranks)
+    model, backend, _ = start_model(config, ranks, restores=True)
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
     gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
     with torch.no_grad():
         logits = model(PROBES, positions_of(PROBES), None)
-    adapter = safetensors.torch.load_file(run_dir / "adapter" / WEIGHTS_NAME)
+    adapter = safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{STEPS:08d}" / WEIGHTS_NAME)
     return Outcome([line["loss"] for line in read_metrics(run_dir)], adapter, gradients, logits[:, -1])
 
 
@@ -128,6 +131,14 @@ def positions_of(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
+@torch.no_grad()
+def add_start(base: nn.Module, ours: CausalLM) -> None:
+    """Give a Hugging Face model with our residual weights back what our adapters compute now."""
+    for path, linear in ours.adapted_linears():
+        (pair,) = linear.pairs
+        base.get_parameter(f"{path}.weight").add_(pair.scaling * pair.B @ pair.A)
+
+
 def saved_by_peft(tuned: Any, **options: Any) -> dict[str, Tensor]:
     """By the names that it saves, without the whole of a resized embedding, of which the trained rows are enough."""
     return peft.get_peft_model_state_dict(tuned, save_embedding_layers=False, **options)
@@ -140,7 +151,10 @@ class Peer:
         self.config = prepare(folder, folders, method, base)
         ours, backend, _ = start_model(self.config, SINGLE)
         self.start = folder / "start"
-        publish_result(self.start, ours, self.config, None, backend)
+        self.start.mkdir()
+        files = weight_files(ours, self.config)
+        files[CONFIG_NAME]["init_lora_weights"] = True  # The base below has no start of PiSSA in it already.
+        write_files(self.start, files, backend)
         self.base = dequantized(folders / method.model, ours)
         if ours.vocabulary.has_grown:
             self.base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
@@ -154,6 +168,8 @@ class Peer:
             optimizer.step()
         self.adapter = {name: tensor.clone() for name, tensor in saved_by_peft(tuned).items()}
         tuned.unload()
+        if self.config.adapter.pissa:  # What is published belongs to the base with it.
+            add_start(self.base, ours)
 
     def load(self, adapter: Path) -> Any:
         """What PEFT makes of an adapter's folder."""
@@ -217,8 +233,10 @@ def test_a_method_is_pefts_on_any_base_and_ranks(
 
     gradients, logits = theirs.outcome(run_dir / "adapter")
     assert gradients.keys() == ours.gradients.keys() == ours.adapter.keys()
-    for tensor, gradient in gradients.items():
-        assert relative_error(ours.gradients[tensor], gradient) <= 1e-5, tensor
+    for tensor, gradient in ours.gradients.items():
+        # PiSSA publishes A and B, and behind them its start.
+        trained = gradients[tensor][tuple(map(slice, gradient.shape))]
+        assert relative_error(gradient, trained) <= 1e-5, tensor
     difference = (ours.logits - logits).abs().max()
     assert difference <= 1e-4, f"logits are {difference:.1e} apart"
     start = safetensors.torch.load_file(theirs.start / WEIGHTS_NAME)

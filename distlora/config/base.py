@@ -86,9 +86,9 @@ class AdapterConfig:
     init: str = "kaiming"
     """How A and B start. `kaiming` and `gaussian`: A uniform as in PEFT or normal of std 1/r, and B zero. `pissa`: the
     principal part of the base's weights, which the base then lacks (arXiv 2404.02948); `pissa_niter_<n>` finds it by n
-    subspace iterations, minutes faster on large weights. `loftq`: the principal part of what NF4 loses of them (arXiv
-    2310.08659; needs quant=nf4). The last three decompose each weight once; the run keeps the start, as many bytes as
-    the adapter in fp32."""
+    subspace iterations (n = 4: on large weights in a third of the time or less). `loftq`: the principal part of what
+    NF4 loses of them (arXiv 2310.08659; needs quant=nf4). The last three decompose each weight once; the run keeps the
+    start, as many bytes as the adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None

@@ -14,6 +14,7 @@ _SETTINGS = {
     "adapter.lora_alpha": ("lora_alpha",),
     "model.new_tokens": ("tokens", "special_tokens", "additional_special_tokens", "extra_special_tokens"),
     "adapter.trainable_token_indices": ("peft_trainable_token_indices", "token_indices"),
+    "adapter.init": ("init_lora_weights", "peft_init_lora_weights"),
     "adapter.use_dora": ("use_dora", "peft_use_dora"),
     "train.global_batch": ("gradient_accumulation_steps", "grad_accum"),
     "train.save_every": ("save_steps",),

@@ -26,7 +26,7 @@ from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.start_file import (
     START_NAME,
     StartRecord,
-    check_decomposes,
+    check_ranks,
     digest_of,
     read_start_record,
     require_start,
@@ -54,8 +54,7 @@ def start_from_base(
         say(f"the adapters' start ({record.method}) is that in {START_NAME}")
         fill(model, read_start(config))
         return
-    shapes = {path: _shape(linear) for path, linear in model.adapted_linears()}
-    check_decomposes(config.adapter, [path for path, _ in model.adapted_weights()], shapes)
+    check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
     _decompose(model, config, backend, say)
     if backend.writes:

@@ -116,21 +116,13 @@ def _remedy(config: Config) -> str:
     return "put a whole copy back, or start a new run" if trained else "remove it: it is computed again"
 
 
-def check_decomposes(adapter: AdapterConfig, targets: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a start that weights do not have. `targets`: paths of the adapted weights; `shapes`: (out, in) of the
-    linears by path."""
-    if not adapter.decomposes:
-        return
-    for path in targets:
+def check_ranks(adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse ranks that a weight does not have. `shapes`: (out, in) of the adapted linears by path."""
+    for path, shape in shapes.items():
+        rank, most = adapter.rank_of(path), min(shape)
         require(
-            path in shapes,
-            f"adapter.init={adapter.init} decomposes the weights of linears, and {path} holds those of a layer's "
-            "experts; set adapter.target_modules=attention without adapter.target_parameters, or adapter.init=kaiming",
-        )
-        rank, most = adapter.rank_of(path), min(shapes[path])
-        require(
-            rank <= most,
+            rank <= most or not adapter.decomposes,
             f"adapter.init={adapter.init} takes {rank} singular values of {path}, which has {most} (its weight is "
-            f"{' x '.join(map(str, shapes[path]))}); set adapter.r={most} or less"
+            f"{' x '.join(map(str, shape))}); set adapter.r={most} or less"
             f"{', or its entry in adapter.rank_pattern' if adapter.rank_pattern else ''}",
         )

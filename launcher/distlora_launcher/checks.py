@@ -25,7 +25,7 @@ from distlora.loading.prequantized import (
     read_packed_weights,
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.loading.start_file import check_decomposes, require_start
+from distlora.loading.start_file import check_ranks, require_start
 from distlora.run_folder import checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
@@ -143,7 +143,7 @@ def check_model(config: Config) -> None:
         check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
         check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
-        check_decomposes(config.adapter, targets, shapes)
+        check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
 
 
 def _no_folder(folder: Path) -> str:

@@ -8,7 +8,9 @@ each block once however many micro-batches it accumulates.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,15 +26,15 @@ _CACHES = ("cache", "past_key_values")
 
 
 class Reference:
-    """The rows of a forward a second time, through other adapters and without gradient: DPO's reference model.
+    """The rows of a forward a second time, through the model as it started and without gradient: DPO's reference.
 
     Each block runs both while it is gathered and hands its output on here. Nothing of it is kept for backward, and of
     the blocks' outputs one at a time is alive.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
-        """(B,) int64: which adapter each row uses here, -1 for none."""
+        """(B,) int64: which adapter each row uses here, -1 for none; None: that of the block as it started."""
         self.hidden: Tensor | None = None
         """(B, T, H): what the next block reads; None before the first, which reads what the rows themselves do."""
 
@@ -59,7 +61,10 @@ class Block(nn.Module):
         self.balance: Tensor | None = None
         """(B, 2, experts) fp32: what the last forward's router says to that; whoever reads it takes it away."""
         self.reference: Reference | None = None
-        """Shared by the blocks of a forward that runs its rows through other adapters too."""
+        """Shared by the blocks of a forward that runs its rows through the model as it started too."""
+        self.started: dict[nn.Parameter, Tensor] = {}
+        """What the adapters' parameters were at the start, where that was more than nothing and a reference needs it.
+        """
         self.num_micro = 1
         """Slices of the batch; must divide it."""
         self.checkpointing = False
@@ -80,10 +85,22 @@ class Block(nn.Module):
         if balance is not None:
             output, self.balance = _Together.apply(output, balance)
         if self.reference is not None:
-            with torch.no_grad():
-                before = hidden_states if self.reference.hidden is None else self.reference.hidden
+            before = hidden_states if self.reference.hidden is None else self.reference.hidden
+            with torch.no_grad(), self._as_started():
                 self.reference.hidden, _ = self._run_slices(before, self.reference.rows, None, None, kwargs)
         return output
+
+    @contextlib.contextmanager
+    def _as_started(self) -> Iterator[None]:
+        """Exchange the adapters' values for those of the start; what autograd has saved are the Parameters, unmoved."""
+        now = {parameter: parameter.data for parameter in self.started}
+        try:
+            for parameter, start in self.started.items():
+                parameter.data = start
+            yield
+        finally:
+            for parameter, value in now.items():
+                parameter.data = value
 
     def _run_slices(
         self,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.balance import ask_for_balance, balance_sums, place_routers, weight_of
 from distlora.blocks import Block, Reference
@@ -123,7 +123,7 @@ class CausalLM(nn.Module):
         past: Past | None = None,
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
-        reference_rows: Tensor | None = None,
+        with_reference: bool = False,
     ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
@@ -132,10 +132,12 @@ class CausalLM(nn.Module):
         (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
         in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
         the model attends by documents; without them it attends through masks, made from the positions.
-        With `reference_rows` (B,) the rows run a second time, through these adapters (-1 for none), without gradient
-        and dropout, while each block is gathered: the losses of each token in both, (2, B, T) fp32.
+        `with_reference`: the rows run a second time, through the model as it started (`keep_start`, or without any
+        adapter), without gradient and dropout, while each block is gathered: each token's loss in both, (2, B, T) fp32.
         """
-        reference = None if reference_rows is None else Reference(reference_rows)
+        reference = None
+        if with_reference:
+            reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
         balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
         balanced = ask_for_balance(self.blocks, labels if balancing else None)
         hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents, reference)
@@ -206,6 +208,11 @@ class CausalLM(nn.Module):
     def hf_state_dict(self) -> dict[str, nn.Parameter]:
         """Every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
         return {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def keep_start(self) -> None:
+        """Keep the adapters as they are now: from here on this is what the reference of a forward has of them."""
+        for block in self.blocks:
+            block.started = {p: p.detach().clone() for p in adapter_parameters(block).values()}
 
     def set_num_micro(self, num_micro: int) -> None:
         """Run every block's batch in this many slices from now on."""

@@ -60,13 +60,13 @@ class NextToken:
         return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        rows = _run(model, batch, device, step, against_base=False)
+        rows = _run(model, batch, device, step, with_reference=False)
         return Losses(rows, rows.new_zeros(0))
 
 
 class Preference:
     """DPO (arXiv 2305.18290, equation 7): -log sigmoid(r(chosen) - r(rejected)) of each pair, with the reward of an
-    answer r = beta * (log p(answer) - log p_ref(answer)); the reference is the base without its adapter.
+    answer r = beta * (log p(answer) - log p_ref(answer)); the reference is the model as it started.
     """
 
     figures: tuple[str, ...] = (
@@ -87,7 +87,7 @@ class Preference:
         return batch.global_pairs
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        policy, reference = _run(model, batch, device, step, against_base=True)
+        policy, reference = _run(model, batch, device, step, with_reference=True)
         sides, is_pair = pair_sides(batch)
         sides, is_pair = sides.to(device, non_blocking=True), is_pair.to(device, non_blocking=True)
         # Token by token: the two sums are large and nearly equal.
@@ -118,8 +118,8 @@ def _sums(values: Tensor, sides: Tensor) -> Tensor:
     return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
 
 
-def _run(model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None, *, against_base: bool) -> Tensor:
-    """The model's loss sums (B,); `against_base`: each token's loss with the adapter and without it, (2, B, T)."""
+def _run(model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None, *, with_reference: bool) -> Tensor:
+    """The model's loss sums (B,); `with_reference`: each token's loss in it and as it started, (2, B, T)."""
     tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
     input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return model(
@@ -128,5 +128,5 @@ def _run(model: CausalLM, batch: MicroBatch, device: torch.device, step: int | N
         labels,
         step_rows=None if step is None else StepRows(step, rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
-        reference_rows=torch.full_like(rows, -1) if against_base else None,
+        with_reference=with_reference,
     )

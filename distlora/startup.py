@@ -31,14 +31,14 @@ def start_model(
     decomposed to, which `say` is told of. `training` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
-    from that. Raises UserError for a base that cannot be read or does not fit its config.json, and for a start that is
-    gone.
+    from that; one of DPO has it too, and needs it as its reference. Raises UserError for a base that cannot be read or
+    does not fit its config.json, and for a start that is gone.
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
     adapter = config.adapter
-    if adapter.decomposes and (adapter.pissa or not restores):
+    if adapter.decomposes and (adapter.pissa or config.train.objective == "dpo" or not restores):
         initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
     loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
     materialize_buffers(model, ranks.device)

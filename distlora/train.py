@@ -60,15 +60,18 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         trained = trained_parameters(model)
         backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        if newest is not None:
-            restore(newest, model, optimizer, trained, backend)
-            reporter.event(f"continuing from {newest.name}")
-        elif config.adapter.init_from is not None:
+        has_reference = config.train.objective == "dpo"
+        if config.adapter.init_from is not None and (newest is None or has_reference):
             load_initial_adapter(model, config, backend)
             reporter.event(
                 f"starting from the adapter in {config.adapter.init_from}; lora_dropout is this run's own, "
                 f"{config.adapter.lora_dropout}"
             )
+        if has_reference and (config.adapter.init_from is not None or config.adapter.decomposes):
+            model.keep_start()
+        if newest is not None:
+            restore(newest, model, optimizer, trained, backend)
+            reporter.event(f"continuing from {newest.name}")
         describe(reporter, model, loaded, config)
         describe_steps(reporter, loader, total_steps)
         if config.train.save_every is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pydoc_data.topics
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train
-from distlora.adapters import StepRows
+from distlora.adapters import StepRows, adapter_parameters
 from distlora.config import Config, UserError
 from distlora.config_file import build
 from distlora.data.loader import MicroBatch
@@ -26,7 +27,7 @@ from distlora.objectives import Preference
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
 from distlora.startup import start_model
-from family_models import SINGLE, dequantized
+from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import make_run, read_metrics
 from test_packing_isolation import model_with_adapters
 from test_parity import planned_gather
@@ -68,38 +69,48 @@ def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
 def documents_of(batch: MicroBatch) -> list[tuple[Tensor, Tensor]]:
     """(tokens, labels) of every document that has a label, in order."""
     found = []
-    for tokens, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
+    for ids, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
         starts = (positions == 0).nonzero().flatten().tolist()
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             if (labels[start:end] >= 0).any():
-                found.append((tokens[start:end], labels[start:end]))
+                found.append((ids[start:end], labels[start:end]))
     return found
 
 
-def summed_logp(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-    logp = model(tokens[None]).logits[0].log_softmax(dim=-1)
-    return logp.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels >= 0].sum()
+def summed_logp(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """In fp64, since two of these sums are subtracted from each other."""
+    logp = model(ids[None]).logits[0].log_softmax(dim=-1)
+    return logp.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels >= 0].double().sum()
 
 
-def with_trained_adapter(run_dir: Path, config: Config) -> CausalLM:
-    """The run's model with adapters that are not where they start."""
-    model, _, _ = start_model(config, SINGLE)
-    generator = torch.Generator().manual_seed(0)
+@torch.no_grad()
+def move_adapters(model: CausalLM, *, seed: int) -> None:
+    """Away from where they are, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter_tensors(model).items():
+        parameter += (0.05 if "lora_B" in name else 0.02) * torch.randn(parameter.shape, generator=generator)
+
+
+def fill(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in adapter_tensors(model).items():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05, generator=generator)
-    return model
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
 
 
-@pytest.mark.parametrize("checkpointing", ["block", "none"])
+@pytest.mark.parametrize(("checkpointing", "starts_moved"), [("block", False), ("none", False), ("block", True)])
 def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
-    folders: Path, preferences: Path, tmp_path: Path, checkpointing: str
+    folders: Path, preferences: Path, tmp_path: Path, checkpointing: str, starts_moved: bool
 ) -> None:
+    """The second model is the base, or has the adapter that training started from."""
     beta = 0.3
     settings = {"dpo_beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
     config = prepare(tmp_path / "run", folders, preferences, train=settings)
-    ours = with_trained_adapter(tmp_path / "run", config)
+    ours, _, _ = start_model(config, SINGLE)
+    if starts_moved:
+        move_adapters(ours, seed=1)
+        ours.keep_start()
+    start = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
+    move_adapters(ours, seed=0)
     step = train.open_data(tmp_path / "run", config, SINGLE)[0].batch(0)
     assert step.global_pairs > step.global_rows, "no row holds several pairs"
     ours.set_num_micro(2)
@@ -117,18 +128,17 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     )
     parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
     assert parameters.keys() == weights.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
     documents = documents_of(whole)
     assert len(documents) == 2 * step.global_pairs
-    total = torch.zeros(())
+    fill(parameters, start)  # B is zero, unless the start moved it.
+    with torch.no_grad(), contextlib.nullcontext() if starts_moved else tuned.disable_adapter():
+        references = [summed_logp(tuned, *document) for document in documents]
+    fill(parameters, weights)
+    total = torch.zeros((), dtype=torch.float64)
     rewards = []
-    for chosen, rejected in zip(documents[::2], documents[1::2], strict=True):
-        with torch.no_grad(), tuned.disable_adapter():
-            reference = [summed_logp(tuned, *document) for document in (chosen, rejected)]
-        policy = [summed_logp(tuned, *document) for document in (chosen, rejected)]
-        of_pair = [beta * (a - b) for a, b in zip(policy, reference, strict=True)]
+    for index in range(0, len(documents), 2):
+        policy = [summed_logp(tuned, *document) for document in documents[index : index + 2]]
+        of_pair = [beta * (a - b) for a, b in zip(policy, references[index : index + 2], strict=True)]
         total = total - F.logsigmoid(of_pair[0] - of_pair[1])
         rewards.append((of_pair[0].item(), of_pair[1].item(), policy[0].item()))
     expected = total / step.global_pairs
@@ -213,8 +223,7 @@ def test_ranks_and_micro_batches_change_nothing_and_the_base_is_gathered_as_ofte
 
 def saved_bytes(model: CausalLM, **arguments: Any) -> int:
     """Bytes of all storages that a forward keeps for its backward."""
-    tokens = torch.randint(5, 1000, (4, 40), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(40).repeat(4, 1)
+    rows, positions = tokens(4, 40), torch.arange(40).repeat(4, 1)
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -222,7 +231,7 @@ def saved_bytes(model: CausalLM, **arguments: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(tokens, positions, tokens, **arguments)
+        output = model(rows, positions, rows, **arguments)
     assert output.requires_grad
     return sum(storages.values())
 
@@ -235,33 +244,82 @@ def test_the_reference_keeps_nothing_for_backward(folders: Path, checkpointing: 
         block.checkpointing = checkpointing
     model.set_num_micro(num_micro)
     plain = saved_bytes(model)
-    assert saved_bytes(model, reference_rows=torch.full((4,), -1)) == plain > 4 * 40 * 96 * 4 * 3
+    assert saved_bytes(model, with_reference=True) == plain > 4 * 40 * 96 * 4 * 3
     assert all(block.reference is None or block.reference.hidden is None for block in model.blocks)
 
 
 def test_the_reference_is_the_base_whatever_the_adapter_and_the_dropout(folders: Path) -> None:
     model = model_with_adapters(folders / "llama")
-    tokens = torch.randint(5, 1000, (3, 40), generator=torch.Generator().manual_seed(1))
-    positions, none = torch.arange(40).repeat(3, 1), torch.full((3,), -1)
+    rows, positions, none = tokens(3, 40), torch.arange(40).repeat(3, 1), torch.full((3,), -1)
     for _, linear in model.adapted_linears():
         linear.dropout_threshold = 1 << 14  # A quarter.
     places = StepRows(3, torch.tensor([5, 6, 7]))
-    policy, reference = model(tokens, positions, tokens, step_rows=places, reference_rows=none)
-    assert torch.equal(reference.sum(dim=1), model(tokens, positions, tokens, adapter_rows=none))
-    assert torch.equal(policy.sum(dim=1), model(tokens, positions, tokens, step_rows=places))
-    assert not torch.equal(policy.sum(dim=1), model(tokens, positions, tokens)), "nothing was dropped"
+    policy, reference = model(rows, positions, rows, step_rows=places, with_reference=True)
+    assert torch.equal(reference.sum(dim=1), model(rows, positions, rows, adapter_rows=none))
+    assert torch.equal(policy.sum(dim=1), model(rows, positions, rows, step_rows=places))
+    assert not torch.equal(policy.sum(dim=1), model(rows, positions, rows)), "nothing was dropped"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "adapter", "dtype"),
+    [
+        ("llama", {"use_dora": True}, "fp32"),
+        ("qwen3", {"use_dora": True}, "bf16"),
+        ("llama", {"init": "loftq"}, "fp32"),
+        ("llama", {"init": "pissa"}, "bf16"),
+        ("mixtral", {}, "fp32"),
+        ("gpt-oss", {}, "bf16"),
+        ("gemma2", {}, "bf16"),
+        ("gemma3", {}, "fp32"),
+        ("phi3", {}, "fp32"),
+    ],
+    ids=str,
+)
+def test_policy_and_reference_are_one_at_the_start_and_only_the_policy_moves(
+    tmp_path: Path, name: str, adapter: dict[str, Any], dtype: str
+) -> None:
+    """In every family, with DoRA and with experts: bit for bit, which makes the loss of step 0 ln 2."""
+    write_family_folder(tmp_path / "model", name)
+    sections: dict[str, Any] = {"adapter": {"target_modules": "all-linear", "r": 4, **adapter}}
+    (tmp_path / "run").mkdir()  # Decomposed starts are kept in it.
+    sections |= {"train": {"dtype": dtype, "objective": "dpo"}, "run_dir": str(tmp_path / "run")}  # type: ignore[dict-item]
+    config = config_for(tmp_path / "model", **sections)
+    model, _, _ = start_model(config, SINGLE)
+    model.set_num_micro(2)
+    rows, positions = tokens(2, 48), torch.cat([torch.arange(20), torch.arange(28)]).repeat(2, 1)
+    if "init" in adapter:
+        model.keep_start()
+    policy, reference = model(rows, positions, rows, with_reference=True)
+    assert torch.equal(policy, reference)
+    generator = torch.Generator().manual_seed(0)
+    parameters = adapter_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    moved, still = model(rows, positions, rows, with_reference=True)
+    assert torch.equal(still, reference)
+    assert not torch.allclose(moved, policy)
+    moved.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
+
+
+def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resume_too(
+    folders: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """SFT, then DPO against what SFT came to; stopped and resumed bit for bit, with dropout."""
+    make_run(tmp_path / "sft", folders, train={"max_steps": 2})
+    train.run(tmp_path / "sft", SINGLE)
+    adapter = {"lora_dropout": 0.1, "init_from": str(tmp_path / "sft" / "adapter")}
     for name in ("whole", "stopped"):
         settings = {"save_every": 2, "max_steps": 4, "micro_batch": 6}
-        prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
+        prepare(tmp_path / name, folders, preferences, train=settings, adapter=adapter)
     run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
     for stop_before in (3, None):
         run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
     whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert read_metrics(tmp_path / "whole")[0]["eval_rewards/margins"] == 0
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["eval_rewards/margins"] == read_metrics(tmp_path / "whole")[-1]["eval_rewards/margins"]
 
@@ -278,7 +336,6 @@ def test_mfu_counts_the_references_forward(folders: Path) -> None:
     ("sections", "message"),
     [
         ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full trains the base itself"),
-        ({"adapter": {"init_from": "there"}}, "is not where adapter.init_from=there starts"),
         ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens trains rows of the embedding or the head"),
         (
             {"adapter": {"trainable_token_indices": (3,)}},

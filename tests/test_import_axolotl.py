@@ -15,8 +15,8 @@ from distlora.data.chat import NAMED
 from distlora_launcher.compose import compose_config
 from distlora_launcher.importing import main
 from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.axolotl_data import NEAR_TEMPLATES, TEMPLATES
 from distlora_launcher.importing.axolotl_keys import NEARBY
+from distlora_launcher.importing.axolotl_templates import NEAR_TEMPLATES, TEMPLATES
 from distlora_launcher.importing.recipe import Imported, recipe_text
 
 GOLDEN = Path(__file__).parent / "golden" / "axolotl"
@@ -390,10 +390,54 @@ def test_without_an_adapter_everything_is_trained(tmp_path: Path) -> None:
     assert (config.adapter.method, config.quant.method) == ("full", "none")
 
 
+PREFERENCES: list[tuple[dict[str, Any], dict[str, str], str | None]] = [
+    ({"type": "chat_template.default", "chat_template": "llama3"}, {"prompt": "messages"}, "llama3"),
+    ({"type": "chat_template.default", "field_messages": "prompt", "field_chosen": "good"}, {"chosen": "good"}, None),
+    ({"type": "chat_template.argilla_chat"}, {}, None),
+    ({"type": "llama3.ultra"}, {}, "llama3"),
+    ({"type": "chatml.argilla_chat"}, {}, "chatml"),
+    ({"type": "passthrough"}, {}, None),
+    ({"type": {"field_prompt": "question", "prompt_format": "{prompt}"}}, {"prompt": "question"}, None),
+]
+
+
+@pytest.mark.parametrize(("entry", "columns", "template"), PREFERENCES, ids=str)
+def test_dpo_is_carried_with_the_data_sets_that_ours_reads(
+    tmp_path: Path, entry: dict[str, Any], columns: dict[str, str], template: str | None
+) -> None:
+    values = LEAST | {"rl": "dpo", "rl_beta": 0.3, "sequence_len": 700, "datasets": [{"path": "/pairs.jsonl", **entry}]}
+    imported = convert(values, processes=1)
+    config = composed(imported, tmp_path)
+    assert (config.train.objective, config.train.dpo_beta) == ("dpo", 0.3)
+    assert (config.data.format, dict(config.data.columns), config.data.template) == ("preference", columns, template)
+    assert (config.data.sequence_length, config.data.train_on) == (1400, "assistant")
+    assert "sequence_len" in reported(imported, "differs")
+    assert not reported(imported, "refused")
+
+
+def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) -> None:
+    entries = [
+        {"path": "/a.jsonl", "type": "chatml.intel"},
+        {"path": "/b.jsonl", "type": {"prompt_format": "Q: {prompt}"}},
+        {"path": "/c.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}},
+    ]
+    values = LEAST | {"rl": "dpo", "datasets": entries, "dpo_label_smoothing": 0.1, "rl_adapter_ref_model": True}
+    imported = convert(values, processes=1)
+    refused = reported(imported, "refused")
+    for key in ("datasets[0].type=chatml.intel", "datasets[1].type.prompt_format"):
+        assert key in refused
+    assert "datasets[2].message_property_mappings" in refused
+    assert any(key.startswith("dpo_label_smoothing") for key in reported(imported, "unsupported"))
+    assert any(key.startswith("rl_adapter_ref_model") for key in reported(imported, "idle"))
+    assert composed(imported, tmp_path).train.dpo_beta == 0.1
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rl": "dpo"}, "rl='dpo'"),
+        ({"rl": "kto"}, "rl=kto: of preference and reinforcement learning distlora has DPO alone"),
+        ({"rl": "dpo", "adapter": None, "load_in_4bit": False}, "rl=dpo without an adapter"),
+        ({"reward_model": True}, "reward_model=True"),
         ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),
         ({"base_model": None}, "base_model is not set"),
         ({"learning_rate": None}, "learning_rate is not set"),

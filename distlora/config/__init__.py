@@ -121,17 +121,6 @@ class Config:
             "train.objective=dpo compares the adapter with the base under it, and adapter=full trains the base itself; "
             "set adapter=lora",
         )
-        require(
-            self.adapter.init_from is None,
-            "train.objective=dpo takes the base without an adapter as its reference, which is not where "
-            f"adapter.init_from={self.adapter.init_from} starts; merge that adapter into a copy of the base first, and "
-            "leave adapter.init_from out",
-        )
-        require(
-            not self.adapter.decomposes,
-            "train.objective=dpo takes the base without an adapter as its reference, which is not where "
-            f"adapter.init={self.adapter.init} starts (PiSSA's base is no model by itself); set adapter.init=kaiming",
-        )
         trained_rows = {
             "model.new_tokens": len(self.model.new_tokens) > 0,
             "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),

@@ -90,7 +90,7 @@ class OptimConfig:
 class TrainConfig:
     objective: Literal["sft", "dpo"] = "sft"
     """What is minimized: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
-    (arXiv 2305.18290), whose reference is the base without its adapter: no second model, half as many operations more.
+    (arXiv 2305.18290), whose reference is the model as the run started: no second model, half as many operations more.
     """
     dpo_beta: float = 0.1
     """Scale of DPO's rewards: the larger, the less the model may move away from the reference."""

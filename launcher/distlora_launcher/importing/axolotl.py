@@ -13,6 +13,7 @@ from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.initialization import check_init
 from distlora_launcher.importing.axolotl_data import convert_data
 from distlora_launcher.importing.axolotl_keys import additional_special_tokens, note_unread
+from distlora_launcher.importing.axolotl_preference import convert_objective
 from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
 from distlora_launcher.importing.keys import Keys
 from distlora_launcher.importing.recipe import Imported
@@ -26,7 +27,7 @@ OPTIMIZERS = {
 """Ours, and the names in Axolotl (mostly transformers') that mean the same update."""
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
-OTHER_TRAINING = ("rl", "reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
+OTHER_TRAINING = ("reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
 
 
 def convert(values: dict[str, Any], *, processes: int) -> Imported:
@@ -38,6 +39,7 @@ def convert(values: dict[str, Any], *, processes: int) -> Imported:
                 f"{name}={value!r}: Axolotl trains something else than the next token here, which distlora cannot yet; "
                 "remove the key to import the supervised fine-tuning that is left"
             )
+    convert_objective(keys, imported)
     convert_model(keys, imported)
     convert_adapter(keys, imported)
     convert_data(keys, imported)

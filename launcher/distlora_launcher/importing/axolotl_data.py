@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distlora_launcher.importing.axolotl_keys import note_entry_key
+from distlora_launcher.importing.axolotl_preference import preference_columns
+from distlora_launcher.importing.axolotl_templates import TOKENIZERS_OWN, template_of
 from distlora_launcher.importing.keys import Keys
 from distlora_launcher.importing.recipe import Imported
-
-TEMPLATES = {"llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "mistral_v2v3": "mistral"}
-"""Templates of Axolotl, and those of ours that render user and assistant turns to the same text."""
-NEAR_TEMPLATES = {
-    "chatml": ("chatml", "begins with the beginning-of-text token where the tokenizer adds one to every text"),
-    "phi_35": ("phi3", "begins with the beginning-of-text token where the tokenizer adds one to every text"),
-    "alpaca": ("alpaca", "opens with Alpaca's sentence where there is no system message"),
-}
-TOKENIZERS_OWN = "tokenizer_default"
 
 # Prompt strategies by type. What follows a : or a . chooses another wording of the prompt.
 ALPACA_COLUMNS: dict[str, dict[str, str]] = {
@@ -52,6 +45,8 @@ class _Source:
     format: str = "auto"
     template: str | None = None
     train_on: str = "assistant"
+    is_chat: bool = False
+    """Whether a chat template renders it."""
 
 
 def convert_data(keys: Keys, imported: Imported) -> None:
@@ -70,9 +65,12 @@ def convert_data(keys: Keys, imported: Imported) -> None:
         data["streaming"] = True
     data["template"] = _one(sources, "template", imported)
     data["train_on"] = _one(sources, "train_on", imported) or "assistant"
-    if template not in (None, TOKENIZERS_OWN) and not any(_is_chat(source) for source in sources):
+    if template not in (None, TOKENIZERS_OWN) and not any(source.is_chat for source in sources):
         imported.note("idle", f"chat_template={template}", "no data set here is rendered by it")
     data["sequence_length"] = keys.integer("sequence_len") or 512
+    if any(source.format == "preference" for source in sources):
+        data["sequence_length"] *= 2
+        imported.note("differs", "sequence_len", "a row holds both answers of a pair, so it is written twice as long")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
     _held_out(keys, imported, inputs_trained, sources, template, jinja)
 
@@ -102,7 +100,7 @@ def _sources(
         imported.note(
             "unsupported", "train_on_inputs", f"the prompts of {entry.place}path are not trained, as without it"
         )
-    elif inputs_trained and _is_chat(source):
+    elif inputs_trained and source.is_chat and source.format != "preference":
         source.train_on = "all"
         imported.note("differs", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
     path, files = entry.text("path"), entry.words("data_files")
@@ -122,20 +120,24 @@ def _sources(
     for name, value in entry.unread():
         note_entry_key(entry, name, value, imported)
     base = {"format": source.format, **place}
-    return [_Source({"path": one, **base}, source.format, source.template, source.train_on) for one in paths]
+    return [replace(source, settings={"path": one, **base}) for one in paths]
 
 
 def _format(
     entry: Keys, imported: Imported, source: _Source, template: str | None, jinja: str | None
 ) -> dict[str, Any]:
     """Set the source's format and what belongs to chats; returns the columns."""
+    if imported.section("train").get("objective") == "dpo":
+        source.format = "preference"
+        columns, source.is_chat, source.template = preference_columns(entry, imported, template, jinja)
+        return columns
     kind = entry.any("type")
     if isinstance(kind, dict):
         return _own_prompt(entry, kind, imported, source)
     name = str(kind or "")
     base = re.split(r"[:.]", name)[0]
     if base in ("chat_template", "sharegpt"):
-        source.format = "chat"
+        source.format, source.is_chat = "chat", True
         return _chat(entry, imported, source, template, jinja, is_sharegpt=base == "sharegpt")
     if base in ("completion", "pretrain"):
         source.format = "text"
@@ -213,34 +215,9 @@ def _chat(
     if tools not in (None, "tools"):
         columns["tools"] = tools
     own, own_jinja = entry.text("chat_template"), entry.text("chat_template_jinja")
-    source.template = _template(entry.text("conversation") or own or template, own_jinja if own else jinja, imported)
+    source.template = template_of(entry.text("conversation") or own or template, own_jinja if own else jinja, imported)
     _trained(entry, imported, source)
     return columns
-
-
-def _template(name: str | None, jinja: str | None, imported: Imported) -> str | None:
-    if name == "jinja" and jinja is not None and jinja.endswith(".jinja") and "\n" not in jinja:
-        return jinja
-    if name == "jinja":
-        imported.note("unsupported", "chat_template_jinja", "save it as FILE.jinja and set data.template=FILE.jinja")
-        return None
-    if name is None or name == TOKENIZERS_OWN:
-        return None
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name in NEAR_TEMPLATES:
-        ours, difference = NEAR_TEMPLATES[name]
-        note = ("differs", f"chat_template={name}", f"data.template={ours} {difference}")
-    else:
-        ours = None
-        note = (
-            "unsupported",
-            f"chat_template={name}",
-            "the tokenizer's own is used; data.template takes a .jinja file",
-        )
-    if all((seen.group, seen.key, seen.reason) != note for seen in imported.notes):
-        imported.note(*note)  # type: ignore[arg-type]
-    return ours
 
 
 def _trained(entry: Keys, imported: Imported, source: _Source) -> None:
@@ -270,13 +247,9 @@ def _role(word: str) -> str:
     return next((role for role, words in ROLES.items() if word in words), word)
 
 
-def _is_chat(source: _Source) -> bool:
-    return source.format in ("chat", "sharegpt")
-
-
 def _one(sources: list[_Source], name: str, imported: Imported) -> Any:
     """What all chats have in common; the first one's where they differ."""
-    values = list(dict.fromkeys(getattr(source, name) for source in sources if _is_chat(source)))
+    values = list(dict.fromkeys(getattr(source, name) for source in sources if source.is_chat))
     if len(values) > 1:
         imported.note("unsupported", f"data.{name}", f"one for all data sets: {values[0]} is written, not {values[1:]}")
     return values[0] if values else None
@@ -358,7 +331,7 @@ def _note_differences(place: str, test: _Source, imported: Imported) -> None:
                 f"the held-out documents are read with {name}={value or 'null'}, as data.{name} is the training data's"
             )
             imported.note("unsupported", f"{place}{name}={test.settings.get(name) or '(not set)'}", reason)
-    if not _is_chat(test):
+    if not test.is_chat:
         return
     for name, key in (("template", "chat_template"), ("train_on", "roles_to_train")):
         if getattr(test, name) != data[name]:

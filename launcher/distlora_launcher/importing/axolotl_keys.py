@@ -125,8 +125,10 @@ ROWS: tuple[Row, ...] = (
     ("unsupported", "of another optimizer than AdamW", "adam_beta3 adam_epsilon2 dion_* qgalore_* grokfast_*"),
     ("unsupported", "no noise is added to embeddings", "neftune_noise_alpha noisy_embedding_alpha"),
     ("unsupported", "another loss than the next token's is not built", "use_eaft eaft_* kd_* num_labels trainer_cls"),
-    ("refused", "belongs to preference training, which is not imported", "dpo_* kto_* orpo_* simpo_* cpo_* rl_* rpo_*"),
-    ("refused", "belongs to preference training, which is not imported", "trl vllm precompute_ref_log_probs"),
+    ("idle", "the reference is the base, run in the same pass as the policy", "rl_adapter_ref_model"),
+    ("idle", "the reference is the base, run in the same pass as the policy", "precompute_ref_log_probs"),
+    ("unsupported", "of DPO the plain loss is built", "dpo_* rpo_* rl_*"),
+    ("refused", "belongs to preference training other than DPO", "kto_* orpo_* simpo_* cpo_* trl vllm"),
     ("refused", "belongs to reward models", "center_rewards_coefficient max_prompt_len"),
     ("unsupported", "only a loss or gradient that is not finite stops a run", "loss_watchdog_*"),
     # Precision and memory.

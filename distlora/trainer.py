@@ -28,6 +28,7 @@ from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
 from distlora.parallel import Backend
 from distlora.parallel.traffic import Traffic
+from distlora.reached import WATCHED, Reached, sentence
 from distlora.reporting import Reporter
 
 
@@ -92,6 +93,7 @@ class Trainer:
         self.objective = objective_of(config.train)
         self.held_out: dict[str, float] = {}
         """The figures of the last evaluation, by name."""
+        self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
         self._flops = count_flops(model, with_reference=self.objective.has_reference)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
@@ -170,6 +172,8 @@ class Trainer:
             self.backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
             interval.flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
         self.backend.finish_gradients()
+        if self._reached is not None and self._reached.steps < WATCHED:
+            self._reached.note()
         grad_norm = self.backend.clip_gradients(self.config.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)
         rate = learning_rate(step, self.total_steps, self.config.optim)
@@ -250,6 +254,16 @@ class Trainer:
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.row_losses[updates], means[updates][0], norms[updates])
+        self._say_unreached(is_last=done == self.total_steps)
+
+    def _say_unreached(self, *, is_last: bool) -> None:
+        """Once, after the first steps: which trained parameters had no gradient in them."""
+        reached = self._reached
+        if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
+            return
+        self._reached = None
+        if missing := reached.missing(self.backend):
+            self.reporter.event(sentence(missing, reached.steps))
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""

@@ -60,7 +60,7 @@ LAYERS = [
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.pissa_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoint", "distlora.tensor_files"},
-    {"distlora.results", "distlora.startup", "distlora.objectives"},
+    {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},

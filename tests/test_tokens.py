@@ -253,6 +253,20 @@ def test_the_pushed_repository_has_the_tokenizer_and_says_how_to_load_it(run: Pa
         assert b"| trained rows of lm_head | 3 |" in card
 
 
+def test_a_run_says_which_rows_no_gradient_has_reached(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A token that the data never has: its row of the head is trained (as an answer that is wrong), the other not."""
+    settings: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 2}, "train": {"max_steps": 3}}
+    make_run(tmp_path / "run", folders, "llama", ("method", "<unseen>"), **settings)
+    train.run(tmp_path / "run", SINGLE)
+    said = [line for line in capsys.readouterr().out.splitlines() if "no gradient" in line]
+    assert [line.partition(" in the first")[0] for line in said] == [
+        "no gradient has reached row 1002 (<unseen>) of embed_tokens"
+    ]
+    assert "in the first 3 steps" in said[0]
+
+
 def trained(ranks: Ranks, *, run_dir: Path) -> None:
     train.run(run_dir, ranks)
 

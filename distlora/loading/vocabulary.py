@@ -21,8 +21,9 @@ from distlora.parallel import Backend
 from distlora.token_rows import TokenRows
 from distlora.tokens import Vocabulary
 
-ROWS_PER_SUM = 1024
-"""Rows that are added up by one rank: a mean does not depend on where a shard ends."""
+ROWS_PER_SUM = 256
+"""Rows that are added up at once, by one rank: a mean does not depend on where a shard ends. In fp64 they and all sums
+of a vocabulary of 128k and 8,192 columns take 16 and 34 MB."""
 
 
 @torch.no_grad()

@@ -65,6 +65,17 @@ METHODS = {
         adapter=_PLAIN | {"trainable_token_indices": [11, 7]}, model="llama-tied", new_tokens=NEW_TOKENS
     ),
     "PiSSA": Method(adapter={"init": "pissa", "rank_pattern": {"v_proj": 3}}),
+    "new tokens, whole and tied": Method(
+        adapter=_PLAIN | {"modules_to_save": ["embed_tokens", "lm_head"]},
+        model="llama-tied",
+        new_tokens=NEW_TOKENS,
+        bases=("nf4",),
+    ),
+    "new tokens, whole embedding": Method(
+        adapter=_PLAIN | {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"lm_head": [7]}},
+        new_tokens=NEW_TOKENS,
+        bases=("none",),
+    ),
     "DoRA": Method(adapter={"use_dora": True}),
     "DoRA, LoRA+": Method(adapter={"use_dora": True}, optim={"loraplus_lr_ratio": 4.0}, bases=("nf4",)),
 }

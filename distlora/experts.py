@@ -132,7 +132,9 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, H), choices (T, K) int64 and their weights (T, K) -> (T, H)."""
-        routing = Routing.of(choices, self.gate_up_proj.num_experts, on_host=not runs_grouped(hidden_states))
+        sizes = [size for weight in (self.gate_up_proj, self.down_proj) for size in weight.shape[1:]]
+        on_host = not runs_grouped(hidden_states, *sizes)
+        routing = Routing.of(choices, self.gate_up_proj.num_experts, on_host=on_host)
         gate_up = self.gate_up_proj(dispatch(hidden_states, routing), routing, self.gate_up_proj_bias)
         output = self.down_proj(self.activation(gate_up), routing, self.down_proj_bias)
         weighted = output * weights.T.reshape(-1)[routing.order, None]

@@ -7,7 +7,8 @@ two low-rank products of an expert's rows, never a dense (E, O, I) update of the
 
 On the CPU, and in fp32, experts run one after the other and one expert's weight is dense at a time
 (experts_torch.py); on a GPU in 16 bits all of them are one grouped product (experts_grouped.py), which needs the whole
-fused weight dense and reads nothing on the host.
+fused weight dense and reads nothing on the host. Which of them runs is the Routing's choice: with bounds on the host,
+the loop.
 
 Letters: T tokens, K experts that a token chooses, S = K T rows, E experts, I in features, O out features, R rank.
 """
@@ -30,11 +31,13 @@ from distlora_kernels.scratch import DenseWeights
 __all__ = ["ExpertAdapter", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
 
 
-def runs_grouped(x: Tensor) -> bool:
-    """Whether the experts are one grouped product on this tensor's device and dtype; a Routing then needs no bounds on
-    the host. torch's grouped product takes 16 bits alone.
+def runs_grouped(x: Tensor, *features: int) -> bool:
+    """Whether experts with so many features in and out can be one grouped product on this tensor's device and dtype; a
+    Routing then needs no bounds on the host. torch's takes 16 bits and rows of whole 16 bytes, from Ampere on.
     """
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or any(size % 8 for size in features):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
@@ -95,7 +98,7 @@ class _ExpertLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, form: _Form, *parts: Tensor
     ) -> Tensor:
         weights = DenseWeights(1)
-        y, gated = _path(x).forward(x, form.joined(a, b, bias, parts), form.routing, weights)
+        y, gated = _path(form.routing).forward(x, form.joined(a, b, bias, parts), form.routing, weights)
         ctx.form = form
         # x for dA, what the path keeps (s x A^T) for dB.
         ctx.save_for_backward(None if a is None else x, gated, *weights.saved, a, b, bias, *parts)
@@ -109,13 +112,13 @@ class _ExpertLinear(torch.autograd.Function):
         weights.saved = [dense]
         linear = ctx.form.joined(a, b, bias, parts)
         dy, needs = dy.contiguous(), ctx.needs_input_grad[:3]
-        gradients = _path(dy).backward(x, linear, ctx.form.routing, weights, gated, dy, needs)
+        gradients = _path(ctx.form.routing).backward(x, linear, ctx.form.routing, weights, gated, dy, needs)
         return (*gradients, None, None, *(None for _ in parts))
 
 
-def _path(x: Tensor) -> ModuleType:
-    """The module that computes forward and backward; torch's loop where there are no rows."""
-    return experts_grouped if runs_grouped(x) and x.shape[0] > 0 else experts_torch
+def _path(routing: Routing) -> ModuleType:
+    """The module that computes forward and backward: the loop where the host knows whose rows are where."""
+    return experts_grouped if routing.bounds is None else experts_torch
 
 
 class _Dispatch(torch.autograd.Function):

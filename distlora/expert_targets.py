@@ -5,7 +5,8 @@ targets.py, and as pure: the launcher asks before anything starts, model surgery
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
 from distlora.families import Family
@@ -27,6 +28,16 @@ def expert_names(family: Family, num_layers: int) -> list[str]:
     return [layer + weight for layer in layers for weight in family.experts.weights]
 
 
+def expert_shapes(family: Family, num_layers: int, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """(experts, out, in) of the fused expert weights by their names, from the decoder's part of config.json."""
+    if family.experts is None:
+        return {}
+    count, hidden = family.experts.num_experts(settings), settings["hidden_size"]
+    inner = settings[family.experts.intermediate]
+    sizes = {"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)}
+    return {name: sizes[name.rpartition(".")[2]] for name in expert_names(family, num_layers)}
+
+
 def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Family, num_layers: int) -> list[str]:
     """The paths that `adapter` gives an adapter: of the decoder's `linears`, and of its fused expert weights.
 
@@ -42,16 +53,22 @@ def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Famil
                 f"{family.model_type} has none; leave it out, and name linears in adapter.target_modules"
             )
         return select_targets(adapter.target_modules, linears)
-    experts = _select_experts(adapter, family, num_layers)
-    if experts:
+    experts = expert_names(family, num_layers)
+    _check_parameters(adapter, family, experts)
+    if _meant(adapter, experts):
         _check_settings(adapter)
     _refuse_names_of_experts(adapter.target_modules, linears, family)
-    wanted = adapter.target_modules
-    if experts and isinstance(wanted, str) and wanted in EXPERT_PRESETS:
-        return [*match_ending(TARGET_PRESETS[wanted], list(linears)), *experts]
-    if experts and not wanted:
-        return experts
-    return [*select_targets(wanted, linears), *experts]
+    return select_among(adapter, linears, experts)
+
+
+def select_among(adapter: AdapterConfig, linears: Sequence[str], experts: Sequence[str]) -> list[str]:
+    """select_adapted by the names alone. Raises UserError where no linear is meant that should be."""
+    chosen, wanted = _meant(adapter, experts), adapter.target_modules
+    if chosen and isinstance(wanted, str) and wanted in EXPERT_PRESETS:
+        return [*match_ending(TARGET_PRESETS[wanted], list(linears)), *chosen]
+    if chosen and not wanted:
+        return chosen
+    return [*select_targets(wanted, linears), *chosen]
 
 
 def check_router_loss(weight: float | None, family: Family) -> None:
@@ -77,11 +94,15 @@ def peft_paths(adapted: Sequence[str], family: Family) -> dict[str, str]:
     return paths
 
 
-def _select_experts(adapter: AdapterConfig, family: Family, num_layers: int) -> list[str]:
+def _meant(adapter: AdapterConfig, experts: Sequence[str]) -> list[str]:
+    if adapter.target_parameters:
+        return match_ending(adapter.target_parameters, list(experts))
+    return list(experts) if adapter.target_modules in EXPERT_PRESETS else []
+
+
+def _check_parameters(adapter: AdapterConfig, family: Family, names: list[str]) -> None:
+    """Refuse an entry of target_parameters that means nothing."""
     assert family.experts is not None
-    names = expert_names(family, num_layers)
-    if not adapter.target_parameters:
-        return names if adapter.target_modules in EXPERT_PRESETS else []
     for entry in adapter.target_parameters:
         if match_ending([entry], names):
             continue
@@ -95,7 +116,6 @@ def _select_experts(adapter: AdapterConfig, family: Family, num_layers: int) -> 
             f"adapter.target_parameters={_listed(adapter.target_parameters)}: {reason}; set "
             f"adapter.target_parameters={_listed(short)}"
         )
-    return match_ending(adapter.target_parameters, names)
 
 
 def _check_settings(adapter: AdapterConfig) -> None:

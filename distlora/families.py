@@ -33,6 +33,12 @@ class ExpertLayout:
     """The 3-D weights of the module, in the order of its parameters, which is the order in which PEFT wraps them."""
     on_disk: tuple[str, ...] = ("mlp",)
     """What routers and experts are part of in a layer, by their names on disk."""
+    intermediate: str = "intermediate_size"
+    """Key of config.json that holds an expert's inner size."""
+
+    def num_experts(self, settings: Mapping[str, Any]) -> int:
+        """Experts of a layer, whichever of its two names config.json has for their number."""
+        return int(settings["num_experts"] if "num_experts" in settings else settings["num_local_experts"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +116,11 @@ FAMILIES: dict[str, Family] = {
             model_class="MixtralForCausalLM",
             experts=ExpertLayout(on_disk=("block_sparse_moe", "mlp")),
         ),
-        Family(model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", experts=ExpertLayout()),
+        Family(
+            model_type="qwen3_moe",
+            model_class="Qwen3MoeForCausalLM",
+            experts=ExpertLayout(intermediate="moe_intermediate_size"),
+        ),
         # Its attention has sinks, which SDPA cannot add to a softmax.
         Family(
             model_type="gpt_oss",
@@ -257,6 +267,10 @@ def _check_experts(
             "model.path to a copy in bf16 (transformers writes one: from_pretrained(..., "
             "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16'), then save_pretrained)"
         )
+    assert family.experts is not None
+    for keys in (("hidden_size",), (family.experts.intermediate,), ("num_local_experts", "num_experts")):
+        if not any(isinstance(settings.get(key), int) and settings[key] > 0 for key in keys):
+            raise UserError(f"{place} says no {' or '.join(keys)}; download it again")
     step, dense = settings.get("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
     if step != 1 or dense:
         which = f"decoder_sparse_step={step}" if step != 1 else f"mlp_only_layers={dense}"

@@ -7,6 +7,7 @@ header; the worker checks again and loads (`peft_format.load_initial_adapter`).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from typing import Any
 from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
+from distlora.expert_targets import select_among
+from distlora.initial_experts import by_weight, parameters_of
 from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header
-from distlora.targets import idle_keys, match_ending, select_targets
+from distlora.targets import idle_keys, match_ending
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,7 +36,7 @@ _TENSOR = re.compile(
 
 _TAKEN = {
     *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"),
-    *("trainable_token_indices", "modules_to_save"),
+    *("trainable_token_indices", "modules_to_save", "target_parameters"),
 }
 """Fields that become settings of the run."""
 
@@ -57,7 +60,6 @@ _REASONS = {
     "layers_to_transform": "the layers must follow from target_modules alone",
     "exclude_modules": "the adapted linears must follow from target_modules alone",
     "layer_replication": "the base's layers are used once each",
-    "target_parameters": "experts cannot start from an adapter yet",
     "megatron_config": "Megatron's layers are not those of this base",
     "alora_invocation_tokens": "the adapter is used in all positions here",
 }
@@ -89,7 +91,8 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    names = _read_names(folder, values)
+    parameters = parameters_of(values, folder / CONFIG_NAME)
+    names = by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
     segments = read_header(folder / WEIGHTS_NAME)
     for name in names.values():
         if segments[name].dtype not in SOURCE_DTYPES:
@@ -100,7 +103,7 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     base = values.get("base_model_name_or_path")
     token_rows = read_initial_rows(values, segments, folder)
     modules = read_initial_modules(values, segments, folder)
-    settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}))
+    settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
     return InitialAdapter(
         folder=folder,
         settings=settings | settings_of(token_rows) | modules_setting(modules),
@@ -115,7 +118,8 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
 def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an adapter that is not exactly the run's: other linears, or other shapes.
 
-    `shapes`: (out, in) of the linears in the model's decoder blocks by Hugging Face path; `adapter` has its settings.
+    `shapes`: (out, in) of the linears in the model's decoder blocks, and (experts, out, in) of their fused weights, by
+    Hugging Face path; `adapter` has its settings.
     """
     file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
     paths = {path for path, _ in initial.tensors}
@@ -125,7 +129,8 @@ def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[
             f"{file} adapts {outside[0]}{_more(outside)}, which is no linear in the decoder blocks of this model"
             f"{nearest(outside[0], shapes)}{trained_on}; set another adapter.init_from or model.path"
         )
-    targets = set(select_targets(adapter.target_modules, shapes))
+    linears, experts = ([path for path, shape in shapes.items() if len(shape) == dims] for dims in (2, 3))
+    targets = set(select_among(adapter, linears, experts))
     for strays, what in ((sorted(targets - paths), "holds no tensors for"), (sorted(paths - targets), "also adapts")):
         if strays:
             raise UserError(
@@ -133,9 +138,10 @@ def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[
                 f"means {len(targets)} linears of this model{trained_on}; set another adapter.init_from or model.path"
             )
     for (path, part), segment in sorted(initial.tensors.items()):
-        out_features, in_features = shapes[path]
+        *num_experts, out_features, in_features = shapes[path]
         rank = adapter.rank_of(path)
-        expected = {"A": (rank, in_features), "B": (out_features, rank), "magnitude": (out_features,)}[part]
+        rows = rank * math.prod(num_experts)
+        expected = {"A": (rows, in_features), "B": (out_features, rows), "magnitude": (out_features,)}[part]
         if segment.shape != expected:
             raise UserError(
                 f"{file}: {initial.names[path, part]} has shape {list(segment.shape)}, and {path} at rank {rank} needs "
@@ -238,10 +244,10 @@ def _kind(name: str) -> str:
     return next((f" but {kind}" for part, kind in kinds.items() if part in name), "")
 
 
-def _settings(values: dict[str, Any], path: Path, paths: list[str]) -> dict[str, Any]:
+def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...]) -> dict[str, Any]:
     """The fields that become settings, by their types. What matches none of the adapted `paths` is left out: PEFT lets
     it stand, and it means nothing."""
-    targets: Any = values.get("target_modules")
+    targets: Any = values.get("target_modules") or ([] if parameters else None)
     is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
     _require(is_list or isinstance(targets, str), path, values, "target_modules", "a list of names or a text")
     rank, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
@@ -264,11 +270,13 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str]) -> dict[str,
         idle = idle_keys(pattern, paths)
         patterns[name] = {key: value for key, value in pattern.items() if key not in idle}
     if is_list:
-        used = tuple(sorted(entry for entry in targets if match_ending([entry], paths)))
-        _require(bool(used), path, values, "target_modules", f"a list of what {WEIGHTS_NAME} adapts ({paths[0]})")
-        targets = used
+        linears = [name for name in paths if not match_ending(parameters, [name])]
+        targets = tuple(sorted(entry for entry in targets if match_ending([entry], linears)))
+        wanted = f"a list of what {WEIGHTS_NAME} adapts ({paths[0]})"
+        _require(bool(targets or parameters), path, values, "target_modules", wanted)
     scale = {"r": rank, "lora_alpha": float(alpha), "use_rslora": rslora, "use_dora": dora}
-    return {**scale, "target_modules": targets, **patterns}
+    used = tuple(entry for entry in parameters if match_ending([entry], paths))
+    return {**scale, "target_modules": targets, "target_parameters": used, **patterns}
 
 
 def _is_number(value: Any, kind: type = float) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config, UserError
 from distlora.expert_targets import expert_names, peft_paths
+from distlora.experts import ExpertWeight
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, InitialAdapter, check_fits, read_initial_adapter
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
@@ -67,14 +68,13 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
     """
     assert config.adapter.init_from is not None
     initial = read_initial_adapter(config.adapter.init_from)
-    linears = {model.hf_name(name): m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
-    check_fits(initial, config.adapter, {path: (m.out_features, m.in_features) for path, m in linears.items()})
+    check_fits(initial, config.adapter, _shapes(model))
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
-    for path, linear in model.adapted_linears():
-        pair = linear.adapters[adapter]
+    for path, weight in model.adapted_weights():
+        pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         for part, parameter in pair.named_parameters():
             name = initial.names[path, part]
@@ -106,6 +106,17 @@ def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) ->
             if not torch.isfinite(own).all():
                 raise UserError(f"{file}: {of.name} holds NaN or Inf; set adapter.init_from to another adapter")
             local[: len(own)] = own
+
+
+def _shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """(out, in) of the linears of the blocks, (experts, out, in) of their experts, by Hugging Face name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            shapes[model.hf_name(name)] = (module.out_features, module.in_features)
+        elif isinstance(module, ExpertWeight):
+            shapes[model.hf_name(name)] = (module.num_experts, module.out_features, module.in_features)
+    return shapes
 
 
 def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:

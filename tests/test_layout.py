@@ -51,6 +51,7 @@ LAYERS = [
         "distlora.adapters",
         "distlora.experts",
         "distlora.initial_adapter",
+        "distlora.initial_experts",
         "distlora.initial_modules",
         "distlora.initial_rows",
     },

@@ -5,6 +5,7 @@ that balances routers. Their forward, gradients and files are columns of tests/t
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +20,23 @@ import distlora.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora import train
 from distlora.adapters import adapter_parameters
-from distlora.config import AdapterConfig, UserError
+from distlora.config import AdapterConfig, Config, UserError
 from distlora.experts import ExpertPair, ExpertWeight
 from distlora.figures import active_parameters, count_parameters, experts_said
 from distlora.flops import count_flops
 from distlora.loading.weights import load_base
 from distlora.model import CausalLM, build_model
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_format import adapter_config, adapter_tensors
+from distlora.peft_format import adapter_config, adapter_tensors, load_initial_adapter
 from distlora.quant import FrozenTensor
 from distlora.startup import start_model
 from distlora_kernels import nf4
 from distlora_launcher.checks import check_model
+from distlora_launcher.compose import compose_config
 from family_models import SINGLE, config_for, dequantized, edit_config, load_ours, tokens, write_family_folder
 from small_models import make_run, read_metrics
 from test_families import five_steps, positions_of, save_adapter, shifted
+from test_init_from import write_adapter
 from test_prequantized import quantize
 from worlds import World
 
@@ -339,3 +342,56 @@ def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(folders: Path, tmp
     weights = [module for module in model.modules() if isinstance(module, FrozenTensor)]
     assert all(weight.quantized for weight in weights)
     assert loaded.quantized_weights == sum(weight.numel for weight in weights)
+
+
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def from_adapter(folders: Path, adapter: Path) -> Config:
+    paths = [f"model.path={folders / 'mixtral'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
+    config = compose_config([*paths, f"adapter.init_from={adapter}", "train.dtype=fp32", "quant=none"])
+    check_model(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": TARGETS, "rank_pattern": {"down_proj": 3}},
+        {"target_modules": [], "target_parameters": TARGETS[:1], "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Its settings are the run's, and its logits ours; what would be saved again is what was read."""
+    write_adapter(tmp_path / "lora", folders / "mixtral", r=4, lora_alpha=12, **fields)
+    config = from_adapter(folders, tmp_path / "lora")
+    assert set(config.adapter.target_parameters) == set(fields["target_parameters"])
+    model, _, _ = start_model(config, SINGLE)
+    load_initial_adapter(model, config)
+    stored = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert adapter_tensors(model).keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_tensors(model).items())
+    rows = tokens(2, 24)
+    tuned = peft.PeftModel.from_pretrained(dequantized(folders / "mixtral", model), tmp_path / "lora")
+    with torch.no_grad():
+        theirs, ours = tuned(input_ids=rows).logits[:, -1], model(rows, positions_of(rows), None)[:, 0]
+    assert (theirs - ours).abs().max() <= 1e-4
+
+
+def test_an_adapter_of_experts_that_is_not_the_models_is_refused(folders: Path, tmp_path: Path) -> None:
+    targets = {"target_modules": ["q_proj"], "target_parameters": TARGETS}
+    lora = write_adapter(tmp_path / "lora", folders / "mixtral", r=4, **targets)
+    path, layer = lora / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.experts"
+    tensors = safetensors.torch.load_file(path)
+    few = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{layer}.base_layer")}
+    safetensors.torch.save_file(few, path)
+    with pytest.raises(UserError, match=r"holds 1 adapters of model.layers.1.mlp.experts.* means 2 of its weights"):
+        from_adapter(folders, lora)
+    safetensors.torch.save_file(tensors | {f"{layer}.lora_A.weight": torch.zeros(3 * 4, 72)}, path)
+    with pytest.raises(UserError, match=r"has shape \[12, 72\], and .*experts.down_proj at rank 4 needs \[16, 72\]"):
+        from_adapter(folders, lora)
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": ["lm_head.weight"]}))
+    with pytest.raises(UserError, match=r"target_parameters=\['lm_head.weight'\] are not all weights of experts"):
+        from_adapter(folders, lora)

@@ -16,7 +16,7 @@ from typing import Any
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import FILES
 from distlora.config.places import is_hub_name
-from distlora.expert_targets import check_router_loss, expert_names, select_adapted
+from distlora.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
 from distlora.loading.prequantized import (
     PackedWeight,
@@ -142,6 +142,7 @@ def check_model(config: Config) -> None:
         targets = select_adapted(config.adapter, names, family, num_layers)
         check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
         shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
+        shapes |= expert_shapes(family, num_layers, text_settings(model, family))
         check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
         check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
 

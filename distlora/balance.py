@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distlora.adapters import BlockContext
 from distlora.blocks import Block
+from distlora.config import TrainConfig
 from distlora.families import ExpertLayout
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ class Router(nn.Module):
         return output
 
 
-def weight_of(setting: float | None, hf_config: PretrainedConfig) -> float:
+def weight_of(train: TrainConfig, hf_config: PretrainedConfig) -> float:
     """What the loss counts in training: train.router_aux_loss, or without it what config.json says, as transformers
-    reads it: router_aux_loss_coef where output_router_logits is set, else 0.
+    reads it: router_aux_loss_coef where output_router_logits is set, else 0. Nothing in preference training, whose loss
+    is one of pairs.
     """
-    if setting is not None:
-        return setting
+    if train.objective == "dpo":
+        return 0.0
+    if train.router_aux_loss is not None:
+        return train.router_aux_loss
     return float(hf_config.router_aux_loss_coef) if hf_config.output_router_logits else 0.0
 
 

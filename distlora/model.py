@@ -322,7 +322,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
         outside_linears=outside,
     )
     if family.experts is not None:
-        model.router_aux_loss = weight_of(config.train.router_aux_loss, model.hf_config)
+        model.router_aux_loss = weight_of(config.train, model.hf_config)
         if config.train.objective == "dpo":  # What config.json says is about tokens, not pairs.
             model.router_aux_loss = 0.0
         if model.router_aux_loss > 0:

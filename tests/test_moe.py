@@ -288,6 +288,26 @@ def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(folder_of: Call
     assert_close(without, alone, ulps=8)
 
 
+def test_preference_training_has_the_base_as_reference_and_no_routers_loss(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The second run of each block goes without the experts' adapters too."""
+    shutil.copytree(folder_of("mixtral"), tmp_path / "model")
+    edit_config(tmp_path / "model", output_router_logits=True)
+    preference = {"dtype": "fp32", "objective": "dpo"}
+    data = {"path": "none.jsonl", "sequence_length": 64, "format": "preference"}
+    ours, _ = load_ours(tmp_path / "model", train=preference, data=data)
+    assert ours.router_aux_loss == 0
+    rows = tokens(2, 32)
+    losses = ours(rows, positions_of(rows), shifted(rows), reference_rows=torch.full((2,), -1))
+    plain = ours(rows, positions_of(rows), shifted(rows), torch.full((2,), -1))
+    assert_close(losses[1].sum(dim=1), plain, ulps=8)
+    assert_close(losses[0].sum(dim=1), ours(rows, positions_of(rows), shifted(rows)), ulps=8)
+    assert relative_error(losses[0].sum(dim=1), plain) > 1e-3
+    with pytest.raises(UserError, match=r"router_aux_loss=0.1 is part of a loss a token, not of train.objective=dpo"):
+        config_for(tmp_path / "model", train=preference | {"router_aux_loss": 0.1}, data=data)
+
+
 @pytest.mark.parametrize(("config", "weight"), [({}, 0.0), ({"output_router_logits": True}, 0.001)])
 def test_the_routers_loss_is_configs_own_where_nothing_is_set(
     folder_of: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], weight: float
@@ -367,8 +387,8 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     write_adapter(tmp_path / "lora", folders / "mixtral", r=4, lora_alpha=12, **fields)
     config = from_adapter(folders, tmp_path / "lora")
     assert set(config.adapter.target_parameters) == set(fields["target_parameters"])
-    model, _, _ = start_model(config, SINGLE)
-    load_initial_adapter(model, config)
+    model, backend, _ = start_model(config, SINGLE)
+    load_initial_adapter(model, config, backend)
     stored = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert adapter_tensors(model).keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_tensors(model).items())

@@ -168,6 +168,11 @@ class TrainConfig:
             self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,
             f"train.router_aux_loss={self.router_aux_loss} is no weight; set it to 0.001, or to 0 for none",
         )
+        require(
+            not self.router_aux_loss or self.objective == "sft",
+            f"train.router_aux_loss={self.router_aux_loss} is part of a loss a token, not of train.objective="
+            f"{self.objective}; leave it out",
+        )
         require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
         require(
             0 <= self.early_stopping_threshold < math.inf,

@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.library import opcheck
 
 from closeness import assert_close
-from distlora_kernels.dora import dora_norms, frozen_row_norms_squared, initial_magnitude, magnitude_gradient
+from distlora_kernels.dora import (
+    dora_norms,
+    dy_gradients,
+    frozen_row_norms_squared,
+    initial_magnitude,
+    magnitude_gradient,
+    scaled_rows,
+)
 from distlora_kernels.nf4 import nf4_quantize, quantize_blocks
 from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.skinny import skinny_dy
 
 SCALE = 0.7
 
@@ -130,6 +138,41 @@ def test_magnitude_gradient_reads_strided_rows_and_a_magnitude_of_zero(device: t
     assert_close(magnitude_gradient(both[:, 0], both[:, 1], magnitude), expected, ulps=8)
 
 
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (150, 128), (3, 16448)], ids=str)  # One straddles groups.
+def test_scaled_rows_are_dequantized_to_the_rows_times_their_factors(
+    kind: str, shape: tuple[int, int], device: torch.device
+) -> None:
+    weight = frozen(kind, random(*shape, seed=0, device=device))
+    factor = 1 + 0.2 * random(shape[0], seed=1, device=device)
+    scaled = scaled_rows(weight, factor)
+    expected = weight.dense(torch.float32).double() * factor.double()[:, None]
+    # The absmax and the product are rounded once more each.
+    assert_close(scaled.dense(torch.float32), expected, ulps=1)
+    unchanged = scaled_rows(weight, torch.ones_like(factor))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(unchanged.dense(dtype), weight.dense(dtype))
+
+
+@pytest.mark.parametrize("shape", [(5, 33, 3), (300, 130, 16), (515, 16, 24), (40, 64, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_one_reading_are_those_of_several(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    rows, out, rank = shape
+    dy, xa = random(rows, out, seed=0, device=device, dtype=dtype), random(rows, rank, seed=1, device=device)
+    y, b = random(rows, out, seed=2, device=device, dtype=dtype), random(out, rank, seed=3, device=device, dtype=dtype)
+    xa, magnitude = xa.to(dtype), 1 + random(out, seed=4, device=device).abs()
+    dxa, db, dm = dy_gradients(dy, b, xa, y, magnitude, scale=1.5)
+    expected_dxa, expected_db = skinny_dy(dy, b, xa, scale=1.5)
+    assert torch.equal(dxa, expected_dxa)
+    assert_close(db, expected_db, ulps=4)
+    expected = (dy.double() * y.double()).sum(dim=0) / magnitude.double()
+    # Sums of terms of both signs, in fp32: their rounding is that of the sum of their sizes.
+    sizes = (dy.double() * y.double()).abs().sum(dim=0) / magnitude.double()
+    assert bool(((dm.double() - expected).abs() <= 8 * torch.finfo(torch.float32).eps * sizes).all())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     row, square, wide = torch.ones(4), torch.ones(4, 4), torch.ones(4, 5)
     with pytest.raises(RuntimeError, match=r"row norms are of a weight in fp32, bf16 or fp16, not torch.float64"):
@@ -144,6 +187,15 @@ def test_what_does_not_fit_is_refused() -> None:
         magnitude_gradient(square, wide, row)
     with pytest.raises(RuntimeError, match=r"must have one dtype, the magnitude fp32; got torch.bfloat16"):
         magnitude_gradient(square.bfloat16(), square, row)
+    with pytest.raises(RuntimeError, match=r"dy and y must be \(M, O\), b \(O, R\).* got \(4, 4\), \(4, 5\)"):
+        dy_gradients(square, square, square, wide, row, scale=1.0)
+    with pytest.raises(RuntimeError, match=r"operands must have one dtype, the magnitude fp32; got \[torch.bfloat16"):
+        dy_gradients(square.bfloat16(), square, square, square, row, scale=1.0)
+    with pytest.raises(RuntimeError, match=r"a weight \(4, 4\) has no absmax for each row"):
+        scaled_rows(FrozenWeight((square,), (4, 4)), row)
+    packed = FrozenWeight(nf4_quantize(torch.ones(2, 64)), (2, 64))
+    with pytest.raises(RuntimeError, match=r"2 rows are scaled by 2 fp32 numbers, not \(4,\) torch.float32"):
+        scaled_rows(packed, row)
 
 
 def test_ops_keep_their_schemas(device: torch.device) -> None:
@@ -154,3 +206,7 @@ def test_ops_keep_their_schemas(device: torch.device) -> None:
     low = random(3, 2, seed=1, device=device)
     opcheck(ops.dora_norms.default, (weight.square().sum(dim=1), low, low.T @ low, low, SCALE))
     opcheck(ops.dora_magnitude_gradient.default, (low, low, torch.ones(2, device=device)))
+    opcheck(ops.dora_dy_gradients.default, (low, low.T.contiguous(), low.new_ones(3, 3), low, low.new_ones(2), 1.5))
+    for kind in ("nested", "plain"):
+        parts = list(frozen(kind, random(3, 64, seed=0, device=device)).parts)
+        opcheck(ops.dora_scaled_absmax.default, (parts, 3, 64, torch.ones(3, device=device)))

@@ -20,6 +20,7 @@ from torch import Tensor
 from distlora_kernels import dora_reference
 from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.reference import BLOCK
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,6 +94,84 @@ def _dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, 
     from distlora_kernels import dora_triton
 
     return dora_triton.dora_norms(row_norms_squared, wa, gram, b, scale)
+
+
+def scaled_rows(weight: FrozenWeight, factor: Tensor) -> FrozenWeight:
+    """diag(factor) W of a packed W, packed: factor (O,) fp32 is multiplied into the absmax, in fp32.
+
+    So the product is rounded once, where it is dequantized; a factor of 1 changes no bit. Raises RuntimeError for a
+    dense weight, and where a row is not whole blocks of 64.
+    """
+    rows, columns = weight.shape
+    check(weight.packed and columns % BLOCK == 0, lambda: f"a weight {weight.shape} has no absmax for each row")
+    check(
+        factor.shape == (rows,) and factor.dtype == torch.float32,
+        lambda: f"{rows} rows are scaled by {rows} fp32 numbers, not {tuple(factor.shape)} {factor.dtype}",
+    )
+    return FrozenWeight((weight.parts[0], _scaled_absmax(list(weight.parts), rows, columns, factor)), weight.shape)
+
+
+def _fake_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
+    return torch.empty_like(parts[1], dtype=torch.float32)
+
+
+@register("dora_scaled_absmax(Tensor[] parts, SymInt rows, SymInt columns, Tensor factor) -> Tensor", fake=_fake_absmax)
+def _scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
+    if not uses_triton(parts[0]):
+        return dora_reference.scaled_absmax(parts, rows, columns, factor)
+    from distlora_kernels import dora_triton
+
+    return dora_triton.scaled_absmax(parts, rows, columns, factor)
+
+
+@torch.no_grad()
+def dy_gradients(
+    dy: Tensor, b: Tensor, xa: Tensor, y: Tensor, magnitude: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """skinny_dy's (dxa, db) and magnitude_gradient's dm, of one reading of dy where skinny_dy reads it once.
+
+    Raises RuntimeError for shapes or dtypes that do not fit.
+    """
+    rank = b.shape[1]
+    check(
+        dy.dim() == 2
+        and dy.shape == y.shape == (xa.shape[0], b.shape[0])
+        and xa.shape[1] == rank
+        and magnitude.shape == dy.shape[1:],
+        lambda: (
+            f"dy and y must be (M, O), b (O, R), xa (M, R) and the magnitude (O,); got {tuple(dy.shape)}, "
+            f"{tuple(y.shape)}, {tuple(b.shape)}, {tuple(xa.shape)}, {tuple(magnitude.shape)}"
+        ),
+    )
+    check(
+        dy.dtype == y.dtype == b.dtype == xa.dtype and magnitude.dtype == torch.float32,
+        lambda: f"operands must have one dtype, the magnitude fp32; got {[t.dtype for t in (dy, y, b, xa, magnitude)]}",
+    )
+    result: tuple[Tensor, Tensor, Tensor] = _dy_gradients(dy, b, xa, y, magnitude.contiguous(), scale)
+    return result
+
+
+@register(
+    "dora_dy_gradients(Tensor dy, Tensor b, Tensor xa, Tensor y, Tensor magnitude, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda dy, b, xa, y, magnitude, scale: (
+        torch.empty_like(xa, memory_format=torch.contiguous_format),
+        b.new_empty(b.shape, dtype=torch.float32),
+        torch.empty_like(magnitude),
+    ),
+)
+def _dy_gradients(
+    dy: Tensor, b: Tensor, xa: Tensor, y: Tensor, magnitude: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not uses_triton(dy):
+        db = (dy.T.float() @ xa.float()).mul_(scale)
+        return dy @ b, db, dora_reference.magnitude_gradient(dy, y, magnitude)
+    from distlora_kernels import dora_triton, skinny_launch
+
+    dxa, db, stripes = skinny_launch.dy(dy, b, xa, scale, None, (), None, y=y)
+    if stripes is None:
+        return dxa, db, dora_triton.magnitude_gradient(dy.contiguous(), y.contiguous(), magnitude)
+    return dxa, db, dora_triton.add_stripes(stripes, magnitude)
 
 
 @torch.no_grad()

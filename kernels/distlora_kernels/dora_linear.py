@@ -12,6 +12,10 @@ and everything else follows as in lora_linear.py, of k dy in the place of dy.
 Always k - 1 is applied, as y + (k - 1) y: it is exactly 0 at the start, and in bf16 it keeps 8 bits where k would keep
 those of 1 + something small. Rows that use no adapter have k = 1.
 
+Where one adapter without dropout has all rows, and the weight is packed, k can be folded into the rows of W and B
+instead: y = x (k W)^T + s (x A^T) (k B)^T + bias is a LoRA, whose product is never read again to be scaled, and k is
+multiplied in before W is rounded: in bf16 no output that is rounded already swallows a small change of m.
+
 Letters: B rows of the batch, M rows of the flattened input, I in features, O out features, N adapters, R their ranks.
 """
 
@@ -20,8 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distlora_kernels.dora import dora_norms, magnitude_gradient
-from distlora_kernels.operands import Adapter, Kept, RowChoice
+from distlora_kernels import fused
+from distlora_kernels.dora import dora_norms, magnitude_gradient, scaled_rows
+from distlora_kernels.operands import Adapter, FrozenWeight, Kept, Linear, RowChoice
 
 
 def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -44,6 +49,20 @@ def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     norms = torch.stack(parts)
     excess = _excess(magnitude.masters, norms)
     return norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype)
+
+
+def folds(adapter: Adapter, weight: FrozenWeight, dtype: torch.dtype) -> bool:
+    """Whether k can be folded into the weight, and W A^T computed from its packed form."""
+    plain = adapter.dropout is None and not isinstance(adapter.scale, RowChoice)
+    return plain and weight.packed and fused.supports(weight.shape) and dtype in (torch.bfloat16, torch.float16)
+
+
+def folded(linear: Linear, factor: Tensor) -> Linear:
+    """The LoRA that computes the linear's output with k = factor (O,) fp32. Its gradient of k B is that of B over k."""
+    adapter = linear.adapter
+    assert adapter is not None
+    adapter = adapter._replace(b=adapter.b * factor[:, None], magnitude=None)
+    return linear._replace(weight=scaled_rows(linear.weight, factor), adapter=adapter)
 
 
 def _excess(masters: Tensor, norms: Tensor) -> Tensor:

@@ -5,12 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distlora_kernels import reference
+
 
 def row_norms_squared(weight: Tensor) -> Tensor:
     """weight (O, I) -> (O,) fp32: sum over I of weight^2, in fp32."""
     # A million elements at a time: a copy of the whole weight in fp32 would be the largest tensor around.
     rows = max(1, 2**20 // weight.shape[1])
     return torch.cat([part.float().square().sum(dim=1) for part in weight.split(rows)])
+
+
+def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
+    """The absmax (G, 256) fp32 of a packed weight (rows, columns), each times the factor (rows,) of its row; padding of
+    the last group is 0."""
+    absmax = parts[1]
+    if len(parts) == 4:
+        _, scales, group_scale, offset = parts
+        absmax = reference.dynamic_map().to(scales.device)[scales.int()] * group_scale[:, None] + offset
+    scaled = torch.zeros_like(absmax)
+    blocks = columns // reference.BLOCK
+    scaled.view(-1)[: rows * blocks] = (absmax.view(-1)[: rows * blocks].view(rows, blocks) * factor[:, None]).flatten()
+    return scaled
 
 
 def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:

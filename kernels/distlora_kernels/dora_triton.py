@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distlora_kernels import tables
 from distlora_kernels.offline import Case
+from distlora_kernels.reference import BLOCK
 
 NORM_COLUMNS = 1024
 """Weights of a row that a program adds up at a time."""
@@ -24,6 +25,8 @@ GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128
 """Tile of the gradient: 256 bytes of a row at once in bf16."""
 STRIPE_ROWS = 256
 """Rows whose products one program adds up. Fixed, so that the order of a sum is the same on every GPU."""
+ABSMAX_BLOCKS = 1024
+"""Blocks of 64 weights whose absmax a program scales."""
 NUM_WARPS = 4
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -94,6 +97,58 @@ def row_norms_squared(parts: list[Tensor], rows: int, columns: int, dtype: torch
         columns,
         DTYPE=_TRITON_DTYPES[dtype],
         COLUMNS=NORM_COLUMNS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,  # absmax has two roundings by contract.
+    )
+    return out
+
+
+@triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
+def _scaled_absmax_kernel(
+    scales_ptr,
+    group_scale_ptr,
+    offset_ptr,
+    map_ptr,
+    factor_ptr,
+    out_ptr,
+    blocks,
+    rows,
+    blocks_of_a_row,
+    BLOCKS: tl.constexpr,
+):
+    """out[block] = absmax[block] * factor[the block's row]. With group_scale_ptr None `scales` holds the absmax."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    held = block < blocks
+    scale = tl.load(scales_ptr + block, mask=held, other=0)
+    if group_scale_ptr is None:
+        absmax = scale
+    else:
+        group_scale = tl.load(group_scale_ptr + (block >> 8), mask=held, other=0.0)
+        absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
+    row = block // blocks_of_a_row
+    # Padding of the last group belongs to no row.
+    factor = tl.load(factor_ptr + row, mask=row < rows, other=0.0)
+    tl.store(out_ptr + block, absmax * factor, mask=held)
+
+
+def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
+    """dora.scaled_rows."""
+    scales = parts[1].contiguous()
+    group_scale = offset = dynamic_map = None
+    if len(parts) == 4:
+        group_scale, offset, dynamic_map = parts[2], parts[3], tables.dynamic_map(scales.device)
+    out = torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
+    _scaled_absmax_kernel[(triton.cdiv(out.numel(), ABSMAX_BLOCKS),)](
+        scales,
+        group_scale,
+        offset,
+        dynamic_map,
+        factor,
+        out,
+        out.numel(),
+        rows,
+        columns // BLOCK,
+        BLOCKS=ABSMAX_BLOCKS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # absmax has two roundings by contract.
     )
@@ -210,10 +265,8 @@ def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
     rows, columns = dy.shape
     stripes = triton.cdiv(rows, STRIPE_ROWS)
     partial = torch.empty(stripes, columns, dtype=torch.float32, device=dy.device)
-    out = torch.empty(columns, dtype=torch.float32, device=dy.device)
-    across = triton.cdiv(columns, GRADIENT_COLUMNS)
     # Programs side by side read one row's neighbouring pieces.
-    _stripe_kernel[(across, stripes)](
+    _stripe_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS), stripes)](
         dy,
         y,
         partial,
@@ -225,7 +278,14 @@ def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
-    _gradient_kernel[(across,)](
+    return add_stripes(partial, magnitude)
+
+
+def add_stripes(partial: Tensor, magnitude: Tensor) -> Tensor:
+    """partial (stripes, O) fp32, the sums of dy * y over some rows each -> (O,): their sum over the magnitude."""
+    stripes, columns = partial.shape
+    out = torch.empty(columns, dtype=torch.float32, device=partial.device)
+    _gradient_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS),)](
         partial, magnitude, out, stripes, columns, COLUMNS=GRADIENT_COLUMNS, num_warps=NUM_WARPS, enable_fp_fusion=True
     )
     return out
@@ -243,6 +303,20 @@ def _row_norms_case(kind: str, types: dict[str, str]) -> Case:
         num_warps=NUM_WARPS,
         options={"enable_fp_fusion": False},
         bounds={"elements": NORM_COLUMNS},
+    )
+
+
+def _absmax_case(kind: str, types: dict[str, str]) -> Case:
+    absent = {name for name in ("group_scale_ptr", "offset_ptr", "map_ptr") if name not in types}
+    numbers = {"blocks": "i32:16", "rows": "i32:16", "blocks_of_a_row": "i32:16"}
+    return Case(
+        name=f"dora absmax {kind}",
+        kernel=_scaled_absmax_kernel,
+        signature=types | {"factor_ptr": "*fp32:16", "out_ptr": "*fp32:16"} | numbers,
+        constants={"BLOCKS": ABSMAX_BLOCKS} | dict.fromkeys(absent),
+        num_warps=NUM_WARPS,
+        options={"enable_fp_fusion": False},
+        bounds={"elements": ABSMAX_BLOCKS, "stores_128": True},
     )
 
 
@@ -272,6 +346,11 @@ OFFLINE = (
     ),
     _row_norms_case("plain", {"weight_ptr": "*u8:16", "scales_ptr": "*fp32:16", "levels_ptr": "*fp32:16"}),
     _row_norms_case("dense", {"weight_ptr": "*bf16:16"}),
+    _absmax_case(
+        "nf4",
+        {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"},
+    ),
+    _absmax_case("plain", {"scales_ptr": "*fp32:16"}),
     _norms_case(8),
     _norms_case(16),
     _norms_case(64),

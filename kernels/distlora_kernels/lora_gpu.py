@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import dora_linear, variants
+from distlora_kernels.dora import dy_gradients
 from distlora_kernels.dropout import Dropout, dropped
 from distlora_kernels.fused import fused_linear, fused_linear_dx
 from distlora_kernels.operands import Adapter, FrozenWeight, Gradients, Kept, Linear, Needs, RowChoice, per_column
@@ -27,14 +28,22 @@ def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tupl
     x = _row_major(x)
     ys, kept = [], []
     for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
-        base, (_, adapter, bias) = _Base(index, linear.weight, weights, x), linear
+        weight, adapter, bias = linear
+        factor = None
+        if adapter is not None and adapter.magnitude is not None and dora_linear.folds(adapter, weight, x.dtype):
+            wa = fused_linear(adapter.a.to(x.dtype), weight).T
+            factor = dora_linear.factors(adapter, wa, torch.float32)[1] + 1
+            weight, adapter, bias = dora_linear.folded(linear, factor)
+        base = _Base(index, weight, weights, x)
         if adapter is not None and xa is not None:
-            if adapter.magnitude is None:
-                y, own = _adapted(base, x, xa, adapter, bias), Kept(xa)
-            else:
+            if adapter.magnitude is not None:
                 y, own = _with_magnitude(base, x, xa, adapter, bias)
+            else:
+                y, own = _adapted(base, x, xa, adapter, bias), Kept(xa)
+            if factor is not None:
+                own = _kept_of_folded(linear, xa, y, factor)
         elif base.dense is None:
-            y, own = fused_linear(x, linear.weight, bias=bias), Kept()
+            y, own = fused_linear(x, weight, bias=bias), Kept()
         else:
             y, own = x @ base.dense.T if bias is None else torch.addmm(bias, x, base.dense.T), Kept()
         ys.append(y)
@@ -87,6 +96,13 @@ def _with_magnitude(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: 
     return dora_linear.plus_excess(y, output, excess), Kept(xa, output, norms, excess)
 
 
+def _kept_of_folded(linear: Linear, xa: Tensor, y: Tensor, factor: Tensor) -> Kept:
+    adapter = linear.adapter
+    assert adapter is not None
+    assert adapter.magnitude is not None
+    return Kept(xa, y if linear.bias is None else y - linear.bias, adapter.magnitude.masters, factor=factor)
+
+
 def _seen(x: Tensor, dropout: Dropout) -> Tensor:
     """d(x), scaled up: (M, I) in x's dtype."""
     return x.masked_fill(dropped(dropout, *x.shape), 0).mul_(dropout.scale)
@@ -102,6 +118,10 @@ def backward(
 ) -> Gradients:
     """The gradients of the sum of <y, dy> over the linears; x is None where no linear has an adapter."""
     gradients = Gradients(len(linears))
+    linears = [
+        linear if own.factor is None else dora_linear.folded(linear, own.factor)
+        for linear, own in zip(linears, kept, strict=True)
+    ]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
@@ -119,7 +139,15 @@ def backward(
             else:
                 through_dropout[index] = dora_linear.times_excess(dy, own.excess)
         up = _scaled_up(adapter, dy.dtype)
-        dxas[index], db = skinny_dy(scaled, up, own.xa, scale=_factor(adapter), choice=_choice(adapter))
+        if own.factor is not None and needs.magnitude[index]:
+            assert own.output is not None
+            assert own.divisor is not None
+            dxas[index], db, dm = dy_gradients(dy, up, own.xa, own.output, own.divisor[0], scale=_factor(adapter))
+            gradients.magnitude[index] = dm[None]
+        else:
+            dxas[index], db = skinny_dy(scaled, up, own.xa, scale=_factor(adapter), choice=_choice(adapter))
+        if own.factor is not None:
+            db = db.mul_(own.factor[:, None])
         gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
     if x is not None:
         _add_down_gradients(gradients, _row_major(x), linears, dxas, needs)

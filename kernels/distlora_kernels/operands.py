@@ -105,6 +105,8 @@ class Kept(NamedTuple):
     """DoRA: (N, O) fp32; the magnitude's gradient is the sum of dy * output over the rows, divided by it."""
     excess: Tensor | None = None
     """DoRA: k - 1 as (O,), or (B, O) where rows choose, in x's dtype."""
+    factor: Tensor | None = None
+    """DoRA, where k is folded into the packed weight and B: k as (O,) fp32, in the place of `excess`."""
 
 
 class Needs(NamedTuple):

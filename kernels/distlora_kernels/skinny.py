@@ -213,7 +213,7 @@ def _dy(
     if _in_triton(dy):
         from distlora_kernels import skinny_launch
 
-        return skinny_launch.dy(dy, b, xa, scale, rows, tuple(ranks), scales)
+        return skinny_launch.dy(dy, b, xa, scale, rows, tuple(ranks), scales)[:2]
     wide = _wide(dy)
     if rows is None:
         return dy @ b, (dy.T.to(wide) @ xa.to(wide)).mul_(scale)

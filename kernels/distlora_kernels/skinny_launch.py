@@ -162,8 +162,12 @@ def dy(
     rows: Tensor | None,
     ranks: tuple[int, ...],
     scales: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """skinny.skinny_dy."""
+    *,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """skinny.skinny_dy, and with y (M, O) the sums of dy * y over some rows each, (stripes, O) fp32; None where another
+    kernel must read dy again for them.
+    """
     dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
     (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], rows, ranks, dy.device)
     tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
@@ -172,15 +176,19 @@ def dy(
     if by.rank > _LARGEST_RANK_READ_ONCE or stripes * b.numel() * 4 > MOST_PARTS_BYTES:
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
-        return down(dy, b.T, rows, ranks, None), db
+        return down(dy, b.T, rows, ranks, None), db, None
     # Two programs a processor: with two stages each, one waits for its tile while the other multiplies.
     split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank)
     sums = dxa if split.parts == 1 else dxa.new_empty(split.parts, *dxa.shape, dtype=torch.float32)
     parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
+    # At 32 ranks a tile of y finds no registers on sm_80.
+    y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
+    products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
     dy_kernel[(stripes, split.parts)](
-        dy, b, xa, sums, parts, rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
-        stride_dy=dy.stride(0), stride_b=b.stride(0), stride_xa=xa.stride(0), stride_split=dxa.numel(),
+        dy, b, xa, sums, parts, y, products, rows, by.spans,
+        tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
+        stride_xa=xa.stride(0), stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
         split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=_alignment(ranks),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -189,7 +197,7 @@ def dy(
         _add(sums, dxa)
     db = b.new_empty(b.shape, dtype=torch.float32)
     _add(parts, db, scale=scale, rows=rows, ranks=ranks, scales=scales, rank_is_last=True)
-    return dxa, db
+    return dxa, db, products
 
 
 def grad(dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None) -> Tensor:

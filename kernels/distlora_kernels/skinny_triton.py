@@ -125,13 +125,14 @@ def up_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=_SLICES[:1])
 def dy_kernel(
-    dy, b, xa, dxa, db, batch_rows, spans,
-    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_split,
+    dy, b, xa, dxa, db, y, products, batch_rows, spans,
+    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_y, stride_split,
     split_columns, stripes_of_a_row,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and
     db[stripe, o, r] = sum of dy[m, o] xa[m, r] over the stripe's BM rows m. Grid (stripes, splits).
+    With y also products[stripe, o] = sum of dy[m, o] y[m, o] over them: what DoRA's magnitudes need.
     """
     stripe = tl.program_id(0)
     r = tl.arange(0, BR)
@@ -155,6 +156,11 @@ def dy_kernel(
         o = column + tl.arange(0, BK)
         inside = o < num_columns
         dy_tile = tl.load(dy_rows + o[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+        if y is not None:
+            at = y + m[:, None] * stride_y + o[None, :]
+            y_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
+            product = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), axis=0)
+            tl.store(products + stripe.to(tl.int64) * num_columns + o, product, mask=inside)
         at = b + o.to(tl.int64)[:, None] * stride_b + (first + r)[None, :]
         b_tile = tl.load(at, mask=inside[:, None] & own, other=0.0)
         total = tl.dot(dy_tile, b_tile, total, input_precision="ieee")
@@ -285,7 +291,7 @@ def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: An
     """
     operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
     numbers = dict.fromkeys(_WORDS, "i32")
-    absent = dict.fromkeys(("batch_rows", "spans", "dropped_rows", "owners", "scales", "bias"))
+    absent = dict.fromkeys(("batch_rows", "spans", "dropped_rows", "owners", "scales", "bias", "y", "products"))
     sums = {"partials": "*fp32:16", "scale": "fp32", "num_partials": "i32", "partials_of_a_row": "i32"}
     types = {**operands, "out": f"*{dtype}:16", "db": "*fp32:16", **numbers, **sums, **absent, **changes}
     sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
@@ -310,6 +316,7 @@ def _cases() -> tuple[Case, ...]:
     bf16, many = torch.bfloat16, 8192
     dropout = {"dropped_rows": "*i64"}
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
+    with_y = {"y": "*bf16:16", "products": "*fp32:16"}
     of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa"), "i32")
     tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
     return (
@@ -327,6 +334,8 @@ def _cases() -> tuple[Case, ...]:
         _case("up fp32", up_kernel, tile_of("up", 16, many, torch.float32), "fp32", stride_br="i32:1"),
         _case("dy R=16", dy_kernel, tile["dy"][16], dxa="*fp32:16"),
         _case("dy R=32", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16"),
+        _case("dy R=16 with y", dy_kernel, tile["dy"][16], dxa="*fp32:16", **with_y),
+        _case("dy R=8 with y", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **with_y),
         _case("dxa R=48", down_kernel, tile["down"][48], stride_ar="i32:1"),
         _case("db R=48", grad_kernel, tile["grad"][48], out="*fp32:16", stride_or="i32:1"),
         _case("dy R=8", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8),

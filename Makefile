@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench-load clean
+.PHONY: demo test test-slow lint format bench-load bench-dora clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -29,6 +29,10 @@ format: $(READY)
 # Loading into 4-bit beside transformers + bitsandbytes, one run, one table.
 bench-load: $(READY)
 	$(BIN)/python -m distlora.bench.load
+
+# What DoRA costs beside LoRA: counted for a GPU, measured on this CPU.
+bench-dora: $(READY)
+	$(BIN)/python -m distlora.bench.dora
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

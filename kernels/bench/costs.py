@@ -77,6 +77,46 @@ def ours_scratch(group: Group, m: int, r: int, *, backward: bool, kept: bool = F
     yield from (_gemm(r * len(group.shapes), group.features, m), Step(0.0))
 
 
+def ours_dora(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
+    """ours_scratch with magnitudes that are folded into packed weights (dora_linear.py): W A^T of the packed weight,
+    norms, k into the absmax and B, and y read beside dy; the absmax are then read in fp32.
+    """
+    yield from ours_scratch(group, m, r, backward=backward)
+    for out, features in group.shapes:
+        blocks = out * features / 64
+        yield Step(packed_bytes(out, features) + E * r * (out + features), 2.0 * r * out * features, FUSED_EFFICIENCY)
+        yield Step(4 * r * (features + out) + 8 * out)  # A A^T, then the norms
+        for _ in range(2 if backward else 1):
+            yield Step((1 + 4) * blocks)
+            yield Step(8 * r * out)  # k B
+            yield _beside(3 * blocks)
+        if backward:
+            yield _beside(E * m * out + 8 * math.ceil(m / 256) * out)
+            yield Step(8 * r * out)  # dB times k
+
+
+def _beside(nbytes: float) -> Step:
+    """More bytes for a launch that is counted already."""
+    return Step(nbytes, launches=0)
+
+
+def ours_dora_dense(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
+    """The same where the weights are dense: y is scaled in place, dy into another tensor, and both read again for dm;
+    nothing is dequantized.
+    """
+    yield from ours_dense(group, m, r, backward=backward)
+    for out, features in group.shapes:
+        yield _gemm(out, r, features)
+        yield Step(4 * r * (features + out) + 8 * out)
+        yield from [Step(2 * E * m * out)] * (3 if backward else 1)
+
+
+def ours_dense(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:
+    """ours_scratch of dense weights."""
+    dequantized = [dequantize(*shape) for shape in group.shapes]
+    yield from (step for step in ours_scratch(group, m, r, backward=backward) if step not in dequantized)
+
+
 def _parts(out: int, m: int, r: int) -> Step:
     """db's parts, one fp32 (out, R) for 256 rows, written by the pass over dy and read again."""
     return Step(2 * 4.0 * math.ceil(m / 256) * out * r)

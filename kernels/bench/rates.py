@@ -51,9 +51,13 @@ class Step:
     flops: float = 0.0
     efficiency: float = 1.0
     """Share of the GEMM rate that is expected of it."""
+    launches: int = 1
+    """0: traffic that another launch has beside its own."""
 
     def seconds(self, rates: Rates) -> float:
-        return LAUNCH_SECONDS + max(self.nbytes / rates.bandwidth, self.flops / (rates.gemm * self.efficiency))
+        return self.launches * LAUNCH_SECONDS + max(
+            self.nbytes / rates.bandwidth, self.flops / (rates.gemm * self.efficiency)
+        )
 
 
 def predicted_seconds(steps: Iterable[Step], rates: Rates) -> float:

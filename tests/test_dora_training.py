@@ -107,6 +107,12 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
         assert magnitude is not None
         assert linear.row_norms_squared is not None
         assert torch.equal(magnitude.detach(), linear.row_norms_squared.double().sqrt().float())
+        with torch.no_grad():
+            linear.pairs[0].B.normal_(generator=torch.Generator().manual_seed(0))
+            magnitude.mul_(1.5)
+    # Trained, it is another model, but for rows that use none: DPO's reference.
+    assert not torch.equal(states[0], model.hidden_states(tokens, positions))
+    assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([-1, -1])))
 
 
 CELLS = [(1, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}), (3, {"micro_batch": 1})]
@@ -115,19 +121,20 @@ CELLS = [(1, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}
 def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpointing(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
-    adapter = DORA | {"lora_dropout": 0.3}
-    make_run(tmp_path / "reference", folders, adapter=adapter, train={"micro_batch": 12, "checkpointing": "none"})
+    adapter, length = DORA | {"lora_dropout": 0.3}, {"max_steps": 5}
+    whole = {"micro_batch": 12, "checkpointing": "none"}
+    make_run(tmp_path / "reference", folders, adapter=adapter, train=length | whole)
     losses, expected = outcome(world, 1, tmp_path / "reference")
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.02
     for size, settings in CELLS:
-        make_run(tmp_path / str(size), folders, adapter=adapter, train=settings)
+        make_run(tmp_path / str(size), folders, adapter=adapter, train=length | settings)
         actual, tensors = outcome(world, size, tmp_path / str(size))
         assert_losses_close(actual, losses)
         assert_adapters_close(tensors, expected)
 
 
 def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, adapter=DORA, train={"max_steps": 2})
+    make_run(tmp_path / "run", folders, adapter=DORA, train={"max_steps": 1})
     first, *others = world.run(3, adapters_after, run_dir=tmp_path / "run")
     assert sum(name.endswith(".magnitude") for name in first) == 3 * 7
     for other in others:
@@ -135,7 +142,7 @@ def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, t
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 5, "save_every": 2, "log_every": 1}
+    settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
     for name, stops in (("whole", [None]), ("stopped", [3, None])):
         make_run(tmp_path / name, folders, adapter=DORA | {"lora_dropout": 0.1}, train=settings)
         for stop in stops:

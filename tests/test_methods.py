@@ -77,7 +77,6 @@ METHODS = {
         bases=("none",),
     ),
     "DoRA": Method(adapter={"use_dora": True}),
-    "DoRA, LoRA+": Method(adapter={"use_dora": True}, optim={"loraplus_lr_ratio": 4.0}, bases=("nf4",)),
 }
 CELLS = [(name, base, size) for name, method in METHODS.items() for base in method.bases for size in (1, 2, 3)]
 

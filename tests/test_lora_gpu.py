@@ -56,7 +56,7 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
         if linear.bias is not None:
             y = y + linear.bias.double()
         if linear.adapter is not None:
-            a, b, scale, dropout = linear.adapter
+            a, b, scale, dropout = linear.adapter[:4]
             a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
             leaves += [a64, b64]
             seen = flat

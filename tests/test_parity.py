@@ -88,8 +88,8 @@ def adapters_after(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     build = startup.build_model
 
-    def keep(config: Config) -> Any:
-        model = build(config)
+    def keep(config: Config, **options: Any) -> Any:
+        model = build(config, **options)
         kept["model"] = model  # type: ignore[assignment]
         return model
 

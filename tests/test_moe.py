@@ -299,7 +299,7 @@ def test_preference_training_has_the_base_as_reference_and_no_routers_loss(
     ours, _ = load_ours(tmp_path / "model", train=preference, data=data)
     assert ours.router_aux_loss == 0
     rows = tokens(2, 32)
-    losses = ours(rows, positions_of(rows), shifted(rows), reference_rows=torch.full((2,), -1))
+    losses = ours(rows, positions_of(rows), shifted(rows), with_reference=True)
     plain = ours(rows, positions_of(rows), shifted(rows), torch.full((2,), -1))
     assert_close(losses[1].sum(dim=1), plain, ulps=8)
     assert_close(losses[0].sum(dim=1), ours(rows, positions_of(rows), shifted(rows)), ulps=8)

@@ -461,8 +461,13 @@ def test_a_map_with_other_last_bits_is_taken_for_the_dynamic_one(quantized: Path
     [
         ({"quant": {"method": "none"}}, r"quant=none keeps weights in 16 bits, but model\.path=.* in NF4.*quant=nf4"),
         ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
+        (
+            {"adapter": {"init": "pissa_niter_4"}},
+            r"init=pissa_niter_4 decomposes 16-bit weights, but .* set adapter.init",
+        ),
+        ({"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
     ],
-    ids=["none", "full"],
+    ids=["none", "full", "pissa", "loftq"],
 )
 def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
     for refuse in (check_model, build_model):

@@ -52,7 +52,7 @@ def start_from_base(
     record = require_start(config) if restores else read_start_record(config)
     if record is not None:
         say(f"the adapters' start ({record.method}) is that in {START_NAME}")
-        fill(model, read_start(config))
+        _fill(model, config)
         return
     check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
@@ -69,9 +69,14 @@ def read_start(config: Config) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: CausalLM, start: dict[str, Tensor]) -> None:
-    own = _pairs(model)
-    assert own.keys() == start.keys(), f"{START_NAME} holds other linears than the run adapts"
+def _fill(model: CausalLM, config: Config) -> None:
+    own, start = _pairs(model), read_start(config)
+    odd = sorted(own.keys() ^ start.keys()) or [name for name, part in start.items() if part.shape != own[name].shape]
+    if odd:
+        raise UserError(
+            f"{start_path(config)} does not fit the adapter in config.yaml: {odd[0]} has another shape or no place "
+            f"({len(odd)} such tensors); put back the file, or config.yaml, that the run began with"
+        )
     for name, parameter in own.items():
         parameter.copy_(start[name])
 

@@ -43,7 +43,7 @@ def start_path(config: Config) -> Path:
 
 def base_identity(config: Config) -> str:
     """The name of the base that a run trains on: `fingerprint` of its checkpoint, and for PiSSA a hash of it, the
-    method, A0 and B0.
+    method, A0, B0 and what their scale follows from.
 
     What is kept of a base's quantized weights (a checkpoint's identity, a cache's key) must be kept under this name.
     Raises UserError for a start that is gone, damaged or not of this base.
@@ -51,8 +51,10 @@ def base_identity(config: Config) -> str:
     base = fingerprint(Path(config.model.path))
     if not config.adapter.pissa:
         return base
-    record = require_start(config)
-    return hashlib.sha256(f"{base} {record.method} {record.digest}".encode()).hexdigest()
+    record, adapter = require_start(config), config.adapter
+    # In order: the first key of a pattern that matches counts.
+    scale = [adapter.lora_alpha, adapter.use_rslora, [*adapter.alpha_pattern.items()], [*adapter.rank_pattern.items()]]
+    return hashlib.sha256(json.dumps([base, record.method, record.digest, scale]).encode()).hexdigest()
 
 
 def require_start(config: Config) -> StartRecord:

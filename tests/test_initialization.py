@@ -476,8 +476,6 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["adapter.init=pissa_niter_0"], "adapter.init='pissa_niter_0' names no number .*pissa_niter_4, or pissa"),
     (["adapter.init=pissa_niter_x"], "adapter.init='pissa_niter_x' names no number"),
     (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none loses nothing; set quant=nf4"),
-    (["adapter.init=pissa", "train.objective=dpo"], r"adapter.init=pissa starts \(PiSSA's base is no model by itself"),
-    (["adapter.init=loftq", "train.objective=dpo"], "objective=dpo takes the base .* adapter.init=loftq starts"),
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
     (["adapter=full", "quant=none", "+adapter.init=loftq"], "adapter.init has no effect with adapter=full|loftq"),
     (["adapter.init=pissa", "adapter.r=97"], r"takes 97 singular values of .*, which has (48|96) .*; set adapter.r="),

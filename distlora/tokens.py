@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Config, UserError
-from distlora.families import family_of, is_tied, text_settings
+from distlora.families import Family, family_of, is_tied, names_on_disk, text_settings
+from distlora.loading.segments import read_headers
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 """The two matrices with a row for each token, as PEFT and Hugging Face name their modules."""
@@ -30,7 +31,7 @@ class Vocabulary:
     """The rows of embedding and head in training."""
 
     stored: int
-    """Rows on disk: vocab_size of config.json."""
+    """Rows on disk."""
     rows: int
     """Rows in training: more than are stored where new tokens do not fit into spare ones."""
     new: Mapping[str, int] = field(default_factory=dict)
@@ -87,7 +88,7 @@ def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
     """
     path = Path(config.model.path) / "config.json"
     family = family_of(model, path)
-    stored = text_settings(model, family)["vocab_size"]
+    stored = stored_rows(path.parent, model, family)
     new: dict[str, int] = {}
     if config.model.new_tokens:
         tokenizer = load_tokenizer(path.parent, config.model.new_tokens)
@@ -102,6 +103,24 @@ def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
     trained = trained_indices(config, tied=is_tied(model, family), new=tuple(new.values()))
     check_indices(config, trained, rows, path)
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
+
+
+def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
+    """Rows of the embedding: vocab_size of config.json (`model`), or what the weights have where it says nothing, as
+    Gemma 3's on the hub do.
+
+    Raises UserError for a vocab_size that is none, and where the weights have no embedding either.
+    """
+    rows = text_settings(model, family).get("vocab_size")
+    if rows is None:
+        on_disk = read_headers(folder)
+        name = names_on_disk(on_disk, family).get(f"{family.decoder}.{EMBEDDING}.weight")
+        if name is None:
+            raise UserError(f"{folder}: no embedding in its safetensors; download the checkpoint again")
+        rows = on_disk[name].shape[0]
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{folder / 'config.json'}: vocab_size={rows!r} is not a number of tokens; download it again")
+    return rows
 
 
 def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -149,9 +168,7 @@ def check_before_tokenizer(config: Config, model: Mapping[str, Any]) -> None:
     """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
     path = Path(config.model.path) / "config.json"
     family = family_of(model, path)
-    rows = text_settings(model, family).get("vocab_size")
-    if not isinstance(rows, int) or rows < 1:
-        raise UserError(f"{path}: vocab_size={rows!r} is not a number of tokens; download it again")
+    rows = stored_rows(path.parent, model, family)
     trained = trained_indices(config, tied=is_tied(model, family), new=())
     check_indices(config, trained, rows + len(config.model.new_tokens), path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,16 @@ from distlora.tokens import load_tokenizer, vocabulary_of
 from distlora_launcher.checks import check_model
 from distlora_launcher.compose import compose_config
 from distlora_launcher.push import collect
-from family_models import SINGLE, config_for, dequantized, load_ours, our_logits, tokens, write_family_folder
+from family_models import (
+    SINGLE,
+    config_for,
+    dequantized,
+    edit_config,
+    load_ours,
+    our_logits,
+    tokens,
+    write_family_folder,
+)
 from small_models import NEW_TOKENS, VOCABULARY, make_run, read_metrics, tokenizer, write_model_folder
 from worlds import World
 
@@ -68,6 +78,18 @@ def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: P
         assert vocabulary.new == {"<a>": 1001, "<b>": 1002, "<c>": 1003}
         assert vocabulary.trained == {"embed_tokens": (1001, 1002, 1003), "lm_head": (1001, 1002, 1003)}
     assert not vocabulary_of(with_new(tmp_path / "spare", "<a>"), model_config(tmp_path / "spare")).has_grown
+
+
+def test_a_config_without_a_vocabulary_takes_the_weights_word(folders: Path, tmp_path: Path) -> None:
+    """As Gemma 3's on the hub, whose size is transformers' default."""
+    folder = Path(shutil.copytree(folders / "llama", tmp_path / "model"))
+    edit_config(folder, vocab_size=None)
+    vocabulary = vocabulary_of(with_new(folder, "<a>"), model_config(folder))
+    assert (vocabulary.stored, vocabulary.rows) == (1001, 1002)
+    check_model(with_new(folder, "<a>"))
+    edit_config(folder, vocab_size="many")
+    with pytest.raises(UserError, match="vocab_size='many' is not a number"):
+        check_model(with_new(folder))
 
 
 def test_a_list_means_the_embedding_and_a_mapping_each_matrix(folders: Path) -> None:

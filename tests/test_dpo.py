@@ -189,10 +189,10 @@ def test_in_bf16_too_a_run_starts_at_ln_2(folders: Path, preferences: Path, tmp_
 
 CELLS = [
     ("llama", 1, {"micro_batch": 2}),
-    ("llama", 2, {"micro_batch": 1}),
+    pytest.param("llama", 2, {"micro_batch": 1}, marks=pytest.mark.slow),
     ("llama", 2, {"micro_batch": 1, "accumulate": "block"}),
     ("llama", 3, {"micro_batch": 2, "checkpointing": "none"}),
-    ("llama-tied", 2, {"micro_batch": 2}),
+    pytest.param("llama-tied", 2, {"micro_batch": 2}, marks=pytest.mark.slow),
     ("llama-tied", 3, {"micro_batch": 1, "accumulate": "block"}),
 ]
 
@@ -341,7 +341,7 @@ def test_mfu_counts_the_references_forward(folders: Path) -> None:
             {"adapter": {"trainable_token_indices": (3,)}},
             "trainable_token_indices trains rows of the embedding or the head",
         ),
-        ({"train": {"router_aux_loss": 0.1}}, "train.router_aux_loss=0.1 weighs a loss of tokens"),
+        ({"train": {"router_aux_loss": 0.1}}, "is part of a loss a token, not of train.objective=dpo"),
         ({"data": {"format": "chat"}}, "which data.format=chat has not; set data.format=preference"),
         ({"data": {"train_on": "all"}}, "data.train_on=all has no effect"),
         ({"data": {"too_long": "split"}}, "set data.too_long=truncate or drop"),

@@ -130,14 +130,8 @@ class Config:
             require(
                 not is_set,
                 f"{setting} trains rows of the embedding or the head, which train.objective=dpo would change in its "
-                "reference too; "
-                "train them first with train.objective=sft, or leave it out",
+                "reference too; leave it out",
             )
-        require(
-            not self.train.router_aux_loss,
-            f"train.router_aux_loss={self.train.router_aux_loss} weighs a loss of tokens, and train.objective=dpo "
-            "compares pairs; leave it out",
-        )
         for format in self.data.formats:
             require(
                 format in ("auto", "preference"),

@@ -123,7 +123,7 @@ def table(rows: Sequence[Mapping[str, Any]], heading: str) -> Table:
                 f"{row['peak_memory_bytes'] / 2**20:,.0f}",
                 f"{row['gradient_bytes_per_step'] / 2**10:,.0f}",
                 f"{row['gathered_bytes_per_step'] / 2**20:.1f}",
-                f"{row['seconds']:.0f}",
+                f"{row['seconds']:.1f}",
             ]
         )
     return Table(heading, lines)

@@ -105,7 +105,7 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
     """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
     backend, progress = trainer.backend, trainer.progress
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
-    figures: dict[str, float] = {
+    figures: dict[str, float | list[str]] = {
         "peak_memory_bytes": int(backend.max_over_ranks(peak)),
         "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
         "train_seconds": progress.seconds,
@@ -113,6 +113,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
     }
     if trainer.config.adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
+    if trainer.unreached is not None:
+        figures["parameters_without_gradient"] = trainer.unreached
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
     if trainer.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.

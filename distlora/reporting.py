@@ -99,11 +99,14 @@ class Reporter:
         if self._writes:
             self._display.say(text)
 
-    def summary(self, figures: Mapping[str, float]) -> None:
-        """Final figures, added to those given before: RUN/summary.json (replaced atomically) and wandb's summary."""
+    def summary(self, figures: Mapping[str, float | list[str]]) -> None:
+        """Final figures, and lists of names, added to those given before: RUN/summary.json (replaced atomically) and
+        wandb's summary."""
         if not self._writes:
             return
-        self._summary.update({name: _plain(value) for name, value in figures.items()})
+        self._summary.update(
+            {name: value if isinstance(value, list) else _plain(value) for name, value in figures.items()}
+        )
         durable.write_json(self._run_dir / "summary.json", self._summary)
         if self._wandb is not None:
             self._wandb.summary.update(self._summary)

@@ -94,6 +94,8 @@ class Trainer:
         self.held_out: dict[str, float] = {}
         """The figures of the last evaluation, by name."""
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
+        self.unreached: list[str] | None = None
+        """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
         self._flops = count_flops(model, with_reference=self.objective.has_reference)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
@@ -262,8 +264,9 @@ class Trainer:
         if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
             return
         self._reached = None
-        if missing := reached.missing(self.backend):
-            self.reporter.event(sentence(missing, reached.steps))
+        self.unreached = reached.missing(self.backend)
+        if self.unreached:
+            self.reporter.event(sentence(self.unreached, reached.steps))
 
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""

@@ -189,3 +189,26 @@ def test_a_step_has_no_reduce_scatter_and_one_all_reduce_a_bucket(world: World, 
     assert sum(count for name, count in counts.items() if "reduce" in name) == 1, counts
     # Three micro-batches; in each 3 blocks forward and backward, and the embedding, the head and the norm forward.
     assert sum(count for name, count in counts.items() if "gather" in name) == 3 * (3 + 3 + 3), counts
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bf16_adapters_on_an_unquantized_base_are_one_ranks_and_gather_two_bytes_a_weight(
+    world: World, folders: Path, tmp_path: Path, size: int
+) -> None:
+    from distlora.loading.segments import read_headers
+
+    losses, last = {}, {}
+    for ranks in (1, size):
+        settings = {"dtype": "bf16", "micro_batch": 2, "max_steps": 5}
+        make_run(tmp_path / str(ranks), folders, quant={"method": "none"}, train=settings)
+        metrics = world.run(ranks, run_once, run_dir=tmp_path / str(ranks))[0]
+        losses[ranks] = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
+        last[ranks] = [line for line in metrics if "loss" in line][-1]
+    assert_losses_close(losses[size], losses[1], relative=1e-4)
+    elements = 0
+    for name, segment in read_headers(folders / "llama").items():
+        padded = size * -(-segment.shape[0] // size) * (segment.numel // segment.shape[0])
+        elements += padded * (2 if ".layers." in name else 1)
+    # A forward and a backward pass for each micro-batch of two of the twelve rows.
+    assert last[size]["gathered_bytes"] == 12 // size // 2 * 2 * elements
+    assert last[size]["scattered_bytes"] == 0

@@ -51,8 +51,16 @@ class BlockContext:
         """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
         self.balanced: Tensor | None = None
         """(B, T) bool: the positions over which a router's choices are to be balanced; None: no loss asks for it."""
-        self.balance: Tensor | None = None
-        """(B, 2, experts): what the router of the layer that ran says to that (experts.balance_of)."""
+        self._balance: Tensor | None = None
+
+    def leave_balance(self, balance: Tensor) -> None:
+        """What the router of the layer that runs says to `balanced`: (B, 2, experts) (balance.balance_of)."""
+        self._balance = balance
+
+    def take_balance(self) -> Tensor | None:
+        """What the router left, which is kept no longer: it holds a graph."""
+        balance, self._balance = self._balance, None
+        return balance
 
 
 class LoRAPair(nn.Module):

@@ -37,7 +37,7 @@ class Router(nn.Module):
         """(T, H) -> what the family's router gives, router logits (T, E) first."""
         output: tuple[Tensor, ...] = self.inner(hidden_states)
         if self.context.balanced is not None:
-            self.context.balance = balance_of(output[0], self.context.balanced, self.top_k)
+            self.context.leave_balance(balance_of(output[0], self.context.balanced, self.top_k))
         return output
 
 

@@ -141,9 +141,12 @@ class Block(nn.Module):
             # In recomputation too, when another slice's rows may be set.
             context = self.context
             context.adapter_rows, context.step_rows = adapter_rows, step_rows
-            context.balanced, context.balance = balanced, None
-            output = self.inner(hidden, **kwargs)
-            return output[0] if isinstance(output, tuple) else output, context.balance
+            context.balanced = balanced
+            try:
+                output = self.inner(hidden, **kwargs)
+            finally:  # Recomputation leaves by an exception, and what the router left would keep its graph alive.
+                balance = context.take_balance()
+            return output[0] if isinstance(output, tuple) else output, balance
 
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing in a block draws from torch's generators, so their state need not be kept.

@@ -111,6 +111,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
+    if trainer.model.family.experts is not None:
+        figures["active_parameters"] = active_parameters(trainer.model)
     if trainer.config.adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
     if trainer.unreached is not None:

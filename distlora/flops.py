@@ -97,7 +97,8 @@ def count_flops(model: CausalLM, *, with_reference: bool = False) -> ModelFlops:
                 per_token += 6 * ranks * (module.in_features + module.out_features)
         elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
             ranks = sum(pair.rank for pair in module.pairs)
-            one = 4 * module.in_features * module.out_features + 6 * ranks * (module.in_features + module.out_features)
+            one = (4 + again) * module.in_features * module.out_features
+            one += 6 * ranks * (module.in_features + module.out_features)
             per_token += config.num_experts_per_tok * one
         elif isinstance(module, torch.nn.Linear):
             per_token += 6 * module.in_features * module.out_features

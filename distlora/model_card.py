@@ -255,12 +255,22 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
             "quantizing the base gives."
         )
+    elif result.config.quant.method == "nf4" and _has_experts(result):
+        text += (
+            "\n\nTraining had the experts in 4 bits; bitsandbytes leaves fused experts in 16, so a base that it loads "
+            "is another one, and larger."
+        )
     elif result.config.quant.method == "nf4":
         text += (
             "\n\nThe base can be loaded in the 4-bit form that it was trained on: `quantization_config="
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
         )
     return text
+
+
+def _has_experts(result: Result) -> bool:
+    """Whether the base is a mixture of experts, by what the run says of itself."""
+    return "active_parameters" in result.summary or bool((result.adapter or {}).get("target_parameters"))
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

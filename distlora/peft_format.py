@@ -89,7 +89,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
         if not torch.isfinite(stored[from_file.name]).all():
             raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
         # Rows of this run's own new tokens stay as they start.
-        rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].float()
+        rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
     _load_modules(model, initial, backend)
 
 

@@ -195,7 +195,10 @@ def _new_tokens_hint(folder: Path, stored: int) -> str:
     path = folder / "tokenizer.json"
     added: list[dict[str, Any]] = []
     if path.is_file():
-        added = json.loads(path.read_bytes()).get("added_tokens") or []
+        try:
+            added = json.loads(path.read_bytes()).get("added_tokens") or []
+        except ValueError:  # The fault that is being told is another one.
+            added = []
     texts = [token["content"] for token in sorted(added, key=lambda token: token["id"]) if token["id"] >= stored]
     listed = ",".join(json.dumps(text, ensure_ascii=False) for text in texts) or "..."
     return f"its new tokens must be this run's, in their order: 'model.new_tokens=[{listed}]'"

@@ -205,6 +205,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter=full", "quant=none", "+adapter.trainable_token_indices=[5]"],
         ["has no effect with adapter=full"],
     ),
+    "experts beside everything": (
+        nothing,
+        ["adapter=full", "quant=none", "+adapter.target_parameters=[experts.down_proj]"],
+        ["adapter.target_parameters has no effect with adapter=full"],
+    ),
     "several nodes": (nothing, ["cluster.nodes=2"], ["cluster.nodes=1"]),
     "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),
     "two modes": (nothing, ["-m", "--cfg", "job"], ["exclude each other"]),

@@ -227,6 +227,8 @@ def test_flops_and_active_parameters_count_the_experts_that_a_token_chooses(fold
     attention, head = 96 * (96 + 48 + 48 + 96), 1001 * 96
     expert, ranks = 96 * 144 + 72 * 96, 4 * (96 + 144 + 72 + 96)
     assert count_flops(model).per_token == 4 * head + 3 * (4 * attention + 2 * (4 * expert + 6 * ranks))
+    again = count_flops(model, with_reference=True).per_token - count_flops(model).per_token
+    assert again == 2 * head + 3 * (2 * attention + 2 * 2 * expert)
     total, _ = count_parameters(model)
     assert active_parameters(model) == total - 3 * 2 * expert, "two of four experts are idle"
 
@@ -262,6 +264,7 @@ def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
         plain = ours(rows, positions_of(rows), shifted(rows)) / 31
     assert (plain < losses - 0.2).all(), "a held-out loss includes the routers'"
     assert all(block.balance is None for block in ours.blocks), "a graph is kept alive"
+    assert all(block.context.take_balance() is None for block in ours.blocks), "recomputation's graph is kept alive"
 
 
 def test_the_routers_loss_does_not_depend_on_ranks_or_slices(world: World, folder_of: Callable[[str], Path]) -> None:

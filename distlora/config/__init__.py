@@ -79,6 +79,7 @@ class Config:
                 "optim.loraplus_lr_ratio": self.optim.loraplus_lr_ratio != 1,
                 "adapter.rank_pattern": len(self.adapter.rank_pattern) > 0,
                 "adapter.alpha_pattern": len(self.adapter.alpha_pattern) > 0,
+                "adapter.target_parameters": len(self.adapter.target_parameters) > 0,
                 "adapter.modules_to_save": len(self.adapter.modules_to_save) > 0,
                 "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
             }

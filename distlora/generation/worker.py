@@ -90,7 +90,7 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
         assert weights is not None
         with named_by_flag():
             settings = read_initial_adapter(weights).settings
-        own: dict[str, Any] = {"init_from": weights, "trainable_token_indices": None}
+        own: dict[str, Any] = {"init_from": weights, "trainable_token_indices": None, "modules_to_save": ()}
         config = replace(config, adapter=replace(config.adapter, **own | settings))
     # Without weights B is zero: the base, exactly.
     model, backend, _ = start_model(config, ranks, training=False, restores=weights is not None)

@@ -33,11 +33,12 @@ __all__ = ["ExpertAdapter", "Routing", "combine", "dispatch", "expert_linear", "
 
 def runs_grouped(x: Tensor, *features: int) -> bool:
     """Whether experts with so many features in and out can be one grouped product on this tensor's device and dtype; a
-    Routing then needs no bounds on the host. torch's takes 16 bits and rows of whole 16 bytes, from Ampere on.
+    Routing then needs no bounds on the host. torch's takes bf16 and rows of whole 16 bytes, on Hopper (9.x) and
+    data-center Blackwell (10.x); elsewhere it falls back to a loop that reads the bounds in every product.
     """
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or any(size % 8 for size in features):
+    if not x.is_cuda or x.dtype != torch.bfloat16 or any(size % 8 for size in features):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:

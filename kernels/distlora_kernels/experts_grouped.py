@@ -51,18 +51,25 @@ def backward(
     rank = linear.adapter.a.shape[1]
     da = db = None
     if needs[1]:
-        da = _product(dxa.T, x, routing)[:, :rank].to(linear.adapter.a.dtype)
+        da = _sums(dxa.T, x, routing)[:, :rank].to(linear.adapter.a.dtype)
     if needs[2]:
-        db = _product(dy.T, gated, routing)[:, :, :rank].to(linear.adapter.b.dtype)
+        db = _sums(dy.T, gated, routing)[:, :, :rank].to(linear.adapter.b.dtype)
     if dx is not None:
         dx += _product(dxa, a, routing)
     return ExpertGradients(dx, da, db)
 
 
 def _product(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
-    """left (S, P), right (E, P, Q) -> (S, Q), each row with its expert's matrix; or left (P, S), right (S, Q) ->
-    (E, P, Q), each expert's sum over its rows."""
+    """left (S, P), right (E, P, Q) -> (S, Q), each row with its expert's matrix."""
     return F.grouped_mm(left, right, offs=routing.ends)
+
+
+def _sums(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
+    """left (P, S), right (S, Q) -> (E, P, Q), each expert's sum over its rows."""
+    sums = F.grouped_mm(left, right, offs=routing.ends)
+    # Of an expert without rows CUTLASS leaves on sm_100 what the accumulator held (pytorch issue 172439).
+    idle = torch.diff(routing.ends, prepend=routing.ends.new_zeros(1)) == 0
+    return sums.masked_fill_(idle[:, None, None], 0.0)
 
 
 def _dense(linear: ExpertLinear, dtype: torch.dtype, weights: DenseWeights) -> Tensor:
@@ -74,9 +81,9 @@ def _dense(linear: ExpertLinear, dtype: torch.dtype, weights: DenseWeights) -> T
 def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """a (E, R, I) and b (E, O, R) in `dtype`, R filled up with zeros."""
     missing = -adapter.a.shape[1] % _RANK_MULTIPLE
-    return F.pad(adapter.a.to(dtype), (0, 0, 0, missing)).contiguous(), F.pad(
-        adapter.b.to(dtype), (0, missing)
-    ).contiguous()
+    a = F.pad(adapter.a.to(dtype), (0, 0, 0, missing))
+    b = F.pad(adapter.b.to(dtype), (0, missing))
+    return a.contiguous(), b.contiguous()
 
 
 def _gated(xa: Tensor, adapter: ExpertAdapter) -> Tensor:

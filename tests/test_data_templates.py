@@ -56,7 +56,7 @@ def encode(tokenizer, kind, *values, **options):
     """[(tokens, trained)] of documents at the places data.jsonl:1, data.jsonl:2, ..."""
     documents = [Document(f"data.jsonl:{line}", 1, value) for line, value in enumerate(values, start=1)]
     encoder = Encoder(tokenizer, kind, "MODEL", **options)
-    encoded = [(tokens, trained) for tokens, trained in encoder.encode(documents)]
+    encoded = [(document.tokens, document.trained) for document in encoder.encode(documents)]
     assert {(tokens.dtype, trained.dtype) for tokens, trained in encoded} == {(np.dtype("int32"), np.dtype("uint8"))}
     return encoded
 
@@ -181,7 +181,8 @@ def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kin
     )
     turns = TurnTokens(tokenizer, ChatTemplate(tokenizer, "MODEL", "zephyr"))
     if whole[: len(before)] == before and whole[: len(until)] == until:
-        ((tokens, trained),) = turns.encode([conversation])
+        (encoded,) = turns.encode([conversation])
+        tokens, trained = encoded.tokens, encoded.trained
         assert tokens.tolist() == whole
         outside = [1] * len(before) + [0] * (len(until) - len(before)) + [1] * (len(whole) - len(until))
         assert trained.tolist() == outside[: len(whole)]

@@ -75,6 +75,8 @@ class Identity:
     """`loading.start_file.base_identity` of the run."""
     data_digest: str
     """`content` in data.json: the hash of the packed rows."""
+    reference_digest: str | None = None
+    """SHA-256 of the weights at adapter.init_from, where they are DPO's reference and so are read by every resume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +184,11 @@ def load_state(folder: Path) -> TrainState:
     return TrainState(progress=progress, identity=Identity(**values["identity"]), environment=values["environment"])
 
 
-def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:
-    """Raises UserError when the checkpoint was made from another base or other data."""
+def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_from: str | None) -> None:
+    """Raises UserError when the checkpoint was made from another base, other data or against another reference.
+
+    `init_from`: the run's adapter.init_from, where the reference is.
+    """
     if state.identity.base_fingerprint != identity.base_fingerprint:
         raise UserError(
             f"{folder} belongs to another base model: the weights at model.path, or the start that PiSSA took out of "
@@ -191,6 +196,11 @@ def check_matches(state: TrainState, folder: Path, identity: Identity) -> None:
         )
     if state.identity.data_digest != identity.data_digest:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")
+    if state.identity.reference_digest != identity.reference_digest:
+        raise UserError(
+            f"{folder} was trained against another reference: the adapter at adapter.init_from={init_from} has changed "
+            "since; restore it"
+        )
 
 
 def _fault(folder: Path) -> str | None:

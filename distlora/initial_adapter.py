@@ -6,6 +6,7 @@ header; the worker checks again and loads (`peft_format.load_initial_adapter`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -113,6 +114,12 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
         token_rows=token_rows,
         modules=modules,
     )
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 of the adapter's weights file. UserError where `read_initial_adapter` raises it."""
+    with (read_initial_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

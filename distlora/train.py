@@ -21,6 +21,7 @@ from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
+from distlora.initial_adapter import weights_digest
 from distlora.loading.start_file import base_identity
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
@@ -46,7 +47,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     progress = Progress()
     if newest is not None:
         state = checkpoint.load_state(newest)
-        checkpoint.check_matches(state, newest, identity_of(config, data))
+        checkpoint.check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
         progress = state.progress
 
     with Reporter(
@@ -114,8 +115,13 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 
 
 def identity_of(config: Config, data: dict[str, Any]) -> Identity:
-    """What the checkpoints of a run belong to; `data` is data.json."""
-    return Identity(base_fingerprint=base_identity(config), data_digest=data["content"])
+    """What the checkpoints of a run belong to; `data` is data.json. Raises UserError for an adapter that is gone and
+    that the run needs as its reference.
+    """
+    init_from, digest = config.adapter.init_from, None
+    if init_from is not None and config.train.objective == "dpo":
+        digest = weights_digest(init_from)
+    return Identity(base_fingerprint=base_identity(config), data_digest=data["content"], reference_digest=digest)
 
 
 def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:

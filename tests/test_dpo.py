@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -322,6 +323,20 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
     assert read_metrics(tmp_path / "whole")[0]["eval_rewards/margins"] == 0
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["eval_rewards/margins"] == read_metrics(tmp_path / "whole")[-1]["eval_rewards/margins"]
+    # The same folder, names and shapes, other numbers: another reference.
+    weights = tmp_path / "sft" / "adapter" / "adapter_model.safetensors"
+    original = weights.read_bytes()
+    tensors = safetensors.torch.load(original)
+    safetensors.torch.save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+    changed = rf"against another reference: the adapter at adapter\.init_from={tmp_path}/sft/adapter has changed since"
+    with pytest.raises(UserError, match=changed):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    weights.write_bytes(original)
+    run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    assert all(torch.equal(result(tmp_path / "stopped")[name], whole[name]) for name in whole)
 
 
 def test_mfu_counts_the_references_forward(folders: Path) -> None:

@@ -12,6 +12,7 @@ from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
 from distlora.config import Config
 from distlora.loading import initialize
+from distlora.loading.start_file import needs_start
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import DTYPES, CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
@@ -31,14 +32,14 @@ def start_model(
     decomposed to, which `say` is told of. `training` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
-    from that; one of DPO has it too, and needs it as its reference. Raises UserError for a base that cannot be read or
-    does not fit its config.json, and for a start that is gone.
+    from that; one that trains by DPO has it too, and needs it as its reference. Raises UserError for a base that cannot
+    be read or does not fit its config.json, and for a start that is gone.
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
     adapter = config.adapter
-    if adapter.decomposes and (adapter.pissa or config.train.objective == "dpo" or not restores):
+    if needs_start(config, training=training, restores=restores):
         initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
     loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
     materialize_buffers(model, ranks.device)

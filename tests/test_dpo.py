@@ -20,14 +20,17 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train
 from distlora.adapters import StepRows, adapter_parameters
 from distlora.config import Config, UserError
-from distlora.config_file import build
+from distlora.config_file import build, load_config
 from distlora.data.loader import MicroBatch
 from distlora.flops import count_flops
+from distlora.generation import worker
+from distlora.loading.start_file import START_NAME
 from distlora.model import CausalLM
 from distlora.objectives import Preference
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
 from distlora.startup import start_model
+from distlora_launcher.checks import check
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import make_run, read_metrics
 from test_packing_isolation import model_with_adapters
@@ -337,6 +340,24 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
     weights.write_bytes(original)
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
     assert all(torch.equal(result(tmp_path / "stopped")[name], whole[name]) for name in whole)
+
+
+def test_only_what_has_a_start_as_its_reference_needs_it_again(
+    folders: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """LoftQ's start is DPO's reference in training, and nothing to a model that generates."""
+    run_dir, settings = tmp_path / "run", {"save_every": 1, "max_steps": 2}
+    prepare(run_dir, folders, preferences, train=settings, adapter={"init": "loftq"})
+    run_until(SINGLE, run_dir=run_dir, stop_before=2)
+    config, weights = load_config(run_dir), str(run_dir / "checkpoints")
+    before, _ = worker.load_model(config, weights, SINGLE)
+    (run_dir / START_NAME).unlink()
+    after, _ = worker.load_model(config, weights, SINGLE)
+    expected, stored = adapter_tensors(before), adapter_tensors(after)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    for start in (lambda: train.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
+        with pytest.raises(UserError, match=f"{START_NAME} is gone: train.objective=dpo compares with the model as it"):
+            start()
 
 
 def test_mfu_counts_the_references_forward(folders: Path) -> None:

@@ -57,13 +57,26 @@ def base_identity(config: Config) -> str:
     return hashlib.sha256(json.dumps([base, record.method, record.digest, scale]).encode()).hexdigest()
 
 
+def needs_start(config: Config, *, training: bool, restores: bool) -> bool:
+    """Whether a model begins with the start of its run: PiSSA's base lacks it, DPO in `training` has it as its
+    reference, and adapters that nothing else fills (`restores`: a checkpoint or a result does) start there."""
+    adapter = config.adapter
+    is_reference = training and config.train.objective == "dpo"
+    return adapter.decomposes and (adapter.pissa or is_reference or not restores)
+
+
 def require_start(config: Config) -> StartRecord:
     """`read_start_record` of a run that needs it. UserError where it is gone."""
     record = read_start_record(config)
     if record is None:
+        use = (
+            f"adapter.init={config.adapter.init} trains on the base without the start that it held"
+            if config.adapter.pissa
+            else f"train.objective={config.train.objective} compares with the model as it started, which it held"
+        )
         raise UserError(
-            f"{start_path(config)} is gone: adapter.init={config.adapter.init} trains on the base without the start "
-            "that it held, so this run means nothing without it; put it back, or start a new run"
+            f"{start_path(config)} is gone: {use}, so this run means nothing without it; put it back, or start a new "
+            "run"
         )
     return record
 

@@ -25,7 +25,7 @@ from distlora.loading.prequantized import (
     read_packed_weights,
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.loading.start_file import check_ranks, require_start
+from distlora.loading.start_file import check_ranks, needs_start, require_start
 from distlora.run_folder import checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
@@ -46,7 +46,8 @@ def check(config: Config, *, new_run: bool) -> None:
         check_machine(config)
         check_model(config)
         check_data(config)
-        if not new_run and config.adapter.pissa and checkpoint_folders(Path(config.run_dir)):
+        goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
+        if goes_on and needs_start(config, training=True, restores=True):
             require_start(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.

@@ -57,7 +57,7 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stop_before", [1, 5, 6])
+@pytest.mark.parametrize("stop_before", [1, pytest.param(5, marks=pytest.mark.slow), 6])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, size: int, stop_before: int
 ) -> None:

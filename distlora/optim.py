@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class Optimizer(ABC):
 
     constants: tuple[str, ...] = ()
     """Entries of a parameter's state that never change, and are not saved."""
+    per_element: tuple[str, ...]
+    """Entries of a parameter's state that have its shape, one number for each of its elements: the moments."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], inner: torch.optim.Optimizer) -> None:
         self.parameters = parameters
@@ -42,13 +45,16 @@ class Optimizer(ABC):
             if key not in self.constants
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`, before the first step."""
-        for name in {path.partition("/")[2] for path in tensors}:
-            self._prepare(self.parameters[name])
-        for path, tensor in tensors.items():
+    def load_state_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """The inverse of `state_tensors`, before the first step. Takes one tensor, of any device, after the other."""
+        prepared = set()
+        for path, tensor in tensors:
             key, _, name = path.partition("/")
-            self._load(self.inner.state[self.parameters[name]], key, tensor, self.parameters[name].device)
+            parameter = self.parameters[name]
+            if name not in prepared:
+                self._prepare(parameter)
+                prepared.add(name)
+            self._load(self.inner.state[parameter], key, tensor, parameter.device)
 
     @abstractmethod
     def _update(self, ok: Tensor) -> None: ...
@@ -63,6 +69,8 @@ class Optimizer(ABC):
 
 class FusedAdamW(Optimizer):
     """torch.optim.AdamW(fused=True), on CPUs and GPUs."""
+
+    per_element = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         groups = parameter_groups(parameters, config)
@@ -88,6 +96,7 @@ class BitsAndBytesAdamW(Optimizer):
     fp32), or paged, or both. The host reads `ok` in every step, since its kernels have no switch."""
 
     constants = ("qmap1", "qmap2")  # The levels of 8 bits, which all parameters share.
+    per_element = ("state1", "state2")
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         if not has_bitsandbytes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from distlora.parallel import Backend
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.pissa_format import plain_config, plain_tensors, trained_part
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
-from distlora.tensor_files import read_into, write_model
+from distlora.tensor_files import read_into, read_rows, write_model
 from distlora.tokens import tokenizer_files
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
@@ -77,10 +77,14 @@ def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping
 
 
 def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
-    """The optimizer's state as a checkpoint has it, `<state>/<parameter>`: what belongs to rows of a parameter is cut
-    over the ranks as that is."""
-    states = optimizer.state_tensors().items()
-    return {path: backend.spread(state, trained[path.partition("/")[2]]) for path, state in states}
+    """The optimizer's state as a checkpoint has it, `<state>/<parameter>`: what it has for each element of a parameter
+    is cut over the ranks as that is."""
+    states = optimizer.state_tensors()
+    for path, state in states.items():
+        key, _, name = path.partition("/")
+        if key in optimizer.per_element:
+            states[path] = backend.spread(state, trained[name])
+    return states
 
 
 def restore(
@@ -88,14 +92,21 @@ def restore(
 ) -> None:
     """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks."""
     load_weights(folder, model, backend)
-    states: dict[str, Tensor] = {}
     with Reader() as reader:
-        for path, segment in read_header(folder / checkpoint.TRAINER_NAME).items():
-            parameter = trained[path.partition("/")[2]]
-            shape = backend.local_rows(parameter)[0].shape if segment.shape == parameter.shape else segment.shape
-            states[path] = torch.empty(shape, dtype=TORCH_DTYPES[segment.dtype])
-            read_into(backend.spread(states[path], parameter), segment, reader, backend)
-    optimizer.load_state_tensors(states)
+
+        def states() -> Iterator[tuple[str, Tensor]]:
+            for path, segment in read_header(folder / checkpoint.TRAINER_NAME).items():
+                key, _, name = path.partition("/")
+                shape, first_row = torch.Size(segment.shape), 0
+                if key in optimizer.per_element:
+                    rows, first_row = backend.local_rows(trained[name])
+                    shape = rows.shape
+                state = torch.empty(shape, dtype=TORCH_DTYPES[segment.dtype])
+                read_rows(state, first_row, segment, reader)
+                yield path, state
+
+        # In host memory one state at a time.
+        optimizer.load_state_tensors(states())
 
 
 def finish(

@@ -89,11 +89,15 @@ def write_model(
         durable.write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
-@torch.no_grad()
 def read_into(tensor: Tensor, segment: Segment, reader: Reader, backend: Backend) -> None:
     """Fill a tensor, or the rows of it that this rank owns, with what a file holds of its shape, cast to its dtype."""
-    local, first_row = backend.local_rows(tensor)
+    read_rows(*backend.local_rows(tensor), segment, reader)
+
+
+@torch.no_grad()
+def read_rows(local: Tensor, first_row: int, segment: Segment, reader: Reader) -> None:
+    """Fill plain memory with the file's rows from `first_row` on, cast to its dtype."""
     flat = local.view(-1)
-    start = first_row * math.prod(tensor.shape[1:])
+    start = first_row * math.prod(local.shape[1:])
     for first, chunk in reader.chunks([segment], start, start + flat.numel(), READ_ELEMENTS):
         flat[first - start : first - start + chunk.numel()] = chunk

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
 from distlora import checkpoint, startup, train
 from distlora.config_file import load_config
 from distlora.loading.segments import read_headers
-from distlora.parallel import Ranks
+from distlora.parallel import Backend, Ranks
 from distlora.tensor_files import write_model
 from small_models import make_run, read_metrics
 from test_resume import run_until
@@ -132,6 +134,30 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     assert all(torch.equal(same[name], tensor) for name, tensor in whole.items())
     assert_adapters_close(moved, whole)
     assert_losses_close(*(losses_of(read_metrics(tmp_path / run)) for run in ("moved", "whole")))
+
+
+def spread_states(ranks: Ranks) -> tuple[bool, Tensor | None]:
+    """Whether a state's cut tensor has the state's own memory, and all of it together; 7 rows, so 3 ranks differ."""
+    assert ranks.group is not None
+    backend = Backend(ranks, sharded=True)
+    mesh = DeviceMesh.from_group(ranks.group, "cpu", mesh_dim_names=("shard",))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(7, 2), mesh, [Shard(0)]))
+    rows, first = backend.local_rows(parameter)
+    state = torch.arange(first, first + len(rows)).float()[:, None].expand_as(rows).clone()
+    spread = backend.spread(state, parameter)
+    assert isinstance(spread, DTensor)
+    for other in (torch.empty_like(rows, device="meta"), torch.empty(())):
+        with pytest.raises(AssertionError, match="not of the parameter's rows"):
+            backend.spread(other, parameter)
+    return spread.to_local().data_ptr() == state.data_ptr(), backend.whole(spread)
+
+
+def test_a_state_that_is_cut_over_the_ranks_keeps_its_memory(world: World) -> None:
+    results = world.run(3, spread_states)
+    assert all(is_own for is_own, _ in results)
+    whole = results[0][1]
+    assert whole is not None
+    assert torch.equal(whole, torch.arange(7.0)[:, None].expand(7, 2))
 
 
 def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distlora import startup
+from distlora import checkpoint, startup, train
 from distlora.adapters import adapter_parameters
 from distlora.attention import Documents
 from distlora.config import Config
 from distlora.model import CausalLM
-from distlora.parallel import Ranks, fsdp2
+from distlora.optim import Optimizer
+from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.traffic import Traffic
 from distlora.quant import FrozenLinear
 from distlora_kernels import scratch
@@ -139,3 +140,49 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
             assert len(scratch._arenas) == 1, "weights are dequantized on a stream beside the one that computes"
             del model
     assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
+
+
+def sharded_trainer(
+    config: Config, device: torch.device, group: dist.ProcessGroup
+) -> tuple[CausalLM, Optimizer, dict[str, nn.Parameter], Backend]:
+    """A model that is trained whole, cut over a group of one rank, and its optimizer."""
+    model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
+    mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
+    backend = Backend(Ranks(0, 1, device, group), sharded=True, _root=model)
+    fsdp2.shard(model, mesh, prefetch=False, traffic=backend.traffic)
+    trained = train.trained_parameters(model)
+    backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    return model, train.build_optimizer(backend.updated(trained), config.optim), trained, backend
+
+
+def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
+    group: dist.ProcessGroup, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    monkeypatch.setattr(fsdp2, "check_torch", lambda version: None)  # No weight is packed.
+    config = make_run(tmp_path / "run", folders, adapter={"method": "full"}, quant={"method": "none"})
+    model, optimizer, trained, backend = sharded_trainer(config, device, group)
+    tokens = torch.randint(0, 500, (2, 65), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.arange(64, device=device).expand(2, 64)
+    documents = Documents.of(positions.cpu()).to(device) if model.attends_by_documents else None
+    for _ in range(2):
+        backend.zero_gradients()
+        loss = model(tokens[:, :-1], positions, tokens[:, 1:], documents=documents).sum() / 128
+        backend.backward(loss, last=True)
+        backend.finish_gradients()
+        optimizer.step(1e-3, torch.tensor(True, device=device))
+    files = {
+        **train.weight_files(model, config),
+        checkpoint.TRAINER_NAME: train.trainer_tensors(optimizer, trained, backend),
+    }
+    checkpoint.write_files(tmp_path, files, backend)
+    saved = {path: state.cpu().clone() for path, state in optimizer.state_tensors().items()}
+    assert any(state.abs().max() > 0 for path, state in saved.items() if path.startswith("exp_avg/"))
+
+    model, optimizer, trained, backend = sharded_trainer(config, device, group)
+    train.restore(tmp_path, model, optimizer, trained, backend)
+    restored = optimizer.state_tensors()
+    assert restored.keys() == saved.keys()
+    for path, state in restored.items():
+        assert state.device == optimizer.parameters[path.partition("/")[2]].device
+        assert torch.equal(state.cpu(), saved[path]), f"{path} is not what was saved"

@@ -39,7 +39,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
     steps(first, range(3))
     saved = {key: value.clone() for key, value in first.state_tensors().items()}
     second = build_optimizer({k: nn.Parameter(p.detach().clone()) for k, p in first.parameters.items()}, config)
-    second.load_state_tensors(saved)
+    second.load_state_tensors(saved.items())
     steps(second, range(3, 6))
     for key, parameter in whole.parameters.items():
         assert torch.equal(parameter, second.parameters[key]), key

@@ -98,10 +98,15 @@ class Backend:
             dist.broadcast(tensor, group=self.ranks.group, group_src=owner)
 
     def spread(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A tensor that belongs to `local_rows(parameter)`, of their shape, as cut over the ranks like `parameter`."""
+        """What has a number for each element of `local_rows(parameter)`, as cut over the ranks like `parameter`.
+
+        Both share their memory, so `local` must lie on the parameter's device: DTensor would copy it there.
+        """
         data = parameter.data
-        if not isinstance(data, DTensor) or local.shape != data.to_local().shape:
+        if not isinstance(data, DTensor):
             return local
+        rows = data.to_local()
+        assert (local.shape, local.device) == (rows.shape, rows.device), "this state is not of the parameter's rows"
         return DTensor.from_local(
             local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )

@@ -35,6 +35,12 @@ Files = Mapping[str, Mapping[str, Tensor] | dict[str, Any]]
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 
+OR_WHAT_PISSA_TOOK = (
+    ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "
+    "rank_pattern in config.yaml),"
+)
+"""What else than its weights makes a base another one, for a message."""
+
 
 @dataclass(slots=True)
 class Progress:
@@ -191,8 +197,8 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_f
     """
     if state.identity.base_fingerprint != identity.base_fingerprint:
         raise UserError(
-            f"{folder} belongs to another base model: the weights at model.path, or the start that PiSSA took out of "
-            "them, have changed since; restore them"
+            f"{folder} belongs to another base model: the weights at model.path{OR_WHAT_PISSA_TOOK} have changed since; "
+            "restore them"
         )
     if state.identity.data_digest != identity.data_digest:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")

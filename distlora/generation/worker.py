@@ -113,7 +113,11 @@ def check_base(weights: Path, config: Config) -> None:
         [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / CHECKPOINTS)
     )
     if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != base_identity(config):
-        raise UserError(f"{weights} was trained on another base: the weights at {config.model.path} have changed since")
+        taken = checkpoint.OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
+        raise UserError(
+            f"{weights} was trained on another base: the weights at {config.model.path}{taken} have changed since; "
+            "restore them"
+        )
 
 
 def weights_in(folder: Path) -> Path:

@@ -74,15 +74,18 @@ def read_headers(folder: Path) -> dict[str, Segment]:
     return tensors
 
 
-def read_header(file: Path) -> dict[str, Segment]:
-    """The tensors of one safetensors file, checked against the file's length (8-byte length, JSON header, data)."""
+def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, Segment]:
+    """The tensors of one safetensors file, checked against the file's length (8-byte length, JSON header, data).
+
+    Raises UserError for a damaged file, which says `remedy`.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length + 8 > size:
             raise UserError(
-                f"{file} is truncated or damaged: its header does not fit into its {size:,} bytes; download it again"
+                f"{file} is truncated or damaged: its header does not fit into its {size:,} bytes; {remedy}"
             )
         try:
             header = json.loads(stream.read(length))
@@ -99,19 +102,15 @@ def read_header(file: Path) -> dict[str, Segment]:
                 for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file} is no safetensors file: its header is damaged ({error!r}); download it again"
-            ) from error
+            raise UserError(f"{file} is no safetensors file: its header is damaged ({error!r}); {remedy}") from error
     for name, segment in segments.items():
         if segment.offset + segment.num_bytes > size:
             raise UserError(
-                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; "
-                "download it again"
+                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; {remedy}"
             )
         if segment.num_bytes != segment.numel * DTYPE_BYTES.get(segment.dtype, 0) and segment.dtype in DTYPE_BYTES:
             raise UserError(
-                f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {list(segment.shape)}; "
-                "download it again"
+                f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {list(segment.shape)}; {remedy}"
             )
     return segments
 

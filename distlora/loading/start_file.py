@@ -89,7 +89,7 @@ def read_start_record(config: Config) -> StartRecord | None:
     path = start_path(config)
     if not path.is_file():
         return None
-    segments = read_header(path)
+    segments = read_header(path, remedy=_remedy(config))
     with path.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         metadata = json.loads(stream.read(length)).get("__metadata__", {})

@@ -197,8 +197,8 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_f
     """
     if state.identity.base_fingerprint != identity.base_fingerprint:
         raise UserError(
-            f"{folder} belongs to another base model: the weights at model.path{OR_WHAT_PISSA_TOOK} have changed since; "
-            "restore them"
+            f"{folder} belongs to another base model: the weights at model.path{OR_WHAT_PISSA_TOOK} have changed "
+            "since; restore them"
         )
     if state.identity.data_digest != identity.data_digest:
         raise UserError(f"{folder} was trained on other data: the files at data.path have changed since; restore them")

@@ -60,7 +60,7 @@ class NextToken:
         return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        rows = _run(model, batch, device, step, with_reference=False)
+        rows = _run(model, batch, _Sent.of(batch, device), step, with_reference=False)
         return Losses(rows, rows.new_zeros(0))
 
 
@@ -87,9 +87,10 @@ class Preference:
         return batch.global_pairs
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        policy, reference = _run(model, batch, device, step, with_reference=True)
-        sides, is_pair = pair_sides(batch)
-        sides, is_pair = sides.to(device, non_blocking=True), is_pair.to(device, non_blocking=True)
+        sent = _Sent.of(batch, device)
+        # Before the forward: what is sent once that is queued makes the host wait for its end.
+        sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))
+        policy, reference = _run(model, batch, sent, step, with_reference=True)
         # Token by token: the two sums are large and nearly equal.
         rewards = self.beta * _sums(reference - policy, sides)
         chosen, rejected = rewards.unbind(dim=-1)
@@ -101,16 +102,19 @@ class Preference:
         return Losses(losses.sum(dim=1), sums)
 
 
-def pair_sides(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """(B, P, 2, T) bool: the tokens of each pair's chosen and rejected document; (B, P) bool: which pairs are there.
+def most_pairs(batch: MicroBatch) -> int:
+    """P: a row's documents are chosen, rejected, chosen, rejected, ..., and the padding. The host knows it."""
+    return int((batch.position_ids == 0).sum(dim=1).max()) // 2
 
-    A row's documents are chosen, rejected, chosen, rejected, ..., and the padding. On the CPU, as the batch is.
+
+def pair_sides(position_ids: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """position_ids and labels (B, T), P = `most` -> (B, P, 2, T) bool: the tokens of each pair's chosen and rejected
+    document; (B, P) bool: which pairs are there. Made where its inputs are, from which nothing is read.
     """
-    starts = batch.position_ids == 0
-    most = int(starts.sum(dim=1).max()) // 2
-    document = starts.cumsum(dim=1) - 1
-    sides = document[:, None, None, :] == torch.arange(2 * most).view(1, most, 2, 1)
-    return sides, (sides[:, :, 1] & (batch.labels >= 0)[:, None, :]).any(dim=-1)
+    document = (position_ids == 0).cumsum(dim=1) - 1
+    number = torch.arange(2 * most, device=position_ids.device).view(1, most, 2, 1)
+    sides = document[:, None, None, :] == number
+    return sides, (sides[:, :, 1] & (labels >= 0)[:, None, :]).any(dim=-1)
 
 
 def _sums(values: Tensor, sides: Tensor) -> Tensor:
@@ -118,15 +122,28 @@ def _sums(values: Tensor, sides: Tensor) -> Tensor:
     return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
 
 
-def _run(model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None, *, with_reference: bool) -> Tensor:
+class _Sent(NamedTuple):
+    """A micro-batch's tensors on the device."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, batch: MicroBatch, device: torch.device) -> _Sent:
+        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def _run(model: CausalLM, batch: MicroBatch, sent: _Sent, step: int | None, *, with_reference: bool) -> Tensor:
     """The model's loss sums (B,); `with_reference`: each token's loss in it and as it started, (2, B, T)."""
-    tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
-    input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    device = sent.input_ids.device
     return model(
-        input_ids,
-        position_ids,
-        labels,
-        step_rows=None if step is None else StepRows(step, rows),
+        sent.input_ids,
+        sent.position_ids,
+        sent.labels,
+        step_rows=None if step is None else StepRows(step, sent.rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
         with_reference=with_reference,
     )

@@ -16,6 +16,10 @@ Where one adapter without dropout has all rows, and the weight is packed, k can 
 instead: y = x (k W)^T + s (x A^T) (k B)^T + bias is a LoRA, whose product is never read again to be scaled, and k is
 multiplied in before W is rounded: in bf16 no output that is rounded already swallows a small change of m.
 
+A row of W that is 0 has no direction to keep: whatever m says, k is 1 there and dm 0, and the row trains as a LoRA's.
+(Its m starts at 0: k = m / n would hold it at 0 as soon as B moves.) The norms below are 0 for such a row, and a norm
+of 0 says so everywhere.
+
 Letters: B rows of the batch, M rows of the flattened input, I in features, O out features, N adapters, R their ranks.
 """
 
@@ -32,13 +36,13 @@ from distlora_kernels.operands import Adapter, FrozenWeight, Kept, Linear, RowCh
 def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(n (N, O) fp32, k - 1 in `dtype` as (O,), or (B, O) where rows choose) of wa = W A^T (O, R).
 
-    A row of W + s B A that is 0 has no direction: k = 1 there, and 0 of it.
+    Where W's row is 0, or that of W + s B A, n is given as 0 and k is 1.
     """
     magnitude = adapter.magnitude
     assert magnitude is not None
     squares, a = magnitude.row_norms_squared, adapter.a.to(dtype)
     if not isinstance(adapter.scale, RowChoice):
-        norms = dora_norms(squares, wa, a, adapter.b, adapter.scale)[None]
+        norms = _of_directions(squares, dora_norms(squares, wa, a, adapter.b, adapter.scale)[None])
         return norms, _excess(magnitude.masters, norms)[0].to(dtype)
     choice, parts, start = adapter.scale, [], 0
     for scale, rank in zip(choice.scales, choice.ranks, strict=True):
@@ -46,9 +50,13 @@ def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         # The scales of a choice are on the device, so they go into B.
         parts.append(dora_norms(squares, wa[:, own], a[own], adapter.b[:, own] * scale, 1.0))
         start += rank
-    norms = torch.stack(parts)
+    norms = _of_directions(squares, torch.stack(parts))
     excess = _excess(magnitude.masters, norms)
     return norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype)
+
+
+def _of_directions(row_norms_squared: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(row_norms_squared == 0, 0.0, norms)
 
 
 def folds(adapter: Adapter, weight: FrozenWeight, dtype: torch.dtype) -> bool:

@@ -213,7 +213,10 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
         fsdp2.shard(model, mesh, prefetch=config.parallel.prefetch, traffic=backend.traffic)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
-        for module in (model.embedding, *(block.inner for block in model.blocks), model.final_norm, model.head):
+        # Recomputation runs a block's inner layer alone, a slice at a time. Without it backward keeps the copies: one
+        # for all slices.
+        blocks = (block.inner if block.checkpointing else block for block in model.blocks)
+        for module in (model.embedding, *blocks, model.final_norm, model.head):
             ComputeCopies(module, model.compute_dtype, ignored=adapters)
     model.to_empty(device=ranks.device)
     model.tie()

@@ -19,7 +19,8 @@ class ComputeCopies:
     """Puts copies in `dtype` in the place of a module's trained parameters while its forward runs.
 
     Made anew in each forward, a checkpoint's recomputation included, so that with checkpointing one block's copies
-    exist at a time.
+    exist at a time. Without it backward keeps the copies of every forward: the module is then one that runs all slices
+    of a batch in one forward.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, *, ignored: Collection[nn.Parameter] = ()) -> None:

@@ -24,13 +24,17 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def problem(
-    dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool
+    dtype: torch.dtype, device: torch.device, *, packed: bool, dropout: bool, choice: bool, empty: tuple[int, ...] = ()
 ) -> tuple[Tensor, list[Linear], list[Tensor]]:
-    """x (B, T, I), three linears of it (one with a bias, the last a LoRA), and the gradients of their outputs."""
+    """x (B, T, I), three linears of it (one with a bias, the last a LoRA), and the gradients of their outputs.
+
+    `empty` rows of the weights are 0; the magnitude of the first of them is so too, where training starts.
+    """
     x = randn(BATCH, TOKENS, FEATURES, seed=0).to(device, dtype)
     linears, dys = [], []
     for index, (out, rank) in enumerate(zip(OUTPUTS, RANKS, strict=True)):
         weight = (randn(out, FEATURES, seed=1 + index) / FEATURES**0.5).to(dtype)
+        weight[list(empty)] = 0
         parts = nf4.nf4_quantize(weight) if packed else (weight,)
         frozen = FrozenWeight(tuple(part.to(device) for part in parts), (out, FEATURES))
         ranks = (rank, 5) if choice else (rank,)
@@ -45,6 +49,7 @@ def problem(
         if index < 2:
             squares = frozen_row_norms_squared(frozen, dtype)
             masters = initial_magnitude(squares) * (1 + 0.2 * randn(len(ranks), out, seed=51).to(device))
+            masters[:, list(empty[1:])] = 0.5
             magnitude = Magnitude(masters.requires_grad_(), squares)
         bias = randn(out, seed=31).to(device, dtype) if index == 1 else None
         linears.append(Linear(frozen, Adapter(a, b, scale, mask, magnitude), bias))
@@ -62,11 +67,14 @@ def trained(linears: list[Linear]) -> list[Tensor]:
 def peft_output(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, m: Tensor | None, kept: Tensor | None
 ) -> Tensor:
-    """What PEFT's DoraLinearLayer computes of one adapter without the bias; `kept` multiplies x, None: no dropout."""
+    """What PEFT's DoraLinearLayer computes of one adapter without the bias; `kept` multiplies x, None: no dropout. But
+    of a row of w that is 0, where it divides 0 by 0, what LoRA is.
+    """
     seen = x if kept is None else x * kept
     if m is None:
         return x @ w.T + scale * (seen @ a.T) @ b.T
-    k = m / (w + scale * b @ a).norm(dim=1).detach()
+    empty = w.square().sum(dim=1) == 0
+    k = torch.where(empty, 1.0, m / (w + scale * b @ a).norm(dim=1).detach().masked_fill(empty, 1))
     return x @ w.T + (k - 1) * (seen @ w.T) + k * ((seen @ a.T) @ b.T) * scale
 
 
@@ -104,7 +112,8 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
     return [*(y.detach() for y in ys), *gradients]
 
 
-def assert_equal_to_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> None:
+def assert_equal_to_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of x and of `trained`; of the latter, ours are returned."""
     expected = in_fp64(x, linears, dys)
     leaf = x.clone().requires_grad_()
     ys = lora_linears(leaf, linears)
@@ -113,6 +122,7 @@ def assert_equal_to_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) ->
         # As in tests/test_lora_gpu.py. fp32: sums of up to 128 products. bf16: the operands and the result are rounded,
         # and with DoRA once more what the magnitude multiplies.
         assert_close(actual.to(x.dtype), reference.float(), ulps=8 if x.dtype == torch.float32 else 2)
+    return list(gradients[1:])
 
 
 FORMS = [
@@ -169,21 +179,43 @@ def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dropout: bool, choic
         assert torch.equal(lora_linear(x, weight, fresh, bias=bias), lora_linear(x, weight, bias=bias))
 
 
-def test_a_row_that_is_zero_has_no_direction_and_breaks_nothing() -> None:
-    """PEFT's 0 / 0 is NaN there. Of a weight of 0 and a magnitude of 0: y is the bias, and no gradient comes in."""
-    x, linears, dys = problem(torch.float32, torch.device("cpu"), packed=False, dropout=False, choice=False)
-    weight, adapter, bias = linears[1]
-    assert adapter is not None
-    assert adapter.magnitude is not None
+EMPTY = (7, 30)
+EMPTY_FORMS = [
+    pytest.param("torch", torch.float32, False, False, False, id="torch"),
+    pytest.param("torch", torch.float32, False, True, True, id="torch-dropout-choice"),
+    pytest.param("triton", torch.bfloat16, True, False, False, id="triton-folded"),
+    pytest.param("triton", torch.bfloat16, False, False, False, id="triton"),
+    pytest.param("triton", torch.bfloat16, False, True, False, id="triton-dropout"),
+]
+
+
+@pytest.mark.parametrize(("path", "dtype", "packed", "dropout", "choice"), EMPTY_FORMS)
+def test_a_row_of_the_base_that_is_zero_trains_as_plain_lora(
+    path: str, dtype: torch.dtype, packed: bool, dropout: bool, choice: bool, request: pytest.FixtureRequest
+) -> None:
+    """Two steps of SGD from B = 0, with a bias and without: no NaN (PEFT's 0 / 0), and no row that stays at 0 as soon
+    as B has moved (k = m / n of m = 0).
+    """
+    device = request.getfixturevalue("triton_device") if path == "triton" else torch.device("cpu")
+    x, linears, dys = problem(dtype, device, packed=packed, dropout=dropout, choice=choice, empty=EMPTY)
     with torch.no_grad():
-        weight.parts[0][7] = adapter.b[7] = 0
-        adapter.magnitude.row_norms_squared[7] = adapter.magnitude.masters[0, 7] = 0
-    y = lora_linear(x, weight, adapter, bias=bias)
-    assert bias is not None
-    assert torch.equal(y[..., 7], bias[7].expand(BATCH, TOKENS))
-    gradients = torch.autograd.grad(y, [adapter.a, adapter.b, adapter.magnitude.masters], dys[1])
-    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
-    assert gradients[2][0, 7] == 0
+        for _, adapter, _ in linears:
+            assert adapter is not None
+            adapter.b.zero_()
+    for step in range(2):
+        gradients = assert_equal_to_fp64(x, linears, dys)
+        with torch.no_grad():
+            for leaf, gradient in zip(trained(linears), gradients, strict=True):
+                leaf.sub_(gradient, alpha=0.01)
+        for db in gradients[1:4:2]:
+            assert bool((db[list(EMPTY)] != 0).all()), f"B does not move in step {step}"
+        for dm in gradients[6:]:
+            assert bool((dm[:, list(EMPTY)] == 0).all())
+    weight, adapter, _ = linears[0]
+    assert adapter is not None
+    y, lora = (lora_linear(x, weight, form)[..., list(EMPTY)] for form in (adapter, adapter._replace(magnitude=None)))
+    assert torch.equal(y, lora)
+    assert bool((y[0] != 0).all())
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])

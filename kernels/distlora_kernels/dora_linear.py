@@ -73,6 +73,12 @@ def folded(linear: Linear, factor: Tensor) -> Linear:
     return linear._replace(weight=scaled_rows(linear.weight, factor), adapter=adapter)
 
 
+def divisor_of_scaled(adapter: Adapter, norms: Tensor) -> Tensor:
+    """What the sum of dy (k v) is divided by to give dm, (N, O) fp32: m, and 0 as n is where k is not m / n."""
+    assert adapter.magnitude is not None
+    return torch.where(norms == 0, 0.0, adapter.magnitude.masters)
+
+
 def _excess(masters: Tensor, norms: Tensor) -> Tensor:
     return torch.where(norms == 0, 0.0, masters / norms - 1)
 

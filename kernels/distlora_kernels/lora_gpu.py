@@ -29,10 +29,11 @@ def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tupl
     ys, kept = [], []
     for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
         weight, adapter, bias = linear
-        factor = None
+        norms = factor = None
         if adapter is not None and adapter.magnitude is not None and dora_linear.folds(adapter, weight, x.dtype):
             wa = fused_linear(adapter.a.to(x.dtype), weight).T
-            factor = dora_linear.factors(adapter, wa, torch.float32)[1] + 1
+            norms, excess = dora_linear.factors(adapter, wa, torch.float32)
+            factor = excess + 1
             weight, adapter, bias = dora_linear.folded(linear, factor)
         base = _Base(index, weight, weights, x)
         if adapter is not None and xa is not None:
@@ -40,8 +41,8 @@ def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tupl
                 y, own = _with_magnitude(base, x, xa, adapter, bias)
             else:
                 y, own = _adapted(base, x, xa, adapter, bias), Kept(xa)
-            if factor is not None:
-                own = _kept_of_folded(linear, xa, y, factor)
+            if norms is not None and factor is not None:
+                own = _kept_of_folded(linear, xa, y, norms, factor)
         elif base.dense is None:
             y, own = fused_linear(x, weight, bias=bias), Kept()
         else:
@@ -90,17 +91,16 @@ def _with_magnitude(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: 
     y = _adapted(base, x, xa, adapter, bias)
     if bias is None:
         y = dora_linear.plus_excess(y, y, excess, out=y)
-        return y, Kept(xa, y, adapter.magnitude.masters, excess)
+        return y, Kept(xa, y, dora_linear.divisor_of_scaled(adapter, norms), excess)
     # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
     output = y - bias
     return dora_linear.plus_excess(y, output, excess), Kept(xa, output, norms, excess)
 
 
-def _kept_of_folded(linear: Linear, xa: Tensor, y: Tensor, factor: Tensor) -> Kept:
-    adapter = linear.adapter
-    assert adapter is not None
-    assert adapter.magnitude is not None
-    return Kept(xa, y if linear.bias is None else y - linear.bias, adapter.magnitude.masters, factor=factor)
+def _kept_of_folded(linear: Linear, xa: Tensor, y: Tensor, norms: Tensor, factor: Tensor) -> Kept:
+    assert linear.adapter is not None
+    output = y if linear.bias is None else y - linear.bias
+    return Kept(xa, output, dora_linear.divisor_of_scaled(linear.adapter, norms), factor=factor)
 
 
 def _seen(x: Tensor, dropout: Dropout) -> Tensor:

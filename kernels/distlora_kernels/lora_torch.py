@@ -57,7 +57,7 @@ def _with_magnitude(x: Tensor, seen: Tensor, linear: Linear, weight: Tensor, gat
     y = torch.addmm(delta, x, weight.T, out=delta)
     if bias is None:
         y = dora_linear.plus_excess(y, y, excess, out=y)
-        return y, Kept(gated, y, adapter.magnitude.masters, excess)
+        return y, Kept(gated, y, dora_linear.divisor_of_scaled(adapter, norms), excess)
     # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
     output = y - bias
     return dora_linear.plus_excess(y, output, excess), Kept(gated, output, norms, excess)

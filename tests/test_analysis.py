@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora.analysis import int4, report
-from distlora.analysis.perplexity import Readings, compare, evenly, put_through
+from distlora.analysis import int4, perplexity, report
+from distlora.analysis.perplexity import Readings, compare, evenly, measure_formats, put_through
 from distlora.analysis.references import measure_references
 from distlora.analysis.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.roundtrip import FORMATS, SecondLevel, Sums, measure, round_trip
@@ -221,6 +223,33 @@ def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_
     with torch.no_grad():
         as_trained = packed(batch.input_ids, batch.position_ids, batch.labels)
     assert_losses_close(restored.losses.tolist(), as_trained.tolist())
+
+
+def test_the_dense_model_is_gone_before_the_packed_one_is_built(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without automatic collections, which may or may not come in between: models are in cycles."""
+    request = request_for(folders, tmp_path / "out")
+    rows = evenly(read_rows(request), 2)
+    weights, _ = find_weights(request.config("nf4"))
+    parameters: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def start(*arguments: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in parameters))
+        started = start_model(*arguments)
+        parameters.extend(weakref.ref(parameter) for parameter in started[0].parameters())
+        return started
+
+    monkeypatch.setattr(perplexity, "start_model", start)
+    gc.disable()
+    try:
+        found = measure_formats(request, rows, weights, ONE, lambda text: None)
+    finally:
+        gc.enable()
+    assert list(found) == ["fp32", "nf4", "int4"]
+    assert parameters
+    assert alive == [0, 0]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ N rows; what is summed of a row is over its target tokens. H hidden size, V voca
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,8 +56,7 @@ def evenly(rows: PackedRows, most: int) -> PackedRows:
     """All rows, or `most` of them at even distances."""
     if len(rows) <= most:
         return rows
-    chosen = np.arange(most) * len(rows) // most
-    return dataclasses.replace(rows, tokens=rows.tokens[chosen], flags=rows.flags[chosen], targets=rows.targets[chosen])
+    return rows.take(np.arange(most) * len(rows) // most)
 
 
 def measure_formats(
@@ -65,11 +64,27 @@ def measure_formats(
 ) -> dict[str, Loss]:
     """The loss of every format by its name: `request.dtype`, then the 4-bit ones.
 
-    NF4 runs as in training, from packed weights. int4 has no such path: a dense model holds what int4 gives back.
+    Of the two models, dense and packed, one is in memory at a time.
     """
-    dense = Readings(rows, ranks, say)
+    dense, int4 = _of_dense_model(request, rows, weights, ranks, say)
+    # A model is in cycles (its modules know each other), so the last name that goes frees nothing yet.
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    found = {request.dtype: dense, "nf4": _of_packed_model(request, dense, say), "int4": int4}
+    targets = torch.from_numpy(rows.targets.astype(np.float64))
+    return {
+        name: compare(readings.losses, dense.losses, readings.divergences, targets) for name, readings in found.items()
+    }
+
+
+def _of_dense_model(
+    request: Request, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
+) -> tuple[Readings, Readings]:
+    """(the base's, int4's). int4 has no packed path: a dense model holds what int4 gives back."""
     say(f"perplexity: loading the base in {request.dtype}")
     model, _, _ = start_model(request.config("none"), ranks)
+    dense = Readings(rows, ranks, say)
     dense.take(model, request.dtype)
     by_name = {weight.name: weight for weight in weights}
     with Reader() as reader, torch.no_grad():
@@ -78,16 +93,16 @@ def measure_formats(
                 put_through(by_name[name], FORMATS["int4"], module.weight, reader)
     int4 = Readings(rows, ranks, say, dense)
     int4.take(model, "int4")
-    del model
+    return dense, int4
+
+
+def _of_packed_model(request: Request, dense: Readings, say: Callable[[str], None]) -> Readings:
+    """NF4's, which runs as in training."""
     say("perplexity: loading the base in nf4")
-    model, _, _ = start_model(request.config("nf4"), ranks)
-    nf4 = Readings(rows, ranks, say, dense)
+    model, _, _ = start_model(request.config("nf4"), dense.ranks)
+    nf4 = Readings(dense.rows, dense.ranks, say, dense)
     nf4.take(model, "nf4")
-    found = {request.dtype: dense, "nf4": nf4, "int4": int4}
-    targets = torch.from_numpy(rows.targets.astype(np.float64))
-    return {
-        name: compare(readings.losses, dense.losses, readings.divergences, targets) for name, readings in found.items()
-    }
+    return nf4
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def take(self, indices: np.ndarray) -> PackedRows:
+        """The rows of these numbers, (n,) integers, in this order, in memory. `counts` are still the whole split's."""
+        return replace(self, **{name: getattr(self, name)[indices] for name in ARRAYS})
 
     @property
     def sequence_length(self) -> int:

@@ -15,7 +15,6 @@ from closeness import assert_close
 from distlora_kernels.dora import (
     dora_norms,
     dy_gradients,
-    frozen_row_norms_squared,
     initial_magnitude,
     magnitude_gradient,
     scaled_rows,
@@ -49,25 +48,13 @@ def frozen(kind: str, weight: Tensor) -> FrozenWeight:
     shape = (weight.shape[0], weight.shape[1])
     if kind == "nested":
         return FrozenWeight(nf4_quantize(weight), shape)
-    if kind == "plain":
-        return FrozenWeight(quantize_blocks(weight.flatten()), shape)
-    return FrozenWeight((weight,), shape)
+    return FrozenWeight(quantize_blocks(weight.flatten()), shape)
 
 
 def dora_output(x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
     """The definition (PEFT's without dropout): the rows of W + s B A scaled to norm 1, times the magnitude."""
     direction = w + SCALE * b @ a
     return x @ (magnitude / direction.norm(dim=1).detach() * direction.T).T.T
-
-
-@pytest.mark.parametrize("kind", ["nested", "plain", "dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (5, 5001), (3, 6000)], ids=str)  # The long ones straddle groups.
-def test_row_norms(kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
-    weight = frozen(kind, random(*shape, seed=0, device=device) * 0.02)
-    squares = frozen_row_norms_squared(weight, dtype)
-    assert squares.dtype == torch.float32
-    assert_close(squares, weight.dense(dtype).double().square().sum(dim=1), ulps=4)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 40, 64])
@@ -175,10 +162,6 @@ def test_gradients_of_one_reading_are_those_of_several(
 
 def test_what_does_not_fit_is_refused() -> None:
     row, square, wide = torch.ones(4), torch.ones(4, 4), torch.ones(4, 5)
-    with pytest.raises(RuntimeError, match=r"row norms are of a weight in fp32, bf16 or fp16, not torch.float64"):
-        frozen_row_norms_squared(FrozenWeight((square,), (4, 4)), torch.float64)
-    with pytest.raises(RuntimeError, match=r"a weight \(4, 4\) is given as \(4, 5\)"):
-        frozen_row_norms_squared(FrozenWeight((wide,), (4, 4)), torch.float32)
     with pytest.raises(RuntimeError, match=r"with R = 4 and the row norms \(O,\); got W A\^T \(4, 4\), B \(4, 5\)"):
         dora_norms(row, square, wide, wide, SCALE)
     with pytest.raises(RuntimeError, match=r"row norms are fp32, not torch.float64"):
@@ -201,8 +184,6 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_ops_keep_their_schemas(device: torch.device) -> None:
     ops: Any = torch.ops.distlora
     weight = random(3, 70, seed=0, device=device)
-    for kind in ("nested", "plain", "dense"):
-        opcheck(ops.frozen_row_norms_squared.default, (list(frozen(kind, weight).parts), 3, 70, torch.bfloat16))
     low = random(3, 2, seed=1, device=device)
     opcheck(ops.dora_norms.default, (weight.square().sum(dim=1), low, low.T @ low, low, SCALE))
     opcheck(ops.dora_magnitude_gradient.default, (low, low, torch.ones(2, device=device)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora_kernels import nf4, variants
-from distlora_kernels.dora import frozen_row_norms_squared, initial_magnitude
+from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import Dropout, dropped, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, Magnitude, RowChoice, lora_linear, lora_linears
 
@@ -21,6 +21,10 @@ ROWS = torch.tensor([8, 2, 5])
 
 def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def row_norms_squared(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    return weight.dense(dtype).double().square().sum(dim=1).float()
 
 
 def problem(
@@ -47,7 +51,7 @@ def problem(
         mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None
         magnitude = None
         if index < 2:
-            squares = frozen_row_norms_squared(frozen, dtype)
+            squares = row_norms_squared(frozen, dtype)
             masters = initial_magnitude(squares) * (1 + 0.2 * randn(len(ranks), out, seed=51).to(device))
             masters[:, list(empty[1:])] = 0.5
             magnitude = Magnitude(masters.requires_grad_(), squares)
@@ -274,7 +278,7 @@ def test_a_small_change_of_the_magnitudes_is_not_swallowed_on_the_gpus_path(trit
     frozen = FrozenWeight(
         tuple(part.to(triton_device) for part in nf4.nf4_quantize(randn(out, features, seed=1))), (out, features)
     )
-    squares = frozen_row_norms_squared(frozen, torch.bfloat16)
+    squares = row_norms_squared(frozen, torch.bfloat16)
     x = randn(16, features, seed=2).to(triton_device, torch.bfloat16)
     a, b = randn(4, features, seed=3).to(triton_device), torch.zeros(out, 4, device=triton_device)
     outputs = []

@@ -22,7 +22,7 @@ from distlora_kernels.bench.rates import ASSUMED, Step, predicted_seconds
 from distlora_kernels.bench.shapes import Group
 from torch import Tensor
 
-from distlora_kernels.dora import frozen_row_norms_squared, initial_magnitude
+from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Magnitude, lora_linear
 from distlora_kernels.nf4 import nf4_quantize
 
@@ -59,7 +59,7 @@ def problem(size: int, rows: int, dtype: torch.dtype, *, packed: bool) -> Callab
     weight = (draw(size, size) / size**0.5).to(dtype)
     frozen = FrozenWeight(nf4_quantize(weight) if packed else (weight,), (size, size))
     a, b = (draw(RANK, size) / size**0.5).requires_grad_(), (0.1 * draw(size, RANK)).requires_grad_()
-    squares = frozen_row_norms_squared(frozen, dtype)
+    squares = frozen.dense(dtype).double().square().sum(dim=1).float()
     masters = (initial_magnitude(squares)[None] * (1 + 0.1 * draw(1, size))).requires_grad_()
     x, dy = draw(rows, size).to(dtype).requires_grad_(), draw(rows, size).to(dtype)
 

@@ -22,38 +22,6 @@ from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.reference import BLOCK
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def frozen_row_norms_squared(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """||W_o||^2 of every row: (O,) fp32, summed in fp32 in a fixed order.
-
-    W is rounded to `dtype` (fp32, bf16, fp16) first, as the GEMMs see it. A packed weight is read once and not
-    dequantized to memory on a GPU. Raises RuntimeError for another dtype, or a dense weight of another shape.
-    """
-    check(dtype in _DTYPES, lambda: f"row norms are of a weight in fp32, bf16 or fp16, not {dtype}")
-    rows, columns = weight.shape
-    if len(weight.parts) == 1:
-        got = tuple(weight.parts[0].shape)
-        check(got == (rows, columns), lambda: f"a weight {weight.shape} is given as {got}")
-    return _frozen_row_norms_squared(list(weight.parts), rows, columns, dtype)
-
-
-def _fake_row_norms(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return parts[0].new_empty(rows, dtype=torch.float32)
-
-
-@register(
-    "frozen_row_norms_squared(Tensor[] parts, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
-    fake=_fake_row_norms,
-)
-def _frozen_row_norms_squared(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    if not uses_triton(parts[0]):
-        return dora_reference.row_norms_squared(FrozenWeight(tuple(parts), (rows, columns)).dense(dtype))
-    from distlora_kernels import dora_triton
-
-    return dora_triton.row_norms_squared(parts, rows, columns, dtype)
-
 
 def initial_magnitude(row_norms_squared: Tensor) -> Tensor:
     """m at the start: (O,) fp32, to the bit what dora_norms gives for B = 0."""

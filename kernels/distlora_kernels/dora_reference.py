@@ -8,13 +8,6 @@ from torch import Tensor
 from distlora_kernels import reference
 
 
-def row_norms_squared(weight: Tensor) -> Tensor:
-    """weight (O, I) -> (O,) fp32: sum over I of weight^2, in fp32."""
-    # A million elements at a time: a copy of the whole weight in fp32 would be the largest tensor around.
-    rows = max(1, 2**20 // weight.shape[1])
-    return torch.cat([part.float().square().sum(dim=1) for part in weight.split(rows)])
-
-
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
     """The absmax (G, 256) fp32 of a packed weight (rows, columns), each times the factor (rows,) of its row; padding of
     the last group is 0."""

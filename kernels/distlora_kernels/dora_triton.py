@@ -1,7 +1,6 @@
-"""dora.py in Triton: row norms of a packed weight, norms of W + s B A from (O, R), column sums of dy * y.
+"""dora.py in Triton: norms of W + s B A from (O, R), the absmax of scaled rows, column sums of dy * y.
 
 No atomics: each sum has one order, given by the shapes. What it costs (estimates, H100 at 3 TB/s; no GPU ran this):
-- row norms run once per linear and training, so they are simple: each weight's byte is loaded by itself.
 - norms read 2 (O, R) and (R, R): 4 MiB at O = 8192, R = 64, below the time of a launch.
 - the gradient reads dy and y once, 268 MB at M = O = 8192 in bf16: 90 us; partial sums are 0.8 % of that.
 """
@@ -17,8 +16,6 @@ from distlora_kernels import tables
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
-NORM_COLUMNS = 1024
-"""Weights of a row that a program adds up at a time."""
 NORM_ROWS = 32
 """Out features of a program of dora_norms."""
 GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128
@@ -28,79 +25,6 @@ STRIPE_ROWS = 256
 ABSMAX_BLOCKS = 1024
 """Blocks of 64 weights whose absmax a program scales."""
 NUM_WARPS = 4
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
-def _row_norms_kernel(
-    weight_ptr,
-    scales_ptr,
-    group_scale_ptr,
-    offset_ptr,
-    map_ptr,
-    levels_ptr,
-    out_ptr,
-    columns,
-    DTYPE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """out[row] = sum of the squares of the row's weights, each rounded to DTYPE.
-
-    weight holds codes; with levels_ptr None it is the weight itself. With group_scale_ptr None `scales` holds the
-    absmax.
-    """
-    row = tl.program_id(0)
-    first = row.to(tl.int64) * columns  # int64: one weight may pass 2^31 elements.
-    # Shifts below: with divisions, which mind the sign, the kernel has 11 % more instructions.
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, columns, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        held = column < columns
-        element = first + column
-        if levels_ptr is None:
-            weight = tl.load(weight_ptr + element, mask=held, other=0.0).to(tl.float32)
-        else:
-            byte = tl.load(weight_ptr + (element >> 1), mask=held, other=0).to(tl.int32)
-            # The first of two weights is the high nibble.
-            code = (byte >> (((element & 1) ^ 1) * 4).to(tl.int32)) & 15
-            scale = tl.load(scales_ptr + (element >> 6), mask=held, other=0)
-            if group_scale_ptr is None:
-                absmax = scale
-            else:
-                group_scale = tl.load(group_scale_ptr + (element >> 14), mask=held, other=0.0)
-                absmax = tl.load(map_ptr + scale.to(tl.int32)) * group_scale + tl.load(offset_ptr)
-            weight = tl.load(levels_ptr + code) * absmax
-        rounded = tl.where(held, weight, 0.0).to(DTYPE).to(tl.float32)
-        total += rounded * rounded
-    tl.store(out_ptr + row, tl.sum(total, axis=0))
-
-
-def row_norms_squared(parts: list[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """dora.frozen_row_norms_squared."""
-    weight = parts[0].contiguous()
-    device = weight.device
-    scales = group_scale = offset = dynamic_map = levels = None
-    if len(parts) > 1:
-        scales, levels = parts[1], tables.levels(device)
-    if len(parts) == 4:
-        group_scale, offset, dynamic_map = parts[2], parts[3], tables.dynamic_map(device)
-    out = torch.empty(rows, dtype=torch.float32, device=device)
-    _row_norms_kernel[(rows,)](
-        weight,
-        scales,
-        group_scale,
-        offset,
-        dynamic_map,
-        levels,
-        out,
-        columns,
-        DTYPE=_TRITON_DTYPES[dtype],
-        COLUMNS=NORM_COLUMNS,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # absmax has two roundings by contract.
-    )
-    return out
 
 
 @triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
@@ -291,21 +215,6 @@ def add_stripes(partial: Tensor, magnitude: Tensor) -> Tensor:
     return out
 
 
-def _row_norms_case(kind: str, types: dict[str, str]) -> Case:
-    pointers = ("weight_ptr", "scales_ptr", "group_scale_ptr", "offset_ptr", "map_ptr", "levels_ptr", "out_ptr")
-    given = types | {"out_ptr": "*fp32:16"}
-    return Case(
-        name=f"dora row norms {kind}",
-        kernel=_row_norms_kernel,
-        signature=given | {"columns": "i32:16"},
-        constants={"DTYPE": tl.bfloat16, "COLUMNS": NORM_COLUMNS}
-        | {name: None for name in pointers if name not in given},
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={"elements": NORM_COLUMNS},
-    )
-
-
 def _absmax_case(kind: str, types: dict[str, str]) -> Case:
     absent = {name for name in ("group_scale_ptr", "offset_ptr", "map_ptr") if name not in types}
     numbers = {"blocks": "i32:16", "rows": "i32:16", "blocks_of_a_row": "i32:16"}
@@ -333,19 +242,6 @@ def _norms_case(rank: int) -> Case:
 
 
 OFFLINE = (
-    _row_norms_case(
-        "nf4",
-        {
-            "weight_ptr": "*u8:16",
-            "scales_ptr": "*u8:16",
-            "group_scale_ptr": "*fp32",
-            "offset_ptr": "*fp32",
-            "map_ptr": "*fp32:16",
-            "levels_ptr": "*fp32:16",
-        },
-    ),
-    _row_norms_case("plain", {"weight_ptr": "*u8:16", "scales_ptr": "*fp32:16", "levels_ptr": "*fp32:16"}),
-    _row_norms_case("dense", {"weight_ptr": "*bf16:16"}),
     _absmax_case(
         "nf4",
         {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"},

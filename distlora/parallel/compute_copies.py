@@ -2,8 +2,10 @@
 
 FSDP2 gathers a trained unit as 16-bit copies of its fp32 masters and computes with those alone. A single process has
 no gather, so the copies are made here, by hooks around the forward of the same modules, and the gradients flow through
-the cast into the masters. Both then compute what a model of that dtype computes, bit for bit; autocast would keep the
-residual stream and the norms in fp32, and be another model than the frozen base that LoRA trains on.
+the cast into the masters. A forward is then that of a model of that dtype, bit for bit, in both. Gradients are not:
+FSDP2 adds up in 16 bits what is added up in fp32 here, a tied weight's two and those of recomputed slices (README.md,
+Limits). Autocast would keep the residual stream and the norms in fp32, and be another model than the frozen base that
+LoRA trains on.
 """
 
 from __future__ import annotations

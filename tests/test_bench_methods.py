@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,6 +102,17 @@ def test_a_search_ends_with_the_best_rate_between_two_others_or_after_five(
     assert best_rate(method, losses) == pytest.approx(best)
 
 
+def test_a_rate_that_diverges_is_worse_than_all_others_and_has_no_seeds() -> None:
+    method = BY_NAME["full"]
+    losses = {Planned(method, rate, 0): loss for rate, loss in ((5e-4, 4.3), (1e-3, math.inf), (2.5e-4, 4.4))}
+    assert (next_rate(method, losses), best_rate(method, losses)) == (None, 5e-4)
+    everywhere = dict.fromkeys(losses, math.inf)
+    assert next_rate(method, everywhere) == 1.25e-4
+    everywhere |= {Planned(method, rate, 0): math.inf for rate in (1.25e-4, 0.625e-4)}
+    assert (next_rate(method, everywhere), best_rate(method, everywhere)) == (None, None)
+    assert next_round(SETUP, everywhere, [method]) == []
+
+
 def test_rounds_hold_back_methods_that_are_ahead_and_end_with_seeds_at_the_best_rate() -> None:
     two = METHODS[:2]
     losses: dict[Planned, float] = {Planned(two[0], two[0].rate, 0): 1.0}
@@ -173,15 +185,25 @@ def test_state_is_counted_once_over_all_ranks() -> None:
     assert state_bytes(qlora, packed, 10_000, 6_000) == 6_000 * 4.5 / 8 + 2 * 4_000 + 1_600
 
 
+def diverges(planned: Planned) -> bool:
+    """The double of a best rate, and a seed at one."""
+    return (planned.method.name, planned.rate, planned.seed) in {("full", 1e-3, 0), ("DoRA r=16", 4e-3, 1)}
+
+
 @pytest.fixture
 def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs the command with training replaced by a summary; returns the folders of the runs that were started."""
+    """Runs the command with training replaced by a summary, or by what a run leaves that `diverges`; returns the
+    folders of the runs that were started."""
     started: list[str] = []
 
     def train(planned: Planned, setup: Setup, out: Path) -> int:
         started.append(planned.folder)
         folder = out / "runs" / planned.folder
         folder.mkdir(parents=True)
+        if diverges(planned):
+            (folder / "logs").mkdir()
+            (folder / "logs" / "rank_0.error.json").write_text(json.dumps({"type": "NonFiniteError"}))
+            return 1
         loss = {} if "quant=nf4" not in planned.method.settings else {"base_eval_loss": 5.02, "bits_per_parameter": 4.2}
         values = summary(eval_loss=4.5 + abs(planned.rate - 4e-3) + planned.seed / 100, **loss)
         (folder / "summary.json").write_text(json.dumps(values))
@@ -203,11 +225,18 @@ def test_finished_runs_are_skipped_and_a_wrong_base_fails(
 ) -> None:
     words = ["--out", str(tmp_path / "out"), "--steps", "4", "--ranks", "1", "--seeds", "2"]
     first = fake(*words)
-    assert len(first) == len(set(first)) > 4 * len(METHODS)
+    assert len(first) == len(set(first)) == 4 * len(METHODS), "three rates, and another seed at the best"
     shown = capsys.readouterr().out
     rows = read_record(tmp_path / "out" / "methods.json")["rows"]
     assert [row["method"] for row in rows] == [method.name for method in METHODS]
-    assert all(len(row["eval_losses"]) == 2 for row in rows)
+    assert {row["method"]: len(row["eval_losses"]) for row in rows if len(row["eval_losses"]) != 2} == {"DoRA r=16": 1}
+    assert rows[0]["rates"] == {"0.00025": pytest.approx(4.50375), "0.0005": pytest.approx(4.5035), "0.001": None}
+    for sentence in (
+        "full, lr 0.001, seed 0 diverged",
+        "DoRA r=16, lr 0.004, seed 1 diverged; the row is of its other",
+    ):
+        assert sentence in shown
+    assert shown.count("  diverged: its loss or gradient is not finite") == 2
     assert (tmp_path / "out" / "methods.png").read_bytes().startswith(b"\x89PNG")
     assert "DoRA r=16" in shown
     assert "5.0000 on the unquantized base, 5.0200 on the nf4 base" in shown
@@ -250,6 +279,25 @@ def test_without_the_demo_there_is_no_base(
     assert main(["bench", "methods", "--out", str(tmp_path / "out")]) == 2
     assert "run `distlora demo` first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_otherwise_ends_the_command(
+    fake: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "train", lambda planned, setup, out: 1)
+    assert fake("--out", str(tmp_path / "out"), "--steps", "4", code=1) == []
+
+
+@pytest.mark.slow
+def test_a_run_at_an_absurd_rate_is_known_as_diverged(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
+    setup = Setup(str(base), steps=4, ranks=1, seeds=1, search=False)
+    planned = Planned(BY_NAME["rsLoRA r=16"], 1e30, 0)
+    assert run.train(planned, setup, tmp_path) == 1
+    assert run.has_diverged(planned, tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

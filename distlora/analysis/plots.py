@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which people tell apart whatever their eyes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,8 @@ def plot_methods(rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], 
         by_method.plot([row["eval_loss"]], [index], "|", markersize=16, color=colour)
         rates = [float(rate) for rate in row["rates"]]
         style = "-" if index < len(COLOURS) else "--"
-        by_rate.plot(rates, list(row["rates"].values()), f".{style}", color=colour, label=row["method"])
+        losses = [math.nan if loss is None else loss for loss in row["rates"].values()]  # None where it diverged.
+        by_rate.plot(rates, losses, f".{style}", color=colour, label=row["method"])
     by_method.set_yticks(range(len(names)), names)
     by_method.invert_yaxis()
     by_method.set(xlabel=f"held-out loss, nats a token (base: {bases.get('unquantized', bases.get('nf4')):.3f})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class Planned:
 
 
 Losses = Mapping[Planned, float]
-"""Held-out loss of each finished run."""
+"""Held-out loss of each finished run; infinity of one that diverged."""
 
 
 def rates_of(method: Method, losses: Losses) -> dict[float, float]:
@@ -116,8 +117,8 @@ def rates_of(method: Method, losses: Losses) -> dict[float, float]:
 
 
 def best_rate(method: Method, losses: Losses) -> float | None:
-    """The rate of its lowest held-out loss; None before its first run."""
-    tried = rates_of(method, losses)
+    """The rate of its lowest held-out loss; None before its first run that did not diverge."""
+    tried = {rate: loss for rate, loss in rates_of(method, losses).items() if loss < math.inf}
     return min(tried, key=tried.__getitem__) if tried else None
 
 
@@ -130,7 +131,7 @@ def next_rate(method: Method, losses: Losses) -> float | None:
     for rate in (method.rate, method.rate * FACTOR, method.rate / FACTOR):
         if rate not in tried:
             return rate
-    best = min(tried, key=tried.__getitem__)
+    best = min(tried, key=lambda rate: (tried[rate], rate))  # Where all have diverged, a lower one is next.
     if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
         return None
     return best * FACTOR if best == max(tried) else best / FACTOR
@@ -139,7 +140,7 @@ def next_rate(method: Method, losses: Losses) -> float | None:
 def next_round(setup: Setup, losses: Losses, methods: Sequence[Method] = METHODS) -> list[Planned]:
     """The runs that are due, a round of all methods at a time, so that a table is whole as early as can be.
 
-    Learning rates first, then other seeds at the best of them. Empty when all are done.
+    Learning rates first, then other seeds at the best of them, for methods that have one. Empty when all are done.
     """
     if setup.search:
         wanted = {method: next_rate(method, losses) for method in methods}
@@ -147,8 +148,9 @@ def next_round(setup: Setup, losses: Losses, methods: Sequence[Method] = METHODS
         if searching:
             fewest = min(len(rates_of(run.method, losses)) for run in searching)
             return [run for run in searching if len(rates_of(run.method, losses)) == fewest]
+    able = [method for method in methods if best_rate(method, losses) is not None or not rates_of(method, losses)]
     for seed in range(setup.seeds):
-        due = [Planned(method, best_rate(method, losses) or method.rate, seed) for method in methods]
+        due = [Planned(method, best_rate(method, losses) or method.rate, seed) for method in able]
         due = [run for run in due if run not in losses]
         if due:
             return due

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from distlora.analysis.report import Table
@@ -51,10 +51,17 @@ def base_of(run: Planned) -> str:
     return "nf4" if "quant=nf4" in run.method.settings else "unquantized"
 
 
-def figures(summaries: Summaries, base_weights: int, quantizable: int) -> list[dict[str, Any]]:
+def losses_of(summaries: Summaries, diverged: Collection[Planned]) -> dict[Planned, float]:
+    """What the search for learning rates goes by."""
+    return {run: summary["eval_loss"] for run, summary in summaries.items()} | dict.fromkeys(diverged, math.inf)
+
+
+def figures(
+    summaries: Summaries, base_weights: int, quantizable: int, diverged: Collection[Planned] = ()
+) -> list[dict[str, Any]]:
     """A row for each method that has a finished run. `base_weights` and `quantizable` are counts of the base's
-    parameters: all, and those that quant=nf4 quantizes."""
-    losses = {run: summary["eval_loss"] for run, summary in summaries.items()}
+    parameters: all, and those that quant=nf4 quantizes. The loss at a rate that diverged is None."""
+    losses = losses_of(summaries, diverged)
     return [
         _row(method, summaries, rates_of(method, losses), rate, base_weights, quantizable)
         for method in METHODS
@@ -82,7 +89,7 @@ def _row(
         "spread": statistics.stdev(losses) if len(losses) > 1 else None,
         "base_eval_loss": first["base_eval_loss"],
         "rate": rate,
-        "rates": {f"{tried:g}": loss for tried, loss in sorted(rates.items())},
+        "rates": {f"{tried:g}": loss if loss < math.inf else None for tried, loss in sorted(rates.items())},
         "rate_is_inside": min(rates) < rate < max(rates),
         "state_bytes": state_bytes(method, first, base_weights, quantizable),
         "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in chosen),
@@ -151,6 +158,14 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for name, against, cause in PAIRS:
         if name in by_name and against in by_name:
             yield _compare(by_name[name], by_name[against], cause)
+
+
+def divergences(rows: Sequence[Mapping[str, Any]], diverged: Collection[Planned]) -> Iterator[str]:
+    """A sentence for each run that diverged: what a row does not show."""
+    chosen = {row["method"]: row["rate"] for row in rows}
+    for run in sorted(diverged, key=lambda run: (METHODS.index(run.method), run.rate, run.seed)):
+        of = "; the row is of its other seeds" if chosen.get(run.method.name) == run.rate else ""
+        yield f"{run.method.name}, lr {run.rate:g}, seed {run.seed} diverged{of}"
 
 
 def _compare(row: Mapping[str, Any], other: Mapping[str, Any], cause: str) -> str:

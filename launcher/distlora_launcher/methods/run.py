@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,18 @@ from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable, gpu_count, linear_names
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
+from distlora_launcher.failures import would_repeat
 from distlora_launcher.local import CONFIG_NAME, shown
 from distlora_launcher.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
-from distlora_launcher.methods.results import BaseDiffersError, check_base, figures, reading, table
+from distlora_launcher.methods.results import (
+    BaseDiffersError,
+    check_base,
+    divergences,
+    figures,
+    losses_of,
+    reading,
+    table,
+)
 from distlora_launcher.workers import DONE, FAILED, forwarding
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
@@ -102,14 +111,20 @@ def check_setup(out: Path, setup: Setup) -> None:
 
 
 def run_all(setup: Setup, out: Path) -> int:
-    """Round after round until none is due. Returns the code of the run that failed, or 0."""
+    """Round after round until none is due. Returns the code of the run that failed, or 0.
+
+    A run that diverged has not failed: it says that its rate is too high.
+    """
     began, number = time.monotonic(), 0
-    while due := next_round(setup, {run: figures["eval_loss"] for run, figures in finished(setup, out).items()}):
+    while due := next_round(setup, losses_of(finished(setup, out), diverged(setup, out))):
         for run in due:
             number += 1
             minutes = (time.monotonic() - began) / 60
             say(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
             code = train(run, setup, out)
+            if has_diverged(run, out):
+                say("  diverged: its loss or gradient is not finite, which counts as an infinite held-out loss")
+                continue
             if code != DONE:
                 return code
             summary = read_record(out / "runs" / run.folder / SUMMARY_NAME)
@@ -136,7 +151,7 @@ def train(run: Planned, setup: Setup, out: Path) -> int:
     if forwarder.received is not None:
         say(f"stopped by {signal.Signals(forwarder.received).name}; the same command goes on from here")
         return 128 + forwarder.received
-    if code != DONE:
+    if code != DONE and not has_diverged(run, out):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         say(f"{run.folder} ended with code {code}; {shown(log)} ends with\n" + "\n".join(tail))
     return code
@@ -144,16 +159,27 @@ def train(run: Planned, setup: Setup, out: Path) -> int:
 
 def finished(setup: Setup, out: Path) -> dict[Planned, dict[str, Any]]:
     """Runs of this setup that have ended well, with their summary.json."""
-    found = {}
+    summaries = {run: read_record(out / "runs" / run.folder / SUMMARY_NAME) for run in candidates(setup)}
+    return {run: summary for run, summary in summaries.items() if summary.get("eval_loss") is not None}
+
+
+def diverged(setup: Setup, out: Path) -> list[Planned]:
+    """Runs of this setup that diverged; a resume of them would meet the same step again."""
+    return [run for run in candidates(setup) if has_diverged(run, out)]
+
+
+def has_diverged(run: Planned, out: Path) -> bool:
+    """Whether it ended at a loss or gradient that is not finite, or with such a held-out loss (null in JSON)."""
+    folder = out / "runs" / run.folder
+    return would_repeat(folder / "logs") or read_record(folder / SUMMARY_NAME).get("eval_loss", 0.0) is None
+
+
+def candidates(setup: Setup) -> Iterator[Planned]:
+    """Every run that a search can have come to."""
     for method in METHODS:
-        rates = {method.rate * FACTOR**power for power in range(-MOST_RATES, MOST_RATES + 1)}
-        for rate in sorted(rates):
+        for power in range(-MOST_RATES, MOST_RATES + 1):
             for seed in range(setup.seeds):
-                run = Planned(method, rate, seed)
-                summary = read_record(out / "runs" / run.folder / SUMMARY_NAME)
-                if "eval_loss" in summary:
-                    found[run] = summary
-    return found
+                yield Planned(method, method.rate * FACTOR**power, seed)
 
 
 def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
@@ -161,7 +187,8 @@ def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) ->
     from distlora.analysis.plots import plot_methods
 
     base_weights, quantizable = count_weights(Path(setup.base) / "model")
-    rows = figures(summaries, base_weights, quantizable)
+    failed = diverged(setup, out)
+    rows = figures(summaries, base_weights, quantizable, failed)
     try:
         bases = check_base(summaries)
     except BaseDiffersError as error:
@@ -177,7 +204,7 @@ def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) ->
         "rows": rows,
     }
     heading = f"{setup.steps} steps of 8 rows of 256 tokens, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}"
-    shown_table, sentences = table(rows, heading), list(reading(rows))
+    shown_table, sentences = table(rows, heading), [*divergences(rows, failed), *reading(rows)]
     checked = f"Before the first step all {len(summaries)} runs have the base's held-out loss: {agreed}."
     plot_methods(rows, bases, out / PLOT_NAME)
     durable.write_json(out / RESULT_NAME, result)

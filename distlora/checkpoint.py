@@ -112,10 +112,9 @@ def environment(world: int, device: torch.device) -> dict[str, Any]:
 def save(folder: Path, files: Files, state: TrainState, backend: Backend) -> None:
     """Write a checkpoint folder. Every rank must call it alike: those that do not write give their rows of tensors."""
     with whole_folder(folder, backend) as temporary:
-        write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend)
+        sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend)
         if backend.writes:
-            sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-            manifest = {"files": sums, "base_fingerprint": state.identity.base_fingerprint}
+            manifest = {"files": dict(sorted(sums.items())), "base_fingerprint": state.identity.base_fingerprint}
             durable.write_json(temporary / MANIFEST_NAME, manifest)
 
 
@@ -152,13 +151,20 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_files(folder: Path, files: Files, backend: Backend) -> None:
-    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk. On every rank."""
+def write_files(folder: Path, files: Files, backend: Backend) -> dict[str, str]:
+    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk. On every rank.
+
+    Returns their SHA-256 on the rank that writes, nothing on the others.
+    """
+    sums: dict[str, str] = {}
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            write_tensors(folder / name, content, backend)
+            if (digest := write_tensors(folder / name, content, backend)) is not None:
+                sums[name] = digest
         elif backend.writes:
             durable.write_json(folder / name, content)
+            sums[name] = _sha256(folder / name)
+    return sums
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:

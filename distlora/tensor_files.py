@@ -1,12 +1,14 @@
 """safetensors files written and read a tensor at a time, whether the ranks have cut the tensors or not.
 
-A file says in its header where each tensor lies, so rank 0 writes it front to back while one tensor is gathered after
-the other, and a rank reads its own rows of a tensor alone: no rank ever holds a whole model. The bytes do not depend on
-the number of ranks.
+A file says in its header where each tensor lies, so rank 0 writes it front to back, a piece of a tensor after the other
+as they come to it, and a rank reads its own rows of a tensor alone: no rank ever holds a whole model. The bytes do not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import struct
@@ -31,8 +33,11 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | None = None
-) -> None:
-    """One safetensors file of `tensors`, all cast to `dtype` if it is given. Every rank must call it alike."""
+) -> str | None:
+    """One safetensors file of `tensors`, all cast to `dtype` if it is given. Every rank must call it alike.
+
+    Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes.
+    """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
     # Larger elements first, as safetensors orders them, so that each starts at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
@@ -43,16 +48,19 @@ def write_tensors(
         header[name] = {"dtype": _NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if not backend.writes:
+    digest = hashlib.sha256()
+    with path.open("wb") if backend.writes else contextlib.nullcontext() as file:
+
+        def write(content: bytes | memoryview) -> None:
+            assert file is not None
+            file.write(content)
+            digest.update(content)  # Reading a checkpoint of hundreds of GB again would take as long as writing it.
+
+        if backend.writes:
+            write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            backend.whole(tensors[name], dtype)
-        return
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            whole = backend.whole(tensors[name], dtype)
-            assert whole is not None
-            file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+            backend.stream(tensors[name], lambda piece: write(piece.view(torch.uint8).numpy().data), dtype)
+    return digest.hexdigest() if backend.writes else None
 
 
 def write_model(

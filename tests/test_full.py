@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import checkpoint, startup, train
+from distlora import checkpoint, parallel, startup, train
 from distlora.config_file import load_config
 from distlora.loading.segments import read_headers
 from distlora.parallel import Backend, Ranks
@@ -136,8 +137,8 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     assert_losses_close(*(losses_of(read_metrics(tmp_path / run)) for run in ("moved", "whole")))
 
 
-def spread_states(ranks: Ranks) -> tuple[bool, Tensor | None]:
-    """Whether a state's cut tensor has the state's own memory, and all of it together; 7 rows, so 3 ranks differ."""
+def spread_states(ranks: Ranks) -> tuple[bool, list[Tensor]]:
+    """Whether a state's cut tensor has the state's own memory, and its pieces in bf16; 7 rows, so 3 ranks differ."""
     assert ranks.group is not None
     backend = Backend(ranks, sharded=True)
     mesh = DeviceMesh.from_group(ranks.group, "cpu", mesh_dim_names=("shard",))
@@ -149,18 +150,23 @@ def spread_states(ranks: Ranks) -> tuple[bool, Tensor | None]:
     for other in (torch.empty_like(rows, device="meta"), torch.empty(())):
         with pytest.raises(AssertionError, match="not of the parameter's rows"):
             backend.spread(other, parameter)
-    return spread.to_local().data_ptr() == state.data_ptr(), backend.whole(spread)
+    pieces: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "PIECE_BYTES", 20)  # Five of fp32's: a rank's three rows are two pieces.
+        backend.stream(spread, pieces.append, torch.bfloat16)
+    return spread.to_local().data_ptr() == state.data_ptr(), pieces
 
 
-def test_a_state_that_is_cut_over_the_ranks_keeps_its_memory(world: World) -> None:
+def test_a_state_that_is_cut_over_the_ranks_keeps_its_memory_and_is_saved_in_pieces(world: World) -> None:
     results = world.run(3, spread_states)
     assert all(is_own for is_own, _ in results)
-    whole = results[0][1]
-    assert whole is not None
-    assert torch.equal(whole, torch.arange(7.0)[:, None].expand(7, 2))
+    assert [pieces for _, pieces in results[1:]] == [[], []]
+    pieces = results[0][1]
+    assert [len(piece) for piece in pieces] == [5, 1, 5, 1, 2]
+    assert torch.equal(torch.cat(pieces), torch.arange(7).repeat_interleave(2).bfloat16())
 
 
-def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int) -> None:
+def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, piece_bytes: int) -> None:
     """What a checkpoint of a run holds, as a model's folder in bf16, and as another checkpoint's files."""
     config = load_config(run_dir)
     model, backend, _ = startup.start_model(config, ranks)
@@ -168,10 +174,13 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int) 
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     optimizer = train.build_optimizer(backend.updated(trained), config.optim)
     train.restore(checkpoint.steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
-    with checkpoint.whole_folder(target, backend) as folder:
+    with pytest.MonkeyPatch.context() as patch, checkpoint.whole_folder(target, backend) as folder:
+        patch.setattr(parallel, "PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
         files = {"trainer.safetensors": train.trainer_tensors(optimizer, trained, backend)}
-        checkpoint.write_files(folder, files, backend)
+        sums = checkpoint.write_files(folder, files, backend)
+        read = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if backend.writes}
+        assert sums == read
     backend.barrier()
 
 
@@ -183,9 +192,10 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
     prepare(tmp_path / "run", folders, max_steps=1)
     world.run(2, run_once, run_dir=tmp_path / "run")
     saved = {}
-    for size in (1, 2, 3):
+    for size, piece_bytes in ((1, 2**26), (2, 2**26), (3, 10_000)):
         target = tmp_path / str(size)
-        world.run(size, saved_again, run_dir=tmp_path / "run", target=target, shard_bytes=250_000)
+        settings = {"shard_bytes": 250_000, "piece_bytes": piece_bytes}
+        world.run(size, saved_again, run_dir=tmp_path / "run", target=target, **settings)
         saved[size] = {path.name: path.read_bytes() for path in target.iterdir()}
     assert saved[1] == saved[2] == saved[3]
     assert (

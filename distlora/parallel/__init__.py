@@ -6,9 +6,11 @@ Model files never import torch.distributed, and the trainer never asks which bac
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,13 @@ from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.traffic import Traffic
 from distlora.parallel.trained_shards import ShardedGradients
 from distlora.quant import FrozenTensor
+
+PIECE_BYTES = 64 * 2**20
+"""Of a tensor that is saved: what a rank holds of it at once beside its own rows."""
+LONGEST_WAIT = timedelta(hours=1)
+"""Of a rank for another. While one syncs a checkpoint to disk the others wait for it: 384 GB (adapter=full on 32B: fp32
+weights and moments) take longer than NCCL's ten minutes on a disk of less than 640 MB/s. A worker that dies ends the
+run at once all the same: torchrun sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ def join_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Ranks(rank, world, device, dist.group.WORLD if world > 1 else None)
 
 
@@ -111,21 +120,40 @@ class Backend:
             local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
 
-    def whole(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """All rows of a tensor, cut over the ranks or not, in host memory on the rank that writes; None on the others.
+    def stream(self, tensor: Tensor, write: Callable[[Tensor], object], dtype: torch.dtype | None = None) -> None:
+        """Give `write` all of a tensor, cut over the ranks or not, on the rank that writes: flat pieces of at most
+        PIECE_BYTES in host memory, front to back. On the others `write` is not called.
 
         Every rank must call it for the same tensors in the same order. For saving, not for a step.
         """
         data = tensor.detach()
+        dtype = dtype or data.dtype
+        size = PIECE_BYTES // max(dtype.itemsize, data.dtype.itemsize)
         if not isinstance(data, DTensor):
-            return data.to("cpu", dtype).contiguous() if self.writes else None
-        local = data.to_local().to(dtype)
-        per_rank = -(-data.shape[0] // self.ranks.world)
-        padded = local.new_zeros(per_rank, *data.shape[1:])
-        padded[: len(local)] = local
-        rows = local.new_empty(per_rank * self.ranks.world, *data.shape[1:]) if self.writes else None
-        dist.gather(padded, None if rows is None else list(rows.split(per_rank)), group=self.ranks.group, group_dst=0)
-        return None if rows is None else rows[: data.shape[0]].cpu()
+            if self.writes:
+                for piece in data.reshape(-1).split(size):
+                    write(piece.to("cpu", dtype))
+            return
+        local, first_row = self.local_rows(data)
+        own, columns = local.reshape(-1), math.prod(data.shape[1:])
+        start, per_rank = first_row * columns, -(-data.shape[0] // self.ranks.world) * columns
+        for first in range(0, data.numel(), per_rank):
+            owner, end = first // per_rank, min(first + per_rank, data.numel())
+            for low in range(first, end, size):
+                high = min(low + size, end)
+                if owner == self.ranks.rank:
+                    piece = own[low - start : high - start].to(dtype)
+                else:
+                    piece = torch.empty(high - low, dtype=dtype, device=own.device)
+                # Front to back needs one rank's rows after the other's, and a broadcast needs no communicator for each
+                # pair of ranks, as sending to the one that writes would.
+                if owner != 0:
+                    self.broadcast(piece, owner)
+                if self.writes:
+                    write(piece.cpu())
+                elif piece.is_cuda:
+                    # No further ahead of the files than a piece: NCCL's watchdog counts from when a call was queued.
+                    torch.cuda.current_stream(piece.device).synchronize()
 
     def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> None:
         """Own the gradients of these trained parameters (in forward order) from now on."""

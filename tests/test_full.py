@@ -69,9 +69,9 @@ def planned_bytes(folder: Path, size: int, element: int, *, tied: bool) -> tuple
 
 CELLS = [
     ("llama", 1, {"micro_batch": 4, "accumulate": "block"}),
-    ("llama", 2, {"micro_batch": 2}),
+    pytest.param("llama", 2, {"micro_batch": 2}, marks=pytest.mark.slow),
     ("llama", 3, {"micro_batch": 2, "accumulate": "block"}),
-    ("llama", 4, {"micro_batch": 3, "checkpointing": "none"}),
+    pytest.param("llama", 4, {"micro_batch": 3, "checkpointing": "none"}, marks=pytest.mark.slow),
     ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}),
     ("llama-tied", 3, {"micro_batch": 2}),
 ]

@@ -323,8 +323,6 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     )
     if family.experts is not None:
         model.router_aux_loss = weight_of(config.train, model.hf_config)
-        if config.train.objective == "dpo":  # What config.json says is about tokens, not pairs.
-            model.router_aux_loss = 0.0
         if model.router_aux_loss > 0:
             place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
     if training and (full or whole) and config.train.dtype != "fp32":

@@ -1,5 +1,15 @@
 """The order of a start, which decides what is ever in memory: build on meta, shard, start adapters that are
-computed from the base, fill the shards, start the others."""
+computed from the base, fill the shards, start the others.
+
+Where adapters begin, and what fills them in turn; a new run has no checkpoint, and what DPO compares with is kept where
+it is not the base (`loading.start_file.needs_start` decides):
+
+    start              a new run                a resumed one        a resumed one of DPO
+    adds nothing       reset                    checkpoint           checkpoint
+    LoftQ              decomposed, or RUN's     checkpoint           RUN's, kept; checkpoint
+    PiSSA              decomposed, or RUN's     RUN's; checkpoint    RUN's, kept; checkpoint
+    adapter.init_from  init_from                checkpoint           init_from, kept; checkpoint
+"""
 
 from __future__ import annotations
 
@@ -16,6 +26,7 @@ from distlora.loading.start_file import needs_start
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import DTYPES, CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
+from distlora.peft_format import load_initial_adapter
 from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 
@@ -29,7 +40,7 @@ def start_model(
     restores: bool = False,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
-    decomposed to, which `say` is told of. `training` as in build_model.
+    decomposed to, which `say` is told of; `start_adapters` does the rest. `training` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
     from that; one that trains by DPO has it too, and needs it as its reference. Raises UserError for a base that cannot
@@ -39,7 +50,7 @@ def start_model(
     use_device_kernels(model, config, ranks.device)
     backend = parallelize(model, ranks, config)
     adapter = config.adapter
-    if needs_start(config, training=training, restores=restores):
+    if adapter.decomposes and needs_start(config, training=training, restores=restores):
         initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
     loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
     materialize_buffers(model, ranks.device)
@@ -47,6 +58,22 @@ def start_model(
     if not adapter.decomposes:
         reset_adapters(model.adapted_weights(), adapter, seed=config.train.seed)
     return model, backend, loaded
+
+
+def start_adapters(
+    model: CausalLM, config: Config, backend: Backend, *, restores: bool, say: Callable[[str], None]
+) -> None:
+    """For training, after `start_model`: begin with the adapter at adapter.init_from where the run does, and keep what
+    DPO compares with. `restores`: a checkpoint fills the adapters after this.
+
+    Raises UserError for an adapter that is gone or not exactly the model's.
+    """
+    adapter = config.adapter
+    if adapter.init_from is not None and needs_start(config, training=True, restores=restores):
+        load_initial_adapter(model, config, backend)
+        say(f"starting from the adapter in {adapter.init_from}; lora_dropout is this run's own, {adapter.lora_dropout}")
+    if config.train.objective == "dpo" and not adapter.starts_as_base:
+        model.keep_start()
 
 
 def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> None:

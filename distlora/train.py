@@ -22,15 +22,14 @@ from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
 from distlora.initial_adapter import weights_digest
-from distlora.loading.start_file import base_identity
+from distlora.loading.start_file import base_identity, needs_start
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
-from distlora.peft_format import load_initial_adapter
 from distlora.reporting import Reporter
 from distlora.results import finish, publish_result, restore, trainer_tensors, weight_files
 from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, read_record
-from distlora.startup import start_model
+from distlora.startup import start_adapters, start_model
 from distlora.trainer import Hooks, Trainer
 
 
@@ -61,15 +60,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         trained = trained_parameters(model)
         backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        has_reference = config.train.objective == "dpo"
-        if config.adapter.init_from is not None and (newest is None or has_reference):
-            load_initial_adapter(model, config, backend)
-            reporter.event(
-                f"starting from the adapter in {config.adapter.init_from}; lora_dropout is this run's own, "
-                f"{config.adapter.lora_dropout}"
-            )
-        if has_reference and (config.adapter.init_from is not None or config.adapter.decomposes):
-            model.keep_start()
+        start_adapters(model, config, backend, restores=newest is not None, say=reporter.event)
         if newest is not None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
@@ -119,7 +110,7 @@ def identity_of(config: Config, data: dict[str, Any]) -> Identity:
     that the run needs as its reference.
     """
     init_from, digest = config.adapter.init_from, None
-    if init_from is not None and config.train.objective == "dpo":
+    if init_from is not None and needs_start(config, training=True, restores=True):
         digest = weights_digest(init_from)
     return Identity(base_fingerprint=base_identity(config), data_digest=data["content"], reference_digest=digest)
 

@@ -30,7 +30,7 @@ from distlora.objectives import Preference, most_pairs, pair_sides
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
 from distlora.startup import start_model
-from distlora_launcher.checks import check
+from distlora_launcher.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import make_run, read_metrics
 from test_packing_isolation import model_with_adapters
@@ -360,8 +360,10 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
     with pytest.raises(UserError, match=changed):
         run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
     weights.unlink()
-    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
-        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    run_dir, config = tmp_path / "stopped", load_config(tmp_path / "stopped")
+    for refuse in (lambda: check_model(config), lambda: run_until(SINGLE, run_dir=run_dir, stop_before=None)):
+        with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+            refuse()
     weights.write_bytes(original)
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
     assert all(torch.equal(result(tmp_path / "stopped")[name], whole[name]) for name in whole)

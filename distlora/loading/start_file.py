@@ -58,11 +58,13 @@ def base_identity(config: Config) -> str:
 
 
 def needs_start(config: Config, *, training: bool, restores: bool) -> bool:
-    """Whether a model begins with the start of its run: PiSSA's base lacks it, DPO in `training` has it as its
-    reference, and adapters that nothing else fills (`restores`: a checkpoint or a result does) start there."""
+    """Whether a model begins with the start of its run, where that is not the base: what was decomposed, or the adapter
+    at adapter.init_from. PiSSA's base lacks it, DPO in `training` has it as its reference, and adapters that nothing
+    else fills (`restores`: a checkpoint or a result does) start there.
+    """
     adapter = config.adapter
     is_reference = training and config.train.objective == "dpo"
-    return adapter.decomposes and (adapter.pissa or is_reference or not restores)
+    return not adapter.starts_as_base and (adapter.pissa or is_reference or not restores)
 
 
 def require_start(config: Config) -> StartRecord:

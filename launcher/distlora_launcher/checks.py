@@ -47,7 +47,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_model(config)
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
-        if goes_on and needs_start(config, training=True, restores=True):
+        if goes_on and config.adapter.decomposes and needs_start(config, training=True, restores=True):
             require_start(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.

@@ -11,6 +11,7 @@ from distlora.config import TARGET_PRESETS, Config, UserError
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
+from distlora.loading.start_file import needs_start
 
 
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
@@ -46,9 +47,10 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
 def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]], embedding: tuple[int, ...]) -> None:
     """Refuse an adapter at init_from that does not fit the model's linears (`shapes`: (out, in) by path) and embedding.
 
-    A run that has saved its own weights needs it no more.
+    A run that has saved its own weights needs it no more, unless it is DPO's reference.
     """
-    if config.adapter.init_from is None or any((Path(config.run_dir) / "checkpoints").glob("step_*")):
+    goes_on = any((Path(config.run_dir) / "checkpoints").glob("step_*"))
+    if config.adapter.init_from is None or not needs_start(config, training=True, restores=goes_on):
         return
     initial = read_initial_adapter(config.adapter.init_from)
     check_fits(initial, config.adapter, shapes)

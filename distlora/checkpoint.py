@@ -109,10 +109,14 @@ def environment(world: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, files: Files, state: TrainState, backend: Backend) -> None:
-    """Write a checkpoint folder. Every rank must call it alike: those that do not write give their rows of tensors."""
+def save(
+    folder: Path, files: Files, state: TrainState, backend: Backend, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a checkpoint folder, `metadata` in the headers of its tensors. Every rank must call it alike: those that do
+    not write give their rows of tensors.
+    """
     with whole_folder(folder, backend) as temporary:
-        sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend)
+        sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=metadata)
         if backend.writes:
             manifest = {"files": dict(sorted(sums.items())), "base_fingerprint": state.identity.base_fingerprint}
             durable.write_json(temporary / MANIFEST_NAME, manifest)
@@ -151,15 +155,18 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_files(folder: Path, files: Files, backend: Backend) -> dict[str, str]:
-    """Tensors to safetensors, the rest to JSON, by the file's ending; `publish` syncs them to disk. On every rank.
+def write_files(
+    folder: Path, files: Files, backend: Backend, *, metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Tensors to safetensors, with `metadata` in their headers, the rest to JSON, by the file's ending; `publish` syncs
+    them to disk. On every rank.
 
     Returns their SHA-256 on the rank that writes, nothing on the others.
     """
     sums: dict[str, str] = {}
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            if (digest := write_tensors(folder / name, content, backend)) is not None:
+            if (digest := write_tensors(folder / name, content, backend, metadata=metadata)) is not None:
                 sums[name] = digest
         elif backend.writes:
             durable.write_json(folder / name, content)

@@ -22,7 +22,7 @@ from distlora.expert_targets import select_among
 from distlora.initial_experts import by_weight, parameters_of
 from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
-from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header
+from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header, read_metadata
 from distlora.targets import idle_keys, match_ending
 
 CONFIG_NAME = "adapter_config.json"
@@ -49,6 +49,9 @@ _WITHOUT_MEANING = {
     *("layers_pattern", "megatron_core", "qalora_group_size"),
 }
 """Fields that say nothing of what the tensors do to a base."""
+
+NF4_MARK = {"distlora_base": "nf4"}
+"""In the header of an adapter's file: A and B hold a correction of what NF4 loses of the base (LoftQ)."""
 
 _KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights whose adapter belongs to the base as it is on disk."""
@@ -104,10 +107,11 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     base = values.get("base_model_name_or_path")
     token_rows = read_initial_rows(values, segments, folder)
     modules = read_initial_modules(values, segments, folder)
+    for_nf4 = NF4_MARK.items() <= read_metadata(folder / WEIGHTS_NAME).items()
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
     return InitialAdapter(
         folder=folder,
-        settings=settings | settings_of(token_rows) | modules_setting(modules),
+        settings=settings | {"init_from_loftq": for_nf4} | settings_of(token_rows) | modules_setting(modules),
         base=base if isinstance(base, str) and base else None,
         tensors={key: segments[name] for key, name in names.items()},
         names=names,
@@ -120,6 +124,15 @@ def weights_digest(folder: str | Path) -> str:
     """SHA-256 of the adapter's weights file. UserError where `read_initial_adapter` raises it."""
     with (read_initial_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_quantization(initial: InitialAdapter, method: str) -> None:
+    """Refuse an adapter that belongs to the base in NF4 on another form of it. `method`: quant.method."""
+    if initial.settings["init_from_loftq"] and method != "nf4":
+        raise UserError(
+            f"adapter.init_from={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of the "
+            f"base, and quant={method} loses nothing; set quant=nf4, or another adapter.init_from"
+        )
 
 
 def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -228,11 +228,13 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         return f"```python\n{code}```"
     commit = result.config.model.revision if base and base == result.config.model.name else None
     revision = f', revision="{commit}"' if commit else ""
-    code = (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{revision}, dtype="auto")\n'
-    )
+    needs_nf4 = result.config.adapter.for_nf4
+    classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
+    code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
+    if needs_nf4:
+        code += f"nf4 = {_nf4(result.config.train.dtype)}\n"
+    how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
+    code += f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
     if result.config.model.new_tokens:
         code += (
@@ -255,6 +257,11 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
             "quantizing the base gives."
         )
+    elif needs_nf4:
+        text += (
+            "\n\nThe base must be in this 4-bit form: by LoftQ the adapter began as a correction of what NF4 loses of "
+            "each weight, which a base in 16 bits does not lack."
+        )
     elif result.config.quant.method == "nf4" and _has_experts(result):
         text += (
             "\n\nTraining had the experts in 4 bits; bitsandbytes leaves fused experts in 16, so a base that it loads "
@@ -266,6 +273,15 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
         )
     return text
+
+
+def _nf4(dtype: str) -> str:
+    """The settings of bitsandbytes for what quant=nf4 is here; on its own it computes in fp32."""
+    settings = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+    return f'BitsAndBytesConfig(\n    {settings}, bnb_4bit_compute_dtype="{_TORCH_NAMES[dtype]}"\n)'
+
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def _has_experts(result: Result) -> bool:

@@ -12,7 +12,14 @@ from distlora.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.config import Config, UserError
 from distlora.expert_targets import expert_names, peft_paths
 from distlora.experts import ExpertWeight
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, InitialAdapter, check_fits, read_initial_adapter
+from distlora.initial_adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    InitialAdapter,
+    check_fits,
+    check_quantization,
+    read_initial_adapter,
+)
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
 from distlora.model import CausalLM
@@ -68,6 +75,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
     """
     assert config.adapter.init_from is not None
     initial = read_initial_adapter(config.adapter.init_from)
+    check_quantization(initial, config.quant.method)
     check_fits(initial, config.adapter, _shapes(model))
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:

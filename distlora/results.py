@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distlora import checkpoint, durable
 from distlora.checkpoint import Progress
 from distlora.config import Config, UserError
+from distlora.initial_adapter import NF4_MARK
 from distlora.loading.initialize import read_start
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
@@ -38,6 +39,11 @@ def weight_files(model: CausalLM, config: Config) -> dict[str, Any]:
         return {SINGLE_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model)
     return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
+
+
+def marks(config: Config) -> dict[str, str]:
+    """What the headers of a run's adapters say: that they belong to the base in NF4 alone, where they do."""
+    return NF4_MARK if config.adapter.for_nf4 else {}
 
 
 def adapter_files(model: CausalLM, config: Config) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
         else:
-            checkpoint.write_files(temporary, adapter_files(model, config), backend)
+            checkpoint.write_files(temporary, adapter_files(model, config), backend, metadata=marks(config))
         if backend.writes:
             for name, content in tokenizer_files(config).items():
                 (temporary / name).write_bytes(content)

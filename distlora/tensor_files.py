@@ -32,16 +32,22 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    backend: Backend,
+    dtype: torch.dtype | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> str | None:
-    """One safetensors file of `tensors`, all cast to `dtype` if it is given. Every rank must call it alike.
+    """One safetensors file of `tensors`, all cast to `dtype` if it is given, with `metadata` in its header. Every rank
+    must call it alike.
 
     Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
     # Larger elements first, as safetensors orders them, so that each starts at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * kinds[name].itemsize

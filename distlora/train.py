@@ -27,7 +27,7 @@ from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.reporting import Reporter
-from distlora.results import finish, publish_result, restore, trainer_tensors, weight_files
+from distlora.results import finish, marks, publish_result, restore, trainer_tensors, weight_files
 from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_adapters, start_model
 from distlora.trainer import Hooks, Trainer
@@ -76,7 +76,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             }
             environment = checkpoint.environment(ranks.world, ranks.device)
             state = TrainState(progress=progress, identity=identity, environment=environment)
-            checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state, backend)
+            checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state, backend, metadata=marks(config))
             if backend.writes:
                 checkpoint.prune(checkpoints, config.train.keep)
             backend.barrier()

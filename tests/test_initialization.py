@@ -34,8 +34,9 @@ from distlora_kernels import nf4
 from distlora_launcher.checks import check, check_model
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
+from distlora_launcher.generate import find_weights
 from family_models import SINGLE, config_for, tokens, write_family_folder
-from small_models import NEW_TOKENS, make_run
+from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
 from test_methods import Method, Peer, our_outcome, prepare
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import figures, result, run_until
@@ -332,6 +333,55 @@ def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Pa
         assert abs(float((rest.norm() - values[8:].norm()).detach())) < 1e-6 * float(error.norm()), (
             "and by as much as 8 ranks can"
         )
+
+
+def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None:
+    """The card loads that base; another run takes the adapter on that base alone, and says the same of its own."""
+    run_dir, out, folders = tmp_path / "run", tmp_path / "out", tmp_path
+    # Rows are whole blocks: for others bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
+    write_model_folder(folders / "llama", "llama", hidden_size=128, intermediate_size=192, head_dim=32)
+    write_text_file(folders / "text.jsonl")
+    make_run(run_dir, folders, adapter={"init": "loftq"}, train=SETTINGS)
+    train.run(run_dir, SINGLE)
+    words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
+    for more, place in (["--checkpoint", "step_4"], out / "step"), ([], out / "result"):
+        assert main([*words, *more, "--dry-run", str(place)]) == 0
+        assert read_initial_adapter(place).settings["init_from_loftq"]
+    card = (out / "result" / "README.md").read_text()
+    assert "by LoftQ the adapter began as a correction" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("org/base", str(folders / "llama")).replace("org/name", str(out / "result")), names)
+    ours, _ = worker.load_model(load_config(run_dir), str(run_dir / "adapter"), SINGLE)
+    with torch.no_grad():
+        # Of a model in evaluation bitsandbytes computes in bf16 on a CPU.
+        theirs, expected = names["model"].train()(PROBE).logits, our_logits(ours, PROBE)
+        dense = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
+        wrong = peft.PeftModel.from_pretrained(dense, out / "result")(PROBE).logits
+    # In one block of 100 bitsandbytes rounds the absmax to the next entry (tests/test_nf4.py).
+    assert (theirs - expected).norm() < 0.05 * (wrong - expected).norm(), "a base in 16 bits is another one"
+    assert (theirs - expected).abs().max() < 2e-2
+
+    published = str(run_dir / "adapter")
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"adapter.init_from={published}"]
+    with pytest.raises(UserError, match=r"init_from=.* started by LoftQ: .* quant=none loses nothing; set quant=nf4"):
+        compose_config([*paths, "quant=none"])
+    config = compose_config(paths)
+    assert config.adapter.init_from_loftq
+    plain = make_run(tmp_path / "plain", folders, quant={"method": "none"})
+    for generates in (
+        lambda: find_weights(tmp_path / "plain", plain, published, None),
+        lambda: worker.load_model(plain, published, SINGLE, foreign=True),
+    ):
+        with pytest.raises(UserError, match=r"--adapter=.* started by LoftQ"):
+            generates()
+    start = {**read_initial_adapter(published).settings, "init_from": published}
+    make_run(tmp_path / "next", folders, adapter=start, train={"max_steps": 1})
+    train.run(tmp_path / "next", SINGLE)
+    assert read_initial_adapter(tmp_path / "next" / "adapter").settings["init_from_loftq"]
+    make_run(tmp_path / "other", folders, train={"max_steps": 1})
+    train.run(tmp_path / "other", SINGLE)
+    assert not read_initial_adapter(tmp_path / "other" / "adapter").settings["init_from_loftq"]
 
 
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:

@@ -91,6 +91,9 @@ class AdapterConfig:
     start, as many bytes as the adapter in fp32."""
     init_from: str | None = None
     """A PEFT LoRA adapter's folder to start from instead. Its rank, alpha, scaling and targets become this run's."""
+    init_from_loftq: bool = False
+    """Whether that adapter holds a correction of what NF4 loses of the base, by the mark in its file: then so does what
+    this run makes of it, which needs quant=nf4. Set from init_from."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     """Ids of tokens whose rows are trained beside those of model.new_tokens, while the rest of the matrix is frozen: a
     list for the embedding (and the head that is tied to it), or {embed_tokens: [...], lm_head: [...]}. Each costs a row
@@ -109,6 +112,10 @@ class AdapterConfig:
             not (self.decomposes and self.init_from is not None),
             f"adapter.init={self.init} has no effect with adapter.init_from={self.init_from}, which holds A and B; "
             "leave one of them out",
+        )
+        require(
+            not self.init_from_loftq or self.init_from is not None,
+            "adapter.init_from_loftq=true has no effect without adapter.init_from, whose file says it; leave it out",
         )
         require(
             not (self.decomposes and self.use_dora),
@@ -143,6 +150,11 @@ class AdapterConfig:
     def pissa(self) -> bool:
         """Whether the base is trained on without the adapter's start."""
         return is_pissa(self.init)
+
+    @property
+    def for_nf4(self) -> bool:
+        """Whether A and B hold a correction of what NF4 loses of the base, and so are wrong on any other form of it."""
+        return self.init == "loftq" or self.init_from_loftq
 
     @property
     def starts_as_base(self) -> bool:

@@ -115,6 +115,14 @@ def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, S
     return segments
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file, which `read_header` has checked, says beside its tensors."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        metadata: dict[str, str] = json.loads(stream.read(length)).get("__metadata__", {})
+    return metadata
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 of every tensor's name, dtype, shape and 4 KiB from its middle: tells one base from another in a second.
 

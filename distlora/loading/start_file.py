@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import AdapterConfig, Config, UserError, require
-from distlora.loading.segments import Segment, fingerprint, read_header
+from distlora.loading.segments import Segment, fingerprint, read_header, read_metadata
 
 START_NAME = "initial_adapter.safetensors"
 METHOD_KEY, BASE_KEY, DIGEST_KEY = "distlora_init", "distlora_base", "distlora_digest"
@@ -92,9 +91,7 @@ def read_start_record(config: Config) -> StartRecord | None:
     if not path.is_file():
         return None
     segments = read_header(path, remedy=_remedy(config))
-    with path.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        metadata = json.loads(stream.read(length)).get("__metadata__", {})
+    metadata = read_metadata(path)
     record = StartRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
     )

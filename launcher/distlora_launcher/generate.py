@@ -19,7 +19,7 @@ from pathlib import Path
 from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.generation.prompts import Request, named_by_flag, read_prompts
-from distlora.initial_adapter import read_initial_adapter
+from distlora.initial_adapter import check_quantization, read_initial_adapter
 from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
@@ -137,7 +137,7 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
             f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter",
         )
         with named_by_flag():
-            read_initial_adapter(folder)
+            check_quantization(read_initial_adapter(folder), config.quant.method)
         return folder
     if checkpoint is not None:
         return read_result(run_dir, checkpoint).folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, Config, UserError
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, read_initial_adapter
+from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME, check_fits, check_quantization, read_initial_adapter
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
 from distlora.loading.start_file import needs_start
@@ -25,6 +25,7 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
         initial = read_initial_adapter(config.adapter.init_from)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    check_quantization(initial, config.quant.method)
     keys = {word.lstrip("+").partition("=")[0]: word for word in overrides}
     typed = {key.split(".")[1]: word for key, word in keys.items() if key.startswith("adapter.")}
     if keys.get("adapter") == "adapter=dora":

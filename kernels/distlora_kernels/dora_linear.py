@@ -25,25 +25,33 @@ Letters: B rows of the batch, M rows of the flattened input, I in features, O ou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from distlora_kernels import fused
 from distlora_kernels.dora import dora_norms, magnitude_gradient, scaled_rows
-from distlora_kernels.operands import Adapter, FrozenWeight, Kept, Linear, RowChoice
+from distlora_kernels.operands import Adapter, FrozenWeight, KeptOfMagnitude, Linear, RowChoice
 
 
-def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(n (N, O) fp32, k - 1 in `dtype` as (O,), or (B, O) where rows choose) of wa = W A^T (O, R).
+class Factors(NamedTuple):
+    """The k of a linear's outputs."""
 
-    Where W's row is 0, or that of W + s B A, n is given as 0 and k is 1.
-    """
+    norms: Tensor
+    """n, (N, O) fp32; 0 where W's row is 0, or that of W + s B A, and k is 1."""
+    excess: Tensor
+    """k - 1 as (O,), or (B, O) where rows choose."""
+
+
+def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> Factors:
+    """Of wa = W A^T (O, R), k - 1 in `dtype`."""
     magnitude = adapter.magnitude
     assert magnitude is not None
     squares, a = magnitude.row_norms_squared, adapter.a.to(dtype)
     if not isinstance(adapter.scale, RowChoice):
         norms = _of_directions(squares, dora_norms(squares, wa, a, adapter.b, adapter.scale)[None])
-        return norms, _excess(magnitude.masters, norms)[0].to(dtype)
+        return Factors(norms, _excess(magnitude.masters, norms)[0].to(dtype))
     choice, parts, start = adapter.scale, [], 0
     for scale, rank in zip(choice.scales, choice.ranks, strict=True):
         own = slice(start, start + rank)
@@ -52,7 +60,7 @@ def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         start += rank
     norms = _of_directions(squares, torch.stack(parts))
     excess = _excess(magnitude.masters, norms)
-    return norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype)
+    return Factors(norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype))
 
 
 def _of_directions(row_norms_squared: Tensor, norms: Tensor) -> Tensor:
@@ -73,10 +81,40 @@ def folded(linear: Linear, factor: Tensor) -> Linear:
     return linear._replace(weight=scaled_rows(linear.weight, factor), adapter=adapter)
 
 
-def divisor_of_scaled(adapter: Adapter, norms: Tensor) -> Tensor:
+def scaled(adapter: Adapter, factors: Factors, y: Tensor, bias: Tensor | None) -> tuple[Tensor, KeptOfMagnitude]:
+    """k v + bias, written over y = v + bias (M, O), without dropout; and what backward keeps."""
+    if bias is None:
+        y = plus_excess(y, y, factors.excess, out=y)
+        return y, KeptOfMagnitude(y, _divisor_of_scaled(adapter, factors), factors.excess)
+    # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
+    output = y - bias
+    y = plus_excess(y, output, factors.excess, out=y)
+    return y, KeptOfMagnitude(output, factors.norms, factors.excess)
+
+
+def scaled_beside_the_base(
+    factors: Factors, delta: Tensor, output: Tensor, bias: Tensor | None
+) -> tuple[Tensor, KeptOfMagnitude]:
+    """What x W^T is added to with dropout, written over delta = s (d(x) A^T) B^T (M, O); `output` is v."""
+    rest = plus_excess(delta, output, factors.excess, out=delta)
+    return rest if bias is None else rest.add_(bias), KeptOfMagnitude(output, factors.norms, factors.excess)
+
+
+def kept_of_folded(
+    linear: Linear, factors: Factors, factor: Tensor, y: Tensor, *, with_backward: bool
+) -> KeptOfMagnitude:
+    """What backward keeps of y (M, O), the output of folded(linear, factor)."""
+    assert linear.adapter is not None
+    output: Tensor | None = y
+    if linear.bias is not None:
+        output = y - linear.bias if with_backward else None
+    return KeptOfMagnitude(output, _divisor_of_scaled(linear.adapter, factors), None, factor)
+
+
+def _divisor_of_scaled(adapter: Adapter, factors: Factors) -> Tensor:
     """What the sum of dy (k v) is divided by to give dm, (N, O) fp32: m, and 0 as n is where k is not m / n."""
     assert adapter.magnitude is not None
-    return torch.where(norms == 0, 0.0, adapter.magnitude.masters)
+    return torch.where(factors.norms == 0, 0.0, adapter.magnitude.masters)
 
 
 def _excess(masters: Tensor, norms: Tensor) -> Tensor:
@@ -104,11 +142,10 @@ def times_excess(rows: Tensor, excess: Tensor) -> Tensor:
     return (rows.unflatten(0, (excess.shape[0], -1)) * excess[:, None]).flatten(0, 1)
 
 
-def gradient(adapter: Adapter, kept: Kept, dy: Tensor) -> Tensor:
+def gradient(adapter: Adapter, kept: KeptOfMagnitude, dy: Tensor) -> Tensor:
     """dm (N, O) fp32 of dy (M, O), which is not multiplied by k yet."""
     output, divisor = kept.output, kept.divisor
     assert output is not None
-    assert divisor is not None
     if dy.shape[0] == 0:
         return torch.zeros_like(divisor)
     if not isinstance(adapter.scale, RowChoice):

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from distlora_kernels import reference
 
+STRIPE_ELEMENTS = 2**17
+"""Products that magnitude_gradient has in memory at once: they stay in a core's cache."""
+
 
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
     """The absmax (G, 256) fp32 of a packed weight (rows, columns), each times the factor (rows,) of its row; padding of
@@ -37,8 +40,7 @@ def root(squares: Tensor) -> Tensor:
 
 def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
     """dy, y (M, O), magnitude (O,) -> (O,) fp32: sum over M of dy * y, divided by the magnitude; 0 where that is 0."""
-    # Some rows at a time, whose products stay in a core's cache.
-    rows = max(1, 2**17 // max(dy.shape[1], 1))
+    rows = max(1, STRIPE_ELEMENTS // max(dy.shape[1], 1))
     total = torch.zeros_like(magnitude)
     for left, right in zip(dy.split(rows), y.split(rows), strict=True):
         total += (left.float() * right.float()).sum(dim=0)

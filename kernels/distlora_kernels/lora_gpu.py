@@ -18,35 +18,44 @@ from distlora_kernels import dora_linear, variants
 from distlora_kernels.dora import dy_gradients
 from distlora_kernels.dropout import Dropout, dropped
 from distlora_kernels.fused import fused_linear, fused_linear_dx
-from distlora_kernels.operands import Adapter, FrozenWeight, Gradients, Kept, Linear, Needs, RowChoice, per_column
+from distlora_kernels.operands import (
+    Adapter,
+    FrozenWeight,
+    Gradients,
+    Kept,
+    KeptOfMagnitude,
+    Linear,
+    Needs,
+    RowChoice,
+    per_column,
+)
 from distlora_kernels.scratch import DenseWeights
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
 
-def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tuple[list[Tensor], list[Kept]]:
+def forward(
+    x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
+) -> tuple[list[Tensor], list[Kept]]:
     """x (M, I) -> each linear's y (M, O), and what its backward keeps: x A^T (M, R), compact where rows choose."""
     x = _row_major(x)
     ys, kept = [], []
     for index, (linear, xa) in enumerate(zip(linears, _project_down(x, linears), strict=True)):
         weight, adapter, bias = linear
-        norms = factor = None
-        if adapter is not None and adapter.magnitude is not None and dora_linear.folds(adapter, weight, x.dtype):
+        if adapter is None or xa is None:
+            y, own = _Base(index, weight, weights, x).output(x, bias), Kept()
+        elif adapter.magnitude is None:
+            y, own = _adapted(_Base(index, weight, weights, x), x, xa, adapter, bias), Kept(xa)
+        elif dora_linear.folds(adapter, weight, x.dtype):
             wa = fused_linear(adapter.a.to(x.dtype), weight).T
-            norms, excess = dora_linear.factors(adapter, wa, torch.float32)
-            factor = excess + 1
-            weight, adapter, bias = dora_linear.folded(linear, factor)
-        base = _Base(index, weight, weights, x)
-        if adapter is not None and xa is not None:
-            if adapter.magnitude is not None:
-                y, own = _with_magnitude(base, x, xa, adapter, bias)
-            else:
-                y, own = _adapted(base, x, xa, adapter, bias), Kept(xa)
-            if norms is not None and factor is not None:
-                own = _kept_of_folded(linear, xa, y, norms, factor)
-        elif base.dense is None:
-            y, own = fused_linear(x, weight, bias=bias), Kept()
+            factors = dora_linear.factors(adapter, wa, torch.float32)
+            factor = factors.excess + 1
+            weight, lora, _ = dora_linear.folded(linear, factor)
+            assert lora is not None
+            y = _adapted(_Base(index, weight, weights, x), x, xa, lora, bias)
+            own = Kept(xa, dora_linear.kept_of_folded(linear, factors, factor, y, with_backward=with_backward))
         else:
-            y, own = x @ base.dense.T if bias is None else torch.addmm(bias, x, base.dense.T), Kept()
+            y, of_magnitude = _with_magnitude(_Base(index, weight, weights, x), x, xa, adapter, bias)
+            own = Kept(xa, of_magnitude)
         ys.append(y)
         kept.append(own)
     return ys, kept
@@ -59,6 +68,12 @@ class _Base:
         self.weight = weight
         self.dense = None if variants.choose(x, weight) == "fused" else weights.take(index, weight, x.dtype)
         """The whole weight in x's dtype, until the next is taken; None where it is decoded inside the product."""
+
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, (M, O)."""
+        if self.dense is None:
+            return fused_linear(x, self.weight, bias=bias)
+        return x @ self.dense.T if bias is None else torch.addmm(bias, x, self.dense.T)
 
     def plus(self, addend: Tensor, x: Tensor) -> Tensor:
         """addend + x W^T, (M, O); the addend may be overwritten."""
@@ -79,28 +94,17 @@ def _adapted(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor 
     return base.plus(skinny_up(xa, up, bias=bias, choice=choice), x)
 
 
-def _with_magnitude(base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None) -> tuple[Tensor, Kept]:
+def _with_magnitude(
+    base: _Base, x: Tensor, xa: Tensor, adapter: Adapter, bias: Tensor | None
+) -> tuple[Tensor, KeptOfMagnitude]:
     """y (M, O) of DoRA, and what backward keeps."""
-    assert adapter.magnitude is not None
-    norms, excess = dora_linear.factors(adapter, base.of_rows(adapter.a.to(x.dtype)), x.dtype)
-    if adapter.dropout is not None:
-        delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
-        output = base.plus(delta.clone(), _seen(x, adapter.dropout))
-        y = dora_linear.plus_excess(delta, output, excess, out=delta)
-        return base.plus(y if bias is None else y.add_(bias), x), Kept(xa, output, norms, excess)
-    y = _adapted(base, x, xa, adapter, bias)
-    if bias is None:
-        y = dora_linear.plus_excess(y, y, excess, out=y)
-        return y, Kept(xa, y, dora_linear.divisor_of_scaled(adapter, norms), excess)
-    # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
-    output = y - bias
-    return dora_linear.plus_excess(y, output, excess), Kept(xa, output, norms, excess)
-
-
-def _kept_of_folded(linear: Linear, xa: Tensor, y: Tensor, norms: Tensor, factor: Tensor) -> Kept:
-    assert linear.adapter is not None
-    output = y if linear.bias is None else y - linear.bias
-    return Kept(xa, output, dora_linear.divisor_of_scaled(linear.adapter, norms), factor=factor)
+    factors = dora_linear.factors(adapter, base.of_rows(adapter.a.to(x.dtype)), x.dtype)
+    if adapter.dropout is None:
+        return dora_linear.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
+    delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
+    output = base.plus(delta.clone(), _seen(x, adapter.dropout))
+    rest, own = dora_linear.scaled_beside_the_base(factors, delta, output, bias)
+    return base.plus(rest, x), own
 
 
 def _seen(x: Tensor, dropout: Dropout) -> Tensor:
@@ -118,19 +122,16 @@ def backward(
 ) -> Gradients:
     """The gradients of the sum of <y, dy> over the linears; x is None where no linear has an adapter."""
     gradients = Gradients(len(linears))
-    linears = [
-        linear if own.factor is None else dora_linear.folded(linear, own.factor)
-        for linear, own in zip(linears, kept, strict=True)
-    ]
+    linears = [_as_it_ran(linear, own.magnitude) for linear, own in zip(linears, kept, strict=True)]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
-        adapter, own = linears[index].adapter, kept[index]
-        if adapter is None or own.xa is None:
+        adapter, (xa, own) = linears[index].adapter, kept[index]
+        if adapter is None or xa is None:
             continue
-        scaled = dy
-        if own.excess is not None:
+        scaled, factor = dy, None if own is None else own.factor
+        if own is not None and own.excess is not None:
             if needs.magnitude[index]:
                 gradients.magnitude[index] = dora_linear.gradient(adapter, own, dy)
             scaled = dora_linear.plus_excess(dy, dy, own.excess)
@@ -139,21 +140,25 @@ def backward(
             else:
                 through_dropout[index] = dora_linear.times_excess(dy, own.excess)
         up = _scaled_up(adapter, dy.dtype)
-        if own.factor is not None and needs.magnitude[index]:
+        if own is not None and factor is not None and needs.magnitude[index]:
             assert own.output is not None
-            assert own.divisor is not None
-            dxas[index], db, dm = dy_gradients(dy, up, own.xa, own.output, own.divisor[0], scale=_factor(adapter))
+            dxas[index], db, dm = dy_gradients(dy, up, xa, own.output, own.divisor[0], scale=_factor(adapter))
             gradients.magnitude[index] = dm[None]
         else:
-            dxas[index], db = skinny_dy(scaled, up, own.xa, scale=_factor(adapter), choice=_choice(adapter))
-        if own.factor is not None:
-            db = db.mul_(own.factor[:, None])
+            dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter))
+        if factor is not None:
+            db = db.mul_(factor[:, None])
         gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
     if x is not None:
         _add_down_gradients(gradients, _row_major(x), linears, dxas, needs)
     if needs.x:
         gradients.x = _input_gradient(linears, weights, rows, dxas, through_dropout)
     return gradients
+
+
+def _as_it_ran(linear: Linear, own: KeptOfMagnitude | None) -> Linear:
+    """The linear, or the LoRA that forward made of it."""
+    return linear if own is None or own.factor is None else dora_linear.folded(linear, own.factor)
 
 
 def _input_gradient(

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import uses_triton
 from distlora_kernels.dropout import Dropout
-from distlora_kernels.operands import Adapter, FrozenWeight, Kept, Linear, Magnitude, Needs, RowChoice
+from distlora_kernels.operands import NUM_KEPT, Adapter, FrozenWeight, Kept, Linear, Magnitude, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
 __all__ = ["Adapter", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
@@ -52,7 +52,8 @@ def lora_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     """
     forms = tuple(_Form.of(linear) for linear in linears)
     tensors = [tensor for linear in linears for tensor in _tensors(linear)]
-    ys = _LoRALinears.apply(x.flatten(0, -2), forms, *tensors)
+    # Inside of forward the mode is off.
+    ys = _LoRALinears.apply(x.flatten(0, -2), forms, torch.is_grad_enabled(), *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
 
 
@@ -87,15 +88,17 @@ def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forms: tuple[_Form, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, forms: tuple[_Form, ...], with_backward: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         weights = DenseWeights(len(forms))
-        ys, kept = _path(x).forward(x, _joined(forms, tensors), weights)
+        ys, kept = _path(x).forward(x, _joined(forms, tensors), weights, with_backward=with_backward)
         adapted = any(form.scale is not None for form in forms)
         ctx.forms = forms
         ctx.set_materialize_grads(False)
         # x for dA, what the path keeps for dB (x A^T) and for the magnitude's gradient (y).
         ctx.save_for_backward(
-            x if adapted else None, *(tensor for own in kept for tensor in own), *weights.saved, *tensors
+            x if adapted else None, *(tensor for own in kept for tensor in own.tensors()), *weights.saved, *tensors
         )
         return tuple(ys)
 
@@ -104,24 +107,23 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         forms, count = ctx.forms, len(ctx.forms)
         x, *saved = ctx.saved_tensors
-        size = len(Kept._fields)
-        kept = [Kept(*saved[size * index : size * (index + 1)]) for index in range(count)]
-        dense, tensors = saved[size * count : (size + 1) * count], saved[(size + 1) * count :]
+        kept = [Kept.of(saved[NUM_KEPT * index : NUM_KEPT * (index + 1)]) for index in range(count)]
+        dense, tensors = saved[NUM_KEPT * count : (NUM_KEPT + 1) * count], saved[(NUM_KEPT + 1) * count :]
         weights = DenseWeights(count)
         weights.saved = dense
         places = list(_places(forms))
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         needs = Needs(
             ctx.needs_input_grad[0], *(tuple(wanted[place + offset] for place in places) for offset in range(3))
         )
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
-            return (None,) * (2 + len(tensors))
+            return (None,) * (3 + len(tensors))
         gradients = _path(first).backward(x, _joined(forms, tensors), weights, kept, dys, needs)
         results: list[Tensor | None] = [None] * len(tensors)
         for place, *own in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
             results[place : place + len(own)] = own
-        return (gradients.x, None, *results)
+        return (gradients.x, None, None, *results)
 
 
 def _path(tensor: Tensor) -> ModuleType:

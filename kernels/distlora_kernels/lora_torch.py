@@ -13,11 +13,13 @@ from torch import Tensor
 
 from distlora_kernels import dora_linear
 from distlora_kernels.dropout import Dropout, dropped
-from distlora_kernels.operands import Gradients, Kept, Linear, Needs, RowChoice
+from distlora_kernels.operands import Adapter, Gradients, Kept, KeptOfMagnitude, Linear, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
 
-def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tuple[list[Tensor], list[Kept]]:
+def forward(
+    x: Tensor, linears: Sequence[Linear], weights: DenseWeights, *, with_backward: bool
+) -> tuple[list[Tensor], list[Kept]]:
     """x (M, I) -> each linear's y (M, O), and what its backward keeps: s x A^T (M, R) of one with an adapter."""
     ys: list[Tensor] = []
     kept: list[Kept] = []
@@ -28,39 +30,34 @@ def forward(x: Tensor, linears: Sequence[Linear], weights: DenseWeights) -> tupl
             kept.append(Kept())
             continue
         gated = (xa * _gate(linear, x.shape[0])).to(x.dtype)
-        if adapter.magnitude is not None:
-            y, own = _with_magnitude(x, seen, linear, weight, gated)
-            ys.append(y)
-            kept.append(own)
-            continue
-        up = adapter.b.to(x.dtype).T
-        delta = gated @ up if bias is None else torch.addmm(bias, gated, up)
-        ys.append(torch.addmm(delta, x, weight.T, out=delta))
-        kept.append(Kept(gated))
+        if adapter.magnitude is None:
+            y, own = _adapted(x, weight, gated, adapter, bias), Kept(gated)
+        else:
+            y, of_magnitude = _with_magnitude(x, seen, weight, gated, adapter, bias)
+            own = Kept(gated, of_magnitude)
+        ys.append(y)
+        kept.append(own)
     return ys, kept
 
 
-def _with_magnitude(x: Tensor, seen: Tensor, linear: Linear, weight: Tensor, gated: Tensor) -> tuple[Tensor, Kept]:
-    """y (M, O) of DoRA, and what backward keeps; `seen` is d(x) but for its scale, which `gated` has."""
-    adapter, bias = linear.adapter, linear.bias
-    assert adapter is not None
-    assert adapter.magnitude is not None
+def _adapted(x: Tensor, weight: Tensor, gated: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
+    """x W^T + gated B^T + bias, (M, O)."""
     up = adapter.b.to(x.dtype).T
-    norms, excess = dora_linear.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
-    if adapter.dropout is not None:
-        delta = gated @ up
-        output = torch.addmm(delta, seen, weight.T, alpha=adapter.dropout.scale)
-        y = dora_linear.plus_excess(delta, output, excess, out=delta)
-        y = y if bias is None else y.add_(bias)
-        return torch.addmm(y, x, weight.T, out=y), Kept(gated, output, norms, excess)
     delta = gated @ up if bias is None else torch.addmm(bias, gated, up)
-    y = torch.addmm(delta, x, weight.T, out=delta)
-    if bias is None:
-        y = dora_linear.plus_excess(y, y, excess, out=y)
-        return y, Kept(gated, y, dora_linear.divisor_of_scaled(adapter, norms), excess)
-    # The bias is in the sum as in the base's, so that k = 1 changes no bit, and is not scaled.
-    output = y - bias
-    return dora_linear.plus_excess(y, output, excess), Kept(gated, output, norms, excess)
+    return torch.addmm(delta, x, weight.T, out=delta)
+
+
+def _with_magnitude(
+    x: Tensor, seen: Tensor, weight: Tensor, gated: Tensor, adapter: Adapter, bias: Tensor | None
+) -> tuple[Tensor, KeptOfMagnitude]:
+    """y (M, O) of DoRA, and what backward keeps; `seen` is d(x) but for its scale, which `gated` has."""
+    factors = dora_linear.factors(adapter, weight @ adapter.a.to(x.dtype).T, x.dtype)
+    if adapter.dropout is None:
+        return dora_linear.scaled(adapter, factors, _adapted(x, weight, gated, adapter, bias), bias)
+    delta = gated @ adapter.b.to(x.dtype).T
+    output = torch.addmm(delta, seen, weight.T, alpha=adapter.dropout.scale)
+    rest, own = dora_linear.scaled_beside_the_base(factors, delta, output, bias)
+    return torch.addmm(rest, x, weight.T, out=rest), own
 
 
 def backward(
@@ -83,14 +80,15 @@ def backward(
             assert x is not None
             assert own.xa is not None
             scaled = dy
-            if own.excess is not None:
+            if own.magnitude is not None:
+                assert own.magnitude.excess is not None
                 if needs.magnitude[index]:
-                    gradients.magnitude[index] = dora_linear.gradient(adapter, own, dy)
-                scaled = dora_linear.plus_excess(dy, dy, own.excess)
+                    gradients.magnitude[index] = dora_linear.gradient(adapter, own.magnitude, dy)
+                scaled = dora_linear.plus_excess(dy, dy, own.magnitude.excess)
                 if adapter.dropout is None:
                     dy = scaled
                 else:
-                    dropped_dy = dora_linear.times_excess(dy, own.excess)
+                    dropped_dy = dora_linear.times_excess(dy, own.magnitude.excess)
             a, b = adapter.a, adapter.b
             dxa = ((scaled @ b.to(dy.dtype)) * _gate(linear, x.shape[0])).to(dy.dtype)
             if needs.b[index]:

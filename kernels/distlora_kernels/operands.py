@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,19 +94,40 @@ class Linear(NamedTuple):
     """(O,), which gets no gradient."""
 
 
+class KeptOfMagnitude(NamedTuple):
+    """What the backward of a linear with a magnitude reads of its forward (dora_linear.py makes it and reads it).
+
+    dm is the sum over the rows of dy * output, divided by `divisor`: the output is v and the divisor n, or k v and m.
+    """
+
+    output: Tensor | None
+    """(M, O); None where it takes a pass to get and no backward comes."""
+    divisor: Tensor
+    """(N, O) fp32."""
+    excess: Tensor | None
+    """k - 1 as (O,), or (B, O) where rows choose, in x's dtype."""
+    factor: Tensor | None = None
+    """Where k is folded into the packed weight and B: k as (O,) fp32, in the place of `excess`."""
+
+
 class Kept(NamedTuple):
     """What a linear's backward reads of its forward."""
 
     xa: Tensor | None = None
     """x A^T, None without an adapter."""
-    output: Tensor | None = None
-    """DoRA: (M, O), what the magnitude multiplies, or its product with it."""
-    divisor: Tensor | None = None
-    """DoRA: (N, O) fp32; the magnitude's gradient is the sum of dy * output over the rows, divided by it."""
-    excess: Tensor | None = None
-    """DoRA: k - 1 as (O,), or (B, O) where rows choose, in x's dtype."""
-    factor: Tensor | None = None
-    """DoRA, where k is folded into the packed weight and B: k as (O,) fp32, in the place of `excess`."""
+    magnitude: KeptOfMagnitude | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """NUM_KEPT of them, for autograd to save."""
+        return (self.xa, *((None,) * (NUM_KEPT - 1) if self.magnitude is None else self.magnitude))
+
+    @staticmethod
+    def of(tensors: Sequence[Any]) -> Kept:
+        xa, output, divisor, excess, factor = tensors
+        return Kept(xa, None if divisor is None else KeptOfMagnitude(output, divisor, excess, factor))
+
+
+NUM_KEPT = 1 + len(KeptOfMagnitude._fields)
 
 
 class Needs(NamedTuple):

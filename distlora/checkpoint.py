@@ -28,9 +28,9 @@ from torch import Tensor
 from distlora import durable
 from distlora.config import UserError
 from distlora.parallel import Backend
-from distlora.tensor_files import write_tensors
+from distlora.tensor_files import Unmade, write_tensors
 
-Files = Mapping[str, Mapping[str, Tensor] | dict[str, Any]]
+Files = Mapping[str, Mapping[str, Tensor | Unmade] | dict[str, Any]]
 """Tensors (*.safetensors) or JSON (*.json) by the name of their file."""
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"

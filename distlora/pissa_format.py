@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora import durable
 from distlora.config import UserError
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.loading.segments import read_header
+from distlora.tensor_files import Unmade
 
 
 def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,17 +37,30 @@ def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plain_tensors(trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A' and B' by PEFT's names, from A and B and from A0 and B0. What is trained beside them stays as it is."""
-    return {
-        name: _joined(name, tensor.detach().cpu(), start[name]) if name in start else tensor
-        for name, tensor in trained.items()
-    }
+def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | Unmade]:
+    """A' and B' by PEFT's names, from A and B and from A0 and B0, which are read from `start_file` as each is made.
+
+    What is trained beside them stays as it is.
+    """
+    start = read_header(start_file)
+
+    def unmade(name: str, tensor: Tensor) -> Unmade:
+        shape = list(tensor.shape)
+        shape[_dim(name)] *= 2
+
+        def make() -> Tensor:
+            with safe_open(start_file, framework="pt") as file:
+                return _joined(name, tensor.detach().cpu(), file.get_tensor(name))
+
+        return Unmade(shape=torch.Size(shape), dtype=tensor.dtype, make=make)
+
+    return {name: unmade(name, tensor) if name in start else tensor for name, tensor in trained.items()}
 
 
 def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
     """The plain LoRA of a saved step of PiSSA, in the folder `target`."""
-    tensors = plain_tensors(load_file(checkpoint / WEIGHTS_NAME), load_file(start_file))
+    plain = plain_tensors(load_file(checkpoint / WEIGHTS_NAME), start_file)
+    tensors = {name: tensor.make() if isinstance(tensor, Unmade) else tensor for name, tensor in plain.items()}
     save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
     durable.write_json(target / CONFIG_NAME, plain_config(json.loads((checkpoint / CONFIG_NAME).read_text("utf-8"))))
 

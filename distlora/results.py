@@ -14,9 +14,9 @@ from distlora import checkpoint, durable
 from distlora.checkpoint import Progress
 from distlora.config import Config, UserError
 from distlora.initial_adapter import NF4_MARK
-from distlora.loading.initialize import read_start
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
+from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel import Backend
@@ -51,7 +51,7 @@ def adapter_files(model: CausalLM, config: Config) -> dict[str, Any]:
     files = weight_files(model, config)
     if not config.adapter.pissa:
         return files
-    tensors = plain_tensors(files[WEIGHTS_NAME], read_start(config))
+    tensors = plain_tensors(files[WEIGHTS_NAME], start_path(config))
     return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,9 +32,21 @@ READ_ELEMENTS = 2**22
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmade:
+    """A tensor, the same on every rank, that only the one that writes makes, when its turn has come."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Unmade],
     backend: Backend,
     dtype: torch.dtype | None = None,
     *,
@@ -65,7 +78,12 @@ def write_tensors(
         if backend.writes:
             write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            backend.stream(tensors[name], lambda piece: write(piece.view(torch.uint8).numpy().data), dtype)
+            tensor = tensors[name]
+            if isinstance(tensor, Unmade):
+                if not backend.writes:
+                    continue
+                tensor = tensor.make()
+            backend.stream(tensor, lambda piece: write(piece.view(torch.uint8).numpy().data), dtype)
     return digest.hexdigest() if backend.writes else None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora import randomness, train
+from distlora import pissa_format, randomness, train
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import load_config
 from distlora.generation import worker
@@ -29,6 +30,7 @@ from distlora.loading.start_file import START_NAME, base_identity
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
+from distlora.results import publish_result
 from distlora.startup import start_model
 from distlora_kernels import nf4
 from distlora_launcher.checks import check, check_model
@@ -203,6 +205,42 @@ def test_ranks_have_the_adapters_and_the_base_of_one_process(
         assert stored.keys() == reference[0].keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in reference[0].items())
         assert all(torch.equal(whole[name], tensor) for name, tensor in reference[1].items())
+
+
+def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
+    """How many tensors of the plain LoRA this rank made to publish it, and how many it had at a time."""
+    made: list[weakref.ref[Tensor]] = []
+    most, original = 0, pissa_format._joined
+
+    def joined(name: str, trained: Tensor, start: Tensor) -> Tensor:
+        nonlocal most
+        tensor = original(name, trained, start)
+        made.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in made))
+        return tensor
+
+    model, backend, _ = start_model(load_config(run_dir), ranks)
+    pissa_format._joined = joined
+    try:
+        publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
+    finally:
+        pissa_format._joined = original
+    backend.barrier()
+    return len(made), most
+
+
+def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    files = []
+    for size in (1, 2):
+        run_dir = tmp_path / str(size)
+        config = make_run(run_dir, folders, adapter={"init": "pissa_niter_1", "modules_to_save": ["lm_head"]})
+        by_rank = world.run(size, published, run_dir=run_dir)
+        num_tensors = len(initialize.read_start(config))
+        assert by_rank == [(num_tensors, 1), (0, 0)][:size]
+        files.append((run_dir / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def peft_model(folder: Path, config: Config, init: str) -> Any:

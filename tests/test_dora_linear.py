@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from distlora_kernels.bench import costs
+from distlora_kernels.bench.rates import Step
+from distlora_kernels.bench.shapes import Group
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from closeness import assert_close
 from distlora_kernels import nf4, variants
@@ -236,6 +241,7 @@ def test_no_tokens_give_no_outputs_and_gradients_of_zero(
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "dropout"), [("torch", True), ("triton", False)])
 def test_a_compiled_function_equals_the_eager_one(path: str, dropout: bool, request: pytest.FixtureRequest) -> None:
     """Without a break of the graph: values and gradients bit for bit."""
@@ -260,6 +266,67 @@ def test_no_weight_is_kept_for_backward_and_one_output_at_the_most() -> None:
         outputs = [t for t in saved if t.shape == (BATCH * TOKENS, weight.shape[0])]
         assert len(outputs) == 1
         assert (outputs[0].data_ptr() == y.data_ptr()) == (bias is None), "without a bias it is the output itself"
+
+
+class Passes(TorchDispatchMode):
+    """The ops that read or write a tensor of `numel` elements, but for products and views."""
+
+    PRODUCTS = ("aten.mm", "aten.addmm", "distlora.skinny_up", "distlora.skinny_dy")
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        large = any(tensor.numel() == self.numel for tensor in tensors)
+        if (
+            large
+            and not func.is_view
+            and not name.startswith(("aten.empty", "aten.detach"))
+            and name not in self.PRODUCTS
+        ):
+            self.seen.append(name.split(".")[1])
+        return result
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_the_gpus_path_passes_over_outputs_as_often_as_is_counted(
+    triton_device: torch.device, packed: bool, bias: bool
+) -> None:
+    """A bias costs one more pass where a backward comes: the output without it."""
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=packed, dropout=False, choice=False)
+    weight, adapter, given = linears[1] if bias else linears[0]
+    assert adapter is not None
+    assert adapter.magnitude is not None
+    rows, out, dy = BATCH * TOKENS, weight.shape[0], dys[int(bias)]
+    leaves, magnitude = [x.requires_grad_(), *adapter[:2]], adapter.magnitude.masters
+    seen = []
+    with variants.forced("scratch"):
+        for form, trained_ones in ((adapter._replace(magnitude=None), leaves), (adapter, [*leaves, magnitude])):
+            with Passes(rows * out) as passes:
+                torch.autograd.grad(lora_linear(x, weight, form, bias=given), trained_ones, dy)
+            seen.append(passes.seen)
+        with torch.no_grad(), Passes(rows * out) as passes:
+            lora_linear(x, weight, adapter, bias=given)
+    assert seen[0] == []
+    if packed:
+        # The output is read in the pass over dy.
+        assert seen[1] == ["sub"] * bias + ["dora_dy_gradients"]
+        assert passes.seen == []
+        return
+    assert seen[1] == ["sub"] * bias + ["addcmul", "dora_magnitude_gradient", "addcmul"]
+    assert passes.seen == ["sub"] * bias + ["addcmul"]
+    group = Group("one", ((out, FEATURES),))
+    counted = [
+        list(count(group, rows, RANKS[bias], backward=True)) for count in (costs.ours_dense, costs.ours_dora_dense)
+    ]
+    whole = Step(2 * costs.E * rows * out)
+    assert counted[1].count(whole) - counted[0].count(whole) == len(seen[1]) - bias
 
 
 def test_an_output_that_torch_writes_over_is_noticed() -> None:

@@ -118,6 +118,7 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
 CELLS = [(1, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}), (3, {"micro_batch": 1})]
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_does_not_depend_on_ranks_micro_batches_or_checkpointing(
     world: World, folders: Path, tmp_path: Path
 ) -> None:

@@ -612,9 +612,11 @@ def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, 
 
 
 def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path) -> None:
-    run_dir, out = tmp_path / "run", tmp_path / "out"
-    make_run(run_dir, folders, adapter={"init": "pissa"}, train=SETTINGS)
+    run_dir, out, bases = tmp_path / "run", tmp_path / "out", tmp_path / "bases"
+    shutil.copytree(folders, bases)
+    make_run(run_dir, bases, adapter={"init": "pissa"}, train=SETTINGS)
     train.run(run_dir, SINGLE)
+    shutil.rmtree(bases)  # What is uploaded needs no weights of the base.
     words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
     assert main([*words, "--checkpoint", "step_4", "--dry-run", str(out / "step")]) == 0
     assert main([*words, "--dry-run", str(out / "result")]) == 0

@@ -66,9 +66,9 @@ def needs_start(config: Config, *, training: bool, restores: bool) -> bool:
     return not adapter.starts_as_base and (adapter.pissa or is_reference or not restores)
 
 
-def require_start(config: Config) -> StartRecord:
+def require_start(config: Config, *, with_base: bool = True) -> StartRecord:
     """`read_start_record` of a run that needs it. UserError where it is gone."""
-    record = read_start_record(config)
+    record = read_start_record(config, with_base=with_base)
     if record is None:
         use = (
             f"adapter.init={config.adapter.init} trains on the base without the start that it held"
@@ -82,10 +82,11 @@ def require_start(config: Config) -> StartRecord:
     return record
 
 
-def read_start_record(config: Config) -> StartRecord | None:
+def read_start_record(config: Config, *, with_base: bool = True) -> StartRecord | None:
     """What a run's start file says, after every byte of it was checked; None where there is no such file.
 
-    Raises UserError for a damaged file, and for the start of another method or base.
+    `with_base`: also that it is of the base at model.path, whose weights must be there then. Raises UserError for a
+    damaged file, and for the start of another method or base.
     """
     path = start_path(config)
     if not path.is_file():
@@ -101,7 +102,7 @@ def read_start_record(config: Config) -> StartRecord | None:
         raise UserError(
             f"{path} was made by adapter.init={record.method}, this run's is {config.adapter.init}; {_remedy(config)}"
         )
-    if record.base != fingerprint(Path(config.model.path)):
+    if with_base and record.base != fingerprint(Path(config.model.path)):
         raise UserError(
             f"{path} was computed from another base: the weights at model.path={config.model.path} have changed since; "
             "restore them, or start a new run"

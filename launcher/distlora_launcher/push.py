@@ -100,7 +100,7 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
     if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
         yield result
         return
-    require_start(result.config)
+    require_start(result.config, with_base=False)
     from distlora.pissa_format import write_plain  # Imports torch, which other results need not.
 
     with tempfile.TemporaryDirectory(prefix="distlora-push-") as place:

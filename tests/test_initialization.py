@@ -24,9 +24,9 @@ from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import load_config
 from distlora.generation import worker
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading import decompose, initialize
+from distlora.loading import decompose, initialize, start_file
 from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
-from distlora.loading.start_file import START_NAME, base_identity
+from distlora.loading.start_file import START_NAME, base_identity, digest_of
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
@@ -181,13 +181,19 @@ def started(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, Tensor], dict[str
     return {name: parameter.detach().clone() for name, parameter in adapter_tensors(model).items()}, base
 
 
-@pytest.mark.parametrize("method", ["nf4", "none"])
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "loftq"])
+@pytest.mark.parametrize(
+    ("init", "method"),
+    [
+        ("pissa", "nf4"),
+        ("pissa_niter_2", "none"),
+        ("loftq", "nf4"),
+        pytest.param("pissa", "none", marks=pytest.mark.slow),
+        pytest.param("pissa_niter_2", "nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_have_the_adapters_and_the_base_of_one_process(
     world: World, folders: Path, tmp_path: Path, init: str, method: str
 ) -> None:
-    if init == "loftq" and method == "none":
-        return
     adapter = {"init": init, "rank_pattern": {"k_proj": 3, "down_proj": 11}, "alpha_pattern": {"o_proj": 5.0}}
     reference: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     for size in (1, 2, 3):
@@ -313,7 +319,7 @@ def test_a_start_is_the_weights_own_in_every_family(tmp_path: Path, name: str) -
         assert relative_error(linear.weight, weight - start) < eps
 
 
-@pytest.mark.parametrize("beside", ["trainable_tokens_delta", "lm_head.weight"])
+@pytest.mark.parametrize("beside", ["trainable_tokens_delta", pytest.param("lm_head.weight", marks=pytest.mark.slow)])
 def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     folders: Path, tmp_path: Path, beside: str
 ) -> None:
@@ -493,7 +499,7 @@ def no_second_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initialize, "principal_part", refuse)
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=pytest.mark.slow)])
 def test_a_resumed_run_builds_its_base_from_the_kept_start(
     folders: Path, tmp_path: Path, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,7 +510,10 @@ def test_a_resumed_run_builds_its_base_from_the_kept_start(
     no_second_decomposition(monkeypatch)
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=3)
     moved = (tmp_path / "stopped").rename(tmp_path / "moved")
+    hashed: list[str] = []
+    monkeypatch.setattr(start_file, "digest_of", lambda tensors: hashed.append(digest_of(tensors)) or hashed[-1])
     run_until(SINGLE, run_dir=moved, stop_before=None)
+    assert len(hashed) == (init == "pissa"), "a resume reads the start's bytes for their hash once, where it needs it"
     whole, resumed = result(tmp_path / "whole"), result(moved)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert figures(moved) == figures(tmp_path / "whole")

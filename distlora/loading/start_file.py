@@ -7,6 +7,7 @@ so the file belongs to the base's identity.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -91,12 +92,12 @@ def read_start_record(config: Config, *, with_base: bool = True) -> StartRecord 
     path = start_path(config)
     if not path.is_file():
         return None
-    segments = read_header(path, remedy=_remedy(config))
+    read_header(path, remedy=_remedy(config))
     metadata = read_metadata(path)
     record = StartRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
     )
-    if record.digest != digest_of(_contents(segments)):
+    if record.digest != _digest_of_file(path, _state_of(path)):
         raise UserError(f"{path} is damaged: its tensors are not those that were saved; {_remedy(config)}")
     if record.method != config.adapter.init:
         raise UserError(
@@ -117,6 +118,18 @@ def digest_of(tensors: Iterable[tuple[str, tuple[int, ...], bytes]]) -> str:
         digest.update(f"{name} {list(shape)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
+    """`digest_of` a file's tensors, once a process while the file stays as it is: a start needs it several times, and
+    that of a 70B model at rank 64 is 3 GB."""
+    return digest_of(_contents(read_header(path)))
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _contents(segments: Mapping[str, Segment]) -> Iterable[tuple[str, tuple[int, ...], bytes]]:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from distlora_kernels import reference
 
-STRIPE_ELEMENTS = 2**17
-"""Products that magnitude_gradient has in memory at once: they stay in a core's cache."""
+STRIPE_ELEMENTS = 2**20
+"""Products that magnitude_gradient has in memory at once, 4 MiB. Each stripe ends in barriers of torch's threads: with
+fewer elements they are dearer than the cache is worth (kernels/README.md)."""
 
 
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:

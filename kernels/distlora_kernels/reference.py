@@ -39,10 +39,15 @@ NF4_LEVELS = (
 ZERO_CODE = NF4_LEVELS.index(0.0)
 
 
+def midpoints(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """The decision levels between neighbouring levels, rounded to fp32 (a weight on one goes to the lower)."""
+    values = torch.tensor(levels, dtype=torch.float32)
+    return tuple(((values[1:] + values[:-1]) / 2).tolist())
+
+
 def nf4_midpoints() -> tuple[float, ...]:
-    """The 15 decision levels between neighbouring NF4 levels, rounded to fp32 (a weight on one goes to the lower)."""
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32)
-    return tuple(((levels[1:] + levels[:-1]) / 2).tolist())
+    """The 15 decision levels of NF4."""
+    return midpoints(NF4_LEVELS)
 
 
 def dynamic_map() -> Tensor:
@@ -73,12 +78,12 @@ def num_groups(numel: int) -> int:
     return -(-numel // GROUP)
 
 
-def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_blocks(flat: Tensor, levels: tuple[float, ...] = NF4_LEVELS) -> tuple[Tensor, Tensor]:
     """First level: flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32.
 
-    code = nearest NF4 level of w / absmax, ties to the lower index; the first of two weights is the high nibble.
-    Padding and all-zero blocks get absmax 0 and codes 7. NaN and Inf show as non-finite absmax; their codes mean
-    nothing.
+    code = nearest level of w / absmax, ties to the lower index; the first of two weights is the high nibble.
+    Padding and all-zero blocks get absmax 0 and the code of 0 (7). NaN and Inf show as non-finite absmax; their codes
+    mean nothing.
     """
     groups = num_groups(flat.numel())
     padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device)
@@ -86,8 +91,8 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     blocks = padded.view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     normalized = torch.where(absmax > 0, blocks / absmax, 0.0)
-    midpoints = torch.tensor(nf4_midpoints(), dtype=torch.float32, device=flat.device)
-    index = torch.bucketize(normalized, midpoints).to(torch.uint8).view(-1, 2)
+    borders = torch.tensor(midpoints(levels), dtype=torch.float32, device=flat.device)
+    index = torch.bucketize(normalized, borders).to(torch.uint8).view(-1, 2)
     return ((index[:, 0] << 4) | index[:, 1]).view(groups, GROUP_BYTES), absmax.view(groups, BLOCKS_PER_GROUP)
 
 
@@ -129,11 +134,18 @@ def nf4_dequantize(
     return dequantize_blocks(codes, dequantize_absmax(scales, group_scale, offset), shape=shape, dtype=dtype)
 
 
-def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def dequantize_blocks(
+    codes: Tensor,
+    absmax: Tensor,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    levels: tuple[float, ...] = NF4_LEVELS,
+) -> Tensor:
     """The same from the absmax (G, 256) fp32 itself: what a weight without double quantization keeps."""
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
+    values = torch.tensor(levels, dtype=torch.float32, device=codes.device)
     nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, BLOCK)
-    weights = levels[nibbles.long()] * absmax.view(-1, 1)
+    weights = values[nibbles.long()] * absmax.view(-1, 1)
     return weights.view(-1)[: torch.Size(shape).numel()].view(shape).to(dtype)
 
 

@@ -9,8 +9,8 @@ Letters: N adapters of a linear, R their ranks added up, M rows of the flattened
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class LoRAPair(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, scaling: float, dora: bool = False) -> None:
         super().__init__()
-        self.scaling = scaling
+        self.rank, self.scaling = rank, scaling
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device="meta"))
         self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device="meta"))
         magnitude = torch.empty(out_features, dtype=torch.float32, device="meta")
@@ -92,7 +92,27 @@ class LoRAPair(nn.Module):
         self.B.zero_()
 
 
-class AdaptedLinear(FrozenLinear):
+class Adapted:
+    """A frozen weight that may have adapters: a linear, or all experts' at once."""
+
+    adapters: nn.ModuleDict
+    context: BlockContext
+    _scales: Tensor | None
+    """Of the adapters, on the device; None until rows choose, and when there is another one."""
+
+    def _scale(self, pairs: Sequence[LoRAPair]) -> float | RowChoice:
+        """The scale of the one adapter, or which adapter each row uses."""
+        rows = self.context.adapter_rows
+        if rows is None:
+            if len(pairs) > 1:
+                raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
+            return pairs[0].scaling
+        if self._scales is None:  # Copied to the device once, not in every step.
+            self._scales = torch.tensor([pair.scaling for pair in pairs], device=rows.device)
+        return RowChoice(rows, self._scales, tuple(pair.rank for pair in pairs))
+
+
+class AdaptedLinear(Adapted, FrozenLinear):
     """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses.
 
     With DoRA the buffer `row_norms_squared` (out_features,) fp32 holds those of the frozen weight, rounded to `dtype`;
@@ -120,7 +140,7 @@ class AdaptedLinear(FrozenLinear):
         self.dropout_threshold = 0
         """Probability of dropping an input in training, in units of 2^-16."""
         self.dropout_key = (0, 0)
-        self._scales: Tensor | None = None
+        self._scales = None
 
     @property
     def pairs(self) -> list[LoRAPair]:
@@ -164,23 +184,6 @@ class AdaptedLinear(FrozenLinear):
         if at is None or self.dropout_threshold == 0:
             return None
         return Dropout(self.dropout_key, self.dropout_threshold, at.step, at.rows)
-
-    def _scale(self, pairs: list[LoRAPair]) -> float | RowChoice:
-        """The scale of the one adapter, or which adapter each row uses."""
-        rows = self.context.adapter_rows
-        if rows is None:
-            if len(pairs) > 1:
-                raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
-            return pairs[0].scaling
-        if self._scales is None:  # Copied to the device once, not in every step.
-            self._scales = torch.tensor([pair.scaling for pair in pairs], device=rows.device)
-        return RowChoice(rows, self._scales, tuple(pair.A.shape[0] for pair in pairs))
-
-
-class Adapted(Protocol):
-    """A frozen weight that may have adapters: a linear, or all experts' at once."""
-
-    adapters: nn.ModuleDict
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

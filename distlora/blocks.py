@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,21 @@ class Reference:
         """The states, which are then freed with whoever took them, though the blocks know this object still."""
         taken, self.hidden = self.hidden, None
         return taken
+
+
+class _Rows(NamedTuple):
+    """What a block knows of the rows that it runs beside their hidden states; BlockContext says what each means."""
+
+    adapters: Tensor | None
+    places: StepRows | None
+    balanced: Tensor | None
+
+    def part(self, part: slice) -> _Rows:
+        return _Rows(
+            None if self.adapters is None else self.adapters[part],
+            None if self.places is None else self.places.part(part),
+            None if self.balanced is None else self.balanced[part],
+        )
 
 
 class Block(nn.Module):
@@ -81,13 +96,15 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states (B, T, H) -> (B, T, H). A kwarg with dim 0 = B is sliced too; one with dim 0 = 1 is shared."""
-        output, balance = self._run_slices(hidden_states, self.adapter_rows, self.step_rows, self.balanced, kwargs)
+        rows = _Rows(self.adapter_rows, self.step_rows, self.balanced)
+        output, balance = self._run_slices(hidden_states, rows, kwargs)
         if balance is not None:
             output, self.balance = _Together.apply(output, balance)
         if self.reference is not None:
             before = hidden_states if self.reference.hidden is None else self.reference.hidden
+            rows = _Rows(self.reference.rows, places=None, balanced=None)
             with torch.no_grad(), self._as_started():
-                self.reference.hidden, _ = self._run_slices(before, self.reference.rows, None, None, kwargs)
+                self.reference.hidden, _ = self._run_slices(before, rows, kwargs)
         return output
 
     @contextlib.contextmanager
@@ -102,14 +119,7 @@ class Block(nn.Module):
             for parameter, value in now.items():
                 parameter.data = value
 
-    def _run_slices(
-        self,
-        hidden_states: Tensor,
-        rows: Tensor | None,
-        places: StepRows | None,
-        balanced: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run_slices(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(B, T, H), and what the routers say where they are asked."""
         batch = hidden_states.shape[0]
         if batch % self.num_micro:
@@ -119,29 +129,18 @@ class Block(nn.Module):
         for start in range(0, batch, size):
             part = slice(start, start + size)
             sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
-            adapter_rows = None if rows is None else rows[part]
-            step_rows = None if places is None else places.part(part)
-            positions = None if balanced is None else balanced[part]
             hidden = hidden_states[part] if self.num_micro > 1 else hidden_states
-            output, balance = self._run(hidden, adapter_rows, step_rows, positions, sliced)
+            output, balance = self._run(hidden, rows.part(part), sliced)
             outputs.append(output)
             balances += [] if balance is None else [balance]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output, torch.cat(balances) if balances else None
 
-    def _run(
-        self,
-        hidden_states: Tensor,
-        adapter_rows: Tensor | None,
-        step_rows: StepRows | None,
-        balanced: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         def layer(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
             # In recomputation too, when another slice's rows may be set.
             context = self.context
-            context.adapter_rows, context.step_rows = adapter_rows, step_rows
-            context.balanced = balanced
+            context.adapter_rows, context.step_rows, context.balanced = rows
             try:
                 output = self.inner(hidden, **kwargs)
             finally:  # Recomputation leaves by an exception, and what the router left would keep its graph alive.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import BlockContext, LoRAPair
+from distlora.adapters import Adapted, BlockContext, LoRAPair
 from distlora.config import AdapterConfig
 from distlora.families import ExpertLayout
 from distlora.quant import FrozenTensor
@@ -32,7 +32,7 @@ class ExpertPair(LoRAPair):
 
     def __init__(self, in_features: int, out_features: int, *, num_experts: int, rank: int, scaling: float) -> None:
         super().__init__(in_features, out_features, rank=num_experts * rank, scaling=scaling)
-        self.num_experts, self.rank = num_experts, rank
+        self.num_experts, self.rank = num_experts, rank  # That of one expert.
 
     def down(self) -> Tensor:
         """(E, r, in): a view of A."""
@@ -50,7 +50,7 @@ class ExpertPair(LoRAPair):
             self.A.mul_(self.num_experts)
 
 
-class ExpertWeight(FrozenTensor):
+class ExpertWeight(Adapted, FrozenTensor):
     """The fused weight of all experts, frozen, with adapters or none: (E, out, in), or (E, in, out) if `transposed`."""
 
     def __init__(
@@ -68,7 +68,7 @@ class ExpertWeight(FrozenTensor):
         self.out_features, self.in_features = reversed(shape[1:]) if transposed else shape[1:]
         self.adapters = nn.ModuleDict()
         self.context = context
-        self._scales: Tensor | None = None
+        self._scales = None
 
     @property
     def pairs(self) -> list[ExpertPair]:
@@ -92,19 +92,14 @@ class ExpertWeight(FrozenTensor):
         )
 
     def _adapter(self, routing: Routing) -> ExpertAdapter | None:
-        pairs, rows = self.pairs, self.context.adapter_rows
+        pairs = self.pairs
         if not pairs:
             return None
         a = torch.cat([pair.down() for pair in pairs], dim=1) if len(pairs) > 1 else pairs[0].down()
         b = torch.cat([pair.up() for pair in pairs], dim=2) if len(pairs) > 1 else pairs[0].up()
-        if rows is None:
-            if len(pairs) > 1:
-                raise RuntimeError(f"{len(pairs)} adapters and no row choice: set CausalLM's adapter_rows")
-            return ExpertAdapter(a, b, pairs[0].scaling)
-        if self._scales is None:  # Copied to the device once, not in every step.
-            self._scales = torch.tensor([pair.scaling for pair in pairs], device=rows.device)
-        choice = RowChoice(rows, self._scales, tuple(pair.rank for pair in pairs))
-        return ExpertAdapter(a, b, choice.gate(routing.num_tokens)[routing.tokens])
+        scale = self._scale(pairs)
+        gate = scale.gate(routing.num_tokens)[routing.tokens] if isinstance(scale, RowChoice) else scale
+        return ExpertAdapter(a, b, gate)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x {self.in_features} -> {self.out_features}, {self.storage}"

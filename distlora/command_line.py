@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 bad input, 128 + n ended by signal n. Imports n
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -27,6 +28,17 @@ _BAD_PATH = {
     errno.EROFS,
 }
 """What the system says of a path that someone typed, rather than of a disk that fails."""
+
+
+def run_worker(module: str) -> int:
+    """The exit code of a worker's `main(argument)`, on the command line's one argument, with Ctrl-C in order while its
+    module is imported: torch takes seconds, and a traceback would print where in it the user lost patience.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = importlib.import_module(module).main
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code: int = main(sys.argv[1])
+    return code
 
 
 def run_to_exit_code(work: Callable[[], int], *, full_disk: str = "free some space") -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
 from distlora.families import Family
-from distlora.targets import match_ending, select_targets
+from distlora.targets import match_ending, select_targets, written
 
 EXPERT_PRESETS = ("mlp", "all-linear")
 """Presets of target_modules that mean the experts too."""
@@ -49,7 +49,7 @@ def select_adapted(adapter: AdapterConfig, linears: Sequence[str], family: Famil
     if family.experts is None:
         if adapter.target_parameters:
             raise UserError(
-                f"adapter.target_parameters={_listed(adapter.target_parameters)} names weights of experts, and "
+                f"adapter.target_parameters={written(adapter.target_parameters)} names weights of experts, and "
                 f"{family.model_type} has none; leave it out, and name linears in adapter.target_modules"
             )
         return select_targets(adapter.target_modules, linears)
@@ -113,8 +113,8 @@ def _check_parameters(adapter: AdapterConfig, family: Family, names: list[str]) 
         else:
             reason = f"no weight of the experts is named {entry!r}{nearest(entry, short)}"
         raise UserError(
-            f"adapter.target_parameters={_listed(adapter.target_parameters)}: {reason}; set "
-            f"adapter.target_parameters={_listed(short)}"
+            f"adapter.target_parameters={written(adapter.target_parameters)}: {reason}; set "
+            f"adapter.target_parameters={written(short)}"
         )
 
 
@@ -144,19 +144,19 @@ def _refuse_names_of_experts(target_modules: str | tuple[str, ...], linears: Seq
     if target_modules in TARGET_PRESETS:
         return
     router = family.experts.router
-    short = _listed(tuple(f"{family.experts.module}.{weight}" for weight in family.experts.weights))
+    short = written(tuple(f"{family.experts.module}.{weight}" for weight in family.experts.weights))
     for entry in entries:
         if match_ending([entry], list(linears)) or any(_fullmatches(entry, path) for path in linears):
             continue
         last = re.split(r"\W", entry)[-1]
         if last == router.rpartition(".")[2] or _fullmatches(entry, f"{family.decoder}.layers.0.{router}"):
             raise UserError(
-                f"adapter.target_modules={_shown(target_modules)}: {entry!r} hits only routers, and a router is not "
+                f"adapter.target_modules={written(target_modules)}: {entry!r} hits only routers, and a router is not "
                 "trained: it would send tokens to experts that were not trained for them; name linears, or all-linear"
             )
         if last in _OLD_NAMES:
             raise UserError(
-                f"adapter.target_modules={_shown(target_modules)}: {entry!r} is no linear of {family.model_type}: its "
+                f"adapter.target_modules={written(target_modules)}: {entry!r} is no linear of {family.model_type}: its "
                 f"experts are fused weights; set adapter.target_parameters={short}, or adapter.target_modules=mlp"
             )
 
@@ -166,11 +166,3 @@ def _fullmatches(pattern: str, path: str) -> bool:
         return re.fullmatch(pattern, path) is not None
     except re.error:
         return False
-
-
-def _shown(targets: str | tuple[str, ...]) -> str:
-    return targets if isinstance(targets, str) else _listed(targets)
-
-
-def _listed(entries: Sequence[str]) -> str:
-    return f"[{','.join(entries)}]"

@@ -23,7 +23,7 @@ from distlora.initial_experts import by_weight, parameters_of
 from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header, read_metadata
-from distlora.targets import idle_keys, match_ending
+from distlora.targets import idle_keys, match_ending, written
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -154,7 +154,7 @@ def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[
     for strays, what in ((sorted(targets - paths), "holds no tensors for"), (sorted(paths - targets), "also adapts")):
         if strays:
             raise UserError(
-                f"{file} {what} {strays[0]}{_more(strays)}; adapter.target_modules={_listed(adapter.target_modules)} "
+                f"{file} {what} {strays[0]}{_more(strays)}; adapter.target_modules={written(adapter.target_modules)} "
                 f"means {len(targets)} linears of this model{trained_on}; set another adapter.init_from or model.path"
             )
     for (path, part), segment in sorted(initial.tensors.items()):
@@ -306,10 +306,6 @@ def _is_number(value: Any, kind: type = float) -> bool:
 def _require(condition: bool, path: Path, values: dict[str, Any], name: str, wanted: str) -> None:
     if not condition:
         raise UserError(f"{path}: {name}={values.get(name)!r} is not {wanted}; save the adapter again")
-
-
-def _listed(targets: str | tuple[str, ...]) -> str:
-    return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
 
 
 def _more(names: list[str]) -> str:

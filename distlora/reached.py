@@ -49,10 +49,8 @@ class Reached:
         """What a parameter is called, or each of its rows."""
         if name not in self._rows:
             return [self._model.hf_name(name)]
-        rows, texts = (
-            self._model.rows_of(self._rows[name]),
-            {id: f" ({text})" for text, id in self._model.vocabulary.new.items()},
-        )
+        rows = self._model.rows_of(self._rows[name])
+        texts = {id: f" ({text})" for text, id in self._model.vocabulary.new.items()}
         assert rows is not None
         return [f"row {id}{texts.get(id, '')} of {self._rows[name]}" for id in rows.ids]
 

@@ -47,6 +47,11 @@ def select_targets(target_modules: str | tuple[str, ...], names: Iterable[str]) 
     return selected
 
 
+def written(targets: str | Iterable[str]) -> str:
+    """A list of names as one types it; a preset or a regular expression is that already."""
+    return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
+
+
 def check_patterns(adapter: AdapterConfig, targets: Iterable[str], names: Iterable[str]) -> None:
     """Refuse a key of rank_pattern or alpha_pattern that changes no linear: a setting without effect is a mistake.
 

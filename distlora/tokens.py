@@ -127,31 +127,12 @@ def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict
     """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
     list in the embedding alone, as PEFT has it.
 
-    Raises UserError for a head that is trained apart from the embedding that it is tied to.
+    A matrix that adapter.modules_to_save trains whole has none, and unties the two. Raises UserError for a head that is
+    trained apart from the embedding that it is tied to.
     """
     if config.adapter.method == "full":  # There every row is.
         return {}
-    whole = config.adapter.modules_to_save
-    if whole:
-        return _beside_whole_modules(config, tied=tied, new=new)
-    named = config.adapter.trainable_token_indices
-    chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
-    if tied and HEAD in chosen:
-        if tuple(chosen[HEAD]) != tuple(chosen.get(EMBEDDING, ())):  # PEFT asks for the same order, too.
-            raise UserError(
-                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
-                f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
-            )
-        del chosen[HEAD]
-    matrices = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
-    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in matrices}
-    return {matrix: ids for matrix, ids in united.items() if ids}
-
-
-def _beside_whole_modules(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """`trained_indices` where adapter.modules_to_save trains the embedding or the head whole, apart from each other."""
-    whole = config.adapter.modules_to_save
-    named = config.adapter.trainable_token_indices
+    whole, named = config.adapter.modules_to_save, config.adapter.trainable_token_indices
     chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
     if tied and len(whole) == 1 and (new or any(chosen.values())):
         raise UserError(
@@ -159,8 +140,15 @@ def _beside_whole_modules(config: Config, *, tied: bool, new: tuple[int, ...]) -
             "tokens that are trained would then be trained in one of them alone; "
             f"set adapter.modules_to_save=[{EMBEDDING},{HEAD}]"
         )
-    rest = [matrix for matrix in (EMBEDDING, HEAD) if matrix not in whole]
-    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in rest}
+    if tied and not whole and HEAD in chosen:
+        if tuple(chosen[HEAD]) != tuple(chosen.get(EMBEDDING, ())):  # PEFT asks for the same order, too.
+            raise UserError(
+                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
+                f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
+            )
+        del chosen[HEAD]
+    matrices = (EMBEDDING,) if tied and not whole else (EMBEDDING, HEAD)
+    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in matrices if matrix not in whole}
     return {matrix: ids for matrix, ids in united.items() if ids}
 
 

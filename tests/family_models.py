@@ -173,9 +173,15 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def positions_of(input_ids: Tensor) -> Tensor:
+    """Of rows that are one document each."""
+    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+
 def our_logits(model: CausalLM, input_ids: Tensor) -> Tensor:
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    return model.head.logits(model.hidden_states(input_ids, positions).flatten(0, 1)).view(*input_ids.shape, -1)
+    return model.head.logits(model.hidden_states(input_ids, positions_of(input_ids)).flatten(0, 1)).view(
+        *input_ids.shape, -1
+    )
 
 
 def edit_config(folder: Path, **values: Any) -> None:

@@ -38,6 +38,7 @@ from family_models import (
     edit_config,
     load_ours,
     our_logits,
+    positions_of,
     tokens,
     write_family_folder,
 )
@@ -59,10 +60,6 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return path
 
     return folder
-
-
-def positions_of(input_ids: Tensor) -> Tensor:
-    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
 def shifted(input_ids: Tensor) -> Tensor:

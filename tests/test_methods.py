@@ -32,7 +32,7 @@ from distlora.parallel import Backend, Ranks
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from distlora.results import load_weights, weight_files
 from distlora.startup import start_model
-from family_models import SINGLE, dequantized, tokens
+from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World
 
@@ -135,10 +135,6 @@ def _accumulate(model: Any, backend: Backend, batch: StepBatch) -> None:
 def whole(gradient: Tensor) -> Tensor:
     """Of a module that is cut over the ranks, all of it."""
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-
-
-def positions_of(input_ids: Tensor) -> Tensor:
-    return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
 @torch.no_grad()

@@ -33,9 +33,18 @@ from distlora.startup import start_model
 from distlora_kernels import nf4
 from distlora_launcher.checks import check_model
 from distlora_launcher.compose import compose_config
-from family_models import SINGLE, config_for, dequantized, edit_config, load_ours, tokens, write_family_folder
+from family_models import (
+    SINGLE,
+    config_for,
+    dequantized,
+    edit_config,
+    load_ours,
+    positions_of,
+    tokens,
+    write_family_folder,
+)
 from small_models import make_run, read_metrics
-from test_families import five_steps, positions_of, save_adapter, shifted
+from test_families import five_steps, save_adapter, shifted
 from test_init_from import write_adapter
 from test_prequantized import quantize
 from worlds import World

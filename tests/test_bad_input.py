@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["adapter=full", "quant=none", "+adapter.target_parameters=[experts.down_proj]"],
         ["adapter.target_parameters has no effect with adapter=full"],
     ),
-    "several nodes": (nothing, ["cluster.nodes=2"], ["cluster.nodes=1"]),
+    "several nodes": (nothing, ["cluster.nodes=2"], ["set cluster=slurm, or cluster=torchrun"]),
     "a sweep's second job": (nothing, ["-m", "adapter.r=4,0"], ["adapter.r=0"]),
     "two modes": (nothing, ["-m", "--cfg", "job"], ["exclude each other"]),
     "other settings": (nothing, ["--config-name", "mine"], ["--config-dir"]),

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
+from distlora.config.cluster import ClusterConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.training import (
     OPTIMIZERS,
     SCHEDULES,
-    ClusterConfig,
     OptimConfig,
     ParallelConfig,
     TrackerConfig,
@@ -85,7 +85,7 @@ class Config:
             }
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
-        check_ranks(self, self.cluster.gpus_per_node)
+        check_ranks(self, self.cluster.ranks)
         if self.train.objective == "dpo":
             self._check_preference()
         for format in self.data.formats:

@@ -209,18 +209,3 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ("wandb", "none"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterConfig:
-    nodes: int = 1
-    """Machines."""
-    gpus_per_node: int = 1
-    """Worker processes on each machine: one a GPU, or that many CPU processes where there is none."""
-
-    def __post_init__(self) -> None:
-        require_positive("cluster", self, "gpus_per_node")
-        require(
-            self.nodes == 1,
-            f"cluster.nodes={self.nodes}: more than one needs the SLURM launcher, not built yet; set cluster.nodes=1",
-        )

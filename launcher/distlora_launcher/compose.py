@@ -40,7 +40,7 @@ REQUIRED = {
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
 
 
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns")
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "cluster.environment")
 """Settings whose keys are the user's own words."""
 
 

@@ -1,0 +1,122 @@
+"""Where a run's processes are, who starts them, and how long they wait for each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distlora.config.errors import require, require_choice, require_positive
+
+LAUNCHERS = ("local", "torchrun", "slurm")
+
+_ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+_TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
+"""What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    launcher: Literal["local", "torchrun", "slurm"] = "local"
+    """Who starts the workers: this command, here (`local`); this command, given on each of `nodes` machines that share
+    the run folder (`torchrun`); or SLURM, by an sbatch script in the run folder (`slurm`)."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 1
+    """Worker processes on each machine: one a GPU, or that many CPU processes where there is none."""
+    max_restarts: int = 3
+    """How often within one start workers that died are started again from the newest checkpoint."""
+    timeout_seconds: float = 600.0
+    """How long a rank of a run may wait for the others in a step before the run ends, naming the rank and the step that
+    hung. Loading and saving have longer."""
+
+    rdzv_endpoint: str | None = None
+    """host:port where the machines of cluster=torchrun meet; the host is one of them, which must be able to listen on
+    that port. The same on each machine."""
+
+    partition: str | None = None
+    """SLURM's partition; null: the cluster's default."""
+    account: str | None = None
+    """SLURM's account."""
+    qos: str | None = None
+    """SLURM's quality of service."""
+    time_limit: str | None = None
+    """SLURM's time limit, as sbatch takes it (12:00:00, 2-00:00:00); null: the partition's."""
+    signal_seconds: int = 180
+    """How long before the time limit the run is told to save and stop. SLURM may be up to a minute early. Give it a
+    step and a save."""
+    requeue: bool = True
+    """Whether a job that was stopped after a save (time limit, preemption), or whose node failed, queues again and
+    continues."""
+    cpus_per_task: int | None = None
+    """CPUs for each machine's workers together; null: the cluster's default."""
+    memory: str | None = None
+    """Host memory of each machine, as sbatch's --mem takes it (0: all); null: the cluster's default."""
+    sbatch: tuple[str, ...] = ()
+    """Other options of sbatch, one an entry: [--exclusive, --constraint=h100]."""
+    setup: tuple[str, ...] = ()
+    """Shell lines on every machine before the workers start: [module load cuda, source .venv/bin/activate]."""
+    container: str | None = None
+    """Container image that the workers run in (srun --container-image, which needs pyxis); it must hold distlora."""
+    container_mounts: tuple[str, ...] = ()
+    """Folders that the container sees besides the run's own, as pyxis writes them: [/data:/data]."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}."""
+    port: int | None = None
+    """Port on the first machine where the machines of a SLURM job meet; null: one made from the job's id."""
+    max_parallel: int | None = None
+    """Jobs of a sweep (-m) that run at the same time; null: as many as SLURM gives."""
+
+    def __post_init__(self) -> None:
+        require_choice("cluster.launcher", self.launcher, LAUNCHERS)
+        require_positive("cluster", self, "nodes", "gpus_per_node", "timeout_seconds", "signal_seconds")
+        for name in ("cpus_per_task", "max_parallel"):
+            require_positive("cluster", self, name)
+        require(
+            self.max_restarts >= 0,
+            f"cluster.max_restarts={self.max_restarts} is no count; set it to 0 for no restart, or more",
+        )
+        self._check_launcher()
+        require(
+            self.port is None or 1024 <= self.port < 65536,
+            f"cluster.port={self.port} is no port for users; set cluster.port=29500 or leave it out",
+        )
+        require(
+            self.time_limit is None or _TIME_LIMIT.fullmatch(self.time_limit) is not None,
+            f"cluster.time_limit={self.time_limit} is no time for sbatch; write cluster.time_limit=12:00:00 (hours, "
+            "minutes, seconds) or 2-00:00:00 (days first)",
+        )
+        for option in self.sbatch:
+            require(
+                option.startswith("-") and "\n" not in option,
+                f"cluster.sbatch has {option!r}, which is no option of sbatch; write it as --name=value",
+            )
+
+    def _check_launcher(self) -> None:
+        """Refuse machines that the launcher cannot start, and settings that it does not read."""
+        require(
+            self.nodes == 1 or self.launcher != "local",
+            f"cluster.nodes={self.nodes} with cluster=local, which starts workers on this machine alone; set "
+            "cluster=slurm, or cluster=torchrun and cluster.rdzv_endpoint=host:port on each machine",
+        )
+        require(
+            self.launcher != "torchrun" or self.nodes == 1 or self.rdzv_endpoint is not None,
+            f"cluster=torchrun with cluster.nodes={self.nodes} needs a place to meet; set "
+            "cluster.rdzv_endpoint=host:29500 with the name of one of the machines, the same on each",
+        )
+        require(
+            self.rdzv_endpoint is None or self.launcher == "torchrun",
+            f"cluster.rdzv_endpoint={self.rdzv_endpoint} has no effect with cluster={self.launcher}; leave it out, or "
+            "set cluster=torchrun",
+        )
+        require(
+            self.rdzv_endpoint is None or _ENDPOINT.fullmatch(self.rdzv_endpoint) is not None,
+            f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one machine and a free "
+            "port of it, as in node01:29500",
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Worker processes in all."""
+        return self.nodes * self.gpus_per_node

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from distlora import stopping
 from distlora.config import UserError
 
 
@@ -48,14 +49,10 @@ def main() -> None:
         case "waits":
             time.sleep(120)
         case "saves when asked to stop":
-            signal.signal(signal.SIGTERM, lambda *_: stop(run_dir))
             (run_dir / f"ready_{rank}").touch()
-            time.sleep(120)
-
-
-def stop(run_dir: Path) -> None:
-    (run_dir / "stopped.json").write_text("{}")
-    sys.exit(0)
+            while stopping.requested() is None:
+                time.sleep(0.01)
+            (run_dir / stopping.STOPPED_NAME).write_text("{}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_a_signal_ends_all_workers(signum: signal.Signals, code: int, run_dir: P
 def test_a_save_on_the_way_out_is_75(run_dir: Path):
     (run_dir / "stopped.json").write_text("of an earlier start")
     process = start_launcher(run_dir, "saves when asked to stop", "ready")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert_no_workers(run_dir)

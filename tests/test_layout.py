@@ -29,6 +29,7 @@ LAYERS = [
         "distlora.durable",
         "distlora.randomness",
         "distlora.progress",
+        "distlora.stopping",
         "distlora.hub_errors",
     },
     {

@@ -1,4 +1,5 @@
-"""The first code of a worker process: its output into its log, then the module that does the work, run as `__main__`.
+"""The first code of a worker process: signals become requests to stop (`distlora/stopping.py`), its output goes into
+its log, then the module that does the work is run as `__main__`.
 
     python -m distlora_launcher.worker_entry LOG_DIR MODULE [ARGUMENTS]      (torchrun sets RANK)
 
@@ -19,6 +20,8 @@ import time
 import traceback
 from pathlib import Path
 
+from distlora import stopping
+
 
 def end_with_parent(signum: signal.Signals) -> None:
     """Have the kernel send `signum` here when the parent dies, so that no worker outlives a killed launcher."""
@@ -34,6 +37,16 @@ def redirect_output(log: Path, *, keep_stdout: bool) -> None:
     if not keep_stdout:
         os.dup2(descriptor, 1)
     os.close(descriptor)
+
+
+def leave_pid(rank: int) -> None:
+    """Tell the launcher where to send signals, once they are listened to."""
+    folder = os.environ.get(stopping.PID_DIR)
+    if folder is not None:
+        path = Path(folder) / f"rank_{rank}.pid"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(str(os.getpid()))
+        temporary.replace(path)
 
 
 def write_error(path: Path, error: BaseException) -> None:
@@ -54,10 +67,12 @@ def write_error(path: Path, error: BaseException) -> None:
 
 
 def main() -> None:
+    stopping.listen()
     log_dir, module, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
     end_with_parent(signal.SIGKILL)
     redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
+    leave_pid(rank)
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

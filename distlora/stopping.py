@@ -1,0 +1,83 @@
+"""A request to stop: signals become one, and the ranks agree on where to answer it (`parallel/control.py`).
+
+Imports no torch: a worker listens from its first moment, long before torch is imported. A request is answered with a
+save, so nothing happens within the signal itself; asking again changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks to stop: schedulers and `kill`, SLURM's --signal, Ctrl-C, a terminal that closes."""
+STOPPED_NAME = "stopped.json"
+"""In RUN: where a run stopped because it was asked to, `{step, checkpoint, signal, time}`."""
+PID_DIR = "DISTLORA_PID_DIR"
+"""Environment variable: a folder of this machine where each worker leaves its pid, as rank_<k>.pid."""
+
+_request: int | None = None
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop, and each raises this at the same point."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"asked to stop by {name_of(signum)}")
+        self.signum = signum
+
+
+def request(signum: int) -> None:
+    """Ask this process to stop when it next can; the first request names the signal."""
+    global _request
+    if _request is None:
+        _request = signum
+
+
+def requested() -> int | None:
+    """The signal that asked to stop, or None."""
+    return _request
+
+
+def forget() -> None:
+    """Drop the request: for a process that goes on to another run."""
+    global _request
+    _request = None
+
+
+def name_of(signum: int) -> str:
+    return signal.Signals(signum).name
+
+
+def listen() -> None:
+    """Turn signals into requests from now on. First of all in a process: threads and children inherit that these
+    signals are blocked, so that one sent to the whole group (SLURM does) ends neither wandb's service nor a compiler
+    under the worker that is about to save.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for signum in SIGNALS:
+        # torchrun ignores them, and so would its children: an ignored signal is dropped even while it is blocked.
+        signal.signal(signum, signal.SIG_DFL)
+    threading.Thread(target=_take, args=(parent,), name="signals", daemon=True).start()
+
+
+def _take(parent: int) -> None:
+    while True:
+        signum, sender = _wait()
+        if signum == signal.SIGTERM and sender == parent:
+            # torchrun ends a group that is broken or changes. Nobody is left to agree with, and a worker that waits in
+            # a collective would hold up the restart until torchrun kills it, 30 s later.
+            os._exit(128 + signum)
+        request(signum)
+        print(f"{name_of(signum)} from process {sender}: stopping when all ranks can", file=sys.stderr, flush=True)
+
+
+def _wait() -> tuple[int, int | None]:
+    """The next signal and the process that sent it, where the system tells."""
+    if sys.platform == "darwin":
+        return signal.sigwait(SIGNALS), None
+    received = signal.sigwaitinfo(SIGNALS)
+    return received.si_signo, received.si_pid

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench-load bench-dora clean
+.PHONY: demo test test-slow lint format bench-load bench-dora slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -16,6 +16,10 @@ test: $(READY)
 # What takes minutes each: whole commands as a user runs them, larger models. Not in CI.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# A real SLURM of two nodes on this machine, as the tests have one, and a shell in which it answers. Needs root.
+slurm-shell: $(READY)
+	$(BIN)/python tests/slurm_cluster.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora import checkpoint, durable
-from distlora.checkpoint import Progress
+from distlora import durable
+from distlora.checkpoints.files import whole_folder, write_files
+from distlora.checkpoints.folder import STATE_NAME, TRAINER_NAME
+from distlora.checkpoints.state import Progress
 from distlora.config import Config, UserError
 from distlora.initial_adapter import NF4_MARK
 from distlora.loading.reader import TORCH_DTYPES, Reader
@@ -64,7 +66,7 @@ def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
-    plain = {} if start is None or (folder / checkpoint.STATE_NAME).is_file() else start
+    plain = {} if start is None or (folder / STATE_NAME).is_file() else start
     odd = sorted(own.keys() ^ stored.keys()) or [
         name for name, segment in stored.items() if segment.shape != own[name].shape and name not in plain
     ]
@@ -101,7 +103,7 @@ def restore(
     with Reader() as reader:
 
         def states() -> Iterator[tuple[str, Tensor]]:
-            for path, segment in read_header(folder / checkpoint.TRAINER_NAME).items():
+            for path, segment in read_header(folder / TRAINER_NAME).items():
                 key, _, name = path.partition("/")
                 shape, first_row = torch.Size(segment.shape), 0
                 if key in optimizer.per_element:
@@ -127,7 +129,7 @@ def finish(
     if not (config.train.load_best_at_end and progress.best_step not in (None, progress.step)):
         publish_result(target, model, config, chat_template, backend)
         return str(target)
-    with checkpoint.whole_folder(target, backend) as temporary:
+    with whole_folder(target, backend) as temporary:
         if backend.writes:
             shutil.copytree(best, temporary, dirs_exist_ok=True)
     return f"{target} (the best, of step {progress.best_step})"
@@ -140,7 +142,7 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
     result needs it, and the tokenizer where it has new tokens. The folder appears whole or not at all. Every rank must
     call it alike.
     """
-    with checkpoint.whole_folder(target, backend) as temporary:
+    with whole_folder(target, backend) as temporary:
         if config.adapter.method == "full":
             if backend.writes:
                 _write_companions(temporary, model, config)
@@ -149,7 +151,7 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
         else:
-            checkpoint.write_files(temporary, adapter_files(model, config), backend, metadata=marks(config))
+            write_files(temporary, adapter_files(model, config), backend, metadata=marks(config))
         if backend.writes:
             for name, content in tokenizer_files(config).items():
                 (temporary / name).write_bytes(content)

@@ -7,7 +7,6 @@ depend on the number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ def write_tensors(
     """One safetensors file of `tensors`, all cast to `dtype` if it is given, with `metadata` in its header. Every rank
     must call it alike.
 
-    Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes.
+    Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes; an OSError there comes after every tensor
+    has been streamed.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
     # Larger elements first, as safetensors orders them, so that each starts at a multiple of its size.
@@ -67,24 +68,60 @@ def write_tensors(
         header[name] = {"dtype": _NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") if backend.writes else contextlib.nullcontext() as file:
+    file = _HashedFile(path) if backend.writes else None
+    if file is not None:
+        file.write(struct.pack("<Q", len(text)) + text)
+    write = file.write_piece if file is not None else lambda piece: None
+    for name in names:
+        tensor = tensors[name]
+        if isinstance(tensor, Unmade):
+            if file is None:
+                continue
+            tensor = tensor.make()
+        backend.stream(tensor, write, dtype)
+    return file.close() if file is not None else None
 
-        def write(content: bytes | memoryview) -> None:
-            assert file is not None
-            file.write(content)
-            digest.update(content)  # Reading a checkpoint of hundreds of GB again would take as long as writing it.
 
-        if backend.writes:
-            write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            tensor = tensors[name]
-            if isinstance(tensor, Unmade):
-                if not backend.writes:
-                    continue
-                tensor = tensor.make()
-            backend.stream(tensor, lambda piece: write(piece.view(torch.uint8).numpy().data), dtype)
-    return digest.hexdigest() if backend.writes else None
+class _HashedFile:
+    """A file that is hashed while it is written: reading a checkpoint of hundreds of GB again would take as long.
+
+    An OSError is kept until `close`, and nothing is written after it: other ranks stream their rows to this one, and
+    would wait for ever if it stopped half-way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+        self._error: OSError | None = None
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            self._error = error
+
+    def write(self, content: bytes | memoryview) -> None:
+        if self._error is not None:
+            return
+        assert self._file is not None
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self._error = error
+        self._digest.update(content)
+
+    def write_piece(self, piece: Tensor) -> None:
+        """A flat tensor in host memory."""
+        self.write(piece.view(torch.uint8).numpy().data)
+
+    def close(self) -> str:
+        """The SHA-256 of what was written, in hexadecimal. Raises the first OSError."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:  # Of what was buffered.
+                self._error = self._error or error
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
 
 
 def write_model(

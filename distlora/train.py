@@ -14,8 +14,18 @@ from typing import Any
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from distlora import checkpoint
-from distlora.checkpoint import Identity, Progress, TrainState
+from distlora.checkpoints.choice import choose
+from distlora.checkpoints.environment import environment
+from distlora.checkpoints.folder import TRAINER_NAME
+from distlora.checkpoints.saver import Saver
+from distlora.checkpoints.state import (
+    Identity,
+    Progress,
+    check_matches,
+    environment_line,
+    fixed_settings,
+    load_state,
+)
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
@@ -42,17 +52,19 @@ def run(run_dir: Path, ranks: Ranks) -> None:
     data = read_record(run_dir / DATA_NAME)
     chat_template: str | None = data["chat_template"]
     checkpoints = run_dir / CHECKPOINTS
-    newest, damaged = checkpoint.newest(checkpoints)
-    progress = Progress()
+    newest, notes = choose(checkpoints, ranks)
+    progress, made_on = Progress(), environment(ranks.world, ranks.device)
     if newest is not None:
-        state = checkpoint.load_state(newest)
-        checkpoint.check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
+        state = load_state(newest)
+        check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
         progress = state.progress
+        if (line := environment_line(state.environment, made_on)) is not None:
+            notes.append(line)
 
     with Reporter(
         run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=progress.step
     ) as reporter:
-        for line in damaged:
+        for line in notes:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
         model, backend, loaded = start_model(config, ranks, say=reporter.event, restores=newest is not None)
@@ -69,17 +81,21 @@ def run(run_dir: Path, ranks: Ranks) -> None:
         if config.train.save_every is None:
             reporter.event("nothing is saved before the end (set train.save_every to resume from within)")
 
-        def save(progress: Progress) -> None:
-            files = {
-                **weight_files(model, config),
-                checkpoint.TRAINER_NAME: trainer_tensors(optimizer, trained, backend),
-            }
-            environment = checkpoint.environment(ranks.world, ranks.device)
-            state = TrainState(progress=progress, identity=identity, environment=environment)
-            checkpoint.save(checkpoints / f"step_{progress.step:08d}", files, state, backend, metadata=marks(config))
-            if backend.writes:
-                checkpoint.prune(checkpoints, config.train.keep)
-            backend.barrier()
+        def state_files() -> dict[str, Any]:
+            return {**weight_files(model, config), TRAINER_NAME: trainer_tensors(optimizer, trained, backend)}
+
+        saver = Saver(
+            checkpoints,
+            state_files,
+            backend=backend,
+            identity=identity,
+            environment=made_on,
+            keep=config.train.keep,
+            in_background=config.train.save_in_background,
+            say=reporter.event,
+            metadata=marks(config),
+            saved_step=None if newest is None else progress.step,
+        )
 
         def publish_best(progress: Progress) -> None:
             publish_result(run_dir / BEST_NAME, model, config, chat_template, backend)
@@ -96,10 +112,14 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             reporter=reporter,
             config=config,
             hooks=Hooks(
-                save=save, publish_best=publish_best, sample=sample_hook(model, backend, config, reporter, data)
+                save=saver.save,
+                save_last=saver.save_last,
+                publish_best=publish_best,
+                sample=sample_hook(model, backend, config, reporter, data),
             ),
         )
-        trainer.fit()
+        with saver:
+            trainer.fit()
         summarize(reporter, trainer, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
@@ -112,7 +132,12 @@ def identity_of(config: Config, data: dict[str, Any]) -> Identity:
     init_from, digest = config.adapter.init_from, None
     if init_from is not None and needs_start(config, training=True, restores=True):
         digest = weights_digest(init_from)
-    return Identity(base_fingerprint=base_identity(config), data_digest=data["content"], reference_digest=digest)
+    return Identity(
+        base_fingerprint=base_identity(config),
+        data_digest=data["content"],
+        settings=fixed_settings(config),
+        reference_digest=digest,
+    )
 
 
 def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:

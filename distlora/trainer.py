@@ -19,7 +19,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distlora.checkpoint import Progress
+from distlora.checkpoints.saver import SaveError
+from distlora.checkpoints.state import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
 from distlora.flops import count_flops, peak_flops
@@ -42,7 +43,9 @@ class Hooks:
     """What the loop calls at certain steps. Every rank calls each of them alike."""
 
     save: Callable[[Progress], None]
-    """Write a checkpoint."""
+    """Save a checkpoint while training goes on; a disk that does not take it stops nothing."""
+    save_last: Callable[[Progress], None]
+    """Save a checkpoint, unless that step is saved already, and wait until it is on the disk. Raises SaveError."""
     publish_best: Callable[[Progress], None]
     """Keep what is trained now as the best by held-out loss."""
     sample: Callable[[int], None] | None = None
@@ -132,7 +135,9 @@ class Trainer:
                 self._log(interval, done)
                 if evaluating:
                     self._evaluate_trained()
-                if saving or self._is_exhausted():
+                if is_last or self._is_exhausted():
+                    self.hooks.save_last(self.progress)
+                elif saving:
                     self.hooks.save(self.progress)
                 if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
                     self.hooks.sample(done)
@@ -281,8 +286,11 @@ class Trainer:
         among = "" if rows else f" of rows {_listed(sorted(slots[slots >= 0].tolist()))}"
         saved = "nothing was trained before it"
         if step > 0:
-            self.hooks.save(self.progress)
-            saved = f"the state after step {step} is saved"
+            try:
+                self.hooks.save_last(self.progress)
+                saved = f"the state after step {step} is saved"
+            except SaveError as error:
+                saved = str(error)
         raise NonFiniteError(
             f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); {saved}. "
             "Rows are counted from 0 in the packed training data (`distlora data row RUN N` prints one). A resume "

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import checkpoint, parallel, startup, train
+from distlora import parallel, startup, train
+from distlora.checkpoints.files import whole_folder, write_files
+from distlora.checkpoints.folder import steps
 from distlora.config_file import load_config
 from distlora.loading.segments import read_headers
 from distlora.parallel import Backend, Ranks
@@ -113,7 +115,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     step = [line for line in metrics["2"] if "loss" in line][-1]
     gathered, summed = planned_bytes(folders / "llama", 2, 2, tied=False)
     assert (step["gathered_bytes"], step["scattered_bytes"]) == (3 * gathered, summed)
-    (newest,) = checkpoint.steps(tmp_path / "2" / "checkpoints")
+    (newest,) = steps(tmp_path / "2" / "checkpoints")
     tensors = safetensors.torch.load_file(newest / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
@@ -173,12 +175,12 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, 
     trained = train.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     optimizer = train.build_optimizer(backend.updated(trained), config.optim)
-    train.restore(checkpoint.steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
-    with pytest.MonkeyPatch.context() as patch, checkpoint.whole_folder(target, backend) as folder:
+    train.restore(steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
+    with pytest.MonkeyPatch.context() as patch, whole_folder(target, backend) as folder:
         patch.setattr(parallel, "PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
         files = {"trainer.safetensors": train.trainer_tensors(optimizer, trained, backend)}
-        sums = checkpoint.write_files(folder, files, backend)
+        sums = write_files(folder, files, backend)
         read = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if backend.writes}
         assert sums == read
     backend.barrier()
@@ -200,7 +202,7 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
     assert saved[1] == saved[2] == saved[3]
     assert (
         saved[1]["trainer.safetensors"]
-        == (checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] / "trainer.safetensors").read_bytes()
+        == (steps(tmp_path / "run" / "checkpoints")[-1] / "trainer.safetensors").read_bytes()
     )
     shards = [name for name in saved[1] if name.startswith("model-")]
     assert len(shards) > 3

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distlora import checkpoint, startup, train
+from distlora import startup, train
 from distlora.adapters import adapter_parameters
 from distlora.attention import Documents
+from distlora.checkpoints.files import write_files
+from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
@@ -173,9 +175,9 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
         optimizer.step(1e-3, torch.tensor(True, device=device))
     files = {
         **train.weight_files(model, config),
-        checkpoint.TRAINER_NAME: train.trainer_tensors(optimizer, trained, backend),
+        TRAINER_NAME: train.trainer_tensors(optimizer, trained, backend),
     }
-    checkpoint.write_files(tmp_path, files, backend)
+    write_files(tmp_path, files, backend)
     saved = {path: state.cpu().clone() for path, state in optimizer.state_tensors().items()}
     assert any(state.abs().max() > 0 for path, state in saved.items() if path.startswith("exp_avg/"))
 

@@ -31,6 +31,9 @@ LAYERS = [
         "distlora.progress",
         "distlora.stopping",
         "distlora.hub_errors",
+        "distlora.checkpoints.folder",
+        "distlora.checkpoints.keeping",
+        "distlora.checkpoints.state",
     },
     {
         "distlora.families",
@@ -61,7 +64,7 @@ LAYERS = [
     {"distlora.model"},
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
-    {"distlora.data", "distlora.optim", "distlora.checkpoint", "distlora.tensor_files", "distlora.pissa_format"},
+    {"distlora.data", "distlora.optim", "distlora.checkpoints", "distlora.tensor_files", "distlora.pissa_format"},
     {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},

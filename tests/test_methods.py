@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from closeness import assert_adapters_close, assert_losses_close, relative_error
 from distlora import train
-from distlora.checkpoint import write_files
+from distlora.checkpoints.files import write_files
 from distlora.config import Config
 from distlora.config_file import load_config
 from distlora.data.loader import StepBatch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import checkpoint
+from distlora.checkpoints.folder import steps
 from distlora.config import UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.generation.worker import load_model
@@ -84,7 +84,7 @@ def test_a_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     assert_losses_close(*(losses_of(read_metrics(run)) for run in (tmp_path / "moved", whole)))
     best = saved(whole / "best")
     assert all(torch.equal(best[name], tensor) for name, tensor in expected.items()), "the last is the best here"
-    newest = checkpoint.steps(whole / "checkpoints")[-1]
+    newest = steps(whole / "checkpoints")[-1]
     assert all(torch.equal(saved(newest)[name], tensor) for name, tensor in expected.items())
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import checkpoint, train
+from distlora import train
+from distlora.checkpoints import files
+from distlora.checkpoints.folder import TRAINER_NAME, newest, steps
 from distlora.config import UserError
 from distlora.parallel import Ranks
 from small_models import make_run, read_metrics, write_model_folder
@@ -82,9 +84,7 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
         run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
     assert any(
         tensor.dtype == torch.uint8
-        for tensor in safetensors.torch.load_file(
-            checkpoint.steps(tmp_path / "whole" / "checkpoints")[-1] / checkpoint.TRAINER_NAME
-        ).values()
+        for tensor in safetensors.torch.load_file(steps(tmp_path / "whole" / "checkpoints")[-1] / TRAINER_NAME).values()
     )
     whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -155,16 +155,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         make_run(tmp_path / name, folders, train=SETTINGS)
     run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
     run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=5)
-    newest = checkpoint.steps(tmp_path / "damaged" / "checkpoints")[-1]
-    assert newest.name == "step_00000004"
+    folder = steps(tmp_path / "damaged" / "checkpoints")[-1]
+    assert folder.name == "step_00000004"
     if damage == "flipped byte":
-        content = bytearray((newest / "trainer.safetensors").read_bytes())
+        content = bytearray((folder / "trainer.safetensors").read_bytes())
         content[-1] ^= 1
-        (newest / "trainer.safetensors").write_bytes(content)
+        (folder / "trainer.safetensors").write_bytes(content)
     elif damage == "odd manifest":
-        (newest / "manifest.json").write_text("[]")
+        (folder / "manifest.json").write_text("[]")
     else:
-        (newest / ("manifest.json" if damage == "no manifest" else "adapter_model.safetensors")).unlink()
+        (folder / ("manifest.json" if damage == "no manifest" else "adapter_model.safetensors")).unlink()
     run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=None)
     printed = capsys.readouterr().out
     assert "step_00000004 is damaged" in printed
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
 def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders, train=SETTINGS | {"keep": 2})
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    kept = steps(tmp_path / "run" / "checkpoints")
     assert [folder.name for folder in kept] == ["step_00000008", "step_00000009"]
     files = {path.name for path in kept[-1].iterdir()}
     assert files == {
@@ -221,10 +221,10 @@ def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "publish", full_disk)
+        patch.setattr(files, "publish", full_disk)
         with pytest.raises(OSError, match="No space left"):
             run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == (None, [])
+    assert newest(tmp_path / "run" / "checkpoints") == (None, [])
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
     assert (tmp_path / "run" / "adapter").is_dir()
 

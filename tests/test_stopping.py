@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora import checkpoint, train
-from distlora.checkpoint import Progress
+from distlora import train
+from distlora.checkpoints.folder import TRAINER_NAME, newest, steps
+from distlora.checkpoints.state import Progress
 from distlora.generation.sampler import Sampler
 from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
@@ -89,9 +90,9 @@ def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
     assert ("gradient of rows" if where == "gradient" else "loss of row ") in messages[0]
     folder = tmp_path / "bad" / "checkpoints" / "step_00000002"
     good = tmp_path / "good" / "checkpoints" / "step_00000002"
-    assert checkpoint.newest(tmp_path / "bad" / "checkpoints") == (folder, [])
+    assert newest(tmp_path / "bad" / "checkpoints") == (folder, [])
     assert all(torch.equal(saved(good)[name], tensor) for name, tensor in saved(folder).items())
-    optimizer = [safetensors.torch.load_file(path / checkpoint.TRAINER_NAME) for path in (folder, good)]
+    optimizer = [safetensors.torch.load_file(path / TRAINER_NAME) for path in (folder, good)]
     assert all(torch.equal(optimizer[1][name], tensor) for name, tensor in optimizer[0].items())
     assert [line["step"] for line in read_metrics(tmp_path / "bad") if "loss" in line] == [1, 2, 3]
 
@@ -135,7 +136,7 @@ def test_a_sample_that_fails_costs_no_checkpoint(
     monkeypatch.setattr(Sampler, "__call__", fails)
     with pytest.raises(torch.OutOfMemoryError):
         train.run(tmp_path / "run", SINGLE)
-    assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+    assert [folder.name for folder in steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("load_best", [False, True])

@@ -137,8 +137,12 @@ class TrainConfig:
     """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
     save_every: int | None = None
     """Steps between checkpoints; null: at the end only."""
+    save_in_background: bool = True
+    """Copy the state to host memory and write it while training goes on; what the ranks have cut between them
+    (adapter=full, adapter.modules_to_save) is written before the next step all the same. Takes as much host memory on
+    rank 0 as a checkpoint. false: train no further until it is on the disk."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, beside the one with the lowest held-out loss of those that were saved."""
     sample_every: int | None = None
     """Steps between samples: answers to sample_prompts, written to RUN/samples.jsonl and to the tracker; null: none."""
     sample_prompts: tuple[str, ...] = ()

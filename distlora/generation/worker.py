@@ -21,7 +21,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from distlora import checkpoint
+from distlora.checkpoints.folder import STATE_NAME, newest, steps
+from distlora.checkpoints.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.command_line import DONE, FAILED, run_to_exit_code
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
@@ -109,11 +110,9 @@ def check_base(weights: Path, config: Config) -> None:
 
     A checkpoint names its base; what a run published has the run's checkpoints beside it.
     """
-    states = (
-        [weights] if (weights / checkpoint.STATE_NAME).is_file() else checkpoint.steps(weights.parent / CHECKPOINTS)
-    )
-    if states and checkpoint.load_state(states[-1]).identity.base_fingerprint != base_identity(config):
-        taken = checkpoint.OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
+    states = [weights] if (weights / STATE_NAME).is_file() else steps(weights.parent / CHECKPOINTS)
+    if states and load_state(states[-1]).identity.base_fingerprint != base_identity(config):
+        taken = OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
         raise UserError(
             f"{weights} was trained on another base: the weights at {config.model.path}{taken} have changed since; "
             "restore them"
@@ -124,10 +123,10 @@ def weights_in(folder: Path) -> Path:
     """The folder itself if it holds weights, else the newest whole checkpoint in it."""
     if any((folder / name).is_file() for name in (WEIGHTS_NAME, SINGLE_NAME, INDEX_NAME)):
         return folder
-    newest, damaged = checkpoint.newest(folder)
-    if newest is None:
+    whole, damaged = newest(folder)
+    if whole is None:
         raise UserError(f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter base for the base")
-    return newest
+    return whole
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:

@@ -67,6 +67,15 @@ def leave_ranks(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
+def from_rank_0(number: int, ranks: Ranks) -> int:
+    """Rank 0's number on every rank, whatever the others were given. For what one rank finds out before the start."""
+    if ranks.group is None:
+        return number
+    shared = torch.tensor(number, dtype=torch.int64, device=ranks.device)
+    dist.broadcast(shared, group=ranks.group, group_src=0)
+    return int(shared)
+
+
 @dataclass(slots=True)
 class Backend:
     """What the trainer and the loader may know of parallelism."""

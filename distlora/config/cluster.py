@@ -14,6 +14,59 @@ LAUNCHERS = ("local", "torchrun", "slurm")
 _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
 """What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+SLURM_ONLY = (
+    "partition",
+    "account",
+    "qos",
+    "time_limit",
+    "cpus_per_task",
+    "memory",
+    "sbatch",
+    "setup",
+    "container",
+    "container_mounts",
+    "port",
+    "max_parallel",
+)
+"""Fields that say something to SLURM alone."""
+OWN_OPTION = dict.fromkeys((*SLURM_ONLY, "signal_seconds", "requeue", "environment"), "slurm") | {
+    "rdzv_endpoint": "torchrun"
+}
+"""The option of the group that has a field."""
+
+OPTION_SETTINGS = {
+    ("--nodes", "-N"): "cluster.nodes",
+    ("--partition", "-p"): "cluster.partition",
+    ("--account", "-A"): "cluster.account",
+    ("--qos", "-q"): "cluster.qos",
+    ("--time", "-t"): "cluster.time_limit",
+    ("--cpus-per-task", "-c"): "cluster.cpus_per_task",
+    ("--mem",): "cluster.memory",
+    ("--signal",): "cluster.signal_seconds",
+    ("--requeue", "--no-requeue"): "cluster.requeue",
+    ("--job-name", "-J"): "name",
+    ("--array", "-a"): "-m, which makes an array",
+    ("--container-image", "--container-mounts"): "cluster.container and cluster.container_mounts",
+}
+"""Options of sbatch that settings of ours stand for."""
+FIXED_OPTIONS = (
+    "--ntasks",
+    "-n",
+    "--ntasks-per-node",
+    "--chdir",
+    "-D",
+    "--output",
+    "-o",
+    "--error",
+    "-e",
+    "--open-mode",
+)
+"""Options of sbatch that the script needs as it has them."""
+
+LEAST_RUNNING_SECONDS = 60
+"""SLURM may warn of the time limit up to a minute early."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +113,8 @@ class ClusterConfig:
     container: str | None = None
     """Container image that the workers run in (srun --container-image, which needs pyxis); it must hold distlora."""
     container_mounts: tuple[str, ...] = ()
-    """Folders that the container sees besides the run's own, as pyxis writes them: [/data:/data]."""
+    """Folders that the container sees besides those of the run, its model and its data, as pyxis writes them:
+    [/scratch:/scratch]."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}."""
     port: int | None = None
@@ -87,10 +141,34 @@ class ClusterConfig:
             f"cluster.time_limit={self.time_limit} is no time for sbatch; write cluster.time_limit=12:00:00 (hours, "
             "minutes, seconds) or 2-00:00:00 (days first)",
         )
+        if self.time_limit is not None:
+            seconds = sbatch_seconds(self.time_limit)
+            require(
+                seconds > self.signal_seconds + LEAST_RUNNING_SECONDS,
+                f"cluster.time_limit={self.time_limit} is {seconds} s, and the run is told to stop up to "
+                f"{self.signal_seconds + LEAST_RUNNING_SECONDS} s before (cluster.signal_seconds={self.signal_seconds} "
+                "and SLURM's minute), so it would do nothing but start; set a longer cluster.time_limit",
+            )
+        self._check_options()
+        for name in self.environment:
+            require(
+                _VARIABLE.fullmatch(name) is not None,
+                f"cluster.environment.{name} is no name of an environment variable; write letters, digits and _",
+            )
+
+    def _check_options(self) -> None:
+        """Refuse options of sbatch that the script has from another setting, or needs as they are."""
         for option in self.sbatch:
             require(
                 option.startswith("-") and "\n" not in option,
                 f"cluster.sbatch has {option!r}, which is no option of sbatch; write it as --name=value",
+            )
+            name = re.split(r"[=\s]", option, maxsplit=1)[0] if option.startswith("--") else option[:2]
+            for names, setting in OPTION_SETTINGS.items():
+                require(name not in names, f"cluster.sbatch has {option}, which is written from {setting}; set that")
+            require(
+                name not in FIXED_OPTIONS,
+                f"cluster.sbatch has {option}, which the script must set itself (slurm/README.md); leave it out",
             )
 
     def _check_launcher(self) -> None:
@@ -110,6 +188,13 @@ class ClusterConfig:
             f"cluster.rdzv_endpoint={self.rdzv_endpoint} has no effect with cluster={self.launcher}; leave it out, or "
             "set cluster=torchrun",
         )
+        for name in SLURM_ONLY:
+            value = getattr(self, name)
+            require(
+                self.launcher == "slurm" or value is None or value == (),
+                f"cluster.{name}={value} has no effect with cluster={self.launcher}; leave it out, or set "
+                "cluster=slurm",
+            )
         require(
             self.rdzv_endpoint is None or _ENDPOINT.fullmatch(self.rdzv_endpoint) is not None,
             f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one machine and a free "
@@ -120,3 +205,17 @@ class ClusterConfig:
     def ranks(self) -> int:
         """Worker processes in all."""
         return self.nodes * self.gpus_per_node
+
+
+def sbatch_seconds(limit: str) -> int:
+    """A time limit in sbatch's notation as seconds: `90` (minutes), `90:00`, `1:30:00`, `2-12` (days and hours),
+    `2-12:30`, `2-12:30:00`."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -27,19 +27,31 @@ from distlora_launcher.compose import (
     with_new_keys,
 )
 from distlora_launcher.initial_adapter import with_initial_adapter
+from distlora_launcher.jobs.submit import Sweep, check_submission, is_job, submit_run
 from distlora_launcher.local import remove_if_empty, say, shown, start
 from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
 
 PROGRAM = "distlora train"
+DRY_RUN = "--dry-run"
+"""Of cluster=slurm: print the script that would be submitted, and make nothing."""
 
 
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
+    dry_run = DRY_RUN in arguments
+    arguments = [word for word in arguments if word != DRY_RUN]
     flags = read_flags(arguments)
-    if is_run(flags):
-        for config in composed(flags):
+    if dry_run or is_run(flags):
+        runs = composed(flags)
+        refuse_dry_run(runs, flags, dry_run)
+        for config in runs:
             check(config, new_run=True)
+        if is_job(runs[0]):
+            script = check_submission(runs, sweeps=is_multirun(flags))
+            if dry_run:
+                print(script, end="")
+                return DONE
         return run_hydra(ordered(arguments, flags.overrides))
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)
@@ -47,6 +59,22 @@ def main(arguments: list[str]) -> int:
         return run_hydra(ordered(arguments, flags.overrides))
     except SystemExit as stop:  # Hydra refused what it should print (--package), and has said why.
         return BAD_INPUT if stop.code else DONE
+
+
+def refuse_dry_run(runs: list[Config], flags: argparse.Namespace, dry_run: bool) -> None:
+    """Refuse --dry-run of what submits nothing, and sweeps that an array cannot hold."""
+    if dry_run and not is_run(flags):
+        raise UserError(f"{DRY_RUN} prints a script, and the other options print something else; leave one of them out")
+    if dry_run and not is_job(runs[0]):
+        raise UserError(
+            f"{DRY_RUN} prints what would be submitted, and cluster={runs[0].cluster.launcher} submits nothing; add "
+            "cluster=slurm, or print the settings with --cfg job"
+        )
+    if is_job(runs[0]) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
+        raise UserError(
+            "a sweeper that waits for results cannot choose the jobs of an array; leave hydra/sweeper out, or set "
+            "cluster=local in a job of its own"
+        )
 
 
 def ordered(arguments: list[str], overrides: list[str]) -> list[str]:
@@ -102,17 +130,21 @@ def is_multirun(flags: argparse.Namespace) -> bool:
 def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Config]:
     """The settings of every run that the command line asks for; --cfg shows them before they are complete."""
     options = {"config_dir": flags.config_dir, "may_lack_paths": may_lack_paths}
-    if is_multirun(flags):
-        return compose_sweep(flags.overrides, **options)
-    return [compose_config(flags.overrides, **options)]
+    if not is_multirun(flags):
+        return [compose_config(flags.overrides, **options)]
+    runs = compose_sweep(flags.overrides, **options)
+    if is_job(runs[0]):  # They are submitted together, so all of them are checked.
+        runs = compose_sweep(flags.overrides, **options, most=None)
+    return runs
 
 
 def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
     """Hand over to Hydra: one run, or with -m one after the other. Returns the first exit code that is not 0."""
     codes: list[int] = []
+    sweep = Sweep()
 
     def task(settings: DictConfig) -> None:
-        code = run_job(settings, len(codes))
+        code = run_job(settings, len(codes), sweep)
         codes.append(code)
         if code not in (DONE, FAILED, BAD_INPUT):  # A signal or a stop ends the whole sweep.
             sys.exit(code)
@@ -123,11 +155,14 @@ def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
         hydra.main(config_path=f"pkg://{CONF_MODULE}", config_name="config", version_base=VERSION_BASE)(task)()
     finally:
         sys.argv = argv
-    return next((code for code in codes if code != DONE), DONE)
+    failure = next((code for code in codes if code != DONE), DONE)
+    sweep.close(submits=failure == DONE)
+    return failure
 
 
-def run_job(settings: DictConfig, number: int) -> int:
-    """One run. A job of a sweep that cannot run says so and leaves the others alone."""
+def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
+    """One run. A job of a sweep that cannot run says so and leaves the others alone, but for those that are submitted
+    together, which `sweep` collects."""
     hydra_settings = HydraConfig.get()
     run_dir = Path(hydra_settings.runtime.output_dir)
     sweeps = hydra_settings.mode == RunMode.MULTIRUN
@@ -135,7 +170,10 @@ def run_job(settings: DictConfig, number: int) -> int:
         print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
     try:
         config = config_from_hydra(settings, run_dir=str(run_dir))
-        code = start(with_initial_adapter(config, hydra_settings.overrides.task))
+        config = with_initial_adapter(config, hydra_settings.overrides.task)
+        if is_job(config):
+            return sweep.add(config, number) if sweeps else submit_run(config)
+        code = start(config)
         if code == DONE and not sweeps:
             say(f"try it with: distlora generate {shown(run_dir)}")
         return code

@@ -87,7 +87,10 @@ def gpu_count() -> int:
 
 
 def check_machine(config: Config) -> None:
-    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to."""
+    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to. Where SLURM
+    starts the run, the machine that submits it says nothing of those that will."""
+    if config.cluster.launcher == "slurm":
+        return
     wanted, available = config.cluster.gpus_per_node, gpu_count()
     if 0 < available < wanted:
         raise UserError(

@@ -62,9 +62,13 @@ def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, m
 
 
 def compose_sweep(
-    overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None = None,
+    may_lack_paths: bool = False,
+    most: int | None = MOST_JOBS_CHECKED,
 ) -> list[Config]:
-    """The settings of the jobs of a `-m` run, in Hydra's order; at most MOST_JOBS_CHECKED of them.
+    """The settings of the jobs of a `-m` run, in Hydra's order; at most `most` of them (None: all).
 
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
     """
@@ -80,7 +84,7 @@ def compose_sweep(
             jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
         except EXPLAINED as error:
             raise explain(error, overrides) from error
-        return [_compose_one([*prefix, *job], may_lack_paths) for job in jobs[:MOST_JOBS_CHECKED]]
+        return [_compose_one([*prefix, *job], may_lack_paths) for job in jobs[:most]]
 
 
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:

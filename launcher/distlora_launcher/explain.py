@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distlora.config import UserError, nearest
+from distlora.config.cluster import OWN_OPTION
 from distlora.config.peer_names import peer_hint
 
 EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)
@@ -112,7 +113,10 @@ def _unknown_key(override: Override, overrides: Sequence[str]) -> str | None:
     if key in set(_nodes(defaults)):
         reasons = [word for word in chosen if word.lstrip("~").partition("=")[0] == key.partition(".")[0]]
         return f"{key} has no effect with {' '.join(reasons or chosen)}; remove it"
-    is_hydras = key.split(".")[0] == "hydra"
+    section, _, name = key.partition(".")
+    if section == "cluster" and name.partition(".")[0] in OWN_OPTION:
+        return f"{key} is a setting of cluster={OWN_OPTION[name.partition('.')[0]]}; add that, or leave it out"
+    is_hydras = section == "hydra"
     settings = [name for name, _ in _leaves(composed) if name.startswith("hydra.") == is_hydras]
     peer = "" if is_hydras else peer_hint(key)
     return f"there is no setting {key}{peer or _nearest_setting(key, settings, _groups())}"

@@ -31,25 +31,35 @@ CONFIG_NAME = "config.yaml"
 
 def start(config: Config, *, worker_module: str = "distlora.train") -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
+    code, config = make_run(config)
+    if code != DONE:
+        return code
+    run_dir = Path(config.run_dir)
+    with running(run_dir):
+        return train(run_dir, config, worker_module)
+
+
+def make_run(config: Config) -> tuple[int, Config]:
+    """All of a run that needs no worker: its model here, its folder, its data prepared. Returns the exit code, and the
+    settings as they are in RUN/config.yaml. Where the preparation fails, no run is left."""
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
     record = None
     if is_to_download(config):
         code, record = prepare_before_download(config)
         if code != DONE:
-            return code
+            return code, config
     config = localize(config)
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with running(run_dir):
         if record is not None:
             durable.write_text(run_dir / DATA_NAME, record)
-        else:
-            code = prepare(run_dir)
-            if code != DONE:
-                forget_run(run_dir)
-                return code
-        return train(run_dir, config, worker_module)
+            return DONE, config
+        code = prepare(run_dir)
+        if code != DONE:
+            forget_run(run_dir)
+        return code, config
 
 
 def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
@@ -108,6 +118,7 @@ def create_run(run_dir: Path, config: Config) -> None:
 def forget_run(run_dir: Path) -> None:
     """Take back what `create_run` made, so that the same command works once its data is corrected."""
     (run_dir / CONFIG_NAME).unlink()
+    (run_dir / DATA_NAME).unlink(missing_ok=True)
     remove_if_empty(run_dir)
 
 

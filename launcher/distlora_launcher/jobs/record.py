@@ -1,0 +1,55 @@
+"""RUN/slurm.json: the job that a run, or a sweep, was last submitted as."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distlora import durable
+
+RECORD_NAME = "slurm.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A job that SLURM took. The script writes one with the id alone where it was submitted by hand."""
+
+    job_id: str
+    """12, or 12_3 for a run of a sweep, which is a task of the array 12."""
+    command: tuple[str, ...] = ()
+    """What submitted it."""
+    submitted: float | None = None
+    """Seconds since 1970."""
+    host: str | None = None
+    """Where it was submitted."""
+    script: str | None = None
+    """SHA-256 of the script as it was written: another now means that somebody has changed it."""
+
+    @property
+    def array(self) -> str:
+        """The id of the whole: of the array that a task belongs to, or of the job itself."""
+        return self.job_id.partition("_")[0]
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    durable.write_json(folder / RECORD_NAME, asdict(submission))
+
+
+def read_submission(folder: Path) -> Submission | None:
+    """The last submission; None where there is none, or a record that cannot be read."""
+    try:
+        values = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        job_id = values["job_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
+        return None
+    command, submitted = values.get("command"), values.get("submitted")
+    return Submission(
+        job_id=job_id,
+        command=tuple(map(str, command)) if isinstance(command, list) else (),
+        submitted=submitted if isinstance(submitted, (int, float)) else None,
+        host=values.get("host") if isinstance(values.get("host"), str) else None,
+        script=values.get("script") if isinstance(values.get("script"), str) else None,
+    )

@@ -1,0 +1,215 @@
+"""SLURM's own commands: what they are asked, what their answers mean, and what they refuse, said in our settings."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from distlora.config import UserError
+
+ANSWER_SECONDS = 30.0
+"""How long a command may take: a controller that is busy or gone must not hold up ours for good."""
+
+LIVE_STATES = frozenset(
+    {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"}
+    | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+)
+"""Of a job that SLURM still has in its hands."""
+
+_REASONS = {
+    "invalid partition": "set cluster.partition to one of them",
+    "invalid account": "set cluster.account, and cluster.partition, to what you may use",
+    "invalid qos": "set cluster.qos to one that your account may use",
+    "time limit": "set a shorter cluster.time_limit, or another cluster.partition",
+    "node count": "set fewer cluster.nodes, or another cluster.partition",
+    "node configuration": "no machine of the partition has as much as cluster.gpus_per_node, cluster.cpus_per_task and "
+    "cluster.memory ask for, or there are fewer than cluster.nodes; ask for less, or set another cluster.partition",
+    "more processors": "set fewer cluster.nodes or cluster.cpus_per_task, or another cluster.partition",
+    "memory specification": "set a lower cluster.memory",
+    "generic resource": "set cluster.gpus_per_node to what the machines have, or ask for GPUs in the cluster's own "
+    """way: 'cluster.sbatch=["--gres=gpu:8"]'""",
+    "option": "correct cluster.sbatch",
+    "policy": "ask for less (cluster.nodes, cluster.time_limit), or set another cluster.qos or cluster.account",
+}
+"""What to change, by a part of sbatch's own words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What SLURM says of a job, or of one task of an array."""
+
+    job_id: str
+    """12, or 12_3 for a task of an array."""
+    state: str
+    """SLURM's word: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, NODE_FAIL and so on."""
+    reason: str | None
+    """Why it waits, or why it ended; None where SLURM gives no reason."""
+    nodes: str | None
+    """Its machines in SLURM's notation, n[1-4]; None while it has none."""
+    restarts: int | None
+    """How often it was started again; None where nothing tells."""
+    exit_code: int | None
+    """Of the script; None while it has not ended."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it waits, runs, or is about to end."""
+        return self.state in LIVE_STATES
+
+
+class SchedulerError(Exception):
+    """A command of SLURM that is missing, failed or did not answer; the message is its own."""
+
+
+def is_here() -> bool:
+    """Whether jobs can be submitted from this machine."""
+    return shutil.which("sbatch") is not None
+
+
+def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
+    """What a command of SLURM prints on stdout. Raises SchedulerError."""
+    try:
+        ended = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except FileNotFoundError as error:
+        raise SchedulerError(f"there is no {command[0]} on this machine") from error
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerError(f"{command[0]} has not answered for {ANSWER_SECONDS:.0f} s") from error
+    if ended.returncode != 0:
+        lines = [line.removeprefix(f"{command[0]}: ") for line in ended.stderr.splitlines() if line.strip()]
+        raise SchedulerError("; ".join(lines) or f"{command[0]} ended with code {ended.returncode}")
+    return ended.stdout
+
+
+def submit(command: Sequence[str]) -> str:
+    """Submit by `sbatch --parsable ...`; returns the job's id. Raises SchedulerError."""
+    answer = ask(command).strip()
+    job_id = answer.partition(";")[0]  # `12;cluster` where several clusters share one SLURM.
+    if not job_id.isdigit():
+        raise SchedulerError(f"it answered {answer!r} where a job's id should be")
+    return job_id
+
+
+def try_submission(script: str) -> None:
+    """Have SLURM judge a script before anything is made for it. Raises UserError with its reason and what to change."""
+    try:
+        ask(["sbatch", "--test-only"], stdin=script)
+    except SchedulerError as error:
+        raise refusal(error) from error
+
+
+def refusal(error: SchedulerError) -> UserError:
+    """sbatch's refusal in its own words, and what to change."""
+    text = re.sub(r"(?i)\b(error|allocation failure|batch job submission failed): ", "", str(error))
+    advice = next((advice for part, advice in _REASONS.items() if part in text.lower()), None)
+    if advice is None:
+        return UserError(f"SLURM refuses the job: {text}; change the settings of cluster.* that this is about")
+    if "partition" in advice.partition(" ")[0] or "one of them" in advice:
+        text += f"; the partitions here are {', '.join(partitions()) or 'unknown'}"
+    return UserError(f"SLURM refuses the job: {text}; {advice}")
+
+
+def partitions() -> list[str]:
+    """Names of the partitions; none where SLURM does not tell."""
+    try:
+        return list(dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split()))
+    except SchedulerError:
+        return []
+
+
+def has_gpus(partition: str | None) -> bool:
+    """Whether the machines of a partition (None: the default one) have GPUs that SLURM hands out. Where it does not
+    tell, they have: a cluster without any is the exception."""
+    try:
+        lines = ask(["sinfo", "--noheader", "--format=%P %G"]).splitlines()
+    except SchedulerError:
+        return True
+    rows = [line.split(maxsplit=1) for line in lines if line.strip()]
+    wanted = [row[1] for row in rows if len(row) == 2 and _is_meant(row[0], partition)]
+    return not wanted or any(re.search(r"\bgpu\b", resources) for resources in wanted)
+
+
+def _is_meant(name: str, partition: str | None) -> bool:
+    """sinfo marks the default partition with a star; a job may name several, with commas."""
+    return name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
+
+
+def find_jobs(job_id: str) -> dict[str, Job]:
+    """What SLURM knows of a job, by id: one entry, or one a task where `job_id` is that of an array.
+
+    scontrol forgets a job some minutes after its end (MinJobAge); then accounting is asked, where the cluster keeps it.
+    Empty where neither knows it. Raises SchedulerError where SLURM cannot be asked.
+    """
+    try:
+        return _read_scontrol(ask(["scontrol", "show", "job", "--oneliner", job_id]))
+    except SchedulerError as error:
+        if "Invalid job id" not in str(error):
+            raise
+    try:
+        fields = "--format=JobID,State,ExitCode,NodeList"
+        return _read_sacct(ask(["sacct", "--allocations", "--noheader", "--parsable2", fields, f"--jobs={job_id}"]))
+    except SchedulerError:
+        return {}  # Accounting is off on many clusters; then nobody knows.
+
+
+def _read_scontrol(text: str) -> dict[str, Job]:
+    jobs: dict[str, Job] = {}
+    for line in text.splitlines():
+        values = dict(re.findall(r"(?:^| )([A-Za-z]+)=(\S*)", line))
+        if "JobState" not in values or "JobId" not in values:
+            continue
+        state = values["JobState"]
+        for job_id in _ids(values):
+            jobs[job_id] = Job(
+                job_id=job_id,
+                state=state,
+                reason=_unless_none(values.get("Reason")),
+                nodes=_unless_none(values.get("NodeList")),
+                restarts=int(values["Restarts"]) if values.get("Restarts", "").isdigit() else None,
+                exit_code=None if state in LIVE_STATES else _exit_code(values.get("ExitCode")),
+            )
+    return jobs
+
+
+def _ids(values: Mapping[str, str]) -> list[str]:
+    """The ids that one record of scontrol stands for: the tasks of an array that have not started share one."""
+    array, tasks = values.get("ArrayJobId"), values.get("ArrayTaskId")
+    if array is None or tasks is None:
+        return [values["JobId"]]
+    ids = []
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit() and (not last or last.isdigit()):
+            ids += [f"{array}_{task}" for task in range(int(first), int(last or first) + 1)]
+    return ids
+
+
+def _read_sacct(text: str) -> dict[str, Job]:
+    jobs = {}
+    for line in text.splitlines():
+        job_id, state, code, nodes = (*line.split("|"), "", "", "")[:4]
+        if re.fullmatch(r"\d+(_\d+)?", job_id) and state:
+            state = state.split()[0]  # `CANCELLED by 1000`
+            jobs[job_id] = Job(
+                job_id=job_id,
+                state=state,
+                reason=None,
+                nodes=_unless_none(nodes),
+                restarts=None,
+                exit_code=None if state in LIVE_STATES else _exit_code(code),
+            )
+    return jobs
+
+
+def _unless_none(word: str | None) -> str | None:
+    return None if word in (None, "", "None", "(null)", "None assigned") else word
+
+
+def _exit_code(pair: str | None) -> int | None:
+    """`code:signal` as one number, 128 + n for signal n."""
+    code, _, signum = (pair or "").partition(":")
+    if not code.isdigit():
+        return None
+    return int(code) or (128 + int(signum) if signum.isdigit() and int(signum) else 0)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from distlora.config import UserError
+from distlora.config.errors import in_one_line
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -63,11 +64,11 @@ def run_to_exit_code(work: Callable[[], int], *, full_disk: str = "free some spa
     except OSError as error:
         if error.errno == errno.ENOSPC:
             place = f"{error.filename}: " if error.filename else ""
-            print(f"error: {place}{error.strerror}; {full_disk}", file=sys.stderr)
+            print(in_one_line(f"error: {place}{error.strerror}; {full_disk}"), file=sys.stderr)
             return FAILED
         if error.filename is None or error.strerror is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; {_advice(error)}", file=sys.stderr)
+        print(in_one_line(f"error: {error.filename}: {error.strerror}; {_advice(error)}"), file=sys.stderr)
         return BAD_INPUT if error.errno in _BAD_PATH else FAILED
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distlora.config import Config, SourceConfig, UserError, nearest, require
+from distlora.config.errors import short
 from distlora.config.peer_names import peer_hint
 
 Section = TypeVar("Section")
@@ -25,8 +26,9 @@ def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Se
     another type.
     """
     hints = typing.get_type_hints(cls)
-    for key in values:
-        require(key in hints, f"there is no setting {prefix}{key}{peer_hint(key) or nearest(key, hints)}")
+    for key in map(str, values):
+        hint = "" if key in hints else peer_hint(key) or nearest(key, hints) or "; leave it out"
+        require(key in hints, f"there is no setting {prefix}{key}{hint}")
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if item.name in values:
@@ -41,8 +43,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         advice = f"set one of its fields, {name}.<field>=..."
         if hint is SourceConfig:
-            advice = f"write {name.partition('[')[0]}=[{{path: {value}}}]"
-        require(isinstance(value, Mapping), f"{name}={value!r} is a section; {advice}")
+            advice = f"write {name.partition('[')[0]}=[{{path: {_plain(value)}}}]"
+        require(isinstance(value, Mapping), f"{name}={short(value)} is a section; {advice}")
         return build(hint, value, prefix=name + ".")  # type: ignore[arg-type]
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:  # The section's own check knows the choices and says which is nearest.
@@ -55,35 +57,52 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
         return _coerce(kind, value, name)
     if origin is tuple:
-        example = f"{{path: {value}}}" if options[0] is SourceConfig else "a,b"
-        require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a list; write {name}=[{example}]")
+        example = f"{{path: {_plain(value)}}}" if options[0] is SourceConfig else "a,b"
+        require(isinstance(value, (list, tuple)), f"{name}={short(value)} must be a list; write {name}=[{example}]")
         return tuple(_coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
-        require(isinstance(value, Mapping), f"{name}={value!r} must be a mapping; write {name}={{key: value}}")
+        require(isinstance(value, Mapping), f"{name}={short(value)} must be a mapping; write {name}={{key: value}}")
         return {str(key): _coerce(options[1], item, f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    example = _EXAMPLES.get(hint) or f"{name}='\"{value}\"'"
+    example = _EXAMPLES.get(hint) or f"{name}='\"{_plain(value)}\"'"
     part = ", or set train.max_steps for part of an epoch" if name == "train.epochs" else ""
-    require(matches, f"{name}={value!r} must be of type {hint.__name__}; write {example}{part}")
+    require(matches, f"{name}={short(value)} must be of type {hint.__name__}; write {example}{part}")
     return value
+
+
+def _plain(value: Any) -> str:
+    """A value as one types it."""
+    return value if isinstance(value, str) else short(value)
 
 
 def load_config(run_dir: str | Path) -> Config:
     """The Config in RUN/config.yaml, with the place where the folder is now. UserError when it holds no run."""
-    import yaml
-
     path = Path(run_dir) / "config.yaml"
     require(path.is_file(), f"{run_dir} holds no run (no config.yaml); start one with `distlora train`")
+    remedy = "put a whole copy in its place, or start the run again in another folder"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); start the run again in another folder"
-        ) from error
-    require(isinstance(values, dict), f"{path} is damaged: it holds no settings; start the run again in another folder")
-    return build(Config, {**values, "run_dir": str(run_dir)})
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    require(isinstance(values, dict), f"{path} is damaged: it holds no settings; {remedy}")
+    try:
+        return build(Config, {**values, "run_dir": str(run_dir)})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_yaml(content: bytes) -> Any:
+    """The plain values of a YAML file. Raises ValueError with the reason, in one line, for what is no YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(content.decode("utf-8"))
+    # No YAML, no UTF-8; a date that is none, an integer of thousands of digits; brackets nested without end; and values
+    # with a tag that they do not fit (`!!timestamp x`, `!!bool x`), which PyYAML does not expect.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

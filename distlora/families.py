@@ -7,7 +7,6 @@ here was read in the modeling files of transformers 5.24 and is tried in tests/t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora.json_files import read_object
 
 STATIC_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on what else is in the batch. `dynamic` changes its base only
@@ -159,13 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json; point model.path at a model's folder in Hugging Face format")
-    try:
-        model = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(model, dict):
-        raise UserError(f"{path} is not a JSON object; download it again")
-    return model
+    return read_object(path, "download it again")
 
 
 def family_of(model: Mapping[str, Any], place: Path | str) -> Family:

@@ -7,7 +7,6 @@ header; the worker checks again and loads (`peft_format.load_initial_adapter`).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from distlora.expert_targets import select_among
 from distlora.initial_experts import by_weight, parameters_of
 from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
+from distlora.json_files import read_object
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header, read_metadata
 from distlora.targets import idle_keys, match_ending, written
 
@@ -188,13 +188,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
         hint = f"set adapter.init_from={folder / inside[0]}" if inside else "set it to a folder that PEFT saved"
         raise UserError(f"{place} holds no {CONFIG_NAME}; {hint}")
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); save the adapter again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object; save the adapter again")
-    return values
+    return read_object(path, "save the adapter again")
 
 
 def _refuse_fields(values: dict[str, Any], path: Path) -> None:

@@ -62,8 +62,8 @@ def read_initial_modules(
 
 def is_of_modules(name: str, values: Mapping[str, Any]) -> bool:
     """Whether a tensor of the file is a module that adapter_config.json (`values`) says was trained whole."""
-    named = values.get("modules_to_save") or []
-    return module_of(name) in {str(path).rpartition(".")[2] for path in named}
+    named = values.get("modules_to_save")  # `read_initial_modules` refuses what is no list.
+    return isinstance(named, list) and module_of(name) in {str(path).rpartition(".")[2] for path in named}
 
 
 def modules_setting(modules: Mapping[str, InitialModule]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from distlora.config import AdapterConfig, SourceConfig
+from distlora.config import AdapterConfig, SourceConfig, UserError
 from distlora.config.places import is_hub_name
+from distlora.config_file import parse_yaml
 from distlora.initial_adapter import WEIGHTS_NAME
-from distlora.run_folder import TEMPLATE_NAME, Result
+from distlora.run_folder import DATA_NAME, TEMPLATE_NAME, Result
 
 HUB = "https://huggingface.co"
 
@@ -44,12 +45,10 @@ def model_card(result: Result, *, repository: str, base: str | None, license_of_
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The YAML at the head of a model card; empty where there is none."""
-    import yaml
-
-    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
     try:
-        values = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        match = re.match(rb"---\n(.*?)\n---\n", card.read_bytes(), re.DOTALL) if card.is_file() else None
+        values = parse_yaml(match[1]) if match else None
+    except ValueError:  # A card of somebody else's, of which a line is wanted.
         values = None
     return values if isinstance(values, dict) else {}
 
@@ -96,9 +95,14 @@ def _data(result: Result) -> Iterator[str]:
     splits = result.data.get("splits", {})
     sources = result.config.data.training_sources
     counted = splits.get("train", {}).get("sources", [{}] * len(sources))
+    if len(counted) != len(sources):
+        raise UserError(
+            f"{DATA_NAME} counts {len(counted)} sources, and config.yaml names {len(sources)}; make it again with "
+            "`python -m distlora.data RUN`"
+        )
     for source, counts in zip(sources, counted, strict=True):
         share = []
-        if len(sources) > 1 and counts:
+        if len(sources) > 1 and {"documents", "share"} <= counts.keys():
             share = [f"{counts['documents']:,} documents", f"{counts['share']:.1%} of the trained tokens"]
         yield f"- {_source(source, counts, share)}"
     held_out = result.config.data.held_out_source
@@ -107,7 +111,7 @@ def _data(result: Result) -> Iterator[str]:
             counts = splits[split]
             place = ""
             if split == "eval" and held_out is not None:
-                place = f"{_source(held_out, counts.get('sources', [{}])[0], [])}, "
+                place = f"{_source(held_out, next(iter(counts.get('sources', [])), {}), [])}, "
             yield (
                 f"- {title}: {place}{counts['documents']:,} documents, {counts['targets']:,} trained of "
                 f"{counts['tokens']:,} tokens"
@@ -204,7 +208,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
         yield "tokens a second", f"{summary['tokens_per_second']:,.0f}"
     if "train_seconds" in summary:
         yield "training time", _duration(summary["train_seconds"])
-    if "ranks" in environment:
+    if {"ranks", "device"} <= environment.keys():
         device = str(environment["device"])
         yield "processes", f"{environment['ranks']} x {f'CPU ({device})' if _CPU.fullmatch(device) else device}"
     if "peak_memory_bytes" in summary:

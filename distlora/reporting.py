@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from distlora import durable
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping
+from distlora.json_files import read_object
 from distlora.progress import display
 
 EXIT_STOPPED = 75
@@ -50,7 +52,7 @@ class Reporter:
         self._run_dir = run_dir
         summary = run_dir / "summary.json"
         resumed = start_step > 0 and summary.is_file()
-        self._summary: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if resumed else {}
+        self._summary: dict[str, Any] = read_object(summary, "move it out of the run folder") if resumed else {}
         path = run_dir / "metrics.jsonl"
         self._evaluated = _keep_steps(path, start_step)
         self._metrics = path.open("a", encoding="utf-8")
@@ -165,21 +167,22 @@ def _plain(value: float) -> float | None:
 def _keep_steps(path: Path, start_step: int) -> set[int]:
     """Drop the lines of steps after `start_step` from a file of them; returns the steps with a held-out evaluation.
 
-    A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is not JSON was cut
-    off by a kill, and its step is done again.
+    A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is no record of a
+    step was cut off by a kill, and its step is done again; or the file was damaged, which is no reason not to train.
     """
     if not path.exists():
         return set()
     kept, evaluated = [], set()
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would cut texts at U+2028 too.
+    for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if start_step > 0 and entry["step"] <= start_step:
-            kept.append(line + "\n")
+        step = entry.get("step") if isinstance(entry, dict) else None
+        if isinstance(step, int) and start_step > 0 and step <= start_step:
+            kept.append(line.decode("utf-8") + "\n")
             if "eval_loss" in entry:
-                evaluated.add(entry["step"])
+                evaluated.add(step)
     durable.write_text(path, "".join(kept))
     return evaluated
 
@@ -215,6 +218,15 @@ def _start_wandb(run_dir: Path, config: Config, world: int, say: Callable[[str],
     return run
 
 
+def _stored_id(id_file: Path) -> str | None:
+    """The id of the wandb run that this run began; None where there is none, or what is there is none."""
+    try:
+        stored = id_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
+
+
 def _wandb_run(wandb: Any, run_dir: Path, config: Config, world: int, mode: str) -> Any:
     """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal."""
     id_file = run_dir / "wandb" / "run_id.txt"
@@ -222,7 +234,7 @@ def _wandb_run(wandb: Any, run_dir: Path, config: Config, world: int, mode: str)
     run = wandb.init(
         dir=str(run_dir),
         mode=mode,
-        id=id_file.read_text().strip() if id_file.exists() else None,
+        id=_stored_id(id_file),
         # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
         resume="allow" if mode == "online" else None,
         project=config.tracker.project,

@@ -6,7 +6,6 @@ RUN/checkpoints/step_* what can be resumed. Needs no torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from distlora.config import Config, UserError, nearest
 from distlora.config_file import load_config
 from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
+from distlora.json_files import Shape, check_shape, parse_object, read_object
 
 PUBLISHED = {"lora": "adapter", "full": "model"}
 """The folder in RUN that a finished run leaves, by adapter.method."""
@@ -27,6 +27,34 @@ TEMPLATE_NAME = "chat_template.jinja"
 """Beside what was trained, where chats were rendered with another template than the base's own."""
 
 _CHECKPOINT = re.compile(r"(?:step_)?0*(\d+)")
+
+_METRICS: Shape = {"step": int, "eval_loss?": (float, type(None))}
+_SUMMARY: Shape = {
+    "best_step?": (int, type(None)),
+    "tokens_per_second?": float,
+    "train_seconds?": float,
+    "peak_memory_bytes?": float,
+    "bits_per_parameter?": float,
+    "trainable_parameters?": int,
+}
+_COUNTS: Shape = {"documents?": int, "share?": float, "commit?": (str, type(None))}
+_DATA: Shape = {
+    "chat_template?": (str, type(None)),
+    "settings?": dict,
+    "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "sources?": [_COUNTS]}},
+}
+_STATE: Shape = {"environment?": {"*": (int, str)}}
+_ADAPTER: Shape = {
+    "r": float,
+    "lora_alpha": float,
+    "target_modules": (str, [str], type(None)),
+    "rank_pattern?": ({"*": float}, type(None)),
+    "alpha_pattern?": ({"*": float}, type(None)),
+    "target_parameters?": ([str], type(None)),
+    "trainable_token_indices?": ({"*": [int]}, [int], type(None)),
+    "modules_to_save?": ([str], type(None)),
+}
+"""What is read of each record, and by what follows it (model_card.py); what else one says is not looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +92,7 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
     config = load_config(run_dir)
     lines = _read_lines(run_dir / METRICS_NAME)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
-    summary = read_record(run_dir / SUMMARY_NAME)
+    summary = read_record(run_dir / SUMMARY_NAME, _SUMMARY)
     last = max((line["step"] for line in lines), default=None)
     if checkpoint is None:
         folder = run_dir / PUBLISHED[config.adapter.method]
@@ -90,9 +118,9 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
         config=config,
         folder=folder,
         step=step,
-        adapter=read_record(folder / ADAPTER_CONFIG) if is_adapter else None,
+        adapter=read_record(folder / ADAPTER_CONFIG, _ADAPTER) if is_adapter else None,
         evaluations=evaluations,
-        data=read_record(run_dir / DATA_NAME),
+        data=read_record(run_dir / DATA_NAME, _DATA),
         summary=summary,
         environment=_environment(run_dir),
     )
@@ -108,16 +136,15 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / CHECKPOINTS).glob(CHECKPOINT_PATTERN))
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object in a run folder; empty where there is no such file. Raises UserError for one that is damaged."""
+def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
+    """A JSON object in a run folder, of this shape; empty where there is no such file.
+
+    Raises UserError for one that is damaged.
+    """
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {_remedy(path)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object; {_remedy(path)}")
+    values = read_object(path, _remedy(path))
+    check_shape(values, shape, path, _remedy(path))
     return values
 
 
@@ -154,13 +181,17 @@ def _saved(run_dir: Path) -> str:
 
 def _environment(run_dir: Path) -> dict[str, Any]:
     states = [folder / "state.json" for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
-    return read_record(states[-1]).get("environment", {}) if states else {}
+    environment: dict[str, Any] = read_record(states[-1], _STATE).get("environment", {}) if states else {}
+    return environment
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a kill may have cut off the last."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); move it out of the run folder") from error
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if line.startswith(b"{") and line.endswith(b"}"):
+            entry = parse_object(line, f"{path} is damaged: line {number}", _remedy(path))
+            check_shape(entry, _METRICS, f"{path} is damaged: line {number}", _remedy(path))
+            entries.append(entry)
+    return entries

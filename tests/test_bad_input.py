@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     ),
     "model is a file": (nothing, ["model.path=data.jsonl"], ["is a file"]),
     "no config.json": (lambda p: (p / "model/config.json").unlink(), [], ["holds no config.json"]),
-    "config.json is not JSON": (lambda p: (p / "model/config.json").write_text("{"), [], ["config.json is not JSON"]),
+    "config.json is not JSON": (lambda p: (p / "model/config.json").write_text("{"), [], ["config.json is damaged"]),
     "config.json is a list": (lambda p: (p / "model/config.json").write_text("[]"), [], ["not a JSON object"]),
     "other family": (
         lambda p: edit_model_config(p, model_type="gpt2"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distlora.config import SourceConfig, UserError
-from distlora.data.cache import cache_key, new_entry
+from distlora.data.cache import cache_key, content_digest, new_entry
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta, split_file
 from distlora.data.sources import find_source
 from distlora.durable import write_json
@@ -19,8 +19,12 @@ FORK = multiprocessing.get_context("fork")  # The children touch numpy alone, an
 
 def write_entry(folder, num_rows=3, length=4):
     """A whole entry with one split."""
-    counts = {"rows": num_rows}
+    counted = ("documents", "pairs", "tokens", "targets", "padding", "truncated", "split", "dropped", "dropped_long")
+    counts = dict.fromkeys((*counted, "unused", "pieces"), 0) | {"rows": num_rows, "sources": []}
+    counts["largest_token"] = num_rows * length - 1
     meta = {"version": FORMAT_VERSION, "sequence_length": length, "pad_token_id": 0, "splits": {"train": counts}}
+    meta |= {"created": 0.0, "objective": "sft", "chats": False, "chat_template": None, "settings": {}}
+    meta["content"] = content_digest(folder, [])
     np.save(split_file(folder, "train", "tokens"), np.arange(num_rows * length, dtype=np.int32).reshape(-1, length))
     np.save(split_file(folder, "train", "flags"), np.zeros((num_rows, length), np.uint8))
     for name in ("targets", "pairs"):

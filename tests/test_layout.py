@@ -27,6 +27,7 @@ LAYERS = [
         "distlora.config_file",
         "distlora.command_line",
         "distlora.durable",
+        "distlora.json_files",
         "distlora.randomness",
         "distlora.progress",
         "distlora.stopping",

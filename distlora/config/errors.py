@@ -4,16 +4,50 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+_START, _END = 1500, 500
+"""Characters of a message's line that are shown where a value out of a file made it longer: what to do stands last."""
+
 
 class UserError(ValueError):
-    """Bad input: the message holds the value, the reason and what to type instead. Ends a command with exit code 2."""
+    """Bad input: the message holds the value, the reason and what to type instead. Ends a command with exit code 2.
+
+    A message is one line, or several if they are given one by one. What a damaged file brings into a line is shown
+    printable and short: a name with a newline or a terminal's escapes in it, a value of a megabyte.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(in_one_line, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def in_one_line(text: str) -> str:
+    """A text for a message: printable, and without its middle where it is endless."""
+    if len(text) > _START + _END:
+        text = f"{text[:_START]} ... {text[-_END:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+
+
+def short(value: object) -> str:
+    """A value out of a file, as a message shows it. YAML's references make values that are endless when written out."""
+    return _SHORT.repr(value)
 
 
 FILES = 0.75
 """`cutoff` for names of files, which share their endings without being alike."""
+_LONGEST_WORD = 200
+"""Characters of a word that somebody may have mistyped; comparing takes their square."""
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -21,7 +55,9 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
 
     `cutoff` is the least difflib ratio, from 0 to 1, that counts as close.
     """
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    if len(word) > _LONGEST_WORD:
+        return ""
+    close = difflib.get_close_matches(word, [choice for choice in choices if len(choice) <= _LONGEST_WORD], 1, cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -50,4 +86,5 @@ def require_share(section: str, config: Any, *names: str) -> None:
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:
     """The value is one of the words."""
     words = list(choices)
-    require(value in words, f"{setting}={value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
+    hint = nearest(value, words) if isinstance(value, str) else ""
+    require(value in words, f"{setting}={short(value)} is not one of {', '.join(words)}{hint}")

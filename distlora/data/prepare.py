@@ -23,6 +23,7 @@ from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
 from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
 from distlora.durable import write_json
+from distlora.families import read_config
 from distlora.run_folder import DATA_NAME, read_record
 from distlora.tokens import load_tokenizer, vocabulary_of
 
@@ -160,7 +161,7 @@ def _earlier_date(run_dir: Path) -> str | None:
     """
     try:
         date = json.loads((run_dir / DATA_NAME).read_bytes())["settings"].get("date")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return date if isinstance(date, str) else None
 
@@ -247,12 +248,13 @@ def check_vocabulary(config: Config, model_dir: Path, largest_token: int) -> Non
     path = model_dir / "config.json"
     if not path.is_file():
         return
-    model = json.loads(path.read_text())
+    model = read_config(model_dir)
     if config.model.new_tokens:
         vocabulary_of(config, model)  # Grows by as many as are missing.
         return
-    vocab_size = model.get("vocab_size", model.get("text_config", {}).get("vocab_size"))
-    if vocab_size is not None and largest_token >= vocab_size:
+    text = model.get("text_config")
+    vocab_size = model.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    if isinstance(vocab_size, int) and largest_token >= vocab_size:
         raise UserError(
             f"the tokenizer in {model_dir} writes the token {largest_token}, beyond vocab_size={vocab_size} in "
             f"{path}; put the tokenizer of this model into the folder"

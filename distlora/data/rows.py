@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distlora.config import UserError
+from distlora.json_files import Shape, check_shape, read_object
 
 FORMAT_VERSION = 4
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
@@ -18,6 +18,30 @@ ARRAYS = ("tokens", "flags", "targets", "pairs")
 TRAINED, STARTS, REJECTED = 1, 2, 4
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
 starts here is the rejected answer of a pair, whose chosen one lies right before it."""
+
+
+_COUNTED = (
+    *("documents", "rows", "pairs", "tokens", "targets", "padding", "truncated", "split", "dropped", "dropped_long"),
+    *("unused", "pieces", "largest_token"),
+)
+_SOURCE: Shape = {
+    **dict.fromkeys(("documents", "tokens", "targets", "most_copies"), int),
+    "share": float,
+    "share_wanted": (float, type(None)),
+}
+_META: Shape = {
+    "version": int,
+    "created": float,
+    "sequence_length": int,
+    "pad_token_id": int,
+    "objective": str,
+    "chats": bool,
+    "chat_template": (str, type(None)),
+    "settings": dict,
+    "content": str,
+    "splits": {"*": {**dict.fromkeys(_COUNTED, int), "sources": [_SOURCE]}},
+}
+"""What meta.json holds, as far as it is read."""
 
 
 def split_file(folder: Path, split: str, name: str) -> Path:
@@ -30,13 +54,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no tokenized data (no meta.json); run `python -m distlora.data RUN`")
-    meta = json.loads(path.read_text())
+    remedy = _make_again(folder)
+    meta = read_object(path, remedy)
+    check_shape(meta, {"version": int}, path, remedy)
     if meta["version"] != FORMAT_VERSION:
         raise UserError(
             f"{folder} was written in version {meta['version']} of the layout, this distlora reads "
             f"{FORMAT_VERSION}; run `python -m distlora.data RUN` again"
         )
+    check_shape(meta, _META, path, remedy)
     return meta
+
+
+def _make_again(folder: Path) -> str:
+    return f"delete {folder} and run `python -m distlora.data RUN`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +119,12 @@ class PackedRows:
 
 def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete {path.parent} and run `python -m distlora.data RUN`"
-        ) from error
+        # And not np.load, which takes a zip file or a pickle for what they are.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_make_again(path.parent)}") from error
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
-            f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}; "
-            f"delete {path.parent} and run `python -m distlora.data RUN`"
+            f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}; {_make_again(path.parent)}"
         )
     return array

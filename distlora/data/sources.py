@@ -204,8 +204,9 @@ def pinned_commits(run_dir: Path) -> dict[str, str]:
     try:
         splits = json.loads(path.read_bytes())["splits"].values()
         sources = [source for counts in splits for source in counts["sources"] if source["commit"] is not None]
-        return {_pin_name(source["path"], source["revision"]): source["commit"] for source in sources}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        pins = {_pin_name(source["path"], source["revision"]): source["commit"] for source in sources}
+        return {name: commit for name, commit in pins.items() if isinstance(commit, str)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -10,10 +10,14 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from distlora.config import UserError
+from distlora.config.errors import short
+from distlora.json_files import check_shape, read_object
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SOURCE_DTYPES = ("F32", "F16", "BF16")
@@ -21,6 +25,10 @@ SOURCE_DTYPES = ("F32", "F16", "BF16")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +62,8 @@ def read_headers(folder: Path) -> dict[str, Segment]:
                 "point model.path at a folder with safetensors weights (save_pretrained writes them)"
             )
         return read_header(folder / SINGLE_NAME)
-    try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no safetensors index ({error!r}); download the checkpoint again") from error
+    weight_map = read_index(index, "download the checkpoint again")
+    shards = sorted(set(weight_map.values()))
     tensors: dict[str, Segment] = {}
     for number, shard in enumerate(shards, start=1):
         if not (folder / shard).is_file():
@@ -74,11 +79,53 @@ def read_headers(folder: Path) -> dict[str, Segment]:
     return tensors
 
 
+def read_index(index: Path, remedy: str) -> dict[str, str]:
+    """Which shard holds each tensor. Raises UserError, which says `remedy`, for an index that is damaged, and for one
+    that names files outside of its folder.
+    """
+    values = read_object(index, remedy)
+    check_shape(values, {"weight_map": {"*": str}}, index, remedy)
+    weight_map: dict[str, str] = values["weight_map"]
+    for name, shard in weight_map.items():
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in shard:
+            raise UserError(f"{index}: {name} is in {shard!r}, which is no file of its folder; {remedy}")
+    return weight_map
+
+
 def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, Segment]:
-    """The tensors of one safetensors file, checked against the file's length (8-byte length, JSON header, data).
+    """The tensors of one safetensors file (8-byte length, JSON header, data), which must lie one after the other from
+    the data's first byte to the file's last, as safetensors itself demands.
 
     Raises UserError for a damaged file, which says `remedy`.
     """
+    header, data = _raw_header(file, remedy)
+    segments = {name: _segment(file, data, name, entry, remedy) for name, entry in header.items() if name != _METADATA}
+    size, end, last = file.stat().st_size, data, ""
+    for name, segment in sorted(segments.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if segment.offset + segment.num_bytes > size:
+            raise UserError(
+                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; {remedy}"
+            )
+        if segment.offset != end:
+            what = f"behind {last}" if last else "at the start of the data"
+            raise UserError(
+                f"{file} is damaged: {name} begins at byte {segment.offset:,}, not {what} at {end:,}; {remedy}"
+            )
+        end, last = segment.offset + segment.num_bytes, name
+    if end != size:
+        raise UserError(f"{file} is damaged: its tensors end at byte {end:,} of {size:,}; {remedy}")
+    return segments
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors. Raises UserError for a damaged header."""
+    metadata: dict[str, str] = _raw_header(file, "put a whole copy in its place")[0].get(_METADATA, {})
+    return metadata
+
+
+def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
+    """(header, first byte of the data). Raises UserError for what is no header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -87,40 +134,47 @@ def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, S
             raise UserError(
                 f"{file} is truncated or damaged: its header does not fit into its {size:,} bytes; {remedy}"
             )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            data = 8 + length
-            segments = {
-                name: Segment(
-                    file=file,
-                    offset=data + entry["data_offsets"][0],
-                    num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-                    dtype=entry["dtype"],
-                    shape=tuple(entry["shape"]),
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is no safetensors file: its header is damaged ({error!r}); {remedy}") from error
-    for name, segment in segments.items():
-        if segment.offset + segment.num_bytes > size:
-            raise UserError(
-                f"{file} is truncated: {name} ends at byte {segment.offset + segment.num_bytes:,} of {size:,}; {remedy}"
-            )
-        if segment.num_bytes != segment.numel * DTYPE_BYTES.get(segment.dtype, 0) and segment.dtype in DTYPE_BYTES:
-            raise UserError(
-                f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {list(segment.shape)}; {remedy}"
-            )
-    return segments
+        if length > LONGEST_HEADER:
+            raise UserError(f"{file} is damaged: a header of {length:,} bytes is beyond safetensors' limit; {remedy}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unrepeated)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no safetensors file: its header is damaged ({error}); {remedy}") from error
+    if isinstance(header, dict) and header.get(_METADATA) is None:
+        header.pop(_METADATA, None)
+    check_shape(header, {f"{_METADATA}?": {"*": str}, "*": dict}, f"{file}'s header", remedy)
+    return header, 8 + length
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What the header of a safetensors file, which `read_header` has checked, says beside its tensors."""
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        metadata: dict[str, str] = json.loads(stream.read(length)).get("__metadata__", {})
-    return metadata
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header, where one name for two tensors would hide one of them."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
+def _segment(file: Path, data: int, name: str, entry: Mapping[str, Any], remedy: str) -> Segment:
+    """Where one tensor lies, by its entry in the header. Raises UserError for an entry that says no place."""
+    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise UserError(f"{file} is damaged: its header says {short(dict(entry))} of {name}; {remedy}")
+    first, end = offsets
+    segment = Segment(file=file, offset=data + first, num_bytes=end - first, dtype=dtype, shape=shape)
+    is_known = dtype in DTYPE_BYTES
+    if end < first or (is_known and segment.num_bytes != segment.numel * DTYPE_BYTES[dtype]):
+        raise UserError(
+            f"{file} is damaged: {name} has {segment.num_bytes:,} bytes for shape {short(list(shape))} of {dtype}; "
+            f"{remedy}"
+        )
+    return segment
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A header's list of sizes, such as 64 bits hold; None for anything else."""
+    is_list = isinstance(value, list) and all(type(size) is int and 0 <= size < 2**64 for size in value)
+    return tuple(value) if is_list else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Config, UserError, nearest, require
-from distlora.config.errors import FILES
+from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
 from distlora.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
@@ -184,15 +184,17 @@ def check_tensors(
 
     `tensors` by transformers' names; `packed` are the weights that are in NF4 already.
     """
-    num_layers = text_settings(model, family).get("num_hidden_layers")
-    if not isinstance(num_layers, int) or num_layers < 1:
-        raise UserError(f"{folder / 'config.json'}: num_hidden_layers={num_layers!r} is not a number of layers")
+    num_layers, place = text_settings(model, family).get("num_hidden_layers"), folder / "config.json"
+    if type(num_layers) is not int or num_layers < 1:
+        raise UserError(f"{place}: num_hidden_layers={short(num_layers)} is not a number of layers; download it again")
     layers = f"{family.decoder}.layers."
     needed = [f"{family.decoder}.embed_tokens.weight", f"{family.decoder}.norm.weight"]
     needed += [] if is_tied(model, family) else ["lm_head.weight"]
     in_blocks = (name.removeprefix(layers) for name in tensors if _BLOCK_WEIGHT.fullmatch(name))
     suffixes = {name.partition(".")[2] for name in in_blocks}
-    needed += [f"{layers}{layer}.{suffix}" for layer in range(num_layers) for suffix in sorted(suffixes)]
+    # Of a number of layers that is no model's, one more than there are tensors is enough to find one that is missing.
+    some = range(min(num_layers, len(tensors) + 1))
+    needed += [f"{layers}{layer}.{suffix}" for layer in some for suffix in sorted(suffixes)]
     absent = [name for name in needed if name not in tensors]
     if absent or not suffixes:
         first = absent[0] if absent else f"{layers}0"

@@ -100,7 +100,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
             missing.remove(key)
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
-        raise UserError("\n".join([*lines, EXAMPLE]))
+        raise UserError(*lines, EXAMPLE)
     return _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
 
 

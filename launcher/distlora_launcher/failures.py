@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError
+from distlora.json_files import Shape, check_shape, read_object
 
 TORCHRUN_LOG = "torchrun.log"
 
@@ -18,6 +22,8 @@ _REPORTED_EXIT = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 LONGEST_MESSAGE = 2000
+
+_ERROR: Shape = {"time": float, "type": str, "message": str, "bad_input": bool}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ def first_failure(log_dir: Path) -> Failure:
     for rank, code in exits.items():
         if code < 0 and -code not in _STOPPING:
             return Failure(f"{killed_by(rank, -code)}\n{_see(log_dir, rank)}", bad_input=False)
-    errors = [(json.loads(path.read_text()), _rank(path)) for path in log_dir.glob("rank_*.error.json")]
+    errors = _errors(log_dir)
     if errors:
         error, rank = min(errors, key=lambda item: item[0]["time"])
         if error["bad_input"]:
@@ -56,7 +62,7 @@ def first_failure(log_dir: Path) -> Failure:
 
 def would_repeat(log_dir: Path) -> bool:
     """Whether a resume would fail at the same place: a step of the same rows and weights has the same NaN in it."""
-    return any(json.loads(path.read_text())["type"] == "NonFiniteError" for path in log_dir.glob("rank_*.error.json"))
+    return any(error["type"] == "NonFiniteError" for error, _ in _errors(log_dir))
 
 
 def exit_codes(torchrun_log: Path) -> dict[int, int]:
@@ -80,6 +86,18 @@ def killed_by(rank: int, signum: int) -> str:
         "SIGBUS": "; usually /dev/shm or a disk is full",
     }.get(name, "")
     return f"rank {rank} failed first: it was killed by {name}{reason}"
+
+
+def _errors(log_dir: Path) -> list[tuple[dict[str, Any], int]]:
+    """(error file, rank) of the ranks that left one. A worker that was killed while it wrote, or met a full disk, has
+    left a damaged one, which tells no more than none."""
+    found = []
+    for path in log_dir.glob("rank_*.error.json"):
+        with contextlib.suppress(UserError, OSError):
+            error = read_object(path, "remove it")
+            check_shape(error, _ERROR, path, "remove it")
+            found.append((error, _rank(path)))
+    return found
 
 
 def _rank(path: Path) -> int:

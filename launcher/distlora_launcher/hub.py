@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import functools
 import glob
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from typing import Any
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.hub_errors import explain_absent_weights, explained, unreachable
-from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, read_index
 
 REPORT_SECONDS = 10.0
 """Between two lines of progress in a log."""
@@ -182,11 +181,9 @@ def megabytes(num_bytes: float) -> str:
 
 def _shards(index: Path, name: str) -> set[str]:
     try:
-        return set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{name}: its {INDEX_NAME} is no safetensors index ({error!r}); set model.path to another model"
-        ) from error
+        return set(read_index(index, "set model.path to another model").values())
+    except UserError as error:
+        raise UserError(str(error).replace(str(index), f"{name}: its {INDEX_NAME}")) from error
 
 
 def _cached(name: str, revision: str | None, cache: Path, reason: Exception) -> HubModel:

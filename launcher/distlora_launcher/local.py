@@ -132,8 +132,8 @@ def is_prepared(run_dir: Path) -> bool:
     """Whether the rows that RUN/data.json names are still in the cache; a damaged record is made again."""
     record = run_dir / DATA_NAME
     try:
-        return record.is_file() and Path(json.loads(record.read_text())["cache"]).is_dir()
-    except (ValueError, KeyError, TypeError):
+        return record.is_file() and Path(json.loads(record.read_bytes())["cache"]).is_dir()
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return False
 
 

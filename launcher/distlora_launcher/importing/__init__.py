@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
+from distlora.config_file import parse_yaml
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
@@ -65,16 +66,12 @@ def main(arguments: list[str]) -> int:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of an Axolotl YAML file") from error
-    # YAML that has the form of a date and is none (2024-13-45) is a plain ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML ({reason}); give the path of an Axolotl YAML file") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML ({error}); give the path of an Axolotl YAML file") from error
     if not isinstance(values, dict):
         raise UserError(
             f"{path} holds no settings; give the path of an Axolotl YAML file, which begins with base_model"

@@ -1,0 +1,77 @@
+"""JSON files that may be damaged: read as the object that they should hold, or refused by name. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distlora.config.errors import UserError, short
+
+Shape = Any
+"""What a value must be: a type (`float`: any finite number), a list of one shape, a dict of shapes by key, or a tuple
+of what it may be. A key that ends in "?" may be absent, "*" means every other key, which is else not looked at."""
+
+_LARGEST = sys.float_info.max
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    type(None): "null",
+}
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, which says `remedy`, for a file that holds none."""
+    return parse_object(path.read_bytes(), path, remedy)
+
+
+def parse_object(content: bytes, place: Path | str, remedy: str) -> dict[str, Any]:
+    """The JSON object that the bytes are, read at `place`. Raises UserError where they are none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        # No JSON, no UTF-8, an integer of thousands of digits; brackets nested without end.
+        raise UserError(f"{place} is damaged: it is not JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is damaged: it is not a JSON object; {remedy}")
+    return value
+
+
+def check_shape(value: Any, shape: Shape, place: Path | str, remedy: str, *, name: str = "") -> None:
+    """Raises UserError where a value read at `place`, or one inside of it, is not what `shape` says."""
+    options = shape if isinstance(shape, tuple) else (shape,)
+    if any(isinstance(option, type) and _is_of(value, option) for option in options):
+        return
+    inner = next((option for option in options if isinstance(option, type(value)) and option is not None), None)
+    if isinstance(inner, dict):
+        _check_keys(value, inner, place, remedy, name)
+    elif isinstance(inner, list):
+        for number, item in enumerate(value):
+            check_shape(item, inner[0], place, remedy, name=f"{name}[{number}]")
+    else:
+        wanted = " or ".join(_WORDS[option if isinstance(option, type) else type(option)] for option in options)
+        raise UserError(f"{place} is damaged: {name or 'its content'} is {short(value)}, not {wanted}; {remedy}")
+
+
+def _check_keys(value: dict[str, Any], shape: dict[str, Shape], place: Path | str, remedy: str, name: str) -> None:
+    known = {key.removesuffix("?"): key for key in shape}
+    for key in value.keys() | known.keys() - {"*"}:
+        path = f"{name}.{key}" if name else key
+        if key not in value:
+            if not known[key].endswith("?"):
+                raise UserError(f"{place} is damaged: it has no {path}; {remedy}")
+        elif (inner := shape.get(known.get(key, "*"))) is not None:
+            check_shape(value[key], inner, place, remedy, name=path)
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether a value is of a type: whole numbers are numbers, true and false are none, and NaN and Inf neither."""
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and -_LARGEST <= value <= _LARGEST
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

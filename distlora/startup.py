@@ -53,6 +53,7 @@ def start_model(
     if adapter.decomposes and needs_start(config, training=training, restores=restores):
         initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
     loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
+    backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
     if not adapter.decomposes:

@@ -86,7 +86,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 
         saver = Saver(
             checkpoints,
-            state_files,
+            backend.verified(state_files) if config.train.verify else state_files,
             backend=backend,
             identity=identity,
             environment=made_on,

@@ -54,6 +54,7 @@ def ours(rank: int, world: int, port: int, folder: Path, results: Any) -> None:
         began = time.monotonic()
         backend = parallelize(model, Ranks(rank, world, torch.device("cpu"), dist.group.WORLD), config)
         load_base(model, folder, backend)
+        backend.watch_weights(model)
         seconds = time.monotonic() - began
     kept = sum(backend.local_rows(parameter)[0].nbytes for name, parameter in model.named_parameters())
     results.put((rank, Figures(seconds, memory.peak, kept)))

@@ -82,6 +82,7 @@ class Config:
                 "adapter.target_parameters": len(self.adapter.target_parameters) > 0,
                 "adapter.modules_to_save": len(self.adapter.modules_to_save) > 0,
                 "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
+                "train.verify": self.train.verify,
             }
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")

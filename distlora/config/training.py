@@ -143,6 +143,10 @@ class TrainConfig:
     rank 0 as a checkpoint. false: train no further until it is on the disk."""
     keep: int = 2
     """Newest checkpoints that are kept, beside the one with the lowest held-out loss of those that were saved."""
+    verify: bool = False
+    """Check at every save that the frozen base in memory is still what was loaded, each rank its own rows, and in the
+    next forward what it gathers of the others'. A run whose base has changed ends without that save. Without it, what
+    is gathered is checked once, in the first forward."""
     sample_every: int | None = None
     """Steps between samples: answers to sample_prompts, written to RUN/samples.jsonl and to the tracker; null: none."""
     sample_prompts: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,12 @@ from distlora.model import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.compute_copies import ComputeCopies
+from distlora.parallel.integrity import FrozenWeights
 from distlora.parallel.traffic import Traffic
 from distlora.parallel.trained_shards import ShardedGradients
 from distlora.quant import FrozenTensor
+
+Collected = TypeVar("Collected")
 
 PIECE_BYTES = 64 * 2**20
 """Of a tensor that is saved: what a rank holds of it at once beside its own rows."""
@@ -87,6 +91,7 @@ class Backend:
     _root: nn.Module | None = None
     _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
     """Those of replicated parameters, and of sharded ones."""
+    _frozen: FrozenWeights | None = None
 
     @property
     def writes(self) -> bool:
@@ -163,6 +168,29 @@ class Backend:
                 elif piece.is_cuda:
                     # No further ahead of the files than a piece: NCCL's watchdog counts from when a call was queued.
                     torch.cuda.current_stream(piece.device).synchronize()
+
+    def watch_weights(self, model: CausalLM) -> None:
+        """After loading: remember what the frozen base is on every rank, and check it where the next forward gathers
+        it. Does nothing where all of it is trained. Raises DamagedWeightsError (`integrity`)."""
+        if any(not parameter.requires_grad for parameter in model.parameters()):
+            self._frozen = FrozenWeights(model, self)
+            self._frozen.check_next_forward()
+
+    def check_weights(self) -> None:
+        """Whether the frozen base is still what was loaded: each rank's own rows now, and in the next forward what is
+        gathered. Raises DamagedWeightsError on every rank."""
+        if self._frozen is not None:
+            self._frozen.check_own_rows()
+            self._frozen.check_next_forward()
+
+    def verified(self, collect: Callable[[], Collected]) -> Callable[[], Collected]:
+        """`collect`, with `check_weights` before it: for what is saved."""
+
+        def checked() -> Collected:
+            self.check_weights()
+            return collect()
+
+        return checked
 
     def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> None:
         """Own the gradients of these trained parameters (in forward order) from now on."""

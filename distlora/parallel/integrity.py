@@ -1,0 +1,200 @@
+"""Whether the frozen base in memory is still what was loaded, and what each rank gathers is what the others have.
+
+A base is trained on for weeks and written nowhere: a bit that rots in a shard, or a switch that damages what it passes
+on, would only make the loss a little worse. So each rank takes a checksum of its own rows of every frozen tensor when
+they are loaded, and all ranks exchange them. The first forward checks what it gathers, the rows of every rank, against
+them, and ends the run before anything is trained; a rank can check its own rows again at any time (`train.verify`).
+
+Letters: T tensors, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from distlora.adapters import adapter_parameters
+from distlora.model import CausalLM
+from distlora.parallel.checksums import checksums
+from distlora.quant import FrozenTensor
+
+if TYPE_CHECKING:
+    from distlora.parallel import Backend
+
+
+class DamagedWeightsError(RuntimeError):
+    """Frozen weights are not what was loaded: memory, or the way between ranks, is damaged. Loading them again on sound
+    machines mends it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """A frozen tensor of the base."""
+
+    name: str
+    """By Hugging Face's paths."""
+    owner: nn.Module
+    attribute: str
+    """Under which `owner` has it: all of it while its unit is gathered."""
+    rows: Tensor
+    """This rank's own, in the memory that it keeps them in."""
+    ranges: tuple[tuple[int, int], ...]
+    """(first row, rows) of each rank."""
+
+
+class FrozenWeights:
+    """The frozen base after loading: the checksums of all ranks, and whether they still hold."""
+
+    def __init__(self, model: CausalLM, backend: Backend) -> None:
+        """Every rank must call it alike, after loading. The host waits for the device once. Raises DamagedWeightsError
+        where ranks differ in what each of them has whole."""
+        self._model, self._backend = model, backend
+        found, shared = list(_own_rows(model, backend)), dict(_shared(model))
+        ours = [_of(rows) for *_, rows, _ in found] + [_of(tensor) for tensor in shared.values()]
+        places = [(first, len(rows)) for *_, rows, first in found] + [(0, 0)] * len(shared)
+        told = torch.cat([torch.stack(ours), torch.tensor(places, device=backend.ranks.device)], dim=1)
+        # (W, T, 3): checksum, first row, rows. In one exchange: a few KB from each.
+        everyone = backend.gather_rows(told[None])
+        self._sums = everyone[:, : len(found), 0].T.contiguous()
+        """(T, W) int64, of the tensors that are cut over the ranks."""
+        ranges = everyone[:, : len(found), 1:].tolist()
+        self._tensors = [
+            _Frozen(name, owner, attribute, rows, tuple((first, count) for first, count in of_ranks))
+            for (name, owner, attribute, rows, _), of_ranks in zip(found, zip(*ranges, strict=True), strict=True)
+        ]
+        self._differs = torch.zeros_like(self._sums, dtype=torch.bool)
+        """(T, W): where what this rank gathered is not what that rank has loaded."""
+        self._handles: list[RemovableHandle] = []
+        self._check_shared(list(shared), everyone[:, len(found) :, 0])
+
+    def _check_shared(self, names: list[str], sums: Tensor) -> None:
+        """`sums` (W, N) of tensors that every rank has whole."""
+        odd = (sums != sums[0]).tolist()
+        for rank, flags in enumerate(odd):
+            if any(flags):
+                raise DamagedWeightsError(
+                    f"{names[flags.index(True)]} differs between rank 0 and rank {rank} after loading, though both "
+                    f"computed it from the same numbers; {_NEXT}"
+                )
+
+    def check_next_forward(self) -> None:
+        """Check in the next forward everything that this rank gathers. That forward ends with one sum over the ranks
+        and one number that the host reads; those after it cost nothing."""
+        if not self._backend.sharded or self._handles:
+            return
+        units = [self._model.embedding, *self._model.blocks, self._model.head, self._model]
+        # The root, which comes first here, keeps what the others do not take.
+        unit_of = {module: unit for unit in reversed(units) for module in unit.modules()}
+        for unit in units:
+            own = [index for index, frozen in enumerate(self._tensors) if unit_of[frozen.owner] is unit]
+            # Behind the backend's own hook, which gathers.
+            self._handles.append(unit.register_forward_pre_hook(partial(self._check_gathered, own)))
+        self._handles.append(self._model.register_forward_hook(self._end_pass))
+
+    @torch.no_grad()
+    def _check_gathered(self, indices: Sequence[int], unit: nn.Module, arguments: Any) -> None:
+        for index in indices:
+            frozen = self._tensors[index]
+            whole = frozen.owner.get_parameter(frozen.attribute).data
+            for ranks, rows in _batches(frozen.ranges):
+                parts = whole[rows].reshape(ranks.stop - ranks.start, -1)
+                self._differs[index, ranks] = checksums(parts) != self._sums[index, ranks]
+
+    def _end_pass(self, model: nn.Module, arguments: Any, output: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        differs = self._differs
+        self._differs = torch.zeros_like(differs)
+        self._end_if_damaged(differs, "nothing was trained on them")
+
+    @torch.no_grad()
+    def check_own_rows(self) -> None:
+        """Whether every rank's own rows are still what it loaded. Every rank must call it alike; the host reads one
+        number. Raises DamagedWeightsError on all of them."""
+        rank = self._backend.ranks.rank
+        own = torch.cat([_of(frozen.rows) for frozen in self._tensors])
+        differs = torch.zeros_like(self._differs)
+        differs[:, rank] = own != self._sums[:, rank]
+        self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
+
+    def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
+        """`differs` (T, W) of each rank; all ranks raise if one has to."""
+        if not bool(self._backend.sum_over_ranks(differs.int()).any()):
+            return
+        seen = self._backend.gather_rows(differs.int()[None]).tolist()  # Of each rank: [T][W].
+        damaged = [
+            (index, owner, [rank for rank, flags in enumerate(seen) if flags[index][owner]])
+            for index in range(len(self._tensors))
+            for owner in range(len(seen[0][0]))
+        ]
+        damaged = [entry for entry in damaged if entry[2]]
+        raise DamagedWeightsError(_said(self._tensors, damaged) + f"; {consequence}. {_NEXT}")
+
+
+_NEXT = (
+    "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, leave that machine out "
+    "and test its memory (`nvidia-smi -q -d ECC`, memtester) and its network"
+)
+
+
+def _of(rows: Tensor) -> Tensor:
+    """(1,) int64."""
+    return checksums(rows.flatten()[None])
+
+
+def _own_rows(model: CausalLM, backend: Backend) -> Iterator[tuple[str, nn.Module, str, Tensor, int]]:
+    """(name, owner, attribute, this rank's rows, the first one's index) of what is frozen; a tied one once."""
+    adapters, met = set(adapter_parameters(model).values()), set()
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or parameter in adapters or parameter in met:
+                continue
+            met.add(parameter)
+            name = model.hf_name(f"{path}.{attribute}")
+            # Memory, not the Parameter: a module has another one while it is gathered.
+            yield name, module, attribute, *backend.local_rows(parameter)
+
+
+def _shared(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what belongs to frozen weights and is not cut: their offsets, and the norms of their rows."""
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenTensor):
+            for name, buffer in module.named_buffers(recurse=False):
+                yield model.hf_name(f"{path}.{name}"), buffer
+
+
+def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """(ranks, rows): neighbours that own equally many rows, one after the other, so that one call takes them all."""
+    start = 0
+    while start < len(ranges):
+        (first, count), stop = ranges[start], start + 1
+        while stop < len(ranges) and ranges[stop] == (first + (stop - start) * count, count):
+            stop += 1
+        if count:
+            yield slice(start, stop), slice(first, first + (stop - start) * count)
+        start = stop
+
+
+def _said(tensors: Sequence[_Frozen], damaged: Sequence[tuple[int, int, list[int]]]) -> str:
+    """What is damaged, whose it is, and what that means. `damaged`: (tensor, owner, ranks that saw it)."""
+    index, owner, seen_by = damaged[0]
+    frozen = tensors[index]
+    first, count = frozen.ranges[owner]
+    rows = f"rows {first:,} to {first + count - 1:,}, those of rank {owner}"
+    more = f" ({len(damaged)} such parts in all)" if len(damaged) > 1 else ""
+    if owner in seen_by:
+        where = f"rank {owner}'s own memory has changed since then"
+    else:
+        ranks = f"rank{'s' if len(seen_by) > 1 else ''} {', '.join(map(str, seen_by))}"
+        where = (
+            f"rank {owner} still has it and {ranks} got something else: the network, or the memory of "
+            "those that got it, damages bytes"
+        )
+    return f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}"

@@ -38,6 +38,10 @@ bench-load: $(READY)
 bench-dora: $(READY)
 	$(BIN)/python -m distlora.bench.dora
 
+# What saving at every step costs the thread that trains.
+bench-save: $(READY)
+	$(BIN)/python -m distlora.bench.save
+
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip

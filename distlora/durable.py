@@ -36,6 +36,26 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+class AppendedFile:
+    """A file that text is appended to, for readers who follow it. What a full disk does not take yet is kept in memory,
+    and goes first when there is space: no text is cut by it, torn or out of order."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._pending = bytearray()
+
+    def append(self, text: str) -> None:
+        """At the end, at once: a killed process loses nothing of it, only the machine can. Raises OSError where the
+        disk does not take it; the text is kept then."""
+        self._pending += text.encode()
+        while self._pending:
+            written = os.write(self._descriptor, self._pending)
+            del self._pending[:written]
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")

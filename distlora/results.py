@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
 from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
-from distlora.parallel import Backend
+from distlora.parallel import Backend, from_rank_0
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.pissa_format import plain_config, plain_tensors, trained_part
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
@@ -122,17 +122,45 @@ def finish(
 ) -> str:
     """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
 
-    Returns what was saved, in words. Every rank must call it alike.
+    Where RUN/best could not be written when it was the best, the last is published. Returns what was saved, in words.
+    Every rank must call it alike.
     """
     target = run_dir / PUBLISHED[config.adapter.method]
     best = run_dir / BEST_NAME
-    if not (config.train.load_best_at_end and progress.best_step not in (None, progress.step)):
+    wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)
+    if not wants_best or progress.published_step != progress.best_step:
         publish_result(target, model, config, chat_template, backend)
-        return str(target)
+        missed = f" (the last: the best, of step {progress.best_step}, could not be written)" if wants_best else ""
+        return f"{target}{missed}"
     with whole_folder(target, backend) as temporary:
         if backend.writes:
             shutil.copytree(best, temporary, dirs_exist_ok=True)
     return f"{target} (the best, of step {progress.best_step})"
+
+
+def publish_best(
+    run_dir: Path,
+    model: CausalLM,
+    config: Config,
+    progress: Progress,
+    chat_template: str | None,
+    backend: Backend,
+    say: Callable[[str], None],
+) -> None:
+    """Keep what is trained now as RUN/best, and note its step in `progress`. A disk that does not take it is said, and
+    the run goes on: the older best is then still there. Every rank must call it alike.
+    """
+    step, written = progress.step, False
+    try:
+        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend)
+        written = True
+    except OSError as error:
+        say(
+            f"WARNING: the best so far, after step {step}, could not be written to {run_dir / BEST_NAME} "
+            f"({error.strerror or error}); look after that disk. Training goes on"
+        )
+    if from_rank_0(int(written), backend.ranks):
+        progress.published_step = step
 
 
 def publish_result(target: Path, model: CausalLM, config: Config, chat_template: str | None, backend: Backend) -> None:
@@ -144,12 +172,12 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
     """
     with whole_folder(target, backend) as temporary:
         if config.adapter.method == "full":
-            if backend.writes:
-                _write_companions(temporary, model, config)
             # In the base's own dtype, which the fp32 masters are rounded to once, here.
             dtype = model.hf_config.dtype or torch.float32
             assert isinstance(dtype, torch.dtype)
             write_model(temporary, model.hf_state_dict(), backend, dtype)
+            if backend.writes:
+                _write_companions(temporary, model, config)
         else:
             write_files(temporary, adapter_files(model, config), backend, metadata=marks(config))
         if backend.writes:

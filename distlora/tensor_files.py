@@ -149,8 +149,14 @@ def write_model(
     files = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [SINGLE_NAME]
+    failed: OSError | None = None
     for file, shard in zip(files, shards, strict=True):
-        write_tensors(folder / file, shard, backend, dtype)
+        try:
+            write_tensors(folder / file, shard, backend, dtype)
+        except OSError as error:  # The other ranks stream the next files all the same.
+            failed = failed or error
+    if failed is not None:
+        raise failed
     if backend.writes and len(shards) > 1:
         total = sum(tensor.numel() for tensor in tensors.values())
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)}

@@ -37,8 +37,8 @@ from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.reporting import Reporter
-from distlora.results import finish, marks, publish_result, restore, trainer_tensors, weight_files
-from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, read_record
+from distlora.results import finish, marks, publish_best, restore, trainer_tensors, weight_files
+from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_adapters, start_model
 from distlora.trainer import Hooks, Trainer
 
@@ -97,9 +97,8 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             saved_step=None if newest is None else progress.step,
         )
 
-        def publish_best(progress: Progress) -> None:
-            publish_result(run_dir / BEST_NAME, model, config, chat_template, backend)
-            backend.barrier()
+        def keep_best(progress: Progress) -> None:
+            publish_best(run_dir, model, config, progress, chat_template, backend, reporter.event)
 
         trainer = Trainer(
             model,
@@ -114,7 +113,7 @@ def run(run_dir: Path, ranks: Ranks) -> None:
             hooks=Hooks(
                 save=saver.save,
                 save_last=saver.save_last,
-                publish_best=publish_best,
+                publish_best=keep_best,
                 sample=sample_hook(model, backend, config, reporter, data),
             ),
         )

@@ -136,7 +136,7 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
             environment=environment(ranks.world, ranks.device),
             keep=2,
             in_background=in_background,
-            say=lambda line: print(line, flush=True),
+            say=lambda line: None,  # A save that failed is raised by the `wait` after a round.
         )
 
     turns = Turns({"background": saver(in_background=True), "thread": saver(in_background=False)})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distlora.checkpoints.folder import newest, step_folder, step_of, tidy
 from distlora.parallel import Ranks, from_rank_0
+from distlora.run_folder import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
 
 
 def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -17,7 +18,9 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     step = -1
     damaged: list[str] = []
     if ranks.rank == 0:
-        tidy(checkpoints)
+        tidy(checkpoints, CHECKPOINT_PATTERN)
+        for name in (BEST_NAME, *PUBLISHED.values()):
+            tidy(checkpoints.parent, name)
         folder, damaged = newest(checkpoints)
         step = -1 if folder is None else step_of(folder)
     step = from_rank_0(step, ranks)

@@ -109,16 +109,16 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def tidy(parent: Path) -> None:
-    """Remove what a killed writer left of folders in `parent`; one that it had set aside and not yet replaced gets its
-    name back. For the start of a run, while nothing writes there.
+def tidy(parent: Path, name: str) -> None:
+    """Remove what a killed writer left of the folders in `parent` that match `name` (a glob pattern); one that it had
+    set aside and not yet replaced gets its name back. For the start of a run, while nothing writes there.
     """
-    for path in sorted(parent.glob(f".*{_REPLACED}")):
+    for path in sorted(parent.glob(f".{name}{_REPLACED}")):
         folder = parent / path.name[1 : -len(_REPLACED)]
         if not folder.exists():
             path.rename(folder)
             durable.sync(parent)
-    for pattern in (f".*{_REPLACED}", f".*{_TEMPORARY}"):
+    for pattern in (f".{name}{_REPLACED}", f".{name}{_TEMPORARY}"):
         for path in parent.glob(pattern):
             shutil.rmtree(path)
 

@@ -39,6 +39,8 @@ class Progress:
     """Wall time of the steps, evaluation and saving left out."""
     tokens: int = 0
     """Tokens in the rows of the steps, over all ranks; empty rows do not count."""
+    published_step: int | None = None
+    """The step whose state RUN/best holds; None while it holds none."""
 
     @property
     def best_step(self) -> int | None:
@@ -119,6 +121,7 @@ def _state(values: Any) -> TrainState:
             evaluations={int(step): float(loss) for step, loss in evaluations.items()},  # JSON's keys are text.
             seconds=float(_of(progress, "seconds", (int, float))),
             tokens=_count(progress, "tokens"),
+            published_step=None if progress.get("published_step") is None else _count(progress, "published_step"),
         ),
         identity=Identity(
             base_fingerprint=_of(identity, "base_fingerprint", str),

@@ -1,0 +1,374 @@
+"""Saving off the training thread: what is written, what stays, and what a disk or a kill cannot do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from distlora.checkpoints import folder as folders_on_disk
+from distlora.checkpoints import saver as saver_module
+from distlora.checkpoints.choice import choose
+from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
+from distlora.checkpoints.saver import SaveError, Saver
+from distlora.checkpoints.state import Identity, Progress, load_state
+from distlora.parallel import Backend, Ranks
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+WEIGHTS = "adapter_model.safetensors"
+
+
+class State:
+    """What a run would train: two files of tensors, of which the training thread changes every number."""
+
+    def __init__(self, elements: int = 1000) -> None:
+        self.weights = {"a": torch.zeros(elements), "b": torch.zeros(3, 5)}
+        self.moments = {"exp_avg/a": torch.zeros(elements), "step/a": torch.tensor(0.0)}
+
+    def train(self, step: int) -> Progress:
+        for tensor in (*self.weights.values(), *self.moments.values()):
+            tensor.fill_(step)
+        return Progress(step=step)
+
+    def files(self) -> dict[str, Any]:
+        return {WEIGHTS: self.weights, TRAINER_NAME: self.moments}
+
+
+def make_saver(run_dir: Path, state: State, said: list[str] | None = None, **options: Any) -> Saver:
+    return Saver(
+        run_dir / "checkpoints",
+        state.files,
+        backend=Backend(options.pop("ranks", SINGLE), sharded=False),
+        identity=Identity(base_fingerprint="base", data_digest="data", settings={}),
+        environment={},
+        say=(lambda line: None) if said is None else said.append,
+        **{"keep": 2, "in_background": True} | options,
+    )
+
+
+def saved(run_dir: Path, step: int) -> set[float]:
+    """The numbers that the checkpoint of a step holds."""
+    path = step_folder(run_dir / "checkpoints", step)
+    assert fault(path) is None
+    assert load_state(path).progress.step == step
+    files = [safetensors.torch.load_file(path / name) for name in (WEIGHTS, TRAINER_NAME)]
+    return {value for tensors in files for tensor in tensors.values() for value in tensor.flatten().tolist()}
+
+
+def names(run_dir: Path) -> list[int]:
+    return [folders_on_disk.step_of(path) for path in steps(run_dir / "checkpoints")]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_the_state_of_its_step_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, writing = threading.Event(), threading.Event()
+    write_files = saver_module.write_files
+
+    def held(*arguments: Any, **options: Any) -> dict[str, str]:
+        writing.set()
+        assert may_write.wait(20)
+        return write_files(*arguments, **options)
+
+    monkeypatch.setattr(saver_module, "write_files", held)
+    state, said = State(), []
+    with make_saver(tmp_path, state, said) as saver:
+        saver.save(state.train(1))
+        assert writing.wait(20)
+        progress = state.train(2)
+        assert steps(tmp_path / "checkpoints") == []
+        threading.Timer(1.2, may_write.set).start()
+        saver.save(progress)  # One at a time: this waits for the save of step 1, and says so.
+        state.train(3)
+        saver.wait()
+        assert saver.saved_step == 2
+    assert saved(tmp_path, 1) == {1.0}
+    assert saved(tmp_path, 2) == {2.0}
+    assert len(said) == 1
+    assert "for the save after step 1" in said[0]
+
+
+def test_the_memory_of_copies_is_taken_once(tmp_path: Path) -> None:
+    state = State()
+    with make_saver(tmp_path, state) as saver:
+        places = []
+        for step in (1, 2):
+            saver.save(state.train(step))
+            saver.wait()
+            places.append([tensor.data_ptr() for tensor in saver._snapshot._memory.values()])
+    assert places[0] == places[1]
+    assert saver._snapshot.num_bytes == sum(t.nbytes for t in (*state.weights.values(), *state.moments.values()))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if not mounted or mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip() if mounted else 'no mount'}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+Break = Callable[[Path], Callable[[], object]]
+"""Breaks the place of a run's checkpoints; returns what mends it."""
+
+
+def full(run_dir: Path) -> Callable[[], object]:
+    filler = run_dir / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filler.unlink
+
+
+def read_only(run_dir: Path) -> Callable[[], object]:
+    subprocess.run(["mount", "-o", "remount,ro", str(run_dir)], check=True)
+    return lambda: subprocess.run(["mount", "-o", "remount,rw", str(run_dir)], check=True)
+
+
+def small_files(run_dir: Path) -> Callable[[], object]:
+    """By the process' limit on the size of a file, which needs no root."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def gone(run_dir: Path) -> Callable[[], object]:
+    return run_dir.rename(run_dir.with_name("elsewhere")) and (lambda: run_dir.with_name("elsewhere").rename(run_dir))
+
+
+FAULTS = {
+    full: ("No space left on device", "free space there"),
+    read_only: ("Read-only file system", "make it writable"),
+    small_files: ("File too large", "ulimit -f"),
+    gone: ("No such file or directory", "put the folder back"),
+}
+
+
+@pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
+def test_a_disk_that_fails_costs_no_older_checkpoint_and_no_run(
+    damage: Break, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run_dir = tmp_path / "run"
+    if damage in (full, read_only):
+        run_dir = request.getfixturevalue("small_disk")
+    else:
+        run_dir.mkdir()
+    state, said = State(elements=8000), []
+    with make_saver(run_dir, state, said) as saver:
+        saver.save(state.train(1))
+        saver.wait()
+        mend = damage(run_dir)
+        try:
+            saver.save(state.train(2))
+            with pytest.raises(SaveError, match="after step 2 could not be saved"):
+                saver.wait()
+            saver.save(state.train(3))
+            with pytest.raises(SaveError, match="after step 4 could not be saved"):
+                saver.save_last(state.train(4))
+            assert len(said) == 2, "a periodic save says it and goes on, the last one raises"
+            for line, step in zip(said, (2, 3), strict=True):
+                reason, remedy = FAULTS[damage]
+                for part in (f"after step {step}", str(run_dir / "checkpoints"), reason, remedy, "Training goes on"):
+                    assert part in line
+            if damage is not gone:
+                assert saved(run_dir, 1) == {1.0}
+        finally:
+            mend()
+        assert names(run_dir) == [1]
+        saver.save_last(state.train(5))
+    assert saved(run_dir, 5) == {5.0}
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000005"]
+
+
+def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path) -> None:
+    state = State()
+    with make_saver(tmp_path, state) as saver:
+        saver.save(state.train(1))
+        saver.wait()
+        shutil.rmtree(tmp_path / "checkpoints")
+        saver.save_last(state.train(2))
+    assert saved(tmp_path, 2) == {2.0}
+
+
+def die_while_writing(run_dir: Path, point: str) -> None:
+    """Child process: one whole save, then kill -9 within the next."""
+    from distlora import durable, tensor_files
+    from distlora.checkpoints import files
+
+    def die(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    state = State()
+    saver = make_saver(run_dir, state)
+    saver.save(state.train(1))
+    saver.wait()
+    if point == "in a tensor":
+        tensor_files._HashedFile.write_piece = die  # type: ignore[method-assign]
+    elif point == "before the manifest":
+        saver_module.write_manifest = die
+    elif point == "while syncing":
+        durable.sync = die
+    else:
+        rename, count = Path.rename, 0
+
+        def rename_or_die(self: Path, target: Path) -> Path:
+            nonlocal count
+            count += 1
+            return die() or self if count == 2 else rename(self, target)
+
+        files.Path.rename = rename_or_die  # type: ignore[method-assign]
+    # The same step again: there is an older folder of that name, as after a damaged one was resumed from.
+    saver.save(state.train(1 if point == "between two renames" else 2))
+    saver.wait()
+
+
+@pytest.mark.parametrize("point", ["in a tensor", "before the manifest", "while syncing", "between two renames"])
+def test_a_writer_killed_in_the_middle_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path, point: str) -> None:
+    child = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path, point))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    expected = {".step_00000001.old", ".step_00000001.tmp"} if "renames" in point else {".step_00000002.tmp"}
+    assert left == expected | (set() if "renames" in point else {"step_00000001"})
+    found, damaged = choose(tmp_path / "checkpoints", SINGLE)
+    assert (found, damaged) == (tmp_path / "checkpoints" / "step_00000001", [])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert saved(tmp_path, 1) == {1.0}
+
+
+def test_the_newest_and_the_best_are_kept_and_each_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    sha256 = folders_on_disk.sha256
+
+    def counted(path: Path) -> str:
+        read.append(path.parent.name)
+        return sha256(path)
+
+    monkeypatch.setattr(folders_on_disk, "sha256", counted)
+    state = State()
+    losses = {0: 0.5, 1: 4.0, 2: 2.0, 3: 3.0, 5: 2.0, 6: float("nan")}
+    with make_saver(tmp_path, state) as saver:
+        for step in range(1, 8):
+            progress = state.train(step)
+            progress.evaluations = {at: loss for at, loss in losses.items() if at <= step}
+            saver.save(progress)
+        saver.wait()
+    assert names(tmp_path) == [2, 6, 7]
+    # With two kept, nothing is removed and so nothing read before the third; step 1 goes unread.
+    assert sorted(read) == sorted(f"step_{step:08d}" for step in range(2, 8) for _ in range(3))
+
+
+def test_a_damaged_checkpoint_does_not_cost_an_older_one(tmp_path: Path) -> None:
+    state, said = State(), []
+    with make_saver(tmp_path, state, said) as saver:
+        for step in (1, 2):
+            saver.save(state.train(step))
+            saver.wait()
+        flip(step_folder(tmp_path / "checkpoints", 2) / TRAINER_NAME)
+        saver.save(state.train(3))
+        saver.wait()
+        assert names(tmp_path) == [1, 2, 3], "two whole ones: 3 and 1"
+        assert said == [
+            "WARNING: checkpoint step_00000002 is damaged (trainer.safetensors is not what was saved); older ones are "
+            "kept in its place"
+        ]
+        saver.save(state.train(4))
+        saver.wait()
+    assert names(tmp_path) == [3, 4]
+    assert newest(tmp_path / "checkpoints") == (step_folder(tmp_path / "checkpoints", 4), [])
+
+
+def test_a_state_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(1, "Operation not permitted")
+
+    state, said = State(), []
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with make_saver(tmp_path, state, said) as saver:
+        for step in (1, 2, 3):
+            saver.save(state.train(step))
+        saver.wait()
+        assert saver.saved_step == 3
+    assert len(said) == 1
+    assert "could not be removed" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("[]", "it lists no files"),
+        ('{"files": {"../secret": "00"}}', "'../secret' is no file of this folder"),
+        ('{"files": {"state.json": 1}}', "state.json has no SHA-256 but 1"),
+        ('{"files": {}}', "it does not list state.json"),
+        ('{"files"', "Expecting"),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_a_fault(tmp_path: Path, manifest: str, said: str) -> None:
+    state = State()
+    with make_saver(tmp_path, state) as saver:
+        saver.save_last(state.train(1))
+    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").write_text(manifest)
+    found = fault(tmp_path / "checkpoints" / "step_00000001")
+    assert found is not None
+    assert said in found
+
+
+def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool) -> list[str]:
+    """What becomes of a save, a last save, and one on a disk that has come back, on a rank."""
+    state = State()
+    outcomes = []
+    with make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver:
+        saver.save(state.train(1))
+        saver.wait()
+        outcomes.append(f"saved {saver.saved_step}")
+        saver._backend.barrier()
+        if ranks.rank == 0:
+            run_dir.rename(run_dir.with_name("elsewhere"))
+        saver.save(state.train(2))
+        for attempt in (saver.wait, lambda: saver.save_last(state.train(3))):
+            try:
+                attempt()
+            except SaveError as error:
+                outcomes.append("failed" if "could not" in str(error) else str(error))
+        if ranks.rank == 0:
+            run_dir.with_name("elsewhere").rename(run_dir)
+        saver.save_last(state.train(4))
+        outcomes.append(f"saved {saver.saved_step}")
+    return outcomes
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_all_ranks_know_what_is_saved(world: World, tmp_path: Path, in_background: bool) -> None:
+    (tmp_path / "run").mkdir()
+    outcomes = world.run(3, save_on, run_dir=tmp_path / "run", in_background=in_background)
+    assert outcomes == [["saved 1", "failed", "failed", "saved 4"]] * 3
+    assert saved(tmp_path / "run", 4) == {4.0}

@@ -21,7 +21,7 @@ from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
 from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
-from distlora.parallel import Backend, from_rank_0
+from distlora.parallel import Backend, from_rank_0, watch
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.pissa_format import plain_config, plain_tensors, trained_part
 from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
@@ -125,6 +125,7 @@ def finish(
     Where RUN/best could not be written when it was the best, the last is published. Returns what was saved, in words.
     Every rank must call it alike.
     """
+    watch.at(progress.step, "publishing the result", long=True)
     target = run_dir / PUBLISHED[config.adapter.method]
     best = run_dir / BEST_NAME
     wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)

@@ -25,7 +25,7 @@ from distlora.loading import initialize
 from distlora.loading.start_file import needs_start
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import DTYPES, CausalLM, build_model
-from distlora.parallel import Backend, Ranks, parallelize
+from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.peft_format import load_initial_adapter
 from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
@@ -69,6 +69,7 @@ def start_adapters(
 
     Raises UserError for an adapter that is gone or not exactly the model's.
     """
+    watch.at(None, "preparing to train", long=True)
     adapter = config.adapter
     if adapter.init_from is not None and needs_start(config, training=True, restores=restores):
         load_initial_adapter(model, config, backend)

@@ -35,7 +35,7 @@ from distlora.initial_adapter import weights_digest
 from distlora.loading.start_file import base_identity, needs_start
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
-from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
+from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
 from distlora.reporting import Reporter
 from distlora.results import finish, marks, publish_best, restore, trainer_tensors, weight_files
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
@@ -188,8 +188,10 @@ def main() -> None:
         raise UserError(
             "usage: python -m distlora.train RUN (the launcher does this; start runs with `distlora train`)"
         )
-    ranks = join_ranks()
-    run(Path(sys.argv[1]), ranks)
+    run_dir = Path(sys.argv[1])
+    ranks = join_ranks(load_config(run_dir).cluster.timeout_seconds)
+    watch.at(None, "reading the run", long=True)
+    run(run_dir, ranks)
     leave_ranks(ranks)
 
 

@@ -27,7 +27,7 @@ from distlora.flops import count_flops, peak_flops
 from distlora.model import CausalLM
 from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
-from distlora.parallel import Backend
+from distlora.parallel import Backend, watch
 from distlora.parallel.traffic import Traffic
 from distlora.reached import WATCHED, Reached, sentence
 from distlora.reporting import Reporter
@@ -99,6 +99,8 @@ class Trainer:
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
         self.unreached: list[str] | None = None
         """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
+        self._is_cold = True
+        """Until a step is done: kernels are compiled, memory is taken, connections are made."""
         self._flops = count_flops(model, with_reference=self.objective.has_reference)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
@@ -135,11 +137,14 @@ class Trainer:
                 self._log(interval, done)
                 if evaluating:
                     self._evaluate_trained()
+                if saving or self._is_exhausted():
+                    watch.at(done, "saving", long=True)
                 if is_last or self._is_exhausted():
                     self.hooks.save_last(self.progress)
                 elif saving:
                     self.hooks.save(self.progress)
                 if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
+                    watch.at(done, "sampling", long=True)
                     self.hooks.sample(done)
                 interval = _Interval(done)
 
@@ -148,6 +153,7 @@ class Trainer:
         self.evaluate()
         settings = self.config.train
         if settings.eval_every is not None and self.progress.best_step == self.progress.step:
+            watch.at(self.progress.step, "keeping the best", long=True)
             self.hooks.publish_best(self.progress)
         if self._is_exhausted():
             best = self.progress.best_step
@@ -166,6 +172,7 @@ class Trainer:
         return since_best >= settings.early_stopping_patience
 
     def _train_step(self, step: int, interval: _Interval) -> None:
+        watch.at(step + 1, "reading rows", long=self._is_cold)
         batch = self.loader.batch(step)
         row_losses: list[Tensor] = []
         figures: list[Tensor] = []
@@ -173,18 +180,23 @@ class Trainer:
         self.backend.zero_gradients()
         micro_batches = self._as_run(batch)
         for index, micro_batch in enumerate(micro_batches):
+            watch.at(step + 1, "forward of micro-batch", index + 1, long=self._is_cold)
             losses = self.objective.losses(self.model, micro_batch, self.backend.ranks.device, step)
             row_losses.append(losses.rows.detach())
             figures.append(losses.figures)
+            watch.at(step + 1, "backward of micro-batch", index + 1, long=self._is_cold)
             self.backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
             interval.flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
+        watch.at(step + 1, "sum of gradients", long=self._is_cold)
         self.backend.finish_gradients()
         if self._reached is not None and self._reached.steps < WATCHED:
             self._reached.note()
         grad_norm = self.backend.clip_gradients(self.config.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)
+        watch.at(step + 1, "update", long=self._is_cold)
         rate = learning_rate(step, self.total_steps, self.config.optim)
         self.optimizer.step(rate, self._ok)
+        self._is_cold = False
 
         interval.row_losses.append(torch.cat(row_losses))
         interval.figures.append(torch.stack(figures).sum(dim=0))
@@ -220,6 +232,8 @@ class Trainer:
             for index in range(self.eval_loader.steps_per_epoch):
                 batch = self.eval_loader.batch(index)
                 units += self.objective.units(batch)
+                # The first one may compile and take memory.
+                watch.at(self.progress.step, "evaluation, batch", index + 1, long=index == 0)
                 for micro_batch in batch.micro_batches:
                     losses = self.objective.losses(self.model, micro_batch, device, None)
                     totals += torch.cat([losses.rows.sum()[None], losses.figures])
@@ -231,6 +245,7 @@ class Trainer:
 
     def _log(self, interval: _Interval, done: int) -> None:
         """Read the interval's device scalars and write a line for each of its steps. The one host sync of training."""
+        watch.at(done, "reading figures")
         steps = zip(interval.row_losses, interval.figures, strict=True)
         sums = torch.stack([torch.cat([losses.sum()[None], figures]) for losses, figures in steps])
         means = [
@@ -286,6 +301,7 @@ class Trainer:
         among = "" if rows else f" of rows {_listed(sorted(slots[slots >= 0].tolist()))}"
         saved = "nothing was trained before it"
         if step > 0:
+            watch.at(step, "saving", long=True)
             try:
                 self.hooks.save_last(self.progress)
                 saved = f"the state after step {step} is saved"

@@ -35,6 +35,7 @@ LAYERS = [
         "distlora.checkpoints.folder",
         "distlora.checkpoints.keeping",
         "distlora.checkpoints.state",
+        "distlora.error_file",
     },
     {
         "distlora.families",

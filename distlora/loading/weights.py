@@ -21,7 +21,7 @@ from distlora.loading.row_norms import fill_row_norms
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
-from distlora.parallel import Backend
+from distlora.parallel import Backend, watch
 from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.tokens import EMBEDDING, HEAD
 
@@ -62,6 +62,7 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend, *, less_sta
     quantized_weights = quantized_bytes = 0
     with Reader() as reader:
         for path, module in model.named_modules():
+            watch.at(None, f"loading {path}", long=True)
             residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.model import CausalLM
-from distlora.parallel import fsdp2
+from distlora.parallel import fsdp2, watch
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.integrity import FrozenWeights
@@ -34,10 +34,9 @@ Collected = TypeVar("Collected")
 
 PIECE_BYTES = 64 * 2**20
 """Of a tensor that is saved: what a rank holds of it at once beside its own rows."""
-LONGEST_WAIT = timedelta(hours=1)
-"""Of a rank for another. While one syncs a checkpoint to disk the others wait for it: 384 GB (adapter=full on 32B: fp32
-weights and moments) take longer than NCCL's ten minutes on a disk of less than 640 MB/s. A worker that dies ends the
-run at once all the same: torchrun sees it."""
+AFTER_WATCH = timedelta(minutes=10)
+"""How much longer than the longest wait that `watch` allows torch lets a rank wait for another: the watch, which knows
+who is where, speaks first. A worker that dies ends the run at once all the same: torchrun sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +48,55 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None
     """All workers; None for a single process, which starts no process group."""
+    watching: watch.Watch | None = None
+    """What ends this process when the ranks hang."""
 
 
-def join_ranks() -> Ranks:
-    """Join the workers that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without."""
+def join_ranks(timeout_seconds: float | None = None) -> Ranks:
+    """Join the workers that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without.
+
+    `timeout_seconds`: how long this rank may wait for the others within a step, marked by `watch.at`, before the
+    process ends and names the one that hangs; None: such waits end by torch's own timeout.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    return Ranks(rank, world, device, dist.group.WORLD if world > 1 else None)
+    if world == 1:
+        return Ranks(rank, world, device, None)
+    longest = timedelta(seconds=max(timeout_seconds or 0.0, watch.LONG_SECONDS)) + AFTER_WATCH
+    store = open_store(rank, longest)
+    watching = None
+    if timeout_seconds is not None:
+        watch.at(None, "joining the other ranks", long=True)
+        watching = watch.Watch(store, rank, world, timeout_seconds=timeout_seconds, end=watch.end_process)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
+    return Ranks(rank, world, device, dist.group.WORLD, watching)
+
+
+def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:
+    """The store through which the workers of torchrun find each other. It is kept by rank 0, or by torchrun; unlike
+    torch's own `rendezvous`, this does not wait until all are there.
+    """
+    agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not agent_keeps_it,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
 
 
 def leave_ranks(ranks: Ranks) -> None:
     """Leave the group. Without the barrier, a rank that leaves early can abort one that is still tidying up."""
     if ranks.group is not None:
         dist.barrier(ranks.group)
+        if ranks.watching is not None:
+            ranks.watching.stop()
         dist.destroy_process_group()
 
 

@@ -47,6 +47,11 @@ def first_failure(log_dir: Path) -> Failure:
         error, rank = min(errors, key=lambda item: item[0]["time"])
         if error["bad_input"]:
             return Failure(error["message"], bad_input=True)
+        if error["type"] == "HungError":
+            about = rank if error["about"] is None else error["about"]
+            return Failure(
+                f"the run hung: {error['message']}\n{_see(log_dir, about, 'its stacks are in')}", bad_input=False
+            )
         text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
         shown = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
         return Failure(

@@ -4,23 +4,20 @@ its log, then the module that does the work is run as `__main__`.
     python -m distlora_launcher.worker_entry LOG_DIR MODULE [ARGUMENTS]      (torchrun sets RANK)
 
 Rank 0 keeps its stdout, which the launcher shows and copies into rank_0.log; everything else that a rank writes goes
-to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.json as well, with a time fine enough to
-tell which rank failed first (torchrun's own error files have whole seconds).
+to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.json as well
+(`distlora/error_file.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import runpy
 import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 
-from distlora import stopping
+from distlora import error_file, stopping
 
 
 def end_with_parent(signum: signal.Signals) -> None:
@@ -49,23 +46,6 @@ def leave_pid(rank: int) -> None:
         temporary.replace(path)
 
 
-def write_error(path: Path, error: BaseException) -> None:
-    """What `failures.py` reads."""
-    from distlora.config import UserError
-
-    text = "".join(traceback.format_exception(error))
-    record = {
-        "type": type(error).__name__,
-        "message": str(error),
-        "bad_input": isinstance(error, UserError),
-        "time": time.time(),
-        "traceback": text,
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2))
-    temporary.replace(path)
-
-
 def main() -> None:
     stopping.listen()
     log_dir, module, *arguments = sys.argv[1:]
@@ -73,11 +53,12 @@ def main() -> None:
     end_with_parent(signal.SIGKILL)
     redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
     leave_pid(rank)
+    os.environ[error_file.VARIABLE] = str(Path(log_dir) / f"rank_{rank}.error.json")
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception as error:
-        write_error(Path(log_dir) / f"rank_{rank}.error.json", error)
+        error_file.leave(error)
         raise
     # The work is done and its files are closed. A thread that some library left running can abort the interpreter's own
     # shutdown ("terminate called without an active exception", 2 of 18 runs), which would make a failure of it.

@@ -1,0 +1,169 @@
+"""A hang ends with the rank and the step that the others wait for, and with the stacks of all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distlora.parallel import Ranks, watch
+from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
+from distlora_launcher.workers import run_workers
+from worlds import World
+
+TIMEOUT_SECONDS = 1.0
+
+
+def watched(ranks: Ranks, *, case: str, port: int) -> tuple[str, tuple[int, ...], float] | None:
+    """Five marked steps, of which the fourth hangs as `case` says. Returns what this rank's watch said: (message,
+    culprits, seconds from the hang on); None where it said nothing.
+    """
+    assert ranks.group is not None
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world)]
+    dist.all_gather(pids, torch.tensor([os.getpid()]), group=ranks.group)
+    store = dist.TCPStore("127.0.0.1", port, is_master=ranks.rank == 0, wait_for_workers=False)
+    said: list[tuple[str, tuple[int, ...], float]] = []
+    ended = threading.Event()
+    began = 0.0
+
+    def end(error: HungError, verdict: Verdict) -> None:
+        said.append((str(error), verdict.culprits, time.monotonic() - began))
+        if case.startswith("stopped") and ranks.rank == 2:  # Where a process would end, the world must live on.
+            os.kill(int(pids[stopped_rank(case)]), signal.SIGCONT)
+        ended.set()
+
+    watching = Watch(store, ranks.rank, ranks.world, timeout_seconds=TIMEOUT_SECONDS, end=end)
+    for step in range(1, 6):
+        watch.at(step, "forward of micro-batch", 1)
+        began = time.monotonic()
+        if step == 4:
+            time.sleep(TIMEOUT_SECONDS / 2)  # So that each has told where it is.
+            hang(case, ranks.rank, ended)
+        dist.all_reduce(torch.ones(1), group=ranks.group)
+        watch.at(step, "update")
+    dist.barrier(ranks.group)
+    watching.stop()
+    for thread in watching._threads:
+        thread.join()
+    dist.barrier(ranks.group)  # Rank 0 keeps the store until no thread needs it.
+    return said[0] if said else None
+
+
+def stopped_rank(case: str) -> int:
+    return 0 if case == "stopped with the store" else 1
+
+
+def hang(case: str, rank: int, ended: threading.Event) -> None:
+    if case == "all in one place" or (case == "asleep" and rank == 1):
+        ended.wait(20)
+    elif case == "saves" and rank == 1:
+        watch.at(4, "saving", long=True)
+        time.sleep(TIMEOUT_SECONDS + 1.0)
+    elif case.startswith("stopped") and rank == stopped_rank(case):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("case", "culprits", "words"),
+    [
+        (
+            "asleep",
+            (1,),
+            r"rank 1 is in step 4 \(forward of micro-batch 1\) at threading.py:\d+ in wait; waiting for ",
+        ),
+        ("stopped", (1,), r"rank 1 gives no sign of life \(its process is stopped, .*, last in step [34] \("),
+        ("stopped with the store", (0,), r"rank 0, through which .* gives no sign of life .*; waiting: rank \d is in "),
+        (
+            "all in one place",
+            (),
+            r"ranks 0, 1, 2 are in step 4 \(forward of micro-batch 1\) at .*, and no other is behi",
+        ),
+    ],
+)
+def test_the_rank_that_hangs_is_named(world: World, case: str, culprits: tuple[int, ...], words: str) -> None:
+    """By whichever ends first. gloo's waits let the watch run beside them."""
+    told = [said for said in world.run(3, watched, case=case, port=free_port()) if said is not None]
+    assert told
+    for message, named, seconds in told:
+        assert named == culprits
+        assert re.search(words, message), message
+        assert message.startswith("nothing has moved for 1 s: ")
+        assert seconds < 20 * TIMEOUT_SECONDS
+
+
+def test_what_may_take_long_is_waited_for(world: World) -> None:
+    """Both the rank that saves and those that wait for it in a step."""
+    assert world.run(3, watched, case="saves", port=free_port()) == [None] * 3
+
+
+def at(mark: int, *, waits: bool = False, beat: int = 1) -> Position:
+    return Position(mark, f"place {mark}", long=False, waits=waits, beat=beat)
+
+
+def later(positions: list[Position | None]) -> list[Position | None]:
+    return [position and at(position.mark, waits=position.waits, beat=position.beat + 1) for position in positions]
+
+
+@pytest.mark.parametrize(
+    ("positions", "culprits"),
+    [
+        ([at(7, waits=True), at(7), at(7, waits=True)], (1,)),  # Who is in no collective is waited for,
+        ([at(7, waits=True), at(8), at(7, waits=True)], (1,)),  # wherever he is;
+        ([at(9), at(7), at(9)], (1,)),  # of several such, the one behind;
+        ([at(9, waits=True), at(9, waits=True), at(8, waits=True)], (2,)),  # and where all wait, too.
+        ([at(9), at(9)], ()),
+        ([at(9, waits=True), None], (1,)),  # One that never came.
+    ],
+)
+def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int, ...]) -> None:
+    verdict = judge(positions, later(positions), 600.0)
+    assert verdict is not None
+    assert verdict.culprits == culprits
+    assert not verdict.silent
+
+
+def test_nobody_hangs_while_one_rank_moves() -> None:
+    assert judge([at(9, waits=True), at(7)], [at(9, waits=True, beat=2), at(8, beat=2)], 600.0) is None
+
+
+def test_a_rank_without_a_beat_is_named_even_where_it_is_ahead() -> None:
+    verdict = judge([at(7), at(9)], [at(7, beat=2), at(9)], 600.0)
+    assert verdict == Verdict(
+        "nothing has moved for 600 s: rank 1 gives no sign of life (its process is stopped, or its machine gone), last "
+        "in place 9; waiting: rank 0 is in place 7",
+        (1,),
+        silent=True,
+    )
+
+
+def test_a_run_that_hangs_ends_and_the_launcher_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "behaviour").write_text("asleep")
+    began = time.monotonic()
+    assert run_workers(tmp_path, processes=2, worker_module="watched_worker") == 1
+    assert time.monotonic() - began < 60
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: the run hung: nothing has moved for 2 s: rank 1 is in step 4 (forward) at watched_"
+    )
+    assert "waiting for that: rank 0 is in step 4 (forward)" in message
+    assert message.endswith(f"its stacks are in {tmp_path / 'logs' / 'rank_1.log'}\n")
+    assert "watched_worker.py" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "in all_reduce" in (tmp_path / "logs" / "rank_0.log").read_text()

@@ -30,13 +30,16 @@ class Stopped(Exception):
     pass
 
 
-def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> None:
-    """The worker, stopped as it begins the given step, or run to its end."""
+def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
+    """The worker, stopped as it begins the given step, or run to its end. Returns the rows of each step that it made,
+    in order."""
     original = train.Trainer._train_step
+    rows: dict[int, list[int]] = {}
 
     def step(self: train.Trainer, step: int, interval: object) -> None:
         if step == stop_before:
             raise Stopped
+        rows[step] = [row for row in self.loader.slots(step).flatten().tolist() if row >= 0]
         original(self, step, interval)  # type: ignore[arg-type]
 
     train.Trainer._train_step = step  # type: ignore[assignment, method-assign]
@@ -46,6 +49,7 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> None:
         pass
     finally:
         train.Trainer._train_step = original  # type: ignore[method-assign]
+    return rows
 
 
 def result(run_dir: Path) -> dict[str, Tensor]:
@@ -91,17 +95,47 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
 
 
-def test_resuming_on_another_number_of_ranks_keeps_the_order_and_the_numbers(
+def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
     for name in ("whole", "moved"):
         make_run(tmp_path / name, folders, train=SETTINGS)
-    world.run(1, run_until, run_dir=tmp_path / "whole", stop_before=None)
-    world.run(3, run_until, run_dir=tmp_path / "moved", stop_before=5)
-    world.run(2, run_until, run_dir=tmp_path / "moved", stop_before=None)
+    (order,) = world.run(1, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    made: dict[int, list[int]] = {}
+    for size, stop_before, first in ((3, 5, 0), (2, 7, 4), (4, None, 6)):
+        parts = world.run(size, run_until, run_dir=tmp_path / "moved", stop_before=stop_before)
+        assert all(part == parts[0] and min(part) == first for part in parts)
+        made |= parts[0]
+    assert made == order
     losses = [[v for _, name, v in figures(tmp_path / run) if "loss" in name] for run in ("moved", "whole")]
     assert_losses_close(*losses)
     assert_adapters_close(result(tmp_path / "moved"), result(tmp_path / "whole"))
+
+
+def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Path, tmp_path: Path) -> None:
+    documents = (folders / "text.jsonl").read_text().splitlines()
+    sources = []
+    for name, weight, part in (("a", 0.7, documents[10:16]), ("b", 0.3, documents[16:20])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    settings = SETTINGS | {"max_steps": None, "epochs": 2, "global_batch": 5}
+    (tmp_path / "held_out.jsonl").write_text(documents[20])
+    data = {"path": None, "sources": sources, "eval_fraction": 0.0, "eval_path": str(tmp_path / "held_out.jsonl")}
+    for name in ("whole", "stopped"):
+        make_run(tmp_path / name, folders, data=data, train=settings)
+    order = run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    epoch = len(order) // 2
+    assert epoch > 3
+    first, second = ([row for step in range(start, start + epoch) for row in order[step]] for start in (0, epoch))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    made = run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=epoch + 3)
+    rest = run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
+    assert epoch < min(rest) < 2 * epoch
+    assert made | rest == order
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
 
 
 def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Path, tmp_path: Path) -> None:
@@ -178,6 +212,12 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
     (tmp_path / "models" / "text.jsonl").write_bytes((folders / "text.jsonl").read_bytes())
     make_run(tmp_path / "run", tmp_path / "models", train=SETTINGS)
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=5)
+    config = tmp_path / "run" / "config.yaml"
+    written = config.read_text()
+    config.write_text(written.replace("  r: 8\n", "  r: 4\n").replace("  seed: 0\n", "  seed: 1\n"))
+    with pytest.raises(UserError, match=r"made with adapter.r=8, train.seed=0, .* has adapter.r=4, train.seed=1"):
+        run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    config.write_text(written)
     data = tmp_path / "run" / "data.json"
     original = data.read_text()
     data.write_text(json.dumps(json.loads(original) | {"cache": str(folders / "cache" / "other")}))

@@ -1,0 +1,106 @@
+"""What a checkpoint says it belongs to, and what a resume refuses or says by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.checkpoints.folder import STATE_NAME
+from distlora.checkpoints.state import (
+    Identity,
+    Progress,
+    TrainState,
+    check_matches,
+    environment_line,
+    fixed_settings,
+    load_state,
+)
+from distlora.config import Config, UserError
+from distlora.config_file import build
+
+SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"}
+
+
+def settings(**sections: dict[str, Any]) -> dict[str, Any]:
+    return fixed_settings(build(Config, SECTIONS | sections))
+
+
+def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    identities = [Identity(base_fingerprint="b", data_digest="d", settings=of) for of in (then, now)]
+    state = TrainState(progress=Progress(), identity=identities[0], environment={})
+    try:
+        check_matches(state, Path("step"), identities[1], init_from=None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("adapter", {"r": 8}, "adapter.r=16, and config.yaml now has adapter.r=8"),
+        ("adapter", {"target_modules": "qv"}, "adapter.target_modules=attention"),
+        ("adapter", {"use_dora": True}, "adapter.use_dora=False, and config.yaml now has adapter.use_dora=True"),
+        ("adapter", {"rank_pattern": {"q_proj": 4}}, "now has adapter.rank_pattern={'q_proj': 4}"),
+        ("adapter", {"modules_to_save": ["lm_head"]}, "adapter.modules_to_save=['lm_head']"),
+        ("adapter", {"lora_alpha": 8.0}, "adapter.lora_alpha=16.0"),
+        ("quant", {"method": "none"}, "quant.method=nf4"),
+        ("optim", {"name": "adamw_8bit"}, "optim.name=adamw,"),
+        ("train", {"global_batch": 4}, "train.global_batch=8"),
+    ],
+)
+def test_another_setting_of_what_is_trained_is_refused_with_both_values(
+    section: str, value: dict[str, Any], said: str
+) -> None:
+    refused = refusal(settings(), settings(**{section: value}))
+    assert refused is not None
+    assert said in refused
+    assert "set it back" in refused
+
+
+def test_what_may_change_between_starts_is_not_refused(tmp_path: Path) -> None:
+    changed = settings(
+        adapter={"lora_dropout": 0.1}, optim={"lr": 1.0}, train={"save_every": 3, "micro_batch": 2, "epochs": 4}
+    )
+    assert refusal(settings(), changed) is None
+    # As it comes back from JSON: tuples are lists there, and keys texts.
+    mixed = settings(adapter={"target_modules": ["a", "b"], "rank_pattern": {"a": 3}})
+    assert refusal(json.loads(json.dumps(mixed)), mixed) is None
+
+
+def test_what_differs_of_the_machine_is_said() -> None:
+    then = {"ranks": 3, "threads": 1, "torch": "2.13.0"}
+    assert environment_line(then, dict(then)) is None
+    line = environment_line(then, then | {"ranks": 2, "threads": 8})
+    assert line is not None
+    assert "ranks 3 (now 2), threads 1 (now 8): the order of the rows is the same" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"progress": None}, "progress is"),
+        ({"identity": {}}, "it has no base_fingerprint"),
+        ({"environment": []}, "environment is"),
+        ({"progress": {"step": -1, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is -1"),
+        ({"progress": {"step": True, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is 'True'"),
+        ({"progress": {"step": 1, "evaluations": {"x": 1}, "seconds": 0, "tokens": 0}}, "evaluations has x: 1"),
+        ({"progress": {"step": 1, "evaluations": {}, "seconds": 10**400, "tokens": 0}}, "too large"),
+    ],
+)
+def test_a_state_that_is_not_ours_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    whole: dict[str, Any] = {
+        "progress": {"step": 2, "evaluations": {"0": 5.0, "2": 4}, "seconds": 1.5, "tokens": 3, "published_step": 2},
+        "identity": {"base_fingerprint": "b", "data_digest": "d", "settings": {}, "reference_digest": None},
+        "environment": {},
+    }
+    (tmp_path / STATE_NAME).write_text(json.dumps(whole))
+    expected = Progress(step=2, evaluations={0: 5.0, 2: 4.0}, seconds=1.5, tokens=3, published_step=2)
+    assert load_state(tmp_path).progress == expected
+    (tmp_path / STATE_NAME).write_text(json.dumps(whole | change))
+    with pytest.raises(UserError, match="cannot be used") as refused:
+        load_state(tmp_path)
+    assert said in str(refused.value)

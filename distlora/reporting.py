@@ -13,6 +13,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from distlora.config import Config, UserError
 from distlora.config_file import as_mapping
 from distlora.json_files import read_object
 from distlora.progress import display
+from distlora.stopping import STOPPED_NAME, Stopped, name_of
 
 EXIT_STOPPED = 75
 """Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
@@ -54,10 +56,12 @@ class Reporter:
         resumed = start_step > 0 and summary.is_file()
         self._summary: dict[str, Any] = read_object(summary, "move it out of the run folder") if resumed else {}
         path = run_dir / "metrics.jsonl"
-        self._evaluated = _keep_steps(path, start_step)
+        self._evaluated = {line["step"] for line in _keep_steps(path, start_step) if "eval_loss" in line}
         self._metrics = path.open("a", encoding="utf-8")
         self._samples = run_dir / "samples.jsonl"
-        _keep_steps(self._samples, start_step)
+        sampled = _keep_steps(self._samples, start_step, per_step=len(config.train.sample_prompts))
+        self._sampled = {line["step"] for line in sampled}
+        (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step)
         self._wandb = (
@@ -81,10 +85,15 @@ class Reporter:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._display.say(f"held-out documents after step {step}: {shown}")
 
+    def lacks_samples(self, step: int) -> bool:
+        """Whether this is the rank that writes and has no samples of that step yet."""
+        return self._writes and step not in self._sampled
+
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """What the model writes after `step` steps: (prompt, text) pairs."""
         if not self._writes:
             return
+        self._sampled.add(step)
         lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
         with self._samples.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -100,6 +109,17 @@ class Reporter:
         """One line for the person who watches; not kept with the figures."""
         if self._writes:
             self._display.say(text)
+
+    def stopped(self, signum: int, step: int, checkpoint: str | None) -> None:
+        """Leave RUN/stopped.json: the run stops because it was asked to, and `checkpoint` (relative to RUN, on the disk
+        by now) continues it after `step`; None where nothing was trained.
+        """
+        if not self._writes:
+            return
+        record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
+        durable.write_json(self._run_dir / STOPPED_NAME, record)
+        state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
+        self._display.say(f"asked to stop by {name_of(signum)}: {state}")
 
     def summary(self, figures: Mapping[str, float | list[str]]) -> None:
         """Final figures, and lists of names, added to those given before: RUN/summary.json (replaced atomically) and
@@ -145,9 +165,9 @@ class Reporter:
 
 
 def _exit_code(error: BaseException | None) -> int:
-    """What the process is about to exit with: 0, a SystemExit's own code (EXIT_STOPPED), 2 for a UserError, else 1."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    """What the run is about to end with: 0, 75 where it stops after a save, 2 for a UserError, else 1."""
+    if isinstance(error, Stopped):
+        return EXIT_STOPPED
     return 0 if error is None else 2 if isinstance(error, UserError) else 1
 
 
@@ -164,15 +184,16 @@ def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _keep_steps(path: Path, start_step: int) -> set[int]:
-    """Drop the lines of steps after `start_step` from a file of them; returns the steps with a held-out evaluation.
+def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str, Any]]:
+    """Drop the lines of steps after `start_step` from a file of them, and those of a step with fewer than `per_step`;
+    returns the others.
 
     A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is no record of a
     step was cut off by a kill, and its step is done again; or the file was damaged, which is no reason not to train.
     """
     if not path.exists():
-        return set()
-    kept, evaluated = [], set()
+        return []
+    lines: list[tuple[str, dict[str, Any]]] = []
     for line in path.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
@@ -180,11 +201,11 @@ def _keep_steps(path: Path, start_step: int) -> set[int]:
             continue
         step = entry.get("step") if isinstance(entry, dict) else None
         if isinstance(step, int) and start_step > 0 and step <= start_step:
-            kept.append(line.decode("utf-8") + "\n")
-            if "eval_loss" in entry:
-                evaluated.add(step)
-    durable.write_text(path, "".join(kept))
-    return evaluated
+            lines.append((line.decode("utf-8") + "\n", entry))
+    counts = Counter(entry["step"] for _, entry in lines)
+    kept = [(text, entry) for text, entry in lines if counts[entry["step"]] >= per_step]
+    durable.write_text(path, "".join(text for text, _ in kept))
+    return [entry for _, entry in kept]
 
 
 def _start_wandb(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:

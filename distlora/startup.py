@@ -38,12 +38,14 @@ def start_model(
     training: bool = True,
     say: Callable[[str], None] | None = None,
     restores: bool = False,
+    boundary: Callable[[], None] = lambda: None,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
     decomposed to, which `say` is told of; `start_adapters` does the rest. `training` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
-    from that; one that trains by DPO has it too, and needs it as its reference. Raises UserError for a base that cannot
+    from that; one that trains by DPO has it too, and needs it as its reference. `boundary` is called between weights,
+    on every rank alike, and may end the start by what it raises. Raises UserError for a base that cannot
     be read or does not fit its config.json, and for a start that is gone.
     """
     model = build_model(config, training=training)
@@ -51,8 +53,10 @@ def start_model(
     backend = parallelize(model, ranks, config)
     adapter = config.adapter
     if adapter.decomposes and needs_start(config, training=training, restores=restores):
-        initialize.start_from_base(model, config, backend, say or (lambda text: None), restores=restores)
-    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa)
+        initialize.start_from_base(
+            model, config, backend, say or (lambda text: None), restores=restores, boundary=boundary
+        )
+    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa, boundary=boundary)
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)

@@ -6,17 +6,19 @@ continues from the newest whole one.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.environment import environment
-from distlora.checkpoints.folder import TRAINER_NAME
+from distlora.checkpoints.folder import TRAINER_NAME, step_folder
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import (
     Identity,
@@ -36,50 +38,62 @@ from distlora.loading.start_file import base_identity, needs_start
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
+from distlora.parallel.control import Control
 from distlora.reporting import Reporter
 from distlora.results import finish, marks, publish_best, restore, trainer_tensors, weight_files
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
 from distlora.startup import start_adapters, start_model
+from distlora.stopping import Stopped
 from distlora.trainer import Hooks, Trainer
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
-    """One run, or the rest of one, on this rank."""
+    """One run, or the rest of one, on this rank: to its end, or until all ranks agreed to stop and what they trained is
+    saved."""
     config = load_config(run_dir)
     check_ranks(config, ranks.world)
+    control = Control(ranks, save_minutes=config.train.save_minutes)
+    with contextlib.suppress(Stopped):
+        train(run_dir, config, ranks, control)
+    control.end()
+
+
+def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
+    """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     data = read_record(run_dir / DATA_NAME)
     chat_template: str | None = data["chat_template"]
     checkpoints = run_dir / CHECKPOINTS
-    newest, notes = choose(checkpoints, ranks)
-    progress, made_on = Progress(), environment(ranks.world, ranks.device)
-    if newest is not None:
-        state = load_state(newest)
-        check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
-        progress = state.progress
-        if (line := environment_line(state.environment, made_on)) is not None:
-            notes.append(line)
+    made_on = environment(ranks.world, ranks.device)
+    newest, progress, notes = find_checkpoint(checkpoints, config, data, ranks, made_on)
 
-    with Reporter(
-        run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=progress.step
-    ) as reporter:
+    with (
+        Reporter(
+            run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=progress.step
+        ) as reporter,
+        recording_a_stop(reporter, progress),
+    ):
+        control.boundary()
         for line in notes:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
-        model, backend, loaded = start_model(config, ranks, say=reporter.event, restores=newest is not None)
+        model, backend, loaded = start_model(
+            config, ranks, say=reporter.event, restores=newest is not None, boundary=control.boundary
+        )
         identity = identity_of(config, data)
         trained = trained_parameters(model)
         backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
         start_adapters(model, config, backend, restores=newest is not None, say=reporter.event)
+        control.boundary()
         if newest is not None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
         describe(reporter, model, loaded, config)
         describe_steps(reporter, loader, total_steps)
-        if config.train.save_every is None:
-            reporter.event("nothing is saved before the end (set train.save_every to resume from within)")
+        if config.train.save_every is None and config.train.save_minutes is None:
+            reporter.event("nothing is saved before the end, unless the run is asked to stop (set train.save_minutes)")
 
         def state_files() -> dict[str, Any]:
             return {**weight_files(model, config), TRAINER_NAME: trainer_tensors(optimizer, trained, backend)}
@@ -116,12 +130,38 @@ def run(run_dir: Path, ranks: Ranks) -> None:
                 publish_best=keep_best,
                 sample=sample_hook(model, backend, config, reporter, data),
             ),
+            control=control,
         )
         with saver:
             trainer.fit()
         summarize(reporter, trainer, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
+
+
+def find_checkpoint(
+    checkpoints: Path, config: Config, data: dict[str, Any], ranks: Ranks, made_on: dict[str, Any]
+) -> tuple[Path | None, Progress, list[str]]:
+    """What the run goes on from, how far that had come, and what there is to say of it. Raises UserError where it is of
+    another run."""
+    newest, notes = choose(checkpoints, ranks)
+    if newest is None:
+        return None, Progress(), notes
+    state = load_state(newest)
+    check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
+    line = environment_line(state.environment, made_on)
+    return newest, state.progress, notes if line is None else [*notes, line]
+
+
+@contextlib.contextmanager
+def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
+    """Whoever asked the run to stop finds in RUN what continues it; `progress` is of what is saved by then."""
+    try:
+        yield
+    except Stopped as stop:
+        step = progress.step
+        reporter.stopped(stop.signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
+        raise
 
 
 def identity_of(config: Config, data: dict[str, Any]) -> Identity:
@@ -173,7 +213,13 @@ def sample_hook(
     from distlora.generation.sampler import Sampler
 
     sampler = Sampler(model, backend, config, data)
-    return lambda step: reporter.samples(step, sampler())
+
+    def sample(step: int) -> None:
+        lacking = torch.tensor(reporter.lacks_samples(step), dtype=torch.int64, device=backend.ranks.device)
+        if backend.max_over_ranks(lacking) > 0:
+            reporter.samples(step, sampler())
+
+    return sample
 
 
 def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:

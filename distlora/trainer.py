@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
@@ -28,9 +28,11 @@ from distlora.model import CausalLM
 from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
 from distlora.parallel import Backend, watch
+from distlora.parallel.control import Control
 from distlora.parallel.traffic import Traffic
 from distlora.reached import WATCHED, Reached, sentence
 from distlora.reporting import Reporter
+from distlora.stopping import Stopped
 
 
 class NonFiniteError(FloatingPointError):
@@ -49,12 +51,12 @@ class Hooks:
     publish_best: Callable[[Progress], None]
     """Keep what is trained now as the best by held-out loss."""
     sample: Callable[[int], None] | None = None
-    """Show what the model writes after so many steps."""
+    """Show what the model writes after so many steps, unless an earlier start has."""
 
 
 @dataclass(slots=True)
 class _Interval:
-    """The steps since the last log: device scalars, read together."""
+    """The whole steps since the last log: device scalars, read together."""
 
     first_step: int
     row_losses: list[Tensor] = field(default_factory=list)
@@ -67,7 +69,10 @@ class _Interval:
     tokens: list[int] = field(default_factory=list)
     flops: int = 0
     """Of this rank."""
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
+    """When its first step began."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What this rank had moved after its last step."""
 
 
 class Trainer:
@@ -86,11 +91,15 @@ class Trainer:
         reporter: Reporter,
         config: Config,
         hooks: Hooks,
+        control: Control,
     ) -> None:
-        self.model, self.backend, self.optimizer = model, backend, optimizer
+        self.model, self.backend, self.optimizer, self.control = model, backend, optimizer, control
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
         self.reporter, self.config, self.hooks = reporter, config, hooks
         self.progress = progress
+        self._interval = _Interval(progress.step)
+        self._first_step = progress.step
+        """What this start goes on from, and so is saved."""
         self.step_traffic: Traffic | None = None
         """What the last logged interval moved on this rank, a step; None before the first."""
         self.objective = objective_of(config.train)
@@ -113,40 +122,54 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, or until the held-out loss has stopped falling; evaluate, sample and save where the config
-        says. Raises NonFiniteError."""
-        settings, start_step = self.config.train, self.progress.step
-        if start_step == 0:
-            if self.eval_loader is not None:
-                self.reporter.event(f"evaluating {len(self.eval_loader.rows):,} held-out rows")
-            self.evaluate()
-        interval = _Interval(start_step)
-        for step in range(start_step, self.total_steps):
-            if self._is_exhausted():
-                return
-            self._train_step(step, interval)
-            done = step + 1
-            is_last = done == self.total_steps
+        says. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        if self._first_step == 0 and self.eval_loader is not None:
+            self.reporter.event(f"evaluating {len(self.eval_loader.rows):,} held-out rows")
+        try:
+            self._follow(self._first_step)  # The base's evaluation, or what a stop has cut off.
+            for step in range(self._first_step, self.total_steps):
+                if self._is_exhausted():
+                    return
+                self._train_step(step, self._interval)
+                self._follow(step + 1)
+        except Stopped:
+            self._save_whole_steps()
+            raise
 
-            def due(every: int | None, done: int = done) -> bool:
-                return every is not None and done % every == 0
+    def _follow(self, done: int) -> None:
+        """What is due after so many steps and is not done yet: log, evaluate, save, sample. Not all of it is in a
+        checkpoint of that step, so a resume asks again."""
+        settings, is_last = self.config.train, done == self.total_steps
 
-            evaluating = is_last or due(settings.eval_every)
-            saving = is_last or due(settings.save_every)
-            sampling = due(settings.sample_every)
-            if evaluating or saving or sampling or due(settings.log_every):
-                self._log(interval, done)
-                if evaluating:
-                    self._evaluate_trained()
-                if saving or self._is_exhausted():
-                    watch.at(done, "saving", long=True)
-                if is_last or self._is_exhausted():
-                    self.hooks.save_last(self.progress)
-                elif saving:
-                    self.hooks.save(self.progress)
-                if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
-                    watch.at(done, "sampling", long=True)
-                    self.hooks.sample(done)
-                interval = _Interval(done)
+        def due(every: int | None) -> bool:
+            return every is not None and done > 0 and done % every == 0
+
+        evaluating = self.eval_loader is not None and (done == 0 or is_last or due(settings.eval_every))
+        saving = done > self._first_step and (due(settings.save_every) or self.control.save_is_due)
+        sampling = due(settings.sample_every)
+        if evaluating or saving or sampling or is_last or due(settings.log_every):
+            self._log()
+        if evaluating and done not in self.progress.evaluations:
+            self._evaluate_trained()
+        if saving or is_last or self._is_exhausted():
+            watch.at(done, "saving", long=True)
+        if is_last or self._is_exhausted():
+            self.hooks.save_last(self.progress)
+        elif saving:
+            self.hooks.save(self.progress)
+            self.control.saved()
+        if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
+            watch.at(done, "sampling", long=True)
+            self.control.boundary()
+            self.hooks.sample(done)
+
+    def _save_whole_steps(self) -> None:
+        """Before the run stops. What was begun is dropped, a step or an evaluation: a resume does it from its start."""
+        self.backend.traffic.restore(self._interval.traffic)
+        self._log()
+        if self.progress.step > 0:
+            watch.at(self.progress.step, "saving", long=True)
+            self.hooks.save_last(self.progress)
 
     def _evaluate_trained(self) -> None:
         """Evaluate what has been trained so far; keep it where it is the best."""
@@ -172,21 +195,23 @@ class Trainer:
         return since_best >= settings.early_stopping_patience
 
     def _train_step(self, step: int, interval: _Interval) -> None:
+        began = time.monotonic()
         watch.at(step + 1, "reading rows", long=self._is_cold)
         batch = self.loader.batch(step)
         row_losses: list[Tensor] = []
         figures: list[Tensor] = []
-        units = self.objective.units(batch)
+        units, flops = self.objective.units(batch), 0
         self.backend.zero_gradients()
         micro_batches = self._as_run(batch)
         for index, micro_batch in enumerate(micro_batches):
             watch.at(step + 1, "forward of micro-batch", index + 1, long=self._is_cold)
+            self.control.boundary()
             losses = self.objective.losses(self.model, micro_batch, self.backend.ranks.device, step)
             row_losses.append(losses.rows.detach())
             figures.append(losses.figures)
             watch.at(step + 1, "backward of micro-batch", index + 1, long=self._is_cold)
             self.backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
-            interval.flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
+            flops += self._flops.of(micro_batch.position_ids[micro_batch.rows >= 0])
         watch.at(step + 1, "sum of gradients", long=self._is_cold)
         self.backend.finish_gradients()
         if self._reached is not None and self._reached.steps < WATCHED:
@@ -198,12 +223,16 @@ class Trainer:
         self.optimizer.step(rate, self._ok)
         self._is_cold = False
 
+        if not interval.units:
+            interval.began = began
         interval.row_losses.append(torch.cat(row_losses))
         interval.figures.append(torch.stack(figures).sum(dim=0))
         interval.units.append(units)
         interval.grad_norms.append(grad_norm)
         interval.rates.append(rate)
         interval.tokens.append(batch.global_rows * batch.micro_batches[0].labels.shape[1])
+        interval.flops += flops
+        interval.traffic = replace(self.backend.traffic)
 
     def _as_run(self, batch: StepBatch) -> list[MicroBatch]:
         """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""
@@ -235,6 +264,7 @@ class Trainer:
                 # The first one may compile and take memory.
                 watch.at(self.progress.step, "evaluation, batch", index + 1, long=index == 0)
                 for micro_batch in batch.micro_batches:
+                    self.control.boundary()
                     losses = self.objective.losses(self.model, micro_batch, device, None)
                     totals += torch.cat([losses.rows.sum()[None], losses.figures])
         means = (self.backend.sum_over_ranks(totals) / units).tolist()
@@ -243,9 +273,15 @@ class Trainer:
         self.reporter.evaluation(self.progress.step, self.held_out)
         self.backend.traffic.take()  # An evaluation's gathers are no training step's.
 
-    def _log(self, interval: _Interval, done: int) -> None:
-        """Read the interval's device scalars and write a line for each of its steps. The one host sync of training."""
+    def _log(self) -> None:
+        """Read the interval's device scalars, write a line for each of its steps, and begin the next. The one host sync
+        of training."""
+        interval = self._interval
+        if not interval.units:
+            return
+        done = interval.first_step + len(interval.units)
         watch.at(done, "reading figures")
+        self._interval = _Interval(done)
         steps = zip(interval.row_losses, interval.figures, strict=True)
         sums = torch.stack([torch.cat([losses.sum()[None], figures]) for losses, figures in steps])
         means = [
@@ -276,7 +312,7 @@ class Trainer:
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.row_losses[updates], means[updates][0], norms[updates])
-        self._say_unreached(is_last=done == self.total_steps)
+        self._say_unreached(is_last=self.progress.step == self.total_steps)
 
     def _say_unreached(self, *, is_last: bool) -> None:
         """Once, after the first steps: which trained parameters had no gradient in them."""

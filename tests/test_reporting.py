@@ -1,6 +1,7 @@
 """Where a run's numbers go: each step once in metrics.jsonl, the same in wandb's own log, rank 0 alone."""
 
 import json
+import signal
 import struct
 import sys
 import zlib
@@ -11,6 +12,7 @@ import wandb
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
 from distlora.progress import figures
 from distlora.reporting import EXIT_STOPPED, Reporter
+from distlora.stopping import Stopped
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, c
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(SystemExit(EXIT_STOPPED), 75), (RuntimeError("x"), 1), (UserError("x"), 2), (KeyboardInterrupt(), 1)],
+    [(Stopped(signal.SIGUSR1), EXIT_STOPPED), (RuntimeError("x"), 1), (UserError("x"), 2), (KeyboardInterrupt(), 1)],
 )
 def test_wandb_learns_how_the_run_ended(tmp_path, no_key, error, code):
     with pytest.raises(type(error)), make_reporter(tmp_path, tracker="wandb"):

@@ -84,11 +84,13 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    groups = {size: dist.new_group(list(range(size))) for size in range(2, SIZE + 1)}
+    sizes = range(2, SIZE + 1)
+    groups, controls = ({size: dist.new_group(list(range(size))) for size in sizes} for _ in range(2))
     while True:
         size, function, arguments = connection.recv()
+        ranks = Ranks(rank, size, torch.device("cpu"), groups.get(size), control=controls.get(size))
         try:
-            result = function(Ranks(rank, size, torch.device("cpu"), groups.get(size)), **arguments)
+            result = function(ranks, **arguments)
             connection.send((None, result))
         except Exception:  # Told to the test, with the rank's traceback.
             connection.send((traceback.format_exc(), None))

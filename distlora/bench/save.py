@@ -33,6 +33,7 @@ from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.rows import STARTS, TRAINED
 from distlora.optim import build_optimizer
 from distlora.parallel import Ranks
+from distlora.parallel.control import Control
 from distlora.reporting import Reporter
 from distlora.results import trainer_tensors, weight_files
 from distlora.startup import start_model
@@ -153,6 +154,7 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
         reporter=quiet,
         config=config,
         hooks=Hooks(save=turns, save_last=turns, publish_best=lambda progress: None),
+        control=Control(ranks, save_minutes=None),
     ).fit()
     saved = [tensor for content in files().values() for tensor in content.values() if isinstance(tensor, torch.Tensor)]
     return sum(tensor.nbytes for tensor in saved), len(saved), turns

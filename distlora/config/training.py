@@ -136,7 +136,10 @@ class TrainConfig:
     load_best_at_end: bool = False
     """Publish the adapter with the lowest held-out loss as RUN/adapter instead of the last. RUN/best has it anyway."""
     save_every: int | None = None
-    """Steps between checkpoints; null: at the end only."""
+    """Steps between checkpoints; null: by the clock alone (save_minutes), and at the end."""
+    save_minutes: float | None = 10.0
+    """Minutes after a checkpoint at which the next is saved, once the step under way is done: what a run that is killed
+    can lose. null: only by save_every and at the end."""
     save_in_background: bool = True
     """Copy the state to host memory and write it while training goes on; what the ranks have cut between them
     (adapter=full, adapter.modules_to_save) is written before the next step all the same. Takes as much host memory on
@@ -156,7 +159,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         numbers = ("epochs", "max_steps", "global_batch", "micro_batch", "log_every", "eval_every", "save_every")
-        require_positive("train", self, *numbers, "keep", "early_stopping_patience", "sample_every", "sample_tokens")
+        require_positive(
+            "train", self, *numbers, "save_minutes", "keep", "early_stopping_patience", "sample_every", "sample_tokens"
+        )
         require_choice("train.objective", self.objective, OBJECTIVES)
         require_positive("train", self, "dpo_beta")
         require(

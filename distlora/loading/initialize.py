@@ -42,12 +42,18 @@ SAY_SECONDS = 5.0
 
 
 def start_from_base(
-    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], *, restores: bool
+    model: CausalLM,
+    config: Config,
+    backend: Backend,
+    say: Callable[[str], None],
+    *,
+    restores: bool,
+    boundary: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill every adapter with the start that the run keeps, or compute it and keep it. Every rank must call it.
 
-    `restores`: the run must have it. Raises UserError for a start that is gone, damaged or another base's, for ranks
-    that a weight does not have, and for NaN or Inf weights.
+    `restores`: the run must have it. `boundary` is called between weights, on every rank alike. Raises UserError for a
+    start that is gone, damaged or another base's, for ranks that a weight does not have, and for NaN or Inf weights.
     """
     record = require_start(config) if restores else read_start_record(config)
     if record is not None:
@@ -56,7 +62,7 @@ def start_from_base(
         return
     check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
-    _decompose(model, config, backend, say)
+    _decompose(model, config, backend, say, boundary)
     if backend.writes:
         save_start(model, config)
     backend.barrier()
@@ -101,7 +107,9 @@ def save_start(model: CausalLM, config: Config) -> None:
     durable.replace_file(start_path(config), write)
 
 
-def _decompose(model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None]) -> None:
+def _decompose(
+    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], boundary: Callable[[], None]
+) -> None:
     linears = sorted(model.adapted_linears(), key=lambda item: (-item[1].in_features * item[1].out_features, item[0]))
     sources = find_base(model, read_headers(Path(config.model.path)))
     world, said = backend.ranks.world, time.monotonic()
@@ -112,6 +120,7 @@ def _decompose(model: CausalLM, config: Config, backend: Backend, say: Callable[
     )
     with Reader() as reader:
         for done in range(0, len(linears), world):
+            boundary()
             together = linears[done : done + world]  # Of like size, so that no rank waits long for another.
             if backend.ranks.rank < len(together):
                 path, linear = together[backend.ranks.rank]

@@ -5,7 +5,7 @@ alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,18 @@ class Loaded:
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
 
 
-def load_base(model: CausalLM, folder: str | Path, backend: Backend, *, less_start: bool = False) -> Loaded:
+def load_base(
+    model: CausalLM,
+    folder: str | Path,
+    backend: Backend,
+    *,
+    less_start: bool = False,
+    boundary: Callable[[], None] = lambda: None,
+) -> Loaded:
     """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
 
-    `less_start`: adapted weights without what their adapter computes now (PiSSA).
+    `less_start`: adapted weights without what their adapter computes now (PiSSA). `boundary` is called between weights,
+    on every rank alike.
     """
     began = time.monotonic()
     headers = read_headers(Path(folder))
@@ -63,6 +71,7 @@ def load_base(model: CausalLM, folder: str | Path, backend: Backend, *, less_sta
     with Reader() as reader:
         for path, module in model.named_modules():
             watch.at(None, f"loading {path}", long=True)
+            boundary()
             residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")

@@ -50,6 +50,8 @@ class Ranks:
     """All workers; None for a single process, which starts no process group."""
     watching: watch.Watch | None = None
     """What ends this process when the ranks hang."""
+    control: dist.ProcessGroup | None = None
+    """All workers again, over gloo, for what they agree on beside training (`parallel/control.py`)."""
 
 
 def join_ranks(timeout_seconds: float | None = None) -> Ranks:
@@ -74,7 +76,8 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
         watching = watch.Watch(store, rank, world, timeout_seconds=timeout_seconds, end=watch.end_process)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
-    return Ranks(rank, world, device, dist.group.WORLD, watching)
+    control = dist.new_group(backend="gloo", timeout=longest)
+    return Ranks(rank, world, device, dist.group.WORLD, watching=watching, control=control)
 
 
 def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:

@@ -1,0 +1,75 @@
+"""What the ranks agree on while they work: to stop, and to save.
+
+A signal reaches one rank alone, or one before another, and clocks differ; a rank that acted by itself would leave the
+others in a collective. So at every boundary between two pieces of work (micro-batches, batches of an evaluation,
+weights that are loaded) each rank says what it wishes, in two numbers whose maximum over all ranks is on its way while
+they work on, and learns what all wished at the boundary before. Nobody waits for a rank that is not a whole piece of
+work behind, and all act at the same boundary: the one after that at which the first of them wished.
+
+The words go through a gloo group of their own. In the training group they would queue behind its collectives, and from
+NCCL a number is read by waiting for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distlora import stopping
+from distlora.parallel import Ranks
+from distlora.stopping import Stopped
+
+
+class Control:
+    """Every rank makes one for a run and comes to the same boundaries in the same order."""
+
+    def __init__(self, ranks: Ranks, *, save_minutes: float | None) -> None:
+        """`save_minutes`: how long after one save the next is wished for; None: never."""
+        assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
+        self.save_is_due = False
+        """Whether the ranks have agreed to save after the step that is under way."""
+        self._group = ranks.control
+        self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self._counted_from = time.monotonic()
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    def boundary(self) -> None:
+        """Between two pieces of work: act on what was agreed. Raises Stopped, on every rank alike."""
+        if self._group is None:
+            signum, save = self._wishes().tolist()
+        else:
+            signum, save = self._take()
+        if signum > 0:
+            raise Stopped(signum)
+        if save > 0:
+            # Before this rank's next word: no wish from before a save is heard after it.
+            self.save_is_due, self._counted_from = True, time.monotonic()
+        if self._group is not None:
+            word = self._wishes()
+            self._under_way = word, dist.all_reduce(word, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def saved(self) -> None:
+        """Count the minutes anew. Every rank calls it alike."""
+        self.save_is_due, self._counted_from = False, time.monotonic()
+
+    def end(self) -> None:
+        """After the last boundary: wait for the word under way, whatever it says."""
+        self._take()
+
+    def _wishes(self) -> Tensor:
+        """(2,) int64: the signal that asked this process to stop, or 0; whether it is time to save."""
+        save = time.monotonic() - self._counted_from >= self._save_seconds
+        return torch.tensor([stopping.requested() or 0, int(save)])
+
+    def _take(self) -> tuple[int, int]:
+        """What all ranks wished at the boundary before; nothing at the first."""
+        if self._under_way is None:
+            return 0, 0
+        (word, work), self._under_way = self._under_way, None
+        work.wait()
+        signum, save = word.tolist()
+        return signum, save

@@ -1,0 +1,175 @@
+"""A run that is asked to stop: all ranks at one step, everything saved, and the rest is the uninterrupted run's."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distlora import stopping, train
+from distlora.checkpoints.saver import Saver
+from distlora.checkpoints.state import Progress
+from distlora.loading import weights
+from distlora.objectives import Losses, NextToken
+from distlora.parallel import Ranks
+from small_models import make_run, read_metrics
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+SETTINGS = {
+    "max_steps": 8,
+    "save_every": 4,
+    "eval_every": 3,
+    "log_every": 2,
+    "keep": 9,
+    "global_batch": 6,
+    "sample_every": 3,
+    "sample_prompts": ["What is a list?", "What is a set?"],
+    "sample_tokens": 3,
+}
+
+
+def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None]) -> None:
+    """Call `ask` once, within the given point of a run: `loading`, `step 4`, `micro-batch 2 of step 4`, `evaluation 3`,
+    `save 4`."""
+    asked = False
+
+    def when(reached: bool) -> None:
+        nonlocal asked
+        if reached and not asked:
+            asked = True
+            ask()
+
+    losses_of, train_step, evaluate = NextToken.losses, train.Trainer._train_step, train.Trainer.evaluate
+    quantize, save = weights.quantize_into, Saver.save
+    micro_batches, evaluating = 0, -1
+
+    def losses(self: NextToken, *arguments: Any) -> Losses:
+        nonlocal micro_batches
+        step = arguments[-1]
+        micro_batches += 1
+        when(step is not None and point == f"micro-batch {micro_batches} of step {step + 1}")
+        when(step is None and point == f"evaluation {evaluating}")
+        return losses_of(self, *arguments)
+
+    def a_step(self: train.Trainer, step: int, interval: Any) -> None:
+        nonlocal micro_batches
+        micro_batches = 0
+        train_step(self, step, interval)
+        when(point == f"step {step + 1}")
+
+    def an_evaluation(self: train.Trainer) -> None:
+        nonlocal evaluating
+        evaluating = self.progress.step
+        evaluate(self)
+
+    def a_weight(*arguments: Any, **options: Any) -> None:
+        when(point == "loading")
+        quantize(*arguments, **options)
+
+    def a_save(self: Saver, progress: Progress) -> None:
+        when(point == f"save {progress.step}")
+        save(self, progress)
+
+    monkeypatch.setattr(NextToken, "losses", losses)
+    monkeypatch.setattr(train.Trainer, "_train_step", a_step)
+    monkeypatch.setattr(train.Trainer, "evaluate", an_evaluation)
+    monkeypatch.setattr(weights, "quantize_into", a_weight)
+    monkeypatch.setattr(Saver, "save", a_save)
+
+
+def run_asked(
+    ranks: Ranks, *, run_dir: Path, point: str | None, asked: tuple[int, ...] = (), times: int = 1
+) -> list[int]:
+    """The worker, asked to stop so often at a point of the run (on these ranks), or never. Returns the steps that it
+    has finished."""
+    steps: list[int] = []
+
+    def ask() -> None:
+        for signum in [signal.SIGUSR1, signal.SIGTERM][:times]:
+            stopping.request(signum)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if point is not None and ranks.rank in asked:
+            if point == "start":
+                ask()
+            else:
+                ask_at(monkeypatch, point, ask)
+        train_step = train.Trainer._train_step
+
+        def counted(self: train.Trainer, step: int, interval: Any) -> None:
+            train_step(self, step, interval)
+            steps.append(step + 1)
+
+        monkeypatch.setattr(train.Trainer, "_train_step", counted)
+        try:
+            train.run(run_dir, ranks)
+        finally:
+            stopping.forget()
+    return steps
+
+
+def result(run_dir: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def figures(run_dir: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of everything that does not measure time or memory."""
+    names = ("loss", "eval_loss", "lr", "grad_norm", "reduced_bytes")
+    return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
+
+
+def stops(*, at_once: bool, per_step: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """Where one start after the other is asked to stop, on which ranks, how often, and the step that is saved then.
+
+    All act at the boundary after the one at which the first says it, a single process `at_once`; a step has `per_step`
+    boundaries.
+    """
+    lag = 0 if at_once or per_step > 1 else 1
+    return [
+        ("start", (0, 1), 2, 0),
+        ("loading", (1,), 1, 0),
+        ("evaluation 0", (1,), 1, 0),
+        ("step 1", (0,), 1, 1 + lag),
+        ("evaluation 3", (1,), 2, 3),
+        ("loading", (0,), 1, 3),
+        ("save 4", (1,), 1, 4 + lag),
+        ("micro-batch 1 of step 6", (1,), 1, 5 + lag),
+        ("evaluation 8", (0, 1), 1, 8),
+    ]
+
+
+@pytest.mark.parametrize(("size", "settings"), [(2, {}), (3, {"accumulate": "block"}), (1, {})])
+def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupted_run(
+    world: World, folders: Path, tmp_path: Path, size: int, settings: dict[str, Any]
+) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, run_dir):
+        make_run(folder, folders, train=SETTINGS | settings)
+    world.run(size, run_asked, run_dir=whole, point=None)
+    done: list[int] = []
+    per_step = 1 if settings else 6 // size
+    for point, asked, times, saved in stops(at_once=size == 1, per_step=per_step):
+        if size == 1:
+            asked = (0,)
+        steps = world.run(size, run_asked, run_dir=run_dir, point=point, asked=asked, times=times)
+        assert steps == [steps[0]] * size, "all ranks stop after the same step"
+        done += steps[0]
+        record = json.loads((run_dir / "stopped.json").read_text())
+        name = f"checkpoints/step_{saved:08d}" if saved else None
+        assert (record["step"], record["checkpoint"], record["signal"]) == (saved, name, "SIGUSR1"), point
+        assert name is None or (run_dir / name / "manifest.json").is_file()
+        assert not (run_dir / "adapter").exists()
+    done += world.run(size, run_asked, run_dir=run_dir, point=None)[0]
+    assert done == list(range(1, 9)), "no whole step was lost"
+    assert not (run_dir / "stopped.json").exists()
+    assert all(torch.equal(tensor, result(run_dir)[name]) for name, tensor in result(whole).items())
+    assert figures(run_dir) == figures(whole), "each step once, with the same numbers"
+    assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()

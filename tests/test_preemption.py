@@ -146,7 +146,14 @@ def stops(*, at_once: bool, per_step: int) -> list[tuple[str, tuple[int, ...], i
     ]
 
 
-@pytest.mark.parametrize(("size", "settings"), [(2, {}), (3, {"accumulate": "block"}), (1, {})])
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (2, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"accumulate": "block"}, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupted_run(
     world: World, folders: Path, tmp_path: Path, size: int, settings: dict[str, Any]
 ) -> None:

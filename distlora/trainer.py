@@ -151,12 +151,11 @@ class Trainer:
             self._log()
         if evaluating and done not in self.progress.evaluations:
             self._evaluate_trained()
-        if saving or is_last or self._is_exhausted():
+        ending = is_last or self._is_exhausted()
+        if saving or ending:
             watch.at(done, "saving", long=True)
-        if is_last or self._is_exhausted():
-            self.hooks.save_last(self.progress)
-        elif saving:
-            self.hooks.save(self.progress)
+            save = self.hooks.save_last if ending else self.hooks.save
+            save(self.progress)
             self.control.saved()
         if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
             watch.at(done, "sampling", long=True)

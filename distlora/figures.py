@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.data.loader import StepLoader
 from distlora.experts import ExpertWeight
+from distlora.families import read_config
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM
 from distlora.quant import PACKED_PARTS, FrozenTensor
@@ -42,6 +44,8 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
+    if "auto_map" in read_config(Path(config.model.path)):
+        reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
     for line in (*_vocabulary(model), *experts_said(model)):
         reporter.event(line)
     for note in model.notes:

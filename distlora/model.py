@@ -252,7 +252,7 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (StrictDataclassError, ValueError) as error:
         raise UserError(f"transformers refuses {Path(folder) / 'config.json'}: {error}") from error
 
@@ -282,6 +282,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
             dtype=dtype,
             attn_implementation=family.attention,
             experts_implementation="eager",  # Ours take their place.
+            trust_remote_code=False,
         )
     assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
     # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.

@@ -16,6 +16,7 @@ from typing import Any
 
 from distlora.config import Config, UserError
 from distlora.families import Family, family_of, is_tied, names_on_disk, text_settings
+from distlora.json_files import read_object
 from distlora.loading.segments import read_headers
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -48,12 +49,17 @@ class Vocabulary:
 def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
     """The tokenizer in a model's folder, with new tokens added.
 
-    Raises UserError where there is none that can be loaded, and for a new token that it has already.
+    Raises UserError where there is none that can be loaded, for one that is code of its own, and for a new token that
+    it has already.
     """
-    from transformers import AutoTokenizer  # Seconds of imports, which a reused cache does not pay.
+    import transformers  # Seconds of imports, which a reused cache does not pay.
 
+    _refuse_code(model_dir / "tokenizer_config.json", known=transformers)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        # Without the word for code transformers asks on the terminal whether to run it.
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
     # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
@@ -61,6 +67,23 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
     if new_tokens:
         _add(tokenizer, model_dir, new_tokens)
     return tokenizer
+
+
+def _refuse_code(config: Path, *, known: object) -> None:
+    """Refuse a tokenizer that is code which comes with the weights, unless `known` (transformers) has the very class.
+
+    transformers would take another class for it, and split texts otherwise than the model has learned.
+    """
+    if not config.is_file():
+        return
+    named = read_object(config, "download it again").get("auto_map")
+    classes = named.get("AutoTokenizer") if isinstance(named, Mapping) else named
+    for path in [classes] if isinstance(classes, str) else classes or ():
+        if isinstance(path, str) and not hasattr(known, path.rpartition(".")[2]):
+            raise UserError(
+                f"{config}: auto_map asks for code that comes with the weights ({path}), which distlora never runs; "
+                "use a copy of the model whose tokenizer is one of transformers' (a tokenizer.json without auto_map)"
+            )
 
 
 def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:

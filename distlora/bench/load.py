@@ -76,7 +76,7 @@ def transformers_and_bitsandbytes(folder: Path, results: Any) -> None:
     with PeakMemory() as memory:
         began = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
+            folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16, trust_remote_code=False
         )
         seconds = time.monotonic() - began
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]

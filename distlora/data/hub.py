@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distlora.config import SourceConfig, UserError, nearest
 from distlora.data.files import without_nulls
 from distlora.data.formats import Record
 from distlora.hub_errors import DATASET, causes, explain_gate, explained, unreachable
+from distlora.json_files import check_shape, read_object
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 """Features that datasets would decode with libraries of their own; no format has them."""
@@ -99,6 +100,7 @@ class SavedDataset:
         """Every row in order, memory-mapped."""
         import datasets
 
+        _check_within(self.folder)
         try:
             saved = datasets.load_from_disk(str(self.folder))
         except Exception as error:
@@ -115,6 +117,29 @@ class SavedDataset:
     @staticmethod
     def is_saved(folder: Path) -> bool:
         return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _check_within(folder: Path) -> None:
+    """Refuse a data set saved by save_to_disk whose records name splits or files outside of their folder, which
+    datasets would read."""
+    remedy = "save it again (save_to_disk)"
+    folders, place = [folder], folder / "dataset_dict.json"
+    if place.is_file():
+        values = read_object(place, remedy)
+        check_shape(values, {"splits": [str]}, place, remedy)
+        _check_names(values["splits"], place, remedy)
+        folders = [folder / name for name in values["splits"]]
+    for place in (inner / "state.json" for inner in folders):
+        if place.is_file():
+            values = read_object(place, remedy)
+            check_shape(values, {"_data_files": [{"filename": str}]}, place, remedy)
+            _check_names([file["filename"] for file in values["_data_files"]], place, remedy)
+
+
+def _check_names(names: Sequence[str], place: Path, remedy: str) -> None:
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{place} names {name!r}, which does not lie in its folder; {remedy}")
 
 
 def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:

@@ -31,8 +31,9 @@ def main(base: str, adapter: str, question: str, file: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
+    model = PeftModel.from_pretrained(plain, adapter)
     with model.disable_adapter():
         before = answer(model, tokenizer, question)
     after = answer(model, tokenizer, question)

@@ -1,0 +1,160 @@
+"""Files from elsewhere are data: nothing of them is unpickled or run, and none leads out of its folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distlora.config import SourceConfig, UserError
+from distlora.data.hub import SavedDataset
+from distlora.tokens import load_tokenizer
+from distlora_launcher.push import _own_files
+from test_layout import MODULES
+
+# What runs code that lies in a file, by the last parts of the name that is called.
+RUNS_CODE = {
+    "eval": "runs text",
+    "exec": "runs text",
+    "compile": "makes code of text",
+    "__import__": "imports by text",
+    "torch.load": "unpickles",
+    "torch.hub.load": "downloads and runs code",
+    "np.load": "unpickles what claims to be a pickle",
+    "np.fromfile": "has no header that could be checked",
+    "yaml.load": "makes any object",
+    "yaml.load_all": "makes any object",
+    "yaml.full_load": "makes any object",
+    "yaml.unsafe_load": "makes any object",
+    "os.system": "runs a shell",
+    "os.popen": "runs a shell",
+    "runpy.run_path": "runs a file",
+    "dist.broadcast_object_list": "unpickles",
+    "dist.all_gather_object": "unpickles",
+    "dist.gather_object": "unpickles",
+    "dist.scatter_object_list": "unpickles",
+    "dist.recv_object_list": "unpickles",
+}
+MODULES_THAT_UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+ALLOWED: set[tuple[str, str]] = set()
+"""(module, what it calls), each with its reason. None today."""
+
+FROM_A_FOLDER = {"from_pretrained", "from_config"}
+"""Methods of transformers' Auto classes that can run code which comes with a model."""
+NO_CODE = {"GenerationConfig", "PeftModel"}
+"""Classes that have such methods and know no code: settings, and adapters."""
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of an expression, or as much of its end as has names."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}".lstrip(".")
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield dotted(node.func), node
+
+
+def faults(module: str, text: str) -> Iterator[str]:
+    """What in a module's text could run or unpickle what a file holds."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            if name.partition(".")[0] in MODULES_THAT_UNPICKLE and (module, name) not in ALLOWED:
+                yield f"{module} imports {name}, which unpickles"
+    for name, call in calls(tree):
+        arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+        known = name.replace("numpy.", "np.").replace("torch.distributed.", "dist.")
+        if known in RUNS_CODE and (module, name) not in ALLOWED:
+            yield f"{module}, line {call.lineno}: {name} {RUNS_CODE[known]}"
+        if (shell := arguments.get("shell")) is not None and not _is(shell, False):
+            yield f"{module}, line {call.lineno}: {name} runs a shell"
+        word = arguments.get("trust_remote_code")
+        if word is not None and not _is(word, False):
+            yield f"{module}, line {call.lineno}: {name} trusts code that comes with a model"
+        owner, _, method = name.rpartition(".")
+        # Without the word transformers asks on the terminal.
+        if method in FROM_A_FOLDER and owner.rpartition(".")[2] not in NO_CODE and word is None:
+            yield f"{module}, line {call.lineno}: {name} lacks trust_remote_code=False"
+
+
+def _is(node: ast.expr, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_unpickles_or_runs_what_a_file_holds(module: str) -> None:
+    assert list(faults(module, MODULES[module].read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch; torch.load('x')",
+        "import numpy as np; np.load('x')",
+        "import yaml; yaml.load(text, Loader=yaml.Loader)",
+        "import pickle",
+        "from pickle import loads",
+        "eval(text)",
+        "import subprocess; subprocess.run(text, shell=True)",
+        "AutoConfig.from_pretrained(folder)",
+        "transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        "AutoModelForCausalLM.from_config(config, trust_remote_code=wanted)",
+        "import torch.distributed as dist; dist.broadcast_object_list(values)",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(line: str) -> None:
+    assert list(faults("some", line))
+
+
+# --- readers ---
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(folders: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders / "llama", tmp_path / "llama")
+    place = folder / "tokenizer_config.json"
+    values = json.loads(place.read_text())
+    (folder / "tokenization_odd.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass OddTokenizer: ..."
+    )
+    for entry in (["tokenization_odd.OddTokenizer", None], "org/code--tokenization_odd.OddTokenizer"):
+        place.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": entry}}))
+        with pytest.raises(UserError, match=r"tokenizer_config.json: auto_map asks for code .*OddTokenizer\), which"):
+            load_tokenizer(folder)
+    # transformers has this one itself.
+    place.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["odd.PreTrainedTokenizerFast", None]}}))
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass PreTrainedTokenizerFast: ...")
+    assert type(load_tokenizer(folder)).__module__.startswith("transformers.")
+    assert not (tmp_path / "ran").exists()
+    assert not any(name.startswith("transformers_modules") for name in sys.modules)
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "..", "inner/../../outside.arrow"])
+def test_a_saved_data_set_reads_no_file_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match=r"state.json names .*, which does not lie in its folder; save it again"):
+        next(SavedDataset(SourceConfig(path=str(folder))).records())
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+    with pytest.raises(UserError, match=r"dataset_dict.json names"):
+        next(SavedDataset(SourceConfig(path=str(folder))).records())
+
+
+def test_a_link_in_a_result_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("token")
+    link = tmp_path / "tokenizer.json"
+    link.symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"tokenizer.json is a link to .*secret, and a run writes no links"):
+        _own_files({"README.md": b"", "tokenizer.json": link})

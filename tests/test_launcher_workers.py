@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlora_launcher.failures import first_failure
+from distlora_launcher.failures import first_failure, read_errors
 from distlora_launcher.workers import run_workers, worker_environment
 
 HERE = Path(__file__).parent
@@ -28,9 +29,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(run_dir: Path, behaviour: str, *, processes: int = 2) -> int:
+def run(run_dir: Path, behaviour: str, *, processes: int = 2, max_restarts: int = 0) -> int:
     (run_dir / "behaviour").write_text(behaviour)
-    return run_workers(run_dir, processes=processes, worker_module=WORKER)
+    return run_workers(run_dir, processes=processes, worker_module=WORKER, max_restarts=max_restarts)
 
 
 def test_rank_0_is_shown_and_every_rank_has_a_log(
@@ -73,14 +74,38 @@ def test_the_first_rank_to_fail_is_named(
     assert_no_workers(run_dir)
 
 
-def test_a_user_error_in_a_worker_is_bad_input(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(run_dir, "bad input") == 2
+def test_workers_start_again_after_a_kill(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
+    assert run(run_dir, "rank 1 is killed once", max_restarts=3) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("rank 1 failed first: it was killed by SIGKILL")
+    assert first.endswith("; restart 1 of 3, from step_00000012")
+    assert others == []
+    logs = run_dir / "logs"
+    assert sorted(path.name for path in logs.iterdir()) == ["attempt_1", "rank_0.log", "rank_1.log", "torchrun.log"]
+    assert json.loads((logs / "attempt_1" / "rank_1.error.json").read_text())["type"] == "Killed"
+    for log in (logs / "rank_0.log", logs / "rank_1.log", logs / "attempt_1" / "rank_1.log"):
+        assert log.read_text().count("hello from rank") == 1
+
+
+def test_used_up_restarts_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(run_dir, "rank 1 exits with 3", max_restarts=1) == 1
+    message = capsys.readouterr().err
+    assert message.count("restart 1 of 1, from the beginning") == 1
+    assert "error: rank 1 failed first: it exited with code 3\n" in message
+    assert message.endswith("the workers were started again once (cluster.max_restarts=1)\n")
+
+
+def test_a_user_error_in_a_worker_is_bad_input_and_no_reason_to_start_again(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(run_dir, "bad input", max_restarts=3) == 2
     assert capsys.readouterr().err == "error: the adapter has no such thing; write another\n"
     assert "Traceback" in (run_dir / "logs" / "rank_0.log").read_text()
 
 
 def test_a_module_that_cannot_be_imported_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert run_workers(run_dir, processes=1, worker_module="no_such_worker") == 1
+    assert run_workers(run_dir, processes=1, worker_module="no_such_worker", max_restarts=3) == 1
     assert "rank 0 failed first: ImportError: No module named no_such_worker" in capsys.readouterr().err
 
 
@@ -111,14 +136,16 @@ def assert_no_workers(run_dir: Path) -> None:
     wait_until(lambda: not alive(), seconds=10)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_workers(signum: signal.Signals, code: int, run_dir: Path):
+def test_a_second_ctrl_c_kills_workers_that_do_not_react(run_dir: Path):
     process = start_launcher(run_dir, "waits", "pid")
-    process.send_signal(signum)
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(signum)
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert f"stopped by {signum.name}" in message
-    assert "Traceback" not in message
+    assert process.returncode == 130
+    assert message.startswith("killed by SIGINT; logs are in ")
     assert_no_workers(run_dir)
 
 
@@ -167,14 +194,17 @@ def test_the_earliest_error_wins(tmp_path: Path):
     for rank, when in ((0, 2.5), (1, 2.4), (2, 2.6)):
         text = f'{{"type": "E{rank}", "message": "", "bad_input": false, "time": {when}, "traceback": ""}}'
         (tmp_path / f"rank_{rank}.error.json").write_text(text)
-    assert first_failure(tmp_path).message.startswith("rank 1 failed first: E1\n")
+    failure = first_failure(tmp_path, {}, [error for _, error in read_errors(tmp_path)])
+    assert failure is not None
+    assert failure.message.startswith("rank 1 failed first: E1\n")
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     """`distlora train ... | head -1`: the run goes on, and its logs have the rest."""
     (run_dir / "behaviour").write_text("success")
     script = (
-        "import sys, time; from pathlib import Path; from distlora_launcher.workers import run_workers, show;"
+        "import sys, time; from pathlib import Path; from distlora_launcher.workers import run_workers;"
+        "from distlora_launcher.output import show;"
         "show('first\\n'); time.sleep(0.5); show('x' * 100000);"
         f"sys.exit(10 + run_workers(Path({str(run_dir)!r}), processes=1, worker_module={WORKER!r}))"
     )

@@ -1,6 +1,6 @@
 """The `distlora` command: finds the subcommand and turns errors of the user into one message and exit code 2.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n ended by signal n.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n killed by signal n.
 A subcommand is one row of COMMANDS; its module is imported when it is called, so `distlora --help` needs none of them.
 """
 
@@ -73,7 +73,7 @@ usage: distlora COMMAND ...
 {commands}
 
 `distlora COMMAND --help` says more. For a first run without a model or data: `distlora demo`.
-Exit codes: 0 done, 1 failure, 2 bad input, 128 + n stopped by signal n (`distlora resume RUN`).
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
 Tab completion: eval "$(distlora --shell-completion install=bash)"
 """
 

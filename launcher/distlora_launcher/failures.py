@@ -5,80 +5,168 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora import durable
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
+from distlora_launcher.meeting import Meeting
 
-TORCHRUN_LOG = "torchrun.log"
+ERRORS = "rank_*.error.json"
+"""In RUN/logs: what each worker failed of; of the newest attempt, since a worker that is started again moves it."""
+
+REPEATING = ("NonFiniteError", "ImportError", "ModuleNotFoundError")
+"""Exceptions that the same rows, weights and installation raise again; besides everything that the user must mend."""
+
+KILLED = "Killed"
+"""Type in the error file of a rank that a signal ended: the launcher beside it writes it, for the other machines'."""
 
 # torch.distributed.elastic names the first failure in a line of its log and lists all of them in its closing report.
-_FIRST_EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
-_REPORTED_EXIT = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+_FIRST_EXIT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+_REPORTED_EXIT = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)")
 
-# Signals that torchrun itself sends to the ranks that are left, or passes on.
+# Signals that torchrun itself sends to the ranks that are left.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 LONGEST_MESSAGE = 2000
+LONGEST_REASON = 240
 
 _ERROR: Shape = {"time": float, "type": str, "message": str, "bad_input": bool}
 
 
 @dataclass(frozen=True, slots=True)
+class Exit:
+    """A worker that torchrun on this machine saw fail."""
+
+    pid: int
+    rank: int
+    """The rank, or the place on this machine where torchrun does not say the rank."""
+    code: int
+    """-n for signal n."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
-    """The first failure of a start."""
+    """The first failure of an attempt."""
 
-    message: str
-    """What to show the user."""
-    bad_input: bool
+    reason: str
+    """What happened, without where to read more."""
+    see: str
+    """Where to read more; empty where the reason says all."""
+    bad_input: bool = False
     """Whether it is the user's to correct (exit code 2)."""
+    repeats: bool = False
+    """Whether another attempt would fail at the same place."""
+    killed_rank: int | None = None
+    """The rank that a signal ended, where that is what happened."""
+
+    @property
+    def message(self) -> str:
+        """What to show the user at the end."""
+        return f"{self.reason}\n{self.see}" if self.see else self.reason
+
+    @property
+    def short(self) -> str:
+        """The reason in one line."""
+        line = self.reason.splitlines()[0]
+        return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + " ..."
 
 
-def first_failure(log_dir: Path) -> Failure:
-    """Why a start ended. A rank that a signal killed goes before all exceptions: those are what its peers saw of it."""
-    exits = exit_codes(log_dir / TORCHRUN_LOG)
-    for rank, code in exits.items():
-        if code < 0 and -code not in _STOPPING:
-            return Failure(f"{killed_by(rank, -code)}\n{_see(log_dir, rank)}", bad_input=False)
-    errors = _errors(log_dir)
+def first_failure(log_dir: Path, exits: Mapping[int, Exit], errors: list[dict[str, Any]]) -> Failure | None:
+    """Why an attempt ended, by the exits (by rank, the first one first) and error files that belong to it; None where
+    neither says anything. A rank that a signal killed goes before all exceptions: those are what its peers saw of it.
+    """
+    for rank, found in exits.items():
+        if found.code < 0 and -found.code not in _STOPPING:
+            return Failure(killed_by(rank, -found.code), _see(log_dir, rank), killed_rank=rank)
     if errors:
-        error, rank = min(errors, key=lambda item: item[0]["time"])
-        if error["bad_input"]:
-            return Failure(error["message"], bad_input=True)
-        if error["type"] == "HungError":
-            about = rank if error["about"] is None else error["about"]
-            return Failure(
-                f"the run hung: {error['message']}\n{_see(log_dir, about, 'its stacks are in')}", bad_input=False
-            )
-        text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
-        shown = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
-        return Failure(
-            f"rank {rank} failed first: {shown}\n{_see(log_dir, rank, 'its traceback is in')}", bad_input=False
-        )
-    for rank, code in exits.items():
+        return _from_record(log_dir, min(errors, key=lambda error: (error["type"] != KILLED, error["time"])))
+    for rank, found in exits.items():
+        code = found.code
         reason = killed_by(rank, -code) if code < 0 else f"rank {rank} failed first: it exited with code {code}"
-        return Failure(f"{reason}\n{_see(log_dir, rank)}", bad_input=code == 2)
+        return Failure(reason, _see(log_dir, rank), bad_input=code == 2, repeats=code == 2)
+    return None
+
+
+def start_failure(torchrun_log: Path, meeting: Meeting | None) -> Failure:
+    """Why torchrun ended with no worker to blame, by its own words."""
+    text = torchrun_log.read_text(errors="replace")
+    see = f"torchrun's messages are in {torchrun_log}"
+    if meeting is not None:
+        where = f"the {meeting.nodes} machines of this run, which meet at {meeting.endpoint}"
+        if "RendezvousTimeoutError" in text:
+            return Failure(
+                f"not all of {where}, were there within {meeting.join_seconds} s (cluster.timeout_seconds); start the "
+                "same command on each",
+                see,
+            )
+        if "EADDRINUSE" in text or "address already in use" in text:
+            return Failure(
+                f"the port of {meeting.endpoint} is in use on this machine; end what listens there, or take another "
+                "port",
+                see,
+            )
+        if "RendezvousClosedError" in text:
+            return Failure(f"one of {where}, has given up; its own message and RUN/logs say why", see)
+        if "RendezvousConnectionError" in text or "DistNetworkError" in text:
+            return Failure(f"the connection to {meeting.endpoint} was lost: that machine has ended or is gone", see)
+    return Failure("the workers could not be started", see)
+
+
+def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
+    rank = error["rank"]
+    if error["type"] == KILLED:
+        return Failure(error["message"], _see(log_dir, rank))
+    if error["bad_input"]:
+        return Failure(error["message"], "", bad_input=True, repeats=True)
+    if error["type"] == "HungError":
+        about = rank if error["about"] is None else error["about"]
+        return Failure(f"the run hung: {error['message']}", _see(log_dir, about, "its stacks are in"))
+    text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
+    shown = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
     return Failure(
-        f"the workers could not be started; torchrun's messages are in {log_dir / TORCHRUN_LOG}", bad_input=False
+        f"rank {rank} failed first: {shown}",
+        _see(log_dir, rank, "its traceback is in"),
+        repeats=error["type"] in REPEATING,
     )
+
+
+def read_errors(log_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The error files in a folder of logs, each with its `rank`. A worker that was killed while it wrote, or met a full
+    disk, has left a damaged one, which tells no more than none; another may be moved away meanwhile.
+    """
+    for path in sorted(log_dir.glob(ERRORS)):
+        with contextlib.suppress(UserError, OSError):
+            error = read_object(path, "remove it")
+            check_shape(error, _ERROR, path, "remove it")
+            yield path, error | {"rank": int(path.name.removeprefix("rank_").partition(".")[0])}
+
+
+def write_killed(log_dir: Path, failure: Failure, seconds: float) -> None:
+    """Leave the error file of a rank that could not write its own."""
+    path = log_dir / f"rank_{failure.killed_rank}.error.json"
+    durable.write_json(path, {"type": KILLED, "message": failure.reason, "bad_input": False, "time": seconds})
 
 
 def would_repeat(log_dir: Path) -> bool:
     """Whether a resume would fail at the same place: a step of the same rows and weights has the same NaN in it."""
-    return any(error["type"] == "NonFiniteError" for error, _ in _errors(log_dir))
+    return any(error["type"] == "NonFiniteError" for _, error in read_errors(log_dir))
 
 
-def exit_codes(torchrun_log: Path) -> dict[int, int]:
-    """Exit codes by rank of the workers that torchrun saw fail, the first one first; -n for signal n."""
-    text = torchrun_log.read_text(errors="replace") if torchrun_log.is_file() else ""
-    found = [(int(rank), int(code)) for code, rank in _FIRST_EXIT.findall(text)]
-    found += [(int(rank), int(code)) for rank, code in _REPORTED_EXIT.findall(text)]
-    codes: dict[int, int] = {}
-    for rank, code in found:
-        codes.setdefault(rank, code)
-    return codes
+def exits_in(torchrun_log: str, ranks: Mapping[int, int]) -> list[Exit]:
+    """The workers that torchrun saw fail, the first one first, each once. `ranks` says which rank a pid was."""
+    found = [
+        Exit(int(pid), ranks.get(int(pid), int(local)), int(code))
+        for code, local, pid in _FIRST_EXIT.findall(torchrun_log)
+    ]
+    found += [Exit(int(pid), int(rank), int(code)) for rank, code, pid in _REPORTED_EXIT.findall(torchrun_log)]
+    once: dict[int, Exit] = {}
+    for exit in found:
+        once.setdefault(exit.pid, exit)
+    return list(once.values())
 
 
 def killed_by(rank: int, signum: int) -> str:
@@ -91,22 +179,6 @@ def killed_by(rank: int, signum: int) -> str:
         "SIGBUS": "; usually /dev/shm or a disk is full",
     }.get(name, "")
     return f"rank {rank} failed first: it was killed by {name}{reason}"
-
-
-def _errors(log_dir: Path) -> list[tuple[dict[str, Any], int]]:
-    """(error file, rank) of the ranks that left one. A worker that was killed while it wrote, or met a full disk, has
-    left a damaged one, which tells no more than none."""
-    found = []
-    for path in log_dir.glob("rank_*.error.json"):
-        with contextlib.suppress(UserError, OSError):
-            error = read_object(path, "remove it")
-            check_shape(error, _ERROR, path, "remove it")
-            found.append((error, _rank(path)))
-    return found
-
-
-def _rank(path: Path) -> int:
-    return int(path.name.removeprefix("rank_").partition(".")[0])
 
 
 def _see(log_dir: Path, rank: int, lead: str = "its output is in") -> str:

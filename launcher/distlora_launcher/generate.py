@@ -183,7 +183,7 @@ def run_several(request: Request, processes: int) -> int:
     """Run the ranks to the end. Their logs stay if they fail."""
     folder = Path(tempfile.mkdtemp(prefix="distlora-generate-"))
     (folder / "request.json").write_text(request.as_json(), encoding="utf-8")
-    code = run_workers(folder, processes=processes, worker_module=WORKER)
+    code = run_workers(folder, processes=processes, worker_module=WORKER, saves=False)
     if code == DONE:
         shutil.rmtree(folder)
     return code

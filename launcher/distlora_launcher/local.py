@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -22,26 +20,31 @@ from distlora.config_file import as_mapping, load_config
 from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.failures import would_repeat
+from distlora_launcher.holding import CONFIG_NAME, running
 from distlora_launcher.hub import is_to_download, localize, restore
 from distlora_launcher.hub_preview import with_small_files
-from distlora_launcher.workers import BAD_INPUT, DONE, forwarding, run_workers, show
-
-CONFIG_NAME = "config.yaml"
+from distlora_launcher.meeting import Meeting
+from distlora_launcher.output import show
+from distlora_launcher.signals import Forwarder, forwarding
+from distlora_launcher.worker_entry import PARENT
+from distlora_launcher.workers import BAD_INPUT, DONE, FAILED, STOPPED, run_workers
 
 
 def start(config: Config, *, worker_module: str = "distlora.train") -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
     code, config = make_run(config)
-    if code != DONE:
-        return code
     run_dir = Path(config.run_dir)
+    if code != DONE:
+        say_how_to_go_on(run_dir, code)
+        return code
     with running(run_dir):
         return train(run_dir, config, worker_module)
 
 
 def make_run(config: Config) -> tuple[int, Config]:
     """All of a run that needs no worker: its model here, its folder, its data prepared. Returns the exit code, and the
-    settings as they are in RUN/config.yaml. Where the preparation fails, no run is left."""
+    settings as they are in RUN/config.yaml. Where the preparation fails, no run is left; one that was stopped in it
+    (75) can be resumed."""
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
     record = None
@@ -57,7 +60,7 @@ def make_run(config: Config) -> tuple[int, Config]:
             durable.write_text(run_dir / DATA_NAME, record)
             return DONE, config
         code = prepare(run_dir)
-        if code != DONE:
+        if code not in (DONE, STOPPED):
             forget_run(run_dir)
         return code, config
 
@@ -77,16 +80,31 @@ def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
         if not is_prepared(run_dir):
             code = prepare(run_dir)
             if code != DONE:
+                say_how_to_go_on(run_dir, code)
                 return code
         return train(run_dir, config, worker_module)
 
 
-def train(run_dir: Path, config: Config, worker_module: str) -> int:
-    """Run the workers of a prepared run."""
+def train(
+    run_dir: Path,
+    config: Config,
+    worker_module: str,
+    *,
+    forwarder: Forwarder | None = None,
+    meeting: Meeting | None = None,
+) -> int:
+    """Run this machine's workers of a prepared run."""
     processes = config.cluster.gpus_per_node
     say(f"starting {processes} worker{'s' if processes > 1 else ''} (importing torch takes a few seconds)")
     started = time.monotonic()
-    code = run_workers(run_dir, processes=processes, worker_module=worker_module)
+    code = run_workers(
+        run_dir,
+        processes=processes,
+        worker_module=worker_module,
+        max_restarts=config.cluster.max_restarts,
+        meeting=meeting,
+        forwarder=forwarder,
+    )
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
@@ -95,8 +113,15 @@ def train(run_dir: Path, config: Config, worker_module: str) -> int:
     else:
         saved = checkpoint_folders(run_dir)
         since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
-        say(f"continue {since} with: distlora resume {shown(run_dir)}")
+        everywhere = " on each machine" if meeting is not None else ""
+        say(f"continue {since} with: distlora resume {shown(run_dir)}{everywhere}")
     return code
+
+
+def say_how_to_go_on(run_dir: Path, code: int) -> None:
+    """After a run was stopped before its workers were started."""
+    if code == STOPPED and (run_dir / CONFIG_NAME).is_file():
+        say(f"continue with: distlora resume {shown(run_dir)}")
 
 
 def create_run(run_dir: Path, config: Config) -> None:
@@ -137,18 +162,22 @@ def is_prepared(run_dir: Path) -> bool:
         return False
 
 
-def prepare(run_dir: Path) -> int:
-    """Tokenize the run's data in a process of its own, which explains its own failures. Returns its exit code."""
-    command = [sys.executable, "-m", "distlora.data", str(run_dir)]
+def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:
+    """Tokenize the run's data in a process of its own, which explains its own failures. Returns its exit code; 75 when
+    it was asked to stop, since nothing is lost by that. `forwarder` takes signals already.
+    """
+    command = [sys.executable, "-m", "distlora_launcher.bound", "distlora.data", str(run_dir)]
     say("preparing the data")
-    with forwarding() as forwarder:
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, start_new_session=True)
-        forwarder.process = process
+    environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
+    with contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        requests.attach(process)
         code = process.wait()
-    if forwarder.received is not None and code != DONE:
-        print(f"stopped by {signal.Signals(forwarder.received).name}", file=sys.stderr)
-        return 128 + forwarder.received
-    return code if code >= 0 else 1
+        requests.detach()
+    if requests.received is not None and code != BAD_INPUT:
+        say(f"stopped by {signal.Signals(requests.received).name} while the data was prepared")
+        return STOPPED
+    return code if code >= 0 else FAILED
 
 
 def prepare_before_download(config: Config) -> tuple[int, str | None]:
@@ -161,17 +190,6 @@ def prepare_before_download(config: Config) -> tuple[int, str | None]:
         create_run(Path(scratch), here)
         code = prepare(Path(scratch))
         return code, (Path(scratch) / DATA_NAME).read_text(encoding="utf-8") if code == DONE else None
-
-
-@contextlib.contextmanager
-def running(run_dir: Path) -> Iterator[None]:
-    """Hold the run: a second process that starts or resumes it meanwhile is refused."""
-    with (run_dir / CONFIG_NAME).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first") from error
-        yield
 
 
 def shown(path: Path) -> str:

@@ -5,7 +5,7 @@ its log, then the module that does the work is run as `__main__`.
 
 Rank 0 keeps its stdout, which the launcher shows and copies into rank_0.log; everything else that a rank writes goes
 to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.json as well
-(`distlora/error_file.py`).
+(`distlora/error_file.py`). What a rank finds there is of the attempt before this one, and goes to LOG_DIR/attempt_<n>/.
 """
 
 from __future__ import annotations
@@ -15,16 +15,39 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from distlora import error_file, stopping
 
+PARENT = "DISTLORA_PARENT_PID"
+"""Environment variable: the process that starts this one, and ends it by its own end."""
+ATTEMPT = "attempt_"
+"""In the folder of logs: folders of what ranks had written before they were started again."""
 
-def end_with_parent(signum: signal.Signals) -> None:
-    """Have the kernel send `signum` here when the parent dies, so that no worker outlives a killed launcher."""
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that no worker outlives a killed launcher."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        os._exit(128 + signal.SIGKILL)  # It died while Python was starting here.
+
+
+def set_aside_attempt(log_dir: Path, rank: int) -> None:
+    """Move what this rank wrote in an earlier attempt to LOG_DIR/attempt_<n>."""
+    log = log_dir / f"rank_{rank}.log"
+    if not log.exists():
+        return
+    number = 1 + len(list(log_dir.glob(f"{ATTEMPT}*/{log.name}")))
+    # torchrun's own count has attempts that left nothing of this rank, but not those that another machine began.
+    number = max(number, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    folder = log_dir / f"{ATTEMPT}{number}"
+    folder.mkdir(exist_ok=True)
+    for path in (log_dir / f"rank_{rank}.error.json", log):
+        if path.exists():
+            path.rename(folder / path.name)
 
 
 def redirect_output(log: Path, *, keep_stdout: bool) -> None:
@@ -44,13 +67,22 @@ def leave_pid(rank: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(str(os.getpid()))
         temporary.replace(path)
+        path.with_suffix(".done").unlink(missing_ok=True)
+
+
+def leave_done(rank: int) -> None:
+    """Tell the launcher that the work ended well, whatever torchrun makes of a machine that leaves before it."""
+    folder = os.environ.get(stopping.PID_DIR)
+    if folder is not None:
+        (Path(folder) / f"rank_{rank}.done").touch()
 
 
 def main() -> None:
     stopping.listen()
     log_dir, module, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
-    end_with_parent(signal.SIGKILL)
+    end_with_parent()
+    set_aside_attempt(Path(log_dir), rank)
     redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
     leave_pid(rank)
     os.environ[error_file.VARIABLE] = str(Path(log_dir) / f"rank_{rank}.error.json")
@@ -58,12 +90,14 @@ def main() -> None:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception as error:
+        traceback.print_exc()  # First: once the error file is there, the launcher may end this process.
         error_file.leave(error)
-        raise
+        sys.exit(1)
     # The work is done and its files are closed. A thread that some library left running can abort the interpreter's own
     # shutdown ("terminate called without an active exception", 2 of 18 runs), which would make a failure of it.
     sys.stdout.flush()
     sys.stderr.flush()
+    leave_done(rank)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes on this machine: torchrun, rank 0's output shown as it comes, one signal passed on, no orphans.
+"""Worker processes on this machine: torchrun, rank 0's output shown as it comes, requests to stop, no orphans.
 
 torchrun's exit code says neither what failed nor whether a stopped run saved, so it decides nothing but success: see
 `run_workers`.
@@ -6,31 +6,26 @@ torchrun's exit code says neither what failed nor whether a stopped run saved, s
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import fcntl
 import os
-import pty
-import select
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import termios
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from distlora.command_line import BAD_INPUT, DONE, FAILED
+from distlora.stopping import PID_DIR, STOPPED_NAME
+from distlora_launcher.attempts import Attempts, identity
 from distlora_launcher.checks import gpu_count
-from distlora_launcher.failures import TORCHRUN_LOG, first_failure
+from distlora_launcher.failures import Failure, start_failure
+from distlora_launcher.logs import machine_log, set_aside_logs
+from distlora_launcher.meeting import Meeting
+from distlora_launcher.output import Output, warn
+from distlora_launcher.signals import Forwarder, forwarding
+from distlora_launcher.worker_entry import PARENT
 
 STOPPED = 75
-
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-STOP_MARKER = "stopped.json"
-"""In RUN: the workers saved a checkpoint and stopped before the end."""
 
 KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -39,59 +34,111 @@ KEEP_PAGES = {
 }
 """glibc's malloc told to keep freed pages: a fresh 32 MiB tensor costs 5x the work in page faults, 3-6 % of a step."""
 
+LOOK_SECONDS = 0.2
+"""Between looks at what became of the workers; what rank 0 writes is shown at once."""
 
-def run_workers(run_dir: Path, *, processes: int, worker_module: str = "distlora.train") -> int:
+
+def run_workers(
+    run_dir: Path,
+    *,
+    processes: int,
+    worker_module: str = "distlora.train",
+    max_restarts: int = 0,
+    meeting: Meeting | None = None,
+    forwarder: Forwarder | None = None,
+    saves: bool = True,
+) -> int:
     """Run `python -m worker_module run_dir` in `processes` ranks to the end; print why it failed; return our exit code.
 
-    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the stop marker is there, 128 + n
-    after signal n ended it without one, else 1.
+    max_restarts: how often workers that died are started again, unless that would fail in the same way.
+    meeting: where this machine meets the others of the run; None: there are no others.
+    forwarder: takes signals already; None: for the duration.
+    saves: whether the workers answer a request to stop; else it ends them at once.
+
+    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker,
+    128 + n when signal n ended them without one, else 1.
     """
     log_dir = run_dir / "logs"
-    set_aside_logs(log_dir)
-    marker = run_dir / STOP_MARKER
-    marker.unlink(missing_ok=True)
+    if meeting is None:
+        set_aside_logs(log_dir)
+    marker = run_dir / STOPPED_NAME
+    earlier = identity(marker)
     with (
         tempfile.TemporaryDirectory(prefix="distlora-torchrun-") as scratch,
-        (log_dir / TORCHRUN_LOG).open("wb") as noise,
+        contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests,
     ):
-        arguments = torchrun_arguments(processes, Path(scratch), log_dir, worker_module, run_dir)
-        command = [sys.executable, "-m", "distlora_launcher.torchrun_entry", *arguments]
-        output, child_end = open_output()
-        with forwarding() as forwarder:
+        torchrun_log = machine_log(log_dir, alone=meeting is None)
+        pid_dir = Path(scratch) / "pids"
+        pid_dir.mkdir()
+        arguments = torchrun_arguments(
+            processes, Path(scratch), log_dir, worker_module, run_dir, max_restarts=max_restarts, meeting=meeting
+        )
+        output = Output(log_dir / "rank_0.log")
+        with torchrun_log.open("ab") as noise:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "distlora_launcher.torchrun_entry", *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=child_end,
+                stdout=output.child_end,
                 stderr=noise,
-                env=worker_environment(processes),
-                start_new_session=True,  # Ctrl-C then reaches the workers once, through us and torchrun, not twice.
+                env=worker_environment(processes, meeting) | {PID_DIR: str(pid_dir), PARENT: str(os.getpid())},
+                start_new_session=True,  # Ctrl-C then reaches the workers once, through us.
             )
-            forwarder.process = process
-            os.close(child_end)
-            with (log_dir / "rank_0.log").open("ab", buffering=0) as log:
-                show_output(output, process, log.fileno())
-            code = process.wait()
-    if marker.exists():
+        os.close(output.child_end)
+        attempts = Attempts(
+            run_dir, pid_dir, torchrun_log, process.pid, processes=processes, max_restarts=max_restarts, meeting=meeting
+        )
+        requests.attach(process, attempts.request_stop if saves else lambda _: process.kill())
+        final = watch(process, output, attempts)
+        requests.detach()
+        done = process.returncode == 0 or attempts.all_done()
+    if identity(marker) not in (None, earlier):
         return STOPPED
-    if code == 0:
+    if done:
         return DONE
-    if forwarder.received is not None and forwarder.received != signal.SIGUSR1:
-        print(f"stopped by {signal.Signals(forwarder.received).name}; logs are in {log_dir}", file=sys.stderr)
-        return 128 + forwarder.received
-    failure = first_failure(log_dir)
-    print(f"error: {failure.message}", file=sys.stderr)
+    if requests.received is not None and (requests.killed or not saves):
+        signum = signal.SIGINT if requests.killed else requests.received
+        warn(f"killed by {signal.Signals(signum).name}; logs are in {log_dir}")
+        return 128 + signum
+    failure = final or attempts.failure() or start_failure(torchrun_log, meeting)
+    warn(f"error: {failure.message}{attempts.told()}")
     return BAD_INPUT if failure.bad_input else FAILED
 
 
-def torchrun_arguments(processes: int, scratch: Path, log_dir: Path, worker_module: str, run_dir: Path) -> list[str]:
+def watch(process: subprocess.Popen[bytes], output: Output, attempts: Attempts) -> Failure | None:
+    """Show what rank 0 writes until torchrun has ended; it is ended where a further attempt would fail in the same way,
+    and that failure returned.
+    """
+    final = None
+    while process.poll() is None:
+        output.pump(LOOK_SECONDS)
+        found = attempts.look()
+        if found is not None:
+            final = found
+            process.kill()  # Its workers go with it.
+            process.wait()
+    while output.pump(0.0):
+        pass
+    output.close()
+    return final or attempts.look()
+
+
+def torchrun_arguments(
+    processes: int,
+    scratch: Path,
+    log_dir: Path,
+    worker_module: str,
+    run_dir: Path,
+    *,
+    max_restarts: int,
+    meeting: Meeting | None,
+) -> list[str]:
     """torchrun's options, then `--`: without it, torchrun takes a worker's option for an abbreviation of its own."""
+    alone = ["--standalone", "--local-addr=127.0.0.1"]  # Else the host's name, which laptops often cannot resolve.
     return [
-        "--standalone",
-        "--local-addr=127.0.0.1",  # Else the host's name, which laptops and containers often cannot resolve.
+        *(alone if meeting is None else meeting.torchrun_arguments()),
         f"--nproc-per-node={processes}",
-        "--max-restarts=0",
-        # Its default dies of SIGUSR1 at once and leaves the workers behind.
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        f"--max-restarts={max_restarts}",
+        "--signals-to-handle=SIGQUIT",  # It has to handle one; those that ask to stop are blocked in torchrun_entry.
         f"--log-dir={scratch}",
         "--module",
         "--",
@@ -102,7 +149,7 @@ def torchrun_arguments(processes: int, scratch: Path, log_dir: Path, worker_modu
     ]
 
 
-def worker_environment(processes: int) -> dict[str, str]:
+def worker_environment(processes: int, meeting: Meeting | None = None) -> dict[str, str]:
     """The launcher's environment plus what workers need; a variable that the user set stays as it is."""
     # PET_* are torchrun's defaults for its own options: one left over from another job would change ours.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
@@ -118,104 +165,6 @@ def worker_environment(processes: int) -> dict[str, str]:
     }
     if gpu_count() == 0:
         defaults |= KEEP_PAGES
+    if meeting is not None:
+        defaults |= meeting.environment()
     return defaults | environment
-
-
-def set_aside_logs(log_dir: Path) -> None:
-    """Move the logs of an earlier start to logs/start_<n>: the newest are always logs/rank_<k>.log."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    earlier = [path for path in log_dir.iterdir() if path.is_file()]
-    if earlier:
-        number = 1 + len([path for path in log_dir.iterdir() if path.is_dir()])
-        folder = log_dir / f"start_{number}"
-        folder.mkdir()
-        for path in earlier:
-            path.rename(folder / path.name)
-
-
-def open_output() -> tuple[int, int]:
-    """(our end, the workers' end) of rank 0's stdout: a terminal of the same size if ours is one, else a pipe."""
-    if not sys.stdout.isatty():
-        return os.pipe()
-    ours, theirs = pty.openpty()
-    attributes = termios.tcgetattr(theirs)
-    attributes[1] &= ~termios.OPOST  # Our own terminal turns \n into \r\n already.
-    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
-    copy_size(ours)
-    return ours, theirs
-
-
-def copy_size(terminal: int) -> None:
-    """Give a pseudo-terminal the size of the one we write to."""
-    if os.isatty(terminal) and sys.stdout.isatty():
-        size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-
-
-def show_output(output: int, process: subprocess.Popen[bytes], log: int) -> None:
-    """Copy what rank 0 writes to our stdout and its log until torchrun has ended and nothing is left to read."""
-    sys.stdout.flush()
-    size = shutil.get_terminal_size()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # A chunk may end within a character.
-    while True:
-        ended = process.poll() is not None
-        readable, _, _ = select.select([output], [], [], 0.0 if ended else 0.2)
-        if shutil.get_terminal_size() != size:
-            size = shutil.get_terminal_size()
-            copy_size(output)
-        if not readable:
-            if ended:
-                break
-            continue
-        try:
-            chunk = os.read(output, 65536)
-        except OSError:  # EIO: the last process on a pseudo-terminal has closed it.
-            chunk = b""
-        if not chunk:
-            process.wait()
-            break
-        os.write(log, chunk)
-        show(decoder.decode(chunk))
-    os.close(output)
-
-
-def show(text: str) -> None:
-    """Write to stdout. When its reader has left (`... | head`, a pager that was quit) the run goes on unseen: what it
-    says is in its logs."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Forwarder:
-    """Passes signals on to a child. A second request to stop kills it, and by `end_with_parent` its workers."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.received: int | None = None
-
-    def __call__(self, signum: int, _frame: FrameType | None) -> None:
-        again = self.received in (signal.SIGINT, signal.SIGTERM) and signum in (signal.SIGINT, signal.SIGTERM)
-        self.received = signum
-        if self.process is None or self.process.poll() is not None:
-            return
-        if again:
-            self.process.kill()
-        else:
-            self.process.send_signal(signum)
-            if signum == signal.SIGINT and sys.stderr.isatty():
-                print("\nstopping the workers; Ctrl-C again kills them", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def forwarding(signals: Sequence[signal.Signals] = FORWARDED) -> Iterator[Forwarder]:
-    """Handle `signals` by a Forwarder for the duration."""
-    forwarder = Forwarder()
-    previous = {signum: signal.signal(signum, forwarder) for signum in signals}
-    try:
-        yield forwarder
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

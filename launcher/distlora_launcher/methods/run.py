@@ -35,7 +35,8 @@ from distlora_launcher.methods.results import (
     reading,
     table,
 )
-from distlora_launcher.workers import DONE, FAILED, forwarding
+from distlora_launcher.signals import forwarding
+from distlora_launcher.workers import DONE, FAILED, STOPPED
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
 STEPS, QUICK_STEPS = 48, 16
@@ -146,11 +147,11 @@ def train(run: Planned, setup: Setup, out: Path) -> int:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
-            forwarder.process = process
+            forwarder.attach(process)
             code = process.wait()
     if forwarder.received is not None:
         say(f"stopped by {signal.Signals(forwarder.received).name}; the same command goes on from here")
-        return 128 + forwarder.received
+        return STOPPED
     if code != DONE and not has_diverged(run, out):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         say(f"{run.folder} ended with code {code}; {shown(log)} ends with\n" + "\n".join(tail))

@@ -1,0 +1,190 @@
+"""The workers that torchrun has started on this machine: who they are, what they died of, whether they start again.
+
+torchrun starts the whole group again when a worker dies, without a word; this looks at what it and the workers leave
+behind, says what happened, and finds the failures that no further attempt would mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distlora.run_folder import checkpoint_folders
+from distlora_launcher.failures import Exit, Failure, exits_in, first_failure, read_errors, write_killed
+from distlora_launcher.logs import host_name
+from distlora_launcher.meeting import Meeting
+from distlora_launcher.output import warn
+
+_LOOK_SECONDS = 0.5
+"""Between looks at the error files: the folder may be on a network."""
+
+
+class Attempts:
+    """What is known of the workers of one start, here."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        pid_dir: Path,
+        torchrun_log: Path,
+        torchrun: int,
+        *,
+        processes: int,
+        max_restarts: int,
+        meeting: Meeting | None,
+    ) -> None:
+        self.run_dir, self.log_dir, self.pid_dir, self.torchrun_log = run_dir, run_dir / "logs", pid_dir, torchrun_log
+        self.torchrun, self.processes, self.max_restarts, self.meeting = torchrun, processes, max_restarts, meeting
+        self.restarts = 0
+        """How often torchrun here has started the workers again because one failed."""
+        self.pids: dict[int, int] = {}
+        """By rank, of the newest attempt."""
+        self._rank_of: dict[int, int] = {}
+        """By pid, of all attempts."""
+        self._earlier: set[int] = set()
+        """Pids of earlier attempts."""
+        self._request: int | None = None
+        self._log_size = 0
+        self._exits: list[Exit] = []
+        self._announced = False
+        """Whether the failure that ended the newest attempt has been told."""
+        self._looked = 0.0
+        self._told_ranks: list[int] = []
+        # Not of this start: a machine that joins late, or one beside which another died, finds them.
+        self._stale = {path: identity(path) for path, _ in read_errors(self.log_dir)}
+
+    def request_stop(self, signum: int) -> None:
+        """Ask every worker to stop, and those that are yet to come."""
+        self._request = signum
+        for pid in self._present().values():
+            self._signal(pid, signum)
+
+    def look(self) -> Failure | None:
+        """See what has changed; a failure that a further attempt would meet again, if that is what happened."""
+        self._find_workers()
+        return self._read_log() or self._read_errors()
+
+    def failure(self) -> Failure | None:
+        """What the newest attempt failed of, where that is known."""
+        exits = {exit.rank: exit for exit in reversed(self._exits) if exit.pid not in self._earlier}
+        exits = dict(reversed(exits.items()))
+        return first_failure(self.log_dir, exits, self._errors())
+
+    def all_done(self) -> bool:
+        """Whether every worker here has said that its work ended well."""
+        done = {int(path.stem.removeprefix("rank_")) for path in self.pid_dir.glob("rank_*.done")}
+        return len(self.pids) == self.processes and done == set(self.pids)
+
+    def told(self) -> str:
+        """What to add to the message of the last failure: how often it was tried."""
+        if self.restarts == 0:
+            return ""
+        times = "once" if self.restarts == 1 else f"{self.restarts} times"
+        return f"\nthe workers were started again {times} (cluster.max_restarts={self.max_restarts})"
+
+    def _present(self) -> dict[int, int]:
+        """Pids by rank, as the workers left them."""
+        found = {}
+        for path in self.pid_dir.glob("rank_*.pid"):
+            try:
+                pid = int(path.read_text())
+            except FileNotFoundError:  # Done meanwhile.
+                continue
+            if pid not in self._earlier:
+                found[int(path.stem.removeprefix("rank_"))] = pid
+        return found
+
+    def _find_workers(self) -> None:
+        new = {rank: pid for rank, pid in self._present().items() if self.pids.get(rank) != pid}
+        if not new:
+            return
+        if len(self.pids) == self.processes or any(rank in self.pids for rank in new):
+            self._earlier |= set(self.pids.values())
+            self.pids = {}
+            if not self._announced:
+                warn(f"the group of workers has changed; starting again {self._since()}")
+            self._announced = False
+        self.pids |= new
+        self._rank_of |= {pid: rank for rank, pid in new.items()}
+        if self._request is not None:
+            for pid in new.values():
+                self._signal(pid, self._request)
+        if self.meeting is not None and len(self.pids) == self.processes:
+            self._tell_ranks()
+
+    def _tell_ranks(self) -> None:
+        """Which ranks are here, once a place is known for them: the machine with rank 0 shows what that writes."""
+        ranks = sorted(self.pids)
+        if ranks == self._told_ranks:
+            return
+        self._told_ranks = ranks
+        here = f"rank {ranks[0]} runs" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} run"
+        elsewhere = "" if 0 in ranks else f"; progress is shown where rank 0 is, and in {self.log_dir / 'rank_0.log'}"
+        warn(f"{here} on {host_name()}{elsewhere}")
+
+    def _read_log(self) -> Failure | None:
+        """What torchrun says of workers that failed."""
+        size = self.torchrun_log.stat().st_size
+        if size == self._log_size:
+            return None
+        self._log_size = size
+        known = {exit.pid for exit in self._exits}
+        self._exits = exits_in(self.torchrun_log.read_text(errors="replace"), self._rank_of)
+        if all(exit.pid in known or exit.pid in self._earlier for exit in self._exits):
+            return None
+        failure = self.failure()
+        assert failure is not None
+        if failure.killed_rank is not None:
+            write_killed(self.log_dir, failure, time.time())
+        if failure.repeats:
+            return failure
+        if self.restarts < self.max_restarts and not self._announced:
+            self.restarts += 1
+            self._announced = True
+            warn(f"{failure.short}; restart {self.restarts} of {self.max_restarts}, {self._since()}")
+        return None
+
+    def _read_errors(self) -> Failure | None:
+        """A failure that would repeat, on any machine: a rank that has raised it need not have ended yet."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return None
+        self._looked = time.monotonic()
+        errors = self._errors()
+        failure = first_failure(self.log_dir, {}, errors) if errors else None
+        return failure if failure is not None and failure.repeats else None
+
+    def _errors(self) -> list[dict[str, Any]]:
+        return [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != identity(path)]
+
+    def _since(self) -> str:
+        saved = checkpoint_folders(self.run_dir)
+        return f"from {saved[-1].name}" if saved else "from the beginning, as nothing was saved yet"
+
+    def _signal(self, pid: int, signum: int) -> None:
+        if _parent(pid) not in (self.torchrun, None):
+            return  # It has ended, and its number may be another process's by now.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def _parent(pid: int) -> int | None:
+    """The parent of a process; 0 for one that has ended, None where the system has no /proc."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Tells a file from one that took its place; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,177 @@
+"""Who runs a run: one machine alone, or the machines of one start together. A second start meanwhile is refused.
+
+Locks of the system (flock), which end with the process that holds them, kill -9 included. Alone: an exclusive one on
+RUN/config.yaml. Several machines: whoever comes first leads; it holds that lock exclusively while it sets aside the
+logs of an earlier start and prepares the data, and shares it then; the others wait for that, and each takes one of the
+places RUN/machines/<n>.json, of which there are as many as machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from distlora import durable
+from distlora.config import UserError
+from distlora_launcher.logs import host_name
+from distlora_launcher.output import show, warn
+
+CONFIG_NAME = "config.yaml"
+MACHINES = "machines"
+START_NAME = "start.json"
+"""In RUN/machines: {"id", "leader"} of the newest start."""
+
+LEASE_SECONDS = 120
+"""How long to wait for a lock that the same run's last machines may still seem to hold: a network file system learns of
+a machine that is gone only after a while (NFS: 90 s)."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Place:
+    """This machine's share in a start of several."""
+
+    def __init__(self, config: IO[str], *, leads: bool) -> None:
+        self._config = config
+        self.leads = leads
+        """Whether this machine sets aside the logs and prepares the data, which the others wait for."""
+
+    def share(self) -> None:
+        """Let the others go on: what the leader does alone is done."""
+        if self.leads:
+            with _without_locks():
+                fcntl.flock(self._config, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def running(run_dir: Path) -> Iterator[None]:
+    """Hold the run alone: a second process that starts or resumes it meanwhile is refused."""
+    with (run_dir / CONFIG_NAME).open("r+") as file:
+        if not _lock(file, fcntl.LOCK_EX):
+            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
+        yield
+
+
+@contextlib.contextmanager
+def together(
+    run_dir: Path, run_id: str, *, nodes: int, stopped: Callable[[], bool], leads_without_locks: bool
+) -> Iterator[Place | None]:
+    """Hold the run as one of the `nodes` machines of the start `run_id`; None once `stopped()` while waiting for the
+    leader. Raises UserError when another start has it, or all places are taken.
+
+    leads_without_locks: whether this machine is the leader where the file system has no locks.
+    """
+    with (run_dir / CONFIG_NAME).open("r+") as config:
+        leads = _take_part(config, run_dir, run_id, stopped, leads_without_locks)
+        if leads is None:
+            yield None
+            return
+        if os.fstat(config.fileno()).st_ino != _inode(run_dir / CONFIG_NAME):
+            raise UserError(f"{run_dir} was given up by the machine that prepared it; its messages there say why")
+        place = _take_place(run_dir, nodes, stopped)
+        if place is None:
+            yield None
+            return
+        with place:
+            yield Place(config, leads=leads)
+
+
+def _take_part(
+    config: IO[str], run_dir: Path, run_id: str, stopped: Callable[[], bool], leads_without_locks: bool
+) -> bool | None:
+    """Whether this machine leads the start; None once `stopped()`."""
+    record = run_dir / MACHINES / START_NAME
+    deadline, said = time.monotonic() + LEASE_SECONDS, False
+    while not stopped():
+        try:
+            if _lock(config, fcntl.LOCK_EX, strict=True):
+                record.parent.mkdir(exist_ok=True)
+                durable.write_json(record, {"id": run_id, "leader": host_name()})
+                return True
+            shared = _lock(config, fcntl.LOCK_SH, strict=True)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warn(f"{run_dir} is on a file system without locks: make sure that only one start has it")
+            return leads_without_locks
+        start = _read(record)
+        ours = start.get("id") == run_id
+        if shared and ours:
+            return False
+        if shared:
+            fcntl.flock(config, fcntl.LOCK_UN)
+        if not ours and time.monotonic() > deadline:
+            by = f"start {start['id']} of it, led by {start['leader']}" if start else "another process"
+            raise UserError(f"{run_dir} is running in {by}; wait for it or stop it first")
+        if not said:
+            by = start.get("leader", "another process")
+            show(f"waiting for {by}, which prepares {run_dir}\n" if ours else f"waiting for {by} to leave {run_dir}\n")
+            said = True
+        time.sleep(0.5)
+    return None
+
+
+def _take_place(run_dir: Path, nodes: int, stopped: Callable[[], bool]) -> IO[str] | None:
+    """One of the places of the machines, held while the file is open; None once `stopped()`."""
+    folder = run_dir / MACHINES
+    folder.mkdir(exist_ok=True)
+    deadline, said = time.monotonic() + LEASE_SECONDS, False
+    while not stopped():
+        for number in range(nodes):
+            file = (folder / f"{number}.json").open("a+")
+            if _lock(file, fcntl.LOCK_EX):
+                file.truncate(0)
+                file.write(json.dumps({"host": host_name(), "pid": os.getpid()}))
+                file.flush()
+                return file
+            file.close()
+        hosts = ", ".join(_read(folder / f"{number}.json").get("host", "?") for number in range(nodes))
+        if time.monotonic() > deadline:
+            raise UserError(f"{run_dir} has its {nodes} machines already: {hosts}; end the one that is too many")
+        if not said:
+            show(f"waiting for a place: {run_dir} has its {nodes} machines ({hosts})\n")
+            said = True
+        time.sleep(1)
+    return None
+
+
+def _lock(file: IO[str], kind: int, *, strict: bool = False) -> bool:
+    """Try to lock a file; False when another holds it. Without `strict`, a file system without locks has it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if strict or error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+@contextlib.contextmanager
+def _without_locks() -> Iterator[None]:
+    """Nothing is to be done where the file system has no locks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A small record; empty where there is none, or one that is being written."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None

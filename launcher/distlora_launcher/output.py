@@ -1,0 +1,89 @@
+"""What rank 0 writes, shown as it comes and copied into its log."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import fcntl
+import os
+import pty
+import select
+import shutil
+import sys
+import termios
+from pathlib import Path
+from typing import TextIO
+
+
+class Output:
+    """Our end of rank 0's stdout. `child_end` is what the workers inherit; close it once they are started."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._ours, self.child_end = open_output()
+        self._size = shutil.get_terminal_size()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # A chunk may end within a character.
+        sys.stdout.flush()
+
+    def pump(self, seconds: float) -> bool:
+        """Show what there is, after waiting at most `seconds` for it; False when nothing came."""
+        if shutil.get_terminal_size() != self._size:
+            self._size = shutil.get_terminal_size()
+            copy_size(self._ours)
+        readable, _, _ = select.select([self._ours], [], [], seconds)
+        if not readable:
+            return False
+        try:
+            chunk = os.read(self._ours, 65536)
+        except OSError:  # EIO: the last process on a pseudo-terminal has closed it.
+            chunk = b""
+        if not chunk:
+            return False
+        # By its name each time: a worker that is started again moves the log of the one before it out of the way.
+        with self._log.open("ab", buffering=0) as file:
+            file.write(chunk)
+        show(self._decoder.decode(chunk))
+        return True
+
+    def close(self) -> None:
+        os.close(self._ours)
+
+
+def open_output() -> tuple[int, int]:
+    """(our end, the workers' end) of rank 0's stdout: a terminal of the same size if ours is one, else a pipe."""
+    if not sys.stdout.isatty():
+        return os.pipe()
+    ours, theirs = pty.openpty()
+    attributes = termios.tcgetattr(theirs)
+    attributes[1] &= ~termios.OPOST  # Our own terminal turns \n into \r\n already.
+    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+    copy_size(ours)
+    return ours, theirs
+
+
+def copy_size(terminal: int) -> None:
+    """Give a pseudo-terminal the size of the one we write to."""
+    if os.isatty(terminal) and sys.stdout.isatty():
+        size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+
+
+def show(text: str) -> None:
+    """Write to stdout. When its reader has left (`... | head`, a pager that was quit, a terminal that closed) the run
+    goes on unseen: what it says is in its logs."""
+    _write(sys.stdout, text)
+
+
+def warn(text: str) -> None:
+    """A line on stderr, whether or not somebody still reads it."""
+    _write(sys.stderr, text + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

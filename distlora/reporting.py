@@ -3,38 +3,32 @@
 Every rank constructs a `Reporter` and calls it alike; only rank 0 writes, and the check is in here. A line of
 metrics.jsonl is `{"step": s, "time": seconds since 1970, ...}` with either the figures of a training step or those of a
 held-out evaluation (`eval_loss`); numbers that JSON cannot hold (NaN, infinity) are null. RUN/samples.jsonl holds what
-the model wrote between steps, `{"step", "prompt", "text"}`. wandb is imported nowhere else, and only when a run starts:
-it may be absent on a machine that only trains.
+the model wrote between steps, `{"step", "prompt", "text"}`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from distlora import durable
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping
 from distlora.json_files import read_object
 from distlora.progress import display
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
+from distlora.tracker import start_tracker
 
 EXIT_STOPPED = 75
 """Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
 
 SHOWN_CHARACTERS = 100
 """Of a sample, on the terminal; samples.jsonl has it whole."""
-
-WANDB_FINISH_SECONDS = 60.0
-"""How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
-a job that a scheduler is about to kill has not much longer."""
 
 
 class Reporter:
@@ -64,8 +58,8 @@ class Reporter:
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step)
-        self._wandb = (
-            _start_wandb(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
+        self._tracker = (
+            start_tracker(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -99,11 +93,9 @@ class Reporter:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
-        if self._wandb is not None:
-            import wandb
-
-            table = wandb.Table(columns=["step", "prompt", "text"], data=[list(line.values()) for line in lines])
-            self._wandb.log({"samples": table}, step=step)
+        if self._tracker is not None:
+            rows = [list(line.values()) for line in lines]
+            self._tracker.log_table(step, "samples", ["step", "prompt", "text"], rows)
 
     def event(self, text: str) -> None:
         """One line for the person who watches; not kept with the figures."""
@@ -130,8 +122,8 @@ class Reporter:
             {name: value if isinstance(value, list) else _plain(value) for name, value in figures.items()}
         )
         durable.write_json(self._run_dir / "summary.json", self._summary)
-        if self._wandb is not None:
-            self._wandb.summary.update(self._summary)
+        if self._tracker is not None:
+            self._tracker.summary(self._summary)
 
     def close(self, exit_code: int) -> None:
         """Flush everything and tell wandb how the run ended. A second call does nothing."""
@@ -140,12 +132,8 @@ class Reporter:
         self._writes = False
         self._display.close()
         self._metrics.close()
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.finish(exit_code=exit_code)
-            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); this waits for the writer.
-            wandb.teardown(exit_code=exit_code)
+        if self._tracker is not None:
+            self._tracker.close(exit_code)
 
     def __enter__(self) -> Reporter:
         return self
@@ -160,8 +148,8 @@ class Reporter:
         line = {"step": step, "time": round(time.time(), 3), **figures}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()  # A killed process loses no step that it has logged; only the machine can still lose it.
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
 
 
 def _exit_code(error: BaseException | None) -> int:
@@ -206,65 +194,3 @@ def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str
     kept = [(text, entry) for text, entry in lines if counts[entry["step"]] >= per_step]
     durable.write_text(path, "".join(text for text, _ in kept))
     return [entry for _, entry in kept]
-
-
-def _start_wandb(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:
-    """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
-
-    Its id is kept in RUN/wandb/run_id.txt, so that a resume goes on with the same wandb run. Steps that a killed run
-    had already sent stay as they are: wandb drops what is logged for them again (a resume repeats the same numbers).
-    """
-    try:
-        import wandb
-    except ImportError:
-        say("wandb is not installed: figures go to metrics.jsonl only (tracker=none says the same without this line)")
-        return None
-    session = wandb.setup(settings=wandb.Settings(silent=True))
-    mode = session.settings.mode
-    if mode == "disabled":
-        say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
-        return None
-    if mode == "online" and wandb.login(prompt=False, verify=False):
-        try:
-            run = _wandb_run(wandb, run_dir, config, world, "online")
-            say(f"wandb: {run.url}")
-            return run
-        except (
-            wandb.Error
-        ) as error:  # A run that waited in a queue for hours should not end for want of a plotting server.
-            say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
-            wandb.teardown(exit_code=0)  # The failed attempt still holds the run's id.
-    run = _wandb_run(wandb, run_dir, config, world, "offline")
-    say(f"wandb: offline; upload with `wandb sync {run.settings.sync_dir}`")
-    return run
-
-
-def _stored_id(id_file: Path) -> str | None:
-    """The id of the wandb run that this run began; None where there is none, or what is there is none."""
-    try:
-        stored = id_file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
-
-
-def _wandb_run(wandb: Any, run_dir: Path, config: Config, world: int, mode: str) -> Any:
-    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal."""
-    id_file = run_dir / "wandb" / "run_id.txt"
-    id_file.parent.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        dir=str(run_dir),
-        mode=mode,
-        id=_stored_id(id_file),
-        # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
-        resume="allow" if mode == "online" else None,
-        project=config.tracker.project,
-        name=config.name,
-        group=config.tracker.group,
-        tags=list(config.tracker.tags),
-        config={**as_mapping(config), "world": world},
-        allow_val_change=True,  # A resume may run on another number of ranks.
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout=WANDB_FINISH_SECONDS),
-    )
-    durable.write_text(id_file, run.id + "\n")
-    return run

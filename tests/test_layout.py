@@ -40,6 +40,7 @@ LAYERS = [
     {
         "distlora.families",
         "distlora.reporting",
+        "distlora.tracker",
         "distlora.loading.segments",
         "distlora.quant",
         "distlora.token_rows",
@@ -78,7 +79,7 @@ LAYERS = [
 HOMES = {
     "triton": ("distlora_kernels",),
     "deepspeed": ("distlora.parallel.zero3",),
-    "wandb": ("distlora.reporting",),
+    "wandb": ("distlora.tracker",),
     "hydra": ("distlora_launcher",),
     "omegaconf": ("distlora_launcher",),
     "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora_kernels.bench", "distlora.optim"),

@@ -1,11 +1,14 @@
 """Where a run's numbers go: each step once in metrics.jsonl, the same in wandb's own log, rank 0 alone."""
 
+import contextlib
 import json
 import signal
 import struct
 import sys
+import time
 import zlib
 
+import psutil
 import pytest
 import wandb
 
@@ -183,6 +186,35 @@ def test_wandb_learns_how_the_run_ended(tmp_path, no_key, error, code):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     exits = [record.exit for record in read_wandb_log(folder) if record.WhichOneof("record_type") == "exit"]
     assert [record.exit_code for record in exits] == [code]
+
+
+def test_a_wandb_that_a_signal_ended_costs_no_step_and_no_figure(tmp_path, no_key, capsys):
+    """SLURM sends SIGTERM to every process of a step, wandb's own too."""
+    with contextlib.suppress(Stopped), make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.evaluation(0, {"eval_loss": 5.0})
+        reporter.log(1, {"loss": 4.0, "grad_norm": float("inf")})
+        (service,) = [child for child in psutil.Process().children() if "wandb" in child.name()]
+        time.sleep(1.1)  # An offline run's folder is named by the second in which it began.
+        service.terminate()
+        service.wait()
+        reporter.log(2, {"loss": 2.0})
+        reporter.summary({"adapter_bytes": 12})
+        (service,) = [child for child in psutil.Process().children() if "wandb" in child.name()]
+        time.sleep(1.1)
+        service.terminate()
+        service.wait()
+        raise Stopped(signal.SIGTERM)
+    assert capsys.readouterr().out.count("it is started again") == 2
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [0, 1, 2]
+    newest = max((tmp_path / "wandb").glob("offline-run-*"))
+    records = read_wandb_log(newest)
+    history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [(row["_step"], row.get("loss"), row.get("eval_loss")) for row in history] == [
+        (0, None, 5.0),
+        (1, 4.0, None),
+        (2, 2.0, None),
+    ]
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [75]
 
 
 def test_a_resume_goes_on_with_the_same_wandb_run(tmp_path, no_key):

@@ -23,6 +23,7 @@ from distlora import durable
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, Segment
 from distlora.parallel import Backend
+from distlora.parallel.streams import HostRows
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
@@ -46,7 +47,7 @@ class Unmade:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor | Unmade],
+    tensors: Mapping[str, Tensor | HostRows | Unmade],
     backend: Backend,
     dtype: torch.dtype | None = None,
     *,

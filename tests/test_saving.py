@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from distlora.checkpoints import folder as folders_on_disk
 from distlora.checkpoints import saver as saver_module
+from distlora.checkpoints import snapshot
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver
@@ -342,9 +345,34 @@ def test_a_manifest_that_is_not_ours_is_a_fault(tmp_path: Path, manifest: str, s
     assert said in found
 
 
-def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool) -> list[str]:
+ROWS, COLUMNS = 7, 500_000
+"""Of a tensor that three ranks cut into 3, 3 and 1 rows; a rank's rows are more than a piece that is sent."""
+
+
+class CutState(State):
+    """A tensor besides of which each rank has its rows."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        assert ranks.group is not None
+        mesh = DeviceMesh.from_group(ranks.group, "cpu")
+        self.whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+        self.local = self.whole.chunk(ranks.world)[ranks.rank].clone()
+        self.weights["cut"] = DTensor.from_local(
+            self.local, mesh, [Shard(0)], run_check=False, shape=self.whole.shape, stride=self.whole.stride()
+        )
+
+    def train(self, step: int) -> Progress:
+        self.local += 1
+        cut = self.weights.pop("cut")
+        progress = super().train(step)
+        self.weights["cut"] = cut
+        return progress
+
+
+def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> list[str]:
     """What becomes of a save, a last save, and one on a disk that has come back, on a rank."""
-    state = State()
+    state = CutState(ranks) if cut else State()
     outcomes = []
     with make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver:
         saver.save(state.train(1))
@@ -366,9 +394,35 @@ def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool) -> list[str]:
     return outcomes
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("in_background", [True, False])
-def test_all_ranks_know_what_is_saved(world: World, tmp_path: Path, in_background: bool) -> None:
+def test_all_ranks_know_what_is_saved(world: World, tmp_path: Path, in_background: bool, cut: bool) -> None:
     (tmp_path / "run").mkdir()
-    outcomes = world.run(3, save_on, run_dir=tmp_path / "run", in_background=in_background)
+    outcomes = world.run(3, save_on, run_dir=tmp_path / "run", in_background=in_background, cut=cut)
     assert outcomes == [["saved 1", "failed", "failed", "saved 4"]] * 3
-    assert saved(tmp_path / "run", 4) == {4.0}
+    tensors = safetensors.torch.load_file(step_folder(tmp_path / "run" / "checkpoints", 4) / WEIGHTS)
+    if cut:
+        whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+        assert torch.equal(tensors.pop("cut"), whole + 4)
+    assert {value for tensor in tensors.values() for value in tensor.flatten().tolist()} == {4.0}
+
+
+def test_where_host_memory_is_too_short_for_a_copy_training_waits(world: World, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    said = world.run(2, save_in_short_memory, run_dir=tmp_path / "run")
+    assert all("host memory is too short" in line for of_rank in said for line in of_rank)
+    assert [len(of_rank) for of_rank in said] == [1, 1]
+    assert names(tmp_path / "run") == [1, 2]
+
+
+def save_in_short_memory(ranks: Ranks, *, run_dir: Path) -> list[str]:
+    said: list[str] = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        make_saver(run_dir, state := CutState(ranks), said, ranks=ranks) as saver,
+    ):
+        patch.setattr(snapshot, "available_bytes", lambda: 2**20 if ranks.rank == 1 else 2**40)
+        for step in (1, 2):
+            saver.save(state.train(step))
+        saver.wait()
+    return said

@@ -16,9 +16,10 @@ from torch import Tensor
 from distlora import durable
 from distlora.checkpoints.folder import replaced_of, sha256, temporary_of
 from distlora.parallel import Backend
+from distlora.parallel.streams import HostRows
 from distlora.tensor_files import Unmade, write_tensors
 
-Files = Mapping[str, Mapping[str, Tensor | Unmade] | dict[str, Any]]
+Files = Mapping[str, Mapping[str, Tensor | HostRows | Unmade] | dict[str, Any]]
 """Tensors (*.safetensors) or JSON (*.json) by the name of their file."""
 
 

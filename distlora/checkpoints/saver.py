@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from distlora.checkpoints.files import Files, whole_folder, write_files
 from distlora.checkpoints.folder import STATE_NAME, step_folder, write_manifest
 from distlora.checkpoints.keeping import Keeper
-from distlora.checkpoints.snapshot import Snapshot
+from distlora.checkpoints.snapshot import Snapshot, is_cut
 from distlora.checkpoints.state import Identity, Progress, TrainState
 from distlora.parallel import Backend
 
@@ -75,7 +74,7 @@ class Saver:
         self._identity, self._environment, self._metadata = identity, dict(environment), metadata
         self._in_background, self._say = in_background, say
         self._keeper = Keeper(checkpoints, keep)
-        self._snapshot = Snapshot()
+        self._snapshot = Snapshot(backend)
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
         """The step of the last save that was begun."""
@@ -94,12 +93,18 @@ class Saver:
         self._saving, self._failed = progress.step, None
         state = TrainState(progress=copy.deepcopy(progress), identity=self._identity, environment=self._environment)
         files = self._collect()
-        # What the ranks have cut is gathered by all of them, a piece at a time, which their training would have to wait
-        # for anyway.
-        if not self._in_background or _is_cut(files):
+        cut = is_cut(files)
+        in_background = self._in_background
+        if in_background and cut and not self._snapshot.has_room(files):
+            in_background = self._in_background = False
+            self._say(
+                "WARNING: host memory is too short for a copy of what is saved, so training waits for every save, as "
+                "train.save_in_background=false says without this line"
+            )
+        if not in_background:
             self._write(files, state, last)
             self._backend.barrier()
-        elif self._backend.writes:
+        elif cut or self._backend.writes:
             files = self._snapshot.take(files)
             self._thread = threading.Thread(target=self._write, args=(files, state, last), name="saver", daemon=True)
             self._thread.start()
@@ -197,13 +202,3 @@ class Saver:
             f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
             f"{remedy}. The checkpoints there are as they were: {newest}"
         )
-
-
-def _is_cut(files: Files) -> bool:
-    """Whether a rank has only some rows of what is saved."""
-    return any(
-        isinstance(getattr(tensor, "data", None), DTensor)
-        for name, content in files.items()
-        if name.endswith(".safetensors")
-        for tensor in content.values()
-    )

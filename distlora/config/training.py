@@ -141,9 +141,8 @@ class TrainConfig:
     """Minutes after a checkpoint at which the next is saved, once the step under way is done: what a run that is killed
     can lose. null: only by save_every and at the end."""
     save_in_background: bool = True
-    """Copy the state to host memory and write it while training goes on; what the ranks have cut between them
-    (adapter=full, adapter.modules_to_save) is written before the next step all the same. Takes as much host memory on
-    rank 0 as a checkpoint. false: train no further until it is on the disk."""
+    """Copy the state to host memory and write it while training goes on: as much memory as a checkpoint, on rank 0, or
+    on each rank its rows of what the ranks cut between them. false: train no further until it is on the disk."""
     keep: int = 2
     """Newest checkpoints that are kept, beside the one with the lowest held-out loss of those that were saved."""
     verify: bool = False

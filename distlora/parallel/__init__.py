@@ -26,6 +26,7 @@ from distlora.parallel import fsdp2, watch
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.integrity import FrozenWeights
+from distlora.parallel.streams import HostRows, stream_rows
 from distlora.parallel.traffic import Traffic
 from distlora.parallel.trained_shards import ShardedGradients
 from distlora.quant import FrozenTensor
@@ -166,12 +167,20 @@ class Backend:
             local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
 
-    def stream(self, tensor: Tensor, write: Callable[[Tensor], object], dtype: torch.dtype | None = None) -> None:
+    def stream(
+        self, tensor: Tensor | HostRows, write: Callable[[Tensor], object], dtype: torch.dtype | None = None
+    ) -> None:
         """Give `write` all of a tensor, cut over the ranks or not, on the rank that writes: flat pieces of at most
         PIECE_BYTES in host memory, front to back. On the others `write` is not called.
 
-        Every rank must call it for the same tensors in the same order. For saving, not for a step.
+        Every rank must call it for the same tensors in the same order. For saving, not for a step; copies in host
+        memory (`HostRows` of what was cut) are streamed while another thread trains, and keep their dtype.
         """
+        if isinstance(tensor, HostRows):
+            assert dtype in (None, tensor.dtype), "copies are written as they are"
+            assert self.ranks.control is not None
+            stream_rows(tensor, write, group=self.ranks.control, rank=self.ranks.rank, world=self.ranks.world)
+            return
         data = tensor.detach()
         dtype = dtype or data.dtype
         size = PIECE_BYTES // max(dtype.itemsize, data.dtype.itemsize)

@@ -1,13 +1,15 @@
-"""The commands that a user types, as processes: `distlora train` on chats, a worker killed by -9, and `resume`."""
+"""The commands that a user types, as processes: `distlora train` on chats, a request to stop, kill -9, and `resume`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ import safetensors.torch
 import torch
 
 from small_models import read_metrics
+from wandb_logs import read_wandb_log
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 
@@ -71,48 +74,101 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(folders: Path, tm
     assert summary["gathered_bytes_per_step"] < summary["gathered_bytes_per_step_bf16"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker by its command line in /proc")
-def test_a_worker_killed_with_9_is_named_and_resume_gives_the_uninterrupted_adapter(
-    folders: Path, tmp_path: Path
-) -> None:
-    write_chats(tmp_path / "chats.jsonl")
-    settings = ("train.max_steps=30", "train.save_every=2", "tracker=none")
-    whole = train_command(folders, tmp_path / "chats.jsonl", tmp_path / "whole", *settings)
-    assert subprocess.run(whole, capture_output=True, env=environment()).returncode == 0
-
-    command = train_command(folders, tmp_path / "chats.jsonl", tmp_path / "killed", *settings)
+@contextlib.contextmanager
+def once_saved(command: Sequence[str | Path], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A started command, as soon as a checkpoint of its own is there."""
+    there = set(run_dir.glob("checkpoints/step_*"))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     ) as run:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "killed").glob("checkpoints/step_*")):
+        while not set(run_dir.glob("checkpoints/step_*")) - there:
             assert time.monotonic() < deadline, "no checkpoint appeared in time"
             assert run.poll() is None, "the run ended before its first checkpoint"
             time.sleep(0.02)
-        workers = [
-            child
-            for child in psutil.Process(run.pid).children(recursive=True)
-            if any("worker_entry" in part for part in child.cmdline())
-        ]
-        rank_1 = next(worker for worker in workers if worker.environ().get("RANK") == "1")
-        rank_1.send_signal(signal.SIGKILL)
-        assert run.stdout is not None
-        output = run.stdout.read()
-    assert run.returncode == 1
-    assert "rank 1" in output, output
-    assert "SIGKILL" in output, output
-    assert not (tmp_path / "killed" / "adapter").exists()
+        yield run
 
-    resumed = subprocess.run(
-        [DISTLORA, "resume", tmp_path / "killed"], capture_output=True, text=True, env=environment()
-    )
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "continuing from step_" in resumed.stdout
+
+def rank_1_of(run: subprocess.Popen[str]) -> psutil.Process:
+    workers = [
+        child
+        for child in psutil.Process(run.pid).children(recursive=True)
+        if any("worker_entry" in part for part in child.cmdline())
+    ]
+    return next(worker for worker in workers if worker.environ().get("RANK") == "1")
+
+
+def wandb_exit_codes(run_dir: Path) -> list[int]:
+    """How the starts of a run ended, by wandb's own logs."""
+    logs = [read_wandb_log(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
+    return [record.exit.exit_code for log in logs for record in log if record.WhichOneof("record_type") == "exit"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker by its command line in /proc")
+def test_a_run_that_was_asked_to_stop_and_a_worker_of_which_was_killed_is_the_uninterrupted_run(
+    folders: Path, tmp_path: Path
+) -> None:
+    write_chats(tmp_path / "chats.jsonl")
+    settings = ("train.max_steps=30", "train.save_every=2")
+    whole = train_command(folders, tmp_path / "chats.jsonl", tmp_path / "whole", *settings, "tracker=none")
+    assert subprocess.run(whole, capture_output=True, env=environment()).returncode == 0
+
+    run_dir = tmp_path / "stopped"
+    with once_saved(train_command(folders, tmp_path / "chats.jsonl", run_dir, *settings), run_dir) as run:
+        rank_1_of(run).send_signal(signal.SIGUSR1)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 75, output
+    record = json.loads((run_dir / "stopped.json").read_text())
+    step = record["step"]
+    assert record["signal"] == "SIGUSR1"
+    assert (run_dir / record["checkpoint"] / "manifest.json").is_file()
+    assert f"asked to stop by SIGUSR1: step {step} is saved\n" in output
+    assert f"continue from step_{step:08d} with: distlora resume {run_dir}\n" in output
+    assert not (run_dir / "adapter").exists()
+    assert wandb_exit_codes(run_dir) == [75]
+
+    with once_saved([DISTLORA, "resume", run_dir], run_dir) as run:
+        rank_1_of(run).send_signal(signal.SIGKILL)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    assert f"continuing from step_{step:08d}" in output
+    assert "SIGKILL" in output, "the rank that died is named"
+    assert not (run_dir / "stopped.json").exists()
     adapters = [
-        safetensors.torch.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        for name in ("whole", "killed")
+        safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "whole", run_dir)
     ]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+        for folder in (tmp_path / "whole", run_dir)
+    ]
+    assert losses[0] == losses[1], "each step once, with the same numbers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_to_the_command_or_twice_to_every_process_saves_and_ends_with_75(
+    folders: Path, tmp_path: Path, everyone: bool
+) -> None:
+    """As `kill` does, and as SLURM's scancel: wandb's own process gets it too."""
+    write_chats(tmp_path / "chats.jsonl")
+    run_dir = tmp_path / "run"
+    command = train_command(folders, tmp_path / "chats.jsonl", run_dir, "train.max_steps=200", "train.save_every=2")
+    with once_saved(command, run_dir) as run:
+        processes = [psutil.Process(run.pid)]
+        if everyone:
+            processes += processes[0].children(recursive=True)
+            assert any("wandb" in process.name() for process in processes)
+        for _ in range(1 + everyone):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 75, output
+    assert json.loads((run_dir / "stopped.json").read_text())["signal"] == "SIGTERM"
+    assert wandb_exit_codes(run_dir)[-1] == 75
 
 
 def test_the_worker_starts_where_only_torch_triton_transformers_and_safetensors_are(

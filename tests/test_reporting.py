@@ -3,10 +3,8 @@
 import contextlib
 import json
 import signal
-import struct
 import sys
 import time
-import zlib
 
 import psutil
 import pytest
@@ -16,6 +14,7 @@ from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, User
 from distlora.progress import figures
 from distlora.reporting import EXIT_STOPPED, Reporter
 from distlora.stopping import Stopped
+from wandb_logs import read_wandb_log
 
 
 @pytest.fixture
@@ -49,25 +48,6 @@ def read_metrics(run_dir):
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(entry.pop("time") > 1.7e9 for entry in entries)
     return entries
-
-
-def read_wandb_log(folder):
-    """Records of an offline run: a LevelDB log (7-byte file header, 32 KiB blocks of crc, length, kind, payload)."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("run-*.wandb")
-    data, position, record, records = path.read_bytes(), 7, b"", []
-    while len(data) - position > 7:
-        position += (32768 - position % 32768) * (32768 - position % 32768 < 7)  # A header never straddles two blocks.
-        crc, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + 7 : position + 7 + length]
-        assert zlib.crc32(bytes([kind]) + chunk) == crc
-        position += 7 + length
-        record += chunk
-        if kind in (1, 4):  # whole, or the last part
-            records.append(wandb_internal_pb2.Record.FromString(record))
-            record = b""
-    return records
 
 
 def items(entries):

@@ -19,6 +19,7 @@ from distlora.config.cluster import sbatch_seconds
 from distlora.config_file import build
 from distlora_launcher import local
 from distlora_launcher.cli import main
+from distlora_launcher.jobs import submit
 from distlora_launcher.jobs.script import render
 from fake_slurm import FakeSlurm, job_record
 from launcher_fakes import write_data, write_model
@@ -33,6 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(local, "prepare", lambda run_dir: 0)
+    monkeypatch.setattr(submit, "prepare", lambda run_dir: 0)
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")
     return tmp_path

@@ -149,15 +149,15 @@ def run_hydra(arguments: list[str], *, program: str = PROGRAM) -> int:
         if code not in (DONE, FAILED, BAD_INPUT):  # A signal or a stop ends the whole sweep.
             sys.exit(code)
 
-    argv = sys.argv
+    argv, submits = sys.argv, False
     sys.argv = [program, *arguments]  # The only way in to Hydra's own command line.
     try:
         hydra.main(config_path=f"pkg://{CONF_MODULE}", config_name="config", version_base=VERSION_BASE)(task)()
+        submits = set(codes) <= {DONE}
     finally:
         sys.argv = argv
-    failure = next((code for code in codes if code != DONE), DONE)
-    sweep.close(submits=failure == DONE)
-    return failure
+        sweep.close(submits=submits)
+    return next((code for code in codes if code != DONE), DONE)
 
 
 def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:

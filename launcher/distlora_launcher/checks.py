@@ -43,7 +43,8 @@ def check(config: Config, *, new_run: bool) -> None:
     try:
         if new_run:
             check_run_dir(Path(config.run_dir))
-        check_machine(config)
+        if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
+            check_machine(config)
         check_model(config)
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
@@ -87,10 +88,7 @@ def gpu_count() -> int:
 
 
 def check_machine(config: Config) -> None:
-    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to. Where SLURM
-    starts the run, the machine that submits it says nothing of those that will."""
-    if config.cluster.launcher == "slurm":
-        return
+    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to."""
     wanted, available = config.cluster.gpus_per_node, gpu_count()
     if 0 < available < wanted:
         raise UserError(

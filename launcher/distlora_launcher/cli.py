@@ -33,6 +33,12 @@ COMMANDS = {
         "distlora_launcher.application",
     ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),
+    "status": Command(
+        "RUN [--json]",
+        "whether and where a run, or each run of a sweep, stands: queued, running, saved, ended",
+        "distlora_launcher.status",
+    ),
+    "cancel": Command("RUN [--now]", "have a run save and stop, here or in SLURM", "distlora_launcher.cancel"),
     "data": Command(
         "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N",
         "print documents as the model sees them: what is trained, too long, left out",

@@ -52,11 +52,27 @@ class Place:
 
 @contextlib.contextmanager
 def running(run_dir: Path) -> Iterator[None]:
-    """Hold the run alone: a second process that starts or resumes it meanwhile is refused."""
+    """Hold the run alone: a second process that starts or resumes it meanwhile is refused. RUN/machines/0.json says for
+    the duration who has it (`run_state.machines`).
+    """
     with (run_dir / CONFIG_NAME).open("r+") as file:
         if not _lock(file, fcntl.LOCK_EX):
             raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
-        yield
+        place = _take_place(run_dir, 1, lambda: False)
+        assert place is not None, "it gives up only when it is told to"
+        try:
+            with place:
+                yield
+        finally:
+            leave(run_dir)
+
+
+def leave(run_dir: Path) -> None:
+    """Remove the places in a run that nobody holds any more."""
+    for path in (run_dir / MACHINES).glob("*.json"):
+        path.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / MACHINES).rmdir()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from distlora_launcher.worker_entry import ATTEMPT
 START = "start_"
 OURS = ("rank_*", "torchrun*.log", f"{ATTEMPT}*")
 """What a start writes here. SLURM's own log lies here too, and is being written."""
+SLURM = "slurm_"
+"""Of a job of SLURM: slurm_<job>.log, what it and rank 0 in it print, all its starts in one file."""
 
 
 def set_aside_logs(log_dir: Path) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
+from distlora_launcher.logs import SLURM
 
 SCRIPT_NAME = "job.sbatch"
 """In the run folder, or in a sweep's."""
-LOG_PREFIX = "slurm_"
-"""In RUN/logs: what a job itself and rank 0 print, a file a job, appended to by each of its starts."""
 
 _TEMPLATE = "job.sbatch.jinja"
 _GPU_OPTION = re.compile(r"--(gpus|gpus-per-node|gpus-per-task|gpus-per-socket|gres|tres-per-\w+)\b|-G")
@@ -64,7 +63,7 @@ def _options(config: Config, gpus: bool, tasks: int) -> list[tuple[str, str | No
     """Options of sbatch by name; None stands for an option without a value. Those that the user adds come after, where
     they win."""
     cluster = config.cluster
-    log = f"{LOG_PREFIX}%j.log" if not tasks else f"%a/logs/{LOG_PREFIX}%A_%a.log"
+    log = f"{SLURM}%j.log" if not tasks else f"%a/logs/{SLURM}%A_%a.log"
     folder = config.run_dir.replace("%", "%%") + ("" if tasks else "/logs")
     throttle = f"%{cluster.max_parallel}" if cluster.max_parallel is not None else ""
     options: list[tuple[str, str | None]] = [("job-name", config.name)]

@@ -24,8 +24,9 @@ from distlora_launcher.hub import restore
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import Submission, read_submission, write_submission
 from distlora_launcher.jobs.scheduler import SchedulerError
-from distlora_launcher.jobs.script import LOG_PREFIX, SCRIPT_NAME, render
+from distlora_launcher.jobs.script import SCRIPT_NAME, render
 from distlora_launcher.local import forget_run, is_prepared, make_run, prepare, remove_if_empty, running, say, shown
+from distlora_launcher.logs import SLURM
 from distlora_launcher.workers import DONE
 
 
@@ -122,7 +123,7 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
         write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition)))
     submission = submit_script(run_dir)
     write_submission(run_dir, submission)
-    log = run_dir / "logs" / f"{LOG_PREFIX}{submission.job_id}.log"
+    log = run_dir / "logs" / f"{SLURM}{submission.job_id}.log"
     say(f"submitted {shown(run_dir)} as SLURM job {submission.job_id}")
     say(f"watch it with: distlora status {shown(run_dir)}   (what it prints: {shown(log)})")
     say(f"stop it with: distlora cancel {shown(run_dir)}")

@@ -1,0 +1,103 @@
+"""`distlora cancel RUN`: ask a run to save and stop, on this machine or as a job of SLURM; --now ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora_launcher.arguments import Parser
+from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.scheduler import SchedulerError
+from distlora_launcher.local import say, shown
+from distlora_launcher.logs import host_name
+from distlora_launcher.status import Status, describe, statuses
+
+USAGE = """usage: distlora cancel RUN [--now]
+
+Ask the run in the folder RUN to save and stop: its processes on this machine, or its SLURM job, which then is not
+queued again. A job that still waits leaves the queue. RUN may be a folder of runs, as -m makes one: all of them end.
+`distlora resume RUN` continues it.
+
+--now    end it at once, without a save"""
+
+
+def main(arguments: list[str]) -> int:
+    """End the run, or the runs, of a folder."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    parser = Parser("distlora cancel")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--now", action="store_true")
+    options = parser.parse_args(arguments)
+    folder = Path(options.run).expanduser().absolute()
+    cancel(folder, now=options.now)
+    return 0
+
+
+def cancel(folder: Path, *, now: bool) -> None:
+    """End what runs or waits of the run, or the runs, in a folder. UserError where nothing does, or it cannot be ended
+    from here."""
+    found = statuses(folder)
+    unknown = next((status.unknown for status in found if status.unknown is not None), None)
+    if unknown is not None:
+        raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again where it does")
+    jobs = [status for status in found if status.job is not None and status.job.is_live]
+    here = [status for status in found if status.machines and status not in jobs]
+    if not jobs and not here:
+        alone = (folder / CONFIG_NAME).exists()
+        raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
+    try:
+        cancel_jobs(jobs, now=now)
+    except SchedulerError as error:
+        raise UserError(f"SLURM refuses: {error}") from error
+    for status in here:
+        cancel_processes(status, now=now)
+
+
+def cancel_jobs(runs: list[Status], *, now: bool) -> None:
+    """End the jobs of runs. Raises SchedulerError.
+
+    scancel alone would give a job no longer than SLURM waits from TERM to KILL (KillWait, 30 s), and a save may take
+    more. So a running one is asked as before its time limit, and first told not to queue again: the script looks at it.
+    """
+    running = [status.job.job_id for status in runs if status.job is not None and status.job.state == "RUNNING"]
+    others = [status.job.job_id for status in runs if status.job is not None and status.job.state != "RUNNING"]
+    if now:
+        others, running = [*running, *others], []
+    if others:
+        scheduler.ask(["scancel", *others])
+        say(f"cancelled SLURM job {', '.join(others)}")
+    if running:
+        for job_id in running:
+            scheduler.ask(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])
+        # By way of the controller: else scancel sends the signal to a task of an array again and again while other
+        # tasks wait, for minutes (24.11).
+        scheduler.ask(["scancel", "--ctld", "--batch", "--signal=USR1", *running])
+        say(f"asked SLURM job {', '.join(running)} to save and stop; `distlora status` says when it has")
+
+
+def cancel_processes(status: Status, *, now: bool) -> None:
+    """End a run by its launcher on this machine; those on others follow. UserError where none is here."""
+    run, here = shown(status.run_dir), host_name()
+    pids = [machine.pid for machine in status.machines if machine.host == here]
+    if not pids:
+        machine = status.machines[0]
+        raise UserError(
+            f"{run} runs on {machine.host}, and this is {here}; give the command there, or `ssh {machine.host} kill "
+            f"-{'KILL' if now else 'TERM'} {machine.pid}`"
+        )
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+        except ProcessLookupError:
+            continue  # It has ended meanwhile.
+        except PermissionError as error:
+            raise UserError(f"{run} is another user's: process {pid} on {here} cannot be ended from here") from error
+    if now:
+        say(f"killed {run} (pid {', '.join(map(str, pids))}); distlora resume {run} continues from its last save")
+    else:
+        say(f"asked {run} to save and stop; distlora status {run} says when it has")

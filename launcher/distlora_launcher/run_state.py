@@ -1,0 +1,217 @@
+"""What a run folder says of how its run stands: how far, at what pace, saved where, how it ended, who holds it.
+
+Everything may be half-written, missing, or damaged: then it is unknown, and nothing else suffers. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.checkpoints.folder import MANIFEST_NAME, step_of, steps
+from distlora.config import Config
+from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME
+from distlora.stopping import STOPPED_NAME
+from distlora_launcher.failures import first_failure, read_errors
+from distlora_launcher.holding import MACHINES
+from distlora_launcher.logs import host_name
+
+TAIL_BYTES = 256 * 1024
+"""Of metrics.jsonl, from its end: some hundred steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """The newest lines of metrics.jsonl; None for what was not logged yet."""
+
+    step: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    """The last held-out loss after a step."""
+    tokens_per_second: float | None = None
+    time: float | None = None
+    """When the last line was written, seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """The newest checkpoint."""
+
+    step: int
+    path: Path
+    time: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """A machine's launcher that holds a run."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How the last start ended, where it said so."""
+
+    stopped: Mapping[str, Any] | None = None
+    """stopped.json: it saved and stopped as it was asked to."""
+    error: str | None = None
+    """What failed first."""
+    bad_input: bool = False
+    """Whether the error is the user's to mend."""
+
+
+def read_figures(run_dir: Path) -> Figures:
+    """The newest figures of a run, from the end of metrics.jsonl."""
+    step, loss, eval_loss, pace, written = 0, None, None, None, None
+    for line in _tail(run_dir / METRICS_NAME):
+        values = _object(line)
+        number, when = values.get("step"), values.get("time")
+        if not isinstance(number, int) or isinstance(number, bool):
+            continue
+        step, written = max(step, number), when if _is_number(when) else written
+        if "eval_loss" in values:
+            eval_loss = _number(values["eval_loss"]) if number > 0 else eval_loss
+        else:
+            loss, pace = _number(values.get("loss")), _number(values.get("tokens_per_second"))
+    return Figures(step=step, loss=loss, eval_loss=eval_loss, tokens_per_second=pace, time=written)
+
+
+def total_steps(run_dir: Path, config: Config) -> int | None:
+    """Steps of the whole run; None while its data is not prepared."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    rows = _nested(_object(_text(run_dir / DATA_NAME)), "splits", "train", "rows")
+    if not isinstance(rows, int):
+        return None
+    return config.train.epochs * -(-rows // config.train.global_batch)
+
+
+def seconds_left(figures: Figures, total: int | None, config: Config) -> float | None:
+    """At the pace of the last steps; None where that is not known."""
+    if total is None or not figures.tokens_per_second or figures.step == 0:
+        return None
+    tokens = (total - figures.step) * config.train.global_batch * config.data.sequence_length
+    return max(0.0, tokens / figures.tokens_per_second)
+
+
+def newest_saved(run_dir: Path) -> Saved | None:
+    """The newest checkpoint by name; its bytes are not checked (`distlora verify` does)."""
+    for folder in reversed(steps(run_dir / CHECKPOINTS)):
+        with contextlib.suppress(OSError):  # Pruned meanwhile.
+            return Saved(step=step_of(folder), path=folder, time=(folder / MANIFEST_NAME).stat().st_mtime)
+    return None
+
+
+def read_ending(run_dir: Path) -> Ending:
+    """How the last start ended: the later of a stop and a failure; neither where it was killed, or still runs."""
+    stopped = _object(_text(run_dir / STOPPED_NAME))
+    log_dir = run_dir / "logs"
+    try:
+        errors = [error for _, error in read_errors(log_dir)]
+        failure = first_failure(log_dir, {}, errors)
+        failed = max((_number(error.get("time")) or 0.0 for error in errors), default=0.0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # Being written, or damaged.
+        failure, failed = None, 0.0
+    if stopped and (_number(stopped.get("time")) or math.inf) >= failed:
+        return Ending(stopped=stopped)
+    if failure is not None:
+        return Ending(error=failure.message, bad_input=failure.bad_input)
+    return Ending()
+
+
+def machines(run_dir: Path) -> list[Machine]:
+    """The launchers that hold a run now, on whatever machines: each locks the file that names it while it lives."""
+    found = []
+    for path in sorted((run_dir / MACHINES).glob("[0-9]*.json")):
+        with contextlib.suppress(OSError), path.open() as file:
+            values = _object(file.read())
+            host, pid = values.get("host"), values.get("pid")
+            if isinstance(host, str) and isinstance(pid, int):
+                machine = Machine(host=host, pid=pid)
+                found += [machine] if _is_held(file.fileno(), machine) else []
+    return found
+
+
+def _is_held(descriptor: int, machine: Machine) -> bool:
+    """Whether the launcher that a file names lives. Where the file system has no locks, only its own machine knows."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return machine.host == host_name() and Path(f"/proc/{machine.pid}").exists()
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def was_started(run_dir: Path) -> bool:
+    """Whether workers have ever written something."""
+    return (run_dir / METRICS_NAME).exists() or any((run_dir / "logs").glob("rank_*"))
+
+
+def age(moment: float) -> str:
+    """`12 s`, `3 min`, `2 h`, `5 days` since a moment (seconds since 1970)."""
+    return duration(max(0.0, time.time() - moment))
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its largest units: `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def _tail(path: Path) -> list[str]:
+    """The whole lines at the end of a file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return []
+    return lines[1:] if size > TAIL_BYTES else lines
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _nested(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _is_number(value) else None

@@ -19,22 +19,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.environment import environment
 from distlora.checkpoints.folder import TRAINER_NAME, step_folder
+from distlora.checkpoints.identity import identity_of
 from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import (
-    Identity,
-    Progress,
-    check_matches,
-    environment_line,
-    fixed_settings,
-    load_state,
-)
+from distlora.checkpoints.state import Progress, check_matches, environment_line, load_state
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
-from distlora.initial_adapter import weights_digest
-from distlora.loading.start_file import base_identity, needs_start
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
@@ -162,21 +154,6 @@ def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
         step = progress.step
         reporter.stopped(stop.signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
         raise
-
-
-def identity_of(config: Config, data: dict[str, Any]) -> Identity:
-    """What the checkpoints of a run belong to; `data` is data.json. Raises UserError for an adapter that is gone and
-    that the run needs as its reference.
-    """
-    init_from, digest = config.adapter.init_from, None
-    if init_from is not None and needs_start(config, training=True, restores=True):
-        digest = weights_digest(init_from)
-    return Identity(
-        base_fingerprint=base_identity(config),
-        data_digest=data["content"],
-        settings=fixed_settings(config),
-        reference_digest=digest,
-    )
 
 
 def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:

@@ -68,7 +68,7 @@ LAYERS = [
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoints", "distlora.tensor_files", "distlora.pissa_format"},
-    {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached"},
+    {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached", "distlora.verification"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},

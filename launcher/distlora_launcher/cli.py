@@ -39,6 +39,11 @@ COMMANDS = {
         "distlora_launcher.status",
     ),
     "cancel": Command("RUN [--now]", "have a run save and stop, here or in SLURM", "distlora_launcher.cancel"),
+    "verify": Command(
+        "RUN [--json]",
+        "check a run folder: data, checkpoints, results, figures; what is damaged and what to do",
+        "distlora_launcher.verify",
+    ),
     "data": Command(
         "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N",
         "print documents as the model sees them: what is trained, too long, left out",

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format bench-load bench-dora slurm-shell clean
+.PHONY: demo test test-slow chaos lint format bench-load bench-dora slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -16,6 +16,10 @@ test: $(READY)
 # What takes minutes each: whole commands as a user runs them, larger models. Not in CI.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# 50 kills at random moments of two-rank runs, each then resumed; ends with what each kind cost (20 minutes when quiet).
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py --kills 50
 
 # A real SLURM of two nodes on this machine, as the tests have one, and a shell in which it answers. Needs root.
 slurm-shell: $(READY)

@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distlora import error_file
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
+from distlora_launcher.failures import first_failure, read_errors
 from distlora_launcher.workers import run_workers
 from worlds import World
 
@@ -150,20 +152,28 @@ def test_a_rank_without_a_beat_is_named_even_where_it_is_ahead() -> None:
     )
 
 
-def test_a_run_that_hangs_ends_and_the_launcher_says_why(
+def test_a_group_that_hangs_ends_and_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Under torchrun: the launcher says who hung, and the stacks of all are in the logs of that attempt."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "behaviour").write_text("asleep")
-    began = time.monotonic()
-    assert run_workers(tmp_path, processes=2, worker_module="watched_worker") == 1
-    assert time.monotonic() - began < 60
-    message = capsys.readouterr().err
-    assert message.startswith(
-        "error: the run hung: nothing has moved for 2 s: rank 1 is in step 4 (forward) at watched_"
+    (tmp_path / "behaviour").write_text("asleep once")
+    assert run_workers(tmp_path, processes=2, worker_module="watched_worker", max_restarts=1) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "the run hung: nothing has moved for 2 s: rank 1 is in step 4 (forward) at watched_worker.py:"
     )
-    assert "waiting for that: rank 0 is in step 4 (forward)" in message
-    assert message.endswith(f"its stacks are in {tmp_path / 'logs' / 'rank_1.log'}\n")
-    assert "watched_worker.py" in (tmp_path / "logs" / "rank_1.log").read_text()
-    assert "in all_reduce" in (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "restart 1 of 1" in said
+    logs = [(tmp_path / "logs" / "attempt_1" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    assert "in all_reduce" in logs[0]
+    assert "in hang" in logs[1]
+
+
+def test_the_message_of_a_hang_leads_to_the_stacks_of_the_rank_that_hangs(tmp_path: Path) -> None:
+    error_file.write(tmp_path / "rank_0.error.json", HungError("rank 2 is in step 4"), about=2)
+    error_file.write(tmp_path / "rank_1.error.json", ConnectionError("closed by peer"))
+    failure = first_failure(tmp_path, {}, [error for _, error in read_errors(tmp_path)])
+    assert failure is not None
+    assert failure.message == f"the run hung: rank 2 is in step 4\nits stacks are in {tmp_path / 'rank_2.log'}"
+    assert not failure.repeats

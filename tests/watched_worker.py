@@ -1,9 +1,8 @@
-"""A worker of the launcher that marks its steps and then hangs on one rank, as RUN/behaviour says."""
+"""A worker of the launcher that marks its steps, and hangs on one rank as RUN/behaviour says."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -28,10 +27,8 @@ def main() -> None:
 
 
 def hang(behaviour: str) -> None:
-    if behaviour == "asleep":
+    if behaviour == "asleep once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         time.sleep(600)
-    elif behaviour == "stopped":
-        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,475 @@
+"""Runs that are killed at random moments and resumed until they end: what must be whole then, and what a kill costs.
+
+    python tests/chaos.py --kills 50 --seed 1      (`make chaos`)
+
+A campaign is one run of `distlora train` on two ranks that takes several kills. Each has a kind (-9 of one rank, of
+torchrun, of every process; SIGTERM or SIGUSR1, to the launcher or to one rank, once or twice) and a phase (start,
+loading, a step, an evaluation, a save, the end), drawn by a seeded generator. Where the command ends, it is resumed at
+once. After every kill that ends it nothing may run on and every checkpoint must be what its manifest says; in the end
+the adapter must be that of an uninterrupted run bit for bit, metrics.jsonl must have every step once and with the same
+loss, and nothing temporary may lie in the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+DISTLORA = Path(sys.executable).with_name("distlora")
+STOPPED = 75
+
+KINDS = ("-9 of one rank", "-9 of torchrun", "-9 of all", "SIGTERM", "SIGUSR1")
+MANNERS = ("to the launcher", "to one rank", "twice")
+"""Of a signal; `twice` is to the launcher."""
+PHASES = {"start": 15, "loading": 15, "step": 30, "evaluation": 15, "saving": 20, "end": 5}
+"""How often a kill falls into each, in percent."""
+LONGEST_DELAY = {"start": 5.0, "loading": 1.0, "step": 0.4, "evaluation": 0.1, "saving": 0.03, "end": 0.3}
+"""Seconds after the phase was seen to begin."""
+STEPS_PER_KILL = 4
+EVAL_EVERY = 3
+PATIENCE_SECONDS = 240.0
+"""For whatever must happen soon: beyond it a run hangs."""
+
+
+@dataclass(slots=True)
+class Kill:
+    """One kill, and what it cost."""
+
+    kind: str
+    phase: str
+    delay: float
+    """Seconds."""
+    rank: int
+    """The worker that is killed, or gets the signal."""
+    manner: str
+    at: float = 0.0
+    """Seconds since 1970."""
+    step: int = 0
+    """The last step that was logged before."""
+    seconds_lost: float | None = None
+    """To the first step that had not been done before; None where there was none, or another kill came first."""
+    steps_repeated: int | None = None
+    ended: str = ""
+    """`restarted`, or the command's exit code."""
+
+    def __str__(self) -> str:
+        manner = f" {self.manner}" if self.kind.startswith("SIG") else ""
+        return f"{self.kind}{manner} in {self.phase} +{self.delay:.2f} s, after step {self.step}"
+
+
+def draw(number: int, generator: random.Random) -> list[Kill]:
+    """Kills of all kinds alike, in a random order."""
+    kinds = [KINDS[index % len(KINDS)] for index in range(number)]
+    generator.shuffle(kinds)
+    phases = generator.choices(list(PHASES), weights=list(PHASES.values()), k=number)
+    return [
+        Kill(
+            kind,
+            phase,
+            delay=generator.uniform(0.0, LONGEST_DELAY[phase]),
+            rank=generator.randrange(2),
+            manner=generator.choice(MANNERS),
+        )
+        for kind, phase in zip(kinds, phases, strict=True)
+    ]
+
+
+class Life:
+    """One command, from its start to its end, and the processes under it."""
+
+    def __init__(self, command: Sequence[str], output: Path, scratch: Path) -> None:
+        self.began = time.time()
+        self._output = output
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
+        with output.open("wb") as file:
+            self.process = psutil.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+        self._family: set[psutil.Process] = set()
+
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """The launcher and all processes under it, the parents first."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._family.update(self.process.children(recursive=True))
+        return [self.process, *(process for process in self._family if is_alive(process))]
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """By rank."""
+        found = {}
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                rank = process.environ().get("RANK")
+                if rank is not None and any("worker_entry" in part for part in process.cmdline()):
+                    found[int(rank)] = process
+        return found
+
+    def torchrun(self) -> psutil.Process | None:
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                if any("torchrun_entry" in part for part in process.cmdline()):
+                    return process
+        return None
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def code(self) -> int:
+        """The exit code; waits for it."""
+        try:
+            return self.process.wait(PATIENCE_SECONDS)
+        except psutil.TimeoutExpired:
+            raise TimeoutError("the command did not end") from None
+
+    def wait_until(self, condition: Callable[[], Any], every: float = 0.004) -> bool:
+        """Whether it came true before the command ended. TimeoutError where neither happens."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            if self.ended():
+                return bool(condition())
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing happened for {PATIENCE_SECONDS:.0f} s")
+            time.sleep(every)
+        return True
+
+    def gone(self) -> list[psutil.Process]:
+        """What still runs of it some seconds after its end: nothing should."""
+        deadline = time.monotonic() + 20
+        while (left := [process for process in self._family if is_alive(process)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return left
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def send(process: psutil.Process | None, signum: signal.Signals) -> None:
+    if process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signum)
+
+
+@dataclass(slots=True)
+class Campaign:
+    """One run folder, the kills that it takes, and what was found wrong."""
+
+    run_dir: Path
+    reference: Path
+    command: Sequence[str]
+    kills: Sequence[Kill]
+    say: Callable[[str], None] = print
+    problems: list[str] = field(default_factory=list)
+    _lives: list[Life] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Start, kill and resume until the run ends; then compare it with the reference."""
+        try:
+            self._run()
+        except TimeoutError as error:
+            self._problem(str(error))
+        finally:
+            for process in self._lives[-1].family():
+                send(process, signal.SIGKILL)
+
+    def _run(self) -> None:
+        last: Kill | None = None
+        life = self._start()
+        for kill in self.kills:
+            reached = self._reaches(life, kill, last)
+            if not reached:
+                break  # The run came to its end before that.
+            last = kill
+            self._strike(life, kill)
+            if not self._goes_on(life, kill):
+                life = self._start()
+        if (code := life.code()) != 0:
+            self._problem(f"a command that nobody stopped ended with code {code}")
+            return
+        self._account(last)
+        self._check_end(life)
+        self._check_result()
+
+    def _start(self) -> Life:
+        begun = (self.run_dir / "config.yaml").exists()
+        command = [str(DISTLORA), "resume", str(self.run_dir)] if begun else self.command
+        scratch = self.run_dir.parent / "tmp"
+        scratch.mkdir(exist_ok=True)
+        output = self.run_dir.with_name(f"{self.run_dir.name}.start_{len(self._lives) + 1}.txt")
+        self._lives.append(Life(command, output, scratch))
+        return self._lives[-1]
+
+    def _reaches(self, life: Life, kill: Kill, last: Kill | None) -> bool:
+        """Wait for the moment of a kill; False where the command ends before."""
+        if kill.phase not in ("start", "loading"):
+            begun = life.wait_until(lambda: any(self._new_steps(last)))
+            self._account(last)
+            if not begun:
+                return False
+        seen = self._last_step()
+        reached = {
+            "start": lambda: True,
+            "loading": lambda: "reading " in life.output(),
+            "step": lambda: self._last_step() > seen,
+            "evaluation": self._is_evaluating,
+            "saving": lambda: any(self.run_dir.glob("checkpoints/.step_*")),
+            "end": lambda: self._last_step() == self._last_step_of(self.reference),
+        }[kill.phase]
+        if not life.wait_until(reached, every=0.001):
+            return False
+        time.sleep(kill.delay)
+        if kill.kind == "-9 of torchrun":
+            return life.wait_until(life.torchrun)
+        if kill.kind == "-9 of one rank" or kill.manner == "to one rank":
+            return life.wait_until(lambda: kill.rank in life.workers())
+        return not life.ended()
+
+    def _strike(self, life: Life, kill: Kill) -> None:
+        family, workers, torchrun = life.family(), life.workers(), life.torchrun()
+        kill.step, kill.at = self._last_step(), time.time()
+        if kill.kind == "-9 of one rank":
+            send(workers.get(kill.rank), signal.SIGKILL)
+        elif kill.kind == "-9 of torchrun":
+            send(torchrun, signal.SIGKILL)
+        elif kill.kind == "-9 of all":
+            for signum in (signal.SIGSTOP, signal.SIGKILL):  # Stopped first, so that none can tidy up after another.
+                for process in family:
+                    send(process, signum)
+        else:
+            target = workers.get(kill.rank) if kill.manner == "to one rank" else life.process
+            for _ in range(2 if kill.manner == "twice" else 1):
+                send(target, signal.Signals[kill.kind])
+
+    def _goes_on(self, life: Life, kill: Kill) -> bool:
+        """Whether the command goes on by itself, or has done all. Says what is wrong about how it ended."""
+        before = life.output()
+        if kill.kind == "-9 of one rank":
+            life.wait_until(lambda: any(line in life.output()[len(before) :] for line in ("reading ", "done in ")))
+            if not life.ended():
+                kill.ended = "restarted"
+                self.say(f"  {kill}: restarted")
+                return True
+        code = life.code()
+        kill.ended = str(code)
+        self.say(f"  {kill}: ended with {code} after {time.time() - kill.at:.1f} s")
+        self._check_end(life)
+        if code == 0:
+            return True
+        if kill.kind == "-9 of one rank":
+            self._problem(f"{kill}: was not restarted, ended with {code}")
+        elif kill.kind.startswith("SIG"):
+            if code != STOPPED and "run folder" in before:  # Earlier, the signal ends a Python that only imports.
+                self._problem(f"{kill}: ended with {code}, not {STOPPED}")
+            if "reading " in before and not self._is_recorded(kill):
+                self._problem(f"{kill}: stopped.json does not say so")
+        return False
+
+    def _is_recorded(self, kill: Kill) -> bool:
+        """Whether stopped.json says that this signal stopped the run, and where it goes on."""
+        with contextlib.suppress(FileNotFoundError):
+            record = json.loads((self.run_dir / "stopped.json").read_text())
+            newest = max((folder.name for folder in self.run_dir.glob("checkpoints/step_*")), default=None)
+            return record["signal"] == kill.kind and record["checkpoint"] in (
+                newest,
+                newest and f"checkpoints/{newest}",
+            )
+        return False
+
+    def _account(self, kill: Kill | None) -> None:
+        """What the last kill cost, once the run has come beyond it."""
+        if kill is None or kill.seconds_lost is not None:
+            return
+        new = next(self._new_steps(kill), None)
+        since = [line for line in self._lines() if line["time"] > kill.at]
+        if new is not None:
+            kill.seconds_lost = new["time"] - kill.at
+            kill.steps_repeated = kill.step + 1 - min(line["step"] for line in since if "loss" in line)
+
+    def _check_end(self, life: Life) -> None:
+        """Nothing of a command runs on after it, and every checkpoint is whole."""
+        for process in life.gone():
+            self._problem(f"{process} runs on")
+            send(process, signal.SIGKILL)
+        if "is damaged" in life.output():
+            self._problem("a damaged checkpoint was met")
+        for folder in sorted(self.run_dir.glob("checkpoints/step_*")):
+            sums = json.loads((folder / "manifest.json").read_text())["files"]
+            if {path.name for path in folder.iterdir()} - {"manifest.json"} != set(sums):
+                self._problem(f"{folder.name} has other files than its manifest")
+            for name, expected in sums.items():
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                    self._problem(f"{folder.name}/{name} is not what was saved")
+
+    def _check_result(self) -> None:
+        """The run is the uninterrupted one."""
+        name = Path("adapter") / "adapter_model.safetensors"
+        if (self.run_dir / name).read_bytes() != (self.reference / name).read_bytes():
+            self._problem("the adapter differs from the uninterrupted run's")
+        own, other = (
+            [
+                (line["step"], {name: line[name] for name in ("loss", "grad_norm", "lr", "eval_loss") if name in line})
+                for line in read_lines(folder / "metrics.jsonl")
+            ]
+            for folder in (self.run_dir, self.reference)
+        )
+        if own != other:
+            odd = [pair for pair in zip(own, other, strict=False) if pair[0] != pair[1]]
+            self._problem(
+                f"metrics.jsonl differs from the uninterrupted run's: {len(own)}, {len(other)} lines, {odd[:2]}"
+            )
+        hidden = [str(path.relative_to(self.run_dir)) for path in self.run_dir.rglob("*") if is_temporary(path)]
+        if hidden:
+            self._problem(f"left in the run folder: {hidden}")
+        names = [{path.name for path in folder.iterdir()} for folder in (self.run_dir, self.reference)]
+        if names[0] - names[1] - {"stopped.json"}:
+            self._problem(f"in the run folder, but not in the uninterrupted run's: {names[0] - names[1]}")
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(f"{self.run_dir.name}: {text}")
+        self.say(f"  PROBLEM {text}")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.run_dir / "metrics.jsonl")
+
+    def _last_step(self) -> int:
+        return max((line["step"] for line in self._lines() if "loss" in line), default=0)
+
+    def _last_step_of(self, run_dir: Path) -> int:
+        return max(line["step"] for line in read_lines(run_dir / "metrics.jsonl"))
+
+    def _new_steps(self, last: Kill | None) -> Iterator[dict[str, Any]]:
+        """The steps that had not been done at the last kill."""
+        step, at = (0, 0.0) if last is None else (last.step, last.at)
+        return (line for line in self._lines() if "loss" in line and line["step"] > step and line["time"] > at)
+
+    def _is_evaluating(self) -> bool:
+        lines = self._lines()
+        return bool(lines) and "loss" in lines[-1] and lines[-1]["step"] % EVAL_EVERY == 0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, while it is written."""
+    with contextlib.suppress(FileNotFoundError):
+        return [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
+    return []
+
+
+def is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") or re.search(r"\.(tmp|old)\b", path.name) is not None
+
+
+def train_command(run_dir: Path, folders: Path, num_kills: int) -> list[str]:
+    """A run whose steps, evaluations and saves each take some tenths of a second, with room for so many kills."""
+    return [
+        str(DISTLORA),
+        "train",
+        f"model.path={folders / 'llama'}",
+        f"data.path={folders / 'text.jsonl'}",
+        f"data.cache_dir={folders / 'cache'}",
+        "data.sequence_length=128",
+        "data.eval_fraction=0.2",
+        "recipe=qlora",
+        "cluster.gpus_per_node=2",
+        f"cluster.max_restarts={num_kills}",
+        "tracker=none",
+        f"train.max_steps={STEPS_PER_KILL * (num_kills + 1)}",
+        "train.global_batch=24",
+        "train.micro_batch=3",
+        "train.save_every=1",
+        f"train.eval_every={EVAL_EVERY}",
+        "train.keep=3",
+        "optim.lr=1e-2",
+        f"run_dir={run_dir}",
+    ]
+
+
+def uninterrupted(run_dir: Path, folders: Path, num_kills: int) -> float:
+    """Make the run that all campaigns of so many kills must equal. Returns the seconds to its first step."""
+    scratch = run_dir.parent / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    life = Life(train_command(run_dir, folders, num_kills), run_dir.with_name(f"{run_dir.name}.txt"), scratch)
+    assert life.code() == 0, life.output()
+    return float(next(line["time"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line) - life.began)
+
+
+def table(kills: Sequence[Kill]) -> str:
+    """What each kind cost, in Markdown."""
+    rows = [
+        "| kill | times | went on by itself | seconds lost: median, max | steps repeated: median, max |",
+        "|--|--|--|--|--|",
+    ]
+    for kind in KINDS:
+        done = [kill for kill in kills if kill.kind == kind and kill.at]
+        lost = [kill.seconds_lost for kill in done if kill.seconds_lost is not None]
+        repeated = [kill.steps_repeated for kill in done if kill.steps_repeated is not None]
+        restarted = sum(kill.ended == "restarted" for kill in done)
+        seconds = f"{statistics.median(lost):.1f}, {max(lost):.1f} ({len(lost)} measured)" if lost else "-"
+        steps = f"{statistics.median(repeated):g}, {max(repeated)}" if repeated else "-"
+        rows.append(f"| {kind} | {len(done)} | {restarted} | {seconds} | {steps} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--per-run", type=int, default=10, help="kills that one run takes")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where the runs are made, and stay (a temporary folder)")
+    arguments = parser.parse_args()
+    root = (arguments.folder or Path(tempfile.mkdtemp(prefix="distlora-chaos-"))).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    from small_models import write_model_folder, write_text_file
+
+    write_model_folder(root / "llama", "llama")
+    write_text_file(root / "text.jsonl")
+    began = time.monotonic()
+    first_step = uninterrupted(root / "whole", root, arguments.per_run)
+    print(f"runs are in {root}; a start takes {first_step:.1f} s to its first step", flush=True)
+    drawn, problems = draw(arguments.kills, random.Random(arguments.seed)), []
+    done: list[Kill] = []
+    while drawn:
+        number = len(list(root.glob("run_*/"))) + 1
+        kills = drawn[: arguments.per_run]
+        campaign = Campaign(root / f"run_{number}", root / "whole", [], kills, lambda text: print(text, flush=True))
+        campaign.command = train_command(campaign.run_dir, root, arguments.per_run)
+        print(f"run {number}", flush=True)
+        campaign.run()
+        problems += campaign.problems
+        struck = [kill for kill in kills if kill.at]
+        done += struck
+        # A run that came to its end leaves the rest to the next one.
+        drawn = [kill for kill in kills if not kill.at] + drawn[arguments.per_run :]
+        print(table(done), flush=True)
+        if not struck:
+            break
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(done)} kills of seed {arguments.seed} in {minutes:.1f} minutes, {len(problems)} problems")
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

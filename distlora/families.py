@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
-from distlora.json_files import read_object
+from distlora.json_files import Shape, check_shape, read_object
 
 STATIC_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on what else is in the batch. `dynamic` changes its base only
@@ -154,12 +154,33 @@ _REASONS: tuple[tuple[str, str], ...] = (
 )
 
 
+_AGAIN = "download it again"
+_SIZES = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "num_experts", "num_local_experts"),
+)
+_LARGEST_SIZE = 2**31
+_MODEL: Shape = {
+    "tie_word_embeddings?": (bool, type(None)),
+    "text_config?": (dict, type(None)),
+    "quantization_config?": (dict, type(None)),
+}
+_SETTINGS: Shape = {
+    **{f"{name}?": (int, type(None)) for name in _SIZES},
+    "layer_types?": ([str], type(None)),
+    "rope_scaling?": (dict, type(None)),
+    "rope_parameters?": (dict, type(None)),
+    "mlp_only_layers?": ([int], type(None)),
+}
+"""What is read of a config.json here; transformers checks the rest when it builds the model."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder. UserError when there is none, or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json; point model.path at a model's folder in Hugging Face format")
-    return read_object(path, "download it again")
+    return read_object(path, _AGAIN)
 
 
 def family_of(model: Mapping[str, Any], place: Path | str) -> Family:
@@ -194,9 +215,15 @@ def check_config(
     `place` is the config.json for messages, sequence_length the tokens of a row, `full` full fine-tuning.
     """
     family = family_of(model, place)
+    check_shape(model, _MODEL, place, _AGAIN)
     settings = text_settings(model, family)
     if family.text_config is not None and not settings:
-        raise UserError(f"{place} has no {family.text_config}, where {family.model_type} keeps its text model")
+        where = f"where {family.model_type} keeps its text model"
+        raise UserError(f"{place} has no {family.text_config}, {where}; {_AGAIN}")
+    check_shape(settings, _SETTINGS, place, _AGAIN)
+    for name in _SIZES:
+        if (size := settings.get(name)) is not None and not 0 < size < _LARGEST_SIZE:
+            raise UserError(f"{place} is damaged: {name}={size} is no size; {_AGAIN}")
     if full and family.composite:
         raise UserError(
             f"adapter=full would save {family.model_type} without its vision tower; set adapter=lora, "

@@ -27,6 +27,8 @@ _WORDS = {
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError, which says `remedy`, for a file that holds none."""
+    if not path.is_file():  # Reading a pipe would wait for a writer.
+        raise UserError(f"{path} is no file; {remedy}")
     return parse_object(path.read_bytes(), path, remedy)
 
 

@@ -24,11 +24,12 @@ from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, Step
 from distlora.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.balance import ask_for_balance, balance_sums, place_routers, weight_of
 from distlora.blocks import Block, Reference
-from distlora.config import Config, UserError
+from distlora.config import Config
 from distlora.expert_targets import check_router_loss, expert_names, select_adapted
 from distlora.experts import ExpertWeight, replace_experts
 from distlora.families import Family, check_config, read_config
 from distlora.head import LossHead
+from distlora.hf_config import read_hf_config, refused_by_transformers
 from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
 from distlora.loading.segments import read_headers
@@ -246,17 +247,6 @@ class CausalLM(nn.Module):
         return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
 
 
-def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """The model's config.json through transformers. Raises UserError for values that transformers refuses."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (StrictDataclassError, ValueError) as error:
-        raise UserError(f"transformers refuses {Path(folder) / 'config.json'}: {error}") from error
-
-
 def build_model(config: Config, *, training: bool = True) -> CausalLM:
     """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
     where it is not `training`. Raises UserError for a model that cannot be trained as the config says, and when
@@ -275,7 +265,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
     masters = full and training
     dtype = torch.float32 if masters else DTYPES[config.train.dtype]
-    with torch.device("meta"):
+    with torch.device("meta"), refused_by_transformers(folder):
         # A copy, because from_config writes the dtype into the config that it is given.
         hf_model = AutoModelForCausalLM.from_config(
             copy.deepcopy(hf_config),

@@ -114,6 +114,8 @@ def read_result(run_dir: Path, checkpoint: str | None = None) -> Result:
     else:
         step, folder = _checkpoint(run_dir, checkpoint, config)
     is_adapter = config.adapter.method == "lora"
+    if is_adapter and not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}; put a whole copy in its place")
     return Result(
         config=config,
         folder=folder,

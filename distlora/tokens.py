@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Config, UserError
+from distlora.config.errors import short
 from distlora.families import Family, family_of, is_tied, names_on_disk, text_settings
 from distlora.json_files import read_object
 from distlora.loading.segments import read_headers
@@ -63,7 +64,15 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
     # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise UserError(f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}") from error
+        raise UserError(
+            f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}; copy its files into it "
+            "again (tokenizer.save_pretrained writes them)"
+        ) from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # Every call compares with it.
+        raise UserError(
+            f"model.path={model_dir}: model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json is "
+            "no number of tokens; copy the tokenizer's files into it again"
+        )
     if new_tokens:
         _add(tokenizer, model_dir, new_tokens)
     return tokenizer
@@ -78,7 +87,7 @@ def _refuse_code(config: Path, *, known: object) -> None:
         return
     named = read_object(config, "download it again").get("auto_map")
     classes = named.get("AutoTokenizer") if isinstance(named, Mapping) else named
-    for path in [classes] if isinstance(classes, str) else classes or ():
+    for path in classes if isinstance(classes, list) else [classes]:
         if isinstance(path, str) and not hasattr(known, path.rpartition(".")[2]):
             raise UserError(
                 f"{config}: auto_map asks for code that comes with the weights ({path}), which distlora never runs; "

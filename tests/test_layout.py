@@ -39,6 +39,7 @@ LAYERS = [
     },
     {
         "distlora.families",
+        "distlora.hf_config",
         "distlora.reporting",
         "distlora.tracker",
         "distlora.loading.segments",
@@ -84,7 +85,7 @@ HOMES = {
     "omegaconf": ("distlora_launcher",),
     "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora_kernels.bench", "distlora.optim"),
     "datasets": ("distlora.data",),
-    "huggingface_hub": ("distlora_launcher", "distlora.hub_errors", "distlora.data.hub", "distlora.model"),
+    "huggingface_hub": ("distlora_launcher", "distlora.hub_errors", "distlora.data.hub", "distlora.hf_config"),
     "peft": ("distlora_launcher.demo", "distlora_kernels.bench"),
     "liger_kernel": ("distlora.liger",),
     "flash_attn": ("distlora.attention",),

@@ -195,12 +195,15 @@ def _content(message: dict[str, Any], where: str, good: str, *, required: bool) 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Calls with their arguments as objects; OpenAI's API writes those as JSON in a string."""
     if not isinstance(calls, list):
-        raise UserError(f"{where}: 'tool_calls' is {kind_name(calls)}, not a list")
+        raise UserError(f"{where}: 'tool_calls' is {kind_name(calls)}, not a list; {_GOOD_CALL}")
     return [_tool_call(call, f"{where}: tool_calls[{index}]") for index, call in enumerate(calls)]
 
 
+_GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}'
+
+
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    example = 'a good call: {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}'
+    example = _GOOD_CALL
     if not isinstance(call, dict):
         raise UserError(f"{where} is {kind_name(call)}, not an object; {example}")
     function = call["function"] if call.get("function") is not None else call

@@ -251,7 +251,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                     row += 1
                     yield Record(f"{path} row {row}", size, without_nulls(value))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file that can be read: {error}") from error
+        raise UserError(f"{path} is not a parquet file that can be read: {error}; write it again") from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -131,8 +131,8 @@ class StepLoader:
         flags = np.zeros((len(indices), length), np.uint8)
         flags[:, 0] = STARTS
         real = np.flatnonzero(indices != EMPTY)
-        tokens[real] = self.rows.tokens[indices[real]]
-        flags[real] = self.rows.flags[indices[real]]
+        if len(real):
+            tokens[real], flags[real] = self.rows.read(indices[real])
         following = np.full_like(tokens, IGNORED)
         following[:, :-1] = tokens[:, 1:]
         position = np.arange(length)

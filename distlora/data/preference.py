@@ -24,7 +24,7 @@ def preference_pair(value: dict[str, Any], place: str, good: str) -> dict[str, A
     Texts stay texts, conversations are chats. Raises UserError for answers of two kinds, and for two without a prompt.
     """
     prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
-    if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
+    if all(isinstance(text, str) for text in ("" if prompt is None else prompt, chosen, rejected)):
         if prompt is None:
             prompt, chosen, rejected = _common_text(chosen, rejected, place, good)
         return {side: {"prompt": prompt, "completion": text} for side, text in _sides(chosen, rejected)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class PackedRows:
     """A valid token of the model, for rows that are not there."""
     counts: dict[str, Any]
     """What meta.json counted in this split."""
+    folder: Path | None = None
+    """Where they lie; None for rows made in memory."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -103,6 +106,7 @@ class PackedRows:
             pairs=np.array(_load(split_file(cache_dir, split, "pairs"), shape[:1], np.int32)),
             pad_token_id=meta["pad_token_id"],
             counts=counts,
+            folder=cache_dir,
         )
 
     def __len__(self) -> int:
@@ -112,16 +116,33 @@ class PackedRows:
         """The rows of these numbers, (n,) integers, in this order, in memory. `counts` are still the whole split's."""
         return replace(self, **{name: getattr(self, name)[indices] for name in ARRAYS})
 
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, flags) of the rows of these numbers, each (n, L), in memory.
+
+        Raises UserError for rows that have changed since they were counted: a token that the model lacks, or more or
+        fewer trained labels and pairs than the step's loss is divided by.
+        """
+        tokens, flags = np.array(self.tokens[indices]), np.array(self.flags[indices])
+        wrong = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) > self.counts.get("largest_token", np.inf))
+        for counted, bit in ((self.targets, TRAINED), (self.pairs, REJECTED)):
+            wrong |= np.count_nonzero(flags & bit, axis=1) != counted[indices]
+        if wrong.any():
+            row, place = indices[np.argmax(wrong)], self.folder or Path()
+            raise UserError(f"{place} is damaged: row {row:,} is not what was counted; {_make_again(place)}")
+        return tokens, flags
+
     @property
     def sequence_length(self) -> int:
         return self.tokens.shape[1]
 
 
 def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path} is no file; {_make_again(path.parent)}")
     try:
         # And not np.load, which takes a zip file or a pickle for what they are.
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, tokenize.TokenError) as error:
         raise UserError(f"{path} cannot be read ({error}); {_make_again(path.parent)}") from error
     if array.shape != shape or array.dtype != dtype:
         raise UserError(

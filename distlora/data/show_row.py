@@ -51,7 +51,7 @@ def show(run_dir: str, numbers: Sequence[int], paint: Paint) -> int:
 
 def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> Iterator[str]:
     """The documents of one row, with what of them is trained."""
-    tokens, flags = np.array(rows.tokens[number]), np.array(rows.flags[number])
+    (tokens,), (flags,) = rows.read(np.array([number]))
     trained = np.zeros(len(tokens), np.uint8)
     trained[1:] = flags[:-1] & TRAINED  # A flag is about the token that follows.
     starts = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]

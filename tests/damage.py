@@ -1,0 +1,449 @@
+"""Damaged copies of valid files, and a watch over whoever reads them: for tests/test_fuzz*.py.
+
+A damage is drawn by hypothesis from the content of a valid file: cut, bits flipped, values of other types, and what is
+no file at all in its place. `ending` then reads as a command would, and holds what every reader promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distlora.command_line import run_to_exit_code
+from distlora.config import UserError
+
+CPU_SECONDS, WALL_SECONDS, MEGABYTES = 2.0, 20.0, 200
+"""What reading one small damaged file may take. The wall's finds a reader that waits for ever: cores are shared."""
+LONGEST_LINE = 3000
+"""Characters of a complaint: a line for a person, not the file."""
+
+EXAMPLES = os.environ.get("DISTLORA_FUZZ_EXAMPLES")
+"""How many times as many cases, with new seeds (`make fuzz`)."""
+
+
+def profile(examples: int) -> settings:
+    """So many cases of a test: the same ones each time, or with DISTLORA_FUZZ_EXAMPLES others, and more of them."""
+    return settings(
+        max_examples=examples * int(EXAMPLES or 1),
+        derandomize=EXAMPLES is None,
+        database=None,
+        deadline=None,  # `ending` measures what is ours.
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 1, 7, 2**31, 2**63, 2**64, -(2**70), 10**400),
+    *(0.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf")),
+    *("", "x", "0", "nan", "../..", "/etc/passwd", "a/../../b", "\x00", "\x1b[31mred\n\rline", "\u2028", "\U0001f600"),
+    *("x" * 100_000, "*" * 50, "(a+)+$", "[", "%s{0}{x}"),
+    *([], {}, [[]], [None], [0, "1"], {"": None}, {"a": {"b": []}}, [-1, -1], list(range(2000))),
+]
+"""In place of a value, whatever its type is."""
+DEEP = 100_000
+"""Brackets in each other: more than any parser's stack."""
+
+ODD_TEXTS = [
+    *(b"", b" ", b"\n", b"null", b"[]", b"{}", b"0", b'""', b"NaN", b"{", b"]", b"\x00" * 64, b"\xff\xfe{\x00}\x00"),
+    *(b"[" * DEEP, b'{"a":' * DEEP, b"9" * 5000, b"1e999999", b'{"a": 1, "a": 2}', b"\xef\xbb\xbf{}", b"{'a': 1}"),
+    *(b"#!/bin/sh\n", b"\x80\x04K*.", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n"),
+]
+"""In place of a whole file, the pointer and the error page that downloads leave included."""
+
+
+def cut(content: bytes) -> st.SearchStrategy[bytes]:
+    """The file's start: as a full disk or a broken download leaves it."""
+    edges = [0, 1, 7, 8, 9, len(content) // 2, len(content) - 1]
+    return (st.sampled_from(edges) | st.integers(0, max(len(content) - 1, 0))).map(lambda end: content[:end])
+
+
+@st.composite
+def flipped(draw: st.DrawFn, content: bytes, within: int | None = None) -> bytes:
+    """Up to eight bits flipped, in the first `within` bytes."""
+    last = min(within or len(content), len(content)) * 8 - 1
+    damaged = bytearray(content)
+    for bit in draw(st.lists(st.integers(0, max(last, 0)), min_size=1, max_size=8)) if damaged else []:
+        damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+@st.composite
+def spliced(draw: st.DrawFn, content: bytes) -> bytes:
+    """A stretch replaced by another: by nothing, zeros (a hole after a crash), noise, or another part of the file."""
+    start = draw(st.integers(0, len(content)))
+    end = draw(st.integers(start, min(len(content), start + 200)))
+    length = end - start
+    other = draw(st.sampled_from([b"", bytes(length), b"\xff" * length, content[:length], content[-40:]]))
+    return content[:start] + (draw(st.binary(max_size=20)) if draw(st.booleans()) else other) + content[end:]
+
+
+def any_bytes(content: bytes) -> st.SearchStrategy[bytes]:
+    return cut(content) | flipped(content) | spliced(content) | st.sampled_from(ODD_TEXTS)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+@st.composite
+def other_value(draw: st.DrawFn, value: Any) -> Any:
+    """A JSON value with one to three changes: a value of another type, a key gone, added or doubled under another."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        ways = list(places(value))
+        if not ways:
+            return draw(st.sampled_from(ODD_VALUES))
+        way = draw(st.sampled_from(ways))
+        holder = value
+        for key in way[:-1]:
+            holder = holder[key]
+        change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "swap"]))
+        if change == "remove":
+            del holder[way[-1]]
+        elif change == "add" and isinstance(holder, dict):
+            holder[draw(st.sampled_from(["x", "", "../x", "__class__", "a" * 5000, "\x1b[0m\n"]))] = draw(odd_values())
+        elif change == "swap":
+            other = draw(st.sampled_from(ways))
+            found = value
+            with contextlib.suppress(LookupError, TypeError):
+                for key in other:
+                    found = found[key]
+                holder[way[-1]] = copy.deepcopy(found)
+        else:
+            holder[way[-1]] = draw(odd_values())
+    return value
+
+
+def odd_values() -> st.SearchStrategy[Any]:
+    return st.sampled_from(ODD_VALUES).map(copy.deepcopy)
+
+
+def dumped(value: Any) -> bytes:
+    """JSON of a value; what has half a surrogate pair or thousands of digits included."""
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def any_json(content: bytes) -> st.SearchStrategy[bytes]:
+    """A JSON file of another value, or of other bytes."""
+    value = json.loads(content)
+    return other_value(value).map(dumped) | other_value(value).map(dumped) | any_bytes(content)
+
+
+def any_lines(content: bytes) -> st.SearchStrategy[bytes]:
+    """JSON lines, of which one is of another value."""
+    lines = content.splitlines()
+    number = st.integers(0, len(lines) - 1)
+    one = number.flatmap(
+        lambda at: other_value(json.loads(lines[at])).map(lambda v: b"\n".join([*lines[:at], dumped(v), *lines[at:]]))
+    )
+    return one | one | any_bytes(content)
+
+
+YAML_TRICKS = [
+    b"a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)),
+    b"!!python/object/apply:os.system ['touch owned']\n",
+    b"model: !!python/object:subprocess.Popen {}\n",
+    b"&a [*a]\n",
+    b"a: &a {b: *a}\n",
+    b"? {x: 1}\n: 2\n",
+    b"? [1, 2]\n: 2\n",
+    b"1: 2\nnull: 3\n2020-01-01: x\n",
+    b"a: 2024-13-45\n",
+    b"a: 0o99\nb: 1_000\nc: 1:60\n",
+    b"a: 1\n---\nb: 2\n",
+    b"<<: [1]\n",
+    b"\t- x\n",
+    b"a: !!binary not-base-64\n",
+    b"a: !!float x\n",
+    b"a: !!int x\n",
+    b"a: !!timestamp x\n",
+    b"a: !!set {x}\n",
+    b"%YAML 9.9\n--- a\n",
+    b"a: " + b"[" * 3000 + b"\n",
+    b"a: " + b"{x: " * 3000 + b"\n",
+    b"- " * 3000 + b"x\n",
+]
+"""What a YAML parser can be led to: repeated references, Python's objects, values that look like dates, depth."""
+
+
+def any_yaml(content: bytes) -> st.SearchStrategy[bytes]:
+    """A YAML file of other settings, of other text, or with a trick in front or behind."""
+    value = yaml.safe_load(content)
+
+    def written(changed: Any) -> bytes:
+        return yaml.safe_dump(changed, allow_unicode=True, sort_keys=False).encode("utf-8", "surrogatepass")
+
+    tricks = st.sampled_from(YAML_TRICKS)
+    return (
+        other_value(value).map(written)
+        | other_value(value).map(written)
+        | any_bytes(content)
+        | tricks
+        | tricks.map(lambda trick: content + trick)
+    )
+
+
+def split_tensors(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """(header, data) of a safetensors file."""
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header: Any, data: bytes) -> bytes:
+    text = dumped(header)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@st.composite
+def other_header(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file whose header says something else of its tensors."""
+    header, data = split_tensors(content)
+    names = [name for name in header if name != "__metadata__"]
+    name = draw(st.sampled_from(names))
+    entry = header[name]
+    first, last = entry["data_offsets"]
+    size = len(data)
+    changes: list[Callable[[], object]] = [
+        lambda: entry.update(data_offsets=header[names[0]]["data_offsets"]),
+        lambda: entry.update(data_offsets=[last, first]),
+        lambda: entry.update(data_offsets=[first + 1, last + 1]),
+        lambda: entry.update(data_offsets=[-last, -first]),
+        lambda: entry.update(data_offsets=[first, 2**64 - 1]),
+        lambda: entry.update(data_offsets=[size, size + last - first]),
+        lambda: entry.update(data_offsets=[0, size]),
+        lambda: entry.update(data_offsets=[first, first]),
+        lambda: entry.update(shape=[0, *entry["shape"]], data_offsets=[first, first]),
+        lambda: entry.update(shape=[2**32, 2**32]),
+        lambda: entry.update(shape=[2**62] * 1000),
+        lambda: entry.update(shape=[-size for size in entry["shape"]]),
+        lambda: entry.update(shape=[*entry["shape"], 1]),
+        lambda: entry.update(shape=entry["shape"][::-1]),
+        lambda: entry.update(shape=[float(size) for size in entry["shape"]]),
+        lambda: entry.update(shape=[True] * len(entry["shape"])),
+        lambda: entry.update(shape=[]),
+        lambda: entry.update(dtype=draw(st.sampled_from(["f32", "F16", "F8_E4M3", "F128", "I32", "U8", "", 5, None]))),
+        lambda: header.update({f"../../{name}": header.pop(name)}),
+        lambda: header.update({f"{name}.x": entry}),
+        lambda: header.pop(name),
+        lambda: header.update(__metadata__=draw(odd_values())),
+        lambda: header.update(__metadata__={"format": draw(odd_values())}),
+    ]
+    draw(st.sampled_from(changes))()
+    return with_header(header, data)
+
+
+@st.composite
+def other_length(draw: st.DrawFn, content: bytes) -> bytes:
+    """Another length of the header before the same header."""
+    true = struct.unpack("<Q", content[:8])[0]
+    odd = [0, 1, 2, true - 1, true + 1, len(content) - 8, len(content), 2**31, 2**40, 2**63, 2**64 - 1]
+    return struct.pack("<Q", draw(st.sampled_from(odd))) + content[8:]
+
+
+def any_tensors(content: bytes) -> st.SearchStrategy[bytes]:
+    """A safetensors file with another header, other lengths or other bytes."""
+    header, data = split_tensors(content)
+    text = content[8 : len(content) - len(data)]
+    repeated = text.rstrip()[:-1] + b"," + text.rstrip()[1:]
+    return (
+        other_header(content)
+        | other_header(content)
+        | other_value(header).map(lambda changed: with_header(changed, data))
+        | other_length(content)
+        | flipped(content, within=8 + len(text))
+        | cut(content)
+        | spliced(content)
+        | st.sampled_from([*ODD_TEXTS, content + b"\x00", struct.pack("<Q", len(repeated)) + repeated + data])
+        | st.sampled_from(ODD_TEXTS).map(lambda text: struct.pack("<Q", len(text)) + text + data)
+    )
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": lambda path: path.mkdir(),
+    "pipe": lambda path: os.mkfifo(path),
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "dangling": lambda path: path.symlink_to("nowhere"),
+    "gone": lambda path: None,
+}
+"""What may lie where a file should, by a word for it."""
+
+
+@contextlib.contextmanager
+def damaged(path: Path, damage: bytes | str) -> Iterator[None]:
+    """`path` with other bytes, or one of NO_FILES in its place; whole again afterwards."""
+    whole = path.read_bytes()
+    try:
+        if isinstance(damage, bytes):
+            path.write_bytes(damage)
+        else:
+            path.unlink()
+            NO_FILES[damage](path)
+        yield
+    finally:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        elif path.is_symlink() or path.exists():
+            path.unlink()
+        path.write_bytes(whole)
+
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_DEEDS = (
+    *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
+    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "subprocess.Popen", "socket.connect", "exec.x"),
+)
+_seen: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if _seen is None:
+        return
+    if event == "open":
+        if isinstance(arguments[2], int) and arguments[2] & _WRITES and arguments[0] != os.devnull:
+            _seen.append(f"open {arguments[0]}")
+    elif event in _DEEDS:
+        _seen.append(f"{event} {arguments[0] if arguments else ''}")
+    elif event == "pickle.find_class":
+        _seen.append(f"unpickled {arguments}")
+
+
+sys.addaudithook(_note)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Collects every write, process, connection and unpickling of the block that Python's audit events show."""
+    global _seen
+    _seen = []
+    try:
+        yield _seen
+    finally:
+        _seen = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A file that a command reads, how it is damaged, and how it is read."""
+
+    file: str
+    """Path in the folder that `read` takes."""
+    damages: Callable[[bytes], st.SearchStrategy[bytes]]
+    read: Callable[[Path], Any]
+    names: tuple[str, ...] = ()
+    """Of which a complaint has one; empty: the file's own."""
+    check: Callable[[Any], object] = lambda value: None
+    """Fails for what should not have been accepted; it may also return the part of it that must be as in the whole."""
+    examples: int = 20
+
+
+def holds(reader: Reader, folder: Path) -> None:
+    """Damages a reader's file, and holds that it is refused by name, or that what was read is whole."""
+    file = folder / reader.file
+    reader.check(reader.read(folder))  # Imports are made here, and the whole file is accepted.
+
+    @profile(reader.examples)
+    @given(damage=reader.damages(file.read_bytes()))
+    def run(damage: bytes) -> None:
+        with damaged(file, damage):
+            found = ending(lambda: reader.read(folder), folder, names=reader.names or (file.name,))
+            if not isinstance(found, UserError):
+                reader.check(found)
+
+    run()
+
+
+def holds_without(reader: Reader, folder: Path) -> None:
+    """The same where each of NO_FILES lies in the file's place: it is refused, or as if it were not there."""
+    for kind in NO_FILES:
+        with damaged(folder / reader.file, kind):
+            ending(lambda: reader.read(folder), folder)
+
+
+class Hangs(BaseException):
+    """A reader that did not end: no `except Exception` of its own stops this."""
+
+
+def _ring(signum: int, frame: object) -> None:
+    raise Hangs
+
+
+def _peak_bytes() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def state_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of all in a folder: what native code writes, no audit event shows."""
+    return sorted((str(path), (s := path.lstat()).st_size, s.st_mtime_ns) for path in folder.rglob("*"))
+
+
+def ending(read: Callable[[], Any], folder: Path, *, names: Sequence[str] = ()) -> Any:
+    """What `read` returns, or the UserError (or the fault of the system) with which a command ends.
+
+    Holds that nothing else is raised, that the complaint is one printable line that names one of `names` and says what
+    to do, and that reading wrote nothing, started nothing, and took no more time and memory than a small file may.
+    """
+    found: list[Any] = []
+
+    def work() -> int:
+        found.append(read())
+        return 0
+
+    before = state_of(folder)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # The peak begins here.
+    peak = _peak_bytes()
+    rings = signal.signal(signal.SIGALRM, _ring)
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    started = time.process_time()
+    said = io.StringIO()
+    try:
+        with watched() as deeds, contextlib.redirect_stderr(said):
+            code = run_to_exit_code(work)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, rings)
+    took, grown = time.process_time() - started, _peak_bytes() - peak
+    assert took < CPU_SECONDS, f"{took:.1f} s for a small file"
+    assert grown < MEGABYTES * 2**20, f"{grown / 2**20:.0f} MiB for a small file"
+    assert not deeds
+    assert state_of(folder) == before
+    if code == 0:
+        return found[0]
+    line = said.getvalue()
+    check_line(line, names)
+    return UserError(line.removeprefix("error: ").rstrip("\n"))
+
+
+def check_line(line: str, names: Sequence[str] = ()) -> None:
+    """A complaint is one line for a person: what is wrong where, and behind a semicolon what to do."""
+    assert line.startswith("error: "), line[:500]
+    assert line.endswith("\n"), line[:500]
+    text = line[:-1]
+    assert text.isprintable(), f"control characters or several lines: {text[:500]!r}"
+    assert len(text) <= LONGEST_LINE, f"{len(text)} characters: {text[:300]} ..."
+    assert not names or any(name in text for name in names), f"names none of {names}: {text[:500]}"
+    assert any(word in text for word in (";", "did you mean", "is not one of", ", or ")), (
+        f"says nothing to do: {text[:500]}"
+    )

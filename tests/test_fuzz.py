@@ -1,0 +1,304 @@
+"""Damaged models, adapters and run folders: refused in a line that says what is wrong and what to do, or harmless."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import yaml
+
+from damage import (
+    Reader,
+    any_bytes,
+    any_json,
+    any_lines,
+    any_tensors,
+    any_yaml,
+    holds,
+    holds_without,
+    split_tensors,
+    with_header,
+)
+from distlora.config import AdapterConfig, Config
+from distlora.config_file import as_mapping, build, load_config
+from distlora.data.sources import pinned_commits
+from distlora.generation.prompts import read_prompts
+from distlora.initial_adapter import read_initial_adapter
+from distlora.loading.segments import read_header
+from distlora.loading.start_file import StartRecord, digest_of, require_start
+from distlora.model_card import model_card, read_metadata
+from distlora.run_folder import read_result
+from distlora_launcher.checks import check_model
+from distlora_launcher.failures import first_failure, would_repeat
+from distlora_launcher.importing import read_yaml
+from distlora_launcher.importing.axolotl import convert
+from distlora_launcher.importing.recipe import recipe_text, report
+from distlora_launcher.local import is_prepared
+from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
+
+
+def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:
+    values: dict[str, Any] = {
+        "model": {"path": str(folder / model)},
+        "data": {"path": str(folder / "data.jsonl"), "sequence_length": 64},
+        "adapter": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}, **adapter},
+        "train": {"max_steps": 2, "sample_every": 1, "sample_prompts": ["a"]},
+        "run_dir": str(folder / "run"),
+    }
+    return build(Config, values)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole one of everything that is read: models, an adapter, data, a run."""
+    return make_place(tmp_path_factory.mktemp("fuzz"))
+
+
+def make_place(folder: Path) -> Path:
+    write_model(folder / "model", shards=2)
+    write_model(folder / "single")
+    write_packed_model(folder / "packed")
+    write_data(folder / "data.jsonl")
+    write_adapter(folder / "adapter")
+    write_run(folder)
+    write_start(folder / "run" / "initial_adapter.safetensors")
+    (folder / "axolotl.yaml").write_text(yaml.safe_dump(AXOLOTL, sort_keys=False))
+    (folder / "card.md").write_text("---\nlicense: mit\nlicense_name: x\n---\n\n# A model\n")
+    return folder
+
+
+AXOLOTL = {
+    "base_model": "model",
+    "load_in_4bit": True,
+    "adapter": "qlora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
+    "sequence_len": 64,
+    "sample_packing": True,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "num_epochs": 1,
+    "learning_rate": 0.0002,
+    "lr_scheduler": "cosine",
+    "optimizer": "paged_adamw_8bit",
+    "val_set_size": 0.1,
+    "bf16": "auto",
+    "special_tokens": {"pad_token": "</s>"},
+}
+
+
+def write_packed_model(folder: Path) -> None:
+    """A model of which bitsandbytes has quantized a weight, as far as headers and quant_states tell."""
+    write_model(folder)
+    values = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [INNER, HIDDEN]}
+    name = "model.layers.0.mlp.up_proj.weight"
+    text = json.dumps(state).encode()
+    dense = {key: shape for key, shape in model_shapes().items() if key != name}
+    parts = {f"{name}.quant_map": (16,), f"{name}.absmax": (INNER * HIDDEN // 64,)}
+    write_safetensors(folder / "model.safetensors", dense | parts)
+    header, data = split_tensors((folder / "model.safetensors").read_bytes())
+    for key, content in ((name, bytes(INNER * HIDDEN // 2)), (f"{name}.quant_state.bitsandbytes__nf4", text)):
+        shape = [len(content), 1] if key == name else [len(content)]
+        header[key] = {"dtype": "U8", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    (folder / "model.safetensors").write_bytes(with_header(header, data))
+
+
+def write_adapter(folder: Path) -> None:
+    folder.mkdir()
+    values = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "base",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "trainable_token_indices": {"embed_tokens": [3, 5]},
+        "modules_to_save": ["lm_head"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, shape in block_shapes(0).items():
+        rank = {"q_proj": 4, "up_proj": 2}.get(path.split(".")[-2])
+        if rank is not None:
+            stem = f"base_model.model.{path.removesuffix('.weight')}"
+            shapes |= {f"{stem}.lora_A.weight": (rank, shape[1]), f"{stem}.lora_B.weight": (shape[0], rank)}
+    shapes["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = (2, HIDDEN)
+    shapes["base_model.model.lm_head.weight"] = (32, HIDDEN)
+    write_safetensors(folder / "adapter_model.safetensors", shapes)
+
+
+def write_run(folder: Path) -> None:
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(as_mapping(config_of(folder)), sort_keys=False))
+    lines = [{"step": step, "loss": 2.5, "eval_loss": 2.0 if step == 2 else None} for step in range(4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = {"best_step": 2, "train_seconds": 1.5, "tokens_per_second": 100.0, "peak_memory_bytes": 2**30}
+    (run / "summary.json").write_text(json.dumps({**figures, "bits_per_parameter": 4.1, "trainable_parameters": 5}))
+    source = {"path": "org/data", "revision": None, "commit": "abc", "name": None, "split": "train", "share": 1.0}
+    counts = {"rows": 3, "documents": 5, "targets": 100, "tokens": 192, "sources": [source]}
+    data = {"cache": "/nowhere", "settings": {"date": "2026-11-25"}, "chat_template": None, "content": "0" * 64}
+    (run / "data.json").write_text(json.dumps(data | {"splits": {"train": counts}}))
+    step = run / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text(json.dumps({"environment": {"ranks": 2, "device": "AVX2", "torch": "2.13"}}))
+    write_adapter(run / "adapter")
+    (run / "logs").mkdir()
+    error = {"rank": 0, "time": 1.5, "type": "ValueError", "message": "no", "bad_input": False}
+    (run / "logs" / "rank_0.error.json").write_text(json.dumps(error))
+    (run / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
+
+
+def write_start(path: Path) -> None:
+    """The start of a run of PiSSA, whose header names the digest of its tensors."""
+    write_safetensors(path, {"x.lora_A.weight": (4, 8), "x.lora_B.weight": (8, 4)})
+    header, data = split_tensors(path.read_bytes())
+    tensors = [(name, tuple(of["shape"]), data[slice(*of["data_offsets"])]) for name, of in sorted(header.items())]
+    record = StartRecord(method="pissa", base="0" * 64, digest=digest_of(tensors))
+    path.write_bytes(with_header({"__metadata__": record.metadata(), **header}, data))
+
+
+def is_config(config: Config) -> None:
+    assert build(Config, as_mapping(config)) == config
+
+
+def has_settings(initial: Any) -> None:
+    AdapterConfig(**initial.settings)
+
+
+def tensors_that_safetensors_has(file: Path) -> None:
+    """What our reader of headers accepts, safetensors accepts, with the same tensors."""
+    ours = read_header(file)
+    with safetensors.safe_open(file, framework="numpy") as theirs:
+        assert {name: tuple(theirs.get_slice(name).get_shape()) for name in theirs.keys()} == {  # noqa: SIM118
+            name: segment.shape for name, segment in ours.items()
+        }
+
+
+def read_model(folder: Path) -> None:
+    check_model(config_of(folder))
+
+
+def read_single(folder: Path) -> None:
+    check_model(config_of(folder, model="single"))
+    tensors_that_safetensors_has(folder / "single" / "model.safetensors")
+
+
+def read_run(folder: Path) -> str:
+    """As `distlora push` does."""
+    result = read_result(folder / "run")
+    return model_card(result, repository="me/it", base=None, license_of_base=read_metadata(folder / "card.md"))
+
+
+def read_records(folder: Path) -> None:
+    """As `distlora resume` does: a record that is damaged is made again."""
+    is_prepared(folder / "run")
+    assert all(isinstance(commit, str) for commit in pinned_commits(folder / "run").values())
+
+
+def read_start(folder: Path) -> StartRecord:
+    return require_start(config_of(folder, init="pissa"), with_base=False)
+
+
+def read_axolotl(folder: Path) -> None:
+    source = folder / "axolotl.yaml"
+    imported = convert(read_yaml(source), processes=1)
+    recipe_text(imported, source=source, processes=1)
+    report(imported, source=source, out=None)
+
+
+def read_errors(folder: Path) -> None:
+    first_failure(folder / "run" / "logs")
+    would_repeat(folder / "run" / "logs")
+
+
+STEP = "run/checkpoints/step_00000002"
+READERS = {
+    "settings": Reader(
+        file="run/config.yaml",
+        damages=any_yaml,
+        read=lambda folder: load_config(folder / "run"),
+        check=is_config,
+        examples=60,
+    ),
+    "model": Reader(
+        file="model/config.json", damages=any_json, read=read_model, names=("config.json", "model"), examples=50
+    ),
+    "index": Reader(
+        file="model/model.safetensors.index.json",
+        damages=any_json,
+        read=read_model,
+        names=("index.json", "model-0"),
+        examples=30,
+    ),
+    "shard": Reader(
+        file="model/model-00002-of-00002.safetensors", damages=any_tensors, read=read_model, names=("model",)
+    ),
+    "weights": Reader(
+        file="single/model.safetensors", damages=any_tensors, read=read_single, names=("single",), examples=50
+    ),
+    "packed weights": Reader(
+        file="packed/model.safetensors",
+        damages=any_tensors,
+        read=lambda folder: check_model(config_of(folder, model="packed")),
+        names=("packed", "model.layers.0.mlp.up_proj.weight"),
+        examples=30,
+    ),
+    "packed model": Reader(
+        file="packed/config.json",
+        damages=any_json,
+        read=lambda folder: check_model(config_of(folder, model="packed")),
+        names=("config.json", "packed"),
+    ),
+    "adapter's settings": Reader(
+        file="adapter/adapter_config.json",
+        damages=any_json,
+        read=lambda folder: read_initial_adapter(folder / "adapter"),
+        names=("adapter",),
+        check=has_settings,
+        examples=50,
+    ),
+    "adapter": Reader(
+        file="adapter/adapter_model.safetensors",
+        damages=any_tensors,
+        read=lambda folder: read_initial_adapter(folder / "adapter"),
+        names=("adapter",),
+        check=has_settings,
+        examples=40,
+    ),
+    "start": Reader(file="run/initial_adapter.safetensors", damages=any_tensors, read=read_start, examples=30),
+    "metrics": Reader(file="run/metrics.jsonl", damages=any_lines, read=read_run),
+    "summary": Reader(file="run/summary.json", damages=any_json, read=read_run),
+    "data": Reader(file="run/data.json", damages=any_json, read=read_run),
+    "data again": Reader(file="run/data.json", damages=any_json, read=read_records),
+    "state": Reader(file=f"{STEP}/state.json", damages=any_json, read=read_run),
+    "published": Reader(file="run/adapter/adapter_config.json", damages=any_json, read=read_run),
+    "card": Reader(file="card.md", damages=any_bytes, read=read_run),
+    "error": Reader(file="run/logs/rank_0.error.json", damages=any_json, read=read_errors),
+    "prompts": Reader(
+        file="run/prompts.jsonl", damages=any_lines, read=lambda folder: read_prompts(folder / "run/prompts.jsonl")
+    ),
+    "axolotl": Reader(file="axolotl.yaml", damages=any_yaml, read=read_axolotl, names=("",), examples=40),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
+    holds(READERS[name], place)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file_is_refused_or_missed(name: str, place: Path) -> None:
+    holds_without(READERS[name], place)

@@ -101,14 +101,19 @@ def missing() -> str | None:
 
 
 class SlurmCluster:
-    """Nodes n1 ... n<nodes> with `gpus` GPUs each, whose configuration, state and logs are under `folder`."""
+    """Nodes n1 ... n<nodes> with `gpus` GPUs each; configuration, state and logs are under `folder`.
 
-    def __init__(self, folder: Path, *, nodes: int = 2, gpus: int = 2, slurmd_timeout: int = 300) -> None:
+    A node that does not answer for `slurmd_timeout` seconds is taken for lost. `settings` are more lines of slurm.conf.
+    """
+
+    def __init__(
+        self, folder: Path, *, nodes: int = 2, gpus: int = 2, slurmd_timeout: int = 300, settings: Sequence[str] = ()
+    ) -> None:
         self.folder = folder.absolute()
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.config = self.folder / "etc" / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._configure(gpus, slurmd_timeout)
+        self._configure(gpus, slurmd_timeout, settings)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -188,16 +193,24 @@ class SlurmCluster:
             )
             time.sleep(0.5)
 
+    def tell_to_stop(self, job_id: int | str) -> None:
+        """Send the batch shell of a job SIGUSR1, as SLURM does before a time limit.
+
+        Without --ctld scancel takes the answer for a task of an array of which others still wait for one to try again
+        later, and sends the signal every 5 s, to the next start of the task as well (SLURM 24.11).
+        """
+        self.call("scancel", "--ctld", "--batch", "--signal=USR1", str(job_id))
+
     def logs(self) -> str:
         """The last lines of every daemon's log."""
         paths = sorted((self.folder / "log").iterdir())
         return "\n".join(f"--- {path}\n" + "\n".join(_last_lines(path, 15)) for path in paths)
 
-    def _configure(self, gpus: int, slurmd_timeout: int) -> None:
+    def _configure(self, gpus: int, slurmd_timeout: int, more: Sequence[str]) -> None:
         """Write what the daemons read: slurm.conf, gres.conf, cgroup.conf, hosts, a munge key, device files."""
         tag = zlib.crc32(str(self.folder).encode())
         network = f"127.{tag % 199 + 50}.{tag // 199 % 250}"
-        port = _free_ports(10_000 + tag % 18_000, 1 + len(self.names))
+        port = _free_ports(28_000 + tag % 4_700, 1 + len(self.names))
         for name in ("etc", "munge", "state", "spool", "log", "dev"):
             (self.folder / name).mkdir(parents=True)
             (self.folder / name).chmod(0o755)  # munged refuses a folder that others may write to.
@@ -214,7 +227,7 @@ class SlurmCluster:
         )
         values = {"tag": tag, "host": host, "network": network, "port": port, "folder": self.folder}
         settings = SLURM_CONF.format(**values, slurmd_timeout=slurmd_timeout, first_job=tag % 50_000 + 1)
-        self.config.write_text(nodes + settings)
+        self.config.write_text("\n".join([nodes + settings, *more]) + "\n")
         etc = self.config.parent
         device_files = f"Name=gpu File={self.folder}/dev/gpu[0-{gpus - 1}]\n"
         (etc / "gres.conf").write_text("AutoDetect=off\n" + (device_files if gpus else ""))
@@ -255,10 +268,10 @@ class SlurmCluster:
 
 @contextlib.contextmanager
 def running_cluster(
-    folder: Path, *, nodes: int = 2, gpus: int = 2, slurmd_timeout: int = 300
+    folder: Path, *, nodes: int = 2, gpus: int = 2, slurmd_timeout: int = 300, settings: Sequence[str] = ()
 ) -> Iterator[SlurmCluster]:
     """A cluster for the duration, ended also where its start or what uses it fails."""
-    cluster = SlurmCluster(folder, nodes=nodes, gpus=gpus, slurmd_timeout=slurmd_timeout)
+    cluster = SlurmCluster(folder, nodes=nodes, gpus=gpus, slurmd_timeout=slurmd_timeout, settings=settings)
     try:
         cluster.start()
         yield cluster
@@ -267,8 +280,8 @@ def running_cluster(
 
 
 def _free_ports(first: int, count: int) -> int:
-    """The first of `count` neighbouring ports from `first` on that nobody listens on. Below those that the kernel gives
-    out by itself."""
+    """The first of `count` neighbouring ports from `first` on that nobody listens on. Above those where jobs meet
+    (10000 to 27999), below those that the kernel gives out by itself (from 32768 on)."""
     while not all(_is_free(port) for port in range(first, first + count)):
         first += count
     return first

@@ -1,16 +1,38 @@
-"""Runs on a real SLURM of two nodes, which this file starts on loopback and ends (tests/slurm_cluster.py)."""
+"""Runs on a real SLURM of two nodes, which this file starts on loopback and ends (tests/slurm_cluster.py).
+
+One array serves the tests that are not slow: three runs that differ in a setting without effect on what is trained, two
+at a time. The first is preempted and goes on, the second is left alone, the third is cancelled as it starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+import yaml
 
 import slurm_cluster
 from slurm_cluster import SlurmCluster, running_cluster
+from small_models import read_metrics
 
+DISTLORA = Path(sys.executable).with_name("distlora")
 MISSING = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")
+
+STEPS = 20
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+START_SECONDS = 180.0
+"""For imports on a machine whose cores are busy with other tests."""
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +42,120 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
+def distlora(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
+    """What a command prints, which must end with code `expect`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= cluster.environment | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [DISTLORA, *words], capture_output=True, text=True, env=environment, cwd=cluster.folder.parent, timeout=120
+    )
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == expect, output
+    return output
+
+
+def train(cluster: SlurmCluster, folders: Path, *settings: str, expect: int = 0) -> str:
+    """`distlora train` of a small model on two nodes, with a rank on each, submitted to the cluster."""
+    return distlora(
+        cluster,
+        "train",
+        *("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=1"),
+        *(f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "recipe=qlora"),
+        *(f"data.cache_dir={cluster.folder.parent / 'cache'}", "data.sequence_length=64", "data.eval_fraction=0"),
+        *(f"train.max_steps={STEPS}", "train.global_batch=4", "train.dtype=fp32", "tracker=none"),
+        *settings,
+        expect=expect,
+    )
+
+
+def statuses(cluster: SlurmCluster, folder: Path) -> list[dict[str, Any]]:
+    """What `distlora status` says of the runs of a sweep."""
+    return json.loads(distlora(cluster, "status", str(folder), "--json"))
+
+
+def wait_for(cluster: SlurmCluster, job_id: str, run: Path, condition: Callable[[], bool]) -> None:
+    """Wait for something that a run does while its job is not over."""
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        state = cluster.job(job_id)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"job {job_id} is {state}\n{log(run)}"
+        assert time.monotonic() < deadline, f"job {job_id}: not within {START_SECONDS:.0f} s\n{log(run)}"
+        time.sleep(0.3)
+
+
+def log(run: Path) -> str:
+    """What the jobs of a run have printed."""
+    return "\n".join(path.read_text() for path in sorted((run / "logs").glob("slurm_*.log")))
+
+
+def job_of(folder: Path) -> str:
+    """The job that a run, or a sweep, was last submitted as."""
+    return json.loads((folder / "slurm.json").read_text())["job_id"]
+
+
+def steps_done(run: Path) -> int:
+    """Steps that a run has reported."""
+    return sum("loss" in line for line in read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same adapter, bit for bit, by the same losses, each step reported once."""
+    tensors, others = adapter(run), adapter(other)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    losses, other_losses = (
+        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line] for folder in (run, other)
+    )
+    assert losses == other_losses
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+
+
+@dataclass
+class Sweep:
+    """An array of three runs, what became of it, and what was said of it meanwhile."""
+
+    folder: Path
+    array: str
+    jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """SLURM's record of a task, by what had just happened."""
+    said: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """`distlora status` of all three, by what had just happened."""
+
+    def run(self, number: int) -> Path:
+        return self.folder / str(number)
+
+    def task(self, number: int) -> str:
+        return f"{self.array}_{number}"
+
+
+@pytest.fixture(scope="module")
+def sweep(cluster: SlurmCluster, folders: Path) -> Sweep:
+    folder = cluster.folder.parent / "sweep"
+    train(cluster, folders, "-m", "train.keep=3,4,5", "cluster.max_parallel=2", f"run_dir={folder}")
+    sweep = Sweep(folder, job_of(folder))
+    for number in (0, 1):
+        cluster.wait(sweep.task(number), "RUNNING", seconds=30)
+    sweep.said["started"] = statuses(cluster, folder)
+
+    wait_for(cluster, sweep.task(0), sweep.run(0), lambda: steps_done(sweep.run(0)) >= 2)
+    cluster.tell_to_stop(sweep.task(0))
+    sweep.jobs["preempted"] = cluster.wait(sweep.task(0), "PENDING", seconds=60)
+    sweep.said["preempted"] = statuses(cluster, folder)
+
+    cluster.wait(sweep.task(2), "RUNNING", seconds=60)  # It took the place of the first.
+    wait_for(cluster, sweep.task(2), sweep.run(2), (sweep.run(2) / "logs" / "rank_0.log").exists)
+    distlora(cluster, "cancel", str(sweep.run(2)))
+    sweep.jobs["cancelled"] = cluster.wait(sweep.task(2), *ENDED, seconds=60)
+    for number in (0, 1):
+        sweep.jobs[f"ended {number}"] = cluster.wait(sweep.task(number), *ENDED, seconds=START_SECONDS)
+    sweep.said["ended"] = statuses(cluster, folder)
+    return sweep
+
+
 def test_the_cluster_is_two_machines_with_their_own_names_addresses_and_gpus(cluster: SlurmCluster) -> None:
     said = cluster.call(
         "srun", "-N2", "--gpus-per-node=2", "bash", "-c", "echo $(hostname) $(hostname -i) $CUDA_VISIBLE_DEVICES"
@@ -27,3 +163,143 @@ def test_the_cluster_is_two_machines_with_their_own_names_addresses_and_gpus(clu
     first, second = sorted(line.split() for line in said.splitlines())
     assert (first[0], first[2], second[0], second[2]) == ("n1", "0,1", "n2", "0,1")
     assert first[1] != second[1]
+
+
+def test_a_preempted_run_saves_is_queued_again_and_ends_with_the_uninterrupted_adapter(sweep: Sweep) -> None:
+    assert sweep.jobs["preempted"]["Restarts"] == "1"
+    first, second = sweep.jobs["ended 0"], sweep.jobs["ended 1"]
+    assert (first["JobState"], first["Restarts"]) == ("COMPLETED", "1")
+    assert (second["JobState"], second["Restarts"]) == ("COMPLETED", "0")
+    assert "continuing from step_" in (sweep.run(0) / "logs" / "rank_0.log").read_text()
+    assert_same_run(sweep.run(0), sweep.run(1))
+
+
+def test_status_tells_how_each_run_of_an_array_stands(sweep: Sweep) -> None:
+    states = {moment: [status["state"] for status in said] for moment, said in sweep.said.items()}
+    assert states["started"] == ["running", "running", "queued"]  # cluster.max_parallel=2
+    assert sweep.said["started"][2]["job"]["reason"] == "JobArrayTaskLimit"
+    preempted = sweep.said["preempted"][0]
+    assert preempted["state"] == "queued"
+    assert preempted["saved"]["step"] == preempted["stopped"]["step"] >= 2
+    assert states["ended"] == ["done", "done", "stopped"]
+    assert sweep.said["ended"][0]["job"]["restarts"] == 1
+
+
+def test_a_cancelled_run_is_not_queued_again(sweep: Sweep) -> None:
+    cancelled = sweep.jobs["cancelled"]
+    assert (cancelled["JobState"], cancelled["ExitCode"], cancelled["Restarts"]) == ("FAILED", "75:0", "0")
+    assert not (sweep.run(2) / "adapter").exists()
+
+
+def test_resume_submits_a_task_of_an_array_as_a_job_and_cancel_takes_it_out_of_the_queue(
+    cluster: SlurmCluster, sweep: Sweep
+) -> None:
+    run = sweep.run(2)
+    cluster.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    distlora(cluster, "resume", str(run))
+    assert job_of(run).isdigit()
+    assert json.loads(distlora(cluster, "status", str(run), "--json"))["state"] == "queued"
+    distlora(cluster, "cancel", str(run))
+    assert cluster.wait(job_of(run), *ENDED, seconds=30)["JobState"] == "CANCELLED"
+    cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+def test_more_gpus_than_a_machine_has_are_refused_before_anything_is_made(
+    cluster: SlurmCluster, folders: Path, tmp_path: Path
+) -> None:
+    said = train(cluster, folders, f"run_dir={tmp_path / 'run'}", "cluster.gpus_per_node=3", expect=2)
+    assert "SLURM refuses the job: Requested node configuration is not available" in said
+    assert "cluster.gpus_per_node" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_array_of_four_trials_ends_with_two_of_them_at_a_time(
+    cluster: SlurmCluster, folders: Path, tmp_path: Path
+) -> None:
+    rates = ("1e-3", "2e-3", "3e-3", "4e-3")
+    trials = (
+        "-m",
+        f"optim.lr={','.join(rates)}",
+        "cluster.max_parallel=2",
+        f"run_dir={tmp_path}",
+        "train.save_every=5",
+    )
+    train(cluster, folders, *trials)
+    array = job_of(tmp_path)
+    wait_for(cluster, f"{array}_1", tmp_path / "1", lambda: steps_done(tmp_path / "1") >= 6)
+    cluster.call("scontrol", "requeue", f"{array}_1")
+    jobs = [cluster.wait(f"{array}_{number}", *ENDED, seconds=300) for number in range(4)]
+    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 4
+    assert [job["Restarts"] for job in jobs] == ["0", "1", "0", "0"]
+    spans = [(job["StartTime"], job["EndTime"]) for job in jobs]
+    assert all(sum(start <= moment < end for start, end in spans) <= 2 for moment, _ in spans)
+    for number, rate in enumerate(rates):
+        steps = [line["step"] for line in read_metrics(tmp_path / str(number)) if "loss" in line]
+        assert steps == list(range(1, STEPS + 1))
+        config = yaml.safe_load((tmp_path / str(number) / "config.yaml").read_text())
+        assert config["optim"]["lr"] == float(rate)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cancelled_while_it_trains_saves_and_resume_submits_the_rest(
+    cluster: SlurmCluster, folders: Path, tmp_path: Path, sweep: Sweep
+) -> None:
+    run = tmp_path / "run"
+    train(cluster, folders, f"run_dir={run}")
+    job = job_of(run)
+    wait_for(cluster, job, run, lambda: steps_done(run) >= 2)
+    distlora(cluster, "cancel", str(run))
+    ended = cluster.wait(job, *ENDED, seconds=60)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
+    distlora(cluster, "resume", str(run))
+    again = job_of(run)
+    assert again != job
+    assert cluster.wait(again, *ENDED, seconds=START_SECONDS)["JobState"] == "COMPLETED"
+    assert_same_run(run, sweep.run(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["n2", "n1"], ids=["a node", "the node where they meet"])
+def test_a_run_whose_node_is_lost_goes_on_elsewhere(folders: Path, tmp_path: Path, sweep: Sweep, lost: str) -> None:
+    """SLURM takes 2.5 SlurmdTimeout to give a node up; it is 10 s here."""
+    run = tmp_path / "run"
+    with running_cluster(tmp_path / "cluster", nodes=3, slurmd_timeout=10) as cluster:
+        train(cluster, folders, f"run_dir={run}", "train.save_every=5")
+        job = job_of(run)
+        wait_for(cluster, job, run, lambda: steps_done(run) >= 7)
+        cluster.lose_node(lost)
+        begun = time.monotonic()
+        cluster.wait(job, "PENDING", seconds=90)
+        queued = time.monotonic() - begun
+        ended = cluster.wait(job, *ENDED, seconds=120)
+    print(f"queued again after {queued:.0f} s, done after {time.monotonic() - begun:.0f} s")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert "n3" in ended["NodeList"]
+    assert "continuing from step_" in (run / "logs" / "rank_0.log").read_text()
+    assert_same_run(run, sweep.run(1))
+
+
+@pytest.mark.slow
+def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
+    folders: Path, tmp_path: Path, sweep: Sweep
+) -> None:
+    """The processes get SIGTERM as the grace begins; the batch shell only as it ends (measured, SLURM 24.11)."""
+    partitions = (
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=30",
+        "PartitionName=high Nodes=ALL PriorityTier=2",
+    )
+    run = tmp_path / "run"
+    with running_cluster(tmp_path / "cluster", settings=partitions) as cluster:
+        train(cluster, folders, f"run_dir={run}", "cluster.partition=low")
+        job = job_of(run)
+        wait_for(cluster, job, run, lambda: steps_done(run) >= 2)
+        urgent = ("--partition=high", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
+        cluster.call("sbatch", *urgent)
+        cluster.wait(job, "PENDING", seconds=60)
+        ended = cluster.wait(job, *ENDED, seconds=120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert "continuing from step_" in (run / "logs" / "rank_0.log").read_text()
+    assert_same_run(run, sweep.run(1))

@@ -37,23 +37,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 class AppendedFile:
-    """A file that text is appended to, for readers who follow it. What a full disk does not take yet is kept in memory,
-    and goes first when there is space: no text is cut by it, torn or out of order."""
+    """A file that text is appended to, for readers who follow it; made with the first. What a full disk does not take
+    yet is kept in memory, and goes first when there is space: no text is cut by it, torn or out of order."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path = path
+        self._descriptor: int | None = None
         self._pending = bytearray()
 
     def append(self, text: str) -> None:
         """At the end, at once: a killed process loses nothing of it, only the machine can. Raises OSError where the
         disk does not take it; the text is kept then."""
         self._pending += text.encode()
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         while self._pending:
             written = os.write(self._descriptor, self._pending)
             del self._pending[:written]
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Raises OSError where the disk still does not take all of it."""
+        try:
+            if self._pending:
+                self.append("")
+        finally:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -51,10 +51,13 @@ class Reporter:
         self._summary: dict[str, Any] = read_object(summary, "move it out of the run folder") if resumed else {}
         path = run_dir / "metrics.jsonl"
         self._evaluated = {line["step"] for line in _keep_steps(path, start_step) if "eval_loss" in line}
-        self._metrics = path.open("a", encoding="utf-8")
-        self._samples = run_dir / "samples.jsonl"
-        sampled = _keep_steps(self._samples, start_step, per_step=len(config.train.sample_prompts))
+        self._metrics = durable.AppendedFile(path)
+        self._metrics.append("")  # There from the start, for whoever follows it.
+        path = run_dir / "samples.jsonl"
+        sampled = _keep_steps(path, start_step, per_step=len(config.train.sample_prompts))
+        self._samples = durable.AppendedFile(path)
         self._sampled = {line["step"] for line in sampled}
+        self._disk_failed = False
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step)
@@ -89,8 +92,7 @@ class Reporter:
             return
         self._sampled.add(step)
         lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._append(self._samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
         if self._tracker is not None:
@@ -130,8 +132,12 @@ class Reporter:
         if not self._writes:
             return
         self._writes = False
+        for file in (self._metrics, self._samples):
+            try:
+                file.close()
+            except OSError as error:
+                self._display.say(f"WARNING: the last figures were not written to {self._run_dir} ({error})")
         self._display.close()
-        self._metrics.close()
         if self._tracker is not None:
             self._tracker.close(exit_code)
 
@@ -143,11 +149,23 @@ class Reporter:
     ) -> None:
         self.close(_exit_code(error))
 
+    def _append(self, file: durable.AppendedFile, text: str) -> None:
+        """A disk that takes no figures is said once, until it does again: they wait in memory, and training goes on."""
+        try:
+            file.append(text)
+            self._disk_failed = False
+        except OSError as error:
+            if not self._disk_failed:
+                self._display.say(
+                    f"WARNING: figures cannot be written to {self._run_dir} ({error.strerror or error}); they are kept "
+                    "in memory until they can. Training goes on"
+                )
+            self._disk_failed = True
+
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         figures = {name: _plain(value) for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3), **figures}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()  # A killed process loses no step that it has logged; only the machine can still lose it.
+        self._append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, metrics)
 

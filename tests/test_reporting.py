@@ -14,6 +14,7 @@ from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, User
 from distlora.progress import figures
 from distlora.reporting import EXIT_STOPPED, Reporter
 from distlora.stopping import Stopped
+from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
 
 
@@ -109,6 +110,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_figures_again(tmp_p
     with make_reporter(tmp_path) as again:
         again.evaluation(0, {"eval_loss": 5.0})
     assert read_metrics(tmp_path) == [{"step": 0, "eval_loss": 5.0}]
+
+
+def test_figures_wait_for_a_full_disk_and_none_is_lost(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 16) as run_dir, make_reporter(run_dir) as reporter:
+        filler = fill(run_dir)
+        for step in range(1, 101):
+            reporter.log(step, {"loss": 1 / step})
+        reporter.samples(100, [("a", "b")])
+        assert capsys.readouterr().out.count("figures cannot be written") == 1
+        filler.unlink()
+        reporter.log(101, {"loss": 0.0})
+        assert [entry["step"] for entry in read_metrics(run_dir)] == [*range(1, 102)]
+        reporter.close(0)
+        assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 100, "prompt": "a", "text": "b"}
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):

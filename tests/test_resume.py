@@ -16,9 +16,10 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close
 from distlora import train
 from distlora.checkpoints import files
-from distlora.checkpoints.folder import TRAINER_NAME, newest, steps
+from distlora.checkpoints.folder import TRAINER_NAME, newest, step_of, steps
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
 
@@ -152,6 +153,37 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Pat
         assert torch.equal(first, second), name
     assert AutoTokenizer.from_pretrained(tmp_path / "whole" / "model").chat_template is not None
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A save and the best fail in between."""
+    make_run(tmp_path / "whole", folders, train=SETTINGS)
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        make_run(disk / "run", folders, train=SETTINGS)
+        train_step = train.Trainer._train_step
+
+        def with_troubles(self: train.Trainer, step: int, interval: object) -> None:
+            if step in (5, 7):
+                self.hooks.save.__self__._finish()  # type: ignore[attr-defined]
+            if step == 5:
+                fill(disk)
+            if step == 7:
+                assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [2, 4]
+                (disk / "filler").unlink()
+            train_step(self, step, interval)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(train.Trainer, "_train_step", with_troubles)
+        train.run(disk / "run", SINGLE)
+        whole, troubled = result(tmp_path / "whole"), result(disk / "run")
+        assert all(torch.equal(whole[name], troubled[name]) for name in whole)
+        assert figures(disk / "run") == figures(tmp_path / "whole")
+        assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [4, 8, 9]
+    said = capsys.readouterr().out
+    for what in ("after step 6 could not be saved", "after step 6, could not be written"):
+        assert said.count(what) == 1
 
 
 def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:

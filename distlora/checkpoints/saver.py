@@ -169,8 +169,9 @@ class Saver:
             self._write_folder(files, state)
         except OSError as error:
             self._failed = SaveError(self._explained(error, state.progress.step))
-            if not last:
-                self._say(f"WARNING: {self._failed}. Training goes on, and the next save tries again")
+            # The last one too: a disk that is full takes no error file and no log either.
+            word, then = ("ERROR", "") if last else ("WARNING", ". Training goes on, and the next save tries again")
+            self._say(f"{word}: {self._failed}{then}")
         except BaseException as error:
             self._failed = error
             if threading.current_thread() is threading.main_thread():

@@ -18,8 +18,8 @@ from distlora_launcher.meeting import Meeting
 ERRORS = "rank_*.error.json"
 """In RUN/logs: what each worker failed of; of the newest attempt, since a worker that is started again moves it."""
 
-REPEATING = ("NonFiniteError", "ImportError", "ModuleNotFoundError")
-"""Exceptions that the same rows, weights and installation raise again; besides everything that the user must mend."""
+REPEATING = ("NonFiniteError", "SaveError", "ImportError", "ModuleNotFoundError")
+"""Exceptions that the same rows, weights, packages and disk raise again; besides everything that the user must mend."""
 
 KILLED = "Killed"
 """Type in the error file of a rank that a signal ended: the launcher beside it writes it, for the other machines'."""

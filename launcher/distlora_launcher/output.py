@@ -20,6 +20,7 @@ class Output:
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        self._log_failed = False
         self._ours, self.child_end = open_output()
         self._size = shutil.get_terminal_size()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # A chunk may end within a character.
@@ -40,8 +41,13 @@ class Output:
         if not chunk:
             return False
         # By its name each time: a worker that is started again moves the log of the one before it out of the way.
-        with self._log.open("ab", buffering=0) as file:
-            file.write(chunk)
+        try:
+            with self._log.open("ab", buffering=0) as file:
+                file.write(chunk)
+        except OSError as error:  # A full disk: the run itself goes on.
+            if not self._log_failed:
+                warn(f"{self._log} does not take what rank 0 says ({error.strerror}): it is shown here alone")
+            self._log_failed = True
         show(self._decoder.decode(chunk))
         return True
 

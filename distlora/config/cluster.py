@@ -82,7 +82,7 @@ class ClusterConfig:
     """How often within one start workers that died are started again from the newest checkpoint."""
     timeout_seconds: float = 600.0
     """How long a rank of a run may wait for the others in a step before the run ends, naming the rank and the step that
-    hung. Loading and saving have longer."""
+    hung. Loading and saving have longer. Machines have as long to be there, at the start and after a loss."""
 
     rdzv_endpoint: str | None = None
     """host:port where the machines of cluster=torchrun meet; the host is one of them, which must be able to listen on
@@ -200,6 +200,11 @@ class ClusterConfig:
             f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one machine and a free "
             "port of it, as in node01:29500",
         )
+
+    @property
+    def on_each_machine(self) -> bool:
+        """Whether the user gives one command on each of several machines."""
+        return self.launcher == "torchrun" and self.nodes > 1
 
     @property
     def ranks(self) -> int:

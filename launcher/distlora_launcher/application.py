@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, require
 from distlora_launcher.checks import check
 from distlora_launcher.compose import (
     CONF_MODULE,
@@ -29,6 +29,7 @@ from distlora_launcher.compose import (
 from distlora_launcher.initial_adapter import with_initial_adapter
 from distlora_launcher.jobs.submit import Sweep, check_submission, is_job, submit_run
 from distlora_launcher.local import remove_if_empty, say, shown, start
+from distlora_launcher.machines import start_together
 from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
 
 PROGRAM = "distlora train"
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> int:
     flags = read_flags(arguments)
     if dry_run or is_run(flags):
         runs = composed(flags)
+        refuse_sweep_over_machines(runs[0], flags)
         refuse_dry_run(runs, flags, dry_run)
         for config in runs:
             check(config, new_run=True)
@@ -59,6 +61,15 @@ def main(arguments: list[str]) -> int:
         return run_hydra(ordered(arguments, flags.overrides))
     except SystemExit as stop:  # Hydra refused what it should print (--package), and has said why.
         return BAD_INPUT if stop.code else DONE
+
+
+def refuse_sweep_over_machines(config: Config, flags: argparse.Namespace) -> None:
+    """Refuse a sweep of runs that are each started by hand on several machines: nothing keeps them in step."""
+    require(
+        not (config.cluster.on_each_machine and is_multirun(flags)),
+        f"-m with cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): their sweeps would not stay "
+        "in step; leave -m out and start one run after the other, or set cluster=slurm",
+    )
 
 
 def refuse_dry_run(runs: list[Config], flags: argparse.Namespace, dry_run: bool) -> None:
@@ -173,7 +184,7 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         config = with_initial_adapter(config, hydra_settings.overrides.task)
         if is_job(config):
             return sweep.add(config, number) if sweeps else submit_run(config)
-        code = start(config)
+        code = start_together(config) if config.cluster.on_each_machine else start(config)
         if code == DONE and not sweeps:
             say(f"try it with: distlora generate {shown(run_dir)}")
         return code

@@ -30,6 +30,7 @@ from distlora.run_folder import checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
 from distlora_launcher.initial_adapter import check_initial_adapter
+from distlora_launcher.meeting import resolve, split
 
 HEAD_LINES = 1000
 """Documents of each source that are read here; the preparation process reads them all."""
@@ -39,9 +40,9 @@ _BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
 
 
 def check(config: Config, *, new_run: bool) -> None:
-    """Refuse what cannot run. `new_run`: the run folder must not hold a run yet."""
+    """Refuse what cannot run. `new_run`: the run folder must not hold a run yet, unless another machine makes it."""
     try:
-        if new_run:
+        if new_run and not config.cluster.on_each_machine:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
             check_machine(config)
@@ -88,7 +89,11 @@ def gpu_count() -> int:
 
 
 def check_machine(config: Config) -> None:
-    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to."""
+    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to. Where several
+    machines meet, refuse a place that this one does not know."""
+    endpoint = config.cluster.rdzv_endpoint
+    if config.cluster.on_each_machine and endpoint is not None:
+        resolve(*split(endpoint), endpoint)
     wanted, available = config.cluster.gpus_per_node, gpu_count()
     if 0 < available < wanted:
         raise UserError(

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, require
 from distlora.config.places import means_hub
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
@@ -101,7 +101,16 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
         raise UserError(*lines, EXAMPLE)
-    return _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
+    config = _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)
+    if config.cluster.on_each_machine and not may_lack_paths:
+        require(
+            "${now" not in str(unresolved["run_dir"]) or Path(values["run_dir"]).name != Path(run_dir).name,
+            f"run_dir is not set, and by default it has the time in its name, which differs between the "
+            f"{config.cluster.nodes} machines (cluster.nodes); add run_dir=runs/{config.name} or another folder that "
+            "they share, the same on each",
+        )
+    return config
 
 
 def _compose_one(overrides: list[str], may_lack_paths: bool) -> Config:

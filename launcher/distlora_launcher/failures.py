@@ -91,10 +91,12 @@ def first_failure(log_dir: Path, exits: Mapping[int, Exit], errors: list[dict[st
     return None
 
 
-def start_failure(torchrun_log: Path, meeting: Meeting | None) -> Failure:
-    """Why torchrun ended with no worker to blame, by its own words."""
+def start_failure(torchrun_log: Path, code: int, meeting: Meeting | None) -> Failure:
+    """Why torchrun ended, with `code`, and no worker to blame: by its own words."""
     text = torchrun_log.read_text(errors="replace")
     see = f"torchrun's messages are in {torchrun_log}"
+    if code < 0:
+        return Failure(f"torchrun, which starts the workers, was killed by {_name(-code)}{_reason(-code)}", see)
     if meeting is not None:
         where = f"the {meeting.nodes} machines of this run, which meet at {meeting.endpoint}"
         if "RendezvousTimeoutError" in text:
@@ -171,14 +173,20 @@ def exits_in(torchrun_log: str, ranks: Mapping[int, int]) -> list[Exit]:
 
 def killed_by(rank: int, signum: int) -> str:
     """A sentence for a worker that a signal ended."""
-    name = signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
-    reason = {
+    return f"rank {rank} failed first: it was killed by {_name(signum)}{_reason(signum)}"
+
+
+def _name(signum: int) -> str:
+    return signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
+
+
+def _reason(signum: int) -> str:
+    return {
         "SIGKILL": "; usually the machine ran out of memory (`dmesg | tail` tells), or somebody sent kill -9",
         "SIGSEGV": ", a crash in native code",
         "SIGABRT": ", an abort in native code",
         "SIGBUS": "; usually /dev/shm or a disk is full",
-    }.get(name, "")
-    return f"rank {rank} failed first: it was killed by {name}{reason}"
+    }.get(_name(signum), "")
 
 
 def _see(log_dir: Path, rank: int, lead: str = "its output is in") -> str:

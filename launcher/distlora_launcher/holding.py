@@ -20,13 +20,14 @@ from typing import IO, Any
 
 from distlora import durable
 from distlora.config import UserError
+from distlora_launcher.checks import gpu_count
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import show, warn
 
 CONFIG_NAME = "config.yaml"
 MACHINES = "machines"
 START_NAME = "start.json"
-"""In RUN/machines: {"id", "leader"} of the newest start."""
+"""In RUN/machines: {"id", "leader", "gpus"} of the newest start; gpus are the leader's."""
 
 LEASE_SECONDS = 120
 """How long to wait for a lock that the same run's last machines may still seem to hold: a network file system learns of
@@ -38,8 +39,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Place:
     """This machine's share in a start of several."""
 
-    def __init__(self, config: IO[str], *, leads: bool) -> None:
+    def __init__(self, config: IO[str], start: dict[str, Any], *, leads: bool) -> None:
         self._config = config
+        self.start = start
+        """What the leader left for the others: its name, its GPUs."""
         self.leads = leads
         """Whether this machine sets aside the logs and prepares the data, which the others wait for."""
 
@@ -96,7 +99,7 @@ def together(
             yield None
             return
         with place:
-            yield Place(config, leads=leads)
+            yield Place(config, _read(run_dir / MACHINES / START_NAME), leads=leads)
 
 
 def _take_part(
@@ -109,7 +112,7 @@ def _take_part(
         try:
             if _lock(config, fcntl.LOCK_EX, strict=True):
                 record.parent.mkdir(exist_ok=True)
-                durable.write_json(record, {"id": run_id, "leader": host_name()})
+                durable.write_json(record, {"id": run_id, "leader": host_name(), "gpus": gpu_count()})
                 return True
             shared = _lock(config, fcntl.LOCK_SH, strict=True)
         except OSError as error:

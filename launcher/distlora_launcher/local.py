@@ -113,7 +113,7 @@ def train(
     else:
         saved = checkpoint_folders(run_dir)
         since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"
-        everywhere = " on each machine" if meeting is not None else ""
+        everywhere = " on each machine" if config.cluster.on_each_machine else ""
         say(f"continue {since} with: distlora resume {shown(run_dir)}{everywhere}")
     return code
 

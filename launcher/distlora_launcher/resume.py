@@ -10,7 +10,7 @@ USAGE = """usage: distlora resume RUN
 
 Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
 number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
-submitted again."""
+submitted again; one over several machines (cluster=torchrun) is continued by the same command on each."""
 
 
 def main(arguments: list[str]) -> int:
@@ -25,6 +25,10 @@ def main(arguments: list[str]) -> int:
     from distlora.config_file import load_config
     from distlora_launcher.jobs.submit import is_job, resume_run
     from distlora_launcher.local import resume
+    from distlora_launcher.machines import resume_together
 
     run_dir = Path(arguments[0])
-    return resume_run(run_dir) if is_job(load_config(run_dir.expanduser())) else resume(run_dir)
+    config = load_config(run_dir.expanduser())
+    if is_job(config):
+        return resume_run(run_dir)
+    return resume_together(run_dir) if config.cluster.on_each_machine else resume(run_dir)

@@ -99,7 +99,7 @@ def run_workers(
         signum = signal.SIGINT if requests.killed else requests.received
         warn(f"killed by {signal.Signals(signum).name}; logs are in {log_dir}")
         return 128 + signum
-    failure = final or attempts.failure() or start_failure(torchrun_log, meeting)
+    failure = final or attempts.failure() or start_failure(torchrun_log, process.returncode, meeting)
     warn(f"error: {failure.message}{attempts.told()}")
     return BAD_INPUT if failure.bad_input else FAILED
 

@@ -1,0 +1,303 @@
+"""Runs of several machines: two on this host, which meet on its loopback, under real torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from distlora.config import Config, UserError
+from distlora.config_file import as_mapping, build, load_config
+from distlora_launcher import holding, meeting
+from distlora_launcher.cli import main
+from distlora_launcher.machines import check_same, run_id
+from launcher_fakes import write_data, write_model
+from small_models import read_metrics
+
+HERE = Path(__file__).parent
+DISTLORA = [sys.executable, "-m", "distlora_launcher.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Machine:
+    """One command of several, in a process of its own, and what it says."""
+
+    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+        self._log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ
+                | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+                | environment,
+            )
+
+    def says(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait(self, seconds: float = 240) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self._log.name} did not end; it says:\n{self.says()}")
+
+    def workers(self) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.cmdline()[2:4] == ["-m", "distlora_launcher.worker_entry"]:
+                    found.append(child)
+        return found
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
+    """Those of a test; what is left of them at its end is killed, and their workers with them."""
+    running: list[Machine] = []
+    yield running
+    for machine in running:
+        if machine.process.poll() is None:
+            machine.process.kill()
+            machine.process.wait()
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
+    """A prepared run of two machines, whose workers do what `behaviour` says (launcher_fake_worker.py)."""
+    (run_dir / "cache").mkdir(parents=True)
+    values = {"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": f"127.0.0.2:{free_port()}", "timeout_seconds": 60.0}
+    config = build(
+        Config,
+        {
+            "model": {"path": str(run_dir)},
+            "data": {"path": str(run_dir)},
+            "cluster": values | cluster,
+            "run_dir": str(run_dir),
+        },
+    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+    (run_dir / "data.json").write_text(json.dumps({"cache": str(run_dir / "cache")}))
+    (run_dir / "behaviour").write_text(behaviour)
+
+
+PART = (
+    "import sys; from pathlib import Path; from distlora.command_line import run_to_exit_code; "
+    "from distlora.config_file import load_config; from distlora_launcher.machines import run_by_hand; "
+    "from distlora_launcher.signals import forwarding\n"
+    "run = Path(sys.argv[1])\n"
+    "with forwarding() as forwarder:\n"
+    "    part = lambda: run_by_hand(run, load_config(run), forwarder, lambda: 0, 'launcher_fake_worker')\n"
+    "    code = run_to_exit_code(part)\n"
+    "sys.exit(code)\n"
+)
+"""`distlora resume` on one machine, of a run whose model and data nobody needs."""
+
+
+def part(run_dir: Path, log: Path) -> Machine:
+    return Machine([sys.executable, "-c", PART, str(run_dir)], log)
+
+
+def test_two_machines_are_one_run_and_a_third_is_too_many(
+    tmp_path: Path, machines: list[Machine], monkeypatch: pytest.MonkeyPatch
+):
+    run_dir = tmp_path / "run"
+    fake_run(run_dir, "saves when asked to stop")
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "rank_1.log").write_text("of the start before")
+    machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
+    wait_until(lambda: all((run_dir / f"ready_{rank}").exists() for rank in range(2)))
+    monkeypatch.setattr(holding, "LEASE_SECONDS", 0)
+    for start, reason in ((run_id(run_dir), "has its 2 machines already: "), ("another", "is running in start run-")):
+        with (
+            pytest.raises(UserError, match=reason),
+            holding.together(run_dir, start, nodes=2, stopped=lambda: False, leads_without_locks=True),
+        ):
+            pytest.fail("took part")
+    machines[0].process.send_signal(signal.SIGUSR1)
+    machines[1].process.send_signal(signal.SIGUSR1)
+    assert [machine.wait() for machine in machines] == [75, 75]
+    said = [machine.says() for machine in machines]
+    assert sum("hello from rank 0 of 2" in text for text in said) == 1
+    assert sum("rank 1 runs on" in text and str(run_dir / "logs" / "rank_0.log") in text for text in said) == 1
+    host = socket.gethostname().partition(".")[0]
+    names = {"rank_0.log", "rank_1.log", f"torchrun_{host}.log", f"torchrun_{host}_2.log", "start_1"}
+    assert {path.name for path in (run_dir / "logs").iterdir()} == names
+    assert (run_dir / "logs" / "start_1" / "rank_1.log").read_text() == "of the start before"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([], "and by default it has the time in its name, which differs between the 2 machines (cluster.nodes); add "),
+        (["run_dir=runs/a", "-m"], "-m with cluster=torchrun over 2 machines (cluster.nodes): their sweeps would not "),
+        (["run_dir=runs/a", "cluster.rdzv_endpoint=no.such.host.invalid:29500"], "does not know the host no.such.host"),
+    ],
+)
+def test_what_machines_cannot_do_together_is_refused(
+    settings: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl")
+    command = ["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "cluster=torchrun"]
+    assert main([*command, "cluster.nodes=2", "cluster.rdzv_endpoint=127.0.0.2:29500", *settings]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_settings_than_the_runs_are_named(tmp_path: Path):
+    fake_run(tmp_path / "run", "success")
+    theirs = load_config(tmp_path / "run")
+    check_same(theirs, theirs)
+    mine = dataclasses.replace(theirs, optim=dataclasses.replace(theirs.optim, lr=1e-3), name="other")
+    with pytest.raises(UserError, match=r"name=other here, name=distlora in the run; optim\.lr=0\.001 here, "):
+        check_same(mine, theirs)
+
+
+def test_the_host_of_the_endpoint_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch):
+    try:
+        here = meeting.own_address("192.0.2.1", 9)  # Where this machine's way out leads from.
+    except UserError:
+        pytest.skip("this machine has no way out, and so no address but its loopback")
+    at_home = meeting.meet(f"{here}:29500", nodes=2, run_id="a", join_seconds=60)
+    assert (at_home.is_host, at_home.address) == (True, here)
+    away = meeting.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
+    assert (away.is_host, away.address) == (False, here)
+    assert "is_host=0" in str(away.torchrun_arguments())
+    assert f"--local-addr={here}" in away.torchrun_arguments()
+    assert away.environment().keys() == {"GLOO_SOCKET_IFNAME"}
+    # Debian's own entry for a host: the store is here, and gloo must not take that address.
+    monkeypatch.setattr(meeting.socket, "gethostname", lambda: "localhost")
+    own_name = meeting.meet("localhost:29500", nodes=2, run_id="a", join_seconds=60)
+    assert (own_name.is_host, own_name.address) == (True, "localhost")
+    assert own_name.environment() == away.environment()
+    monkeypatch.setenv(meeting.LOCAL_ADDRESS, "10.1.2.3")
+    assert meeting.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60).address == "10.1.2.3"
+    with pytest.raises(UserError, match=r"nobody listened at 127\.0\.0\.3:9 for 0 s"):
+        meeting.wait_for_host(dataclasses.replace(away, endpoint="127.0.0.3:9", join_seconds=0), stopped=lambda: False)
+
+
+def words(folders: Path, run_dir: Path, **settings: object) -> list[str]:
+    """A command line that trains a small model for eight steps, each of them saved."""
+    values = {
+        "model.path": folders / "llama",
+        "data.path": folders / "text.jsonl",
+        "data.sequence_length": 64,
+        "data.cache_dir": run_dir.parent / "cache",
+        "train.max_steps": 8,
+        "train.save_every": 1,
+        "train.log_every": 1,
+        "train.dtype": "fp32",
+        "tracker": "none",
+        "cluster": "torchrun",
+        "run_dir": run_dir,
+    }
+    return ["train", *(f"{name}={value}" for name, value in (values | settings).items())]
+
+
+def two_machines(port: int) -> dict[str, object]:
+    return {"cluster.nodes": 2, "cluster.rdzv_endpoint": f"127.0.0.2:{port}", "cluster.timeout_seconds": 120}
+
+
+def result(run_dir: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    first, second = result(run_dir), result(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    names = ("step", "loss", "eval_loss", "lr", "grad_norm")
+    figures = [[[line.get(name) for name in names] for line in read_metrics(folder)] for folder in (run_dir, other)]
+    assert figures[0] == figures[1]
+
+
+def last_step(run_dir: Path) -> int:
+    saved = sorted((run_dir / "checkpoints").glob("step_*"))
+    return int(saved[-1].name.removeprefix("step_")) if saved else 0
+
+
+@pytest.mark.slow
+def test_one_command_on_two_machines_is_one_run(folders: Path, tmp_path: Path, machines: list[Machine]):
+    """Bit for bit that of two ranks on one machine; whoever comes with other settings is told which."""
+    alone = Machine(DISTLORA + words(folders, tmp_path / "one", **{"cluster.gpus_per_node": 2}), tmp_path / "alone")
+    machines.append(alone)
+    assert alone.wait() == 0, alone.says()
+    command = DISTLORA + words(folders, tmp_path / "two", **two_machines(free_port()))
+    machines += [Machine(command, tmp_path / f"machine_{number}") for number in range(2)]
+    wait_until(lambda: (tmp_path / "two" / "config.yaml").exists())
+    odd = Machine([*command, "optim.lr=1e-3"], tmp_path / "odd")
+    assert odd.wait() == 2
+    assert "optim.lr=0.001 here, optim.lr=0.0002 in the run" in odd.says()
+    assert [machine.wait() for machine in machines[1:]] == [0, 0], [machine.says() for machine in machines]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert sum("preparing the data" in machine.says() for machine in machines[1:]) == 1
+    again = Machine(command, tmp_path / "again")
+    assert again.wait() == 2
+    assert "already holds a run; continue it with `distlora resume" in again.says()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_lost_machine_lose_nothing(folders: Path, tmp_path: Path, machines: list[Machine]):
+    settings = {"train.max_steps": 60}
+    whole = Machine(
+        DISTLORA + words(folders, tmp_path / "whole", **settings, **{"cluster.gpus_per_node": 2}), tmp_path / "alone"
+    )
+    machines.append(whole)
+    assert whole.wait() == 0, whole.says()
+    run_dir, port = tmp_path / "run", free_port()
+    command = DISTLORA + words(folders, run_dir, **settings, **two_machines(port))
+    host = Machine(command, tmp_path / "host")
+    machines.append(host)
+    wait_until(lambda: listens(port))
+    other = Machine(command, tmp_path / "other")
+    machines.append(other)
+    wait_until(lambda: last_step(run_dir) >= 2)
+    other.workers()[0].kill()
+    wait_until(lambda: "restart 1 of 3" in other.says())
+    step = last_step(run_dir)
+    wait_until(lambda: last_step(run_dir) > step + 1)
+    other.process.kill()
+    wait_until(lambda: "restart " in host.says())
+    back = Machine([*DISTLORA, "resume", str(run_dir)], tmp_path / "back")
+    machines.append(back)
+    assert (host.wait(), back.wait()) == (0, 0), (host.says(), back.says())
+    assert_same_run(run_dir, tmp_path / "whole")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.2", port)) == 0

@@ -32,7 +32,7 @@ from distlora.loading.start_file import StartRecord, digest_of, require_start
 from distlora.model_card import model_card, read_metadata
 from distlora.run_folder import read_result
 from distlora_launcher.checks import check_model
-from distlora_launcher.failures import first_failure, would_repeat
+from distlora_launcher.failures import first_failure, read_errors, would_repeat
 from distlora_launcher.importing import read_yaml
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
@@ -219,9 +219,10 @@ def read_axolotl(folder: Path) -> None:
     report(imported, source=source, out=None)
 
 
-def read_errors(folder: Path) -> None:
-    first_failure(folder / "run" / "logs")
-    would_repeat(folder / "run" / "logs")
+def read_failure(folder: Path) -> None:
+    logs = folder / "run" / "logs"
+    first_failure(logs, {}, [error for _, error in read_errors(logs)])
+    would_repeat(logs)
 
 
 STEP = "run/checkpoints/step_00000002"
@@ -286,7 +287,7 @@ READERS = {
     "state": Reader(file=f"{STEP}/state.json", damages=any_json, read=read_run),
     "published": Reader(file="run/adapter/adapter_config.json", damages=any_json, read=read_run),
     "card": Reader(file="card.md", damages=any_bytes, read=read_run),
-    "error": Reader(file="run/logs/rank_0.error.json", damages=any_json, read=read_errors),
+    "error": Reader(file="run/logs/rank_0.error.json", damages=any_json, read=read_failure),
     "prompts": Reader(
         file="run/prompts.jsonl", damages=any_lines, read=lambda folder: read_prompts(folder / "run/prompts.jsonl")
     ),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from chaos import Life, read_lines, train_command, uninterrupted
 from distlora import error_file
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
@@ -138,6 +139,31 @@ def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int
     assert not verdict.silent
 
 
+def test_only_the_training_thread_is_asked_what_it_waits_for() -> None:
+    """One beside it that saves may wait for another rank too, in code of torch.distributed."""
+    lock, seen = threading.Lock(), []
+    waiting = compile("lock.acquire()", str(Path(dist.__file__).with_name("somewhere.py")), "eval")
+
+    def look(before: float = 0.0) -> None:
+        time.sleep(before)
+        seen.append(watch.whereabouts())
+        lock.release()
+
+    lock.acquire()
+    saver = threading.Thread(target=eval, args=(waiting, {"lock": lock}))
+    saver.start()
+    looking = threading.Thread(target=look)
+    looking.start()
+    looking.join()
+    saver.join()
+    looking = threading.Thread(target=look, args=(0.2,))
+    looking.start()
+    eval(waiting, {"lock": lock})
+    looking.join()
+    assert [waits for _, waits in seen] == [False, True]
+    assert seen[1][0] == "somewhere.py:1 in <module>"
+
+
 def test_nobody_hangs_while_one_rank_moves() -> None:
     assert judge([at(9, waits=True), at(7)], [at(9, waits=True, beat=2), at(8, beat=2)], 600.0) is None
 
@@ -168,6 +194,21 @@ def test_a_group_that_hangs_ends_and_is_started_again(
     logs = [(tmp_path / "logs" / "attempt_1" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
     assert "in all_reduce" in logs[0]
     assert "in hang" in logs[1]
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_run_that_is_stopped_is_named_and_the_run_goes_on(folders: Path, tmp_path: Path) -> None:
+    """By SIGSTOP. torchrun asks such a worker to end, and kills it 30 s later."""
+    uninterrupted(tmp_path / "whole", folders, 2)
+    command = [*train_command(tmp_path / "run", folders, 2), "cluster.timeout_seconds=10"]
+    life = Life(command, tmp_path / "output.txt", tmp_path / "tmp")
+    assert life.wait_until(lambda: any(line["step"] > 1 for line in read_lines(tmp_path / "run" / "metrics.jsonl")))
+    life.workers()[1].send_signal(signal.SIGSTOP)
+    assert life.code() == 0, life.output()
+    assert "the run hung: nothing has moved for 10 s: rank 1 gives no sign of life" in life.output()
+    assert not life.gone()
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_message_of_a_hang_leads_to_the_stacks_of_the_rank_that_hangs(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Position:
     code: str = ""
     """The line of our code that its training thread is in; empty while it moves."""
     waits: bool = False
-    """Whether one of its threads is within a collective."""
+    """Whether it is within a collective."""
     beat: int = 0
     """Grows while the process lives."""
 
@@ -160,7 +160,7 @@ class Watch:
             # While the whole process was stopped (SIGSTOP, a suspended job) nobody waited.
             still = 0.0 if moved else still + min(now - before, 5 * self._beat_seconds)
             before = now
-            self._own = Position(last[0], in_words(last), last[-1], *(("", False) if moved else self._code()))
+            self._own = Position(last[0], in_words(last), last[-1], *(("", False) if moved else whereabouts()))
             if self._alarmed.is_set() and not shown:
                 shown = True
                 self._show_stacks()
@@ -200,25 +200,30 @@ class Watch:
         self._asked.set()
         return self._answer if self._answered.wait(max(5 * self._beat_seconds, 1.0)) else None
 
-    def _code(self) -> tuple[str, bool]:
-        """(the innermost line of ours that the training thread is in, and the innermost function; whether a thread is
-        within a collective)."""
-        own = {thread.ident for thread in self._threads}
-        frames = {ident: frame for ident, frame in sys._current_frames().items() if ident not in own}
-        waits = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame in frames.values())
-        training = threading.main_thread().ident
-        assert training is not None
-        innermost = frame = frames.get(training)
-        if innermost is None:
-            return "", waits
-        while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
-            frame = frame.f_back
-        frame = frame or innermost
-        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {innermost.f_code.co_name}", waits
-
     def _show_stacks(self) -> None:
         print(f"{_places({self.rank: self._own})}. Python stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def whereabouts() -> tuple[str, bool]:
+    """(the innermost line of ours that the training thread is in, and the innermost function; whether it is within a
+    collective).
+    """
+    training = threading.main_thread()
+    assert training.ident is not None
+    # A backward on a GPU runs hooks in a thread of autograd, not of Python. One that saves may wait for another
+    # rank without holding up the training.
+    aside = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy")}
+    threads = sys._current_frames().items()
+    frames = {ident: frame for ident, frame in threads if ident == training.ident or ident not in aside}
+    waits = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame in frames.values())
+    innermost = frame = frames.get(training.ident)
+    if innermost is None:
+        return "", waits
+    while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {innermost.f_code.co_name}", waits
 
 
 def judge(first: Sequence[Position | None], second: Sequence[Position | None], seconds: float) -> Verdict | None:

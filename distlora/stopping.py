@@ -53,13 +53,13 @@ def name_of(signum: int) -> str:
 
 def listen() -> None:
     """Turn signals into requests from now on. First of all in a process: threads and children inherit that these
-    signals are blocked, so that one sent to the whole group (SLURM does) ends neither wandb's service nor a compiler
-    under the worker that is about to save.
+    signals are blocked, so that one sent to every process (SLURM does) does not end a compiler, say, under the worker
+    that is about to save. (wandb's process unblocks them: `tracker.py`.)
     """
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for signum in SIGNALS:
-        # torchrun ignores them, and so would its children: an ignored signal is dropped even while it is blocked.
+        # Whoever started this may ignore them, as nohup does: such a signal is dropped, blocked or not.
         signal.signal(signum, signal.SIG_DFL)
     threading.Thread(target=_take, args=(parent,), name="signals", daemon=True).start()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora import stopping, train
+from distlora.checkpoints.folder import steps
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Progress
 from distlora.loading import weights
@@ -90,7 +91,7 @@ def run_asked(
 ) -> list[int]:
     """The worker, asked to stop so often at a point of the run (on these ranks), or never. Returns the steps that it
     has finished."""
-    steps: list[int] = []
+    done: list[int] = []
 
     def ask() -> None:
         for signum in [signal.SIGUSR1, signal.SIGTERM][:times]:
@@ -106,14 +107,14 @@ def run_asked(
 
         def counted(self: train.Trainer, step: int, interval: Any) -> None:
             train_step(self, step, interval)
-            steps.append(step + 1)
+            done.append(step + 1)
 
         monkeypatch.setattr(train.Trainer, "_train_step", counted)
         try:
             train.run(run_dir, ranks)
         finally:
             stopping.forget()
-    return steps
+    return done
 
 
 def result(run_dir: Path) -> dict[str, Tensor]:
@@ -166,9 +167,9 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
     for point, asked, times, saved in stops(at_once=size == 1, per_step=per_step):
         if size == 1:
             asked = (0,)
-        steps = world.run(size, run_asked, run_dir=run_dir, point=point, asked=asked, times=times)
-        assert steps == [steps[0]] * size, "all ranks stop after the same step"
-        done += steps[0]
+        ranks_did = world.run(size, run_asked, run_dir=run_dir, point=point, asked=asked, times=times)
+        assert ranks_did == [ranks_did[0]] * size, "all ranks stop after the same step"
+        done += ranks_did[0]
         record = json.loads((run_dir / "stopped.json").read_text())
         name = f"checkpoints/step_{saved:08d}" if saved else None
         assert (record["step"], record["checkpoint"], record["signal"]) == (saved, name, "SIGUSR1"), point
@@ -180,3 +181,21 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
     assert all(torch.equal(tensor, result(run_dir)[name]) for name, tensor in result(whole).items())
     assert figures(run_dir) == figures(whole), "each step once, with the same numbers"
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 5, "log_every": 5, "keep": 9}
+    for name, minutes in (("whole", None), ("saved", 1e-6)):
+        make_run(tmp_path / name, folders, train=settings | {"save_minutes": minutes})
+        world.run(2, run_asked, run_dir=tmp_path / name, point=None)
+    saved = [folder.name for folder in steps(tmp_path / "saved" / "checkpoints")]
+    assert saved == [f"step_{step:08d}" for step in range(1, 6)], (
+        "at the end of each step that began after the last save"
+    )
+    assert [folder.name for folder in steps(tmp_path / "whole" / "checkpoints")] == ["step_00000005"]
+    assert all(
+        torch.equal(tensor, result(tmp_path / "saved")[name]) for name, tensor in result(tmp_path / "whole").items()
+    )
+    assert figures(tmp_path / "saved") == figures(tmp_path / "whole")

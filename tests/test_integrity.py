@@ -16,7 +16,7 @@ from distlora.config_file import load_config
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
-from distlora.parallel.integrity import DamagedWeightsError
+from distlora.parallel.integrity import DamagedWeightsError, _batches
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
 from worlds import World
@@ -123,6 +123,13 @@ def sound_then_every_unit_damaged(ranks: Ranks, *, run_dir: Path, damaged: tuple
         model.reshard()
     backend.check_weights()
     model(*batch)
+    if ranks.rank == 1 and (offsets := [b for name, b in model.named_buffers() if name.endswith("up_proj.offset")]):
+        offsets[1].add_(1)
+    said.append("")
+    if any(name.endswith(".offset") for name, _ in model.named_buffers()):
+        with pytest.raises(DamagedWeightsError) as caught:
+            backend.watch_weights(model)
+        said[-1] = str(caught.value)
     return said
 
 
@@ -145,10 +152,23 @@ def test_a_byte_that_changed_in_a_shard_is_named_on_every_rank(
     make_run(tmp_path / "run", folders, model, **sections)
     by_rank = world.run(size, sound_then_every_unit_damaged, run_dir=tmp_path / "run", damaged=damaged)
     assert all(said == by_rank[0] for said in by_rank)
-    for name, said in zip(damaged, by_rank[0], strict=True):
+    *of_shards, of_offset = by_rank[0]
+    assert (
+        model != "llama" or "layers.1.mlp.up_proj.offset differs between rank 0 and rank 1 after loading" in of_offset
+    )
+    for name, said in zip(damaged, of_shards, strict=True):
         assert f"the frozen base is damaged: {name}, rows " in said
         assert "those of rank 1" in said
         assert "rank 1's own memory has changed since then; nothing was trained on them" in said
+
+
+def test_ranks_that_own_equally_many_rows_are_checked_in_one_call() -> None:
+    even = [(0, 4), (4, 4), (8, 4)]
+    assert list(_batches(even)) == [(slice(0, 3), slice(0, 12))]
+    uneven = [(0, 4), (4, 4), (8, 1), (9, 0), (9, 0)]
+    assert list(_batches(uneven)) == [(slice(0, 2), slice(0, 8)), (slice(2, 3), slice(8, 9))]
+    replicated = [(0, 4), (4, 4), (0, 4), (4, 4)]  # Sharded within a node, and again on the next one.
+    assert list(_batches(replicated)) == [(slice(0, 2), slice(0, 8)), (slice(2, 4), slice(0, 8))]
 
 
 def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from distlora.config import SourceConfig, UserError
+from distlora.data.chat import ChatTemplate
 from distlora.data.hub import SavedDataset
 from distlora.tokens import load_tokenizer
 from distlora_launcher.push import _own_files
+from small_models import tokenizer
 from test_layout import MODULES
 
 # What runs code that lies in a file, by the last parts of the name that is called.
@@ -138,6 +140,24 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(folders: Path, tmp_path: Pa
     assert type(load_tokenizer(folder)).__module__.startswith("transformers.")
     assert not (tmp_path / "ran").exists()
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('touch ran').read() }}",
+        "{% include 'tokenizer.json' %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_reaches_nothing_but_its_conversation(tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.jinja").write_text(text)
+    with pytest.raises(UserError, match=r"odd\.jinja (refuses|fails|is not valid)"):
+        ChatTemplate(tokenizer(), "here", str(tmp_path / "odd.jinja")).render(
+            "row 1", [{"role": "user", "content": "a"}]
+        )
 
 
 @pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "..", "inner/../../outside.arrow"])

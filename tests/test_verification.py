@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -195,6 +196,16 @@ def test_what_a_kill_leaves_is_worth_a_note(copy: Path) -> None:
         *("checkpoints/.step_00000006.tmp", ".summary.json-0123456789abcdef", "metrics.jsonl", "data.json")
     }
     assert all(state != "damaged" for state, _ in found.values())
+
+
+def test_a_run_that_is_going_on_is_said_to_be(copy: Path) -> None:
+    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # By one machine, by several.
+        with (copy / "config.yaml").open("r+") as file:
+            fcntl.flock(file, kind)
+            assert states(copy)["run"] == (
+                *("note", "the run is going on: what it is writing now may look unfinished"),
+            )
+    assert "run" not in states(copy)
 
 
 def test_a_link_that_leads_out_of_a_checkpoint_is_damage(copy: Path, tmp_path: Path) -> None:

@@ -51,14 +51,14 @@ def _guarded(name: str, check: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 
 
 def _is_running(run_dir: Path) -> bool:
-    """Whether a launcher holds the run (distlora_launcher.local.running)."""
-    with (run_dir / "config.yaml").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # A file system without locks.
-            return False
+    """Whether launchers hold the run: one exclusively, or several machines together (distlora_launcher/holding.py)."""
+    try:
+        with (run_dir / "config.yaml").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # Not ours to write, or a file system without locks.
+        return False
     return False
 
 

@@ -14,6 +14,7 @@ from distlora.checkpoints.state import (
     Progress,
     TrainState,
     check_matches,
+    check_newest_settings,
     environment_line,
     fixed_settings,
     load_state,
@@ -36,6 +37,15 @@ def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def whole_state() -> dict[str, Any]:
+    """state.json as a run writes it."""
+    return {
+        "progress": {"step": 2, "evaluations": {"0": 5.0, "2": 4}, "seconds": 1.5, "tokens": 3, "published_step": 2},
+        "identity": {"base_fingerprint": "b", "data_digest": "d", "settings": settings(), "reference_digest": None},
+        "environment": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,21 @@ def test_what_may_change_between_starts_is_not_refused(tmp_path: Path) -> None:
     assert refusal(json.loads(json.dumps(mixed)), mixed) is None
 
 
+def test_a_setting_that_a_later_version_has_is_no_difference() -> None:
+    then = settings()
+    del then["adapter.modules_to_save"]
+    assert refusal(then, settings(adapter={"modules_to_save": ["lm_head"]})) is None
+
+
+def test_the_launcher_refuses_changed_settings_by_the_newest_state_that_can_be_read(tmp_path: Path) -> None:
+    for name, text in (("step_00000002", json.dumps(whole_state())), ("step_00000004", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE_NAME).write_text(text)
+    check_newest_settings(tmp_path, build(Config, SECTIONS))
+    with pytest.raises(UserError, match=r"step_00000002 was made with adapter\.r=16, .* now has adapter\.r=4"):
+        check_newest_settings(tmp_path, build(Config, SECTIONS | {"adapter": {"r": 4}}))
+
+
 def test_what_differs_of_the_machine_is_said() -> None:
     then = {"ranks": 3, "threads": 1, "torch": "2.13.0"}
     assert environment_line(then, dict(then)) is None
@@ -92,11 +117,7 @@ def test_what_differs_of_the_machine_is_said() -> None:
     ],
 )
 def test_a_state_that_is_not_ours_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    whole: dict[str, Any] = {
-        "progress": {"step": 2, "evaluations": {"0": 5.0, "2": 4}, "seconds": 1.5, "tokens": 3, "published_step": 2},
-        "identity": {"base_fingerprint": "b", "data_digest": "d", "settings": {}, "reference_digest": None},
-        "environment": {},
-    }
+    whole = whole_state()
     (tmp_path / STATE_NAME).write_text(json.dumps(whole))
     expected = Progress(step=2, evaluations={0: 5.0, 2: 4.0}, seconds=1.5, tokens=3, published_step=2)
     assert load_state(tmp_path).progress == expected

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora.checkpoints.folder import STATE_NAME
+from distlora.checkpoints.folder import STATE_NAME, steps
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping
 
@@ -182,14 +182,31 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_f
 
 
 def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError when a run's `fixed_settings` are not those that the checkpoint in `folder` was made with."""
-    differing = list(_differences(state.identity.settings, settings))
+    """Raises UserError when a run's `fixed_settings` are not those that the checkpoint in `folder` was made with.
+
+    One that was not there when the checkpoint was made could not be set, and counts for nothing.
+    """
+    then = state.identity.settings
+    differing = list(_differences(then, {name: value for name, value in settings.items() if name in then}))
     if differing:
         raise UserError(
             f"{folder} was made with {', '.join(f'{name}={then}' for name, then, _ in differing)}, and config.yaml now "
             f"has {', '.join(f'{name}={now}' for name, _, now in differing)}; set "
             f"{'them' if len(differing) > 1 else 'it'} back there, or start a new run"
         )
+
+
+def check_newest_settings(checkpoints: Path, config: Config) -> None:
+    """`check_settings` of the newest checkpoint that can be read, without a look at its tensors: for the launcher,
+    which refuses before it starts a worker. Nothing where there is none; the workers find out which one is whole.
+    """
+    for folder in reversed(steps(checkpoints)):
+        try:
+            state = load_state(folder)
+        except UserError:
+            continue
+        check_settings(state, folder, fixed_settings(config))
+        return
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

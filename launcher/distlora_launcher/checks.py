@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.state import check_newest_settings
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
@@ -26,7 +27,7 @@ from distlora.loading.prequantized import (
 )
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.start_file import check_ranks, needs_start, require_start
-from distlora.run_folder import checkpoint_folders
+from distlora.run_folder import CHECKPOINTS, checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
 from distlora_launcher.initial_adapter import check_initial_adapter
@@ -49,6 +50,8 @@ def check(config: Config, *, new_run: bool) -> None:
         check_model(config)
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
+        if goes_on:
+            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, config)
         if goes_on and config.adapter.decomposes and needs_start(config, training=True, restores=True):
             require_start(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")

@@ -194,7 +194,7 @@ def test_a_sweep_is_one_array_of_runs_that_are_all_prepared(
         assert json.loads((run / "slurm.json").read_text())["job_id"] == f"41_{number}"
         assert (run / "logs").is_dir()
     assert json.loads((sweep / "slurm.json").read_text())["job_id"] == "41"
-    assert "submitted the 4 runs in runs/sweep as SLURM job array 41" in capsys.readouterr().out
+    assert "submitted 4 runs in runs/sweep as SLURM job array 41" in capsys.readouterr().out
 
 
 def test_a_sweep_of_which_one_cannot_be_prepared_is_taken_back(
@@ -276,6 +276,24 @@ def test_a_run_of_a_sweep_is_resumed_alone(place: Path, slurm: FakeSlurm, capsys
     slurm.has_jobs(job_record("41_0", "RUNNING", nodes="n1"), job_record("41_1", "TIMEOUT"))
     assert main(["resume", "runs/sweep/1"]) == 0
     assert "--array" not in (place / "runs/sweep/1/job.sbatch").read_text()
+
+
+def test_the_runs_of_a_sweep_that_are_not_done_are_submitted_again(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    sweep = place / "runs" / "sweep"
+    assert train("-m", "train.seed=0,1,2,3,4", f"run_dir={sweep}") == 0
+    (sweep / "1" / "adapter").mkdir()
+    slurm.has_jobs(job_record("41_0", "RUNNING"), *(job_record(f"41_{task}", "TIMEOUT") for task in (1, 2, 3, 4)))
+    slurm.answers("sbatch", "57")
+    assert main(["resume", "runs/sweep"]) == 0
+    assert "#SBATCH --array=2-4\n" in (sweep / "job.sbatch").read_text()
+    ids = [json.loads((sweep / str(number) / "slurm.json").read_text())["job_id"] for number in range(5)]
+    assert ids == ["41_0", "41_1", "57_2", "57_3", "57_4"]
+    slurm.has_jobs(job_record("57_2-4", "PENDING"), job_record("41_0", "RUNNING"))
+    capsys.readouterr()
+    assert main(["resume", "runs/sweep"]) == 0
+    assert capsys.readouterr().out == "runs/sweep waits or runs; `distlora status` shows its runs\n"
 
 
 if __name__ == "__main__":

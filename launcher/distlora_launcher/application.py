@@ -27,7 +27,8 @@ from distlora_launcher.compose import (
     with_new_keys,
 )
 from distlora_launcher.initial_adapter import with_initial_adapter
-from distlora_launcher.jobs.submit import Sweep, check_submission, is_job, submit_run
+from distlora_launcher.jobs.submit import check_submission, is_job, submit_run
+from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.local import remove_if_empty, say, shown, start
 from distlora_launcher.machines import start_together
 from distlora_launcher.workers import BAD_INPUT, DONE, FAILED

@@ -110,6 +110,8 @@ def train(
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
     elif code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs"):
         pass  # What was refused once is refused again, and what has ended has ended.
+    elif code == STOPPED and config.cluster.launcher == "slurm":
+        pass  # Its script queues it again, or was told not to.
     else:
         saved = checkpoint_folders(run_dir)
         since = f"from {saved[-1].name}" if saved else "from its start, as nothing was saved yet (train.save_every)"

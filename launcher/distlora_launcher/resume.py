@@ -10,7 +10,8 @@ USAGE = """usage: distlora resume RUN
 
 Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
 number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
-submitted again; one over several machines (cluster=torchrun) is continued by the same command on each."""
+submitted again; so are all runs of its sweep that are not done, where RUN is the folder of that. One over several
+machines (cluster=torchrun) is continued by the same command on each."""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,10 +25,13 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"distlora resume takes one run folder and nothing else: {reason}; write `distlora resume RUN`")
     from distlora.config_file import load_config
     from distlora_launcher.jobs.submit import is_job, resume_run
+    from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.local import resume
     from distlora_launcher.machines import resume_together
 
     run_dir = Path(arguments[0])
+    if is_sweep(run_dir.expanduser()):
+        return resume_sweep(run_dir)
     config = load_config(run_dir.expanduser())
     if is_job(config):
         return resume_run(run_dir)

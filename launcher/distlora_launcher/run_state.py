@@ -26,6 +26,8 @@ from distlora_launcher.logs import host_name
 
 TAIL_BYTES = 256 * 1024
 """Of metrics.jsonl, from its end: some hundred steps."""
+PACE_STEPS = 20
+"""How many steps the pace is taken from: single ones differ by as much as a half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,7 @@ class Figures:
     eval_loss: float | None = None
     """The last held-out loss after a step."""
     tokens_per_second: float | None = None
+    """Over the last PACE_STEPS steps."""
     time: float | None = None
     """When the last line was written, seconds since 1970."""
 
@@ -73,7 +76,8 @@ class Ending:
 
 def read_figures(run_dir: Path) -> Figures:
     """The newest figures of a run, from the end of metrics.jsonl."""
-    step, loss, eval_loss, pace, written = 0, None, None, None, None
+    step, loss, eval_loss, written = 0, None, None, None
+    rates: list[float] = []
     for line in _tail(run_dir / METRICS_NAME):
         values = _object(line)
         number, when = values.get("step"), values.get("time")
@@ -83,7 +87,10 @@ def read_figures(run_dir: Path) -> Figures:
         if "eval_loss" in values:
             eval_loss = _number(values["eval_loss"]) if number > 0 else eval_loss
         else:
-            loss, pace = _number(values.get("loss")), _number(values.get("tokens_per_second"))
+            loss, rate = _number(values.get("loss")), _number(values.get("tokens_per_second"))
+            rates += [rate] if rate else []
+    rates = rates[-PACE_STEPS:]
+    pace = len(rates) / sum(1 / rate for rate in rates) if rates else None
     return Figures(step=step, loss=loss, eval_loss=eval_loss, tokens_per_second=pace, time=written)
 
 

@@ -15,6 +15,7 @@ from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.jobs.script import SCRIPT_NAME
 from distlora_launcher.local import shown
 from distlora_launcher.logs import SLURM
 from distlora_launcher.run_state import (
@@ -75,8 +76,8 @@ class Status:
             return f"distlora cancel {run}"
         if self.state == "done":
             return f"distlora generate {run}"
-        if self.state == "new" and self.launcher == "slurm" and self.job_id is None:
-            return f"sbatch {run}/job.sbatch"
+        if self.state == "new" and self.job_id is None and (self.run_dir / SCRIPT_NAME).exists():
+            return f"sbatch {run}/{SCRIPT_NAME}"
         return None if self.state == "ending" or self.ending.bad_input else f"distlora resume {run}"
 
 

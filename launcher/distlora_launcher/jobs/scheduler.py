@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,8 +72,12 @@ def is_here() -> bool:
 
 def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
     """What a command of SLURM prints on stdout. Raises SchedulerError."""
+    # Within a job, SLURM's variables say what that job has; sbatch would take them over, and hand them on.
+    environment = {name: value for name, value in os.environ.items() if _is_global(name)}
     try:
-        ended = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        ended = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
+        )
     except FileNotFoundError as error:
         raise SchedulerError(f"there is no {command[0]} on this machine") from error
     except subprocess.TimeoutExpired as error:
@@ -81,6 +86,10 @@ def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
         lines = [line.removeprefix(f"{command[0]}: ") for line in ended.stderr.splitlines() if line.strip()]
         raise SchedulerError("; ".join(lines) or f"{command[0]} ended with code {ended.returncode}")
     return ended.stdout
+
+
+def _is_global(name: str) -> bool:
+    return not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
 def submit(command: Sequence[str]) -> str:

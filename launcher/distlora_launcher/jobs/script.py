@@ -22,9 +22,10 @@ _GPU_OPTION = re.compile(r"--(gpus|gpus-per-node|gpus-per-task|gpus-per-socket|g
 
 
 def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
-    """The script of a run; with `tasks` that of a sweep, whose folder is config.run_dir and the runs' are their numbers
-    in it. `gpus`: whether to ask SLURM for GPUs. Raises UserError for a text that #SBATCH cannot hold.
+    """The script of a run; with `tasks` that of a sweep, whose folder is config.run_dir and whose runs lie in there by
+    their numbers. `gpus`: whether to ask SLURM for GPUs. Raises UserError for a text that #SBATCH cannot hold.
     """
+    numbers = [int(Path(task.run_dir).name) for task in tasks]
     import jinja2
 
     cluster, folder = config.cluster, Path(config.run_dir)
@@ -35,7 +36,7 @@ def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
     return environment.from_string(source).render(
         title=_title(config, len(tasks)),
         script=shlex.quote(str(folder / SCRIPT_NAME)),
-        options=[_option(name, value) for name, value in _options(config, gpus, len(tasks))] + list(cluster.sbatch),
+        options=[_option(name, value) for name, value in _options(config, gpus, numbers)] + list(cluster.sbatch),
         array=len(tasks) > 0,
         run=shlex.quote(str(folder)),
         port=cluster.port,
@@ -59,7 +60,7 @@ def _title(config: Config, tasks: int) -> str:
     return f"{name}, {f'{tasks} runs, each ' if tasks else ''}on {machines}, {processes}{of_each}."
 
 
-def _options(config: Config, gpus: bool, tasks: int) -> list[tuple[str, str | None]]:
+def _options(config: Config, gpus: bool, tasks: Sequence[int]) -> list[tuple[str, str | None]]:
     """Options of sbatch by name; None stands for an option without a value. Those that the user adds come after, where
     they win."""
     cluster = config.cluster
@@ -74,7 +75,7 @@ def _options(config: Config, gpus: bool, tasks: int) -> list[tuple[str, str | No
         ("time", cluster.time_limit),
     ):
         options += [(name, value)] if value is not None else []
-    options += [("array", f"0-{tasks - 1}{throttle}")] if tasks else []
+    options += [("array", _ranges(tasks) + throttle)] if tasks else []
     options += [("nodes", str(cluster.nodes)), ("ntasks-per-node", "1")]
     if gpus and not any(_GPU_OPTION.match(option) for option in cluster.sbatch):
         options.append(("gpus-per-node", str(cluster.gpus_per_node)))
@@ -88,6 +89,17 @@ def _options(config: Config, gpus: bool, tasks: int) -> list[tuple[str, str | No
         ("output", f"{folder}/{log}"),
         ("open-mode", "append"),
     ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for ascending numbers."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def _option(name: str, value: str | None) -> str:

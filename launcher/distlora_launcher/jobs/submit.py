@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ from distlora_launcher.checks import check
 from distlora_launcher.hub import restore
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import Submission, read_submission, write_submission
-from distlora_launcher.jobs.scheduler import SchedulerError
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, render
-from distlora_launcher.local import forget_run, is_prepared, make_run, prepare, remove_if_empty, running, say, shown
+from distlora_launcher.local import is_prepared, make_run, prepare, running, say, shown
 from distlora_launcher.logs import SLURM
 from distlora_launcher.workers import DONE
 
@@ -56,7 +55,8 @@ def check_submission(runs: Sequence[Config], *, sweeps: bool) -> str:
         raise UserError(
             f"cluster.{name} is {values} in this sweep, and the tasks of an array are alike; start one sweep for each"
         )
-    script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs if sweeps else ())
+    tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
+    script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())
     if scheduler.is_here():
         scheduler.try_submission(script)
     return script
@@ -79,36 +79,42 @@ def resume_run(run_dir: Path) -> int:
     if result is not None:
         say(f"{shown(run_dir)} is complete: {shown(result)}")
         return DONE
-    refuse_live(run_dir)
-    restore(config)
-    check(config, new_run=False)
-    with running(run_dir):
-        if not is_prepared(run_dir):
-            code = prepare(run_dir)
-            if code != DONE:
-                return code
+    job = live_job(run_dir)
+    if job is not None:
+        raise UserError(
+            f"{run_dir} is SLURM job {job.job_id}, which is {job.state.lower()}; wait for it (`distlora status "
+            f"{shown(run_dir)}`), or end it with `distlora cancel {shown(run_dir)}`"
+        )
+    code = make_ready(run_dir, config)
+    if code != DONE:
+        return code
     saved = checkpoint_folders(run_dir)
     say(f"{shown(run_dir)} goes on from {saved[-1].name if saved else 'its start, as nothing was saved yet'}")
     submit_prepared(run_dir, config)
     return DONE
 
 
-def refuse_live(run_dir: Path) -> None:
-    """Raise UserError where a run's job waits or runs: two of them would write into one folder."""
+def live_job(run_dir: Path) -> Job | None:
+    """The job of a run, where it waits or runs: a second one would write into the same folder. Raises UserError where
+    SLURM is here and does not say."""
     submission = read_submission(run_dir)
     if submission is None or not scheduler.is_here():
-        return
+        return None
     try:
         job = scheduler.find_jobs(submission.job_id).get(submission.job_id)
     except SchedulerError as error:
         raise UserError(
             f"SLURM does not say whether job {submission.job_id} of {run_dir} still runs ({error}); try again later"
         ) from error
-    if job is not None and job.is_live:
-        raise UserError(
-            f"{run_dir} is SLURM job {job.job_id}, which is {job.state.lower()}; wait for it (`distlora status "
-            f"{shown(run_dir)}`), or end it with `distlora cancel {shown(run_dir)}`"
-        )
+    return job if job is not None and job.is_live else None
+
+
+def make_ready(run_dir: Path, config: Config) -> int:
+    """Check a run that is to go on, and bring back what is gone of its model and data. Returns the exit code."""
+    restore(config)
+    check(config, new_run=False)
+    with running(run_dir):
+        return DONE if is_prepared(run_dir) else prepare(run_dir)
 
 
 def submit_prepared(run_dir: Path, config: Config) -> None:
@@ -160,51 +166,3 @@ def submit_script(folder: Path) -> Submission:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Sweep:
-    """The runs of a sweep, made one after the other and submitted together, as one array; or not at all."""
-
-    def __init__(self) -> None:
-        self.runs: list[Config] = []
-
-    def add(self, config: Config, number: int) -> int:
-        """Make one run and prepare its data. Returns the exit code."""
-        require(
-            Path(config.run_dir).name == str(number),
-            f"{config.run_dir}: the run folders of an array are its tasks' numbers; leave hydra.sweep.subdir out",
-        )
-        code, config = make_run(config)
-        if code == DONE:
-            self.runs.append(config)
-        return code
-
-    def close(self, *, submits: bool) -> None:
-        """Submit the runs, where there are any. Where one of them could not be made, take the others back: then the
-        corrected command finds the folder free."""
-        if not self.runs:
-            return
-        if submits:
-            self._submit()
-            return
-        for run in self.runs:
-            forget_run(Path(run.run_dir))
-        remove_if_empty(Path(self.runs[0].run_dir).parent)
-        print("error: not every run could be prepared, so nothing is submitted", file=sys.stderr)
-
-    def _submit(self) -> None:
-        """Write the array's script into the sweep's folder and submit it. Raises UserError as `submit_script` does."""
-        folder = Path(self.runs[0].run_dir).parent
-        config = dataclasses.replace(self.runs[0], run_dir=str(folder))
-        gpus = scheduler.has_gpus(config.cluster.partition)
-        durable.write_text(folder / SCRIPT_NAME, render(config, gpus=gpus, tasks=self.runs))
-        for run in self.runs:
-            (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
-        submission = submit_script(folder)
-        write_submission(folder, submission)
-        for run in self.runs:
-            task = f"{submission.job_id}_{Path(run.run_dir).name}"
-            write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task, script=None))
-        say(f"submitted the {len(self.runs)} runs in {shown(folder)} as SLURM job array {submission.job_id}")
-        say(f"watch them with: distlora status {shown(folder)}")
-        say(f"stop them with: distlora cancel {shown(folder)}   (one of them: {shown(folder)}/0)")

@@ -1,0 +1,100 @@
+"""The runs of a sweep as one array of SLURM: made one by one, submitted together, and those that are not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora import durable
+from distlora.config import Config, UserError, require
+from distlora.config_file import load_config
+from distlora.run_folder import find_result
+from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.record import write_submission
+from distlora_launcher.jobs.script import SCRIPT_NAME, render
+from distlora_launcher.jobs.submit import is_job, live_job, make_ready, submit_script
+from distlora_launcher.local import forget_run, make_run, remove_if_empty, say, shown
+from distlora_launcher.workers import DONE
+
+
+class Sweep:
+    """The runs of a sweep while they are made; then they are submitted, or not at all."""
+
+    def __init__(self) -> None:
+        self.runs: list[Config] = []
+
+    def add(self, config: Config, number: int) -> int:
+        """Make one run and prepare its data. Returns the exit code."""
+        require(
+            Path(config.run_dir).name == str(number),
+            f"{config.run_dir}: the run folders of an array are its tasks' numbers; leave hydra.sweep.subdir out",
+        )
+        code, config = make_run(config)
+        if code == DONE:
+            self.runs.append(config)
+        return code
+
+    def close(self, *, submits: bool) -> None:
+        """Submit the runs, where there are any. Where one of them could not be made, take the others back: then the
+        corrected command finds the folder free."""
+        if not self.runs:
+            return
+        folder = Path(self.runs[0].run_dir).parent
+        if submits:
+            submit_array(folder, self.runs)
+            return
+        for run in self.runs:
+            forget_run(Path(run.run_dir))
+        remove_if_empty(folder)
+        print("error: not every run could be prepared, so nothing is submitted", file=sys.stderr)
+
+
+def submit_array(folder: Path, runs: Sequence[Config]) -> None:
+    """Write the array's script into the sweep's folder and submit it. Raises UserError as `submit_script` does."""
+    config = dataclasses.replace(runs[0], run_dir=str(folder))
+    durable.write_text(
+        folder / SCRIPT_NAME, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)
+    )
+    for run in runs:
+        (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
+    submission = submit_script(folder)
+    write_submission(folder, submission)
+    for run in runs:
+        task = f"{submission.job_id}_{Path(run.run_dir).name}"
+        write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task, script=None))
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    say(f"submitted {count} in {shown(folder)} as SLURM job array {submission.job_id}")
+    say(f"watch with: distlora status {shown(folder)}")
+    say(f"stop with: distlora cancel {shown(folder)}   (one alone: {shown(Path(runs[0].run_dir))})")
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep which was made for SLURM."""
+    return (folder / SCRIPT_NAME).is_file() and not (folder / CONFIG_NAME).exists()
+
+
+def resume_sweep(folder: Path) -> int:
+    """Submit those runs of a sweep that are neither done nor in SLURM's hands, as one array. Returns the exit code."""
+    folder = folder.expanduser().absolute()
+    numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CONFIG_NAME}") if path.parent.name.isdigit())
+    unfinished = [folder / str(number) for number in numbers if find_result(folder / str(number)) is None]
+    ended = [run for run in unfinished if live_job(run) is None]
+    if not ended:
+        state = "is complete" if not unfinished else "waits or runs; `distlora status` shows its runs"
+        say(f"{shown(folder)} {state}")
+        return DONE
+    runs = [load_config(run) for run in ended]
+    other = next((run for run in runs if not is_job(run)), None)
+    if other is not None:
+        raise UserError(
+            f"{other.run_dir} is no run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"
+        )
+    for run in runs:
+        code = make_ready(Path(run.run_dir), run)
+        if code != DONE:
+            return code
+    submit_array(folder, runs)
+    return DONE

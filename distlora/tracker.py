@@ -95,6 +95,8 @@ class Tracker:
         with self._metrics.open("rb") as file:
             file.seek(self._offset)
             for line in file:
+                if not line.endswith(b"\n"):  # A full disk took no more of it.
+                    break
                 entry = json.loads(line)
                 step = entry.pop("step")
                 yield step, {name: value for name, value in entry.items() if name != "time" and value is not None}

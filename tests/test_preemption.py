@@ -17,7 +17,7 @@ from distlora import stopping, train
 from distlora.checkpoints.folder import steps
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Progress
-from distlora.loading import weights
+from distlora.loading import initialize, weights
 from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
 from small_models import make_run, read_metrics
@@ -38,8 +38,8 @@ SETTINGS = {
 
 
 def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None]) -> None:
-    """Call `ask` once, within the given point of a run: `loading`, `step 4`, `micro-batch 2 of step 4`, `evaluation 3`,
-    `save 4`."""
+    """Call `ask` once, within the given point of a run: `decomposing`, `loading`, `step 4`, `micro-batch 2 of step 4`,
+    `evaluation 3`, `save 4`."""
     asked = False
 
     def when(reached: bool) -> None:
@@ -49,7 +49,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
             ask()
 
     losses_of, train_step, evaluate = NextToken.losses, train.Trainer._train_step, train.Trainer.evaluate
-    quantize, save = weights.quantize_into, Saver.save
+    segments_of, start, save = weights.segments_of, initialize._start, Saver.save
     micro_batches, evaluating = 0, -1
 
     def losses(self: NextToken, *arguments: Any) -> Losses:
@@ -71,9 +71,13 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         evaluating = self.progress.step
         evaluate(self)
 
-    def a_weight(*arguments: Any, **options: Any) -> None:
+    def a_weight(*arguments: Any) -> Any:
         when(point == "loading")
-        quantize(*arguments, **options)
+        return segments_of(*arguments)
+
+    def a_decomposition(*arguments: Any) -> None:
+        when(point == "decomposing")
+        start(*arguments)
 
     def a_save(self: Saver, progress: Progress) -> None:
         when(point == f"save {progress.step}")
@@ -82,7 +86,8 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
     monkeypatch.setattr(NextToken, "losses", losses)
     monkeypatch.setattr(train.Trainer, "_train_step", a_step)
     monkeypatch.setattr(train.Trainer, "evaluate", an_evaluation)
-    monkeypatch.setattr(weights, "quantize_into", a_weight)
+    monkeypatch.setattr(weights, "segments_of", a_weight)
+    monkeypatch.setattr(initialize, "_start", a_decomposition)
     monkeypatch.setattr(Saver, "save", a_save)
 
 
@@ -117,8 +122,16 @@ def run_asked(
     return done
 
 
-def result(run_dir: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+def state(run_dir: Path) -> dict[str, Tensor]:
+    """What the last checkpoint of a run has: what was trained, and the optimizer's moments."""
+    files = steps(run_dir / "checkpoints")[-1].glob("*.safetensors")
+    return {f"{path.stem}/{name}": part for path in files for name, part in safetensors.torch.load_file(path).items()}
+
+
+def assert_same_state(run_dir: Path, other: Path) -> None:
+    first, second = state(run_dir), state(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(part, second[name]) for name, part in first.items())
 
 
 def figures(run_dir: Path) -> list[tuple[int, str, float]]:
@@ -127,7 +140,7 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
     return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
 
 
-def stops(*, at_once: bool, per_step: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+def stops(*, at_once: bool, per_step: int, decomposes: bool) -> list[tuple[str, tuple[int, ...], int, int]]:
     """Where one start after the other is asked to stop, on which ranks, how often, and the step that is saved then.
 
     All act at the boundary after the one at which the first says it, a single process `at_once`; a step has `per_step`
@@ -136,6 +149,7 @@ def stops(*, at_once: bool, per_step: int) -> list[tuple[str, tuple[int, ...], i
     lag = 0 if at_once or per_step > 1 else 1
     return [
         ("start", (0, 1), 2, 0),
+        *([("decomposing", (1,), 1, 0)] if decomposes else []),
         ("loading", (1,), 1, 0),
         ("evaluation 0", (1,), 1, 0),
         ("step 1", (0,), 1, 1 + lag),
@@ -147,24 +161,31 @@ def stops(*, at_once: bool, per_step: int) -> list[tuple[str, tuple[int, ...], i
     ]
 
 
+FULL = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+
+
 @pytest.mark.parametrize(
-    ("size", "settings"),
+    ("size", "sections"),
     [
         (2, {}),
         pytest.param(1, {}, marks=pytest.mark.slow),
-        pytest.param(3, {"accumulate": "block"}, marks=pytest.mark.slow),
+        pytest.param(3, {"train": {"accumulate": "block"}}, marks=pytest.mark.slow),
+        pytest.param(2, {"adapter": {"init": "pissa"}}, marks=pytest.mark.slow),
+        pytest.param(2, FULL, marks=pytest.mark.slow),
     ],
+    ids=["2 ranks", "1 rank", "3 ranks, by blocks", "2 ranks, pissa", "2 ranks, full"],
 )
 def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupted_run(
-    world: World, folders: Path, tmp_path: Path, size: int, settings: dict[str, Any]
+    world: World, folders: Path, tmp_path: Path, size: int, sections: dict[str, dict[str, Any]]
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, run_dir):
-        make_run(folder, folders, train=SETTINGS | settings)
+        make_run(folder, folders, **{**sections, "train": SETTINGS | sections.get("train", {})})
     world.run(size, run_asked, run_dir=whole, point=None)
     done: list[int] = []
-    per_step = 1 if settings else 6 // size
-    for point, asked, times, saved in stops(at_once=size == 1, per_step=per_step):
+    per_step = 1 if "train" in sections else 6 // size
+    decomposes = "init" in sections.get("adapter", {})
+    for point, asked, times, saved in stops(at_once=size == 1, per_step=per_step, decomposes=decomposes):
         if size == 1:
             asked = (0,)
         ranks_did = world.run(size, run_asked, run_dir=run_dir, point=point, asked=asked, times=times)
@@ -174,11 +195,11 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
         name = f"checkpoints/step_{saved:08d}" if saved else None
         assert (record["step"], record["checkpoint"], record["signal"]) == (saved, name, "SIGUSR1"), point
         assert name is None or (run_dir / name / "manifest.json").is_file()
-        assert not (run_dir / "adapter").exists()
+        assert not any((run_dir / name).exists() for name in ("adapter", "model"))
     done += world.run(size, run_asked, run_dir=run_dir, point=None)[0]
     assert done == list(range(1, 9)), "no whole step was lost"
     assert not (run_dir / "stopped.json").exists()
-    assert all(torch.equal(tensor, result(run_dir)[name]) for name, tensor in result(whole).items())
+    assert_same_state(run_dir, whole)
     assert figures(run_dir) == figures(whole), "each step once, with the same numbers"
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
@@ -195,7 +216,5 @@ def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
         "at the end of each step that began after the last save"
     )
     assert [folder.name for folder in steps(tmp_path / "whole" / "checkpoints")] == ["step_00000005"]
-    assert all(
-        torch.equal(tensor, result(tmp_path / "saved")[name]) for name, tensor in result(tmp_path / "whole").items()
-    )
+    assert_same_state(tmp_path / "saved", tmp_path / "whole")
     assert figures(tmp_path / "saved") == figures(tmp_path / "whole")

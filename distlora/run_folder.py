@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.folder import steps
 from distlora.config import Config, UserError, nearest
 from distlora.config_file import load_config
 from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
@@ -135,7 +136,7 @@ def find_result(run_dir: Path) -> Path | None:
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The saved steps, oldest first, whole or not."""
-    return sorted((run_dir / CHECKPOINTS).glob(CHECKPOINT_PATTERN))
+    return steps(run_dir / CHECKPOINTS)
 
 
 def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:

@@ -183,6 +183,8 @@ class Campaign:
     say: Callable[[str], None] = print
     problems: list[str] = field(default_factory=list)
     _lives: list[Life] = field(default_factory=list)
+    _struck: list[Kill] = field(default_factory=list)
+    """The kills since the last new step."""
 
     def run(self) -> None:
         """Start, kill and resume until the run ends; then compare it with the reference."""
@@ -195,20 +197,18 @@ class Campaign:
                 send(process, signal.SIGKILL)
 
     def _run(self) -> None:
-        last: Kill | None = None
         life = self._start()
         for kill in self.kills:
-            reached = self._reaches(life, kill, last)
-            if not reached:
+            if not self._reaches(life, kill):
                 break  # The run came to its end before that.
-            last = kill
             self._strike(life, kill)
+            self._struck.append(kill)
             if not self._goes_on(life, kill):
                 life = self._start()
         if (code := life.code()) != 0:
             self._problem(f"a command that nobody stopped ended with code {code}")
             return
-        self._account(last)
+        self._account()
         self._check_end(life)
         self._check_result()
 
@@ -221,11 +221,11 @@ class Campaign:
         self._lives.append(Life(command, output, scratch))
         return self._lives[-1]
 
-    def _reaches(self, life: Life, kill: Kill, last: Kill | None) -> bool:
+    def _reaches(self, life: Life, kill: Kill) -> bool:
         """Wait for the moment of a kill; False where the command ends before."""
         if kill.phase not in ("start", "loading"):
-            begun = life.wait_until(lambda: any(self._new_steps(last)))
-            self._account(last)
+            begun = life.wait_until(lambda: any(self._new_steps()))
+            self._account()
             if not begun:
                 return False
         seen = self._last_step()
@@ -297,15 +297,19 @@ class Campaign:
             )
         return False
 
-    def _account(self, kill: Kill | None) -> None:
-        """What the last kill cost, once the run has come beyond it."""
-        if kill is None or kill.seconds_lost is not None:
+    def _account(self) -> None:
+        """What the last kill cost, once the run has come beyond it; steps are lost by the first of several that came
+        one after the other.
+        """
+        new = next(self._new_steps(), None)
+        if new is None or not self._struck:
             return
-        new = next(self._new_steps(kill), None)
-        since = [line for line in self._lines() if line["time"] > kill.at]
-        if new is not None:
-            kill.seconds_lost = new["time"] - kill.at
-            kill.steps_repeated = kill.step + 1 - min(line["step"] for line in since if "loss" in line)
+        first, last = self._struck[0], self._struck[-1]
+        since = [line["step"] for line in self._lines() if "loss" in line and line["time"] > last.at]
+        last.steps_repeated = 0
+        first.steps_repeated = first.step + 1 - min(since)
+        last.seconds_lost = new["time"] - last.at
+        self._struck = []
 
     def _check_end(self, life: Life) -> None:
         """Nothing of a command runs on after it, and every checkpoint is whole."""
@@ -359,9 +363,9 @@ class Campaign:
     def _last_step_of(self, run_dir: Path) -> int:
         return max(line["step"] for line in read_lines(run_dir / "metrics.jsonl"))
 
-    def _new_steps(self, last: Kill | None) -> Iterator[dict[str, Any]]:
-        """The steps that had not been done at the last kill."""
-        step, at = (0, 0.0) if last is None else (last.step, last.at)
+    def _new_steps(self) -> Iterator[dict[str, Any]]:
+        """The steps that had not been done at the last kill; all where that is accounted for."""
+        step, at = (self._struck[-1].step, self._struck[-1].at) if self._struck else (0, 0.0)
         return (line for line in self._lines() if "loss" in line and line["step"] > step and line["time"] > at)
 
     def _is_evaluating(self) -> bool:
@@ -451,7 +455,7 @@ def main() -> int:
     done: list[Kill] = []
     while drawn:
         number = len(list(root.glob("run_*/"))) + 1
-        kills = drawn[: arguments.per_run]
+        kills = sorted(drawn[: arguments.per_run], key=lambda kill: kill.phase == "end")
         campaign = Campaign(root / f"run_{number}", root / "whole", [], kills, lambda text: print(text, flush=True))
         campaign.command = train_command(campaign.run_dir, root, arguments.per_run)
         print(f"run {number}", flush=True)

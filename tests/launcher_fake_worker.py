@@ -31,9 +31,7 @@ def main() -> None:
                 raise RuntimeError("no more memory in rank one")
             time.sleep(1)  # The others then see its connection close.
             raise ConnectionError("peer closed")
-        case "rank 1 is killed once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
-            pass
-        case "rank 1 is killed" | "rank 1 is killed once":
+        case "rank 1 is killed" | "rank 1 is killed once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             dying = run_dir / "dying"
             if rank == 1:
                 dying.touch()
@@ -50,7 +48,7 @@ def main() -> None:
             raise UserError("the adapter has no such thing; write another")
         case "waits":
             time.sleep(120)
-        case "saves when asked to stop":
+        case "saves when asked to stop" | "rank 1 is killed once":
             (run_dir / f"ready_{rank}").touch()
             while stopping.requested() is None:
                 time.sleep(0.01)

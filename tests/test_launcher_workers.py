@@ -38,6 +38,7 @@ def test_rank_0_is_shown_and_every_rank_has_a_log(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (run_dir / "stopped.json").write_text("of an earlier start")  # Which does not count.
     assert run(run_dir, "success") == 0
     shown = capsys.readouterr()
     assert shown.out == "hello from rank 0 of 2\n"
@@ -74,20 +75,6 @@ def test_the_first_rank_to_fail_is_named(
     assert_no_workers(run_dir)
 
 
-def test_workers_start_again_after_a_kill(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
-    assert run(run_dir, "rank 1 is killed once", max_restarts=3) == 0
-    first, *others = capsys.readouterr().err.splitlines()
-    assert first.startswith("rank 1 failed first: it was killed by SIGKILL")
-    assert first.endswith("; restart 1 of 3, from step_00000012")
-    assert others == []
-    logs = run_dir / "logs"
-    assert sorted(path.name for path in logs.iterdir()) == ["attempt_1", "rank_0.log", "rank_1.log", "torchrun.log"]
-    assert json.loads((logs / "attempt_1" / "rank_1.error.json").read_text())["type"] == "Killed"
-    for log in (logs / "rank_0.log", logs / "rank_1.log", logs / "attempt_1" / "rank_1.log"):
-        assert log.read_text().count("hello from rank") == 1
-
-
 def test_used_up_restarts_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert run(run_dir, "rank 1 exits with 3", max_restarts=1) == 1
     message = capsys.readouterr().err
@@ -109,12 +96,13 @@ def test_a_module_that_cannot_be_imported_is_named(run_dir: Path, capsys: pytest
     assert "rank 0 failed first: ImportError: No module named no_such_worker" in capsys.readouterr().err
 
 
-def start_launcher(run_dir: Path, behaviour: str, ready: str) -> subprocess.Popen[str]:
+def start_launcher(run_dir: Path, behaviour: str, ready: str, *, max_restarts: int = 0) -> subprocess.Popen[str]:
     """A launcher in a process of its own, once both ranks wrote the files `ready`_0 and _1."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
         "import sys; from pathlib import Path; from distlora_launcher.workers import run_workers; "
-        f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}))"
+        f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
+        f"max_restarts={max_restarts}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: all((run_dir / f"{ready}_{rank}").exists() for rank in (0, 1)))
@@ -149,18 +137,25 @@ def test_a_second_ctrl_c_kills_workers_that_do_not_react(run_dir: Path):
     assert_no_workers(run_dir)
 
 
-def test_a_save_on_the_way_out_is_75(run_dir: Path):
+def test_workers_start_again_after_a_kill_and_a_request_meanwhile_reaches_them(run_dir: Path):
     (run_dir / "stopped.json").write_text("of an earlier start")
-    process = start_launcher(run_dir, "saves when asked to stop", "ready")
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
+    (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
+    process = start_launcher(run_dir, "rank 1 is killed once", "pid", max_restarts=3)
+    wait_until((run_dir / "dying").exists)
+    process.send_signal(signal.SIGUSR1)  # Nobody is there who could save.
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 75
+    assert json.loads((run_dir / "stopped.json").read_text()) == {}
+    first, *others = message.splitlines()
+    assert first.startswith("rank 1 failed first: it was killed by SIGKILL")
+    assert first.endswith("; restart 1 of 3, from step_00000012")
+    assert others == []
+    logs = run_dir / "logs"
+    assert sorted(path.name for path in logs.iterdir()) == ["attempt_1", "rank_0.log", "rank_1.log", "torchrun.log"]
+    assert json.loads((logs / "attempt_1" / "rank_1.error.json").read_text())["type"] == "Killed"
+    for log in (logs / "rank_0.log", logs / "rank_1.log", logs / "attempt_1" / "rank_1.log"):
+        assert log.read_text().count("hello from rank") == 1
     assert_no_workers(run_dir)
-
-
-def test_an_earlier_stop_does_not_count(run_dir: Path):
-    (run_dir / "stopped.json").write_text("of an earlier start")
-    assert run(run_dir, "success", processes=1) == 0
 
 
 def test_killing_the_launcher_leaves_no_workers(run_dir: Path):

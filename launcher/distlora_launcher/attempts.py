@@ -50,8 +50,8 @@ class Attempts:
         self._request: int | None = None
         self._log_size = 0
         self._exits: list[Exit] = []
-        self._announced = False
-        """Whether the failure that ended the newest attempt has been told."""
+        self.restarting = False
+        """Whether the newest attempt has ended, that was told, and the workers of the next are still to come."""
         self._looked = 0.0
         self._told_ranks: list[int] = []
         # Not of this start: a machine that joins late, or one beside which another died, finds them.
@@ -105,9 +105,9 @@ class Attempts:
         if len(self.pids) == self.processes or any(rank in self.pids for rank in new):
             self._earlier |= set(self.pids.values())
             self.pids = {}
-            if not self._announced:
+            if not self.restarting:
                 warn(f"the group of workers has changed; starting again {self._since()}")
-            self._announced = False
+            self.restarting = False
         self.pids |= new
         self._rank_of |= {pid: rank for rank, pid in new.items()}
         if self._request is not None:
@@ -142,9 +142,9 @@ class Attempts:
             write_killed(self.log_dir, failure, time.time())
         if failure.repeats:
             return failure
-        if self.restarts < self.max_restarts and not self._announced:
+        if self.restarts < self.max_restarts and not self.restarting:
             self.restarts += 1
-            self._announced = True
+            self.restarting = True
             warn(f"{failure.short}; restart {self.restarts} of {self.max_restarts}, {self._since()}")
         return None
 

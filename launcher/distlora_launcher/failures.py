@@ -148,9 +148,12 @@ def read_errors(log_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def write_killed(log_dir: Path, failure: Failure, seconds: float) -> None:
-    """Leave the error file of a rank that could not write its own."""
+    """Leave the error file of a rank that could not write its own. On a disk that takes none, other machines go without
+    the reason, as they would if this one were gone.
+    """
     path = log_dir / f"rank_{failure.killed_rank}.error.json"
-    durable.write_json(path, {"type": KILLED, "message": failure.reason, "bad_input": False, "time": seconds})
+    with contextlib.suppress(OSError):
+        durable.write_json(path, {"type": KILLED, "message": failure.reason, "bad_input": False, "time": seconds})
 
 
 def would_repeat(log_dir: Path) -> bool:

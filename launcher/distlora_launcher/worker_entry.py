@@ -43,11 +43,14 @@ def set_aside_attempt(log_dir: Path, rank: int) -> None:
     number = 1 + len(list(log_dir.glob(f"{ATTEMPT}*/{log.name}")))
     # torchrun's own count has attempts that left nothing of this rank, but not those that another machine began.
     number = max(number, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    folder = log_dir / f"{ATTEMPT}{number}"
-    folder.mkdir(exist_ok=True)
-    for path in (log_dir / f"rank_{rank}.error.json", log):
-        if path.exists():
-            path.rename(folder / path.name)
+    folder, error = log_dir / f"{ATTEMPT}{number}", log_dir / f"rank_{rank}.error.json"
+    try:
+        folder.mkdir(exist_ok=True)
+        for path in (error, log):
+            if path.exists():
+                path.rename(folder / path.name)
+    except OSError:  # A full disk. The log is then of both attempts, but the error must not be taken for this one's.
+        error.unlink(missing_ok=True)
 
 
 def redirect_output(log: Path, *, keep_stdout: bool) -> None:

@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from distlora.command_line import BAD_INPUT, DONE, FAILED
+from distlora.run_folder import find_result
 from distlora.stopping import PID_DIR, STOPPED_NAME
 from distlora_launcher.attempts import Attempts, identity
 from distlora_launcher.checks import gpu_count
@@ -33,6 +35,9 @@ KEEP_PAGES = {
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
 """glibc's malloc told to keep freed pages: a fresh 32 MiB tensor costs 5x the work in page faults, 3-6 % of a step."""
+
+OUTCOME_SECONDS = 60
+"""NFS keeps what it knows of a folder for as long, unless it is told otherwise."""
 
 LOOK_SECONDS = 0.2
 """Between looks at what became of the workers; what rank 0 writes is shown at once."""
@@ -91,6 +96,8 @@ def run_workers(
         final = watch(process, output, attempts)
         requests.detach()
         done = process.returncode == 0 or attempts.all_done()
+        if meeting is not None and done:
+            wait_for_outcome(run_dir, earlier)
     if identity(marker) not in (None, earlier):
         return STOPPED
     if done:
@@ -99,9 +106,22 @@ def run_workers(
         signum = signal.SIGINT if requests.killed else requests.received
         warn(f"killed by {signal.Signals(signum).name}; logs are in {log_dir}")
         return 128 + signum
-    failure = final or attempts.failure() or start_failure(torchrun_log, process.returncode, meeting)
+    # After a failure that was told already, no worker came: what kept them from coming is the reason.
+    failed = None if attempts.restarting else attempts.failure()
+    failure = final or failed or start_failure(torchrun_log, process.returncode, meeting)
     warn(f"error: {failure.message}{attempts.told()}")
     return BAD_INPUT if failure.bad_input else FAILED
+
+
+def wait_for_outcome(run_dir: Path, earlier: tuple[int, int] | None) -> None:
+    """Wait until what rank 0 has left, on another machine, is seen here: the result or a stop marker that is not
+    `earlier`. A network file system shows it only after a while.
+    """
+    deadline = time.monotonic() + OUTCOME_SECONDS
+    while find_result(run_dir) is None and identity(run_dir / STOPPED_NAME) in (None, earlier):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
 
 
 def watch(process: subprocess.Popen[bytes], output: Output, attempts: Attempts) -> Failure | None:

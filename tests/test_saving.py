@@ -27,7 +27,7 @@ from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver
 from distlora.checkpoints.state import Identity, Progress, load_state
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, streams
 from small_disks import fill, small_disk
 from worlds import World
 
@@ -153,6 +153,24 @@ FAULTS = {
     small_files: ("File too large", "ulimit -f"),
     gone: ("No such file or directory", "put the folder back"),
 }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
+def test_copies_from_a_gpu_are_of_the_moment_when_they_were_queued() -> None:
+    device = torch.device("cuda")
+    copies = snapshot.Snapshot(Backend(Ranks(0, 1, device, None), sharded=False))
+    tensors = {"large": torch.zeros(2**26, device=device), "small": torch.zeros(3, device=device)}
+    for value in (1.0, 2.0):
+        for tensor in tensors.values():
+            tensor.fill_(value)
+        taken = copies.take({WEIGHTS: tensors})[WEIGHTS]
+        for tensor in tensors.values():
+            tensor.fill_(9.0)
+        copies.wait()
+        for copied in taken.values():
+            assert copied.is_pinned()
+            assert torch.equal(copied, torch.full_like(copied, value))
 
 
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
@@ -328,8 +346,8 @@ def test_a_manifest_that_is_not_ours_is_a_fault(tmp_path: Path, manifest: str, s
     assert said in found
 
 
-ROWS, COLUMNS = 7, 500_000
-"""Of a tensor that three ranks cut into 3, 3 and 1 rows; a rank's rows are more than a piece that is sent."""
+ROWS, COLUMNS = 7, 5000
+"""Of a tensor that three ranks cut into 3, 3 and 1 rows."""
 
 
 class CutState(State):
@@ -357,7 +375,11 @@ def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> l
     """What becomes of a save, a last save, and one on a disk that has come back, on a rank."""
     state = CutState(ranks) if cut else State()
     outcomes = []
-    with make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver,
+    ):
+        patch.setattr(streams, "PIECE_BYTES", 4096)  # Of a rank's rows of 60 kB.
         saver.save(state.train(1))
         saver.wait()
         outcomes.append(f"saved {saver.saved_step}")
@@ -404,7 +426,7 @@ def save_in_short_memory(ranks: Ranks, *, run_dir: Path) -> list[str]:
         pytest.MonkeyPatch.context() as patch,
         make_saver(run_dir, state := CutState(ranks), said, ranks=ranks) as saver,
     ):
-        patch.setattr(snapshot, "available_bytes", lambda: 2**20 if ranks.rank == 1 else 2**40)
+        patch.setattr(snapshot, "available_bytes", lambda: 2**14 if ranks.rank == 1 else 2**40)
         for step in (1, 2):
             saver.save(state.train(step))
         saver.wait()

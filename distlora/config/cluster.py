@@ -118,7 +118,8 @@ class ClusterConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}."""
     port: int | None = None
-    """Port on the first machine where the machines of a SLURM job meet; null: one made from the job's id."""
+    """Port on the first machine where the machines of a SLURM job meet; of an array that of task 0, and the others
+    have the next ones. null: one made from the job's id."""
     max_parallel: int | None = None
     """Jobs of a sweep (-m) that run at the same time; null: as many as SLURM gives."""
 

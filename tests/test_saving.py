@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import resource
@@ -207,6 +208,27 @@ def check_saves_around(damage: Break, run_dir: Path) -> None:
         saver.save_last(state.train(5))
     assert saved(run_dir, 5) == {5.0}
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000005"]
+
+
+def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    state = State()
+    with make_saver(tmp_path, state) as saver:
+        saver.save_last(state.train(1))
+        monkeypatch.setattr(Path, "rename", refused)
+        saver.save(state.train(1))
+        with pytest.raises(SaveError, match="look after that disk"):
+            saver.wait()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert saved(tmp_path, 1) == {1.0}
 
 
 def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path) -> None:

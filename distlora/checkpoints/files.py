@@ -64,7 +64,12 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     durable.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

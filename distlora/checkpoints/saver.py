@@ -23,7 +23,7 @@ from distlora.checkpoints.state import Identity, Progress, TrainState
 from distlora.parallel import Backend
 
 WORTH_SAYING = 1.0
-"""Seconds of waiting for a save that a run mentions."""
+"""Seconds of waiting for a save that a run mentions; once it has, twice as many as the time before."""
 LONGEST_LEAVING = 30.0
 """Seconds that a run which fails waits for the save under way; what is not whole then is no checkpoint."""
 
@@ -75,6 +75,7 @@ class Saver:
         self._in_background, self._say = in_background, say
         self._keeper = Keeper(checkpoints, keep)
         self._snapshot = Snapshot(backend)
+        self._worth_saying = WORTH_SAYING
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
         """The step of the last save that was begun."""
@@ -153,7 +154,8 @@ class Saver:
             self._thread.join()
             self._thread = None
             waited = time.monotonic() - began
-            if waited >= WORTH_SAYING:
+            if waited >= self._worth_saying:
+                self._worth_saying = 2 * waited
                 self._say(
                     f"waited {waited:.1f} s for the save after step {self._saving} to end: it takes longer than the "
                     "steps between two saves (a larger train.save_every)"

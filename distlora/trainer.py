@@ -123,6 +123,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, or until the held-out loss has stopped falling; evaluate, sample and save where the config
         says. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        self.control.saved()  # The minutes that loading took trained nothing.
         if self._first_step == 0 and self.eval_loader is not None:
             self.reporter.event(f"evaluating {len(self.eval_loader.rows):,} held-out rows")
         try:

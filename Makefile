@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow chaos lint format bench-load bench-dora slurm-shell clean
+.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -29,6 +29,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Damaged inputs with new seeds each time, ten times as many as in `make test`: about ten minutes.
+fuzz: $(READY)
+	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz*.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -87,6 +87,8 @@ def load_config(run_dir: str | Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     require(isinstance(values, dict), f"{path} is damaged: it holds no settings; {remedy}")
+    # What was cut off would silently be the defaults.
+    require("run_dir" in values, f"{path} is cut off: it has no run_dir, which stands last; {remedy}")
     try:
         return build(Config, {**values, "run_dir": str(run_dir)})
     except UserError as error:

@@ -17,7 +17,7 @@ from distlora.checkpoints.state import Progress
 from distlora.config import Config, UserError
 from distlora.initial_adapter import NF4_MARK
 from distlora.loading.reader import TORCH_DTYPES, Reader
-from distlora.loading.segments import SINGLE_NAME, read_header, read_headers
+from distlora.loading.segments import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
@@ -68,11 +68,13 @@ def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
     plain = {} if start is None or (folder / STATE_NAME).is_file() else start
     odd = sorted(own.keys() ^ stored.keys()) or [
-        name for name, segment in stored.items() if segment.shape != own[name].shape and name not in plain
+        name
+        for name, segment in stored.items()
+        if (segment.shape != own[name].shape and name not in plain) or segment.dtype not in SOURCE_DTYPES
     ]
     if odd:
         raise UserError(
-            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or no place "
+            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or type, or no place "
             f"({len(odd)} such tensors); was it trained on another model?"
         )
     with Reader() as reader:
@@ -98,12 +100,15 @@ def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], b
 def restore(
     folder: Path, model: CausalLM, optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend
 ) -> None:
-    """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks."""
+    """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks. UserError
+    where they are not this run's."""
     load_weights(folder, model, backend)
+    stored = read_header(folder / TRAINER_NAME, remedy=_EARLIER)
+    _check_states(folder / TRAINER_NAME, stored, trained, optimizer)
     with Reader() as reader:
 
         def states() -> Iterator[tuple[str, Tensor]]:
-            for path, segment in read_header(folder / TRAINER_NAME).items():
+            for path, segment in stored.items():
                 key, _, name = path.partition("/")
                 shape, first_row = torch.Size(segment.shape), 0
                 if key in optimizer.per_element:
@@ -115,6 +120,38 @@ def restore(
 
         # In host memory one state at a time.
         optimizer.load_state_tensors(states())
+
+
+_EARLIER = "move its folder out of the run folder, then the checkpoint before it is used"
+
+
+def _check_states(
+    file: Path, stored: Mapping[str, Segment], trained: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Refuse states that the optimizer would stumble over at its next step: of no parameter, of another size than
+    theirs, or a part of what belongs together."""
+    found: dict[str, set[str]] = {}
+    for path, segment in stored.items():
+        key, _, name = path.partition("/")
+        if name not in trained or not _is_state_of(trained[name], key, segment, optimizer):
+            kind = f"{segment.dtype} {list(segment.shape)}"
+            raise UserError(f"{file}: {path} of {kind} is no state of what is trained here; {_EARLIER}")
+        found.setdefault(name, set()).add(key)
+    for name, keys in found.items():
+        if missing := sorted({_STEP, *optimizer.per_element} - keys):
+            raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
+
+
+def _is_state_of(parameter: nn.Parameter, key: str, segment: Segment, optimizer: Optimizer) -> bool:
+    if segment.dtype not in TORCH_DTYPES:
+        return False
+    if key in optimizer.per_element:
+        return segment.shape == tuple(parameter.shape)
+    return segment.numel == 1 if key == _STEP else segment.numel <= parameter.numel()
+
+
+_STEP = "step"
+"""The state of every optimizer that counts a parameter's updates: one number."""
 
 
 def finish(

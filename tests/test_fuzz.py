@@ -17,12 +17,13 @@ from damage import (
     any_lines,
     any_tensors,
     any_yaml,
+    damaged,
     holds,
     holds_without,
     split_tensors,
     with_header,
 )
-from distlora.config import AdapterConfig, Config
+from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import as_mapping, build, load_config
 from distlora.data.sources import pinned_commits
 from distlora.generation.prompts import read_prompts
@@ -298,6 +299,17 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
     holds(READERS[name], place)
+
+
+def test_settings_that_were_cut_off_are_never_the_defaults(place: Path) -> None:
+    path = place / "run" / "config.yaml"
+    whole, config = path.read_bytes(), load_config(place / "run")
+    borders = [at for at in range(1, len(whole)) if whole[at - 1 : at] == b"\n"]
+    assert len(borders) > 80
+    for end in borders:
+        with damaged(path, whole[:end]), pytest.raises(UserError, match=r"is cut off|is damaged|must be|is not set"):
+            load_config(place / "run")
+    assert load_config(place / "run") == config
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
+from distlora.config.errors import in_one_line
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 
@@ -66,7 +67,14 @@ def fault(folder: Path) -> str | None:
 
     Reads within `folder` alone, whatever the manifest names. The one check that everything else relies on.
     """
+    found = _fault(folder)
+    return None if found is None else in_one_line(found)
+
+
+def _fault(folder: Path) -> str | None:
     try:
+        if not (folder / MANIFEST_NAME).is_file():
+            return f"{MANIFEST_NAME} is missing"
         sums = _sums(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST_NAME}: {error}"

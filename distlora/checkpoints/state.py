@@ -96,6 +96,8 @@ def load_state(folder: Path) -> TrainState:
     """What a checkpoint's state.json says. UserError for one that cannot be read or was written by something else."""
     path = folder / STATE_NAME
     try:
+        if not path.is_file():
+            raise ValueError("it is missing, or no file")
         values = json.loads(path.read_text(encoding="utf-8"))
         return _state(values)
     except (OSError, ValueError, OverflowError, RecursionError) as error:

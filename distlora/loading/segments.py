@@ -126,6 +126,8 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
     """(header, first byte of the data). Raises UserError for what is no header."""
+    if not file.is_file():  # Reading a pipe would wait for a writer.
+        raise UserError(f"{file} is missing, or no file; {remedy}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -74,6 +74,10 @@ class Ending:
     """Whether the error is the user's to mend."""
 
 
+_LARGEST_PID = 2**22
+"""Linux's limit."""
+
+
 def read_figures(run_dir: Path) -> Figures:
     """The newest figures of a run, from the end of metrics.jsonl."""
     step, loss, eval_loss, written = 0, None, None, None
@@ -141,10 +145,13 @@ def machines(run_dir: Path) -> list[Machine]:
     """The launchers that hold a run now, on whatever machines: each locks the file that names it while it lives."""
     found = []
     for path in sorted((run_dir / MACHINES).glob("[0-9]*.json")):
-        with contextlib.suppress(OSError), path.open() as file:
+        if not path.is_file():
+            continue
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
             values = _object(file.read())
             host, pid = values.get("host"), values.get("pid")
-            if isinstance(host, str) and isinstance(pid, int):
+            # Of 0 and -1 kill would make many processes.
+            if isinstance(host, str) and isinstance(pid, int) and 1 < pid <= _LARGEST_PID:
                 machine = Machine(host=host, pid=pid)
                 found += [machine] if _is_held(file.fileno(), machine) else []
     return found
@@ -185,6 +192,8 @@ def duration(seconds: float) -> str:
 
 def _tail(path: Path) -> list[str]:
     """The whole lines at the end of a file."""
+    if not path.is_file():
+        return []
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -197,7 +206,7 @@ def _tail(path: Path) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         return ""
 

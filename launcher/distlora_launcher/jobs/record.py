@@ -38,10 +38,12 @@ def write_submission(folder: Path, submission: Submission) -> None:
 
 def read_submission(folder: Path) -> Submission | None:
     """The last submission; None where there is none, or a record that cannot be read."""
+    if not (folder / RECORD_NAME).is_file():
+        return None
     try:
         values = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
         job_id = values["job_id"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
         return None

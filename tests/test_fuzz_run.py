@@ -1,0 +1,202 @@
+"""A damaged run folder: no damaged checkpoint is ever gone on from, and whatever looks at a run names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from damage import Reader, any_bytes, any_json, any_lines, any_tensors, any_yaml, holds, holds_without
+from distlora import train
+from distlora.checkpoints.folder import newest
+from distlora.checkpoints.identity import identity_of
+from distlora.checkpoints.state import check_matches, load_state
+from distlora.config_file import load_config
+from distlora.model import build_model
+from distlora.optim import build_optimizer
+from distlora.parallel import Ranks
+from distlora.results import restore
+from distlora.run_folder import read_record
+from distlora.startup import start_model
+from distlora.verification import Item, verify
+from distlora_launcher.jobs.record import read_submission
+from distlora_launcher.status import as_object, describe, statuses, table
+from family_models import VARIANTS, config_for, hf_model
+from small_models import make_run
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+STEP = "run/checkpoints/step_00000002"
+FAMILIES = ("llama3-tied", "gemma3", "mixtral", "gpt-oss", "phi3-longrope-tied")
+
+
+def make_place(folder: Path, folders: Path) -> Path:
+    """A run with two checkpoints that was then stopped, and config.json of several families."""
+    settings = {"max_steps": 2, "save_every": 1, "global_batch": 2, "eval_every": 1}
+    data = {"cache_dir": str(folder / "cache")}
+    make_run(folder / "run", folders, "llama", train=settings, data=data, adapter={"r": 2, "target_modules": "qv"})
+    train.run(folder / "run", SINGLE)
+    for name in ("adapter", "best"):
+        shutil.rmtree(folder / "run" / name)
+    (folder / "run" / "logs").mkdir(exist_ok=True)
+    error = {"type": "RuntimeError", "message": "no", "bad_input": False, "time": 1.5, "traceback": ""}
+    (folder / "run" / "logs" / "rank_1.error.json").write_text(json.dumps(error))
+    stop = {"step": 2, "checkpoint": "checkpoints/step_00000002", "signal": "SIGUSR1", "time": 2.5}
+    (folder / "run" / "stopped.json").write_text(json.dumps(stop))
+    submission = {"job_id": "12_3", "command": ["distlora"], "submitted": 1.0, "host": "a", "script": "0"}
+    (folder / "slurm.json").write_text(json.dumps(submission))
+    (folder / "run" / "machines").mkdir(exist_ok=True)
+    (folder / "run" / "machines" / "0.json").write_text(json.dumps({"host": "here", "pid": 12}))
+    for name in FAMILIES:
+        assert name in VARIANTS
+        hf_model(name).config.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
+    return make_place(tmp_path_factory.mktemp("fuzz"), folders)
+
+
+def read_newest(folder: Path) -> tuple[bytes | None, str]:
+    """(what the files of the chosen checkpoint hold, its name), as a start chooses it."""
+    found, damaged = newest(folder / "run" / "checkpoints")
+    assert found is not None, "the older one is whole"
+    assert all(line.isprintable() for line in damaged), damaged
+    return None if damaged else content(found), found.name
+
+
+def content(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json")
+
+
+def of_checkpoint(name: str, damages: Any) -> Reader:
+    """Whatever is done to a file of the newest checkpoint, the one before is used, or every byte is as it was saved."""
+    whole: list[bytes] = []
+
+    def check(found: tuple[bytes | None, str]) -> None:
+        saved, chosen = found
+        assert (saved is None) == (chosen == "step_00000001")
+        if saved is not None:
+            whole.append(saved)
+            assert saved == whole[0]  # The first is of the undamaged one.
+
+    return Reader(file=f"{STEP}/{name}", damages=damages, read=read_newest, check=check, examples=25)
+
+
+def read_verified(folder: Path) -> list[Item]:
+    return list(verify(folder / "run"))
+
+
+def says_lines(items: list[Item]) -> None:
+    for item in items:
+        assert item.state in ("ok", "note", "damaged")
+        assert f"{item.name}{item.said}".isprintable(), item
+
+
+def read_state(folder: Path) -> None:
+    """As a start does with a checkpoint whose manifest is of these very bytes: somebody's, or another version's."""
+    step, run_dir = folder / STEP, folder / "run"
+    state = load_state(step)
+    config = load_config(run_dir)
+    check_matches(state, step, identity_of(config, read_record(run_dir / "data.json")), init_from=None)
+
+
+def restoring() -> Callable[[Path], None]:
+    """Fills a model and its optimizer from the newest checkpoint, whatever its manifest says; then takes a step."""
+    built: list[Any] = []
+
+    def read(folder: Path) -> None:
+        if not built:
+            config = load_config(folder / "run")
+            model, backend, _ = start_model(config, SINGLE)
+            trained = train.trained_parameters(model)
+            backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+            built.extend((config, model, backend, trained))
+        config, model, backend, trained = built
+        optimizer = build_optimizer(backend.updated(trained), config.optim)
+        restore(folder / STEP, model, optimizer, trained, backend)
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(1e-3, torch.tensor(True))
+
+    return read
+
+
+def read_status(folder: Path) -> None:
+    found = statuses(folder / "run")
+    assert table(folder, found)
+    assert json.dumps(as_object(found[0]))
+    assert all(line.isprintable() for line in describe(found[0]).split("\n"))
+
+
+def of_status(file: str, damages: Any) -> Reader:
+    return Reader(file=file, damages=damages, read=read_status, examples=20)
+
+
+def of_family(name: str) -> Reader:
+    """A worker's: what the launcher's checks let through is a model of transformers, or refused by it."""
+    config = f"{name}/config.json"
+    return Reader(
+        file=config,
+        damages=any_json,
+        read=lambda folder: build_model(config_for(folder / name, train={"dtype": "bf16"})),
+        names=(name,),
+        examples=20,
+    )
+
+
+READERS = {
+    "state": of_checkpoint("state.json", any_json),
+    "manifest": of_checkpoint("manifest.json", any_json),
+    "moments": of_checkpoint("trainer.safetensors", any_tensors),
+    "adapter": of_checkpoint("adapter_model.safetensors", any_tensors),
+    "state with its own manifest": Reader(
+        file=f"{STEP}/state.json", damages=any_json, read=read_state, names=("step_00000002",), examples=40
+    ),
+    "moments with their own manifest": Reader(
+        file=f"{STEP}/trainer.safetensors", damages=any_tensors, read=restoring(), names=("step_00000002",), examples=30
+    ),
+    "adapter with its own manifest": Reader(
+        file=f"{STEP}/adapter_model.safetensors",
+        damages=any_tensors,
+        read=restoring(),
+        names=("step_00000002",),
+        examples=30,
+    ),
+    **{
+        f"verify {file}": Reader(file=file, damages=damages, read=read_verified, check=says_lines, examples=15)
+        for file, damages in (
+            ("run/config.yaml", any_yaml),
+            ("run/data.json", any_json),
+            ("run/metrics.jsonl", any_lines),
+            ("run/summary.json", any_json),
+            (f"{STEP}/state.json", any_json),
+            (f"{STEP}/manifest.json", any_json),
+            (f"{STEP}/adapter_config.json", any_json),
+            (f"{STEP}/trainer.safetensors", any_tensors),
+        )
+    },
+    "status of figures": of_status("run/metrics.jsonl", any_lines),
+    "status of data": of_status("run/data.json", any_json),
+    "status of a stop": of_status("run/stopped.json", any_json),
+    "status of an error": of_status("run/logs/rank_1.error.json", any_json),
+    "status of a machine": of_status("run/machines/0.json", any_json),
+    "submission": Reader(file="slurm.json", damages=any_json, read=read_submission),
+    "log": of_status("run/metrics.jsonl", any_bytes),
+    **{name: of_family(name) for name in FAMILIES},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damage_is_refused_or_harmless(name: str, place: Path) -> None:
+    holds(READERS[name], place)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in FAMILIES])
+def test_what_is_no_file_is_refused_or_missed(name: str, place: Path) -> None:
+    holds_without(READERS[name], place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,6 +187,21 @@ def test_the_preparation_process_explains_and_its_code_is_ours(place: Path):
     assert "Traceback" not in ended.stderr
     assert ended.stderr.startswith("error: ")
     assert not (place / "run").exists()
+
+
+def test_a_request_to_stop_while_data_is_prepared_is_75_and_the_run_can_be_resumed(place: Path):
+    write_tokenizer(place / "model")
+    words = ["model.path=model", "data.path=data.jsonl", "data.sequence_length=64", f"data.cache_dir={place}/cache"]
+    command = [DISTLORA, "train", *words, "run_dir=run"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = [process.stdout.readline(), process.stdout.readline()]
+    assert said[1] == "preparing the data\n"  # Which imports transformers first: nothing is tokenized yet.
+    process.send_signal(signal.SIGUSR1)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert rest == "stopped by SIGUSR1 while the data was prepared\ncontinue with: distlora resume run\n"
+    assert (place / "run" / "config.yaml").is_file()
 
 
 def stopped_run(place: Path) -> Path:

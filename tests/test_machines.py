@@ -331,6 +331,30 @@ def test_a_machine_that_is_lost_is_told(lost: int, message: str, tmp_path: Path,
     assert message.format(port=port) in left.says()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "code", "messages"),
+    [
+        (
+            "rank 1 exits with 3",
+            1,
+            ("gave up: rank 1 failed first: it exited with code 3\n", "started again once (clus"),
+        ),
+        ("bad input", 2, ("error: the adapter has no such thing; write another\n",) * 2),
+    ],
+)
+def test_a_machine_that_gives_up_ends_the_others(
+    behaviour: str, code: int, messages: tuple[str, str], tmp_path: Path, machines: list[Machine]
+):
+    """Rank 0 of the first sleeps for a minute, and would then wait for the other for five."""
+    fake_run(tmp_path / "run", behaviour, max_restarts=1)
+    machines += [part(tmp_path / "run", tmp_path / f"machine_{number}") for number in range(2)]
+    assert [machine.wait(50) for machine in machines] == [code, code]
+    said = [machine.says() for machine in machines]
+    assert all(any(message in text for text in said) for message in messages)
+    assert "Traceback" not in "".join(said)
+
+
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.2", port)) == 0

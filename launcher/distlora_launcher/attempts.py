@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from distlora.run_folder import checkpoint_folders
-from distlora_launcher.failures import Exit, Failure, exits_in, first_failure, read_errors, write_killed
+from distlora_launcher.failures import (
+    GAVE_UP,
+    Exit,
+    Failure,
+    exits_in,
+    first_failure,
+    read_errors,
+    read_gave_up,
+    write_killed,
+)
 from distlora_launcher.logs import host_name
 from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import warn
@@ -55,6 +64,7 @@ class Attempts:
         self._looked = 0.0
         self._told_ranks: list[int] = []
         # Not of this start: a machine that joins late, or one beside which another died, finds them.
+        self._stale_end = identity(self.log_dir / GAVE_UP)
         self._stale = {path: identity(path) for path, _ in read_errors(self.log_dir)}
 
     def request_stop(self, signum: int) -> None:
@@ -149,13 +159,19 @@ class Attempts:
         return None
 
     def _read_errors(self) -> Failure | None:
-        """A failure that would repeat, on any machine: a rank that has raised it need not have ended yet."""
+        """A failure that ends the run, on any machine: one that would repeat, whose rank need not have ended yet, or
+        one after which a machine gave up.
+        """
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return None
         self._looked = time.monotonic()
         errors = self._errors()
         failure = first_failure(self.log_dir, {}, errors) if errors else None
-        return failure if failure is not None and failure.repeats else None
+        if failure is not None and failure.repeats:
+            return failure
+        if self.meeting is not None and identity(self.log_dir / GAVE_UP) not in (None, self._stale_end):
+            return read_gave_up(self.log_dir)
+        return None
 
     def _errors(self) -> list[dict[str, Any]]:
         return [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != identity(path)]

@@ -21,6 +21,9 @@ ERRORS = "rank_*.error.json"
 REPEATING = ("NonFiniteError", "SaveError", "ImportError", "ModuleNotFoundError")
 """Exceptions that the same rows, weights, packages and disk raise again; besides everything that the user must mend."""
 
+GAVE_UP = "gave_up.json"
+"""In RUN/logs of several machines: why the first of them ended for good."""
+
 KILLED = "Killed"
 """Type in the error file of a rank that a signal ended: the launcher beside it writes it, for the other machines'."""
 
@@ -154,6 +157,30 @@ def write_killed(log_dir: Path, failure: Failure, seconds: float) -> None:
     path = log_dir / f"rank_{failure.killed_rank}.error.json"
     with contextlib.suppress(OSError):
         durable.write_json(path, {"type": KILLED, "message": failure.reason, "bad_input": False, "time": seconds})
+
+
+def write_gave_up(log_dir: Path, host: str, failure: Failure) -> None:
+    """Tell the launchers of other machines that this one ends for good, unless another was first: their own torchrun
+    would wait for it.
+    """
+    path = log_dir / GAVE_UP
+    if not path.exists():
+        record = {"host": host, "message": failure.reason, "see": failure.see, "bad_input": failure.bad_input}
+        with contextlib.suppress(OSError):
+            durable.write_json(path, record)
+
+
+def read_gave_up(log_dir: Path) -> Failure | None:
+    """Why another machine ended for good; None where none did."""
+    path = log_dir / GAVE_UP
+    try:
+        record = read_object(path, "remove it")
+        check_shape(record, {"host": str, "message": str, "see": str, "bad_input": bool}, path, "remove it")
+    except (UserError, OSError):
+        return None
+    return Failure(
+        f"{record['host']} gave up: {record['message']}", record["see"], bad_input=record["bad_input"], repeats=True
+    )
 
 
 def would_repeat(log_dir: Path) -> bool:

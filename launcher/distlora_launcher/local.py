@@ -169,9 +169,9 @@ def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:
     it was asked to stop, since nothing is lost by that. `forwarder` takes signals already.
     """
     command = [sys.executable, "-m", "distlora_launcher.bound", "distlora.data", str(run_dir)]
-    say("preparing the data")
     environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
     with contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests:
+        say("preparing the data")
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         requests.attach(process)
         code = process.wait()

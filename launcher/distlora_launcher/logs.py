@@ -8,7 +8,7 @@ from pathlib import Path
 from distlora_launcher.worker_entry import ATTEMPT
 
 START = "start_"
-OURS = ("rank_*", "torchrun*.log", f"{ATTEMPT}*")
+OURS = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
 """What a start writes here. SLURM's own log lies here too, and is being written."""
 SLURM = "slurm_"
 """Of a job of SLURM: slurm_<job>.log, what it and rank 0 in it print, all its starts in one file."""

@@ -20,8 +20,8 @@ from distlora.run_folder import find_result
 from distlora.stopping import PID_DIR, STOPPED_NAME
 from distlora_launcher.attempts import Attempts, identity
 from distlora_launcher.checks import gpu_count
-from distlora_launcher.failures import Failure, start_failure
-from distlora_launcher.logs import machine_log, set_aside_logs
+from distlora_launcher.failures import Failure, start_failure, write_gave_up
+from distlora_launcher.logs import host_name, machine_log, set_aside_logs
 from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import Output, warn
 from distlora_launcher.signals import Forwarder, forwarding
@@ -110,6 +110,8 @@ def run_workers(
     failed = None if attempts.restarting else attempts.failure()
     failure = final or failed or start_failure(torchrun_log, process.returncode, meeting)
     warn(f"error: {failure.message}{attempts.told()}")
+    if meeting is not None:
+        write_gave_up(log_dir, host_name(), failure)
     return BAD_INPUT if failure.bad_input else FAILED
 
 

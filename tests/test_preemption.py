@@ -207,9 +207,10 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
 def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 5, "log_every": 5, "keep": 9}
+    settings = {"max_steps": 5, "log_every": 5, "keep": 9, "global_batch": 4}
     for name, minutes in (("whole", None), ("saved", 1e-6)):
-        make_run(tmp_path / name, folders, train=settings | {"save_minutes": minutes})
+        train_settings = settings | {"save_minutes": minutes}
+        make_run(tmp_path / name, folders, train=train_settings, data={"eval_fraction": 0.0})
         world.run(2, run_asked, run_dir=tmp_path / name, point=None)
     saved = [folder.name for folder in steps(tmp_path / "saved" / "checkpoints")]
     assert saved == [f"step_{step:08d}" for step in range(1, 6)], (

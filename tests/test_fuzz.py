@@ -242,7 +242,7 @@ READERS = {
         file="model/model.safetensors.index.json",
         damages=any_json,
         read=read_model,
-        names=("index.json", "model-0"),
+        names=("index.json", "model-0", "in its safetensors"),
         examples=30,
     ),
     "shard": Reader(

@@ -96,7 +96,8 @@ class PackedRows:
         cache_dir = Path(cache_dir)
         meta = read_meta(cache_dir)
         if split not in meta["splits"]:
-            raise UserError(f"{cache_dir} holds no {split!r} rows, only {', '.join(meta['splits'])}")
+            have = ", ".join(meta["splits"]) or "none"
+            raise UserError(f"{cache_dir} holds no {split!r} rows, only {have}; {_make_again(cache_dir)}")
         counts = meta["splits"][split]
         shape = (counts["rows"], meta["sequence_length"])
         return cls(

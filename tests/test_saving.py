@@ -28,6 +28,7 @@ from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver
 from distlora.checkpoints.state import Identity, Progress, load_state
+from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, streams
 from small_disks import fill, small_disk
 from worlds import World
@@ -330,6 +331,45 @@ def test_a_damaged_checkpoint_does_not_cost_an_older_one(tmp_path: Path) -> None
         saver.wait()
     assert names(tmp_path) == [3, 4]
     assert newest(tmp_path / "checkpoints") == (step_folder(tmp_path / "checkpoints", 4), [])
+
+
+def test_a_checkpoint_of_a_later_step_costs_none_that_is_written(tmp_path: Path) -> None:
+    state = State()
+    for step in (100, 10):
+        with make_saver(tmp_path, state, keep=1) as saver:
+            saver.save_last(state.train(step))
+    assert names(tmp_path) == [10, 100]
+
+
+def choose_on(ranks: Ranks, *, checkpoints: Path) -> str:
+    try:
+        found, lines = choose(checkpoints, ranks)
+    except UserError as error:
+        return str(error)
+    return f"{found} {lines}"
+
+
+def test_a_start_goes_on_from_what_is_whole_or_not_at_all(world: World, tmp_path: Path) -> None:
+    state, checkpoints = State(), tmp_path / "checkpoints"
+    with make_saver(tmp_path, state) as saver:
+        for step in (1, 2):
+            saver.save_last(state.train(step))
+    whole = step_folder(checkpoints, 2)
+    for _ in range(2):
+        newer = step_folder(checkpoints, 3)
+        newer.mkdir()
+        first, second = world.run(2, choose_on, checkpoints=checkpoints)
+        assert (second, newer.exists()) == (f"{whole} []", False)
+        assert "step_00000003 is damaged (manifest.json is missing) and was not used" in first
+    kept = {"step_00000001", "step_00000002", "unused_step_00000003", "unused_step_00000003_2"}
+    for step in (1, 2):
+        (step_folder(checkpoints, step) / WEIGHTS).rename(tmp_path / f"{step}")
+    refused = world.run(2, choose_on, checkpoints=checkpoints)
+    assert all("no checkpoint in" in message and "move it out of the run folder" in message for message in refused)
+    assert all(f"step_0000000{step} is damaged ({WEIGHTS} is missing)" in refused[0] for step in (1, 2))
+    assert {path.name for path in checkpoints.iterdir()} == kept
+    (tmp_path / "1").rename(step_folder(checkpoints, 1) / WEIGHTS)
+    assert choose(checkpoints, SINGLE)[0] == step_folder(checkpoints, 1)
 
 
 def test_a_state_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

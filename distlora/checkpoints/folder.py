@@ -10,6 +10,7 @@ the manifest tells of later damage.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -115,6 +116,20 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
             return folder, damaged
         damaged.append(f"checkpoint {folder.name} is damaged ({found}) and was not used")
     return None, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a checkpoint that a start does not go on from a name that is no checkpoint's; returns where it is now.
+
+    The run saves those steps anew: were it still among them, and readable by then, it would cost these their place.
+    """
+    for number in itertools.count(1):
+        aside = folder.with_name(f"unused_{folder.name}" + (f"_{number}" if number > 1 else ""))
+        if not aside.exists():
+            break
+    folder.rename(aside)
+    durable.sync(aside.parent)
+    return aside
 
 
 def tidy(parent: Path, name: str) -> None:

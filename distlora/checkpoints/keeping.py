@@ -24,13 +24,14 @@ class Keeper:
         self._whole: dict[Path, State] = {}
         """The state of the files of each checkpoint when it was found whole."""
 
-    def prune(self, evaluations: Mapping[int, float]) -> list[str]:
+    def prune(self, step: int, evaluations: Mapping[int, float]) -> list[str]:
         """Remove all but the newest `keep` whole ones and the whole one of the lowest held-out loss; damaged ones stay
         while they are newer than the oldest of those. Returns a line for each damaged one that was found.
 
+        `step`: of the one that was just written; a later one is not this start's, counts for nothing and stays.
         `evaluations`: held-out loss by step. Nothing is removed before a newer one was read and found whole.
         """
-        folders = steps(self._checkpoints)
+        folders = [folder for folder in steps(self._checkpoints) if step_of(folder) <= step]
         losses = {folder: evaluations.get(step_of(folder), math.nan) for folder in folders}
         losses = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
         if len(folders) <= self._keep:

@@ -192,7 +192,7 @@ class Saver:
 
     def _prune(self, progress: Progress) -> None:
         try:
-            for line in self._keeper.prune(progress.evaluations):
+            for line in self._keeper.prune(progress.step, progress.evaluations):
                 self._say(f"WARNING: {line}")
         except OSError as error:
             self._say(f"WARNING: old checkpoints in {self._checkpoints} could not be removed ({error}); look after it")

@@ -6,6 +6,7 @@ save, so nothing happens within the signal itself; asking again changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -72,7 +73,8 @@ def _take(parent: int) -> None:
             # a collective would hold up the restart until torchrun kills it, 30 s later.
             os._exit(128 + signum)
         request(signum)
-        print(f"{name_of(signum)} from process {sender}: stopping when all ranks can", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # A full disk. This thread must hear what comes next all the same.
+            print(f"{name_of(signum)} from process {sender}: stopping when all ranks can", file=sys.stderr, flush=True)
 
 
 def _wait() -> tuple[int, int | None]:

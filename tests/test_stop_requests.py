@@ -42,14 +42,13 @@ def ignore() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
 def test_signals_ask_whoever_started_the_worker_and_sigterm_from_its_parent_ends_it() -> None:
-    """Also where the parent ignores them: its children then do, until they listen."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=ignore,
-    ) as worker:
+    """Also where the parent ignores them: its children then do, until they listen. And where its log is full."""
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdout=subprocess.PIPE, stderr=full, text=True, preexec_fn=ignore
+        ) as worker,
+    ):
         assert worker.stdout is not None
         assert worker.stdout.readline() == "listening\n"
         send(signal.SIGUSR1, worker.pid)
@@ -59,7 +58,10 @@ def test_signals_ask_whoever_started_the_worker_and_sigterm_from_its_parent_ends
         time.sleep(0.1)
         assert worker.poll() is None, "asked again it goes on to its save"
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(timeout=10) == 128 + signal.SIGTERM
+        try:
+            assert worker.wait(timeout=10) == 128 + signal.SIGTERM
+        finally:
+            worker.kill()
 
 
 def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[int, int]:

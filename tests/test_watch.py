@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -43,6 +45,9 @@ def watched(ranks: Ranks, *, case: str, port: int) -> tuple[str, tuple[int, ...]
             os.kill(int(pids[stopped_rank(case)]), signal.SIGCONT)
         ended.set()
 
+    stderr = sys.stderr
+    if case == "asleep with a full disk":
+        sys.stderr = full_log()
     watching = Watch(store, ranks.rank, ranks.world, timeout_seconds=TIMEOUT_SECONDS, end=end)
     for step in range(1, 6):
         watch.at(step, "forward of micro-batch", 1)
@@ -56,6 +61,7 @@ def watched(ranks: Ranks, *, case: str, port: int) -> tuple[str, tuple[int, ...]
     watching.stop()
     for thread in watching._threads:
         thread.join()
+    sys.stderr = stderr
     dist.barrier(ranks.group)  # Rank 0 keeps the store until no thread needs it.
     return said[0] if said else None
 
@@ -65,13 +71,18 @@ def stopped_rank(case: str) -> int:
 
 
 def hang(case: str, rank: int, ended: threading.Event) -> None:
-    if case == "all in one place" or (case == "asleep" and rank == 1):
+    if case == "all in one place" or (case.startswith("asleep") and rank == 1):
         ended.wait(20)
     elif case == "saves" and rank == 1:
         watch.at(4, "saving", long=True)
         time.sleep(TIMEOUT_SECONDS + 1.0)
     elif case.startswith("stopped") and rank == stopped_rank(case):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def full_log() -> io.TextIOWrapper:
+    """A log on a disk that is full."""
+    return io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
 
 
 def free_port() -> int:
@@ -84,7 +95,7 @@ def free_port() -> int:
     ("case", "culprits", "words"),
     [
         (
-            "asleep",
+            "asleep with a full disk" if sys.platform == "linux" else "asleep",
             (1,),
             r"rank 1 is in step 4 \(forward of micro-batch 1\) at threading.py:\d+ in wait; waiting for ",
         ),
@@ -209,6 +220,21 @@ def test_a_rank_of_a_run_that_is_stopped_is_named_and_the_run_goes_on(folders: P
     assert not life.gone()
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a file that is always full")
+def test_a_full_disk_keeps_no_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "stderr", full_log())
+    monkeypatch.setenv(error_file.VARIABLE, "/dev/null/rank_0.error.json")
+    with pytest.raises(Ended, match="1"):
+        watch.end_process(HungError("rank 1 is in step 4"), Verdict("rank 1 is in step 4", (1,), silent=False))
 
 
 def test_the_message_of_a_hang_leads_to_the_stacks_of_the_rank_that_hangs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Every rank must mark alike: a mark's number is its position in the run, and so i
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -201,7 +202,8 @@ class Watch:
         return self._answer if self._answered.wait(max(5 * self._beat_seconds, 1.0)) else None
 
     def _show_stacks(self) -> None:
-        print(f"{_places({self.rank: self._own})}. Python stacks:", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # A full disk, which must not end this thread.
+            print(f"{_places({self.rank: self._own})}. Python stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
@@ -281,6 +283,8 @@ def _places(positions: Mapping[int, Position]) -> str:
 
 def end_process(error: HungError, verdict: Verdict) -> None:
     """Leave the error for the launcher and end this process, whatever its threads wait for."""
-    error_file.leave(error, about=min(verdict.culprits, default=None))
-    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    os._exit(FAILED)
+    try:
+        error_file.leave(error, about=min(verdict.culprits, default=None))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:  # A full disk takes neither.
+        os._exit(FAILED)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -48,7 +50,10 @@ def watched(ranks: Ranks, *, case: str, port: int) -> tuple[str, tuple[int, ...]
     stderr = sys.stderr
     if case == "asleep with a full disk":
         sys.stderr = full_log()
-    watching = Watch(store, ranks.rank, ranks.world, timeout_seconds=TIMEOUT_SECONDS, end=end)
+    silent_seconds = 10.0 if case == "saves" else None
+    watching = Watch(
+        store, ranks.rank, ranks.world, timeout_seconds=TIMEOUT_SECONDS, end=end, silent_seconds=silent_seconds
+    )
     for step in range(1, 6):
         watch.at(step, "forward of micro-batch", 1)
         began = time.monotonic()
@@ -75,7 +80,9 @@ def hang(case: str, rank: int, ended: threading.Event) -> None:
         ended.wait(20)
     elif case == "saves" and rank == 1:
         watch.at(4, "saving", long=True)
-        time.sleep(TIMEOUT_SECONDS + 1.0)
+        time.sleep(TIMEOUT_SECONDS / 2)
+        subprocess.Popen(["sh", "-c", f"sleep 1.8; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)  # As one whose beats are late.
     elif case.startswith("stopped") and rank == stopped_rank(case):
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -115,13 +122,40 @@ def test_the_rank_that_hangs_is_named(world: World, case: str, culprits: tuple[i
     for message, named, seconds in told:
         assert named == culprits
         assert re.search(words, message), message
-        assert message.startswith("nothing has moved for 1 s: ")
+        assert re.match(r"nothing has moved for [2-9] s: ", message)
         assert seconds < 20 * TIMEOUT_SECONDS
 
 
 def test_what_may_take_long_is_waited_for(world: World) -> None:
-    """Both the rank that saves and those that wait for it in a step."""
+    """By those that wait for it in a step, and though nothing is heard of it for 1.8 s."""
     assert world.run(3, watched, case="saves", port=free_port()) == [None] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the connection in /proc")
+def test_a_watch_whose_connection_drops_connects_again() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = connections_to(store.port)
+    watching = Watch(store, 0, 1, timeout_seconds=TIMEOUT_SECONDS, end=lambda error, verdict: None)
+    try:
+        (own,) = connections_to(store.port) - before
+        with socket.socket(fileno=os.dup(own)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+        time.sleep(TIMEOUT_SECONDS / 2)
+        assert watching._ask() is not None
+    finally:
+        watching.stop()
+        for thread in watching._threads:
+            thread.join()
+
+
+def connections_to(port: int) -> set[int]:
+    """This process's descriptors of connections whose other end listens at `port`."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
+                found.add(int(name))
+    return found
 
 
 def at(mark: int, *, waits: bool = False, beat: int = 1) -> Position:
@@ -198,8 +232,8 @@ def test_a_group_that_hangs_ends_and_is_started_again(
     (tmp_path / "behaviour").write_text("asleep once")
     assert run_workers(tmp_path, processes=2, worker_module="watched_worker", max_restarts=1) == 0
     said = capsys.readouterr().err
-    assert said.startswith(
-        "the run hung: nothing has moved for 2 s: rank 1 is in step 4 (forward) at watched_worker.py:"
+    assert re.match(
+        r"the run hung: nothing has moved for [4-9] s: rank 1 is in step 4 \(forward\) at watched_worker", said
     )
     assert "restart 1 of 1" in said
     logs = [(tmp_path / "logs" / "attempt_1" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
@@ -216,7 +250,7 @@ def test_a_rank_of_a_run_that_is_stopped_is_named_and_the_run_goes_on(folders: P
     assert life.wait_until(lambda: any(line["step"] > 1 for line in read_lines(tmp_path / "run" / "metrics.jsonl")))
     life.workers()[1].send_signal(signal.SIGSTOP)
     assert life.code() == 0, life.output()
-    assert "the run hung: nothing has moved for 10 s: rank 1 gives no sign of life" in life.output()
+    assert re.search(r"the run hung: nothing has moved for 2\d s: rank 1 gives no sign of life", life.output())
     assert not life.gone()
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -98,7 +98,7 @@ class ClusterConfig:
     """SLURM's time limit, as sbatch takes it (12:00:00, 2-00:00:00); null: the partition's."""
     signal_seconds: int = 180
     """How long before the time limit the run is told to save and stop. SLURM may be up to a minute early. Give it a
-    step and a save."""
+    step and two saves: one may be under way."""
     requeue: bool = True
     """Whether a job that was stopped after a save (time limit, preemption), or whose node failed, queues again and
     continues."""

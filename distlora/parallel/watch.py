@@ -2,10 +2,10 @@
 
 The training thread marks where it is (`at`), which is one assignment. Two threads beside it do the rest. One tells the
 others through the store where workers meet, every second. The other sees when its own rank has not moved for too long.
-It then reads where the rest are, twice: a rank that has said nothing new in between is stopped or gone; else the one
-that is not within a collective is named, and of several such the one that is behind. Each rank prints its Python stacks
-into its log, an error file is left for the launcher, and the process ends: nothing else ends a thread that waits in
-gloo or NCCL.
+It then reads where the rest are, twice, a minute apart: a rank that has said nothing new in between is stopped or gone;
+else the one that is not within a collective is named, and of several such the one that is behind. Each rank prints its
+Python stacks into its log, an error file is left for the launcher, and the process ends: nothing else ends a thread
+that waits in gloo or NCCL.
 
 Every rank must mark alike: a mark's number is its position in the run, and so is compared among ranks.
 """
@@ -32,6 +32,9 @@ from distlora.command_line import FAILED
 LONG_SECONDS = 3600.0
 """How long ranks may wait for each other outside steps. While one syncs a checkpoint to disk the others wait for it:
 384 GB (adapter=full on 32B: fp32 weights and moments) take longer than ten minutes on a disk of less than 640 MB/s."""
+SILENT_SECONDS = 60.0
+"""How long a rank has said nothing that is called stopped or gone. A machine that writes 100 GB, or a library that
+holds the GIL, delays a beat by many seconds."""
 BEAT_SECONDS = 1.0
 """Between two looks; less where the limit is less than ten of them."""
 
@@ -99,17 +102,18 @@ class Watch:
         timeout_seconds: float,
         end: Callable[[HungError, Verdict], None],
         long_seconds: float = LONG_SECONDS,
+        silent_seconds: float | None = None,
     ) -> None:
+        """`silent_seconds`: None: a minute, or `timeout_seconds` where that is less."""
         self.rank, self.world = rank, world
         self._limit, self._long_limit = timeout_seconds, max(timeout_seconds, long_seconds)
+        self._silent_seconds = min(SILENT_SECONDS, timeout_seconds) if silent_seconds is None else silent_seconds
         self._end = end
         self._beat_seconds = min(BEAT_SECONDS, timeout_seconds / 10)
-        # A connection of its own: a store is locked while a thread waits in it. Keys of an earlier attempt may still be
-        # there where torchrun keeps one store through restarts.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        connection = TCPStore(store.host, store.port, wait_for_workers=False)
-        self._store = PrefixStore(f"watch/{attempt}", connection)
-        self._own = Position(0, "", long=True)
+        self._host, self._port = store.host, store.port
+        self._store = self._connect()
+        self._heard = time.monotonic()
+        """When the store last answered."""
         self._ended, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._answer: list[Position | None] = []
         self._raises_alarm = False
@@ -129,45 +133,63 @@ class Watch:
         """End the watch: from here on ranks may leave at different times."""
         self._ended.set()
 
+    def _connect(self) -> PrefixStore:
+        """A connection of its own: a store is locked while a thread waits in it. DistError where none answers."""
+        # Keys of an earlier attempt may still be there where torchrun keeps one store through restarts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"watch/{attempt}", TCPStore(self._host, self._port, wait_for_workers=False))
+
     def _tell(self) -> None:
         """Post where this rank is, hear an alarm, read the others when asked to. All that talks to the store is here:
         once the rank that keeps it is stopped it never answers again, whatever timeout it was given.
         """
-        beat = 0
-        try:
-            while True:
-                beat += 1
-                self._store.set(str(self.rank), json.dumps(asdict(self._own) | {"beat": beat}))
-                if self._raises_alarm:
-                    self._store.set(_ALARM, str(self.rank))
-                if self._store.get(_ALARM):
-                    self._alarmed.set()
-                if self._asked.is_set():
-                    told = [self._store.get(str(rank)) for rank in range(self.world)]
-                    self._answer = [Position(**json.loads(text)) if text else None for text in told]
-                    self._asked.clear()
-                    self._answered.set()
-                if self._ended.wait(self._beat_seconds):
-                    return
-        except DistError:
-            return  # Whoever keeps the store has left or died. `_ask` gets no answer then.
+        beat, last = 0, _here
+        while not self._ended.is_set():
+            try:
+                while not self._ended.wait(self._beat_seconds):
+                    beat, moves, last = beat + 1, _here is not last, _here
+                    self._exchange(own_position(last, moves=moves, beat=beat))
+            except DistError:
+                try:  # The connection was dropped,
+                    self._store = self._connect()
+                except DistError:
+                    return  # or whoever keeps the store has left or died. `_ask` gets no answer then.
+
+    def _exchange(self, own: Position) -> None:
+        self._store.set(str(self.rank), json.dumps(asdict(own)))
+        if self._raises_alarm:
+            self._store.set(_ALARM, str(self.rank))
+        if self._store.get(_ALARM):
+            self._alarmed.set()
+        if self._asked.is_set():
+            told = [self._store.get(str(rank)) for rank in range(self.world)]
+            self._answer = [Position(**json.loads(text)) if text else None for text in told]
+            self._asked.clear()
+            self._answered.set()
+        self._heard = time.monotonic()
 
     def _look(self) -> None:
         """Follow the marks of this rank; judge when it has not moved for too long."""
         last, still, before, shown = _here, 0.0, time.monotonic(), False
+        asked: tuple[float, list[Position | None] | None] | None = None
+        """How long this rank had been still when it asked for the first time, and the answer."""
         while not self._ended.wait(self._beat_seconds):
             now = time.monotonic()
             moved, last = _here is not last, _here
             # While the whole process was stopped (SIGSTOP, a suspended job) nobody waited.
             still = 0.0 if moved else still + min(now - before, 5 * self._beat_seconds)
             before = now
-            self._own = Position(last[0], in_words(last), last[-1], *(("", False) if moved else whereabouts()))
             if self._alarmed.is_set() and not shown:
                 shown = True
                 self._show_stacks()
             if still <= self._limit:
+                asked = None
                 continue
-            verdict = self._judge(still)
+            if asked is None:
+                asked = still, self._ask()
+            if still < asked[0] + self._silent_seconds:
+                continue
+            verdict, asked = self._judge(asked[1], self._ask(), still), None
             if verdict is None or _here is not last or self._ended.is_set():
                 continue
             if not shown:
@@ -177,16 +199,17 @@ class Watch:
             self._end(HungError(verdict.message), verdict)
             return
 
-    def _judge(self, still: float) -> Verdict | None:
-        """Who is waited for, after `still` seconds without a mark. None: somebody moves, or may take longer."""
-        first = self._ask()
-        if first is not None:
-            self._ended.wait(max(10 * self._beat_seconds, 1.0))
-        second = self._ask()
-        if first is None or second is None:
+    def _judge(
+        self, first: list[Position | None] | None, second: list[Position | None] | None, still: float
+    ) -> Verdict | None:
+        """Who is waited for, after `still` seconds without a mark, by what was told at two times. None: somebody moves,
+        or may take longer, or it is too early to say.
+        """
+        if time.monotonic() - self._heard > self._silent_seconds:
             silence = "rank 0, through which the ranks hear of each other, gives no sign of life"
-            own = _places({self.rank: self._own})
-            return Verdict(f"{_still(still)}: {silence} ({_STOPPED}); waiting: {own}", (0,), silent=True)
+            return Verdict(f"{_still(still)}: {silence} ({_STOPPED}); waiting: {self._own_place()}", (0,), silent=True)
+        if first is None or second is None:
+            return None
         verdict = judge(first, second, still)
         if verdict is None or verdict.silent or still > self._long_limit:
             return verdict
@@ -201,10 +224,19 @@ class Watch:
         self._asked.set()
         return self._answer if self._answered.wait(max(5 * self._beat_seconds, 1.0)) else None
 
+    def _own_place(self) -> str:
+        return _places({self.rank: own_position(_here, moves=False)})
+
     def _show_stacks(self) -> None:
         with contextlib.suppress(OSError):  # A full disk, which must not end this thread.
-            print(f"{_places({self.rank: self._own})}. Python stacks:", file=sys.stderr, flush=True)
+            print(f"{self._own_place()}. Python stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def own_position(mark: _Mark, *, moves: bool, beat: int = 0) -> Position:
+    """What this rank tells of itself at `mark`."""
+    code, waits = ("", False) if moves else whereabouts()
+    return Position(mark[0], in_words(mark), mark[-1], code, waits, beat)
 
 
 def whereabouts() -> tuple[str, bool]:

@@ -21,9 +21,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distlora import durable
 from distlora.checkpoints import folder as folders_on_disk
+from distlora.checkpoints import host_memory, snapshot
 from distlora.checkpoints import saver as saver_module
-from distlora.checkpoints import snapshot
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver
@@ -232,13 +233,16 @@ def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
     assert saved(tmp_path, 1) == {1.0}
 
 
-def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path) -> None:
-    state = State()
+def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, synced = State(), []
+    sync = durable.sync
+    monkeypatch.setattr(durable, "sync", lambda path: (synced.append(path), sync(path)))
     with make_saver(tmp_path, state) as saver:
         saver.save(state.train(1))
         saver.wait()
         shutil.rmtree(tmp_path / "checkpoints")
         saver.save_last(state.train(2))
+    assert synced.count(tmp_path) == 2, "its name is on the disk too"
     assert saved(tmp_path, 2) == {2.0}
 
 
@@ -488,7 +492,7 @@ def save_in_short_memory(ranks: Ranks, *, run_dir: Path) -> list[str]:
         pytest.MonkeyPatch.context() as patch,
         make_saver(run_dir, state := CutState(ranks), said, ranks=ranks) as saver,
     ):
-        patch.setattr(snapshot, "available_bytes", lambda: 2**14 if ranks.rank == 1 else 2**40)
+        patch.setattr(host_memory, "available_bytes", lambda: 2**14 if ranks.rank == 1 else 2**40)
         for step in (1, 2):
             saver.save(state.train(step))
         saver.wait()

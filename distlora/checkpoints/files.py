@@ -38,7 +38,9 @@ def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
     refused: OSError | None = None
     try:
         # Not what that lies in: where RUN is gone too, a disk may not be mounted any more.
-        folder.parent.mkdir(exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(exist_ok=True)
+            durable.sync(folder.parent.parent)
         temporary.mkdir()
     except OSError as error:
         refused = error

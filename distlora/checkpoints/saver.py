@@ -167,6 +167,9 @@ class Saver:
         """Write a checkpoint and remove old ones. Where the disk fails, say it and keep the error; anything else is
         kept for the thread that trains."""
         try:
+            if (device := self._backend.ranks.device).type == "cuda":
+                # A thread begins on the first GPU, where every rank's would take half a GB for a context.
+                torch.cuda.set_device(device)
             self._snapshot.wait()
             self._write_folder(files, state)
         except OSError as error:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from distlora.checkpoints import host_memory
 from distlora.checkpoints.files import Files
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
-
-CHUNK_BYTES = 64 * 2**20
-"""Of host memory that is taken at once: a power of two, to which torch rounds pinned memory up."""
 
 
 class Snapshot:
@@ -26,8 +23,6 @@ class Snapshot:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._memory: dict[tuple[str, str], Tensor] = {}
-        self._chunk: Tensor | None = None
-        self._used = 0
         self._copied: torch.cuda.Event | None = None
 
     @property
@@ -40,9 +35,9 @@ class Snapshot:
         and every rank must ask."""
         needed = 0
         if not self._memory:
-            own = sum(self._own(tensor)[0].nbytes for _, tensor in tensors_of(files) if self._is_copied(tensor))
-            needed = own * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available = available_bytes()
+            own = [self._own(tensor)[0] for _, tensor in tensors_of(files) if self._is_copied(tensor)]
+            needed = host_memory.bytes_like(own) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = host_memory.available_bytes()
         lacks = torch.tensor(available is not None and needed > available, device=self._backend.ranks.device).int()
         return not self._backend.max_over_ranks(lacks)
 
@@ -53,22 +48,20 @@ class Snapshot:
         From a GPU they are only queued behind its work so far, and before what comes after: the caller may go on at
         once, and a reader calls `wait` first. The copies of the call before are overwritten.
         """
-        own: list[Tensor] = []
-        found: list[Tensor] = []
+        found = {key: self._own(tensor) for key, tensor in tensors_of(files) if self._is_copied(tensor)}
+        rows = {key: own for key, (own, _) in found.items()}
+        self._take_memory(rows)
         copies: dict[str, dict[str, Tensor | HostRows]] = {}
         for (name, key), tensor in tensors_of(files):
             held: Tensor | HostRows = tensor
-            if self._is_copied(tensor):
-                rows, first_row = self._own(tensor)
-                held = self._memory_for((name, key), rows)
-                own.append(held)
-                found.append(rows)
+            if (name, key) in found:
+                held = self._memory[name, key]
                 if isinstance(tensor.data, DTensor):
-                    held = HostRows(local=held, first_row=first_row, shape=tensor.shape)
+                    held = HostRows(local=held, first_row=found[name, key][1], shape=tensor.shape)
             copies.setdefault(name, {})[key] = held
         with torch.no_grad():
-            torch._foreach_copy_(own, found, non_blocking=True)
-        devices = {tensor.device for tensor in found if tensor.is_cuda}
+            torch._foreach_copy_([self._memory[key] for key in rows], list(rows.values()), non_blocking=True)
+        devices = {tensor.device for tensor in rows.values() if tensor.is_cuda}
         assert len(devices) <= 1
         if devices:
             self._copied = torch.cuda.Event()
@@ -87,21 +80,11 @@ class Snapshot:
         """What this rank has of a tensor, and the index of its first row."""
         return self._backend.local_rows(tensor.detach())
 
-    def _memory_for(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
-        held = self._memory.get(key)
-        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
-            held = self._bytes(tensor.nbytes, pinned=tensor.is_cuda).view(tensor.dtype).view(tensor.shape)
-            self._memory[key] = held
-        return held
-
-    def _bytes(self, size: int, *, pinned: bool) -> Tensor:
-        """(size,) uint8 of a chunk, from a multiple of 64 on."""
-        if self._chunk is None or self._used + size > self._chunk.numel() or self._chunk.is_pinned() != pinned:
-            self._chunk = torch.empty(max(CHUNK_BYTES, size), dtype=torch.uint8, pin_memory=pinned)
-            self._used = 0
-        taken = self._chunk[self._used : self._used + size]
-        self._used += -(-size // 64) * 64
-        return taken
+    def _take_memory(self, rows: Mapping[tuple[str, str], Tensor]) -> None:
+        """Memory for what has none yet, or had another shape or type."""
+        kinds = {key: (held.shape, held.dtype) for key, held in self._memory.items()}
+        missing = {key: own for key, own in rows.items() if kinds.get(key) != (own.shape, own.dtype)}
+        self._memory |= zip(missing, host_memory.memory_like(list(missing.values())), strict=True)
 
 
 def tensors_of(files: Files) -> Iterator[tuple[tuple[str, str], Tensor]]:
@@ -116,12 +99,3 @@ def tensors_of(files: Files) -> Iterator[tuple[tuple[str, str], Tensor]]:
 def is_cut(files: Files) -> bool:
     """Whether a rank has only some rows of what is saved."""
     return any(isinstance(tensor.data, DTensor) for _, tensor in tensors_of(files))
-
-
-def available_bytes() -> int | None:
-    """Host memory that can be had without swapping, by the kernel; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # Not Linux.
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,7 @@ from distlora.config import Config, UserError
 from distlora.json_files import read_object
 from distlora.progress import display
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
-from distlora.tracker import start_tracker
+from distlora.tracker import Tracker, start_tracker
 
 EXIT_STOPPED = 75
 """Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
@@ -95,9 +94,8 @@ class Reporter:
         self._append(self._samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
-        if self._tracker is not None:
-            rows = [list(line.values()) for line in lines]
-            self._tracker.log_table(step, "samples", ["step", "prompt", "text"], rows)
+        rows = [list(line.values()) for line in lines]
+        self._track(lambda tracker: tracker.log_table(step, "samples", ["step", "prompt", "text"], rows))
 
     def event(self, text: str) -> None:
         """One line for the person who watches; not kept with the figures."""
@@ -111,7 +109,10 @@ class Reporter:
         if not self._writes:
             return
         record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
-        durable.write_json(self._run_dir / STOPPED_NAME, record)
+        try:
+            durable.write_json(self._run_dir / STOPPED_NAME, record)
+        except OSError as error:
+            self._display.say(f"WARNING: {STOPPED_NAME} could not be written to {self._run_dir} ({error})")
         state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
         self._display.say(f"asked to stop by {name_of(signum)}: {state}")
 
@@ -124,8 +125,7 @@ class Reporter:
             {name: value if isinstance(value, list) else _plain(value) for name, value in figures.items()}
         )
         durable.write_json(self._run_dir / "summary.json", self._summary)
-        if self._tracker is not None:
-            self._tracker.summary(self._summary)
+        self._track(lambda tracker: tracker.summary(self._summary))
 
     def close(self, exit_code: int) -> None:
         """Flush everything and tell wandb how the run ended. A second call does nothing."""
@@ -138,8 +138,7 @@ class Reporter:
             except OSError as error:
                 self._display.say(f"WARNING: the last figures were not written to {self._run_dir} ({error})")
         self._display.close()
-        if self._tracker is not None:
-            self._tracker.close(exit_code)
+        self._track(lambda tracker: tracker.close(exit_code))
 
     def __enter__(self) -> Reporter:
         return self
@@ -166,8 +165,20 @@ class Reporter:
         figures = {name: _plain(value) for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3), **figures}
         self._append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
-        if self._tracker is not None:
-            self._tracker.log(step, metrics)
+        self._track(lambda tracker: tracker.log(step, metrics))
+
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        """Whatever wandb raises costs no step and no exit code: it is said, and the run goes on without it."""
+        if self._tracker is None:
+            return
+        try:
+            action(self._tracker)
+        except Exception as error:
+            self._tracker = None
+            self._display.say(
+                f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "
+                "metrics.jsonl only from here on, which has all of them"
+            )
 
 
 def _exit_code(error: BaseException | None) -> int:
@@ -191,8 +202,8 @@ def _plain(value: float) -> float | None:
 
 
 def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str, Any]]:
-    """Drop the lines of steps after `start_step` from a file of them, and those of a step with fewer than `per_step`;
-    returns the others.
+    """Drop the lines of steps after `start_step` from a file of them, and those of that step where they are fewer than
+    `per_step`, as after a kill; returns the others.
 
     A run that starts at step 0 keeps nothing: it evaluates and logs everything again. A line that is no record of a
     step was cut off by a kill, and its step is done again; or the file was damaged, which is no reason not to train.
@@ -208,7 +219,8 @@ def _keep_steps(path: Path, start_step: int, per_step: int = 1) -> list[dict[str
         step = entry.get("step") if isinstance(entry, dict) else None
         if isinstance(step, int) and start_step > 0 and step <= start_step:
             lines.append((line.decode("utf-8") + "\n", entry))
-    counts = Counter(entry["step"] for _, entry in lines)
-    kept = [(text, entry) for text, entry in lines if counts[entry["step"]] >= per_step]
+    of_last = sum(entry["step"] == start_step for _, entry in lines)
+    # Of earlier steps all were written, as many as there were prompts then.
+    kept = [(text, entry) for text, entry in lines if entry["step"] < start_step or of_last >= per_step]
     durable.write_text(path, "".join(text for text, _ in kept))
     return [entry for _, entry in kept]

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -40,8 +41,9 @@ def make_config(run_dir, tracker="none"):
     )
 
 
-def make_reporter(run_dir, *, tracker="none", rank=0, start_step=0, total_steps=4):
+def make_reporter(run_dir, *, tracker="none", rank=0, start_step=0, total_steps=4, prompts=()):
     config = make_config(run_dir, tracker)
+    config = replace(config, train=replace(config.train, sample_prompts=prompts, sample_every=2 if prompts else None))
     return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, start_step=start_step)
 
 
@@ -124,6 +126,13 @@ def test_figures_wait_for_a_full_disk_and_none_is_lost(tmp_path, capsys):
         assert [entry["step"] for entry in read_metrics(run_dir)] == [*range(1, 102)]
         reporter.close(0)
         assert json.loads((run_dir / "samples.jsonl").read_text()) == {"step": 100, "prompt": "a", "text": "b"}
+
+
+def test_a_full_disk_takes_no_record_of_a_stop_and_the_run_stops_all_the_same(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 16) as run_dir, make_reporter(run_dir) as reporter:
+        fill(run_dir)
+        reporter.stopped(signal.SIGTERM, 2, "checkpoints/step_00000002")
+        assert "stopped.json could not be written" in capsys.readouterr().out
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -212,6 +221,17 @@ def test_a_wandb_that_a_signal_ended_costs_no_step_and_no_figure(tmp_path, no_ke
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [75]
 
 
+def test_a_wandb_that_fails_costs_no_exit_code(tmp_path, no_key, monkeypatch, capsys):
+    def fail(self, exit_code):
+        raise RuntimeError("no")
+
+    with contextlib.suppress(Stopped), make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.log(1, {"loss": 4.0})
+        monkeypatch.setattr(type(reporter._tracker), "close", fail)
+        raise Stopped(signal.SIGTERM)
+    assert "WARNING: wandb failed (RuntimeError: no)" in capsys.readouterr().out
+
+
 def test_a_resume_goes_on_with_the_same_wandb_run(tmp_path, no_key):
     ids = []
     for start_step in (0, 1):
@@ -280,3 +300,12 @@ def test_samples_survive_a_resume_whatever_characters_they_hold(tmp_path):
         pass
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().strip().split("\n")]
     assert [line["step"] for line in lines] == [2]
+
+
+def test_another_prompt_costs_no_earlier_sample(tmp_path):
+    with make_reporter(tmp_path, prompts=("a",)) as reporter:
+        for step in (2, 4, 6):
+            reporter.samples(step, [("a", "b")])
+    with make_reporter(tmp_path, start_step=4, prompts=("a", "c")) as resumed:
+        assert [step for step in (2, 4, 6) if resumed.lacks_samples(step)] == [4, 6]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 2, "prompt": "a", "text": "b"}

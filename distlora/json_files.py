@@ -32,6 +32,14 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return parse_object(path.read_bytes(), path, remedy)
 
 
+def object_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, for who can do without; empty where there is none, or none that can be read."""
+    try:
+        return read_object(path, "")
+    except (UserError, OSError):
+        return {}
+
+
 def parse_object(content: bytes, place: Path | str, remedy: str) -> dict[str, Any]:
     """The JSON object that the bytes are, read at `place`. Raises UserError where they are none."""
     try:

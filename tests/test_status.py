@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ import yaml
 
 from distlora.config import Config
 from distlora.config_file import as_mapping, build
+from distlora_launcher import holding
 from distlora_launcher.cli import main
 from distlora_launcher.logs import host_name
+from distlora_launcher.processes import from_record
 from fake_slurm import FakeSlurm, job_record
 
 
@@ -156,6 +159,51 @@ def test_a_run_on_another_host_is_not_ended_from_here(
     assert holder.poll() is None
 
 
+def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
+    run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+):
+    """One that is not the holder by its start, its machine's start or its container, the lock being held all the while:
+    the record may be the one before, or the holder of the lock on a machine, or in a container, of the same name."""
+    record = run / "machines" / "0.json"
+    written = json.loads(record.read_text())
+    assert written["pid"] == holder.pid
+    for other in ({"boot": "another"}, {"namespace": "pid:[1]"}):
+        record.write_text(json.dumps(written | other))
+        assert status(run, capsys)["state"] == "running"
+        assert main(["cancel", str(run), "--now"]) == 2
+        assert "another container" in capsys.readouterr().err
+    record.write_text(json.dumps(written | {"started": written["started"] + 1}))
+    assert status(run, capsys)["machines"] == []
+    assert main(["cancel", str(run), "--now"]) == 2
+    process = from_record(json.loads(record.read_text()))
+    assert process is not None
+    with pytest.raises(ProcessLookupError):
+        process.send(signal.SIGKILL)
+    assert holder.poll() is None
+
+
+def test_without_locks_a_holder_is_known_by_its_start(
+    run: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(holding.fcntl, "flock", without_locks)
+    assert [process.pid for process in holding.holders(run)] == [holder.pid]
+    record = run / "machines" / "0.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"started": 1}))
+    assert holding.holders(run) == []
+
+
+def without_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, "no locks here")
+
+
+def test_what_is_left_in_the_folder_of_machines_is_no_failure(run: Path):
+    with holding.running(run):
+        (run / "machines" / ".start.json-0123").touch()  # Of a leader that was killed while it wrote.
+        (run / "machines" / "7.json").mkdir()  # What cannot be unlinked.
+    with holding.running(run):
+        pass
+
+
 def test_the_later_of_a_stop_and_a_failure_is_how_a_run_ended(run: Path, capsys: pytest.CaptureFixture[str]):
     trained(run, 4)
     stopped(run, 4, ago=60)
@@ -280,6 +328,27 @@ def test_a_sweep_is_listed_and_cancelled_as_a_whole(
     ]
     assert main(["cancel", "sweep/1"]) == 0
     assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1"
+
+
+def test_a_damaged_run_hides_none_of_its_sweep(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    for number in (0, 1):
+        submitted(make(tmp_path / "sweep" / str(number), "slurm"), f"41_{number}")
+    trained(tmp_path / "sweep" / "0", 4)
+    (tmp_path / "sweep" / "0" / "config.yaml").write_text("model: [")
+    slurm.has_jobs(job_record("41_0", "RUNNING", nodes="n1"), job_record("41_1", "PENDING"))
+    capsys.readouterr()
+    assert main(["status", "sweep"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[:3] for line in text.splitlines()[1:3]] == [["0", "running", "4"], ["1", "queued", "0/12"]]
+    assert "\n0: " in text
+    assert "config.yaml is damaged" in text
+    assert main(["cancel", "sweep/0"]) == 0
+    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_0"
+    assert main(["status", "sweep/0"]) == 2
+    assert capsys.readouterr().out.startswith("asked SLURM job 41_0 to save and stop")
 
 
 def test_status_imports_no_torch(run: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def cancel(folder: Path, *, now: bool) -> None:
     if unknown is not None:
         raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again where it does")
     jobs = [status for status in found if status.job is not None and status.job.is_live]
-    here = [status for status in found if status.machines and status not in jobs]
+    here = [status for status in found if status.holders and status not in jobs]
     if not jobs and not here:
         alone = (folder / CONFIG_NAME).exists()
         raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
@@ -82,22 +81,24 @@ def cancel_jobs(runs: list[Status], *, now: bool) -> None:
 
 def cancel_processes(status: Status, *, now: bool) -> None:
     """End a run by its launcher on this machine; those on others follow. UserError where none is here."""
-    run, here = shown(status.run_dir), host_name()
-    pids = [machine.pid for machine in status.machines if machine.host == here]
-    if not pids:
-        machine = status.machines[0]
+    run = shown(status.run_dir)
+    here = [process for process in status.holders if process.is_of_this_machine]
+    if not here:
+        process = status.holders[0]
+        here_is = host_name() if process.host != host_name() else "another container, or it has started anew"
         raise UserError(
-            f"{run} runs on {machine.host}, and this is {here}; give the command there, or `ssh {machine.host} kill "
-            f"-{'KILL' if now else 'TERM'} {machine.pid}`"
+            f"{run} runs on {process.host}, and this is {here_is}; give the command there, or `ssh {process.host} "
+            f"kill -{'KILL' if now else 'TERM'} {process.pid}`"
         )
-    for pid in pids:
+    for process in here:
         try:
-            os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+            process.send(signal.SIGKILL if now else signal.SIGTERM)
         except ProcessLookupError:
             continue  # It has ended meanwhile.
         except PermissionError as error:
-            raise UserError(f"{run} is another user's: process {pid} on {here} cannot be ended from here") from error
+            raise UserError(f"{run} is another user's: process {process.pid} cannot be ended from here") from error
     if now:
-        say(f"killed {run} (pid {', '.join(map(str, pids))}); distlora resume {run} continues from its last save")
+        pids = ", ".join(str(process.pid) for process in here)
+        say(f"killed {run} (pid {pids}); distlora resume {run} continues from its last save")
     else:
         say(f"asked {run} to save and stop; distlora status {run} says when it has")

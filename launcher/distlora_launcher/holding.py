@@ -15,14 +15,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from distlora import durable
 from distlora.config import UserError
+from distlora.json_files import object_or_empty
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import show, warn
+from distlora_launcher.processes import Process, from_record, this_process
 
 CONFIG_NAME = "config.yaml"
 MACHINES = "machines"
@@ -39,12 +42,16 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Place:
     """This machine's share in a start of several."""
 
-    def __init__(self, config: IO[str], start: dict[str, Any], *, leads: bool) -> None:
+    def __init__(self, config: IO[str], record: Path, *, leads: bool) -> None:
         self._config = config
-        self.start = start
-        """What the leader left for the others: its name, its GPUs."""
+        self._record = record
         self.leads = leads
         """Whether this machine sets aside the logs and prepares the data, which the others wait for."""
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """What the leader left for the others: its name, its GPUs."""
+        return object_or_empty(self._record)
 
     def share(self) -> None:
         """Let the others go on: what the leader does alone is done."""
@@ -56,12 +63,12 @@ class Place:
 @contextlib.contextmanager
 def running(run_dir: Path) -> Iterator[None]:
     """Hold the run alone: a second process that starts or resumes it meanwhile is refused. RUN/machines/0.json says for
-    the duration who has it (`run_state.machines`).
+    the duration who has it (`holders`).
     """
     with (run_dir / CONFIG_NAME).open("r+") as file:
         if not _lock(file, fcntl.LOCK_EX):
             raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
-        place = _take_place(run_dir, 1, lambda: False)
+        place = _take_place(run_dir, 1, lambda: False, shares_machine=True)
         assert place is not None, "it gives up only when it is told to"
         try:
             with place:
@@ -72,20 +79,55 @@ def running(run_dir: Path) -> Iterator[None]:
 
 def leave(run_dir: Path) -> None:
     """Remove the places in a run that nobody holds any more."""
+    # Whatever is left of it, a half-written record or an open file on NFS, is no failure of the run.
     for path in (run_dir / MACHINES).glob("*.json"):
-        path.unlink()
-    with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    with contextlib.suppress(OSError):
         (run_dir / MACHINES).rmdir()
+
+
+def holders(run_dir: Path) -> list[Process]:
+    """The launchers that hold a run now, on whatever machines: each locks the record that names it while it lives."""
+    found = []
+    for path in sorted((run_dir / MACHINES).glob("*.json")):
+        process = from_record(object_or_empty(path))
+        with contextlib.suppress(OSError):
+            if process is not None and _is_held(path, process):
+                found.append(process)
+    return found
+
+
+def _is_held(path: Path, process: Process) -> bool:
+    """Whether the launcher that a record names holds its place. A record that was read just before its holder wrote it
+    names the one before. Where the file system has no locks, only the launcher's own machine knows.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return process.has_ended is not True
+        except OSError:
+            return process.has_ended is False
+        return False
 
 
 @contextlib.contextmanager
 def together(
-    run_dir: Path, run_id: str, *, nodes: int, stopped: Callable[[], bool], leads_without_locks: bool
+    run_dir: Path,
+    run_id: str,
+    *,
+    nodes: int,
+    stopped: Callable[[], bool],
+    leads_without_locks: bool,
+    shares_machine: bool = False,
 ) -> Iterator[Place | None]:
     """Hold the run as one of the `nodes` machines of the start `run_id`; None once `stopped()` while waiting for the
-    leader. Raises UserError when another start has it, or all places are taken.
+    leader. Raises UserError when another start has it, this machine has a place already, or all are taken.
 
-    leads_without_locks: whether this machine is the leader where the file system has no locks.
+    leads_without_locks: whether this machine is the leader where the file system has no locks; nothing here makes the
+    others wait then.
+    shares_machine: whether this machine may have several places: the machines of the run are all this one.
     """
     with (run_dir / CONFIG_NAME).open("r+") as config:
         leads = _take_part(config, run_dir, run_id, stopped, leads_without_locks)
@@ -94,12 +136,12 @@ def together(
             return
         if os.fstat(config.fileno()).st_ino != _inode(run_dir / CONFIG_NAME):
             raise UserError(f"{run_dir} was given up by the machine that prepared it; its messages there say why")
-        place = _take_place(run_dir, nodes, stopped)
+        place = _take_place(run_dir, nodes, stopped, shares_machine=shares_machine)
         if place is None:
             yield None
             return
         with place:
-            yield Place(config, _read(run_dir / MACHINES / START_NAME), leads=leads)
+            yield Place(config, run_dir / MACHINES / START_NAME, leads=leads)
 
 
 def _take_part(
@@ -111,16 +153,17 @@ def _take_part(
     while not stopped():
         try:
             if _lock(config, fcntl.LOCK_EX, strict=True):
-                record.parent.mkdir(exist_ok=True)
-                durable.write_json(record, {"id": run_id, "leader": host_name(), "gpus": gpu_count()})
+                _lead(record, run_id)
                 return True
             shared = _lock(config, fcntl.LOCK_SH, strict=True)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             warn(f"{run_dir} is on a file system without locks: make sure that only one start has it")
+            if leads_without_locks:
+                _lead(record, run_id)
             return leads_without_locks
-        start = _read(record)
+        start = object_or_empty(record)
         ours = start.get("id") == run_id
         if shared and ours:
             return False
@@ -137,27 +180,54 @@ def _take_part(
     return None
 
 
-def _take_place(run_dir: Path, nodes: int, stopped: Callable[[], bool]) -> IO[str] | None:
+def _lead(record: Path, run_id: str) -> None:
+    """Say who leads the start."""
+    record.parent.mkdir(exist_ok=True)
+    durable.write_json(record, {"id": run_id, "leader": host_name(), "gpus": gpu_count()})
+
+
+def _take_place(run_dir: Path, nodes: int, stopped: Callable[[], bool], *, shares_machine: bool) -> IO[str] | None:
     """One of the places of the machines, held while the file is open; None once `stopped()`."""
     folder = run_dir / MACHINES
     folder.mkdir(exist_ok=True)
     deadline, said = time.monotonic() + LEASE_SECONDS, False
     while not stopped():
-        for number in range(nodes):
-            file = (folder / f"{number}.json").open("a+")
-            if _lock(file, fcntl.LOCK_EX):
-                file.truncate(0)
-                file.write(json.dumps({"host": host_name(), "pid": os.getpid()}))
-                file.flush()
-                return file
-            file.close()
-        hosts = ", ".join(_read(folder / f"{number}.json").get("host", "?") for number in range(nodes))
+        held = holders(run_dir)
+        mine = None if shares_machine else next((place for place in held if place.is_of_this_machine), None)
+        file = _free_place(folder, nodes) if mine is None else None
+        if file is not None:
+            return file
+        if mine is not None:
+            raise UserError(f"{run_dir} runs on this machine already (pid {mine.pid}); wait for it or stop it first")
+        hosts = ", ".join(place.host for place in held)
         if time.monotonic() > deadline:
             raise UserError(f"{run_dir} has its {nodes} machines already: {hosts}; end the one that is too many")
         if not said:
             show(f"waiting for a place: {run_dir} has its {nodes} machines ({hosts})\n")
             said = True
         time.sleep(1)
+    return None
+
+
+def _free_place(folder: Path, nodes: int) -> IO[str] | None:
+    """A place that nobody holds, with this process's name in it. Without locks it is named for the host, since it
+    cannot be told whether a number is taken.
+    """
+    for number in range(nodes):
+        file = (folder / f"{number}.json").open("a+")
+        try:
+            is_free = _lock(file, fcntl.LOCK_EX, strict=True)
+        except OSError as error:
+            file.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            file, is_free = (folder / f"{host_name()}.json").open("a+"), True
+        if is_free:
+            file.truncate(0)
+            file.write(json.dumps(asdict(this_process())))
+            file.flush()
+            return file
+        file.close()
     return None
 
 
@@ -181,15 +251,6 @@ def _without_locks() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A small record; empty where there is none, or one that is being written."""
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _inode(path: Path) -> int | None:

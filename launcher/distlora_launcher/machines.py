@@ -108,7 +108,12 @@ def run_together(
         return forwarder.received is not None
 
     with together(
-        run_dir, start_id, nodes=cluster.nodes, stopped=stopped, leads_without_locks=meeting.is_host is not False
+        run_dir,
+        start_id,
+        nodes=cluster.nodes,
+        stopped=stopped,
+        leads_without_locks=meeting.is_host is not False,
+        shares_machine=meeting.is_host is None,
     ) as place:
         if place is not None:
             if place.leads:
@@ -117,10 +122,11 @@ def run_together(
                     return code
                 set_aside_logs(run_dir / "logs")
             place.share()
+            # First: its store listens once the run is prepared, which is all that tells where there are no locks.
+            wait_for_host(meeting, stopped)
             if not is_prepared(run_dir) and not stopped():
                 raise UserError(not_prepared(run_dir, config))
             check_gpus(config, place.start)
-            wait_for_host(meeting, stopped)
         if stopped():
             say("stopped before the workers were started")
             return STOPPED

@@ -176,8 +176,8 @@ def wait_for_host(meeting: Meeting, stopped: Callable[[], bool]) -> None:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise UserError(
-                f"nobody listened at {meeting.endpoint} for {meeting.join_seconds} s ({reason}); start the same "
-                "command on that machine too, or correct the endpoint and let the port through"
+                f"nobody listened at {meeting.endpoint} for {meeting.join_seconds} s ({reason}); `distlora resume` the "
+                "run on each machine, that one too, or correct the endpoint and let the port through"
             )
         if not said:
             show(f"waiting for {meeting.endpoint} to listen ({reason})\n")

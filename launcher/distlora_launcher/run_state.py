@@ -1,4 +1,4 @@
-"""What a run folder says of how its run stands: how far, at what pace, saved where, how it ended, who holds it.
+"""What a run folder says of how its run stands: how far, at what pace, saved where, how it ended.
 
 Everything may be half-written, missing, or damaged: then it is unknown, and nothing else suffers. Imports no torch.
 """
@@ -6,8 +6,6 @@ Everything may be half-written, missing, or damaged: then it is unknown, and not
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import math
 import os
 import time
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from distlora.checkpoints.folder import MANIFEST_NAME, step_of, steps
-from distlora.config import Config
+from distlora.config import Config, UserError
+from distlora.json_files import object_or_empty, parse_object
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME
 from distlora.stopping import STOPPED_NAME
 from distlora_launcher.failures import first_failure, read_errors
-from distlora_launcher.holding import MACHINES
-from distlora_launcher.logs import host_name
 
 TAIL_BYTES = 256 * 1024
 """Of metrics.jsonl, from its end: some hundred steps."""
@@ -55,14 +52,6 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """A machine's launcher that holds a run."""
-
-    host: str
-    pid: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
     """How the last start ended, where it said so."""
 
@@ -74,16 +63,15 @@ class Ending:
     """Whether the error is the user's to mend."""
 
 
-_LARGEST_PID = 2**22
-"""Linux's limit."""
-
-
 def read_figures(run_dir: Path) -> Figures:
     """The newest figures of a run, from the end of metrics.jsonl."""
     step, loss, eval_loss, written = 0, None, None, None
     rates: list[float] = []
     for line in _tail(run_dir / METRICS_NAME):
-        values = _object(line)
+        try:
+            values = parse_object(line.encode(), METRICS_NAME, "")
+        except UserError:  # Cut off, or damaged.
+            continue
         number, when = values.get("step"), values.get("time")
         if not isinstance(number, int) or isinstance(number, bool):
             continue
@@ -102,7 +90,7 @@ def total_steps(run_dir: Path, config: Config) -> int | None:
     """Steps of the whole run; None while its data is not prepared."""
     if config.train.max_steps is not None:
         return config.train.max_steps
-    rows = _nested(_object(_text(run_dir / DATA_NAME)), "splits", "train", "rows")
+    rows = _nested(object_or_empty(run_dir / DATA_NAME), "splits", "train", "rows")
     if not isinstance(rows, int):
         return None
     return config.train.epochs * -(-rows // config.train.global_batch)
@@ -126,7 +114,7 @@ def newest_saved(run_dir: Path) -> Saved | None:
 
 def read_ending(run_dir: Path) -> Ending:
     """How the last start ended: the later of a stop and a failure; neither where it was killed, or still runs."""
-    stopped = _object(_text(run_dir / STOPPED_NAME))
+    stopped = object_or_empty(run_dir / STOPPED_NAME)
     log_dir = run_dir / "logs"
     try:
         errors = [error for _, error in read_errors(log_dir)]
@@ -139,34 +127,6 @@ def read_ending(run_dir: Path) -> Ending:
     if failure is not None:
         return Ending(error=failure.message, bad_input=failure.bad_input)
     return Ending()
-
-
-def machines(run_dir: Path) -> list[Machine]:
-    """The launchers that hold a run now, on whatever machines: each locks the file that names it while it lives."""
-    found = []
-    for path in sorted((run_dir / MACHINES).glob("[0-9]*.json")):
-        if not path.is_file():
-            continue
-        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
-            values = _object(file.read())
-            host, pid = values.get("host"), values.get("pid")
-            # Of 0 and -1 kill would make many processes.
-            if isinstance(host, str) and isinstance(pid, int) and 1 < pid <= _LARGEST_PID:
-                machine = Machine(host=host, pid=pid)
-                found += [machine] if _is_held(file.fileno(), machine) else []
-    return found
-
-
-def _is_held(descriptor: int, machine: Machine) -> bool:
-    """Whether the launcher that a file names lives. Where the file system has no locks, only its own machine knows."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return machine.host == host_name() and Path(f"/proc/{machine.pid}").exists()
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return False
 
 
 def was_started(run_dir: Path) -> bool:
@@ -202,21 +162,6 @@ def _tail(path: Path) -> list[str]:
     except OSError:
         return []
     return lines[1:] if size > TAIL_BYTES else lines
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _nested(values: Any, *keys: str) -> Any:

@@ -11,21 +11,20 @@ from distlora.config import UserError
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
 from distlora_launcher.local import shown
 from distlora_launcher.logs import SLURM
+from distlora_launcher.processes import Process
 from distlora_launcher.run_state import (
     Ending,
     Figures,
-    Machine,
     Saved,
     age,
     duration,
-    machines,
     newest_saved,
     read_ending,
     read_figures,
@@ -50,14 +49,14 @@ class Status:
     state: str
     """queued, running, ending, done, stopped (saved, as it was asked to), failed, ended (without a word of its own), or
     new (never started)."""
-    launcher: str
-    """local, torchrun, slurm."""
+    launcher: str | None
+    """local, torchrun, slurm; None where the settings are damaged."""
     job: Job | None
     """What SLURM says of its job; None where it has none, or SLURM does not know it any more."""
     job_id: str | None
     """The job that it was last submitted as."""
-    machines: list[Machine]
-    """Whose launchers hold it now."""
+    holders: list[Process]
+    """The launchers that hold it now."""
     figures: Figures
     total_steps: int | None
     seconds_left: float | None
@@ -65,6 +64,8 @@ class Status:
     ending: Ending
     result: Path | None
     """What it has published."""
+    damaged: str | None = None
+    """What is wrong with its settings; then nothing is known that depends on them."""
     unknown: str | None = None
     """Why SLURM could not be asked; then the rest is what the folder says."""
 
@@ -78,6 +79,8 @@ class Status:
             return f"distlora generate {run}"
         if self.state == "new" and self.job_id is None and (self.run_dir / SCRIPT_NAME).exists():
             return f"sbatch {run}/{SCRIPT_NAME}"
+        if self.damaged is not None:
+            return f"distlora verify {run}"
         return None if self.state == "ending" or self.ending.bad_input else f"distlora resume {run}"
 
 
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> int:
     found = statuses(folder)
     if (folder / CONFIG_NAME).exists():
         print(json.dumps(as_object(found[0]), indent=2) if options.json else describe(found[0]))
+        if found[0].damaged is not None:
+            raise UserError(found[0].damaged)
     else:
         print(json.dumps([as_object(status) for status in found], indent=2) if options.json else table(folder, found))
     return 0
@@ -115,7 +120,7 @@ def run_folders(folder: Path) -> list[Path]:
 def statuses(folder: Path) -> list[Status]:
     """How the run in a folder stands, or the runs right under it. SLURM is asked once a job or array.
 
-    Raises UserError for a folder that holds neither, and for settings that cannot be read.
+    Raises UserError for a folder that holds neither.
     """
     runs = run_folders(folder)
     submissions = {run: read_submission(run) for run in runs}
@@ -139,34 +144,39 @@ def statuses(folder: Path) -> list[Status]:
 
 def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str | None) -> Status:
     """How one run stands, given what SLURM says of it."""
-    config = load_config(run_dir)
-    holders, ending, result = machines(run_dir), read_ending(run_dir), find_result(run_dir)
-    figures, total = read_figures(run_dir), total_steps(run_dir, config)
-    state = _state(run_dir, job, holders, ending, result)
+    config, damaged = None, None
+    try:
+        config = load_config(run_dir)
+    except (UserError, OSError) as error:
+        damaged = str(error)
+    processes, ending, result = holders(run_dir), read_ending(run_dir), find_result(run_dir)
+    figures, total = read_figures(run_dir), None if config is None else total_steps(run_dir, config)
+    state = _state(run_dir, job, processes, ending, result)
     return Status(
         run_dir=run_dir,
         state=state,
-        launcher=config.cluster.launcher,
+        launcher=None if config is None else config.cluster.launcher,
         job=job,
         job_id=job_id,
-        machines=holders,
+        holders=processes,
         figures=figures,
         total_steps=total,
-        seconds_left=seconds_left(figures, total, config) if state == "running" else None,
+        seconds_left=seconds_left(figures, total, config) if config is not None and state == "running" else None,
         saved=newest_saved(run_dir),
         ending=ending if state in ("stopped", "failed", "queued") else Ending(),
         result=result,
+        damaged=damaged,
         unknown=unknown,
     )
 
 
-def _state(run_dir: Path, job: Job | None, holders: list[Machine], ending: Ending, result: Path | None) -> str:
-    if result is not None and not holders:
+def _state(run_dir: Path, job: Job | None, processes: list[Process], ending: Ending, result: Path | None) -> str:
+    if result is not None and not processes:
         return "done"
     if job is not None and job.is_live:
         queued = job.state in ("PENDING", "CONFIGURING") or job.state.startswith("REQUEUE")
         return "queued" if queued else "ending" if job.state == "COMPLETING" else "running"
-    if holders:
+    if processes:
         return "running"
     if ending.stopped is not None:
         return "stopped"
@@ -219,6 +229,7 @@ def table(folder: Path, found: list[Status]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
+    lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
     lines += [f"SLURM does not answer ({unknown}), so this is what the folders say"] if unknown is not None else []
     return "\n".join([*lines, f"more of one: distlora status {shown(found[0].run_dir)}"])
 
@@ -232,13 +243,14 @@ def as_object(status: Status) -> dict[str, Any]:
         "launcher": status.launcher,
         "job_id": status.job_id,
         "job": None if status.job is None else asdict(status.job),
-        "machines": [asdict(machine) for machine in status.machines],
+        "machines": [{"host": process.host, "pid": process.pid} for process in status.holders],
         "total_steps": status.total_steps,
         **asdict(figures),
         "seconds_left": status.seconds_left,
         "saved": None if saved is None else {"step": saved.step, "path": str(saved.path), "time": saved.time},
         "stopped": None if ending.stopped is None else dict(ending.stopped),
         "error": ending.error,
+        "damaged": status.damaged,
         "result": None if status.result is None else str(status.result),
         "next": status.next,
     }
@@ -293,7 +305,7 @@ def _where(status: Status) -> str:
     """Where a run is, or waits."""
     job = status.job
     if job is None or not job.is_live:
-        return ", ".join(f"{machine.host} (pid {machine.pid})" for machine in status.machines)
+        return ", ".join(f"{process.host} (pid {process.pid})" for process in status.holders)
     place = f" on {job.nodes}" if job.nodes is not None else ""
     times = "once" if job.restarts == 1 else f"{job.restarts} times"
     again = f", started again {times}" if job.restarts else ""

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from distlora import stopping
 from distlora.config import UserError
+from small_disks import fill
+
+
+class SaveError(Exception):
+    """Named as that of a last save that could not be made."""
 
 
 def main() -> None:
@@ -46,6 +51,9 @@ def main() -> None:
             time.sleep(60)
         case "bad input":
             raise UserError("the adapter has no such thing; write another")
+        case "the disk is full":
+            fill(run_dir)
+            raise SaveError("no space left for step 3")
         case "waits":
             time.sleep(120)
         case "saves when asked to stop" | "rank 1 is killed once":

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from distlora_launcher.failures import first_failure, read_errors
+from distlora_launcher.logs import set_aside_logs
+from distlora_launcher.worker_entry import set_aside_attempt
 from distlora_launcher.workers import run_workers, worker_environment
+from small_disks import small_disk
 
 HERE = Path(__file__).parent
 WORKER = "launcher_fake_worker"
@@ -96,15 +101,47 @@ def test_a_module_that_cannot_be_imported_is_named(run_dir: Path, capsys: pytest
     assert "rank 0 failed first: ImportError: No module named no_such_worker" in capsys.readouterr().err
 
 
-def start_launcher(run_dir: Path, behaviour: str, ready: str, *, max_restarts: int = 0) -> subprocess.Popen[str]:
-    """A launcher in a process of its own, once both ranks wrote the files `ready`_0 and _1."""
+def test_the_reason_is_known_where_the_disk_takes_not_even_that(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    with small_disk(tmp_path / "disk", kib=256) as disk:
+        assert run(disk, "the disk is full", processes=1, max_restarts=3) == 1
+        message = capsys.readouterr().err
+        assert "failed first: SaveError: no space left for step 3\n" in message
+        assert "restart" not in message
+        assert not any((disk / "logs").glob("*.tmp-*"))
+
+
+def test_logs_are_set_aside_where_earlier_ones_were_deleted(tmp_path: Path):
+    for text in ("first", "second"):
+        (tmp_path / "rank_0.log").write_text(text)
+        set_aside_logs(tmp_path)
+    shutil.rmtree(tmp_path / "start_1")
+    (tmp_path / "rank_0.log").write_text("third")
+    set_aside_logs(tmp_path)
+    found = {path.parent.name: path.read_text() for path in tmp_path.glob("start_*/rank_0.log")}
+    assert found == {"start_2": "second", "start_3": "third"}
+    (tmp_path / "attempt_2").mkdir()
+    (tmp_path / "attempt_2" / "rank_0.log").write_text("of the second attempt")
+    (tmp_path / "rank_0.log").write_text("of the third")
+    set_aside_attempt(tmp_path, 0)
+    found = {path.parent.name: path.read_text() for path in tmp_path.glob("attempt_*/rank_0.log")}
+    assert found == {"attempt_2": "of the second attempt", "attempt_3": "of the third"}
+
+
+def start_launcher(
+    run_dir: Path, behaviour: str, ready: str, *, max_restarts: int = 0, under: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, once both ranks wrote the files `ready`_0 and _1. `under`: a command that
+    starts it."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
         "import sys; from pathlib import Path; from distlora_launcher.workers import run_workers; "
         f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
         f"max_restarts={max_restarts}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*under, sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: all((run_dir / f"{ready}_{rank}").exists() for rank in (0, 1)))
     return process
 
@@ -124,8 +161,12 @@ def assert_no_workers(run_dir: Path) -> None:
     wait_until(lambda: not alive(), seconds=10)
 
 
-def test_a_second_ctrl_c_kills_workers_that_do_not_react(run_dir: Path):
-    process = start_launcher(run_dir, "waits", "pid")
+def test_nohup_and_a_second_ctrl_c(run_dir: Path):
+    """A terminal that closes asks nothing of a run that was started to outlive it. Workers that do not react are
+    killed by a second Ctrl-C alone."""
+    process = start_launcher(run_dir, "waits", "pid", under=["nohup"])
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         process.send_signal(signum)
         time.sleep(0.1)

@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distlora import durable
+from distlora.checkpoints.folder import step_of
 from distlora.run_folder import checkpoint_folders
+from distlora.stopping import STOPPED_NAME, name_of
 from distlora_launcher.failures import (
     GAVE_UP,
     Exit,
@@ -96,6 +99,33 @@ class Attempts:
         times = "once" if self.restarts == 1 else f"{self.restarts} times"
         return f"\nthe workers were started again {times} (cluster.max_restarts={self.max_restarts})"
 
+    def cannot_answer(self) -> bool:
+        """Whether workers were asked to stop and none is here that could: those of one attempt have ended, and those of
+        the next wait for other machines, or have not come yet. What an attempt failed of for good, torchrun ends by.
+        """
+        if self._request is None or self.all_done():
+            return False
+        newest = set(self.pids.values()) - self._earlier
+        if not self.restarting and any(exit.pid in newest for exit in self._exits):
+            return False
+        return not any(_parent(pid) in (self.torchrun, None) for pid in self._present().values())
+
+    def leave_stopped(self) -> Failure:
+        """Leave RUN/stopped.json for workers that could not; returns what to tell."""
+        assert self._request is not None
+        saved = checkpoint_folders(self.run_dir)
+        record = {
+            "step": step_of(saved[-1]) if saved else 0,
+            "checkpoint": str(saved[-1].relative_to(self.run_dir)) if saved else None,
+            "signal": name_of(self._request),
+            "time": round(time.time(), 3),
+        }
+        with contextlib.suppress(OSError):  # A full disk: status then does not know, and nothing else depends on it.
+            durable.write_json(self.run_dir / STOPPED_NAME, record)
+        state = f"{saved[-1].name} is saved" if saved else "nothing is saved yet"
+        by = name_of(self._request)
+        return Failure(f"asked to stop by {by} while no workers ran on {host_name()}: {state}", "", stopped=True)
+
     def _present(self) -> dict[int, int]:
         """Pids by rank, as the workers left them."""
         found = {}
@@ -174,7 +204,9 @@ class Attempts:
         return None
 
     def _errors(self) -> list[dict[str, Any]]:
-        return [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != identity(path)]
+        errors = [error for path, error in read_errors(self.log_dir) if self._stale.get(path) != identity(path)]
+        # Those that the disk of the logs did not take are beside the pids.
+        return [*errors, *(error for _, error in read_errors(self.pid_dir))]
 
     def _since(self) -> str:
         saved = checkpoint_folders(self.run_dir)

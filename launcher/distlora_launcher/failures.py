@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import signal
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ ERRORS = "rank_*.error.json"
 
 REPEATING = ("NonFiniteError", "SaveError", "ImportError", "ModuleNotFoundError")
 """Exceptions that the same rows, weights, packages and disk raise again; besides everything that the user must mend."""
+_FULL_DISK = tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+"""How the message of an OSError begins that another attempt meets again."""
 
 GAVE_UP = "gave_up.json"
 """In RUN/logs of several machines: why the first of them ended for good."""
@@ -63,6 +66,8 @@ class Failure:
     """Whether it is the user's to correct (exit code 2)."""
     repeats: bool = False
     """Whether another attempt would fail at the same place."""
+    stopped: bool = False
+    """Whether it is none: the run ends because it was asked to (exit code 75)."""
     killed_rank: int | None = None
     """The rank that a signal ended, where that is what happened."""
 
@@ -104,8 +109,8 @@ def start_failure(torchrun_log: Path, code: int, meeting: Meeting | None) -> Fai
         where = f"the {meeting.nodes} machines of this run, which meet at {meeting.endpoint}"
         if "RendezvousTimeoutError" in text:
             return Failure(
-                f"not all of {where}, were there within {meeting.join_seconds} s (cluster.timeout_seconds); start the "
-                "same command on each",
+                f"not all of {where}, were there within {meeting.join_seconds} s (cluster.timeout_seconds); continue "
+                f"with `distlora resume {torchrun_log.parents[1]}` on each",
                 see,
             )
         if "EADDRINUSE" in text or "address already in use" in text:
@@ -135,7 +140,7 @@ def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
     return Failure(
         f"rank {rank} failed first: {shown}",
         _see(log_dir, rank, "its traceback is in"),
-        repeats=error["type"] in REPEATING,
+        repeats=error["type"] in REPEATING or (error["type"] == "OSError" and error["message"].startswith(_FULL_DISK)),
     )
 
 
@@ -165,7 +170,13 @@ def write_gave_up(log_dir: Path, host: str, failure: Failure) -> None:
     """
     path = log_dir / GAVE_UP
     if not path.exists():
-        record = {"host": host, "message": failure.reason, "see": failure.see, "bad_input": failure.bad_input}
+        record = {
+            "host": host,
+            "message": failure.reason,
+            "see": failure.see,
+            "bad_input": failure.bad_input,
+            "stopped": failure.stopped,
+        }
         with contextlib.suppress(OSError):
             durable.write_json(path, record)
 
@@ -175,11 +186,16 @@ def read_gave_up(log_dir: Path) -> Failure | None:
     path = log_dir / GAVE_UP
     try:
         record = read_object(path, "remove it")
-        check_shape(record, {"host": str, "message": str, "see": str, "bad_input": bool}, path, "remove it")
+        shape = {"host": str, "message": str, "see": str, "bad_input": bool, "stopped": bool}
+        check_shape(record, shape, path, "remove it")
     except (UserError, OSError):
         return None
     return Failure(
-        f"{record['host']} gave up: {record['message']}", record["see"], bad_input=record["bad_input"], repeats=True
+        record["message"] if record["stopped"] else f"{record['host']} gave up: {record['message']}",
+        record["see"],
+        bad_input=record["bad_input"],
+        stopped=record["stopped"],
+        repeats=True,
     )
 
 

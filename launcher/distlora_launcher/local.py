@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,10 +17,11 @@ import yaml
 from distlora import durable
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
+from distlora.json_files import object_or_empty
 from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.failures import would_repeat
-from distlora_launcher.holding import CONFIG_NAME, running
+from distlora_launcher.holding import CONFIG_NAME, leave, running
 from distlora_launcher.hub import is_to_download, localize, restore
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.meeting import Meeting
@@ -129,7 +130,7 @@ def say_how_to_go_on(run_dir: Path, code: int) -> None:
 def create_run(run_dir: Path, config: Config) -> None:
     """Write RUN/config.yaml, whole, and only if there is none: of two starts with one folder, one is refused."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".{CONFIG_NAME}.{os.getpid()}"
+    temporary = run_dir / f".{CONFIG_NAME}-{secrets.token_hex(8)}"  # A pid would be another container's, too.
     with temporary.open("w") as file:
         yaml.safe_dump(as_mapping(config), file, sort_keys=False, allow_unicode=True)
         file.flush()
@@ -146,6 +147,7 @@ def forget_run(run_dir: Path) -> None:
     """Take back what `create_run` made, so that the same command works once its data is corrected."""
     (run_dir / CONFIG_NAME).unlink()
     (run_dir / DATA_NAME).unlink(missing_ok=True)
+    leave(run_dir)
     remove_if_empty(run_dir)
 
 
@@ -157,11 +159,8 @@ def remove_if_empty(folder: Path) -> None:
 
 def is_prepared(run_dir: Path) -> bool:
     """Whether the rows that RUN/data.json names are still in the cache; a damaged record is made again."""
-    record = run_dir / DATA_NAME
-    try:
-        return record.is_file() and Path(json.loads(record.read_bytes())["cache"]).is_dir()
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        return False
+    cache = object_or_empty(run_dir / DATA_NAME).get("cache")
+    return isinstance(cache, str) and os.path.isdir(cache)  # False, too, for what is no path.
 
 
 def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
-from distlora_launcher.worker_entry import ATTEMPT
-
+ATTEMPT = "attempt_"
+"""Folders of what ranks had written before they were started again."""
 START = "start_"
 OURS = ("rank_*", "torchrun*.log", "gave_up.json", f"{ATTEMPT}*")
 """What a start writes here. SLURM's own log lies here too, and is being written."""
@@ -19,10 +20,16 @@ def set_aside_logs(log_dir: Path) -> None:
     log_dir.mkdir(parents=True, exist_ok=True)
     earlier = [path for pattern in OURS for path in log_dir.glob(pattern)]
     if earlier:
-        folder = log_dir / f"{START}{1 + len(list(log_dir.glob(f'{START}*')))}"
+        folder = log_dir / f"{START}{1 + last_number(START, log_dir.glob(f'{START}*'))}"
         folder.mkdir()
         for path in earlier:
             path.rename(folder / path.name)
+
+
+def last_number(prefix: str, folders: Iterable[Path]) -> int:
+    """The largest <n> of the folders `prefix`<n>; 0 where there is none. Some may have been deleted."""
+    words = (folder.name.removeprefix(prefix) for folder in folders)
+    return max((int(word) for word in words if word.isdecimal()), default=0)
 
 
 def machine_log(log_dir: Path, *, alone: bool) -> Path:

@@ -58,9 +58,12 @@ class Forwarder:
 
 @contextlib.contextmanager
 def forwarding(signals: Sequence[signal.Signals] = FORWARDED) -> Iterator[Forwarder]:
-    """Handle `signals` by a Forwarder for the duration."""
+    """Handle `signals` by a Forwarder for the duration; but those that whoever started this has it ignore, as nohup
+    does with SIGHUP, stay ignored.
+    """
     forwarder = Forwarder()
-    previous = {signum: signal.signal(signum, forwarder) for signum in signals}
+    heard = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, forwarder) for signum in heard}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # `hold` may have kept some.
     try:
         yield forwarder

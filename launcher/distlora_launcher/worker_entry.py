@@ -10,6 +10,7 @@ to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.js
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import runpy
@@ -19,11 +20,10 @@ import traceback
 from pathlib import Path
 
 from distlora import error_file, stopping
+from distlora_launcher.logs import ATTEMPT, last_number
 
 PARENT = "DISTLORA_PARENT_PID"
 """Environment variable: the process that starts this one, and ends it by its own end."""
-ATTEMPT = "attempt_"
-"""In the folder of logs: folders of what ranks had written before they were started again."""
 
 
 def end_with_parent() -> None:
@@ -40,7 +40,7 @@ def set_aside_attempt(log_dir: Path, rank: int) -> None:
     log = log_dir / f"rank_{rank}.log"
     if not log.exists():
         return
-    number = 1 + len(list(log_dir.glob(f"{ATTEMPT}*/{log.name}")))
+    number = 1 + last_number(ATTEMPT, (path.parent for path in log_dir.glob(f"{ATTEMPT}*/{log.name}")))
     # torchrun's own count has attempts that left nothing of this rank, but not those that another machine began.
     number = max(number, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     folder, error = log_dir / f"{ATTEMPT}{number}", log_dir / f"rank_{rank}.error.json"
@@ -63,7 +63,7 @@ def redirect_output(log: Path, *, keep_stdout: bool) -> None:
 
 
 def leave_pid(rank: int) -> None:
-    """Tell the launcher where to send signals, once they are listened to."""
+    """Tell the launcher where to send signals, once they are listened to; and take space for an error there."""
     folder = os.environ.get(stopping.PID_DIR)
     if folder is not None:
         path = Path(folder) / f"rank_{rank}.pid"
@@ -71,6 +71,7 @@ def leave_pid(rank: int) -> None:
         temporary.write_text(str(os.getpid()))
         temporary.replace(path)
         path.with_suffix(".done").unlink(missing_ok=True)
+        error_file.make_spare(path.with_suffix(".error.json"))
 
 
 def leave_done(rank: int) -> None:
@@ -93,7 +94,8 @@ def main() -> None:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception as error:
-        traceback.print_exc()  # First: once the error file is there, the launcher may end this process.
+        with contextlib.suppress(OSError):  # A full disk.
+            traceback.print_exc()  # First: once the error file is there, the launcher may end this process.
         error_file.leave(error)
         sys.exit(1)
     # The work is done and its files are closed. A thread that some library left running can abort the interpreter's own

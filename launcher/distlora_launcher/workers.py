@@ -7,6 +7,7 @@ torchrun's exit code says neither what failed nor whether a stopped run saved, s
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -39,6 +40,10 @@ KEEP_PAGES = {
 OUTCOME_SECONDS = 60
 """NFS keeps what it knows of a folder for as long, unless it is told otherwise."""
 
+IDLE_SECONDS = 10
+"""How long a request to stop waits for workers, where none is here: torchrun starts those of the next attempt at once,
+unless it waits for other machines."""
+
 LOOK_SECONDS = 0.2
 """Between looks at what became of the workers; what rank 0 writes is shown at once."""
 
@@ -60,8 +65,8 @@ def run_workers(
     forwarder: takes signals already; None: for the duration.
     saves: whether the workers answer a request to stop; else it ends them at once.
 
-    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker,
-    128 + n when signal n ended them without one, else 1.
+    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker or
+    none was there that could, 128 + n when signal n ended them without one, else 1.
     """
     log_dir = run_dir / "logs"
     if meeting is None:
@@ -95,19 +100,27 @@ def run_workers(
         requests.attach(process, attempts.request_stop if saves else lambda _: process.kill())
         final = watch(process, output, attempts)
         requests.detach()
+        # After a failure that was told already, no worker came: what kept them from coming is the reason.
+        failed = None if attempts.restarting else attempts.failure()
         done = process.returncode == 0 or attempts.all_done()
         if meeting is not None and done:
             wait_for_outcome(run_dir, earlier)
+    if final is not None and final.stopped:
+        warn(final.message)
+        if meeting is not None:
+            write_gave_up(log_dir, host_name(), final)
+        return STOPPED
     if identity(marker) not in (None, earlier):
         return STOPPED
     if done:
         return DONE
     if requests.received is not None and (requests.killed or not saves):
         signum = signal.SIGINT if requests.killed else requests.received
-        warn(f"killed by {signal.Signals(signum).name}; logs are in {log_dir}")
+        killed = f"killed by {signal.Signals(signum).name}"
+        warn(f"{killed}; logs are in {log_dir}")
+        if meeting is not None:
+            write_gave_up(log_dir, host_name(), Failure(killed, ""))
         return 128 + signum
-    # After a failure that was told already, no worker came: what kept them from coming is the reason.
-    failed = None if attempts.restarting else attempts.failure()
     failure = final or failed or start_failure(torchrun_log, process.returncode, meeting)
     warn(f"error: {failure.message}{attempts.told()}")
     if meeting is not None:
@@ -128,12 +141,15 @@ def wait_for_outcome(run_dir: Path, earlier: tuple[int, int] | None) -> None:
 
 def watch(process: subprocess.Popen[bytes], output: Output, attempts: Attempts) -> Failure | None:
     """Show what rank 0 writes until torchrun has ended; it is ended where a further attempt would fail in the same way,
-    and that failure returned.
+    and where it was asked to stop and no worker comes that could answer. Returns the failure, or that request.
     """
-    final = None
+    final, idle_since = None, math.inf
     while process.poll() is None:
         output.pump(LOOK_SECONDS)
         found = attempts.look()
+        idle_since = min(idle_since, time.monotonic()) if attempts.cannot_answer() else math.inf
+        if found is None and time.monotonic() - idle_since > IDLE_SECONDS:
+            found = attempts.leave_stopped()
         if found is not None:
             final = found
             process.kill()  # Its workers go with it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -22,9 +23,12 @@ import yaml
 
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, build, load_config
-from distlora_launcher import holding, meeting
+from distlora_launcher import holding, meeting, processes
 from distlora_launcher.cli import main
-from distlora_launcher.machines import check_same, run_id
+from distlora_launcher.failures import read_gave_up
+from distlora_launcher.logs import host_name
+from distlora_launcher.machines import check_same, run_id, run_together, start_together
+from distlora_launcher.signals import Forwarder
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
 
@@ -111,7 +115,8 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 PART = (
     "import sys; from pathlib import Path; from distlora.command_line import run_to_exit_code; "
     "from distlora.config_file import load_config; from distlora_launcher.machines import run_by_hand; "
-    "from distlora_launcher.signals import forwarding\n"
+    "from distlora_launcher import workers; from distlora_launcher.signals import forwarding\n"
+    "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
     "    part = lambda: run_by_hand(run, load_config(run), forwarder, lambda: 0, 'launcher_fake_worker')\n"
@@ -135,10 +140,16 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
     wait_until(lambda: all((run_dir / f"ready_{rank}").exists() for rank in range(2)))
     monkeypatch.setattr(holding, "LEASE_SECONDS", 0)
-    for start, reason in ((run_id(run_dir), "has its 2 machines already: "), ("another", "is running in start run-")):
+    for start, shares, reason in (
+        (run_id(run_dir), True, "has its 2 machines already: "),
+        (run_id(run_dir), False, r"runs on this machine already \(pid \d+\)"),
+        ("another", True, "is running in start run-"),
+    ):
         with (
             pytest.raises(UserError, match=reason),
-            holding.together(run_dir, start, nodes=2, stopped=lambda: False, leads_without_locks=True),
+            holding.together(
+                run_dir, start, nodes=2, stopped=lambda: False, leads_without_locks=True, shares_machine=shares
+            ),
         ):
             pytest.fail("took part")
     machines[0].process.send_signal(signal.SIGUSR1)
@@ -151,6 +162,74 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     names = {"rank_0.log", "rank_1.log", f"torchrun_{host}.log", f"torchrun_{host}_2.log", "start_1"}
     assert {path.name for path in (run_dir / "logs").iterdir()} == names
     assert (run_dir / "logs" / "start_1" / "rank_1.log").read_text() == "of the start before"
+
+
+def test_a_request_to_stop_is_answered_where_no_workers_are(tmp_path: Path, machines: list[Machine]):
+    """The other machine has not come, or left: nobody is there who could save, and what is saved is saved."""
+    run_dir = tmp_path / "run"
+    fake_run(run_dir, "waits")
+    (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
+    machines.append(part(run_dir, tmp_path / "alone"))
+    port = int(str(load_config(run_dir).cluster.rdzv_endpoint).rpartition(":")[2])
+    wait_until(lambda: listens(port))
+    machines[0].process.send_signal(signal.SIGUSR1)
+    assert machines[0].wait(60) == 75
+    assert "asked to stop by SIGUSR1 while no workers ran on" in machines[0].says()
+    record = json.loads((run_dir / "stopped.json").read_text())
+    assert (record["step"], record["checkpoint"], record["signal"]) == (12, "checkpoints/step_00000012", "SIGUSR1")
+    others = read_gave_up(run_dir / "logs")
+    assert others is not None
+    assert others.stopped
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "no locks here")
+
+
+def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    fake_run(run_dir, "success")
+    monkeypatch.setattr(holding.fcntl, "flock", no_locks)
+
+    def place(*, leads: bool) -> contextlib.AbstractContextManager[holding.Place | None]:
+        return holding.together(run_dir, "a", nodes=2, stopped=lambda: False, leads_without_locks=leads)
+
+    with place(leads=True) as leader, monkeypatch.context() as other:
+        assert leader is not None
+        assert leader.leads
+        other.setattr(holding, "host_name", lambda: "other")
+        other.setattr(processes, "host_name", lambda: "other")
+        with place(leads=False) as follower:
+            assert follower is not None
+            assert not follower.leads
+            assert follower.start["leader"] == leader.start["leader"] == host_name()
+        names = {path.name for path in (run_dir / "machines").glob("*.json") if path.stat().st_size}
+        assert names == {"start.json", "other.json", f"{host_name()}.json"}
+    (run_dir / "data.json").unlink()  # Which the leader is about to write.
+    away = meeting.Meeting(
+        nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=False, address="127.0.0.1"
+    )
+    monkeypatch.setattr("distlora_launcher.machines.meet", lambda *_, **__: away)
+    monkeypatch.setattr(processes.Process, "has_ended", True)  # Of the places of this process, before.
+    with pytest.raises(UserError, match="nobody listened"):
+        run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder())
+    assert "on a file system without locks" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = tmp_path / "run"
+    fake_run(run_dir, "success")
+    config = load_config(run_dir)
+    for name in ("config.yaml", "data.json", "behaviour"):
+        (run_dir / name).unlink()
+    (run_dir / "cache").rmdir()
+    another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
+    another.write_text("half of its sett")
+    monkeypatch.setattr("distlora_launcher.machines.prepare", lambda *_: 2)
+    assert start_together(config) == 2
+    assert [path.name for path in run_dir.iterdir()] == [another.name]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +408,19 @@ def test_a_machine_that_is_lost_is_told(lost: int, message: str, tmp_path: Path,
         worker.kill()  # A real one sees that its peer is gone.
     assert left.wait() == 1
     assert message.format(port=port) in left.says()
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_killed_by_hand_ends_the_others(tmp_path: Path, machines: list[Machine]):
+    run_dir = tmp_path / "run"
+    fake_run(run_dir, "waits")
+    machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
+    wait_until(lambda: all((run_dir / f"pid_{rank}").exists() for rank in range(2)))
+    for _ in range(2):
+        machines[1].process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    assert [machine.wait(50) for machine in machines] == [1, 130]
+    assert "gave up: killed by SIGINT" in machines[0].says()
 
 
 @pytest.mark.slow

@@ -61,6 +61,10 @@ def main() -> None:
             while stopping.requested() is None:
                 time.sleep(0.01)
             (run_dir / stopping.STOPPED_NAME).write_text("{}")
+        case "stops and cannot say so":
+            (run_dir / f"ready_{rank}").touch()
+            while stopping.requested() is None:
+                time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,13 @@ def test_workers_start_again_after_a_kill_and_a_request_meanwhile_reaches_them(r
     assert_no_workers(run_dir)
 
 
+def test_a_stop_on_a_disk_that_takes_no_marker_is_no_success(run_dir: Path):
+    process = start_launcher(run_dir, "stops and cannot say so", "ready")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
 def test_killing_the_launcher_leaves_no_workers(run_dir: Path):
     process = start_launcher(run_dir, "waits", "pid")
     process.kill()

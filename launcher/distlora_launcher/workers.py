@@ -65,7 +65,7 @@ def run_workers(
     forwarder: takes signals already; None: for the duration.
     saves: whether the workers answer a request to stop; else it ends them at once.
 
-    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker or
+    0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker, or
     none was there that could, 128 + n when signal n ended them without one, else 1.
     """
     log_dir = run_dir / "logs"
@@ -113,7 +113,9 @@ def run_workers(
     if identity(marker) not in (None, earlier):
         return STOPPED
     if done:
-        return DONE
+        # Of a full disk the marker may be missing, but then so is the result.
+        unsaid = saves and requests.received is not None and find_result(run_dir) is None
+        return STOPPED if unsaid else DONE
     if requests.received is not None and (requests.killed or not saves):
         signum = signal.SIGINT if requests.killed else requests.received
         killed = f"killed by {signal.Signals(signum).name}"

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from distlora import error_file
 from distlora.config import Config, UserError
 from distlora.run_folder import read_record
+from distlora.trainer import NonFiniteError
 from distlora_launcher.checks import check
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
@@ -202,7 +204,9 @@ def fake(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]
         folder.mkdir(parents=True)
         if diverges(planned):
             (folder / "logs").mkdir()
-            (folder / "logs" / "rank_0.error.json").write_text(json.dumps({"type": "NonFiniteError"}))
+            error_file.write(
+                folder / "logs" / "rank_0.error.json", NonFiniteError("step 3: the gradient is not finite")
+            )
             return 1
         loss = {} if "quant=nf4" not in planned.method.settings else {"base_eval_loss": 5.02, "bits_per_parameter": 4.2}
         values = summary(eval_loss=4.5 + abs(planned.rate - 4e-3) + planned.seed / 100, **loss)

@@ -6,19 +6,21 @@ import torch
 
 from distlora.data.hashing import hash64
 from distlora.data.loader import StepLoader
-from distlora.data.rows import STARTS, TRAINED, PackedRows
+from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
 
 PAD, LENGTH = 3, 6
 
 
 def make_rows(num_rows: int) -> PackedRows:
-    """Rows whose tokens are all different: row n has the tokens from 100 * (n + 1) on, and n % 4 trained labels."""
+    """Rows whose tokens are all different: row n has the tokens from 100 * (n + 1) on, n % 4 trained labels, and
+    n % 3 rejected answers."""
     tokens = np.arange(LENGTH, dtype=np.int32) + 100 * (1 + np.arange(num_rows, dtype=np.int32)[:, None])
     flags = np.zeros((num_rows, LENGTH), np.uint8)
     flags[:, [0, 4]] = STARTS
     targets = np.arange(num_rows, dtype=np.int32) % 4
     flags[:, :3] |= np.where(np.arange(3) < targets[:, None], TRAINED, 0).astype(np.uint8)
     pairs = np.arange(num_rows, dtype=np.int32) % 3
+    flags[:, 1:3] |= np.where(np.arange(2) < pairs[:, None], REJECTED, 0).astype(np.uint8)
     return PackedRows(tokens=tokens, flags=flags, targets=targets, pairs=pairs, pad_token_id=PAD, counts={})
 
 

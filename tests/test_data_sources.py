@@ -77,7 +77,7 @@ def test_a_saved_data_set_is_read_by_split(saved):
     with pytest.raises(UserError, match=r"no split 'tset' \(did you mean 'test'\?\); its splits are train, test"):
         texts(saved / "two", split="tset")
     (saved / "one" / "state.json").write_text("{")
-    with pytest.raises(UserError, match="holds no data set that can be loaded"):
+    with pytest.raises(UserError, match=r"one/state\.json is damaged"):
         texts(saved / "one")
 
 

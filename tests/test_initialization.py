@@ -556,11 +556,12 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     # The start of other weights, by the same method: another run.
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace("init: pissa", "init: pissa_niter_1"))
-    another = "(belongs to another base model|was trained on another base):"
-    refuses(another, by_launcher=False)
+    theirs = "was trained on another base:"
+    refuses(f"was made with adapter.init=pissa, and config.yaml now has adapter.init=pissa_niter_1|{theirs}")
     path.write_bytes(content)
     (run_dir / "config.yaml").write_text(text.replace("lora_alpha: 16.0", "lora_alpha: 8.0"))
-    refuses(f"{another} .* or what PiSSA took .*scaled by adapter.lora_alpha, .*restore them$", by_launcher=False)
+    changed = "was made with adapter.lora_alpha=16.0, and config.yaml now has adapter.lora_alpha=8.0"
+    refuses(f"{changed}|{theirs} .* or what PiSSA took .*scaled by adapter.lora_alpha, .*restore them$")
     (run_dir / "config.yaml").write_text(text.replace("  r: 8", "  r: 4"))
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match=f"{START_NAME} does not fit the adapter in config.yaml: .*another shape"):

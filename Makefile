@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora slurm-shell clean
+.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora bench-save slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo

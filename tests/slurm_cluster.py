@@ -67,6 +67,10 @@ SelectTypeParameters=CR_CPU
 # More CPUs than the host has.
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
+# On a host whose cores are busy with other tests a daemon may need longer to answer than 10 s, 2 s and 10 s.
+MessageTimeout=60
+TCPTimeout=10
+BatchStartTimeout=60
 SlurmdTimeout={slurmd_timeout}
 ReturnToService=2
 KillWait=5
@@ -157,7 +161,7 @@ class SlurmCluster:
                     self._daemons[name].wait(timeout=10)
                 self._kill(name)
 
-    def call(self, *command: str, timeout: float = 30.0) -> str:
+    def call(self, *command: str, timeout: float = 90.0) -> str:
         """The output of one of SLURM's commands. Raises CalledProcessError."""
         finished = subprocess.run(
             command, env=os.environ | self.environment, capture_output=True, text=True, timeout=timeout
@@ -170,9 +174,12 @@ class SlurmCluster:
     def idle_nodes(self) -> list[str]:
         """Names of the nodes that wait for work; none while slurmctld does not answer."""
         command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-        finished = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, timeout=30
-        )
+        try:
+            finished = subprocess.run(
+                command, env=os.environ | self.environment, capture_output=True, text=True, timeout=10
+            )
+        except subprocess.TimeoutExpired:
+            return []
         return sorted(set(finished.stdout.split()))
 
     def job(self, job_id: int | str) -> dict[str, str]:
@@ -250,12 +257,19 @@ class SlurmCluster:
         daemon = self._daemons.pop(name, None)
         if daemon is None:
             return
+        children: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            for first in psutil.Process(daemon.pid).children():  # A node's: unshare waits for it, and it for its own.
+            children = psutil.Process(daemon.pid).children()
+        for first in children:  # A node's: unshare waits for it, and it for its own.
+            with contextlib.suppress(psutil.NoSuchProcess):
                 first.kill()  # psutil compares the start time: a pid that was given out again is left alone.
-        if name not in self.names:
+        if name not in self.names or not children:  # A node that has only just been started has none yet.
             daemon.kill()
-        daemon.wait()
+        try:
+            daemon.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            daemon.kill()  # unshare --kill-child: what is left of the namespace ends with it.
+            daemon.wait()
 
     def _wait_for(self, condition: Callable[[], bool], message: str, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
@@ -282,9 +296,11 @@ def running_cluster(
 def _free_ports(first: int, count: int) -> int:
     """The first of `count` neighbouring ports from `first` on that nobody listens on. Above those where jobs meet
     (10000 to 27999), below those that the kernel gives out by itself (from 32768 on)."""
-    while not all(_is_free(port) for port in range(first, first + count)):
-        first += count
-    return first
+    for _ in range(1_000):
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+        first = first + count if first + 2 * count <= 32_768 else 28_000
+    raise AssertionError(f"no {count} neighbouring ports from 28000 to 32767 are free")
 
 
 def _is_free(port: int) -> bool:

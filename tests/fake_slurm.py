@@ -44,6 +44,12 @@ class FakeSlurm:
         """What the command says on stderr from now on, with code 1."""
         (self.folder / f"refusal.{command}").write_text(text + "\n")
 
+    def does(self, command: str, text: str) -> None:
+        """What the command does from now on, in bash, with a working folder of its own; its words are noted first."""
+        path = self.folder / "bin" / command
+        path.write_text(f"#!/bin/bash\ncd {self.folder}\nprintf '%s\\n' \"{command} $*\" >> asked\n{text}\n")
+        path.chmod(0o755)
+
     def forgets(self) -> None:
         """Nobody knows of any job."""
         self.refuses("scontrol", "slurm_load_jobs error: Invalid job id specified")
@@ -73,8 +79,10 @@ def job_record(job_id: str, state: str, **values: str) -> str:
     array, _, task = job_id.partition("_")
     ids = f"ArrayJobId={array} ArrayTaskId={task} " if task else ""
     reason, nodes = values.get("reason", "None"), values.get("nodes", "(null)")
+    script = values.get("script")
+    place = "" if script is None else f" Command={script} WorkDir=/home/two words StdErr= StdIn=/dev/null "
     return (
         f"JobId={array} {ids}JobName=two words UserId=root(0) JobState={state} Reason={reason} Dependency=(null) "
         f"Requeue=1 Restarts={values.get('restarts', '0')} ExitCode={values.get('exit_code', '0:0')} "
-        f"Partition=debug ReqNodeList=(null) ExcNodeList=(null) NodeList={nodes} NumNodes=2"
+        f"Partition=debug ReqNodeList=(null) ExcNodeList=(null) NodeList={nodes} NumNodes=2{place}"
     )

@@ -196,12 +196,14 @@ def test_resume_submits_a_task_of_an_array_as_a_job_and_cancel_takes_it_out_of_t
 ) -> None:
     run = sweep.run(2)
     cluster.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
-    distlora(cluster, "resume", str(run))
-    assert job_of(run).isdigit()
-    assert json.loads(distlora(cluster, "status", str(run), "--json"))["state"] == "queued"
-    distlora(cluster, "cancel", str(run))
-    assert cluster.wait(job_of(run), *ENDED, seconds=30)["JobState"] == "CANCELLED"
-    cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+    try:
+        distlora(cluster, "resume", str(run))
+        assert job_of(run).isdigit()
+        assert json.loads(distlora(cluster, "status", str(run), "--json"))["state"] == "queued"
+        distlora(cluster, "cancel", str(run))
+        assert cluster.wait(job_of(run), *ENDED, seconds=30)["JobState"] == "CANCELLED"
+    finally:
+        cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def test_more_gpus_than_a_machine_has_are_refused_before_anything_is_made(
@@ -285,14 +287,21 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "preemption",
+    ["GraceTime=30", "GraceTime=30 PreemptMode=CANCEL", "PreemptMode=CANCEL"],
+    ids=["a grace", "for good after a grace", "for good"],
+)
 def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
-    folders: Path, tmp_path: Path, sweep: Sweep
+    folders: Path, tmp_path: Path, sweep: Sweep, preemption: str
 ) -> None:
-    """The processes get SIGTERM as the grace begins. SLURM queues the job by itself when the script has ended."""
+    """The processes get SIGTERM as the grace begins. SLURM queues the job by itself when the script has ended, unless
+    PreemptMode=CANCEL: then the script does. A later start is not taken for preempted any more."""
     partitions = (
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
-        "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=30",
+        "KillWait=30",  # As by default, for what has no grace.
+        f"PartitionName=low Nodes=ALL PriorityTier=1 {preemption}",
         "PartitionName=high Nodes=ALL PriorityTier=2",
     )
     run = tmp_path / "run"
@@ -303,7 +312,9 @@ def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
         urgent = ("--partition=high", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
         cluster.call("sbatch", *urgent)
         cluster.wait(job, "PENDING", seconds=60)
-        ended = cluster.wait(job, *ENDED, seconds=120)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+        assert cluster.wait(job, "RUNNING", seconds=120)["PreemptTime"] == "None"
+        # 24.11 calls a job that a grace for good has ended once PREEMPTED also after it has ended well.
+        ended = cluster.wait(job, *ENDED, "PREEMPTED", seconds=120)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "1")
     assert "continuing from step_" in (run / "logs" / "rank_0.log").read_text()
     assert_same_run(run, sweep.run(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from distlora.config import Config, UserError
 from distlora.config.cluster import sbatch_seconds
 from distlora.config_file import build
-from distlora_launcher import local
+from distlora_launcher import local, node
 from distlora_launcher.cli import main
 from distlora_launcher.jobs import submit
 from distlora_launcher.jobs.script import render
@@ -219,6 +220,7 @@ def test_a_sweep_of_which_one_cannot_be_prepared_is_taken_back(
         (["cluster.max_parallel=2"], "for the jobs of a sweep; add -m"),
         (["cluster.time_limit=0:03:00"], "set a longer cluster.time_limit"),
         (['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
+        (['cluster.setup=["source it\'s/activate"]'], "nothing that bash can read (line"),
         (['cluster.sbatch=["--output=here"]'], "the script must set itself"),
         (["cluster.environment={a-b: c}"], "no name of an environment variable"),
         (
@@ -268,6 +270,98 @@ def test_resume_submits_again_unless_the_job_waits_or_runs(
     assert main(["resume", "runs/one"]) == 0
     assert "was changed by hand and is submitted as it is" in capsys.readouterr().out
     assert (run_dir / "job.sbatch").read_text().endswith("# by hand\n")
+
+
+def test_a_script_that_was_changed_and_submitted_by_hand_is_not_written_again(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    assert train("run_dir=runs/one") == 0
+    script = place / "runs" / "one" / "job.sbatch"
+    script.write_text(script.read_text().replace("#SBATCH --requeue", "#SBATCH --requeue\n#SBATCH --exclusive"))
+    (script.parent / "slurm.json").write_text('{"job_id": "42"}')  # What a job of sbatch's leaves.
+    capsys.readouterr()
+    assert main(["resume", "runs/one"]) == 0
+    assert "was changed by hand and is submitted as it is" in capsys.readouterr().out
+    assert "#SBATCH --exclusive\n" in script.read_text()
+    script.unlink()
+    assert main(["resume", "runs/one"]) == 0
+    assert "#SBATCH --exclusive\n" not in script.read_text()
+
+
+def test_the_script_of_a_sweep_that_was_changed_by_hand_is_told_the_runs_that_are_not_done(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    assert train("-m", "train.seed=0,1,2", "cluster.max_parallel=2", "run_dir=runs/sweep") == 0
+    sweep = place / "runs" / "sweep"
+    (sweep / "1" / "adapter").mkdir()
+    script = (sweep / "job.sbatch").read_text().replace("--array=0-2%2", "--array=0-2%1")
+    (sweep / "job.sbatch").write_text(script)
+    assert main(["resume", "runs/sweep"]) == 0
+    assert (sweep / "job.sbatch").read_text() == script
+    assert slurm.asked[-1] == f"sbatch --parsable --array=0,2%1 {sweep / 'job.sbatch'}"
+
+
+def test_a_job_of_the_same_number_on_another_cluster_is_not_the_runs(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    assert train("run_dir=runs/one") == 0
+    slurm.has_job("41", "RUNNING", script="/home/another/a b/job.sbatch")
+    assert main(["cancel", "runs/one"]) == 2
+    capsys.readouterr()
+    assert main(["status", "runs/one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["job"] is None
+    slurm.has_job("41", "RUNNING", script=str(place / "runs" / "one" / "job.sbatch"))
+    assert main(["resume", "runs/one"]) == 2
+    assert "is SLURM job 41, which is running" in capsys.readouterr().err
+    slurm.has_job("41", "RUNNING", script="/home/another/a b/job.sbatch")
+    assert main(["resume", "runs/one"]) == 0
+
+
+def test_a_job_is_noted_once_it_has_the_run_and_not_where_it_is_refused(
+    place: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    """A script that is submitted twice by hand: the second job must not hide the first from `distlora cancel`."""
+    assert train("run_dir=runs/one") == 0
+    run_dir, holds = place / "runs" / "one", True
+
+    def run_together(*_: Any, lead: Callable[[], int]) -> int:
+        return lead() if holds else 2
+
+    monkeypatch.setattr(node, "run_together", run_together)
+    words = [str(run_dir), "--rdzv-endpoint", "n1:29500", "--rdzv-id", "1.0", "--slurm-job"]
+    assert node.main([*words, "42"]) == 0
+    assert json.loads((run_dir / "slurm.json").read_text())["job_id"] == "42"
+    holds = False
+    assert node.main([*words, "43"]) == 2
+    assert json.loads((run_dir / "slurm.json").read_text())["job_id"] == "42"
+
+
+def test_defaults_of_sbatch_in_the_environment_do_not_win_over_the_settings(
+    place: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("TIMELIMIT", "NO_REQUEUE", "OUTPUT", "GPUS", "PARTITION", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "mine")
+    slurm.does("sbatch", "env | grep -o '^SBATCH_[A-Z]*' | sort | xargs >> variables; echo 41")
+    assert train("run_dir=runs/one", "cluster.time_limit=1:00:00", "cluster.partition=gpu") == 0
+    # Asked, and then submitted; what the settings say nothing of remains the person's.
+    assert (slurm.folder / "variables").read_text() == "SBATCH_ACCOUNT\nSBATCH_ACCOUNT\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "asks"),
+    [
+        ("--gres=nvme:1", True),
+        ("--tres-per-task=license/x:1", True),
+        ("--gpu-bind=closest", True),
+        ("--gres=gpu:h100:8", False),
+        ("--tres-per-node=gres/gpu:8", False),
+        ("--gpus=8", False),
+        ("-G8", False),
+    ],
+)
+def test_gpus_are_asked_for_unless_the_user_does(option: str, asks: bool):
+    script = render(run_config("/runs/one", gpus_per_node=8, sbatch=[option]), gpus=True)
+    assert ("#SBATCH --gpus-per-node=8\n" in script) is asks
 
 
 def test_a_run_of_a_sweep_is_resumed_alone(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]):

@@ -351,6 +351,31 @@ def test_a_damaged_run_hides_none_of_its_sweep(
     assert capsys.readouterr().out.startswith("asked SLURM job 41_0 to save and stop")
 
 
+def test_runs_of_a_sweep_are_cancelled_though_one_has_ended_or_is_refused(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        submitted(make(tmp_path / "sweep" / str(number), "slurm"), f"41_{number}")
+    records = "\\n".join(job_record(f"41_{number}", "RUNNING") for number in range(3))
+    refuse = 'echo "scontrol: error: $1" >&2; exit 1'
+    slurm.does(
+        "scontrol",
+        f"""refuse() {{ {refuse}; }}
+        case "$*" in
+            show*) printf '{records}\\n' ;;
+            *41_0*) refuse "Job has already finished" ;;
+            *41_1*) [ -e allowed ] || refuse "Access/permission denied" ;;
+        esac""",
+    )
+    assert main(["cancel", "sweep"]) == 2
+    assert "SLURM refuses: error: Access/permission denied" in capsys.readouterr().err
+    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_2"
+    (slurm.folder / "allowed").touch()
+    assert main(["cancel", "sweep"]) == 0
+    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1 41_2"
+
+
 def test_status_imports_no_torch(run: Path):
     code = "import sys, distlora_launcher.cli as c; c.main(sys.argv[1:]); print({'torch', 'hydra'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code, "status", str(run)], capture_output=True, text=True)

@@ -101,7 +101,7 @@ class ClusterConfig:
     step and two saves: one may be under way."""
     requeue: bool = True
     """Whether a job that was stopped after a save (time limit, preemption), or whose node failed, queues again and
-    continues."""
+    continues. One that was stopped before it had saved anything does once."""
     cpus_per_task: int | None = None
     """CPUs for each machine's workers together; null: the cluster's default."""
     memory: str | None = None

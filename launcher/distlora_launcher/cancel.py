@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -21,6 +22,9 @@ queued again. A job that still waits leaves the queue. RUN may be a folder of ru
 `distlora resume RUN` continues it.
 
 --now    end it at once, without a save"""
+
+_HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid job id")
+"""In SLURM's words for a job that there is nothing to end of."""
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +62,8 @@ def cancel(folder: Path, *, now: bool) -> None:
 
 
 def cancel_jobs(runs: list[Status], *, now: bool) -> None:
-    """End the jobs of runs. Raises SchedulerError.
+    """End the jobs of runs: all of them, whatever SLURM says of one. Raises SchedulerError with what it refused, except
+    where a job has ended by itself meanwhile.
 
     scancel alone would give a job no longer than SLURM waits from TERM to KILL (KillWait, 30 s), and a save may take
     more. So a running one is asked as before its time limit, and first told not to queue again: the script looks at it.
@@ -67,16 +72,26 @@ def cancel_jobs(runs: list[Status], *, now: bool) -> None:
     others = [status.job.job_id for status in runs if status.job is not None and status.job.state != "RUNNING"]
     if now:
         others, running = [*running, *others], []
-    if others:
-        scheduler.ask(["scancel", *others])
+    refused: list[str] = []
+
+    def ask(*command: str) -> bool:
+        try:
+            scheduler.ask(command)
+        except SchedulerError as error:
+            if _HAS_ENDED.search(str(error)) is None:
+                refused.append(str(error))
+            return False
+        return True
+
+    if others and ask("scancel", *others):  # It goes through all of them.
         say(f"cancelled SLURM job {', '.join(others)}")
-    if running:
-        for job_id in running:
-            scheduler.ask(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])
-        # By way of the controller: else scancel sends the signal to a task of an array again and again while other
-        # tasks wait, for minutes (24.11).
-        scheduler.ask(["scancel", "--ctld", "--batch", "--signal=USR1", *running])
+    running = [job_id for job_id in running if ask("scontrol", "update", f"JobId={job_id}", "Requeue=0")]
+    # By way of the controller: else scancel sends the signal to a task of an array again and again while other tasks
+    # wait, for minutes (24.11).
+    if running and ask("scancel", "--ctld", "--batch", "--signal=USR1", *running):
         say(f"asked SLURM job {', '.join(running)} to save and stop; `distlora status` says when it has")
+    if refused:
+        raise SchedulerError("; ".join(refused))
 
 
 def cancel_processes(status: Status, *, now: bool) -> None:

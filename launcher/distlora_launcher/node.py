@@ -1,9 +1,11 @@
 """One machine's part in a run of several: its workers, from start to end.
 
-    python -m distlora_launcher.node RUN --rdzv-endpoint HOST:PORT --rdzv-id ID
+    python -m distlora_launcher.node RUN --rdzv-endpoint HOST:PORT --rdzv-id ID [--slurm-job JOB]
 
 Started on each machine by SLURM's script, or by hand. RUN is a folder that all machines share, with its settings
-(config.yaml) and prepared data; ID tells this start of it from others. Ends with our exit codes, 0, 1, 2 and 75.
+(config.yaml) and prepared data; ID tells this start of it from others. JOB is noted in RUN/slurm.json once the run is
+held, so a job that is refused, as another has the run, is not taken for the run's. Ends with our exit codes, 0, 1, 2
+and 75.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from distlora.command_line import run_to_exit_code
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
 from distlora_launcher.hub import restore
+from distlora_launcher.jobs.record import note_job
 from distlora_launcher.local import say, shown
 from distlora_launcher.machines import run_together
 from distlora_launcher.signals import Forwarder, forwarding
@@ -35,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", required=True, help="where the machines meet")
     parser.add_argument("--rdzv-id", metavar="ID", required=True, help="the same on each machine of one start")
+    parser.add_argument("--slurm-job", metavar="JOB", help="the job that this is, for `distlora status` and `cancel`")
     options = parser.parse_args(arguments)
     with forwarding() as forwarder:
         return run_to_exit_code(
-            lambda: run_node(options.run.absolute(), options.rdzv_endpoint, options.rdzv_id, forwarder)
+            lambda: run_node(
+                options.run.absolute(), options.rdzv_endpoint, options.rdzv_id, forwarder, slurm_job=options.slurm_job
+            )
         )
 
 
-def run_node(run_dir: Path, endpoint: str, run_id: str, forwarder: Forwarder) -> int:
+def run_node(run_dir: Path, endpoint: str, run_id: str, forwarder: Forwarder, *, slurm_job: str | None = None) -> int:
     """Run this machine's workers of a prepared run. Raises UserError for a run without data or that others run."""
     config = load_config(run_dir)
     result = find_result(run_dir)
@@ -51,7 +57,12 @@ def run_node(run_dir: Path, endpoint: str, run_id: str, forwarder: Forwarder) ->
         return DONE
     restore(config)
 
-    return run_together(run_dir, config, endpoint, run_id, forwarder)
+    def lead() -> int:
+        if slurm_job is not None:
+            note_job(run_dir, slurm_job)
+        return DONE
+
+    return run_together(run_dir, config, endpoint, run_id, forwarder, lead=lead)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,10 @@ def statuses(folder: Path) -> list[Status]:
     for run in runs:
         submission = submissions[run]
         job_id = None if submission is None else submission.job_id
-        found.append(status_of(run, job_id, jobs.get(job_id or ""), unknown if job_id is not None else None))
+        job = jobs.get(job_id or "")
+        if job is not None and not job.is_of(run):
+            job = None
+        found.append(status_of(run, job_id, job, unknown if job_id is not None else None))
     return found
 
 

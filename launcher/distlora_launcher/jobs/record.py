@@ -13,7 +13,7 @@ RECORD_NAME = "slurm.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """A job that SLURM took. The script writes one with the id alone where it was submitted by hand."""
+    """A job that SLURM took. Of one that was submitted by hand the id alone is known."""
 
     job_id: str
     """12, or 12_3 for a run of a sweep, which is a task of the array 12."""
@@ -23,8 +23,6 @@ class Submission:
     """Seconds since 1970."""
     host: str | None = None
     """Where it was submitted."""
-    script: str | None = None
-    """SHA-256 of the script as it was written: another now means that somebody has changed it."""
 
     @property
     def array(self) -> str:
@@ -53,5 +51,11 @@ def read_submission(folder: Path) -> Submission | None:
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         submitted=submitted if isinstance(submitted, (int, float)) else None,
         host=values.get("host") if isinstance(values.get("host"), str) else None,
-        script=values.get("script") if isinstance(values.get("script"), str) else None,
     )
+
+
+def note_job(folder: Path, job_id: str) -> None:
+    """Record the job that runs now, unless it is the last submission: it was submitted by hand."""
+    last = read_submission(folder)
+    if last is None or last.job_id != job_id:
+        write_submission(folder, Submission(job_id=job_id))

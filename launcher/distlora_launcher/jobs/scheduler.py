@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distlora.config import UserError
 
@@ -38,6 +39,18 @@ _REASONS = {
 """What to change, by a part of sbatch's own words."""
 
 
+_VARIABLES = {
+    "time": ("SBATCH_TIMELIMIT",),
+    "array": ("SBATCH_ARRAY_INX",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
+    "no-requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
+    "output": ("SBATCH_OUTPUT", "SBATCH_ERROR"),
+    "gpus-per-node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GPUS_PER_SOCKET", "SBATCH_GPUS"),
+}
+"""sbatch's variables of an option, where there are others than the one of its name."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What SLURM says of a job, or of one task of an array."""
@@ -54,11 +67,19 @@ class Job:
     """How often it was started again; None where nothing tells."""
     exit_code: int | None
     """Of the script; None while it has not ended."""
+    places: tuple[str, ...] = ()
+    """Its script and its log, as absolute paths; empty where nothing tells."""
 
     @property
     def is_live(self) -> bool:
         """Whether it waits, runs, or is about to end."""
         return self.state in LIVE_STATES
+
+    def is_of(self, run_dir: Path) -> bool:
+        """Whether its script or its log lies in a run's folder, or in that of the run's sweep. Of two clusters that
+        share a file system, both may have a job of the number that the run's record names."""
+        folders = [run_dir, run_dir.parent] if "_" in self.job_id else [run_dir]
+        return not self.places or any(_is_in(place, folder) for place in self.places for folder in folders)
 
 
 class SchedulerError(Exception):
@@ -70,10 +91,11 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
-    """What a command of SLURM prints on stdout. Raises SchedulerError."""
+def ask(command: Sequence[str], *, stdin: str | None = None, script: str = "") -> str:
+    """What a command of SLURM prints on stdout; `script` is what it submits. Raises SchedulerError."""
     # Within a job, SLURM's variables say what that job has; sbatch would take them over, and hand them on.
-    environment = {name: value for name, value in os.environ.items() if _is_global(name)}
+    overriding = _variables(script)
+    environment = {name: value for name, value in os.environ.items() if _is_global(name) and name not in overriding}
     try:
         ended = subprocess.run(
             command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
@@ -92,9 +114,20 @@ def _is_global(name: str) -> bool:
     return not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
-def submit(command: Sequence[str]) -> str:
-    """Submit by `sbatch --parsable ...`; returns the job's id. Raises SchedulerError."""
-    answer = ask(command).strip()
+def _variables(script: str) -> set[str]:
+    """The variables by which a person gives sbatch defaults of options that this script has itself: to sbatch they win
+    over the script, and the job would not be what the settings say."""
+    options = re.findall(r"^#SBATCH\s+--([\w-]+)", script, re.MULTILINE)
+    return {name for option in options for name in _VARIABLES.get(option, (_variable(option),))}
+
+
+def _variable(option: str) -> str:
+    return "SBATCH_" + option.upper().replace("-", "_")
+
+
+def submit(command: Sequence[str], script: str) -> str:
+    """Submit `script` by `sbatch --parsable ... FILE`; returns the job's id. Raises SchedulerError."""
+    answer = ask(command, script=script).strip()
     job_id = answer.partition(";")[0]  # `12;cluster` where several clusters share one SLURM.
     if not job_id.isdigit():
         raise SchedulerError(f"it answered {answer!r} where a job's id should be")
@@ -104,7 +137,7 @@ def submit(command: Sequence[str]) -> str:
 def try_submission(script: str) -> None:
     """Have SLURM judge a script before anything is made for it. Raises UserError with its reason and what to change."""
     try:
-        ask(["sbatch", "--test-only"], stdin=script)
+        ask(["sbatch", "--test-only"], stdin=script, script=script)
     except SchedulerError as error:
         raise refusal(error) from error
 
@@ -178,8 +211,19 @@ def _read_scontrol(text: str) -> dict[str, Job]:
                 nodes=_unless_none(values.get("NodeList")),
                 restarts=int(values["Restarts"]) if values.get("Restarts", "").isdigit() else None,
                 exit_code=None if state in LIVE_STATES else _exit_code(values.get("ExitCode")),
+                places=_places(line),
             )
     return jobs
+
+
+def _places(line: str) -> tuple[str, ...]:
+    """Command and StdOut of a job's record; a path may have spaces, so each ends where the next field begins."""
+    found = re.findall(r" (?:Command|StdOut)=(/.*?)(?= \w+=|\s*$)", line)
+    return tuple(path.replace("%%", "%") for path in found)
+
+
+def _is_in(path: str, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def _ids(values: Mapping[str, str]) -> list[str]:

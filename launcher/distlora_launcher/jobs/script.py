@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from distlora import durable
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
 from distlora_launcher.logs import SLURM
 
 SCRIPT_NAME = "job.sbatch"
 """In the run folder, or in a sweep's."""
+SUM_NAME = f"{SCRIPT_NAME}.sha256"
+"""Beside it: its SHA-256 as it was written, as sha256sum prints it."""
 
 _TEMPLATE = "job.sbatch.jinja"
-_GPU_OPTION = re.compile(r"--(gpus|gpus-per-node|gpus-per-task|gpus-per-socket|gres|tres-per-\w+)\b|-G")
-"""Options by which the user asks for GPUs his own way."""
+_GPU_OPTION = re.compile(r"(--gpus|--gpus-per-(node|task|socket))\b|-G|--(gres|tres-per-\w+)\b.*\bgpu\b")
+"""Options by which the user asks for GPUs his own way. A --gres may also be for something else."""
 
 
 def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
@@ -50,6 +55,38 @@ def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
     )
 
 
+def write_script(folder: Path, script: str) -> bool:
+    """Write a script, unless one is there that somebody has changed since it was written. Returns whether it did."""
+    path, sums = folder / SCRIPT_NAME, folder / SUM_NAME
+    if path.is_file():
+        there = path.read_text(encoding="utf-8")
+        # Without its sum it may be a person's; then it is kept, if there is something to keep.
+        ours = sums.read_text(encoding="utf-8") == _sum(there) if sums.is_file() else there == script
+        if not ours:
+            return False
+    durable.write_text(path, script)
+    durable.write_text(sums, _sum(script))
+    return True
+
+
+def check_shell(config: Config, script: str) -> None:
+    """Raises UserError for a script that bash cannot read: of what it holds, only cluster.setup is not ours."""
+    try:
+        read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        return  # It is for the machines that have SLURM.
+    if read.returncode != 0:
+        reason = "; ".join(line.removeprefix("bash: ") for line in read.stderr.splitlines())
+        raise UserError(
+            f"cluster.setup={list(config.cluster.setup)} is nothing that bash can read ({reason}); correct it: an "
+            "entry is a line of a script"
+        )
+
+
+def _sum(script: str) -> str:
+    return f"{hashlib.sha256(script.encode()).hexdigest()}  {SCRIPT_NAME}\n"
+
+
 def _title(config: Config, tasks: int) -> str:
     """What the script does, in a line."""
     cluster = config.cluster
@@ -75,7 +112,7 @@ def _options(config: Config, gpus: bool, tasks: Sequence[int]) -> list[tuple[str
         ("time", cluster.time_limit),
     ):
         options += [(name, value)] if value is not None else []
-    options += [("array", _ranges(tasks) + throttle)] if tasks else []
+    options += [("array", ranges(tasks) + throttle)] if tasks else []
     options += [("nodes", str(cluster.nodes)), ("ntasks-per-node", "1")]
     if gpus and not any(_GPU_OPTION.match(option) for option in cluster.sbatch):
         options.append(("gpus-per-node", str(cluster.gpus_per_node)))
@@ -91,15 +128,21 @@ def _options(config: Config, gpus: bool, tasks: Sequence[int]) -> list[tuple[str
     ]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """`0-3,7` for ascending numbers."""
-    ranges: list[list[int]] = []
+    spans: list[list[int]] = []
     for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            ranges.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def array_option(script: str, numbers: Sequence[int]) -> str:
+    """`--array` of some of its tasks for a script that is not to be written again; how many run at once stays its."""
+    throttle = re.search(r"^#SBATCH\s+(?:--array=|-a\s*)\S*?(%\d+)\s*$", script, re.MULTILINE)
+    return f"--array={ranges(numbers)}{throttle[1] if throttle is not None else ''}"
 
 
 def _option(name: str, value: str | None) -> str:

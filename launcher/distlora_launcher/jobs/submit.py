@@ -7,14 +7,12 @@ for its GPUs does not end over a mistyped path.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shlex
 import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora import durable
 from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.run_folder import checkpoint_folders, find_result
@@ -23,8 +21,8 @@ from distlora_launcher.hub import restore
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import Submission, read_submission, write_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
-from distlora_launcher.jobs.script import SCRIPT_NAME, render
-from distlora_launcher.local import is_prepared, make_run, prepare, running, say, shown
+from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render, write_script
+from distlora_launcher.local import is_prepared, make_run, prepare, running, say, say_how_to_go_on, shown
 from distlora_launcher.logs import SLURM
 from distlora_launcher.workers import DONE
 
@@ -57,6 +55,7 @@ def check_submission(runs: Sequence[Config], *, sweeps: bool) -> str:
         )
     tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
     script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())
+    check_shell(config, script)
     if scheduler.is_here():
         scheduler.try_submission(script)
     return script
@@ -66,6 +65,7 @@ def submit_run(config: Config) -> int:
     """Make the run, prepare its data, write RUN/job.sbatch and submit it. Returns the exit code."""
     code, config = make_run(config)
     if code != DONE:
+        say_how_to_go_on(Path(config.run_dir), code)
         return code
     submit_prepared(Path(config.run_dir), config)
     return DONE
@@ -87,6 +87,7 @@ def resume_run(run_dir: Path) -> int:
         )
     code = make_ready(run_dir, config)
     if code != DONE:
+        say_how_to_go_on(run_dir, code)
         return code
     saved = checkpoint_folders(run_dir)
     say(f"{shown(run_dir)} goes on from {saved[-1].name if saved else 'its start, as nothing was saved yet'}")
@@ -102,6 +103,7 @@ def live_job(run_dir: Path) -> Job | None:
         return None
     try:
         job = scheduler.find_jobs(submission.job_id).get(submission.job_id)
+        job = job if job is not None and job.is_of(run_dir) else None
     except SchedulerError as error:
         raise UserError(
             f"SLURM does not say whether job {submission.job_id} of {run_dir} still runs ({error}); try again later"
@@ -122,11 +124,9 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
 
     A script that somebody has changed since it was written is submitted as it is.
     """
-    last, path = read_submission(run_dir), run_dir / SCRIPT_NAME
-    if last is not None and path.is_file() and last.script not in (None, _digest(path.read_text(encoding="utf-8"))):
-        say(f"{shown(path)} was changed by hand and is submitted as it is")
-    else:
-        write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition)))
+    if not write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition))):
+        say_kept(run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
     submission = submit_script(run_dir)
     write_submission(run_dir, submission)
     log = run_dir / "logs" / f"{SLURM}{submission.job_id}.log"
@@ -135,24 +135,25 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
     say(f"stop it with: distlora cancel {shown(run_dir)}")
 
 
-def write_script(folder: Path, script: str) -> None:
-    """Write the script of a run, and the folder for its log, which SLURM does not make."""
-    durable.write_text(folder / SCRIPT_NAME, script)
-    (folder / "logs").mkdir(exist_ok=True)
+def say_kept(folder: Path) -> None:
+    """That a folder's script is a person's now."""
+    path = shown(folder / SCRIPT_NAME)
+    say(f"{path} was changed by hand and is submitted as it is (remove it to have it written from config.yaml again)")
 
 
-def submit_script(folder: Path) -> Submission:
-    """Submit the script in a folder. Raises UserError where SLURM is not here, or refuses it."""
+def submit_script(folder: Path, *options: str) -> Submission:
+    """Submit the script in a folder, with options of sbatch that win over its own. Raises UserError where SLURM is not
+    here, or refuses it."""
     path = folder / SCRIPT_NAME
-    by_hand = f"sbatch {shlex.quote(shown(path))}"
+    by_hand = shlex.join(["sbatch", *options, shown(path)])
     if not scheduler.is_here():
         raise UserError(
             f"there is no sbatch on this machine, so nothing is submitted; everything else is done: where SLURM is, "
             f"submit the script with `{by_hand}`"
         )
-    command = ["sbatch", "--parsable", str(path)]
+    command = ["sbatch", "--parsable", *options, str(path)]
     try:
-        job_id = scheduler.submit(command)
+        job_id = scheduler.submit(command, path.read_text(encoding="utf-8"))
     except SchedulerError as error:
         raise UserError(f"{scheduler.refusal(error)}; the script is written, try it with `{by_hand}`") from error
     return Submission(
@@ -160,9 +161,4 @@ def submit_script(folder: Path) -> Submission:
         command=tuple(command),
         submitted=time.time(),
         host=socket.gethostname(),
-        script=_digest(path.read_text(encoding="utf-8")),
     )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora import durable
 from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
 from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import write_submission
-from distlora_launcher.jobs.script import SCRIPT_NAME, render
-from distlora_launcher.jobs.submit import is_job, live_job, make_ready, submit_script
+from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
+from distlora_launcher.jobs.submit import is_job, live_job, make_ready, say_kept, submit_script
 from distlora_launcher.local import forget_run, make_run, remove_if_empty, say, shown
 from distlora_launcher.workers import DONE
 
@@ -53,18 +52,21 @@ class Sweep:
 
 
 def submit_array(folder: Path, runs: Sequence[Config]) -> None:
-    """Write the array's script into the sweep's folder and submit it. Raises UserError as `submit_script` does."""
+    """Write the array's script into the sweep's folder and submit it; one that a person has changed stays, and is told
+    which tasks. Raises UserError as `submit_script` does."""
     config = dataclasses.replace(runs[0], run_dir=str(folder))
-    durable.write_text(
-        folder / SCRIPT_NAME, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)
-    )
+    options = []
+    if not write_script(folder, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)):
+        say_kept(folder)
+        numbers = [int(Path(run.run_dir).name) for run in runs]
+        options = [array_option((folder / SCRIPT_NAME).read_text(encoding="utf-8"), numbers)]
     for run in runs:
         (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
-    submission = submit_script(folder)
+    submission = submit_script(folder, *options)
     write_submission(folder, submission)
     for run in runs:
         task = f"{submission.job_id}_{Path(run.run_dir).name}"
-        write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task, script=None))
+        write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task))
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     say(f"submitted {count} in {shown(folder)} as SLURM job array {submission.job_id}")
     say(f"watch with: distlora status {shown(folder)}")

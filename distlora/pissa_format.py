@@ -20,7 +20,6 @@ from torch import Tensor
 from distlora import durable
 from distlora.config import UserError
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
-from distlora.loading.segments import read_header
 from distlora.tensor_files import Unmade
 
 
@@ -40,9 +39,9 @@ def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
 def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | Unmade]:
     """A' and B' by PEFT's names, from A and B and from A0 and B0, which are read from `start_file` as each is made.
 
-    What is trained beside them stays as it is.
+    What is trained beside them stays as it is. Reads nothing here: every rank calls it, and one alone that could not
+    read the file would leave the others in a collective.
     """
-    start = read_header(start_file)
 
     def unmade(name: str, tensor: Tensor) -> Unmade:
         shape = list(tensor.shape)
@@ -54,7 +53,12 @@ def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, 
 
         return Unmade(shape=torch.Size(shape), dtype=tensor.dtype, make=make)
 
-    return {name: unmade(name, tensor) if name in start else tensor for name, tensor in trained.items()}
+    return {name: unmade(name, tensor) if is_pair(name) else tensor for name, tensor in trained.items()}
+
+
+def is_pair(name: str) -> bool:
+    """Whether PEFT's name is that of an A or B, all of which a start has."""
+    return ".lora_" in name
 
 
 def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from distlora.optim import Optimizer
 from distlora.parallel import Backend, from_rank_0, watch
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.pissa_format import plain_config, plain_tensors, trained_part
-from distlora.run_folder import BEST_NAME, PUBLISHED, TEMPLATE_NAME
+from distlora.run_folder import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEMPLATE_NAME
 from distlora.tensor_files import read_into, read_rows, write_model
 from distlora.tokens import tokenizer_files
 
@@ -159,21 +160,32 @@ def finish(
 ) -> str:
     """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
 
-    Where RUN/best could not be written when it was the best, the last is published. Returns what was saved, in words.
+    Where RUN/best is not of the best step that this run knows of, the last is published: a disk did not take it, or a
+    kill came before the save of another. Returns what was saved, in words.
     Every rank must call it alike.
     """
     watch.at(progress.step, "publishing the result", long=True)
     target = run_dir / PUBLISHED[config.adapter.method]
     best = run_dir / BEST_NAME
     wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)
-    if not wants_best or progress.published_step != progress.best_step:
+    held = from_rank_0(_step_of(best) if backend.writes else -1, backend.ranks)
+    if not wants_best or not progress.published_step == progress.best_step == held:
         publish_result(target, model, config, chat_template, backend)
-        missed = f" (the last: the best, of step {progress.best_step}, could not be written)" if wants_best else ""
+        missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
         return f"{target}{missed}"
     with whole_folder(target, backend) as temporary:
         if backend.writes:
-            shutil.copytree(best, temporary, dirs_exist_ok=True)
+            shutil.copytree(best, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(BEST_STEP_NAME))
     return f"{target} (the best, of step {progress.best_step})"
+
+
+def _step_of(best: Path) -> int:
+    """What a RUN/best says that it is of; -1 where there is none, or it says nothing."""
+    try:
+        step = json.loads((best / BEST_STEP_NAME).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1
+    return step if type(step) is int else -1
 
 
 def publish_best(
@@ -190,7 +202,7 @@ def publish_best(
     """
     step, written = progress.step, False
     try:
-        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend)
+        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step)
         written = True
     except OSError as error:
         say(
@@ -201,12 +213,20 @@ def publish_best(
         progress.published_step = step
 
 
-def publish_result(target: Path, model: CausalLM, config: Config, chat_template: str | None, backend: Backend) -> None:
+def publish_result(
+    target: Path,
+    model: CausalLM,
+    config: Config,
+    chat_template: str | None,
+    backend: Backend,
+    *,
+    best_of: int | None = None,
+) -> None:
     """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
 
     `chat_template` is the one that the chats were rendered with, where that is not the base's own: whoever serves the
-    result needs it, and the tokenizer where it has new tokens. The folder appears whole or not at all. Every rank must
-    call it alike.
+    result needs it, and the tokenizer where it has new tokens. `best_of`: the step to note in RUN/best. The folder
+    appears whole or not at all. Every rank must call it alike.
     """
     with whole_folder(target, backend) as temporary:
         if config.adapter.method == "full":
@@ -221,6 +241,8 @@ def publish_result(target: Path, model: CausalLM, config: Config, chat_template:
         if backend.writes:
             for name, content in tokenizer_files(config).items():
                 (temporary / name).write_bytes(content)
+            if best_of is not None:
+                durable.write_json(temporary / BEST_STEP_NAME, {"step": best_of})
             if chat_template is not None:
                 durable.write_text(temporary / TEMPLATE_NAME, chat_template)
 

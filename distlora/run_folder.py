@@ -22,6 +22,9 @@ PUBLISHED = {"lora": "adapter", "full": "model"}
 """The folder in RUN that a finished run leaves, by adapter.method."""
 BEST_NAME = "best"
 """In RUN: what had the lowest held-out loss, where there are evaluations during training."""
+BEST_STEP_NAME = "step.json"
+"""In RUN/best: the step that it is of. A kill can come between a new best and the save of its step, and the resume then
+knows of an older one."""
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 TEMPLATE_NAME = "chat_template.jinja"

@@ -78,7 +78,11 @@ def write_tensors(
         if isinstance(tensor, Unmade):
             if file is None:
                 continue
-            tensor = tensor.make()
+            try:
+                tensor = tensor.make()
+            except OSError as error:  # The others stream the next tensors all the same.
+                file.fail(error)
+                continue
         backend.stream(tensor, write, dtype)
     return file.close() if file is not None else None
 
@@ -98,6 +102,10 @@ class _HashedFile:
             self._file = path.open("wb")
         except OSError as error:
             self._error = error
+
+    def fail(self, error: OSError) -> None:
+        """What was to be written next is not to be had."""
+        self._error = self._error or error
 
     def write(self, content: bytes | memoryview) -> None:
         if self._error is not None:

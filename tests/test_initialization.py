@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -232,6 +233,11 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
     finally:
         pissa_format._joined = original
     backend.barrier()
+    if backend.writes:
+        (run_dir / START_NAME).rename(run_dir / "elsewhere")
+    with pytest.raises(FileNotFoundError) if backend.writes else contextlib.nullcontext():
+        publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
+    backend.barrier()  # No rank is left in a collective by what the one that writes could not read.
     return len(made), most
 
 
@@ -243,6 +249,7 @@ def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
         run_dir = tmp_path / str(size)
         config = make_run(run_dir, folders, adapter={"init": "pissa_niter_1", "modules_to_save": ["lm_head"]})
         by_rank = world.run(size, published, run_dir=run_dir)
+        (run_dir / "elsewhere").rename(run_dir / START_NAME)
         num_tensors = len(initialize.read_start(config))
         assert by_rank == [(num_tensors, 1), (0, 0)][:size]
         files.append((run_dir / "adapter" / "adapter_model.safetensors").read_bytes())

@@ -165,6 +165,12 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
     train.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
     assert all(torch.equal(final[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
+    assert not (tmp_path / "run" / "adapter" / "step.json").exists()
+    if load_best:  # A best whose step a kill kept from being saved is not taken for the one that is known.
+        (tmp_path / "run" / "best" / "step.json").write_text('{"step": 4}')
+        train.run(tmp_path / "run", SINGLE)
+        last = saved(tmp_path / "run" / "checkpoints" / "step_00000005")
+        assert all(torch.equal(last[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
 
 
 def test_nothing_stops_while_the_held_out_loss_falls(folders: Path, tmp_path: Path) -> None:

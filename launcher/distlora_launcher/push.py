@@ -20,7 +20,7 @@ from distlora.data.cache import TOKENIZER_FILES
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.loading.start_file import require_start, start_path
 from distlora.model_card import model_card, read_metadata
-from distlora.run_folder import TEMPLATE_NAME, Result, read_record, read_result
+from distlora.run_folder import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record, read_result
 from distlora.tokens import tokenizer_files
 from distlora_launcher.arguments import Parser
 
@@ -117,7 +117,8 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     card = model_card(result, repository=repository, base=base, license_of_base=inherited)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}
     if result.adapter is None:
-        files |= {path.name: path for path in sorted(result.folder.iterdir()) if path.is_file()}
+        paths = sorted(path for path in result.folder.iterdir() if path.is_file() and path.name != BEST_STEP_NAME)
+        files |= {path.name: path for path in paths}
         return _own_files(files)
     same_base = base is not None and base == result.config.model.name
     adapter = dict(result.adapter) | {

@@ -200,6 +200,7 @@ def publish_best(
     """Keep what is trained now as RUN/best, and note its step in `progress`. A disk that does not take it is said, and
     the run goes on: the older best is then still there. Every rank must call it alike.
     """
+    watch.at(progress.step, "keeping the best", long=True)
     step, written = progress.step, False
     try:
         publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step)

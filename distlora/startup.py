@@ -38,15 +38,15 @@ def start_model(
     training: bool = True,
     say: Callable[[str], None] | None = None,
     restores: bool = False,
-    boundary: Callable[[], None] = lambda: None,
+    boundary: watch.Marker = watch.at,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
     decomposed to, which `say` is told of; `start_adapters` does the rest. `training` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
-    from that; one that trains by DPO has it too, and needs it as its reference. `boundary` is called between weights,
-    on every rank alike, and may end the start by what it raises. Raises UserError for a base that cannot
-    be read or does not fit its config.json, and for a start that is gone.
+    from that; one that trains by DPO has it too, and needs it as its reference. `boundary` marks each weight, on every
+    rank alike, and may end the start by what it raises. Raises UserError for a base that cannot be read or does not fit
+    its config.json, and for a start that is gone.
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)

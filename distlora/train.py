@@ -66,7 +66,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         ) as reporter,
         recording_a_stop(reporter, progress),
     ):
-        control.boundary()
+        control.boundary(None, "reading the run", long=True)
         for line in notes:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
@@ -78,7 +78,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
         start_adapters(model, config, backend, restores=newest is not None, say=reporter.event)
-        control.boundary()
+        control.boundary(None, "reading the checkpoint", long=True)
         if newest is not None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")

@@ -124,7 +124,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, or until the held-out loss has stopped falling; evaluate, sample and save where the config
         says. Raises NonFiniteError, and Stopped once what was trained is saved."""
-        self.control.saved()  # The minutes that loading took trained nothing.
+        self.control.saved()  # Saves are timed from here: loading has trained nothing.
         if self._first_step == 0 and self.eval_loader is not None:
             self.reporter.event(f"evaluating {len(self.eval_loader.rows):,} held-out rows")
         try:
@@ -132,7 +132,7 @@ class Trainer:
             for step in range(self._first_step, self.total_steps):
                 if self._is_exhausted():
                     return
-                self._train_step(step, self._interval)
+                self._train_step(step)
                 self._follow(step + 1)
         except Stopped:
             self._save_whole_steps()
@@ -155,13 +155,11 @@ class Trainer:
             self._evaluate_trained()
         ending = is_last or self._is_exhausted()
         if saving or ending:
-            watch.at(done, "saving", long=True)
             save = self.hooks.save_last if ending else self.hooks.save
             save(self.progress)
             self.control.saved()
         if sampling and self.hooks.sample is not None:  # After the save, which a sample's memory may not cost.
-            watch.at(done, "sampling", long=True)
-            self.control.boundary()
+            self.control.boundary(done, "sampling", long=True)
             self.hooks.sample(done)
 
     def _save_whole_steps(self) -> None:
@@ -169,7 +167,6 @@ class Trainer:
         self.backend.traffic.restore(self._interval.traffic)
         self._log()
         if self.progress.step > 0:
-            watch.at(self.progress.step, "saving", long=True)
             self.hooks.save_last(self.progress)
 
     def _evaluate_trained(self) -> None:
@@ -177,7 +174,6 @@ class Trainer:
         self.evaluate()
         settings = self.config.train
         if settings.eval_every is not None and self.progress.best_step == self.progress.step:
-            watch.at(self.progress.step, "keeping the best", long=True)
             self.hooks.publish_best(self.progress)
         if self._is_exhausted():
             best = self.progress.best_step
@@ -195,7 +191,7 @@ class Trainer:
         since_best = self.progress.evaluations_since_best(settings.early_stopping_threshold)
         return since_best >= settings.early_stopping_patience
 
-    def _train_step(self, step: int, interval: _Interval) -> None:
+    def _train_step(self, step: int) -> None:
         began = time.monotonic()
         watch.at(step + 1, "reading rows", long=self._is_cold)
         batch = self.loader.batch(step)
@@ -205,8 +201,7 @@ class Trainer:
         self.backend.zero_gradients()
         micro_batches = self._as_run(batch)
         for index, micro_batch in enumerate(micro_batches):
-            watch.at(step + 1, "forward of micro-batch", index + 1, long=self._is_cold)
-            self.control.boundary()
+            self.control.boundary(step + 1, "forward of micro-batch", index + 1, long=self._is_cold)
             losses = self.objective.losses(self.model, micro_batch, self.backend.ranks.device, step)
             row_losses.append(losses.rows.detach())
             figures.append(losses.figures)
@@ -224,6 +219,7 @@ class Trainer:
         self.optimizer.step(rate, self._ok)
         self._is_cold = False
 
+        interval = self._interval
         if not interval.units:
             interval.began = began
         interval.row_losses.append(torch.cat(row_losses))
@@ -262,10 +258,9 @@ class Trainer:
             for index in range(self.eval_loader.steps_per_epoch):
                 batch = self.eval_loader.batch(index)
                 units += self.objective.units(batch)
-                # The first one may compile and take memory.
-                watch.at(self.progress.step, "evaluation, batch", index + 1, long=index == 0)
                 for micro_batch in batch.micro_batches:
-                    self.control.boundary()
+                    # The first batch may compile and take memory.
+                    self.control.boundary(self.progress.step, "evaluation, batch", index + 1, long=index == 0)
                     losses = self.objective.losses(self.model, micro_batch, device, None)
                     totals += torch.cat([losses.rows.sum()[None], losses.figures])
         means = (self.backend.sum_over_ranks(totals) / units).tolist()
@@ -338,7 +333,6 @@ class Trainer:
         among = "" if rows else f" of rows {_listed(sorted(slots[slots >= 0].tolist()))}"
         saved = "nothing was trained before it"
         if step > 0:
-            watch.at(step, "saving", long=True)
             try:
                 self.hooks.save_last(self.progress)
                 saved = f"the state after step {step} is saved"

@@ -29,7 +29,7 @@ from distlora.loading import decompose, initialize, start_file
 from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
 from distlora.loading.start_file import START_NAME, base_identity, digest_of
 from distlora.model import CausalLM
-from distlora.parallel import Ranks
+from distlora.parallel import Ranks, watch
 from distlora.peft_format import adapter_tensors
 from distlora.results import publish_result
 from distlora.startup import start_model
@@ -169,9 +169,11 @@ def test_loftq_is_pefts_where_the_scale_is_one() -> None:
     assert relative_error(sign * ours.B, theirs["L"]) < 1e-4
 
 
-def started(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
+def started(
+    ranks: Ranks, *, run_dir: Path, boundary: watch.Marker = watch.at
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
     """A and B at the start, and this rank's rows of the base."""
-    model, backend, _ = start_model(load_config(run_dir), ranks)
+    model, backend, _ = start_model(load_config(run_dir), ranks, boundary=boundary)
     base = {
         name: (local.clone(), first)
         for name, parameter in model.named_parameters()
@@ -372,10 +374,17 @@ def test_training_from_pefts_own_start_goes_the_same_way(world: World, folders: 
 def test_loftq_leaves_the_base_and_adds_what_it_lost(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "plain", folders)
     config = make_run(tmp_path / "run", folders, adapter={"init": "loftq", "alpha_pattern": {"up_proj": 3.0}})
-    (_, plain), (_, base) = started(SINGLE, run_dir=tmp_path / "plain"), started(SINGLE, run_dir=tmp_path / "run")
+    marks: list[str] = []
+
+    def mark(step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
+        marks.extend([phase] if long else [])
+
+    _, plain = started(SINGLE, run_dir=tmp_path / "plain")
+    _, base = started(SINGLE, run_dir=tmp_path / "run", boundary=mark)
     assert all(torch.equal(base[name][0], tensor) for name, (tensor, _) in plain.items())
     weights = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
     for path, linear in start_model(config, SINGLE)[0].adapted_linears():
+        assert f"decomposing {path}" in marks, "the watch sees that a start moves, which may take hours"
         (pair,), weight = linear.pairs, weights.get_parameter(f"{path}.weight")
         error = (weight - linear.frozen_weight.dense(torch.float32)).double()
         values = torch.linalg.svdvals(error)

@@ -60,10 +60,10 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(step is None and point == f"evaluation {evaluating}")
         return losses_of(self, *arguments)
 
-    def a_step(self: train.Trainer, step: int, interval: Any) -> None:
+    def a_step(self: train.Trainer, step: int) -> None:
         nonlocal micro_batches
         micro_batches = 0
-        train_step(self, step, interval)
+        train_step(self, step)
         when(point == f"step {step + 1}")
 
     def an_evaluation(self: train.Trainer) -> None:
@@ -110,8 +110,8 @@ def run_asked(
                 ask_at(monkeypatch, point, ask)
         train_step = train.Trainer._train_step
 
-        def counted(self: train.Trainer, step: int, interval: Any) -> None:
-            train_step(self, step, interval)
+        def counted(self: train.Trainer, step: int) -> None:
+            train_step(self, step)
             done.append(step + 1)
 
         monkeypatch.setattr(train.Trainer, "_train_step", counted)

@@ -37,13 +37,13 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
     original = train.Trainer._train_step
     rows: dict[int, list[int]] = {}
 
-    def step(self: train.Trainer, step: int, interval: object) -> None:
+    def step(self: train.Trainer, step: int) -> None:
         if step == stop_before:
             raise Stopped
         rows[step] = [row for row in self.loader.slots(step).flatten().tolist() if row >= 0]
-        original(self, step, interval)  # type: ignore[arg-type]
+        original(self, step)
 
-    train.Trainer._train_step = step  # type: ignore[assignment, method-assign]
+    train.Trainer._train_step = step  # type: ignore[method-assign]
     try:
         train.run(run_dir, ranks)
     except Stopped:
@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
         make_run(disk / "run", folders, train=SETTINGS)
         train_step = train.Trainer._train_step
 
-        def with_troubles(self: train.Trainer, step: int, interval: object) -> None:
+        def with_troubles(self: train.Trainer, step: int) -> None:
             if step in (5, 7):
                 self.hooks.save.__self__._finish()  # type: ignore[attr-defined]
             if step == 5:
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
             if step == 7:
                 assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [2, 4]
                 (disk / "filler").unlink()
-            train_step(self, step, interval)  # type: ignore[arg-type]
+            train_step(self, step)
 
         monkeypatch.setattr(train.Trainer, "_train_step", with_troubles)
         train.run(disk / "run", SINGLE)
@@ -189,13 +189,13 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
 def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
     """Child process: die by SIGKILL at the beginning of a step."""
 
-    def die(self: train.Trainer, current: int, interval: object, original=train.Trainer._train_step) -> None:
+    def die(self: train.Trainer, current: int, original=train.Trainer._train_step) -> None:
         if current == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, current, interval)  # type: ignore[arg-type]
+        original(self, current)
 
     torch.set_num_threads(1)
-    train.Trainer._train_step = die  # type: ignore[assignment, method-assign]
+    train.Trainer._train_step = die  # type: ignore[method-assign]
     train.run(run_dir, ranks)
 
 

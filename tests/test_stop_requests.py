@@ -72,7 +72,7 @@ def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[
         for boundary in range(boundaries):
             if asking.get(ranks.rank) == boundary:
                 stopping.request((signal.SIGHUP, signal.SIGTERM)[ranks.rank % 2])
-            words.boundary()
+            words.boundary(boundary, "working")
     except Stopped as stop:
         return boundary, stop.signum
     finally:
@@ -101,16 +101,16 @@ def test_one_process_stops_at_once() -> None:
     assert words_of(single, asking={0: 3}, boundaries=8) == (3, signal.SIGHUP)
 
 
-def saves_of(ranks: Ranks, *, boundaries: int, every: int) -> list[int]:
-    """The boundaries at which a save is made: each `every`th, where it is due. Each rank has a clock of its own rate, a
-    second or more a boundary."""
+def saves_of(ranks: Ranks, *, boundaries: int, every: int, anyway: int | None) -> list[int]:
+    """The boundaries at which a save is made: each `every`th, where it is due, and the one where it is `anyway`. Each
+    rank has a clock of its own rate, a second or more a boundary."""
     made, now = [], 0.0
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now))
         words = Control(ranks, save_minutes=10 / 60)
         for boundary in range(boundaries):
-            words.boundary()
-            if words.save_is_due and boundary % every == 0:
+            words.boundary(boundary, "working")
+            if boundary == anyway or (words.save_is_due and boundary % every == 0):
                 made.append(boundary)
                 words.saved()
             now += 1.0 + 0.25 * ranks.rank
@@ -120,4 +120,9 @@ def saves_of(ranks: Ranks, *, boundaries: int, every: int) -> list[int]:
 
 def test_ranks_whose_clocks_differ_save_at_the_same_boundaries_once_a_period(world: World) -> None:
     """The fastest clock wishes after 8 boundaries, the ranks know at the next, and save after the step under way."""
-    assert world.run(2, saves_of, boundaries=40, every=3) == [[9, 18, 27, 36]] * 2
+    assert world.run(2, saves_of, boundaries=40, every=3, anyway=None) == [[9, 18, 27, 36]] * 2
+
+
+def test_a_wish_that_a_save_has_met_is_not_met_again(world: World) -> None:
+    """The fastest clock's word of boundary 8 is under way while they save there."""
+    assert world.run(2, saves_of, boundaries=20, every=1, anyway=8) == [[8, 17]] * 2

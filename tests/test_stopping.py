@@ -34,10 +34,10 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
     train_step, losses_of = train.Trainer._train_step, NextToken.losses
     spoiling = False
 
-    def spoilt_step(self: train.Trainer, step: int, interval: Any) -> None:
+    def spoilt_step(self: train.Trainer, step: int) -> None:
         nonlocal spoiling
         spoiling = step == bad_step and ranks.rank == 0
-        train_step(self, step, interval)
+        train_step(self, step)
 
     def spoilt_losses(self: NextToken, *arguments: Any) -> Losses:
         nonlocal spoiling

@@ -20,7 +20,7 @@ from distlora.checkpoints.folder import STATE_NAME, step_folder, write_manifest
 from distlora.checkpoints.keeping import Keeper
 from distlora.checkpoints.snapshot import Snapshot, is_cut
 from distlora.checkpoints.state import Identity, Progress, TrainState
-from distlora.parallel import Backend
+from distlora.parallel import Backend, watch
 
 WORTH_SAYING = 1.0
 """Seconds of waiting for a save that a run mentions; once it has, twice as many as the time before."""
@@ -87,6 +87,7 @@ class Saver:
 
         A disk that does not take it is no reason to stop: that is said, and the next save tries again.
         """
+        watch.at(progress.step, "saving", long=True)
         self._begin(progress, last=False)
 
     def _begin(self, progress: Progress, *, last: bool) -> None:
@@ -132,6 +133,7 @@ class Saver:
 
         Raises SaveError, on every rank, where it cannot be saved.
         """
+        watch.at(progress.step, "saving", long=True)
         with contextlib.suppress(SaveError):  # It was said when it happened, and is tried again here.
             self.wait()
         if self.saved_step != progress.step:

@@ -34,7 +34,7 @@ from distlora.loading.start_file import (
 )
 from distlora.loading.weights import find_base, segments_of
 from distlora.model import CausalLM
-from distlora.parallel import Backend
+from distlora.parallel import Backend, watch
 from distlora.peft_format import adapter_tensors
 
 SAY_SECONDS = 5.0
@@ -48,11 +48,11 @@ def start_from_base(
     say: Callable[[str], None],
     *,
     restores: bool,
-    boundary: Callable[[], None] = lambda: None,
+    boundary: watch.Marker = watch.at,
 ) -> None:
     """Fill every adapter with the start that the run keeps, or compute it and keep it. Every rank must call it.
 
-    `restores`: the run must have it. `boundary` is called between weights, on every rank alike. Raises UserError for a
+    `restores`: the run must have it. `boundary` marks what is decomposed, on every rank alike. Raises UserError for a
     start that is gone, damaged or another base's, for ranks that a weight does not have, and for NaN or Inf weights.
     """
     record = require_start(config) if restores else read_start_record(config)
@@ -63,6 +63,7 @@ def start_from_base(
     check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
     _decompose(model, config, backend, say, boundary)
+    watch.at(None, f"keeping {START_NAME}", long=True)
     if backend.writes:
         save_start(model, config)
     backend.barrier()
@@ -108,7 +109,7 @@ def save_start(model: CausalLM, config: Config) -> None:
 
 
 def _decompose(
-    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], boundary: Callable[[], None]
+    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], boundary: watch.Marker
 ) -> None:
     linears = sorted(model.adapted_linears(), key=lambda item: (-item[1].in_features * item[1].out_features, item[0]))
     sources = find_base(model, read_headers(Path(config.model.path)))
@@ -120,10 +121,11 @@ def _decompose(
     )
     with Reader() as reader:
         for done in range(0, len(linears), world):
-            boundary()
             together = linears[done : done + world]  # Of like size, so that no rank waits long for another.
-            if backend.ranks.rank < len(together):
-                path, linear = together[backend.ranks.rank]
+            own = together[backend.ranks.rank] if backend.ranks.rank < len(together) else None
+            boundary(None, f"decomposing {own[0]}" if own else "waiting for the last decompositions", long=True)
+            if own:
+                path, linear = own
                 segments = segments_of(sources, f"{path}.weight", _shape(linear))
                 weight = reader.read(segments, 0, linear.in_features * linear.out_features).view(_shape(linear))
                 _start(linear, path, weight.to(backend.ranks.device), config)

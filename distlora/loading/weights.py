@@ -5,7 +5,7 @@ alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,12 @@ def load_base(
     backend: Backend,
     *,
     less_start: bool = False,
-    boundary: Callable[[], None] = lambda: None,
+    boundary: watch.Marker = watch.at,
 ) -> Loaded:
     """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
 
-    `less_start`: adapted weights without what their adapter computes now (PiSSA). `boundary` is called between weights,
-    on every rank alike.
+    `less_start`: adapted weights without what their adapter computes now (PiSSA). `boundary` marks each weight, on
+    every rank alike.
     """
     began = time.monotonic()
     headers = read_headers(Path(folder))
@@ -70,8 +70,7 @@ def load_base(
     quantized_weights = quantized_bytes = 0
     with Reader() as reader:
         for path, module in model.named_modules():
-            watch.at(None, f"loading {path}", long=True)
-            boundary()
+            boundary(None, f"loading {path}", long=True)
             residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora import stopping
-from distlora.parallel import Ranks
+from distlora.parallel import Ranks, watch
 from distlora.stopping import Stopped
 
 
@@ -36,9 +36,14 @@ class Control:
         self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._counted_from = time.monotonic()
         self._under_way: tuple[Tensor, dist.Work] | None = None
+        self._under_way_is_old = False
+        """Whether the wish for a save that is under way is from before the last save."""
 
-    def boundary(self) -> None:
-        """Between two pieces of work: act on what was agreed. Raises Stopped, on every rank alike."""
+    def boundary(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
+        """Between two pieces of work: mark the next, as `watch.at` does, and act on what was agreed. Raises Stopped, on
+        every rank alike.
+        """
+        watch.at(step, phase, part, long=long)
         if self._group is None:
             signum, save = self._wishes().tolist()
         else:
@@ -46,15 +51,16 @@ class Control:
         if signum > 0:
             raise Stopped(signum)
         if save > 0:
-            # Before this rank's next word: no wish from before a save is heard after it.
+            # Before this rank's next word, so that one wish is for one save.
             self.save_is_due, self._counted_from = True, time.monotonic()
         if self._group is not None:
             word = self._wishes()
             self._under_way = word, dist.all_reduce(word, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def saved(self) -> None:
-        """Count the minutes anew. Every rank calls it alike."""
+        """Count the minutes anew; what was wished before this is no longer wished. Every rank calls it alike."""
         self.save_is_due, self._counted_from = False, time.monotonic()
+        self._under_way_is_old = self._under_way is not None
 
     def end(self) -> None:
         """After the last boundary: wait for the word under way, whatever it says."""
@@ -72,4 +78,6 @@ class Control:
         (word, work), self._under_way = self._under_way, None
         work.wait()
         signum, save = word.tolist()
+        if self._under_way_is_old:
+            save, self._under_way_is_old = 0, False
         return signum, save

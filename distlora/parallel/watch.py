@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.distributed import DistError, PrefixStore, TCPStore
@@ -47,6 +48,12 @@ _OURS = str(Path(__file__).parents[1])
 _Mark = tuple[int, int | None, str, int | None, bool]
 _here: _Mark = (0, None, "starting", None, True)
 """(number of the mark, step, phase, part, whether it may take long) of the training thread."""
+
+
+class Marker(Protocol):
+    """`at`, or what agrees with the other ranks as well (`control.py`) and may end the work by what it raises."""
+
+    def __call__(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None: ...
 
 
 class HungError(RuntimeError):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.analysis.request import REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.command_line import DONE
 from distlora.config import UserError, nearest, require
 from distlora.config.places import is_hub_name, means_hub
 from distlora.families import family_of, read_config, text_settings
@@ -25,8 +26,8 @@ from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.corpus import build_corpus, write_jsonl
 from distlora_launcher.hub import localize
 from distlora_launcher.hub_preview import with_small_files
-from distlora_launcher.local import shown
-from distlora_launcher.workers import DONE, worker_environment
+from distlora_launcher.output import shown
+from distlora_launcher.workers import worker_environment
 
 WORKER = "distlora.analysis"
 TEXT_NAME = "text.jsonl"

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from distlora.command_line import BAD_INPUT, DONE, FAILED
 from distlora.config import Config, UserError, require
 from distlora_launcher.checks import check
 from distlora_launcher.compose import (
@@ -29,9 +30,9 @@ from distlora_launcher.compose import (
 from distlora_launcher.initial_adapter import with_initial_adapter
 from distlora_launcher.jobs.submit import check_submission, is_job, submit_run
 from distlora_launcher.jobs.sweep import Sweep
-from distlora_launcher.local import remove_if_empty, say, shown, start
+from distlora_launcher.local import remove_if_empty, start
 from distlora_launcher.machines import start_together
-from distlora_launcher.workers import BAD_INPUT, DONE, FAILED
+from distlora_launcher.output import say, shown
 
 PROGRAM = "distlora train"
 DRY_RUN = "--dry-run"

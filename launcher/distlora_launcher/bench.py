@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from distlora.command_line import DONE
 from distlora.config import UserError, nearest
 from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
-from distlora_launcher.workers import DONE
 
 MEASURE, COMPILE = "distlora_kernels.bench", "distlora_kernels.offline"
 

@@ -11,8 +11,8 @@ from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
-from distlora_launcher.local import say, shown
 from distlora_launcher.logs import host_name
+from distlora_launcher.output import say, shown
 from distlora_launcher.status import Status, describe, statuses
 
 USAGE = """usage: distlora cancel RUN [--now]

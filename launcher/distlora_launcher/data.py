@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.command_line import DONE
 from distlora.config import UserError, nearest
 from distlora.config_file import load_config
 from distlora_launcher.application import expand_home
@@ -23,7 +24,6 @@ from distlora_launcher.checks import check_data, check_model
 from distlora_launcher.compose import compose_config
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.local import create_run
-from distlora_launcher.workers import DONE
 
 USAGE = """usage: distlora data preview model.path=FOLDER data.path=FILE [setting=value ...]
                              [--rows N] [--all] [--no-color] [--config-dir FOLDER]

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.generation.prompts import Request, named_by_flag, read_prompts
@@ -24,8 +25,8 @@ from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, re
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.hub import restore
-from distlora_launcher.local import shown
-from distlora_launcher.workers import DONE, run_workers, worker_environment
+from distlora_launcher.output import shown
+from distlora_launcher.workers import run_workers, worker_environment
 
 WORKER = "distlora.generation"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from distlora import durable
+from distlora.command_line import BAD_INPUT, DONE, FAILED
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
 from distlora.json_files import object_or_empty
@@ -25,10 +26,10 @@ from distlora_launcher.holding import CONFIG_NAME, leave, running
 from distlora_launcher.hub import is_to_download, localize, restore
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.meeting import Meeting
-from distlora_launcher.output import show
+from distlora_launcher.output import say, shown
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.worker_entry import PARENT
-from distlora_launcher.workers import BAD_INPUT, DONE, FAILED, STOPPED, run_workers
+from distlora_launcher.workers import STOPPED, run_workers
 
 
 def start(config: Config, *, worker_module: str = "distlora.train") -> int:
@@ -191,12 +192,3 @@ def prepare_before_download(config: Config) -> tuple[int, str | None]:
         create_run(Path(scratch), here)
         code = prepare(Path(scratch))
         return code, (Path(scratch) / DATA_NAME).read_text(encoding="utf-8") if code == DONE else None
-
-
-def shown(path: Path) -> str:
-    """A path as the user would type it: relative where it lies under the working folder."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def say(text: str) -> None:
-    show(text + "\n")

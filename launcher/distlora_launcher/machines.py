@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.command_line import DONE
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
 from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_machine, check_writable, gpu_count
 from distlora_launcher.holding import CONFIG_NAME, together
 from distlora_launcher.hub import localize, restore
-from distlora_launcher.local import create_run, forget_run, is_prepared, prepare, say, shown, train
+from distlora_launcher.local import create_run, forget_run, is_prepared, prepare, train
 from distlora_launcher.logs import host_name, set_aside_logs
 from distlora_launcher.meeting import meet, wait_for_host
+from distlora_launcher.output import say, shown
 from distlora_launcher.signals import Forwarder, forwarding
-from distlora_launcher.workers import DONE, STOPPED
+from distlora_launcher.workers import STOPPED
 
 
 def start_together(config: Config, *, worker_module: str = "distlora.train") -> int:

@@ -15,21 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora_launcher.output import say, shown
 from distlora_launcher.signals import hold
 
 # Before what takes long to import: SIGUSR1 ends a process that does nothing about it.
 if __name__ == "__main__":
     hold()
 
-from distlora.command_line import run_to_exit_code
+from distlora.command_line import DONE, run_to_exit_code
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
 from distlora_launcher.hub import restore
 from distlora_launcher.jobs.record import note_job
-from distlora_launcher.local import say, shown
 from distlora_launcher.machines import run_together
 from distlora_launcher.signals import Forwarder, forwarding
-from distlora_launcher.workers import DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

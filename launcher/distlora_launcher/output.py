@@ -1,4 +1,4 @@
-"""What rank 0 writes, shown as it comes and copied into its log."""
+"""What the launcher says, and what rank 0 writes, shown as it comes and copied into its log."""
 
 from __future__ import annotations
 
@@ -80,9 +80,19 @@ def show(text: str) -> None:
     _write(sys.stdout, text)
 
 
+def say(text: str) -> None:
+    """A line on stdout."""
+    show(text + "\n")
+
+
 def warn(text: str) -> None:
     """A line on stderr, whether or not somebody still reads it."""
     _write(sys.stderr, text + "\n")
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it: relative where it lies under the working folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -16,8 +16,8 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
-from distlora_launcher.local import shown
 from distlora_launcher.logs import SLURM
+from distlora_launcher.output import shown
 from distlora_launcher.processes import Process
 from distlora_launcher.run_state import (
     Ending,

@@ -13,13 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from distlora.command_line import BAD_INPUT, DONE
 from distlora.config import UserError, nearest
 from distlora.config_file import parse_yaml
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
-from distlora_launcher.workers import BAD_INPUT, DONE
 
 TOOLS = ("axolotl",)
 USAGE = """usage: distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distlora import durable
+from distlora.json_files import object_or_empty
 
 RECORD_NAME = "slurm.json"
 
@@ -36,13 +36,8 @@ def write_submission(folder: Path, submission: Submission) -> None:
 
 def read_submission(folder: Path) -> Submission | None:
     """The last submission; None where there is none, or a record that cannot be read."""
-    if not (folder / RECORD_NAME).is_file():
-        return None
-    try:
-        values = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        job_id = values["job_id"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    values = object_or_empty(folder / RECORD_NAME)
+    job_id = values.get("job_id")
     if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
         return None
     command, submitted = values.get("command"), values.get("submitted")

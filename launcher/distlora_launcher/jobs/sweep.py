@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
@@ -15,8 +16,8 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import write_submission
 from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
 from distlora_launcher.jobs.submit import is_job, live_job, make_ready, say_kept, submit_script
-from distlora_launcher.local import forget_run, make_run, remove_if_empty, say, shown
-from distlora_launcher.workers import DONE
+from distlora_launcher.local import forget_run, make_run, remove_if_empty
+from distlora_launcher.output import say, shown
 
 
 class Sweep:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
+from distlora.command_line import DONE, FAILED
 from distlora.config import UserError, require
 from distlora.families import family_of, read_config
 from distlora.loading.segments import fingerprint, read_headers
@@ -24,7 +25,7 @@ from distlora_launcher.checks import check_writable, gpu_count, linear_names
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
 from distlora_launcher.failures import would_repeat
-from distlora_launcher.local import CONFIG_NAME, shown
+from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
 from distlora_launcher.methods.results import (
     BaseDiffersError,
@@ -35,8 +36,9 @@ from distlora_launcher.methods.results import (
     reading,
     table,
 )
+from distlora_launcher.output import shown
 from distlora_launcher.signals import forwarding
-from distlora_launcher.workers import DONE, FAILED, STOPPED
+from distlora_launcher.workers import STOPPED
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
 STEPS, QUICK_STEPS = 48, 16

@@ -175,6 +175,8 @@ def test_nohup_and_a_second_ctrl_c(run_dir: Path):
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
     assert message.startswith("killed by SIGINT; logs are in ")
+    asked = (run_dir / "logs" / "rank_1.log").read_text()
+    assert "SIGTERM from process" in asked, "the first request, and so the only one that is passed on"
     assert_no_workers(run_dir)
 
 

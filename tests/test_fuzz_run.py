@@ -47,7 +47,7 @@ def make_place(folder: Path, folders: Path) -> Path:
     (folder / "run" / "logs" / "rank_1.error.json").write_text(json.dumps(error))
     stop = {"step": 2, "checkpoint": "checkpoints/step_00000002", "signal": "SIGUSR1", "time": 2.5}
     (folder / "run" / "stopped.json").write_text(json.dumps(stop))
-    submission = {"job_id": "12_3", "command": ["distlora"], "submitted": 1.0, "host": "a", "script": "0"}
+    submission = {"job_id": "12_3", "command": ["distlora"], "submitted": 1.0, "host": "a"}
     (folder / "slurm.json").write_text(json.dumps(submission))
     (folder / "run" / "machines").mkdir(exist_ok=True)
     (folder / "run" / "machines" / "0.json").write_text(json.dumps({"host": "here", "pid": 12}))

@@ -105,6 +105,7 @@ def test_own_groups_come_from_config_dir(tmp_path: Path):
         ("train.seed=0,1", "add -m"),
         ("train.seed", "setting=value"),
         ("=3", "names no setting"),
+        ("+@A=", "names no setting"),
         ("data.path=a=b", "must be quoted"),
         ("data.path=", "data.path is empty"),
         ("name=${nothing}", "'nothing' not found"),

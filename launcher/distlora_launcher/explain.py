@@ -48,9 +48,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
 
 
 def refuse_nameless(overrides: Sequence[str]) -> None:
-    """Refuse `=value`, which Hydra takes for a group without a name and fails on an assertion of its own."""
+    """Refuse `=value` and `+@package=value`, where Hydra fails on an assertion of its own: a group without a name."""
     for word in overrides:
-        if re.match(r"[+~]*[\s@:]*=", word):
+        if re.match(r"[+~]*\s*[@:=]", word):
             raise UserError(f"{word!r} names no setting; write setting=value")
 
 

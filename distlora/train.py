@@ -21,7 +21,7 @@ from distlora.checkpoints.environment import environment
 from distlora.checkpoints.folder import TRAINER_NAME, step_folder
 from distlora.checkpoints.identity import identity_of
 from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import Progress, check_matches, environment_line, load_state
+from distlora.checkpoints.state import Progress, TrainState, check_matches, environment_line, load_state
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
@@ -94,8 +94,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             checkpoints,
             backend.verified(state_files) if config.train.verify else state_files,
             backend=backend,
-            identity=identity,
-            environment=made_on,
+            state_of=lambda progress: TrainState(progress=progress, identity=identity, environment=made_on),
             keep=config.train.keep,
             in_background=config.train.save_in_background,
             say=reporter.event,

@@ -28,7 +28,7 @@ from distlora.checkpoints import saver as saver_module
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver
-from distlora.checkpoints.state import Identity, Progress, load_state
+from distlora.checkpoints.state import Identity, Progress, TrainState, load_state
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, streams
 from small_disks import fill, small_disk
@@ -59,8 +59,11 @@ def make_saver(run_dir: Path, state: State, said: list[str] | None = None, **opt
         run_dir / "checkpoints",
         state.files,
         backend=Backend(options.pop("ranks", SINGLE), sharded=False),
-        identity=Identity(base_fingerprint="base", data_digest="data", settings={}),
-        environment={},
+        state_of=lambda progress: TrainState(
+            progress=progress,
+            identity=Identity(base_fingerprint="base", data_digest="data", settings={}),
+            environment={},
+        ),
         say=(lambda line: None) if said is None else said.append,
         **{"keep": 2, "in_background": True} | options,
     )

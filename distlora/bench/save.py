@@ -26,7 +26,7 @@ from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.checkpoints.environment import environment
 from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import Identity, Progress
+from distlora.checkpoints.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.data.loader import PackedRows, StepLoader
@@ -133,8 +133,11 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
             run_dir,
             files,
             backend=backend,
-            identity=Identity(base_fingerprint="", data_digest="", settings={}),
-            environment=environment(ranks.world, ranks.device),
+            state_of=lambda progress: TrainState(
+                progress=progress,
+                identity=Identity(base_fingerprint="", data_digest="", settings={}),
+                environment=environment(ranks.world, ranks.device),
+            ),
             keep=2,
             in_background=in_background,
             say=lambda line: None,  # A save that failed is raised by the `wait` after a round.

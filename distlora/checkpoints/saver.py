@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from distlora.checkpoints.files import Files, whole_folder, write_files
 from distlora.checkpoints.folder import STATE_NAME, step_folder, write_manifest
 from distlora.checkpoints.keeping import Keeper
 from distlora.checkpoints.snapshot import Snapshot, is_cut
-from distlora.checkpoints.state import Identity, Progress, TrainState
+from distlora.checkpoints.state import Progress, TrainState
 from distlora.parallel import Backend, watch
 
 WORTH_SAYING = 1.0
@@ -56,22 +55,21 @@ class Saver:
         collect: Callable[[], Files],
         *,
         backend: Backend,
-        identity: Identity,
-        environment: Mapping[str, Any],
+        state_of: Callable[[Progress], TrainState],
         keep: int,
         in_background: bool,
         say: Callable[[str], None],
         metadata: Mapping[str, str] | None = None,
         saved_step: int | None = None,
     ) -> None:
-        """`collect` gives the files of a checkpoint, but for state.json, with the tensors as they are in training;
-        `metadata` goes into the headers of their files. `saved_step` is that of the checkpoint that the run goes on
-        from. `say` may be called from another thread.
+        """`collect` gives the files of a checkpoint, but for state.json, with the tensors as they are in training, and
+        `state_of` what goes into that; `metadata` goes into the headers of their files. `saved_step` is that of the
+        checkpoint that the run goes on from. `say` may be called from another thread.
         """
         self.saved_step = saved_step
         """The newest step that is known to be saved; the same on every rank after `wait` or `save_last`."""
         self._checkpoints, self._collect, self._backend = checkpoints, collect, backend
-        self._identity, self._environment, self._metadata = identity, dict(environment), metadata
+        self._state_of, self._metadata = state_of, metadata
         self._in_background, self._say = in_background, say
         self._keeper = Keeper(checkpoints, keep)
         self._snapshot = Snapshot(backend)
@@ -93,7 +91,7 @@ class Saver:
     def _begin(self, progress: Progress, *, last: bool) -> None:
         self._finish()
         self._saving, self._failed = progress.step, None
-        state = TrainState(progress=copy.deepcopy(progress), identity=self._identity, environment=self._environment)
+        state = copy.deepcopy(self._state_of(progress))  # Training changes its progress meanwhile.
         files = self._collect()
         cut = is_cut(files)
         in_background = self._in_background

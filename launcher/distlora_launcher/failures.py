@@ -140,8 +140,14 @@ def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
     return Failure(
         f"rank {rank} failed first: {shown}",
         _see(log_dir, rank, "its traceback is in"),
-        repeats=error["type"] in REPEATING or (error["type"] == "OSError" and error["message"].startswith(_FULL_DISK)),
+        repeats=is_final(error),
     )
+
+
+def is_final(error: Mapping[str, Any]) -> bool:
+    """Whether another attempt would meet what an error file tells of again."""
+    full = error["type"] == "OSError" and error["message"].startswith(_FULL_DISK)
+    return error["bad_input"] or error["type"] in REPEATING or full
 
 
 def read_errors(log_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

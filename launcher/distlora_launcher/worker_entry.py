@@ -16,6 +16,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from distlora_launcher.logs import ATTEMPT, last_number
 PARENT = "DISTLORA_PARENT_PID"
 """Environment variable: the process that starts this one, and ends it by its own end."""
 
+LONGEST_LOOK_SECONDS = 60.0
+"""A launcher that has not ended torchrun by then never will."""
+
 
 def end_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, so that no worker outlives a killed launcher."""
@@ -33,6 +37,18 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(128 + signal.SIGKILL)  # It died while Python was starting here.
+
+
+def wait_for_the_end(log_dir: Path, rank: int) -> None:
+    """Where this rank's earlier attempt failed for good: torchrun starts it again at once, and the launcher, which ends
+    torchrun then, looks every half a second. What that attempt left must be found as it is.
+    """
+    from distlora_launcher.failures import is_final, read_errors
+
+    folders = [log_dir, *(Path(os.environ[name]) for name in (stopping.PID_DIR,) if name in os.environ)]
+    errors = [error for folder in folders for _, error in read_errors(folder) if error["rank"] == rank]
+    if any(is_final(error) for error in errors):
+        time.sleep(LONGEST_LOOK_SECONDS)
 
 
 def set_aside_attempt(log_dir: Path, rank: int) -> None:
@@ -86,6 +102,8 @@ def main() -> None:
     log_dir, module, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
     end_with_parent()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        wait_for_the_end(Path(log_dir), rank)
     set_aside_attempt(Path(log_dir), rank)
     redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
     leave_pid(rank)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.environment import environment
@@ -203,9 +202,9 @@ def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@record
 def main() -> None:
-    """Entry of a worker process; torchrun's error file gets the exception of a rank that fails."""
+    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`): torch's own `record` would
+    leave a file that torchrun reads while a rank is ended within writing it, and torchrun ends by half a file."""
     if len(sys.argv) != 2:
         raise UserError(
             "usage: python -m distlora.train RUN (the launcher does this; start runs with `distlora train`)"

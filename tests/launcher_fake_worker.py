@@ -47,6 +47,7 @@ def main() -> None:
             raise ConnectionError("peer closed")
         case "rank 1 exits with 3":
             if rank == 1:
+                time.sleep(1)  # A real worker imports torch first: the launcher sees each attempt.
                 sys.exit(3)
             time.sleep(60)
         case "bad input":

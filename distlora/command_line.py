@@ -1,6 +1,7 @@
 """How every command of ours ends: what the user can mend is one line on stderr and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 128 + n ended by signal n. Imports no torch.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (EX_TEMPFAIL: try again), 128 + n ended by signal n.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from distlora.config import UserError
 from distlora.config.errors import in_one_line
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 INTERRUPTED = 128 + signal.SIGINT
 
 _BAD_PATH = {

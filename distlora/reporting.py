@@ -17,14 +17,12 @@ from types import TracebackType
 from typing import Any
 
 from distlora import durable
+from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.config import Config, UserError
 from distlora.json_files import read_object
 from distlora.progress import display
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
 from distlora.tracker import Tracker, start_tracker
-
-EXIT_STOPPED = 75
-"""Exit code of a run that saved a checkpoint and stopped before its end (EX_TEMPFAIL: try again)."""
 
 SHOWN_CHARACTERS = 100
 """Of a sample, on the terminal; samples.jsonl has it whole."""
@@ -184,8 +182,8 @@ class Reporter:
 def _exit_code(error: BaseException | None) -> int:
     """What the run is about to end with: 0, 75 where it stops after a save, 2 for a UserError, else 1."""
     if isinstance(error, Stopped):
-        return EXIT_STOPPED
-    return 0 if error is None else 2 if isinstance(error, UserError) else 1
+        return STOPPED
+    return DONE if error is None else BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
 def _shortened(text: str, most: int) -> str:

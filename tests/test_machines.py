@@ -214,7 +214,7 @@ def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for
     monkeypatch.setattr("distlora_launcher.machines.meet", lambda *_, **__: away)
     monkeypatch.setattr(processes.Process, "has_ended", True)  # Of the places of this process, before.
     with pytest.raises(UserError, match="nobody listened"):
-        run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder())
+        run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
     assert "on a file system without locks" in capsys.readouterr().err
 
 

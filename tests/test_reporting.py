@@ -11,9 +11,10 @@ import psutil
 import pytest
 import wandb
 
+from distlora.command_line import STOPPED
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
 from distlora.progress import figures
-from distlora.reporting import EXIT_STOPPED, Reporter
+from distlora.reporting import Reporter
 from distlora.stopping import Stopped
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
@@ -182,7 +183,7 @@ def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, c
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Stopped(signal.SIGUSR1), EXIT_STOPPED), (RuntimeError("x"), 1), (UserError("x"), 2), (KeyboardInterrupt(), 1)],
+    [(Stopped(signal.SIGUSR1), STOPPED), (RuntimeError("x"), 1), (UserError("x"), 2), (KeyboardInterrupt(), 1)],
 )
 def test_wandb_learns_how_the_run_ended(tmp_path, no_key, error, code):
     with pytest.raises(type(error)), make_reporter(tmp_path, tracker="wandb"):

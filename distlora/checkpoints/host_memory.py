@@ -115,7 +115,7 @@ def _left(folder: Path) -> Iterator[int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """None where there is no such file, as on other systems than Linux."""
+    """Of a file; none where there is no such file, as on other systems than Linux."""
     try:
         return path.read_text().splitlines()
     except OSError:

@@ -40,7 +40,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 LONGEST_MESSAGE = 2000
 LONGEST_REASON = 240
 
-_ERROR: Shape = {"time": float, "type": str, "message": str, "bad_input": bool}
+_ERROR: Shape = {"time": float, "type": str, "message": str, "bad_input": bool, "about?": (int, type(None))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
     if error["bad_input"]:
         return Failure(error["message"], "", bad_input=True, repeats=True)
     if error["type"] == "HungError":
-        about = rank if error["about"] is None else error["about"]
+        about = rank if error.get("about") is None else error["about"]
         return Failure(f"the run hung: {error['message']}", _see(log_dir, about, "its stacks are in"))
     text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
     shown = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."

@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 
 from distlora import durable
-from distlora.command_line import BAD_INPUT, DONE, FAILED
+from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping, load_config
+from distlora.config_file import as_mapping
 from distlora.json_files import object_or_empty
 from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_run_dir
@@ -29,10 +29,10 @@ from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import say, shown
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.worker_entry import PARENT
-from distlora_launcher.workers import STOPPED, run_workers
+from distlora_launcher.workers import run_workers
 
 
-def start(config: Config, *, worker_module: str = "distlora.train") -> int:
+def start(config: Config) -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
     code, config = make_run(config)
     run_dir = Path(config.run_dir)
@@ -40,7 +40,7 @@ def start(config: Config, *, worker_module: str = "distlora.train") -> int:
         say_how_to_go_on(run_dir, code)
         return code
     with running(run_dir):
-        return train(run_dir, config, worker_module)
+        return train(run_dir, config)
 
 
 def make_run(config: Config) -> tuple[int, Config]:
@@ -67,14 +67,8 @@ def make_run(config: Config) -> tuple[int, Config]:
         return code, config
 
 
-def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
+def resume_here(run_dir: Path, config: Config) -> int:
     """Continue a run from its newest checkpoint, or from the start where it has none. Returns the exit code."""
-    run_dir = run_dir.expanduser().absolute()
-    config = load_config(run_dir)
-    result = find_result(run_dir)
-    if result is not None:
-        say(f"{shown(run_dir)} is complete: {shown(result)}")
-        return DONE
     restore(config)
     check(config, new_run=False)
     with running(run_dir):
@@ -84,13 +78,13 @@ def resume(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
             if code != DONE:
                 say_how_to_go_on(run_dir, code)
                 return code
-        return train(run_dir, config, worker_module)
+        return train(run_dir, config)
 
 
 def train(
     run_dir: Path,
     config: Config,
-    worker_module: str,
+    worker_module: str = "distlora.train",
     *,
     forwarder: Forwarder | None = None,
     meeting: Meeting | None = None,
@@ -120,6 +114,14 @@ def train(
         everywhere = " on each machine" if config.cluster.on_each_machine else ""
         say(f"continue {since} with: distlora resume {shown(run_dir)}{everywhere}")
     return code
+
+
+def is_complete(run_dir: Path) -> bool:
+    """Whether a run has its result, which is said where it has."""
+    result = find_result(run_dir)
+    if result is not None:
+        say(f"{shown(run_dir)} is complete: {shown(result)}")
+    return result is not None
 
 
 def say_how_to_go_on(run_dir: Path, code: int) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distlora.command_line import DONE
+from distlora.command_line import DONE, STOPPED
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, load_config
-from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
+from distlora.run_folder import DATA_NAME, checkpoint_folders
 from distlora_launcher.checks import check, check_machine, check_writable, gpu_count
 from distlora_launcher.holding import CONFIG_NAME, together
 from distlora_launcher.hub import localize, restore
@@ -24,10 +24,9 @@ from distlora_launcher.logs import host_name, set_aside_logs
 from distlora_launcher.meeting import meet, wait_for_host
 from distlora_launcher.output import say, shown
 from distlora_launcher.signals import Forwarder, forwarding
-from distlora_launcher.workers import STOPPED
 
 
-def start_together(config: Config, *, worker_module: str = "distlora.train") -> int:
+def start_together(config: Config) -> int:
     """This machine's part in a run that the same command starts on each: make it or join it. Returns the exit code.
 
     Raises UserError for a folder that holds a run which was started before, and for settings that are not the run's.
@@ -53,17 +52,11 @@ def start_together(config: Config, *, worker_module: str = "distlora.train") -> 
                 forget_run(run_dir)
             return code
 
-        return run_by_hand(run_dir, config, forwarder, lead, worker_module)
+        return run_by_hand(run_dir, config, forwarder, lead)
 
 
-def resume_together(run_dir: Path, *, worker_module: str = "distlora.train") -> int:
+def resume_together(run_dir: Path, config: Config) -> int:
     """This machine's part in the rest of a run, when the same command is given on each. Returns the exit code."""
-    run_dir = run_dir.expanduser().absolute()
-    config = load_config(run_dir)
-    result = find_result(run_dir)
-    if result is not None:
-        say(f"{shown(run_dir)} is complete: {shown(result)}")
-        return DONE
     restore(config)
     check(config, new_run=False)
     say(f"run folder {shown(run_dir)}")
@@ -72,11 +65,15 @@ def resume_together(run_dir: Path, *, worker_module: str = "distlora.train") -> 
         def lead() -> int:
             return DONE if is_prepared(run_dir) else prepare(run_dir, forwarder)
 
-        return run_by_hand(run_dir, config, forwarder, lead, worker_module)
+        return run_by_hand(run_dir, config, forwarder, lead)
 
 
 def run_by_hand(
-    run_dir: Path, config: Config, forwarder: Forwarder, lead: Callable[[], int], worker_module: str
+    run_dir: Path,
+    config: Config,
+    forwarder: Forwarder,
+    lead: Callable[[], int],
+    worker_module: str = "distlora.train",
 ) -> int:
     """`run_together` with what SLURM's script would give: the endpoint, and an id that each machine can tell."""
     endpoint = config.cluster.rdzv_endpoint
@@ -96,7 +93,7 @@ def run_together(
     start_id: str,
     forwarder: Forwarder,
     *,
-    lead: Callable[[], int] | None = None,
+    lead: Callable[[], int],
     worker_module: str = "distlora.train",
 ) -> int:
     """Hold a place among the machines of the start `start_id` and run this one's workers. `lead` is what one machine
@@ -119,7 +116,7 @@ def run_together(
     ) as place:
         if place is not None:
             if place.leads:
-                code = lead() if lead is not None else DONE
+                code = lead()
                 if code != DONE:
                     return code
                 set_aside_logs(run_dir / "logs")

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora_launcher.output import say, shown
 from distlora_launcher.signals import hold
 
 # Before what takes long to import: SIGUSR1 ends a process that does nothing about it.
@@ -24,9 +23,9 @@ if __name__ == "__main__":
 
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.config_file import load_config
-from distlora.run_folder import find_result
 from distlora_launcher.hub import restore
 from distlora_launcher.jobs.record import note_job
+from distlora_launcher.local import is_complete
 from distlora_launcher.machines import run_together
 from distlora_launcher.signals import Forwarder, forwarding
 
@@ -50,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_node(run_dir: Path, endpoint: str, run_id: str, forwarder: Forwarder, *, slurm_job: str | None = None) -> int:
     """Run this machine's workers of a prepared run. Raises UserError for a run without data or that others run."""
     config = load_config(run_dir)
-    result = find_result(run_dir)
-    if result is not None:
-        say(f"{shown(run_dir)} is complete: {shown(result)}")
+    if is_complete(run_dir):
         return DONE
     restore(config)
 

@@ -23,16 +23,24 @@ def main(arguments: list[str]) -> int:
         extra = [word for word in arguments if "=" in word]
         reason = f"the settings of a run are fixed, {extra[0]} cannot change them" if extra else "give one run folder"
         raise UserError(f"distlora resume takes one run folder and nothing else: {reason}; write `distlora resume RUN`")
+    return resume(Path(arguments[0]))
+
+
+def resume(folder: Path) -> int:
+    """Continue the run in `folder`, or what is not done of a sweep there, as it was started. Returns the exit code."""
+    from distlora.command_line import DONE
     from distlora.config_file import load_config
     from distlora_launcher.jobs.submit import is_job, resume_run
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
-    from distlora_launcher.local import resume
+    from distlora_launcher.local import is_complete, resume_here
     from distlora_launcher.machines import resume_together
 
-    run_dir = Path(arguments[0])
-    if is_sweep(run_dir.expanduser()):
-        return resume_sweep(run_dir)
-    config = load_config(run_dir.expanduser())
+    folder = folder.expanduser().absolute()
+    if is_sweep(folder):
+        return resume_sweep(folder)
+    config = load_config(folder)
+    if is_complete(folder):
+        return DONE
     if is_job(config):
-        return resume_run(run_dir)
-    return resume_together(run_dir) if config.cluster.on_each_machine else resume(run_dir)
+        return resume_run(folder, config)
+    return resume_together(folder, config) if config.cluster.on_each_machine else resume_here(folder, config)

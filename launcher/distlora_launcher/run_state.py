@@ -116,12 +116,9 @@ def read_ending(run_dir: Path) -> Ending:
     """How the last start ended: the later of a stop and a failure; neither where it was killed, or still runs."""
     stopped = object_or_empty(run_dir / STOPPED_NAME)
     log_dir = run_dir / "logs"
-    try:
-        errors = [error for _, error in read_errors(log_dir)]
-        failure = first_failure(log_dir, {}, errors)
-        failed = max((_number(error.get("time")) or 0.0 for error in errors), default=0.0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # Being written, or damaged.
-        failure, failed = None, 0.0
+    errors = [error for _, error in read_errors(log_dir)]
+    failure = first_failure(log_dir, {}, errors)
+    failed = max((error["time"] for error in errors), default=0.0)
     if stopped and (_number(stopped.get("time")) or math.inf) >= failed:
         return Ending(stopped=stopped)
     if failure is not None:

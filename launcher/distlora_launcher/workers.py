@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from distlora.command_line import BAD_INPUT, DONE, FAILED
+from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.run_folder import find_result
 from distlora.stopping import PID_DIR, STOPPED_NAME
 from distlora_launcher.attempts import Attempts, identity
@@ -27,8 +27,6 @@ from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import Output, warn
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.worker_entry import PARENT
-
-STOPPED = 75
 
 KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -106,9 +104,7 @@ def run_workers(
         if meeting is not None and done:
             wait_for_outcome(run_dir, earlier)
     if final is not None and final.stopped:
-        warn(final.message)
-        if meeting is not None:
-            write_gave_up(log_dir, host_name(), final)
+        give_up(final, final.message, log_dir, meeting)
         return STOPPED
     if identity(marker) not in (None, earlier):
         return STOPPED
@@ -119,15 +115,18 @@ def run_workers(
     if requests.received is not None and (requests.killed or not saves):
         signum = signal.SIGINT if requests.killed else requests.received
         killed = f"killed by {signal.Signals(signum).name}"
-        warn(f"{killed}; logs are in {log_dir}")
-        if meeting is not None:
-            write_gave_up(log_dir, host_name(), Failure(killed, ""))
+        give_up(Failure(killed, ""), f"{killed}; logs are in {log_dir}", log_dir, meeting)
         return 128 + signum
     failure = final or failed or start_failure(torchrun_log, process.returncode, meeting)
-    warn(f"error: {failure.message}{attempts.told()}")
+    give_up(failure, f"error: {failure.message}{attempts.told()}", log_dir, meeting)
+    return BAD_INPUT if failure.bad_input else FAILED
+
+
+def give_up(failure: Failure, words: str, log_dir: Path, meeting: Meeting | None) -> None:
+    """Say why this machine's part in a run has ended for good: here in `words`, and to the others."""
+    warn(words)
     if meeting is not None:
         write_gave_up(log_dir, host_name(), failure)
-    return BAD_INPUT if failure.bad_input else FAILED
 
 
 def wait_for_outcome(run_dir: Path, earlier: tuple[int, int] | None) -> None:

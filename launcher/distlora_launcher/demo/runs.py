@@ -11,6 +11,7 @@ from pathlib import Path
 from distlora_launcher import local
 from distlora_launcher.checks import check
 from distlora_launcher.compose import compose_config
+from distlora_launcher.resume import resume
 
 
 def run_settings(overrides: list[str]) -> int:
@@ -24,7 +25,7 @@ def run_settings(overrides: list[str]) -> int:
 def continue_run(run_dir: Path) -> int:
     """What `distlora resume` does; prints that command first. Returns its exit code."""
     print(command_line("resume", [str(run_dir)]), flush=True)
-    return local.resume(run_dir)
+    return resume(run_dir)
 
 
 def command_line(command: str, arguments: list[str]) -> str:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
-from distlora.config_file import load_config
-from distlora.run_folder import checkpoint_folders, find_result
+from distlora.run_folder import checkpoint_folders
 from distlora_launcher.checks import check
 from distlora_launcher.holding import running
 from distlora_launcher.hub import restore
@@ -73,14 +72,8 @@ def submit_run(config: Config) -> int:
     return DONE
 
 
-def resume_run(run_dir: Path) -> int:
+def resume_run(run_dir: Path, config: Config) -> int:
     """Submit a run again, which then continues from its newest checkpoint. Refused while its job waits or runs."""
-    run_dir = run_dir.expanduser().absolute()
-    config = load_config(run_dir)
-    result = find_result(run_dir)
-    if result is not None:
-        say(f"{shown(run_dir)} is complete: {shown(result)}")
-        return DONE
     job = live_job(run_dir)
     if job is not None:
         raise UserError(

@@ -81,7 +81,6 @@ def is_sweep(folder: Path) -> bool:
 
 def resume_sweep(folder: Path) -> int:
     """Submit those runs of a sweep that are neither done nor in SLURM's hands, as one array. Returns the exit code."""
-    folder = folder.expanduser().absolute()
     numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CONFIG_NAME}") if path.parent.name.isdigit())
     unfinished = [folder / str(number) for number in numbers if find_result(folder / str(number)) is None]
     ended = [run for run in unfinished if live_job(run) is None]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
-from distlora.command_line import DONE, FAILED
+from distlora.command_line import DONE, FAILED, STOPPED
 from distlora.config import UserError, require
 from distlora.families import family_of, read_config
 from distlora.loading.segments import fingerprint, read_headers
@@ -38,7 +38,6 @@ from distlora_launcher.methods.results import (
 )
 from distlora_launcher.output import shown
 from distlora_launcher.signals import forwarding
-from distlora_launcher.workers import STOPPED
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
 STEPS, QUICK_STEPS = 48, 16

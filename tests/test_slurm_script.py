@@ -144,6 +144,11 @@ def test_a_dry_run_prints_the_script_and_makes_nothing(
     assert "    export NCCL_DEBUG=INFO\n" in script
     made = {path for path in place.rglob("*") if path not in before and not path.is_relative_to(slurm.folder)}
     assert made == set()
+    slurm.refuses("sbatch", "sbatch: fatal: Could not establish a configuration source")
+    assert train("--dry-run", "run_dir=runs/one", "cluster.environment={NCCL_DEBUG: INFO}") == 2
+    printed = capsys.readouterr()
+    assert printed.out == script, "whatever SLURM says of it"
+    assert "there is no cluster behind this machine's sbatch" in printed.err
     assert main(["train", "model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "--dry-run"]) == 2
     assert "cluster=local submits nothing; add cluster=slurm" in capsys.readouterr().err
 

@@ -28,7 +28,7 @@ from distlora_launcher.compose import (
     with_new_keys,
 )
 from distlora_launcher.initial_adapter import with_initial_adapter
-from distlora_launcher.jobs.submit import check_submission, is_job, submit_run
+from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.local import remove_if_empty, start
 from distlora_launcher.machines import start_together
@@ -52,9 +52,11 @@ def main(arguments: list[str]) -> int:
         for config in runs:
             check(config, new_run=True)
         if is_job(runs[0]):
-            script = check_submission(runs, sweeps=is_multirun(flags))
+            script = script_of(runs, sweeps=is_multirun(flags))
             if dry_run:
-                print(script, end="")
+                print(script, end="", flush=True)  # Whatever SLURM says of it: that may be why one wants to read it.
+            have_judged(script)
+            if dry_run:
                 return DONE
         return run_hydra(ordered(arguments, flags.overrides))
     if not flags.shell_completion:

@@ -33,6 +33,8 @@ _REASONS = {
     "memory specification": "set a lower cluster.memory",
     "generic resource": "set cluster.gpus_per_node to what the machines have, or ask for GPUs in the cluster's own "
     """way: 'cluster.sbatch=["--gres=gpu:8"]'""",
+    "configuration source": "there is no cluster behind this machine's sbatch; give the command where `sinfo` answers",
+    "contact slurm controller": "its controller does not answer; try again where `sinfo` does",
     "option": "correct cluster.sbatch",
     "policy": "ask for less (cluster.nodes, cluster.time_limit), or set another cluster.qos or cluster.account",
 }

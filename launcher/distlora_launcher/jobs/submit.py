@@ -33,10 +33,10 @@ def is_job(config: Config) -> bool:
     return config.cluster.launcher == "slurm"
 
 
-def check_submission(runs: Sequence[Config], *, sweeps: bool) -> str:
+def script_of(runs: Sequence[Config], *, sweeps: bool) -> str:
     """The script for `runs`, as SLURM would be given it; with `sweeps` they are the tasks of one array.
 
-    Raises UserError for what no script can do, and where SLURM is here, for what it refuses.
+    Raises UserError for what no script can do.
     """
     config = runs[0]
     require(
@@ -57,9 +57,13 @@ def check_submission(runs: Sequence[Config], *, sweeps: bool) -> str:
     tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
     script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())
     check_shell(config, script)
+    return script
+
+
+def have_judged(script: str) -> None:
+    """Raises UserError for what SLURM, where it is here, would refuse, before anything is made for it."""
     if scheduler.is_here():
         scheduler.try_submission(script)
-    return script
 
 
 def submit_run(config: Config) -> int:

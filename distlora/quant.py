@@ -43,7 +43,7 @@ class FrozenTensor(nn.Module):
         self.plain_absmax = False
         """Whether the absmax are kept in fp32, without double quantization."""
         if quantized:
-            groups = nf4.num_groups(self.numel)
+            groups = self.num_groups
             self.codes = _frozen((groups, nf4.GROUP_BYTES), torch.uint8)
             self.scales = _frozen((groups, nf4.BLOCKS_PER_GROUP), torch.uint8)
             self.group_scale = _frozen((groups,), torch.float32)
@@ -56,6 +56,11 @@ class FrozenTensor(nn.Module):
         """Weights that it stands for."""
         return math.prod(self.shape)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of a quantized weight, over all ranks."""
+        return nf4.num_groups(self.numel)
+
     def keep_absmax(self) -> None:
         """Store the absmax of every block itself: for a checkpoint that was quantized without double quantization.
 
@@ -63,7 +68,7 @@ class FrozenTensor(nn.Module):
         """
         assert self.quantized, "a dense weight has no absmax"
         del self.scales, self.group_scale, self.offset
-        self.absmax = _frozen((self.codes.shape[0], nf4.BLOCKS_PER_GROUP), torch.float32)
+        self.absmax = _frozen((self.num_groups, nf4.BLOCKS_PER_GROUP), torch.float32)
         self.plain_absmax = True
 
     @property
@@ -75,7 +80,7 @@ class FrozenTensor(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Stored bytes of a quantized weight over all ranks, the offset included, FSDP2's padding not."""
-        return self.codes.shape[0] * self.group_bytes + (0 if self.plain_absmax else 4)
+        return self.num_groups * self.group_bytes + (0 if self.plain_absmax else 4)
 
     @property
     def frozen_weight(self) -> FrozenWeight:

@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import parallel, startup, train
+from distlora import startup, train
 from distlora.checkpoints.files import whole_folder, write_files
 from distlora.checkpoints.folder import steps
 from distlora.config_file import load_config
 from distlora.loading.segments import read_headers
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, Shards
 from distlora.tensor_files import write_model
 from small_models import make_run, read_metrics
 from test_resume import run_until
@@ -142,7 +142,7 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
 def spread_states(ranks: Ranks) -> tuple[bool, list[Tensor]]:
     """Whether a state's cut tensor has the state's own memory, and its pieces in bf16; 7 rows, so 3 ranks differ."""
     assert ranks.group is not None
-    backend = Backend(ranks, sharded=True)
+    backend = Backend(ranks, Shards.over(ranks))
     mesh = DeviceMesh.from_group(ranks.group, "cpu", mesh_dim_names=("shard",))
     parameter = nn.Parameter(distribute_tensor(torch.zeros(7, 2), mesh, [Shard(0)]))
     rows, first = backend.local_rows(parameter)
@@ -154,7 +154,8 @@ def spread_states(ranks: Ranks) -> tuple[bool, list[Tensor]]:
             backend.spread(other, parameter)
     pieces: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "PIECE_BYTES", 20)  # Five of fp32's: a rank's three rows are two pieces.
+        # Five numbers of fp32: a rank's three rows are two pieces.
+        patch.setattr("distlora.parallel.backend.PIECE_BYTES", 20)
         backend.stream(spread, pieces.append, torch.bfloat16)
     return spread.to_local().data_ptr() == state.data_ptr(), pieces
 
@@ -177,7 +178,7 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, 
     optimizer = train.build_optimizer(backend.updated(trained), config.optim)
     train.restore(steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
     with pytest.MonkeyPatch.context() as patch, whole_folder(target, backend) as folder:
-        patch.setattr(parallel, "PIECE_BYTES", piece_bytes)
+        patch.setattr("distlora.parallel.backend.PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
         files = {"trainer.safetensors": train.trainer_tensors(optimizer, trained, backend)}
         sums = write_files(folder, files, backend)

@@ -25,7 +25,7 @@ from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
-from distlora.parallel import Backend, Ranks, fsdp2
+from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.traffic import Traffic
 from distlora.quant import FrozenLinear
 from distlora_kernels import scratch
@@ -150,7 +150,8 @@ def sharded_trainer(
     """A model that is trained whole, cut over a group of one rank, and its optimizer."""
     model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
     mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-    backend = Backend(Ranks(0, 1, device, group), sharded=True, _root=model)
+    ranks = Ranks(0, 1, device, group)
+    backend = Backend(ranks, Shards.over(ranks), _root=model)
     fsdp2.shard(model, mesh, prefetch=False, traffic=backend.traffic)
     trained = train.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)

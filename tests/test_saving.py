@@ -30,7 +30,7 @@ from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder
 from distlora.checkpoints.saver import SaveError, Saver
 from distlora.checkpoints.state import Identity, Progress, TrainState, load_state
 from distlora.config import UserError
-from distlora.parallel import Backend, Ranks, streams
+from distlora.parallel import Backend, Ranks, Shards, streams
 from small_disks import fill, small_disk
 from worlds import World
 
@@ -58,7 +58,7 @@ def make_saver(run_dir: Path, state: State, said: list[str] | None = None, **opt
     return Saver(
         run_dir / "checkpoints",
         state.files,
-        backend=Backend(options.pop("ranks", SINGLE), sharded=False),
+        backend=Backend(ranks := options.pop("ranks", SINGLE), Shards.over(ranks)),
         state_of=lambda progress: TrainState(
             progress=progress,
             identity=Identity(base_fingerprint="base", data_digest="data", settings={}),
@@ -165,7 +165,8 @@ FAULTS = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
 def test_copies_from_a_gpu_are_of_the_moment_when_they_were_queued() -> None:
     device = torch.device("cuda")
-    copies = snapshot.Snapshot(Backend(Ranks(0, 1, device, None), sharded=False))
+    ranks = Ranks(0, 1, device, None)
+    copies = snapshot.Snapshot(Backend(ranks, Shards.over(ranks)))
     tensors = {"large": torch.zeros(2**26, device=device), "small": torch.zeros(3, device=device)}
     for value in (1.0, 2.0):
         for tensor in tensors.values():

@@ -14,11 +14,11 @@ from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, M
 from distlora.config.cluster import ClusterConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
+from distlora.config.parallel import ParallelConfig
 from distlora.config.training import (
     OPTIMIZERS,
     SCHEDULES,
     OptimConfig,
-    ParallelConfig,
     TrackerConfig,
     TrainConfig,
 )

@@ -14,22 +14,6 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    backend: Literal["fsdp2"] = "fsdp2"
-    """What shards the frozen base over the ranks. One process needs no sharding and gets none."""
-    prefetch: bool = True
-    """Gather the next block while this one computes. Two blocks are then resident instead of one."""
-    bucket_mb: float = 4.0
-    """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
-        )
-        require_positive("parallel", self, "bucket_mb")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW (arXiv 1711.05101) on fp32 masters, and the schedule of its learning rate."""
 

@@ -72,9 +72,8 @@ def quantize_into(
 
 def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> float:
     """The mean absmax over all ranks, from the sums of all groups; they are the same numbers on any number of ranks."""
-    total_groups = weight.codes.shape[0]
     sums = nf4.absmax_group_sums(absmax)
-    per_rank = -(-total_groups // backend.ranks.world) if backend.sharded else total_groups
+    per_rank = -(-weight.num_groups // backend.shards.count)
     padded = torch.zeros(per_rank, dtype=torch.float64, device=sums.device)
     padded[: len(sums)] = sums
     num_blocks = -(-weight.numel // nf4.BLOCK)

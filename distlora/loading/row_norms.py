@@ -37,7 +37,7 @@ def fill_row_norms(linear: AdaptedLinear, backend: Backend) -> None:
     sums = torch.cat([linear.row_norms_squared.new_empty(0, dtype=torch.float64), *parts])  # A rank may own nothing.
     if backend.sharded:
         unit = nf4.GROUP if linear.quantized else columns
-        units = -(-(linear.codes if linear.quantized else linear.weight).shape[0] // backend.ranks.world)
+        units = -(-(linear.num_groups if linear.quantized else rows) // backend.shards.count)
         padded = torch.zeros(units * unit // size, dtype=torch.float64, device=sums.device)
         padded[: len(sums)] = sums
         sums = backend.gather_rows(padded)[: rows * columns // size]

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora import stopping
-from distlora.parallel import Ranks, watch
+from distlora.parallel import watch
+from distlora.parallel.ranks import Ranks
 from distlora.stopping import Stopped
 
 

@@ -25,7 +25,7 @@ from distlora.parallel.checksums import checksums
 from distlora.quant import FrozenTensor
 
 if TYPE_CHECKING:
-    from distlora.parallel import Backend
+    from distlora.parallel.backend import Backend
 
 
 class DamagedWeightsError(RuntimeError):

@@ -1,0 +1,226 @@
+"""What the trainer and the loader may see of parallelism, whichever backend it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distlora.model import CausalLM
+from distlora.parallel.adapter_sync import GradientReducer
+from distlora.parallel.integrity import FrozenWeights
+from distlora.parallel.ranks import Ranks
+from distlora.parallel.shards import Shards, local_rows
+from distlora.parallel.streams import HostRows, stream_rows
+from distlora.parallel.traffic import Traffic
+from distlora.parallel.trained_shards import ShardedGradients
+from distlora.quant import FrozenTensor
+
+Collected = TypeVar("Collected")
+
+PIECE_BYTES = 64 * 2**20
+"""Of a tensor that is saved: what a rank holds of it at once beside its own rows."""
+
+
+@dataclass(slots=True)
+class Backend:
+    """What the trainer and the loader may know of parallelism."""
+
+    ranks: Ranks
+    shards: Shards
+    """The ranks that cut one copy of the base between them."""
+    traffic: Traffic = field(default_factory=Traffic)
+    _root: nn.Module | None = None
+    _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
+    """Those of replicated parameters, and of sharded ones."""
+    _frozen: FrozenWeights | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is cut over ranks; one process keeps it whole."""
+        return self.shards.count > 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes what all ranks have alike: checkpoints and results."""
+        return self.ranks.rank == 0
+
+    def local_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
+        return local_rows(tensor)
+
+    def gather_rows(self, local: Tensor) -> Tensor:
+        """The `local` (same shape on each) of the ranks that cut one copy of the base between them, one after the other
+        along dim 0. For loading, not for a step."""
+        if not self.sharded:
+            return local
+        gathered = [torch.empty_like(local) for _ in range(self.shards.count)]
+        dist.all_gather(gathered, local, group=self.shards.group)
+        return torch.cat(gathered)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Rank `owner`'s values into every rank's `tensor`, in place. For loading, not for a step."""
+        if self.ranks.group is not None:
+            dist.broadcast(tensor, group=self.ranks.group, group_src=owner)
+
+    def spread(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
+        """What has a number for each element of `local_rows(parameter)`, as cut over the ranks like `parameter`.
+
+        Both share their memory, so `local` must lie on the parameter's device: DTensor would copy it there.
+        """
+        data = parameter.data
+        if not isinstance(data, DTensor):
+            return local
+        rows = data.to_local()
+        assert (local.shape, local.device) == (rows.shape, rows.device), "this state is not of the parameter's rows"
+        return DTensor.from_local(
+            local, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
+        )
+
+    def stream(
+        self, tensor: Tensor | HostRows, write: Callable[[Tensor], object], dtype: torch.dtype | None = None
+    ) -> None:
+        """Give `write` all of a tensor, cut over the ranks or not, on the rank that writes: flat pieces of at most
+        PIECE_BYTES in host memory, front to back. On the others `write` is not called.
+
+        Every rank must call it for the same tensors in the same order. For saving, not for a step; copies in host
+        memory (`HostRows` of what was cut) are streamed while another thread trains, and keep their dtype.
+        """
+        if isinstance(tensor, HostRows):
+            assert dtype in (None, tensor.dtype), "copies are written as they are"
+            assert self.ranks.control is not None
+            stream_rows(tensor, write, group=self.ranks.control, rank=self.ranks.rank, world=self.ranks.world)
+            return
+        data = tensor.detach()
+        dtype = dtype or data.dtype
+        size = PIECE_BYTES // max(dtype.itemsize, data.dtype.itemsize)
+        if not isinstance(data, DTensor):
+            if self.writes:
+                for piece in data.reshape(-1).split(size):
+                    write(piece.to("cpu", dtype))
+            return
+        local, first_row = self.local_rows(data)
+        own, columns = local.reshape(-1), math.prod(data.shape[1:])
+        start, per_rank = first_row * columns, -(-data.shape[0] // self.ranks.world) * columns
+        for first in range(0, data.numel(), per_rank):
+            owner, end = first // per_rank, min(first + per_rank, data.numel())
+            for low in range(first, end, size):
+                high = min(low + size, end)
+                if owner == self.ranks.rank:
+                    piece = own[low - start : high - start].to(dtype)
+                else:
+                    piece = torch.empty(high - low, dtype=dtype, device=own.device)
+                # Front to back needs one rank's rows after the other's, and a broadcast needs no communicator for each
+                # pair of ranks, as sending to the one that writes would.
+                if owner != 0:
+                    self.broadcast(piece, owner)
+                if self.writes:
+                    write(piece.cpu())
+                elif piece.is_cuda:
+                    # No further ahead of the files than a piece: NCCL's watchdog counts from when a call was queued.
+                    torch.cuda.current_stream(piece.device).synchronize()
+
+    def watch_weights(self, model: CausalLM) -> None:
+        """After loading: remember what the frozen base is on every rank, and check it where the next forward gathers
+        it. Does nothing where all of it is trained. Raises DamagedWeightsError (`integrity`)."""
+        if any(not parameter.requires_grad for parameter in model.parameters()):
+            self._frozen = FrozenWeights(model, self)
+            self._frozen.check_next_forward()
+
+    def check_weights(self) -> None:
+        """Whether the frozen base is still what was loaded: each rank's own rows now, and in the next forward what is
+        gathered. Raises DamagedWeightsError on every rank."""
+        if self._frozen is not None:
+            self._frozen.check_own_rows()
+            self._frozen.check_next_forward()
+
+    def verified(self, collect: Callable[[], Collected]) -> Callable[[], Collected]:
+        """`collect`, with `check_weights` before it: for what is saved."""
+
+        def checked() -> Collected:
+            self.check_weights()
+            return collect()
+
+        return checked
+
+    def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> None:
+        """Own the gradients of these trained parameters (in forward order) from now on."""
+        trained = list(parameters)
+        replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
+        sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
+        group, traffic = self.ranks.group, self.traffic
+        self._gradients = []
+        if replicated:
+            bucket_bytes = int(bucket_mb * 2**20)
+            self._gradients += [GradientReducer(replicated, group=group, bucket_bytes=bucket_bytes, traffic=traffic)]
+        if sharded:
+            assert self._root is not None
+            assert group is not None
+            self._gradients += [ShardedGradients(self._root, sharded, group=group, traffic=traffic)]
+
+    def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """What the optimizer updates in the place of these: themselves, or the rows of them that this rank owns."""
+        rows = {parameter: own for part in self._gradients for parameter, own in part.updated()}
+        return {name: rows[parameter] for name, parameter in parameters.items()}
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes.
+
+        A loss that is not finite makes the sums of all ranks NaN, so that each of them sees it in the norm.
+        """
+        assert self._gradients, "reduce_gradients_of comes first"
+        for part in self._gradients:
+            part.expect(last=last)
+            part.poison_unless_finite(loss.detach())
+        loss.backward()
+
+    def finish_gradients(self) -> None:
+        """Wait until every gradient is the sum over all ranks: identical bits on each that has it."""
+        for part in self._gradients:
+            part.finish()
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to this global norm, 0 for never. Returns the norm before, on the device, which the
+        host does not read."""
+        norm = torch.stack([part.squared_norm() for part in self._gradients]).sum().sqrt()
+        if max_norm > 0:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for part in self._gradients:
+                part.scale(factor)
+        return norm
+
+    def zero_gradients(self) -> None:
+        for part in self._gradients:
+            part.zero()
+
+    def unpacked_extra_bytes(self, model: CausalLM, passes: int) -> int:
+        """What `passes` gathers of every block would move beyond what they do, were the packed weights bf16."""
+        if not self.sharded:
+            return 0
+        count, extra = self.shards.count, 0
+        for weight in (module for module in model.modules() if isinstance(module, FrozenTensor) and module.quantized):
+            groups = count * -(-weight.num_groups // count)
+            extra += 2 * weight.numel - groups * weight.group_bytes
+        return passes * extra
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The elementwise sum over all ranks, in place. For counters between steps."""
+        if self.ranks.group is not None:
+            dist.all_reduce(tensor, group=self.ranks.group)
+        return tensor
+
+    def max_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum over all ranks, in place."""
+        if self.ranks.group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.ranks.group)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.ranks.group is not None:
+            dist.barrier(self.ranks.group)

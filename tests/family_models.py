@@ -104,22 +104,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """name -> (transformers' class name without its ending, settings); Gemma 3 with "text" is the text model alone."""
 
 
-def hf_model(name: str) -> Any:
-    """A random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
+def hf_config(name: str) -> Any:
+    """The transformers config of a variant."""
     import transformers
 
     stem, settings = VARIANTS[name]
     values = SHAPES | settings
-    torch.manual_seed(0)
     if stem == "Gemma3" and "text" not in name:
         tie = {"tie_word_embeddings": values["tie_word_embeddings"]}
-        config = transformers.Gemma3Config(text_config=values, vision_config=_VISION, mm_tokens_per_image=4, **tie)
-        model: Any = transformers.Gemma3ForConditionalGeneration(config)
-    elif stem == "Gemma3":
-        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**values))
-    else:
-        # Not every class takes head_dim as a field, but all read it.
-        model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, f"{stem}Config")(**values))
+        return transformers.Gemma3Config(text_config=values, vision_config=_VISION, mm_tokens_per_image=4, **tie)
+    # Not every class takes head_dim as a field, but all read it.
+    return getattr(transformers, f"{stem}TextConfig" if stem == "Gemma3" else f"{stem}Config")(**values)
+
+
+def hf_model(name: str) -> Any:
+    """A random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
+    import transformers
+
+    config = hf_config(name)
+    whole = isinstance(config, transformers.Gemma3Config)
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, f"{VARIANTS[name][0]}For{'ConditionalGeneration' if whole else 'CausalLM'}")(
+        config
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora import train
+from distlora import train, wire
 from distlora.adapters import StepRows, adapter_parameters
 from distlora.config import Config, UserError
 from distlora.config_file import build, load_config
@@ -34,7 +34,6 @@ from distlora_launcher.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import make_run, read_metrics
 from test_packing_isolation import model_with_adapters
-from test_parity import planned_gather
 from test_resume import figures, result, run_until
 from worlds import World
 
@@ -245,9 +244,8 @@ def test_ranks_and_micro_batches_change_nothing_and_the_base_is_gathered_as_ofte
     assert_adapters_close(result(tmp_path / "run"), adapter)
     assert metrics[-1]["eval_rewards/margins"] == pytest.approx(expected[-1]["eval_rewards/margins"], rel=1e-4)
     if size > 1:
-        blocks, rest = planned_gather(config, folders / model, size)
-        passes = -(-6 // (size * settings["micro_batch"])) if config.train.accumulate == "step" else 1
-        assert metrics[-2]["gathered_bytes"] == passes * (2 * blocks + rest), "what SFT gathers (test_parity.py)"
+        gathered = wire.of_run(config, world=size).gathered
+        assert metrics[-2]["gathered_bytes"] == gathered, "what SFT gathers (test_wire.py)"
 
 
 def saved_bytes(model: CausalLM, **arguments: Any) -> int:

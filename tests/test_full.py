@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train
+from distlora import startup, train, wire
 from distlora.checkpoints.files import whole_folder, write_files
 from distlora.checkpoints.folder import steps
+from distlora.config import Config
 from distlora.config_file import load_config
-from distlora.loading.segments import read_headers
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.tensor_files import write_model
 from small_models import make_run, read_metrics
@@ -30,8 +30,8 @@ FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
 
-def prepare(run_dir: Path, folders: Path, model: str = "llama", **train_settings: Any) -> None:
-    make_run(run_dir, folders, model, **FULL, train=train_settings)
+def prepare(run_dir: Path, folders: Path, model: str = "llama", **train_settings: Any) -> Config:
+    return make_run(run_dir, folders, model, **FULL, train=train_settings)
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
@@ -58,17 +58,6 @@ def references(world: World, folders: Path, tmp_path_factory: pytest.TempPathFac
     return results
 
 
-def planned_bytes(folder: Path, size: int, element: int, *, tied: bool) -> tuple[int, int]:
-    """(gathered in a pass over the model, forward and backward; summed over the ranks in a step), from the shapes."""
-    gathered = summed = 0
-    for name, segment in read_headers(folder).items():
-        padded = size * -(-segment.shape[0] // size) * (segment.numel // segment.shape[0])
-        once = name == "model.embed_tokens.weight" and not tied  # Its gradient needs no weight.
-        gathered += padded * element * (1 if once else 2)
-        summed += 4 * padded
-    return gathered, summed
-
-
 CELLS = [
     ("llama", 1, {"micro_batch": 4, "accumulate": "block"}),
     pytest.param("llama", 2, {"micro_batch": 2}, marks=pytest.mark.slow),
@@ -83,7 +72,7 @@ CELLS = [
 def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step(
     world: World, folders: Path, tmp_path: Path, references: dict[str, Any], model: str, size: int, settings: dict
 ) -> None:
-    prepare(tmp_path / "run", folders, model, **settings)
+    config = prepare(tmp_path / "run", folders, model, **settings)
     metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
     expected, expected_model = references[model]
     assert_losses_close(losses_of(metrics), losses_of(expected))
@@ -92,12 +81,10 @@ def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step
     steps = [[line for line in lines if "loss" in line] for lines in (metrics, expected)]
     assert_losses_close(*([line["grad_norm"] for line in lines] for lines in steps), relative=1e-5)
 
-    gathered, summed = planned_bytes(folders / model, size, 4, tied=model == "llama-tied") if size > 1 else (0, 0)
-    passes = 12 // size // settings["micro_batch"] if settings.get("accumulate") != "block" else 1
-    line = steps[0][-1]
+    step, line = wire.of_run(config, world=size), steps[0][-1]
     # The norm is one number.
-    assert (line["gathered_bytes"], line["scattered_bytes"]) == (passes * gathered, summed)
-    assert line["reduced_bytes"] == (4 if size > 1 else 0)
+    assert (line["gathered_bytes"], line["scattered_bytes"]) == (step.gathered, step.scattered)
+    assert line["reduced_bytes"] == step.reduced == (4 if size > 1 else 0)
 
 
 def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
@@ -106,15 +93,15 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     )
     metrics = {"lora": world.run(1, run_once, run_dir=tmp_path / "lora")[0]}
     for size in (1, 2):
-        prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=2)
+        config = prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=2)
         metrics[str(size)] = world.run(size, run_once, run_dir=tmp_path / str(size))[0]
     losses = {name: losses_of(lines) for name, lines in metrics.items()}
     # Two ranks add the same micro-batch gradients in another order; rounding of activations to bf16 is the same.
     assert_losses_close(losses["2"], losses["1"], relative=1e-4)
     assert losses["1"][0] == losses["2"][0] == losses["lora"][0], "at step 0 it is not the base that LoRA trains on"
     step = [line for line in metrics["2"] if "loss" in line][-1]
-    gathered, summed = planned_bytes(folders / "llama", 2, 2, tied=False)
-    assert (step["gathered_bytes"], step["scattered_bytes"]) == (3 * gathered, summed)
+    calculated = wire.of_run(config, world=2)
+    assert (step["gathered_bytes"], step["scattered_bytes"]) == (calculated.gathered, calculated.scattered)
     (newest,) = steps(tmp_path / "2" / "checkpoints")
     tensors = safetensors.torch.load_file(newest / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -18,7 +18,7 @@ import torch
 
 import distlora.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
-from distlora import train
+from distlora import train, wire
 from distlora.adapters import adapter_parameters
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.experts import ExpertPair, ExpertWeight
@@ -347,15 +347,10 @@ def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
     for name in ("whole", "stopped"):
         config = make_run(tmp_path / name, folders, "mixtral", train=settings, data={"eval_fraction": 0.0})
     lines = world.run(size, trained, run_dir=tmp_path / "whole")[0]
-    model = build_model(config)
-    blocks = rest = 0
-    for path, parameter in model.named_parameters():
-        if ".adapters." not in path:
-            padded = size * -(-parameter.shape[0] // size) * parameter[:1].numel() * parameter.element_size()
-            blocks, rest = (blocks + padded, rest) if ".layers." in path else (blocks, rest + padded)
-    assert lines[-1]["gathered_bytes"] == 2 * blocks + rest, "forward and backward, all micro-batches in one gather"
+    step = wire.of_run(config, world=size)
+    assert lines[-1]["gathered_bytes"] == step.gathered, "forward and backward, all micro-batches in one gather"
     adapter = safetensors.torch.load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
-    assert lines[-1]["reduced_bytes"] == sum(tensor.nbytes for tensor in adapter.values())
+    assert lines[-1]["reduced_bytes"] == step.reduced == sum(tensor.nbytes for tensor in adapter.values())
 
     shutil.copytree(
         tmp_path / "whole" / "checkpoints" / "step_00000002", tmp_path / "stopped" / "checkpoints" / "step_00000002"

@@ -1,0 +1,81 @@
+"""Every collective of a stretch of work, counted where torch issues it and by no library that is measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ARGUMENT: dict[str, tuple[str, int]] = {
+    "_allgather_base_": ("gathered", 0),
+    "allgather_": ("gathered", 0),
+    "allgather_into_tensor_coalesced_": ("gathered", 0),
+    "_reduce_scatter_base_": ("scattered", 1),
+    "reduce_scatter_": ("scattered", 1),
+    "reduce_scatter_tensor_coalesced_": ("scattered", 1),
+    "allreduce_": ("reduced", 0),
+    "allreduce_coalesced_": ("reduced", 0),
+    "broadcast_": ("broadcast", 0),
+}
+"""c10d's collectives: their kind, and which argument is the whole: an all-gather's result, a reduce-scatter's input."""
+
+_NOTHING = ("barrier", "monitored_barrier_")
+
+
+class Collectives(TorchDispatchMode):
+    """`with Collectives() as counted: ...`: bytes and calls of this thread's collectives, by kind (gathered, scattered,
+    reduced, broadcast) and by the number of ranks.
+
+    Backward runs in the calling thread on a CPU, so its collectives are among them. One that is not known raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: Counter[tuple[str, int]] = Counter()
+        """(kind, ranks) -> bytes."""
+        self.calls: Counter[tuple[str, int]] = Counter()
+
+    def of(self, kind: str) -> int:
+        """Bytes of a kind, over whichever ranks."""
+        return sum(nbytes for (name, _), nbytes in self.nbytes.items() if name == kind)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self._count(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        if name in _NOTHING:
+            return
+        if name not in _ARGUMENT:
+            raise NotImplementedError(f"the counter does not know the collective c10d::{name}")
+        kind, whole = _ARGUMENT[name]
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+        self.nbytes[kind, group.size()] += sum(tensor.nbytes for tensor in _tensors(args[whole]))
+        self.calls[kind, group.size()] += 1
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in str(value._type())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def counted(work: Callable[[], object]) -> Collectives:
+    """What `work` issues."""
+    with Collectives() as collectives:
+        work()
+    return collectives

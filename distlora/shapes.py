@@ -1,0 +1,199 @@
+"""The shapes of a model's weights from its config.json alone: what memory and traffic are calculated from before
+anything is downloaded or built. Imports no torch; tests/test_wire.py holds it to the models themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.config import AdapterConfig, UserError
+from distlora.expert_targets import expert_shapes, select_adapted
+from distlora.families import Family, family_of, is_tied, text_settings
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"vocab_size": 256_000, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "gemma3": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "qwen3": {"head_dim": 128},
+    "gpt_oss": {"head_dim": 64, "attention_bias": True},
+}
+"""What transformers takes for what a config.json does not say, where hub models leave it out."""
+
+_QUERY_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text")
+_FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter of a decoder block, by its path in it."""
+
+    path: str
+    shape: tuple[int, ...]
+    packs: bool = False
+    """Whether quant=nf4 keeps it in 4 bits: linears and the fused weights of experts."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The adapter of one linear, or of all experts of a fused weight (E x r rows of A, columns of B)."""
+
+    path: str
+    """Hugging Face path of what it adapts."""
+    down: tuple[int, int]
+    """Shape of A."""
+    up: tuple[int, int]
+    """Shape of B."""
+    magnitude: int = 0
+    """Numbers of DoRA's magnitude."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.down) + math.prod(self.up) + self.magnitude
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """A decoder whose blocks are all alike, as those of every supported family are."""
+
+    family: Family
+    vocabulary: int
+    """Rows of the embedding and of the head."""
+    hidden: int
+    num_layers: int
+    tied: bool
+    """Whether the head's weight is the embedding's."""
+    block: tuple[Weight, ...]
+
+    @property
+    def numel(self) -> int:
+        """Parameters, a tied matrix once."""
+        matrices = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return matrices + self.hidden + self.num_layers * sum(weight.numel for weight in self.block)
+
+    @property
+    def packed_numel(self) -> int:
+        """Parameters that quant=nf4 keeps in 4 bits."""
+        return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
+
+    def adapters(self, config: AdapterConfig) -> list[list[Adapter]]:
+        """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
+        fused = expert_paths(self.family)
+        found = {
+            f"{self.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
+            for layer in range(self.num_layers)
+            for weight in self.block
+            if weight.packs
+        }
+        linears = [path for path, (_, weight) in found.items() if weight.path not in fused]
+        blocks: list[list[Adapter]] = [[] for _ in range(self.num_layers)]
+        for path in select_adapted(config, linears, self.family, self.num_layers):
+            layer, weight = found[path]
+            blocks[layer].append(self._adapter(config, path, weight))
+        return blocks
+
+    def _adapter(self, config: AdapterConfig, path: str, weight: Weight) -> Adapter:
+        rank, (*experts, out, inner) = config.rank_of(path), weight.shape
+        rows = math.prod(experts) * rank
+        return Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0)
+
+
+def expert_paths(family: Family) -> tuple[str, ...]:
+    """Paths in a block of the fused weights of its experts."""
+    layout = family.experts
+    return () if layout is None else tuple(f"{layout.module}.{weight}" for weight in layout.weights)
+
+
+def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | None = None) -> ModelShapes:
+    """The shapes of the model of a config.json (`read_config`); `place` is the file, for messages, `vocabulary` the
+    rows of embedding and head where tokens are added.
+
+    Raises UserError for a family that is not supported, and for a config.json that lacks a size.
+    """
+    family = family_of(model, place)
+    sizes = {**_DEFAULTS.get(family.model_type, {}), **_said(text_settings(model, family))}
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(sizes.get(name), int):
+            raise UserError(f"{place} says no {name}, so the model's size cannot be calculated; download it again")
+    return ModelShapes(
+        family=family,
+        vocabulary=sizes["vocab_size"] if vocabulary is None else vocabulary,
+        hidden=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        tied=is_tied(model, family),
+        block=(*_attention(family, sizes), *_feed_forward(family, sizes, place), *_norms(family, sizes["hidden_size"])),
+    )
+
+
+def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
+    weights = [Weight(f"{path}.weight", (out, inner), packs=True)]
+    return [*weights, Weight(f"{path}.bias", (out,))] if bias else weights
+
+
+def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
+    kind, hidden, heads = family.model_type, sizes["hidden_size"], sizes["num_attention_heads"]
+    head_dim = sizes.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, sizes.get("num_key_value_heads", heads) * head_dim
+    bias = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
+    if kind == "phi3":
+        found = _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias=False)
+    else:
+        found = []
+        for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            found += _linear(f"self_attn.{name}", out, hidden, bias=bias or kind == "qwen2")
+    found += _linear("self_attn.o_proj", hidden, queries, bias=bias)
+    if kind in _QUERY_NORMS:
+        found += [Weight(f"self_attn.{name}.weight", (head_dim,)) for name in ("q_norm", "k_norm")]
+    if kind == "gpt_oss":
+        found.append(Weight("self_attn.sinks", (heads,)))
+    return found
+
+
+def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -> list[Weight]:
+    kind, hidden = family.model_type, sizes["hidden_size"]
+    if family.experts is not None:
+        return _experts(family, sizes)
+    inner = sizes.get("intermediate_size")
+    if not isinstance(inner, int):
+        raise UserError(
+            f"{place} says no intermediate_size, so the model's size cannot be calculated; download it again"
+        )
+    if kind == "phi3":
+        parts = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    else:
+        parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    bias = kind == "llama" and bool(sizes.get("mlp_bias"))
+    return [weight for name, shape in parts.items() for weight in _linear(f"mlp.{name}", *shape, bias=bias)]
+
+
+def _experts(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
+    layout = family.experts
+    assert layout is not None
+    count, hidden = layout.num_experts(sizes), sizes["hidden_size"]
+    shapes = expert_shapes(family, 1, sizes)
+    fused = {path: shapes[f"{family.decoder}.layers.0.{path}"] for path in expert_paths(family)}
+    has_biases = family.model_type == "gpt_oss"
+    found = [Weight(f"{layout.router}.weight", (count, hidden))]
+    found += [Weight(f"{layout.router}.bias", (count,))] if has_biases else []
+    for path, shape in fused.items():
+        found.append(Weight(path, shape, packs=True))
+        found += [Weight(f"{path}_bias", shape[:2])] if has_biases else []
+    return found
+
+
+def _norms(family: Family, hidden: int) -> list[Weight]:
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if family.model_type in _FOUR_NORMS:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    return [Weight(f"{name}.weight", (hidden,)) for name in names]

@@ -1,0 +1,157 @@
+"""What a training step moves between ranks, calculated from a model's shapes: ours, and what PEFT with accelerate's
+FSDP2 moves for the same model. Imports no torch: the planner and `distlora bench comm` ask before anything is built.
+
+Two measures, each of one rank and one optimizer step:
+
+- **carried**: the bytes that the backend counts (`parallel/traffic.py`): an all-gather's result, what every rank puts
+  into a reduce-scatter, the buffer of an all-reduce.
+- **received**: what of it comes in over this rank's links, by the ring algorithms that NCCL and gloo use for large
+  buffers (and no algorithm gets below it): of S bytes over W ranks an all-gather and a reduce-scatter
+  (W-1)/W S each, an all-reduce 2 (W-1)/W S.
+
+FSDP2 cuts dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
+tests/test_wire.py holds every number to collectives counted as torch issues them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from distlora.config import Config
+from distlora.families import read_config
+from distlora.shapes import Adapter, ModelShapes, Weight, shapes_of
+from distlora.tokens import trained_indices
+
+GROUP_WEIGHTS = 16_384
+"""Weights of a group of NF4 with double quantization."""
+GROUP_BYTES = 8192 + 256 + 4
+"""Stored bytes of a group: codes, scales, group_scale (kernels/README.md)."""
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+
+Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
+"""How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBytes:
+    """What one rank's collectives carry in a step."""
+
+    gathered: int
+    """By all-gathers, over the ranks that cut a copy of the base."""
+    scattered: int = 0
+    """By reduce-scatters, over the same ranks."""
+    reduced: int = 0
+    """By all-reduces, over all ranks."""
+    shards: int
+    """Ranks that cut one copy of the base between them."""
+    world: int
+    """All ranks; shards x replicas."""
+
+    @property
+    def carried(self) -> int:
+        return self.gathered + self.scattered + self.reduced
+
+    @property
+    def received(self) -> int:
+        cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
+        return cut + 2 * self.reduced * (self.world - 1) // self.world
+
+    @property
+    def across_replicas(self) -> int:
+        """Of what is received: what ranks of other replicas have sent. All ranks send nothing but adapter gradients
+        there, once summed within a replica: each of a replica's ranks brings 1/shards of them across."""
+        replicas = self.world // self.shards
+        return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas
+
+
+def padded(shape: Sequence[int], ranks: int) -> int:
+    """Numbers in a tensor whose rows are filled up to a multiple of the ranks."""
+    return ranks * -(-shape[0] // ranks) * math.prod(shape[1:])
+
+
+def packed_bytes(numel: int, ranks: int) -> int:
+    """Bytes of a weight in NF4 as it is gathered: whole groups, a multiple of the ranks of them."""
+    return padded((-(-numel // GROUP_WEIGHTS),), ranks) * GROUP_BYTES
+
+
+def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsize: int) -> int:
+    """What gathering one of our blocks carries. `itemsize`: of what is not packed."""
+    return sum(
+        packed_bytes(weight.numel, ranks) if quantized and weight.packs else itemsize * padded(weight.shape, ranks)
+        for weight in block
+    )
+
+
+def passes_of(config: Config, accumulation: int) -> int:
+    """How often a step runs the model, forward and backward."""
+    return accumulation if config.train.accumulate == "step" else 1
+
+
+def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
+    """A step of ours: each block gathered in forward and in backward, embedding, head and final norm in forward alone;
+    adapter gradients all-reduced once.
+
+    What is trained of the base itself is gathered in `train.dtype` too, in backward as well where its gradient needs it
+    (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
+    """
+    adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], world
+    full, whole = adapter.method == "full", adapter.modules_to_save
+    tied = shapes.tied and not whole
+    matrix = padded((shapes.vocabulary, shapes.hidden), shards)
+    norm = padded((shapes.hidden,), shards)
+    block = block_bytes(shapes.block, shards, quantized=config.quant.method == "nf4", itemsize=itemsize)
+    head_is_trained = full or "lm_head" in whole
+    elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if tied else matrix)
+    gathered = passes_of(config, accumulation) * (2 * shapes.num_layers * block + itemsize * elements)
+    scattered = 4 * matrix * len(whole)
+    if full:
+        of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
+        scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
+    reduced = 0 if full else 4 * sum(each.numel for block in shapes.adapters(adapter) for each in block)
+    reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered else 0)
+    if world == 1:
+        gathered = scattered = reduced = 0
+    return StepBytes(gathered=gathered, scattered=scattered, reduced=reduced, shards=shards, world=world)
+
+
+def token_rows(config: Config, shapes: ModelShapes) -> int:
+    """Rows of embedding and head that are trained while the rest is frozen."""
+    ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))  # Any that no other token has.
+    return sum(map(len, trained_indices(config, tied=shapes.tied, new=tuple(ids)).values()))
+
+
+def of_run(config: Config, *, world: int, vocabulary: int | None = None) -> StepBytes:
+    """A step of this run, from its settings and its model's config.json; `vocabulary` as in `shapes_of`."""
+    folder = Path(config.model.path)
+    shapes = shapes_of(read_config(folder), folder / "config.json", vocabulary=vocabulary)
+    accumulation = -(-config.train.global_batch // (world * config.train.micro_batch))
+    return ours(config, shapes, world=world, accumulation=accumulation)
+
+
+def peer(
+    shapes: ModelShapes, adapters: Sequence[Sequence[Adapter]], storage: Storage, *, world: int, accumulation: int
+) -> StepBytes:
+    """A step of PEFT with accelerate's FSDP2 (mixed_precision=bf16, blocks as units, gradients held back until the last
+    micro-batch), read in accelerate 1.15 and peft 0.21 and counted.
+
+    Everything is gathered in bf16, adapters too, since they are cut like the base: blocks and the embedding in forward
+    and again in backward, the head (with a tied embedding) and the final norm once. In uint8 storage accelerate leaves
+    4-bit weights out of the sharding: every rank has them all. The scales of 4-bit weights are no parameters and lie on
+    every rank. Adapter gradients are reduce-scattered in bf16.
+    """
+    block = 0
+    for weight in shapes.block:
+        if not weight.packs or storage == "bf16" or len(weight.shape) > 2:  # bitsandbytes packs no fused experts.
+            block += 2 * padded(weight.shape, world)
+        elif storage == "nf4 in bf16":  # One column of bf16, four weights in each.
+            block += 2 * padded((-(-weight.numel // 4),), world)
+    of_adapters = sum(2 * (padded(each.down, world) + padded(each.up, world)) for blocks in adapters for each in blocks)
+    matrix = 2 * padded((shapes.vocabulary, shapes.hidden), world)
+    a_pass = 2 * (shapes.num_layers * block + of_adapters) + 2 * padded((shapes.hidden,), world)
+    a_pass += matrix if shapes.tied else 3 * matrix
+    return StepBytes(gathered=accumulation * a_pass, scattered=of_adapters, shards=world, world=world)

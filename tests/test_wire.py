@@ -1,0 +1,121 @@
+"""What a step moves is calculated from config.json, and is what torch's collectives carry, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from distlora import wire
+from distlora.adapters import adapter_parameters
+from distlora.bench.traffic import Counts, measure_ours
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.families import read_config
+from distlora.model import build_model
+from distlora.parallel import Ranks
+from distlora.parallel.traffic import Traffic
+from distlora.shapes import ModelShapes, shapes_of
+from distlora_kernels import nf4
+from family_models import VARIANTS, config_for, hf_config
+from worlds import World
+
+LENGTH, MICRO_BATCH = 16, 2
+
+
+def shapes_in(folder: Path) -> ModelShapes:
+    return shapes_of(read_config(folder), folder / "config.json")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_family_has_the_shapes_that_its_config_says(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    config = config_for(tmp_path, quant={"method": "none"}, adapter={"r": 4, "target_modules": "attention"})
+    model, shapes = build_model(config), shapes_in(tmp_path)
+    actual = {path: tuple(p.shape) for path, p in model.blocks[0].inner.named_parameters() if ".adapters." not in path}
+    # A fused weight of experts is a module here, and GPT-OSS' are stored the other way round.
+    stated = {w.path if w.path in actual else f"{w.path}.weight": w.shape for w in shapes.block}
+    assert {path: sorted(shape) for path, shape in stated.items()} == {p: sorted(s) for p, s in actual.items()}
+    adapters = adapter_parameters(model)
+    assert shapes.tied == model.tied
+    assert shapes.numel == sum(p.numel() for path, p in model.named_parameters() if path not in adapters)
+    assert sum(a.numel for block in shapes.adapters(config.adapter) for a in block) == sum(
+        p.numel() for p in adapters.values()
+    )
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Gemma3Text", "Llama", "Mistral"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(kind: str) -> None:
+    default = getattr(transformers, f"{kind}Config")()
+    sparse = {name: getattr(default, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sparse |= {"model_type": default.model_type, "vocab_size": default.vocab_size}
+    sparse["num_attention_heads"] = default.num_attention_heads
+    full = shapes_of({**sparse, **default.to_dict()}, "config.json")
+    if kind.startswith("Gemma"):  # What the hub's leave out.
+        del sparse["vocab_size"], sparse["num_attention_heads"]
+    elif default.num_key_value_heads != default.num_attention_heads:
+        sparse["num_key_value_heads"] = default.num_key_value_heads
+    assert shapes_of(sparse, "config.json").block == full.block
+
+
+def test_a_group_has_the_bytes_that_the_kernels_store() -> None:
+    assert (wire.GROUP_WEIGHTS, wire.GROUP_BYTES) == (nf4.GROUP, nf4.GROUP_RECORD_BYTES)
+
+
+def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none.jsonl", "sequence_length": LENGTH},
+        "adapter": {"target_modules": "all-linear", "r": 8},
+        "train": {"micro_batch": MICRO_BATCH},
+    }
+    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
+    return build(Config, {**values, "run_dir": "none"})
+
+
+def our_traffic(ranks: Ranks, *, config: Config, accumulation: int) -> tuple[Counts, Traffic]:
+    return measure_ours(config, ranks, accumulation=accumulation)
+
+
+NONE = {"quant": {"method": "none"}}
+CELLS: list[tuple[str, int, int, dict[str, Any]]] = [
+    # (model, ranks, micro-batches, settings)
+    ("llama", 2, 1, {"train": {"dtype": "fp32"}}),
+    ("llama", 2, 3, {}),
+    ("llama", 3, 3, {"train": {"accumulate": "block"}, "parallel": {"prefetch": False}}),
+    ("llama-tied", 2, 2, {"train": {"checkpointing": "none"}, "parallel": {"bucket_mb": 0.01}}),
+    ("llama-tied", 3, 2, {"adapter": {"use_dora": True, "rank_pattern": {"down_proj": 3}}}),
+    ("llama-tied", 3, 1, {"model": {"new_tokens": ["<think>", "</think>"]}, "train": {"dtype": "fp32"}}),
+    ("llama", 2, 1, {"adapter": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}}),
+    ("mixtral", 3, 2, {"train": {"accumulate": "block"}}),
+    ("qwen3", 3, 2, {**NONE, "adapter": {"target_modules": "qv"}}),
+    ("llama-tied", 3, 2, {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}),
+    ("llama-tied", 2, 2, {**NONE, "adapter": {"method": "full"}}),
+    ("llama", 3, 1, {**NONE, "adapter": {"method": "full"}}),
+]
+
+
+@pytest.mark.parametrize(("model", "size", "accumulation", "settings"), CELLS, ids=str)
+def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
+    world: World, folders: Path, model: str, size: int, accumulation: int, settings: dict[str, Any]
+) -> None:
+    config = config_of(folders / model, **settings)
+    shapes = shapes_of(read_config(folders / model), folders / model, vocabulary=build_model(config).vocabulary.rows)
+    step = wire.ours(config, shapes, world=size, accumulation=accumulation)
+    for counts, traffic in world.run(size, our_traffic, config=config, accumulation=accumulation):
+        assert (counts.gathered, counts.scattered, counts.reduced) == (step.gathered, step.scattered, step.reduced)
+        assert traffic == Traffic(counts.gathered, counts.reduced, counts.scattered)
+        if accumulation == 3 and config.train.accumulate == "step":
+            # Three micro-batches; in each 3 blocks forward and backward, and the embedding, the head and the norm.
+            assert counts.calls == 3 * (3 + 3 + 3) + 1, "and one all-reduce a bucket of adapter gradients"
+    assert step.gathered > 0
+    assert (step.scattered == 0) == (config.adapter.method == "lora" and not config.adapter.modules_to_save)
+
+
+def test_what_is_received_is_the_rings_share() -> None:
+    step = wire.StepBytes(gathered=800, scattered=80, reduced=40, shards=4, world=8)
+    assert step.received == 880 * 3 // 4 + 2 * 40 * 7 // 8
+    assert step.across_replicas == 2 * (40 // 4) * 1 // 2
+    assert wire.StepBytes(gathered=0, shards=1, world=1).received == 0

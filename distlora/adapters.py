@@ -41,7 +41,7 @@ class StepRows(NamedTuple):
 class BlockContext:
     """What a block's linears must know of the rows of its current micro-batch beside their hidden states.
 
-    The block wrapper sets both before it runs its layer, in recomputation too.
+    The block wrapper sets them before it runs its layer, in recomputation too.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,8 @@ class BlockContext:
         """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
         self.balanced: Tensor | None = None
         """(B, T) bool: the positions over which a router's choices are to be balanced; None: no loss asks for it."""
+        self.first_token = 0
+        """Which token of its row the first one is that the linears are given: not 0 in a tile of an MLP."""
         self._balance: Tensor | None = None
 
     def leave_balance(self, balance: Tensor) -> None:
@@ -183,7 +185,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
         at = self.context.step_rows
         if at is None or self.dropout_threshold == 0:
             return None
-        return Dropout(self.dropout_key, self.dropout_threshold, at.step, at.rows)
+        return Dropout(self.dropout_key, self.dropout_threshold, at.step, at.rows, self.context.first_token)
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

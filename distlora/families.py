@@ -69,6 +69,8 @@ class Family:
     then handed masks by layer type."""
     experts: ExpertLayout | None = None
     """None: a family without experts."""
+    mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
+    """The norms of a decoder layer before and after its MLP, whose path is `mlp` in every family."""
     ropes: tuple[str, ...] = (*STATIC_ROPES, "longrope")
 
     @property
@@ -76,6 +78,8 @@ class Family:
         """Whether the folder holds more than the text model (a vision tower), which stays untouched."""
         return self.text_config is not None
 
+
+_GEMMA_MLP_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -91,6 +95,7 @@ FAMILIES: dict[str, Family] = {
             tied=True,
             head_softcap=True,
             layer_types=True,
+            mlp_norms=_GEMMA_MLP_NORMS,
         ),
         Family(
             model_type="gemma3_text",
@@ -98,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             tied=True,
             head_softcap=True,
             layer_types=True,
+            mlp_norms=_GEMMA_MLP_NORMS,
         ),
         # Its forward caps no logits, whatever text_config.final_logit_softcapping says.
         Family(
@@ -109,6 +115,7 @@ FAMILIES: dict[str, Family] = {
             disk_heads=("language_model.lm_head.weight", "lm_head.weight"),
             tied=True,
             layer_types=True,
+            mlp_norms=_GEMMA_MLP_NORMS,
         ),
         Family(model_type="phi3", model_class="Phi3ForCausalLM", ropes=("default", "longrope")),
         Family(
@@ -173,6 +180,16 @@ _SETTINGS: Shape = {
     "mlp_only_layers?": ([int], type(None)),
 }
 """What is read of a config.json here; transformers checks the rest when it builds the model."""
+
+
+def check_tiles(mlp_tile: int | None, family: Family) -> None:
+    """Refuse tiles of an MLP that is one of experts."""
+    if mlp_tile is not None and family.experts is not None:
+        raise UserError(
+            f"train.mlp_tile={mlp_tile} runs an MLP on a part of a row, and {family.model_type} sorts all tokens of a "
+            "row by their experts and balances its routers over them; leave it out (train.checkpointing=selective "
+            "recomputes experts whole)"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

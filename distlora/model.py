@@ -27,7 +27,7 @@ from distlora.blocks import Block, Reference
 from distlora.config import Config
 from distlora.expert_targets import check_router_loss, expert_names, select_adapted
 from distlora.experts import ExpertWeight, replace_experts
-from distlora.families import Family, check_config, read_config
+from distlora.families import Family, check_config, check_tiles, read_config
 from distlora.head import LossHead
 from distlora.hf_config import read_hf_config, refused_by_transformers
 from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
@@ -168,7 +168,8 @@ class CausalLM(nn.Module):
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
-            masks = masks_by_layer_type(self.decoder, position_ids) if self.family.blind_masks else None
+            blind = self.family.blind_masks and documents is None
+            masks = masks_by_layer_type(self.decoder, position_ids) if blind else None
             known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
@@ -258,6 +259,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     place = folder / "config.json"
     family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
     check_router_loss(config.train.router_aux_loss, family)
+    check_tiles(config.train.mlp_tile, family)
     hf_config = read_hf_config(folder)
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
     vocabulary = vocabulary_of(config, read_config(folder))

@@ -24,6 +24,7 @@ from distlora.config import Config
 from distlora.loading import initialize
 from distlora.loading.start_file import needs_start
 from distlora.loading.weights import Loaded, load_base
+from distlora.mlp import place_mlps
 from distlora.model import DTYPES, CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.peft_format import load_initial_adapter
@@ -50,6 +51,7 @@ def start_model(
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
+    recompute_mlps(model, config)
     backend = parallelize(model, ranks, config)
     adapter = config.adapter
     if adapter.decomposes and needs_start(config, training=training, restores=restores):
@@ -100,6 +102,14 @@ def reserve_scratch(model: CausalLM, config: Config, device: torch.device) -> No
         f"{taken / 2**20:,.0f} MiB of scratch for dequantized weights: one at a time"
         + (", and a block's from recomputation to backward" if keep else "")
     )
+
+
+def recompute_mlps(model: CausalLM, config: Config) -> None:
+    """Where the config asks for it, have backward recompute each block's MLP, after the device's kernels have taken the
+    places of norms and MLPs and before the blocks are sharded."""
+    train = config.train
+    if train.checkpointing == "selective" or train.mlp_tile is not None:
+        place_mlps(model.blocks, model.family, tile=train.mlp_tile)
 
 
 def use_device_kernels(model: CausalLM, config: Config, device: torch.device) -> None:

@@ -55,6 +55,8 @@ def test_rows_and_columns_depend_on_nothing_beside_them(monkeypatch: pytest.Monk
     whole = mask([4, 9, 1, 7], 6, 50)
     assert torch.equal(mask([1, 4], 6, 50), whole[[2, 0]])
     assert torch.equal(mask([9], 3, 21), whole[1:2, :3, :21])
+    end = Dropout(KEY, threshold_of(0.3), 5, torch.tensor([4, 9, 1, 7]), first=2)
+    assert torch.equal(dropped(end, 4 * 4, 50).view(4, 4, 50), whole[:, 2:])
     monkeypatch.setattr(dropout_module, "_CPU_COUNTERS", 20)
     assert torch.equal(mask([4, 9, 1, 7], 6, 50), whole), "the pieces in which it is computed show"
 

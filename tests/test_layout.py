@@ -66,7 +66,7 @@ LAYERS = [
         "distlora.wire",
     },
     {"distlora.run_folder", "distlora.model_card"},
-    {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance"},
+    {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance", "distlora.mlp"},
     {"distlora.model"},
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
     {"distlora.loading"},

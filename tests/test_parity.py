@@ -42,13 +42,15 @@ CELLS = [
     ("llama", 2, {"micro_batch": 2, "accumulate": "block", "keep_dequantized": True}, {}),
     ("llama", 3, {"micro_batch": 4, "checkpointing": "none"}, {}),
     ("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
+    ("llama", 2, {"micro_batch": 3, "checkpointing": "selective"}, {}),
+    ("llama", 3, {"micro_batch": 2, "accumulate": "block", "mlp_tile": 24}, {}),
     ("llama", 4, {"micro_batch": 1}, {"prefetch": False}),
     ("llama", 4, {"micro_batch": 1, "accumulate": "block"}, {}),
     ("llama-tied", 1, {"micro_batch": 4}, {}),
     ("llama-tied", 2, {"micro_batch": 2}, {}),
     ("llama-tied", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
     ("llama-tied", 4, {"micro_batch": 3, "checkpointing": "none"}, {}),
-    ("qwen3", 2, {"micro_batch": 2}, {}),
+    ("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
     ("qwen3", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
 ]
 

@@ -84,9 +84,16 @@ class Config:
                 "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),
                 "train.verify": self.train.verify,
             }
+            self._check_full_recomputation()
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
         check_ranks(self, self.cluster.ranks)
+        tile, length = self.train.mlp_tile, self.data.sequence_length
+        require(
+            tile is None or tile < length,
+            f"train.mlp_tile={tile} cuts no row of data.sequence_length={length:,} tokens; leave it out, or set "
+            f"train.mlp_tile={max(1, length // 4)}",
+        )
         if self.train.objective == "dpo":
             self._check_preference()
         for format in self.data.formats:
@@ -115,6 +122,21 @@ class Config:
             f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
             "data.eval_path",
         )
+
+    def _check_full_recomputation(self) -> None:
+        """Of a model that is trained whole one process computes with 16-bit copies of a block's weights, which exist
+        while the block runs and not while a part of it does."""
+        train = self.train
+        set_to = {
+            "train.checkpointing=selective": train.checkpointing == "selective",
+            f"train.mlp_tile={train.mlp_tile}": train.mlp_tile is not None,
+        }
+        for setting, is_set in set_to.items():
+            require(
+                not is_set,
+                f"{setting} recomputes a part of a block, and adapter=full trains weights that are copied for a whole "
+                "one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
+            )
 
     def _check_preference(self) -> None:
         """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""

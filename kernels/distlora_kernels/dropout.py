@@ -38,6 +38,8 @@ class Dropout(NamedTuple):
     """The optimizer step that the rows are in: the same rows are dropped differently in another."""
     rows: Tensor
     """(B,) int64: the number of each row in the training data, whatever the batch it is run in."""
+    first: int = 0
+    """The position of the first input of each row: not 0 where a part of the rows is run."""
 
     @property
     def scale(self) -> float:
@@ -57,7 +59,7 @@ def dropped(dropout: Dropout, num_rows: int, columns: int) -> Tensor:
     device, batch = dropout.rows.device, dropout.rows.shape[0]
     assert num_rows % batch == 0, f"{num_rows} inputs are not {batch} rows of equal length"
     row = (dropout.rows & MASK).repeat_interleave(num_rows // batch)[:, None]
-    position = torch.arange(num_rows // batch, device=device).repeat(batch)[:, None]
+    position = torch.arange(num_rows // batch, device=device).add_(dropout.first).repeat(batch)[:, None]
     calls = -(-columns // COLUMNS_PER_CALL)
     column = torch.arange(calls, device=device)
     words = torch.empty(num_rows, calls, 4, dtype=torch.int32, device=device)

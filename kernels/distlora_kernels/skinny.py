@@ -129,16 +129,16 @@ def _choice_arguments(choice: RowChoice | None) -> tuple[Tensor | None, Sequence
 
 
 def _dropout_arguments(dropout: Dropout | None, num_rows: int) -> tuple[Tensor | None, Sequence[int]]:
-    """The schema's form of a Dropout: its rows, and key, threshold and step."""
+    """The schema's form of a Dropout: its rows, and key, threshold, step and first position."""
     if dropout is None:
         return None, ()
     batch = dropout.rows.shape[0]
     check(num_rows % batch == 0, lambda: f"{num_rows} inputs are not {batch} rows of equal length")
-    return dropout.rows, (*dropout.key, dropout.threshold, dropout.step)
+    return dropout.rows, (*dropout.key, dropout.threshold, dropout.step, dropout.first)
 
 
 def _dropout(rows: Tensor | None, words: Sequence[int]) -> Dropout | None:
-    return None if rows is None else Dropout((words[0], words[1]), words[2], words[3], rows)
+    return None if rows is None else Dropout((words[0], words[1]), words[2], words[3], rows, words[4])
 
 
 def _num_columns(rank: int, ranks: Sequence[int]) -> int:

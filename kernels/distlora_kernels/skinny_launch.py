@@ -99,12 +99,13 @@ def _alignment(ranks: tuple[int, ...]) -> int:
 
 def _dropout_words(dropout: Dropout | None, num_rows: int) -> dict[str, Any]:
     if dropout is None:
-        return {"dropped_rows": None, "dropped_tokens": 0, "key0": 0, "key1": 0, "threshold": 0, "step": 0}
+        absent = dict.fromkeys(("dropped_tokens", "first_token", "key0", "key1", "threshold", "step"), 0)
+        return {"dropped_rows": None, **absent}
     words = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
     # As signed numbers, so that every word is an int32 to Triton.
     signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in words.items()}
-    tokens = num_rows // dropout.rows.shape[0]
-    return {"dropped_rows": dropout.rows, "dropped_tokens": tokens, "threshold": dropout.threshold, **signed}
+    counter = {"dropped_tokens": num_rows // dropout.rows.shape[0], "first_token": dropout.first}
+    return {"dropped_rows": dropout.rows, **counter, "threshold": dropout.threshold, **signed}
 
 
 def _row_contiguous(matrix: Tensor) -> Tensor:

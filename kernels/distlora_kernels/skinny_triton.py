@@ -19,7 +19,7 @@ from distlora_kernels.philox_triton import dropped_tile
 
 _SLICES = ["batch_rows", "dropped_rows"]
 """Arguments that may be slices of tensors, whose alignment must not make another specialization."""
-_WORDS = ["key0", "key1", "threshold", "step"]
+_WORDS = ["first_token", "key0", "key1", "threshold", "step"]
 """Arguments that may be any number, which must not make another specialization either."""
 
 
@@ -39,16 +39,18 @@ def _own_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr
 
 
 @triton.jit
-def _dropout_counter(dropped_rows, tokens, m, valid):
-    """The row's number and the position of each row m (int32, whose division is cheap) of the flattened input."""
-    return tl.load(dropped_rows + m // tokens, mask=valid, other=0), m % tokens
+def _dropout_counter(dropped_rows, tokens, first, m, valid):
+    """The row's number and the position of each row m (int32, whose division is cheap) of the flattened input, in which
+    every row begins with position `first`.
+    """
+    return tl.load(dropped_rows + m // tokens, mask=valid, other=0), m % tokens + first
 
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def down_kernel(
     x, a, out, batch_rows, spans, dropped_rows,
     tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_split,
-    split_columns, tiles_of_a_row, dropped_tokens, key0, key1, threshold, step,
+    split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns. Grid (tiles x PIECES, splits)."""
@@ -67,7 +69,7 @@ def down_kernel(
     x_rows = x + m[:, None] * stride_x
     a_rows = a + (first + r).to(tl.int64)[None, :] * stride_ar
     if dropped_rows is not None:
-        counter = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+        counter = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for column in range(begin, end, BK):
         i = column + tl.arange(0, BK)
@@ -89,7 +91,7 @@ def down_kernel(
 def up_kernel(
     xa, b, bias, out, batch_rows, spans, dropped_rows,
     tokens, num_columns, num_ranks, stride_xa, stride_bo, stride_br,
-    tiles_of_a_row, column_tiles, dropped_tokens, key0, key1, threshold, step,
+    tiles_of_a_row, column_tiles, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, o] = sum of xa[m, r] b[o, first + r], and bias[o] or a dropout. Grid (tiles x column_tiles), a tile's
@@ -117,7 +119,7 @@ def up_kernel(
     y = total.to(out.dtype.element_ty)
     if dropped_rows is not None:
         # After narrowing, in the layout of the store: the mask then needs no exchange between threads.
-        number, at = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+        number, at = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
         y = tl.where(dropped_tile(key0, key1, threshold, step, number, at, column, BN), 0.0, y)
     to = out + m[:, None] * num_columns + o[None, :]
     tl.store(to, y, mask=valid[:, None] & (o < num_columns)[None, :])
@@ -175,7 +177,7 @@ def dy_kernel(
 def grad_kernel(
     dxa, x, out, batch_rows, spans, dropped_rows,
     tokens, num_columns, num_ranks, stride_dxa, stride_x, stride_or, stride_oi,
-    stripe_tokens, stripes_of_a_row, dropped_tokens, key0, key1, threshold, step,
+    stripe_tokens, stripes_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows. Grid (column tiles x PIECES, stripes)."""
@@ -199,7 +201,7 @@ def grad_kernel(
         at = x + m[:, None] * stride_x + i[None, :]
         x_tile = tl.load(at, mask=valid[:, None] & (i < num_columns)[None, :], other=0.0)
         if dropped_rows is not None:
-            number, at = _dropout_counter(dropped_rows, dropped_tokens, row * tokens + position, valid)
+            number, at = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
             drop = dropped_tile(key0, key1, threshold, step, number, at, column, BN)
             x_tile = tl.where(drop, 0.0, x_tile)
         total = tl.dot(tl.trans(dxa_tile), x_tile, total, input_precision="ieee")

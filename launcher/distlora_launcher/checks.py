@@ -18,7 +18,16 @@ from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
 from distlora.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
-from distlora.families import Family, check_config, family_of, is_tied, names_on_disk, read_config, text_settings
+from distlora.families import (
+    Family,
+    check_config,
+    check_tiles,
+    family_of,
+    is_tied,
+    names_on_disk,
+    read_config,
+    text_settings,
+)
 from distlora.loading.prequantized import (
     PackedWeight,
     check_keeps_packed,
@@ -146,6 +155,7 @@ def check_model(config: Config) -> None:
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
     check_tensors(folder, model, tensors, packed, family)
     check_router_loss(config.train.router_aux_loss, family)
+    check_tiles(config.train.mlp_tile, family)
     if config.adapter.method == "lora":
         names = linear_names(tensors, family)
         num_layers = text_settings(model, family)["num_hidden_layers"]

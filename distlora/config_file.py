@@ -53,6 +53,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in options:
             return None
         kinds = [option for option in options if option is not type(None)]
+        if isinstance(value, str) and any(typing.get_origin(kind) is Literal for kind in kinds):
+            return value  # A word in a number's place, as above.
         is_list = isinstance(value, (list, tuple))
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
         return _coerce(kind, value, name)

@@ -15,6 +15,7 @@ from distlora.experts import ExpertWeight
 from distlora.families import read_config
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM
+from distlora.parallel import Backend, Shards
 from distlora.quant import PACKED_PARTS, FrozenTensor
 from distlora.reporting import Reporter
 from distlora.tokens import HEAD
@@ -30,8 +31,8 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config) -> None:
-    """What was built, and which kernels it runs."""
+def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config, backend: Backend) -> None:
+    """What was built, on which ranks, and which kernels it runs."""
     total, trainable = count_parameters(model)
     active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
     reporter.event(
@@ -44,12 +45,26 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
         )
+    if backend.shards.copies > 1:
+        reporter.event(_copies(backend.shards))
     if "auto_map" in read_config(Path(config.model.path)):
         reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
     for line in (*_vocabulary(model), *experts_said(model)):
         reporter.event(line)
     for note in model.notes:
         reporter.event(note)
+
+
+def _copies(shards: Shards) -> str:
+    """Which ranks have which part of the base, where there are several copies of it."""
+    if shards.count == 1:
+        return f"each of the {shards.copies:,} ranks has the base whole; only gradients travel between them"
+    ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
+    named = f"{', '.join(ranks)}" if shards.copies <= 4 else f"{', '.join(ranks[:3])}, ..., {ranks[-1]}"
+    return (
+        f"{shards.copies:,} copies of the base, each cut over {shards.count:,} ranks ({named}); only gradients travel "
+        "between copies"
+    )
 
 
 def _vocabulary(model: CausalLM) -> Iterator[str]:
@@ -130,6 +145,13 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
         figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
         figures["scattered_bytes_per_step"] = trainer.step_traffic.scattered_bytes
+        if backend.shards.copies > 1:
+            between = trainer.step_traffic.between_copies_bytes
+            figures["between_copies_bytes_per_step"] = between
+            reporter.event(
+                f"each step gathered {gathered / 2**20:,.1f} MiB within a copy of the base and summed "
+                f"{between / 2**20:,.1f} MiB of gradients between the {backend.shards.copies:,} copies"
+            )
     if progress.evaluations:
         first = "base_eval_loss" if trainer.config.adapter.starts_as_base else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]

@@ -56,7 +56,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     data = read_record(run_dir / DATA_NAME)
     chat_template: str | None = data["chat_template"]
     checkpoints = run_dir / CHECKPOINTS
-    made_on = environment(ranks.world, ranks.device)
+    made_on = environment_of(config, ranks)
     newest, progress, notes = find_checkpoint(checkpoints, config, data, ranks, made_on)
 
     with (
@@ -81,7 +81,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         if newest is not None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
-        describe(reporter, model, loaded, config)
+        describe(reporter, model, loaded, config, backend)
         describe_steps(reporter, loader, total_steps)
         if config.train.save_every is None and config.train.save_minutes is None:
             reporter.event("nothing is saved before the end, unless the run is asked to stop (set train.save_minutes)")
@@ -127,6 +127,16 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         summarize(reporter, trainer, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
+
+
+def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What this run's bits depend on. Gradients that are cut are summed in another order with several copies of the
+    base, adapters' are not."""
+    is_cut = config.adapter.method == "full" or bool(config.adapter.modules_to_save)
+    degree = config.shard_degree(ranks.world)
+    return environment(ranks.world, ranks.device) | (
+        {"shard_degree": degree} if is_cut and degree < ranks.world else {}
+    )
 
 
 def find_checkpoint(

@@ -299,6 +299,8 @@ class Trainer:
             "reduced_bytes": self.step_traffic.reduced_bytes,
             "scattered_bytes": self.step_traffic.scattered_bytes,
         }
+        if self.backend.shards.copies > 1:
+            shared["between_copies_bytes"] = self.step_traffic.between_copies_bytes
         if self._peak_flops is not None:
             shared["mfu"] = interval.flops / seconds / self._peak_flops
         names = ("loss", *self.objective.figures)

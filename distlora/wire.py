@@ -47,6 +47,8 @@ class StepBytes:
     """By reduce-scatters, over the same ranks."""
     reduced: int = 0
     """By all-reduces, over all ranks."""
+    reduced_rows: int = 0
+    """By all-reduces of what was scattered, over the ranks that own the same rows, one of each copy."""
     shards: int
     """Ranks that cut one copy of the base between them."""
     world: int
@@ -54,19 +56,24 @@ class StepBytes:
 
     @property
     def carried(self) -> int:
-        return self.gathered + self.scattered + self.reduced
+        return self.gathered + self.scattered + self.reduced + self.reduced_rows
 
     @property
     def received(self) -> int:
         cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
-        return cut + 2 * self.reduced * (self.world - 1) // self.world
+        return cut + 2 * self.reduced * (self.world - 1) // self.world + self._received_rows
 
     @property
     def across_replicas(self) -> int:
-        """Of what is received: what ranks of other replicas have sent. All ranks send nothing but adapter gradients
-        there, once summed within a replica: each of a replica's ranks brings 1/shards of them across."""
+        """Of what is received: what ranks of other replicas have sent. All ranks send nothing but gradients there, once
+        summed within a replica: each of a replica's ranks brings 1/shards of them across."""
         replicas = self.world // self.shards
-        return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas
+        return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
+
+    @property
+    def _received_rows(self) -> int:
+        replicas = self.world // self.shards
+        return 2 * self.reduced_rows * (replicas - 1) // replicas
 
 
 def padded(shape: Sequence[int], ranks: int) -> int:
@@ -98,8 +105,10 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
 
     What is trained of the base itself is gathered in `train.dtype` too, in backward as well where its gradient needs it
     (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
+    With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
+    them; where every rank has the base whole, those gradients are all-reduced like an adapter's.
     """
-    adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], world
+    adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], config.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
     tied = shapes.tied and not whole
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)
@@ -113,10 +122,15 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
         of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
         scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
     reduced = 0 if full else 4 * sum(each.numel for block in shapes.adapters(adapter) for each in block)
-    reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered else 0)
+    reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered and shards > 1 else 0)
+    rows = scattered // shards if shards < world else 0
+    if shards == 1:
+        gathered, scattered, reduced, rows = 0, 0, reduced + rows, 0
     if world == 1:
-        gathered = scattered = reduced = 0
-    return StepBytes(gathered=gathered, scattered=scattered, reduced=reduced, shards=shards, world=world)
+        reduced = 0
+    return StepBytes(
+        gathered=gathered, scattered=scattered, reduced=reduced, reduced_rows=rows, shards=shards, world=world
+    )
 
 
 def token_rows(config: Config, shapes: ModelShapes) -> int:

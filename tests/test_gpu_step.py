@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distlora import startup, train
@@ -130,8 +129,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
             if tuple(map(int, torch.__version__.split(".")[:2])) < fsdp2.FIRST_TORCH:
                 hold_bytes_as_bf16(model, patch)
                 patch.setattr(fsdp2, "check_torch", lambda version: None)
-            mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("shard",))
-            fsdp2.shard(model, mesh, prefetch=prefetch, traffic=Traffic())
+            fsdp2.shard(model, Shards(0, 1, group), device, prefetch=prefetch, traffic=Traffic())
             actual = train_steps(model, device)
             for ours, theirs in zip(actual, expected, strict=True):
                 assert torch.equal(ours, theirs)
@@ -149,10 +147,9 @@ def sharded_trainer(
 ) -> tuple[CausalLM, Optimizer, dict[str, nn.Parameter], Backend]:
     """A model that is trained whole, cut over a group of one rank, and its optimizer."""
     model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
-    mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
     ranks = Ranks(0, 1, device, group)
     backend = Backend(ranks, Shards.over(ranks), _root=model)
-    fsdp2.shard(model, mesh, prefetch=False, traffic=backend.traffic)
+    fsdp2.shard(model, backend.shards, device, prefetch=False, traffic=backend.traffic)
     trained = train.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     return model, train.build_optimizer(backend.updated(trained), config.optim), trained, backend

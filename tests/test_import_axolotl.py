@@ -170,6 +170,18 @@ def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
     assert convert(by_total, processes=2).settings["train"]["global_batch"] == 20
 
 
+def test_copies_of_the_base_are_the_same_numbers_of_processes(tmp_path: Path) -> None:
+    for given in ({"dp_shard_size": 2, "dp_replicate_size": 4}, {"dp_replicate_size": 4}):
+        imported = convert(LEAST | given, processes=8)
+        assert imported.settings["parallel"] == {"shard_degree": 2}
+        assert composed(imported, tmp_path).shard_degree(8) == 2
+    for given in ({"dp_shard_size": 8}, {"dp_shard_size": -1}, {"dp_shard_size": 2, "dp_replicate_size": 2}):
+        imported = convert(LEAST | given, processes=8)
+        assert "parallel" not in imported.settings
+        group = "unsupported" if "dp_replicate_size" in given else "idle"
+        assert any(key.startswith("dp_shard_size") for key in reported(imported, group))
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -52,6 +52,10 @@ CELLS = [
     ("llama-tied", 4, {"micro_batch": 3, "checkpointing": "none"}, {}),
     ("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
     ("qwen3", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
+    # Two copies of the base, each cut over two ranks: accumulation 1 and 3, both ways; the rest in test_hsdp.py.
+    ("llama", 4, {"micro_batch": 3, "checkpointing": "none"}, {"shard_degree": 2}),
+    ("llama", 4, {"micro_batch": 1}, {"shard_degree": 2}),
+    ("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
 ]
 
 
@@ -77,7 +81,7 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
     settings: dict,
     parallel: dict,
 ) -> None:
-    make_run(tmp_path / "run", folders, model, train=settings, parallel=parallel)
+    make_run(tmp_path / "run", folders, model, train=settings, parallel=parallel, cluster={"gpus_per_node": size})
     losses, adapter = outcome(world, size, tmp_path / "run")
     expected_losses, expected_adapter = references[model]
     assert_losses_close(losses, expected_losses)

@@ -29,16 +29,16 @@ _NOTHING = ("barrier", "monitored_barrier_")
 
 class Collectives(TorchDispatchMode):
     """`with Collectives() as counted: ...`: bytes and calls of this thread's collectives, by kind (gathered, scattered,
-    reduced, broadcast) and by the number of ranks.
+    reduced, broadcast) and by the ranks that take part.
 
     Backward runs in the calling thread on a CPU, so its collectives are among them. One that is not known raises.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.nbytes: Counter[tuple[str, int]] = Counter()
+        self.nbytes: Counter[tuple[str, tuple[int, ...]]] = Counter()
         """(kind, ranks) -> bytes."""
-        self.calls: Counter[tuple[str, int]] = Counter()
+        self.calls: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def of(self, kind: str) -> int:
         """Bytes of a kind, over whichever ranks."""
@@ -58,8 +58,9 @@ class Collectives(TorchDispatchMode):
             raise NotImplementedError(f"the counter does not know the collective c10d::{name}")
         kind, whole = _ARGUMENT[name]
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
-        self.nbytes[kind, group.size()] += sum(tensor.nbytes for tensor in _tensors(args[whole]))
-        self.calls[kind, group.size()] += 1
+        ranks = tuple(dist.get_process_group_ranks(group))
+        self.nbytes[kind, ranks] += sum(tensor.nbytes for tensor in _tensors(args[whole]))
+        self.calls[kind, ranks] += 1
 
 
 def _is_group(value: torch.ScriptObject) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distlora import host_memory
+from distlora.checkpoints import host_memory
 from distlora.checkpoints.files import Files
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
@@ -42,8 +42,8 @@ class Snapshot:
         return not self._backend.max_over_ranks(lacks)
 
     def take(self, files: Files) -> Files:
-        """`files` with copies in the tensors' place: whole on the rank that writes, and everywhere this rank's rows of
-        what was cut. On other ranks whole tensors stay as they are, since nothing is read of them.
+        """`files` with copies in the tensors' place: whole on the rank that writes, and where this rank's rows of what
+        was cut are saved those. All other tensors stay as they are, since nothing is read of them.
 
         From a GPU they are only queued behind its work so far, and before what comes after: the caller may go on at
         once, and a reader calls `wait` first. The copies of the call before are overwritten.
@@ -59,8 +59,9 @@ class Snapshot:
                 if isinstance(tensor.data, DTensor):
                     held = HostRows(local=held, first_row=found[name, key][1], shape=tensor.shape)
             copies.setdefault(name, {})[key] = held
-        with torch.no_grad():
-            torch._foreach_copy_([self._memory[key] for key in rows], list(rows.values()), non_blocking=True)
+        if rows:
+            with torch.no_grad():
+                torch._foreach_copy_([self._memory[key] for key in rows], list(rows.values()), non_blocking=True)
         devices = {tensor.device for tensor in rows.values() if tensor.is_cuda}
         assert len(devices) <= 1
         if devices:
@@ -74,7 +75,7 @@ class Snapshot:
             self._copied.synchronize()
 
     def _is_copied(self, tensor: Tensor) -> bool:
-        return self._backend.writes or isinstance(tensor.data, DTensor)
+        return self._backend.writes or (self._backend.gives_rows and isinstance(tensor.data, DTensor))
 
     def _own(self, tensor: Tensor) -> tuple[Tensor, int]:
         """What this rank has of a tensor, and the index of its first row."""

@@ -138,6 +138,13 @@ class Config:
                 "one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
             )
 
+    def shard_degree(self, ranks: int) -> int:
+        """Ranks that cut one copy of the base between them, where there are `ranks` in all."""
+        degree = self.parallel.shard_degree
+        if degree is None:
+            return ranks
+        return self.cluster.gpus_per_node if degree == "node" else degree
+
     def _check_preference(self) -> None:
         """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""
         require(
@@ -176,10 +183,20 @@ class Config:
 
 def check_ranks(config: Config, ranks: int) -> None:
     """Refuse what so many processes cannot share; a resume may be on another number than the config has."""
+    degree, divisors = config.shard_degree(ranks), [n for n in range(1, ranks + 1) if ranks % n == 0]
+    given = f"parallel.shard_degree={config.parallel.shard_degree}"
+    given += f" (cluster.gpus_per_node={degree})" if config.parallel.shard_degree == "node" else ""
+    require(
+        degree in divisors,
+        f"{given} does not divide the {ranks:,} process{'es' if ranks > 1 else ''} of this run, so not every copy of "
+        f"the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
+        f"{', '.join(map(str, divisors))}), or null for one copy over all",
+    )
     saved = config.adapter.modules_to_save
     sharded = "adapter=full" if config.adapter.method == "full" else f"adapter.modules_to_save=[{','.join(saved)}]"
     require(
-        ranks == 1 or not (config.adapter.method == "full" or saved) or not config.optim.name.endswith("_8bit"),
-        f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {ranks} processes would cut "
-        f"({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or cluster.gpus_per_node=1",
+        degree == 1 or not (config.adapter.method == "full" or saved) or not config.optim.name.endswith("_8bit"),
+        f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {degree} processes would "
+        f"cut ({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
+        "parallel.shard_degree=1 where every process can hold all of it",
     )

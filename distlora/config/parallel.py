@@ -12,6 +12,10 @@ from distlora.config.errors import require, require_positive
 class ParallelConfig:
     backend: Literal["fsdp2"] = "fsdp2"
     """What shards the frozen base over the ranks. One process needs no sharding and gets none."""
+    shard_degree: int | Literal["node"] | None = None
+    """Ranks that cut one copy of the base between them; every further such number of ranks has another copy, between
+    which only gradients travel. null: one copy over all ranks. `node`: those of one machine (cluster.gpus_per_node).
+    1: every rank has the base whole. With n, a rank's memory for the base is 1/n of it."""
     prefetch: bool = True
     """Gather the next block while this one computes. Two blocks are then resident instead of one."""
     bucket_mb: float = 4.0
@@ -20,5 +24,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require(
             self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
+        )
+        require(
+            self.shard_degree in (None, "node") or (isinstance(self.shard_degree, int) and self.shard_degree > 0),
+            f"parallel.shard_degree={self.shard_degree} is no number of ranks; set it to 1 or more, to node (the ranks "
+            "of a machine), or to null (all ranks)",
         )
         require_positive("parallel", self, "bucket_mb")

@@ -83,8 +83,12 @@ def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bo
 
     Raises UserError for damaged checkpoints, and for weights that are another model's.
     """
-    # Nothing is recomputed here.
-    config = replace(config, train=replace(config.train, keep_dequantized=False))
+    # Nothing is recomputed here, and all processes, however many these are, share one copy of the base.
+    train, parallel = (
+        replace(config.train, keep_dequantized=False),
+        replace(config.parallel, shard_degree=None),
+    )
+    config = replace(config, train=train, parallel=parallel)
     if foreign or weights is None:  # On the base as its checkpoint has it, whatever this run took out of it.
         config = replace(config, adapter=replace(config.adapter, init="kaiming"))
     if foreign:

@@ -6,8 +6,6 @@ Model files never import torch.distributed, and the trainer never asks which bac
 
 from __future__ import annotations
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.model import CausalLM
@@ -22,11 +20,10 @@ __all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ran
 
 def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
     """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled."""
-    backend = Backend(ranks, Shards.over(ranks), _root=model)
+    backend = Backend(ranks, Shards.over(ranks, config.shard_degree(ranks.world)), _root=model)
     if backend.sharded:
-        assert ranks.group is not None
-        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type, mesh_dim_names=("shard",))
-        fsdp2.shard(model, mesh, prefetch=config.parallel.prefetch, traffic=backend.traffic)
+        prefetch, traffic = config.parallel.prefetch, backend.traffic
+        fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
         # Recomputation runs a block's inner layer alone, a slice at a time. Without it backward keeps the copies: one

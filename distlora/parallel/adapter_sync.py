@@ -30,8 +30,10 @@ class GradientReducer:
         group: dist.ProcessGroup | None,
         bucket_bytes: int,
         traffic: Traffic,
+        between_copies: bool = False,
     ) -> None:
-        self._group, self._traffic = group, traffic
+        """`between_copies`: whether ranks of several copies of the base meet in `group`."""
+        self._group, self._traffic, self._between_copies = group, traffic, between_copies
         self._buckets: list[Tensor] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._sizes: list[int] = []
@@ -79,6 +81,7 @@ class GradientReducer:
         self._launched += 1
         if self._group is not None:
             self._traffic.reduced_bytes += flat.nbytes
+            self._traffic.between_copies_bytes += self._between_copies * flat.nbytes
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             assert work is not None
             self._works.append(work)

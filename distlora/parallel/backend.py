@@ -51,6 +51,11 @@ class Backend:
         """Whether this rank writes what all ranks have alike: checkpoints and results."""
         return self.ranks.rank == 0
 
+    @property
+    def gives_rows(self) -> bool:
+        """Whether what is saved is made of this rank's rows: those of the first copy, where the rank that writes is."""
+        return self.shards.copy == 0
+
     def local_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
         """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
         return local_rows(tensor)
@@ -63,6 +68,15 @@ class Backend:
         gathered = [torch.empty_like(local) for _ in range(self.shards.count)]
         dist.all_gather(gathered, local, group=self.shards.group)
         return torch.cat(gathered)
+
+    def gather_ranks(self, tensor: Tensor) -> Tensor:
+        """(...) of the same shape on each rank -> (ranks, ...), of all copies of the base. For loading, not for a
+        step."""
+        if self.ranks.group is None:
+            return tensor[None]
+        gathered = [torch.empty_like(tensor) for _ in range(self.ranks.world)]
+        dist.all_gather(gathered, tensor, group=self.ranks.group)
+        return torch.stack(gathered)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Rank `owner`'s values into every rank's `tensor`, in place. For loading, not for a step."""
@@ -92,10 +106,12 @@ class Backend:
         Every rank must call it for the same tensors in the same order. For saving, not for a step; copies in host
         memory (`HostRows` of what was cut) are streamed while another thread trains, and keep their dtype.
         """
+        if not self.gives_rows:
+            return
         if isinstance(tensor, HostRows):
             assert dtype in (None, tensor.dtype), "copies are written as they are"
             assert self.ranks.control is not None
-            stream_rows(tensor, write, group=self.ranks.control, rank=self.ranks.rank, world=self.ranks.world)
+            stream_rows(tensor, write, group=self.ranks.control, rank=self.ranks.rank, world=self.shards.count)
             return
         data = tensor.detach()
         dtype = dtype or data.dtype
@@ -107,19 +123,19 @@ class Backend:
             return
         local, first_row = self.local_rows(data)
         own, columns = local.reshape(-1), math.prod(data.shape[1:])
-        start, per_rank = first_row * columns, -(-data.shape[0] // self.ranks.world) * columns
+        start, per_rank = first_row * columns, -(-data.shape[0] // self.shards.count) * columns
         for first in range(0, data.numel(), per_rank):
             owner, end = first // per_rank, min(first + per_rank, data.numel())
             for low in range(first, end, size):
                 high = min(low + size, end)
-                if owner == self.ranks.rank:
+                if owner == self.shards.index:
                     piece = own[low - start : high - start].to(dtype)
                 else:
                     piece = torch.empty(high - low, dtype=dtype, device=own.device)
                 # Front to back needs one rank's rows after the other's, and a broadcast needs no communicator for each
                 # pair of ranks, as sending to the one that writes would.
                 if owner != 0:
-                    self.broadcast(piece, owner)
+                    dist.broadcast(piece, group=self.shards.group, group_src=owner)
                 if self.writes:
                     write(piece.cpu())
                 elif piece.is_cuda:
@@ -154,15 +170,19 @@ class Backend:
         trained = list(parameters)
         replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
         sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
-        group, traffic = self.ranks.group, self.traffic
+        group, traffic, copies = self.ranks.group, self.traffic, self.shards.copies
         self._gradients = []
         if replicated:
-            bucket_bytes = int(bucket_mb * 2**20)
-            self._gradients += [GradientReducer(replicated, group=group, bucket_bytes=bucket_bytes, traffic=traffic)]
+            bucket_bytes, between = int(bucket_mb * 2**20), group is not None and self.shards.crosses(group)
+            self._gradients += [
+                GradientReducer(
+                    replicated, group=group, bucket_bytes=bucket_bytes, traffic=traffic, between_copies=between
+                )
+            ]
         if sharded:
             assert self._root is not None
             assert group is not None
-            self._gradients += [ShardedGradients(self._root, sharded, group=group, traffic=traffic)]
+            self._gradients += [ShardedGradients(self._root, sharded, group=group, traffic=traffic, copies=copies)]
 
     def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """What the optimizer updates in the place of these: themselves, or the rows of them that this rank owns."""

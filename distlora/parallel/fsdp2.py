@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from distlora.adapters import adapter_parameters
 from distlora.config import UserError
 from distlora.model import CausalLM
+from distlora.parallel.shards import Shards
 from distlora.parallel.traffic import Traffic
 
 FIRST_TORCH = (2, 12)
@@ -34,8 +34,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 class _Counted:
     """A collective of FSDP2's that counts its bytes."""
 
-    def __init__(self, traffic: Traffic) -> None:
-        self.traffic = traffic
+    def __init__(self, traffic: Traffic, shards: Shards) -> None:
+        self.traffic, self.shards = traffic, shards
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -48,6 +48,7 @@ class _CountedAllGather(_Counted):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.gathered_bytes += output_tensor.nbytes
+        self.traffic.between_copies_bytes += self.shards.crosses(group) * output_tensor.nbytes
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -63,7 +64,17 @@ class _CountedReduceScatter(_Counted):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.traffic.scattered_bytes += input_tensor.nbytes
+        self.traffic.between_copies_bytes += self.shards.crosses(group) * input_tensor.nbytes
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+class _CountedReplicas(_Counted):
+    """The all-reduce of trained rows between copies, which FSDP2 issues itself, by the bytes of its result (the hook of
+    FSDPModule.set_all_reduce_hook)."""
+
+    def __call__(self, reduced: Tensor) -> None:
+        self.traffic.reduced_bytes += reduced.nbytes
+        self.traffic.between_copies_bytes += reduced.nbytes
 
 
 def check_torch(version: str) -> None:
@@ -72,13 +83,14 @@ def check_torch(version: str) -> None:
     if match is None or tuple(map(int, match.groups())) < FIRST_TORCH:
         raise UserError(
             f"torch {version} cannot shard 4-bit weights (its FSDP2 refuses frozen uint8 parameters); "
-            "install torch >= 2.12, or run one process with cluster.gpus_per_node=1"
+            "install torch >= 2.12, or keep it whole on every process with parallel.shard_degree=1"
         )
 
 
-def shard(model: CausalLM, mesh: DeviceMesh, *, prefetch: bool, traffic: Traffic) -> None:
-    """Shard every parameter of `model` (on meta) but the adapters' over the mesh, in place."""
+def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:
+    """Shard every parameter of `model` (on meta) but the adapters' over the ranks of a copy, in place."""
     check_torch(torch.__version__)
+    mesh = shards.mesh(device.type)
     ignored = set(adapter_parameters(model).values())
 
     def is_trained(module: nn.Module) -> bool:
@@ -104,11 +116,13 @@ def shard(model: CausalLM, mesh: DeviceMesh, *, prefetch: bool, traffic: Traffic
     rest_is_trained = is_trained(model.final_norm)
     unit(model, trained=rest_is_trained, reshard=rest_is_trained)
 
-    gather, scatter = _CountedAllGather(traffic), _CountedReduceScatter(traffic)
+    gather, scatter = _CountedAllGather(traffic, shards), _CountedReduceScatter(traffic, shards)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(gather)  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+            if shards.copies > 1:
+                module.set_all_reduce_hook(_CountedReplicas(traffic, shards))
             # The loss is divided by the target tokens of all ranks already: sums, not FSDP2's means.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

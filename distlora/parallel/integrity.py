@@ -4,13 +4,14 @@ A base is trained on for weeks and written nowhere: a bit that rots in a shard, 
 on, would only make the loss a little worse. So each rank takes a checksum of its own rows of every frozen tensor when
 they are loaded, and all ranks exchange them. The first forward checks what it gathers, the rows of every rank, against
 them, and ends the run before anything is trained; a rank can check its own rows again at any time (`train.verify`).
+Where there are several copies of the base, each is checked within itself, and all are the same once loaded.
 
-Letters: T tensors, W ranks.
+Letters: T tensors, W ranks of a copy of the base, C copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class _Frozen:
     rows: Tensor
     """This rank's own, in the memory that it keeps them in."""
     ranges: tuple[tuple[int, int], ...]
-    """(first row, rows) of each rank."""
+    """(first row, rows) of each rank of a copy."""
 
 
 class FrozenWeights:
@@ -59,11 +60,12 @@ class FrozenWeights:
         ours = [_of(rows) for *_, rows, _ in found] + [_of(tensor) for tensor in shared.values()]
         places = [(first, len(rows)) for *_, rows, first in found] + [(0, 0)] * len(shared)
         told = torch.cat([torch.stack(ours), torch.tensor(places, device=backend.ranks.device)], dim=1)
-        # (W, T, 3): checksum, first row, rows. In one exchange: a few KB from each.
-        everyone = backend.gather_rows(told[None])
-        self._sums = everyone[:, : len(found), 0].T.contiguous()
-        """(T, W) int64, of the tensors that are cut over the ranks."""
-        ranges = everyone[:, : len(found), 1:].tolist()
+        # (C W, T, 3): checksum, first row, rows. In one exchange: a few KB from each.
+        everyone, shards = backend.gather_ranks(told), backend.shards
+        by_copy = everyone[:, : len(found)].unflatten(0, (shards.copies, shards.count))
+        self._sums = by_copy[shards.copy, ..., 0].T.contiguous()
+        """(T, W) int64, of the tensors that are cut over the ranks of this copy."""
+        ranges = by_copy[shards.copy, ..., 1:].tolist()
         self._tensors = [
             _Frozen(name, owner, attribute, rows, tuple((first, count) for first, count in of_ranks))
             for (name, owner, attribute, rows, _), of_ranks in zip(found, zip(*ranges, strict=True), strict=True)
@@ -71,6 +73,7 @@ class FrozenWeights:
         self._differs = torch.zeros_like(self._sums, dtype=torch.bool)
         """(T, W): where what this rank gathered is not what that rank has loaded."""
         self._handles: list[RemovableHandle] = []
+        self._check_copies(by_copy[..., 0])  # What ranks compute follows from what they read.
         self._check_shared(list(shared), everyone[:, len(found) :, 0])
 
     def _check_shared(self, names: list[str], sums: Tensor) -> None:
@@ -82,6 +85,20 @@ class FrozenWeights:
                     f"{names[flags.index(True)]} differs between rank 0 and rank {rank} after loading, though both "
                     f"computed it from the same numbers; {_NEXT}"
                 )
+
+    def _check_copies(self, sums: Tensor) -> None:
+        """`sums` (C, W, T) of what the copies of the base consist of."""
+        odd = (sums != sums[0]).nonzero()
+        if not len(odd):
+            return
+        copy, index, tensor = odd[0].tolist()
+        frozen, shards = self._tensors[tensor], self._backend.shards
+        ranks = [shards.rank_of(index, copy) for copy in (0, copy)]
+        raise DamagedWeightsError(
+            f"{frozen.name}, {_rows(frozen.ranges[index])}, differs between rank {ranks[0]} and rank {ranks[1]} after "
+            "loading, though both have the same part of a copy of the base: are the files in model.path the same on "
+            f"every machine? If so, memory or a disk damages bytes. {_NEXT}"
+        )
 
     def check_next_forward(self) -> None:
         """Check in the next forward everything that this rank gathers. That forward ends with one sum over the ranks
@@ -118,24 +135,39 @@ class FrozenWeights:
     def check_own_rows(self) -> None:
         """Whether every rank's own rows are still what it loaded. Every rank must call it alike; the host reads one
         number. Raises DamagedWeightsError on all of them."""
-        rank = self._backend.ranks.rank
+        index = self._backend.shards.index
         own = torch.cat([_of(frozen.rows) for frozen in self._tensors])
         differs = torch.zeros_like(self._differs)
-        differs[:, rank] = own != self._sums[:, rank]
+        differs[:, index] = own != self._sums[:, index]
         self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
 
     def _end_if_damaged(self, differs: Tensor, consequence: str) -> None:
         """`differs` (T, W) of each rank; all ranks raise if one has to."""
         if not bool(self._backend.sum_over_ranks(differs.int()).any()):
             return
-        seen = self._backend.gather_rows(differs.int()[None]).tolist()  # Of each rank: [T][W].
-        damaged = [
-            (index, owner, [rank for rank, flags in enumerate(seen) if flags[index][owner]])
-            for index in range(len(self._tensors))
-            for owner in range(len(seen[0][0]))
-        ]
-        damaged = [entry for entry in damaged if entry[2]]
-        raise DamagedWeightsError(_said(self._tensors, damaged) + f"; {consequence}. {_NEXT}")
+        # (C W, T, W), of each rank what it saw of its copy, to (T, C, W of the owner, W of who saw it).
+        shards = self._backend.shards
+        seen = self._backend.gather_ranks(differs.int()).unflatten(0, (shards.copies, shards.count)).permute(2, 0, 3, 1)
+        damaged: dict[tuple[int, int], list[int]] = {}
+        for tensor, copy, owner, witness in seen.nonzero().tolist():
+            damaged.setdefault((tensor, shards.rank_of(owner, copy)), []).append(shards.rank_of(witness, copy))
+        raise DamagedWeightsError(self._said(damaged) + f"; {consequence}. {_NEXT}")
+
+    def _said(self, damaged: Mapping[tuple[int, int], Sequence[int]]) -> str:
+        """What is damaged, whose it is, and what that means. `damaged`: (tensor, owner) -> the ranks that saw it."""
+        (index, owner), seen_by = next(iter(damaged.items()))
+        frozen = self._tensors[index]
+        rows = f"{_rows(frozen.ranges[owner % self._backend.shards.count])}, those of rank {owner}"
+        more = f" ({len(damaged)} such parts in all)" if len(damaged) > 1 else ""
+        if owner in seen_by:
+            where = f"rank {owner}'s own memory has changed since then"
+        else:
+            ranks = f"rank{'s' if len(seen_by) > 1 else ''} {', '.join(map(str, seen_by))}"
+            where = (
+                f"rank {owner} still has it and {ranks} got something else: the network, or the memory of "
+                "those that got it, damages bytes"
+            )
+        return f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}"
 
 
 _NEXT = (
@@ -182,19 +214,7 @@ def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]
         start = stop
 
 
-def _said(tensors: Sequence[_Frozen], damaged: Sequence[tuple[int, int, list[int]]]) -> str:
-    """What is damaged, whose it is, and what that means. `damaged`: (tensor, owner, ranks that saw it)."""
-    index, owner, seen_by = damaged[0]
-    frozen = tensors[index]
-    first, count = frozen.ranges[owner]
-    rows = f"rows {first:,} to {first + count - 1:,}, those of rank {owner}"
-    more = f" ({len(damaged)} such parts in all)" if len(damaged) > 1 else ""
-    if owner in seen_by:
-        where = f"rank {owner}'s own memory has changed since then"
-    else:
-        ranks = f"rank{'s' if len(seen_by) > 1 else ''} {', '.join(map(str, seen_by))}"
-        where = (
-            f"rank {owner} still has it and {ranks} got something else: the network, or the memory of "
-            "those that got it, damages bytes"
-        )
-    return f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}"
+def _rows(of_rank: tuple[int, int]) -> str:
+    """(first row, rows) in words."""
+    first, count = of_rank
+    return f"rows {first:,} to {first + count - 1:,}"

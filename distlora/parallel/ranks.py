@@ -29,6 +29,8 @@ class Ranks:
     """What ends this process when the ranks hang."""
     control: dist.ProcessGroup | None = None
     """All workers again, over gloo, for what they agree on beside training (`parallel/control.py`)."""
+    timeout: timedelta | None = None
+    """How long torch lets a rank wait for another in a group; None: as long as it does by itself."""
 
 
 def join_ranks(timeout_seconds: float | None = None) -> Ranks:
@@ -54,7 +56,7 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
     control = dist.new_group(backend="gloo", timeout=longest)
-    return Ranks(rank, world, device, dist.group.WORLD, watching=watching, control=control)
+    return Ranks(rank, world, device, dist.group.WORLD, watching=watching, control=control, timeout=longest)
 
 
 def open_store(rank: int, timeout: timedelta) -> dist.TCPStore:

@@ -20,7 +20,8 @@ PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostRows:
-    """A tensor that the ranks have cut along dim 0, ceil(rows / ranks) each: this rank's rows of it in host memory."""
+    """A tensor that the ranks of a copy have cut along dim 0, ceil(rows / ranks) each: this rank's rows of it in host
+    memory."""
 
     local: Tensor
     """(rows of this rank, ...), contiguous."""
@@ -41,7 +42,8 @@ def stream_rows(
 ) -> None:
     """Give `write` the whole tensor on rank 0, in flat pieces, front to back; on the others it is not called.
 
-    Every rank must call it for the same tensors in the same order, on one thread.
+    The first `world` ranks of `group` have cut it, and each must call it for the same tensors in the same order, on one
+    thread.
     """
     own, columns = rows.local.view(-1), math.prod(rows.shape[1:])
     start, per_rank = rows.first_row * columns, -(-rows.shape[0] // world) * columns

@@ -13,12 +13,12 @@ class Traffic:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     scattered_bytes: int = 0
+    between_copies_bytes: int = 0
+    """Of all these, the ones in groups where ranks of several copies of the base meet (`Shards.crosses`)."""
 
     def take(self, num_steps: int = 1) -> Traffic:
         """The bytes so far, a step; starts again from zero."""
-        counts = Traffic(
-            self.gathered_bytes // num_steps, self.reduced_bytes // num_steps, self.scattered_bytes // num_steps
-        )
+        counts = Traffic(**{name: count // num_steps for name, count in asdict(self).items()})
         self.restore(Traffic())
         return counts
 

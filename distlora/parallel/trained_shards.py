@@ -1,4 +1,5 @@
-"""Gradients of trained parameters that FSDP2 shards: summed by reduce-scatter, kept as this rank's rows.
+"""Gradients of trained parameters that FSDP2 shards: summed by reduce-scatter, and between the copies where there are
+several by all-reduce, kept as this rank's rows.
 
 The optimizer sees plain tensors: for each parameter this rank's rows of it, which share their memory with FSDP2's
 shard. Nothing that is whole outlives a unit's backward, but with `train.accumulate=step` the sums of the micro-batches
@@ -20,13 +21,20 @@ from distlora.parallel.traffic import Traffic
 
 
 class ShardedGradients:
-    """Sums the gradients of `parameters` over the ranks of `group`; they are sharded by units within `root`."""
+    """Sums the gradients of `parameters` over the ranks of `group`; they are sharded by units within `root`, as often
+    as there are `copies`."""
 
     def __init__(
-        self, root: nn.Module, parameters: Sequence[nn.Parameter], *, group: dist.ProcessGroup, traffic: Traffic
+        self,
+        root: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        *,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        copies: int = 1,
     ) -> None:
         assert isinstance(root, FSDPModule)
-        self._root, self._group, self._traffic = root, group, traffic
+        self._root, self._group, self._traffic, self._copies = root, group, traffic, copies
         self._parameters = list(parameters)
         self._rows = [nn.Parameter(shard_of(parameter).to_local()) for parameter in parameters]
         self._poison = torch.zeros((), device=self._rows[0].device)
@@ -55,8 +63,10 @@ class ShardedGradients:
         """Of the whole gradient, over all ranks: the same bits on each, and NaN where a number on any is not finite."""
         square = torch.stack(torch._foreach_norm(self._gradients())).square().sum() + self._poison
         self._traffic.reduced_bytes += square.nbytes
+        self._traffic.between_copies_bytes += (self._copies > 1) * square.nbytes
+        # Over the ranks of every copy, which all have the same sums: a loss that is not finite may be on any of them.
         dist.all_reduce(square, group=self._group)
-        return square
+        return square / self._copies
 
     def scale(self, factor: Tensor) -> None:
         torch._foreach_mul_(self._gradients(), factor)

@@ -283,12 +283,10 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     off = fp32 or (bf16 is False and not fp16 and not whole_bf16)
     train = imported.section("train")
     train["dtype"] = "fp32" if off else "bf16"
-    checkpointing, offloading = keys.any("gradient_checkpointing"), keys.any("activation_offloading")
-    offloads = bool(offloading) or checkpointing in ("offload", "offload_disk", "unsloth")
-    train["checkpointing"] = "offload" if offloads else "block" if checkpointing else "none"
-    for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
-        if value in ("offload_disk", "disk"):
-            imported.note("unsupported", f"{key}={value}", "the blocks' inputs go to host memory, not to a disk")
+    checkpointing = keys.any("gradient_checkpointing")
+    train["checkpointing"] = "block" if checkpointing else "none"
+    if isinstance(checkpointing, str) and checkpointing not in ("true", "unsloth"):
+        imported.note("unsupported", f"gradient_checkpointing={checkpointing}", "the blocks' inputs stay on the GPU")
     seed = keys.integer("seed")
     train["seed"] = 42 if seed is None else seed
 
@@ -315,6 +313,7 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
 
 def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
     imported.section("cluster")["gpus_per_node"] = processes
+    _convert_copies(keys, imported, processes)
     for name in ("deepspeed", "fsdp", "fsdp_config"):
         value = keys.any(name)
         if not value:
@@ -323,6 +322,27 @@ def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
         imported.note("idle", shown, "the base is sharded over all processes, adapters are replicated (parallel=fsdp2)")
         if _offloads(value):
             imported.note("unsupported", f"{name} (CPU offload)", "the base stays on the GPUs, in 4 bits")
+
+
+def _convert_copies(keys: Keys, imported: Imported, processes: int) -> None:
+    """dp_replicate_size copies of the base, each cut over dp_shard_size processes."""
+    sizes = {name: keys.integer(name) for name in ("dp_shard_size", "dp_replicate_size")}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
+    if not shown:
+        return
+    shards, copies = sizes["dp_shard_size"] or 0, sizes["dp_replicate_size"] or 1
+    shards = shards if shards > 0 else processes // copies  # -1: the rest.
+    if shards * copies != processes:
+        imported.note(
+            "unsupported",
+            shown,
+            f"{processes} processes are no {copies} copies of {shards}; set parallel.shard_degree to those that cut "
+            "one copy of the base",
+        )
+    elif copies == 1:
+        imported.note("idle", shown, "the base is cut over all processes (parallel=fsdp2)")
+    else:
+        imported.section("parallel")["shard_degree"] = shards
 
 
 def _offloads(value: Any) -> bool:

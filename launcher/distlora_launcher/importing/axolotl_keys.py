@@ -140,7 +140,7 @@ ROWS: tuple[Row, ...] = (
         "qat quantization use_onebitllms",
     ),
     ("idle", "checkpointing is never reentrant", "gradient_checkpointing_kwargs"),
-    ("unsupported", "a block is recomputed whole", "selective_checkpointing"),
+    ("unsupported", "a block is recomputed whole, on the GPU", "selective_checkpointing activation_offloading"),
     ("unsupported", "the base stays on the GPUs, in 4 bits", "layer_offloading"),
     ("unsupported", "set train.micro_batch by hand", "auto_find_batch_size"),
     ("unsupported", "torch.compile is not used yet; results do not depend on it", "torch_compile"),
@@ -154,10 +154,9 @@ ROWS: tuple[Row, ...] = (
     (
         "idle",
         "the launcher starts one process a GPU (cluster.gpus_per_node), the base sharded over all",
-        "fsdp_version fsdp_final_state_dict_type dp_shard_size device device_map world_size local_rank ddp ddp_* "
+        "fsdp_version fsdp_final_state_dict_type device device_map world_size local_rank ddp ddp_* "
         "accelerator_config experimental_skip_move_to_device",
     ),
-    ("unsupported", "the base is sharded over all processes, not copied", "dp_replicate_size"),
     ("unsupported", "each process runs whole rows", "heads_k_stride ring_attn_func"),
     ("unsupported", "Ray does not start runs here", "use_ray ray_* resources_per_worker"),
     # The run.

@@ -1,0 +1,378 @@
+"""Several copies of the base, each cut over some of the ranks: the run of one copy over all, and nothing of the base
+between copies.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from closeness import assert_adapters_close, assert_losses_close
+from distlora import startup, train, wire
+from distlora.bench.collectives import counted
+from distlora.bench.traffic import our_step
+from distlora.config import Config, UserError, check_ranks
+from distlora.config_file import as_mapping, load_config
+from distlora.parallel import Ranks
+from distlora.parallel.integrity import DamagedWeightsError
+from distlora.parallel.traffic import Traffic
+from family_models import config_for
+from small_models import make_run, read_metrics
+from test_parity import adapters_after, outcome, run_once
+from test_resume import run_until
+from test_stopping import run_with_bad_step
+from worlds import World
+
+RANKS, DEGREE = 4, 2
+FULL: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+SAVED: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}}
+
+
+def prepare(run_dir: Path, folders: Path, model: str = "llama", *, degree: int | None = DEGREE, **sections: Any) -> Any:
+    """A run of four ranks with that parallel.shard_degree."""
+    parallel = {"shard_degree": degree} | sections.pop("parallel", {})
+    return make_run(run_dir, folders, model, parallel=parallel, cluster={"gpus_per_node": RANKS}, **sections)
+
+
+def saved(run_dir: Path) -> dict[str, Tensor]:
+    (file,) = [*run_dir.glob("adapter/*.safetensors"), *run_dir.glob("model/*.safetensors")]
+    return safetensors.torch.load_file(file)
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
+
+
+# --- the frozen base: what a rank owns, and what travels ---
+
+
+def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
+    """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
+    model, backend, _ = startup.start_model(load_config(run_dir), ranks)
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    rows = {name: backend.local_rows(tensor.detach()) for name, tensor in tensors.items()}
+    return {name: (own.clone(), first, name in frozen) for name, (own, first) in rows.items()}
+
+
+CUTS = [(1, None, 1), (2, None, 2), (4, None, 4), (4, 2, 2), (4, 1, 1)]
+"""(ranks, parallel.shard_degree, ranks of a copy)."""
+
+
+@pytest.fixture(scope="module")
+def cuts(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+    """What each rank owns of a loaded model: with DoRA's row norms and new tokens, which need sums over ranks."""
+    results = {}
+    for size, degree, _ in CUTS:
+        run_dir = tmp_path_factory.mktemp("cut") / "run"
+        make_run(
+            run_dir,
+            folders,
+            new_tokens=["statement", "of the"],
+            adapter={"target_modules": "all-linear", "r": 4, "use_dora": True},
+            parallel={"shard_degree": degree},
+            cluster={"gpus_per_node": size},
+        )
+        results[size, degree] = world.run(size, owned, run_dir=run_dir)
+    return results
+
+
+@pytest.mark.parametrize(("size", "degree", "of_a_copy"), CUTS[1:])
+def test_each_copy_is_the_whole_quantization_bit_for_bit(
+    cuts: dict[Any, list[dict[str, Any]]], size: int, degree: int | None, of_a_copy: int
+) -> None:
+    (whole,) = cuts[1, None]
+    by_rank = cuts[size, degree]
+    cut = 0
+    for name, (expected, *_) in whole.items():
+        for start in range(0, size, of_a_copy):
+            parts = [by_rank[rank][name] for rank in range(start, start + of_a_copy)]
+            if all(part[0].shape == expected.shape for part in parts):  # Replicated: adapters, offsets, row norms.
+                assert all(torch.equal(rows, expected) for rows, *_ in parts), name
+                continue
+            cut += 1
+            assert torch.equal(torch.cat([rows for rows, *_ in parts]), expected), name
+            rows = -(-len(expected) // of_a_copy)
+            assert [first for _, first, _ in parts] == [min(rows * part, len(expected)) for part in range(of_a_copy)]
+    assert (cut > 50) == (of_a_copy > 1)
+
+
+KINDS = ("codes", "scales", "group_scale")
+
+
+@pytest.mark.parametrize(("size", "degree", "of_a_copy"), CUTS)
+def test_a_ranks_memory_of_the_base_is_its_part_of_a_copy_to_within_one_group_a_tensor(
+    cuts: dict[Any, list[dict[str, Any]]], size: int, degree: int | None, of_a_copy: int
+) -> None:
+    (whole,) = cuts[1, None]
+    for kind in (*KINDS, "dense"):
+        of_kind = [name for name, (*_, frozen) in whole.items() if frozen and kind == (_kind(name))]
+        assert of_kind
+        rows = {name: len(whole[name][0]) for name in of_kind}
+        row_bytes = {name: whole[name][0].nbytes // rows[name] for name in of_kind}  # Of a group, or of a dense row.
+        whole_bytes = sum(whole[name][0].nbytes for name in of_kind)
+        for rank, tensors in enumerate(cuts[size, degree]):
+            own = sum(tensors[name][0].nbytes for name in of_kind)
+            assert abs(own - whole_bytes / of_a_copy) <= sum(row_bytes.values()), f"rank {rank}: {own} bytes of {kind}"
+            part, per_rank = rank % of_a_copy, {name: -(-rows[name] // of_a_copy) for name in of_kind}
+            parts = {name: min(per_rank[name], max(rows[name] - per_rank[name] * part, 0)) for name in of_kind}
+            assert own == sum(parts[name] * row_bytes[name] for name in of_kind)
+
+
+def _kind(name: str) -> str:
+    own = name.rpartition(".")[2]
+    return own if own in KINDS else "dense"
+
+
+def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
+    """A step's bytes by (kind, ranks that take part), counted where torch issues its collectives, and what the backend
+    counts."""
+    model, backend, _ = startup.start_model(config, ranks)
+    backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
+    our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
+    backend.zero_gradients()
+    backend.traffic.take()
+    collectives = counted(lambda: our_step(model, backend, config, 3))
+    return dict(collectives.nbytes), backend.traffic.take()
+
+
+@pytest.mark.parametrize("degree", [2, 1])
+@pytest.mark.parametrize("sections", [{}, SAVED, FULL], ids=["adapters", "modules_to_save", "full"])
+def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
+    world: World, folders: Path, sections: dict[str, Any], degree: int
+) -> None:
+    cluster, parallel = {"gpus_per_node": RANKS}, {"shard_degree": degree}
+    config = config_for(folders / "llama-tied", cluster=cluster, parallel=parallel, **sections)
+    step = wire.of_run(replace(config, train=replace(config.train, global_batch=3 * RANKS)), world=RANKS)
+    everyone = tuple(range(RANKS))
+    for rank, (issued, traffic) in enumerate(world.run(RANKS, step_by_group, config=config)):
+        copy = tuple(range(rank // degree * degree, rank // degree * degree + degree))
+        replicas = tuple(range(rank % degree, RANKS, degree))
+        expected = {
+            ("gathered", copy): step.gathered,
+            ("scattered", copy): step.scattered,
+            ("reduced", everyone): step.reduced,
+            ("reduced", replicas): step.reduced_rows or step.reduced * (replicas == everyone),
+        }
+        assert issued == {key: nbytes for key, nbytes in expected.items() if nbytes}, "what leaves a copy is more"
+        reduced = step.reduced + step.reduced_rows
+        assert traffic == Traffic(step.gathered, reduced, step.scattered, between_copies_bytes=reduced)
+    assert (step.gathered > 0) == (degree > 1)
+    assert (step.reduced_rows > 0) == (degree > 1 and bool(sections))
+    assert step.across_replicas > 0
+    assert (step.received > step.across_replicas) == (degree > 1)
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def one_copy(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four ranks that cut one copy."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    prepare(run_dir, folders, degree=None, train=SETTINGS)
+    world.run(RANKS, run_once, run_dir=run_dir)
+    return run_dir
+
+
+SETTINGS: dict[str, Any] = {"max_steps": 4, "save_every": 1, "keep": 9, "micro_batch": 3}
+
+
+@pytest.mark.parametrize("degree", [2, 1])
+def test_copies_train_bit_for_bit_what_one_copy_over_the_same_ranks_does(
+    world: World, folders: Path, tmp_path: Path, one_copy: Path, degree: int
+) -> None:
+    config = prepare(tmp_path / "run", folders, degree=degree, train=SETTINGS)
+    first, *others = world.run(RANKS, adapters_after, run_dir=tmp_path / "run")
+    assert all(equal(other, first) for other in others)
+    assert equal(saved(tmp_path / "run"), saved(one_copy))
+    metrics = read_metrics(tmp_path / "run")
+    assert losses_of(metrics) == losses_of(read_metrics(one_copy))
+    line, step = [line for line in metrics if "loss" in line][-1], wire.of_run(config, world=RANKS)
+    assert line["gathered_bytes"] == step.gathered
+    assert line["between_copies_bytes"] == line["reduced_bytes"] == step.reduced
+    assert step.reduced == sum(tensor.nbytes for tensor in first.values())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["between_copies_bytes_per_step"] == step.reduced
+    assert "between_copies_bytes" not in read_metrics(one_copy)[-1]
+
+
+def set_degree(run_dir: Path, degree: int | None) -> None:
+    values = yaml.safe_load((run_dir / "config.yaml").read_text())
+    values["parallel"]["shard_degree"] = degree
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_a_run_goes_on_with_copies_and_without_them_again_bit_for_bit(
+    world: World, folders: Path, tmp_path: Path, one_copy: Path
+) -> None:
+    prepare(tmp_path / "run", folders, degree=None, train=SETTINGS)
+    for degree, stop in ((None, 1), (2, 3), (None, None)):
+        set_degree(tmp_path / "run", degree)
+        world.run(RANKS, run_until, run_dir=tmp_path / "run", stop_before=stop)
+    assert equal(saved(tmp_path / "run"), saved(one_copy))
+    assert losses_of(read_metrics(tmp_path / "run")) == losses_of(read_metrics(one_copy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+@pytest.mark.parametrize("checkpointing", ["block", "none"])
+@pytest.mark.parametrize(
+    "settings", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 1, "accumulate": "block"}], ids=str
+)
+def test_every_cell_of_the_table_is_the_run_of_one_process(
+    world: World, folders: Path, tmp_path: Path, model: str, checkpointing: str, settings: dict[str, Any]
+) -> None:
+    prepare(tmp_path / "run", folders, model, train=settings | {"checkpointing": checkpointing})
+    make_run(tmp_path / "reference", folders, model, train={"micro_batch": 12, "checkpointing": "none"})
+    losses, adapter = outcome(world, RANKS, tmp_path / "run")
+    expected_losses, expected = outcome(world, 1, tmp_path / "reference")
+    assert_losses_close(losses, expected_losses)
+    assert_adapters_close(adapter, expected)
+
+
+# --- units that are trained ---
+
+
+TRAINED = [
+    ("llama", FULL, {}),
+    pytest.param("llama-tied", FULL, {"save_in_background": False}, marks=pytest.mark.slow),
+    pytest.param("llama-tied", SAVED, {"save_in_background": False, "micro_batch": 1}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("model", "sections", "settings"), TRAINED, ids=["full", "full-tied", "modules_to_save"])
+def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_bit_for_bit(
+    world: World, folders: Path, tmp_path: Path, model: str, sections: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    settings = SETTINGS | settings
+    make_run(tmp_path / "single", folders, model, train=settings | {"micro_batch": 12}, **sections)
+    expected = world.run(1, run_once, run_dir=tmp_path / "single")[0]
+    for name in ("whole", "same", "moved"):
+        prepare(tmp_path / name, folders, model, train=settings, **sections)
+    metrics = world.run(RANKS, run_once, run_dir=tmp_path / "whole")[0]
+    assert_losses_close(losses_of(metrics), losses_of(expected))
+    assert_adapters_close(saved(tmp_path / "whole"), saved(tmp_path / "single"))
+    norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (metrics, expected)]
+    assert_losses_close(*norms, relative=1e-5)
+
+    for name, degrees in (("same", (2, 2)), ("moved", (None, 2, None))):
+        for degree, stop in zip(degrees, (*(1, 3)[: len(degrees) - 1], None), strict=True):
+            set_degree(tmp_path / name, degree)
+            world.run(RANKS, run_until, run_dir=tmp_path / name, stop_before=stop)
+    assert equal(saved(tmp_path / "same"), saved(tmp_path / "whole"))
+    assert_adapters_close(saved(tmp_path / "moved"), saved(tmp_path / "whole"))
+
+
+def test_every_rank_of_every_copy_learns_of_a_loss_that_is_not_finite_on_the_first(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path / "run", folders, train={"max_steps": 4, "log_every": 4}, **FULL)
+    bad = {"bad_step": 2, "value": float("inf"), "where": "loss"}
+    messages = world.run(RANKS, run_with_bad_step, run_dir=tmp_path / "run", **bad)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("step 3: the ")
+
+
+# --- integrity ---
+
+
+def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
+    """What is said of a byte of rank 3 that changes after loading, as a forward and a save see it; of one that rank 3
+    read otherwise; and of an offset that rank 2 computed otherwise."""
+    config = load_config(run_dir)
+    loader, _ = train.open_data(run_dir, config, ranks)
+    micro = loader.batch(0).micro_batches[0]
+    model, backend, _ = startup.start_model(config, ranks)
+    block = model.blocks[1].inner.mlp.up_proj
+    codes, _ = backend.local_rows(block.codes)
+    said = []
+
+    def expect(call: Any) -> None:
+        with pytest.raises(DamagedWeightsError) as caught:
+            call()
+        said.append(str(caught.value))
+
+    if ranks.rank == 3:
+        codes[0, 5] ^= 16
+    expect(lambda: model(micro.input_ids, micro.position_ids, micro.labels))
+    model.reshard()
+    expect(backend.check_weights)
+    expect(lambda: backend.watch_weights(model))
+    if ranks.rank == 3:
+        codes[0, 5] ^= 16
+    if ranks.rank == 2:
+        block.offset.add_(1)
+    expect(lambda: backend.watch_weights(model))
+    return said
+
+
+def test_a_byte_that_changed_in_one_copy_is_named_with_its_rank_on_all(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path / "run", folders)
+    by_rank = world.run(RANKS, damaged, run_dir=tmp_path / "run")
+    assert all(said == by_rank[0] for said in by_rank)
+    in_forward, at_save, loaded, offset = by_rank[0]
+    name = "model.layers.1.mlp.up_proj"
+    for said in (in_forward, at_save):
+        assert f"{name}.codes, rows 1 to 1, those of rank 3, are not what rank 3 loaded; rank 3's own memory" in said
+    assert f"{name}.codes, rows 1 to 1, differs between rank 1 and rank 3 after loading" in loaded
+    assert "are the files in model.path the same on every machine?" in loaded
+    assert f"{name}.offset differs between rank 0 and rank 2" in offset
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("cluster", "degree", "said"),
+    [
+        (
+            {"gpus_per_node": 6},
+            4,
+            r"shard_degree=4 does not divide the 6 processes .*shard_degree=3 \(of 1, 2, 3, 6\)",
+        ),
+        ({"gpus_per_node": 4}, 8, r"shard_degree=8 does not divide the 4 processes .*shard_degree=4 \(of 1, 2, 4\)"),
+        ({}, 2, r"shard_degree=2 does not divide the 1 process of this run"),
+        ({"gpus_per_node": 2}, 0, r"shard_degree=0 is no number of ranks"),
+        ({"gpus_per_node": 2}, "nodes", r"shard_degree=nodes is no number of ranks; .* to node"),
+        ({"gpus_per_node": 2}, 1.5, r"shard_degree=1.5 must be of type int"),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused_with_those_that_do(
+    tmp_path: Path, cluster: dict[str, Any], degree: Any, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        config_for(tmp_path, cluster=cluster, parallel={"shard_degree": degree})
+
+
+def test_a_machines_ranks_are_a_copy_and_a_resume_on_others_is_refused_by_the_worker(tmp_path: Path) -> None:
+    cluster = {"launcher": "torchrun", "nodes": 2, "gpus_per_node": 2, "rdzv_endpoint": "here:29500"}
+    config = config_for(tmp_path, cluster=cluster, parallel={"shard_degree": "node"})
+    assert config.shard_degree(4) == config.shard_degree(6) == 2
+    assert as_mapping(config)["parallel"]["shard_degree"] == "node"
+    check_ranks(config, 6)
+    with pytest.raises(
+        UserError, match=r"shard_degree=node \(cluster.gpus_per_node=2\) does not divide the 3 processes"
+    ):
+        check_ranks(config, 3)
+
+
+def test_moments_in_8_bits_are_whole_where_every_rank_has_the_base_whole(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"optim": {"name": "adamw_8bit"}, "cluster": {"gpus_per_node": 4}, **FULL}
+    config_for(tmp_path, parallel={"shard_degree": 1}, **sections)
+    with pytest.raises(UserError, match=r"the rows of 2 processes would cut .* or parallel.shard_degree=1"):
+        config_for(tmp_path, parallel={"shard_degree": 2}, **sections)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.adapters import BlockContext, StepRows
+from distlora.offload import HostInputs
 from distlora_kernels import scratch
 
 _CACHES = ("cache", "past_key_values")
@@ -84,6 +85,8 @@ class Block(nn.Module):
         """Slices of the batch; must divide it."""
         self.checkpointing = False
         """Keep only the slices' inputs and recompute the rest in backward."""
+        self.host_inputs: HostInputs | None = None
+        """Where checkpointing keeps those inputs; None: on the device."""
         self.keep_dequantized = False
         """Keep what recomputation dequantizes until its slice's backward is done, with checkpointing."""
 
@@ -150,7 +153,10 @@ class Block(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing in a block draws from torch's generators, so their state need not be kept.
             context = functools.partial(_keeping, hidden_states.device) if self.keep_dequantized else noop_context_fn
-            return checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+            with contextlib.nullcontext() if self.host_inputs is None else self.host_inputs.keeping():
+                return checkpoint(
+                    layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context
+                )
         return layer(hidden_states)
 
 

@@ -299,7 +299,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
         _replace_weights(layers, contexts, config, dtype, inside, packed, family)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
-        block.checkpointing = config.train.checkpointing == "block"
+        block.checkpointing = config.train.checkpointing in ("block", "offload")
         block.keep_dequantized = config.train.keep_dequantized
     decoder.layers = nn.ModuleList(blocks)
     model = CausalLM(

@@ -13,19 +13,21 @@ it is not the base (`loading.start_file.needs_start` decides):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 
-from distlora import attention, liger
+from distlora import attention, host_memory, liger
 from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.loading import initialize
 from distlora.loading.start_file import needs_start
 from distlora.loading.weights import Loaded, load_base
 from distlora.mlp import place_mlps
 from distlora.model import DTYPES, CausalLM, build_model
+from distlora.offload import HostInputs
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.peft_format import load_initial_adapter
 from distlora.quant import FrozenTensor
@@ -62,6 +64,8 @@ def start_model(
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
+    if training and config.train.checkpointing == "offload":
+        keep_inputs_on_host(model, config, backend)
     if not adapter.decomposes:
         reset_adapters(model.adapted_weights(), adapter, seed=config.train.seed)
     return model, backend, loaded
@@ -110,6 +114,42 @@ def recompute_mlps(model: CausalLM, config: Config) -> None:
     train = config.train
     if train.checkpointing == "selective" or train.mlp_tile is not None:
         place_mlps(model.blocks, model.family, tile=train.mlp_tile)
+
+
+def keep_inputs_on_host(model: CausalLM, config: Config, backend: Backend) -> None:
+    """Take host memory for all inputs that a forward keeps, before the first step needs it; said in `model.notes`.
+
+    Raises UserError, on every rank, where a machine has not as much left for its ranks, as far as it can be told.
+    """
+    settings, ranks = config.train, backend.ranks
+    slices = 1
+    if settings.accumulate == "block":
+        slices = -(-settings.global_batch // (ranks.world * settings.micro_batch))
+    tokens = settings.micro_batch * config.data.sequence_length
+    num_inputs = len(model.blocks) * slices
+    nbytes = tokens * model.hf_config.hidden_size * DTYPES[settings.dtype].itemsize
+    kept = f"{len(model.blocks)} blocks x {slices} x {nbytes / 2**20:,.1f} MiB"
+    needed = sum(host_memory.lay_out([nbytes] * num_inputs)[0])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = host_memory.available_bytes()
+    lacks = torch.tensor(available is not None and needed * processes > available, device=ranks.device).int()
+    if backend.max_over_ranks(lacks) > 0:  # None takes memory before all have looked.
+        instead = "set train.checkpointing=block, or a smaller train.micro_batch"
+        if slices > 1:
+            instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"
+        here = "an unknown amount" if available is None else f"{available / 2**30:,.2f} GiB"
+        raise UserError(
+            f"train.checkpointing=offload takes {needed / 2**30:,.2f} GiB of host memory for the inputs of the blocks "
+            f"on each process ({kept}), and a machine lacks it: this one has {here} left for {processes}; {instead}"
+        )
+    inputs = HostInputs(ranks.device)
+    inputs.reserve(num_inputs, nbytes)
+    for block in model.blocks:
+        block.host_inputs = inputs
+    model.notes.append(
+        f"{inputs.taken_bytes / 2**30:,.2f} GiB of host memory on each rank for the inputs of the blocks ({kept})"
+        + ("" if ranks.device.type == "cuda" else "; on the CPU that saves nothing")
+    )
 
 
 def use_device_kernels(model: CausalLM, config: Config, device: torch.device) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distlora.checkpoints import host_memory
-from distlora.checkpoints.host_memory import CHUNK_BYTES, available_bytes, bytes_like, lay_out, memory_like
+from distlora import host_memory
+from distlora.host_memory import CHUNK_BYTES, available_bytes, bytes_like, lay_out, memory_like
 
 MIB = 2**20
 

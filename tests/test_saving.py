@@ -21,10 +21,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from distlora import durable
+from distlora import durable, host_memory
 from distlora.checkpoints import folder as folders_on_disk
-from distlora.checkpoints import host_memory, snapshot
 from distlora.checkpoints import saver as saver_module
+from distlora.checkpoints import snapshot
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.checkpoints.saver import SaveError, Saver

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distlora.checkpoints import host_memory
+from distlora import host_memory
 from distlora.checkpoints.files import Files
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows

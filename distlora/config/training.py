@@ -8,6 +8,7 @@ from typing import Literal
 
 from distlora.config.errors import require, require_choice, require_positive, require_share
 
+CHECKPOINTING = ("block", "selective", "offload", "none")
 OBJECTIVES = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -90,18 +91,19 @@ class TrainConfig:
     accumulate: Literal["step", "block"] = "step"
     """Where a rank's micro-batches are looped over: `step` runs the model once for each (every block is gathered each
     time); `block` runs each block over all of them while it is gathered once, and keeps all boundary activations."""
-    checkpointing: Literal["block", "selective", "none"] = "block"
+    checkpointing: Literal["block", "selective", "offload", "none"] = "block"
     """What a forward keeps for backward. `block` keeps only the inputs of each decoder block and recomputes it: about
     1/3 more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose recomputation
-    grows with the square of a row: 12 to 20 bytes an element of the hidden state more than `block`. `none` keeps all
-    and recomputes nothing."""
+    grows with the square of a row: 12 to 20 bytes an element of the hidden state more than `block`. `offload` is
+    `block` with the inputs in host memory, which takes layers x hidden x 2 B for each token that they are kept of
+    (`accumulate`); the device holds two. `none` keeps all and recomputes nothing."""
     mlp_tile: int | None = None
     """Tokens of each row that an MLP runs at once, in backward too, where it recomputes each tile: of its inner columns
     a tile's exist and not a row's. For rows from about 16,384 tokens; results differ by rounding alone. Weights in NF4
     are dequantized for each tile, so it should have thousands of tokens, and on CUDA a multiple of 256. null: all."""
     keep_dequantized: bool = False
-    """With checkpointing=block: keep the weights that a block's recomputation dequantizes until its backward is done,
-    so that each is dequantized twice a step and not three times. Takes one block's weights in `dtype`."""
+    """With checkpointing=block or offload: keep the weights that a block's recomputation dequantizes until its backward
+    is done, so that each is dequantized twice a step and not three times. Takes one block's weights in `dtype`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     deterministic_attention: bool = True
@@ -160,9 +162,9 @@ class TrainConfig:
             "train.objective=dpo",
         )
         require_choice("train.accumulate", self.accumulate, ("step", "block"))
-        require_choice("train.checkpointing", self.checkpointing, ("block", "selective", "none"))
+        require_choice("train.checkpointing", self.checkpointing, CHECKPOINTING)
         require(
-            not self.keep_dequantized or self.checkpointing == "block",
+            not self.keep_dequantized or self.checkpointing in ("block", "offload"),
             f"train.keep_dequantized=true has no effect with train.checkpointing={self.checkpointing}, where no block "
             "is recomputed; leave it out, or set train.checkpointing=block",
         )

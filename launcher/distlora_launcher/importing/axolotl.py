@@ -283,10 +283,12 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     off = fp32 or (bf16 is False and not fp16 and not whole_bf16)
     train = imported.section("train")
     train["dtype"] = "fp32" if off else "bf16"
-    checkpointing = keys.any("gradient_checkpointing")
-    train["checkpointing"] = "block" if checkpointing else "none"
-    if isinstance(checkpointing, str) and checkpointing not in ("true", "unsloth"):
-        imported.note("unsupported", f"gradient_checkpointing={checkpointing}", "the blocks' inputs stay on the GPU")
+    checkpointing, offloading = keys.any("gradient_checkpointing"), keys.any("activation_offloading")
+    offloads = bool(offloading) or checkpointing in ("offload", "offload_disk", "unsloth")
+    train["checkpointing"] = "offload" if offloads else "block" if checkpointing else "none"
+    for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
+        if value in ("offload_disk", "disk"):
+            imported.note("unsupported", f"{key}={value}", "the blocks' inputs go to host memory, not to a disk")
     seed = keys.integer("seed")
     train["seed"] = 42 if seed is None else seed
 

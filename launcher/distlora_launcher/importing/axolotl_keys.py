@@ -140,7 +140,7 @@ ROWS: tuple[Row, ...] = (
         "qat quantization use_onebitllms",
     ),
     ("idle", "checkpointing is never reentrant", "gradient_checkpointing_kwargs"),
-    ("unsupported", "a block is recomputed whole, on the GPU", "selective_checkpointing activation_offloading"),
+    ("unsupported", "a block is recomputed whole", "selective_checkpointing"),
     ("unsupported", "the base stays on the GPUs, in 4 bits", "layer_offloading"),
     ("unsupported", "set train.micro_batch by hand", "auto_find_batch_size"),
     ("unsupported", "torch.compile is not used yet; results do not depend on it", "torch_compile"),

@@ -1,0 +1,210 @@
+"""Inputs of checkpointed blocks on the host: the same numbers, which leave and come back in order, in the same memory
+from step to step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from distlora import host_memory, startup, train
+from distlora.adapters import BlockContext
+from distlora.blocks import Block
+from distlora.config import UserError
+from distlora.offload import HostInputs
+from distlora.parallel import Ranks
+from small_models import make_run, read_metrics
+from test_parity import outcome
+from test_scratch import Layer
+from worlds import World
+
+BLOCKS = 4
+
+
+class Recorded(HostInputs):
+    """Writes down what is copied: ("out" or "back", which place)."""
+
+    def __init__(self, num_inputs: int, nbytes: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.reserve(num_inputs, nbytes)
+        self.places = [place.data_ptr() for places in self._free.values() for place in places]
+        self.copies: list[tuple[str, int]] = []
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        way, place = ("out", to) if to.data_ptr() in self.places else ("back", source)
+        self.copies.append((way, place.data_ptr()))
+        super().copy(to, source)
+
+
+def blocks_and_input(num_micro: int = 1, inputs: HostInputs | None = None) -> tuple[nn.Sequential, Tensor]:
+    blocks = []
+    for _ in range(BLOCKS):
+        context = BlockContext()
+        block = Block(Layer(context), context)
+        block.checkpointing, block.num_micro, block.host_inputs = True, num_micro, inputs
+        blocks.append(block)
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(7), requires_grad=True)
+    return nn.Sequential(*blocks), x
+
+
+def output_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *adapters])]
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_each_input_leaves_once_and_comes_back_one_ahead_of_its_recomputation(num_micro: int) -> None:
+    model, x = blocks_and_input(num_micro)
+    expected = output_and_gradients(model, x)
+    kept = BLOCKS * num_micro
+    inputs = Recorded(kept, x.nbytes // num_micro)
+    memory = inputs.taken_bytes
+    model, x = blocks_and_input(num_micro, inputs)
+    recomputed: list[int] = []
+    for block in model:
+        block.inner.register_forward_pre_hook(lambda *_: recomputed.append(len(inputs.copies)))  # type: ignore[union-attr]
+    for _ in range(2):
+        inputs.copies.clear()
+        recomputed.clear()
+        actual = output_and_gradients(model, x)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+        out, back = inputs.copies[:kept], inputs.copies[kept:]
+        assert {place for _, place in out} == set(inputs.places), "the same memory in every step"
+        # The newest is still on the device when backward begins; the others come in the order of backward.
+        assert back == [("back", place) for _, place in reversed(out[:-1])]
+        # How many copies were asked for when a layer ran: its own input's, and in backward the one before it.
+        assert recomputed[:kept] == list(range(1, kept + 1))
+        assert recomputed[kept:] == [kept + min(index + 1, kept - 1) for index in range(kept)]
+        assert (inputs.num_free, inputs.taken_bytes) == (kept, memory)
+
+
+def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None:
+    inputs = Recorded(BLOCKS, 4 * 5 * 64 * 4)
+    model, x = blocks_and_input(1, inputs)
+    storages: list[StorageWeakRef] = []
+    for block in model:
+        block.register_forward_pre_hook(lambda _, args: storages.append(StorageWeakRef(args[0].untyped_storage())))
+    loss = model(x.detach()).square().sum()
+    assert [storage.expired() for storage in storages[1:]] == [True] * (BLOCKS - 2) + [False]
+    alive: list[int] = []
+    back: list[StorageWeakRef] = []
+    bring = inputs.copy
+
+    def watched(to: Tensor, source: Tensor) -> None:
+        back.append(StorageWeakRef(to.untyped_storage()))
+        bring(to, source)
+        alive.append(sum(not storage.expired() for storage in [*storages[1:], *back]))
+
+    inputs.copy = watched  # type: ignore[method-assign]
+    loss.backward()
+    assert alive == [2] * (BLOCKS - 1), "the one that is recomputed from, and the next"
+    assert all(storage.expired() for storage in [*storages[1:], *back])
+
+
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("no gradient")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "evaluation", "no backward"])
+def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) -> None:
+    inputs = Recorded(BLOCKS, 4 * 5 * 64 * 4)
+    model, x = blocks_and_input(1, inputs)
+    expected = output_and_gradients(model, x)
+    if where == "evaluation":
+        inputs.copies.clear()
+        with torch.no_grad():
+            model(x)
+        assert not inputs.copies, "nothing is kept without a backward"
+    elif where == "no backward":
+        model(x)
+    else:
+        fails = model[2].register_forward_hook(
+            lambda _, args, output: _FailsInBackward.apply(output) if where == "backward" else 1 / 0
+        )
+        with pytest.raises(ArithmeticError):
+            output_and_gradients(model, x)
+        fails.remove()
+    assert inputs.num_free == BLOCKS
+    actual = output_and_gradients(model, x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+    assert (inputs.num_free, len(inputs.places)) == (BLOCKS, BLOCKS)
+
+
+def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """A run's metrics, and of its inputs' memory: (places that were reserved, places at the end, bytes of growth)."""
+    figures: list[int] = []
+    keep = startup.keep_inputs_on_host
+    found: list[HostInputs] = []
+
+    def kept(model: Any, *arguments: Any) -> None:
+        keep(model, *arguments)
+        found.append(model.blocks[0].host_inputs)
+        figures.extend((found[0].num_free, found[0].taken_bytes))
+
+    startup.keep_inputs_on_host = kept
+    try:
+        train.run(run_dir, ranks)
+    finally:
+        startup.keep_inputs_on_host = keep
+    return read_metrics(run_dir), [*figures, found[0].num_free, found[0].taken_bytes]
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (1, {"micro_batch": 5, "accumulate": "block", "keep_dequantized": True}),
+        (2, {"micro_batch": 2, "accumulate": "step", "eval_every": 1}),
+        (3, {"micro_batch": 1, "accumulate": "block", "eval_every": 1}),
+    ],
+    ids=str,
+)
+def test_a_run_is_the_same_bit_for_bit_and_takes_no_memory_in_a_step(
+    world: World, folders: Path, tmp_path: Path, size: int, settings: dict[str, Any]
+) -> None:
+    settings = {"max_steps": 3, **settings}
+    make_run(tmp_path / "block", folders, train={**settings, "checkpointing": "block"})
+    expected_losses, expected = outcome(world, size, tmp_path / "block")
+    make_run(tmp_path / "run", folders, train={**settings, "checkpointing": "offload"})
+    metrics, figures = world.run(size, run_and_memory, run_dir=tmp_path / "run")[0]
+    assert [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics] == expected_losses
+    from safetensors.torch import load_file
+
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in expected.items())
+    slices = -(-12 // (size * settings["micro_batch"])) if settings["accumulate"] == "block" else 1
+    assert figures[:2] == figures[2:]
+    assert figures[0] == 3 * slices, "an input for each block and slice"
+
+
+def refused(ranks: Ranks, *, run_dir: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
+        patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
+        with pytest.raises(UserError) as error:
+            startup.start_model(train.load_config(run_dir), ranks)
+    return str(error.value)
+
+
+def test_a_machine_with_too_little_host_memory_is_refused_on_every_rank(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", folders, train={"checkpointing": "offload", "accumulate": "block"})
+    messages = world.run(2, refused, run_dir=tmp_path / "run")
+    for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
+        assert (
+            "0.06 GiB of host memory for the inputs of the blocks on each process (3 blocks x 6 x 0.0 MiB)" in message
+        )
+        assert f"this one has {left} left for 2" in message
+        assert "set train.accumulate=step, which takes 1/6 of it, or train.checkpointing=block" in message

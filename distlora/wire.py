@@ -94,6 +94,15 @@ def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsiz
     )
 
 
+def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
+    """Bytes of the frozen base that a rank keeps, at the most: its rows of every tensor. Not counted are the offsets of
+    packed weights, 4 bytes each, which every rank has."""
+    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
+    rest = itemsize * (matrices + padded((shapes.hidden,), shards))
+    block = block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)
+    return (shapes.num_layers * block + rest) // shards
+
+
 def passes_of(config: Config, accumulation: int) -> int:
     """How often a step runs the model, forward and backward."""
     return accumulation if config.train.accumulate == "step" else 1
@@ -158,14 +167,42 @@ def peer(
     4-bit weights out of the sharding: every rank has them all. The scales of 4-bit weights are no parameters and lie on
     every rank. Adapter gradients are reduce-scattered in bf16.
     """
-    block = 0
-    for weight in shapes.block:
-        if not weight.packs or storage == "bf16" or len(weight.shape) > 2:  # bitsandbytes packs no fused experts.
-            block += 2 * padded(weight.shape, world)
-        elif storage == "nf4 in bf16":  # One column of bf16, four weights in each.
-            block += 2 * padded((-(-weight.numel // 4),), world)
+    block = sum(
+        0 if replicated(weight, storage) else 2 * padded(_stored(weight, storage), world) for weight in shapes.block
+    )
     of_adapters = sum(2 * (padded(each.down, world) + padded(each.up, world)) for blocks in adapters for each in blocks)
     matrix = 2 * padded((shapes.vocabulary, shapes.hidden), world)
     a_pass = 2 * (shapes.num_layers * block + of_adapters) + 2 * padded((shapes.hidden,), world)
     a_pass += matrix if shapes.tied else 3 * matrix
     return StepBytes(gathered=accumulation * a_pass, scattered=of_adapters, shards=world, world=world)
+
+
+def peer_held_bytes(shapes: ModelShapes, storage: Storage, *, world: int) -> int:
+    """Bytes of the base that a rank of the peer keeps: its rows, and what is not cut; 4-bit weights' scales in 8 bits
+    for each 64, with a scale in fp32 for each 256 of these, among it."""
+    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), world)
+    cut, whole = 2 * (matrices + padded((shapes.hidden,), world)), 0
+    for weight in shapes.block:
+        stored = 2 * padded(_stored(weight, storage), world)
+        if replicated(weight, storage):
+            whole += shapes.num_layers * stored
+        else:
+            cut += shapes.num_layers * stored
+        if _is_packed(weight, storage):
+            whole += shapes.num_layers * (-(-weight.numel // 64) + 4 * -(-weight.numel // GROUP_WEIGHTS))
+    return cut // world + whole
+
+
+def replicated(weight: Weight, storage: Storage) -> bool:
+    """Whether accelerate leaves it out of the sharding: 4-bit weights in uint8."""
+    return _is_packed(weight, storage) and storage == "nf4 in uint8"
+
+
+def _is_packed(weight: Weight, storage: Storage) -> bool:
+    """Whether bitsandbytes keeps it in 4 bits: linears, and no fused experts."""
+    return weight.packs and len(weight.shape) == 2 and storage != "bf16"
+
+
+def _stored(weight: Weight, storage: Storage) -> tuple[int, ...]:
+    """Its shape in numbers of 2 bytes; of a packed one a single column, four weights in each."""
+    return (-(-weight.numel // 4),) if _is_packed(weight, storage) else weight.shape

@@ -18,6 +18,7 @@ from distlora.model import build_model
 from distlora.parallel import Ranks
 from distlora.parallel.traffic import Traffic
 from distlora.shapes import ModelShapes, shapes_of
+from distlora.startup import start_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
 from worlds import World
@@ -112,6 +113,28 @@ def test_a_step_carries_what_is_calculated_and_the_backend_counts_it(
             assert counts.calls == 3 * (3 + 3 + 3) + 1, "and one all-reduce a bucket of adapter gradients"
     assert step.gathered > 0
     assert (step.scattered == 0) == (config.adapter.method == "lora" and not config.adapter.modules_to_save)
+
+
+def base_bytes(ranks: Ranks, *, config: Config) -> int:
+    """What this rank has of the frozen base after a start, offsets left out."""
+    model, backend, _ = start_model(config, ranks)
+    return sum(backend.local_rows(p)[0].nbytes for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, folders: Path, model: str) -> None:
+    """To within one row, or group, of each tensor."""
+    config, shapes = config_of(folders / model), shapes_in(folders / model)
+    packed = sum(weight.packs for weight in shapes.block)
+    rows = shapes.num_layers * (packed * wire.GROUP_BYTES + 2 * (len(shapes.block) - packed) * shapes.hidden)
+    slack = rows + 2 * (2 * shapes.hidden + 1)
+    held = {size: world.run(size, base_bytes, config=config) for size in (1, 2, 3, 4)}
+    whole = held[1][0]
+    assert whole == wire.held_bytes(shapes, 1, quantized=True, itemsize=2)
+    for size, by_rank in held.items():
+        assert sum(by_rank) == whole
+        assert max(by_rank) == by_rank[0] == wire.held_bytes(shapes, size, quantized=True, itemsize=2)
+        assert max(by_rank) - whole / size < slack
 
 
 def test_what_is_received_is_the_rings_share() -> None:

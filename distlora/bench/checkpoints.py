@@ -20,6 +20,8 @@ LLAMA_700M: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 """A Llama of 762 million parameters."""
+LLAMA_1B5: dict[str, Any] = LLAMA_700M | {"intermediate_size": 6400, "num_hidden_layers": 28}
+"""A Llama of 1.53 billion parameters, 1.39 of them in linears of its blocks."""
 
 
 def write_random_checkpoint(folder: Path, settings: dict[str, Any], *, num_shards: int) -> int:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from distlora.bench.collectives import Collectives, counted
+from distlora.bench.collectives import counted
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
@@ -34,12 +36,28 @@ class Counts:
     reduced: int
     calls: int
     """Collectives."""
+    loopback: int
+    """What came in over this machine's loopback interface meanwhile, for all ranks and whoever else uses it."""
 
     @classmethod
-    def of(cls, collectives: Collectives) -> Counts:
+    def of(cls, step: Callable[[], object], ranks: Ranks) -> Counts:
+        """Run a step, between barriers, and count it."""
+        assert ranks.group is not None
+        dist.barrier(ranks.group)
+        before = loopback_bytes()
+        collectives = counted(step)
+        dist.barrier(ranks.group)
+        received = loopback_bytes() - before
         assert collectives.of("broadcast") == 0, "a step broadcasts nothing"
         gathered, scattered, reduced = (collectives.of(kind) for kind in ("gathered", "scattered", "reduced"))
-        return cls(gathered, scattered, reduced, sum(collectives.calls.values()))
+        return cls(gathered, scattered, reduced, sum(collectives.calls.values()), received)
+
+
+def loopback_bytes() -> int:
+    """Bytes that have come in over the loopback interface of this process' network; 0 where Linux does not say."""
+    table = Path("/proc/self/net/dev")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:")), 0)
 
 
 def random_tokens(rows: int, length: int, vocabulary: int, rank: int) -> Tensor:
@@ -59,8 +77,7 @@ def measure_ours(config: Config, ranks: Ranks, *, accumulation: int) -> tuple[Co
     step()  # Its first forward checks what was gathered of the base, which ends with a sum over the ranks.
     backend.zero_gradients()
     backend.traffic.take()
-    collectives = counted(step)
-    return Counts.of(collectives), backend.traffic.take()
+    return Counts.of(step, ranks), backend.traffic.take()
 
 
 def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: int) -> None:
@@ -90,7 +107,7 @@ def measure_peer(
 
     step()
     optimizer.zero_grad()
-    return Counts.of(counted(step)), describe(model)
+    return Counts.of(step, ranks), describe(model)
 
 
 def prepare_peer(folder: Path, storage: Storage, *, r: int) -> tuple[Any, Any, Any]:

@@ -1,5 +1,5 @@
 """`distlora bench kernels`: how fast the GPU kernels are here; with --offline, what they compile to, on any machine.
-`distlora bench methods` is in methods/.
+`distlora bench methods` is in methods/, `distlora bench comm` in comm.py.
 
 For kernels this process becomes the one that measures or compiles, which imports torch and triton.
 """
@@ -18,13 +18,17 @@ from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 
+SUBJECTS = ("kernels", "methods", "comm")
 MEASURE, COMPILE = "distlora_kernels.bench", "distlora_kernels.offline"
 
 USAGE = """usage: distlora bench kernels [options of the benchmark]
        distlora bench kernels --offline [--only TEXT] [--arch N ...] [--json]
        distlora bench methods [--out FOLDER] [--quick] ...
+       distlora bench comm [setting=value ...] [--ranks N,N] [--measure] ...
 
 methods: compare adapter methods on the demo's base and data; `distlora bench methods --help` says more.
+
+comm: what a step moves between ranks, beside PEFT with accelerate's FSDP2; `distlora bench comm --help` says more.
 
 kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
 `python -m distlora_kernels.bench --help` shows the options.
@@ -39,17 +43,21 @@ kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 pr
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the process that does it. Returns for --help alone."""
-    if not arguments or (arguments[0] != "methods" and {"-h", "--help"} & set(arguments)):
+    if not arguments or (arguments[0] not in ("methods", "comm") and {"-h", "--help"} & set(arguments)):
         print(usage())
         return DONE
     if arguments[0] == "methods":
         from distlora_launcher.methods import main as compare_methods
 
         return compare_methods(arguments[1:])
+    if arguments[0] == "comm":
+        from distlora_launcher.comm import main as compare_traffic
+
+        return compare_traffic(arguments[1:])
     if arguments[0] != "kernels":
         raise UserError(
             f"distlora bench: there is nothing named {arguments[0]!r} to measure"
-            f"{nearest(arguments[0], ['kernels', 'methods'])}; write distlora bench kernels or distlora bench methods"
+            f"{nearest(arguments[0], SUBJECTS)}; write distlora bench followed by {', '.join(SUBJECTS)}"
         )
     if "--offline" in arguments:
         options = parse(arguments[1:])

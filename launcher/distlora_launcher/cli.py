@@ -70,8 +70,8 @@ COMMANDS = {
         "distlora_launcher.analyze",
     ),
     "bench": Command(
-        "kernels [--offline] | methods [--quick]",
-        "measure the GPU kernels (--offline: what they compile to); compare adapter methods on the demo's data",
+        "kernels [--offline] | methods [--quick] | comm [--measure]",
+        "measure the GPU kernels (--offline: what they compile to); compare adapter methods; bytes between ranks",
         "distlora_launcher.bench",
     ),
     "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),

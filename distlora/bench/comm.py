@@ -1,0 +1,161 @@
+"""What a step moves between ranks, ours beside PEFT with accelerate's FSDP2: calculated for any model from its
+config.json, and counted on two ranks of a small one. Imports no torch; `distlora bench comm` prints it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distlora import wire
+from distlora.config import Config
+from distlora.shapes import ModelShapes
+from distlora.wire import StepBytes
+
+_LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama 3.1 8B": _LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Llama 3.1 70B": _LLAMA
+    | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "Llama 3.1 405B": _LLAMA
+    | {"hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+"""config.json of the models that are calculated where none is named."""
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 1001,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+}
+"""The Llama that is measured: sizes that the ranks do not divide; bitsandbytes' CPU kernels need rows of whole 64s."""
+
+PEERS: dict[wire.Storage, str] = {
+    "nf4 in bf16": "PEFT + accelerate FSDP2, NF4 stored as bf16",
+    "nf4 in uint8": "PEFT + accelerate FSDP2, NF4 stored as uint8",
+    "bf16": "PEFT + accelerate FSDP2, bf16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to train a model, and what a step of it moves on each rank."""
+
+    model: str
+    ranks: int
+    accumulation: int
+    """Micro-batches of a step on each rank."""
+    who: str
+    step: StepBytes
+    held: int
+    """Bytes of the base that a rank keeps."""
+
+    def as_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return values | {"received": self.step.received, "across_replicas": self.step.across_replicas}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A step on real ranks, by an independent counter."""
+
+    who: str
+    accumulation: int
+    gathered: int
+    scattered: int
+    reduced: int
+    by_backend: dict[str, int] | None
+    """What our backend counts itself; None for a peer."""
+    loopback: int | None
+    """Bytes that came in over the ranks' own network, all ranks together; None where others use it too."""
+
+
+def rows_of(name: str, shapes: ModelShapes, config: Config, *, ranks: int, accumulation: int) -> Iterator[Row]:
+    """Ours with these settings, by either way to accumulate, and the peers with the same adapters."""
+    itemsize = wire.DTYPE_BYTES[config.train.dtype]
+    quantized = config.quant.method == "nf4"
+    for accumulate in ("step", "block"):
+        train = dataclasses.replace(config.train, accumulate=accumulate)
+        ours = dataclasses.replace(config, train=train)
+        step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
+        held = wire.held_bytes(shapes, ranks, quantized=quantized, itemsize=itemsize)
+        yield Row(name, ranks, accumulation, our_name(ours), step, held)
+    if config.adapter.method == "lora" and not config.adapter.modules_to_save:
+        adapters = shapes.adapters(config.adapter)
+        for storage, who in PEERS.items():
+            step = wire.peer(shapes, adapters, storage, world=ranks, accumulation=accumulation)
+            yield Row(name, ranks, accumulation, who, step, wire.peer_held_bytes(shapes, storage, world=ranks))
+
+
+def our_name(config: Config) -> str:
+    base = "NF4" if config.quant.method == "nf4" else "bf16"
+    what = "everything trained" if config.adapter.method == "full" else base
+    return f"distlora, {what}, accumulate={config.train.accumulate}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Markdown: a table for each model and number of ranks."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.ranks), []).append(row)
+    for (model, ranks), members in groups.items():
+        yield (
+            f"| {model}, {ranks} ranks | micro-batches | gathered | scattered | reduced | received a rank | beside the "
+            "first | of the base on each rank |"
+        )
+        yield "|---|---|---|---|---|---|---|---|"
+        first: Mapping[int, Row] = {row.accumulation: row for row in reversed(members)}
+        for row in members:
+            step, whole = row.step, first[row.accumulation].step.received
+            cells = (
+                *(row.who, str(row.accumulation), size(step.gathered), size(step.scattered), size(step.reduced)),
+                *(size(step.received), f"{step.received / whole:.2f}" if whole else "", size(row.held)),
+            )
+            yield f"| {' | '.join(cells)} |"
+        yield ""
+
+
+def counted_table(rows: Sequence[Row], counted: Sequence[Counted]) -> Iterator[str]:
+    """Markdown: the same steps, calculated and counted."""
+    alone = any(each.loopback is not None for each in counted)
+    extra = " received a rank: calculated, over the network |" if alone else ""
+    yield (
+        "| counted on 2 ranks, MB | micro-batches | gathered | scattered | reduced | calculated | our backend's own "
+        f"count |{extra}"
+    )
+    yield "|---|---|---|---|---|---|---|" + ("---|" if alone else "")
+    for row in rows:
+        each = next(c for c in counted if (c.who, c.accumulation) == (row.who, row.accumulation))
+        carried = (each.gathered, each.scattered, each.reduced)
+        calculated = (row.step.gathered, row.step.scattered, row.step.reduced)
+        said = "" if each.by_backend is None else agreement(carried, tuple(each.by_backend.values()))
+        cells = [row.who, str(row.accumulation), *(f"{nbytes / 1e6:.3f}" for nbytes in carried)]
+        cells += [agreement(carried, calculated), said]
+        if alone:
+            assert each.loopback is not None
+            cells.append(f"{row.step.received / 1e6:.3f}, {each.loopback / row.ranks / 1e6:.3f}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def agreement(counted: tuple[int, ...], other: tuple[int, ...]) -> str:
+    """`equal`, or by how much the sums differ."""
+    if counted == other:
+        return "equal"
+    return f"{sum(other) / max(sum(counted), 1) - 1:+.2%} (differs: {', '.join(map(str, other))})"
+
+
+def size(nbytes: int) -> str:
+    """Three digits and a unit of 1000s."""
+    if nbytes == 0:
+        return "0"
+    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

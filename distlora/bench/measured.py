@@ -1,0 +1,140 @@
+"""A training step of ours and of the peers on two gloo ranks of this machine, counted; JSON on stdout.
+
+    python -m distlora.bench.measured [--accumulation 1,8]        (`distlora bench comm --measure` runs it)
+
+As root on Linux the ranks have a network of their own, whose bytes are read too: what nobody else sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from distlora.bench.checkpoints import write_random_checkpoint
+from distlora.bench.comm import PEERS, SMALL, Counted, our_name
+from distlora.bench.traffic import Counts, measure_ours, measure_peer
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.parallel import Ranks
+
+RANKS = 2
+ADAPTER_RANK, LENGTH = 16, 32
+
+
+def config_of(folder: Path, accumulate: str) -> Config:
+    """A run on the model in `folder` with an adapter on every linear."""
+    sections: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none", "sequence_length": LENGTH},
+        "adapter": {"r": ADAPTER_RANK, "target_modules": "all-linear"},
+        "train": {"accumulate": accumulate},
+        "run_dir": "none",
+    }
+    return build(Config, sections)
+
+
+def measure(ranks: Ranks, folder: Path, accumulations: Sequence[int]) -> Iterator[Counted]:
+    """Every cell on this rank."""
+    for accumulation in accumulations:
+        for accumulate in ("step", "block"):
+            config = config_of(folder, accumulate)
+            counts, traffic = measure_ours(config, ranks, accumulation=accumulation)
+            own = {kind: getattr(traffic, f"{kind}_bytes") for kind in ("gathered", "scattered", "reduced")}
+            yield _counted(our_name(config), accumulation, counts, own)
+        for storage, who in PEERS.items():
+            counts, became = measure_peer(
+                folder, ranks, storage, r=ADAPTER_RANK, length=LENGTH, accumulation=accumulation
+            )
+            assert became.startswith("FSDP"), f"accelerate trained with something else: {became}"
+            yield _counted(who, accumulation, counts, None)
+
+
+def _counted(who: str, accumulation: int, counts: Counts, own: dict[str, int] | None) -> Counted:
+    values = asdict(counts)
+    del values["calls"]
+    return Counted(who=who, accumulation=accumulation, by_backend=own, **values)
+
+
+def rank_main(rank: int, port: int, folder: Path, accumulations: Sequence[int], results: Any) -> None:
+    """One rank's process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = Ranks(rank, RANKS, torch.device("cpu"), dist.group.WORLD)
+    results.put((rank, list(measure(ranks, folder, accumulations))))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(accumulations: Sequence[int], *, own_network: bool) -> list[Counted]:
+    """What each step carried on a rank. Raises RuntimeError where a rank failed, or counted another step than rank 0.
+
+    `own_network`: nobody but the ranks uses this process' loopback interface.
+    """
+    with tempfile.TemporaryDirectory() as temporary, socket.socket() as probe:
+        folder = Path(temporary) / "model"
+        write_random_checkpoint(folder, SMALL, num_shards=1)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        context = multiprocessing.get_context("spawn")
+        results = context.Queue()
+        arguments = [(rank, port, folder, tuple(accumulations), results) for rank in range(RANKS)]
+        processes = [context.Process(target=rank_main, args=values) for values in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a rank failed with exit code {process.exitcode}; its error is above")
+        first, *others = (rows for _, rows in sorted((results.get() for _ in processes), key=lambda pair: pair[0]))
+    without_network = [[dataclasses.replace(row, loopback=None) for row in rows] for rows in (first, *others)]
+    if any(rows != without_network[0] for rows in without_network):
+        raise RuntimeError("the ranks carried different numbers of bytes")
+    return first if own_network else without_network[0]
+
+
+def take_own_network() -> bool:
+    """Move this process, and those that it starts, into a network of their own that is but a loopback interface.
+
+    False where the system does not let it: only root on Linux may.
+    """
+    new_network, set_flags, up = 0x40000000, 0x8914, 0x1  # CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP
+    if sys.platform != "linux" or ctypes.CDLL(None).unshare(new_network) != 0:
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", up))
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accumulation", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
+    options = parser.parse_args(arguments)
+    own_network = take_own_network()
+    # What libraries print of themselves goes to stderr, with their warnings.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    rows = run(options.accumulation, own_network=own_network)
+    os.dup2(stdout, 1)
+    print(json.dumps([asdict(row) for row in rows]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

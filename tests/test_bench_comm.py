@@ -1,0 +1,140 @@
+"""`distlora bench comm`: what is calculated for any model, what is refused, and, counted on real ranks, the peers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora import wire
+from distlora.bench.comm import MODELS, Counted, StepBytes, agreement, counted_table, size
+from distlora.config import AdapterConfig
+from distlora.shapes import shapes_of
+from distlora_launcher import cli, comm
+from family_models import edit_config
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["bench", "comm", *words]) == 0
+    return capsys.readouterr().out
+
+
+def calculated(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(printed(capsys, *words, "--json"))["calculated"]
+    return rows
+
+
+def test_the_largest_models_have_their_sizes() -> None:
+    numels = {name: shapes_of(settings, name).numel for name, settings in MODELS.items()}
+    assert numels == {
+        "Llama 3.1 8B": 8_030_261_248,
+        "Llama 3.1 70B": 70_553_706_496,
+        "Llama 3.1 405B": 405_853_388_800,
+    }, "as their cards on the hub say"
+
+
+def test_gathers_do_not_grow_with_accumulation_in_blocks_and_the_peers_do(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = calculated(capsys, "--ranks", "8", "--accumulation", "1,8")
+    of = {(row["model"], row["who"], row["accumulation"]): row for row in rows}
+    for model in MODELS:
+        for who in {row["who"] for row in rows}:
+            once, eight = (of[model, who, n]["step"]["gathered"] for n in (1, 8))
+            assert eight == once * (1 if who.endswith("block") else 8), who
+    seventy = of["Llama 3.1 70B", "distlora, NF4, accumulate=block", 8]
+    # 68.5e9 weights in blocks at 4.127 bits, twice; embedding and head of 1.05e9 numbers in bf16, once.
+    assert seventy["step"]["gathered"] == pytest.approx(2 * 68.45e9 * 4.127 / 8 + 2 * 2.1e9, rel=2e-3)
+    assert seventy["received"] == seventy["step"]["gathered"] * 7 // 8 + 2 * seventy["step"]["reduced"] * 7 // 8
+    shapes = shapes_of(MODELS["Llama 3.1 70B"], "70B")
+    packed = 2 * wire.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
+    assert packed / (2 * sum(w.numel for w in shapes.block) * 4.127 / 8) < 1.02, "padding is nothing on such shapes"
+
+
+def test_settings_and_the_model_in_a_folder_are_those_of_a_run(
+    capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    words = (f"model.path={folders / 'qwen3'}", "--ranks", "3", "--accumulation", "2")
+    shapes = shapes_of(json.loads((folders / "qwen3" / "config.json").read_text()), "qwen3")
+    for setting, adapter in (
+        ("adapter.target_modules=qv", AdapterConfig(target_modules="qv")),
+        ("adapter=dora", AdapterConfig(use_dora=True)),
+        ("optim.lr=1e-3", AdapterConfig(target_modules="all-linear")),
+    ):
+        ours = calculated(capsys, *words, setting)[0]
+        assert ours["step"]["reduced"] == 4 * sum(a.numel for block in shapes.adapters(adapter) for a in block)
+    full = calculated(capsys, *words, "adapter=full", "quant=none")
+    assert [row["who"] for row in full] == [f"distlora, everything trained, accumulate={a}" for a in ("step", "block")]
+    assert full[0]["step"]["scattered"] > 0
+    text = printed(capsys, *words)
+    assert "| qwen3, 3 ranks |" in text
+    assert text.count("\n| distlora, NF4") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--ranks", "eight"], "--ranks=eight are no positive numbers; write --ranks 8,64"),
+        (["--accumulation", "0"], "--accumulation=0"),
+        (["--rank", "8"], "--ranks"),
+        (["Llama-8B"], "'Llama-8B' is no setting; write setting=value"),
+        (["adapter.rr=8"], "adapter.rr"),
+        (["model.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "comm", *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert named in output.err
+
+
+def test_a_config_that_lacks_a_size_is_refused_by_its_name(
+    capsys: pytest.CaptureFixture[str], folders: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((folders / "llama" / "config.json").read_text())
+    edit_config(tmp_path, num_attention_heads=None)
+    assert cli.main(["bench", "comm", f"model.path={tmp_path}"]) == 2
+    assert "num_attention_heads" in capsys.readouterr().err
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = (
+        "import sys, distlora_launcher.comm as c; c.main(['--ranks', '8']); "
+        "print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+
+
+def test_what_differs_is_shown() -> None:
+    assert agreement((10, 0, 2), (10, 0, 2)) == "equal"
+    assert agreement((100, 0, 0), (101, 0, 0)) == "+1.00% (differs: 101, 0, 0)"
+    assert [size(n) for n in (0, 999, 1000, 1_234_567, 74_800_000_000, 2_250_000_000_000)] == [
+        *("0", "999 B", "1 kB", "1.23 MB", "74.8 GB", "2.25 TB")
+    ]
+    row = comm.small_rows([1])[0]
+    step = row.step
+    carried = {"gathered": step.gathered, "scattered": 0, "reduced": step.reduced}
+    counted = Counted(who=row.who, accumulation=1, by_backend=carried, loopback=None, **carried)
+    assert list(counted_table([row], [counted]))[-1].count("equal") == 2
+    off = Counted(who=row.who, accumulation=1, by_backend=carried, loopback=None, **{**carried, "gathered": 1})
+    assert "differs" in list(counted_table([row], [off]))[-1]
+    assert StepBytes(gathered=0, shards=1, world=1).received == 0
+
+
+@pytest.mark.slow
+def test_the_peers_carry_what_is_calculated_where_they_shard_and_the_network_what_the_rings_need() -> None:
+    """accelerate and bitsandbytes on two ranks of their own; what comes in over loopback is ours and theirs to 5 %."""
+    rows, counted = comm.small_rows([1, 3]), comm.measure([1, 3])
+    assert counted is not None
+    assert [row.who for row in rows] == [each["who"] for each in counted]
+    for row, each in zip(rows, counted, strict=True):
+        carried = {kind: each[kind] for kind in ("gathered", "scattered", "reduced")}
+        assert carried == {kind: getattr(row.step, kind) for kind in carried}, row.who
+        assert each["by_backend"] in (None, carried)
+        if each["loopback"] is not None:
+            # gloo sums a reduce-scatter as an all-reduce; TCP's headers, acknowledgements and the barriers.
+            needed = 2 * row.step.received + row.step.scattered
+            assert needed < each["loopback"] < 1.05 * needed, row.who

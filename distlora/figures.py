@@ -15,7 +15,7 @@ from distlora.experts import ExpertWeight
 from distlora.families import read_config
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM
-from distlora.parallel import Backend, Shards
+from distlora.parallel import Backend, Shards, whole_shape
 from distlora.quant import PACKED_PARTS, FrozenTensor
 from distlora.reporting import Reporter
 from distlora.tokens import HEAD
@@ -26,7 +26,7 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
     adapters = adapter_parameters(model)
     base = {name: p for name, p in model.named_parameters() if name not in adapters}
-    dense = sum(p.numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
+    dense = sum(whole_shape(p).numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
     quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
     return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from distlora.adapters import AdaptedLinear
 from distlora.experts import ExpertWeight
 from distlora.model import CausalLM
+from distlora.parallel import whole_shape
 from distlora.quant import FrozenLinear
 
 PEAK_FLOPS = {
@@ -86,7 +87,7 @@ def count_flops(model: CausalLM, *, with_reference: bool = False) -> ModelFlops:
     config = model.hf_config
     trained = any(parameter.requires_grad for parameter in model.head.parameters())
     again = 2 if with_reference else 0
-    per_token = ((6 if trained else 4) + again) * model.head.weight.numel()
+    per_token = ((6 if trained else 4) + again) * whole_shape(model.head.weight).numel()
     if model.head.token_rows is not None:
         per_token += 6 * model.head.token_rows.rows.numel()
     for module in (module for block in model.blocks for module in block.modules()):

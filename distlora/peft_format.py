@@ -23,7 +23,7 @@ from distlora.initial_adapter import (
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
 from distlora.model import CausalLM
-from distlora.parallel import Backend
+from distlora.parallel import Backend, whole_shape
 from distlora.quant import FrozenLinear
 from distlora.targets import match_ending, select_targets
 from distlora.token_rows import TokenRows
@@ -89,7 +89,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
             if not torch.isfinite(stored[name]).all():
                 raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
             parameter.copy_(stored[name])
-    check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=model.head.weight.shape[1])
+    check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=whole_shape(model.head.weight)[1])
     for matrix, from_file in initial.token_rows.items():
         rows = model.rows_of(matrix)
         if rows is None:  # Of a tied head, which has the embedding's.
@@ -105,7 +105,7 @@ def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) ->
     """Fill what is trained whole, each rank its own rows. Rows of this run's own new tokens stay as they start."""
     file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
     rows = (vocabulary.stored, vocabulary.rows)
-    check_modules(initial.modules, file, rows=rows, hidden=model.head.weight.shape[1])
+    check_modules(initial.modules, file, rows=rows, hidden=whole_shape(model.head.weight)[1])
     by_name = {path.rpartition(".")[2]: weight for path, weight in whole_modules(model).items()}
     with safetensors.safe_open(file, framework="pt") as tensors:
         for module, of in initial.modules.items():

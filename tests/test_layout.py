@@ -28,6 +28,7 @@ LAYERS = [
         "distlora.command_line",
         "distlora.durable",
         "distlora.json_files",
+        "distlora.deepspeed_file",
         "distlora.randomness",
         "distlora.progress",
         "distlora.stopping",

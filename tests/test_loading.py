@@ -42,9 +42,9 @@ def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> t
     return model, backend
 
 
-def own_rows(ranks: Ranks, *, folder: Path) -> dict[str, tuple[Tensor, int]]:
+def own_rows(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     """Every parameter of the base: this rank's rows and the first one's index; buffers whole."""
-    model, backend = loaded(folder, ranks)
+    model, backend = loaded(folder, ranks, **sections)
     rows: dict[str, tuple[Tensor, int]] = {}
     for name, parameter in model.named_parameters():
         if ".adapters." not in name:
@@ -61,8 +61,12 @@ def own_rows(ranks: Ranks, *, folder: Path) -> dict[str, tuple[Tensor, int]]:
 def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
     world: World, folders: Path, size: int, model: str
 ) -> None:
-    source = safetensors.torch.load_file(folders / model / "model.safetensors")
-    by_rank = world.run(size, own_rows, folder=folders / model)
+    check_slices(world.run(size, own_rows, folder=folders / model), folders / model)
+
+
+def check_slices(by_rank: list[dict[str, tuple[Tensor, int]]], folder: Path) -> None:
+    """`own_rows` of all ranks, one after the other, are the quantization of the whole weights in `folder`."""
+    source, size = safetensors.torch.load_file(folder / "model.safetensors"), len(by_rank)
     for name, weight in source.items():
         if name.endswith("_proj.weight"):
             expected = dict(zip(("codes", "scales", "group_scale", "offset"), nf4.nf4_quantize(weight), strict=True))

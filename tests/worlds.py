@@ -21,16 +21,22 @@ TIMEOUT_SECONDS = 240.0
 
 
 class World:
-    """SIZE processes that wait for work. After a failure they are started anew: some may wait for a rank for ever."""
+    """`size` processes that wait for work. After a failure they are started anew: some may wait for a rank for ever.
 
-    def __init__(self) -> None:
+    `regroups`: each piece of work gets a default process group of just its ranks, as a run has it. DeepSpeed needs
+    that: it broadcasts within that one whatever group it was given. Else all share one, with groups of its first ranks.
+    """
+
+    def __init__(self, size: int = SIZE, *, regroups: bool = False) -> None:
+        self._size, self._regroups, self._number = size, regroups, 0
         self._start()
 
     def run(self, size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """The results of `function(Ranks, **arguments)` on the first `size` ranks."""
-        assert 1 <= size <= SIZE
+        assert 1 <= size <= self._size
+        self._number += 1
         for connection in self._connections[:size]:
-            connection.send((size, function, arguments))
+            connection.send((self._number, size, function, arguments))
         try:
             return [self._receive(rank, size) for rank in range(size)]
         except AssertionError:
@@ -50,10 +56,12 @@ class World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        pipes = [context.Pipe() for _ in range(SIZE)]
+        pipes = [context.Pipe() for _ in range(self._size)]
         self._connections: list[Connection] = [pipe[0] for pipe in pipes]
+        shared = (self._size, port, self._regroups)
         self._processes = [
-            context.Process(target=_serve, args=(rank, port, pipe[1]), daemon=True) for rank, pipe in enumerate(pipes)
+            context.Process(target=_serve, args=(rank, *shared, pipe[1]), daemon=True)
+            for rank, pipe in enumerate(pipes)
         ]
         for process in self._processes:
             process.start()
@@ -65,32 +73,65 @@ class World:
 
 
 @contextlib.contextmanager
-def start_world() -> Iterator[World]:
-    world = World()
+def start_world(size: int = SIZE, *, regroups: bool = False) -> Iterator[World]:
+    world = World(size, regroups=regroups)
     try:
         yield world
     finally:
         world.stop()
 
 
-def _serve(rank: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connection) -> None:
     os.environ.update(
-        OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(SIZE)
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
     )
+    import torch
+
+    torch.set_num_threads(1)
+    make = _regrouped(rank, port) if regroups else _grouped(rank, world)
+    while True:
+        number, size, function, arguments = connection.recv()
+        try:
+            result = function(make(number, size), **arguments)
+            connection.send((None, result))
+        except Exception:  # Told to the test, with the rank's traceback.
+            connection.send((traceback.format_exc(), None))
+
+
+def _grouped(rank: int, world: int) -> Callable[[int, int], Any]:
+    """(number of the work, size) -> Ranks: in groups that are made once."""
     import torch
     import torch.distributed as dist
 
     from distlora.parallel import Ranks
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    sizes = range(2, SIZE + 1)
+    sizes = range(2, world + 1)
     groups, controls = ({size: dist.new_group(list(range(size))) for size in sizes} for _ in range(2))
-    while True:
-        size, function, arguments = connection.recv()
-        ranks = Ranks(rank, size, torch.device("cpu"), groups.get(size), control=controls.get(size))
-        try:
-            result = function(ranks, **arguments)
-            connection.send((None, result))
-        except Exception:  # Told to the test, with the rank's traceback.
-            connection.send((traceback.format_exc(), None))
+    return lambda number, size: Ranks(rank, size, torch.device("cpu"), groups.get(size), control=controls.get(size))
+
+
+def _regrouped(rank: int, port: int) -> Callable[[int, int], Any]:
+    """(number of the work, size) -> Ranks: in a default process group of their own."""
+    import torch
+    import torch.distributed as dist
+
+    from distlora.parallel import Ranks
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+
+    def ranks_of(number: int, size: int) -> Ranks:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        group = control = None
+        if size > 1:
+            dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
+            group, control = dist.group.WORLD, dist.new_group(backend="gloo")
+        return Ranks(rank, size, torch.device("cpu"), group, control=control)
+
+    return ranks_of

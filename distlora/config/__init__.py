@@ -94,6 +94,8 @@ class Config:
             f"train.mlp_tile={tile} cuts no row of data.sequence_length={length:,} tokens; leave it out, or set "
             f"train.mlp_tile={max(1, length // 4)}",
         )
+        if self.parallel.backend == "zero3":
+            self._check_zero3()
         if self.train.objective == "dpo":
             self._check_preference()
         for format in self.data.formats:
@@ -144,6 +146,15 @@ class Config:
         if degree is None:
             return ranks
         return self.cluster.gpus_per_node if degree == "node" else degree
+
+    def _check_zero3(self) -> None:
+        """Refuse what DeepSpeed would have to train."""
+        whole = ", ".join(self.adapter.modules_to_save)
+        trained = "adapter=full" if self.adapter.method == "full" else f"adapter.modules_to_save=[{whole}]"
+        require(
+            self.adapter.method != "full" and not whole,
+            f"parallel=zero3 gathers what is frozen, and {trained} trains parameters of the base; set parallel=fsdp2",
+        )
 
     def _check_preference(self) -> None:
         """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""

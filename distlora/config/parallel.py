@@ -5,25 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.config.errors import require, require_positive
+from distlora.config.errors import require, require_choice, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    backend: Literal["fsdp2"] = "fsdp2"
-    """What shards the frozen base over the ranks. One process needs no sharding and gets none."""
+    backend: Literal["fsdp2", "zero3"] = "fsdp2"
+    """What shards the frozen base over the ranks: PyTorch's FSDP2, or DeepSpeed's ZeRO-3, which can also keep it in
+    host memory. The numbers are the same. One process needs no sharding and gets none."""
     shard_degree: int | Literal["node"] | None = None
     """Ranks that cut one copy of the base between them; every further such number of ranks has another copy, between
     which only gradients travel. null: one copy over all ranks. `node`: those of one machine (cluster.gpus_per_node).
     1: every rank has the base whole. With n, a rank's memory for the base is 1/n of it."""
+    offload_base: bool = False
+    """Keep each rank's share of the base in (pinned) host memory; needs parallel=zero3. A GPU then holds two blocks of
+    it, and a step waits for the host: its bytes cross PCIe with each gather."""
+    deepspeed_config: str | None = None
+    """A JSON file of DeepSpeed's own settings for parallel=zero3: how far ahead it gathers, what it keeps gathered."""
     prefetch: bool = True
     """Gather the next block while this one computes. Two blocks are then resident instead of one."""
     bucket_mb: float = 4.0
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
     def __post_init__(self) -> None:
+        require_choice("parallel.backend", self.backend, ("fsdp2", "zero3"))
         require(
-            self.backend == "fsdp2", f"parallel.backend={self.backend!r} is not available; set parallel.backend=fsdp2"
+            self.backend == "zero3" or not self.offload_base,
+            "parallel.offload_base=true is DeepSpeed's: FSDP2 keeps its shards where they are computed with; add "
+            "parallel=zero3",
+        )
+        require(
+            self.backend == "zero3" or self.deepspeed_config is None,
+            f"parallel.deepspeed_config={self.deepspeed_config} has no effect with parallel.backend={self.backend}; "
+            "add parallel=zero3, or leave it out",
         )
         require(
             self.shard_degree in (None, "node") or (isinstance(self.shard_degree, int) and self.shard_degree > 0),

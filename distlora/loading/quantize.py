@@ -48,13 +48,14 @@ def quantize_into(
     numel = weight.numel
     codes, first_group = backend.local_rows(weight.codes)
     groups = codes.shape[0]
-    absmax = torch.zeros(groups, nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=codes.device)
+    device = backend.ranks.device  # Where the rows lie, or what they are gathered to from host memory.
+    absmax = torch.zeros(groups, nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=device)
     stop = min((first_group + groups) * nf4.GROUP, numel)
     for start, chunk in reader.chunks(segments, first_group * nf4.GROUP, stop, CHUNK_ELEMENTS):
         row = start // nf4.GROUP - first_group
         if residual is not None:
             chunk = residual.of(chunk, start)
-        chunk_codes, chunk_absmax = nf4.quantize_blocks(chunk.to(codes.device))
+        chunk_codes, chunk_absmax = nf4.quantize_blocks(chunk.to(device))
         codes[row : row + len(chunk_codes)] = chunk_codes
         absmax[row : row + len(chunk_codes)] = chunk_absmax
     if not bool(torch.isfinite(absmax).all()):
@@ -62,7 +63,7 @@ def quantize_into(
             f"{name} holds NaN or Inf weights, which NF4 cannot represent; the checkpoint is damaged, download it again"
         )
 
-    offset = torch.tensor(_offset(absmax, weight, backend), dtype=torch.float32, device=codes.device)
+    offset = torch.tensor(_offset(absmax, weight, backend), dtype=torch.float32, device=device)
     own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
     scales, group_scale = nf4.quantize_absmax(absmax, offset, own_blocks)
     backend.local_rows(weight.scales)[0].copy_(scales)
@@ -136,7 +137,7 @@ def copy_into(
     adapter's start is taken out before the cast.
     """
     local, first_row = backend.local_rows(parameter)
-    row_size = math.prod(parameter.shape[1:])
+    row_size = math.prod(local.shape[1:])
     flat = local.view(-1)
     start = first_row * row_size
     stop = start + flat.numel()

@@ -58,9 +58,9 @@ def halved(values: Tensor) -> Tensor:
 
 def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
     """The rank's own weights as flat tensors in the dtype of the GEMMs, without the padding of the last group."""
-    chunk = CHUNK_GROUPS * nf4.GROUP
+    chunk, device = CHUNK_GROUPS * nf4.GROUP, backend.ranks.device  # Rows may lie in host memory.
     if not linear.quantized:
-        yield from backend.local_rows(linear.weight)[0].flatten().split(chunk)
+        yield from (part.to(device) for part in backend.local_rows(linear.weight)[0].flatten().split(chunk))
         return
     numel, dtype = linear.in_features * linear.out_features, linear.compute_dtype
     codes, first = backend.local_rows(linear.codes)
@@ -70,7 +70,7 @@ def _own_parts(linear: AdaptedLinear, backend: Backend) -> Iterator[Tensor]:
     else:
         parts += [backend.local_rows(linear.scales)[0], backend.local_rows(linear.group_scale)[0]]
     for start in range(0, codes.shape[0], CHUNK_GROUPS):
-        own = [part[start : start + CHUNK_GROUPS] for part in parts]
+        own = [part[start : start + CHUNK_GROUPS].to(device) for part in parts]
         if not linear.plain_absmax:
             assert isinstance(linear.offset, Tensor)
             own.append(linear.offset)

@@ -17,7 +17,7 @@ from distlora.config import UserError
 from distlora.loading.quantize import copy_into
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
-from distlora.parallel import Backend
+from distlora.parallel import Backend, whole_shape
 from distlora.token_rows import TokenRows
 from distlora.tokens import Vocabulary
 
@@ -42,7 +42,7 @@ def load_matrix(
     Every rank must call it for every matrix, in the same order. Raises UserError for NaN or Inf.
     """
     copy_into(parameter, segments, reader, backend, name, padding=0 if vocabulary.has_grown else None)
-    width = parameter.shape[1]
+    width = whole_shape(parameter)[1]
     new_row = None
     if vocabulary.new:
         new_row = mean_row(segments, min(vocabulary.new.values()), width, reader, backend).to(parameter.dtype)

@@ -21,7 +21,7 @@ from distlora.loading.row_norms import fill_row_norms
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
-from distlora.parallel import Backend, watch
+from distlora.parallel import Backend, watch, whole_shape
 from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.tokens import EMBEDDING, HEAD
 
@@ -92,11 +92,11 @@ def load_base(
                     raise packed_outside_blocks(name)
                 matrix = _TOKEN_MATRICES.get(full)
                 if matrix is None:
-                    segments = segments_of(sources, name, tuple(parameter.shape))
+                    segments = segments_of(sources, name, tuple(whole_shape(parameter)))
                     taken = residual if own == "weight" else None
                     copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue
-                segments = segments_of(sources, name, (model.vocabulary.stored, parameter.shape[1]))
+                segments = segments_of(sources, name, (model.vocabulary.stored, whole_shape(parameter)[1]))
                 rows = model.rows_of(matrix)
                 load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 from distlora.adapters import adapter_parameters
 from distlora.config import Config
+from distlora.deepspeed_file import read_gathering
 from distlora.model import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks
-from distlora.parallel.shards import Shards
+from distlora.parallel.shards import Shards, whole_shape
 
-__all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ranks", "parallelize"]
+__all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ranks", "parallelize", "whole_shape"]
 
 
 def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
     """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled."""
     backend = Backend(ranks, Shards.over(ranks, config.shard_degree(ranks.world)), _root=model)
-    if backend.sharded:
-        prefetch, traffic = config.parallel.prefetch, backend.traffic
+    prefetch, traffic = config.parallel.prefetch, backend.traffic
+    if backend.sharded and config.parallel.backend == "zero3":
+        # Imported here, as it imports DeepSpeed.
+        from distlora.parallel import zero3
+
+        gathering = read_gathering(config.parallel)
+        units = zero3.shard(model, backend.shards, gathering, device=ranks.device, traffic=traffic)
+        backend.after_backward = units.end_backward
+    elif backend.sharded:
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())

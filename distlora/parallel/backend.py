@@ -36,6 +36,8 @@ class Backend:
     shards: Shards
     """The ranks that cut one copy of the base between them."""
     traffic: Traffic = field(default_factory=Traffic)
+    after_backward: Callable[[], None] | None = None
+    """What lets go of what is gathered, where no hook does."""
     _root: nn.Module | None = None
     _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
     """Those of replicated parameters, and of sharded ones."""
@@ -62,7 +64,8 @@ class Backend:
 
     def gather_rows(self, local: Tensor) -> Tensor:
         """The `local` (same shape on each) of the ranks that cut one copy of the base between them, one after the other
-        along dim 0. For loading, not for a step."""
+        along dim 0. On the ranks' device. For loading, not for a step."""
+        local = local.to(self.ranks.device)
         if not self.sharded:
             return local
         gathered = [torch.empty_like(local) for _ in range(self.shards.count)]
@@ -199,6 +202,8 @@ class Backend:
             part.expect(last=last)
             part.poison_unless_finite(loss.detach())
         loss.backward()
+        if self.after_backward is not None:
+            self.after_backward()
 
     def finish_gradients(self) -> None:
         """Wait until every gradient is the sum over all ranks: identical bits on each that has it."""

@@ -57,9 +57,11 @@ class FrozenWeights:
         where ranks differ in what each of them has whole."""
         self._model, self._backend = model, backend
         found, shared = list(_own_rows(model, backend)), dict(_shared(model))
-        ours = [_of(rows) for *_, rows, _ in found] + [_of(tensor) for tensor in shared.values()]
+        device = backend.ranks.device
+        # Rows may lie in host memory.
+        ours = [_of(tensor).to(device) for tensor in (*(rows for *_, rows, _ in found), *shared.values())]
         places = [(first, len(rows)) for *_, rows, first in found] + [(0, 0)] * len(shared)
-        told = torch.cat([torch.stack(ours), torch.tensor(places, device=backend.ranks.device)], dim=1)
+        told = torch.cat([torch.stack(ours), torch.tensor(places, device=device)], dim=1)
         # (C W, T, 3): checksum, first row, rows. In one exchange: a few KB from each.
         everyone, shards = backend.gather_ranks(told), backend.shards
         by_copy = everyone[:, : len(found)].unflatten(0, (shards.copies, shards.count))
@@ -136,8 +138,8 @@ class FrozenWeights:
         """Whether every rank's own rows are still what it loaded. Every rank must call it alike; the host reads one
         number. Raises DamagedWeightsError on all of them."""
         index = self._backend.shards.index
-        own = torch.cat([_of(frozen.rows) for frozen in self._tensors])
         differs = torch.zeros_like(self._differs)
+        own = torch.cat([_of(frozen.rows).to(differs.device) for frozen in self._tensors])
         differs[:, index] = own != self._sums[:, index]
         self._end_if_damaged(differs, "what was trained since the last save may be wrong and is not saved")
 

@@ -73,7 +73,9 @@ class Shards:
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of dim 0 that this rank owns, as writable memory, and the index of the first of them."""
-    data = tensor.data
+    data, cut = tensor.data, getattr(tensor, "cut", None)
+    if cut is not None:  # ZeRO-3's: the tensor itself is empty until it is gathered.
+        return cut.rows, cut.first_row
     if not isinstance(data, DTensor):
         return data, 0
     # FSDP2 cuts dim 0 like torch.chunk: ceil(rows / ranks) each, the last ranks may get fewer or none. Where there are
@@ -85,4 +87,5 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape that a tensor has over all ranks."""
-    return tensor.data.shape
+    cut = getattr(tensor, "cut", None)
+    return tensor.data.shape if cut is None else cut.shape

@@ -17,6 +17,7 @@ from distlora.checkpoints.state import check_newest_settings
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
+from distlora.deepspeed_file import check_deepspeed, read_gathering
 from distlora.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.families import (
     Family,
@@ -56,6 +57,7 @@ def check(config: Config, *, new_run: bool) -> None:
             check_run_dir(Path(config.run_dir))
         if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
             check_machine(config)
+        check_parallel(config)
         check_model(config)
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
@@ -106,6 +108,8 @@ def check_machine(config: Config) -> None:
     endpoint = config.cluster.rdzv_endpoint
     if config.cluster.on_each_machine and endpoint is not None:
         resolve(*split(endpoint), endpoint)
+    if config.parallel.backend == "zero3" and config.cluster.ranks > 1:
+        check_deepspeed()
     wanted, available = config.cluster.gpus_per_node, gpu_count()
     if 0 < available < wanted:
         raise UserError(
@@ -117,6 +121,18 @@ def check_machine(config: Config) -> None:
         raise UserError(
             f"optim.name={config.optim.name} pages moments between a GPU and the host, and this machine shows no GPU; "
             f"set optim.name={same}"
+        )
+
+
+def check_parallel(config: Config) -> None:
+    """Refuse a file of DeepSpeed's that says what cannot be, and settings that a single process has no use for."""
+    read_gathering(config.parallel)
+    for setting in ("offload_base", "deepspeed_config"):
+        value = getattr(config.parallel, setting)
+        require(
+            not value or config.cluster.ranks > 1,
+            f"parallel.{setting}={'true' if value is True else value} has no effect in one process, which keeps the "
+            "base whole; leave it out, or start more with cluster.gpus_per_node=2",
         )
 
 

@@ -171,8 +171,12 @@ def _absolute(config: Config) -> Config:
     adapter = config.adapter
     if adapter.init_from is not None:
         adapter = dataclasses.replace(adapter, init_from=_absolute_path("adapter.init_from", adapter.init_from))
+    parallel = config.parallel
+    if parallel.deepspeed_config is not None:
+        file = _absolute_path("parallel.deepspeed_config", parallel.deepspeed_config)
+        parallel = dataclasses.replace(parallel, deepspeed_config=file)
     run_dir = _absolute_path("run_dir", config.run_dir)
-    return dataclasses.replace(config, model=model, data=data, adapter=adapter, run_dir=run_dir)
+    return dataclasses.replace(config, model=model, data=data, adapter=adapter, parallel=parallel, run_dir=run_dir)
 
 
 def _absolute_path(name: str, path: str) -> str:

@@ -321,9 +321,19 @@ def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
         if not value:
             continue
         shown = f"{name}={value}" if isinstance(value, str) else name
-        imported.note("idle", shown, "the base is sharded over all processes, adapters are replicated (parallel=fsdp2)")
+        if name == "deepspeed":
+            reason = (
+                "the base is sharded over all processes, adapters are replicated; parallel=zero3 is DeepSpeed's way"
+            )
+        else:
+            reason = "the base is sharded over all processes, adapters are replicated (parallel=fsdp2)"
+        imported.note("idle", shown, reason)
         if _offloads(value):
-            imported.note("unsupported", f"{name} (CPU offload)", "the base stays on the GPUs, in 4 bits")
+            imported.note(
+                "unsupported",
+                f"{name} (CPU offload)",
+                "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it in host memory",
+            )
 
 
 def _convert_copies(keys: Keys, imported: Imported, processes: int) -> None:

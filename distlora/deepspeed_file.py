@@ -1,0 +1,254 @@
+"""parallel.deepspeed_config: the user's own DeepSpeed JSON, read and judged without torch or DeepSpeed.
+
+DeepSpeed only keeps and gathers the frozen base here. So each key of its JSON is one of four: what says how the base is
+gathered is done; what is about gradients, optimizer states or DeepSpeed's own checkpoints has no effect, which the run
+says; what contradicts how distlora trains is refused with the reason; what DeepSpeed does not know is refused too.
+"auto" and what is off mean what they mean to Hugging Face: that nothing is set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distlora.config import ParallelConfig, UserError, nearest
+from distlora.config.errors import short
+from distlora.json_files import read_object
+
+_ZERO = "zero_optimization"
+_OFFLOAD = "offload_param"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gathering:
+    """How ZeRO-3 keeps the base, and when it gathers units of it. Sizes are numbers of elements, as DeepSpeed's are."""
+
+    offload: bool = False
+    """Keep each rank's rows in host memory, and copy them to the GPU for each gather."""
+    pin_memory: bool = True
+    """In pages that a GPU reads by itself."""
+    overlap_comm: bool = True
+    """Gather on a CUDA stream of its own."""
+    prefetch_bucket_size: int | None = None
+    """How far ahead of the unit that runs to gather; None: a decoder block, 0: not at all."""
+    max_live_parameters: int | None = None
+    """What may be gathered at once by gathering ahead; None: as much as that takes."""
+    max_reuse_distance: int = 0
+    """Keep a unit gathered that is needed again before so much else."""
+    param_persistence_threshold: int = 0
+    """Never let go of tensors of up to so many elements."""
+    model_persistence_threshold: int | None = None
+    """What those may take together; None: anything."""
+    allgather_sequential: bool = False
+    """Gather one tensor at a time."""
+    without_effect: tuple[str, ...] = ()
+    """Keys of the file that mean nothing here."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_COUNTS = (
+    "prefetch_bucket_size",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+)
+_SWITCHES = ("overlap_comm", "allgather_sequential")
+
+_WITHOUT_EFFECT = _words(
+    """checkpoint dataloader_drop_last disable_allgather disable_python_gc dump_state gradient_allreduce_op
+    gradient_predivide_factor graph_harvesting log_level memory_breakdown prescale_gradients sparse_gradients
+    steps_per_print use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer check_grad_overflow aio timers managed_gradient_accumulation
+    load_universal_checkpoint"""
+)
+_ZERO_WITHOUT_EFFECT = _words(
+    """allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients elastic_checkpoint
+    enable_sanity_checks gather_16bit_weights_on_model_save gather_fp16_weights_on_model_save ignore_unused_parameters
+    legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear override_module_apply
+    parameter_alignment pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients
+    save_muon_momentum_buffer_in_memory sub_group_size use_multi_rank_bucket_allreduce"""
+)
+_OFFLOAD_WITHOUT_EFFECT = frozenset({"buffer_count", "buffer_size", "max_in_cpu", "nvme_path"})
+
+_PRECISION = "what is computed in is train.dtype, and DeepSpeed would round the fp32 scales of packed weights"
+_ELSEWHERE = "which settings of distlora say"
+_REFUSED: dict[str, tuple[str, str]] = {
+    "optimizer": ("the adapters' optimizer is distlora's own", "optim=adamw and optim.lr"),
+    "scheduler": ("the learning rate is distlora's own", "optim.schedule and optim.warmup_ratio"),
+    "fp16": (_PRECISION, "train.dtype"),
+    "bf16": (_PRECISION, "train.dtype=bf16"),
+    "bfloat16": (_PRECISION, "train.dtype=bf16"),
+    "amp": (_PRECISION, "train.dtype"),
+    "torch_autocast": (_PRECISION, "train.dtype"),
+    "data_types": (_PRECISION, "train.dtype"),
+    "communication_data_type": ("weights are gathered as the bytes that they are stored in", "nothing"),
+    "seq_parallel_communication_data_type": ("no row is cut over ranks", "nothing"),
+    "train_batch_size": (_ELSEWHERE, "train.global_batch"),
+    "train_micro_batch_size_per_gpu": (_ELSEWHERE, "train.micro_batch"),
+    "gradient_accumulation_steps": (_ELSEWHERE, "train.global_batch and train.micro_batch"),
+    "gradient_clipping": (_ELSEWHERE, "optim.max_grad_norm"),
+    "activation_checkpointing": (_ELSEWHERE, "train.checkpointing"),
+    "flops_profiler": ("DeepSpeed's engine does not run", "nothing: metrics.jsonl has tokens_per_second and mfu"),
+    "comms_logger": ("DeepSpeed's engine does not run", "nothing: metrics.jsonl has gathered_bytes"),
+    "tensorboard": ("DeepSpeed's engine does not run", "tracker=wandb"),
+    "wandb": ("DeepSpeed's engine does not run", "tracker=wandb"),
+    "csv_monitor": ("DeepSpeed's engine does not run", "nothing: RUN/metrics.jsonl has every step"),
+    "comet": ("DeepSpeed's engine does not run", "tracker=wandb"),
+    "compile": ("DeepSpeed's engine does not run", "nothing"),
+    "pipeline": ("blocks are not spread over ranks", "nothing"),
+    "tensor_parallel": ("blocks are not cut into tensors of their own on each rank", "nothing"),
+    "sequence_parallel_size": ("no row is cut over ranks", "nothing"),
+    "elasticity": ("a run goes on with another number of ranks by itself", "`distlora resume RUN`"),
+    "autotuning": ("it starts runs of its own", "nothing"),
+    "compression_training": ("it changes the base, which is frozen", "nothing"),
+    "quantize_training": ("the base is quantized already", "quant=nf4"),
+    "weight_quantization": ("the base is quantized already", "quant=nf4"),
+    "sparse_attention": ("attention is transformers' own", "nothing"),
+    "curriculum_learning": ("the order of rows is distlora's own", "train.seed"),
+    "data_efficiency": ("the order of rows is distlora's own", "train.seed"),
+    "progressive_layer_drop": ("no layer is left out", "nothing"),
+    "eigenvalue": ("DeepSpeed's engine does not run", "nothing"),
+    "hybrid_engine": ("DeepSpeed's engine does not run", "`distlora generate RUN`"),
+    "nebula": ("checkpoints are distlora's own", "train.save_every"),
+    "datastates_ckpt": ("checkpoints are distlora's own", "train.save_every"),
+    "keep_in_fp32_modules": (_PRECISION, "train.dtype"),
+    "vocabulary_size": ("the vocabulary is the model's", "nothing"),
+}
+"""Key: (why not, what to write on distlora's command line instead)."""
+_ZERO_REFUSED: dict[str, tuple[str, str]] = {
+    "offload_optimizer": ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"),
+    "zenflow": ("the optimizer is distlora's own", "nothing"),
+    "cpu_offload": ("the optimizer is distlora's own, over adapters alone", "optim=paged_adamw"),
+    "cpu_offload_param": ("DeepSpeed has given it up", "parallel.offload_base=true"),
+    "cpu_offload_use_pin_memory": ("DeepSpeed has given it up", "nothing: GPUs get pinned memory"),
+    "module_granularity_threshold": ("what is gathered together is a decoder block", "nothing"),
+    "leaf_module": ("what is gathered together is a decoder block", "nothing"),
+    "use_all_reduce_for_fetch_params": ("a sum over ranks moves twice the bytes of a gather", "nothing"),
+    "zero_hpz_partition_size": ("it keeps a second copy of the base", "parallel=fsdp2"),
+    "zero_quantized_weights": ("the base is in 4 bits already, and its bytes would be rounded as numbers", "quant=nf4"),
+    "zero_quantized_nontrainable_weights": (
+        "the base is in 4 bits already, and its bytes would be rounded as numbers",
+        "quant=nf4",
+    ),
+    "zero_quantized_gradients": ("gradients are the adapters' alone, and summed exactly", "nothing"),
+}
+_DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
+
+
+def check_deepspeed() -> None:
+    """Raises UserError where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.backend=zero3 needs DeepSpeed, which this machine has not; `pip install deepspeed`, or set "
+            "parallel=fsdp2"
+        )
+
+
+def read_gathering(parallel: ParallelConfig) -> Gathering:
+    """What `parallel` and the file that it names say of gathering the base.
+
+    Raises UserError, by key, for what distlora cannot do or DeepSpeed does not know, and for a file that is no JSON.
+    """
+    gathering = Gathering(offload=parallel.offload_base, prefetch_bucket_size=None if parallel.prefetch else 0)
+    if parallel.deepspeed_config is None:
+        return gathering
+    file = Path(parallel.deepspeed_config)
+    values = read_object(file, "name a JSON file of DeepSpeed's settings, or leave parallel.deepspeed_config out")
+    reader = _Reader(file)
+    reader.judge("", values, (_ZERO,), _REFUSED, _WITHOUT_EFFECT)
+    zero = reader.section("", values, _ZERO)
+    if zero:
+        gathering = _with_zero(gathering, zero, reader)
+    return replace(gathering, without_effect=tuple(reader.without_effect))
+
+
+def _with_zero(gathering: Gathering, written: Mapping[str, Any], reader: _Reader) -> Gathering:
+    """`gathering` as the section zero_optimization changes it."""
+    # DeepSpeed takes the names of stage 3 with and without the stage.
+    zero = {key.removeprefix("stage3_"): value for key, value in written.items()}
+    reader.judge(f"{_ZERO}.", zero, _DONE, _ZERO_REFUSED, _ZERO_WITHOUT_EFFECT)
+    if zero.get("stage", 0) != 3:
+        raise reader.refusal(
+            f"{_ZERO}.stage", zero.get("stage", 0), "only stage 3 cuts the base over the ranks; set it to 3"
+        )
+    changes: dict[str, Any] = {}
+    for key in _COUNTS:
+        value: Any = zero.get(key)
+        if not _is_off(value) or type(value) in (int, float):
+            if type(value) not in (int, float) or not 0 <= value < math.inf or value != int(value):
+                raise reader.refusal(f"{_ZERO}.{key}", value, "it must be a whole number, 0 or more")
+            changes[key] = int(value)
+    offload = reader.section(f"{_ZERO}.", zero, _OFFLOAD)
+    reader.judge(f"{_ZERO}.{_OFFLOAD}.", offload, ("device", "pin_memory"), {}, _OFFLOAD_WITHOUT_EFFECT)
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu", "auto", None):
+        raise reader.refusal(f"{_ZERO}.{_OFFLOAD}.device", device, "the base can be kept on the GPUs (none) or on cpu")
+    if device == "cpu":
+        changes["offload"] = True
+    switch: Any
+    for section, key in ((zero, "overlap_comm"), (zero, "allgather_sequential"), (offload, "pin_memory")):
+        if (switch := section.get(key, "auto")) in ("auto", None):
+            continue
+        if not isinstance(switch, bool):
+            raise reader.refusal(key, switch, "it must be true or false")
+        changes[key] = switch
+    return replace(gathering, **changes)
+
+
+class _Reader:
+    """Judges the sections of one file, and remembers what has no effect."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.without_effect: list[str] = []
+
+    def refusal(self, key: str, value: object, reason: str) -> UserError:
+        return UserError(f"parallel.deepspeed_config={self._file}: {key}={short(value)}: {reason}")
+
+    def section(self, prefix: str, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        """What is a mapping in the file, or unset."""
+        value = values.get(key)
+        if _is_off(value):
+            return {}
+        if not isinstance(value, dict):
+            raise self.refusal(prefix + key, value, "it must be a JSON object, {...}")
+        return value
+
+    def judge(
+        self,
+        prefix: str,
+        values: Mapping[str, Any],
+        done: tuple[str, ...],
+        refused: Mapping[str, tuple[str, str]],
+        without_effect: frozenset[str],
+    ) -> None:
+        """Refuse keys that are unknown or that contradict; note those without effect."""
+        for key, value in values.items():
+            if key in refused:
+                reason, instead = refused[key]
+                if not _is_off(value) and not (key == "zero_hpz_partition_size" and value == 1):
+                    told = "" if instead == "nothing" else f" and write {instead}"
+                    raise self.refusal(prefix + key, value, f"{reason}; take it out of the file{told}")
+            elif key in without_effect:
+                if value != "auto":
+                    self.without_effect.append(prefix + key)
+            elif key not in done:
+                known = (*done, *refused, *without_effect)
+                raise self.refusal(prefix + key, value, f"DeepSpeed has no such setting{nearest(key, known)}")
+
+
+def _is_off(value: object) -> bool:
+    """Whether a setting says nothing: "auto", null, false, 0, an empty section, one that is not enabled."""
+    if isinstance(value, dict) and "enabled" in value:
+        return _is_off(value["enabled"])
+    if isinstance(value, dict) and set(value) & {"device"}:
+        return value["device"] in ("none", None)
+    return value == "auto" or not value

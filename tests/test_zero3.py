@@ -1,0 +1,288 @@
+"""ZeRO-3 is the same run as FSDP2: the same shards, the same bytes on the wire, the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from closeness import assert_adapters_close, assert_losses_close
+from distlora import deepspeed_file, startup, train
+from distlora.config import UserError
+from distlora.config.parallel import ParallelConfig
+from distlora.deepspeed_file import Gathering, read_gathering
+from distlora.parallel import Ranks
+from distlora.parallel.integrity import DamagedWeightsError
+from small_models import NEW_TOKENS, make_run
+from test_loading import check_slices, own_rows
+from test_parity import adapters_after, outcome, planned_gather
+from test_resume import run_until
+from worlds import World, start_world
+
+ZERO3 = {"backend": "zero3"}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[World]:
+    """Three ranks, each piece of work in a default process group of its own: DeepSpeed broadcasts within that one."""
+    with start_world(3, regroups=True) as world:
+        yield world
+
+
+CELLS = [
+    # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
+    ("llama", 2, {"micro_batch": 2}, {}),
+    ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"offload_base": True}),
+    ("llama-tied", 3, {"micro_batch": 4, "checkpointing": "none"}, {"prefetch": False}),
+]
+MORE_CELLS = [
+    ("llama", size, {"micro_batch": 12 // size // parts, "checkpointing": kept, "accumulate": accumulate}, parallel)
+    for size in (2, 3)
+    for parts, accumulate in ((1, "step"), (3 if size == 2 else 4, "step"), (3 if size == 2 else 4, "block"))
+    for kept in ("block", "none")
+    for parallel in ({}, {"offload_base": True})
+] + [
+    ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
+    ("qwen3", 3, {"micro_batch": 2}, {"prefetch": False}),
+]
+
+
+@pytest.fixture(scope="module")
+def references(alone: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank, one micro-batch of the whole step, no checkpointing, by model; computed when it is asked for."""
+
+    class Lazily(dict[str, Any]):
+        def __missing__(self, model: str) -> Any:
+            run_dir = tmp_path_factory.mktemp("reference") / model
+            make_run(run_dir, folders, model, train={"micro_batch": 12, "checkpointing": "none"})
+            self[model] = outcome(alone, 1, run_dir)
+            return self[model]
+
+    return Lazily()
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "settings", "parallel"),
+    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE_CELLS)],
+    ids=str,
+)
+def test_a_run_is_that_of_one_rank_however_it_is_gathered(
+    alone: World,
+    folders: Path,
+    tmp_path: Path,
+    references: dict[str, Any],
+    model: str,
+    size: int,
+    settings: dict[str, Any],
+    parallel: dict[str, Any],
+) -> None:
+    make_run(tmp_path / "run", folders, model, train=settings, parallel=ZERO3 | parallel)
+    losses, adapter = outcome(alone, size, tmp_path / "run")
+    expected_losses, expected_adapter = references[model]
+    assert_losses_close(losses, expected_losses)
+    assert_adapters_close(adapter, expected_adapter)
+    assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
+
+
+@pytest.mark.parametrize(("model", "parallel"), [("llama", {}), ("llama-tied", {"offload_base": True})], ids=str)
+def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
+    alone: World, folders: Path, model: str, parallel: dict[str, Any]
+) -> None:
+    check_slices(alone.run(3, own_rows, folder=folders / model, parallel=ZERO3 | parallel), folders / model)
+
+
+def test_adapters_are_bit_identical_on_every_rank(alone: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train={"max_steps": 2, "micro_batch": 2}, parallel=ZERO3)
+    first, *others = alone.run(3, adapters_after, run_dir=tmp_path / "run")
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[int], list[int], int, bool]:
+    """(bytes that a step's forward and backward gathered by our count; by DeepSpeed's own; bytes of the base that are
+    gathered after the last; whether torch's F.linear is still torch's).
+
+    The first steps do not gather ahead: DeepSpeed learns the order of units in them.
+    """
+    config = train.load_config(run_dir)
+    loader, _ = train.open_data(run_dir, config, ranks)
+    model, backend, _ = startup.start_model(config, ranks)
+    backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
+    import deepspeed.comm
+
+    log = deepspeed.comm.comm.comms_logger
+    ours, theirs = [], []
+    for number in range(steps):
+        deepspeed.comm.configure(enabled=True, prof_all=True)
+        log.comms_dict.clear()
+        backend.traffic.take()
+        for index, micro in enumerate(batch := loader.batch(number).micro_batches):
+            loss = model(micro.input_ids, micro.position_ids, micro.labels).sum()
+            backend.backward(loss, last=index == len(batch) - 1)
+        backend.finish_gradients()
+        deepspeed.comm.configure(enabled=False)
+        ours.append(backend.traffic.gathered_bytes)
+        # By what a rank puts in.
+        sizes = {size: of[0] for size, of in log.comms_dict["all_gather_into_tensor"].items()}
+        theirs.append(ranks.world * sum(size * count for size, count in sizes.items()))
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    left = sum(parameter.data.nbytes for parameter in frozen)
+    return ours, theirs, left, torch.nn.functional.linear.__module__ == "torch._C._nn"
+
+
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
+    alone: World, folders: Path, tmp_path: Path, model: str
+) -> None:
+    for prefetch in (False, True):
+        settings = {"micro_batch": 2, "global_batch": 12}
+        run_dir = tmp_path / str(prefetch)
+        config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
+        for ours, theirs, left, intact in alone.run(3, gathered_in_steps, run_dir=run_dir, steps=4):
+            assert ours == theirs
+            assert intact, "F.linear was exchanged for the whole process"
+            assert left == 0, f"{left} bytes of the base stay gathered after backward"
+            blocks, rest = planned_gather(config, folders / model, 3)
+            if model == "llama-tied":  # Gathered for the embedding and again for the head.
+                rest += 4 * 96 * 3 * -(-1001 // 3)
+            whole = 2 * blocks + rest
+            if not prefetch:
+                assert ours == [2 * whole] * 4
+                continue
+            # From the second forward on the last block stays from forward to backward: the head is smaller than a block,
+            # so that gathering a block ahead comes upon it while it is there.
+            assert ours == [2 * whole - blocks // 3, *[2 * (whole - blocks // 3)] * 3]
+
+
+def test_a_run_goes_on_with_the_other_backend(
+    alone: World, folders: Path, tmp_path: Path, references: dict[str, Any]
+) -> None:
+    """Half of it with FSDP2 on two ranks and half with ZeRO-3 on three, and the other way round."""
+    run_dir = tmp_path / "run"
+    make_run(run_dir, folders, train={"micro_batch": 2}, parallel={"backend": "fsdp2"})
+    place = run_dir / "config.yaml"
+    alone.run(2, run_until, run_dir=run_dir, stop_before=3)
+    place.write_text(place.read_text().replace("backend: fsdp2", "backend: zero3"))
+    alone.run(3, run_until, run_dir=run_dir, stop_before=6)
+    place.write_text(place.read_text().replace("backend: zero3", "backend: fsdp2"))
+    losses, adapter = outcome(alone, 3, run_dir)
+    assert_adapters_close(adapter, references["llama"][1])
+    assert len(losses) == len(references["llama"][0])
+
+
+METHODS = {
+    "dora": {"adapter": {"use_dora": True}},
+    "pissa": {"adapter": {"init": "pissa_niter_4"}},
+    "loftq": {"adapter": {"init": "loftq"}},
+    "dropout": {"adapter": {"lora_dropout": 0.1}},
+    "unquantized": {"quant": {"method": "none"}},
+    "new tokens": {"new_tokens": NEW_TOKENS},
+    "experts": {"model": "mixtral"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_that_of_one_rank(alone: World, folders: Path, tmp_path: Path, name: str) -> None:
+    sections = {"train": {"micro_batch": 2, "verify": True, "save_every": 4}} | METHODS[name]
+    make_run(tmp_path / "alone", folders, **sections)
+    make_run(tmp_path / "zero3", folders, **sections, parallel=ZERO3 | {"offload_base": True})
+    expected, found = outcome(alone, 1, tmp_path / "alone"), outcome(alone, 3, tmp_path / "zero3")
+    assert_losses_close(found[0], expected[0])
+    assert_adapters_close(found[1], expected[1])
+
+
+def test_damaged_weights_are_found_where_they_are_gathered(alone: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, parallel=ZERO3)
+    for message in alone.run(3, damage_one_row, run_dir=tmp_path / "run"):
+        assert "mlp.up_proj.codes" in message, message
+        assert "rank 1's own memory has changed" in message, message
+
+
+def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
+    """What the first forward says after a bit of rank 1's rows has changed since they were loaded."""
+    config = train.load_config(run_dir)
+    model, backend, _ = startup.start_model(config, ranks)
+    if ranks.rank == 1:
+        rows, _ = backend.local_rows(model.blocks[1].get_submodule("inner.mlp.up_proj").get_parameter("codes"))
+        rows[0, 7] ^= 4
+    tokens = torch.arange(40)[None]
+    with pytest.raises(DamagedWeightsError) as raised, torch.no_grad():
+        model(tokens, tokens, tokens)
+    return str(raised.value)
+
+
+def written(tmp_path: Path, **settings: Any) -> ParallelConfig:
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    return ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "ds.json"))
+
+
+def test_a_file_for_transformers_says_how_to_gather_and_what_has_no_effect_is_named(tmp_path: Path) -> None:
+    zero = {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": 5e6,
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 1000,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+        "offload_optimizer": {"device": "none"},
+    }
+    auto = dict.fromkeys(("gradient_clipping", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    parallel = written(tmp_path, zero_optimization=zero, bf16={"enabled": "auto"}, fp16={"enabled": False}, **auto)
+    assert read_gathering(parallel) == Gathering(
+        offload=True,
+        pin_memory=False,
+        overlap_comm=False,
+        prefetch_bucket_size=5_000_000,
+        max_live_parameters=0,
+        max_reuse_distance=1000,
+        without_effect=("zero_optimization.contiguous_gradients",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, r"ds\.json: optimizer=.*distlora's own.*optim=adamw"),
+        ({"bf16": {"enabled": True}}, r"bf16=.*fp32 scales.*train\.dtype=bf16"),
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4: .*train\.micro_batch"),
+        ({"zero_optimisation": {}}, r"no such setting \(did you mean 'zero_optimization'\?\)"),
+        ({"zero_optimization": {"stage": 2}}, r"zero_optimization\.stage=2: only stage 3"),
+        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, "did you mean 'prefetch_bucket_size'"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}}, "whole number, 0 or more"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "in 4 bits already"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "second copy"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "paged_adamw"),
+        ({"zero_optimization": 3}, r"zero_optimization=3: it must be a JSON object"),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": 1}}, "overlap_comm=1: it must be true or false"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_in_a_file_is_refused_by_key(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_gathering(written(tmp_path, **settings))
+
+
+def test_a_file_that_is_absent_or_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file; name a JSON file"):
+        read_gathering(ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "none.json")))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: it is not JSON"):
+        read_gathering(ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "bad.json")))
+
+
+def test_every_setting_of_deepspeeds_sections_is_judged() -> None:
+    """A key of a new DeepSpeed is not called unknown."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {*deepspeed_file._DONE, *deepspeed_file._ZERO_REFUSED, *deepspeed_file._ZERO_WITHOUT_EFFECT}
+    theirs = {name.removeprefix("stage3_") for name in DeepSpeedZeroConfig.model_fields}
+    assert theirs <= known, theirs - known

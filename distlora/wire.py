@@ -9,7 +9,7 @@ Two measures, each of one rank and one optimizer step:
   buffers (and no algorithm gets below it): of S bytes over W ranks an all-gather and a reduce-scatter
   (W-1)/W S each, an all-reduce 2 (W-1)/W S.
 
-FSDP2 cuts dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
+Both backends cut dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
 tests/test_wire.py holds every number to collectives counted as torch issues them.
 """
 
@@ -116,6 +116,8 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
     With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
     them; where every rank has the base whole, those gradients are all-reduced like an adapter's.
+
+    ZeRO-3 with parallel.prefetch may gather the last block once a pass (parallel/README.md): then this is the most.
     """
     adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], config.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
@@ -124,7 +126,9 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     norm = padded((shapes.hidden,), shards)
     block = block_bytes(shapes.block, shards, quantized=config.quant.method == "nf4", itemsize=itemsize)
     head_is_trained = full or "lm_head" in whole
-    elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if tied else matrix)
+    # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
+    together = tied and config.parallel.backend == "fsdp2"
+    elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
     gathered = passes_of(config, accumulation) * (2 * shapes.num_layers * block + itemsize * elements)
     scattered = 4 * matrix * len(whole)
     if full:

@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import deepspeed_file, startup, train
+from distlora import deepspeed_file, startup, train, wire
+from distlora.bench.collectives import Collectives
 from distlora.config import UserError
 from distlora.config.parallel import ParallelConfig
 from distlora.deepspeed_file import Gathering, read_gathering
+from distlora.families import read_config
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
+from distlora.shapes import shapes_of
 from small_models import NEW_TOKENS, make_run
 from test_loading import check_slices, own_rows
-from test_parity import adapters_after, outcome, planned_gather
+from test_parity import adapters_after, outcome
 from test_resume import run_until
 from worlds import World, start_world
 
@@ -103,32 +106,25 @@ def test_adapters_are_bit_identical_on_every_rank(alone: World, folders: Path, t
 
 
 def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[int], list[int], int, bool]:
-    """(bytes that a step's forward and backward gathered by our count; by DeepSpeed's own; bytes of the base that are
-    gathered after the last; whether torch's F.linear is still torch's).
-
-    The first steps do not gather ahead: DeepSpeed learns the order of units in them.
+    """(bytes that a step gathered by our count; as torch issues them; bytes of the base that are gathered after the
+    last; whether torch's F.linear is still torch's).
     """
     config = train.load_config(run_dir)
     loader, _ = train.open_data(run_dir, config, ranks)
     model, backend, _ = startup.start_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
-    import deepspeed.comm
-
-    log = deepspeed.comm.comm.comms_logger
     ours, theirs = [], []
     for number in range(steps):
-        deepspeed.comm.configure(enabled=True, prof_all=True)
-        log.comms_dict.clear()
         backend.traffic.take()
-        for index, micro in enumerate(batch := loader.batch(number).micro_batches):
-            loss = model(micro.input_ids, micro.position_ids, micro.labels).sum()
-            backend.backward(loss, last=index == len(batch) - 1)
-        backend.finish_gradients()
-        deepspeed.comm.configure(enabled=False)
+        batches = loader.batch(number).micro_batches
+        with Collectives() as issued:
+            for index, micro in enumerate(batches):
+                loss = model(micro.input_ids, micro.position_ids, micro.labels).sum()
+                backend.backward(loss, last=index == len(batches) - 1)
+            backend.finish_gradients()
         ours.append(backend.traffic.gathered_bytes)
-        # By what a rank puts in.
-        sizes = {size: of[0] for size, of in log.comms_dict["all_gather_into_tensor"].items()}
-        theirs.append(ranks.world * sum(size * count for size, count in sizes.items()))
+        # The first forward's check of the base tells its findings by an all-reduce.
+        theirs.append(issued.of("gathered"))
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     left = sum(parameter.data.nbytes for parameter in frozen)
     return ours, theirs, left, torch.nn.functional.linear.__module__ == "torch._C._nn"
@@ -138,24 +134,19 @@ def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[
 def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: World, folders: Path, tmp_path: Path, model: str
 ) -> None:
+    shapes = shapes_of(read_config(folders / model), folders / model)
+    block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
     for prefetch in (False, True):
-        settings = {"micro_batch": 2, "global_batch": 12}
-        run_dir = tmp_path / str(prefetch)
+        settings, run_dir = {"micro_batch": 2, "global_batch": 12}, tmp_path / str(prefetch)
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
+        whole = wire.ours(config, shapes, world=3, accumulation=2).gathered
+        # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
+        # that gathering a block ahead comes upon it while it is there.
+        expected = [whole - block, *[whole - 2 * block] * 3] if prefetch else [whole] * 4
         for ours, theirs, left, intact in alone.run(3, gathered_in_steps, run_dir=run_dir, steps=4):
-            assert ours == theirs
-            assert intact, "F.linear was exchanged for the whole process"
+            assert ours == theirs == expected
             assert left == 0, f"{left} bytes of the base stay gathered after backward"
-            blocks, rest = planned_gather(config, folders / model, 3)
-            if model == "llama-tied":  # Gathered for the embedding and again for the head.
-                rest += 4 * 96 * 3 * -(-1001 // 3)
-            whole = 2 * blocks + rest
-            if not prefetch:
-                assert ours == [2 * whole] * 4
-                continue
-            # From the second forward on the last block stays from forward to backward: the head is smaller than a block,
-            # so that gathering a block ahead comes upon it while it is there.
-            assert ours == [2 * whole - blocks // 3, *[2 * (whole - blocks // 3)] * 3]
+            assert intact, "F.linear was exchanged for the whole process"
 
 
 def test_a_run_goes_on_with_the_other_backend(

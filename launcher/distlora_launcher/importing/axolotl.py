@@ -332,7 +332,7 @@ def convert_parallel(keys: Keys, imported: Imported, processes: int) -> None:
             imported.note(
                 "unsupported",
                 f"{name} (CPU offload)",
-                "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it in host memory",
+                "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it on the host",
             )
 
 

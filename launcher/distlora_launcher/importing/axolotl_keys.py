@@ -141,7 +141,11 @@ ROWS: tuple[Row, ...] = (
     ),
     ("idle", "checkpointing is never reentrant", "gradient_checkpointing_kwargs"),
     ("unsupported", "a block is recomputed whole", "selective_checkpointing"),
-    ("unsupported", "the base stays on the GPUs, in 4 bits", "layer_offloading"),
+    (
+        "unsupported",
+        "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it on the host",
+        "layer_offloading",
+    ),
     ("unsupported", "set train.micro_batch by hand", "auto_find_batch_size"),
     ("unsupported", "torch.compile is not used yet; results do not depend on it", "torch_compile"),
     ("idle", "torch.compile is not used", "torch_compile_* deepcompile"),

@@ -70,6 +70,17 @@ class StepBytes:
         replicas = self.world // self.shards
         return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
 
+    def into_machine(self, ranks: int) -> int:
+        """What must come into each machine of so many ranks from the others, at the least: of a copy of the base that
+        has ranks on several what the others' have, once for all of a machine's; and of what is all-reduced, summed
+        within the machine before."""
+        if self.world <= ranks:
+            return 0
+        machines = self.world // ranks
+        cut = (self.gathered + self.scattered) * (self.shards - ranks) // self.shards if self.shards > ranks else 0
+        rows = min(ranks, self.shards) * self._received_rows
+        return cut + 2 * self.reduced * (machines - 1) // machines + rows
+
     @property
     def _received_rows(self) -> int:
         replicas = self.world // self.shards

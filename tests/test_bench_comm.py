@@ -43,7 +43,12 @@ def test_gathers_do_not_grow_with_accumulation_in_blocks_and_the_peers_do(capsys
     for model in MODELS:
         for who in {row["who"] for row in rows}:
             once, eight = (of[model, who, n]["step"]["gathered"] for n in (1, 8))
-            assert eight == once * (1 if who.endswith("block") else 8), who
+            assert eight == once * (1 if "accumulate=block" in who else 8), who
+    copies = calculated(capsys, "--ranks", "64", "--accumulation", "1")
+    into = {row["who"]: row["into_a_machine_of_8"] for row in copies if row["model"] == "Llama 3.1 70B"}
+    reduced = next(row["step"]["reduced"] for row in copies if row["model"] == "Llama 3.1 70B")
+    assert into["distlora, NF4, accumulate=block, shard_degree=8"] == 2 * reduced * 7 // 8, "nothing of the base"
+    assert into["distlora, NF4, accumulate=block"] > 40 * reduced
     seventy = of["Llama 3.1 70B", "distlora, NF4, accumulate=block", 8]
     # 68.5e9 weights in blocks at 4.127 bits, twice; embedding and head of 1.05e9 numbers in bf16, once.
     assert seventy["step"]["gathered"] == pytest.approx(2 * 68.45e9 * 4.127 / 8 + 2 * 2.1e9, rel=2e-3)
@@ -135,6 +140,6 @@ def test_the_peers_carry_what_is_calculated_where_they_shard_and_the_network_wha
         assert carried == {kind: getattr(row.step, kind) for kind in carried}, row.who
         assert each["by_backend"] in (None, carried)
         if each["loopback"] is not None:
-            # gloo sums a reduce-scatter as an all-reduce; TCP's headers, acknowledgements and the barriers.
+            # gloo sums a reduce-scatter as an all-reduce. Besides: TCP's headers and acknowledgements, the barriers.
             needed = 2 * row.step.received + row.step.scattered
-            assert needed < each["loopback"] < 1.05 * needed, row.who
+            assert needed < each["loopback"] < 1.05 * needed + 100e3, row.who

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distlora import wire
 from distlora.config import Config
@@ -37,6 +37,9 @@ SMALL: dict[str, Any] = {
 }
 """The Llama that is measured: sizes that the ranks do not divide; bitsandbytes' CPU kernels need rows of whole 64s."""
 
+MACHINE = 8
+"""Ranks of a machine, where there are more."""
+
 PEERS: dict[wire.Storage, str] = {
     "nf4 in bf16": "PEFT + accelerate FSDP2, NF4 stored as bf16",
     "nf4 in uint8": "PEFT + accelerate FSDP2, NF4 stored as uint8",
@@ -59,7 +62,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        return values | {"received": self.step.received, "across_replicas": self.step.across_replicas}
+        step = self.step
+        return values | {"received": step.received, "into_a_machine_of_8": step.into_machine(MACHINE)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +82,13 @@ class Counted:
 
 
 def rows_of(name: str, shapes: ModelShapes, config: Config, *, ranks: int, accumulation: int) -> Iterator[Row]:
-    """Ours with these settings, by either way to accumulate, and the peers with the same adapters."""
+    """Ours with these settings, by either way to accumulate, on several machines with a copy of the base on each too,
+    and the peers with the same adapters."""
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
     quantized = config.quant.method == "nf4"
-    for accumulate in ("step", "block"):
-        train = dataclasses.replace(config.train, accumulate=accumulate)
-        ours = dataclasses.replace(config, train=train)
+    for ours in variants(config, ranks):
         step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
-        held = wire.held_bytes(shapes, ranks, quantized=quantized, itemsize=itemsize)
+        held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
         yield Row(name, ranks, accumulation, our_name(ours), step, held)
     if config.adapter.method == "lora" and not config.adapter.modules_to_save:
         adapters = shapes.adapters(config.adapter)
@@ -94,10 +97,27 @@ def rows_of(name: str, shapes: ModelShapes, config: Config, *, ranks: int, accum
             yield Row(name, ranks, accumulation, who, step, wire.peer_held_bytes(shapes, storage, world=ranks))
 
 
+def variants(config: Config, ranks: int) -> Iterator[Config]:
+    """The settings that ours is calculated with, as a run of so many ranks has them. Raises UserError where its own
+    cannot be."""
+    cluster = dataclasses.replace(config.cluster, launcher="local", nodes=1, gpus_per_node=ranks)
+    parallel = config.parallel
+    if parallel.shard_degree == "node":
+        parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
+    accumulates: tuple[Literal["step", "block"], ...] = ("step", "block")
+    for accumulate in accumulates:
+        train = dataclasses.replace(config.train, accumulate=accumulate)
+        yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
+    if parallel.shard_degree is None and ranks > MACHINE and ranks % MACHINE == 0:
+        parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
+        yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
+
+
 def our_name(config: Config) -> str:
     base = "NF4" if config.quant.method == "nf4" else "bf16"
-    what = "everything trained" if config.adapter.method == "full" else base
-    return f"distlora, {what}, accumulate={config.train.accumulate}"
+    name = f"distlora, {'everything trained' if config.adapter.method == 'full' else base}"
+    degree = config.parallel.shard_degree
+    return f"{name}, accumulate={config.train.accumulate}" + (f", shard_degree={degree}" if degree else "")
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -106,17 +126,20 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         groups.setdefault((row.model, row.ranks), []).append(row)
     for (model, ranks), members in groups.items():
+        several = ranks > MACHINE
         yield (
             f"| {model}, {ranks} ranks | micro-batches | gathered | scattered | reduced | received a rank | beside the "
-            "first | of the base on each rank |"
+            f"first |{f' into a machine of {MACHINE} |' if several else ''} of the base on each rank |"
         )
-        yield "|---|---|---|---|---|---|---|---|"
+        yield "|---" * (9 if several else 8) + "|"
         first: Mapping[int, Row] = {row.accumulation: row for row in reversed(members)}
         for row in members:
             step, whole = row.step, first[row.accumulation].step.received
             cells = (
                 *(row.who, str(row.accumulation), size(step.gathered), size(step.scattered), size(step.reduced)),
-                *(size(step.received), f"{step.received / whole:.2f}" if whole else "", size(row.held)),
+                *(size(step.received), f"{step.received / whole:.2f}" if whole else ""),
+                *((size(step.into_machine(MACHINE)),) if several else ()),
+                size(row.held),
             )
             yield f"| {' | '.join(cells)} |"
         yield ""

@@ -104,6 +104,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Config]:
             )
     named = {word.lstrip("+").partition("=")[0] for word in options.settings}
     default = [] if named & {"recipe", "adapter", "adapter.target_modules"} else ["adapter.target_modules=all-linear"]
+    # Settings of several ranks are checked by their number.
+    default += [] if "cluster.gpus_per_node" in named else [f"cluster.gpus_per_node={options.ranks[0]}"]
     return options, compose_config([*default, *options.settings], may_lack_paths=True)
 
 

@@ -108,7 +108,8 @@ def variants(config: Config, ranks: int) -> Iterator[Config]:
     for accumulate in accumulates:
         train = dataclasses.replace(config.train, accumulate=accumulate)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
-    if parallel.shard_degree is None and ranks > MACHINE and ranks % MACHINE == 0:
+    one_copy = parallel.shard_degree is None and parallel.backend == "fsdp2"
+    if one_copy and ranks > MACHINE and ranks % MACHINE == 0:
         parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
 
@@ -117,6 +118,7 @@ def our_name(config: Config) -> str:
     base = "NF4" if config.quant.method == "nf4" else "bf16"
     name = f"distlora, {'everything trained' if config.adapter.method == 'full' else base}"
     degree = config.parallel.shard_degree
+    name += ", ZeRO-3" if config.parallel.backend == "zero3" else ""
     return f"{name}, accumulate={config.train.accumulate}" + (f", shard_degree={degree}" if degree else "")
 
 

@@ -238,7 +238,7 @@ class _Reader:
                     told = "" if instead == "nothing" else f" and write {instead}"
                     raise self.refusal(prefix + key, value, f"{reason}; take it out of the file{told}")
             elif key in without_effect:
-                if value != "auto":
+                if not _is_off(value):
                     self.without_effect.append(prefix + key)
             elif key not in done:
                 known = (*done, *refused, *without_effect)

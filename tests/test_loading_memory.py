@@ -15,11 +15,12 @@ MIB = 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
-def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_path: Path, backend: str) -> None:
     parameters = write_random_checkpoint(tmp_path / "model", LLAMA_700M, num_shards=4)
     assert parameters > 700e6
     largest_slice = max(segment.num_bytes for segment in read_headers(tmp_path / "model").values()) / RANKS
-    for rank, figures in enumerate(measure(tmp_path / "model", world=RANKS)):
+    for rank, figures in enumerate(measure(tmp_path / "model", world=RANKS, backend=backend)):
         over = figures.peak_bytes - figures.kept_bytes
         assert over <= largest_slice + 64e6, (
             f"rank {rank} took {over / MIB:.0f} MiB over its shard of {figures.kept_bytes / MIB:.0f}"

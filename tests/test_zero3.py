@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from distlora.families import read_config
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.shapes import shapes_of
-from small_models import NEW_TOKENS, make_run
+from small_models import NEW_TOKENS, make_run, read_metrics
+from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
 from test_parity import adapters_after, outcome
+from test_prequantized import VARIANTS, quantize
 from test_resume import run_until
 from worlds import World, start_world
 
@@ -51,6 +54,8 @@ MORE_CELLS = [
 ] + [
     ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
     ("qwen3", 3, {"micro_batch": 2}, {"prefetch": False}),
+    ("llama", 2, {"micro_batch": 2, "checkpointing": "offload", "accumulate": "block"}, {}),
+    ("llama", 3, {"micro_batch": 2, "checkpointing": "selective", "mlp_tile": 24}, {}),
 ]
 
 
@@ -185,6 +190,35 @@ def test_every_method_is_that_of_one_rank(alone: World, folders: Path, tmp_path:
     expected, found = outcome(alone, 1, tmp_path / "alone"), outcome(alone, 3, tmp_path / "zero3")
     assert_losses_close(found[0], expected[0])
     assert_adapters_close(found[1], expected[1])
+
+
+@pytest.mark.slow
+def test_preferences_are_trained_as_on_one_rank(alone: World, folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Each block runs the reference's rows too while it is gathered."""
+    for name, size, parallel in (("one", 1, {}), ("zero3", 3, ZERO3)):
+        prepare(tmp_path / name, folders, preferences, train={"micro_batch": 2}, parallel=parallel)
+        alone.run(size, train_here, run_dir=tmp_path / name)
+    one, zero3 = (
+        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("one", "zero3")
+    )
+    assert_losses_close(zero3, one)
+
+
+def train_here(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["nested", "plain"])
+def test_a_quantized_checkpoint_is_kept_as_it_is(alone: World, folders: Path, tmp_path: Path, variant: str) -> None:
+    quantize(folders / "llama", tmp_path / variant, **VARIANTS[variant])
+    shutil.copy(folders / "text.jsonl", tmp_path)
+    results = {}
+    for size, parallel in ((1, {}), (3, ZERO3)):
+        make_run(tmp_path / str(size), tmp_path, variant, train={"micro_batch": 4}, parallel=parallel)
+        results[size] = outcome(alone, size, tmp_path / str(size))
+    assert_losses_close(results[3][0], results[1][0])
+    assert_adapters_close(results[3][1], results[1][1])
 
 
 def test_damaged_weights_are_found_where_they_are_gathered(alone: World, folders: Path, tmp_path: Path) -> None:

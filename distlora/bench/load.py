@@ -37,7 +37,7 @@ class Figures:
     """What the process holds of the model when it is done."""
 
 
-def ours(rank: int, world: int, port: int, folder: Path, results: Any) -> None:
+def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, results: Any) -> None:
     """One rank's part of loading `folder`."""
     from distlora.loading.weights import load_base
     from distlora.model import build_model
@@ -47,7 +47,11 @@ def ours(rank: int, world: int, port: int, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sections: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"path": "none"}, "run_dir": "none"}
-    config = build(Config, sections)
+    config = build(Config, sections | {"parallel": {"backend": backend_name}})
+    if backend_name == "zero3":  # Imports do not count.
+        from distlora.parallel import zero3
+
+        zero3.start_deepspeed(torch.device("cpu"))
     model = build_model(config)
     dist.barrier()
     with PeakMemory() as memory:
@@ -84,12 +88,12 @@ def transformers_and_bitsandbytes(folder: Path, results: Any) -> None:
     results.put((0, Figures(seconds, memory.peak, sum(p.nbytes for p in model.parameters()))))
 
 
-def measure(folder: Path, *, world: int) -> list[Figures]:
-    """Our figures, by rank."""
+def measure(folder: Path, *, world: int, backend: str = "fsdp2") -> list[Figures]:
+    """Our figures, by rank; `backend` is parallel.backend."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return _collect(ours, [(rank, world, port, folder) for rank in range(world)])
+    return _collect(ours, [(rank, world, port, folder, backend) for rank in range(world)])
 
 
 def measure_peer(folder: Path) -> Figures:

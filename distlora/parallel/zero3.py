@@ -60,7 +60,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     Every rank must call it alike. Raises UserError where DeepSpeed is not installed.
     """
     check_deepspeed()
-    _start_deepspeed(device)
+    start_deepspeed(device)
     partition = _Partition(shards, gathering, device=device, traffic=traffic)
     ignored = set(adapter_parameters(model).values())
     taken: dict[nn.Parameter, nn.Parameter] = {}
@@ -236,9 +236,10 @@ class _Partition:
         return gather(parameters, **options)
 
 
-def _start_deepspeed(device: torch.device) -> None:
-    """DeepSpeed over the process group that is there already, with nothing compiled and nothing printed."""
+def start_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed and have it work over the process group that is there; nothing is compiled or printed."""
     os.environ["DS_ACCELERATOR"] = device.type  # Or it tries what is installed, and warns that it found no GPU.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
     import deepspeed.ops
 

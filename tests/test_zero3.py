@@ -41,9 +41,7 @@ def alone() -> Iterator[World]:
 
 CELLS = [
     # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
-    ("llama", 2, {"micro_batch": 2}, {}),
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"offload_base": True}),
-    ("llama-tied", 3, {"micro_batch": 4, "checkpointing": "none"}, {"prefetch": False}),
 ]
 MORE_CELLS = [
     ("llama", size, {"micro_batch": 12 // size // parts, "checkpointing": kept, "accumulate": accumulate}, parallel)
@@ -53,6 +51,7 @@ MORE_CELLS = [
     for parallel in ({}, {"offload_base": True})
 ] + [
     ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block"}, {}),
+    ("llama-tied", 3, {"micro_batch": 4, "checkpointing": "none"}, {"prefetch": False}),
     ("qwen3", 3, {"micro_batch": 2}, {"prefetch": False}),
     ("llama", 2, {"micro_batch": 2, "checkpointing": "offload", "accumulate": "block"}, {}),
     ("llama", 3, {"micro_batch": 2, "checkpointing": "selective", "mlp_tile": 24}, {}),
@@ -96,7 +95,11 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
 
 
-@pytest.mark.parametrize(("model", "parallel"), [("llama", {}), ("llama-tied", {"offload_base": True})], ids=str)
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [("llama", {}), pytest.param("llama-tied", {"offload_base": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
     alone: World, folders: Path, model: str, parallel: dict[str, Any]
 ) -> None:
@@ -135,7 +138,7 @@ def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[
     return ours, theirs, left, torch.nn.functional.linear.__module__ == "torch._C._nn"
 
 
-@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "llama-tied"])
 def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: World, folders: Path, tmp_path: Path, model: str
 ) -> None:
@@ -154,6 +157,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
             assert intact, "F.linear was exchanged for the whole process"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
     alone: World, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:

@@ -71,6 +71,8 @@ class Family:
     """None: a family without experts."""
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
     """The norms of a decoder layer before and after its MLP, whose path is `mlp` in every family."""
+    head_norms: bool = False
+    """Whether each head of the queries and keys goes through a norm."""
     ropes: tuple[str, ...] = (*STATIC_ROPES, "longrope")
 
     @property
@@ -87,7 +89,7 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="llama", model_class="LlamaForCausalLM"),
         Family(model_type="mistral", model_class="MistralForCausalLM"),
         Family(model_type="qwen2", model_class="Qwen2ForCausalLM", layer_types=True),
-        Family(model_type="qwen3", model_class="Qwen3ForCausalLM", layer_types=True),
+        Family(model_type="qwen3", model_class="Qwen3ForCausalLM", layer_types=True, head_norms=True),
         Family(
             model_type="gemma2",
             model_class="Gemma2ForCausalLM",
@@ -100,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gemma3_text",
             model_class="Gemma3ForCausalLM",
+            head_norms=True,
             tied=True,
             head_softcap=True,
             layer_types=True,
@@ -111,6 +114,7 @@ FAMILIES: dict[str, Family] = {
             model_class="Gemma3ForConditionalGeneration",
             decoder="model.language_model",
             text_config="text_config",
+            head_norms=True,
             disk_prefixes=("language_model.model.", "model.language_model.", "language_model."),
             disk_heads=("language_model.lm_head.weight", "lm_head.weight"),
             tied=True,
@@ -126,6 +130,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="qwen3_moe",
             model_class="Qwen3MoeForCausalLM",
+            head_norms=True,
             experts=ExpertLayout(intermediate="moe_intermediate_size"),
         ),
         # Its attention has sinks, which SDPA cannot add to a softmax.

@@ -50,6 +50,7 @@ LAYERS = [
     },
     {
         "distlora.targets",
+        "distlora.activations",
         "distlora.expert_targets",
         "distlora.tokens",
         "distlora.trained_modules",

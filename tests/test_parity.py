@@ -43,7 +43,7 @@ CELLS = [
     ("llama", 3, {"micro_batch": 4, "checkpointing": "none"}, {}),
     ("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),
     ("llama", 2, {"micro_batch": 3, "checkpointing": "selective"}, {}),
-    ("llama", 3, {"micro_batch": 2, "accumulate": "block", "mlp_tile": 24}, {}),
+    ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "offload", "mlp_tile": 24}, {}),
     ("llama", 4, {"micro_batch": 1}, {"prefetch": False}),
     ("llama", 4, {"micro_batch": 1, "accumulate": "block"}, {}),
     ("llama-tied", 1, {"micro_batch": 4}, {}),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from distlora.activations import Activations, AdaptedRanks, Costs, Decoder
 from distlora.config import Config
-from distlora.families import check_config
+from distlora.families import FAMILIES, check_config
 from distlora.targets import select_targets
 from distlora_kernels import nf4
 from distlora_launcher.compose import compose_config
@@ -107,16 +108,33 @@ def usable_bytes(card_gib: float) -> float:
     return (card_gib - 0.6) * 2**30
 
 
-def rank_bytes(config: Config, shape: Shape) -> float:
-    """Most memory that a rank of this run takes on its GPU, calculated from the shapes.
+@dataclass(frozen=True, kw_only=True)
+class RankBytes:
+    """Most memory that a rank takes on its GPU, in bytes."""
 
-    Weights, adapters and optimizer stay; the inputs of all blocks are kept (checkpointing=block) until their block's
-    backward. On top comes the larger of a block at work and the head. Transient sizes follow the code: FSDP2 holds a
-    gathered unit, the buffer it was received in and, with prefetch, the next one's; the largest weight is dequantized
-    into the scratch, and an adapter's gradients are summed from one fp32 part for 256 tokens (skinny_triton.py).
-    Attention by documents needs no mask, and dropout none either.
+    resident: float
+    """Its rows of the base, adapters, their gradients and the optimizer."""
+    gathered: float
+    """Units of FSDP2 that are whole while a block is at work."""
+    gathered_head: float
+    dequantized: float
+    activations: Activations
+
+    @property
+    def total(self) -> float:
+        kept = self.activations
+        block = self.gathered + self.dequantized + kept.working
+        return self.resident + kept.kept + max(block, self.gathered_head + kept.head_forward, kept.head_backward)
+
+
+def rank_bytes(config: Config, shape: Shape) -> RankBytes:
+    """Of this run, calculated from the shapes.
+
+    What activations take is calculated by distlora.activations, without liger-kernel, which takes less. Transient sizes
+    follow the code: FSDP2 holds a gathered unit, the buffer it was received in and, with prefetch, the next one's; the
+    largest weight is dequantized into the scratch, and an adapter's gradients are summed from one fp32 part for 256
+    tokens (skinny_triton.py).
     """
-    assert config.train.checkpointing == "block"
     assert config.train.dtype == "bf16"
     ranks = config.cluster.gpus_per_node
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
@@ -129,22 +147,24 @@ def rank_bytes(config: Config, shape: Shape) -> float:
     trained = sum(config.adapter.rank_of(path) * sum(sizes[path]) for path in targets)
     # Paged moments move to the host while the GPU is short.
     moments = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}[config.optim.name]
-    adapters = trained * (4 + 4 + moments)
 
-    length, train = config.data.sequence_length, config.train
-    at_once = length * train.micro_batch
-    kept_tokens = at_once
-    if train.accumulate == "block":
-        kept_tokens *= -(-train.global_batch // (ranks * train.micro_batch))
-    # Inputs of the blocks (bf16); around the head 12 B an element.
-    kept = kept_tokens * hidden * (2 * layers + 12)
-
-    gathered = 0 if ranks == 1 else (3 if config.parallel.prefetch else 2) * block
-    working = at_once * (26 * hidden + 4 * shape.kv_size + 14 * shape.intermediate_size)
-    dequantized = 2 * max(i * o for i, o in shape.linears.values())
-    dequantized += 4 * at_once / 256 * min(config.adapter.r, 32) * shape.intermediate_size
-    head = (0 if ranks == 1 else 2 * vocabulary) + 16 * 2**24
-    return base + adapters + kept + max(gathered + working + dequantized, head)
+    train = config.train
+    at_once = config.data.sequence_length * train.micro_batch
+    accumulation = -(-train.global_batch // (ranks * train.micro_batch)) if train.accumulate == "block" else 1
+    adapted = {path: config.adapter.rank_of(path) for path in targets if path.startswith("model.layers.0.")}
+    decoder = Decoder.of(vars(shape), FAMILIES[shape.model_type])
+    costs = Costs(decoder=decoder, ranks=AdaptedRanks.of(adapted))
+    activations = costs.step(
+        train.checkpointing, at_once=at_once, kept_tokens=accumulation * at_once, tile=train.mlp_tile
+    )
+    parts = 4 * at_once / 256 * min(config.adapter.r, 32) * shape.intermediate_size
+    return RankBytes(
+        resident=base + trained * (4 + 4 + moments),
+        gathered=0 if ranks == 1 else (3 if config.parallel.prefetch else 2) * block,
+        gathered_head=0 if ranks == 1 else 2 * vocabulary,
+        dequantized=2 * max(i * o for i, o in shape.linears.values()) + parts,
+        activations=activations,
+    )
 
 
 def claim(name: str) -> tuple[float, float, float]:
@@ -190,7 +210,7 @@ def test_a_recipe_fits_the_architecture_that_it_names(name: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_recipe_fits_its_card_by_calculation(name: str) -> None:
     config = composed(name)
-    needed, usable = rank_bytes(config, SHAPES[config.model.path]), usable_bytes(card_gib(name))
+    needed, usable = rank_bytes(config, SHAPES[config.model.path]).total, usable_bytes(card_gib(name))
     parts, total, card = claim(name)
     assert total == pytest.approx(needed / GB, abs=0.06)
     assert parts == pytest.approx(total, abs=0.05 * 8)  # Each line is rounded.
@@ -211,8 +231,8 @@ def test_the_command_in_a_recipe_composes(name: str) -> None:
 
 def test_llama3_70b_does_not_fit_two_24_gb_cards_and_fits_two_of_32() -> None:
     model = "model.path=unsloth/Llama-3.3-70B-Instruct"
-    whole = rank_bytes(composed("llama2_70b_2x24gb", model), LLAMA3_70B)
-    least = rank_bytes(composed("llama2_70b_2x24gb", model, "adapter.target_modules=attention"), LLAMA3_70B)
+    whole = rank_bytes(composed("llama2_70b_2x24gb", model), LLAMA3_70B).total
+    least = rank_bytes(composed("llama2_70b_2x24gb", model, "adapter.target_modules=attention"), LLAMA3_70B).total
     assert usable_bytes(24) < least < whole < usable_bytes(32) - 0.6 * GB
 
 

@@ -1,0 +1,117 @@
+"""What tensors a computation makes and keeps, counted as it runs on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distlora import attention
+
+
+class FlashLike(torch.autograd.Function):
+    """Attention by documents that keeps what the CUDA kernel keeps: queries, keys, values, the output and a number a
+    head and token. A VarlenOp by `flash_like`."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.rest = arguments[3:]
+        output = attention.reference(*arguments)
+        ctx.save_for_backward(*arguments[:3], output, output.new_empty(output.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[:3]
+        bounds, *rest = ctx.rest
+        gradients = [torch.empty_like(tensor) for tensor in inputs]
+        for start, end in itertools.pairwise(bounds.tolist()):
+            parts = [tensor[start:end].detach().requires_grad_() for tensor in inputs]
+            with torch.enable_grad():
+                output = attention.reference(*parts, torch.tensor([0, end - start]), *rest)
+            own = torch.autograd.grad(output, parts, gradient[start:end])
+            for whole, part in zip(gradients, own, strict=True):
+                whole[start:end] = part
+        return *gradients, None, None, None, None
+
+
+def flash_like(*arguments: Any) -> Tensor:
+    output: Tensor = FlashLike.apply(*arguments)
+    return output
+
+
+class Kept:
+    """The bytes that autograd keeps within certain modules, each storage once, parameters not."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._storages.values())
+
+    @contextlib.contextmanager
+    def within(self, modules: list[nn.Module]) -> Iterator[None]:
+        def keep(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                self._storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        contexts: list[Any] = []
+
+        def enter(module: nn.Module, arguments: Any) -> None:
+            contexts.append(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+            contexts[-1].__enter__()
+
+        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+            contexts.pop().__exit__(None, None, None)
+
+        handles = [module.register_forward_pre_hook(enter) for module in modules]
+        handles += [module.register_forward_hook(leave, always_call=True) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Made(TorchDispatchMode):
+    """Tensors that operations make while it is on: their sizes, and the bytes of those that are alive. Views of a
+    model's parameters and buffers are not made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.largest = 0
+        """Elements of the largest tensor that was made."""
+        self.alive = self.peak = 0
+        """Bytes of storages that were made and not freed yet, and the most there were."""
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._model:
+            return
+        self._known[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.alive -= self._known.pop(key)

@@ -1,0 +1,107 @@
+"""What a row is calculated to cost in memory is what autograd keeps and operations make, in every mode, within 5 %."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accounting import Kept, Made, flash_like
+from distlora import activations, head
+from distlora.activations import AdaptedRanks, Costs, Decoder, Mode
+from distlora.attention import Documents
+from distlora.families import FAMILIES, read_config
+from distlora.mlp import MLP, place_mlps
+from distlora.model import CausalLM
+from family_models import load_ours, tokens
+from small_models import write_model_folder
+
+TOKENS = 512
+POSITIONS = torch.arange(16).repeat(1, TOKENS // 16)
+"""Documents so short that the scores of the attention that stands in are small."""
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+NARROW = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "head_dim": 48}
+"""Queries of 288 columns, keys of 96."""
+
+
+def load(folder: Path, family: str, sizes: dict[str, int], **adapter: Any) -> tuple[CausalLM, Costs]:
+    write_model_folder(folder, family, **sizes)
+    sections = {
+        "data": {"path": "none.jsonl", "sequence_length": TOKENS},
+        "adapter": {"target_modules": "all-linear", "r": 4, **adapter},
+    }
+    # In 4 bits the CPU makes a dense weight for each product, which on a GPU is one scratch.
+    model, _ = load_ours(folder, quant={"method": "none"}, train={"dtype": "bf16"}, **sections)
+    model.attend_by_documents(flash_like)
+    # The first block's norm would keep nothing of an input without gradient.
+    model.embedding.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+    ranks = {path: linear.pairs[0].rank for path, linear in model.adapted_linears() if ".layers.0." in path}
+    decoder = Decoder.of(read_config(folder), model.family)
+    return model, Costs(decoder=decoder, ranks=AdaptedRanks.of(ranks))
+
+
+def set_mode(model: CausalLM, mode: Mode, tile: int | None) -> None:
+    if (mode == "selective" or tile is not None) and not isinstance(model.blocks[0].inner.mlp, MLP):
+        place_mlps(model.blocks, model.family, tile=tile)
+    for block in model.blocks:
+        block.checkpointing = mode == "block"
+        if isinstance(block.inner.mlp, MLP):
+            block.inner.mlp.tile = tile
+
+
+def loss(model: CausalLM) -> torch.Tensor:
+    ids = tokens(1, TOKENS)
+    return model(ids, POSITIONS, ids.roll(-1, 1), documents=Documents.of(POSITIONS)).sum()
+
+
+def kept_by_a_block(model: CausalLM) -> float:
+    """Bytes a token that autograd keeps in a block, with its share of the rotary tables."""
+    kept = Kept()
+    with kept.within(list(model.blocks)):
+        loss(model)
+    return kept.nbytes / TOKENS / len(model.blocks)
+
+
+MODES: list[tuple[Mode, int | None]] = [
+    ("none", None),
+    ("block", None),
+    ("selective", None),
+    ("block", 64),
+    ("selective", 64),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("sizes", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
+    family: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 2**14)
+    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 2**14)
+    model, costs = load(tmp_path, family, sizes)
+    for mode, tile in MODES:
+        set_mode(model, mode, tile)
+        assert costs.kept(mode) == pytest.approx(kept_by_a_block(model), rel=0.03), (mode, tile)
+        model.zero_grad()
+        with Made(model) as made:
+            loss(model).backward()
+        peak = made.peak - sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        assert costs.step(mode, at_once=TOKENS, tile=tile).peak == pytest.approx(peak, rel=0.05), (mode, tile)
+
+
+def test_what_a_linear_without_an_adapter_reads_is_not_kept(tmp_path: Path) -> None:
+    model, costs = load(tmp_path, "llama", NARROW, target_modules=["q_proj", "down_proj"])
+    assert costs.ranks == AdaptedRanks(qkv=4, down=4)
+    set_mode(model, "none", None)
+    assert costs.kept("none") == pytest.approx(kept_by_a_block(model), rel=0.03)
+
+
+def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
+    assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
+
+
+def test_a_mixture_of_experts_is_not_calculated() -> None:
+    with pytest.raises(ValueError, match="mixtral keeps depends on where its router"):
+        Decoder.of({}, FAMILIES["mixtral"])

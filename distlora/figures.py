@@ -43,7 +43,7 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
         reporter.event(
             f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
-            f"{'as stored' if loaded.prequantized else 'and quantized'} in {loaded.seconds:.1f} s"
+            f"{loaded.how} in {loaded.seconds:.1f} s"
         )
     if backend.shards.copies > 1:
         reporter.event(_copies(backend.shards))

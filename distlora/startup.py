@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,8 @@ from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
 from distlora.config import Config, UserError
 from distlora.loading import initialize
-from distlora.loading.start_file import needs_start
+from distlora.loading.shard_cache import CacheSettings
+from distlora.loading.start_file import base_identity, needs_start
 from distlora.loading.weights import Loaded, load_base
 from distlora.mlp import place_mlps
 from distlora.model import DTYPES, CausalLM, build_model
@@ -60,7 +62,8 @@ def start_model(
         initialize.start_from_base(
             model, config, backend, say or (lambda text: None), restores=restores, boundary=boundary
         )
-    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa, boundary=boundary)
+    cache = cache_settings(config, backend, say or (lambda text: None))
+    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa, cache=cache, boundary=boundary)
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
@@ -69,6 +72,25 @@ def start_model(
     if not adapter.decomposes:
         reset_adapters(model.adapted_weights(), adapter, seed=config.train.seed)
     return model, backend, loaded
+
+
+def cache_settings(config: Config, backend: Backend, say: Callable[[str], None]) -> CacheSettings | None:
+    """Where the base's quantized shards are kept; None where they are not. Ranks that `say` nothing to people tell
+    their own log."""
+    quant, device = config.quant, backend.ranks.device
+    if quant.method == "none" or not quant.cache:
+        return None
+    made_on = ""
+    if config.adapter.pissa:
+        made_on = f"{torch.__version__} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+    return CacheSettings(
+        folder=Path(quant.cache_dir).expanduser().absolute(),
+        limit=None if quant.cache_gb is None else int(quant.cache_gb * 1e9),
+        base=config.model.name or config.model.path,
+        identity=base_identity(config),
+        made_on=made_on,
+        say=say if backend.writes else print,
+    )
 
 
 def start_adapters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,12 @@ def triton_device() -> Iterator[torch.device]:
     else:
         with dispatch.interpreted():
             yield torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_are_the_test_runs_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a test does not place elsewhere is kept in no user's home; worlds and commands inherit it."""
+    os.environ["DISTLORA_CACHE"] = str(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="session")

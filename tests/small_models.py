@@ -112,6 +112,8 @@ def make_run(
             "cache_dir": str(folders / "cache"),
         },
         "adapter": {"target_modules": "all-linear", "r": 8},
+        # What is read from a cache is not quantized; tests of the cache turn it on.
+        "quant": {"cache": False},
         # Adam's first step is lr * g / (|g| + eps): an element whose gradient is below the rounding noise of its sum
         # (2e-8 here) turns that noise into a step of lr * 2e-8 / eps. With 1e-4 that is 4e-7, below the bound for a
         # tensor (1e-5 of a norm of 0.1); with 1e-5 one element of llama made 99 % of its tensor's error, 1.1e-5.

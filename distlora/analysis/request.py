@@ -71,7 +71,7 @@ class Request:
                 cache_dir=self.cache_dir,
             ),
             adapter=AdapterConfig(r=1),
-            quant=QuantConfig(method=quant),
+            quant=QuantConfig(method=quant, cache=False),
             train=TrainConfig(dtype=self.dtype),
             run_dir=self.out,
         )

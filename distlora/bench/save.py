@@ -114,6 +114,7 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
         "model": {"path": str(model_dir)},
         "data": {"path": "none", "sequence_length": tokens},
         "adapter": {"r": rank, "target_modules": "all-linear"},
+        "quant": {"cache": False},
         "train": {"max_steps": steps, "global_batch": 1, "save_every": 1},
         "tracker": {"name": "none"},
         "run_dir": str(run_dir),

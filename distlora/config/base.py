@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 from distlora.config.errors import nearest, require, require_choice, require_positive
 from distlora.config.initialization import PLAIN, check_init, is_pissa
+from distlora.config.places import cache_place
 
 Number = TypeVar("Number", int, float)
 
@@ -225,6 +226,20 @@ class QuantConfig:
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
     them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
     and refused with `none`."""
+    cache: bool = True
+    """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
+    checkpoint, on any number of ranks and bit for bit the same. Nothing is kept of a checkpoint that was quantized
+    already; a disk that is full or cannot be written is said and ends nothing. With quant=none it has no effect, as the
+    next two."""
+    cache_dir: str = field(default_factory=lambda: cache_place("quantized"))
+    """Where they are kept: on a disk that all machines share, or one of each machine. `distlora cache list` has it."""
+    cache_gb: float | None = 200.0
+    """Most gigabytes (1e9 bytes) that they take there: the base that was not used for longest goes first. null: any."""
 
     def __post_init__(self) -> None:
         require_choice("quant.method", self.method, ("nf4", "none"))
+        require(
+            self.cache_gb is None or 0 < self.cache_gb < math.inf,
+            f"quant.cache_gb={self.cache_gb} is no number of gigabytes above 0; set quant.cache_gb=200, null for no "
+            "limit, or quant.cache=false to keep nothing",
+        )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".jinja")
+
+
+def cache_place(name: str) -> str:
+    """Where one kind of what is kept between runs lies, unless a setting says otherwise; DISTLORA_CACHE moves all."""
+    return f"{os.environ.get('DISTLORA_CACHE') or '~/.cache/distlora'}/{name}"
 
 
 def means_hub(path: str) -> bool:

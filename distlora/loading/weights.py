@@ -19,6 +19,7 @@ from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
 from distlora.loading.reader import Reader
 from distlora.loading.row_norms import fill_row_norms
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
+from distlora.loading.shard_cache import CacheSettings, open_cache
 from distlora.loading.vocabulary import load_matrix
 from distlora.model import CausalLM
 from distlora.parallel import Backend, watch, whole_shape
@@ -41,6 +42,22 @@ class Loaded:
     """Bytes that they take, over all ranks, without FSDP2's padding."""
     prequantized: bool
     """Whether they were in NF4 on disk, and nothing was quantized."""
+    cached_weights: int = 0
+    """Of them, those that came from the cache of quantized shards."""
+    kept_bytes: int = 0
+    """Bytes that this rank wrote into it."""
+
+    @property
+    def how(self) -> str:
+        """How the quantized weights came to be, in words."""
+        if self.prequantized:
+            return "as stored"
+        if self.cached_weights == self.quantized_weights:
+            return "of quantized shards from the cache"
+        how = "and quantized"
+        if self.cached_weights:
+            how += f" what the cache has not ({self.cached_weights / self.quantized_weights:.0%} was there)"
+        return f"{how} and kept" if self.kept_bytes else how
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -54,12 +71,13 @@ def load_base(
     backend: Backend,
     *,
     less_start: bool = False,
+    cache: CacheSettings | None = None,
     boundary: watch.Marker = watch.at,
 ) -> Loaded:
     """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
 
-    `less_start`: adapted weights without what their adapter computes now (PiSSA). `boundary` marks each weight, on
-    every rank alike.
+    `less_start`: adapted weights without what their adapter computes now (PiSSA). `cache`: where quantized shards are
+    kept; None: nowhere. `boundary` marks each weight, on every rank alike.
     """
     began = time.monotonic()
     headers = read_headers(Path(folder))
@@ -68,18 +86,22 @@ def load_base(
     packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
     adapters = set(adapter_parameters(model))
     quantized_weights = quantized_bytes = 0
-    with Reader() as reader:
+    shards = open_cache(None if packed else cache, model, headers, sources, backend, boundary)
+    with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
             residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
-                if name in packed:
+                if shards.has(path):
+                    pass
+                elif name in packed:
                     _check_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
                 else:
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
+                    shards.quantized(path)
                 quantized_weights += module.numel
                 quantized_bytes += module.packed_bytes
             for own, parameter in module.named_parameters(recurse=False):
@@ -101,10 +123,19 @@ def load_base(
                 load_matrix(parameter, segments, reader, backend, name, vocabulary=model.vocabulary, token_rows=rows)
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
-        bytes_read = reader.bytes_read
+        bytes_read = reader.bytes_read + shards.bytes_read
+        boundary(None, "keeping quantized shards", long=True)
     if quantized_weights:
         _check_packed(model, packed)
-    return Loaded(time.monotonic() - began, bytes_read, quantized_weights, quantized_bytes, bool(packed))
+    return Loaded(
+        seconds=time.monotonic() - began,
+        bytes_read=bytes_read,
+        quantized_weights=quantized_weights,
+        quantized_bytes=quantized_bytes,
+        prequantized=bool(packed),
+        cached_weights=shards.filled_weights,
+        kept_bytes=shards.kept_bytes,
+    )
 
 
 def _residual_of(linear: AdaptedLinear) -> Residual:

@@ -32,6 +32,11 @@ class Ranks:
     timeout: timedelta | None = None
     """How long torch lets a rank wait for another in a group; None: as long as it does by itself."""
 
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this is the rank that does what a machine needs once."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
 
 def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     """Join the workers that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without.

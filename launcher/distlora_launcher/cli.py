@@ -74,6 +74,11 @@ COMMANDS = {
         "measure the GPU kernels (--offline: what they compile to); compare adapter methods; bytes between ranks",
         "distlora_launcher.bench",
     ),
+    "cache": Command(
+        "list [--json] | clear [ENTRY ...] [--older-than DAYS] [--all]",
+        "the quantized bases that are kept for the next start: what they are, and removal",
+        "distlora_launcher.cache",
+    ),
     "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
 }
 

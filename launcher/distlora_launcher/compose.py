@@ -175,8 +175,10 @@ def _absolute(config: Config) -> Config:
     if parallel.deepspeed_config is not None:
         file = _absolute_path("parallel.deepspeed_config", parallel.deepspeed_config)
         parallel = dataclasses.replace(parallel, deepspeed_config=file)
+    quant = dataclasses.replace(config.quant, cache_dir=_absolute_path("quant.cache_dir", config.quant.cache_dir))
     run_dir = _absolute_path("run_dir", config.run_dir)
-    return dataclasses.replace(config, model=model, data=data, adapter=adapter, parallel=parallel, run_dir=run_dir)
+    sections = {"model": model, "data": data, "adapter": adapter, "quant": quant, "parallel": parallel}
+    return dataclasses.replace(config, **sections, run_dir=run_dir)
 
 
 def _absolute_path(name: str, path: str) -> str:

@@ -76,6 +76,7 @@ def main(arguments: list[str]) -> int:
             f"data.path={base}/pairs.jsonl",
             f"data.eval_path={base}/held_out.jsonl",
             f"data.cache_dir={cache_root() / 'data'}",
+            f"quant.cache_dir={cache_root() / 'quantized'}",
             f"cluster.gpus_per_node={processes}",
             f"run_dir={run_dir}",
             "name=demo",

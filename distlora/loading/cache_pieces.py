@@ -1,0 +1,326 @@
+"""Pieces of the cache of quantized shards: groups from a file into a rank's shard, and from the shard into a file.
+
+Groups are read by pread (mapped pages count against a job's memory limit), a chunk ahead of the one whose checksums are
+taken, straight into the shard where that is host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlora import durable
+from distlora.loading.cache_folder import (
+    GROUP_BYTES,
+    PARTS,
+    DamagedPieceError,
+    Entry,
+    Extent,
+    Piece,
+    header_of,
+    holes,
+    read_piece,
+)
+from distlora.parallel import Backend
+from distlora.parallel.checksums import checksums
+from distlora.quant import FrozenTensor
+
+CHUNK_GROUPS = 128
+"""Groups that are read, checked or written at once: 1 MiB of codes, which stays in a core's cache."""
+FREE_SHARE = 0.05
+"""Of a disk: what the cache leaves free, whatever its own limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A quantized weight."""
+
+    name: str
+    """By Hugging Face's paths."""
+    path: str
+    """Of the module, by ours."""
+    module: FrozenTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A decoder block's quantized weights: what is read, or quantized, and written together."""
+
+    block: int
+    weights: tuple[Weight, ...]
+
+
+def own_groups(weight: Weight, backend: Backend) -> range:
+    """The groups that this rank owns."""
+    rows, first = backend.local_rows(weight.module.codes)
+    return range(first, max(first, min(first + len(rows), weight.module.num_groups)))
+
+
+def wanted_groups(weight: Weight, backend: Backend) -> range:
+    """The groups that this rank looks for: its own, or, where it owns none, one that knows the weight's offset."""
+    return own_groups(weight, backend) or range(1)
+
+
+def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor) -> Tensor:
+    """codes (g, 8192) and scales (g, 256) uint8, group_scale (g,) fp32 -> (g,) int64, on their device."""
+    parts = [checksums(codes), checksums(scales), checksums(group_scale.view(-1, 1))]
+    return checksums(torch.stack(parts, dim=1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A rank's rows of a weight, by part."""
+
+    codes: Tensor
+    scales: Tensor
+    group_scale: Tensor
+
+    @classmethod
+    def of(cls, weight: Weight, backend: Backend) -> _Rows:
+        module = weight.module
+        return cls(*(backend.local_rows(part)[0] for part in (module.codes, module.scales, module.group_scale)))
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes[start:stop], self.scales[start:stop], self.group_scale[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Groups [first, stop) of a weight that one piece holds."""
+
+    piece: Piece
+    extent: Extent
+    first: int
+    stop: int
+
+
+class PieceReader:
+    """Reads an entry's pieces, and counts the bytes."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self.bytes_read = 0
+
+    def read_header(self, path: Path, unit: Unit) -> Piece:
+        """A piece of `unit`. Raises DamagedPieceError, and OSError where it is gone or cannot be read."""
+        piece, num_bytes = read_piece(path, self._key)
+        self.bytes_read += num_bytes
+        groups = {weight.name: weight.module.num_groups for weight in unit.weights}
+        for name, extent in piece.extents.items():
+            if extent.stop > groups.get(name, 0):
+                raise DamagedPieceError(f"it holds groups {extent.first:,} to {extent.stop - 1:,} of {name}")
+        return piece
+
+    @torch.no_grad()
+    def fill(self, unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend) -> dict[Path, str]:
+        """This rank's groups of every weight from the pieces of `plan`, and the weights' offsets.
+
+        Returns the pieces that are not what was written, and why ("": gone meanwhile); what of the shard they were to
+        fill is undefined then.
+        """
+        damaged: dict[Path, str] = {}
+        with contextlib.ExitStack() as stack:
+            files: dict[Path, int] = {}
+            pool = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"))
+            for weight in unit.weights:
+                own, pieces = own_groups(weight, backend), plan[weight.name]
+                rows = _Rows.of(weight, backend)
+                chunks = list(_chunks(weight.name, own, pieces))
+                for chunk in chunks:
+                    path = chunk.piece.path
+                    if path not in files and path not in damaged:
+                        try:
+                            files[path] = os.open(path, os.O_RDONLY)
+                            stack.callback(os.close, files[path])
+                        except FileNotFoundError:
+                            damaged[path] = ""
+                        except OSError as error:
+                            damaged[path] = error.strerror or str(error)
+                for piece in pieces:
+                    assert isinstance(weight.module.offset, Tensor)
+                    weight.module.offset.fill_(piece.extents[weight.name].offset)
+                sound = [chunk for chunk in chunks if chunk.piece.path not in damaged]
+                damaged |= self._fill(weight.name, sound, rows, own.start, files, pool)
+        return damaged
+
+    def _fill(
+        self,
+        name: str,
+        chunks: Sequence[_Chunk],
+        rows: _Rows,
+        start: int,
+        files: Mapping[Path, int],
+        pool: ThreadPoolExecutor,
+    ) -> dict[Path, str]:
+        damaged: dict[Path, str] = {}
+        differ: list[tuple[_Chunk, Tensor]] = []
+        pending: list[Future[Tensor]] = []
+        for index, chunk in enumerate(chunks):
+            for ahead in chunks[index + len(pending) : index + 2]:
+                pending.append(
+                    pool.submit(self._read, ahead, rows.slice(ahead.first - start, ahead.stop - start), files)
+                )
+            try:
+                expected = pending.pop(0).result()
+            except OSError as error:
+                damaged[chunk.piece.path] = f"{name}: {error.strerror or error}"
+                continue
+            own = rows.slice(chunk.first - start, chunk.stop - start)
+            differ.append((chunk, (group_checksums(*own) != expected.to(own[0].device)).any()))
+        for chunk, flag in differ:
+            if bool(flag):
+                damaged.setdefault(chunk.piece.path, f"{name}: groups {chunk.first:,} to {chunk.stop - 1:,}")
+        return damaged
+
+    def _read(self, chunk: _Chunk, rows: tuple[Tensor, Tensor, Tensor], files: Mapping[Path, int]) -> Tensor:
+        """Fill `rows` with the chunk's groups; returns their checksums (g,) int64 on the host."""
+        expected = torch.empty(chunk.stop - chunk.first, dtype=torch.int64)
+        descriptor, skipped = files[chunk.piece.path], chunk.first - chunk.extent.first
+        for part, tensor in zip(PARTS, (*rows, expected), strict=True):
+            at = chunk.extent.parts[part].offset + skipped * PARTS[part][2]
+            host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+            assert host.is_contiguous(), "a rank's rows lie one after the other"
+            _pread(descriptor, _bytes_of(host), at)
+            self.bytes_read += host.nbytes
+            if host is not tensor:
+                tensor.copy_(host)
+        return expected
+
+
+def _chunks(name: str, own: range, pieces: Sequence[Piece]) -> Iterator[_Chunk]:
+    """The groups of `own`, each once, from the pieces that hold them together."""
+    at = own.start
+    while at < own.stop:
+        covering = [(piece, piece.extents[name]) for piece in pieces]
+        piece, extent = max(
+            ((piece, extent) for piece, extent in covering if extent.first <= at < extent.stop),
+            key=lambda found: found[1].stop,
+        )
+        end = min(extent.stop, own.stop)
+        for first in range(at, end, CHUNK_GROUPS):
+            yield _Chunk(piece, extent, first, min(first + CHUNK_GROUPS, end))
+        at = end
+
+
+def _bytes_of(host: Tensor) -> memoryview:
+    """The memory of a tensor, writable."""
+    return memoryview(host.flatten().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def _pread(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        got = os.preadv(descriptor, [view], offset)
+        if got == 0:
+            raise OSError(f"it ends at byte {offset:,}")
+        view, offset = view[got:], offset + got
+
+
+class PieceWriter:
+    """Writes a rank's own groups of one unit after the other in a thread of its own, from the shard as it is."""
+
+    def __init__(self, entry: Entry, described: Mapping[str, Any], backend: Backend) -> None:
+        """`described`: what entry.json says."""
+        self._entry, self._described, self._backend = entry, described, backend
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keep-shards")
+        self._writes: list[Future[None]] = []
+        self._kept_bytes = 0
+        self.refused: str | None = None
+        """Why nothing more is kept, for people; None while it is."""
+
+    def write(self, unit: Unit) -> None:
+        """Keep what no piece holds of this rank's groups. The shard must stay as it is."""
+        self._writes.append(self._thread.submit(self._write, unit))
+
+    def close(self, *, abandon: bool) -> int:
+        """Wait until all is on the disk; `abandon`: only what is being written. Returns the bytes written."""
+        self._thread.shutdown(cancel_futures=abandon)
+        for write in self._writes:
+            if not write.cancelled():
+                write.result()
+        self._entry.touch()
+        return self._kept_bytes
+
+    @torch.no_grad()
+    def _write(self, unit: Unit) -> None:
+        if self.refused is not None:
+            return
+        try:
+            for ranges in self._lacking(unit):
+                groups = sum(map(len, ranges.values()))
+                if not self._has_space(groups * GROUP_BYTES):
+                    break
+                self._write_piece(unit, ranges)
+        except OSError as error:
+            self.refused = f"quantized shards cannot be kept in {self._entry.path.parent}: {error.strerror or error}"
+
+    def _lacking(self, unit: Unit) -> Iterator[dict[str, range]]:
+        """What no piece holds of this rank's groups, a piece at a time: of each weight one run of them at most."""
+        names = [name for name in self._entry.piece_names() if name.block == unit.block]
+        own = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
+        held: dict[str, list[tuple[int, int]]] = {weight.name: [] for weight in unit.weights}
+        for name in names:
+            if any(name.may_hold(weight.module.num_groups, own[weight.name]) for weight in unit.weights):
+                with contextlib.suppress(OSError, DamagedPieceError):
+                    for weight, extent in read_piece(name.path, self._entry.key)[0].extents.items():
+                        if weight in held:
+                            held[weight].append((extent.first, extent.stop))
+        runs = {name: holes(groups, held[name]) for name, groups in own.items()}
+        for index in range(max(map(len, runs.values()))):
+            yield {name: of_weight[index] for name, of_weight in runs.items() if index < len(of_weight)}
+
+    def _has_space(self, num_bytes: int) -> bool:
+        self._entry.begin(self._described)
+        disk = shutil.disk_usage(self._entry.path)
+        if disk.free - num_bytes >= FREE_SHARE * disk.total:
+            return True
+        self.refused = (
+            f"quantized shards are not kept in {self._entry.path.parent}: its disk has {disk.free / 1e9:.2f} GB left, "
+            f"and {FREE_SHARE:.0%} of it stay free"
+        )
+        return False
+
+    def _write_piece(self, unit: Unit, ranges: Mapping[str, range]) -> None:
+        shards = self._backend.shards
+        path = self._entry.path_of(unit.block, shards.index, shards.count, ranges)
+        weights = {weight.name: weight for weight in unit.weights if weight.name in ranges}
+        extents = {}
+        for name, groups in ranges.items():
+            offset = weights[name].module.offset
+            assert isinstance(offset, Tensor)
+            extents[name] = Extent(groups.start, groups.stop, float(offset), {})
+
+        def write(temporary: Path) -> None:
+            with temporary.open("xb") as file:
+                file.write(header_of(self._entry.key, extents))
+                for name, groups in ranges.items():
+                    rows = _Rows.of(weights[name], self._backend)
+                    _write_groups(file, rows, groups, own_groups(weights[name], self._backend).start)
+                self._kept_bytes += file.tell()
+
+        durable.replace_file(path, write)
+
+
+def _write_groups(file: Any, rows: _Rows, groups: range, start: int) -> None:
+    """The parts of these groups, one after the other; `rows` begin with group `start`."""
+    low, high = groups.start - start, groups.stop - start
+    sums = torch.empty(len(groups), dtype=torch.int64)
+    for first in range(low, high, CHUNK_GROUPS):
+        codes, scales, group_scale = rows.slice(first, min(first + CHUNK_GROUPS, high))
+        sums[first - low : first - low + len(codes)] = group_checksums(codes, scales, group_scale)
+        _write_bytes(file, codes)
+    for part in (rows.scales[low:high], rows.group_scale[low:high], sums):
+        for first in range(0, len(part), 64 * CHUNK_GROUPS):
+            _write_bytes(file, part[first : first + 64 * CHUNK_GROUPS])
+
+
+def _write_bytes(file: Any, tensor: Tensor) -> None:
+    file.write(_bytes_of(tensor.cpu()))

@@ -1,0 +1,305 @@
+"""Quantized shards that are kept: a start reads its own groups from the cache instead of quantizing them again.
+
+The unit is a decoder block. All ranks agree twice, for all blocks at once: before reading, whether every rank finds all
+of its groups of a block in some piece, and afterwards whether every rank found them sound. Only such a block is not
+quantized from its source; the others are, by all ranks, and each then writes what no piece holds of its own groups. So
+the result is the same, bit for bit, with the cache and without it, on any number of ranks.
+
+Groups are read straight into the shard and checked there, against a checksum of each group. Nothing that the cache does
+can end a run: what is damaged is said, removed and quantized again; a disk that takes nothing is said once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from distlora.loading import cache_folder
+from distlora.loading.cache_folder import FORMAT, DamagedPieceError, Entry, Piece, PieceName, holes
+from distlora.loading.cache_pieces import PieceReader, PieceWriter, Unit, Weight, wanted_groups
+from distlora.loading.conversion import Source
+from distlora.loading.segments import Segment
+from distlora.loading.source_content import alike, content_of
+from distlora.model import CausalLM
+from distlora.parallel import Backend, watch
+from distlora.quant import FrozenTensor
+from distlora_kernels import nf4
+
+QUANTIZATION = {
+    "format": FORMAT,
+    "kernels": 1,
+    "type": "nf4",
+    "double": True,
+    "block": nf4.BLOCK,
+    "blocks_per_group": nf4.BLOCKS_PER_GROUP,
+}
+"""How weights are quantized. Whoever changes a bit of what `quantize_into` makes counts `kernels` up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """Where a run keeps quantized shards, and under which name."""
+
+    folder: Path
+    limit: int | None
+    """Bytes that all entries may take; None: any."""
+    base: str
+    """What people call the base."""
+    identity: str
+    """`start_file.base_identity`."""
+    made_on: str
+    """The library that computed what is taken out of the base (PiSSA); empty where nothing is."""
+    say: Callable[[str], None]
+    """Takes a line on every rank."""
+
+
+def cache_key(
+    settings: CacheSettings,
+    headers: Mapping[str, Segment],
+    contents: Mapping[Path, str],
+    sources: Mapping[str, Source],
+    weights: Sequence[Weight],
+) -> str:
+    """The name of an entry, 64 hex digits: equal where every byte of every weight's quantization is.
+
+    Over the source's tensors (name, dtype, shape, place), the content of its files, which weights are quantized and of
+    what they are made up, how, and the base that the run trains on. Where the files lie does not matter.
+    """
+    order = {file: index for index, file in enumerate(sorted(contents))}
+    told = {
+        "quantization": QUANTIZATION,
+        "tensors": [[n, s.dtype, s.shape, order[s.file], s.offset, s.num_bytes] for n, s in sorted(headers.items())],
+        "contents": [contents[file] for file in sorted(contents)],
+        "weights": [[w.name, w.module.shape, list(sources[w.name].names)] for w in weights],
+        "base": settings.identity,
+        "made_on": settings.made_on,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+class ShardCache:
+    """What one load takes from the cache and gives to it. Use as a context: at its end everything is on the disk."""
+
+    def __init__(self, units: Sequence[Unit], backend: Backend, say: Callable[[str], None]) -> None:
+        """Without `open_cache` it holds nothing: `units` empty."""
+        self.units, self.bytes_read, self.kept_bytes = units, 0, 0
+        self._backend, self._say = backend, say
+        self._filled: set[str] = set()
+        self._waiting: dict[str, Unit] = {}
+        """By path: units that are quantized from their source, until their last weight is."""
+        self._left = {unit.block: len(unit.weights) for unit in units}
+        self._writer: PieceWriter | None = None
+
+    def __enter__(self) -> ShardCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self.kept_bytes = self._writer.close(abandon=error is not None)
+            if self._writer.refused is not None:
+                self._say(self._writer.refused)
+
+    def open(self, entry: Entry, writer: PieceWriter, has_room: bool, boundary: watch.Marker) -> None:
+        """Fill the shards of the blocks that every rank finds whole and sound in the entry. Every rank must call it
+        alike. `writer` takes the others, once they are quantized, if there is room for them on every machine."""
+        entry.touch()
+        names = entry.piece_names()
+        reader = PieceReader(entry.key)
+        plans = [self._plan(unit, names, reader) for unit in self.units]
+        *lacking, no_room = self._agreed([*(int(plan is None) for plan in plans), int(not has_room)])
+        self._writer = None if no_room else writer
+        offsets = torch.zeros(len(self.units), dtype=torch.int64)
+        damaged = [0] * len(self.units)
+        for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
+            if lacking[index]:
+                continue
+            boundary(None, f"reading block {unit.block} from the cache", long=True)
+            assert plan is not None
+            found = reader.fill(unit, plan, self._backend)
+            told = _offsets_of(plan, unit)
+            offsets[index] = int.from_bytes(hashlib.sha256(json.dumps(told).encode()).digest()[:7], "big")
+            if any(len(of_weight) > 1 for of_weight in told):
+                damaged[index] = _OFFSETS_DIFFER
+            for path, reason in found.items():
+                damaged[index] = max(damaged[index], _DAMAGED)
+                if reason:
+                    self._remove(path, reason)
+        self.bytes_read = reader.bytes_read
+        unsound = self._agreed_on_soundness(damaged, offsets)
+        for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
+            if not lacking[index] and not unsound[index]:
+                self._filled |= {weight.path for weight in unit.weights}
+                continue
+            self._waiting |= {weight.path: unit for weight in unit.weights}
+            if unsound[index] == _OFFSETS_DIFFER:
+                assert plan is not None
+                for path in {piece.path for pieces in plan.values() for piece in pieces}:
+                    self._remove(path, "pieces of one weight have two offsets")
+        again = [str(unit.block) for unit, flag in zip(self.units, unsound, strict=True) if flag]
+        if again and self._backend.writes:
+            self._say(f"blocks whose kept shards were damaged or gone on some rank, quantized anew: {', '.join(again)}")
+
+    def has(self, path: str) -> bool:
+        """Whether the weight of the module at `path` is in the shard already."""
+        return path in self._filled
+
+    def quantized(self, path: str) -> None:
+        """The weight of the module at `path` was quantized into the shard: with the last one of its block, all are
+        written, while the next block is quantized."""
+        unit = self._waiting.get(path)
+        if unit is None:
+            return
+        self._left[unit.block] -= 1
+        if self._left[unit.block] == 0 and self._writer is not None:
+            self._writer.write(unit)
+
+    @property
+    def filled_weights(self) -> int:
+        """Weights of the whole model that came from the cache."""
+        return sum(w.module.numel for unit in self.units for w in unit.weights if w.path in self._filled)
+
+    def _plan(self, unit: Unit, names: Sequence[PieceName], reader: PieceReader) -> dict[str, list[Piece]] | None:
+        """For each weight the pieces that hold this rank's groups together; None where some are in none."""
+        pieces = []
+        for name in names:
+            if name.block == unit.block and any(
+                name.may_hold(weight.module.num_groups, wanted_groups(weight, self._backend)) for weight in unit.weights
+            ):
+                try:
+                    pieces.append(reader.read_header(name.path, unit))
+                except FileNotFoundError:
+                    continue  # Removed meanwhile.
+                except (OSError, DamagedPieceError) as error:
+                    self._remove(name.path, str(error))
+        plan = {}
+        for weight in unit.weights:
+            of_weight = [piece for piece in pieces if weight.name in piece.extents]
+            held = [(piece.extents[weight.name].first, piece.extents[weight.name].stop) for piece in of_weight]
+            if holes(wanted_groups(weight, self._backend), held):
+                return None
+            plan[weight.name] = of_weight
+        return plan
+
+    def _remove(self, path: Path, reason: str) -> None:
+        self._say(f"{path}, of the cache of quantized shards, is damaged ({reason}): removed, and made anew")
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._say(f"{path} cannot be removed ({error.strerror})")
+
+    def _agreed(self, flags: Sequence[int]) -> list[int]:
+        """The maximum over all ranks, one by one."""
+        own = torch.tensor(list(flags), dtype=torch.int64, device=self._backend.ranks.device)
+        flags_of_all: list[int] = self._backend.max_over_ranks(own).tolist()
+        return flags_of_all
+
+    def _agreed_on_soundness(self, damaged: Sequence[int], offsets: Tensor) -> list[int]:
+        """For each unit 0 where it is sound, else _DAMAGED, or _OFFSETS_DIFFER where ranks read other ones."""
+        told = [*damaged, *offsets.tolist(), *(-offsets).tolist()]
+        of_all = self._agreed(told)
+        count = len(damaged)
+        flags, highest, lowest = of_all[:count], of_all[count : 2 * count], of_all[2 * count :]
+        return [
+            max(flag, _OFFSETS_DIFFER if high != -low else 0)
+            for flag, high, low in zip(flags, highest, lowest, strict=True)
+        ]
+
+
+_DAMAGED, _OFFSETS_DIFFER = 1, 2
+
+
+def _offsets_of(plan: Mapping[str, Sequence[Piece]], unit: Unit) -> list[list[float]]:
+    """Of each weight, those that its pieces name: one, unless two machines have quantized it to other bits."""
+    return [sorted({piece.extents[weight.name].offset for piece in plan[weight.name]}) for weight in unit.weights]
+
+
+def open_cache(
+    settings: CacheSettings | None,
+    model: CausalLM,
+    headers: Mapping[str, Segment],
+    sources: Mapping[str, Source],
+    backend: Backend,
+    boundary: watch.Marker,
+) -> ShardCache:
+    """Find the base's entry, and fill the shard from it. Every rank must call it alike."""
+    units = units_of(model) if settings is not None else []
+    say = settings.say if settings is not None else print
+    cache = ShardCache(units, backend, say)
+    if settings is None or not units:
+        return cache
+    boundary(None, "looking up the base in the cache of quantized shards", long=True)
+    reason = _why_unusable(settings.folder)
+    if reason is not None:
+        say(reason)
+    if not alike("no" if reason else "yes", backend) or reason is not None:
+        return ShardCache([], backend, say)
+    files = sorted({segment.file for segment in headers.values()})
+    content = content_of(files, settings.folder, backend, say)
+    if content is None:
+        if backend.writes:
+            say("the ranks see other files of the base than each other: its quantized shards are not kept")
+        return ShardCache([], backend, say)
+    weights = [weight for unit in units for weight in unit.weights]
+    entry = Entry(settings.folder / cache_key(settings, headers, content.digests, sources, weights))
+    groups = {weight.name: weight.module.num_groups for weight in weights}
+    writer = PieceWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
+    has_room = not backend.ranks.leads_machine or _make_room(settings, entry, sum(groups.values()))
+    cache.open(entry, writer, has_room, boundary)
+    cache.bytes_read += content.bytes_read
+    return cache
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Why nothing can be kept in or read from a folder, for people; None where it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"quantized shards are not kept: {folder} cannot be made ({error.strerror}); set quant.cache_dir"
+    return None
+
+
+def _make_room(settings: CacheSettings, entry: Entry, num_groups: int) -> bool:
+    """Tidy the cache, for the ranks of this machine; whether it has room for the whole entry within its limit."""
+    cache_folder.remove_leftovers(settings.folder)
+    own_bytes = max(entry.bytes_on_disk(), num_groups * cache_folder.GROUP_BYTES)
+    try:
+        removed, fits = cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)
+    except OSError as error:
+        settings.say(f"{settings.folder}: no room can be made for quantized shards ({error.strerror})")
+        return False
+    for figures in removed:
+        settings.say(
+            f"removed the quantized shards of {figures.base} from the cache ({figures.num_bytes / 1e9:.2f} GB, not "
+            "used for longest): quant.cache_gb leaves no room for both"
+        )
+    if not fits:
+        assert settings.limit is not None
+        settings.say(
+            f"{own_bytes / 1e9:.2f} GB of quantized shards are not kept: quant.cache_gb={settings.limit / 1e9:g} "
+            "leaves no room for them beside what is in use"
+        )
+    return fits
+
+
+def units_of(model: CausalLM) -> list[Unit]:
+    """The quantized weights of each decoder block that has some."""
+    paths = {module: path for path, module in model.named_modules()}
+    units = []
+    for number, block in enumerate(model.blocks):
+        found = [
+            Weight(model.hf_name(f"{paths[module]}.weight"), paths[module], module)
+            for module in block.modules()
+            if isinstance(module, FrozenTensor) and module.quantized
+        ]
+        if found:
+            units.append(Unit(number, tuple(found)))
+    return units

@@ -1,0 +1,105 @@
+"""`distlora cache`: what is kept, and removal, in a moment and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distlora.config import UserError
+from distlora.loading.cache_folder import ENTRY_NAME, Entry, Extent, entries, header_of
+from distlora_launcher.cli import main, run_command
+
+GROUPS = 10
+
+
+def write_entry(cache: Path, number: int, base: str, *, groups: int, days: float = 0.0) -> Entry:
+    """An entry of one weight of GROUPS groups, of which the first `groups` are there."""
+    entry = Entry(cache / f"{number:x}".ljust(64, "0"))
+    entry.begin({"base": base, "format": 1, "weights": {"w": GROUPS}})
+    path = entry.path_of(0, 0, 1, {"w": range(groups)})
+    content = header_of(entry.key, {"w": Extent(0, groups, 0.5, {})})
+    path.write_bytes(content + bytes(groups * (8192 + 256 + 4 + 8)))
+    used = (entry.path / ENTRY_NAME).stat().st_mtime - days * 86_400
+    os.utime(entry.path / ENTRY_NAME, (used, used))
+    return entry
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
+    write_entry(tmp_path / "quantized", 0xA1, "org/large", groups=GROUPS)
+    write_entry(tmp_path / "quantized", 0xA2, "org/large", groups=GROUPS, days=9)
+    write_entry(tmp_path / "quantized", 0xB1, "/models/small", groups=7, days=30)
+    return tmp_path / "quantized"
+
+
+def keys(cache: Path) -> list[str]:
+    return [entry.key[:2] for entry in entries(cache)]
+
+
+def test_list_says_what_is_kept_of_which_base_and_what_removal_frees(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", "list"]) == 0
+    head, *lines, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["entry", "size", "holds", "last", "use", "base"]
+    assert [line.split()[0] for line in lines] == ["a10000000000", "a20000000000", "b10000000000"]
+    assert [line.split()[3] for line in lines] == ["100%", "100%", "70%"]
+    assert lines[2].endswith("/models/small")
+    assert total.startswith("3 entries, 0.23 MB in ")
+    assert main(["cache", "list", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [entry["share"] for entry in values["entries"]] == [1.0, 1.0, 0.7]
+    assert values["bytes"] == sum(p.stat().st_size for p in cache.glob("*/*"))
+
+
+def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["cache", "clear", "--older-than", "20"])
+    assert "/models/small" in capsys.readouterr().out
+    assert keys(cache) == ["a1", "a2"]
+    main(["cache", "clear", "a2"])
+    assert keys(cache) == ["a1"]
+    main(["cache", "clear", "org/large", "--older-than", "1"])
+    assert keys(cache) == ["a1"]
+    (cache / "sources").mkdir()
+    (cache / "a1".ljust(64, "0") / ".unfinished").write_bytes(bytes(1000))
+    capsys.readouterr()
+    main(["cache", "clear", "--all"])
+    assert list(cache.iterdir()) == []
+    assert capsys.readouterr().out.splitlines()[-1] == f"0.09 MB freed in {cache}"
+    assert main(["cache", "list"]) == 0
+    assert "no quantized shards are kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["clear"], "nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all"),
+        (["clear", "a"], "a begins the names of 2 entries"),
+        (["clear", "org/larg"], "did you mean 'org/large'"),
+        (["clear", "--all", "a1"], "--all removes every entry"),
+        (["clear", "--older-than", "-1"], "is no number of days"),
+        (["clear", "--al"], "did you mean '--all'"),
+        (["lst"], "did you mean 'list'"),
+        (["list", "a1"], "'a1' is one argument too many"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_nothing_removed(cache: Path, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said.replace("--", "-+").replace("(", r"\(")):
+        run_command(["cache", *words])
+    assert len(entries(cache)) == 3
+
+
+def test_the_command_imports_no_torch(cache: Path) -> None:
+    code = (
+        "import sys; from distlora_launcher.cli import main; main(['cache', 'list']); "
+        "assert not {'torch', 'numpy', 'hydra', 'transformers'} & set(sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "org/large" in finished.stdout

@@ -1,0 +1,454 @@
+"""Quantized shards that are kept: the same bits with them and without, whoever wrote them, whatever became of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distlora.adapters import AdaptedLinear
+from distlora.config import Config
+from distlora.config_file import build, load_config
+from distlora.loading import cache_folder, cache_pieces, source_digest
+from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
+from distlora.loading.weights import Loaded
+from distlora.parallel import Ranks
+from distlora.startup import start_model
+from distlora.stopping import Stopped
+from small_disks import small_disk
+from small_models import make_run
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+@dataclass(frozen=True)
+class Started:
+    rows: dict[str, tuple[Tensor, int]]
+    """This rank's rows of everything frozen, and the first one's index; offsets and row norms whole."""
+    loaded: Loaded
+    said: list[str]
+
+
+def config_for(folder: Path, cache: Path | None, **sections: dict[str, Any]) -> Config:
+    """One of DoRA, whose row norms are computed from the quantized rows."""
+    quant: dict[str, Any] = {"cache": False} if cache is None else {"cache_dir": str(cache)}
+    base = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none.jsonl", "sequence_length": 64},
+        "adapter": {"target_modules": "all-linear", "r": 2, "use_dora": True},
+        "train": {"dtype": "fp32"},
+        "run_dir": "none",
+    }
+    return build(Config, {**base, **sections, "quant": quant | sections.get("quant", {})})
+
+
+def start(
+    ranks: Ranks, *, config: Config, boundary: Callable[..., None] | None = None, settled: float = 0.0
+) -> Started:
+    source_digest.SETTLED_SECONDS = settled  # The model's files were written a moment ago.
+    said: list[str] = []
+    marks = boundary or (lambda *args, **kwargs: None)
+    model, backend, loaded = start_model(config, ranks, say=said.append, boundary=marks)
+    rows = {
+        model.hf_name(name): (backend.local_rows(parameter)[0].clone(), backend.local_rows(parameter)[1])
+        for name, parameter in model.named_parameters()
+        if ".adapters." not in name and name.rpartition(".")[2] not in ("A", "B", "magnitude")
+    }
+    for name, buffer in model.named_buffers():
+        if name.endswith("offset"):
+            rows[name] = (buffer.clone(), 0)
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
+            rows[f"{name}.row_norms"] = (module.row_norms_squared.clone(), 0)
+    return Started(rows, loaded, said)
+
+
+def assert_same(one: Started, other: Started) -> None:
+    assert one.rows.keys() == other.rows.keys()
+    for name, (rows, first) in one.rows.items():
+        assert torch.equal(rows, other.rows[name][0]), name
+        assert first == other.rows[name][1]
+
+
+def is_whole(started: Started) -> bool:
+    return started.loaded.cached_weights == started.loaded.quantized_weights
+
+
+def pieces(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_a_second_start_reads_its_rows_alone_and_no_bit_differs(
+    world: World, folders: Path, tmp_path: Path, model: str
+) -> None:
+    dora = {"adapter": {"target_modules": "all-linear" if model == "llama" else "attention", "use_dora": True}}
+    without = world.run(2, start, config=config_for(folders / model, None, **dora))
+    config = config_for(folders / model, tmp_path / "cache", **dora)
+    first = world.run(2, start, config=config)
+    second = world.run(2, start, config=config)
+    for plain, kept, read in zip(without, first, second, strict=True):
+        assert_same(plain, kept)
+        assert_same(plain, read)
+        assert (plain.loaded.kept_bytes, kept.loaded.cached_weights, read.loaded.kept_bytes) == (0, 0, 0)
+        assert kept.loaded.kept_bytes > 0
+        assert is_whole(read)
+        assert read.loaded.how == "of quantized shards from the cache"
+        assert kept.loaded.how == "and quantized and kept"
+        assert read.said == []
+        # Its rows of everything, once (in fp32, as the source), a checksum of 8 bytes a group, and its pieces' headers.
+        rows = {name: rows for name, (rows, _) in read.rows.items() if not name.endswith(("offset", "row_norms"))}
+        groups = sum(len(own) for name, own in rows.items() if name.endswith(".codes"))
+        beside = read.loaded.bytes_read - sum(own.nbytes for own in rows.values()) - 8 * groups
+        assert 0 < beside < 3 * 14_000
+
+
+def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lacking(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    world.run(2, start, config=config)
+    of_two = pieces(tmp_path / "cache")
+    assert len(of_two) == 3 * 2, "a piece for each block and rank"
+    lost = next(path for path in of_two if path.name.startswith("00001-1of2"))
+    lost.unlink()
+
+    on_four = world.run(4, start, config=config)
+    assert all(0.6 < s.loaded.cached_weights / s.loaded.quantized_weights < 0.7 for s in on_four)
+    assert any("(67% was there) and kept" in s.loaded.how for s in on_four)
+    new = sorted(set(pieces(tmp_path / "cache")) - set(of_two))
+    assert new
+    assert all(path.name.startswith("00001-") for path in new)
+    (entry,) = entries(tmp_path / "cache")
+    assert figures_of(entry).share == 1.0
+    held: dict[str, int] = {}
+    for path in pieces(tmp_path / "cache"):
+        for name, extent in cache_folder.read_piece(path, entry.key)[0].extents.items():
+            held[name] = held.get(name, 0) + extent.stop - extent.first
+    total = sum(rows.shape[0] for s in on_four for n, (rows, _) in s.rows.items() if n.endswith(".codes"))
+    assert sum(held.values()) == total, "no group is stored twice"
+
+    for size in (3, 1):
+        without = world.run(size, start, config=config_for(folders / "llama", None))
+        for plain, read in zip(without, world.run(size, start, config=config), strict=True):
+            assert is_whole(read)
+            assert_same(plain, read)
+    assert set(pieces(tmp_path / "cache")) == {*of_two, *new} - {lost}
+
+
+def two_runs(ranks: Ranks, *, config: Config) -> Started:
+    """Ranks 0 and 1 are one run, 2 and 3 another, at once."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    dist.barrier(ranks.group)
+    return start(Ranks(ranks.rank % 2, 2, ranks.device, groups[ranks.rank // 2]), config=config)
+
+
+def test_two_runs_that_start_at_once_on_an_empty_cache_both_end_right(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    without = world.run(2, start, config=config_for(folders / "llama", None))
+    for number, started in enumerate(world.run(4, two_runs, config=config)):
+        assert_same(started, without[number % 2])
+    assert len(pieces(tmp_path / "cache")) == 6, "pieces of the same groups have the same name"
+    for started, plain in zip(world.run(2, start, config=config), without, strict=True):
+        assert is_whole(started)
+        assert_same(started, plain)
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+def first_of(path: Path, part: str) -> int:
+    return min(s.offset for name, s in cache_folder.read_header(path).items() if name.endswith(part))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit of the codes": lambda path: flip(path, first_of(path, ".codes") + 1000),
+    "a bit of a scale": lambda path: flip(path, first_of(path, ".scales")),
+    "a bit of a group's scale": lambda path: flip(path, first_of(path, ".group_scale") + 1),
+    "a bit of a checksum": lambda path: flip(path, -1),
+    "the length of the header": lambda path: flip(path, 1),
+    "a digit of the header": lambda path: path.write_bytes(path.read_bytes().replace(b'[0, \\"', b'[1, \\"', 1)),
+    "its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "all of it": lambda path: os.truncate(path, 0),
+    "another piece in its place": lambda path: shutil.copy(sorted(path.parent.glob("00002-*"))[0], path),
+}
+
+
+def test_a_damaged_piece_is_named_and_made_anew(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    plain = start(SINGLE, config=config_for(folders / "llama", None))
+    start(SINGLE, config=config)
+    (damaged,) = (tmp_path / "cache").glob("*/00001-*.safetensors")
+    whole = damaged.read_bytes()
+    for what, damage in DAMAGES.items():
+        damage(damaged)
+        assert damaged.read_bytes() != whole, what
+        started = start(SINGLE, config=config)
+        assert_same(started, plain)
+        assert 0 < started.loaded.cached_weights < started.loaded.quantized_weights, what
+        assert any(str(damaged) in line and "is damaged" in line for line in started.said), (what, started.said)
+        assert damaged.read_bytes() == whole, what
+        again = start(SINGLE, config=config)
+        assert is_whole(again), what
+        assert again.said == []
+
+
+def test_one_ranks_damage_makes_all_ranks_quantize_the_block(world: World, folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    first = world.run(3, start, config=config)
+    (damaged,) = (tmp_path / "cache").glob("*/00002-1of3-*.safetensors")
+    flip(damaged, first_of(damaged, ".codes"))
+    second = world.run(3, start, config=config)
+    assert "blocks whose kept shards were damaged or gone on some rank, quantized anew: 2" in second[0].said[-1]
+    assert len({started.loaded.cached_weights for started in second}) == 1
+    for one, two, three in zip(first, second, world.run(3, start, config=config), strict=True):
+        assert_same(one, two)
+        assert_same(one, three)
+        assert is_whole(three)
+
+
+def test_an_entry_that_is_removed_while_it_is_read_is_quantized_again(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    plain = start(SINGLE, config=config)
+
+    def remove(step: int | None, phase: str, *args: object, **kwargs: object) -> None:
+        if phase.startswith("reading block 1"):
+            entries(tmp_path / "cache")[0].remove()
+
+    started = start(SINGLE, config=config, boundary=remove)
+    assert_same(started, plain)
+    assert not any("is damaged" in line for line in started.said)
+    assert is_whole(start(SINGLE, config=config)) is False
+    assert is_whole(start(SINGLE, config=config))
+
+
+def die_while_writing(config: Config) -> None:
+    write, calls = cache_pieces._write_bytes, iter(range(100))
+
+    def write_some(file: Any, tensor: Tensor) -> None:
+        if next(calls) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file, tensor)
+
+    cache_pieces._write_bytes = write_some
+    start(SINGLE, config=config)
+
+
+def test_a_start_that_is_killed_while_it_writes_leaves_whole_pieces_and_what_is_cleared(
+    folders: Path, tmp_path: Path
+) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    killed = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(config,))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    (unfinished,) = (tmp_path / "cache").glob("*/.*")
+    (entry,) = entries(tmp_path / "cache")
+    assert 0 <= figures_of(entry).share < 1
+    plain = start(SINGLE, config=config_for(folders / "llama", None))
+    assert_same(start(SINGLE, config=config), plain)
+    assert unfinished.exists(), "it may still be written"
+    long_ago = unfinished.stat().st_mtime - cache_folder.ABANDONED_SECONDS
+    os.utime(unfinished, (long_ago, long_ago))
+    assert_same(start(SINGLE, config=config), plain)
+    assert not unfinished.exists()
+
+
+def test_a_start_that_is_asked_to_stop_ends_there_and_what_it_wrote_is_whole(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+
+    def stop(step: int | None, phase: str, *args: object, **kwargs: object) -> None:
+        if "layers.2.inner.mlp" in phase:
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        start(SINGLE, config=config, boundary=stop)
+    started = start(SINGLE, config=config)
+    assert "is damaged" not in "".join(started.said)
+    assert_same(started, start(SINGLE, config=config_for(folders / "llama", None)))
+
+
+def test_a_changed_source_is_another_entry_and_an_unchanged_one_is_not_read_for_it(
+    folders: Path, tmp_path: Path
+) -> None:
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(folders / "llama", folder)
+    config = config_for(folder, cache)
+    weights = folder / "model.safetensors"
+    first = start(SINGLE, config=config)
+    assert any("hashing" in line for line in first.said)
+    assert start(SINGLE, config=config).said == [], "its bytes are known"
+
+    # In place, of the same size, with its old time of modification, outside of the fingerprint's samples.
+    before = weights.stat()
+    segment = cache_folder.read_header(weights)["model.layers.1.mlp.up_proj.weight"]
+    flip(weights, segment.offset + 8)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = start(SINGLE, config=config)
+    assert changed.loaded.cached_weights == 0
+    assert_same(changed, start(SINGLE, config=config_for(folder, None)))
+    assert len(entries(cache)) == 2
+
+    # Where its files lie does not matter, nor what else is beside them.
+    shutil.copytree(folders / "llama", tmp_path / "copy")
+    assert is_whole(start(SINGLE, config=config_for(tmp_path / "copy", cache)))
+    # A file that was written a moment ago is not remembered: it may change again without another time.
+    moments = start(SINGLE, config=config_for(tmp_path / "copy", tmp_path / "other"), settled=3600.0)
+    again = start(SINGLE, config=config_for(tmp_path / "copy", tmp_path / "other"), settled=3600.0)
+    assert is_whole(again)
+    assert moments.said == again.said != []
+
+
+def test_the_hubs_cache_says_what_its_files_hold(folders: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    snapshot, blob = repository / "snapshots" / "abc", repository / "blobs" / ("5" * 64)
+    shutil.copytree(folders / "llama", snapshot)
+    blob.parent.mkdir()
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    config = config_for(snapshot, tmp_path / "cache")
+    config = replace(config, model=replace(config.model, name="org/name"))
+    assert start(SINGLE, config=config).said == []
+    assert is_whole(start(SINGLE, config=config))
+    (entry,) = entries(tmp_path / "cache")
+    assert figures_of(entry).base == "org/name"
+    assert not (tmp_path / "cache" / "sources").exists()
+
+
+def test_pissas_base_is_an_entry_of_its_own_and_without_quantization_there_is_none(
+    folders: Path, tmp_path: Path
+) -> None:
+    cache = {"cache": True, "cache_dir": str(tmp_path / "cache")}
+    adapter = {"init": "pissa", "r": 4}
+    first = start(SINGLE, config=make_run(tmp_path / "one", folders, adapter=adapter, quant=cache))
+    second = start(SINGLE, config=make_run(tmp_path / "two", folders, quant=cache))
+    assert second.loaded.cached_weights == 0
+    assert len(entries(tmp_path / "cache")) == 2
+    again = start(SINGLE, config=load_config(tmp_path / "one"))
+    assert is_whole(again)
+    assert_same(first, again)
+    dense = make_run(tmp_path / "three", folders, quant={"method": "none", "cache_dir": str(tmp_path / "none")})
+    start(SINGLE, config=dense)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_read_all_the_same(folders: Path, tmp_path: Path) -> None:
+    plain = start(SINGLE, config=config_for(folders / "llama", None))
+    (tmp_path / "file").write_text("no folder")
+    impossible = start(SINGLE, config=config_for(folders / "llama", tmp_path / "file" / "cache"))
+    assert_same(impossible, plain)
+    assert len(impossible.said) == 1
+    assert "set quant.cache_dir" in impossible.said[0]
+
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        config = config_for(folders / "llama", disk / "cache")
+        start(SINGLE, config=config)
+        pieces(disk)
+        next((disk / "cache").glob("*/00001-*")).unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        started = start(SINGLE, config=config)
+        assert_same(started, plain)
+        assert 0 < started.loaded.cached_weights < started.loaded.quantized_weights
+        refused = [line for line in started.said if "cannot be kept" in line]
+        assert len(refused) == 1
+        assert "Read-only" in refused[0]
+
+
+def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = start(SINGLE, config=config_for(folders / "llama", None))
+    with small_disk(tmp_path / "disk", 256) as disk:
+        config = config_for(folders / "llama", disk / "cache")
+        started = start(SINGLE, config=config)
+        assert_same(started, plain)
+        assert sum("5% of it stay free" in line for line in started.said) == 1
+        assert pieces(disk / "cache"), "as much as there was room for"
+        monkeypatch.setattr(cache_pieces, "FREE_SHARE", -10.0)
+        started = start(SINGLE, config=config)
+        assert_same(started, plain)
+        assert sum("No space left" in line for line in started.said) == 1
+        assert not list((disk / "cache").glob("*/.*")), "half a piece is removed"
+        for path in pieces(disk / "cache"):
+            cache_folder.read_piece(path, path.parent.name)
+
+
+def fake_entry(cache: Path, number: int, *, size: int, age: float) -> Entry:
+    entry = Entry(cache / f"{number:064x}")
+    entry.begin({"base": f"org/base-{number}", "format": 1, "weights": {"w": 4}})
+    (entry.path / "00000-0of1-0123456789abcdef.safetensors").write_bytes(bytes(size))
+    used = (entry.path / ENTRY_NAME).stat().st_mtime - age
+    os.utime(entry.path / ENTRY_NAME, (used, used))
+    return entry
+
+
+def test_the_entry_that_was_not_used_for_longest_goes_first_and_the_own_one_and_those_in_use_stay(
+    folders: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    fake_entry(cache, 1, size=10**6, age=9e5)
+    fake_entry(cache, 2, size=10**6, age=5e5)
+    fake_entry(cache, 3, size=10**6, age=10)
+    config = config_for(folders / "llama", cache, quant={"cache_gb": 2.6e-3})
+    started = start(SINGLE, config=config)
+    assert {entry.key[-2:] for entry in entries(cache)} > {"02", "03"}
+    assert len(entries(cache)) == 3
+    assert sum("org/base-1" in line for line in started.said) == 1
+    assert is_whole(start(SINGLE, config=config))
+    # The own entry is used now: another base's start would find it in use.
+    tight = start(SINGLE, config=config_for(folders / "qwen3", cache, quant={"cache_gb": 1.3e-3}))
+    assert sum("leaves no room" in line for line in tight.said) == 2  # For base-2, which went, and for its own.
+    assert tight.loaded.kept_bytes == 0
+    assert is_whole(start(SINGLE, config=config_for(folders / "llama", cache)))
+
+
+def test_only_unfinished_files_of_an_hour_ago_are_leftovers(tmp_path: Path) -> None:
+    entry = fake_entry(tmp_path, 1, size=10, age=0)
+    old, new, removed = entry.path / ".old", entry.path / ".new", tmp_path / ".removed-x"
+    old.write_bytes(bytes(5))
+    new.write_bytes(bytes(5))
+    removed.mkdir()
+    (removed / "piece").write_bytes(bytes(7))
+    for path in (old, removed):
+        os.utime(path, (1, 1))
+    assert set(cache_folder.leftovers(tmp_path)) == {old, removed}
+    assert cache_folder.remove_leftovers(tmp_path) == 12
+    assert (old.exists(), new.exists(), removed.exists()) == (False, True, False)
+
+
+def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_path: Path) -> None:
+    started = start(SINGLE, config=config_for(folders / "llama", tmp_path / "cache"))
+    for path in pieces(tmp_path / "cache"):
+        for name, tensor in safetensors.torch.load_file(path).items():
+            if not name.endswith(".checksums"):
+                part = name.replace(".weight.", ".")
+                assert torch.equal(tensor, started.rows[part][0]), name
+
+
+def test_runs_of_one_number_hold_what_the_reader_expects() -> None:
+    assert [list(cache_folder.cut(7, index, 3)) for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(cache_folder.cut(2, 2, 3)) == []
+    assert cache_folder.holes(range(2, 9), [(0, 3), (5, 6)]) == [range(3, 5), range(6, 9)]
+    assert cache_folder.holes(range(2, 9), [(0, 20)]) == []
+    assert cache_folder.holes(range(0), []) == []
+    assert cache_folder.entries(Path("/nonexistent")) == []

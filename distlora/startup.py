@@ -78,7 +78,7 @@ def cache_settings(config: Config, backend: Backend, say: Callable[[str], None])
     """Where the base's quantized shards are kept; None where they are not. Ranks that `say` nothing to people tell
     their own log."""
     quant, device = config.quant, backend.ranks.device
-    if quant.method == "none" or not quant.cache:
+    if not quant.keeps_shards:
         return None
     made_on = ""
     if config.adapter.pissa:

@@ -29,6 +29,7 @@ def test_composed_defaults_equal_those_of_the_dataclasses(monkeypatch: pytest.Mo
     with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
         composed = compose("config", overrides=PATHS)
         composed.data = OmegaConf.to_container(composed.data, resolve=True)
+        composed.quant = OmegaConf.to_container(composed.quant, resolve=True)
         values = OmegaConf.to_container(composed)
     expected = as_mapping(Config(model=ModelConfig(path="/model"), data=DataConfig(path="/data.jsonl"), run_dir="-"))
     # What other launchers read is in their files of the group alone.

@@ -1,4 +1,4 @@
-"""Loading a 0.7B checkpoint needs little more host memory than the shard that it fills."""
+"""Loading a 0.7B checkpoint, or its shards from the cache, needs little more host memory than the shard that it fills."""
 
 from __future__ import annotations
 
@@ -7,23 +7,48 @@ from pathlib import Path
 import pytest
 
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
-from distlora.bench.load import measure
+from distlora.bench.load import Figures, measure
 from distlora.loading.segments import read_headers
 
 RANKS = 2
 MIB = 2**20
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
-@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_path: Path, backend: str) -> None:
-    parameters = write_random_checkpoint(tmp_path / "model", LLAMA_700M, num_shards=4)
+
+def write_model(folder: Path) -> int:
+    """Parameters of the model."""
+    parameters = write_random_checkpoint(folder, LLAMA_700M, num_shards=4)
     assert parameters > 700e6
-    largest_slice = max(segment.num_bytes for segment in read_headers(tmp_path / "model").values()) / RANKS
-    for rank, figures in enumerate(measure(tmp_path / "model", world=RANKS, backend=backend)):
+    return parameters
+
+
+def check_memory(by_rank: list[Figures], folder: Path) -> None:
+    largest_slice = max(segment.num_bytes for segment in read_headers(folder).values()) / RANKS
+    for rank, figures in enumerate(by_rank):
         over = figures.peak_bytes - figures.kept_bytes
         assert over <= largest_slice + 64e6, (
             f"rank {rank} took {over / MIB:.0f} MiB over its shard of {figures.kept_bytes / MIB:.0f}"
         )
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_path: Path, backend: str) -> None:
+    """While the cache is filled: nothing waits in memory to be written."""
+    parameters = write_model(tmp_path / "model")
+    by_rank = measure(tmp_path / "model", world=RANKS, backend=backend, cache=tmp_path / "cache")
+    check_memory(by_rank, tmp_path / "model")
+    for figures in by_rank:
         # Half of 131M bf16 weights of embedding and head, half of 631M at 4.127 bits, and 12 MB of fp32 adapters.
         assert figures.kept_bytes < 0.41 * parameters
+
+
+@pytest.mark.slow
+def test_a_start_from_the_cache_reads_two_percent_over_its_shard_and_needs_no_more_memory(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")
+    by_rank = measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")
+    check_memory(by_rank, tmp_path / "model")
+    for figures in by_rank:
+        assert figures.from_cache
+        assert figures.base_bytes < figures.read_bytes <= 1.02 * figures.base_bytes

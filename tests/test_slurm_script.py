@@ -55,6 +55,7 @@ def run_config(run_dir: str, **cluster: Any) -> Config:
     values = {
         "model": {"path": "/models/Llama-3.2-1B"},
         "data": {"path": "/data/chats.jsonl", "cache_dir": "/cache/data"},
+        "quant": {"cache_dir": "/cache/quantized"},
         "cluster": {"launcher": "slurm", **cluster},
         "run_dir": run_dir,
     }

@@ -1,8 +1,9 @@
-"""Loading a checkpoint into 4-bit: ours on two ranks beside transformers + bitsandbytes, in one run.
+"""Loading a checkpoint into 4-bit: ours on two ranks, without the cache of quantized shards, filling it and from it,
+beside transformers + bitsandbytes, in one run.
 
     python -m distlora.bench.load [--layers N]        (make bench-load)
 
-Each side quantizes the same bf16 folder on the CPU with two threads in all; the page cache is warm for both.
+Each side loads the same bf16 folder on the CPU with two threads in all; the page cache is warm for all.
 """
 
 from __future__ import annotations
@@ -31,22 +32,33 @@ RANKS = 2
 @dataclass(frozen=True, slots=True)
 class Figures:
     seconds: float
+    cpu_seconds: float
+    """Of one process: what a machine that others use does not change much."""
     peak_bytes: int
     """Anonymous memory of one process over that at its start."""
     kept_bytes: int
     """What the process holds of the model when it is done."""
+    base_bytes: int = 0
+    """Of that, what is no adapter."""
+    read_bytes: int = 0
+    """As the reader counts them: headers and checksums, and what was hashed, too."""
+    from_cache: bool = False
+    """Whether nothing was quantized."""
 
 
-def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, results: Any) -> None:
+def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, results: Any) -> None:
     """One rank's part of loading `folder`."""
+    from distlora.adapters import adapter_parameters
     from distlora.loading.weights import load_base
     from distlora.model import build_model
     from distlora.parallel import Ranks, parallelize
+    from distlora.startup import cache_settings
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sections: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"path": "none"}, "run_dir": "none"}
+    sections["quant"] = {"cache": False} if cache is None else {"cache_dir": str(cache)}
     config = build(Config, sections | {"parallel": {"backend": backend_name}})
     if backend_name == "zero3":  # Imports do not count.
         from distlora.parallel import zero3
@@ -55,13 +67,23 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, resu
     model = build_model(config)
     dist.barrier()
     with PeakMemory() as memory:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         backend = parallelize(model, Ranks(rank, world, torch.device("cpu"), dist.group.WORLD), config)
-        load_base(model, folder, backend)
+        loaded = load_base(model, folder, backend, cache=cache_settings(config, backend, print))
         backend.watch_weights(model)
-        seconds = time.monotonic() - began
-    kept = sum(backend.local_rows(parameter)[0].nbytes for name, parameter in model.named_parameters())
-    results.put((rank, Figures(seconds, memory.peak, kept)))
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    held = {name: backend.local_rows(parameter)[0].nbytes for name, parameter in model.named_parameters()}
+    adapters = sum(held[name] for name in adapter_parameters(model))
+    figures = Figures(
+        seconds,
+        cpu,
+        memory.peak,
+        sum(held.values()),
+        base_bytes=sum(held.values()) - adapters,
+        read_bytes=loaded.bytes_read,
+        from_cache=loaded.cached_weights == loaded.quantized_weights,
+    )
+    results.put((rank, figures))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -78,22 +100,22 @@ def transformers_and_bitsandbytes(folder: Path, results: Any) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     with PeakMemory() as memory:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         model = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16, trust_remote_code=False
         )
-        seconds = time.monotonic() - began
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]
     assert packed, "the peer did not quantize: is bitsandbytes installed?"
-    results.put((0, Figures(seconds, memory.peak, sum(p.nbytes for p in model.parameters()))))
+    results.put((0, Figures(seconds, cpu, memory.peak, sum(p.nbytes for p in model.parameters()))))
 
 
-def measure(folder: Path, *, world: int, backend: str = "fsdp2") -> list[Figures]:
-    """Our figures, by rank; `backend` is parallel.backend."""
+def measure(folder: Path, *, world: int, backend: str = "fsdp2", cache: Path | None = None) -> list[Figures]:
+    """Our figures, by rank; `backend` is parallel.backend. `cache`: where quantized shards are kept; None: nowhere."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return _collect(ours, [(rank, world, port, folder, backend) for rank in range(world)])
+    return _collect(ours, [(rank, world, port, folder, backend, cache) for rank in range(world)])
 
 
 def measure_peer(folder: Path) -> Figures:
@@ -126,16 +148,42 @@ def main() -> None:
         print(
             f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization, on {RANKS} threads.\n"
         )
-        by_rank, peer = measure(folder, world=RANKS), measure_peer(folder)
+        cache, rows = Path(temporary) / "cache", {}
+        rows[f"distlora, {RANKS} ranks, no cache"] = slowest(measure(folder, world=RANKS))
+        rows["first start, which fills the cache"] = slowest(measure(folder, world=RANKS, cache=cache))
+        second = slowest(measure(folder, world=RANKS, cache=cache))
+        rows["second start, from the cache"] = second
+        peer = measure_peer(folder)
+        rows["transformers + bitsandbytes, one process"] = peer
+    assert second.from_cache, "the second start did not find what the first one kept"
     mib = 2**20
-    print("| | seconds | peak anonymous MiB a process | of the model, MiB a process |\n|--|--|--|--|")
-    slowest = max(by_rank, key=lambda figures: figures.seconds)
-    largest = max(by_rank, key=lambda figures: figures.peak_bytes)
-    mine = Figures(slowest.seconds, largest.peak_bytes, largest.kept_bytes)
-    for name, row in ((f"distlora, {RANKS} ranks", mine), ("transformers + bitsandbytes, one process", peer)):
-        print(f"| {name} | {row.seconds:.1f} | {row.peak_bytes / mib:.0f} | {row.kept_bytes / mib:.0f} |")
-    time_ratio, memory_ratio = peer.seconds / mine.seconds, peer.peak_bytes / mine.peak_bytes
-    print(f"\nTheirs takes {time_ratio:.1f} times as long and {memory_ratio:.1f} times the memory a process.")
+    print("| | seconds | CPU seconds | MiB read | peak anonymous MiB | of the model, MiB | (a process)")
+    print("|--|--|--|--|--|--|--|")
+    for name, row in rows.items():
+        read = f"{row.read_bytes / mib:.0f}" if row.read_bytes else ""
+        memory = f"{row.peak_bytes / mib:.0f} | {row.kept_bytes / mib:.0f}"
+        print(f"| {name} | {row.seconds:.2f} | {row.cpu_seconds:.2f} | {read} | {memory} | |")
+    mine = next(iter(rows.values()))
+    for name, row in (("Beside ours without the cache", mine), ("Beside ours from the cache", second)):
+        time_ratio, memory_ratio = peer.seconds / row.seconds, peer.peak_bytes / row.peak_bytes
+        print(
+            f"\n{name}: theirs takes {time_ratio:.1f} times as long and {memory_ratio:.1f} times the memory a process."
+        )
+    beside = second.read_bytes / second.base_bytes - 1
+    print(f"The second start read its {second.base_bytes / mib:.0f} MiB of the base and {beside:.2%} beside them.")
+
+
+def slowest(by_rank: list[Figures]) -> Figures:
+    """The figures of a start: the most of each that some rank needed."""
+    return Figures(
+        seconds=max(rank.seconds for rank in by_rank),
+        cpu_seconds=max(rank.cpu_seconds for rank in by_rank),
+        peak_bytes=max(rank.peak_bytes for rank in by_rank),
+        kept_bytes=max(rank.kept_bytes for rank in by_rank),
+        base_bytes=min(rank.base_bytes for rank in by_rank),
+        read_bytes=max(rank.read_bytes for rank in by_rank),
+        from_cache=all(rank.from_cache for rank in by_rank),
+    )
 
 
 if __name__ == "__main__":

@@ -243,3 +243,8 @@ class QuantConfig:
             f"quant.cache_gb={self.cache_gb} is no number of gigabytes above 0; set quant.cache_gb=200, null for no "
             "limit, or quant.cache=false to keep nothing",
         )
+
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether quantized shards are kept between runs."""
+        return self.cache and self.method == "nf4"

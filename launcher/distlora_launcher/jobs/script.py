@@ -180,6 +180,8 @@ def _places(runs: Sequence[Config]) -> list[str]:
         if not is_hub_name(run.model.path):
             places.append(_with_links(Path(run.model.path)))
         places.append(Path(run.data.cache_dir))
+        if run.quant.keeps_shards:  # In the container it would be kept in memory.
+            places.append(Path(run.quant.cache_dir))
         if run.adapter.init_from is not None:
             places.append(Path(run.adapter.init_from))
     outer = [place for place in places if not any(other in place.parents for other in places)]

@@ -6,6 +6,7 @@ for its GPUs does not end over a mistyped path.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import socket
@@ -126,12 +127,20 @@ def submit_prepared(run_dir: Path, config: Config) -> None:
     if not write_script(run_dir, render(config, gpus=scheduler.has_gpus(config.cluster.partition))):
         say_kept(run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
+    make_cache(config)
     submission = submit_script(run_dir)
     write_submission(run_dir, submission)
     log = run_dir / "logs" / f"{SLURM}{submission.job_id}.log"
     say(f"submitted {shown(run_dir)} as SLURM job {submission.job_id}")
     say(f"watch it with: distlora status {shown(run_dir)}   (what it prints: {shown(log)})")
     say(f"stop it with: distlora cancel {shown(run_dir)}")
+
+
+def make_cache(config: Config) -> None:
+    """The folder for quantized shards where a container mounts it: it does not start without."""
+    if config.cluster.container is not None and config.quant.keeps_shards:
+        with contextlib.suppress(OSError):
+            Path(config.quant.cache_dir).mkdir(parents=True, exist_ok=True)
 
 
 def say_kept(folder: Path) -> None:

@@ -15,7 +15,7 @@ from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import write_submission
 from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
-from distlora_launcher.jobs.submit import is_job, live_job, make_ready, say_kept, submit_script
+from distlora_launcher.jobs.submit import is_job, live_job, make_cache, make_ready, say_kept, submit_script
 from distlora_launcher.local import forget_run, make_run, remove_if_empty
 from distlora_launcher.output import say, shown
 
@@ -63,6 +63,7 @@ def submit_array(folder: Path, runs: Sequence[Config]) -> None:
         options = [array_option((folder / SCRIPT_NAME).read_text(encoding="utf-8"), numbers)]
     for run in runs:
         (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
+        make_cache(run)
     submission = submit_script(folder, *options)
     write_submission(folder, submission)
     for run in runs:

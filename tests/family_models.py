@@ -144,6 +144,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
         "model": {"path": str(folder)},
         "data": {"path": "none.jsonl", "sequence_length": 64},
         "adapter": {"target_modules": "all-linear", "r": 4},
+        "quant": {"cache": False},
         "train": {"dtype": "fp32"},
         "run_dir": "none",
     }

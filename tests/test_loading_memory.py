@@ -1,4 +1,4 @@
-"""Loading a 0.7B checkpoint, or its shards from the cache, needs little more host memory than the shard that it fills."""
+"""Loading a 0.7B checkpoint, or its shards from the cache, takes little more host memory than the shard it fills."""
 
 from __future__ import annotations
 

@@ -177,8 +177,8 @@ def _absolute(config: Config) -> Config:
         parallel = dataclasses.replace(parallel, deepspeed_config=file)
     quant = dataclasses.replace(config.quant, cache_dir=_absolute_path("quant.cache_dir", config.quant.cache_dir))
     run_dir = _absolute_path("run_dir", config.run_dir)
-    sections = {"model": model, "data": data, "adapter": adapter, "quant": quant, "parallel": parallel}
-    return dataclasses.replace(config, **sections, run_dir=run_dir)
+    config = dataclasses.replace(config, parallel=parallel, quant=quant)
+    return dataclasses.replace(config, model=model, data=data, adapter=adapter, run_dir=run_dir)
 
 
 def _absolute_path(name: str, path: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -35,6 +36,14 @@ for settings in json.loads(sys.argv[1]):
         print(json.dumps(check_sources(DataConfig(**settings), limit=10)))
     except UserError as error:
         print(json.dumps(str(error)))
+"""
+
+PREPARE = """
+import sys
+from distlora.data.__main__ import main
+from distlora.tokens import tokenize_alone
+tokenize_alone()
+sys.exit(max(main([run]) for run in sys.argv[1:]))
 """
 
 
@@ -89,9 +98,8 @@ def prepare(hub, home, model, tmp_path):
             (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
             folders.append(folder)
         # One process for all, since its imports take longer than its work.
-        code = "import sys; from distlora.data.__main__ import main; sys.exit(max(main([run]) for run in sys.argv[1:]))"
         finished = subprocess.run(
-            [sys.executable, "-c", code, *map(str, folders)],
+            [sys.executable, "-c", PREPARE, *map(str, folders)],
             env=hub.environment(home) | environment,
             capture_output=True,
             text=True,
@@ -165,13 +173,11 @@ def test_without_a_network_the_message_says_so(hub, home, tmp_path):
 
 
 class Failing(BaseHTTPRequestHandler):
-    """A hub that answers with one status, or with 0 drops the connection."""
-
-    status = 0
+    """A hub that answers with the status that a data set is named after, or with 0 drops the connection."""
 
     def do_GET(self):
-        if self.status:
-            self.send_response(self.status)
+        if status := int(re.search(r"status-(\d+)", self.path)[1]):
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:
@@ -183,27 +189,25 @@ class Failing(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"),
-    [
-        (401, "data.path=org/answers: the hub answers strangers with 401; log in with `hf auth login`"),
-        (403, "data.path=org/answers: the hub answered 403"),
-        (429, "data.path=org/answers: the hub answered 429"),
-        (503, "the hub cannot be reached"),
-        (0, "the hub cannot be reached"),
-    ],
-)
-def test_an_answer_that_is_no_data_set_is_one_sentence(hub, tmp_path, status, expected):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (Failing,), {"status": status}))
+def test_an_answer_that_is_no_data_set_is_one_sentence(hub, tmp_path):
+    expected = {
+        401: "data.path=org/status-401: the hub answers strangers with 401; log in with `hf auth login`",
+        403: "data.path=org/status-403: the hub answered 403",
+        429: "data.path=org/status-429: the hub answered 429",
+        503: "the hub cannot be reached",
+        0: "the hub cannot be reached",
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
-        (message,) = check(hub, tmp_path, [{"path": "org/answers"}], **endpoint)
+        messages = check(hub, tmp_path, [{"path": f"org/status-{status}"} for status in expected], **endpoint)
     finally:
         server.shutdown()
         server.server_close()
-    assert expected in message
-    assert "\n" not in message
+    for message, sentence in zip(messages, expected.values(), strict=True):
+        assert sentence in message
+        assert "\n" not in message
 
 
 def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatch):

@@ -293,8 +293,11 @@ def test_a_run_that_is_not_prepared_says_how_to(tmp_path):
 def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_config, tmp_path):
     config = make_config(TEXTS)
     command = [sys.executable, "-m", "distlora.data", config.run_dir]
-    first, second = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported, which takes seconds')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    first, second = (subprocess.run(command, capture_output=True, text=True, env=environment) for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stderr == "", "no library's advice"
     record = json.loads((tmp_path / "run" / "data.json").read_text())
     assert len(open_split(config.run_dir, "train")) == record["splits"]["train"]["rows"]
     assert f"{record['splits']['train']['documents']} documents in" in first.stdout

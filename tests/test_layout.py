@@ -179,7 +179,10 @@ def test_importing_the_worker_starts_nothing_and_pulls_no_heavy_package() -> Non
     code = (
         "import sys, distlora.train, torch; "
         f"assert not set({sorted(WORKER_HEAVY)}) & set(sys.modules), set(sys.modules) & set({sorted(WORKER_HEAVY)}); "
-        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(); "
+        "import distlora_kernels.nf4_cpu as cpu; cpu.has_bitsandbytes(); "
+        "assert 'torch._inductor.compile_fx' not in sys.modules, 'a compiler that no step needs'; "
+        "assert torch.compiler.get_default_backend() == 'inductor'"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert finished.returncode == 0, finished.stderr

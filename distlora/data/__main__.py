@@ -9,6 +9,7 @@ from typing import Any
 
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.data.prepare import prepare_run
+from distlora.tokens import tokenize_alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,4 +76,5 @@ def _source_line(source: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    tokenize_alone()
     sys.exit(main())

@@ -30,7 +30,7 @@ from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder, PairEncoder
 from distlora.data.turn_tokens import Encoded
-from distlora.tokens import load_tokenizer
+from distlora.tokens import load_tokenizer, tokenize_alone
 
 SAMPLE = 1000
 """Documents of each source that are read, unless all are asked for."""
@@ -259,4 +259,5 @@ def split_lines(config: Config, split: SplitSample, length: int, *, is_train: bo
 
 
 if __name__ == "__main__":
+    tokenize_alone()
     sys.exit(main())

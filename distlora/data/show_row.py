@@ -20,7 +20,7 @@ from distlora.config_file import load_config
 from distlora.data.painting import Paint, paint_for_stdout, painted
 from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
-from distlora.tokens import load_tokenizer
+from distlora.tokens import load_tokenizer, tokenize_alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,4 +67,5 @@ def row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> It
 
 
 if __name__ == "__main__":
+    tokenize_alone()
     sys.exit(main())

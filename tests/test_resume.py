@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import safetensors.torch
@@ -53,6 +56,44 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
     return rows
 
 
+class Whole(NamedTuple):
+    """The run that was never stopped."""
+
+    folder: Path
+    rows: dict[int, list[int]]
+    """Of each step."""
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Whole]:
+    """The run that was never stopped on some ranks, made at the first use."""
+
+    @functools.cache
+    def make(size: int) -> Whole:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        make_run(folder, folders, train=SETTINGS)
+        return Whole(folder, world.run(size, run_until, run_dir=folder, stop_before=None)[0])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank that was stopped after step 5, and saved after step 4."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    make_run(run_dir, folders, train=SETTINGS)
+    run_until(SINGLE, run_dir=run_dir, stop_before=5)
+    return run_dir
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """The same adapter, bit for bit, by the same steps, each reported once."""
+    ours, others = result(run_dir), result(other)
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+    assert figures(run_dir) == figures(other), "each step once, with the same numbers"
+
+
 def result(run_dir: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
 
@@ -66,17 +107,13 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("stop_before", [1, pytest.param(5, marks=pytest.mark.slow), 6])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    world: World, folders: Path, tmp_path: Path, size: int, stop_before: int
+    world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole], size: int, stop_before: int
 ) -> None:
-    for name in ("whole", "stopped"):
-        make_run(tmp_path / name, folders, train=SETTINGS)
-    world.run(size, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    make_run(tmp_path / "stopped", folders, train=SETTINGS)
     world.run(size, run_until, run_dir=tmp_path / "stopped", stop_before=stop_before)
     assert not (tmp_path / "stopped" / "adapter").exists()
     world.run(size, run_until, run_dir=tmp_path / "stopped", stop_before=None)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole"), "each step once, with the same numbers"
+    assert_same_run(tmp_path / "stopped", whole(size).folder)
 
 
 def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
@@ -91,26 +128,23 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
         tensor.dtype == torch.uint8
         for tensor in safetensors.torch.load_file(steps(tmp_path / "whole" / "checkpoints")[-1] / TRAINER_NAME).values()
     )
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
-    world: World, folders: Path, tmp_path: Path
+    world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole]
 ) -> None:
-    for name in ("whole", "moved"):
-        make_run(tmp_path / name, folders, train=SETTINGS)
-    (order,) = world.run(1, run_until, run_dir=tmp_path / "whole", stop_before=None)
+    moved = tmp_path / "moved"
+    make_run(moved, folders, train=SETTINGS)
     made: dict[int, list[int]] = {}
     for size, stop_before, first in ((3, 5, 0), (2, 7, 4), (4, None, 6)):
-        parts = world.run(size, run_until, run_dir=tmp_path / "moved", stop_before=stop_before)
+        parts = world.run(size, run_until, run_dir=moved, stop_before=stop_before)
         assert all(part == parts[0] and min(part) == first for part in parts)
         made |= parts[0]
-    assert made == order
-    losses = [[v for _, name, v in figures(tmp_path / run) if "loss" in name] for run in ("moved", "whole")]
+    assert made == whole(1).rows
+    losses = [[v for _, name, v in figures(run) if "loss" in name] for run in (moved, whole(1).folder)]
     assert_losses_close(*losses)
-    assert_adapters_close(result(tmp_path / "moved"), result(tmp_path / "whole"))
+    assert_adapters_close(result(moved), result(whole(1).folder))
 
 
 def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Path, tmp_path: Path) -> None:
@@ -134,9 +168,7 @@ def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Pat
     rest = run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=None)
     assert epoch < min(rest) < 2 * epoch
     assert made | rest == order
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Path, tmp_path: Path) -> None:
@@ -156,11 +188,13 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_publishes_a_model(folders: Pat
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    tmp_path: Path,
+    whole: Callable[[int], Whole],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A save and the best fail in between."""
-    make_run(tmp_path / "whole", folders, train=SETTINGS)
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
     with small_disk(tmp_path / "disk", 8192) as disk:
         make_run(disk / "run", folders, train=SETTINGS)
         train_step = train.Trainer._train_step
@@ -177,9 +211,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
 
         monkeypatch.setattr(train.Trainer, "_train_step", with_troubles)
         train.run(disk / "run", SINGLE)
-        whole, troubled = result(tmp_path / "whole"), result(disk / "run")
-        assert all(torch.equal(whole[name], troubled[name]) for name in whole)
-        assert figures(disk / "run") == figures(tmp_path / "whole")
+        assert_same_run(disk / "run", whole(1).folder)
         assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [4, 8, 9]
     said = capsys.readouterr().out
     for what in ("after step 6 could not be saved", "after step 6, could not be written"):
@@ -199,28 +231,25 @@ def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
     train.run(run_dir, ranks)
 
 
-def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
-    for name in ("whole", "killed"):
-        make_run(tmp_path / name, folders, train=SETTINGS)
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path, whole: Callable[[int], Whole]) -> None:
+    make_run(tmp_path / "killed", folders, train=SETTINGS)
     child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=(SINGLE, tmp_path / "killed", 5))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     run_until(SINGLE, run_dir=tmp_path / "killed", stop_before=None)
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "killed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", whole(1).folder)
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no manifest", "odd manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+    tmp_path: Path,
+    whole: Callable[[int], Whole],
+    stopped: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
 ) -> None:
-    for name in ("whole", "damaged"):
-        make_run(tmp_path / name, folders, train=SETTINGS)
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
-    run_until(SINGLE, run_dir=tmp_path / "damaged", stop_before=5)
+    shutil.copytree(stopped, tmp_path / "damaged")
     folder = steps(tmp_path / "damaged" / "checkpoints")[-1]
     assert folder.name == "step_00000004"
     if damage == "flipped byte":
@@ -235,8 +264,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     printed = capsys.readouterr().out
     assert "step_00000004 is damaged" in printed
     assert "continuing from step_00000002" in printed
-    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "damaged")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_same_run(tmp_path / "damaged", whole(1).folder)
 
 
 def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tmp_path: Path) -> None:
@@ -266,11 +294,9 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
         run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
 
 
-def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, train=SETTINGS | {"keep": 2})
-    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    kept = steps(tmp_path / "run" / "checkpoints")
-    assert [folder.name for folder in kept] == ["step_00000008", "step_00000009"]
+def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(whole: Callable[[int], Whole]) -> None:
+    kept = steps(whole(1).folder / "checkpoints")
+    assert [step_of(folder) for folder in kept] == [6, 8, 9]
     files = {path.name for path in kept[-1].iterdir()}
     assert files == {
         "adapter_config.json",
@@ -279,7 +305,7 @@ def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(folders: Path, tmp
         "state.json",
         "manifest.json",
     }
-    adapter_bytes = sum(tensor.nbytes for tensor in result(tmp_path / "run").values())
+    adapter_bytes = sum(tensor.nbytes for tensor in result(whole(1).folder).values())
     # fp32 weights and two Adam moments, and a few kilobytes of names and settings.
     assert sum(path.stat().st_size for path in kept[-1].iterdir()) < 3 * adapter_bytes + 64_000
 
@@ -301,16 +327,18 @@ def test_a_save_that_dies_in_the_middle_leaves_no_checkpoint(
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
-def test_resuming_after_the_last_step_publishes_the_result_and_keeps_the_figures(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, train=SETTINGS)
-    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    first, figures_before = result(tmp_path / "run"), json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_resuming_after_the_last_step_publishes_the_result_and_keeps_the_figures(
+    tmp_path: Path, whole: Callable[[int], Whole]
+) -> None:
+    shutil.copytree(whole(1).folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    again, figures_after = result(tmp_path / "run"), json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_run(tmp_path / "run", whole(1).folder)
+    before, after = (
+        json.loads((folder / "summary.json").read_text()) for folder in (whole(1).folder, tmp_path / "run")
+    )
     peak = "peak_memory_bytes"
-    assert {**figures_after, peak: 0} == {**figures_before, peak: 0}
+    assert {**after, peak: 0} == {**before, peak: 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +77,50 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("size", "accumulate"), [(1, "step"), (2, "step"), (2, "block")])
-@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)])
-def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
-    world: World, folders: Path, tmp_path: Path, size: int, accumulate: str, where: str, value: float
-) -> None:
-    settings = {"max_steps": 7, "log_every": 4, "accumulate": accumulate}
-    make_run(tmp_path / "bad", folders, train=settings)
-    make_run(tmp_path / "good", folders, train=settings | {"save_every": 2, "keep": 9})
-    messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
-    world.run(size, good_run, run_dir=tmp_path / "good")
-    assert len(set(messages)) == 1, "every rank stops, at the same place"
-    assert messages[0].startswith("step 3: the ")
-    assert ("gradient of rows" if where == "gradient" else "loss of row ") in messages[0]
-    folder = tmp_path / "bad" / "checkpoints" / "step_00000002"
-    good = tmp_path / "good" / "checkpoints" / "step_00000002"
-    assert newest(tmp_path / "bad" / "checkpoints") == (folder, [])
-    assert all(torch.equal(saved(good)[name], tensor) for name, tensor in saved(folder).items())
-    optimizer = [safetensors.torch.load_file(path / TRAINER_NAME) for path in (folder, good)]
-    assert all(torch.equal(optimizer[1][name], tensor) for name, tensor in optimizer[0].items())
-    assert [line["step"] for line in read_metrics(tmp_path / "bad") if "loss" in line] == [1, 2, 3]
+BAD = {"max_steps": 7, "log_every": 4}
 
 
 def good_run(ranks: Ranks, *, run_dir: Path) -> None:
     train.run(run_dir, ranks)
+
+
+@pytest.fixture(scope="module")
+def good(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
+    """The checkpoint of the second step of a run without a bad one."""
+
+    @functools.cache
+    def make(size: int, accumulate: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("good") / "run"
+        make_run(run_dir, folders, train=BAD | {"accumulate": accumulate, "save_every": 2, "keep": 9})
+        world.run(size, good_run, run_dir=run_dir)
+        return run_dir / "checkpoints" / "step_00000002"
+
+    return make
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(1, "step"), (2, "step"), (2, "block")])
+@pytest.mark.parametrize(("where", "value"), [("loss", float("inf")), ("loss", float("nan")), ("gradient", 0.0)])
+def test_the_last_finite_state_is_saved_and_step_and_rows_are_named(
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    good: Callable[[int, str], Path],
+    size: int,
+    accumulate: str,
+    where: str,
+    value: float,
+) -> None:
+    make_run(tmp_path / "bad", folders, train=BAD | {"accumulate": accumulate})
+    messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
+    assert len(set(messages)) == 1, "every rank stops, at the same place"
+    assert messages[0].startswith("step 3: the ")
+    assert ("gradient of rows" if where == "gradient" else "loss of row ") in messages[0]
+    folder, expected = tmp_path / "bad" / "checkpoints" / "step_00000002", good(size, accumulate)
+    assert newest(tmp_path / "bad" / "checkpoints") == (folder, [])
+    assert all(torch.equal(saved(expected)[name], tensor) for name, tensor in saved(folder).items())
+    optimizer = [safetensors.torch.load_file(path / TRAINER_NAME) for path in (folder, expected)]
+    assert all(torch.equal(optimizer[1][name], tensor) for name, tensor in optimizer[0].items())
+    assert [line["step"] for line in read_metrics(tmp_path / "bad") if "loss" in line] == [1, 2, 3]
 
 
 def test_a_first_step_that_is_not_finite_saves_nothing(folders: Path, tmp_path: Path) -> None:
@@ -139,9 +161,22 @@ def test_a_sample_that_fails_costs_no_checkpoint(
     assert [folder.name for folder in steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 
+@pytest.fixture(scope="module")
+def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The adapter of a run of as many steps as PATIENT."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    make_run(run_dir, folders, train={"max_steps": 8, "save_every": 3, "keep": 9})
+    train.run(run_dir, SINGLE)
+    return saved(run_dir / "checkpoints" / "step_00000003")
+
+
 @pytest.mark.parametrize("load_best", [False, True])
 def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
-    folders: Path, tmp_path: Path, load_best: bool, monkeypatch: pytest.MonkeyPatch
+    folders: Path,
+    tmp_path: Path,
+    after_three_steps: dict[str, Tensor],
+    load_best: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     evaluate = train.Trainer.evaluate
 
@@ -151,14 +186,11 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
 
     monkeypatch.setattr(train.Trainer, "evaluate", rising_after_step_3)
     make_run(tmp_path / "run", folders, train=PATIENT | {"load_best_at_end": load_best})
-    make_run(tmp_path / "short", folders, train={"max_steps": 8, "save_every": 3, "keep": 9})
-    for run in ("run", "short"):
-        train.run(tmp_path / run, SINGLE)
+    train.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best_step"] == 3
     kept, final = saved(tmp_path / "run" / "best"), saved(tmp_path / "run" / "adapter")
-    after_three_steps = saved(tmp_path / "short" / "checkpoints" / "step_00000003")
     assert all(torch.equal(kept[name], tensor) for name, tensor in after_three_steps.items())
     assert all(torch.equal(kept[name], final[name]) for name in kept) == load_best
     # Started again, it has nothing left to do and ends the same.

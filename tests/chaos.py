@@ -212,6 +212,10 @@ class Campaign:
         self._check_end(life)
         self._check_result()
 
+    def output_of_start(self, number: int) -> str:
+        """What the command printed that was the first, second, ... to be started."""
+        return self._lives[number - 1].output()
+
     def _start(self) -> Life:
         begun = (self.run_dir / "config.yaml").exists()
         command = [str(DISTLORA), "resume", str(self.run_dir)] if begun else self.command
@@ -384,22 +388,32 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") or re.search(r"\.(tmp|old)\b", path.name) is not None
 
 
-def train_command(run_dir: Path, folders: Path, num_kills: int) -> list[str]:
-    """A run whose steps, evaluations and saves each take some tenths of a second, with room for so many kills."""
+def train_command(
+    run_dir: Path,
+    folders: Path,
+    num_kills: int,
+    *,
+    data: Path | None = None,
+    global_batch: int = 24,
+    tracker: str = "none",
+) -> list[str]:
+    """A run, on plain text unless told, with room for so many kills. With 24 rows a step, steps, evaluations and saves
+    each take some tenths of a second."""
+    data = data or folders / "text.jsonl"
     return [
         str(DISTLORA),
         "train",
         f"model.path={folders / 'llama'}",
-        f"data.path={folders / 'text.jsonl'}",
-        f"data.cache_dir={folders / 'cache'}",
+        f"data.path={data}",
+        f"data.cache_dir={data.parent / 'cache'}",
         "data.sequence_length=128",
         "data.eval_fraction=0.2",
         "recipe=qlora",
         "cluster.gpus_per_node=2",
         f"cluster.max_restarts={num_kills}",
-        "tracker=none",
+        f"tracker={tracker}",
         f"train.max_steps={STEPS_PER_KILL * (num_kills + 1)}",
-        "train.global_batch=24",
+        f"train.global_batch={global_batch}",
         "train.micro_batch=3",
         "train.save_every=1",
         f"train.eval_every={EVAL_EVERY}",

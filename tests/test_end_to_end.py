@@ -1,10 +1,12 @@
-"""The commands that a user types, as processes: `distlora train` on chats, a request to stop, kill -9, and `resume`."""
+"""The commands that a user types, as processes: `distlora train` on chats, requests to stop, kills, and `resume`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,20 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import safetensors.torch
-import torch
 
+from chaos import KINDS, Campaign, Kill, draw, table, train_command
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
-
-DISTLORA = Path(sys.executable).with_name("distlora")
 
 
 def write_chats(path: Path) -> None:
     """Short conversations, the answer a function of the question."""
     words = ["list", "tuple", "dict", "set", "str", "bytes", "int", "float", "complex", "bool", "range", "slice"]
     with path.open("w") as file:
-        for index in range(120):
+        for index in range(240):
             word = words[index % len(words)]
             messages = [
                 {"role": "user", "content": f"What is {word} number {index}?"},
@@ -36,42 +35,85 @@ def write_chats(path: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def train_command(folders: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:
-    return [
-        str(DISTLORA),
-        "train",
-        f"model.path={folders / 'llama'}",
-        f"data.path={data}",
-        "recipe=qlora",
-        "cluster.gpus_per_node=2",
-        "data.sequence_length=128",
-        f"data.cache_dir={run_dir.parent / 'cache'}",
-        "optim.lr=1e-2",
-        f"run_dir={run_dir}",
-        *extra,
-    ]
-
-
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
 
 
-def test_the_readme_line_trains_on_chats_and_says_what_it_does(folders: Path, tmp_path: Path) -> None:
-    write_chats(tmp_path / "chats.jsonl")
-    command = train_command(folders, tmp_path / "chats.jsonl", tmp_path / "run", "train.epochs=4")
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+KILLS = (
+    Kill("SIGUSR1", "evaluation", delay=0.0, rank=1, manner="to one rank"),
+    Kill("-9 of one rank", "step", delay=0.1, rank=1, manner=""),
+    Kill("-9 of all", "saving", delay=0.0, rank=0, manner=""),
+    Kill("SIGTERM", "step", delay=0.05, rank=0, manner="twice"),
+)
+
+
+def killed_command(run_dir: Path, folders: Path, data: Path) -> list[str]:
+    return train_command(run_dir, folders, len(KILLS), data=data, global_batch=12, tracker="wandb")
+
+
+@pytest.fixture(scope="module")
+def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run on chats, by the README's line, and how its command ended."""
+    place = tmp_path_factory.mktemp("whole")
+    write_chats(place / "chats.jsonl")
+    command = killed_command(place / "run", folders, place / "chats.jsonl")
+    return place / "run", subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=place)
+
+
+def test_the_readme_line_trains_on_chats_and_says_what_it_does(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run_dir, finished = whole
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "Traceback" not in finished.stdout + finished.stderr
     assert "Warning" not in finished.stdout + finished.stderr
-    evaluations = [line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
+    evaluations = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0] - 0.5
-    produced = {path.name for path in (tmp_path / "run").iterdir()}
+    produced = {path.name for path in run_dir.iterdir()}
     expected = {"config.yaml", "data.json", "metrics.jsonl", "summary.json", "logs", "wandb", "checkpoints", "adapter"}
     assert expected <= produced
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "chats.jsonl", "run"], "no outputs/ folder"
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["cache", "chats.jsonl", "run"], (
+        "no outputs/ folder"
+    )
+    summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["eval_loss"] == evaluations[-1]
     assert summary["gathered_bytes_per_step"] < summary["gathered_bytes_per_step_bf16"]
+    assert wandb_exit_codes(run_dir) == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
+def test_a_run_killed_in_each_way_ends_as_if_it_had_not_been(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
+) -> None:
+    """A short part of `make chaos`; `Campaign` says what must hold after each kill and in the end."""
+    run_dir, chats = tmp_path / "killed", whole[0].parent / "chats.jsonl"
+    command = killed_command(run_dir, folders, chats)
+    campaign = Campaign(run_dir, whole[0], command, KILLS)
+    campaign.run()
+    assert campaign.problems == []
+    assert all(kill.at for kill in KILLS), "the run ended before the last kill"
+    assert [kill.ended for kill in KILLS] == ["75", "restarted", "-9", "75"]
+    assert all(kill.seconds_lost is not None for kill in KILLS)
+    repeated = [kill.steps_repeated for kill in KILLS]
+    assert repeated[0] == repeated[3] == 0, "what was trained is saved on request"
+
+    stopped = re.search(r"asked to stop by SIGUSR1: step (\d+) is saved\n", campaign.output_of_start(1))
+    assert stopped is not None, campaign.output_of_start(1)
+    newest = f"step_{int(stopped[1]):08d}"
+    assert f"continue from {newest} with: distlora resume {run_dir}\n" in campaign.output_of_start(1)
+    assert f"continuing from {newest}" in campaign.output_of_start(2)
+    assert "SIGKILL" in campaign.output_of_start(2), "the rank that died is named"
+    assert not (run_dir / "stopped.json").exists()
+    codes = wandb_exit_codes(run_dir)
+    assert (codes[0], codes[-1]) == (75, 0)
+    print(table(KILLS))
+
+
+def test_kills_are_drawn_of_all_kinds_and_alike_for_one_seed() -> None:
+    kills = draw(50, random.Random(1))
+    assert kills == draw(50, random.Random(1))
+    assert kills != draw(50, random.Random(2))
+    assert [sum(kill.kind == kind for kill in kills) for kind in KINDS] == [10] * 5
 
 
 @contextlib.contextmanager
@@ -89,61 +131,10 @@ def once_saved(command: Sequence[str | Path], run_dir: Path) -> Iterator[subproc
         yield run
 
 
-def rank_1_of(run: subprocess.Popen[str]) -> psutil.Process:
-    workers = [
-        child
-        for child in psutil.Process(run.pid).children(recursive=True)
-        if any("worker_entry" in part for part in child.cmdline())
-    ]
-    return next(worker for worker in workers if worker.environ().get("RANK") == "1")
-
-
 def wandb_exit_codes(run_dir: Path) -> list[int]:
     """How the starts of a run ended, by wandb's own logs."""
     logs = [read_wandb_log(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
     return [record.exit.exit_code for log in logs for record in log if record.WhichOneof("record_type") == "exit"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker by its command line in /proc")
-def test_a_run_that_was_asked_to_stop_and_a_worker_of_which_was_killed_is_the_uninterrupted_run(
-    folders: Path, tmp_path: Path
-) -> None:
-    write_chats(tmp_path / "chats.jsonl")
-    settings = ("train.max_steps=30", "train.save_every=2")
-    whole = train_command(folders, tmp_path / "chats.jsonl", tmp_path / "whole", *settings, "tracker=none")
-    assert subprocess.run(whole, capture_output=True, env=environment()).returncode == 0
-
-    run_dir = tmp_path / "stopped"
-    with once_saved(train_command(folders, tmp_path / "chats.jsonl", run_dir, *settings), run_dir) as run:
-        rank_1_of(run).send_signal(signal.SIGUSR1)
-        output, _ = run.communicate(timeout=120)
-    assert run.returncode == 75, output
-    record = json.loads((run_dir / "stopped.json").read_text())
-    step = record["step"]
-    assert record["signal"] == "SIGUSR1"
-    assert (run_dir / record["checkpoint"] / "manifest.json").is_file()
-    assert f"asked to stop by SIGUSR1: step {step} is saved\n" in output
-    assert f"continue from step_{step:08d} with: distlora resume {run_dir}\n" in output
-    assert not (run_dir / "adapter").exists()
-    assert wandb_exit_codes(run_dir) == [75]
-
-    with once_saved([DISTLORA, "resume", run_dir], run_dir) as run:
-        rank_1_of(run).send_signal(signal.SIGKILL)
-        output, _ = run.communicate(timeout=120)
-    assert run.returncode == 0, output
-    assert f"continuing from step_{step:08d}" in output
-    assert "SIGKILL" in output, "the rank that died is named"
-    assert not (run_dir / "stopped.json").exists()
-    adapters = [
-        safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
-        for folder in (tmp_path / "whole", run_dir)
-    ]
-    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
-    losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
-        for folder in (tmp_path / "whole", run_dir)
-    ]
-    assert losses[0] == losses[1], "each step once, with the same numbers"
 
 
 @pytest.mark.slow
@@ -154,7 +145,7 @@ def test_sigterm_to_the_command_or_twice_to_every_process_saves_and_ends_with_75
     """As `kill` does, and as SLURM's scancel: wandb's own process gets it too."""
     write_chats(tmp_path / "chats.jsonl")
     run_dir = tmp_path / "run"
-    command = train_command(folders, tmp_path / "chats.jsonl", run_dir, "train.max_steps=200", "train.save_every=2")
+    command = train_command(run_dir, folders, 50, data=tmp_path / "chats.jsonl", tracker="wandb")
     with once_saved(command, run_dir) as run:
         processes = [psutil.Process(run.pid)]
         if everyone:

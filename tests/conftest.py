@@ -19,8 +19,30 @@ from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
+LONGEST = (
+    "test_slurm_cluster",
+    "test_methods",
+    "test_end_to_end",
+    "test_parity",
+    "test_families",
+    "test_resume",
+    "test_offline",
+    "test_generation",
+    "test_hub",
+    "test_prequantized",
+    "test_launcher_workers",
+    "test_data_hub",
+)
+"""Files that take longest, in the order in which they begin: two processes share the files, and whichever has nothing
+left waits for the other's last one. Those of real commands, which mostly wait, beside those that compute."""
+
 # Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,8 @@ def main() -> None:
         case "rank 1 raises":
             if rank == 1:
                 raise RuntimeError("no more memory in rank one")
-            time.sleep(1)  # The others then see its connection close.
+            while not (run_dir / "logs" / "rank_1.error.json").exists():  # The others then see its connection close.
+                time.sleep(0.01)
             raise ConnectionError("peer closed")
         case "rank 1 is killed" | "rank 1 is killed once" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             dying = run_dir / "dying"

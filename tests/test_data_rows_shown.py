@@ -46,7 +46,8 @@ def test_rows_that_are_not_there_are_refused(folders: Path, tmp_path: Path, caps
 
 def test_a_reader_that_leaves_is_no_error(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders)
-    words = [sys.executable, "-m", "distlora.data.show_row", str(tmp_path / "run"), *["0"] * 200]
+    rows = ["0"] * 2000  # More text than a pipe holds.
+    words = [sys.executable, "-m", "distlora.data.show_row", str(tmp_path / "run"), *rows]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -12,7 +12,8 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,18 @@ def compile_case(case: Case, arch: int) -> Report:
         threads=threads,
         instructions=len(mnemonics),
         per_element=None if elements is None else len(mnemonics) * threads / elements,
-        counts={name: sum(bool(re.match(form, word)) for word in mnemonics) for name, form in CLASSES.items()},
+        counts=_counts(mnemonics),
         wgmma_serialized="wgmma" in log.getvalue() and "serializ" in log.getvalue(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _counts(mnemonics: Sequence[str]) -> dict[str, int]:
+    """How many instructions each class has."""
+    words = Counter(mnemonics)
+    return {
+        name: sum(number for word, number in words.items() if re.match(form, word)) for name, form in CLASSES.items()
+    }
 
 
 def programs_per_sm(arch: int, *, registers: int, shared_bytes: int, threads: int) -> int:

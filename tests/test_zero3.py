@@ -158,6 +158,21 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
 
 
 @pytest.mark.slow
+def test_two_copies_of_the_base_are_the_run_of_one(folders: Path, tmp_path: Path, references: dict[str, Any]) -> None:
+    make_run(
+        tmp_path / "run",
+        folders,
+        train={"micro_batch": 3},
+        cluster={"gpus_per_node": 4},
+        parallel=ZERO3 | {"shard_degree": 2},
+    )
+    with start_world(4, regroups=True) as four:
+        losses, adapter = outcome(four, 4, tmp_path / "run")
+    assert_losses_close(losses, references["llama"][0])
+    assert_adapters_close(adapter, references["llama"][1])
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
     alone: World, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:

@@ -44,9 +44,4 @@ class ParallelConfig:
             f"parallel.shard_degree={self.shard_degree} is no number of ranks; set it to 1 or more, to node (the ranks "
             "of a machine), or to null (all ranks)",
         )
-        require(
-            self.backend == "fsdp2" or self.shard_degree is None,
-            f"parallel.shard_degree={self.shard_degree} is FSDP2's: DeepSpeed has one copy of the base over all ranks; "
-            "leave it out, or set parallel=fsdp2",
-        )
         require_positive("parallel", self, "bucket_mb")

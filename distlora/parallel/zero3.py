@@ -243,7 +243,8 @@ def start_deepspeed(device: torch.device) -> None:
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
     # Its gathers are called by the name that torch 2.13 warns of.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

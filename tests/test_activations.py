@@ -105,3 +105,38 @@ def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
 def test_a_mixture_of_experts_is_not_calculated() -> None:
     with pytest.raises(ValueError, match="mixtral keeps depends on where its router"):
         Decoder.of({}, FAMILIES["mixtral"])
+
+
+LLAMA = {"8B": (4096, 14_336, 32, 32), "70B": (8192, 28_672, 80, 64)}
+COLUMNS: list[tuple[Mode, int | None]] = [
+    ("none", None),
+    ("selective", None),
+    ("block", None),
+    ("selective", 4096),
+    ("block", 4096),
+    ("offload", 4096),
+]
+
+
+def table() -> list[str]:
+    """The lines of "A row of T tokens costs" in distlora/README.md."""
+    lines = []
+    for name, (hidden, inner, layers, heads) in LLAMA.items():
+        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128_256}
+        ranks = AdaptedRanks(qkv=48, o=16, gate_up=32, down=16)
+        costs = Costs(decoder=Decoder.of(sizes, FAMILIES["llama"]), ranks=ranks, fused=True)
+        for length in (8192, 32_768, 131_072):
+            cells = []
+            for mode, tile in COLUMNS:
+                made = costs.step(mode, at_once=length, tile=tile)
+                host = f" + {made.kept_on_host / 1e9:.1f}" if made.kept_on_host else ""
+                cells.append(f"{made.peak / 1e9:.1f}{host}")
+            shares = [f"{100 * costs.recomputed(mode, length):.0f} %" for mode in ("selective", "block")]
+            lines.append(f"| {name} | {length:,} | {' | '.join([*cells, *shares])} |")
+    return lines
+
+
+def test_the_table_of_what_a_row_costs_is_what_is_calculated() -> None:
+    text = (Path(__file__).parents[1] / "distlora" / "README.md").read_text()
+    assert "\n".join(table()) in text

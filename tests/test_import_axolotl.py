@@ -320,6 +320,22 @@ def test_other_turns_than_the_assistants(given: dict[str, Any], tmp_path: Path) 
     assert {"train_on_inputs", "datasets[0].roles_to_train"} & set(reported(imported, "differs"))
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tiled_mlp_num_shards": 3, "gradient_checkpointing": True}, ("block", 683)),
+        ({"tiled_mlp_num_shards": 4}, ("selective", 512)),
+        ({"tiled_mlp_num_shards": 1}, ("none", None)),
+        ({}, ("none", None)),
+    ],
+)
+def test_tiles_of_an_mlp_become_tokens(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    imported = convert(LEAST | {"sequence_len": 2048, "tiled_mlp": True} | given, processes=1)
+    train = composed(imported, tmp_path).train
+    assert (train.checkpointing, train.mlp_tile) == expected
+    assert any(note.key == "tiled_mlp" for note in imported.notes) == (not given)
+
+
 def test_several_files_and_data_sets_become_sources(tmp_path: Path) -> None:
     files = {"path": "json", "data_files": ["/a.json", "/b.json"], "type": "chat_template"}
     values = LEAST | {"datasets": [files, {"path": "org/more", "type": "sharegpt", "split": "train[:5%]"}]}

@@ -94,7 +94,7 @@ class TrainConfig:
     checkpointing: Literal["block", "selective", "offload", "none"] = "block"
     """What a forward keeps for backward. `block` keeps only the inputs of each decoder block and recomputes it: about
     1/3 more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose recomputation
-    grows with the square of a row: 12 to 20 bytes an element of the hidden state more than `block`. `offload` is
+    grows with the square of a row: about 10 bytes an element of the hidden state more than `block`. `offload` is
     `block` with the inputs in host memory, which takes layers x hidden x 2 B for each token that they are kept of
     (`accumulate`); the device holds two. `none` keeps all and recomputes nothing."""
     mlp_tile: int | None = None

@@ -289,8 +289,26 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     for key, value in (("gradient_checkpointing", checkpointing), ("activation_offloading", offloading)):
         if value in ("offload_disk", "disk"):
             imported.note("unsupported", f"{key}={value}", "the blocks' inputs go to host memory, not to a disk")
+    _convert_tiles(keys, imported)
     seed = keys.integer("seed")
     train["seed"] = 42 if seed is None else seed
+
+
+def _convert_tiles(keys: Keys, imported: Imported) -> None:
+    """Tiles of the MLP by their number, as Axolotl has it. They are recomputed there, too."""
+    if not keys.flag("tiled_mlp"):
+        return
+    train, length = imported.section("train"), imported.section("data")["sequence_length"]
+    tiles = keys.integer("tiled_mlp_num_shards")
+    if imported.options["adapter"] == "full":
+        imported.note("unsupported", "tiled_mlp", "the MLPs of a model that is trained whole are not run in tiles")
+    elif tiles is None:
+        reason = "its tiles have as many tokens as the model has hidden columns; set train.mlp_tile to that"
+        imported.note("unsupported", "tiled_mlp", reason)
+    elif tiles > 1:
+        train["mlp_tile"] = -(-length // tiles)
+        if train["checkpointing"] == "none":
+            train["checkpointing"] = "selective"
 
 
 def convert_tracker(keys: Keys, imported: Imported) -> None:

@@ -23,7 +23,8 @@ from distlora.bench.traffic import our_step
 from distlora.checkpoints.folder import step_of, steps
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import as_mapping, load_config
-from distlora.parallel import Ranks
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
 from family_models import config_for
@@ -63,6 +64,10 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
 def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
     """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
     model, backend, _ = startup.start_model(load_config(run_dir), ranks)
+    return rows_of(model, backend)
+
+
+def rows_of(model: CausalLM, backend: Backend) -> dict[str, tuple[Tensor, int, bool]]:
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     rows = {name: backend.local_rows(tensor.detach()) for name, tensor in tensors.items()}
@@ -127,6 +132,34 @@ def test_each_copy_lacks_what_pissa_took_out_of_the_base(world: World, folders: 
         for copy in (by_rank[:2], by_rank[2:]):
             parts = [tensors[name][0] for tensors in copy]
             assert all(torch.equal(part, expected) for part in parts) or torch.equal(torch.cat(parts), expected), name
+
+
+def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
+    """What this rank owns, the weights that came from the cache, and the bytes that it kept there."""
+    config = load_config(run_dir)
+    model, backend, loaded = startup.start_model(config, ranks)
+    return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
+
+
+@pytest.mark.slow
+def test_copies_fill_one_cache_and_are_filled_from_it_however_many_there_are(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    quant = {"cache": True, "cache_dir": str(tmp_path / "cache")}
+    whole: dict[str, Any] = {}
+    for number, degree in enumerate((2, 2, 1, None)):
+        prepare(tmp_path / str(number), folders, degree=degree, quant=quant)
+        by_rank = world.run(RANKS, loaded_from_cache, run_dir=tmp_path / str(number))
+        of_a_copy = RANKS if degree is None else degree
+        for rank, (tensors, cached, kept) in enumerate(by_rank):
+            assert (cached > 0, kept > 0) == (number > 0, number == 0), f"start {number}, rank {rank}"
+            for name in whole.keys() & tensors.keys():
+                rows, first, _ = tensors[name]
+                assert torch.equal(rows, whole[name][first : first + len(rows)]), name
+        quantized = [name for name in by_rank[0][0] if name.rpartition(".")[2] in KINDS]
+        copy = [tensors for tensors, *_ in by_rank[:of_a_copy]]
+        whole = whole or {name: torch.cat([tensors[name][0] for tensors in copy]) for name in quantized}
+    assert whole
 
 
 KINDS = ("codes", "scales", "group_scale")

@@ -108,8 +108,7 @@ def variants(config: Config, ranks: int) -> Iterator[Config]:
     for accumulate in accumulates:
         train = dataclasses.replace(config.train, accumulate=accumulate)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
-    one_copy = parallel.shard_degree is None and parallel.backend == "fsdp2"
-    if one_copy and ranks > MACHINE and ranks % MACHINE == 0:
+    if parallel.shard_degree is None and ranks > MACHINE and ranks % MACHINE == 0:
         parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
 

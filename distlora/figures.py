@@ -149,8 +149,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
             between = trainer.step_traffic.between_copies_bytes
             figures["between_copies_bytes_per_step"] = between
             reporter.event(
-                f"each step gathered {gathered / 2**20:,.1f} MiB within a copy of the base and summed "
-                f"{between / 2**20:,.1f} MiB of gradients between the {backend.shards.copies:,} copies"
+                f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its copy of the base; between the "
+                f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
             )
     if progress.evaluations:
         first = "base_eval_loss" if trainer.config.adapter.starts_as_base else "initial_eval_loss"

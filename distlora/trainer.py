@@ -133,6 +133,8 @@ class Trainer:
                 if self._is_exhausted():
                     return
                 self._train_step(step)
+                if (settled := self.backend.settle_residency()) is not None:
+                    self.reporter.event(settled)
                 self._follow(step + 1)
         except Stopped:
             self._save_whole_steps()

@@ -164,6 +164,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a floor above the peak": (nothing, ["optim.min_lr_ratio=2"], ["is not a share"]),
     "patience without evaluations": (nothing, ["train.early_stopping_patience=2"], ["set train.eval_every"]),
     "evaluations of nothing": (nothing, ["train.eval_every=2", "data.eval_fraction=0"], ["needs held-out documents"]),
+    "more resident blocks than there are": (
+        nothing,
+        ["parallel.resident_blocks=33"],
+        ["is more than the", "blocks of this model; set parallel.resident_blocks="],
+    ),
     "a tile longer than a row": (nothing, ["train.mlp_tile=64"], ["cuts no row of data.sequence_length=64 tokens"]),
     "samples of nothing": (nothing, ["train.sample_every=5"], ["train.sample_prompts belong together"]),
     "a stream without an end": (nothing, ["data.streaming=true"], ["set train.max_steps"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,21 @@ from distlora.config_file import as_mapping, build, load_config
 from distlora.data.sources import pinned_commits
 from distlora.generation.prompts import read_prompts
 from distlora.initial_adapter import read_initial_adapter
+from distlora.loading import cache_folder, source_digest
+from distlora.loading.cache_folder import (
+    DamagedPieceError,
+    Entry,
+    EntryFigures,
+    Extent,
+    figures_of,
+    header_of,
+    read_piece,
+)
 from distlora.loading.segments import read_header
 from distlora.loading.start_file import StartRecord, digest_of, require_start
 from distlora.model_card import model_card, read_metadata
 from distlora.run_folder import read_result
+from distlora_launcher.cache import line_of
 from distlora_launcher.checks import check_model
 from distlora_launcher.failures import first_failure, read_errors, would_repeat
 from distlora_launcher.importing import read_yaml
@@ -65,6 +77,7 @@ def make_place(folder: Path) -> Path:
     write_data(folder / "data.jsonl")
     write_adapter(folder / "adapter")
     write_run(folder)
+    write_cache(folder / "cache")
     write_start(folder / "run" / "initial_adapter.safetensors")
     (folder / "axolotl.yaml").write_text(yaml.safe_dump(AXOLOTL, sort_keys=False))
     (folder / "card.md").write_text("---\nlicense: mit\nlicense_name: x\n---\n\n# A model\n")
@@ -226,6 +239,36 @@ def read_failure(folder: Path) -> None:
     would_repeat(logs)
 
 
+def write_cache(folder: Path) -> None:
+    """A cache of quantized shards: an entry of one piece, half of the base; and what is known of a source file."""
+    entry = Entry(folder / CACHE_KEY)
+    entry.begin({"base": "org/name", "format": 1, "weights": {"w": 4, "v": 2}})
+    extents = {"w": Extent(0, 2, 0.5, {}), "v": Extent(1, 2, 0.25, {})}
+    path = entry.path_of(0, 0, 1, {name: range(of.first, of.stop) for name, of in extents.items()})
+    path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * cache_folder.GROUP_BYTES))
+    path.rename(folder / CACHE_KEY / CACHE_PIECE)
+    weights = folder.parent / "single" / "model.safetensors"
+    source_digest.remember(folder / "sources", weights, source_digest.state_of(weights), "tree:0", began=2e9)
+    (record,) = (folder / "sources").iterdir()
+    record.rename(folder / "sources" / "record.json")
+
+
+def read_shards(folder: Path) -> EntryFigures:
+    """As a start does, which says of a damaged piece what it is and makes it anew, and as `distlora cache list`."""
+    with contextlib.suppress(DamagedPieceError):
+        for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
+            assert extent.first in (0, 1)
+    figures = figures_of(Entry(folder / "cache" / CACHE_KEY))
+    line_of(figures)
+    return figures
+
+
+def read_source(folder: Path) -> str | None:
+    """As a start does, of a file that was hashed before."""
+    return source_digest.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
+
+
+CACHE_KEY, CACHE_PIECE = "5" * 64, "00000-0of1-0123456789abcdef.safetensors"
 STEP = "run/checkpoints/step_00000002"
 READERS = {
     "settings": Reader(
@@ -281,6 +324,20 @@ READERS = {
         examples=40,
     ),
     "start": Reader(file="run/initial_adapter.safetensors", damages=any_tensors, read=read_start, examples=30),
+    "shards": Reader(
+        file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
+        damages=any_tensors,
+        read=read_shards,
+        check=lambda figures: figures.share in (0.0, 0.5),
+        examples=40,
+    ),
+    "entry": Reader(file=f"cache/{CACHE_KEY}/entry.json", damages=any_json, read=read_shards),
+    "source": Reader(
+        file="cache/sources/record.json",
+        damages=any_json,
+        read=read_source,
+        check=lambda digest: isinstance(digest, str | None),
+    ),
     "metrics": Reader(file="run/metrics.jsonl", damages=any_lines, read=read_run),
     "summary": Reader(file="run/summary.json", damages=any_json, read=read_run),
     "data": Reader(file="run/data.json", damages=any_json, read=read_run),

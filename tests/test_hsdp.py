@@ -5,6 +5,7 @@ between copies.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora import startup, train, wire
 from distlora.bench.collectives import counted
 from distlora.bench.traffic import our_step
+from distlora.checkpoints.folder import step_of, steps
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import as_mapping, load_config
-from distlora.parallel import Ranks
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
 from family_models import config_for
@@ -61,6 +64,10 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
 def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
     """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
     model, backend, _ = startup.start_model(load_config(run_dir), ranks)
+    return rows_of(model, backend)
+
+
+def rows_of(model: CausalLM, backend: Backend) -> dict[str, tuple[Tensor, int, bool]]:
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     rows = {name: backend.local_rows(tensor.detach()) for name, tensor in tensors.items()}
@@ -71,22 +78,29 @@ CUTS = [(1, None, 1), (2, None, 2), (4, None, 4), (4, 2, 2), (4, 1, 1)]
 """(ranks, parallel.shard_degree, ranks of a copy)."""
 
 
+def load(
+    world: World, folders: Path, run_dir: Path, size: int, degree: int | None, **adapter: Any
+) -> list[dict[str, Any]]:
+    """What each rank owns of a loaded model."""
+    make_run(
+        run_dir,
+        folders,
+        new_tokens=["statement", "of the"],
+        adapter={"target_modules": "all-linear", "r": 4} | adapter,
+        parallel={"shard_degree": degree},
+        cluster={"gpus_per_node": size},
+    )
+    return world.run(size, owned, run_dir=run_dir)
+
+
 @pytest.fixture(scope="module")
 def cuts(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
-    """What each rank owns of a loaded model: with DoRA's row norms and new tokens, which need sums over ranks."""
-    results = {}
-    for size, degree, _ in CUTS:
-        run_dir = tmp_path_factory.mktemp("cut") / "run"
-        make_run(
-            run_dir,
-            folders,
-            new_tokens=["statement", "of the"],
-            adapter={"target_modules": "all-linear", "r": 4, "use_dora": True},
-            parallel={"shard_degree": degree},
-            cluster={"gpus_per_node": size},
-        )
-        results[size, degree] = world.run(size, owned, run_dir=run_dir)
-    return results
+    """With DoRA's row norms and new tokens, which need sums over ranks."""
+    root = tmp_path_factory.mktemp("cuts")
+    return {
+        (size, degree): load(world, folders, root / f"{size}_{degree}", size, degree, use_dora=True)
+        for size, degree, _ in CUTS
+    }
 
 
 @pytest.mark.parametrize(("size", "degree", "of_a_copy"), CUTS[1:])
@@ -107,6 +121,45 @@ def test_each_copy_is_the_whole_quantization_bit_for_bit(
             rows = -(-len(expected) // of_a_copy)
             assert [first for _, first, _ in parts] == [min(rows * part, len(expected)) for part in range(of_a_copy)]
     assert (cut > 50) == (of_a_copy > 1)
+
+
+@pytest.mark.slow
+def test_each_copy_lacks_what_pissa_took_out_of_the_base(world: World, folders: Path, tmp_path: Path) -> None:
+    (whole,), by_rank = (
+        load(world, folders, tmp_path / str(size), size, degree, init="pissa") for size, degree in ((1, None), (4, 2))
+    )
+    for name, (expected, *_) in whole.items():
+        for copy in (by_rank[:2], by_rank[2:]):
+            parts = [tensors[name][0] for tensors in copy]
+            assert all(torch.equal(part, expected) for part in parts) or torch.equal(torch.cat(parts), expected), name
+
+
+def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
+    """What this rank owns, the weights that came from the cache, and the bytes that it kept there."""
+    config = load_config(run_dir)
+    model, backend, loaded = startup.start_model(config, ranks)
+    return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
+
+
+@pytest.mark.slow
+def test_copies_fill_one_cache_and_are_filled_from_it_however_many_there_are(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    quant = {"cache": True, "cache_dir": str(tmp_path / "cache")}
+    whole: dict[str, Any] = {}
+    for number, degree in enumerate((2, 2, 1, None)):
+        prepare(tmp_path / str(number), folders, degree=degree, quant=quant)
+        by_rank = world.run(RANKS, loaded_from_cache, run_dir=tmp_path / str(number))
+        of_a_copy = RANKS if degree is None else degree
+        for rank, (tensors, cached, kept) in enumerate(by_rank):
+            assert (cached > 0, kept > 0) == (number > 0, number == 0), f"start {number}, rank {rank}"
+            for name in whole.keys() & tensors.keys():
+                rows, first, _ = tensors[name]
+                assert torch.equal(rows, whole[name][first : first + len(rows)]), name
+        quantized = [name for name in by_rank[0][0] if name.rpartition(".")[2] in KINDS]
+        copy = [tensors for tensors, *_ in by_rank[:of_a_copy]]
+        whole = whole or {name: torch.cat([tensors[name][0] for tensors in copy]) for name in quantized}
+    assert whole
 
 
 KINDS = ("codes", "scales", "group_scale")
@@ -148,8 +201,18 @@ def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tupl
     return dict(collectives.nbytes), backend.traffic.take()
 
 
-@pytest.mark.parametrize("degree", [2, 1])
-@pytest.mark.parametrize("sections", [{}, SAVED, FULL], ids=["adapters", "modules_to_save", "full"])
+@pytest.mark.parametrize(
+    ("sections", "degree"),
+    [
+        ({}, 2),
+        pytest.param({}, 1, marks=pytest.mark.slow),
+        (SAVED, 2),
+        pytest.param(SAVED, 1, marks=pytest.mark.slow),
+        pytest.param(FULL, 2, marks=pytest.mark.slow),
+        pytest.param(FULL, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_between_copies_travel_gradients_alone_by_what_is_really_issued(
     world: World, folders: Path, sections: dict[str, Any], degree: int
 ) -> None:
@@ -190,40 +253,34 @@ def one_copy(world: World, folders: Path, tmp_path_factory: pytest.TempPathFacto
 SETTINGS: dict[str, Any] = {"max_steps": 4, "save_every": 1, "keep": 9, "micro_batch": 3}
 
 
-@pytest.mark.parametrize("degree", [2, 1])
-def test_copies_train_bit_for_bit_what_one_copy_over_the_same_ranks_does(
-    world: World, folders: Path, tmp_path: Path, one_copy: Path, degree: int
-) -> None:
-    config = prepare(tmp_path / "run", folders, degree=degree, train=SETTINGS)
-    first, *others = world.run(RANKS, adapters_after, run_dir=tmp_path / "run")
-    assert all(equal(other, first) for other in others)
-    assert equal(saved(tmp_path / "run"), saved(one_copy))
-    metrics = read_metrics(tmp_path / "run")
-    assert losses_of(metrics) == losses_of(read_metrics(one_copy))
-    line, step = [line for line in metrics if "loss" in line][-1], wire.of_run(config, world=RANKS)
-    assert line["gathered_bytes"] == step.gathered
-    assert line["between_copies_bytes"] == line["reduced_bytes"] == step.reduced
-    assert step.reduced == sum(tensor.nbytes for tensor in first.values())
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["between_copies_bytes_per_step"] == step.reduced
-    assert "between_copies_bytes" not in read_metrics(one_copy)[-1]
-
-
 def set_degree(run_dir: Path, degree: int | None) -> None:
     values = yaml.safe_load((run_dir / "config.yaml").read_text())
     values["parallel"]["shard_degree"] = degree
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_a_run_goes_on_with_copies_and_without_them_again_bit_for_bit(
+def test_a_run_with_copies_after_one_without_is_bit_for_bit_that_of_one_copy_and_says_what_travels(
     world: World, folders: Path, tmp_path: Path, one_copy: Path
 ) -> None:
-    prepare(tmp_path / "run", folders, degree=None, train=SETTINGS)
-    for degree, stop in ((None, 1), (2, 3), (None, None)):
-        set_degree(tmp_path / "run", degree)
-        world.run(RANKS, run_until, run_dir=tmp_path / "run", stop_before=stop)
-    assert equal(saved(tmp_path / "run"), saved(one_copy))
-    assert losses_of(read_metrics(tmp_path / "run")) == losses_of(read_metrics(one_copy))
+    run_dir = tmp_path / "run"
+    prepare(run_dir, folders, degree=None, train=SETTINGS)
+    for degree, stop in ((None, 1), (1, 2)):
+        set_degree(run_dir, degree)
+        world.run(RANKS, run_until, run_dir=run_dir, stop_before=stop)
+    set_degree(run_dir, DEGREE)
+    first, *others = world.run(RANKS, adapters_after, run_dir=run_dir)
+    assert all(equal(other, first) for other in others)
+    assert equal(saved(run_dir), saved(one_copy))
+    lines, expected = ([line for line in read_metrics(run) if "loss" in line] for run in (run_dir, one_copy))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert [line["grad_norm"] for line in lines] == [line["grad_norm"] for line in expected]
+
+    step = wire.of_run(load_config(run_dir), world=RANKS)
+    assert lines[-1]["gathered_bytes"] == step.gathered
+    assert lines[-1]["between_copies_bytes"] == lines[-1]["reduced_bytes"] == step.reduced
+    assert step.reduced == sum(tensor.nbytes for tensor in first.values())
+    assert json.loads((run_dir / "summary.json").read_text())["between_copies_bytes_per_step"] == step.reduced
+    assert "between_copies_bytes" not in expected[-1]
 
 
 @pytest.mark.slow
@@ -247,7 +304,7 @@ def test_every_cell_of_the_table_is_the_run_of_one_process(
 
 
 TRAINED = [
-    ("llama", FULL, {}),
+    ("llama", FULL, {"max_steps": 3}),
     pytest.param("llama-tied", FULL, {"save_in_background": False}, marks=pytest.mark.slow),
     pytest.param("llama-tied", SAVED, {"save_in_background": False, "micro_batch": 1}, marks=pytest.mark.slow),
 ]
@@ -257,23 +314,27 @@ TRAINED = [
 def test_what_is_trained_in_every_copy_is_the_single_run_saved_once_and_resumed_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, model: str, sections: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    settings = SETTINGS | settings
+    settings, others = SETTINGS | settings, [("moved", None)] if "save_in_background" in settings else []
     make_run(tmp_path / "single", folders, model, train=settings | {"micro_batch": 12}, **sections)
     expected = world.run(1, run_once, run_dir=tmp_path / "single")[0]
-    for name in ("whole", "same", "moved"):
-        prepare(tmp_path / name, folders, model, train=settings, **sections)
+    prepare(tmp_path / "whole", folders, model, train=settings, **sections)
     metrics = world.run(RANKS, run_once, run_dir=tmp_path / "whole")[0]
     assert_losses_close(losses_of(metrics), losses_of(expected))
     assert_adapters_close(saved(tmp_path / "whole"), saved(tmp_path / "single"))
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (metrics, expected)]
     assert_losses_close(*norms, relative=1e-5)
 
-    for name, degrees in (("same", (2, 2)), ("moved", (None, 2, None))):
-        for degree, stop in zip(degrees, (*(1, 3)[: len(degrees) - 1], None), strict=True):
-            set_degree(tmp_path / name, degree)
-            world.run(RANKS, run_until, run_dir=tmp_path / name, stop_before=stop)
+    # From the checkpoint after two steps: the same, and with one copy over all ranks.
+    for name, degree in (("same", DEGREE), *others):
+        shutil.copytree(tmp_path / "whole", tmp_path / name, dirs_exist_ok=True)
+        for folder in steps(tmp_path / name / "checkpoints"):
+            if step_of(folder) > 2:
+                shutil.rmtree(folder)
+        set_degree(tmp_path / name, degree)
+        world.run(RANKS, run_once, run_dir=tmp_path / name)
     assert equal(saved(tmp_path / "same"), saved(tmp_path / "whole"))
-    assert_adapters_close(saved(tmp_path / "moved"), saved(tmp_path / "whole"))
+    for name, _ in others:
+        assert_adapters_close(saved(tmp_path / name), saved(tmp_path / "whole"))
 
 
 def test_every_rank_of_every_copy_learns_of_a_loss_that_is_not_finite_on_the_first(

@@ -330,12 +330,17 @@ def last_step(run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_one_command_on_two_machines_is_one_run(folders: Path, tmp_path: Path, machines: list[Machine]):
-    """Bit for bit that of two ranks on one machine; whoever comes with other settings is told which."""
-    alone = Machine(DISTLORA + words(folders, tmp_path / "one", **{"cluster.gpus_per_node": 2}), tmp_path / "alone")
+@pytest.mark.parametrize("parallel", ["fsdp2", "hsdp"])
+def test_one_command_on_two_machines_is_one_run(parallel: str, folders: Path, tmp_path: Path, machines: list[Machine]):
+    """Bit for bit that of as many ranks on one machine, with a copy of the base on each machine too; whoever comes with
+    other settings is told which."""
+    processes = 2 if parallel == "hsdp" else 1
+    whole = words(folders, tmp_path / "one", **{"cluster.gpus_per_node": 2 * processes})
+    alone = Machine(DISTLORA + whole, tmp_path / "alone")
     machines.append(alone)
     assert alone.wait() == 0, alone.says()
-    command = DISTLORA + words(folders, tmp_path / "two", **two_machines(free_port()))
+    settings = two_machines(free_port()) | {"cluster.gpus_per_node": processes, "parallel": parallel}
+    command = DISTLORA + words(folders, tmp_path / "two", **settings)
     machines += [Machine(command, tmp_path / f"machine_{number}") for number in range(2)]
     wait_until(lambda: (tmp_path / "two" / "config.yaml").exists())
     odd = Machine([*command, "optim.lr=1e-3"], tmp_path / "odd")
@@ -344,6 +349,8 @@ def test_one_command_on_two_machines_is_one_run(folders: Path, tmp_path: Path, m
     assert [machine.wait() for machine in machines[1:]] == [0, 0], [machine.says() for machine in machines]
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert sum("preparing the data" in machine.says() for machine in machines[1:]) == 1
+    copies = "2 copies of the base, each cut over 2 ranks (0-1, 2-3)"
+    assert sum(copies in machine.says() for machine in machines[1:]) == (parallel == "hsdp")
     again = Machine(command, tmp_path / "again")
     assert again.wait() == 2
     assert "already holds a run; continue it with `distlora resume" in again.says()

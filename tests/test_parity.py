@@ -52,10 +52,11 @@ CELLS = [
     ("llama-tied", 4, {"micro_batch": 3, "checkpointing": "none"}, {}),
     ("qwen3", 2, {"micro_batch": 2, "accumulate": "block", "checkpointing": "selective", "mlp_tile": 30}, {}),
     ("qwen3", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
-    # Two copies of the base, each cut over two ranks: accumulation 1 and 3, both ways; the rest in test_hsdp.py.
-    ("llama", 4, {"micro_batch": 3, "checkpointing": "none"}, {"shard_degree": 2}),
+    # Two copies of the base, each cut over two ranks; the rest in test_hsdp.py.
     ("llama", 4, {"micro_batch": 1}, {"shard_degree": 2}),
     ("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
+    ("llama-tied", 2, {"micro_batch": 2, "checkpointing": "offload"}, {"resident_blocks": 1}),
+    ("llama", 4, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}, {"resident_blocks": "auto"}),
 ]
 
 

@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from distlora import wire
-from small_models import make_run
-from test_parity import run_once
+from distlora import host_memory, train, wire
+from distlora.config import Config, UserError
+from distlora.families import read_config
+from distlora.parallel import Ranks
+from distlora.parallel.integrity import DamagedWeightsError
+from distlora.reporting import Reporter
+from distlora.shapes import shapes_of
+from small_models import make_run, read_metrics
+from test_integrity import started
+from test_parity import outcome, run_once
 from worlds import World
 
 
@@ -40,3 +50,136 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(
     assert bytes_of["one"] == [once - norm, once, once - norm]
     assert bytes_of["block"] == bytes_of.get("block, prefetched", bytes_of["block"]) == bytes_of["one"]
     assert bytes_of["step"] == [8 * once - norm, 8 * once, 8 * once - norm]
+
+
+def bytes_of_a_block(config: Config, size: int) -> int:
+    shapes = shapes_of(read_config(Path(config.model.path)), "config.json")
+    return wire.block_bytes(shapes.block, size, quantized=True, itemsize=4)
+
+
+@pytest.fixture(scope="module")
+def moving(
+    world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[list[float], dict[str, Tensor]]]:
+    """Losses and adapter of a run without blocks that stay, by ranks."""
+    results = {}
+    for size in (2, 3):
+        run_dir = tmp_path_factory.mktemp("moving") / str(size)
+        make_run(run_dir, folders, train=SETTINGS[size])
+        results[size] = outcome(world, size, run_dir)
+    return results
+
+
+SETTINGS: dict[int, dict[str, Any]] = {
+    2: {"max_steps": 4, "eval_every": 2, "micro_batch": 3},
+    3: {"max_steps": 4, "eval_every": 2, "micro_batch": 2, "accumulate": "block"},
+}
+
+
+@pytest.mark.parametrize(("size", "resident", "prefetch"), [(2, 1, True), (3, 2, False), (3, 3, True)])
+def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    moving: dict[int, tuple[list[float], dict[str, Tensor]]],
+    size: int,
+    resident: int,
+    prefetch: bool,
+) -> None:
+    parallel = {"resident_blocks": resident, "prefetch": prefetch}
+    # Their memory is checked at every save like what is gathered.
+    config = make_run(
+        tmp_path / "run", folders, train={**SETTINGS[size], "save_every": 2, "verify": True}, parallel=parallel
+    )
+    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
+    losses, adapter = result_of(metrics, tmp_path / "run")
+    assert losses == moving[size][0]
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
+    step, passes = wire.of_run(config, world=size).gathered, 2 if size == 2 else 1
+    all_move = wire.of_run(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
+    assert all_move - step == passes * 2 * resident * bytes_of_a_block(config, size)
+    norm = 4 * wire.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
+    assert gathered(metrics) == [step - norm, step, step - norm, step]
+
+
+def result_of(metrics: list[dict[str, Any]], run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    losses = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
+    return losses, load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def run_with_memory(ranks: Ranks, *, run_dir: Path, free: tuple[float, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A run on ranks that have so many bytes free each."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_memory, "available_bytes", lambda: int(free[ranks.rank]))
+        patch.setattr(Reporter, "event", lambda self, text: said.append(text))
+        train.run(run_dir, ranks)
+    return read_metrics(run_dir), [line for line in said if "resident" in line]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    moving: dict[int, tuple[list[float], dict[str, Tensor]]],
+    size: int,
+) -> None:
+    config = make_run(tmp_path / "run", folders, train=SETTINGS[size], parallel={"resident_blocks": "auto"})
+    block = bytes_of_a_block(config, size)
+    # Half of what is free is the reserve: memory for every block, and on the last rank for one and nearly another.
+    free = (*[2.0**40] * (size - 1), 2 * (2 * block - 1))
+    results = world.run(size, run_with_memory, run_dir=tmp_path / "run", free=free)
+    metrics = results[0][0]
+    for rank, (_, said) in enumerate(results):
+        assert said == [
+            f"parallel.resident_blocks=auto: 1 of 3 blocks stay gathered, which takes {block / 2**30:,.2f} GiB on each "
+            f"rank; rank {rank} has {free[rank] / 2**31:,.2f} GiB for them"
+        ]
+    losses, adapter = result_of(metrics, tmp_path / "run")
+    assert losses == moving[size][0]
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
+    step, passes = wire.of_run(config, world=size).gathered, 2 if size == 2 else 1
+    saved, norm = passes * 2 * block, 4 * wire.padded((96,), size)
+    # Found out after the first step, gathered for good in the second.
+    assert gathered(metrics) == [step - norm, step - saved + block, step - saved - norm, step - saved]
+
+
+def rotten_in_memory(ranks: Ranks, *, run_dir: Path) -> str:
+    """What the check at a save says when a byte of a block changes where rank 0 keeps it gathered."""
+    model, backend, batch = started(ranks, run_dir)
+    model(*batch)
+    assert backend.residency is not None
+    assert backend.residency.count == 1
+    codes = model.blocks[0].inner.get_parameter("mlp.up_proj.codes").data
+    assert not isinstance(codes, DTensor), "gathered"
+    if ranks.rank == 0:
+        codes.view(-1)[5] ^= 1
+    backend.check_weights()
+    with pytest.raises(DamagedWeightsError) as caught:
+        model(*batch)
+    return str(caught.value)
+
+
+def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, parallel={"resident_blocks": 1})
+    for message in world.run(2, rotten_in_memory, run_dir=tmp_path / "run"):
+        assert "model.layers.0.mlp.up_proj.codes, rows 0 to" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"resident_blocks": -1}}, "resident_blocks=-1 is no number of blocks; set it to 0 or more, or"),
+        ({"parallel": {"resident_blocks": "all"}}, "resident_blocks=all is no number of blocks"),
+        (
+            {"parallel": {"resident_blocks": "auto"}, "adapter": {"method": "full"}, "quant": {"method": "none"}},
+            "resident_blocks=auto keeps blocks as they were gathered once, and adapter=full changes them",
+        ),
+    ],
+)
+def test_what_cannot_stay_is_refused(folders: Path, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_run(tmp_path / "run", folders, **sections)

@@ -29,7 +29,7 @@ from distlora.startup import start_model
 from distlora.stopping import Stopped
 from small_disks import small_disk
 from small_models import make_run
-from worlds import World
+from worlds import World, start_world
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -147,6 +147,38 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
             assert is_whole(read)
             assert_same(plain, read)
     assert set(pieces(tmp_path / "cache")) == {*of_two, *new} - {lost}
+
+
+def test_of_several_copies_one_writes_and_all_read(world: World, folders: Path, tmp_path: Path) -> None:
+    without = world.run(2, start, config=config_for(folders / "llama", None))
+    for degree in (2,):
+        copies = {"parallel": {"shard_degree": degree}, "cluster": {"gpus_per_node": 4}}
+        config = config_for(folders / "llama", tmp_path / str(degree), **copies)
+        first, second = world.run(4, start, config=config), world.run(4, start, config=config)
+        assert [s.loaded.kept_bytes > 0 for s in first] == [rank < degree for rank in range(4)]
+        for rank, (kept, read) in enumerate(zip(first, second, strict=True)):
+            assert is_whole(read)
+            assert_same(kept, read)
+            if degree == 2:
+                assert_same(without[rank % 2], read)
+
+
+@pytest.mark.slow
+def test_zero3_and_fsdp2_read_what_the_other_wrote(world: World, folders: Path, tmp_path: Path) -> None:
+    with start_world(3, regroups=True) as alone:
+        for offload in (False, True):
+            zero3 = {"parallel": {"backend": "zero3", "offload_base": offload}}
+            by_fsdp2, by_zero3 = tmp_path / f"fsdp2-{offload}", tmp_path / f"zero3-{offload}"
+            without = world.run(3, start, config=config_for(folders / "llama", by_fsdp2))
+            written = alone.run(3, start, config=config_for(folders / "llama", by_zero3, **zero3))
+            assert [p.name for p in pieces(by_fsdp2)] == [p.name for p in pieces(by_zero3)]
+            read = alone.run(3, start, config=config_for(folders / "llama", by_fsdp2, **zero3))
+            back = world.run(3, start, config=config_for(folders / "llama", by_zero3))
+            for plain, *others in zip(without, written, read, back, strict=True):
+                assert is_whole(others[1])
+                assert is_whole(others[2])
+                for other in others:
+                    assert_same(plain, other)
 
 
 def two_runs(ranks: Ranks, *, config: Config) -> Started:

@@ -87,6 +87,11 @@ class Config:
             self._check_full_recomputation()
             for setting, is_set in lora_only.items():
                 require(not is_set, f"{setting} has no effect with adapter=full; leave it out, or set adapter=lora")
+            require(
+                self.parallel.resident_blocks == 0,
+                f"parallel.resident_blocks={self.parallel.resident_blocks} keeps blocks as they were gathered once, "
+                "and adapter=full changes them in every step; leave it out, or set adapter=lora",
+            )
         check_ranks(self, self.cluster.ranks)
         tile, length = self.train.mlp_tile, self.data.sequence_length
         require(

@@ -24,6 +24,10 @@ class ParallelConfig:
     """A JSON file of DeepSpeed's own settings for parallel=zero3: how far ahead it gathers, what it keeps gathered."""
     prefetch: bool = True
     """Gather the next block while this one computes. Two blocks are then resident instead of one."""
+    resident_blocks: int | Literal["auto"] = 0
+    """The first so many decoder blocks stay gathered from their first gather on: each takes a whole block's bytes on
+    every rank and is gathered no more. `auto`: as many as fit in what the first step leaves free, less a reserve.
+    Results do not depend on it. One process gathers nothing."""
     bucket_mb: float = 4.0
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
@@ -44,4 +48,22 @@ class ParallelConfig:
             f"parallel.shard_degree={self.shard_degree} is no number of ranks; set it to 1 or more, to node (the ranks "
             "of a machine), or to null (all ranks)",
         )
+        require(
+            self.resident_blocks == "auto" or (isinstance(self.resident_blocks, int) and self.resident_blocks >= 0),
+            f"parallel.resident_blocks={self.resident_blocks} is no number of blocks; set it to 0 or more, or to auto "
+            "(as many as fit)",
+        )
+        require(
+            self.backend == "fsdp2" or self.resident_blocks == 0,
+            f"parallel.resident_blocks={self.resident_blocks} is FSDP2's; leave it out, or set parallel=fsdp2",
+        )
         require_positive("parallel", self, "bucket_mb")
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Refuse what a model of so many decoder blocks has not."""
+        count = self.resident_blocks
+        require(
+            isinstance(count, str) or count <= num_blocks,
+            f"parallel.resident_blocks={count} is more than the {num_blocks:,} blocks of this model; set "
+            f"parallel.resident_blocks={num_blocks}, or auto (as many as fit)",
+        )

@@ -129,7 +129,14 @@ class Entry:
         """Make the entry where it is not there. Raises OSError where it cannot be."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / ENTRY_NAME).is_file():
-            durable.write_json(self.path / ENTRY_NAME, values)
+            durable.write_json(self.path / ENTRY_NAME, {**values, "made": secrets.token_hex(8)})
+
+    def content(self) -> str:
+        """What entry.json says, the same to all who see this folder and to no others; empty where there is none."""
+        path = self.path / ENTRY_NAME
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return ""
 
     def touch(self) -> None:
         """It is used now. On a disk that cannot be written its last use stays what it was."""
@@ -191,12 +198,13 @@ def header_of(key: str, extents: Mapping[str, Extent]) -> bytes:
 def read_piece(path: Path, key: str) -> tuple[Piece, int]:
     """(the piece by its header, bytes that were read). Raises DamagedPieceError, and OSError where it is gone or cannot
     be read."""
-    with path.open("rb") as stream:  # Says by its own error whether it is gone.
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
+    size = path.stat().st_size  # Says by its own error whether it is gone.
+    if not path.is_file():  # Reading a pipe would wait for a writer.
+        raise DamagedPieceError("it is no file")
     try:
         segments, metadata = read_header(path), read_metadata(path)
         said = metadata.get(_METADATA, "")
-        begin = min((segment.offset for segment in segments.values()), default=0)
+        begin = min((segment.offset for segment in segments.values()), default=size)
         places = {
             name: (s.dtype, list(s.shape), [s.offset - begin, s.offset - begin + s.num_bytes])
             for name, s in segments.items()
@@ -213,7 +221,7 @@ def read_piece(path: Path, key: str) -> tuple[Piece, int]:
         raise DamagedPieceError(str(error)) from error
     except (KeyError, ValueError, TypeError) as error:
         raise DamagedPieceError(f"its header says {error}, which no piece does") from error
-    return Piece(path, extents), 2 * (8 + length) + 8
+    return Piece(path, extents), 2 * begin
 
 
 def _extent(name: str, first: int, offset: str, segments: Mapping[str, Segment]) -> Extent:
@@ -260,15 +268,15 @@ def figures_of(entry: Entry) -> EntryFigures:
         with contextlib.suppress(OSError, DamagedPieceError):
             for weight, extent in read_piece(name.path, entry.key)[0].extents.items():
                 held.setdefault(weight, []).append((extent.first, extent.stop))
-    base, total, present = "unknown", 0, 0
-    with contextlib.suppress(OSError, UserError):
+    base, share = "unknown", 0.0
+    with contextlib.suppress(OSError, UserError, OverflowError, ZeroDivisionError):
         values = read_object(entry.path / ENTRY_NAME, "remove the entry")
         check_shape(values, {"base": str, "weights": {"*": int}}, entry.path / ENTRY_NAME, "remove the entry")
-        base, total = values["base"], sum(values["weights"].values())
-        for weight, groups in values["weights"].items():
-            missing = sum(map(len, holes(range(groups), held.get(weight, []))))
-            present += groups - missing
-    share = present / total if total else 0.0
+        base, weights = values["base"], values["weights"]
+        lacking = sum(
+            len(hole) for name, groups in weights.items() for hole in holes(range(groups), held.get(name, []))
+        )
+        share = 1 - lacking / sum(len(range(groups)) for groups in weights.values())
     return EntryFigures(entry.key, base, entry.bytes_on_disk(), share, entry.last_use())
 
 

@@ -236,6 +236,11 @@ class PieceWriter:
         self.refused: str | None = None
         """Why nothing more is kept, for people; None while it is."""
 
+    def begin(self) -> None:
+        """Make the entry, for all ranks of a machine. One that cannot be is said with the first piece."""
+        with contextlib.suppress(OSError):
+            self._entry.begin(self._described)
+
     def write(self, unit: Unit) -> None:
         """Keep what no piece holds of this rank's groups. The shard must stay as it is."""
         self._writes.append(self._thread.submit(self._write, unit))

@@ -116,7 +116,9 @@ class ShardCache:
         reader = PieceReader(entry.key)
         plans = [self._plan(unit, names, reader) for unit in self.units]
         *lacking, no_room = self._agreed([*(int(plan is None) for plan in plans), int(not has_room)])
-        self._writer = None if no_room else writer
+        shards = self._backend.shards
+        others_write = shards.copies > 1 and self._is_shared(entry) and shards.copy > 0
+        self._writer = None if no_room or others_write else writer
         offsets = torch.zeros(len(self.units), dtype=torch.int64)
         damaged = [0] * len(self.units)
         for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
@@ -133,7 +135,7 @@ class ShardCache:
                 damaged[index] = max(damaged[index], _DAMAGED)
                 if reason:
                     self._remove(path, reason)
-        self.bytes_read = reader.bytes_read
+        self.bytes_read += reader.bytes_read
         unsound = self._agreed_on_soundness(damaged, offsets)
         for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
             if not lacking[index] and not unsound[index]:
@@ -176,8 +178,8 @@ class ShardCache:
             ):
                 try:
                     pieces.append(reader.read_header(name.path, unit))
-                except FileNotFoundError:
-                    continue  # Removed meanwhile.
+                except (FileNotFoundError, PermissionError):
+                    continue  # Removed meanwhile, or another user's own.
                 except (OSError, DamagedPieceError) as error:
                     self._remove(name.path, str(error))
         plan = {}
@@ -195,6 +197,12 @@ class ShardCache:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._say(f"{path} cannot be removed ({error.strerror})")
+
+    def _is_shared(self, entry: Entry) -> bool:
+        """Whether all ranks see one entry: then the ranks of the first copy of the base write what all have alike."""
+        told = entry.content()
+        self.bytes_read += len(told)
+        return alike(told, self._backend)
 
     def _agreed(self, flags: Sequence[int]) -> list[int]:
         """The maximum over all ranks, one by one."""
@@ -253,6 +261,8 @@ def open_cache(
     groups = {weight.name: weight.module.num_groups for weight in weights}
     writer = PieceWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
     has_room = not backend.ranks.leads_machine or _make_room(settings, entry, sum(groups.values()))
+    if backend.ranks.leads_machine and has_room:
+        writer.begin()
     cache.open(entry, writer, has_room, boundary)
     cache.bytes_read += content.bytes_read
     return cache
@@ -269,9 +279,9 @@ def _why_unusable(folder: Path) -> str | None:
 
 def _make_room(settings: CacheSettings, entry: Entry, num_groups: int) -> bool:
     """Tidy the cache, for the ranks of this machine; whether it has room for the whole entry within its limit."""
-    cache_folder.remove_leftovers(settings.folder)
     own_bytes = max(entry.bytes_on_disk(), num_groups * cache_folder.GROUP_BYTES)
     try:
+        cache_folder.remove_leftovers(settings.folder)
         removed, fits = cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)
     except OSError as error:
         settings.say(f"{settings.folder}: no room can be made for quantized shards ({error.strerror})")

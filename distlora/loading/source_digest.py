@@ -59,8 +59,13 @@ def hub_digest(file: Path) -> str | None:
 
 def remembered(folder: Path, file: Path) -> str | None:
     """The digest of a file that is as it was when it was hashed; None where it has to be hashed."""
+    return digest_in(_record(folder, file), file)
+
+
+def digest_in(record: Path, file: Path) -> str | None:
+    """What a record says of a file in its state of now; None where it says nothing of that, or is damaged."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(_record(folder, file).read_text(encoding="utf-8"))
+        values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
         if isinstance(values, dict) and values.get("state") == list(state_of(file)):
             digest = values.get("digest")
             return digest if isinstance(digest, str) else None

@@ -14,6 +14,7 @@ from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks
+from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, whole_shape
 
 __all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ranks", "parallelize", "whole_shape"]
@@ -32,6 +33,7 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
         backend.after_backward = units.end_backward
     elif backend.sharded:
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
+        backend.residency = _residency(model, backend, config)
     elif model.compute_dtype is not None:
         adapters = set(adapter_parameters(model).values())
         # Recomputation runs a block's inner layer alone, a slice at a time. Without it backward keeps the copies: one
@@ -42,3 +44,15 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
     model.to_empty(device=ranks.device)
     model.tie()
     return backend
+
+
+def _residency(model: CausalLM, backend: Backend, config: Config) -> Residency:
+    """As `parallel.resident_blocks` has it. Raises UserError for more blocks than there are."""
+    config.parallel.check_blocks(len(model.blocks))
+    count, residency = config.parallel.resident_blocks, Residency(model.blocks, backend.shards, backend.ranks.device)
+    if isinstance(count, str):
+        residency.waits = True
+    elif count > 0:
+        residency.keep(count)
+        model.notes.append(residency.said())
+    return residency

@@ -16,6 +16,7 @@ from distlora.model import CausalLM
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.integrity import FrozenWeights
 from distlora.parallel.ranks import Ranks
+from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, local_rows
 from distlora.parallel.streams import HostRows, stream_rows
 from distlora.parallel.traffic import Traffic
@@ -38,6 +39,8 @@ class Backend:
     traffic: Traffic = field(default_factory=Traffic)
     after_backward: Callable[[], None] | None = None
     """What lets go of what is gathered, where no hook does."""
+    residency: Residency | None = None
+    """Which blocks stay gathered; None where the backend keeps none, or nothing is cut."""
     _root: nn.Module | None = None
     _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
     """Those of replicated parameters, and of sharded ones."""
@@ -224,12 +227,27 @@ class Backend:
         for part in self._gradients:
             part.zero()
 
+    def settle_residency(self) -> str | None:
+        """After a whole step: where `parallel.resident_blocks` is auto, decide once how many blocks stay gathered, by
+        the memory that the rank with the least of it has left. The host waits for the device. Returns what there is to
+        say of it."""
+        residency = self.residency
+        if residency is None or not residency.waits:
+            return None
+        fitting, usable = residency.fitting()
+        residency.keep(-int(self.max_over_ranks(-fitting)))
+        said = residency.said() if residency.count > 0 else "no block stays gathered"
+        return f"parallel.resident_blocks=auto: {said}; rank {self.ranks.rank} has {usable / 2**30:,.2f} GiB for them"
+
     def unpacked_extra_bytes(self, model: CausalLM, passes: int) -> int:
-        """What `passes` gathers of every block would move beyond what they do, were the packed weights bf16."""
+        """What `passes` gathers of every block that does not stay would move beyond what they do, were the packed
+        weights bf16."""
         if not self.sharded:
             return 0
         count, extra = self.shards.count, 0
-        for weight in (module for module in model.modules() if isinstance(module, FrozenTensor) and module.quantized):
+        moved = model.blocks[self.residency.count if self.residency is not None else 0 :]
+        weights = (module for block in moved for module in block.modules() if isinstance(module, FrozenTensor))
+        for weight in (weight for weight in weights if weight.quantized):
             groups = count * -(-weight.num_groups // count)
             extra += 2 * weight.numel - groups * weight.group_bytes
         return passes * extra

@@ -61,9 +61,20 @@ def _line_sums(parts: Tensor) -> Tensor:
         words = _words(parts[:, start : min(start + lines * _LINE_BYTES, whole)]).unflatten(1, (-1, LINE))
         sums.append(buffer[:, : words.shape[1]].copy_(words).mul_(weights).sum(dim=2))
     if whole < num_bytes:
-        words = _words(parts[:, whole:])
-        sums.append((words * weights[: words.shape[1]]).sum(dim=1, keepdim=True))
+        sums.append(_short_line_sums(_words(parts[:, whole:]), weights)[:, None])
     return torch.cat([weights.new_empty(num_parts, 0), *sums], dim=1)
+
+
+def _short_line_sums(words: Tensor, weights: Tensor) -> Tensor:
+    """(P, n) int32 with n < LINE -> (P,) int64."""
+    num_parts, length = words.shape
+    at_once = min(_LINES_AT_ONCE[words.device.type] * LINE // length, max(num_parts, 1))
+    buffer = torch.empty(at_once, length, dtype=torch.int64, device=words.device)
+    sums = weights.new_empty(num_parts)
+    for start in range(0, num_parts, at_once):
+        some = words[start : start + at_once]
+        torch.sum(buffer[: len(some)].copy_(some).mul_(weights[:length]), dim=1, out=sums[start : start + at_once])
+    return sums
 
 
 def _words(parts: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ dtype of its fp32 masters, and its gradients are summed in fp32. Facts behind ea
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -138,3 +138,11 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
             assert isinstance(following, FSDPModule)
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
+
+
+def keep_gathered(blocks: Iterable[nn.Module]) -> None:
+    """From their next gather on these units stay as it leaves them; no pass gathers them again."""
+    for block in blocks:
+        assert isinstance(block, FSDPModule)
+        block.set_reshard_after_forward(False, recurse=False)
+        block.set_reshard_after_backward(False, recurse=False)

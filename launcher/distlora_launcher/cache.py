@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distlora.command_line import DONE
 from distlora.config import UserError, nearest, require
+from distlora.config.errors import in_one_line
 from distlora.config.places import cache_place
 from distlora.loading import cache_folder
 from distlora.loading.cache_folder import Entry, EntryFigures, entries, figures_of
@@ -103,7 +104,9 @@ def line_of(figures: EntryFigures) -> str:
     used = datetime.fromtimestamp(figures.last_use).strftime("%Y-%m-%d %H:%M")
     # Rounded down: what is not whole is never called so.
     share = f"{int(100 * figures.share)}%"
-    return f"{figures.key[:SHOWN_DIGITS]}  {size(figures.num_bytes):>10}  {share:>5}  {used}  {figures.base}"
+    return (
+        f"{figures.key[:SHOWN_DIGITS]}  {size(figures.num_bytes):>10}  {share:>5}  {used}  {in_one_line(figures.base)}"
+    )
 
 
 def size(num_bytes: int) -> str:

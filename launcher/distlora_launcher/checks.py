@@ -177,6 +177,7 @@ def check_model(config: Config) -> None:
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
     check_tensors(folder, model, tensors, packed, family)
+    config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
     check_router_loss(config.train.router_aux_loss, family)
     check_tiles(config.train.mlp_tile, family)
     if config.adapter.method == "lora":

@@ -1,0 +1,77 @@
+"""Blocks that stay gathered (`parallel.resident_blocks`): memory that a run does not need, for bytes that it then does
+not move.
+
+They are the first ones. A step begins with the first block's gather, which nothing hides, and its backward ends with
+the first blocks, whose gradients' sums nothing hides: with these at home the wire is free for the sums. With a gather
+one block ahead, the last resident block asks for the first that is not, as any other does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distlora import host_memory
+from distlora.blocks import Block
+from distlora.parallel import fsdp2
+from distlora.parallel.shards import Shards
+
+RESERVE = {"cuda": 0.1, "cpu": 0.5}
+"""Of a device's memory (a GPU's all, the CPU's free): what stays free for what a first step does not show, evaluations'
+and samples' memory, fragments, other processes."""
+
+
+@dataclass(slots=True)
+class Residency:
+    """Which blocks of a sharded model stay gathered."""
+
+    blocks: Sequence[Block]
+    shards: Shards
+    device: torch.device
+    count: int = 0
+    """The first so many stay, from their next gather on."""
+    waits: bool = False
+    """Whether how many is still to be found out, by the memory that a first step leaves."""
+
+    def keep(self, count: int) -> None:
+        fsdp2.keep_gathered(self.blocks[:count])
+        self.count, self.waits = count, False
+
+    def fitting(self) -> tuple[Tensor, float]:
+        """(how many blocks this rank has memory for, () int64 on the device; the bytes that are for them)."""
+        usable, fitting, total = free_bytes(self.device), 0, 0
+        for block in self.blocks:
+            total += gathered_bytes(block, self.shards)
+            fitting += total <= usable
+        return torch.tensor(fitting, device=self.device), usable
+
+    def said(self) -> str:
+        """Of a number that is above 0."""
+        memory = sum(gathered_bytes(block, self.shards) for block in self.blocks[: self.count])
+        return (
+            f"{self.count:,} of {len(self.blocks):,} blocks stay gathered, which takes {memory / 2**30:,.2f} GiB on "
+            "each rank"
+        )
+
+
+def gathered_bytes(module: nn.Module, shards: Shards) -> int:
+    """What a gathered block takes beside its shards: its frozen parameters, filled up to a multiple of the ranks."""
+    whole = (p for p in module.parameters() if not p.requires_grad)
+    return sum(shards.count * -(-p.shape[0] // shards.count) * math.prod(p.shape[1:]) * p.element_size() for p in whole)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that this rank may take beyond all that it has held so far, less the reserve."""
+    if device.type == "cuda":
+        # What torch's allocator has once held counts as taken: a step needs it again.
+        free, total = torch.cuda.mem_get_info(device)
+        return free - RESERVE["cuda"] * total
+    available = host_memory.available_bytes()
+    if available is None:
+        return 0.0
+    return (1 - RESERVE["cpu"]) * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

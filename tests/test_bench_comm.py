@@ -70,6 +70,14 @@ def test_settings_and_the_model_in_a_folder_are_those_of_a_run(
     ):
         ours = calculated(capsys, *words, setting)[0]
         assert ours["step"]["reduced"] == 4 * sum(a.numel for block in shapes.adapters(adapter) for a in block)
+    step, resident = (
+        calculated(capsys, *words, f"parallel.resident_blocks={count}", "train.dtype=fp32")[0] for count in (0, 2)
+    )
+    block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
+    assert step["step"]["gathered"] - resident["step"]["gathered"] == 2 * 2 * 2 * block, "two passes, there and back"
+    assert resident["held"] - step["held"] == 2 * block
+    zero3 = calculated(capsys, *words, "parallel=zero3")
+    assert zero3[0]["who"] == "distlora, NF4, ZeRO-3, accumulate=step"
     full = calculated(capsys, *words, "adapter=full", "quant=none")
     assert [row["who"] for row in full] == [f"distlora, everything trained, accumulate={a}" for a in ("step", "block")]
     assert full[0]["step"]["scattered"] > 0

@@ -89,6 +89,9 @@ def rows_of(name: str, shapes: ModelShapes, config: Config, *, ranks: int, accum
     for ours in variants(config, ranks):
         step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
         held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
+        if isinstance(resident := ours.parallel.resident_blocks, int):  # As auto has none that can be known here.
+            block = wire.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
+            held += resident * block
         yield Row(name, ranks, accumulation, our_name(ours), step, held)
     if config.adapter.method == "lora" and not config.adapter.modules_to_save:
         adapters = shapes.adapters(config.adapter)
@@ -116,9 +119,11 @@ def variants(config: Config, ranks: int) -> Iterator[Config]:
 def our_name(config: Config) -> str:
     base = "NF4" if config.quant.method == "nf4" else "bf16"
     name = f"distlora, {'everything trained' if config.adapter.method == 'full' else base}"
-    degree = config.parallel.shard_degree
-    name += ", ZeRO-3" if config.parallel.backend == "zero3" else ""
-    return f"{name}, accumulate={config.train.accumulate}" + (f", shard_degree={degree}" if degree else "")
+    parallel = config.parallel
+    name += ", ZeRO-3" if parallel.backend == "zero3" else ""
+    name += f", accumulate={config.train.accumulate}"
+    name += f", shard_degree={parallel.shard_degree}" if parallel.shard_degree else ""
+    return name + (f", resident_blocks={parallel.resident_blocks}" if parallel.resident_blocks else "")
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:

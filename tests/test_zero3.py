@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,29 @@ from worlds import World, start_world
 ZERO3 = {"backend": "zero3"}
 
 
+class Alone:
+    """Worlds of two and three ranks, each started when it is asked for; every piece of work has a default process group
+    of its own, within which DeepSpeed broadcasts.
+
+    DeepSpeed numbers parameters and units as long as a process lives, and compares the numbers: a rank that sat out a
+    run of two would have others than these two.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._worlds: dict[int, World] = {}
+
+    def run(self, size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        world = 2 if size == 2 else 3
+        if world not in self._worlds:
+            self._worlds[world] = self._stack.enter_context(start_world(world, regroups=True))
+        return self._worlds[world].run(size, function, **arguments)
+
+
 @pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    """Three ranks, each piece of work in a default process group of its own: DeepSpeed broadcasts within that one."""
-    with start_world(3, regroups=True) as world:
-        yield world
+def alone() -> Iterator[Alone]:
+    with contextlib.ExitStack() as stack:
+        yield Alone(stack)
 
 
 CELLS = [
@@ -59,7 +78,7 @@ MORE_CELLS = [
 
 
 @pytest.fixture(scope="module")
-def references(alone: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def references(alone: Alone, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One rank, one micro-batch of the whole step, no checkpointing, by model; computed when it is asked for."""
 
     class Lazily(dict[str, Any]):
@@ -78,7 +97,7 @@ def references(alone: World, folders: Path, tmp_path_factory: pytest.TempPathFac
     ids=str,
 )
 def test_a_run_is_that_of_one_rank_however_it_is_gathered(
-    alone: World,
+    alone: Alone,
     folders: Path,
     tmp_path: Path,
     references: dict[str, Any],
@@ -101,12 +120,12 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     ids=str,
 )
 def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
-    alone: World, folders: Path, model: str, parallel: dict[str, Any]
+    alone: Alone, folders: Path, model: str, parallel: dict[str, Any]
 ) -> None:
     check_slices(alone.run(3, own_rows, folder=folders / model, parallel=ZERO3 | parallel), folders / model)
 
 
-def test_adapters_are_bit_identical_on_every_rank(alone: World, folders: Path, tmp_path: Path) -> None:
+def test_adapters_are_bit_identical_on_every_rank(alone: Alone, folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders, train={"max_steps": 2, "micro_batch": 2}, parallel=ZERO3)
     first, *others = alone.run(3, adapters_after, run_dir=tmp_path / "run")
     for other in others:
@@ -140,7 +159,7 @@ def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[
 
 @pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "llama-tied"])
 def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
-    alone: World, folders: Path, tmp_path: Path, model: str
+    alone: Alone, folders: Path, tmp_path: Path, model: str
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
     block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
@@ -174,7 +193,7 @@ def test_two_copies_of_the_base_are_the_run_of_one(folders: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
-    alone: World, folders: Path, tmp_path: Path, references: dict[str, Any]
+    alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:
     """Half of it with FSDP2 on two ranks and half with ZeRO-3 on three, and the other way round."""
     run_dir = tmp_path / "run"
@@ -202,7 +221,7 @@ METHODS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_that_of_one_rank(alone: World, folders: Path, tmp_path: Path, name: str) -> None:
+def test_every_method_is_that_of_one_rank(alone: Alone, folders: Path, tmp_path: Path, name: str) -> None:
     sections = {"train": {"micro_batch": 2, "verify": True, "save_every": 4}} | METHODS[name]
     make_run(tmp_path / "alone", folders, **sections)
     make_run(tmp_path / "zero3", folders, **sections, parallel=ZERO3 | {"offload_base": True})
@@ -212,7 +231,7 @@ def test_every_method_is_that_of_one_rank(alone: World, folders: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_preferences_are_trained_as_on_one_rank(alone: World, folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_preferences_are_trained_as_on_one_rank(alone: Alone, folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
     """Each block runs the reference's rows too while it is gathered."""
     for name, size, parallel in (("one", 1, {}), ("zero3", 3, ZERO3)):
         prepare(tmp_path / name, folders, preferences, train={"micro_batch": 2}, parallel=parallel)
@@ -229,7 +248,7 @@ def train_here(ranks: Ranks, *, run_dir: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["nested", "plain"])
-def test_a_quantized_checkpoint_is_kept_as_it_is(alone: World, folders: Path, tmp_path: Path, variant: str) -> None:
+def test_a_quantized_checkpoint_is_kept_as_it_is(alone: Alone, folders: Path, tmp_path: Path, variant: str) -> None:
     quantize(folders / "llama", tmp_path / variant, **VARIANTS[variant])
     shutil.copy(folders / "text.jsonl", tmp_path)
     results = {}
@@ -240,7 +259,7 @@ def test_a_quantized_checkpoint_is_kept_as_it_is(alone: World, folders: Path, tm
     assert_adapters_close(results[3][1], results[1][1])
 
 
-def test_damaged_weights_are_found_where_they_are_gathered(alone: World, folders: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders, parallel=ZERO3)
     for message in alone.run(3, damage_one_row, run_dir=tmp_path / "run"):
         assert "mlp.up_proj.codes" in message, message

@@ -106,7 +106,11 @@ def started(config: Config, device: torch.device) -> CausalLM:
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_dequantized": True}, {"checkpointing": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"keep_dequantized": True}, {"checkpointing": "none"}, {"checkpointing": "offload"}],
+    ids=str,
+)
 def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     group: dist.ProcessGroup,
     folders: Path,

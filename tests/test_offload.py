@@ -4,18 +4,22 @@ from step to step.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from distlora import host_memory, startup, train
+from distlora.activations import AdaptedRanks, Costs, Decoder
 from distlora.adapters import BlockContext
 from distlora.blocks import Block
 from distlora.config import UserError
+from distlora.families import FAMILIES, read_config
 from distlora.offload import HostInputs
 from distlora.parallel import Ranks
 from small_models import make_run, read_metrics
@@ -107,6 +111,49 @@ def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None
     assert all(storage.expired() for storage in [*storages[1:], *back])
 
 
+class Late(HostInputs):
+    """Copies as a stream beside the device's may run them: each as late as it can be, when something waits for it, and
+    in order. What it reads and writes must still be there by then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.queue: list[tuple[Tensor, ...]] = []
+        self.done = 0
+
+    def copy(self, to: Tensor, source: Tensor) -> int:  # type: ignore[override]
+        sides = [(side.data_ptr(), StorageWeakRef(side.untyped_storage())) for side in (to, source)]
+        self.queue.append((*sides, to.nbytes))  # type: ignore[arg-type]
+        return len(self.queue)
+
+    def wait(self, copied: int | None) -> None:  # type: ignore[override]
+        while copied is not None and self.done < copied:
+            (to, written), (source, read), nbytes = self.queue[self.done]
+            assert not written.expired()  # type: ignore[attr-defined]
+            assert not read.expired(), "memory is used again before it was copied"  # type: ignore[attr-defined]
+            ctypes.memmove(to, source, nbytes)  # type: ignore[arg-type]
+            self.done += 1
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_copies_that_run_as_late_as_they_may_change_nothing(num_micro: int) -> None:
+    model, x = blocks_and_input(num_micro)
+    expected = output_and_gradients(model, x)
+    inputs = Late()
+    model, x = blocks_and_input(num_micro, inputs)
+    for _ in range(3):
+        actual = output_and_gradients(model, x)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+    fails = model[2].register_forward_hook(lambda _, args, output: _FailsInBackward.apply(output))
+    with pytest.raises(ArithmeticError):
+        output_and_gradients(model, x)
+    fails.remove()
+    actual = output_and_gradients(model, x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+    assert inputs.num_free == BLOCKS * num_micro
+    assert inputs.done == len(inputs.queue), "each is waited for, before what it touches is let go"
+
+
 class _FailsInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -179,13 +226,16 @@ def test_a_run_is_the_same_bit_for_bit_and_takes_no_memory_in_a_step(
     make_run(tmp_path / "run", folders, train={**settings, "checkpointing": "offload"})
     metrics, figures = world.run(size, run_and_memory, run_dir=tmp_path / "run")[0]
     assert [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics] == expected_losses
-    from safetensors.torch import load_file
-
-    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    adapter = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(adapter[name], tensor) for name, tensor in expected.items())
     slices = -(-12 // (size * settings["micro_batch"])) if settings["accumulate"] == "block" else 1
     assert figures[:2] == figures[2:]
     assert figures[0] == 3 * slices, "an input for each block and slice"
+    # As calculated: 3 blocks of hidden 96 in fp32, rows of 64 tokens.
+    decoder = Decoder.of(read_config(folders / "llama"), FAMILIES["llama"])
+    costs, at_once = Costs(decoder=decoder, ranks=AdaptedRanks(), dtype_bytes=4), 64 * settings["micro_batch"]
+    step = costs.step("offload", at_once=at_once, kept_tokens=slices * at_once)
+    assert step.kept_on_host == figures[0] * at_once * 96 * 4
 
 
 def refused(ranks: Ranks, *, run_dir: Path) -> str:

@@ -56,7 +56,12 @@ CELLS = [
     ("llama", 4, {"micro_batch": 1}, {"shard_degree": 2}),
     ("llama-tied", 4, {"micro_batch": 1, "accumulate": "block"}, {"shard_degree": 2}),
     ("llama-tied", 2, {"micro_batch": 2, "checkpointing": "offload"}, {"resident_blocks": 1}),
-    ("llama", 4, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}, {"resident_blocks": "auto"}),
+    (
+        "llama",
+        4,
+        {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"},
+        {"shard_degree": 2, "resident_blocks": 1},
+    ),
 ]
 
 

@@ -55,7 +55,9 @@ class ParallelConfig:
         )
         require(
             self.backend == "fsdp2" or self.resident_blocks == 0,
-            f"parallel.resident_blocks={self.resident_blocks} is FSDP2's; leave it out, or set parallel=fsdp2",
+            f"parallel.resident_blocks={self.resident_blocks} is FSDP2's: DeepSpeed keeps small tensors "
+            "gathered, by stage3_param_persistence_threshold of parallel.deepspeed_config; leave it out, or set "
+            "parallel=fsdp2",
         )
         require_positive("parallel", self, "bucket_mb")
 

@@ -91,7 +91,7 @@ def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:
         quant={"method": base},
         data={"eval_fraction": 0.0},
         optim={"lr": LR, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0} | method.optim,
-        train={"max_steps": STEPS, "micro_batch": 2},
+        train={"max_steps": STEPS, "micro_batch": 4},
     )
 
 

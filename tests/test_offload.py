@@ -250,7 +250,7 @@ def refused(ranks: Ranks, *, run_dir: Path) -> str:
 def test_a_machine_with_too_little_host_memory_is_refused_on_every_rank(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
-    make_run(tmp_path / "run", folders, train={"checkpointing": "offload", "accumulate": "block"})
+    make_run(tmp_path / "run", folders, train={"checkpointing": "offload", "accumulate": "block", "micro_batch": 1})
     messages = world.run(2, refused, run_dir=tmp_path / "run")
     for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
         assert (

@@ -90,7 +90,7 @@ def test_peft_loads_the_adapter_and_gives_our_logits(
 
 def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
     run_dir = tmp_path / "run"
-    config = make_run(run_dir, folders, train={"max_steps": 4}, optim={"lr": 2e-2})
+    config = make_run(run_dir, folders, train={"max_steps": 4, "micro_batch": 1}, optim={"lr": 2e-2})
     train.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
     base = dequantized_hf_model(folders / "llama", ours)

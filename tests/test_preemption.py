@@ -31,6 +31,7 @@ SETTINGS = {
     "log_every": 2,
     "keep": 9,
     "global_batch": 6,
+    "micro_batch": 1,
     "sample_every": 3,
     "sample_prompts": ["What is a list?", "What is a set?"],
     "sample_tokens": 3,
@@ -207,7 +208,7 @@ def test_stopped_anywhere_once_or_twice_on_one_rank_or_all_it_is_the_uninterrupt
 def test_saves_by_the_clock_change_nothing_and_come_after_whole_steps(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 5, "log_every": 5, "keep": 9, "global_batch": 4}
+    settings = {"max_steps": 5, "log_every": 5, "keep": 9, "global_batch": 4, "micro_batch": 1}
     for name, minutes in (("whole", None), ("saved", 1e-6)):
         train_settings = settings | {"save_minutes": minutes}
         make_run(tmp_path / name, folders, train=train_settings, data={"eval_fraction": 0.0})

@@ -212,7 +212,7 @@ def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]]
     ("size", "settings"),
     [
         (1, {"micro_batch": 5, "accumulate": "block", "keep_dequantized": True}),
-        (2, {"micro_batch": 2, "accumulate": "step", "eval_every": 1}),
+        pytest.param(2, {"micro_batch": 2, "accumulate": "step", "eval_every": 1}, marks=pytest.mark.slow),
         (3, {"micro_batch": 1, "accumulate": "block", "eval_every": 1}),
     ],
     ids=str,

@@ -76,7 +76,10 @@ SETTINGS: dict[int, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("size", "resident", "prefetch"), [(2, 1, True), (3, 2, False), (3, 3, True)])
+@pytest.mark.parametrize(
+    ("size", "resident", "prefetch"),
+    [(2, 1, True), (3, 2, False), pytest.param(3, 3, True, marks=pytest.mark.slow)],
+)
 def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     world: World,
     folders: Path,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,6 +280,42 @@ def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
     with pytest.raises(DamagedWeightsError) as raised, torch.no_grad():
         model(tokens, tokens, tokens)
     return str(raised.value)
+
+
+@pytest.mark.slow
+def test_the_command_trains_without_a_compiler_and_says_what_gathers(folders: Path, tmp_path: Path) -> None:
+    """On a machine that has neither ninja nor g++, which DeepSpeed asks for at its start."""
+    zero = {"stage": 3, "contiguous_gradients": True, "stage3_param_persistence_threshold": 1000}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
+    settings = {
+        "model.path": folders / "llama",
+        "data.path": folders / "text.jsonl",
+        "data.sequence_length": 64,
+        "data.cache_dir": tmp_path / "cache",
+        "cluster.gpus_per_node": 2,
+        "parallel": "zero3",
+        "parallel.offload_base": "true",
+        "parallel.deepspeed_config": tmp_path / "ds.json",
+        "train.max_steps": 3,
+        "train.sample_every": 3,
+        "train.sample_prompts": '["The import statement"]',
+        "tracker": "none",
+        "run_dir": tmp_path / "run",
+    }
+    command = [str(Path(sys.executable).with_name("distlora")), "train", *(f"{k}={v}" for k, v in settings.items())]
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    said = finished.stdout + finished.stderr
+    assert finished.returncode == 0, said
+    assert "Traceback" not in said
+    assert "Warning" not in said
+    assert "WARNING" not in said
+    assert "(ZeRO-3) gathers the base, which lies in host memory" in said
+    assert "has no effect: zero_optimization.contiguous_gradients" in said
+    assert 'after step 3: "The import statement"' in said
+    assert not (tmp_path / "extensions").exists(), "DeepSpeed compiled something"
+    assert read_metrics(tmp_path / "run")[-1]["eval_loss"] < 10
 
 
 def written(tmp_path: Path, **settings: Any) -> ParallelConfig:

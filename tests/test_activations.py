@@ -73,8 +73,15 @@ MODES: list[tuple[Mode, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("sizes", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        pytest.param("llama", NARROW, id="llama, narrow"),
+        pytest.param("qwen3", WIDE, id="qwen3, wide"),
+        pytest.param("llama", WIDE, id="llama, wide", marks=pytest.mark.slow),
+        pytest.param("qwen3", NARROW, id="qwen3, narrow", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
     family: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +94,9 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
         model.zero_grad()
         with Made(model) as made:
             loss(model).backward()
-        peak = made.peak - sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        peak = made.peak - gradients
+        assert made.alive - gradients <= 16 * TOKENS, "more than the row's ids is left behind by a step"
         assert costs.step(mode, at_once=TOKENS, tile=tile).peak == pytest.approx(peak, rel=0.05), (mode, tile)
 
 

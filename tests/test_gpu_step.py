@@ -108,7 +108,16 @@ def started(config: Config, device: torch.device) -> CausalLM:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"keep_dequantized": True}, {"checkpointing": "none"}, {"checkpointing": "offload"}],
+    [
+        {},
+        {"keep_dequantized": True},
+        {"checkpointing": "none"},
+        {"checkpointing": "offload"},
+        {"checkpointing": "selective"},
+        {"checkpointing": "selective", "mlp_tile": 24},
+        {"mlp_tile": 24},
+        {"checkpointing": "offload", "mlp_tile": 24},
+    ],
     ids=str,
 )
 def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(

@@ -3,6 +3,7 @@ than a tile's."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,16 @@ def load(folder: Path, name: str, **adapter: object) -> CausalLM:
     return load_ours(folder, adapter={"target_modules": "all-linear", "r": 4, **adapter})[0]
 
 
-def losses_and_gradients(model: CausalLM, *, checkpointing: bool = False, num_micro: int = 2) -> list[Tensor]:
+def losses_and_gradients(
+    model: CausalLM, *, checkpointing: bool = False, num_micro: int = 2, choice: Tensor | None = None
+) -> list[Tensor]:
     """Row losses of four rows, then the gradient of each adapter, in training: with dropout, where there is any."""
     model.set_num_micro(num_micro)
     for block in model.blocks:
         block.checkpointing = checkpointing
     input_ids = tokens(4, 64)
     at = StepRows(3, torch.tensor([7, 2, 9, 4]))
-    losses = model(input_ids, POSITIONS, input_ids.roll(-1, dims=1), step_rows=at)
+    losses = model(input_ids, POSITIONS, input_ids.roll(-1, dims=1), choice, step_rows=at)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [losses.detach(), *torch.autograd.grad(losses.sum() / input_ids.numel(), parameters)]
 
@@ -55,22 +58,26 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_selective_and_block_and_none_are_equal_bit_for_bit_and_tiles_within_rounding(
     name: str, tmp_path: Path
 ) -> None:
-    model = load(tmp_path, name, lora_dropout=0.0 if name in (*EXPERTS, "mixtral") else 0.3)
+    dropout = 0.0 if name in (*EXPERTS, "mixtral") else 0.3
+    model = load(tmp_path, name, lora_dropout=dropout, use_dora=name == "llama-biases")
+    run = functools.partial(losses_and_gradients, model)
+    if name in ("phi3", "gpt-oss"):
+        run = functools.partial(run, choice=torch.tensor([0, -1, 0, 0]))
     if (experts := model.family.experts) is not None:
         model.router_aux_loss = 0.5
         place_routers(model.blocks, experts, top_k=model.hf_config.num_experts_per_tok)
     names = [model.hf_name(path) for path, _ in model.named_parameters()]
-    expected = losses_and_gradients(model)
-    assert_equal(losses_and_gradients(model, checkpointing=True), expected)
+    expected = run()
+    assert_equal(run(checkpointing=True), expected)
     place_mlps(model.blocks, model.family, tile=None)
     assert sorted(model.hf_name(path) for path, _ in model.named_parameters()) == sorted(names)
-    assert_equal(losses_and_gradients(model), expected)
+    assert_equal(run(), expected)
     assert all(block.context._balance is None for block in model.blocks), "a router's word stands for the next layer's"
     if experts is not None:
         return
     set_tile(model, TILE)
-    tiled = losses_and_gradients(model)
-    assert_equal(losses_and_gradients(model, checkpointing=True), tiled)
+    tiled = run()
+    assert_equal(run(checkpointing=True), tiled)
     # Sums over 24 rows at a time, and a norm's two gradients added before the residual's.
     assert relative_error(tiled[0], expected[0]) <= 1e-6
     for actual, gradient in zip(tiled[1:], expected[1:], strict=True):

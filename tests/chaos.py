@@ -406,6 +406,7 @@ def train_command(
         f"model.path={folders / 'llama'}",
         f"data.path={data}",
         f"data.cache_dir={data.parent / 'cache'}",
+        f"quant.cache_dir={data.parent / 'cache' / 'quantized'}",
         "data.sequence_length=128",
         "data.eval_fraction=0.2",
         "recipe=qlora",

@@ -60,9 +60,17 @@ def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPat
     assert (became.value.module, became.value.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
 
 
+def test_load_needs_no_gpu() -> None:
+    for words, arguments in (([], []), (["--layers", "2"], ["--layers=2"])):
+        with pytest.raises(BecameError) as became:
+            cli.main(["bench", "load", *words])
+        assert (became.value.module, became.value.arguments) == ("distlora.bench.load", arguments)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["load", "--layers", "0"], "--layers=0 is no number of blocks"),
         (["kernel"], "did you mean 'kernels'"),
         (["kernels", "--offline", "--onyl", "x"], "--only"),
         (["kernels", "--offline", "--arch", "70"], "--arch 70 is not known; known are 80, 89, 90, 100"),

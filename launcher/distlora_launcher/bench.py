@@ -1,7 +1,7 @@
 """`distlora bench kernels`: how fast the GPU kernels are here; with --offline, what they compile to, on any machine.
 `distlora bench methods` is in methods/, `distlora bench comm` in comm.py.
 
-For kernels this process becomes the one that measures or compiles, which imports torch and triton.
+For kernels and load this process becomes the one that measures or compiles, which imports torch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 
-SUBJECTS = ("kernels", "methods", "comm")
-MEASURE, COMPILE = "distlora_kernels.bench", "distlora_kernels.offline"
+SUBJECTS = ("kernels", "methods", "comm", "load")
+MEASURE, COMPILE, LOAD = "distlora_kernels.bench", "distlora_kernels.offline", "distlora.bench.load"
 
 USAGE = """usage: distlora bench kernels [options of the benchmark]
        distlora bench kernels --offline [--only TEXT] [--arch N ...] [--json]
        distlora bench methods [--out FOLDER] [--quick] ...
        distlora bench comm [setting=value ...] [--ranks N,N] [--measure] ...
+       distlora bench load [--layers N]
 
 methods: compare adapter methods on the demo's base and data; `distlora bench methods --help` says more.
 
 comm: what a step moves between ranks, beside PEFT with accelerate's FSDP2; `distlora bench comm --help` says more.
+
+load: what a start takes on this machine's CPU, for a random model of 0.76 billion parameters on two ranks: quantizing
+its checkpoint, keeping the shards, and reading them again, beside transformers + bitsandbytes.
 
 kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
 `python -m distlora_kernels.bench --help` shows the options.
@@ -54,6 +58,13 @@ def main(arguments: list[str]) -> int:
         from distlora_launcher.comm import main as compare_traffic
 
         return compare_traffic(arguments[1:])
+    if arguments[0] == "load":
+        parser = Parser("distlora bench load", help="distlora bench --help")
+        parser.add_argument("--layers", type=int)
+        layers = parser.parse_args(arguments[1:]).layers
+        if layers is not None and layers < 1:
+            parser.error(f"--layers={layers} is no number of blocks; write 1 or more")
+        become(LOAD, [] if layers is None else [f"--layers={layers}"])
     if arguments[0] != "kernels":
         raise UserError(
             f"distlora bench: there is nothing named {arguments[0]!r} to measure"

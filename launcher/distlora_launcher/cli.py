@@ -70,8 +70,8 @@ COMMANDS = {
         "distlora_launcher.analyze",
     ),
     "bench": Command(
-        "kernels [--offline] | methods [--quick] | comm [--measure]",
-        "measure the GPU kernels (--offline: what they compile to); compare adapter methods; bytes between ranks",
+        "kernels [--offline] | methods [--quick] | comm [--measure] | load",
+        "measure the GPU kernels (--offline: what they compile to); compare adapter methods; traffic; starts",
         "distlora_launcher.bench",
     ),
     "cache": Command(

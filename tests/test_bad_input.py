@@ -118,6 +118,8 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "damaged header": (damage_header, [], [shard(Path()).name, "damaged"]),
     "missing tensor": (remove_tensor, [], ["model.norm.weight", "tensors are missing"]),
     "no weights": (lambda p: [f.unlink() for f in (p / "model").glob("*.safetensors*")], [], ["model.safetensors"]),
+    "a cache without room": (nothing, ["quant.cache_gb=0"], ["quant.cache_gb=0", "set quant.cache_gb=200, null"]),
+    "a cache of what is not quantized": (nothing, ["quant=none", "quant.cache=true"], ["quant.cache"]),
     "a cache folder where a file is": (nothing, ["data.cache_dir=data.jsonl/x"], ["data.cache_dir=", "is a file"]),
     "a bare module name": (nothing, ["adapter.target_modules=q_prj"], ["did you mean '[q_proj]'?"]),
     "targets that match nothing": (

@@ -13,8 +13,8 @@ it is not the base (`loading.start_file.needs_start` decides):
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from distlora import attention, host_memory, liger
 from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
-from distlora.config import Config, UserError
+from distlora.config import Config
 from distlora.loading import initialize
 from distlora.loading.shard_cache import CacheSettings
 from distlora.loading.start_file import base_identity, needs_start
@@ -51,12 +51,15 @@ def start_model(
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
     from that; one that trains by DPO has it too, and needs it as its reference. `boundary` marks each weight, on every
     rank alike, and may end the start by what it raises. Raises UserError for a base that cannot be read or does not fit
-    its config.json, and for a start that is gone.
+    its config.json, for a start that is gone, and where host memory that the config asks for is not there.
     """
     model = build_model(config, training=training)
     use_device_kernels(model, config, ranks.device)
     recompute_mlps(model, config)
     backend = parallelize(model, ranks, config)
+    offloads = training and config.train.checkpointing == "offload"
+    if offloads:
+        require_room_for_inputs(model, config, backend)
     adapter = config.adapter
     if adapter.decomposes and needs_start(config, training=training, restores=restores):
         initialize.start_from_base(
@@ -67,8 +70,8 @@ def start_model(
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
-    if training and config.train.checkpointing == "offload":
-        keep_inputs_on_host(model, config, backend)
+    if offloads:
+        keep_inputs_on_host(model, config, ranks)
     if not adapter.decomposes:
         reset_adapters(model.adapted_weights(), adapter, seed=config.train.seed)
     return model, backend, loaded
@@ -138,38 +141,50 @@ def recompute_mlps(model: CausalLM, config: Config) -> None:
         place_mlps(model.blocks, model.family, tile=train.mlp_tile)
 
 
-def keep_inputs_on_host(model: CausalLM, config: Config, backend: Backend) -> None:
-    """Take host memory for all inputs that a forward keeps, before the first step needs it; said in `model.notes`.
+@dataclass(frozen=True, slots=True)
+class _HostInputs:
+    """What train.checkpointing=offload keeps in host memory on each rank."""
 
-    Raises UserError, on every rank, where a machine has not as much left for its ranks, as far as it can be told.
-    """
-    settings, ranks = config.train, backend.ranks
-    slices = 1
-    if settings.accumulate == "block":
-        slices = -(-settings.global_batch // (ranks.world * settings.micro_batch))
-    tokens = settings.micro_batch * config.data.sequence_length
-    num_inputs = len(model.blocks) * slices
-    nbytes = tokens * model.hf_config.hidden_size * DTYPES[settings.dtype].itemsize
-    kept = f"{len(model.blocks)} blocks x {slices} x {nbytes / 2**20:,.1f} MiB"
-    needed = sum(host_memory.lay_out([nbytes] * num_inputs)[0])
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = host_memory.available_bytes()
-    lacks = torch.tensor(available is not None and needed * processes > available, device=ranks.device).int()
-    if backend.max_over_ranks(lacks) > 0:  # None takes memory before all have looked.
-        instead = "set train.checkpointing=block, or a smaller train.micro_batch"
-        if slices > 1:
-            instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"
-        here = "an unknown amount" if available is None else f"{available / 2**30:,.2f} GiB"
-        raise UserError(
-            f"train.checkpointing=offload takes {needed / 2**30:,.2f} GiB of host memory for the inputs of the blocks "
-            f"on each process ({kept}), and a machine lacks it: this one has {here} left for {processes}; {instead}"
-        )
+    count: int
+    nbytes: int
+    """Of each."""
+    said: str
+
+    @classmethod
+    def of(cls, model: CausalLM, config: Config, ranks: int) -> _HostInputs:
+        settings = config.train
+        slices = config.accumulation(ranks) if settings.accumulate == "block" else 1
+        tokens = settings.micro_batch * config.data.sequence_length
+        nbytes = tokens * model.hf_config.hidden_size * DTYPES[settings.dtype].itemsize
+        said = f"{len(model.blocks)} blocks x {slices} x {nbytes / 2**20:,.1f} MiB"
+        return cls(len(model.blocks) * slices, nbytes, said)
+
+
+def require_room_for_inputs(model: CausalLM, config: Config, backend: Backend) -> None:
+    """Before the base is loaded, which may take minutes: raises UserError, on every rank, where a machine has too
+    little host memory for all inputs that a forward keeps."""
+    inputs = _HostInputs.of(model, config, backend.ranks.world)
+    slices = inputs.count // len(model.blocks)
+    instead = "set train.checkpointing=block, or a smaller train.micro_batch"
+    if slices > 1:
+        instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"
+    backend.require_host_memory(
+        sum(host_memory.lay_out([inputs.nbytes] * inputs.count)[0]),
+        "train.checkpointing=offload",
+        f"the inputs of the blocks on each process ({inputs.said})",
+        instead,
+    )
+
+
+def keep_inputs_on_host(model: CausalLM, config: Config, ranks: Ranks) -> None:
+    """Take host memory for all inputs that a forward keeps, before the first step needs it; said in `model.notes`."""
+    kept = _HostInputs.of(model, config, ranks.world)
     inputs = HostInputs(ranks.device)
-    inputs.reserve(num_inputs, nbytes)
+    inputs.reserve(kept.count, kept.nbytes)
     for block in model.blocks:
         block.host_inputs = inputs
     model.notes.append(
-        f"{inputs.taken_bytes / 2**30:,.2f} GiB of host memory on each rank for the inputs of the blocks ({kept})"
+        f"{inputs.taken_bytes / 2**30:,.2f} GiB of host memory on each rank for the inputs of the blocks ({kept.said})"
         + ("" if ranks.device.type == "cuda" else "; on the CPU that saves nothing")
     )
 

@@ -171,8 +171,7 @@ def of_run(config: Config, *, world: int, vocabulary: int | None = None) -> Step
     """A step of this run, from its settings and its model's config.json; `vocabulary` as in `shapes_of`."""
     folder = Path(config.model.path)
     shapes = shapes_of(read_config(folder), folder / "config.json", vocabulary=vocabulary)
-    accumulation = -(-config.train.global_batch // (world * config.train.micro_batch))
-    return ours(config, shapes, world=world, accumulation=accumulation)
+    return ours(config, shapes, world=world, accumulation=config.accumulation(world))
 
 
 def peer(

@@ -242,6 +242,7 @@ def refused(ranks: Ranks, *, run_dir: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
         patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
+        patch.setattr(startup, "load_base", lambda *arguments, **options: pytest.fail("minutes for a large model"))
         with pytest.raises(UserError) as error:
             startup.start_model(train.load_config(run_dir), ranks)
     return str(error.value)

@@ -145,6 +145,10 @@ class Config:
                 "one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
             )
 
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches that each of `ranks` runs in a step."""
+        return -(-self.train.global_batch // (ranks * self.train.micro_batch))
+
     def shard_degree(self, ranks: int) -> int:
         """Ranks that cut one copy of the base between them, where there are `ranks` in all."""
         degree = self.parallel.shard_degree

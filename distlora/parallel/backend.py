@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distlora import host_memory
+from distlora.config import UserError
 from distlora.model import CausalLM
 from distlora.parallel.adapter_sync import GradientReducer
 from distlora.parallel.integrity import FrozenWeights
@@ -263,6 +266,22 @@ class Backend:
         if self.ranks.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.ranks.group)
         return tensor
+
+    def require_host_memory(self, nbytes: int, setting: str, purpose: str, instead: str) -> None:
+        """Before `nbytes` of it are taken on this rank: raises UserError, on every rank, where a machine has less left
+        for its ranks, as far as it can be told: "`setting` takes ... of host memory for `purpose`, ...; `instead`".
+
+        Every rank must call it alike, and none takes memory before all have looked.
+        """
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = host_memory.available_bytes()
+        lacks = torch.tensor(available is not None and nbytes * processes > available, device=self.ranks.device).int()
+        if self.max_over_ranks(lacks) > 0:
+            here = "an unknown amount" if available is None else f"{available / 2**30:,.2f} GiB"
+            raise UserError(
+                f"{setting} takes {nbytes / 2**30:,.2f} GiB of host memory for {purpose}, and a machine lacks it: this "
+                f"one has {here} left for {processes}; {instead}"
+            )
 
     def barrier(self) -> None:
         if self.ranks.group is not None:

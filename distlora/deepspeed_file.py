@@ -8,9 +8,10 @@ says; what contradicts how distlora trains is refused with the reason; what Deep
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from distlora.config import ParallelConfig, UserError, nearest
 from distlora.config.errors import short
 from distlora.json_files import read_object
 
+FIRST_DEEPSPEED = (0, 19, 8)
+"""The first that was read and run here: parallel/zero3.py uses what DeepSpeed keeps to itself."""
+
 _ZERO = "zero_optimization"
 _OFFLOAD = "offload_param"
+_STAGE = "stage3_"
+_AS_THEY_ARE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,18 +150,28 @@ _DONE = ("stage", _OFFLOAD, *_COUNTS, *_SWITCHES)
 
 
 def check_deepspeed() -> None:
-    """Raises UserError where DeepSpeed is not installed."""
-    if importlib.util.find_spec("deepspeed") is None:
+    """Raises UserError where DeepSpeed is not installed, or is one that zero3.py was not written for."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
         raise UserError(
             "parallel.backend=zero3 needs DeepSpeed, which this machine has not; `pip install deepspeed`, or set "
             "parallel=fsdp2"
+        ) from None
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
+    if match is None or tuple(map(int, match.groups())) < FIRST_DEEPSPEED:
+        first = ".".join(map(str, FIRST_DEEPSPEED))
+        raise UserError(
+            f"parallel.backend=zero3 needs DeepSpeed {first} or later, and this machine has {found}; "
+            "`pip install -U deepspeed`, or set parallel=fsdp2"
         )
 
 
 def read_gathering(parallel: ParallelConfig) -> Gathering:
     """What `parallel` and the file that it names say of gathering the base.
 
-    Raises UserError, by key, for what distlora cannot do or DeepSpeed does not know, and for a file that is no JSON.
+    Raises UserError, by key, for what distlora cannot do or DeepSpeed does not know, for what contradicts `parallel`,
+    and for a file that is no JSON.
     """
     gathering = Gathering(offload=parallel.offload_base, prefetch_bucket_size=None if parallel.prefetch else 0)
     if parallel.deepspeed_config is None:
@@ -166,41 +182,55 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
     reader.judge("", values, (_ZERO,), _REFUSED, _WITHOUT_EFFECT)
     zero = reader.section("", values, _ZERO)
     if zero:
-        gathering = _with_zero(gathering, zero, reader)
+        gathering = _with_zero(gathering, zero, reader, parallel)
     return replace(gathering, without_effect=tuple(reader.without_effect))
 
 
-def _with_zero(gathering: Gathering, written: Mapping[str, Any], reader: _Reader) -> Gathering:
+def _with_zero(
+    gathering: Gathering, section: Mapping[str, Any], reader: _Reader, parallel: ParallelConfig
+) -> Gathering:
     """`gathering` as the section zero_optimization changes it."""
     # DeepSpeed takes the names of stage 3 with and without the stage.
-    zero = {key.removeprefix("stage3_"): value for key, value in written.items()}
-    reader.judge(f"{_ZERO}.", zero, _DONE, _ZERO_REFUSED, _ZERO_WITHOUT_EFFECT)
+    written: dict[str, str] = {}
+    for key, value in section.items():
+        if (other := written.setdefault(key.removeprefix(_STAGE), key)) != key:
+            raise reader.refusal(f"{_ZERO}.{key}", value, f"{other} says it too; take one of them out")
+    zero = {name: section[key] for name, key in written.items()}
+    reader.judge(f"{_ZERO}.", zero, _DONE, _ZERO_REFUSED, _ZERO_WITHOUT_EFFECT, written)
     if zero.get("stage", 0) != 3:
         raise reader.refusal(
             f"{_ZERO}.stage", zero.get("stage", 0), "only stage 3 cuts the base over the ranks; set it to 3"
         )
     changes: dict[str, Any] = {}
-    for key in _COUNTS:
-        value: Any = zero.get(key)
-        if not _is_off(value) or type(value) in (int, float):
-            if type(value) not in (int, float) or not 0 <= value < math.inf or value != int(value):
-                raise reader.refusal(f"{_ZERO}.{key}", value, "it must be a whole number, 0 or more")
-            changes[key] = int(value)
+    for name in _COUNTS:
+        size: Any = zero.get(name)
+        if not _is_off(size) or type(size) in (int, float):
+            if type(size) not in (int, float) or not 0 <= size < math.inf or size != int(size):
+                raise reader.refusal(f"{_ZERO}.{written[name]}", size, "it must be a whole number, 0 or more")
+            changes[name] = int(size)
+    if not parallel.prefetch and changes.get("prefetch_bucket_size", 0) > 0:
+        key = f"{_ZERO}.{written['prefetch_bucket_size']}"
+        raise reader.contradiction("parallel.prefetch=false", key, changes["prefetch_bucket_size"])
+    changes |= reader.switches(f"{_ZERO}.", zero, _SWITCHES, written)
+    return replace(gathering, **changes, **_offloading(zero, reader, parallel))
+
+
+def _offloading(zero: Mapping[str, Any], reader: _Reader, parallel: ParallelConfig) -> dict[str, Any]:
+    """What of a Gathering the section offload_param changes."""
+    prefix, raw = f"{_ZERO}.{_OFFLOAD}.", zero.get(_OFFLOAD)
+    if parallel.offload_base and isinstance(raw, dict) and raw.get("device") == "none":
+        raise reader.contradiction("parallel.offload_base=true", f"{prefix}device", "none")
     offload = reader.section(f"{_ZERO}.", zero, _OFFLOAD)
-    reader.judge(f"{_ZERO}.{_OFFLOAD}.", offload, ("device", "pin_memory"), {}, _OFFLOAD_WITHOUT_EFFECT)
+    reader.judge(prefix, offload, ("device", "pin_memory"), {}, _OFFLOAD_WITHOUT_EFFECT)
     device = offload.get("device", "none")
     if device not in ("none", "cpu", "auto", None):
-        raise reader.refusal(f"{_ZERO}.{_OFFLOAD}.device", device, "the base can be kept on the GPUs (none) or on cpu")
+        raise reader.refusal(f"{prefix}device", device, "the base can be kept on the GPUs (none) or on cpu")
+    changes: dict[str, Any] = reader.switches(prefix, offload, ("pin_memory",))
     if device == "cpu":
         changes["offload"] = True
-    switch: Any
-    for section, key in ((zero, "overlap_comm"), (zero, "allgather_sequential"), (offload, "pin_memory")):
-        if (switch := section.get(key, "auto")) in ("auto", None):
-            continue
-        if not isinstance(switch, bool):
-            raise reader.refusal(key, switch, "it must be true or false")
-        changes[key] = switch
-    return replace(gathering, **changes)
+    elif not parallel.offload_base and isinstance(raw, dict) and not _is_off(raw.get("pin_memory")):
+        reader.without_effect.append(f"{prefix}pin_memory")
+    return changes
 
 
 class _Reader:
@@ -213,6 +243,12 @@ class _Reader:
     def refusal(self, key: str, value: object, reason: str) -> UserError:
         return UserError(f"parallel.deepspeed_config={self._file}: {key}={short(value)}: {reason}")
 
+    def contradiction(self, setting: str, key: str, value: object) -> UserError:
+        """Of the file and `setting`, which is on distlora's command line."""
+        return UserError(
+            f"{setting} and {key}={short(value)} in {self._file} contradict each other; leave one of them out"
+        )
+
     def section(self, prefix: str, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """What is a mapping in the file, or unset."""
         value = values.get(key)
@@ -222,6 +258,16 @@ class _Reader:
             raise self.refusal(prefix + key, value, "it must be a JSON object, {...}")
         return value
 
+    def switches(
+        self, prefix: str, values: Mapping[str, Any], names: Sequence[str], written: Mapping[str, str] = _AS_THEY_ARE
+    ) -> dict[str, bool]:
+        """Those of `names` that are set."""
+        found = {name: value for name in names if (value := values.get(name)) not in ("auto", None)}
+        for name, value in found.items():
+            if not isinstance(value, bool):
+                raise self.refusal(prefix + written.get(name, name), value, "it must be true or false")
+        return found
+
     def judge(
         self,
         prefix: str,
@@ -229,19 +275,23 @@ class _Reader:
         done: tuple[str, ...],
         refused: Mapping[str, tuple[str, str]],
         without_effect: frozenset[str],
+        written: Mapping[str, str] = _AS_THEY_ARE,
     ) -> None:
-        """Refuse keys that are unknown or that contradict; note those without effect."""
-        for key, value in values.items():
-            if key in refused:
-                reason, instead = refused[key]
-                if not _is_off(value) and not (key == "zero_hpz_partition_size" and value == 1):
+        """Refuse keys that are unknown or that contradict; note those without effect. `written`: as the file has them,
+        where that is not how the other arguments do."""
+        for name, value in values.items():
+            key = written.get(name, name)
+            if name in refused:
+                reason, instead = refused[name]
+                if not _is_off(value) and not (name == "zero_hpz_partition_size" and value == 1):
                     told = "" if instead == "nothing" else f" and write {instead}"
                     raise self.refusal(prefix + key, value, f"{reason}; take it out of the file{told}")
-            elif key in without_effect:
+            elif name in without_effect:
                 if not _is_off(value):
                     self.without_effect.append(prefix + key)
-            elif key not in done:
-                known = (*done, *refused, *without_effect)
+            elif name not in done:
+                stage = key.removesuffix(name)
+                known = [stage + other for other in (*done, *refused, *without_effect)]
                 raise self.refusal(prefix + key, value, f"DeepSpeed has no such setting{nearest(key, known)}")
 
 

@@ -1,0 +1,153 @@
+"""One's own DeepSpeed JSON: what of it is done, refused or without effect; and a machine's DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora import deepspeed_file
+from distlora.config import UserError
+from distlora.config.parallel import ParallelConfig
+from distlora.deepspeed_file import Gathering, read_gathering
+
+
+def written(tmp_path: Path, **settings: Any) -> ParallelConfig:
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    return ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "ds.json"))
+
+
+def test_a_file_for_transformers_says_how_to_gather_and_what_has_no_effect_is_named(tmp_path: Path) -> None:
+    zero = {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": 5e6,
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 1000,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+        "offload_optimizer": {"device": "none"},
+    }
+    auto = dict.fromkeys(("gradient_clipping", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    parallel = written(tmp_path, zero_optimization=zero, bf16={"enabled": "auto"}, fp16={"enabled": False}, **auto)
+    assert read_gathering(parallel) == Gathering(
+        offload=True,
+        pin_memory=False,
+        overlap_comm=False,
+        prefetch_bucket_size=5_000_000,
+        max_live_parameters=0,
+        max_reuse_distance=1000,
+        without_effect=("zero_optimization.contiguous_gradients",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, r"ds\.json: optimizer=.*distlora's own.*optim=adamw"),
+        ({"bf16": {"enabled": True}}, r"bf16=.*fp32 scales.*train\.dtype=bf16"),
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4: .*train\.micro_batch"),
+        ({"zero_optimisation": {}}, r"no such setting \(did you mean 'zero_optimization'\?\)"),
+        ({"zero_optimization": {"stage": 2}}, r"zero_optimization\.stage=2: only stage 3"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}},
+            r"\.stage3_prefetch_bucket=1: DeepSpeed has no such setting \(did you mean 'stage3_prefetch_bucket_size'",
+        ),
+        ({"zero_optimization": {"stage": 3, "prefetch_bucket": 1}}, r"\(did you mean 'prefetch_bucket_size'"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}},
+            r"\.stage3_max_live_parameters=-1: it must be a whole number, 0 or more",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1, "max_live_parameters": 2}},
+            r"\.max_live_parameters=2: stage3_max_live_parameters says it too; take one of them out",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "in 4 bits already"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "second copy"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "paged_adamw"),
+        ({"zero_optimization": 3}, r"zero_optimization=3: it must be a JSON object"),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": 1}}, r"\.overlap_comm=1: it must be true or false"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_in_a_file_is_refused_by_key(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_gathering(written(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("setting", "zero", "said"),
+    [
+        (
+            {"prefetch": False},
+            {"stage3_prefetch_bucket_size": 5e7},
+            r"^parallel\.prefetch=false and zero_optimization\.stage3_prefetch_bucket_size=50000000 in .*ds\.json "
+            "contradict each other; leave one of them out",
+        ),
+        (
+            {"offload_base": True},
+            {"offload_param": {"device": "none", "pin_memory": True}},
+            r"^parallel\.offload_base=true and zero_optimization\.offload_param\.device='none' in .* contradict",
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_that_contradicts_a_setting_is_refused(
+    tmp_path: Path, setting: dict[str, Any], zero: dict[str, Any], said: str
+) -> None:
+    parallel = written(tmp_path, zero_optimization={"stage": 3} | zero)
+    read_gathering(parallel)
+    with pytest.raises(UserError, match=said):
+        read_gathering(dataclasses.replace(parallel, **setting))
+
+
+def test_pinning_what_is_not_offloaded_is_named_as_without_effect(tmp_path: Path) -> None:
+    parallel = written(
+        tmp_path, zero_optimization={"stage": 3, "offload_param": {"device": "none", "pin_memory": True}}
+    )
+    assert read_gathering(parallel).without_effect == ("zero_optimization.offload_param.pin_memory",)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(None, "which this machine has not"), ("0.19.7", r"DeepSpeed 0\.19\.8 or later.* has 0\.19\.7; ")],
+)
+def test_a_machine_without_deepspeed_or_with_an_old_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, said: str
+) -> None:
+    def version(name: str) -> str:
+        assert name == "deepspeed"
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    deepspeed_file.check_deepspeed()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError, match=said + r".*`pip install.* deepspeed`, or set parallel=fsdp2"):
+        deepspeed_file.check_deepspeed()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0+cu129")
+    deepspeed_file.check_deepspeed()
+
+
+def test_a_file_that_is_absent_or_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file; name a JSON file"):
+        read_gathering(ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "none.json")))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: it is not JSON"):
+        read_gathering(ParallelConfig(backend="zero3", deepspeed_config=str(tmp_path / "bad.json")))
+
+
+def test_every_setting_of_deepspeeds_sections_is_judged() -> None:
+    """A key of a new DeepSpeed is not called unknown."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {*deepspeed_file._DONE, *deepspeed_file._ZERO_REFUSED, *deepspeed_file._ZERO_WITHOUT_EFFECT}
+    theirs = {name.removeprefix("stage3_") for name in DeepSpeedZeroConfig.model_fields}
+    assert theirs <= known, theirs - known

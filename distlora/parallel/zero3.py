@@ -28,10 +28,6 @@ from distlora.model import CausalLM
 from distlora.parallel.shards import Shards, whole_shape
 from distlora.parallel.traffic import Traffic
 
-_SHARED_MEMORY_OP = "deepspeed_shm_comm"
-"""A sum over ranks in shared memory for inference, which DeepSpeed compiles on a machine without GPUs: half a minute of
-g++ for what nothing here calls."""
-
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -116,11 +112,11 @@ class Units:
             timers=None,
             ds_config=None,
             overlap_comm=gathering.overlap_comm,
-            prefetch_bucket_size=_said(gathering.prefetch_bucket_size, block),
+            prefetch_bucket_size=_or_else(gathering.prefetch_bucket_size, block),
             max_reuse_distance=gathering.max_reuse_distance,
-            max_live_parameters=_said(gathering.max_live_parameters, two),
+            max_live_parameters=_or_else(gathering.max_live_parameters, two),
             param_persistence_threshold=gathering.param_persistence_threshold,
-            model_persistence_threshold=_said(gathering.model_persistence_threshold, sys.maxsize),
+            model_persistence_threshold=_or_else(gathering.model_persistence_threshold, sys.maxsize),
         )
         self._coordinator = self._offload.get_param_coordinator()
         self._in_backward: _Unit | None = None
@@ -244,14 +240,16 @@ def start_deepspeed(device: torch.device) -> None:
     import deepspeed.ops
 
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+        # Else it tries out what it could compile, and compiles half a minute for a sum in shared memory that nothing
+        # here calls.
+        deepspeed.ops.__compatible_ops__ = {}
     # Its gathers are called by the name that torch 2.13 warns of.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def _said(size: int | None, else_: int) -> int:
-    return else_ if size is None else size
+def _or_else(size: int | None, default: int) -> int:
+    return default if size is None else size
 
 
 def _numel(unit: _Unit) -> int:

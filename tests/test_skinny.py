@@ -278,7 +278,7 @@ def test_ops_pass_opcheck(chosen: bool, triton_device: torch.device) -> None:
     if chosen:
         rows, scales, ranks = choice_of(triton_device)
         xa = xa[:, : max(RANKS)].contiguous()
-    drop = torch.tensor([4, 5], device=triton_device), [*KEY, 20_000, 7]
+    drop = torch.tensor([4, 5], device=triton_device), [*KEY, 20_000, 7, 3]
     ops = torch.ops.distlora
     torch.library.opcheck(ops.skinny_down.default, (x, a, rows, ranks, *drop))
     torch.library.opcheck(ops.skinny_up.default, (xa, b, bias, rows, ranks, None, []))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.loading.cache_folder import ENTRY_NAME, Entry, Extent, entries, header_of
+from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries
+from distlora.loading.piece_header import Extent, header_of
 from distlora_launcher.cli import main, run_command
 
 GROUPS = 10
@@ -67,7 +68,8 @@ def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytes
     main(["cache", "clear", "org/large", "--older-than", "1"])
     assert keys(cache) == ["a1"]
     (cache / "sources").mkdir()
-    (cache / "a1".ljust(64, "0") / ".unfinished").write_bytes(bytes(1000))
+    (cache / "sources" / f"source-{'5' * 32}.json").write_text("{}")
+    (cache / "a1".ljust(64, "0") / f".{ENTRY_NAME}-{'6' * 16}").write_bytes(bytes(1000))
     capsys.readouterr()
     main(["cache", "clear", "--all"])
     assert list(cache.iterdir()) == []

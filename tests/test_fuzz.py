@@ -29,16 +29,9 @@ from distlora.config_file import as_mapping, build, load_config
 from distlora.data.sources import pinned_commits
 from distlora.generation.prompts import read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading import cache_folder, source_digest
-from distlora.loading.cache_folder import (
-    DamagedPieceError,
-    Entry,
-    EntryFigures,
-    Extent,
-    figures_of,
-    header_of,
-    read_piece,
-)
+from distlora.loading import source_digest
+from distlora.loading.cache_folder import Entry, EntryFigures, figures_of
+from distlora.loading.piece_header import GROUP_BYTES, DamagedPieceError, Extent, header_of, read_piece
 from distlora.loading.segments import read_header
 from distlora.loading.start_file import StartRecord, digest_of, require_start
 from distlora.model_card import model_card, read_metadata
@@ -245,7 +238,7 @@ def write_cache(folder: Path) -> None:
     entry.begin({"base": "org/name", "format": 1, "weights": {"w": 4, "v": 2}})
     extents = {"w": Extent(0, 2, 0.5, {}), "v": Extent(1, 2, 0.25, {})}
     path = entry.path_of(0, 0, 1, {name: range(of.first, of.stop) for name, of in extents.items()})
-    path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * cache_folder.GROUP_BYTES))
+    path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * GROUP_BYTES))
     path.rename(folder / CACHE_KEY / CACHE_PIECE)
     weights = folder.parent / "single" / "model.safetensors"
     source_digest.remember(folder / "sources", weights, source_digest.state_of(weights), "tree:0", began=2e9)

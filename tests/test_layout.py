@@ -45,6 +45,7 @@ LAYERS = [
         "distlora.reporting",
         "distlora.tracker",
         "distlora.loading.cache_folder",
+        "distlora.loading.piece_header",
         "distlora.loading.segments",
         "distlora.loading.source_digest",
         "distlora.quant",

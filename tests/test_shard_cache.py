@@ -21,8 +21,9 @@ from torch import Tensor
 from distlora.adapters import AdaptedLinear
 from distlora.config import Config
 from distlora.config_file import build, load_config
-from distlora.loading import cache_folder, cache_pieces, source_digest
+from distlora.loading import cache_folder, cache_pieces, piece_header, source_digest
 from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
+from distlora.loading.segments import read_header
 from distlora.loading.weights import Loaded
 from distlora.parallel import Ranks
 from distlora.startup import start_model
@@ -136,7 +137,7 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
     assert figures_of(entry).share == 1.0
     held: dict[str, int] = {}
     for path in pieces(tmp_path / "cache"):
-        for name, extent in cache_folder.read_piece(path, entry.key)[0].extents.items():
+        for name, extent in piece_header.read_piece(path, entry.key)[0].extents.items():
             held[name] = held.get(name, 0) + extent.stop - extent.first
     total = sum(rows.shape[0] for s in on_four for n, (rows, _) in s.rows.items() if n.endswith(".codes"))
     assert sum(held.values()) == total, "no group is stored twice"
@@ -210,7 +211,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def first_of(path: Path, part: str) -> int:
-    return min(s.offset for name, s in cache_folder.read_header(path).items() if name.endswith(part))
+    return min(s.offset for name, s in read_header(path).items() if name.endswith(part))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -333,7 +334,7 @@ def test_a_changed_source_is_another_entry_and_an_unchanged_one_is_not_read_for_
 
     # In place, of the same size, with its old time of modification, outside of the fingerprint's samples.
     before = weights.stat()
-    segment = cache_folder.read_header(weights)["model.layers.1.mlp.up_proj.weight"]
+    segment = read_header(weights)["model.layers.1.mlp.up_proj.weight"]
     flip(weights, segment.offset + 8)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     changed = start(SINGLE, config=config)
@@ -422,7 +423,7 @@ def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
         assert sum("No space left" in line for line in started.said) == 1
         assert not list((disk / "cache").glob("*/.*")), "half a piece is removed"
         for path in pieces(disk / "cache"):
-            cache_folder.read_piece(path, path.parent.name)
+            piece_header.read_piece(path, path.parent.name)
 
 
 def fake_entry(cache: Path, number: int, *, size: int, age: float) -> Entry:
@@ -454,20 +455,6 @@ def test_the_entry_that_was_not_used_for_longest_goes_first_and_the_own_one_and_
     assert is_whole(start(SINGLE, config=config_for(folders / "llama", cache)))
 
 
-def test_only_unfinished_files_of_an_hour_ago_are_leftovers(tmp_path: Path) -> None:
-    entry = fake_entry(tmp_path, 1, size=10, age=0)
-    old, new, removed = entry.path / ".old", entry.path / ".new", tmp_path / ".removed-x"
-    old.write_bytes(bytes(5))
-    new.write_bytes(bytes(5))
-    removed.mkdir()
-    (removed / "piece").write_bytes(bytes(7))
-    for path in (old, removed):
-        os.utime(path, (1, 1))
-    assert set(cache_folder.leftovers(tmp_path)) == {old, removed}
-    assert cache_folder.remove_leftovers(tmp_path) == 12
-    assert (old.exists(), new.exists(), removed.exists()) == (False, True, False)
-
-
 def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_path: Path) -> None:
     started = start(SINGLE, config=config_for(folders / "llama", tmp_path / "cache"))
     for path in pieces(tmp_path / "cache"):
@@ -478,9 +465,9 @@ def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_pa
 
 
 def test_runs_of_one_number_hold_what_the_reader_expects() -> None:
-    assert [list(cache_folder.cut(7, index, 3)) for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(cache_folder.cut(2, 2, 3)) == []
-    assert cache_folder.holes(range(2, 9), [(0, 3), (5, 6)]) == [range(3, 5), range(6, 9)]
-    assert cache_folder.holes(range(2, 9), [(0, 20)]) == []
-    assert cache_folder.holes(range(0), []) == []
+    assert [list(piece_header.cut(7, index, 3)) for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(piece_header.cut(2, 2, 3)) == []
+    assert piece_header.holes(range(2, 9), [(0, 3), (5, 6)]) == [range(3, 5), range(6, 9)]
+    assert piece_header.holes(range(2, 9), [(0, 20)]) == []
+    assert piece_header.holes(range(0), []) == []
     assert cache_folder.entries(Path("/nonexistent")) == []

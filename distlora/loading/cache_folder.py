@@ -5,24 +5,25 @@
         00012-3of8-<hash>.safetensors        a piece: groups of the weights of one decoder block
     FOLDER/sources/                          what is known of source files (`source_digest`)
 
-What begins with a dot is being written or removed. A piece is written beside its name, fsynced and renamed, so it is
+What begins with a dot is being written or removed. Nothing is ever removed but plain files whose whole name is one of
+these, in folders that are no links, and then the folder where it is empty: the cache's folder may be a home or a
+project, and others' files and links may lie in it. A piece is written beside its name, fsynced and renamed, so it is
 whole or absent, and two that have one name hold the same bytes: any number of processes writes at once, without a lock.
-Its name says which cut of the groups it is a part of, so a reader opens no other; its header says which groups of which
-weights it holds. In it each weight has `codes`, `scales`, `group_scale` and `checksums`, one number a group.
+What is in one: `piece_header`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
-import struct
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,10 @@ from typing import Any
 from distlora import durable
 from distlora.config import UserError
 from distlora.json_files import check_shape, read_object
-from distlora.loading.segments import Segment, read_header, read_metadata
+from distlora.loading.piece_header import PIECE_NAME, DamagedPieceError, PieceName, holes, read_piece
 
-FORMAT = 1
-"""Of a piece. Another makes other keys."""
 ENTRY_NAME = "entry.json"
 SOURCES = "sources"
-
-PARTS: Mapping[str, tuple[str, tuple[int, ...], int]] = {
-    "codes": ("U8", (8192,), 8192),
-    "scales": ("U8", (256,), 256),
-    "group_scale": ("F32", (), 4),
-    "checksums": ("I64", (), 8),
-}
-"""What a piece holds of a group, in this order: safetensors' dtype, shape and bytes."""
-GROUP_BYTES = sum(num_bytes for *_, num_bytes in PARTS.values())
 
 IN_USE_SECONDS = 600.0
 """An entry that a start has read or written within this time is not removed for want of space."""
@@ -52,67 +42,12 @@ ABANDONED_SECONDS = 3600.0
 """Seconds after which what begins with a dot belongs to a process that was killed: a piece is written in one."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_PIECE = re.compile(r"(\d{5,})-(\d+)of(\d+)-[0-9a-f]{16}\.safetensors")
-_METADATA = "distlora_piece"
-_DIGEST = "digest"
-
-
-class DamagedPieceError(Exception):
-    """A piece is not what was written; the message says how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Groups [first, stop) of one weight."""
-
-    first: int
-    stop: int
-    offset: float
-    """The weight's, which all groups share."""
-    parts: Mapping[str, Segment]
-    """Where each of PARTS lies in the piece; empty for what is not written yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    path: Path
-    extents: Mapping[str, Extent]
-    """By the weight's Hugging Face name."""
-
-
-@dataclass(frozen=True, slots=True)
-class PieceName:
-    """What the name of a piece says."""
-
-    path: Path
-    block: int
-    index: int
-    count: int
-
-    def may_hold(self, num_groups: int, groups: range) -> bool:
-        """Whether some of these groups of a weight of `num_groups` may be in the piece."""
-        own = cut(num_groups, self.index, self.count)
-        return own.start < groups.stop and groups.start < own.stop
-
-
-def cut(num_groups: int, index: int, count: int) -> range:
-    """The groups of a weight that are number `index` of `count` ranks' own."""
-    each = -(-num_groups // count)
-    return range(min(index * each, num_groups), min((index + 1) * each, num_groups))
-
-
-def holes(groups: range, held: Sequence[tuple[int, int]]) -> list[range]:
-    """The parts of `groups` that none of `held` (first, stop) covers."""
-    found, at = [], groups.start
-    for first, stop in sorted(held):
-        if first > at:
-            found.append(range(at, min(first, groups.stop)))
-        at = max(at, stop)
-        if at >= groups.stop:
-            break
-    if at < groups.stop:
-        found.append(range(at, groups.stop))
-    return [hole for hole in found if hole]
+_FINISHED = re.compile(rf"{re.escape(ENTRY_NAME)}|{PIECE_NAME.pattern}")
+_UNFINISHED = re.compile(rf"\.({_FINISHED.pattern})-[0-9a-f]{{16}}")
+"""What `durable` writes in an entry before it has its name."""
+_REMOVED = re.compile(r"\.removed-[0-9a-f]{12}-[0-9a-f]{16}")
+_SOURCE = re.compile(r"source-[0-9a-f]{32}\.json")
+_UNFINISHED_SOURCE = re.compile(rf"\.{_SOURCE.pattern}-[0-9a-f]{{16}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +63,8 @@ class Entry:
     def begin(self, values: Mapping[str, Any]) -> None:
         """Make the entry where it is not there. Raises OSError where it cannot be."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link is in an entry's place", str(self.path))
         if not (self.path / ENTRY_NAME).is_file():
             durable.write_json(self.path / ENTRY_NAME, {**values, "made": secrets.token_hex(8)})
 
@@ -153,10 +90,10 @@ class Entry:
     def piece_names(self) -> list[PieceName]:
         """Of every piece, by one look into the folder; none where it cannot be read."""
         try:
-            names = sorted(os.listdir(self.path))
+            names = sorted(os.listdir(self.path)) if not self.path.is_symlink() else []
         except OSError:
             return []
-        matches = ((name, _PIECE.fullmatch(name)) for name in names)
+        matches = ((name, PIECE_NAME.fullmatch(name)) for name in names)
         return [PieceName(self.path / name, *map(int, match.groups())) for name, match in matches if match]
 
     def path_of(self, block: int, index: int, count: int, ranges: Mapping[str, range]) -> Path:
@@ -165,76 +102,30 @@ class Entry:
         digest = hashlib.sha256(told.encode()).hexdigest()[:16]
         return self.path / f"{block:05}-{index}of{count}-{digest}.safetensors"
 
+    def is_ours(self) -> bool:
+        """Whether a cache made this folder: it holds what no other program's folder of such a name does."""
+        if self.path.is_symlink() or not self.path.is_dir():
+            return False
+        return bool(_description(self.path)) or bool(self.piece_names())
+
     def bytes_on_disk(self) -> int:
-        return _bytes_in(self.path)
+        return sum(_files_in(self.path, _FINISHED, _UNFINISHED).values())
 
-    def remove(self) -> None:
-        """Gone in one step; who reads its pieces at the moment reads them to their end. OSError where it may not be."""
-        doomed = self.path.with_name(f".removed-{self.key[:12]}-{secrets.token_hex(8)}")
-        with contextlib.suppress(FileNotFoundError):  # Another process was first.
-            self.path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def header_of(key: str, extents: Mapping[str, Extent]) -> bytes:
-    """The first bytes of a piece: safetensors' header of its weights, in their order."""
-    table: dict[str, Any] = {}
-    end = 0
-    for name, extent in extents.items():
-        groups = extent.stop - extent.first
-        for part, (dtype, shape, num_bytes) in PARTS.items():
-            offsets = [end, end + groups * num_bytes]
-            table[f"{name}.{part}"] = {"dtype": dtype, "shape": [groups, *shape], "data_offsets": offsets}
-            end = offsets[1]
-    weights = {name: [extent.first, extent.offset.hex()] for name, extent in extents.items()}
-    said = json.dumps({"format": FORMAT, "key": key, "weights": weights})
-    places = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in table.items()}
-    header = {"__metadata__": {_METADATA: said, _DIGEST: _digest(said, places)}} | table
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def read_piece(path: Path, key: str) -> tuple[Piece, int]:
-    """(the piece by its header, bytes that were read). Raises DamagedPieceError, and OSError where it is gone or cannot
-    be read."""
-    size = path.stat().st_size  # Says by its own error whether it is gone.
-    if not path.is_file():  # Reading a pipe would wait for a writer.
-        raise DamagedPieceError("it is no file")
-    try:
-        segments, metadata = read_header(path), read_metadata(path)
-        said = metadata.get(_METADATA, "")
-        begin = min((segment.offset for segment in segments.values()), default=size)
-        places = {
-            name: (s.dtype, list(s.shape), [s.offset - begin, s.offset - begin + s.num_bytes])
-            for name, s in segments.items()
-        }
-        if metadata.get(_DIGEST) != _digest(said, places):
-            raise DamagedPieceError("its header is not the one that was written")
-        values = json.loads(said)
-        if (values["format"], values["key"]) != (FORMAT, key):
-            raise DamagedPieceError("it is of another entry")
-        extents = {name: _extent(name, first, offset, segments) for name, (first, offset) in values["weights"].items()}
-    except UserError as error:
-        if not path.is_file():
-            raise FileNotFoundError(path) from error
-        raise DamagedPieceError(str(error)) from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise DamagedPieceError(f"its header says {error}, which no piece does") from error
-    return Piece(path, extents), 2 * begin
-
-
-def _extent(name: str, first: int, offset: str, segments: Mapping[str, Segment]) -> Extent:
-    parts = {part: segments[f"{name}.{part}"] for part in PARTS}
-    groups = parts["codes"].shape[0]
-    for part, (dtype, shape, _) in PARTS.items():
-        if (parts[part].dtype, parts[part].shape) != (dtype, (groups, *shape)) or first < 0:
-            raise ValueError(f"{name}.{part}: {parts[part].shape} of {parts[part].dtype}")
-    return Extent(first, first + groups, float.fromhex(offset), parts)
-
-
-def _digest(said: str, places: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([said, places], sort_keys=True).encode()).hexdigest()
+    def remove(self) -> int:
+        """Gone in one step; who reads its pieces at the moment reads them to their end. Returns the bytes that this
+        freed. What is no cache's stays, in its place. Raises OSError where another user's may not be removed."""
+        if not self.is_ours():  # Another process was first.
+            return 0
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+        doomed = self.path
+        if not _strangers_in(self.path):
+            doomed = self.path.with_name(f".removed-{self.key[:12]}-{secrets.token_hex(8)}")
+            try:
+                self.path.rename(doomed)
+            except FileNotFoundError:
+                return 0
+        return _remove_files(doomed, _FINISHED, _UNFINISHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +146,10 @@ class EntryFigures:
 def entries(folder: Path) -> list[Entry]:
     """Every entry of a cache, the one that was used last first; none where there is no cache."""
     try:
-        found = [Entry(path) for path in folder.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
+        found = [Entry(path) for path in folder.iterdir() if _KEY.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(found, key=Entry.last_use, reverse=True)
+    return sorted((entry for entry in found if entry.is_ours()), key=Entry.last_use, reverse=True)
 
 
 def figures_of(entry: Entry) -> EntryFigures:
@@ -269,9 +160,8 @@ def figures_of(entry: Entry) -> EntryFigures:
             for weight, extent in read_piece(name.path, entry.key)[0].extents.items():
                 held.setdefault(weight, []).append((extent.first, extent.stop))
     base, share = "unknown", 0.0
-    with contextlib.suppress(OSError, UserError, OverflowError, ZeroDivisionError):
-        values = read_object(entry.path / ENTRY_NAME, "remove the entry")
-        check_shape(values, {"base": str, "weights": {"*": int}}, entry.path / ENTRY_NAME, "remove the entry")
+    with contextlib.suppress(KeyError, OverflowError, ZeroDivisionError):
+        values = _description(entry.path)
         base, weights = values["base"], values["weights"]
         lacking = sum(
             len(hole) for name, groups in weights.items() for hole in holes(range(groups), held.get(name, []))
@@ -290,24 +180,46 @@ def make_room(folder: Path, own: Entry, own_bytes: int, limit: int | None) -> tu
     others = [(entry, entry.bytes_on_disk()) for entry in entries(folder) if entry.key != own.key]
     total = own_bytes + sum(size for _, size in others)
     removed = []
-    for entry, size in reversed(others):
+    for entry, _ in reversed(others):
         if total <= limit or own_bytes > limit:
             break
         if time.time() - entry.last_use() < IN_USE_SECONDS:
             continue
-        removed.append(figures_of(entry))
-        entry.remove()
-        total -= size
+        figures = figures_of(entry)
+        with contextlib.suppress(OSError):  # Another user's: it stays, and counts.
+            total -= entry.remove()
+            removed.append(figures)
     return removed, total <= limit
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What the entry.json of a cache says; empty where there is none, or another program's."""
+    path = folder / ENTRY_NAME
+    with contextlib.suppress(OSError, UserError):
+        if not path.is_symlink():
+            values = read_object(path, "remove the entry")
+            shape = {"base": str, "format": int, "made": str, "weights": {"*": int}}
+            check_shape(values, shape, path, "remove the entry")
+            return values
+    return {}
 
 
 def leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> Iterator[Path]:
     """What killed writers left: unfinished files and folders of which nothing was written for so many seconds."""
-    for place in [folder, folder / SOURCES, *(entry.path for entry in entries(folder))]:
-        with contextlib.suppress(OSError):
-            for path in place.iterdir():
-                if path.name.startswith(".") and time.time() - path.lstat().st_mtime >= older_than:
-                    yield path
+    now = time.time()
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_symlink() or not path.is_dir():
+                continue
+            found: list[Path] = []
+            if _KEY.fullmatch(path.name):
+                found = list(_files_in(path, _UNFINISHED))
+            elif path.name == SOURCES:
+                found = list(_files_in(path, _UNFINISHED_SOURCE))
+            with contextlib.suppress(OSError):
+                if _REMOVED.fullmatch(path.name) and not _strangers_in(path):
+                    found = [path]
+                yield from (own for own in found if now - own.lstat().st_mtime >= older_than)
 
 
 def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> int:
@@ -315,24 +227,49 @@ def remove_leftovers(folder: Path, *, older_than: float = ABANDONED_SECONDS) -> 
     freed = 0
     for path in list(leftovers(folder, older_than=older_than)):
         with contextlib.suppress(OSError):
-            size = _bytes_in(path) if path.is_dir() else path.lstat().st_size
             if path.is_dir():
-                shutil.rmtree(path)
+                freed += _remove_files(path, _FINISHED, _UNFINISHED)
             else:
+                size = path.lstat().st_size
                 path.unlink()
-            freed += size
+                freed += size
     return freed
 
 
 def forget_sources(folder: Path) -> None:
     """Source files are hashed again, when a start needs to know what they hold."""
-    shutil.rmtree(folder / SOURCES, ignore_errors=True)
+    if _files_in(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE):
+        _remove_files(folder / SOURCES, _SOURCE, _UNFINISHED_SOURCE)
 
 
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        for entry in found:
-            with contextlib.suppress(OSError):  # Renamed or removed at this moment.
-                total += entry.stat(follow_symlinks=False).st_size
-    return total
+def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
+    """The plain files in a folder whose whole names are such, with their bytes; none in a link to a folder."""
+    found: dict[Path, int] = {}
+    with contextlib.suppress(OSError):
+        if not folder.is_symlink():
+            for path in folder.iterdir():
+                with contextlib.suppress(OSError):  # Renamed or removed at this moment.
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode) and any(name.fullmatch(path.name) for name in names):
+                        found[path] = status.st_size
+    return found
+
+
+def _strangers_in(folder: Path) -> bool:
+    """Whether anything lies in an entry that no cache has put there. Raises OSError for one that cannot be read."""
+    return bool(set(folder.iterdir()) - set(_files_in(folder, _FINISHED, _UNFINISHED)))
+
+
+def _remove_files(folder: Path, *names: re.Pattern[str]) -> int:
+    """Remove the plain files in a folder whose whole names are such, and the folder where nothing else is in it.
+
+    Returns the bytes that this freed. What cannot be removed stays.
+    """
+    freed = 0
+    for path, size in _files_in(folder, *names).items():
+        with contextlib.suppress(OSError):
+            path.unlink()
+            freed += size
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return freed

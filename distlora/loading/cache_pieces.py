@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from distlora import durable
-from distlora.loading.cache_folder import (
+from distlora.loading.cache_folder import Entry
+from distlora.loading.piece_header import (
     GROUP_BYTES,
     PARTS,
     DamagedPieceError,
-    Entry,
     Extent,
     Piece,
     header_of,

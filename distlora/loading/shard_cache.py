@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from distlora.loading import cache_folder
-from distlora.loading.cache_folder import FORMAT, DamagedPieceError, Entry, Piece, PieceName, holes
+from distlora.loading.cache_folder import Entry
 from distlora.loading.cache_pieces import PieceReader, PieceWriter, Unit, Weight, wanted_groups
 from distlora.loading.conversion import Source
+from distlora.loading.piece_header import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
 from distlora.loading.segments import Segment
 from distlora.loading.source_content import alike, content_of
 from distlora.model import CausalLM
@@ -279,7 +280,7 @@ def _why_unusable(folder: Path) -> str | None:
 
 def _make_room(settings: CacheSettings, entry: Entry, num_groups: int) -> bool:
     """Tidy the cache, for the ranks of this machine; whether it has room for the whole entry within its limit."""
-    own_bytes = max(entry.bytes_on_disk(), num_groups * cache_folder.GROUP_BYTES)
+    own_bytes = max(entry.bytes_on_disk(), num_groups * GROUP_BYTES)
     try:
         cache_folder.remove_leftovers(settings.folder)
         removed, fits = cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)

@@ -84,7 +84,7 @@ def remember(folder: Path, file: Path, state: State, digest: str, *, began: floa
 
 
 def _record(folder: Path, file: Path) -> Path:
-    return folder / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
+    return folder / f"source-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
 
 
 def parts_of(file: Path, size: int) -> list[Part]:

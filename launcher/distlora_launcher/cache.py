@@ -124,9 +124,12 @@ def clear(folder: Path, names: Sequence[str], *, older_than: float | None, every
     freed = 0
     for entry in kept:
         if entry in chosen:
-            entry.remove()
-            freed += kept[entry].num_bytes
-            print(f"removed {line_of(kept[entry])}")
+            try:
+                freed += entry.remove()
+            except OSError as error:
+                print(f"{entry.path} cannot be removed ({error.strerror})")
+            else:
+                print(f"removed {line_of(kept[entry])}")
     freed += cache_folder.remove_leftovers(folder, older_than=0.0 if everything else cache_folder.ABANDONED_SECONDS)
     if everything:
         cache_folder.forget_sources(folder)

@@ -1,0 +1,157 @@
+"""The folder of quantized shards may be anybody's: what is removed there is what a cache wrote, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distlora.loading import cache_folder
+from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries
+from distlora_launcher.cli import main
+
+PIECE = "00000-0of1-0123456789abcdef.safetensors"
+SECRET = "5" * 16
+
+
+def make_entry(cache: Path, digit: str, *, size: int = 100, age: float = 9e6) -> Entry:
+    entry = Entry(cache / (digit * 64))
+    entry.begin({"base": f"org/{digit}", "format": 1, "weights": {"w": 4}})
+    (entry.path / PIECE).write_bytes(bytes(size))
+    used = (entry.path / ENTRY_NAME).stat().st_mtime - age
+    os.utime(entry.path / ENTRY_NAME, (used, used))
+    return entry
+
+
+def write_strangers(folder: Path, home: Path) -> None:
+    """What other programs and users keep in a folder, links to `home` among it, and much that looks like ours."""
+    key = "e" * 64
+    for path in (
+        ".git/HEAD",
+        ".ssh/id",
+        ".bashrc",
+        ".removed-old/notes",
+        f".removed-{'a' * 12}-{SECRET}/notes",
+        f".removed-{'b' * 12}-{SECRET}/{PIECE}/notes",
+        "sources/main.c",
+        f"sources/{'5' * 32}.json",
+        "sources/.hidden",
+        f"{'d' * 64}/config.v2.json",
+        f"{'d' * 64}/.hidden",
+        f"{key}/entry.json",
+        f"{key}/.entry.json",
+        f"{'f' * 63}/{PIECE}",
+        f"{'f' * 63}/.{PIECE}-{SECRET}",
+        f".{PIECE}-{SECRET}",
+        f".entry.json-{SECRET}",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("theirs")
+    (folder / ("c" * 64)).symlink_to(home)
+    (folder / f".removed-{'d' * 12}-{SECRET}").symlink_to(home)
+    (folder / ("9" * 64)).write_text("no folder")
+    make_entry(home, "7")
+    for path in (".ssh/id", ".bashrc", f".{PIECE}-{SECRET}", f"source-{'5' * 32}.json", PIECE, ENTRY_NAME):
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_text("of home")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every path in it, and what it holds; links are not followed."""
+    found = {}
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        is_file = stat.S_ISREG(mode)
+        found[str(path.relative_to(folder))] = path.read_bytes().hex() if is_file else str(stat.S_IFMT(mode))
+    return found
+
+
+def make_old(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (1, 1), follow_symlinks=False)
+
+
+def clear(*words: str) -> Callable[[Path], object]:
+    return lambda folder: main(["cache", "clear", *words, "--dir", str(folder)])
+
+
+REMOVALS: dict[str, Callable[[Path], object]] = {
+    "a start": lambda folder: cache_folder.remove_leftovers(folder),
+    "a start that needs room": lambda folder: cache_folder.make_room(folder, Entry(folder / ("0" * 64)), 10, 11),
+    "clear --older-than": clear("--older-than", "0"),
+    "clear --all": clear("--all"),
+}
+
+
+@pytest.mark.parametrize("how", REMOVALS)
+@pytest.mark.parametrize("sources", ["folder", "link"])
+def test_what_others_keep_in_the_caches_folder_stays(tmp_path: Path, how: str, sources: str) -> None:
+    folder, home = tmp_path / "folder", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    write_strangers(folder, home)
+    if sources == "link":
+        shutil.rmtree(folder / "sources")
+        (folder / "sources").symlink_to(home)
+    make_old(tmp_path)
+    before = tree(tmp_path)
+    REMOVALS[how](folder)
+    assert tree(tmp_path) == before
+
+
+def test_what_lies_in_an_entry_beside_ours_stays_there_when_the_entry_goes(tmp_path: Path) -> None:
+    entry, home = make_entry(tmp_path / "cache", "1"), tmp_path / "home"
+    home.mkdir()
+    (home / "key").write_text("secret")
+    (entry.path / "notes.txt").write_text("theirs")
+    (entry.path / PIECE.replace("0of1", "1of2")).symlink_to(home / "key")
+    (entry.path / PIECE.replace("0of1", "0of2")).mkdir()
+    (entry.path / f".{PIECE}-{SECRET}").symlink_to(home)
+    make_old(tmp_path)
+    assert cache_folder.remove_leftovers(tmp_path / "cache") == 0
+    size = (entry.path / ENTRY_NAME).stat().st_size + 100
+    assert entry.bytes_on_disk() == entry.remove() == size
+    assert sorted(path.name for path in entry.path.iterdir()) == sorted(
+        ["notes.txt", PIECE.replace("0of1", "1of2"), PIECE.replace("0of1", "0of2"), f".{PIECE}-{SECRET}"]
+    )
+    assert (home / "key").read_text() == "secret"
+
+
+def test_nothing_is_written_into_or_read_from_a_link_in_an_entrys_place(tmp_path: Path) -> None:
+    home = make_entry(tmp_path / "elsewhere", "1")
+    link = Entry(tmp_path / ("2" * 64))
+    link.path.symlink_to(home.path)
+    assert (link.piece_names(), link.remove(), entries(tmp_path)) == ([], 0, [])
+    with pytest.raises(NotADirectoryError, match="a link is in an entry's place"):
+        link.begin({})
+    assert len(tree(home.path)) == 2
+
+
+def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
+    entry = make_entry(tmp_path, "1")
+    old, new = entry.path / f".{PIECE}-{SECRET}", entry.path / f".{ENTRY_NAME}-{SECRET}"
+    source = tmp_path / "sources" / f".source-{'5' * 32}.json-{SECRET}"
+    killed, begun = tmp_path / f".removed-{'1' * 12}-{SECRET}", tmp_path / ("2" * 64) / new.name
+    for path, size in ((old, 5), (new, 5), (source, 6), (killed / PIECE, 7), (begun, 8)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(size))
+    for path in (old, source, killed, begun):
+        os.utime(path, (1, 1))
+    assert set(cache_folder.leftovers(tmp_path)) == {old, source, killed, begun}
+    assert cache_folder.remove_leftovers(tmp_path) == 5 + 6 + 7 + 8
+    assert [path.exists() for path in (old, new, source, killed, begun)] == [False, True, False, False, False]
+    assert cache_folder.remove_leftovers(tmp_path, older_than=0.0) == 5
+    assert entries(tmp_path) == [entry]
+    cache_folder.remove_leftovers(tmp_path / "absent")
+
+
+def test_names_are_matched_whole() -> None:
+    for name in (f"{PIECE}.bak", f"x{PIECE}", f"{PIECE}\n", "entry.json~"):
+        assert not cache_folder._FINISHED.fullmatch(name)
+        assert not cache_folder._UNFINISHED.fullmatch(f".{name}-{SECRET}")
+    assert re.fullmatch(cache_folder._UNFINISHED, f".{PIECE}-{SECRET}")

@@ -252,7 +252,7 @@ def open_cache(
     if not alike("no" if reason else "yes", backend) or reason is not None:
         return ShardCache([], backend, say)
     files = sorted({segment.file for segment in headers.values()})
-    content = content_of(files, settings.folder, backend, say)
+    content = content_of(files, settings.folder, backend, say, boundary)
     if content is None:
         if backend.writes:
             say("the ranks see other files of the base than each other: its quantized shards are not kept")

@@ -1,12 +1,14 @@
 """What the bytes of a checkpoint's files are, by name: known for free where the hub's cache says it, remembered where
 they were read before, else read once by all ranks together. Imports no torch.
 
-A file that was hashed is known again by its path, device, inode, size and times of modification and of change, all in
-nanoseconds. It is remembered only if these were SETTLED_SECONDS old when hashing began and the same when it ended: so a
-change in place gets other times than those remembered, even where the disk keeps times in steps of up to that. What
-goes unseen is a change after which someone sets the machine's clock back to give the file its old times again, or one
-on a file server whose clock is behind this machine's by more than that; the base's fingerprint, 4 KiB of every tensor,
-is in the key of a cache besides.
+A file that was hashed is known again by its path, inode, size and times of modification and of change, all in
+nanoseconds, which all clients of a file server see alike (they number its device each in its own way, and anew after a
+restart). A record is named by all of these, so those of machines with a copy each stand side by side. A file is
+remembered only if these were SETTLED_SECONDS old when hashing began and the same when it ended: so a change in place
+gets other times than those remembered, even where the disk keeps times in steps of up to that. What goes unseen is a
+change after which someone sets the machine's clock back to give the file its old times again, or one on a file server
+whose clock is behind this machine's by more than that; the base's fingerprint, 4 KiB of every tensor, is in the key of
+a cache besides.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from distlora import durable
 
@@ -30,7 +33,15 @@ _READ_BYTES = 2**20
 _THREADS = 2
 """Of a rank: one reads while the other hashes."""
 
-State = tuple[int, ...]
+
+class State(NamedTuple):
+    """What changes when a file does."""
+
+    inode: int
+    size: int
+    modified: int
+    """Nanoseconds since the epoch, as `changed`."""
+    changed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +54,9 @@ class Part:
 
 
 def state_of(file: Path) -> State:
-    """What changes when a file does."""
+    """Of a file, or of what a link leads to, now. Raises OSError where there is none."""
     found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def hub_digest(file: Path) -> str | None:
@@ -59,7 +70,7 @@ def hub_digest(file: Path) -> str | None:
 
 def remembered(folder: Path, file: Path) -> str | None:
     """The digest of a file that is as it was when it was hashed; None where it has to be hashed."""
-    return digest_in(_record(folder, file), file)
+    return digest_in(_record(folder, file, state_of(file)), file)
 
 
 def digest_in(record: Path, file: Path) -> str | None:
@@ -75,16 +86,16 @@ def digest_in(record: Path, file: Path) -> str | None:
 def remember(folder: Path, file: Path, state: State, digest: str, *, began: float) -> None:
     """Keep the digest of a file that was in `state` when hashing `began` (seconds since the epoch), if it is still, and
     was settled. Raises OSError where the cache cannot be written."""
-    *_, modified, changed = state
-    if began - max(modified, changed) / 1e9 < SETTLED_SECONDS or state_of(file) != state:
+    if began - max(state.modified, state.changed) / 1e9 < SETTLED_SECONDS or state_of(file) != state:
         return
-    record = _record(folder, file)
+    record = _record(folder, file, state)
     record.parent.mkdir(parents=True, exist_ok=True)
     durable.write_json(record, {"path": str(file), "state": list(state), "digest": digest})
 
 
-def _record(folder: Path, file: Path) -> Path:
-    return folder / f"source-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
+def _record(folder: Path, file: Path, state: State) -> Path:
+    told = json.dumps([os.fsencode(file).hex(), *state])
+    return folder / f"source-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
 def parts_of(file: Path, size: int) -> list[Part]:

@@ -1,0 +1,129 @@
+"""What a checkpoint's files hold, found out by ranks that see one file, or a copy each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.loading import source_digest
+from distlora.loading.source_content import Content, content_of
+from distlora.model import build_model
+from distlora.parallel import Ranks, parallelize
+from distlora.stopping import Stopped
+from worlds import World
+
+CONTENT = bytes(range(256)) * 40
+
+
+def look(
+    ranks: Ranks, *, config: Config, root: Path, machines: list[str], stop_at: int | None = None
+) -> tuple[Content | None, list[str], int] | str:
+    """What a rank finds out of the file `model` in the folder of its machine, by one cache."""
+    before = source_digest.SETTLED_SECONDS, source_digest.PART_BYTES
+    source_digest.SETTLED_SECONDS, source_digest.PART_BYTES = 0.0, 1024
+    said: list[str] = []
+    marks = 0
+
+    def mark(step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
+        nonlocal marks
+        marks += 1
+        if marks == stop_at:
+            raise Stopped(signal.SIGTERM)
+
+    backend = parallelize(build_model(config), ranks, config)
+    file = root / machines[ranks.rank] / "model"
+    try:
+        found = content_of([file], root / f"cache-{machines[ranks.rank]}", backend, said.append, mark)
+    except Stopped:
+        return "stopped"
+    finally:
+        source_digest.SETTLED_SECONDS, source_digest.PART_BYTES = before
+    return found, said, marks
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for machine in "ab":
+        (tmp_path / machine).mkdir()
+        (tmp_path / machine / "model").write_bytes(CONTENT)
+    return tmp_path
+
+
+@pytest.fixture
+def config(folders: Path) -> Config:
+    sections = {"model": {"path": str(folders / "llama")}, "data": {"path": "none", "sequence_length": 64}}
+    return build(Config, {**sections, "run_dir": "none"})
+
+
+def digest_of(file: Path) -> str:
+    parts = [source_digest.Part(file, at, at + 1024) for at in range(0, len(CONTENT), 1024)]
+    return source_digest.digest_of(source_digest.hash_parts(parts), len(CONTENT))
+
+
+def test_each_machine_looks_at_its_own_copy_and_one_file_is_shared_out(
+    world: World, root: Path, config: Config
+) -> None:
+    of_one = world.run(3, look, config=config, root=root, machines=["a", "a", "a"])
+    assert {found.digests[root / "a" / "model"] for found, *_ in of_one} == {digest_of(root / "a" / "model")}
+    assert sum(found.bytes_read for found, *_ in of_one) == len(CONTENT)
+    assert [len(said) for _, said, _ in of_one] == [1, 0, 0]
+    assert {marks for *_, marks in of_one} == {1}, "all ranks meet as often"
+
+    apart = ["a", "a", "b"]
+    shutil.rmtree(root / "cache-a")
+    alike = world.run(3, look, config=config, root=root, machines=apart)
+    assert [found.bytes_read for found, *_ in alike] == [len(CONTENT) // 2, len(CONTENT) // 2, len(CONTENT)]
+    assert len({*(digest for found, *_ in alike for digest in found.digests.values())}) == 1
+
+    # One byte of machine b's copy rots, in a part that a rank of machine a would look at if all shared.
+    rotten = root / "b" / "model"
+    rotten.write_bytes(CONTENT[:1500] + b"x" + CONTENT[1501:])
+    differing = world.run(3, look, config=config, root=root, machines=["b", "a", "a"])
+    assert [found for found, *_ in differing] == [None] * 3
+    assert source_digest.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
+
+
+def test_a_stop_is_heard_while_the_base_is_hashed(world: World, root: Path, config: Config) -> None:
+    stopped = world.run(2, look, config=config, root=root, machines=["a", "b"], stop_at=2)
+    assert stopped == ["stopped", "stopped"]
+    assert not list(root.glob("cache-*/sources/*"))
+
+
+def test_what_two_machines_know_of_one_path_stands_side_by_side(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a copy there, with an inode and times of its own, and they share a cache."""
+    monkeypatch.setattr(source_digest, "SETTLED_SECONDS", 0.0)
+    file, records, copy = root / "a" / "model", root / "sources", root / "b" / "model"
+    of_one, of_other = source_digest.state_of(file), source_digest.state_of(copy)
+    source_digest.remember(records, file, of_one, "tree:a", began=time.time() + 1)
+    monkeypatch.setattr(source_digest, "state_of", lambda path: of_other)
+    source_digest.remember(records, file, of_other, "tree:b", began=time.time() + 1)
+    assert source_digest.remembered(records, file) == "tree:b"
+    monkeypatch.setattr(source_digest, "state_of", lambda path: of_one)
+    assert source_digest.remembered(records, file) == "tree:a"
+
+
+def test_another_number_of_the_device_is_the_same_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another client of a file server gives it, or this one after its restart."""
+    file, records = root / "a" / "model", root / "sources"
+    state = source_digest.state_of(file)
+    source_digest.remember(records, file, state, "tree:a", began=time.time() + 10)
+    stat = Path.stat
+
+    def of_another_client(path: Path, **kwargs: bool) -> os.stat_result:
+        found = stat(path, **kwargs)
+        values = [found[index] for index in range(10)]
+        values[2] += 7
+        times = {name: getattr(found, name) for name in ("st_mtime_ns", "st_ctime_ns", "st_atime_ns")}
+        return os.stat_result(values, times)
+
+    monkeypatch.setattr(Path, "stat", of_another_client)
+    assert file.stat().st_dev == stat(file).st_dev + 7
+    assert source_digest.state_of(file) == state
+    assert source_digest.remembered(records, file) == "tree:a"

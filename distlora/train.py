@@ -81,6 +81,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         if newest is not None:
             restore(newest, model, optimizer, trained, backend)
             reporter.event(f"continuing from {newest.name}")
+        backend.compare_trained(model)
         describe(reporter, model, loaded, config, backend)
         describe_steps(reporter, loader, total_steps)
         if config.train.save_every is None and config.train.save_minutes is None:

@@ -25,6 +25,7 @@ from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import as_mapping, load_config
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
+from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
 from family_models import config_for
@@ -395,6 +396,66 @@ def test_a_byte_that_changed_in_one_copy_is_named_with_its_rank_on_all(
     assert f"{name}.codes, rows 1 to 1, differs between rank 1 and rank 3 after loading" in loaded
     assert "are the files in model.path the same on every machine?" in loaded
     assert f"{name}.offset differs between rank 0 and rank 2" in offset
+
+
+def begun_from_other_files(ranks: Ranks, *, run_dir: Path, section: str, files: dict[str, str]) -> str:
+    """How a run ends in which the second half of the ranks has other files where a setting points."""
+    config = load_config(run_dir)
+    if ranks.rank >= ranks.world // 2:
+        config = replace(config, **{section: replace(getattr(config, section), **files)})
+    with pytest.raises(DamagedWeightsError) as caught:
+        train.train(run_dir, config, ranks, Control(ranks, save_minutes=None))
+    return str(caught.value)
+
+
+def scaled_copy(folder: Path, to: Path, *parts: str) -> Path:
+    """A folder of safetensors whose tensors with these parts of names are 1.5 times as large."""
+    shutil.copytree(folder, to)
+    for file in to.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        changed = {name: 1.5 * t if any(part in name for part in parts) else t for name, t in tensors.items()}
+        safetensors.torch.save_file(changed, file, metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("ranks", "degree", "sections", "name"),
+    [
+        (2, 1, FULL, "model.embed_tokens.weight"),
+        (2, 1, SAVED, "model.embed_tokens.weight"),
+        (2, None, {"adapter": {"init_from": "adapter"}}, "model.layers.2.self_attn.o_proj.adapters.default.B"),
+        pytest.param(4, 2, FULL, "model.embed_tokens.weight", marks=pytest.mark.slow),
+        pytest.param(4, 2, SAVED, "model.embed_tokens.weight", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_that_begin_with_other_files_of_what_is_trained_do_not_begin(
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    ranks: int,
+    degree: int | None,
+    sections: dict[str, Any],
+    name: str,
+) -> None:
+    if "init_from" in sections["adapter"]:
+        here = request.getfixturevalue("one_copy") / "adapter"
+        sections = {"adapter": {"init_from": str(here)}}
+        section, files = (
+            "adapter",
+            {"init_from": str(scaled_copy(here, tmp_path / "other", "2.self_attn.o_proj.lora_B"))},
+        )
+    else:
+        section, files = "model", {"path": str(scaled_copy(folders / "llama", tmp_path / "other", "embed", "lm_head"))}
+    cluster = {"gpus_per_node": ranks}
+    make_run(tmp_path / "run", folders, parallel={"shard_degree": degree}, cluster=cluster, **sections)
+    messages = world.run(ranks, begun_from_other_files, run_dir=tmp_path / "run", section=section, files=files)
+    assert len(set(messages)) == 1
+    said = f"{name}, which is trained, differs between rank 0 and rank {ranks // 2} before the first step"
+    assert said in messages[0]
+    assert "in adapter.init_from where it is set, and in the run's folder the same on every machine?" in messages[0]
+    assert read_metrics(tmp_path / "run") == []
 
 
 # --- refusals ---

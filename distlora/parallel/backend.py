@@ -17,7 +17,7 @@ from distlora import host_memory
 from distlora.config import UserError
 from distlora.model import CausalLM
 from distlora.parallel.adapter_sync import GradientReducer
-from distlora.parallel.integrity import FrozenWeights
+from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks
 from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, local_rows
@@ -157,6 +157,11 @@ class Backend:
         if any(not parameter.requires_grad for parameter in model.parameters()):
             self._frozen = FrozenWeights(model, self)
             self._frozen.check_next_forward()
+
+    def compare_trained(self, model: CausalLM) -> None:
+        """Before the first step, when all is loaded: that ranks begin with the same of what is trained. Raises
+        DamagedWeightsError (`integrity`)."""
+        compare_trained(model, self)
 
     def check_weights(self) -> None:
         """Whether the frozen base is still what was loaded: each rank's own rows now, and in the next forward what is

@@ -6,6 +6,9 @@ they are loaded, and all ranks exchange them. The first forward checks what it g
 them, and ends the run before anything is trained; a rank can check its own rows again at any time (`train.verify`).
 Where there are several copies of the base, each is checked within itself, and all are the same once loaded.
 
+What is trained changes, so it is compared once, when a run begins: ranks that read other files would train two models
+on the sum of their gradients, with a loss that looks healthy.
+
 Letters: T tensors, W ranks of a copy of the base, C copies.
 """
 
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from distlora.adapters import adapter_parameters
@@ -170,6 +174,38 @@ class FrozenWeights:
                 "those that got it, damages bytes"
             )
         return f"the frozen base is damaged: {frozen.name}, {rows}, are not what rank {owner} loaded{more}; {where}"
+
+
+@torch.no_grad()
+def compare_trained(model: CausalLM, backend: Backend) -> None:
+    """When all that a run begins with is in place, and before it is trained: whether ranks that must have the same of
+    it do. Adapters are the same on all, what is cut is in each copy of the base. Every rank must call it alike; the
+    host waits for the device once. Raises DamagedWeightsError on all of them."""
+    trained = list(_trained(model))
+    if backend.ranks.group is None or not trained:
+        return
+    rows = [backend.local_rows(tensor)[0] for _, tensor in trained]
+    ours = torch.cat([_of(tensor).to(backend.ranks.device) for tensor in rows])
+    everyone, count = backend.gather_ranks(ours).cpu(), backend.shards.count  # (C W, T)
+    cut = torch.tensor([isinstance(tensor.data, DTensor) for _, tensor in trained])
+    first = torch.where(cut, everyone[:count].repeat(backend.shards.copies, 1), everyone[0])
+    odd = (everyone != first).nonzero()
+    if len(odd):
+        rank, index = odd[0].tolist()
+        raise DamagedWeightsError(
+            f"{trained[index][0]}, which is trained, differs between rank {rank % count if cut[index] else 0} and rank "
+            f"{rank} before the first step, though both must begin with the same numbers: are the files in model.path, "
+            "in adapter.init_from where it is set, and in the run's folder the same on every machine? If so, memory or "
+            f"a disk damages bytes. {_NEXT}"
+        )
+
+
+def _trained(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that is trained, and of what DPO compares it with."""
+    names = {parameter: model.hf_name(path) for path, parameter in model.named_parameters() if parameter.requires_grad}
+    yield from ((name, parameter) for parameter, name in names.items())
+    for block in model.blocks:
+        yield from ((f"the start of {names[parameter]}", start) for parameter, start in block.started.items())
 
 
 _NEXT = (

@@ -212,8 +212,8 @@ class Costs:
         tokens = at_once if kept_tokens is None else kept_tokens
         layers, kept = self.decoder.layers, self.kept(mode)
         offloads = mode == "offload"
-        # The gradient of all tokens comes in; where they are run in slices, each slice's is as large.
-        gradients = (1 if tokens == at_once else 3) * tokens * self.boundary
+        # The gradient of all tokens comes in; where they are run in slices, the one that goes out grows beside it.
+        gradients = (1 if tokens == at_once else 2) * tokens * self.boundary
         return Activations(
             kept=at_once * _OFFLOADED_IN_FLIGHT * kept if offloads else tokens * layers * kept,
             kept_on_host=tokens * layers * kept if offloads else 0,

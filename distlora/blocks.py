@@ -128,11 +128,13 @@ class Block(nn.Module):
         if batch % self.num_micro:
             raise ValueError(f"a batch of {batch} rows cannot be run in {self.num_micro} equal slices")
         size = batch // self.num_micro
+        # In one call: its backward joins the slices' gradients once. That of an index makes one as large as all slices
+        # for each of them, and adds it up.
+        inputs = hidden_states.split(size) if self.num_micro > 1 else (hidden_states,)
         outputs, balances = [], []
-        for start in range(0, batch, size):
-            part = slice(start, start + size)
+        for index, hidden in enumerate(inputs):
+            part = slice(index * size, (index + 1) * size)
             sliced = {name: _slice(name, value, part, batch) for name, value in kwargs.items()}
-            hidden = hidden_states[part] if self.num_micro > 1 else hidden_states
             output, balance = self._run(hidden, rows.part(part), sliced)
             outputs.append(output)
             balances += [] if balance is None else [balance]

@@ -100,6 +100,37 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
         assert costs.step(mode, at_once=TOKENS, tile=tile).peak == pytest.approx(peak, rel=0.05), (mode, tile)
 
 
+def test_in_slices_a_step_has_the_gradients_of_all_once_each_way_whatever_their_number(tmp_path: Path) -> None:
+    model, costs = load(tmp_path, "llama", NARROW)
+    set_mode(model, "block", None)
+    for slices in (4, 32):
+        model.set_num_micro(slices)
+        ids, positions = tokens(slices, 64), POSITIONS[:, :64].repeat(slices, 1)
+        gradient = slices * 64 * costs.boundary
+        with Made(model) as made:
+            before = last_blocks_gradient(model, made)
+            hidden = model.hidden_states(ids, positions, documents=Documents.of(positions))
+            hidden.backward(torch.ones_like(hidden))
+        step = costs.step("block", at_once=64, kept_tokens=slices * 64)
+        assert made.peak - before[0] + gradient == pytest.approx(step.working, rel=0.05), slices
+
+
+def last_blocks_gradient(model: CausalLM, made: Made) -> list[int]:
+    """Bytes alive when the last block's backward begins, from where the peak counts; what comes in is one of them."""
+    found: list[int] = []
+
+    def begin(gradient: torch.Tensor) -> None:
+        made.peak = made.alive
+        found.append(made.alive)
+
+    def watch(block: Any, arguments: Any, output: torch.Tensor) -> None:
+        output.register_hook(begin)
+        handle.remove()
+
+    handle = model.blocks[-1].register_forward_hook(watch)
+    return found
+
+
 def test_what_a_linear_without_an_adapter_reads_is_not_kept(tmp_path: Path) -> None:
     model, costs = load(tmp_path, "llama", NARROW, target_modules=["q_proj", "down_proj"])
     assert costs.ranks == AdaptedRanks(qkv=4, down=4)

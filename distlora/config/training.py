@@ -96,7 +96,8 @@ class TrainConfig:
     1/3 more compute. `selective` recomputes the MLP and the norm before it and keeps attention, whose recomputation
     grows with the square of a row: about 10 bytes an element of the hidden state more than `block`. `offload` is
     `block` with the inputs in host memory, which takes layers x hidden x 2 B for each token that they are kept of
-    (`accumulate`); the device holds two. `none` keeps all and recomputes nothing."""
+    (`accumulate`); the device holds two, and with accumulate=block a whole step's input and output of the block at
+    work. `none` keeps all and recomputes nothing."""
     mlp_tile: int | None = None
     """Tokens of each row that an MLP runs at once, in backward too, where it recomputes each tile: of its inner columns
     a tile's exist and not a row's. For rows from about 16,384 tokens; results differ by rounding alone. Weights in NF4

@@ -1,6 +1,7 @@
 """The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step
-(an 8-bit optimizer does: optim.py; and the first forward, with train.verify the one after each save too, reads whether
-the base is what was loaded: parallel/integrity.py).
+(an 8-bit optimizer does: optim.py; so does DeepSpeed, for which the host waits too, with parallel=zero3:
+parallel/README.md; and the first forward, with train.verify the one after each save too, reads whether the base is what
+was loaded: parallel/integrity.py).
 
 A step: loss = sum over the units (target tokens, pairs of answers) of all ranks and micro-batches / their number, which
 the loader knows in advance; backward; one sum over ranks; clip; update. Losses and norms stay on the device until the

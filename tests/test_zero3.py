@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora import startup, train, wire
 from distlora.bench.collectives import Collectives
 from distlora.families import read_config
-from distlora.parallel import Ranks
+from distlora.parallel import Ranks, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.shapes import shapes_of
 from small_models import NEW_TOKENS, make_run, read_metrics
@@ -257,6 +258,63 @@ def test_a_quantized_checkpoint_is_kept_as_it_is(alone: Alone, folders: Path, tm
         results[size] = outcome(alone, size, tmp_path / str(size))
     assert_losses_close(results[3][0], results[1][0])
     assert_adapters_close(results[3][1], results[1][1])
+
+
+class Passed:
+    """A CUDA event, where there is no GPU: the device has passed it when the host has waited for it."""
+
+    def __init__(self, events: list[Passed]) -> None:
+        self.is_waited_for = False
+        events.append(self)
+
+    def synchronize(self) -> None:
+        self.is_waited_for = True
+
+
+def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
+    """When a unit is let go: units that were before, and that the host has not waited for. Of an evaluation, then two
+    micro-batches."""
+    config = train.load_config(run_dir)
+    events: list[Passed] = []
+    ahead = []
+
+    def record(device: torch.device) -> Passed:
+        ahead.append(sum(not event.is_waited_for for event in events))
+        return Passed(events)
+
+    tokens = torch.arange(40)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero3, "passed_event", record)
+        model, backend, _ = startup.start_model(config, ranks)
+        backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
+        with torch.no_grad():
+            model(tokens, tokens, tokens)
+        for last in (False, True):
+            backend.backward(model(tokens, tokens, tokens).sum(), last=last)
+    backend.finish_gradients()
+    return ahead
+
+
+def test_the_host_never_has_more_than_two_units_before_a_gpu(alone: Alone, folders: Path, tmp_path: Path) -> None:
+    """So that what was let go is free for what is gathered."""
+    make_run(tmp_path / "run", folders, parallel=ZERO3)
+    for ahead in alone.run(3, units_ahead, run_dir=tmp_path / "run"):
+        assert len(ahead) == 3 * (3 + 2) + 2 * 3, "forward: three blocks, embedding, head; backward: three blocks"
+        assert ahead[0] == 0
+        assert set(ahead[1:]) == {1}, "the one before it alone: not none, which would leave the device without work"
+
+
+def test_rows_in_host_memory_are_sent_while_the_host_goes_on_and_stay_where_they_are() -> None:
+    rows: Any = torch.arange(6)
+    rows.ds_numel, rows.status, rows.final_location = 6, "available", None
+    parameter = SimpleNamespace(ds_tensor=rows)
+    with zero3.sent_to(torch.device("cpu"), [parameter]):
+        assert parameter.ds_tensor is rows, "nothing is copied where it lies already"
+    with zero3.sent_to(torch.device("meta"), [parameter]):
+        sent: Any = parameter.ds_tensor
+        assert sent.device.type == "meta"
+        assert (sent.ds_numel, sent.status, sent.final_location) == (6, "available", None)
+    assert parameter.ds_tensor is rows
 
 
 def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ class ParallelConfig:
     which only gradients travel. null: one copy over all ranks. `node`: those of one machine (cluster.gpus_per_node).
     1: every rank has the base whole. With n, a rank's memory for the base is 1/n of it."""
     offload_base: bool = False
-    """Keep each rank's share of the base in (pinned) host memory; needs parallel=zero3. A GPU then holds two blocks of
-    it, and a step waits for the host: its bytes cross PCIe with each gather."""
+    """Keep each rank's share of the base in (pinned) host memory; needs parallel=zero3. A GPU then holds three blocks'
+    bytes of it, or two and the head's, and its share of each crosses PCIe with each gather, beside the block before."""
     deepspeed_config: str | None = None
     """A JSON file of DeepSpeed's own settings for parallel=zero3: how far ahead it gathers, what it keeps gathered."""
     prefetch: bool = True

@@ -9,12 +9,14 @@ README.md.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -78,7 +80,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     embedding, head = _Unit(take(model.embedding.modules())), _Unit(take([model.head]))
     blocks = [_Unit(take(block.modules())) for block in model.blocks]
     rest = _Unit(take(model.modules()))
-    units = Units(rest, embedding, blocks, head, gathering)
+    units = Units(rest, embedding, blocks, head, gathering, device)
     units.hook(model)
     model.notes.append(
         f"DeepSpeed {version('deepspeed')} (ZeRO-3) gathers the base, "
@@ -98,7 +100,13 @@ class Units:
     """
 
     def __init__(
-        self, rest: _Unit, embedding: _Unit, blocks: Sequence[_Unit], head: _Unit, gathering: Gathering
+        self,
+        rest: _Unit,
+        embedding: _Unit,
+        blocks: Sequence[_Unit],
+        head: _Unit,
+        gathering: Gathering,
+        device: torch.device,
     ) -> None:
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
@@ -121,6 +129,9 @@ class Units:
         self._coordinator = self._offload.get_param_coordinator()
         self._in_backward: _Unit | None = None
         """The unit whose backward runs."""
+        self._device = device
+        self._passed: collections.deque[torch.cuda.Event] = collections.deque()
+        """When the device has done with each unit that was let go."""
 
     def hook(self, model: CausalLM) -> None:
         """Gather from now on what a forward of `model` and the backward after it need, when they need it."""
@@ -147,7 +158,7 @@ class Units:
         self._fetch(unit, forward=True)
 
     def _after(self, unit: _Unit, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._coordinator.release_sub_module(unit, forward=True)
+        self._release(unit, forward=True)
 
     def _after_block(self, unit: _Unit, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._after(unit, module, arguments, output)
@@ -162,7 +173,7 @@ class Units:
 
     def _end_unit(self) -> None:
         if self._in_backward is not None:
-            self._coordinator.release_sub_module(self._in_backward, forward=False)
+            self._release(self._in_backward, forward=False)
             self._in_backward = None
 
     def end_backward(self) -> None:
@@ -170,7 +181,17 @@ class Units:
         self._end_unit()
         self._coordinator.release_sub_module(self._rest, forward=True)
 
+    def _release(self, unit: _Unit, *, forward: bool) -> None:
+        self._coordinator.release_sub_module(unit, forward=forward)
+        if (passed := passed_event(self._device)) is not None:
+            self._passed.append(passed)
+
     def _fetch(self, unit: _Unit, *, forward: bool) -> None:
+        # What was let go is free for the next gather when the device has passed it, which DeepSpeed does not wait for:
+        # a host that runs ahead takes new memory for each unit. So the device has the unit before this one to do at
+        # the most.
+        while len(self._passed) > 1:
+            self._passed.popleft().synchronize()
         coordinator = self._coordinator
         coordinator.trace_prologue(unit)
         if coordinator.is_record_trace():
@@ -229,7 +250,31 @@ class _Partition:
         """Gather `parameters` by DeepSpeed's function, which each of them carries; count the bytes of the result."""
         parts = [parameter.ds_tensor for parameter in parameters]
         self._traffic.gathered_bytes += self._shards.count * sum(part.nbytes for part in parts)
-        return gather(parameters, **options)
+        with sent_to(self._device, parameters):
+            return gather(parameters, **options)
+
+
+@contextlib.contextmanager
+def sent_to(device: torch.device, parameters: Sequence[Any]) -> Iterator[None]:
+    """While this lasts, `parameters` have their parts on `device`: those of host memory as copies that the current
+    stream (DeepSpeed's, of gathers) makes. DeepSpeed would copy by itself, and have the host wait for it.
+    """
+    parts = [parameter.ds_tensor for parameter in parameters]
+    try:
+        for parameter, part in zip(parameters, parts, strict=True):
+            if part.device != device:
+                sent: Any = part.to(device, non_blocking=True)
+                sent.ds_numel, sent.status, sent.final_location = part.ds_numel, part.status, part.final_location
+                parameter.ds_tensor = sent
+        yield
+    finally:
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.ds_tensor = part
+
+
+def passed_event(device: torch.device) -> torch.cuda.Event | None:
+    """What tells when `device` has done all that it was given so far; None of a CPU, which has."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def start_deepspeed(device: torch.device) -> None:

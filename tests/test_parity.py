@@ -26,8 +26,13 @@ def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
 
 def outcome(world: World, size: int, run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses (training and held out, in order) and the final adapter of a prepared run."""
-    metrics = world.run(size, run_once, run_dir=run_dir)[0]
-    losses = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
+    world.run(size, run_once, run_dir=run_dir)
+    return result_of(run_dir)
+
+
+def result_of(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """`outcome` of a run that has ended."""
+    losses = [line["loss"] if "loss" in line else line["eval_loss"] for line in read_metrics(run_dir)]
     return losses, safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
 
 

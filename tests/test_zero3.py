@@ -26,12 +26,13 @@ from distlora.shapes import shapes_of
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
-from test_parity import adapters_after, outcome
+from test_parity import adapters_after, outcome, result_of
 from test_prequantized import VARIANTS, quantize
 from test_resume import run_until
 from worlds import World, start_world
 
 ZERO3 = {"backend": "zero3"}
+STEPS = {"max_steps": 5}
 
 
 class Alone:
@@ -61,6 +62,7 @@ def alone() -> Iterator[Alone]:
 
 CELLS = [
     # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
+    ("llama", 2, {"micro_batch": 2, "accumulate": "step", "checkpointing": "block"}, {}),
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, {"offload_base": True}),
 ]
 MORE_CELLS = [
@@ -85,7 +87,7 @@ def references(alone: Alone, folders: Path, tmp_path_factory: pytest.TempPathFac
     class Lazily(dict[str, Any]):
         def __missing__(self, model: str) -> Any:
             run_dir = tmp_path_factory.mktemp("reference") / model
-            make_run(run_dir, folders, model, train={"micro_batch": 12, "checkpointing": "none"})
+            make_run(run_dir, folders, model, train=STEPS | {"micro_batch": 12, "checkpointing": "none"})
             self[model] = outcome(alone, 1, run_dir)
             return self[model]
 
@@ -107,8 +109,11 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     settings: dict[str, Any],
     parallel: dict[str, Any],
 ) -> None:
-    make_run(tmp_path / "run", folders, model, train=settings, parallel=ZERO3 | parallel)
-    losses, adapter = outcome(alone, size, tmp_path / "run")
+    make_run(tmp_path / "run", folders, model, train=STEPS | settings, parallel=ZERO3 | parallel)
+    first, *others = alone.run(size, adapters_after, run_dir=tmp_path / "run")
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first), "adapters differ between ranks"
+    losses, adapter = result_of(tmp_path / "run")
     expected_losses, expected_adapter = references[model]
     assert_losses_close(losses, expected_losses)
     assert_adapters_close(adapter, expected_adapter)
@@ -126,21 +131,20 @@ def test_a_rank_holds_exactly_its_slice_of_the_whole_quantization(
     check_slices(alone.run(3, own_rows, folder=folders / model, parallel=ZERO3 | parallel), folders / model)
 
 
-def test_adapters_are_bit_identical_on_every_rank(alone: Alone, folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, train={"max_steps": 2, "micro_batch": 2}, parallel=ZERO3)
-    first, *others = alone.run(3, adapters_after, run_dir=tmp_path / "run")
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
-
-
-def gathered_in_steps(ranks: Ranks, *, run_dir: Path, steps: int) -> tuple[list[int], list[int], int, bool]:
-    """(bytes that a step gathered by our count; as torch issues them; bytes of the base that are gathered after the
-    last; whether torch's F.linear is still torch's).
+def gathered_in_steps(
+    ranks: Ranks, *, run_dir: Path, evaluations: int, steps: int
+) -> tuple[list[int], list[int], int, bool]:
+    """Of some steps, behind so many forwards of an evaluation: (bytes that a step gathered by our count; as torch
+    issues them; bytes of the base that are gathered after the last; whether torch's F.linear is still torch's).
     """
     config = train.load_config(run_dir)
     loader, _ = train.open_data(run_dir, config, ranks)
     model, backend, _ = startup.start_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
+    with torch.no_grad():
+        for _ in range(evaluations):
+            micro = loader.batch(0).micro_batches[0]
+            model(micro.input_ids, micro.position_ids, micro.labels)
     ours, theirs = [], []
     for number in range(steps):
         backend.traffic.take()
@@ -164,28 +168,30 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
     block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
-    for prefetch in (False, True):
-        settings, run_dir = {"micro_batch": 2, "global_batch": 12}, tmp_path / str(prefetch)
+    # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
+    # that gathering a block ahead comes upon it while it is there. Not where DeepSpeed has learned in an evaluation
+    # that it goes.
+    settings = {"micro_batch": 2, "global_batch": 12}
+    for prefetch, evaluations, stays in ((False, 0, [0, 0]), (True, 0, [1, 2]), (True, 2, [0, 0])):
+        run_dir = tmp_path / f"{prefetch}-{evaluations}"
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
         whole = wire.ours(config, shapes, world=3, accumulation=2).gathered
-        # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
-        # that gathering a block ahead comes upon it while it is there.
-        expected = [whole - block, *[whole - 2 * block] * 3] if prefetch else [whole] * 4
-        for ours, theirs, left, intact in alone.run(3, gathered_in_steps, run_dir=run_dir, steps=4):
+        expected = [whole - count * block for count in stays]
+        passes = {"run_dir": run_dir, "evaluations": evaluations, "steps": len(stays)}
+        for ours, theirs, left, intact in alone.run(3, gathered_in_steps, **passes):
             assert ours == theirs == expected
             assert left == 0, f"{left} bytes of the base stay gathered after backward"
             assert intact, "F.linear was exchanged for the whole process"
 
 
 @pytest.mark.slow
-def test_two_copies_of_the_base_are_the_run_of_one(folders: Path, tmp_path: Path, references: dict[str, Any]) -> None:
-    make_run(
-        tmp_path / "run",
-        folders,
-        train={"micro_batch": 3},
-        cluster={"gpus_per_node": 4},
-        parallel=ZERO3 | {"shard_degree": 2},
-    )
+@pytest.mark.parametrize("degree", [None, 2])
+def test_four_ranks_that_cut_one_copy_or_two_are_one_rank(
+    folders: Path, tmp_path: Path, references: dict[str, Any], degree: int | None
+) -> None:
+    parallel = ZERO3 | {"shard_degree": degree}
+    train = STEPS | {"micro_batch": 3}
+    make_run(tmp_path / "run", folders, train=train, cluster={"gpus_per_node": 4}, parallel=parallel)
     with start_world(4, regroups=True) as four:
         losses, adapter = outcome(four, 4, tmp_path / "run")
     assert_losses_close(losses, references["llama"][0])
@@ -198,11 +204,11 @@ def test_a_run_goes_on_with_the_other_backend(
 ) -> None:
     """Half of it with FSDP2 on two ranks and half with ZeRO-3 on three, and the other way round."""
     run_dir = tmp_path / "run"
-    make_run(run_dir, folders, train={"micro_batch": 2}, parallel={"backend": "fsdp2"})
+    make_run(run_dir, folders, train=STEPS | {"micro_batch": 2}, parallel={"backend": "fsdp2"})
     place = run_dir / "config.yaml"
-    alone.run(2, run_until, run_dir=run_dir, stop_before=3)
+    alone.run(2, run_until, run_dir=run_dir, stop_before=2)
     place.write_text(place.read_text().replace("backend: fsdp2", "backend: zero3"))
-    alone.run(3, run_until, run_dir=run_dir, stop_before=6)
+    alone.run(3, run_until, run_dir=run_dir, stop_before=4)
     place.write_text(place.read_text().replace("backend: zero3", "backend: fsdp2"))
     losses, adapter = outcome(alone, 3, run_dir)
     assert_adapters_close(adapter, references["llama"][1])
@@ -298,7 +304,7 @@ def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
 def test_the_host_never_has_more_than_two_units_before_a_gpu(alone: Alone, folders: Path, tmp_path: Path) -> None:
     """So that what was let go is free for what is gathered."""
     make_run(tmp_path / "run", folders, parallel=ZERO3)
-    for ahead in alone.run(3, units_ahead, run_dir=tmp_path / "run"):
+    for ahead in alone.run(2, units_ahead, run_dir=tmp_path / "run"):
         assert len(ahead) == 3 * (3 + 2) + 2 * 3, "forward: three blocks, embedding, head; backward: three blocks"
         assert ahead[0] == 0
         assert set(ahead[1:]) == {1}, "the one before it alone: not none, which would leave the device without work"

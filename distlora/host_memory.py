@@ -43,12 +43,17 @@ def memory_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Uninitialized host memory of each tensor's shape and dtype, contiguous; pinned for those of a GPU."""
     found: dict[int, Tensor] = {}
     for pinned, kind in _kinds(tensors).items():
-        sizes, places = lay_out([tensor.nbytes for tensor in kind])
-        chunks = [take_chunk(size, pinned=pinned) for size in sizes]
-        for tensor, (chunk, first) in zip(kind, places, strict=True):
-            taken = chunks[chunk][first : first + tensor.nbytes]
-            found[id(tensor)] = taken.view(tensor.dtype).view(tensor.shape)
+        places = take_places([tensor.nbytes for tensor in kind], pinned=pinned)
+        for tensor, place in zip(kind, places, strict=True):
+            found[id(tensor)] = place.view(tensor.dtype).view(tensor.shape)
     return [found[id(tensor)] for tensor in tensors]
+
+
+def take_places(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
+    """Uninitialized host memory, (size,) uint8 for each of `sizes`, in the chunks of `lay_out`."""
+    chunks, places = lay_out(sizes)
+    memory = [take_chunk(size, pinned=pinned) for size in chunks]
+    return [memory[chunk][first : first + size] for size, (chunk, first) in zip(sizes, places, strict=True)]
 
 
 def take_chunk(size: int, *, pinned: bool) -> Tensor:

@@ -39,6 +39,7 @@ def test_a_gpu_s_tensors_and_others_in_turn_share_two_chunks(monkeypatch: pytest
     ("sizes", "most"),
     [
         ([71 * MIB] * 600, 1.1),  # A rank's rows of 32B on eight: each by itself would take 128 MiB.
+        ([668 * MIB] * 2 + [37 * MIB] * 240 + [10 * MIB] * 160 + [MIB] * 160, 1.01),  # Of 70B on three, largest first.
         ([MIB // 2] * 900 + [100], 1.2),
         ([300 * MIB, 64, 20 * MIB, 1000], 1.8),
         ([2048 * MIB, 71 * MIB, 71 * MIB], 1.1),

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train, wire
+from distlora import host_memory, startup, train, wire
 from distlora.bench.collectives import Collectives
+from distlora.config import UserError
 from distlora.families import read_config
-from distlora.parallel import Ranks, zero3
+from distlora.model import build_model
+from distlora.parallel import Ranks, Shards, parallelize, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.shapes import shapes_of
 from small_models import NEW_TOKENS, make_run, read_metrics
@@ -264,6 +266,55 @@ def test_a_quantized_checkpoint_is_kept_as_it_is(alone: Alone, folders: Path, tm
         results[size] = outcome(alone, size, tmp_path / str(size))
     assert_losses_close(results[3][0], results[1][0])
     assert_adapters_close(results[3][1], results[1][1])
+
+
+def start_without_room(ranks: Ranks, *, run_dir: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
+        patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
+        patch.setattr(host_memory, "take_chunk", lambda size, *, pinned: pytest.fail("this ends by the kernel"))
+        with pytest.raises(UserError) as error:
+            startup.start_model(train.load_config(run_dir), ranks)
+    return str(error.value)
+
+
+def test_a_base_that_host_memory_has_no_room_for_is_refused_on_every_rank(
+    alone: Alone, folders: Path, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"offload_base": True})
+    messages = alone.run(2, start_without_room, run_dir=tmp_path / "run")
+    for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
+        assert message == (
+            "parallel.offload_base=true takes 0.06 GiB of host memory for each process' share of the base, and a "
+            f"machine lacks it: this one has {left} left for 2; leave it out, or share the base among more machines"
+        )
+
+
+def rows_and_chunks(ranks: Ranks, *, run_dir: Path) -> tuple[int, list[int], int]:
+    """Of a base in host memory: (bytes of this rank's rows, chunks that are taken for them, what is asked for)."""
+    config, taken = train.load_config(run_dir), []
+
+    def take(size: int, *, pinned: bool) -> torch.Tensor:
+        taken.append(size)
+        return torch.full((size,), 7, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_memory, "take_chunk", take)
+        patch.setattr(host_memory, "CHUNK_BYTES", 2**12)
+        model = build_model(config, training=True)
+        asked = zero3.host_bytes(model, Shards.over(ranks))
+        backend = parallelize(model, ranks, config)
+    rows = [backend.local_rows(p)[0] for p in model.parameters() if hasattr(p, "cut")]
+    assert not any(bool(own.any()) for own in rows), "those that fill the last share are gathered with it"
+    return sum(own.nbytes for own in rows), taken, asked
+
+
+def test_a_base_in_host_memory_lies_in_a_few_chunks(alone: Alone, folders: Path, tmp_path: Path) -> None:
+    """Pinned memory is rounded up to powers of two: tensor by tensor three ranks took 1.66 times a 70B base's."""
+    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"offload_base": True})
+    for nbytes, taken, asked in alone.run(3, rows_and_chunks, run_dir=tmp_path / "run"):
+        assert nbytes < sum(taken) == asked
+        assert len(taken) < 10, "three blocks have 70 tensors"
 
 
 class Passed:

@@ -21,7 +21,10 @@ __all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ran
 
 
 def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
-    """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled."""
+    """Shard `model` (on meta) as the config says, all but its adapters, and give its memory to the device, unfilled.
+
+    Raises UserError, on every rank, where a machine lacks host memory for a base that is kept there.
+    """
     backend = Backend(ranks, Shards.over(ranks, config.shard_degree(ranks.world)), _root=model)
     prefetch, traffic = config.parallel.prefetch, backend.traffic
     if backend.sharded and config.parallel.backend == "zero3":
@@ -29,6 +32,13 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
         from distlora.parallel import zero3
 
         gathering = read_gathering(config.parallel)
+        if gathering.offload:
+            backend.require_host_memory(
+                zero3.host_bytes(model, backend.shards),
+                "parallel.offload_base=true",
+                "each process' share of the base",
+                "leave it out, or share the base among more machines",
+            )
         units = zero3.shard(model, backend.shards, gathering, device=ranks.device, traffic=traffic)
         backend.after_backward = units.end_backward
     elif backend.sharded:

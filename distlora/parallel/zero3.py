@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distlora import host_memory
 from distlora.adapters import adapter_parameters
 from distlora.deepspeed_file import Gathering, check_deepspeed
 from distlora.model import CausalLM
@@ -51,6 +52,24 @@ class _Unit(nn.Module):
             self.register_parameter(str(index), parameter)
 
 
+def host_bytes(model: CausalLM, shards: Shards) -> int:
+    """Host memory that a rank takes where the base of `model` is kept there."""
+    sizes = [own_shape(parameter, shards).numel() * parameter.itemsize for parameter in _gathered(model)]
+    return sum(host_memory.lay_out(sizes)[0])
+
+
+def _gathered(model: CausalLM) -> list[nn.Parameter]:
+    """All but the adapters', a tied one once; the largest first, so that little is lost at the ends of chunks."""
+    adapters = set(adapter_parameters(model).values())
+    found = [parameter for parameter in model.parameters() if parameter not in adapters]
+    return sorted(found, key=lambda parameter: -parameter.nbytes)
+
+
+def own_shape(parameter: Tensor, shards: Shards) -> torch.Size:
+    """Of the rows that each rank has memory for."""
+    return torch.Size((-(-parameter.shape[0] // shards.count), *parameter.shape[1:]))
+
+
 def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torch.device, traffic: Traffic) -> Units:
     """Cut every parameter of `model` (on meta) but the adapters' over the ranks, give this rank's rows their memory,
     and gather units around their forward and backward from now on.
@@ -60,7 +79,8 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     check_deepspeed()
     start_deepspeed(device)
     partition = _Partition(shards, gathering, device=device, traffic=traffic)
-    ignored = set(adapter_parameters(model).values())
+    gathered = _gathered(model)
+    rows = dict(zip(gathered, partition.memory(gathered), strict=True))
     taken: dict[nn.Parameter, nn.Parameter] = {}
 
     def take(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -68,11 +88,11 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
         found = []
         for module in modules:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter in ignored or hasattr(parameter, "cut"):
+                if parameter not in rows:  # An adapter's, or cut already.
                     continue
                 assert not parameter.requires_grad, "ZeRO-3 gathers what is frozen"
                 if parameter not in taken:
-                    taken[parameter] = partition.cut(parameter)
+                    taken[parameter] = partition.cut(parameter, rows[parameter])
                 setattr(module, name, taken[parameter])
                 found.append(taken[parameter])
         return found
@@ -209,8 +229,7 @@ class _Partition:
         import deepspeed
 
         self._shards, self._device, self._traffic = shards, device, traffic
-        self._home = torch.device("cpu") if gathering.offload else device
-        self._pin = gathering.offload and gathering.pin_memory and device.type == "cuda"
+        self._offload, self._pin = gathering.offload, gathering.pin_memory and device.type == "cuda"
         self._init = deepspeed.zero.Init(
             data_parallel_group=shards.group,
             mem_efficient_linear=False,  # It exchanges torch's F.linear for the whole process.
@@ -219,22 +238,33 @@ class _Partition:
         )
         self._init.allgather_sequential = gathering.allgather_sequential
 
-    def cut(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What takes the place of `parameter`: this rank's rows of it, zeros until it is loaded.
+    def memory(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """For this rank's rows of each, zeros."""
+        shapes = [own_shape(parameter, self._shards) for parameter in parameters]
+        if not self._offload:
+            kinds = zip(shapes, parameters, strict=True)
+            return [torch.zeros(shape, dtype=parameter.dtype, device=self._device) for shape, parameter in kinds]
+        sizes = [shape.numel() * parameter.itemsize for shape, parameter in zip(shapes, parameters, strict=True)]
+        places = host_memory.take_places(sizes, pinned=self._pin)
+        return [
+            place.zero_().view(parameter.dtype).view(shape)
+            for place, parameter, shape in zip(places, parameters, shapes, strict=True)
+        ]
+
+    def cut(self, parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        """What takes the place of `parameter`: this rank's `rows` of it.
 
         DeepSpeed cuts the flat tensor in equal parts; with dim 0 padded to a multiple of the ranks those are our rows.
         Its own way to cut a tensor needs it whole, on every rank, and broadcasts it.
         """
         from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
-        count, shape = self._shards.count, parameter.shape
-        own = torch.Size((-(-shape[0] // count), *shape[1:]))
-        padded = torch.Size((count * own[0], *shape[1:]))
+        shape, own = parameter.shape, rows.shape
+        padded = torch.Size((self._shards.count * own[0], *shape[1:]))
         # The shape without its memory.
         empty = torch.empty((), dtype=parameter.dtype, device=self._device).expand(padded)
         cut: Any = nn.Parameter(empty, requires_grad=False)
         self._init._convert_to_deepspeed_param(cut)
-        rows = torch.zeros(own, dtype=parameter.dtype, device=self._home, pin_memory=self._pin)
         cut.ds_tensor = rows.view(-1)
         cut.ds_tensor.ds_numel = rows.numel()
         cut.ds_tensor.status = PartitionedParamStatus.AVAILABLE

@@ -33,14 +33,14 @@ def write_entry(cache: Path, number: int, base: str, *, groups: int, days: float
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
-    write_entry(tmp_path / "quantized", 0xA1, "org/large", groups=GROUPS)
-    write_entry(tmp_path / "quantized", 0xA2, "org/large", groups=GROUPS, days=9)
-    write_entry(tmp_path / "quantized", 0xB1, "/models/small", groups=7, days=30)
+    write_entry(tmp_path / "quantized", 0xAAAA1, "org/large", groups=GROUPS)
+    write_entry(tmp_path / "quantized", 0xAAAA2, "org/large", groups=GROUPS, days=9)
+    write_entry(tmp_path / "quantized", 0xBBBB1, "/models/small", groups=7, days=30)
     return tmp_path / "quantized"
 
 
 def keys(cache: Path) -> list[str]:
-    return [entry.key[:2] for entry in entries(cache)]
+    return [entry.key[:5] for entry in entries(cache)]
 
 
 def test_list_says_what_is_kept_of_which_base_and_what_removal_frees(
@@ -49,7 +49,7 @@ def test_list_says_what_is_kept_of_which_base_and_what_removal_frees(
     assert main(["cache", "list"]) == 0
     head, *lines, total = capsys.readouterr().out.splitlines()
     assert head.split() == ["entry", "size", "holds", "last", "use", "base"]
-    assert [line.split()[0] for line in lines] == ["a10000000000", "a20000000000", "b10000000000"]
+    assert [line.split()[0] for line in lines] == ["aaaa10000000", "aaaa20000000", "bbbb10000000"]
     assert [line.split()[3] for line in lines] == ["100%", "100%", "70%"]
     assert lines[2].endswith("/models/small")
     assert total.startswith("3 entries, 0.23 MB in ")
@@ -62,14 +62,14 @@ def test_list_says_what_is_kept_of_which_base_and_what_removal_frees(
 def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["cache", "clear", "--older-than", "20"])
     assert "/models/small" in capsys.readouterr().out
-    assert keys(cache) == ["a1", "a2"]
-    main(["cache", "clear", "a2"])
-    assert keys(cache) == ["a1"]
+    assert keys(cache) == ["aaaa1", "aaaa2"]
+    main(["cache", "clear", "aaaa2"])
+    assert keys(cache) == ["aaaa1"]
     main(["cache", "clear", "org/large", "--older-than", "1"])
-    assert keys(cache) == ["a1"]
+    assert keys(cache) == ["aaaa1"]
     (cache / "sources").mkdir()
     (cache / "sources" / f"source-{'5' * 32}.json").write_text("{}")
-    (cache / "a1".ljust(64, "0") / f".{ENTRY_NAME}-{'6' * 16}").write_bytes(bytes(1000))
+    (cache / "aaaa1".ljust(64, "0") / f".{ENTRY_NAME}-{'6' * 16}").write_bytes(bytes(1000))
     capsys.readouterr()
     main(["cache", "clear", "--all"])
     assert list(cache.iterdir()) == []
@@ -82,13 +82,15 @@ def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytes
     ("words", "said"),
     [
         (["clear"], "nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all"),
-        (["clear", "a"], "a begins the names of 2 entries"),
+        (["clear", "aaaa"], "aaaa begins the names of 2 entries"),
+        (["clear", ""], "'' is too little to tell what to remove"),
+        (["clear", "bbb"], "'bbb' is too little to tell what to remove"),
         (["clear", "org/larg"], "did you mean 'org/large'"),
-        (["clear", "--all", "a1"], "--all removes every entry"),
+        (["clear", "--all", "aaaa1"], "--all removes every entry"),
         (["clear", "--older-than", "-1"], "is no number of days"),
         (["clear", "--al"], "did you mean '--all'"),
         (["lst"], "did you mean 'list'"),
-        (["list", "a1"], "'a1' is one argument too many"),
+        (["list", "aaaa1"], "'aaaa1' is one argument too many"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_nothing_removed(cache: Path, words: list[str], said: str) -> None:

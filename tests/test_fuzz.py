@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 import yaml
+from hypothesis import strategies as st
 
 from damage import (
     Reader,
@@ -21,6 +24,8 @@ from damage import (
     damaged,
     holds,
     holds_without,
+    other_header,
+    other_value,
     split_tensors,
     with_header,
 )
@@ -29,7 +34,7 @@ from distlora.config_file import as_mapping, build, load_config
 from distlora.data.sources import pinned_commits
 from distlora.generation.prompts import read_prompts
 from distlora.initial_adapter import read_initial_adapter
-from distlora.loading import source_digest
+from distlora.loading import piece_header, source_digest
 from distlora.loading.cache_folder import Entry, EntryFigures, figures_of
 from distlora.loading.piece_header import GROUP_BYTES, DamagedPieceError, Extent, header_of, read_piece
 from distlora.loading.segments import read_header
@@ -246,6 +251,32 @@ def write_cache(folder: Path) -> None:
     record.rename(folder / "sources" / "record.json")
 
 
+@st.composite
+def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
+    """A piece that says something else, with the digest of that: as another program's version would write it."""
+    changed = draw(other_header(content) | st.just(content))
+    header, data = split_tensors(changed)
+    said, entry = json.loads(split_tensors(content)[0]["__metadata__"]["distlora_piece"]), CACHE_KEY
+    odd = [0.5, -1, True, 2**70, None, [], "0x1p99999", "nan", "-inf", "", {}]
+    changes: list[Callable[[], Any]] = [
+        lambda: said,
+        lambda: draw(other_value(said)),
+        lambda: said | {"weights": said["weights"] | {"w": [draw(st.sampled_from(odd)), "0x1p-1"]}},
+        lambda: said | {"weights": said["weights"] | {"w": [0, draw(st.sampled_from(odd))]}},
+        lambda: (
+            said | {"weights": draw(st.sampled_from([[], [entry], None, {"w": []}, {"w": [0]}, {"x": [0, "0x1p0"]}]))}
+        ),
+    ]
+    text = draw(st.sampled_from(["[" * 100_000, "1" * 5000, "NaN"]) | st.just(""))
+    text = text or json.dumps(draw(st.sampled_from(changes))())
+    if isinstance(header, dict):
+        places = {
+            n: [e.get("dtype"), e.get("shape"), e.get("data_offsets")] for n, e in header.items() if n[:2] != "__"
+        }
+        header["__metadata__"] = {"distlora_piece": text, "digest": piece_header._digest(text, places)}
+    return with_header(header, data)
+
+
 def read_shards(folder: Path) -> EntryFigures:
     """As a start does, which says of a damaged piece what it is and makes it anew, and as `distlora cache list`."""
     with contextlib.suppress(DamagedPieceError):
@@ -254,6 +285,14 @@ def read_shards(folder: Path) -> EntryFigures:
     figures = figures_of(Entry(folder / "cache" / CACHE_KEY))
     line_of(figures)
     return figures
+
+
+def read_any_shards(folder: Path) -> EntryFigures:
+    with contextlib.suppress(DamagedPieceError):
+        for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
+            assert range(extent.first, extent.stop) is not None
+            assert math.isfinite(extent.offset)
+    return figures_of(Entry(folder / "cache" / CACHE_KEY))
 
 
 def read_source(folder: Path) -> str | None:
@@ -323,6 +362,13 @@ READERS = {
         read=read_shards,
         check=lambda figures: figures.share in (0.0, 0.5),
         examples=40,
+    ),
+    "signed shards": Reader(
+        file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
+        damages=any_signed_piece,
+        read=read_any_shards,
+        check=lambda figures: 0.0 <= figures.share <= 1.0,
+        examples=60,
     ),
     "entry": Reader(file=f"cache/{CACHE_KEY}/entry.json", damages=any_json, read=read_shards),
     "source": Reader(

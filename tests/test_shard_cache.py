@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -152,16 +153,14 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
 
 def test_of_several_copies_one_writes_and_all_read(world: World, folders: Path, tmp_path: Path) -> None:
     without = world.run(2, start, config=config_for(folders / "llama", None))
-    for degree in (2,):
-        copies = {"parallel": {"shard_degree": degree}, "cluster": {"gpus_per_node": 4}}
-        config = config_for(folders / "llama", tmp_path / str(degree), **copies)
-        first, second = world.run(4, start, config=config), world.run(4, start, config=config)
-        assert [s.loaded.kept_bytes > 0 for s in first] == [rank < degree for rank in range(4)]
-        for rank, (kept, read) in enumerate(zip(first, second, strict=True)):
-            assert is_whole(read)
-            assert_same(kept, read)
-            if degree == 2:
-                assert_same(without[rank % 2], read)
+    copies = {"parallel": {"shard_degree": 2}, "cluster": {"gpus_per_node": 4}}
+    config = config_for(folders / "llama", tmp_path / "cache", **copies)
+    first, second = world.run(4, start, config=config), world.run(4, start, config=config)
+    assert [s.loaded.kept_bytes > 0 for s in first] == [True, True, False, False]
+    for rank, (kept, read) in enumerate(zip(first, second, strict=True)):
+        assert is_whole(read)
+        assert_same(kept, read)
+        assert_same(without[rank % 2], read)
 
 
 @pytest.mark.slow
@@ -214,6 +213,16 @@ def first_of(path: Path, part: str) -> int:
     return min(s.offset for name, s in read_header(path).items() if name.endswith(part))
 
 
+def zero_a_group(path: Path) -> None:
+    """Codes, scales and checksum of the first group of the first weight, as of a disk that has lost them."""
+    segments = read_header(path)
+    first = min(segments, key=lambda name: segments[name].offset).removesuffix(".codes")
+    with path.open("r+b") as file:
+        for part, (*_, num_bytes) in piece_header.PARTS.items():
+            file.seek(segments[f"{first}.{part}"].offset)
+            file.write(bytes(num_bytes))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit of the codes": lambda path: flip(path, first_of(path, ".codes") + 1000),
     "a bit of a scale": lambda path: flip(path, first_of(path, ".scales")),
@@ -221,6 +230,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit of a checksum": lambda path: flip(path, -1),
     "the length of the header": lambda path: flip(path, 1),
     "a digit of the header": lambda path: path.write_bytes(path.read_bytes().replace(b'[0, \\"', b'[1, \\"', 1)),
+    "a group that comes back as zeros": lambda path: zero_a_group(path),
     "its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "all of it": lambda path: os.truncate(path, 0),
     "another piece in its place": lambda path: shutil.copy(sorted(path.parent.glob("00002-*"))[0], path),
@@ -246,13 +256,100 @@ def test_a_damaged_piece_is_named_and_made_anew(folders: Path, tmp_path: Path) -
         assert again.said == []
 
 
+def test_a_disk_that_does_not_answer_at_once_costs_no_piece(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    plain = start(SINGLE, config=config)
+    before = {path: path.stat().st_ino for path in pieces(tmp_path / "cache")}
+
+    def refuse(code: int, otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        def raise_it(*args: Any) -> Any:
+            if otherwise is not None and f"{tmp_path}/cache" not in str(args[0]):
+                return otherwise(*args)
+            raise OSError(code, os.strerror(code))
+
+        return raise_it
+
+    for place, name, code, refused, held in (
+        (cache_pieces.PieceReader, "read_header", errno.ESTALE, refuse(errno.ESTALE), False),
+        (cache_pieces, "_pread", errno.EIO, refuse(errno.EIO), True),
+        (os, "open", errno.EMFILE, refuse(errno.EMFILE, os.open), True),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, refused)
+            # Only reading: what opens or writes elsewhere is not what is tried here.
+            patched.setattr(cache_pieces.PieceWriter, "write", lambda *args: None)
+            patched.setattr(Entry, "begin", lambda *args: None)
+            started = start(SINGLE, config=config)
+        assert_same(started, plain)
+        assert started.loaded.cached_weights == 0
+        assert any("cannot be read now" in line and os.strerror(code) in line for line in started.said), name
+        assert not any("is damaged" in line for line in started.said)
+        assert any("made anew: 0, 1, 2" in line for line in started.said) is held
+        assert {path: path.stat().st_ino for path in pieces(tmp_path / "cache")} == before
+    assert is_whole(start(SINGLE, config=config))
+
+
+def with_other_offset(path: Path, weight: str) -> None:
+    """The piece as a machine would have written it whose kernels give another offset."""
+    key = path.parent.name
+    extents = dict(piece_header.read_piece(path, key)[0].extents)
+    data = path.read_bytes()[min(s.offset for s in read_header(path).values()) :]
+    extents[weight] = replace(extents[weight], offset=extents[weight].offset + 1)
+    path.write_bytes(piece_header.header_of(key, extents) + data)
+
+
+def test_pieces_with_two_offsets_of_a_weight_are_removed_and_made_anew(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    weight = "model.layers.1.mlp.up_proj.weight"
+    plain = world.run(2, start, config=config)
+    first, second = (tmp_path / "cache").glob("*/00001-*")
+    for size in (1, 2):  # One rank that reads both, and two of which one does not.
+        with_other_offset(second, weight)
+        without = world.run(size, start, config=config_for(folders / "llama", None))
+        started = world.run(size, start, config=config)
+        for one, other in zip(started, without, strict=True):
+            assert_same(one, other)
+            assert 0 < one.loaded.cached_weights < one.loaded.quantized_weights
+        assert any("two offsets" in line for line in started[0].said)
+        assert all(map(is_whole, world.run(size, start, config=config)))
+        if size == 1:
+            assert not first.exists()
+            assert not second.exists()
+            assert len(pieces(tmp_path / "cache")) == 5
+            shutil.rmtree(tmp_path / "cache")
+            for one, other in zip(plain, world.run(2, start, config=config), strict=True):
+                assert_same(one, other)
+
+
+def start_on(ranks: Ranks, *, configs: list[Config]) -> Started:
+    return start(ranks, config=configs[ranks.rank])
+
+
+def test_ranks_that_see_other_bytes_of_the_base_keep_nothing(world: World, folders: Path, tmp_path: Path) -> None:
+    for machine in "ab":
+        shutil.copytree(folders / "llama", tmp_path / machine)
+    weights = tmp_path / "b" / "model.safetensors"
+    flip(weights, read_header(weights)["model.layers.1.mlp.up_proj.weight"].offset + 8)
+    configs = [config_for(tmp_path / machine, tmp_path / "cache") for machine in "ab"]
+    started = world.run(2, start_on, configs=configs)
+    assert "the ranks see other files of the base than each other" in started[0].said[-1]
+    assert entries(tmp_path / "cache") == []
+    assert {one.loaded.kept_bytes for one in started} == {0}
+
+
 def test_one_ranks_damage_makes_all_ranks_quantize_the_block(world: World, folders: Path, tmp_path: Path) -> None:
     config = config_for(folders / "llama", tmp_path / "cache")
     first = world.run(3, start, config=config)
     (damaged,) = (tmp_path / "cache").glob("*/00002-1of3-*.safetensors")
     flip(damaged, first_of(damaged, ".codes"))
     second = world.run(3, start, config=config)
-    assert "blocks whose kept shards were damaged or gone on some rank, quantized anew: 2" in second[0].said[-1]
+    assert (
+        "blocks whose kept shards were damaged, gone or not readable on some rank, made anew: 2" in second[0].said[-1]
+    )
     assert len({started.loaded.cached_weights for started in second}) == 1
     for one, two, three in zip(first, second, world.run(3, start, config=config), strict=True):
         assert_same(one, two)
@@ -396,7 +493,6 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_read_all_the_same(fold
     with small_disk(tmp_path / "disk", 8192) as disk:
         config = config_for(folders / "llama", disk / "cache")
         start(SINGLE, config=config)
-        pieces(disk)
         next((disk / "cache").glob("*/00001-*")).unlink()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         started = start(SINGLE, config=config)
@@ -415,7 +511,7 @@ def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
         config = config_for(folders / "llama", disk / "cache")
         started = start(SINGLE, config=config)
         assert_same(started, plain)
-        assert sum("5% of it stay free" in line for line in started.said) == 1
+        assert sum("stay free" in line for line in started.said) == 1
         assert pieces(disk / "cache"), "as much as there was room for"
         monkeypatch.setattr(cache_pieces, "FREE_SHARE", -10.0)
         started = start(SINGLE, config=config)

@@ -93,8 +93,8 @@ class Entry:
             names = sorted(os.listdir(self.path)) if not self.path.is_symlink() else []
         except OSError:
             return []
-        matches = ((name, PIECE_NAME.fullmatch(name)) for name in names)
-        return [PieceName(self.path / name, *map(int, match.groups())) for name, match in matches if match]
+        found = (PieceName.of(self.path / name) for name in names)
+        return [name for name in found if name is not None]
 
     def path_of(self, block: int, index: int, count: int, ranges: Mapping[str, range]) -> Path:
         """The piece of these groups, which all who write it write alike."""
@@ -248,10 +248,11 @@ def _files_in(folder: Path, *names: re.Pattern[str]) -> dict[Path, int]:
     with contextlib.suppress(OSError):
         if not folder.is_symlink():
             for path in folder.iterdir():
-                with contextlib.suppress(OSError):  # Renamed or removed at this moment.
-                    status = path.lstat()
-                    if stat.S_ISREG(status.st_mode) and any(name.fullmatch(path.name) for name in names):
-                        found[path] = status.st_size
+                if any(name.fullmatch(path.name) for name in names):
+                    with contextlib.suppress(OSError):  # Renamed or removed at this moment.
+                        status = path.lstat()
+                        if stat.S_ISREG(status.st_mode):
+                            found[path] = status.st_size
     return found
 
 

@@ -36,8 +36,8 @@ from distlora.quant import FrozenTensor
 
 CHUNK_GROUPS = 128
 """Groups that are read, checked or written at once: 1 MiB of codes, which stays in a core's cache."""
-FREE_SHARE = 0.05
-"""Of a disk: what the cache leaves free, whatever its own limit."""
+FREE_SHARE, FREE_BYTES = 0.05, 50 * 10**9
+"""Of a disk, the smaller of both: what the cache leaves free, whatever its own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,11 @@ def wanted_groups(weight: Weight, backend: Backend) -> range:
     return own_groups(weight, backend) or range(1)
 
 
-def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor) -> Tensor:
-    """codes (g, 8192) and scales (g, 256) uint8, group_scale (g,) fp32 -> (g,) int64, on their device."""
-    parts = [checksums(codes), checksums(scales), checksums(group_scale.view(-1, 1))]
+def group_checksums(codes: Tensor, scales: Tensor, group_scale: Tensor, first: int) -> Tensor:
+    """codes (g, 8192) and scales (g, 256) uint8, group_scale (g,) fp32, of groups `first` onwards of a weight -> (g,)
+    int64, on their device. A group's number is in it: another's bytes differ, and lost ones that are read as zeros."""
+    numbers = torch.arange(first + 1, first + 1 + len(codes), device=codes.device)  # Not 0, as zeros' checksums are.
+    parts = [checksums(codes), checksums(scales), checksums(group_scale.view(-1, 1)), numbers]
     return checksums(torch.stack(parts, dim=1))
 
 
@@ -121,13 +123,15 @@ class PieceReader:
         return piece
 
     @torch.no_grad()
-    def fill(self, unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend) -> dict[Path, str]:
+    def fill(
+        self, unit: Unit, plan: Mapping[str, Sequence[Piece]], backend: Backend
+    ) -> dict[Path, OSError | DamagedPieceError]:
         """This rank's groups of every weight from the pieces of `plan`, and the weights' offsets.
 
-        Returns the pieces that are not what was written, and why ("": gone meanwhile); what of the shard they were to
-        fill is undefined then.
+        Returns the pieces that cannot be read, or are not what was written; what of the shard they were to fill is
+        undefined then.
         """
-        damaged: dict[Path, str] = {}
+        failed: dict[Path, OSError | DamagedPieceError] = {}
         with contextlib.ExitStack() as stack:
             files: dict[Path, int] = {}
             pool = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"))
@@ -137,20 +141,18 @@ class PieceReader:
                 chunks = list(_chunks(weight.name, own, pieces))
                 for chunk in chunks:
                     path = chunk.piece.path
-                    if path not in files and path not in damaged:
+                    if path not in files and path not in failed:
                         try:
                             files[path] = os.open(path, os.O_RDONLY)
                             stack.callback(os.close, files[path])
-                        except FileNotFoundError:
-                            damaged[path] = ""
                         except OSError as error:
-                            damaged[path] = error.strerror or str(error)
+                            failed[path] = error
                 for piece in pieces:
                     assert isinstance(weight.module.offset, Tensor)
                     weight.module.offset.fill_(piece.extents[weight.name].offset)
-                sound = [chunk for chunk in chunks if chunk.piece.path not in damaged]
-                damaged |= self._fill(weight.name, sound, rows, own.start, files, pool)
-        return damaged
+                sound = [chunk for chunk in chunks if chunk.piece.path not in failed]
+                failed |= self._fill(weight.name, sound, rows, own.start, files, pool)
+        return failed
 
     def _fill(
         self,
@@ -160,8 +162,8 @@ class PieceReader:
         start: int,
         files: Mapping[Path, int],
         pool: ThreadPoolExecutor,
-    ) -> dict[Path, str]:
-        damaged: dict[Path, str] = {}
+    ) -> dict[Path, OSError | DamagedPieceError]:
+        failed: dict[Path, OSError | DamagedPieceError] = {}
         differ: list[tuple[_Chunk, Tensor]] = []
         pending: list[Future[Tensor]] = []
         for index, chunk in enumerate(chunks):
@@ -171,15 +173,16 @@ class PieceReader:
                 )
             try:
                 expected = pending.pop(0).result()
-            except OSError as error:
-                damaged[chunk.piece.path] = f"{name}: {error.strerror or error}"
+            except (OSError, DamagedPieceError) as error:
+                failed[chunk.piece.path] = error
                 continue
             own = rows.slice(chunk.first - start, chunk.stop - start)
-            differ.append((chunk, (group_checksums(*own) != expected.to(own[0].device)).any()))
+            differ.append((chunk, (group_checksums(*own, chunk.first) != expected.to(own[0].device)).any()))
         for chunk, flag in differ:
             if bool(flag):
-                damaged.setdefault(chunk.piece.path, f"{name}: groups {chunk.first:,} to {chunk.stop - 1:,}")
-        return damaged
+                reason = f"{name}: groups {chunk.first:,} to {chunk.stop - 1:,}"
+                failed.setdefault(chunk.piece.path, DamagedPieceError(reason))
+        return failed
 
     def _read(self, chunk: _Chunk, rows: tuple[Tensor, Tensor, Tensor], files: Mapping[Path, int]) -> Tensor:
         """Fill `rows` with the chunk's groups; returns their checksums (g,) int64 on the host."""
@@ -220,7 +223,7 @@ def _pread(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
-            raise OSError(f"it ends at byte {offset:,}")
+            raise DamagedPieceError(f"it ends at byte {offset:,}")
         view, offset = view[got:], offset + got
 
 
@@ -285,11 +288,12 @@ class PieceWriter:
     def _has_space(self, num_bytes: int) -> bool:
         self._entry.begin(self._described)
         disk = shutil.disk_usage(self._entry.path)
-        if disk.free - num_bytes >= FREE_SHARE * disk.total:
+        kept_free = min(FREE_SHARE * disk.total, FREE_BYTES)
+        if disk.free - num_bytes >= kept_free:
             return True
         self.refused = (
             f"quantized shards are not kept in {self._entry.path.parent}: its disk has {disk.free / 1e9:.2f} GB left, "
-            f"and {FREE_SHARE:.0%} of it stay free"
+            f"of which {kept_free / 1e9:.2g} GB stay free"
         )
         return False
 
@@ -320,7 +324,8 @@ def _write_groups(file: Any, rows: _Rows, groups: range, start: int) -> None:
     sums = torch.empty(len(groups), dtype=torch.int64)
     for first in range(low, high, CHUNK_GROUPS):
         codes, scales, group_scale = rows.slice(first, min(first + CHUNK_GROUPS, high))
-        sums[first - low : first - low + len(codes)] = group_checksums(codes, scales, group_scale)
+        at = first - low
+        sums[at : at + len(codes)] = group_checksums(codes, scales, group_scale, groups.start + at)
         _write_bytes(file, codes)
     for part in (rows.scales[low:high], rows.group_scale[low:high], sums):
         for first in range(0, len(part), 64 * CHUNK_GROUPS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
+from distlora.json_files import check_shape
 from distlora.loading.segments import Segment, read_header, read_metadata
 
-FORMAT = 1
+FORMAT = 2
 """Of a piece. Another makes other keys."""
 PARTS: Mapping[str, tuple[str, tuple[int, ...], int]] = {
     "codes": ("U8", (8192,), 8192),
@@ -29,7 +31,7 @@ PARTS: Mapping[str, tuple[str, tuple[int, ...], int]] = {
 """What a piece holds of a group, in this order: safetensors' dtype, shape and bytes."""
 GROUP_BYTES = sum(num_bytes for *_, num_bytes in PARTS.values())
 
-PIECE_NAME = re.compile(r"(\d{5,})-(\d+)of(\d+)-[0-9a-f]{16}\.safetensors")
+PIECE_NAME = re.compile(r"([0-9]{5,})-([0-9]+)of([0-9]+)-[0-9a-f]{16}\.safetensors")
 _METADATA = "distlora_piece"
 _DIGEST = "digest"
 
@@ -65,6 +67,13 @@ class PieceName:
     block: int
     index: int
     count: int
+
+    @classmethod
+    def of(cls, path: Path) -> PieceName | None:
+        """None where no piece is named so."""
+        match = PIECE_NAME.fullmatch(path.name)
+        name = cls(path, *map(int, match.groups())) if match else None
+        return name if name is not None and name.index < name.count else None
 
     def may_hold(self, num_groups: int, groups: range) -> bool:
         """Whether some of these groups of a weight of `num_groups` may be in the piece."""
@@ -128,25 +137,32 @@ def read_piece(path: Path, key: str) -> tuple[Piece, int]:
         if metadata.get(_DIGEST) != _digest(said, places):
             raise DamagedPieceError("its header is not the one that was written")
         values = json.loads(said)
+        check_shape(values, {"format": int, "key": str, "weights": {"*": list}}, path, "remove it")
         if (values["format"], values["key"]) != (FORMAT, key):
             raise DamagedPieceError("it is of another entry")
-        extents = {name: _extent(name, first, offset, segments) for name, (first, offset) in values["weights"].items()}
+        extents = {name: _extent(name, said_of, segments) for name, said_of in values["weights"].items()}
     except UserError as error:
         if not path.is_file():
             raise FileNotFoundError(path) from error
         raise DamagedPieceError(str(error)) from error
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedPieceError(f"its header says {error}, which no piece does") from error
     return Piece(path, extents), 2 * begin
 
 
-def _extent(name: str, first: int, offset: str, segments: Mapping[str, Segment]) -> Extent:
+def _extent(name: str, said: Sequence[Any], segments: Mapping[str, Segment]) -> Extent:
+    """Raises KeyError, ValueError and OverflowError for what `header_of` does not write."""
+    if [type(value) for value in said] != [int, str] or not 0 <= said[0] < 2**63:
+        raise ValueError(f"{said!r:.60} of {name}")
+    first, offset = said[0], float.fromhex(said[1])
     parts = {part: segments[f"{name}.{part}"] for part in PARTS}
-    groups = parts["codes"].shape[0]
+    groups = parts["codes"].shape[0] if parts["codes"].shape else 0
     for part, (dtype, shape, _) in PARTS.items():
-        if (parts[part].dtype, parts[part].shape) != (dtype, (groups, *shape)) or first < 0:
+        if (parts[part].dtype, parts[part].shape) != (dtype, (groups, *shape)):
             raise ValueError(f"{name}.{part}: {parts[part].shape} of {parts[part].dtype}")
-    return Extent(first, first + groups, float.fromhex(offset), parts)
+    if not math.isfinite(offset):
+        raise ValueError(f"{name}: {offset} as its offset")
+    return Extent(first, first + groups, offset, parts)
 
 
 def _digest(said: str, places: Mapping[str, Any]) -> str:

@@ -132,10 +132,9 @@ class ShardCache:
             offsets[index] = int.from_bytes(hashlib.sha256(json.dumps(told).encode()).digest()[:7], "big")
             if any(len(of_weight) > 1 for of_weight in told):
                 damaged[index] = _OFFSETS_DIFFER
-            for path, reason in found.items():
+            for path, error in found.items():
                 damaged[index] = max(damaged[index], _DAMAGED)
-                if reason:
-                    self._remove(path, reason)
+                self._give_up(path, error)
         self.bytes_read += reader.bytes_read
         unsound = self._agreed_on_soundness(damaged, offsets)
         for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
@@ -149,7 +148,8 @@ class ShardCache:
                     self._remove(path, "pieces of one weight have two offsets")
         again = [str(unit.block) for unit, flag in zip(self.units, unsound, strict=True) if flag]
         if again and self._backend.writes:
-            self._say(f"blocks whose kept shards were damaged or gone on some rank, quantized anew: {', '.join(again)}")
+            numbers = ", ".join(again)
+            self._say(f"blocks whose kept shards were damaged, gone or not readable on some rank, made anew: {numbers}")
 
     def has(self, path: str) -> bool:
         """Whether the weight of the module at `path` is in the shard already."""
@@ -179,10 +179,8 @@ class ShardCache:
             ):
                 try:
                     pieces.append(reader.read_header(name.path, unit))
-                except (FileNotFoundError, PermissionError):
-                    continue  # Removed meanwhile, or another user's own.
                 except (OSError, DamagedPieceError) as error:
-                    self._remove(name.path, str(error))
+                    self._give_up(name.path, error)
         plan = {}
         for weight in unit.weights:
             of_weight = [piece for piece in pieces if weight.name in piece.extents]
@@ -191,6 +189,14 @@ class ShardCache:
                 return None
             plan[weight.name] = of_weight
         return plan
+
+    def _give_up(self, path: Path, error: OSError | DamagedPieceError) -> None:
+        """Do without a piece at this start. Only what is damaged is removed: a disk or a server may answer again."""
+        if isinstance(error, DamagedPieceError):
+            self._remove(path, str(error))
+        elif not isinstance(error, FileNotFoundError | PermissionError):  # Removed meanwhile, or another user's own.
+            reason = error.strerror or error
+            self._say(f"{path}, of the cache of quantized shards, cannot be read now ({reason}): quantized this time")
 
     def _remove(self, path: Path, reason: str) -> None:
         self._say(f"{path}, of the cache of quantized shards, is damaged ({reason}): removed, and made anew")

@@ -20,6 +20,8 @@ from distlora_launcher.arguments import Parser
 ACTIONS = ("list", "clear")
 SHOWN_DIGITS = 12
 """Of a key: enough to name an entry by."""
+FEWEST_DIGITS = 4
+"""Of a key: by fewer no entry is removed."""
 DAY_SECONDS = 86_400.0
 
 USAGE = """usage: distlora cache list [--json] [--dir FOLDER]
@@ -30,7 +32,7 @@ The bases whose quantized shards are kept, so that a start reads them instead of
 list: for each entry its name, size, how much of the base it holds, when a start used it last, and of which base it is.
 clear: remove entries, by their names or by the base's, or all; a start that reads one at the moment quantizes instead.
 
-  ENTRY              the first digits of an entry's name, or the base's name as `distlora cache list` shows it
+  ENTRY              four or more digits that an entry's name begins with, or the base's name as listed
   --older-than DAYS  entries that no start has used for so many days (of those named, or of all)
   --all              every entry, what killed starts left, and what is known of source files
   --json             one JSON object: {{"folder", "bytes",
@@ -137,10 +139,15 @@ def clear(folder: Path, names: Sequence[str], *, older_than: float | None, every
 
 
 def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry]:
-    """The entries that a word means. UserError for none, and for digits that begin several names."""
+    """The entries that a word means. UserError for none, and for digits that are too few or begin several."""
     by_base = [entry for entry, figures in kept.items() if figures.base == name]
     if by_base:
         return by_base
+    if len(name) < FEWEST_DIGITS:
+        raise UserError(
+            f"{name!r} is too little to tell what to remove; write {FEWEST_DIGITS} digits or more of an entry's name, "
+            "or its base's (`distlora cache list`)"
+        )
     by_key = [entry for entry in kept if entry.key.startswith(name)]
     if len(by_key) > 1:
         raise UserError(f"{name} begins the names of {len(by_key)} entries; write more of the one you mean")

@@ -281,11 +281,13 @@ def start_without_room(ranks: Ranks, *, run_dir: Path) -> str:
 def test_a_base_that_host_memory_has_no_room_for_is_refused_on_every_rank(
     alone: Alone, folders: Path, tmp_path: Path
 ) -> None:
-    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"offload_base": True})
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    make_run(tmp_path / "run", folders, parallel=ZERO3 | {"deepspeed_config": str(file)})
     messages = alone.run(2, start_without_room, run_dir=tmp_path / "run")
     for message, left in zip(messages, ("1,024.00 GiB", "0.06 GiB"), strict=True):
         assert message == (
-            "parallel.offload_base=true takes 0.06 GiB of host memory for each process' share of the base, and a "
+            f"offload_param in {file} takes 0.06 GiB of host memory for each process' share of the base, and a "
             f"machine lacks it: this one has {left} left for 2; leave it out, or share the base among more machines"
         )
 

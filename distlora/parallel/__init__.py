@@ -33,9 +33,10 @@ def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:
 
         gathering = read_gathering(config.parallel)
         if gathering.offload:
+            file = config.parallel.deepspeed_config
             backend.require_host_memory(
                 zero3.host_bytes(model, backend.shards),
-                "parallel.offload_base=true",
+                "parallel.offload_base=true" if config.parallel.offload_base else f"offload_param in {file}",
                 "each process' share of the base",
                 "leave it out, or share the base among more machines",
             )

@@ -83,7 +83,7 @@ def cache_settings(config: Config, backend: Backend, say: Callable[[str], None])
     quant, device = config.quant, backend.ranks.device
     if not quant.keeps_shards:
         return None
-    made_on = ""
+    made_on = device.type  # That both give the same bits is not shown on every GPU.
     if config.adapter.pissa:
         made_on = f"{torch.__version__} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
     return CacheSettings(

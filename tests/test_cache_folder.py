@@ -132,6 +132,22 @@ def test_nothing_is_written_into_or_read_from_a_link_in_an_entrys_place(tmp_path
     assert len(tree(home.path)) == 2
 
 
+def test_another_users_entry_stays_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, theirs, mine = (
+        make_entry(tmp_path, digit, size=1000, age=age) for digit, age in (("1", 0), ("2", 9e6), ("3", 8e6))
+    )
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != theirs.path and access(path, mode))  # Root may all.
+    removed, fits = cache_folder.make_room(tmp_path, own, 1000, 1900)
+    assert ([figures.key for figures in removed], fits) == ([mine.key], False)
+    assert set(entries(tmp_path)) == {own, theirs}
+    main(["cache", "clear", theirs.key, "--dir", str(tmp_path)])
+    assert f"{theirs.path} cannot be removed (Permission denied)" in capsys.readouterr().out
+    assert theirs.is_ours()
+
+
 def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
     entry = make_entry(tmp_path, "1")
     old, new = entry.path / f".{PIECE}-{SECRET}", entry.path / f".{ENTRY_NAME}-{SECRET}"

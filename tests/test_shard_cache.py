@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora.adapters import AdaptedLinear
+from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config_file import build, load_config
 from distlora.loading import cache_folder, cache_pieces, piece_header, source_digest
@@ -116,6 +117,21 @@ def test_a_second_start_reads_its_rows_alone_and_no_bit_differs(
         groups = sum(len(own) for name, own in rows.items() if name.endswith(".codes"))
         beside = read.loaded.bytes_read - sum(own.nbytes for own in rows.values()) - 8 * groups
         assert 0 < beside < 3 * 14_000
+
+
+def test_of_weights_of_some_size_a_second_start_reads_two_percent_beside_its_own_bytes_at_most(
+    world: World, tmp_path: Path
+) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1408, "vocab_size": 1000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    write_random_checkpoint(tmp_path / "model", LLAMA_700M | sizes | heads, num_shards=2)
+    config = config_for(tmp_path / "model", tmp_path / "cache", train={"dtype": "bf16"})
+    world.run(2, start, config=config)
+    for read in world.run(2, start, config=config):
+        assert is_whole(read)
+        own = sum(rows.nbytes for name, (rows, _) in read.rows.items() if not name.endswith("row_norms"))
+        assert own > 1.5e6
+        assert own < read.loaded.bytes_read <= 1.02 * own
 
 
 def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lacking(
@@ -400,6 +416,7 @@ def test_a_start_that_is_killed_while_it_writes_leaves_whole_pieces_and_what_is_
     assert unfinished.exists(), "it may still be written"
     long_ago = unfinished.stat().st_mtime - cache_folder.ABANDONED_SECONDS
     os.utime(unfinished, (long_ago, long_ago))
+    pieces(tmp_path / "cache")[0].unlink()  # Who writes tidies.
     assert_same(start(SINGLE, config=config), plain)
     assert not unfinished.exists()
 
@@ -548,7 +565,11 @@ def test_the_entry_that_was_not_used_for_longest_goes_first_and_the_own_one_and_
     tight = start(SINGLE, config=config_for(folders / "qwen3", cache, quant={"cache_gb": 1.3e-3}))
     assert sum("leaves no room" in line for line in tight.said) == 2  # For base-2, which went, and for its own.
     assert tight.loaded.kept_bytes == 0
-    assert is_whole(start(SINGLE, config=config_for(folders / "llama", cache)))
+    # What is whole is read, and nothing said or removed, under a limit that it would not fit.
+    within = start(SINGLE, config=config_for(folders / "llama", cache, quant={"cache_gb": 1e-4}))
+    assert is_whole(within)
+    assert within.said == []
+    assert len(entries(cache)) == 2
 
 
 def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_path: Path) -> None:

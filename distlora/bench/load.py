@@ -170,6 +170,7 @@ def main() -> None:
             f"\n{name}: theirs takes {time_ratio:.1f} times as long and {memory_ratio:.1f} times the memory a process."
         )
     beside = second.read_bytes / second.base_bytes - 1
+    assert beside <= 0.02, f"the second start read {beside:.1%} beside its own bytes of the base"
     print(f"The second start read its {second.base_bytes / mib:.0f} MiB of the base and {beside:.2%} beside them.")
 
 

@@ -96,6 +96,13 @@ class Entry:
         found = (PieceName.of(self.path / name) for name in names)
         return [name for name in found if name is not None]
 
+    def pieces_of_blocks(self) -> dict[int, list[PieceName]]:
+        """`piece_names` by block."""
+        found: dict[int, list[PieceName]] = {}
+        for name in self.piece_names():
+            found.setdefault(name.block, []).append(name)
+        return found
+
     def path_of(self, block: int, index: int, count: int, ranges: Mapping[str, range]) -> Path:
         """The piece of these groups, which all who write it write alike."""
         told = json.dumps([[name, groups.start, groups.stop] for name, groups in sorted(ranges.items())])

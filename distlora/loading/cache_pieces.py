@@ -26,6 +26,7 @@ from distlora.loading.piece_header import (
     DamagedPieceError,
     Extent,
     Piece,
+    PieceName,
     header_of,
     holes,
     read_piece,
@@ -236,6 +237,8 @@ class PieceWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="keep-shards")
         self._writes: list[Future[None]] = []
         self._kept_bytes = 0
+        self._pieces: dict[int, list[PieceName]] | None = None
+        """By block, when the first was written. What others write meanwhile is of other groups, or the same."""
         self.refused: str | None = None
         """Why nothing more is kept, for people; None while it is."""
 
@@ -272,10 +275,11 @@ class PieceWriter:
 
     def _lacking(self, unit: Unit) -> Iterator[dict[str, range]]:
         """What no piece holds of this rank's groups, a piece at a time: of each weight one run of them at most."""
-        names = [name for name in self._entry.piece_names() if name.block == unit.block]
+        if self._pieces is None:
+            self._pieces = self._entry.pieces_of_blocks()
         own = {weight.name: own_groups(weight, self._backend) for weight in unit.weights}
         held: dict[str, list[tuple[int, int]]] = {weight.name: [] for weight in unit.weights}
-        for name in names:
+        for name in self._pieces.get(unit.block, []):
             if any(name.may_hold(weight.module.num_groups, own[weight.name]) for weight in unit.weights):
                 with contextlib.suppress(OSError, DamagedPieceError):
                     for weight, extent in read_piece(name.path, self._entry.key)[0].extents.items():

@@ -56,7 +56,7 @@ class CacheSettings:
     identity: str
     """`start_file.base_identity`."""
     made_on: str
-    """The library that computed what is taken out of the base (PiSSA); empty where nothing is."""
+    """What computes the quantization, and the library that computes what is taken out of the base (PiSSA)."""
     say: Callable[[str], None]
     """Takes a line on every rank."""
 
@@ -78,7 +78,9 @@ def cache_key(
         "quantization": QUANTIZATION,
         "tensors": [[n, s.dtype, s.shape, order[s.file], s.offset, s.num_bytes] for n, s in sorted(headers.items())],
         "contents": [contents[file] for file in sorted(contents)],
-        "weights": [[w.name, w.module.shape, list(sources[w.name].names)] for w in weights],
+        "weights": [
+            [w.name, w.module.shape, list(sources[w.name].names)] for w in sorted(weights, key=lambda w: w.name)
+        ],
         "base": settings.identity,
         "made_on": settings.made_on,
     }
@@ -109,17 +111,14 @@ class ShardCache:
             if self._writer.refused is not None:
                 self._say(self._writer.refused)
 
-    def open(self, entry: Entry, writer: PieceWriter, has_room: bool, boundary: watch.Marker) -> None:
+    def open(self, entry: Entry, writer: PieceWriter, make_room: Callable[[], bool], boundary: watch.Marker) -> None:
         """Fill the shards of the blocks that every rank finds whole and sound in the entry. Every rank must call it
-        alike. `writer` takes the others, once they are quantized, if there is room for them on every machine."""
+        alike. `writer` takes the others, once they are quantized, if each machine's leader can `make_room` for them."""
         entry.touch()
-        names = entry.piece_names()
+        pieces = entry.pieces_of_blocks()
         reader = PieceReader(entry.key)
-        plans = [self._plan(unit, names, reader) for unit in self.units]
-        *lacking, no_room = self._agreed([*(int(plan is None) for plan in plans), int(not has_room)])
-        shards = self._backend.shards
-        others_write = shards.copies > 1 and self._is_shared(entry) and shards.copy > 0
-        self._writer = None if no_room or others_write else writer
+        plans = [self._plan(unit, pieces.get(unit.block, []), reader) for unit in self.units]
+        lacking = self._agreed([int(plan is None) for plan in plans])
         offsets = torch.zeros(len(self.units), dtype=torch.int64)
         damaged = [0] * len(self.units)
         for index, (unit, plan) in enumerate(zip(self.units, plans, strict=True)):
@@ -150,6 +149,20 @@ class ShardCache:
         if again and self._backend.writes:
             numbers = ", ".join(again)
             self._say(f"blocks whose kept shards were damaged, gone or not readable on some rank, made anew: {numbers}")
+        if self._waiting:  # On every rank, or on none.
+            self._writer = self._begin(entry, writer, make_room)
+
+    def _begin(self, entry: Entry, writer: PieceWriter, make_room: Callable[[], bool]) -> PieceWriter | None:
+        """What this rank writes with, if it does. Every rank must call it alike."""
+        no_room = False
+        if self._backend.ranks.leads_machine:
+            no_room = not make_room()
+            if not no_room:
+                writer.begin()
+        (no_room_for_some,) = self._agreed([int(no_room)])
+        shards = self._backend.shards
+        others_write = shards.copies > 1 and self._is_shared(entry) and shards.copy > 0
+        return None if no_room_for_some or others_write else writer
 
     def has(self, path: str) -> bool:
         """Whether the weight of the module at `path` is in the shard already."""
@@ -174,7 +187,7 @@ class ShardCache:
         """For each weight the pieces that hold this rank's groups together; None where some are in none."""
         pieces = []
         for name in names:
-            if name.block == unit.block and any(
+            if any(
                 name.may_hold(weight.module.num_groups, wanted_groups(weight, self._backend)) for weight in unit.weights
             ):
                 try:
@@ -267,10 +280,7 @@ def open_cache(
     entry = Entry(settings.folder / cache_key(settings, headers, content.digests, sources, weights))
     groups = {weight.name: weight.module.num_groups for weight in weights}
     writer = PieceWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
-    has_room = not backend.ranks.leads_machine or _make_room(settings, entry, sum(groups.values()))
-    if backend.ranks.leads_machine and has_room:
-        writer.begin()
-    cache.open(entry, writer, has_room, boundary)
+    cache.open(entry, writer, lambda: _make_room(settings, entry, sum(groups.values())), boundary)
     cache.bytes_read += content.bytes_read
     return cache
 
@@ -302,7 +312,7 @@ def _make_room(settings: CacheSettings, entry: Entry, num_groups: int) -> bool:
         assert settings.limit is not None
         settings.say(
             f"{own_bytes / 1e9:.2f} GB of quantized shards are not kept: quant.cache_gb={settings.limit / 1e9:g} "
-            "leaves no room for them beside what is in use"
+            "leaves no room for them beside what is in use or another user's"
         )
     return fits
 

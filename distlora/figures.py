@@ -47,6 +47,13 @@ def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config
         )
     if backend.shards.copies > 1:
         reporter.event(_copies(backend.shards))
+        split = backend.shards.split_copies(config.cluster.gpus_per_node)
+        if config.cluster.nodes > 1 and split:
+            reporter.event(
+                f"{len(split):,} of {backend.shards.copies:,} lie across machines, which have "
+                f"{config.cluster.gpus_per_node:,} processes each, so the base is gathered between these too; "
+                "parallel.shard_degree=node keeps it within each"
+            )
     if "auto_map" in read_config(Path(config.model.path)):
         reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
     for line in (*_vocabulary(model), *experts_said(model)):

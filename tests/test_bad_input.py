@@ -168,8 +168,13 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "evaluations of nothing": (nothing, ["train.eval_every=2", "data.eval_fraction=0"], ["needs held-out documents"]),
     "more resident blocks than there are": (
         nothing,
-        ["parallel.resident_blocks=33"],
+        ["parallel.resident_blocks=33", "cluster.gpus_per_node=2"],
         ["is more than the", "blocks of this model; set parallel.resident_blocks="],
+    ),
+    "resident blocks where nothing is gathered": (
+        nothing,
+        ["parallel.resident_blocks=auto"],
+        ["has no effect in one process", "leave it out, or start more with cluster.gpus_per_node=2"],
     ),
     "a tile longer than a row": (nothing, ["train.mlp_tile=64"], ["cuts no row of data.sequence_length=64 tokens"]),
     "samples of nothing": (nothing, ["train.sample_every=5"], ["train.sample_prompts belong together"]),

@@ -24,7 +24,7 @@ from distlora.checkpoints.folder import step_of, steps
 from distlora.config import Config, UserError, check_ranks
 from distlora.config_file import as_mapping, load_config
 from distlora.model import CausalLM
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
@@ -495,12 +495,26 @@ def test_a_machines_ranks_are_a_copy_and_a_resume_on_others_is_refused_by_the_wo
         check_ranks(config, 3)
 
 
+def test_copies_that_lie_across_machines_are_told_from_those_of_whole_machines() -> None:
+    def split(degree: int, copies: int, per_machine: int) -> list[int]:
+        return Shards(0, degree, None, 0, copies).split_copies(per_machine)
+
+    assert split(2, 3, 3) == [1], "ranks 2 and 3"
+    assert split(6, 2, 4) == [0, 1]
+    assert split(2, 4, 4) == split(8, 2, 4) == split(4, 2, 4) == split(1, 8, 4) == []
+
+
 @pytest.mark.parametrize(
     "setting", [{"backend": "zero3"}, {"resident_blocks": 2}, {"resident_blocks": "auto"}], ids=str
 )
 def test_what_gathers_is_refused_where_every_rank_has_the_base_whole(tmp_path: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"has no effect with parallel.shard_degree=1"):
+    with pytest.raises(UserError, match=r"has no effect with parallel.shard_degree=1, where every rank has the base"):
         config_for(tmp_path, cluster={"gpus_per_node": 2}, parallel=setting | {"shard_degree": 1})
+    machines = {"launcher": "torchrun", "nodes": 2, "gpus_per_node": 1, "rdzv_endpoint": "here:29500"}
+    with pytest.raises(
+        UserError, match=r"has no effect with parallel.shard_degree=node \(cluster.gpus_per_node=1\), wh"
+    ):
+        config_for(tmp_path, cluster=machines, parallel=setting | {"shard_degree": "node"})
 
 
 def test_moments_in_8_bits_are_whole_where_every_rank_has_the_base_whole(tmp_path: Path) -> None:

@@ -212,6 +212,16 @@ def check_ranks(config: Config, ranks: int) -> None:
         f"the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
         f"{', '.join(map(str, divisors))}), or null for one copy over all",
     )
+    gathers = {
+        "parallel=zero3": config.parallel.backend == "zero3",
+        f"parallel.resident_blocks={config.parallel.resident_blocks}": config.parallel.resident_blocks != 0,
+    }
+    for setting, is_set in gathers.items():
+        require(
+            degree > 1 or config.parallel.shard_degree is None or not is_set,
+            f"{setting} has no effect with {given}, where every rank has the base whole and gathers nothing; leave it "
+            "out, or set another parallel.shard_degree",
+        )
     saved = config.adapter.modules_to_save
     sharded = "adapter=full" if config.adapter.method == "full" else f"adapter.modules_to_save=[{','.join(saved)}]"
     require(

@@ -27,7 +27,7 @@ class ParallelConfig:
     resident_blocks: int | Literal["auto"] = 0
     """The first so many decoder blocks stay gathered from their first gather on: each takes a whole block's bytes on
     every rank and is gathered no more. `auto`: as many as fit in what the first step leaves free, less a reserve.
-    Results do not depend on it. One process gathers nothing."""
+    Results do not depend on it."""
     bucket_mb: float = 4.0
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
@@ -59,16 +59,6 @@ class ParallelConfig:
             "gathered, by stage3_param_persistence_threshold of parallel.deepspeed_config; leave it out, or set "
             "parallel=fsdp2",
         )
-        gathers = {
-            "parallel=zero3": self.backend == "zero3",
-            f"parallel.resident_blocks={self.resident_blocks}": self.resident_blocks != 0,
-        }
-        for setting, is_set in gathers.items():
-            require(
-                self.shard_degree != 1 or not is_set,
-                f"{setting} has no effect with parallel.shard_degree=1, where every rank has the base whole and "
-                "gathers nothing; leave it out, or set another parallel.shard_degree",
-            )
         require_positive("parallel", self, "bucket_mb")
 
     def check_blocks(self, num_blocks: int) -> None:

@@ -7,6 +7,7 @@ dtype of its fp32 masters, and its gradients are summed in fp32. Facts behind ea
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -35,7 +36,8 @@ class _Counted:
     """A collective of FSDP2's that counts its bytes."""
 
     def __init__(self, traffic: Traffic, shards: Shards) -> None:
-        self.traffic, self.shards = traffic, shards
+        self.traffic = traffic
+        self.crosses = functools.cache(shards.crosses)  # Of a handful of groups, in every gather.
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -48,7 +50,7 @@ class _CountedAllGather(_Counted):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.gathered_bytes += output_tensor.nbytes
-        self.traffic.between_copies_bytes += self.shards.crosses(group) * output_tensor.nbytes
+        self.traffic.between_copies_bytes += self.crosses(group) * output_tensor.nbytes
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -64,7 +66,7 @@ class _CountedReduceScatter(_Counted):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.traffic.scattered_bytes += input_tensor.nbytes
-        self.traffic.between_copies_bytes += self.shards.crosses(group) * input_tensor.nbytes
+        self.traffic.between_copies_bytes += self.crosses(group) * input_tensor.nbytes
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 

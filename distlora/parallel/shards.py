@@ -17,8 +17,8 @@ from distlora.parallel.ranks import Ranks
 class Shards:
     """The ranks that cut one copy of the base between them, and this one's place among them.
 
-    They are consecutive, as the ranks of a machine are: nothing of the base then travels between machines where a copy
-    has no more ranks than one of them.
+    They are consecutive, as the ranks of a machine are: nothing of the base then travels between machines where their
+    number divides that of a machine's ranks.
     """
 
     index: int
@@ -65,6 +65,13 @@ class Shards:
     def rank_of(self, index: int, copy: int | None = None) -> int:
         """The rank that has the `index`-th part of a copy of the base, this one's own or another."""
         return (self.copy if copy is None else copy) * self.count + index
+
+    def split_copies(self, per_machine: int) -> list[int]:
+        """The copies that lie across the border of two machines of so many ranks, by a degree that fits no machine."""
+        if per_machine % self.count == 0 or self.count % per_machine == 0:
+            return []
+        ends = ((copy, self.rank_of(0, copy), self.rank_of(self.count - 1, copy)) for copy in range(self.copies))
+        return [copy for copy, first, last in ends if first // per_machine != last // per_machine]
 
     def crosses(self, group: dist.ProcessGroup) -> bool:
         """Whether ranks of more than one copy meet in `group`."""

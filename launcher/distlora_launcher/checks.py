@@ -128,18 +128,13 @@ def check_parallel(config: Config) -> None:
     """Refuse a file of DeepSpeed's that says what cannot be, and settings that a single process has no use for."""
     read_gathering(config.parallel)
     ranks = config.cluster.ranks
-    for setting in ("offload_base", "deepspeed_config"):
+    for setting in ("offload_base", "deepspeed_config", "resident_blocks"):
         value = getattr(config.parallel, setting)
         shown = f"parallel.{setting}={'true' if value is True else value}"
         require(
             not value or ranks > 1,
-            f"{shown} has no effect in one process, which keeps the base whole; leave it out, or start more with "
-            "cluster.gpus_per_node=2",
-        )
-        require(
-            not value or config.shard_degree(ranks) > 1,
-            f"{shown} has no effect with parallel.shard_degree={config.parallel.shard_degree}, by which every rank has "
-            "the base whole; leave one of them out",
+            f"{shown} has no effect in one process, which keeps the base whole and gathers nothing; leave it out, or "
+            "start more with cluster.gpus_per_node=2",
         )
 
 

@@ -23,6 +23,7 @@ from distlora.checkpoints.files import write_files
 from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.config import Config
 from distlora.model import CausalLM
+from distlora.offload import HostInputs
 from distlora.optim import Optimizer
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.traffic import Traffic
@@ -81,7 +82,7 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
     documents = Documents.of(positions).to(device) if model.attends_by_documents else None
     positions = positions.to(device)
     adapters = list(adapter_parameters(model).values())
-    losses, allocated = torch.empty(STEPS, device=device), []
+    losses, allocated, pinned = torch.empty(STEPS, device=device), [], []
     for step in range(STEPS):
         loss = model(tokens[step, :, :-1], positions, tokens[step, :, 1:], documents=documents).sum() / 256
         loss.backward()
@@ -93,6 +94,8 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
         losses[step] = loss.detach()
         torch.cuda.synchronize()
         allocated.append(torch.cuda.memory_allocated())
+        pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+    assert len(set(pinned)) == 1, f"host memory is pinned in a step: {pinned}"
     assert len(set(allocated[1:])) == 1, f"memory is left behind by steps: {allocated}"
     return [losses, *(parameter.detach().clone() for parameter in adapters)]
 
@@ -104,6 +107,16 @@ def started(config: Config, device: torch.device) -> CausalLM:
             values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
             parameter.copy_(values / parameter.shape[1] ** 0.5)
     return model
+
+
+COPY = HostInputs.copy
+
+
+def late_copy(inputs: HostInputs, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
+    """HostInputs.copy, behind milliseconds of nothing on its stream: what does not wait for it comes before it."""
+    with torch.cuda.stream(inputs._side):
+        torch.cuda._sleep(10**7)
+    return COPY(inputs, to, source)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +144,16 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     device = torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setattr(scratch, "_arenas", {})
     config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings})
-    whole = started(config, device)
+    offloads = settings.get("checkpointing") == "offload"
+    # What inputs on the host must not change is compared with inputs on the device.
+    here = {"dtype": "bf16", **settings} | ({"checkpointing": "block"} if offloads else {})
+    whole = started(make_run(tmp_path / "whole", folders, train=here), device)
     before = packed_bytes(whole)
     assert before
     expected = train_steps(whole, device)
     del whole
+    if offloads:
+        monkeypatch.setattr(HostInputs, "copy", late_copy)
     for prefetch in (False, True):
         with monkeypatch.context() as patch:
             model = started(config, device)

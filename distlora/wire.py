@@ -10,12 +10,14 @@ Two measures, each of one rank and one optimizer step:
   (W-1)/W S each, an all-reduce 2 (W-1)/W S.
 
 Both backends cut dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
-tests/test_wire.py holds every number to collectives counted as torch issues them.
+tests/test_wire.py holds every number of ours to collectives counted as torch issues them, tests/test_bench_comm.py the
+peers', of a Llama with a head of its own and of one with a tied one; a peer's experts are calculated alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +73,25 @@ class StepBytes:
         return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
 
     def into_machine(self, ranks: int) -> int:
-        """What must come into each machine of so many ranks from the others, at the least: of a copy of the base that
-        has ranks on several what the others' have, once for all of a machine's; and of what is all-reduced, summed
-        within the machine before."""
-        if self.world <= ranks:
-            return 0
-        machines = self.world // ranks
-        cut = (self.gathered + self.scattered) * (self.shards - ranks) // self.shards if self.shards > ranks else 0
-        rows = min(ranks, self.shards) * self._received_rows
-        return cut + 2 * self.reduced * (machines - 1) // machines + rows
+        """What must come into a machine of so many ranks from the others, at the least; where machines differ (ranks
+        that do not divide the world, or a copy's ranks), into the one where it is most. Of each copy of the base that
+        it has ranks of, what the others' have, once for all of its own; and of what is all-reduced, summed within each
+        machine before."""
+        return max(
+            self._into(range(first, min(first + ranks, self.world)), ranks) for first in range(0, self.world, ranks)
+        )
+
+    def _into(self, machine: range, ranks: int) -> int:
+        """The same of one machine; all but the last have `ranks`."""
+        own = Counter(rank // self.shards for rank in machine)
+        cut = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
+        machines = -(-self.world // ranks)
+        summed = 2 * self.reduced * (machines - 1) // machines
+        if self.reduced_rows:
+            for place in {rank % self.shards for rank in machine}:
+                among = len({rank // ranks for rank in range(place, self.world, self.shards)})
+                summed += 2 * self.reduced_rows * (among - 1) // among
+        return cut + summed
 
     @property
     def _received_rows(self) -> int:
@@ -178,7 +190,7 @@ def peer(
     shapes: ModelShapes, adapters: Sequence[Sequence[Adapter]], storage: Storage, *, world: int, accumulation: int
 ) -> StepBytes:
     """A step of PEFT with accelerate's FSDP2 (mixed_precision=bf16, blocks as units, gradients held back until the last
-    micro-batch), read in accelerate 1.15 and peft 0.21 and counted.
+    micro-batch), read in accelerate 1.15 and peft 0.21; counted for dense Llamas, not for experts.
 
     Everything is gathered in bf16, adapters too, since they are cut like the base: blocks and the embedding in forward
     and again in backward, the head (with a tied embedding) and the final norm once. In uint8 storage accelerate leaves

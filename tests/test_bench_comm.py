@@ -45,7 +45,7 @@ def test_gathers_do_not_grow_with_accumulation_in_blocks_and_the_peers_do(capsys
             once, eight = (of[model, who, n]["step"]["gathered"] for n in (1, 8))
             assert eight == once * (1 if "accumulate=block" in who else 8), who
     copies = calculated(capsys, "--ranks", "64", "--accumulation", "1")
-    into = {row["who"]: row["into_a_machine_of_8"] for row in copies if row["model"] == "Llama 3.1 70B"}
+    into = {row["who"]: row["into_a_machine"] for row in copies if row["model"] == "Llama 3.1 70B"}
     reduced = next(row["step"]["reduced"] for row in copies if row["model"] == "Llama 3.1 70B")
     assert into["distlora, NF4, accumulate=block, shard_degree=8"] == 2 * reduced * 7 // 8, "nothing of the base"
     assert into["distlora, NF4, accumulate=block"] > 40 * reduced
@@ -86,9 +86,27 @@ def test_settings_and_the_model_in_a_folder_are_those_of_a_run(
     assert text.count("\n| distlora, NF4") == 2
 
 
+def test_a_copy_on_each_machine_is_cut_by_those_that_the_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
+    once = ("--accumulation", "1")
+    for words, degrees in (
+        (("parallel=hsdp", "--ranks", "4,8,16"), {4: 4, 8: 8, 16: 8}),
+        (("parallel=hsdp", "--ranks", "4,8", "cluster.gpus_per_node=4"), {4: 4, 8: 4}),
+    ):
+        rows = [row for row in calculated(capsys, *words, *once) if "distlora" in row["who"]]
+        assert {row["ranks"]: row["step"]["shards"] for row in rows} == degrees
+        assert all(row["step"]["shards"] == degrees[row["ranks"]] for row in rows)
+        for row in rows:
+            several = row["ranks"] > degrees[row["ranks"]]
+            assert row["into_a_machine"] == (row["step"]["reduced"] if several else 0), "the gradients of two machines"
+    text = printed(capsys, "--ranks", "8", "cluster.gpus_per_node=4", *once)
+    assert "| into a machine of 4 |" in text
+    assert "| distlora, NF4, accumulate=block, shard_degree=4 |" in text
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["parallel=hsdp", "--ranks", "8,12"], "parallel.shard_degree=node is a copy of the base on each machine, and"),
         (["--ranks", "eight"], "--ranks=eight are no positive numbers; write --ranks 8,64"),
         (["--accumulation", "0"], "--accumulation=0"),
         (["--rank", "8"], "--ranks"),
@@ -138,9 +156,12 @@ def test_what_differs_is_shown() -> None:
 
 
 @pytest.mark.slow
-def test_the_peers_carry_what_is_calculated_where_they_shard_and_the_network_what_the_rings_need() -> None:
+@pytest.mark.parametrize(("accumulations", "tied"), [([1, 3], False), ([2], True)])
+def test_the_peers_carry_what_is_calculated_where_they_shard_and_the_network_what_the_rings_need(
+    accumulations: list[int], tied: bool
+) -> None:
     """accelerate and bitsandbytes on two ranks of their own; what comes in over loopback is ours and theirs to 5 %."""
-    rows, counted = comm.small_rows([1, 3]), comm.measure([1, 3])
+    rows, counted = comm.small_rows(accumulations, tied=tied), comm.measure(accumulations, tied=tied)
     assert counted is not None
     assert [row.who for row in rows] == [each["who"] for each in counted]
     for row, each in zip(rows, counted, strict=True):

@@ -143,3 +143,33 @@ def test_what_is_received_is_the_rings_share() -> None:
     assert step.across_replicas == 2 * (40 // 4) * 1 // 2
     assert [step.into_machine(ranks) for ranks in (8, 4, 2)] == [0, 2 * 40 // 2, 880 * 2 // 4 + 2 * 40 * 3 // 4]
     assert wire.StepBytes(gathered=0, shards=1, world=1).received == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "shards", "ranks", "comes_in"),
+    [
+        (12, 12, 8, 2400 * 8 // 12 + 2 * 120 // 2),  # Into the machine of 4, what the 8 of the other have.
+        (
+            24,
+            6,
+            8,
+            2400 * (2 + 2) // 6 + 2 * 120 * 2 // 3,
+        ),  # Into the second: of two copies, 2 ranks each are elsewhere.
+        (8, 2, 3, 2400 // 2 + 2 * 120 * 2 // 3),
+        (16, 2, 8, 2 * 120 // 2),
+        (16, 16, 16, 0),
+        (5, 5, 8, 0),
+    ],
+)
+def test_what_comes_into_a_machine_where_ranks_and_copies_do_not_fit_it(
+    world: int, shards: int, ranks: int, comes_in: int
+) -> None:
+    step = wire.StepBytes(gathered=2400, reduced=120, shards=shards, world=world)
+    assert step.into_machine(ranks) == comes_in
+
+
+def test_rows_that_several_ranks_of_a_machine_own_are_summed_in_it_first() -> None:
+    rows = {(16, 2): 2 * (2 * 800 // 2), (32, 16): 8 * (2 * 800 // 2), (12, 2): 2 * (2 * 800 // 2), (8, 2): 0}
+    for (world, shards), comes_in in rows.items():
+        step = wire.StepBytes(gathered=0, reduced_rows=800, shards=shards, world=world)
+        assert step.into_machine(8) == comes_in, (world, shards)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distlora import wire
-from distlora.config import Config
+from distlora.config import Config, require
 from distlora.shapes import ModelShapes
 from distlora.wire import StepBytes
 
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 """The Llama that is measured: sizes that the ranks do not divide; bitsandbytes' CPU kernels need rows of whole 64s."""
 
 MACHINE = 8
-"""Ranks of a machine, where there are more."""
+"""Ranks of a machine, where there are more and no setting says how many."""
 
 PEERS: dict[wire.Storage, str] = {
     "nf4 in bf16": "PEFT + accelerate FSDP2, NF4 stored as bf16",
@@ -53,6 +53,8 @@ class Row:
 
     model: str
     ranks: int
+    machine: int
+    """Ranks of a machine, where there are more."""
     accumulation: int
     """Micro-batches of a step on each rank."""
     who: str
@@ -63,7 +65,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         step = self.step
-        return values | {"received": step.received, "into_a_machine_of_8": step.into_machine(MACHINE)}
+        return values | {"received": step.received, "into_a_machine": step.into_machine(self.machine)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,38 +83,46 @@ class Counted:
     """Bytes that came in over the ranks' own network, all ranks together; None where others use it too."""
 
 
-def rows_of(name: str, shapes: ModelShapes, config: Config, *, ranks: int, accumulation: int) -> Iterator[Row]:
+def rows_of(
+    name: str, shapes: ModelShapes, config: Config, *, ranks: int, accumulation: int, machine: int = MACHINE
+) -> Iterator[Row]:
     """Ours with these settings, by either way to accumulate, on several machines with a copy of the base on each too,
-    and the peers with the same adapters."""
+    and the peers with the same adapters. `machine`: the ranks that a machine has room for."""
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
     quantized = config.quant.method == "nf4"
-    for ours in variants(config, ranks):
+    for ours in variants(config, ranks, machine):
         step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
         held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
         if isinstance(resident := ours.parallel.resident_blocks, int):  # As auto has none that can be known here.
             block = wire.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
             held += resident * block
-        yield Row(name, ranks, accumulation, our_name(ours), step, held)
+        yield Row(name, ranks, machine, accumulation, our_name(ours), step, held)
     if config.adapter.method == "lora" and not config.adapter.modules_to_save:
         adapters = shapes.adapters(config.adapter)
         for storage, who in PEERS.items():
             step = wire.peer(shapes, adapters, storage, world=ranks, accumulation=accumulation)
-            yield Row(name, ranks, accumulation, who, step, wire.peer_held_bytes(shapes, storage, world=ranks))
+            yield Row(name, ranks, machine, accumulation, who, step, wire.peer_held_bytes(shapes, storage, world=ranks))
 
 
-def variants(config: Config, ranks: int) -> Iterator[Config]:
-    """The settings that ours is calculated with, as a run of so many ranks has them. Raises UserError where its own
-    cannot be."""
+def variants(config: Config, ranks: int, machine: int) -> Iterator[Config]:
+    """The settings that ours is calculated with, as a run of so many ranks has them, on machines of `machine`. Raises
+    UserError where its own cannot be."""
     cluster = dataclasses.replace(config.cluster, launcher="local", nodes=1, gpus_per_node=ranks)
     parallel = config.parallel
     if parallel.shard_degree == "node":
-        parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
+        node = min(machine, ranks)
+        require(
+            ranks % node == 0,
+            f"parallel.shard_degree=node is a copy of the base on each machine, and --ranks {ranks} are no number of "
+            f"machines of {node}; write a multiple of {node}, or set cluster.gpus_per_node to what a machine has",
+        )
+        parallel = dataclasses.replace(parallel, shard_degree=node)
     accumulates: tuple[Literal["step", "block"], ...] = ("step", "block")
     for accumulate in accumulates:
         train = dataclasses.replace(config.train, accumulate=accumulate)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
-    if parallel.shard_degree is None and ranks > MACHINE and ranks % MACHINE == 0:
-        parallel = dataclasses.replace(parallel, shard_degree=MACHINE)
+    if parallel.shard_degree is None and ranks > machine > 1 and ranks % machine == 0:
+        parallel = dataclasses.replace(parallel, shard_degree=machine)
         yield dataclasses.replace(config, cluster=cluster, parallel=parallel, train=train)
 
 
@@ -128,14 +138,14 @@ def our_name(config: Config) -> str:
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
     """Markdown: a table for each model and number of ranks."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, int, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.ranks), []).append(row)
-    for (model, ranks), members in groups.items():
-        several = ranks > MACHINE
+        groups.setdefault((row.model, row.ranks, row.machine), []).append(row)
+    for (model, ranks, machine), members in groups.items():
+        several = ranks > machine
         yield (
             f"| {model}, {ranks} ranks | micro-batches | gathered | scattered | reduced | received a rank | beside the "
-            f"first |{f' into a machine of {MACHINE} |' if several else ''} of the base on each rank |"
+            f"first |{f' into a machine of {machine} |' if several else ''} of the base on each rank |"
         )
         yield "|---" * (9 if several else 8) + "|"
         first: Mapping[int, Row] = {row.accumulation: row for row in reversed(members)}
@@ -144,7 +154,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             cells = (
                 *(row.who, str(row.accumulation), size(step.gathered), size(step.scattered), size(step.reduced)),
                 *(size(step.received), f"{step.received / whole:.2f}" if whole else ""),
-                *((size(step.into_machine(MACHINE)),) if several else ()),
+                *((size(step.into_machine(machine)),) if several else ()),
                 size(row.held),
             )
             yield f"| {' | '.join(cells)} |"

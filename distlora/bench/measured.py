@@ -1,6 +1,6 @@
 """A training step of ours and of the peers on two gloo ranks of this machine, counted; JSON on stdout.
 
-    python -m distlora.bench.measured [--accumulation 1,8]        (`distlora bench comm --measure` runs it)
+    python -m distlora.bench.measured [--accumulation 1,8] [--tied]        (`distlora bench comm --measure` runs it)
 
 As root on Linux the ranks have a network of their own, whose bytes are read too: what nobody else sends.
 """
@@ -8,11 +8,13 @@ As root on Linux the ranks have a network of their own, whose bytes are read too
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
 import json
 import os
+import queue
 import socket
 import struct
 import sys
@@ -82,14 +84,32 @@ def rank_main(rank: int, port: int, folder: Path, accumulations: Sequence[int], 
     dist.destroy_process_group()
 
 
-def run(accumulations: Sequence[int], *, own_network: bool) -> list[Counted]:
+def _received(results: Any, processes: Sequence[Any]) -> list[tuple[int, list[Counted]]]:
+    """(rank, rows) of every rank, when all have ended. Read before they are waited for: one whose rows fill the pipe
+    ends only when they are read. RuntimeError as soon as any of them has failed."""
+    received: list[tuple[int, list[Counted]]] = []
+    while len(received) < len(processes) or any(process.is_alive() for process in processes):
+        with contextlib.suppress(queue.Empty):
+            received.append(results.get(timeout=0.2))
+        if any(process.exitcode for process in processes):
+            break
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed:
+        for process in processes:
+            process.terminate()
+        raise RuntimeError(f"a rank failed with exit code {failed[0]}; its error is above")
+    return received
+
+
+def run(accumulations: Sequence[int], *, own_network: bool, tied: bool) -> list[Counted]:
     """What each step carried on a rank. Raises RuntimeError where a rank failed, or counted another step than rank 0.
 
-    `own_network`: nobody but the ranks uses this process' loopback interface.
+    `own_network`: nobody but the ranks uses this process' loopback interface. `tied`: the model's head is its
+    embedding.
     """
     with tempfile.TemporaryDirectory() as temporary, socket.socket() as probe:
         folder = Path(temporary) / "model"
-        write_random_checkpoint(folder, SMALL, num_shards=1)
+        write_random_checkpoint(folder, SMALL | {"tie_word_embeddings": tied}, num_shards=1)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
@@ -99,11 +119,7 @@ def run(accumulations: Sequence[int], *, own_network: bool) -> list[Counted]:
         processes = [context.Process(target=rank_main, args=values) for values in arguments]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"a rank failed with exit code {process.exitcode}; its error is above")
-        first, *others = (rows for _, rows in sorted((results.get() for _ in processes), key=lambda pair: pair[0]))
+        first, *others = (rows for _, rows in sorted(_received(results, processes)))
     without_network = [[dataclasses.replace(row, loopback=None) for row in rows] for rows in (first, *others)]
     if any(rows != without_network[0] for rows in without_network):
         raise RuntimeError("the ranks carried different numbers of bytes")
@@ -126,12 +142,13 @@ def take_own_network() -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accumulation", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
+    parser.add_argument("--tied", action="store_true", help="of a model whose head is its embedding")
     options = parser.parse_args(arguments)
     own_network = take_own_network()
     # What libraries print of themselves goes to stderr, with their warnings.
     stdout = os.dup(1)
     os.dup2(2, 1)
-    rows = run(options.accumulation, own_network=own_network)
+    rows = run(options.accumulation, own_network=own_network, tied=options.tied)
     os.dup2(stdout, 1)
     print(json.dumps([asdict(row) for row in rows]), flush=True)
 

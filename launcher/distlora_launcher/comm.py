@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from distlora.bench.comm import MODELS, SMALL, Counted, Row, counted_table, rows_of, tables
+from distlora.bench.comm import MACHINE, MODELS, SMALL, Counted, Row, counted_table, rows_of, tables
 from distlora.command_line import DONE, FAILED
 from distlora.config import Config, UserError
 from distlora.families import check_config, read_config
@@ -40,7 +40,7 @@ ranks costs nothing; as a Markdown table.
   setting=value      any setting of `distlora train`: model.path=FOLDER (or a name on the hub, of which config.json
                      alone is read) calculates that model, else Llama 3.1 8B, 70B and 405B; adapter.*, quant.*, train.*.
                      Without one that says it, every linear has an adapter
-  --ranks N,N        for these numbers of ranks (8,64)
+  --ranks N,N        for these numbers of ranks (8,64), on machines of 8, or of cluster.gpus_per_node where it is set
   --accumulation N,N for so many micro-batches of a rank in a step (1,8)
   --measure          train a step of a small Llama on two ranks of this machine too, each way, and count the bytes of
                      every collective as torch issues them; takes a minute. Needs peft, accelerate and bitsandbytes
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         for name, shapes in models(config)
         for ranks in options.ranks
         for accumulation in options.accumulation
-        for row in rows_of(name, shapes, config, ranks=ranks, accumulation=accumulation)
+        for row in rows_of(name, shapes, config, ranks=ranks, accumulation=accumulation, machine=options.machine)
     ]
     calculated, counted = [], []
     if options.measure:
@@ -106,7 +106,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Config]:
     default = [] if named & {"recipe", "adapter", "adapter.target_modules"} else ["adapter.target_modules=all-linear"]
     # Settings of several ranks are checked by their number.
     default += [] if "cluster.gpus_per_node" in named else [f"cluster.gpus_per_node={options.ranks[0]}"]
-    return options, compose_config([*default, *options.settings], may_lack_paths=True)
+    config = compose_config([*default, *options.settings], may_lack_paths=True)
+    options.machine = config.cluster.gpus_per_node if "cluster.gpus_per_node" in named else MACHINE
+    return options, config
 
 
 def numbers(flag: str, text: str) -> list[int]:
@@ -129,10 +131,10 @@ def models(config: Config) -> Iterator[tuple[str, ModelShapes]]:
         yield config.model.path.rstrip("/").rpartition("/")[2], shapes_of(settings, place)
 
 
-def small_rows(accumulations: Sequence[int]) -> list[Row]:
+def small_rows(accumulations: Sequence[int], *, tied: bool = False) -> list[Row]:
     """What is calculated for the steps that are measured, in their order."""
     config = compose_config(["adapter.target_modules=all-linear"], may_lack_paths=True)
-    shapes = shapes_of({"model_type": "llama", **SMALL}, "the model that is measured")
+    shapes = shapes_of({"model_type": "llama", **SMALL, "tie_word_embeddings": tied}, "the model that is measured")
     return [
         row
         for accumulation in accumulations
@@ -140,10 +142,12 @@ def small_rows(accumulations: Sequence[int]) -> list[Row]:
     ]
 
 
-def measure(accumulations: Sequence[int]) -> list[dict[str, Any]] | None:
-    """The steps as counted on two ranks; None where a rank failed, which has said why."""
+def measure(accumulations: Sequence[int], *, tied: bool = False) -> list[dict[str, Any]] | None:
+    """The steps as counted on two ranks, of a small Llama whose head is `tied` to its embedding or not; None where a
+    rank failed, which has said why."""
     print("training a step each way on two ranks (a minute)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", MEASURE, "--accumulation", ",".join(map(str, accumulations))]
+    command += ["--tied"] if tied else []
     finished = subprocess.run(command, env=worker_environment(MEASURED_RANKS), capture_output=True, text=True)
     if finished.returncode != 0:
         print(f"{finished.stderr}\nerror: the measurement failed; the reason is above", file=sys.stderr)

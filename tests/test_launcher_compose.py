@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
+from distlora.config.parallel import ParallelConfig
 from distlora.config_file import as_mapping
 from distlora_launcher.application import expand_home
 from distlora_launcher.cli import main
@@ -42,6 +44,17 @@ def test_every_file_of_conf_composes(option: str):
     group, name = option.split("/")
     config = compose_config([*PATHS, f"{group}={name}", *TOGETHER.get(option, [])])
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "zero3"])
+def test_every_option_of_parallel_has_all_of_its_settings(name: str):
+    """So that what an option cannot do is refused by what the setting means, not as a word that nobody knows."""
+    with initialize_config_module("distlora_launcher.conf", version_base="1.3"):
+        parallel = compose("config", overrides=[*PATHS, f"parallel={name}"]).parallel
+    assert set(parallel) == {field.name for field in dataclasses.fields(ParallelConfig)}
+    if name == "hsdp":
+        with pytest.raises(UserError, match=r"parallel.offload_base=true is DeepSpeed's: .* add parallel=zero3"):
+            compose_config([*PATHS, "parallel=hsdp", "parallel.offload_base=true"])
 
 
 def test_every_file_of_conf_is_yaml_with_a_group():

@@ -1,5 +1,6 @@
 """A model of 1.5 billion parameters, made on the spot, trained by the command that a user types, and the memory that
-all its processes take together.
+all its processes take together: with glibc's own malloc settings, which is what the parts were added up for, and with
+those that the launcher gives CPU workers and a user therefore has.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ RANK, TOKENS, ROWS, STEPS = 8, 64, 4, 3
 """Of the adapters, of a row, of a step over all ranks, of the run."""
 
 GIVE_BACK = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), "131072")
-"""glibc's own settings: what is freed is given back. The launcher's for CPU workers keep it for speed, and then a
-worker's heap, fragmented, was 2.3 to 3.3 GB in this model's second step on 2 ranks (2026-11-25)."""
+"""glibc's own settings: what is freed is given back. The launcher's for CPU workers (KEEP_PAGES of its workers.py) keep
+it for speed."""
 
 WORKER_IMPORTS = 400 * MIB
 """Anonymous memory of a worker before it has built anything: torch, transformers, gloo and its threads."""
@@ -42,14 +43,20 @@ LAUNCHER = 400 * MIB
 """The launcher and torchrun's agent, which imports torch."""
 
 
+needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
+
+
 @dataclass(slots=True)
 class Sampled:
-    """The anonymous memory of a process and all its descendants while it runs, in bytes."""
+    """A run of the command: the anonymous memory of it and all its descendants while it ran, in bytes."""
 
     peak: int = 0
     """Most of all together."""
     workers: dict[int, int] = field(default_factory=dict)
     """Most of each worker by itself, by pid."""
+    seconds: float = 0.0
+    said: str = ""
+    """What the command printed."""
 
     def look(self, root: psutil.Process) -> None:
         total = 0
@@ -103,67 +110,85 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder.parent)
 
 
-@pytest.fixture(scope="module")
-def losses_by_ranks() -> dict[int, list[float]]:
-    """Of the runs so far."""
-    return {}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_one_and_a_half_billion_parameters_train_in_what_is_predicted(
-    model: Path, tmp_path: Path, losses_by_ranks: dict[int, list[float]], ranks: int
-) -> None:
-    shapes = shapes_of(read_config(model), model / "config.json")
-    assert shapes.numel > 1.5e9
-    per_worker = predicted_worker_bytes(shapes, ranks)
-    predicted = ranks * per_worker + LAUNCHER
-    write_text_file(tmp_path / "text.jsonl")
+def train(model: Path, folder: Path, ranks: int, malloc: dict[str, str]) -> Sampled:
+    """`distlora train` on so many ranks, its run folder in `folder`, with these variables for malloc and no others."""
+    write_text_file(folder / "text.jsonl")
     command = [
-        *(str(DISTLORA), "train", f"model.path={model}", f"data.path={tmp_path / 'text.jsonl'}", "recipe=qlora"),
-        *(f"cluster.gpus_per_node={ranks}", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"),
+        *(str(DISTLORA), "train", f"model.path={model}", f"data.path={folder / 'text.jsonl'}", "recipe=qlora"),
+        *(f"cluster.gpus_per_node={ranks}", f"run_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"),
         *(f"data.sequence_length={TOKENS}", "data.eval_fraction=0", f"adapter.r={RANK}", "tracker=none"),
         "quant.cache=false",
         *(f"train.max_steps={STEPS}", f"train.global_batch={ROWS}", f"train.micro_batch={ROWS // ranks}"),
     ]
+    environment = {name: value for name, value in os.environ.items() if name not in GIVE_BACK} | malloc
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     sampled, began = Sampled(), time.monotonic()
-    with subprocess.Popen(command, **options, cwd=tmp_path, env=os.environ | GIVE_BACK) as run:
+    with subprocess.Popen(command, **options, cwd=folder, env=environment) as run:
         root = psutil.Process(run.pid)
         root.nice(10)
         while run.poll() is None:
             sampled.look(root)
             time.sleep(0.05)
         assert run.stdout is not None
-        said = run.stdout.read()
-    assert run.returncode == 0, said
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+        sampled.said = run.stdout.read()
+    assert run.returncode == 0, sampled.said
+    assert len(sampled.workers) == ranks
+    sampled.seconds = time.monotonic() - began
+    return sampled
+
+
+def losses_of(folder: Path) -> list[float]:
+    """A loss a step."""
+    losses = [line["loss"] for line in read_metrics(folder / "run") if "loss" in line]
     assert len(losses) == STEPS
-    # Twice the ranks add the same rows' gradients in another order, in bf16.
-    assert all(
-        abs(loss / other - 1) < 1e-3
-        for run in losses_by_ranks.values()
-        for loss, other in zip(losses, run, strict=True)
-    )
-    losses_by_ranks[ranks] = losses
-    adapter = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all(bool(tensor.any()) for tensor in adapter.values()), "an adapter was not trained"
+    return losses
+
+
+def figures_of(sampled: Sampled, shapes: ModelShapes, ranks: int) -> dict[str, Any]:
+    """What was measured beside what is predicted, printed too."""
+    per_worker = predicted_worker_bytes(shapes, ranks)
     figures = {
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(sampled.seconds),
         "peak_mib": sampled.peak // MIB,
-        "predicted_mib": predicted // MIB,
+        "predicted_mib": (ranks * per_worker + LAUNCHER) // MIB,
         "worker_mib": sorted(nbytes // MIB for nbytes in sampled.workers.values()),
         "predicted_worker_mib": per_worker // MIB,
-        "loading": next((line for line in said.splitlines() if "NF4" in line), ""),
+        "loading": next((line for line in sampled.said.splitlines() if "NF4" in line), ""),
         "shard_mib": wire.held_bytes(shapes, ranks, quantized=True, itemsize=2) // MIB,
     }
     print(f"\n{ranks} ranks, {os.cpu_count()} cores: {json.dumps(figures)}")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * wire.block_bytes(
-        shapes.block, ranks, quantized=True, itemsize=2
-    ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
-    assert len(sampled.workers) == ranks
-    assert sampled.peak <= 20e9
-    # What was measured is 3 % over on 2 ranks and 19 % on 4 (distlora/loading/README.md); why is not known yet.
-    assert sampled.peak <= 1.25 * predicted, figures
+    return figures
+
+
+@pytest.mark.slow
+@needs_linux
+def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_on_2_and_4_ranks(
+    model: Path, tmp_path: Path
+) -> None:
+    shapes = shapes_of(read_config(model), model / "config.json")
+    assert shapes.numel > 1.5e9
+    for ranks in (2, 4):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        sampled = train(model, folder, ranks, GIVE_BACK)
+        figures = figures_of(sampled, shapes, ranks)
+        adapter = safetensors.torch.load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+        assert all(bool(tensor.any()) for tensor in adapter.values()), "an adapter was not trained"
+        summary = json.loads((folder / "run" / "summary.json").read_text())
+        assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * wire.block_bytes(
+            shapes.block, ranks, quantized=True, itemsize=2
+        ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
+        assert sampled.peak <= 20e9
+        # What was measured is 3 % over on 2 ranks and 19 % on 4 (distlora/loading/README.md); why is not known yet.
+        assert sampled.peak <= 1.25 * figures["predicted_mib"] * MIB, figures
+    # Twice the ranks add the same rows' gradients in another order, in bf16.
+    assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "4"), rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_linux
+def test_with_the_launchers_own_malloc_settings_it_fits_20_gb(model: Path, tmp_path: Path) -> None:
+    sampled = train(model, tmp_path, 2, {})
+    figures = figures_of(sampled, shapes_of(read_config(model), model / "config.json"), 2)
+    losses_of(tmp_path)
+    assert sampled.peak <= 20e9, figures

@@ -29,8 +29,10 @@ LOGITS_AT_ONCE = 2**24
 """What distlora.head has of fp32 logits at a time."""
 _LOGIT_BYTES = 16
 """A logit of a chunk in the dtype of the run, in fp32, its gradient in both."""
-_NORM_STEPS = 16
-"""Four fp32 tensors of a norm of transformers in backward, bytes a column."""
+_NORM_STEPS = 20
+"""Five fp32 tensors of a norm of transformers in backward, bytes a column."""
+_HEAD_NORM_STEPS = 16
+"""The same of the queries' norm, less what is counted as their gradient and gone by then."""
 _OFFLOADED_IN_FLIGHT = 2
 """Boundary inputs on the device with `offload`: the one in use and the one on its way."""
 
@@ -104,7 +106,7 @@ class Activations:
     """Bytes of one rank in a training step."""
 
     kept: float
-    """On the device from forward to backward: what the blocks keep."""
+    """On the device from forward to backward: what the blocks keep, and the rotary tables."""
     kept_on_host: float
     head_forward: float
     """On the device while the head is at work, after the last norm."""
@@ -158,9 +160,19 @@ class Costs:
     def _norm(self, columns: int, rows: int = 1) -> int:
         return (self.dtype_bytes if self.fused else 4) * columns + 4 * rows
 
+    @property
+    def _norm_steps(self) -> int:
+        """What a norm of hidden columns takes in backward beside what it keeps, the gradient that comes in among it."""
+        return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
+
     def _read(self, columns: int, ranks: int) -> int:
         """What linears keep of the tensor that they read: it, and its products with A."""
         return self.dtype_bytes * (columns + ranks) if ranks else 0
+
+    @property
+    def _tables(self) -> int:
+        """The rotary tables, cos and sin, of all blocks together."""
+        return 2 * self.dtype_bytes * (self.decoder.queries // self.decoder.heads)
 
     def kept(self, mode: Mode) -> int:
         """By a block, on the device or the host."""
@@ -177,8 +189,12 @@ class Costs:
         # The product's gradient becomes those of act(gate) and up, when a product that was kept is gone. liger-kernel
         # writes over gate and up.
         gradients = 1 if self.fused else 2 if self.ranks.down else 3
-        of_mlp = gradients * b * sizes.inner + (0 if mode == "none" else self.mlp)
+        # A norm after a half is the first in its backward, when all that the half keeps is there.
+        steps = max(gradients * b * sizes.inner, self._norm_steps if sizes.norms_after else 0)
+        of_mlp = steps + (0 if mode == "none" else self.mlp)
         of_attention = max(b * (2 * sizes.queries + 2 * sizes.keys), 0 if self.fused else self._unfused_attention())
+        if sizes.norms_after:
+            of_attention = max(of_attention, self._norm_steps)
         # With tiles, the half's input, which selective keeps anyway, and its gradient are the row's.
         of_row = 0 if tile is None else (1 if mode == "selective" else 2) * tokens * self.boundary
         mlp = of_row + (tokens if tile is None else min(tile, tokens)) * of_mlp
@@ -191,8 +207,8 @@ class Costs:
         sizes, b = self.decoder, self.dtype_bytes
         own, gradients = b * (2 * sizes.queries + 2 * sizes.keys), b * (sizes.queries + 2 * sizes.keys)
         rotary = gradients + 4 * b * sizes.queries - own
-        head_norms = gradients + _NORM_STEPS * sizes.queries - own if sizes.head_norms else 0
-        norm = self._norm(sizes.hidden) + (b + _NORM_STEPS) * sizes.hidden - self.attention
+        head_norms = gradients + _HEAD_NORM_STEPS * sizes.queries - own if sizes.head_norms else 0
+        norm = self._norm(sizes.hidden) + self._norm_steps - self.attention
         return max(rotary, head_norms, norm)
 
     def head_forward(self, tokens: int) -> int:
@@ -203,8 +219,7 @@ class Costs:
     def head_backward(self, tokens: int) -> int:
         """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it."""
         hidden = self.decoder.hidden
-        norm = self.boundary + (2 * self.boundary if self.fused else _NORM_STEPS * hidden)
-        return tokens * (self._norm(hidden) + max(2 * self.boundary + 4 * hidden, norm))
+        return tokens * (self._norm(hidden) + max(2 * self.boundary + 4 * hidden, self._norm_steps))
 
     def step(self, mode: Mode, *, at_once: int, kept_tokens: int | None = None, tile: int | None = None) -> Activations:
         """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (train.accumulate=block: those of
@@ -212,13 +227,16 @@ class Costs:
         tokens = at_once if kept_tokens is None else kept_tokens
         layers, kept = self.decoder.layers, self.kept(mode)
         offloads = mode == "offload"
-        # The gradient of all tokens comes in; where they are run in slices, the one that goes out grows beside it.
-        gradients = (1 if tokens == at_once else 2) * tokens * self.boundary
+        # The gradient of all tokens comes in, and those of the slices that were run before the last are kept for it.
+        gradients = (2 * tokens - at_once) * self.boundary
+        # The newest input is a slice of the last block's, which stays whole with it until backward.
+        newest = max(0, tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
+        kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
         return Activations(
-            kept=at_once * _OFFLOADED_IN_FLIGHT * kept if offloads else tokens * layers * kept,
+            kept=kept_here * kept + tokens * self._tables,
             kept_on_host=tokens * layers * kept if offloads else 0,
-            head_forward=self.head_forward(tokens),
-            head_backward=self.head_backward(tokens),
+            head_forward=self.head_forward(tokens) + newest,
+            head_backward=self.head_backward(tokens) + newest,
             working=gradients + self.working(mode, at_once, tile),
             recomputed=self.recomputed(mode, at_once),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,11 +84,11 @@ class Kept:
 
 class Made(TorchDispatchMode):
     """Tensors that operations make while it is on: their sizes, and the bytes of those that are alive. Views of a
-    model's parameters and buffers are not made."""
+    model's parameters and buffers are not made, nor are those of `host`, memory that stands for the host's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, host: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self._model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *host)}
         self.largest = 0
         """Elements of the largest tensor that was made."""
         self.alive = self.peak = 0

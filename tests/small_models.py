@@ -67,7 +67,8 @@ def tokenizer() -> Any:
 
 
 def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
-    """A random model (llama, llama-tied, qwen3, mixtral) as save_pretrained writes it: three blocks of hidden 96."""
+    """A random model (llama, llama-tied, qwen3, gemma3, mixtral), as save_pretrained writes it: three blocks of hidden
+    96."""
     import torch
     import transformers
 
@@ -75,6 +76,7 @@ def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     }
     config_class, model_class = classes[family]

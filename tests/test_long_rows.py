@@ -39,13 +39,12 @@ def step(model: CausalLM, length: int, *, by_documents: bool = True) -> Step:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("llama-yarn", {"mlp_tile": 256}), ("gpt-oss", {"checkpointing": "selective"})]
+    ("name", "settings"), [("llama-yarn", {"mlp_tile": 256}), ("gemma3-text", {"checkpointing": "selective"})]
 )
 def test_memory_grows_with_the_row_and_no_faster(
     name: str, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gpt-oss makes its masks before it looks at positions, so they are made for it; not where it has documents. (Its
-    sinks are left out here: what it computes is not looked at.)"""
+    """gemma3 has two masks and windows, and makes none where it has documents."""
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 2**17)
     write_family_folder(tmp_path, name)
     edit_config(tmp_path, max_position_embeddings=LONGEST)

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora.families import Family, text_settings
+from distlora.families import Family
+from distlora.shapes import attention_columns, sizes_of
 
 Mode = Literal["none", "block", "selective", "offload"]
 
@@ -62,17 +63,15 @@ class Decoder:
         """From a config.json. Raises ValueError for a mixture of experts, which is not counted."""
         if family.experts is not None:
             raise ValueError(f"what {family.model_type} keeps depends on where its router sends tokens")
-        settings = text_settings(model, family)
-        heads = settings["num_attention_heads"]
-        key_heads = settings.get("num_key_value_heads") or heads
-        head_size = settings.get("head_dim") or settings["hidden_size"] // heads
+        settings = sizes_of(model, family)
+        heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
         return cls(
             hidden=settings["hidden_size"],
             inner=settings["intermediate_size"],
-            queries=heads * head_size,
-            keys=key_heads * head_size,
+            queries=queries,
+            keys=keys,
             heads=heads,
-            key_heads=key_heads,
+            key_heads=keys // (queries // heads),
             layers=settings["num_hidden_layers"],
             vocabulary=settings["vocab_size"],
             norms_after=family.mlp_norms[1] is not None,

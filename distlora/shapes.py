@@ -23,9 +23,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes for what a config.json does not say, where hub models leave it out."""
 
-_QUERY_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text")
-_FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
-
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -118,7 +115,7 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
     Raises UserError for a family that is not supported, and for a config.json that lacks a size.
     """
     family = family_of(model, place)
-    sizes = {**_DEFAULTS.get(family.model_type, {}), **_said(text_settings(model, family))}
+    sizes = sizes_of(model, family)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(sizes.get(name), int):
             raise UserError(f"{place} says no {name}, so the model's size cannot be calculated; download it again")
@@ -132,8 +129,17 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
     )
 
 
-def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What the config.json of a model says of its decoder, and what transformers takes for what it leaves out."""
+    said = {name: value for name, value in text_settings(model, family).items() if value is not None}
+    return _DEFAULTS.get(family.model_type, {}) | said
+
+
+def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
+    """(columns of the queries, of the keys and of the values each), by `sizes_of`."""
+    heads = sizes["num_attention_heads"]
+    head_size = sizes.get("head_dim") or sizes["hidden_size"] // heads
+    return heads * head_size, sizes.get("num_key_value_heads", heads) * head_size
 
 
 def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
@@ -143,8 +149,7 @@ def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
 
 def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
     kind, hidden, heads = family.model_type, sizes["hidden_size"], sizes["num_attention_heads"]
-    head_dim = sizes.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, sizes.get("num_key_value_heads", heads) * head_dim
+    queries, keys = attention_columns(sizes)
     bias = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
     if kind == "phi3":
         found = _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias=False)
@@ -153,8 +158,8 @@ def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
         for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             found += _linear(f"self_attn.{name}", out, hidden, bias=bias or kind == "qwen2")
     found += _linear("self_attn.o_proj", hidden, queries, bias=bias)
-    if kind in _QUERY_NORMS:
-        found += [Weight(f"self_attn.{name}.weight", (head_dim,)) for name in ("q_norm", "k_norm")]
+    if family.head_norms:
+        found += [Weight(f"self_attn.{name}.weight", (queries // heads,)) for name in ("q_norm", "k_norm")]
     if kind == "gpt_oss":
         found.append(Weight("self_attn.sinks", (heads,)))
     return found
@@ -193,7 +198,5 @@ def _experts(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
 
 
 def _norms(family: Family, hidden: int) -> list[Weight]:
-    names = ["input_layernorm", "post_attention_layernorm"]
-    if family.model_type in _FOUR_NORMS:
-        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    return [Weight(f"{name}.weight", (hidden,)) for name in names]
+    names = ("input_layernorm", "post_attention_layernorm", *filter(None, family.mlp_norms))
+    return [Weight(f"{name}.weight", (hidden,)) for name in dict.fromkeys(names)]

@@ -113,6 +113,7 @@ MODES: list[tuple[Mode, int | None, int]] = [
 def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
     family: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 2**14)
     monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 2**14)
     model, costs = load(tmp_path, family, sizes)

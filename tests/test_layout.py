@@ -53,7 +53,6 @@ LAYERS = [
     },
     {
         "distlora.targets",
-        "distlora.activations",
         "distlora.expert_targets",
         "distlora.tokens",
         "distlora.trained_modules",
@@ -68,6 +67,7 @@ LAYERS = [
         "distlora.initial_experts",
         "distlora.initial_modules",
         "distlora.initial_rows",
+        "distlora.activations",
         "distlora.shapes",
         "distlora.wire",
     },

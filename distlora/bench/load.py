@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.memory import PeakMemory
+from distlora.bench.processes import free_port, run_each
 from distlora.config import Config
 from distlora.config_file import build
 
@@ -112,28 +111,13 @@ def transformers_and_bitsandbytes(folder: Path, results: Any) -> None:
 
 def measure(folder: Path, *, world: int, backend: str = "fsdp2", cache: Path | None = None) -> list[Figures]:
     """Our figures, by rank; `backend` is parallel.backend. `cache`: where quantized shards are kept; None: nowhere."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return _collect(ours, [(rank, world, port, folder, backend, cache) for rank in range(world)])
+    port = free_port()
+    return run_each(ours, [(rank, world, port, folder, backend, cache) for rank in range(world)])
 
 
 def measure_peer(folder: Path) -> Figures:
-    return _collect(transformers_and_bitsandbytes, [(folder,)])[0]
-
-
-def _collect(target: Any, arguments: list[tuple[Any, ...]]) -> list[Figures]:
-    """Run `target` once for each of `arguments` in fresh processes; their figures, by rank."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=target, args=(*values, results)) for values in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"{target.__name__} failed with exit code {process.exitcode}; its error is above")
-    return [figures for _, figures in sorted(results.get() for _ in processes)]
+    (figures,) = run_each(transformers_and_bitsandbytes, [(folder,)])
+    return figures
 
 
 def main() -> None:

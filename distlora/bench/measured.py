@@ -8,13 +8,11 @@ As root on Linux the ranks have a network of their own, whose bytes are read too
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import fcntl
 import json
 import os
-import queue
 import socket
 import struct
 import sys
@@ -26,10 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.comm import PEERS, SMALL, Counted, our_name
+from distlora.bench.processes import free_port, run_each
 from distlora.bench.traffic import Counts, measure_ours, measure_peer
 from distlora.config import Config
 from distlora.config_file import build
@@ -84,42 +82,17 @@ def rank_main(rank: int, port: int, folder: Path, accumulations: Sequence[int], 
     dist.destroy_process_group()
 
 
-def _received(results: Any, processes: Sequence[Any]) -> list[tuple[int, list[Counted]]]:
-    """(rank, rows) of every rank, when all have ended. Read before they are waited for: one whose rows fill the pipe
-    ends only when they are read. RuntimeError as soon as any of them has failed."""
-    received: list[tuple[int, list[Counted]]] = []
-    while len(received) < len(processes) or any(process.is_alive() for process in processes):
-        with contextlib.suppress(queue.Empty):
-            received.append(results.get(timeout=0.2))
-        if any(process.exitcode for process in processes):
-            break
-    failed = [process.exitcode for process in processes if process.exitcode]
-    if failed:
-        for process in processes:
-            process.terminate()
-        raise RuntimeError(f"a rank failed with exit code {failed[0]}; its error is above")
-    return received
-
-
 def run(accumulations: Sequence[int], *, own_network: bool, tied: bool) -> list[Counted]:
     """What each step carried on a rank. Raises RuntimeError where a rank failed, or counted another step than rank 0.
 
     `own_network`: nobody but the ranks uses this process' loopback interface. `tied`: the model's head is its
     embedding.
     """
-    with tempfile.TemporaryDirectory() as temporary, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         write_random_checkpoint(folder, SMALL | {"tie_word_embeddings": tied}, num_shards=1)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        context = multiprocessing.get_context("spawn")
-        results = context.Queue()
-        arguments = [(rank, port, folder, tuple(accumulations), results) for rank in range(RANKS)]
-        processes = [context.Process(target=rank_main, args=values) for values in arguments]
-        for process in processes:
-            process.start()
-        first, *others = (rows for _, rows in sorted(_received(results, processes)))
+        port = free_port()
+        first, *others = run_each(rank_main, [(rank, port, folder, tuple(accumulations)) for rank in range(RANKS)])
     without_network = [[dataclasses.replace(row, loopback=None) for row in rows] for rows in (first, *others)]
     if any(rows != without_network[0] for rows in without_network):
         raise RuntimeError("the ranks carried different numbers of bytes")

@@ -1,0 +1,43 @@
+"""Processes of a measurement, each of which puts what it found into a queue."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+def run_each(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Run target(*values, results) once for each of `arguments`, in fresh processes; each puts (its number, what it
+    found) into `results`. Returns what they found, by number, when all have ended. RuntimeError as soon as any fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=target, args=(*values, results)) for values in arguments]
+    for process in processes:
+        process.start()
+    found: list[tuple[int, Any]] = []
+    # Read before they are waited for: one whose figures fill the pipe ends only when they are read.
+    while len(found) < len(processes) or any(process.is_alive() for process in processes):
+        with contextlib.suppress(queue.Empty):
+            found.append(results.get(timeout=0.2))
+        if any(process.exitcode for process in processes):
+            break
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed:
+        for process in processes:
+            process.terminate()
+        raise RuntimeError(f"{target.__name__} failed with exit code {failed[0]}; its error is above")
+    return [figures for _, figures in sorted(found, key=lambda each: each[0])]
+
+
+def free_port() -> int:
+    """Of this machine's loopback interface, where ranks can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

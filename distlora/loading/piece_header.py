@@ -18,7 +18,7 @@ from typing import Any
 
 from distlora.config import UserError
 from distlora.json_files import check_shape
-from distlora.loading.segments import Segment, read_header, read_metadata
+from distlora.loading.segments import Segment, read_header_and_metadata
 
 FORMAT = 2
 """Of a piece. Another makes other keys."""
@@ -127,7 +127,7 @@ def read_piece(path: Path, key: str) -> tuple[Piece, int]:
     if not path.is_file():  # Reading a pipe would wait for a writer.
         raise DamagedPieceError("it is no file")
     try:
-        segments, metadata = read_header(path), read_metadata(path)
+        segments, metadata = read_header_and_metadata(path)
         said = metadata.get(_METADATA, "")
         begin = min((segment.offset for segment in segments.values()), default=size)
         places = {
@@ -147,7 +147,7 @@ def read_piece(path: Path, key: str) -> tuple[Piece, int]:
         raise DamagedPieceError(str(error)) from error
     except (KeyError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedPieceError(f"its header says {error}, which no piece does") from error
-    return Piece(path, extents), 2 * begin
+    return Piece(path, extents), begin
 
 
 def _extent(name: str, said: Sequence[Any], segments: Mapping[str, Segment]) -> Extent:

@@ -99,6 +99,13 @@ def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, S
 
     Raises UserError for a damaged file, which says `remedy`.
     """
+    return read_header_and_metadata(file, remedy=remedy)[0]
+
+
+def read_header_and_metadata(
+    file: Path, *, remedy: str = "download it again"
+) -> tuple[dict[str, Segment], dict[str, str]]:
+    """`read_header`, and what the header says beside its tensors."""
     header, data = _raw_header(file, remedy)
     segments = {name: _segment(file, data, name, entry, remedy) for name, entry in header.items() if name != _METADATA}
     size, end, last = file.stat().st_size, data, ""
@@ -115,7 +122,7 @@ def read_header(file: Path, *, remedy: str = "download it again") -> dict[str, S
         end, last = segment.offset + segment.num_bytes, name
     if end != size:
         raise UserError(f"{file} is damaged: its tensors end at byte {end:,} of {size:,}; {remedy}")
-    return segments
+    return segments, header.get(_METADATA, {})
 
 
 def read_metadata(file: Path) -> dict[str, str]:

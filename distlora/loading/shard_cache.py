@@ -27,7 +27,7 @@ from distlora.loading.cache_pieces import PieceReader, PieceWriter, Unit, Weight
 from distlora.loading.conversion import Source
 from distlora.loading.piece_header import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
 from distlora.loading.segments import Segment
-from distlora.loading.source_content import alike, content_of
+from distlora.loading.source_content import alike, content_of, number_of
 from distlora.model import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.quant import FrozenTensor
@@ -128,7 +128,7 @@ class ShardCache:
             assert plan is not None
             found = reader.fill(unit, plan, self._backend)
             told = _offsets_of(plan, unit)
-            offsets[index] = int.from_bytes(hashlib.sha256(json.dumps(told).encode()).digest()[:7], "big")
+            offsets[index] = number_of(json.dumps(told))
             if any(len(of_weight) > 1 for of_weight in told):
                 damaged[index] = _OFFSETS_DIFFER
             for path, error in found.items():

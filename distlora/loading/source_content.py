@@ -99,7 +99,7 @@ def _hash(
 def _who_sees_the_same(states: Sequence[source_digest.State], backend: Backend) -> list[list[int]]:
     """The ranks, put together by the states in which they see the files; the same on every rank."""
     told = torch.zeros(backend.ranks.world, dtype=torch.int64, device=backend.ranks.device)
-    told[backend.ranks.rank] = _number(json.dumps(states))
+    told[backend.ranks.rank] = number_of(json.dumps(states))
     groups: dict[int, list[int]] = {}
     for rank, number in enumerate(backend.sum_over_ranks(told).tolist()):
         groups.setdefault(number, []).append(rank)
@@ -108,11 +108,12 @@ def _who_sees_the_same(states: Sequence[source_digest.State], backend: Backend) 
 
 def alike(told: str, backend: Backend) -> bool:
     """Whether every rank says the same."""
-    number = _number(told)
+    number = number_of(told)
     both = torch.tensor([number, -number], dtype=torch.int64, device=backend.ranks.device)
     highest, lowest = backend.max_over_ranks(both).tolist()
     return bool(highest == -lowest)
 
 
-def _number(told: str) -> int:
+def number_of(told: str) -> int:
+    """56 bits that are another number where other words are told."""
     return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")

@@ -133,7 +133,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
 def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
     """What this run's bits depend on. Gradients that are cut are summed in another order with several copies of the
     base, adapters' are not."""
-    is_cut = config.adapter.method == "full" or bool(config.adapter.modules_to_save)
+    is_cut = config.adapter.trains_base is not None
     degree = config.shard_degree(ranks.world)
     return environment(ranks.world, ranks.device) | (
         {"shard_degree": degree} if is_cut and degree < ranks.world else {}

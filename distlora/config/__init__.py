@@ -158,10 +158,9 @@ class Config:
 
     def _check_zero3(self) -> None:
         """Refuse what DeepSpeed would have to train."""
-        whole = ", ".join(self.adapter.modules_to_save)
-        trained = "adapter=full" if self.adapter.method == "full" else f"adapter.modules_to_save=[{whole}]"
+        trained = self.adapter.trains_base
         require(
-            self.adapter.method != "full" and not whole,
+            trained is None,
             f"parallel=zero3 gathers what is frozen, and {trained} trains parameters of the base; set parallel=fsdp2",
         )
 
@@ -222,10 +221,9 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"{setting} has no effect with {given}, where every rank has the base whole and gathers nothing; leave it "
             "out, or set another parallel.shard_degree",
         )
-    saved = config.adapter.modules_to_save
-    sharded = "adapter=full" if config.adapter.method == "full" else f"adapter.modules_to_save=[{','.join(saved)}]"
+    sharded = config.adapter.trains_base
     require(
-        degree == 1 or not (config.adapter.method == "full" or saved) or not config.optim.name.endswith("_8bit"),
+        degree == 1 or sharded is None or not config.optim.name.endswith("_8bit"),
         f"optim.name={config.optim.name} keeps moments in blocks of 256, which the rows of {degree} processes would "
         f"cut ({sharded} is sharded); set optim.name={config.optim.name.removesuffix('_8bit')}, or "
         "parallel.shard_degree=1 where every process can hold all of it",

@@ -158,6 +158,14 @@ class AdapterConfig:
         return self.init == "loftq" or self.init_from_loftq
 
     @property
+    def trains_base(self) -> str | None:
+        """The setting, as it is typed, by which parameters of the base itself are trained, and cut over ranks like it;
+        None where it is frozen, but for single rows of tokens."""
+        if self.method == "full":
+            return "adapter=full"
+        return f"adapter.modules_to_save=[{','.join(self.modules_to_save)}]" if self.modules_to_save else None
+
+    @property
     def starts_as_base(self) -> bool:
         """Whether the model computes exactly what the base does before the first step."""
         return not self.decomposes and self.init_from is None

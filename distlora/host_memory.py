@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,9 +35,14 @@ def lay_out(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
     return chunks, places
 
 
+def bytes_of(sizes: Sequence[int]) -> int:
+    """What `take_places` takes."""
+    return sum(lay_out(sizes)[0])
+
+
 def bytes_like(tensors: Sequence[Tensor]) -> int:
     """What `memory_like` takes."""
-    return sum(sum(lay_out([tensor.nbytes for tensor in kind])[0]) for kind in _kinds(tensors).values())
+    return sum(bytes_of([tensor.nbytes for tensor in kind]) for kind in _kinds(tensors).values())
 
 
 def memory_like(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -85,6 +91,11 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
     """
     found = [*_by_kernel(proc), *_by_cgroups(proc, cgroups)]
     return min(found, default=None)
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine, which share its memory; torchrun says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _by_kernel(proc: Path) -> Iterator[int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from distlora.host_memory import lay_out, take_chunk
+from distlora.host_memory import bytes_of, take_chunk, take_places
 
 
 class HostInputs:
@@ -37,10 +37,9 @@ class HostInputs:
 
     def reserve(self, num_inputs: int, nbytes: int) -> None:
         """Take memory for so many inputs of so many bytes, before the first step needs it."""
-        chunks, places = lay_out([nbytes] * num_inputs)
-        memory = [take_chunk(size, pinned=self._side is not None) for size in chunks]
-        self.taken_bytes += sum(chunks)
-        self._free.setdefault(nbytes, []).extend(memory[chunk][first : first + nbytes] for chunk, first in places)
+        sizes = [nbytes] * num_inputs
+        self._free.setdefault(nbytes, []).extend(take_places(sizes, pinned=self._side is not None))
+        self.taken_bytes += bytes_of(sizes)
 
     def keeping(self) -> saved_tensors_hooks:
         """Around a call of torch's checkpoint: the input that this saves is kept on the host. What the function saves

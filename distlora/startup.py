@@ -169,7 +169,7 @@ def require_room_for_inputs(model: CausalLM, config: Config, backend: Backend) -
     if slices > 1:
         instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"
     backend.require_host_memory(
-        sum(host_memory.lay_out([inputs.nbytes] * inputs.count)[0]),
+        host_memory.bytes_of([inputs.nbytes] * inputs.count),
         "train.checkpointing=offload",
         f"the inputs of the blocks on each process ({inputs.said})",
         instead,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -36,10 +35,8 @@ class Snapshot:
         needed = 0
         if not self._memory:
             own = [self._own(tensor)[0] for _, tensor in tensors_of(files) if self._is_copied(tensor)]
-            needed = host_memory.bytes_like(own) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available = host_memory.available_bytes()
-        lacks = torch.tensor(available is not None and needed > available, device=self._backend.ranks.device).int()
-        return not self._backend.max_over_ranks(lacks)
+            needed = host_memory.bytes_like(own)
+        return not self._backend.lacks_host_memory(needed)
 
     def take(self, files: Files) -> Files:
         """`files` with copies in the tensors' place: whole on the rank that writes, and where this rank's rows of what

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -272,16 +271,21 @@ class Backend:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.ranks.group)
         return tensor
 
+    def lacks_host_memory(self, nbytes: int) -> bool:
+        """Whether some machine has less than `nbytes` left for each of its ranks, as far as it can be told; the same on
+        every rank, and every rank must ask. `nbytes` may be another number on each."""
+        available, needed = host_memory.available_bytes(), nbytes * host_memory.processes_here()
+        lacks = torch.tensor(available is not None and needed > available, device=self.ranks.device).int()
+        return bool(self.max_over_ranks(lacks))
+
     def require_host_memory(self, nbytes: int, setting: str, purpose: str, instead: str) -> None:
         """Before `nbytes` of it are taken on this rank: raises UserError, on every rank, where a machine has less left
         for its ranks, as far as it can be told: "`setting` takes ... of host memory for `purpose`, ...; `instead`".
 
         Every rank must call it alike, and none takes memory before all have looked.
         """
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available = host_memory.available_bytes()
-        lacks = torch.tensor(available is not None and nbytes * processes > available, device=self.ranks.device).int()
-        if self.max_over_ranks(lacks) > 0:
+        if self.lacks_host_memory(nbytes):
+            available, processes = host_memory.available_bytes(), host_memory.processes_here()
             here = "an unknown amount" if available is None else f"{available / 2**30:,.2f} GiB"
             raise UserError(
                 f"{setting} takes {nbytes / 2**30:,.2f} GiB of host memory for {purpose}, and a machine lacks it: this "

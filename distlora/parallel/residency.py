@@ -9,7 +9,6 @@ one block ahead, the last resident block asks for the first that is not, as any 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,4 +73,4 @@ def free_bytes(device: torch.device) -> float:
     available = host_memory.available_bytes()
     if available is None:
         return 0.0
-    return (1 - RESERVE["cpu"]) * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (1 - RESERVE["cpu"]) * available / host_memory.processes_here()

@@ -55,7 +55,7 @@ class _Unit(nn.Module):
 def host_bytes(model: CausalLM, shards: Shards) -> int:
     """Host memory that a rank takes where the base of `model` is kept there."""
     sizes = [own_shape(parameter, shards).numel() * parameter.itemsize for parameter in _gathered(model)]
-    return sum(host_memory.lay_out(sizes)[0])
+    return host_memory.bytes_of(sizes)
 
 
 def _gathered(model: CausalLM) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from distlora.config.cluster import ClusterConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.parallel import ParallelConfig
+from distlora.config.plan import CardConfig, PlanConfig
 from distlora.config.training import (
     OPTIMIZERS,
     SCHEDULES,
@@ -30,12 +31,14 @@ __all__ = [
     "SCHEDULES",
     "TARGET_PRESETS",
     "AdapterConfig",
+    "CardConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
     "QuantConfig",
     "SourceConfig",
     "TrackerConfig",
@@ -60,6 +63,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "distlora"
     """Names the run in its folder and in wandb."""
     run_dir: str

@@ -1,13 +1,14 @@
-"""Host memory: how much can be had, and chunks of it for many tensors."""
+"""Host memory: how much can be had, and chunks of it for many tensors. Imports torch late: the planner asks both."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
 """Least of what is taken at once. Chunks are powers of two, to which torch rounds pinned memory up."""
@@ -64,6 +65,8 @@ def take_places(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
 
 def take_chunk(size: int, *, pinned: bool) -> Tensor:
     """(size,) uint8."""
+    import torch
+
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 

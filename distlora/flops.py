@@ -1,4 +1,4 @@
-"""What a step must compute, counted from the model's shapes, and what a card can do: the two halves of MFU.
+"""What a step must compute, counted from the model's shapes, which MFU divides by what a card can do.
 
 Counted are the operations that the maths asks for: forward, the gradient of every input, the gradients of what is
 trained. Recomputation under checkpointing and dequantization are the implementation's, so they lower MFU.
@@ -6,53 +6,23 @@ trained. Recomputation under checkpointing and dequantization are the implementa
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distlora.adapters import AdaptedLinear
+from distlora.cards import card_named
 from distlora.experts import ExpertWeight
 from distlora.model import CausalLM
 from distlora.parallel import whole_shape
 from distlora.quant import FrozenLinear
 
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-"""Dense bf16 operations a second with fp32 accumulation, from the makers' data sheets, by what the device's name has
-in it as a word; the first that it has counts."""
-
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None for a CPU and for a card that is not in the table: no MFU is shown then."""
-    return peak_of_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def peak_of_card(name: str) -> float | None:
-    """By the device's name; None for one that is not in the table. A laptop's card has the name of a faster one."""
-    known = (peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{re.escape(card)}\b(?! Laptop)", name))
-    return next(known, None)
+    """Of one device; None for a CPU and for a card that is not in distlora/cards.py: no MFU is shown then."""
+    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else card.flops
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlora.buffers import materialize_buffers
 from distlora.config import Config
 from distlora.config_file import build
-from distlora.flops import ModelFlops, count_flops, peak_flops, peak_of_card
+from distlora.flops import ModelFlops, count_flops, peak_flops
 from distlora.model import CausalLM, build_model
 
 TOKENS, ROWS = 48, 2
@@ -58,25 +58,6 @@ def test_attention_counts_the_pairs_within_documents_and_windows() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1]])  # Two documents: 10 and 3 pairs.
     assert ModelFlops(per_token=100, per_pair=((7, None),)).of(positions) == 600 + 7 * 13
     assert ModelFlops(per_token=0, per_pair=((1, None), (1, 2))).of(positions) == 13 + (1 + 2 + 2 + 2 + 1 + 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A40", 150e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA RTX A4000", None),
-        ("NVIDIA L4", 121e12),
-        ("Tesla T4", None),
-    ],
-)
-def test_a_card_is_known_by_its_whole_name(name: str, peak: float | None) -> None:
-    assert peak_of_card(name) == peak
 
 
 def test_a_cpu_has_no_peak_to_divide_by() -> None:

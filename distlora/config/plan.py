@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from distlora.cards import CARDS
 from distlora.config.errors import require, require_choice
 
 
@@ -33,6 +34,7 @@ class CardConfig:
     """Of one card, in any currency; null: no cost is said."""
 
     def __post_init__(self) -> None:
+        require_choice("card.name", self.name, ("auto", *CARDS))
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             require(

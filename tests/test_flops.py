@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlora.buffers import materialize_buffers
 from distlora.config import Config
 from distlora.config_file import build
-from distlora.flops import ModelFlops, count_flops, peak_flops
+from distlora.flops import count_flops, peak_flops
 from distlora.model import CausalLM, build_model
+from distlora.operations import ModelFlops
 
 TOKENS, ROWS = 48, 2
 

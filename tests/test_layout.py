@@ -70,6 +70,7 @@ LAYERS = [
         "distlora.initial_rows",
         "distlora.activations",
         "distlora.shapes",
+        "distlora.operations",
         "distlora.wire",
         "distlora.plan",
     },

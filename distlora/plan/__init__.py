@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from distlora import wire
 from distlora.config import Config
+from distlora.plan.compute import StepFlops, step_flops
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes, device_bytes
 from distlora.plan.model import PlannedModel
@@ -23,7 +24,8 @@ class Plan:
     machine: Machine
     device: DeviceBytes
     wire: StepBytes
-    # host: HostBytes, disk: DiskBytes, compute: StepFlops, time: StepTime | None follow.
+    compute: StepFlops
+    # host: HostBytes, disk: DiskBytes, time: StepTime | None follow.
 
     @property
     def fits(self) -> bool | None:
@@ -41,4 +43,5 @@ def plan_of(config: Config, model: PlannedModel, machine: Machine) -> Plan:
         machine=machine,
         device=device_bytes(config, model, machine),
         wire=wire.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks)),
+        compute=step_flops(config, model, ranks=ranks, is_gpu=machine.is_gpu),
     )

@@ -1,0 +1,238 @@
+"""Operations of a training step, by kind, from shapes and settings. Imports no torch.
+
+What MFU counts is by operations.py, as of a model that runs (flops.py), to equality (tests/test_plan_compute.py).
+Beside it is what the implementation computes more: what checkpointing runs again, the scores that flash attention's
+backward makes again, and the pairs that a dense mask hides. Left out, as by MFU: routers, norms, activation functions,
+and what DoRA adds (below 1 % of a linear, kernels/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from distlora.config import Config
+from distlora.families import Family, text_settings
+from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
+from distlora.plan.model import PlannedModel
+from distlora.shapes import Weight, attention_columns, expert_paths, sizes_of
+from distlora.tokens import EMBEDDING, HEAD, trained_indices
+
+FlopsKind = Literal[
+    "forward",  # of the blocks' linears, and of the experts that tokens choose
+    "input_gradients",  # of the same
+    "weight_gradients",  # of what is trained of the base: everything, the head, rows of it
+    "adapters",  # forward and all gradients
+    "attention",  # forward and backward, of the pairs that documents and windows leave
+    "head",  # forward and the gradient of its input
+    "reference",  # DPO's: a forward of the base
+    "recomputation",  # what checkpointing, and a trained head, compute again in backward
+    "scores",  # what attention's backward makes again of the forward's scores
+    "masked",  # pairs that a dense mask hides, computed all the same
+]
+FLOPS_KINDS: tuple[FlopsKind, ...] = get_args(FlopsKind)
+NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
+
+_SCORES_AGAIN = 2
+"""Operations a pair and column by which flash attention's backward makes the scores again, in place of keeping them."""
+_EXPERTS_CHOSEN = {"mixtral": 2, "qwen3_moe": 8, "gpt_oss": 4}
+"""What transformers takes where a config.json says no num_experts_per_tok."""
+_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
+_WINDOWS |= {"gemma3": 4096, "gemma3_text": 4096}
+"""The same of sliding_window."""
+_WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
+"""Families whose sliding_window counts with use_sliding_window=true alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """Operations of one rank in an optimizer step, of all rows that it runs, empty ones among them."""
+
+    by_kind: Mapping[FlopsKind, int]
+    """Kinds of which there is nothing are left out."""
+    tokens: int
+    """That the rank runs."""
+
+    @property
+    def counted(self) -> int:
+        """What MFU counts."""
+        return sum(flops for kind, flops in self.by_kind.items() if kind not in NOT_IN_MFU)
+
+    @property
+    def total(self) -> int:
+        """What is computed."""
+        return sum(self.by_kind.values())
+
+
+def step_flops(
+    config: Config, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
+) -> StepFlops:
+    """Of a step with these settings on so many ranks. `document`: tokens of each packed document; None: one a row."""
+    rows = config.accumulation(ranks) * config.train.micro_batch
+    length = config.data.sequence_length
+    tokens, documents = rows * length, cut(length, document)
+    active, mlp = active_weights(config, model), mlp_weights(config, model)
+    seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
+    dense = attends_densely(config, model, is_gpu=is_gpu)
+    every = rows * length**2 * sum(columns for columns, _ in active.queries) if dense else seen
+    reference = config.train.objective == "dpo"
+    again = _recomputed(config, active, mlp)
+    of_pairs = PAIR_FORWARD * again.attention + PAIR_BACKWARD + PAIR_FORWARD * (2 if reference else 1)
+    by_kind: dict[FlopsKind, int] = {
+        "forward": PRODUCT * active.linears * tokens,
+        "input_gradients": PRODUCT * active.linears * tokens,
+        "weight_gradients": PRODUCT * tokens * weights_with_gradients(active),
+        "adapters": 3 * PRODUCT * active.adapters * tokens,
+        "attention": (PAIR_FORWARD + PAIR_BACKWARD) * seen,
+        "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
+        "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
+        "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
+        "scores": 0 if dense else _SCORES_AGAIN * seen,
+        "masked": of_pairs * (every - seen),
+    }
+    return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)
+
+
+def weights_with_gradients(active: ActiveWeights) -> int:
+    """Weights of the base whose own gradient is computed."""
+    trained = (active.linears if active.linears_are_trained else 0) + (active.head if active.head_is_trained else 0)
+    return trained + active.head_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Recomputed:
+    """What backward computes again of a forward."""
+
+    weights: int
+    attention: int
+    """1 where attention is, else 0."""
+
+
+def _recomputed(config: Config, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
+    """By train.checkpointing: `selective` runs the MLP half again (mlp.py), `block` and `offload` all of a block, to
+    its last linear, whose product is made before torch sees that all is there (blocks.py). Tiles of an MLP change
+    nothing of it: a block's recomputation ends where they begin. A trained head makes its logits again (head.py)."""
+    head = active.head if active.head_is_trained else 0
+    mode = config.train.checkpointing
+    if mode == "none":
+        return _Recomputed(head, 0)
+    if mode == "selective":
+        return _Recomputed(head + sum(mlp), 0)
+    return _Recomputed(head + active.linears + active.adapters, 1)
+
+
+def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
+    """What a token goes through, from shapes and settings. Equals flops.active_weights of the model itself."""
+    shapes, adapter = model.shapes, config.adapter
+    settings, full = sizes_of(model.settings, shapes.family), adapter.method == "full"
+    chosen = experts_chosen(model)
+    fused = set(expert_paths(shapes.family))
+    linears = shapes.num_layers * sum(passed(weight, chosen) for weight in shapes.block if weight.packs)
+    adapters = 0
+    for each in () if full else (each for block in shapes.adapters(adapter) for each in block):
+        rows, inner = each.down
+        is_fused = any(each.path.endswith(path) for path in fused)
+        share = (chosen, num_experts(model)) if is_fused else (1, 1)
+        adapters += rows * share[0] // share[1] * (inner + each.up[0])
+    tied = shapes.tied and not adapter.modules_to_save
+    rows_of = _trained_rows(config, model)
+    return ActiveWeights(
+        linears=linears,
+        linears_are_trained=full,
+        adapters=adapters,
+        head=shapes.vocabulary * shapes.hidden,
+        head_is_trained=full or HEAD in adapter.modules_to_save,
+        head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if tied else HEAD, ())),
+        queries=queries_by_window(attention_columns(settings)[0], windows_of(model)),
+    )
+
+
+def mlp_weights(config: Config, model: PlannedModel) -> tuple[int, int]:
+    """(weights, R (I + O) of adapters) that a token goes through in the MLPs of all blocks."""
+    chosen = experts_chosen(model)
+    linears = [w for w in model.shapes.block if w.packs and w.path.startswith("mlp.")]
+    weights = model.shapes.num_layers * sum(passed(weight, chosen) for weight in linears)
+    if config.adapter.method == "full":
+        return weights, 0
+    adapters = 0
+    for each in (each for block in model.shapes.adapters(config.adapter) for each in block if ".mlp." in each.path):
+        is_fused = any(each.path.endswith(path) for path in expert_paths(model.shapes.family))
+        ranks = each.down[0] * chosen // num_experts(model) if is_fused else each.down[0]
+        adapters += ranks * (each.down[1] + each.up[0])
+    return weights, adapters
+
+
+def passed(weight: Weight, chosen: int) -> int:
+    """Weights of a linear that a token goes through; of a fused one, those of the experts that it chooses."""
+    if len(weight.shape) == 2:
+        return weight.numel
+    return weight.numel // weight.shape[0] * chosen
+
+
+def num_experts(model: PlannedModel) -> int:
+    """1 for a model without a mixture."""
+    layout = model.shapes.family.experts
+    return 1 if layout is None else layout.num_experts(sizes_of(model.settings, model.shapes.family))
+
+
+def experts_chosen(model: PlannedModel) -> int:
+    """Experts that a token goes through; 1 for a model without a mixture."""
+    family = model.shapes.family
+    if family.experts is None:
+        return 1
+    settings = sizes_of(model.settings, family)
+    return int(settings.get("num_experts_per_tok", _EXPERTS_CHOSEN[family.model_type]))
+
+
+def windows_of(model: PlannedModel) -> list[int | None]:
+    """Tokens that each layer's attention sees of those before it, itself among them, as transformers reads
+    config.json; None: all."""
+    family, layers = model.shapes.family, model.shapes.num_layers
+    settings = text_settings(model.settings, family)
+    window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
+    if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
+        window = None
+    types = settings.get("layer_types")
+    if types is not None:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if slides else None for slides in _slides(family, settings, layers)]
+
+
+def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
+    """Whether each layer sees a window alone, where config.json has no layer_types."""
+    match family.model_type:
+        case "gemma2" | "gpt_oss":
+            return [layer % 2 == 0 for layer in range(layers)]
+        case "gemma3" | "gemma3_text":
+            every = settings.get("sliding_window_pattern", 6)
+            return [(layer + 1) % every != 0 for layer in range(layers)]
+        case "qwen2" | "qwen3":
+            return [layer >= settings.get("max_window_layers", 28) for layer in range(layers)]
+        case _:
+            return [True] * layers
+
+
+def attends_densely(config: Config, model: PlannedModel, *, is_gpu: bool) -> bool:
+    """Whether attention computes all pairs of a row and hides some by a mask (attention.py, `choose`)."""
+    family = model.shapes.family
+    settings = sizes_of(model.settings, family)
+    head_size = attention_columns(settings)[0] // settings["num_attention_heads"]
+    by_documents = (
+        family.attention == "sdpa" and config.train.dtype == "bf16" and not head_size % 8 and head_size <= 256
+    )
+    return not (is_gpu and by_documents)
+
+
+def cut(length: int, document: int | None) -> list[int]:
+    """Tokens of each document of a row that is packed with documents of so many; the last has what is left."""
+    if document is None or document >= length:
+        return [length]
+    return [document] * (length // document) + ([length % document] if length % document else [])
+
+
+def _trained_rows(config: Config, model: PlannedModel) -> Mapping[str, tuple[int, ...]]:
+    """Ids by matrix, as wire.token_rows counts them: any that no other token has stand for new ones."""
+    vocabulary = model.shapes.vocabulary
+    ids = tuple(range(vocabulary, vocabulary + len(config.model.new_tokens)))
+    return trained_indices(config, tied=model.shapes.tied, new=ids)

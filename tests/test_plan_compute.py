@@ -1,0 +1,151 @@
+"""The operations that are planned are those that a model of every family counts itself, and what is beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distlora.activations import AdaptedRanks, Costs, Decoder, Mode
+from distlora.config import Config
+from distlora.families import check_config, read_config
+from distlora.flops import active_weights as of_model
+from distlora.flops import count_flops
+from distlora.model import build_model
+from distlora.operations import pairs
+from distlora.plan.compute import StepFlops, active_weights, cut, step_flops, windows_of
+from distlora.plan.model import PlannedModel
+from distlora.shapes import shapes_of
+from family_models import VARIANTS, config_for, edit_config, hf_config
+
+LENGTH, GLOBAL_BATCH = 40, 6
+
+
+def planned(folder: Path, config: Config | None = None, *, vocabulary: int | None = None) -> PlannedModel:
+    settings = read_config(folder)
+    check_config(settings, folder)
+    return PlannedModel(
+        name=folder.name,
+        settings=settings,
+        shapes=shapes_of(settings, folder, vocabulary=vocabulary),
+        source="folder",
+    )
+
+
+def run_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    data = {"path": "none.jsonl", "sequence_length": LENGTH}
+    return config_for(folder, data=data, **sections)
+
+
+LORA: dict[str, Any] = {"adapter": {"target_modules": "all-linear", "r": 4, "rank_pattern": {"o_proj": 3}}}
+NONE = {"quant": {"method": "none"}}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    configs = [run_of(tmp_path, **LORA)]
+    if "Moe" not in VARIANTS[name][0] and name not in ("mixtral", "gpt-oss", "gemma3", "gemma3-untied"):
+        configs.append(run_of(tmp_path, adapter={"method": "full"}, **NONE))
+    configs.append(run_of(tmp_path, adapter={"target_modules": "attention", "modules_to_save": ["lm_head"]}))
+    for config in configs:
+        built = of_model(build_model(config))
+        assert active_weights(config, planned(tmp_path)) == built
+        reference = [
+            active_weights(config, planned(tmp_path)).model_flops(with_reference=each) for each in (True, False)
+        ]
+        assert reference == [count_flops(build_model(config), with_reference=each) for each in (True, False)]
+
+
+@pytest.mark.parametrize("name", ["llama3-tied", "qwen2"])
+def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    for indices in ([3, 5], {"embed_tokens": [3], "lm_head": [4, 5, 6]}):
+        if name == "llama3-tied" and isinstance(indices, dict):
+            continue
+        config = run_of(tmp_path, adapter={"r": 4, "trainable_token_indices": indices})
+        built = of_model(build_model(config))
+        assert active_weights(config, planned(tmp_path)) == built
+        assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
+
+
+@pytest.mark.parametrize(
+    ("name", "removed"),
+    [
+        ("mistral-window", {"sliding_window": None}),
+        ("gemma2", {"layer_types": None, "sliding_window": None}),
+        ("gemma3-text", {"layer_types": None}),
+        ("gpt-oss", {"layer_types": None, "num_experts_per_tok": None}),
+        ("qwen2-tied-window", {"layer_types": None}),
+        ("qwen2", {"use_sliding_window": None, "sliding_window": None, "layer_types": None}),
+        ("mixtral", {"num_experts_per_tok": None}),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(
+    name: str, removed: dict[str, None], tmp_path: Path
+) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    edit_config(tmp_path, **removed)
+    config = run_of(tmp_path, **LORA)
+    assert active_weights(config, planned(tmp_path)) == of_model(build_model(config))
+
+
+def test_a_window_of_null_is_none(tmp_path: Path) -> None:
+    hf_config("mistral-window").save_pretrained(tmp_path)
+    model = planned(tmp_path)
+    model = dataclasses.replace(model, settings={**model.settings, "sliding_window": None})
+    assert windows_of(model) == [None] * 3
+    assert windows_of(planned(tmp_path)) == [16] * 3
+
+
+def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:
+    settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "bf16", **train}
+    return step_flops(
+        run_of(folder, **LORA, train=settings), planned(folder), ranks=1, is_gpu=is_gpu, document=document
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3-text", "qwen3-moe"])
+def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    model = build_model(run_of(tmp_path, **LORA))
+    for document in (None, 7):
+        positions = torch.cat([torch.arange(part) for part in cut(LENGTH, document)]).expand(GLOBAL_BATCH, -1)
+        step = steps(tmp_path, document=document)
+        assert step.counted == count_flops(model).of(positions)
+        assert step.counted == count_flops(model).of_documents(cut(LENGTH, document) * GLOBAL_BATCH)
+        dpo = steps(tmp_path, document=document, objective="dpo")
+        assert dpo.counted == count_flops(model, with_reference=True).of(positions)
+        assert step.tokens == positions.numel()
+    on_cpu = steps(tmp_path, is_gpu=False)
+    assert on_cpu.counted == steps(tmp_path).counted
+    assert on_cpu.by_kind["masked"] > 0, "a dense mask hides pairs that are computed"
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block", "offload"])
+def test_what_checkpointing_computes_again_is_the_share_that_activations_say(mode: Mode, tmp_path: Path) -> None:
+    hf_config("llama").save_pretrained(tmp_path)
+    bare = {"adapter": {"target_modules": "qv", "r": 1}}
+    config = run_of(tmp_path, **bare, train={"checkpointing": mode, "dtype": "bf16", "global_batch": 1})
+    model = planned(tmp_path)
+    step = step_flops(config, model, ranks=1, is_gpu=True)
+    decoder = Decoder.of(model.settings, model.shapes.family)
+    share = Costs(decoder=decoder, ranks=AdaptedRanks()).recomputed(mode, LENGTH)
+    forward = step.by_kind["forward"] + step.by_kind["head"] / 2 + step.by_kind["attention"] / 3
+    assert step.by_kind.get("recomputation", 0) == pytest.approx(share * forward, rel=0.02)
+
+
+def test_a_tile_of_the_mlp_computes_nothing_twice(tmp_path: Path) -> None:
+    hf_config("llama").save_pretrained(tmp_path)
+    for mode in ("selective", "block"):
+        assert steps(tmp_path, checkpointing=mode, mlp_tile=16) == steps(tmp_path, checkpointing=mode)
+
+
+def test_pairs_of_a_document_and_a_window() -> None:
+    for length in range(1, 9):
+        for window in (None, 1, 3, 8, 20):
+            seen = sum(min(at + 1, window or length) for at in range(length))
+            assert pairs(length, window) == seen

@@ -4,6 +4,7 @@ anything is downloaded or built. Imports no torch; tests/test_wire.py holds it t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,26 +81,50 @@ class ModelShapes:
         """Parameters that quant=nf4 keeps in 4 bits."""
         return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
 
-    def adapters(self, config: AdapterConfig) -> list[list[Adapter]]:
+    def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
         """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
-        fused = expert_paths(self.family)
-        found = {
-            f"{self.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
-            for layer in range(self.num_layers)
-            for weight in self.block
-            if weight.packs
-        }
-        linears = [path for path, (_, weight) in found.items() if weight.path not in fused]
-        blocks: list[list[Adapter]] = [[] for _ in range(self.num_layers)]
-        for path in select_adapted(config, linears, self.family, self.num_layers):
-            layer, weight = found[path]
-            blocks[layer].append(self._adapter(config, path, weight))
-        return blocks
+        return _adapters(_Asked(self, config))[0]
 
-    def _adapter(self, config: AdapterConfig, path: str, weight: Weight) -> Adapter:
-        rank, (*experts, out, inner) = config.rank_of(path), weight.shape
-        rows = math.prod(experts) * rank
-        return Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0)
+    def adapted_numel(self, config: AdapterConfig) -> int:
+        """Numbers of all adapters together. Raises as `adapters`."""
+        return _adapters(_Asked(self, config))[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A model and adapters, as a key: their settings have mappings, which have no hash."""
+
+    shapes: ModelShapes
+    config: AdapterConfig
+
+    def __hash__(self) -> int:
+        return hash((self.shapes.num_layers, self.shapes.hidden, self.config.r))
+
+
+@functools.lru_cache(maxsize=16)
+def _adapters(asked: _Asked) -> tuple[tuple[tuple[Adapter, ...], ...], int]:
+    """(the adapters of each block, their numbers together). Kept, as a planner asks for the same ones again and again:
+    choosing settings of a 405B model would match 882 paths for each of hundreds of plans."""
+    shapes, config = asked.shapes, asked.config
+    fused = expert_paths(shapes.family)
+    found = {
+        f"{shapes.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
+        for layer in range(shapes.num_layers)
+        for weight in shapes.block
+        if weight.packs
+    }
+    linears = [path for path, (_, weight) in found.items() if weight.path not in fused]
+    blocks: list[list[Adapter]] = [[] for _ in range(shapes.num_layers)]
+    for path in select_adapted(config, linears, shapes.family, shapes.num_layers):
+        layer, weight = found[path]
+        blocks[layer].append(_adapter(config, path, weight))
+    return tuple(map(tuple, blocks)), sum(each.numel for block in blocks for each in block)
+
+
+def _adapter(config: AdapterConfig, path: str, weight: Weight) -> Adapter:
+    rank, (*experts, out, inner) = config.rank_of(path), weight.shape
+    rows = math.prod(experts) * rank
+    return Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0)
 
 
 def expert_paths(family: Family) -> tuple[str, ...]:

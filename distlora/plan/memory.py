@@ -87,7 +87,7 @@ def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> Devic
     norms = block - packed - linears
     layers = shapes.num_layers
     adapters = shapes.adapters(config.adapter)
-    trained = sum(each.numel for of_block in adapters for each in of_block)
+    trained = shapes.adapted_numel(config.adapter)
     moments = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}[config.optim.name]
     held: dict[Kind, int] = {
         "codes": layers * codes // shards,

@@ -78,10 +78,12 @@ class FusedAdamW(Optimizer):
             groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         super().__init__(parameters, inner)
+        # The kernel's own switch, made for loss scaling: with 1 it leaves parameters, moments and step counts alone.
+        self._skips = torch.zeros((), device=next(iter(parameters.values())).device)
+        inner.found_inf = self._skips  # type: ignore[attr-defined]
 
     def _update(self, ok: Tensor) -> None:
-        # The kernel's own switch, made for loss scaling: with 1 it leaves parameters, moments and step counts alone.
-        self.inner.found_inf = (~ok).float()  # type: ignore[attr-defined]
+        self._skips.copy_(~ok)
         self.inner.step()
 
     def _prepare(self, parameter: nn.Parameter) -> None:

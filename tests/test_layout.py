@@ -81,6 +81,7 @@ LAYERS = [
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoints", "distlora.tensor_files", "distlora.pissa_format"},
     {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached", "distlora.verification"},
+    {"distlora.memory_meter"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},

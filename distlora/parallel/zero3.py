@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from distlora import host_memory
 from distlora.adapters import adapter_parameters
@@ -216,7 +217,8 @@ class Units:
         coordinator.trace_prologue(unit)
         if coordinator.is_record_trace():
             coordinator.record_module(unit)
-        coordinator.fetch_sub_module(unit, forward=forward)
+        with record_function("DeepSpeed::fetch"):  # What memory_meter.py tells gathering by, as FSDP2 names its own.
+            coordinator.fetch_sub_module(unit, forward=forward)
         for parameter in unit.parameters():
             # Without the rows that fill the last rank's share.
             parameter.data = parameter.data[: whole_shape(parameter)[0]]

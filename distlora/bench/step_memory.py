@@ -1,0 +1,65 @@
+"""The memory of one training step on this rank, measured by kind (`distlora.memory_meter`), over random tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from distlora.bench.traffic import random_tokens
+from distlora.config import Config
+from distlora.data.loader import MicroBatch
+from distlora.memory_meter import MemoryMeter, StepMemory
+from distlora.objectives import objective_of
+from distlora.optim import build_optimizer, learning_rate
+from distlora.parallel import Ranks, whole_shape
+from distlora.startup import start_adapters, start_model
+
+STEPS = 2
+"""The first makes the optimizer's state, checks the base and shows DeepSpeed the order of units; the last is measured.
+"""
+
+
+def measure_step(config: Config, ranks: Ranks, *, documents: int = 4) -> StepMemory:
+    """The second step of a run with these settings, as the trainer runs it, over rows of random tokens, each of which
+    has so many documents of one length. Every rank must call it alike."""
+    model, backend, _ = start_model(config, ranks)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    optimizer = build_optimizer(backend.updated(trained), config.optim)
+    start_adapters(model, config, backend, restores=False, say=lambda text: None)
+    meter = MemoryMeter(model, optimizer)
+    objective, ok = objective_of(config.train), torch.ones((), dtype=torch.bool, device=ranks.device)
+    micro_batches = _micro_batches(config, ranks, whole_shape(model.head.weight)[0], documents)
+    if config.train.accumulate == "block":
+        model.set_num_micro(config.accumulation(ranks.world))
+    # Tokens, or pairs of documents.
+    units = ranks.world * sum(batch.labels.numel() for batch in micro_batches)
+
+    def step(number: int) -> None:
+        backend.zero_gradients()
+        for index, batch in enumerate(micro_batches):
+            losses = objective.losses(model, batch, ranks.device, number)
+            backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
+        backend.finish_gradients()
+        backend.clip_gradients(config.optim.max_grad_norm)
+        optimizer.step(learning_rate(number, STEPS, config.optim), ok)
+
+    step(0)
+    backend.settle_residency()
+    backend.zero_gradients()
+    with meter.step():
+        step(1)
+    assert meter.found is not None
+    return meter.found
+
+
+def _micro_batches(config: Config, ranks: Ranks, vocabulary: int, documents: int) -> list[MicroBatch]:
+    """As the trainer hands them to the model: one of all rows with train.accumulate=block."""
+    rows, length = config.train.micro_batch, config.data.sequence_length
+    number = config.accumulation(ranks.world)
+    ids = random_tokens(rows * number, length, vocabulary, ranks.rank)
+    positions = (torch.arange(length) % -(-length // documents)).expand_as(ids)
+    labels = ids.roll(-1, dims=1)
+    size = len(ids) if config.train.accumulate == "block" else rows
+    places = torch.arange(len(ids)) * ranks.world + ranks.rank
+    cut = (each.split(size) for each in (ids, labels, positions, places))
+    return [MicroBatch(*parts) for parts in zip(*cut, strict=True)]

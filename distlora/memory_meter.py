@@ -1,0 +1,308 @@
+"""What the memory of a training step is, by kind: measured, where the planner (distlora/plan/memory.py) calculates it.
+
+What is held from step to step is walked, each storage once. The rest is read from the allocator's own events of one
+step, which torch's profiler records: every allocation and every free of it, on the CPU and on a GPU, those of
+`storage.resize_` too, by which FSDP2 gathers and lets go and which no dispatch mode sees. An allocation is told by the
+part of the step in which it was made (marks, by hooks of this one step), by whether FSDP2 or DeepSpeed made it to
+gather, and by how long it lived. Nothing is patched and no number of the run changes.
+
+The events are those of the thread that trains and, with a GPU, of the one that autograd runs backward in: memory that
+gloo's threads take is not seen, nor what a library takes by itself (MKL, NCCL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import profile, record_function
+
+from distlora.adapters import adapter_parameters
+from distlora.model import CausalLM
+from distlora.optim import Optimizer
+from distlora.parallel.shards import local_rows
+from distlora.plan.memory import Kind
+from distlora.quant import FrozenTensor
+from distlora_kernels import scratch
+
+Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
+"""Of a micro-batch: up to the last norm; last norm and head; their backward; the blocks' backward and what ends a step
+before the update."""
+_MARK = "distlora: "
+_GATHERS = ("FSDP::", "DeepSpeed::")
+"""How the backends name what they do in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
+_REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
+_DEQUANTIZES = "bitsandbytes::dequantize_4bit"
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that a rank had in one step. Of tensors: not what libraries take beside them."""
+
+    held: dict[Kind, int]
+    """From step to step."""
+    at_peak: dict[Kind, int]
+    """Beside it, when most was there."""
+    part: Part
+    """In which part of the step that was."""
+    peaks: dict[Part, int]
+    """The most in each part, beside what is held."""
+    left: int
+    """Of what the step made and is no kind of what is held: still there at its end."""
+
+    @property
+    def persistent(self) -> int:
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> int:
+        return self.persistent + sum(self.at_peak.values())
+
+    @property
+    def by_kind(self) -> dict[Kind, int]:
+        """At the peak."""
+        return dict(Counter(self.held) + Counter(self.at_peak))
+
+
+class MemoryMeter:
+    """Measures single steps of a model. Make it when all is loaded and before the first step, when every block is cut;
+    then `with meter.step(): ...` around a whole training step, whose figures are `meter.found` afterwards.
+
+    The step should not be a run's first, which makes the optimizer's state and checks the base. It ought to begin with
+    no gradients of a former one that it lets go (`backend.zero_gradients()` before), else torch says on stderr that it
+    cannot know their size.
+    """
+
+    def __init__(self, model: CausalLM, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._device = model.head.weight.device
+        self._base = dict(_base(model))
+        self.found: StepMemory | None = None
+
+    def held(self) -> dict[Kind, int]:
+        """Bytes of what is there now and stays from step to step."""
+        return _sums(self._held())
+
+    def _held(self) -> dict[tuple[int, int], Kind]:
+        """(address, bytes) of each storage."""
+        found = dict(self._base)
+        for tensor, kind in _of_training(self._model, self._optimizer):
+            found.setdefault(_storage(tensor), kind)
+        return found
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one step; `found` is set when it ends without an exception."""
+        before = self._held()
+        with _marks(self._model, self._optimizer), recorded(self._device) as events:
+            mark("start")
+            yield
+        self.found = account(events, before, self._held())
+
+
+@contextlib.contextmanager
+def recorded(device: torch.device) -> Iterator[list[Event]]:
+    """What `device`'s allocator does while this lasts, and the marks, in order; filled when it ends."""
+    # Kineto, which torch's profiler is, says on stderr when it starts and stops. It reads this when it is first used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    found: list[Event] = []
+    with profile(use_kineto=True, profile_memory=True) as profiled:
+        yield found
+    assert profiled.kineto_results is not None
+    found += _events(profiled.kineto_results.experimental_event_tree(), device)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def _sums(storages: dict[tuple[int, int], Kind]) -> dict[Kind, int]:
+    sums: Counter[Kind] = Counter()
+    for (_, nbytes), kind in storages.items():
+        sums[kind] += nbytes
+    return {kind: nbytes for kind, nbytes in sums.items() if nbytes}
+
+
+def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
+    """The storages of parameters and buffers: of what is cut, this rank's rows with what fills them up."""
+    adapters = set(adapter_parameters(model).values())
+    matrices = {model.embedding, model.head}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind: Kind = "norms"
+            if parameter in adapters:
+                kind = "adapters"
+            elif module in matrices:
+                kind = "embeddings"
+            elif name in ("codes", "scales", "group_scale", "absmax"):
+                kind = "codes" if name == "codes" else "scales"
+            elif name == "weight" and isinstance(module, (FrozenTensor, nn.Linear)):
+                kind = "weights"
+            yield _storage(local_rows(parameter)[0]), kind
+        for name, buffer in module.named_buffers(recurse=False):
+            yield _storage(buffer), "scales" if name == "offset" else "norms"
+    for block in model.blocks:
+        for start in block.started.values():
+            yield _storage(start), "adapters"
+
+
+def _of_training(model: CausalLM, optimizer: Optimizer) -> Iterator[tuple[Tensor, Kind]]:
+    for parameter in (*model.parameters(), *optimizer.parameters.values()):
+        if parameter.grad is not None:
+            yield local_rows(parameter.grad)[0], "gradients"
+    for state in optimizer.inner.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield value, "optimizer"
+    device = model.head.weight.device
+    if device.type == "cuda":
+        arena = scratch.arena(device)
+        yield arena.one, "scratch"
+        yield arena.kept, "scratch"
+
+
+def mark(part: Part) -> None:
+    """A part of a step begins."""
+    with record_function(_MARK + part):
+        pass
+
+
+@contextlib.contextmanager
+def _marks(model: CausalLM, optimizer: Optimizer) -> Iterator[None]:
+    """While this lasts, each part of a step says when it begins. Before the backends' own hooks, so that what they
+    gather for a part is counted to it."""
+
+    def begin(part: Part) -> Any:
+        return lambda *arguments: mark(part)
+
+    def at_gradient(part: Part) -> Any:
+        def watch(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: mark(part))
+
+        return watch
+
+    handles: list[Any] = [
+        model.register_forward_pre_hook(begin("forward"), prepend=True),
+        model.final_norm.register_forward_pre_hook(begin("head"), prepend=True),
+        model.head.register_forward_hook(at_gradient("head_backward"), prepend=True),
+        model.blocks[-1].register_forward_hook(at_gradient("block"), prepend=True),
+        optimizer.inner.register_step_pre_hook(begin("update")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(slots=True)
+class _Made:
+    """A piece of memory that the step took."""
+
+    nbytes: int
+    address: int
+    kind: Kind | None
+    """None: by the part of the step in which it was made."""
+    part: Part
+    let_go: int | None = None
+    """By which event; None: it is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Memory that was taken or let go, or a mark."""
+
+    time: int
+    """In nanoseconds."""
+    nbytes: int = 0
+    """Taken, or let go where below 0."""
+    address: int = 0
+    kind: Kind | None = None
+    """Where what took it tells."""
+    mark: Part | None = None
+
+
+def _events(tree: list[Any], device: torch.device) -> list[Event]:
+    """What the profiler saw, in order: memory of `device`, and marks."""
+    found = []
+    waiting: list[tuple[Any, Kind | None]] = [(event, None) for event in reversed(tree)]
+    while waiting:
+        event, kind = waiting.pop()
+        if event.tag.name == "Allocation":
+            fields = event.extra_fields
+            if fields.device.type == device.type:
+                found.append(Event(event.start_time_ns, fields.alloc_size, fields.ptr, kind))
+            continue
+        name = event.name
+        if name.startswith(_MARK):
+            found.append(Event(event.start_time_ns, mark=name.removeprefix(_MARK)))
+        elif name.startswith(_REDUCES):
+            kind = "communication"
+        elif name.startswith(_GATHERS):
+            kind = "gathered"
+        elif name == _DEQUANTIZES:
+            kind = "scratch"
+        waiting += [(child, kind) for child in reversed(event.children)]
+    return sorted(found, key=lambda event: event.time)
+
+
+def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dict[tuple[int, int], Kind]) -> StepMemory:
+    """The step that made these events, between what was held before it and after it, as (address, bytes)."""
+    part: Part = "start"
+    alive: dict[int, _Made] = {}
+    made: list[tuple[int, _Made]] = []
+    parts: list[Part] = []
+    for index, event in enumerate(events):
+        part = event.mark or part
+        parts.append(part)
+        gone = alive.pop(event.address, None) if event.nbytes else None
+        if gone is not None:  # Where an address is taken again, another thread has let it go.
+            gone.let_go = index
+        if event.nbytes > 0:
+            alive[event.address] = _Made(event.nbytes, event.address, event.kind, part)
+            made.append((index, alive[event.address]))
+    # What stays is held, or gathered for good.
+    kinds = {address: kind for (address, _), kind in after.items()}
+    for each in alive.values():
+        each.kind = kinds.get(each.address, "resident" if each.kind == "gathered" else each.kind)
+    changes = [0] * len(events)
+    for index, each in made:
+        changes[index] += each.nbytes
+        if each.let_go is not None:
+            changes[each.let_go] -= each.nbytes
+    peaks: dict[Part, int] = {}
+    total, most, top = 0, -1, 0
+    for index, change in enumerate(changes):
+        total += change
+        peaks[parts[index]] = max(total, peaks.get(parts[index], 0))
+        if total > most:
+            most, top = total, index
+    at_peak: Counter[Kind] = Counter()
+    for index, each in made:
+        if index <= top and (each.let_go is None or each.let_go > top):
+            until = parts[each.let_go] if each.let_go is not None else None
+            at_peak[each.kind or _kind(each.part, until, parts[top])] += each.nbytes
+    return StepMemory(
+        held=_sums(before),
+        at_peak=dict(at_peak),
+        part=parts[top] if parts else "start",
+        peaks=peaks,
+        left=sum(each.nbytes for each in alive.values() if each.address not in kinds and each.kind != "resident"),
+    )
+
+
+def _kind(part: Part, until: Part | None, at: Part) -> Kind:
+    """What memory is that was taken in `part` of the step and let go in `until`, by whoever counts in `at`."""
+    if part == "forward" and until != "forward":
+        return "kept"
+    if part in ("head", "head_backward") and at in ("head", "head_backward"):
+        return "logits"
+    return "working"

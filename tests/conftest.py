@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,10 @@ left waits for the other's last one. Those of real commands, which mostly wait, 
 
 # Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
 torch.set_num_threads(1)
+
+# A shell starts its background jobs (`make test &`) deaf to Ctrl-C, which the commands under test would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

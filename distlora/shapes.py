@@ -83,11 +83,16 @@ class ModelShapes:
 
     def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
         """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
-        return _adapters(_Asked(self, config))[0]
+        return _adapters(_Asked(self, config))
+
+    def alike(self, config: AdapterConfig) -> tuple[tuple[Adapter, int], ...]:
+        """One of each kind of adapter, as the first block that has it does, and how many blocks have such. Raises as
+        `adapters`."""
+        return _alike(_Asked(self, config))
 
     def adapted_numel(self, config: AdapterConfig) -> int:
         """Numbers of all adapters together. Raises as `adapters`."""
-        return _adapters(_Asked(self, config))[1]
+        return sum(count * each.numel for each, count in self.alike(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +107,9 @@ class _Asked:
 
 
 @functools.lru_cache(maxsize=16)
-def _adapters(asked: _Asked) -> tuple[tuple[tuple[Adapter, ...], ...], int]:
-    """(the adapters of each block, their numbers together). Kept, as a planner asks for the same ones again and again:
-    choosing settings of a 405B model would match 882 paths for each of hundreds of plans."""
+def _adapters(asked: _Asked) -> tuple[tuple[Adapter, ...], ...]:
+    """The adapters of each block. Kept, as a planner asks for the same ones again and again: choosing settings of a
+    405B model would match 882 paths for each of hundreds of plans."""
     shapes, config = asked.shapes, asked.config
     fused = expert_paths(shapes.family)
     found = {
@@ -118,7 +123,17 @@ def _adapters(asked: _Asked) -> tuple[tuple[tuple[Adapter, ...], ...], int]:
     for path in select_adapted(config, linears, shapes.family, shapes.num_layers):
         layer, weight = found[path]
         blocks[layer].append(_adapter(config, path, weight))
-    return tuple(map(tuple, blocks)), sum(each.numel for block in blocks for each in block)
+    return tuple(map(tuple, blocks))
+
+
+@functools.lru_cache(maxsize=16)
+def _alike(asked: _Asked) -> tuple[tuple[Adapter, int], ...]:
+    kinds: dict[object, list[Adapter]] = {}
+    for block in _adapters(asked):
+        for each in block:
+            path = each.path.partition(".layers.")[2].partition(".")[2]
+            kinds.setdefault((path, each.down, each.up, each.magnitude), []).append(each)
+    return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
 
 
 def _adapter(config: AdapterConfig, path: str, weight: Weight) -> Adapter:

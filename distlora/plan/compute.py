@@ -130,11 +130,11 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
     fused = set(expert_paths(shapes.family))
     linears = shapes.num_layers * sum(passed(weight, chosen) for weight in shapes.block if weight.packs)
     adapters = 0
-    for each in () if full else (each for block in shapes.adapters(adapter) for each in block):
+    for each, blocks in () if full else shapes.alike(adapter):
         rows, inner = each.down
         is_fused = any(each.path.endswith(path) for path in fused)
         share = (chosen, num_experts(model)) if is_fused else (1, 1)
-        adapters += rows * share[0] // share[1] * (inner + each.up[0])
+        adapters += blocks * (rows * share[0] // share[1]) * (inner + each.up[0])
     tied = shapes.tied and not adapter.modules_to_save
     rows_of = _trained_rows(config, model)
     return ActiveWeights(
@@ -156,10 +156,12 @@ def mlp_weights(config: Config, model: PlannedModel) -> tuple[int, int]:
     if config.adapter.method == "full":
         return weights, 0
     adapters = 0
-    for each in (each for block in model.shapes.adapters(config.adapter) for each in block if ".mlp." in each.path):
+    for each, blocks in model.shapes.alike(config.adapter):
+        if ".mlp." not in each.path:
+            continue
         is_fused = any(each.path.endswith(path) for path in expert_paths(model.shapes.family))
         ranks = each.down[0] * chosen // num_experts(model) if is_fused else each.down[0]
-        adapters += ranks * (each.down[1] + each.up[0])
+        adapters += blocks * ranks * (each.down[1] + each.up[0])
     return weights, adapters
 
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from chaos import KINDS, Campaign, Kill, draw, table, train_command
+from planned import assert_disk_as_planned
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
 
@@ -79,6 +80,7 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(
     assert summary["eval_loss"] == evaluations[-1]
     assert summary["gathered_bytes_per_step"] < summary["gathered_bytes_per_step_bf16"]
     assert wandb_exit_codes(run_dir) == [0]
+    assert_disk_as_planned(run_dir, ranks=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")

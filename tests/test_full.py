@@ -21,6 +21,7 @@ from distlora.config import Config
 from distlora.config_file import load_config
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.tensor_files import write_model
+from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
 from test_resume import run_until
 from test_stopping import run_with_bad_step
@@ -188,6 +189,7 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
         world.run(size, saved_again, run_dir=tmp_path / "run", target=target, **settings)
         saved[size] = {path.name: path.read_bytes() for path in target.iterdir()}
     assert saved[1] == saved[2] == saved[3]
+    assert_disk_as_planned(tmp_path / "run", ranks=2)
     assert (
         saved[1]["trainer.safetensors"]
         == (steps(tmp_path / "run" / "checkpoints")[-1] / "trainer.safetensors").read_bytes()

@@ -21,6 +21,7 @@ from distlora.config import UserError, check_ranks
 from distlora.config_file import load_config
 from distlora.generation.worker import load_model
 from family_models import SINGLE, config_for, dequantized, tokens
+from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
 from test_full import losses_of, run_once
 from test_peft import our_logits
@@ -80,6 +81,7 @@ def test_a_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     assert all(torch.equal(best[name], tensor) for name, tensor in expected.items()), "the last is the best here"
     newest = steps(whole / "checkpoints")[-1]
     assert all(torch.equal(saved(newest)[name], tensor) for name, tensor in expected.items())
+    assert_disk_as_planned(whole, ranks=2)
 
 
 def test_another_run_starts_from_them_and_generation_has_pefts_logits(

@@ -22,6 +22,7 @@ from distlora.checkpoints import files
 from distlora.checkpoints.folder import TRAINER_NAME, newest, step_of, steps
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from planned import assert_disk_as_planned
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
@@ -129,6 +130,7 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(folders: Path, tmp_path: P
         for tensor in safetensors.torch.load_file(steps(tmp_path / "whole" / "checkpoints")[-1] / TRAINER_NAME).values()
     )
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_disk_as_planned(tmp_path / "whole")
 
 
 def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(

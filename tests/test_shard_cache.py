@@ -28,8 +28,11 @@ from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
 from distlora.loading.segments import read_header
 from distlora.loading.weights import Loaded
 from distlora.parallel import Ranks
+from distlora.plan.disk import disk_bytes
+from distlora.plan.model import model_in
 from distlora.startup import start_model
 from distlora.stopping import Stopped
+from planned import assert_close, cpu_machine
 from small_disks import small_disk
 from small_models import make_run
 from worlds import World, start_world
@@ -141,6 +144,8 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
     world.run(2, start, config=config)
     of_two = pieces(tmp_path / "cache")
     assert len(of_two) == 3 * 2, "a piece for each block and rank"
+    planned = disk_bytes(config, model_in(folders / "llama"), cpu_machine(2)).cache
+    assert_close(sum(path.stat().st_size for path in of_two), planned, "a base's entry")
     lost = next(path for path in of_two if path.name.startswith("00001-1of2"))
     lost.unlink()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distlora import wire
 from distlora.config import Config
+from distlora.config_file import as_mapping
 from distlora.plan.compute import StepFlops, step_flops
+from distlora.plan.disk import DiskBytes, disk_bytes, trained_tensors
+from distlora.plan.host import HostBytes, host_bytes
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes, device_bytes
 from distlora.plan.model import PlannedModel
@@ -25,13 +29,55 @@ class Plan:
     device: DeviceBytes
     wire: StepBytes
     compute: StepFlops
-    # host: HostBytes, disk: DiskBytes, time: StepTime | None follow.
+    # time: StepTime | None follows.
+
+    # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
+    @property
+    def host(self) -> HostBytes:
+        """Memory of a process and of a machine on the host."""
+        return host_bytes(self.config, self.model, self.machine, self.device)
+
+    @property
+    def disk(self) -> DiskBytes:
+        return disk_bytes(self.config, self.model, self.machine)
 
     @property
     def fits(self) -> bool | None:
         """Whether a rank's memory is there; None: it is not known how much there is."""
         usable = self.machine.usable_bytes
         return None if usable is None else self.device.total <= usable
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, for a program to read: bytes and operations as integers, under names that stay."""
+        machine = {name: getattr(self.machine, name) for name in self.machine.__dataclass_fields__}
+        step = {name: getattr(self.wire, name) for name in self.wire.__dataclass_fields__}
+        shapes = self.model.shapes
+        return {
+            "model": {
+                "name": self.model.name,
+                "source": self.model.source,
+                "model_type": shapes.family.model_type,
+                "parameters": shapes.numel,
+                "parameters_in_4_bit": shapes.packed_numel if self.config.quant.method == "nf4" else 0,
+                "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.config, shapes)),
+                "blocks": shapes.num_layers,
+                "hidden": shapes.hidden,
+                "vocabulary": shapes.vocabulary,
+                "stored_bytes": self.model.stored_bytes,
+            },
+            "machine": machine | {"card": None if self.machine.card is None else self.machine.card.name},
+            "settings": as_mapping(self.config),
+            "fits": self.fits,
+            "device": self.device.as_json(),
+            "host": self.host.as_json(),
+            "disk": self.disk.as_json(),
+            "wire": step
+            | {
+                "carried": self.wire.carried,
+                "received": self.wire.received,
+                "into_machine": self.wire.into_machine(self.machine.ranks_per_machine),
+            },
+        }
 
 
 def plan_of(config: Config, model: PlannedModel, machine: Machine) -> Plan:

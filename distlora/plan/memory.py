@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from distlora import wire
 from distlora.activations import AdaptedRanks, Costs, Decoder
@@ -70,6 +70,19 @@ class DeviceBytes:
     @property
     def total(self) -> int:
         return self.peak + self.slack
+
+    def as_json(self) -> dict[str, Any]:
+        """Every kind at every moment, in bytes."""
+        return {
+            "total": self.total,
+            "peak": self.peak,
+            "persistent": self.persistent,
+            "slack": self.slack,
+            "worst": self.worst,
+            "by_kind": self.by_kind,
+            "held": dict(self.held),
+            "moments": {moment: dict(kinds) for moment, kinds in self.moments.items()},
+        }
 
 
 def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> DeviceBytes:

@@ -1,0 +1,222 @@
+"""What a run keeps on the disk: quantized shards, checkpoints, results, and the base itself. Imports no torch.
+
+Files are laid out here as the code that writes them does: distlora/tensor_files.py (checkpoints, results) and
+distlora/loading/cache_pieces.py (shards), headers included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from distlora import wire
+from distlora.config import Config
+from distlora.expert_targets import peft_paths
+from distlora.loading.piece_header import GROUP_BYTES, Extent, cut, header_of
+from distlora.plan.machine import Machine
+from distlora.plan.model import PlannedModel
+from distlora.shapes import ModelShapes, expert_paths
+from distlora.tokens import EMBEDDING, HEAD, trained_indices
+
+JSON_BYTES = 2300
+"""adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
+2026-11-25)."""
+CONFIG_BYTES = 560
+"""Of it adapter_config.json, which a result has too."""
+SMALLEST_8BIT = 4096
+"""Elements from which bitsandbytes keeps a tensor's moments in 8 bits, in blocks of 256 with an fp32 scale each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One in a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+    """As safetensors has it."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * _ITEMSIZE[self.dtype]
+
+
+_ITEMSIZE = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskBytes:
+    """Bytes on disks, all ranks together."""
+
+    base: int
+    """The model as it is downloaded, or lies in its folder."""
+    cache: int
+    """Its quantized shards, for the next start (quant.cache_dir); 0: none are kept."""
+    checkpoint: int
+    """One of them: what is trained, and the optimizer's state."""
+    checkpoints_kept: int
+    """At the most: the newest, the best, and the one that is being written."""
+    result: int
+    """RUN/adapter or RUN/model."""
+    results_kept: int
+    """2 where RUN/best is kept too."""
+
+    @property
+    def checkpoints(self) -> int:
+        return self.checkpoints_kept * self.checkpoint
+
+    @property
+    def results(self) -> int:
+        return self.results_kept * self.result
+
+    @property
+    def run(self) -> int:
+        """RUN, beside a few MB of logs and figures."""
+        return self.checkpoints + self.results
+
+    def as_json(self) -> dict[str, int]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {"checkpoints": self.checkpoints, "results": self.results, "run": self.run}
+
+
+def disk_bytes(config: Config, model: PlannedModel, machine: Machine) -> DiskBytes:
+    """Of a training run with these settings."""
+    train, data = config.train, config.data
+    evaluates = data.eval_fraction > 0 or data.held_out_source is not None
+    trained = list(trained_tensors(config, model.shapes))
+    keeps_best = evaluates and train.eval_every is not None
+    return DiskBytes(
+        base=base_bytes(model),
+        cache=cache_bytes(config, model, machine),
+        checkpoint=file_bytes(trained) + file_bytes(list(optimizer_tensors(config, trained))) + JSON_BYTES,
+        checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
+        result=_result_bytes(config, model, trained),
+        results_kept=2 if keeps_best else 1,
+    )
+
+
+def base_bytes(model: PlannedModel) -> int:
+    """Of the model's files; where nothing says, 16 bits a parameter."""
+    return 2 * model.shapes.numel if model.stored_bytes is None else model.stored_bytes
+
+
+def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
+    """What is trained, as fp32 masters, by PEFT's names (distlora/peft_format.py); with adapter=full by
+    transformers'."""
+    decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
+    matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
+    if config.adapter.method == "full":
+        for name, path in matrices.items():
+            if name == EMBEDDING or not shapes.tied:
+                yield Tensor(f"{path}.weight", matrix)
+        yield Tensor(f"{decoder}.norm.weight", (shapes.hidden,))
+        for layer in range(shapes.num_layers):
+            yield from (Tensor(f"{decoder}.layers.{layer}.{w.path}", w.shape) for w in shapes.block)
+        return
+    prefix, fused = "base_model.model.", expert_paths(shapes.family)
+    adapters = [each for of_block in shapes.adapters(config.adapter) for each in of_block]
+    of_experts = [each.path for each in adapters if each.path.endswith(fused)] if fused else []
+    places = peft_paths(of_experts, shapes.family)
+    for each in adapters:
+        path = prefix + places.get(each.path, each.path)
+        yield Tensor(f"{path}.lora_A.weight", each.down)
+        yield Tensor(f"{path}.lora_B.weight", each.up)
+        if each.magnitude:
+            yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
+    new = tuple(range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens)))
+    for name, ids in trained_indices(config, tied=shapes.tied, new=new).items():
+        path = prefix + matrices[name]
+        yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))
+    for name in config.adapter.modules_to_save:
+        yield Tensor(f"{prefix}{matrices[name]}.weight", matrix)
+
+
+def optimizer_tensors(config: Config, trained: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The optimizer's state (distlora/optim.py), by the names of ours that a checkpoint has (`exp_avg/decoder...`)."""
+    pages_or_8bit = config.optim.name != "adamw"
+    for tensor in trained:
+        name = _parameter_name(tensor.name)
+        if not pages_or_8bit:
+            yield Tensor(f"step/{name}", ())
+            yield Tensor(f"exp_avg/{name}", tensor.shape)
+            yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
+            continue
+        yield Tensor(f"step/{name}", (), "I64")
+        small = not config.optim.name.endswith("_8bit") or tensor.numel < SMALLEST_8BIT
+        for number in (1, 2):
+            yield Tensor(f"state{number}/{name}", tensor.shape, "F32" if small else "U8")
+            if not small:
+                yield Tensor(f"absmax{number}/{name}", (-(-tensor.numel // 256),))
+
+
+def _parameter_name(name: str) -> str:
+    """Ours, of a tensor that PEFT's format names: what stands before the block is shorter, and the wrapper is in it."""
+    name = name.removeprefix("base_model.model.")
+    _, layers, in_block = name.partition(".layers.")
+    if not layers:
+        return name
+    layer, _, path = in_block.partition(".")
+    for theirs, our in ((".lora_A.weight", "A"), (".lora_B.weight", "B"), (".lora_magnitude_vector", "magnitude")):
+        if path.endswith(theirs):
+            path = f"{path.removesuffix(theirs)}.adapters.default.{our}"
+    return f"decoder.layers.{layer}.inner.{path}"
+
+
+def file_bytes(tensors: Sequence[Tensor]) -> int:
+    """Of a safetensors file, its header included, as `tensor_files.write_tensors` lays it out."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (-_ITEMSIZE[tensor.dtype], tensor.name)):
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-text // 8) * 8 + end
+
+
+def _result_bytes(config: Config, model: PlannedModel, trained: Sequence[Tensor]) -> int:
+    if config.adapter.method == "full":  # In the base's own dtype.
+        return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
+    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/pissa_format.py).
+        trained = [_doubled(each) for each in trained]
+    return file_bytes(trained) + CONFIG_BYTES
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    if tensor.name.endswith(".lora_A.weight"):
+        return Tensor(tensor.name, (2 * tensor.shape[0], *tensor.shape[1:]))
+    if tensor.name.endswith(".lora_B.weight"):
+        return Tensor(tensor.name, (tensor.shape[0], 2 * tensor.shape[1]))
+    return tensor
+
+
+def cache_bytes(config: Config, model: PlannedModel, machine: Machine) -> int:
+    """Of the quantized shards that a start keeps: every group once, and the header of a piece for each block and rank
+    of a copy. Nothing of a checkpoint that is quantized already."""
+    if config.quant.method != "nf4" or not config.quant.cache or _is_packed(model.settings):
+        return 0
+    shapes = model.shapes
+    packs = {weight.path: -(-weight.numel // wire.GROUP_WEIGHTS) for weight in shapes.block if weight.packs}
+    shards = config.shard_degree(machine.ranks)
+    headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
+    pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
+    return shapes.num_layers * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))
+
+
+def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, shards: int) -> int:
+    """Of one rank's piece of the last block."""
+    extents = {}
+    for path, groups in packs.items():
+        if own := cut(groups, index, shards):
+            name = f"{shapes.family.decoder}.layers.{shapes.num_layers - 1}.{path}"
+            extents[name] = Extent(own.start, own.stop, 1 / 3, {})
+    return len(header_of("0" * 64, extents)) if extents else 0
+
+
+def _is_packed(settings: Mapping[str, object]) -> bool:
+    return settings.get("quantization_config") is not None

@@ -1,0 +1,172 @@
+"""Memory on the host: of each process while it loads and while it trains, and of a machine. Imports no torch.
+
+What counts is anonymous memory, which a job's limit counts and nothing can drop; file pages come and go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distlora import host_memory, wire
+from distlora.activations import AdaptedRanks, Costs, Decoder
+from distlora.config import Config
+from distlora.config.initialization import PLAIN, subspace_iterations
+from distlora.plan.disk import Tensor, optimizer_tensors, trained_tensors
+from distlora.plan.machine import Machine
+from distlora.plan.memory import DeviceBytes
+from distlora.plan.model import PlannedModel
+
+PROCESS_BYTES = 310_000_000
+"""A worker's Python, torch, transformers and gloo (309 MB of RssAnon at the end of a run of 0.4 million parameters, its
+own 4 MB among it; torch 2.13 for the CPU, 2026-11-25). What CUDA's libraries take beside it was not measured."""
+LAUNCHER_BYTES = 400 * 2**20
+"""The launcher and torchrun on each machine (distlora/loading/README.md)."""
+LOADING_BYTES = 64_000_000
+"""The bound of what loading takes beside the slice of a tensor: chunks that are read ahead, fp32 work, absmax
+(tests/test_loading_memory.py)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostBytes:
+    """Bytes of one process, the one that has most, and of its machine."""
+
+    process: int
+    """Python and its libraries."""
+    base: int
+    """The base's rows, with parallel.offload_base."""
+    inputs: int
+    """The blocks' inputs, with train.checkpointing=offload."""
+    moments: int
+    """The optimizer's, where they are paged, at the most."""
+    copies: int
+    """Of what a save writes while training goes on; of rank 0, and of every rank where what is trained is sharded."""
+    copies_of_others: int
+    """The same on the other ranks."""
+    loading: int
+    """While it loads: beside what is held then."""
+    device_held: int
+    """Where the CPU is the device: what memory.py counts there, from the first step on."""
+    device_most: int
+    """The same at a step's peak."""
+    launcher: int
+    """Of each machine, beside its processes."""
+    ranks: int
+    """Of a machine."""
+
+    @property
+    def while_loading(self) -> int:
+        """Of a process. Inputs have their memory before the first step, copies at the first save."""
+        return self.process + self.base + self.device_held + self.loading
+
+    @property
+    def while_training(self) -> int:
+        """Of the process that saves."""
+        return self._without_copies + self.copies
+
+    @property
+    def _without_copies(self) -> int:
+        return self.process + self.base + self.inputs + self.moments + self.device_most
+
+    @property
+    def machine(self) -> int:
+        """All processes of a machine, of the one where rank 0 is, at the most."""
+        training = self.ranks * (self._without_copies + self.copies_of_others) + self.copies - self.copies_of_others
+        return self.launcher + max(self.ranks * self.while_loading, training)
+
+    def as_json(self) -> dict[str, int]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        totals = {name: getattr(self, name) for name in ("while_loading", "while_training", "machine")}
+        return values | totals
+
+
+def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
+    """Of a training run with these settings, of which a rank takes `device` on its device."""
+    trained = list(trained_tensors(config, model.shapes))
+    state = list(optimizer_tensors(config, trained))
+    copies, of_others = _copies(config, machine, [*trained, *state])
+    shards = config.shard_degree(machine.ranks)
+    paged = sum(tensor.nbytes for tensor in state) if config.optim.name.startswith("paged_") else 0
+    return HostBytes(
+        process=PROCESS_BYTES,
+        base=_base(config, model, shards) if config.parallel.offload_base else 0,
+        inputs=_inputs(config, model, machine) if config.train.checkpointing == "offload" else 0,
+        moments=paged if machine.is_gpu else 0,
+        copies=copies,
+        copies_of_others=of_others,
+        loading=_loading(config, model, shards, on_host=not machine.is_gpu),
+        device_held=0 if machine.is_gpu else device.persistent,
+        device_most=0 if machine.is_gpu else device.total,
+        launcher=LAUNCHER_BYTES,
+        ranks=machine.ranks_per_machine,
+    )
+
+
+def _base(config: Config, model: PlannedModel, shards: int) -> int:
+    """As `zero3.host_bytes` counts it, from the shapes."""
+    return host_memory.bytes_of(sorted(_rows(config, model, shards), reverse=True))
+
+
+def _rows(config: Config, model: PlannedModel, shards: int) -> Iterator[int]:
+    """Bytes of a rank's rows of each parameter that ZeRO-3 gathers."""
+    shapes, itemsize = model.shapes, wire.DTYPE_BYTES[config.train.dtype]
+    for _ in range(1 if shapes.tied else 2):
+        yield itemsize * wire.padded((shapes.vocabulary, shapes.hidden), shards) // shards
+    yield itemsize * wire.padded((shapes.hidden,), shards) // shards
+    for weight in shapes.block * shapes.num_layers:
+        if config.quant.method == "nf4" and weight.packs:
+            groups = wire.packed_bytes(weight.numel, shards) // wire.GROUP_BYTES // shards
+            yield from (groups * each for each in (8192, 256, 4))  # codes, scales, group_scale
+        else:
+            yield itemsize * wire.padded(weight.shape, shards) // shards
+
+
+def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
+    """As `startup.keep_inputs_on_host` reserves them."""
+    train, shapes = config.train, model.shapes
+    slices = config.accumulation(machine.ranks) if train.accumulate == "block" else 1
+    tokens = train.micro_batch * config.data.sequence_length
+    decoder = Decoder.of(model.settings, shapes.family)
+    costs = Costs(decoder=decoder, ranks=AdaptedRanks(), dtype_bytes=wire.DTYPE_BYTES[train.dtype])
+    return host_memory.bytes_of([tokens * costs.boundary] * shapes.num_layers * slices)
+
+
+def _copies(config: Config, machine: Machine, tensors: list[Tensor]) -> tuple[int, int]:
+    """(of rank 0, of another) for a save that is written while training goes on, as `Snapshot` takes them: rank 0 has
+    copies of all that is saved, and of what the ranks have cut each has its own rows."""
+    if not config.train.save_in_background:
+        return 0, 0
+    shards = config.shard_degree(machine.ranks)
+    if config.adapter.method == "full":
+        each = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
+        return each, each
+    whole = tuple(config.adapter.modules_to_save)
+    cut = [tensor for tensor in tensors if tensor.name.endswith(tuple(f"{name}.weight" for name in whole))]
+    rows = [-(-tensor.nbytes // shards) for tensor in cut]
+    rest = [tensor.nbytes for tensor in tensors if tensor not in cut]
+    return host_memory.bytes_of(rest + rows), host_memory.bytes_of(rows)
+
+
+def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool) -> int:
+    """The bound of distlora/loading/README.md: a slice of the largest tensor in the source's dtype, and 64 MB. Where
+    adapters start from the base's weights, one whole weight and what its decomposition takes; on a GPU that is the
+    device's."""
+    shapes, stored = model.shapes, model.stored_bytes
+    itemsize = 4 if stored is not None and stored > 3 * shapes.numel else 2
+    packed = [weight for weight in shapes.block if weight.packs]
+    largest = max(shapes.vocabulary * shapes.hidden, *(math.prod(weight.shape[-2:]) for weight in packed))
+    slice_bytes = -(-itemsize * largest // shards) + LOADING_BYTES
+    if config.adapter.init in PLAIN:
+        return slice_bytes
+    whole = max((weight.shape[-2:] for weight in packed), key=math.prod)
+    return max(slice_bytes, itemsize * math.prod(whole) + (_decomposing(config, whole) if on_host else 0))
+
+
+def _decomposing(config: Config, shape: tuple[int, ...]) -> int:
+    """At the most, of one weight (distlora/loading/README.md): exactly five matrices of the smaller side in fp64; by
+    subspace iterations two bases of either side, and 64 MiB of the weight widened."""
+    small, large = sorted(shape)
+    if subspace_iterations(config.adapter.init) is None:
+        return 5 * 8 * small**2
+    return 8 * config.adapter.r * 2 * (small + large) + 2**26

@@ -1,0 +1,61 @@
+"""What the planner says of a run that has been, held to what the run left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distlora.checkpoints.folder import steps
+from distlora.config_file import load_config
+from distlora.plan import Machine, Plan, plan_of
+from distlora.plan.model import model_in
+from distlora.run_folder import BEST_NAME, CHECKPOINTS, PUBLISHED
+
+WITHIN = 0.02
+
+
+def cpu_machine(ranks: int) -> Machine:
+    """This machine, with so many processes."""
+    return Machine(
+        name="CPU",
+        is_gpu=False,
+        card=None,
+        usable_bytes=None,
+        host_bytes=None,
+        ranks=ranks,
+        ranks_per_machine=ranks,
+        flops=None,
+        bandwidth=None,
+        link=None,
+        host_link=None,
+        network=None,
+    )
+
+
+def plan_of_run(run_dir: Path, ranks: int) -> Plan:
+    """From its settings and its model's config.json, as `distlora plan` makes it."""
+    config = load_config(run_dir)
+    model = model_in(Path(config.model.path), new_tokens=len(config.model.new_tokens))
+    return plan_of(config, model, cpu_machine(ranks))
+
+
+def assert_disk_as_planned(run_dir: Path, ranks: int = 1) -> None:
+    """Every checkpoint and result, file by file together, is as large as the plan says."""
+    plan = plan_of_run(run_dir, ranks)
+    disk, method = plan.disk, plan.config.adapter.method
+    checkpoints = steps(run_dir / CHECKPOINTS)
+    assert checkpoints
+    for folder in checkpoints:
+        assert_close(size_of(folder), disk.checkpoint, folder)
+    results = [run_dir / PUBLISHED[method], *([run_dir / BEST_NAME] if (run_dir / BEST_NAME).exists() else [])]
+    assert len(results) <= disk.results_kept
+    for folder in results:  # A model's folder, and an adapter's with new tokens, has the tokenizer too.
+        assert_close(sum(file.stat().st_size for file in folder.glob("*.safetensors")), disk.result, folder)
+
+
+def assert_close(found: int, planned: int, what: object) -> None:
+    assert abs(found - planned) <= WITHIN * found, f"{what} has {found:,} bytes, and {planned:,} were planned"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

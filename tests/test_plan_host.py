@@ -1,0 +1,102 @@
+"""What a plan says of host memory and of disks, held to the code that takes and writes them.
+
+Folders of whole runs are held to it where the runs are: tests/planned.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distlora import host_memory
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.model import build_model
+from distlora.parallel import Shards, zero3
+from distlora.peft_format import adapter_tensors
+from distlora.plan import plan_of
+from distlora.plan.disk import Tensor, file_bytes, trained_tensors
+from distlora.plan.model import model_in
+from distlora.startup import _HostInputs
+from planned import cpu_machine
+
+ALL: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
+
+
+def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    base: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none.jsonl", "sequence_length": 64},
+        "adapter": ALL,
+    }
+    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
+    return build(Config, {**values, "run_dir": "none"})
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        ("llama", ALL | {"use_dora": True}),
+        ("llama-tied", ALL | {"trainable_token_indices": [5, 7]}),
+        ("llama-tied", ALL | {"modules_to_save": ["lm_head"]}),
+        ("qwen3", {"target_modules": "qv", "rank_pattern": {"v_proj": 2}, "r": 8}),
+        ("mixtral", ALL),
+    ],
+)
+def test_what_is_trained_has_the_names_and_shapes_of_its_file(
+    folders: Path, model: str, adapter: dict[str, Any]
+) -> None:
+    config = config_of(folders / model, adapter=adapter)
+    planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / model).shapes)}
+    assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(build_model(config)).items()}
+
+
+def test_everything_that_full_fine_tuning_saves_is_counted(folders: Path) -> None:
+    config = config_of(folders / "llama-tied", adapter={"method": "full"}, quant={"method": "none"})
+    planned = {tensor.name: tensor.shape for tensor in trained_tensors(config, model_in(folders / "llama-tied").shapes)}
+    assert planned == {name: tuple(p.shape) for name, p in build_model(config).hf_state_dict().items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_an_offloaded_base_is_what_zero3_takes(folders: Path, ranks: int, method: str) -> None:
+    parallel = {"backend": "zero3", "offload_base": True}
+    config = config_of(folders / "qwen3", parallel=parallel, quant={"method": method})
+    plan = plan_of(config, model_in(folders / "qwen3"), cpu_machine(ranks))
+    assert plan.host.base == zero3.host_bytes(build_model(config), Shards(0, ranks, None))
+
+
+def test_offloaded_inputs_are_what_a_start_reserves(folders: Path) -> None:
+    train = {"checkpointing": "offload", "accumulate": "block", "global_batch": 12, "micro_batch": 3}
+    config = config_of(folders / "llama", train=train)
+    plan = plan_of(config, model_in(folders / "llama"), cpu_machine(2))
+    kept = _HostInputs.of(build_model(config), config, 2)
+    assert kept.count == 3 * 2
+    assert plan.host.inputs == host_memory.bytes_of([kept.nbytes] * kept.count)
+
+
+def test_a_machine_has_its_processes_and_one_that_saves(folders: Path) -> None:
+    config = config_of(folders / "llama", adapter=ALL | {"r": 4096})
+    plan = plan_of(config, model_in(folders / "llama"), cpu_machine(4))
+    host, trained = plan.host, trained_tensors(config, plan.model.shapes)
+    assert host.device_most == plan.device.total
+    state = 12 * sum(tensor.numel for tensor in trained)
+    assert state < host.copies < 1.3 * state, "parameters and two moments, in chunks"
+    assert host.machine == host.launcher + 4 * (host.while_training - host.copies) + host.copies
+    on_card = plan_of(config, plan.model, dataclasses.replace(plan.machine, is_gpu=True)).host
+    assert (on_card.device_held, on_card.device_most, on_card.copies) == (0, 0, host.copies)
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, save_in_background=False))
+    assert plan_of(alone, plan.model, plan.machine).host.copies == 0
+
+
+def test_a_file_is_as_long_as_safetensors_own(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(3, 5), "b.c": torch.zeros(7, dtype=torch.uint8), "d": torch.zeros(())}
+    save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt"})
+    planned = [Tensor("a", (3, 5)), Tensor("b.c", (7,), "U8"), Tensor("d", ())]
+    assert file_bytes(planned) == (tmp_path / "file.safetensors").stat().st_size

@@ -34,6 +34,7 @@ LAYERS = [
         "distlora.stopping",
         "distlora.host_memory",
         "distlora.hub_errors",
+        "distlora.architectures",
         "distlora.cards",
         "distlora.checkpoints.folder",
         "distlora.checkpoints.keeping",

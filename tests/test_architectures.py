@@ -1,0 +1,119 @@
+"""Architectures that are built in have the parameters that the hub counts in their weights, and their files in conf/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distlora.architectures import ARCHITECTURES, MXFP4_NAMES, architecture_named, nearest_architecture
+from distlora.families import check_config
+from distlora.shapes import shapes_of
+from distlora_launcher.compose import compose_config
+
+CONF = Path(__file__).parent.parent / "conf" / "model"
+
+COUNTED = {
+    "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320,
+    "huggyllama/llama-30b": 32_528_943_616,
+    "huggyllama/llama-65b": 65_285_660_672,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "google/gemma-3-1b-it": 999_885_952,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+}
+"""Parameters in the safetensors of each, as its page on the hub shows them."""
+UNTIED_ON_DISK = {"Qwen/Qwen3-0.6B": 751_632_384, "Qwen/Qwen3-1.7B": 2_031_739_904}
+"""The same of those whose weights hold the head beside the embedding that it is tied to."""
+WITH_VISION = {
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
+}
+"""The same of those that have a vision tower beside the text model."""
+SAID = {"openai/gpt-oss-20b": 20.91e9, "openai/gpt-oss-120b": 116.83e9}
+"""gpt-oss model card (arXiv 2508.10925), table 1: on disk they are MXFP4, whose bytes the hub counts."""
+
+
+def numel(name: str) -> int:
+    settings = architecture_named(name)
+    assert settings is not None, name
+    return shapes_of(settings, name).numel
+
+
+def test_parameters_are_as_many_as_the_hub_counts() -> None:
+    assert {name: numel(name) for name in COUNTED} == COUNTED
+    for name, count in UNTIED_ON_DISK.items():
+        settings = ARCHITECTURES[name]
+        assert numel(name) + settings["vocab_size"] * settings["hidden_size"] == count
+    assert {name: numel(name) for name in SAID} == pytest.approx(SAID, rel=3e-4)
+
+
+@pytest.mark.parametrize("name", WITH_VISION)
+def test_a_vision_tower_is_what_else_a_gemma_holds(name: str) -> None:
+    """SigLIP so400m, patches of 14 in 896 x 896 pixels, and its norm and projection into the text model."""
+    hidden, inner, layers, patches = 1152, 4304, 27, (896 // 14) ** 2
+    layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 2 * 2 * hidden
+    tower = (3 * 14 * 14 + 1) * hidden + patches * hidden + layers * layer + 2 * hidden
+    text = ARCHITECTURES[name]["text_config"]["hidden_size"]
+    assert numel(name) + tower + hidden + hidden * text == WITH_VISION[name]
+
+
+def test_all_of_them_are_of_a_family_that_can_be_trained() -> None:
+    for name, settings in ARCHITECTURES.items():
+        check_config(settings, name, sequence_length=2048)
+    counted = {id(architecture_named(name)) for name in (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *SAID)}
+    assert counted == {id(settings) for settings in ARCHITECTURES.values()}, "no sizes without a count"
+
+
+def test_names_know_no_upper_case_and_mistyped_ones_have_a_nearest() -> None:
+    assert architecture_named("qwen/qwen2.5-7b") is ARCHITECTURES["Qwen/Qwen2.5-7B"]
+    assert architecture_named("Qwen/Qwen2.5-8B") is None
+    assert nearest_architecture("Qwen/Qwen2.5-8B") == " (did you mean 'Qwen/Qwen2.5-7B'?)"
+    assert nearest_architecture("somebody/something") == ""
+
+
+def test_every_file_of_conf_names_a_model_that_is_built_in() -> None:
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
+    del files["local"]
+    named = {id(architecture_named(values["path"])) for values in files.values()}
+    assert all(values["defaults"] == ["local"] for values in files.values())
+    for settings in ARCHITECTURES.values():
+        names = [name for name, own in ARCHITECTURES.items() if own is settings]
+        # Of sizes that differ in nothing that is calculated, the newest has the option.
+        older = any(old in names[0] for old in ("Llama-3-", "Mistral-7B-v0.1", "8x22B-v0.1"))
+        assert (id(settings) in named) != older, names
+    assert not {values["path"] for values in files.values()} & set(MXFP4_NAMES), "what is MXFP4 cannot be trained"
+    config = compose_config(["model=llama3_70b"], may_lack_paths=True)
+    assert config.model.path == "unsloth/Llama-3.3-70B-Instruct"

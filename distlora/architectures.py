@@ -1,8 +1,8 @@
 """The sizes of well-known models, as their config.json on the hub has them, so that a run is planned by a model's name
 alone. Imports no torch.
 
-Only what sizes depend on is here: no rotary settings, no token ids. tests/test_architectures.py holds the parameters
-that follow from them to the counts that the hub shows, one for one.
+Only what sizes depend on is here, and what limits the length of a row: no other rotary settings, no token ids.
+tests/test_architectures.py holds the parameters that follow from them to the counts that the hub shows, one for one.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ _KNOWN: tuple[tuple[Settings, str], ...] = (
     ),
     (_decoder("phi3", 5120, 17_920, 40, 40, 10, 100_352, 16_384), "microsoft/phi-4 unsloth/phi-4"),
     (
-        _decoder("phi3", 3072, 8192, 32, 24, 8, 200_064, 131_072) | _TIED,
+        _decoder("phi3", 3072, 8192, 32, 24, 8, 200_064, 131_072)
+        | _TIED
+        | {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096},
         "microsoft/Phi-4-mini-instruct unsloth/Phi-4-mini-instruct",
     ),
     (_gpt_oss(24, 32), "unsloth/gpt-oss-20b-BF16 openai/gpt-oss-20b"),

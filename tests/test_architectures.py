@@ -1,4 +1,4 @@
-"""Architectures that are built in have the parameters that the hub counts in their weights, and their files in conf/."""
+"""Architectures that are built in have the parameters that the hub counts, and their files in conf/."""
 
 from __future__ import annotations
 

@@ -14,16 +14,12 @@ from distlora.config import Config, require
 from distlora.shapes import ModelShapes
 from distlora.wire import StepBytes
 
-_LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8}
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama 3.1 8B": _LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Llama 3.1 70B": _LLAMA
-    | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "Llama 3.1 405B": _LLAMA
-    | {"hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126, "num_attention_heads": 128},
+MODELS = {
+    "Llama 3.1 8B": "meta-llama/Llama-3.1-8B",
+    "Llama 3.1 70B": "meta-llama/Llama-3.1-70B",
+    "Llama 3.1 405B": "meta-llama/Llama-3.1-405B",
 }
-"""config.json of the models that are calculated where none is named."""
+"""What is calculated where no model is named, by its name in distlora.architectures."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 1001,

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from distlora.architectures import ARCHITECTURES
 from distlora.bench.comm import MACHINE, MODELS, SMALL, Counted, Row, counted_table, rows_of, tables
 from distlora.command_line import DONE, FAILED
 from distlora.config import Config, UserError
@@ -122,7 +123,7 @@ def numbers(flag: str, text: str) -> list[int]:
 def models(config: Config) -> Iterator[tuple[str, ModelShapes]]:
     """(name, shapes) of the model that is named, or of those that are known. UserError for one of no known family."""
     if Path(config.model.path).name == "unset":  # What compose_config puts in the place of what is missing.
-        yield from ((name, shapes_of(settings, name)) for name, settings in MODELS.items())
+        yield from ((title, shapes_of(ARCHITECTURES[name], name)) for title, name in MODELS.items())
         return
     with with_small_files(config) as here:
         folder = Path(here.model.path)

@@ -1,0 +1,178 @@
+"""The machine and the model that a run is planned for: by name, by what is here, by what the user knows better."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distlora import host_memory
+from distlora.architectures import ARCHITECTURES
+from distlora.cards import CARDS, CONTEXT_BYTES
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.plan.machine import Found, Machine, machine_of
+from distlora.plan.model import built_in, cached_snapshot, find_model
+from distlora.shapes import shapes_of
+from distlora_launcher import here
+from launcher_fakes import write_model
+
+MIB, GIB = 2**20, 2**30
+TWO_4090S = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * MIB),) * 2, host_bytes=64 * GIB)
+
+
+def composed(*words: str) -> Config:
+    """`section.field=value` of each, without Hydra, which takes a tenth of a second."""
+    sections: dict[str, dict[str, Any]] = {"model": {"path": "/model"}, "data": {"path": "/data.jsonl"}}
+    for word in words:
+        (section, field), value = word.partition("=")[0].split("."), yaml.safe_load(word.partition("=")[2])
+        sections.setdefault(section, {})[field] = value
+    return build(Config, {**sections, "run_dir": "/run"})
+
+
+def machine(found: Found | None, *words: str) -> Machine:
+    return machine_of(composed(*words), found=found)
+
+
+def test_a_named_card_is_planned_for_wherever_one_is() -> None:
+    named = machine(Found(host_bytes=8 * GIB), "card.name=h100", "cluster.gpus_per_node=8", "cluster.nodes=1")
+    card = CARDS["h100"]
+    assert (named.name, named.card, named.is_gpu) == ("H100 SXM 80 GB", card, True)
+    assert named.usable_bytes == card.memory_bytes - CONTEXT_BYTES
+    assert (named.flops, named.bandwidth, named.link) == (card.flops, card.bandwidth, card.link)
+    assert (named.host_link, named.network) == (card.host_link, card.network)
+    assert (named.ranks, named.ranks_per_machine) == (8, 8)
+    assert named.host_bytes is None, "this machine has no such card: its memory says nothing of that one's"
+    assert machine(TWO_4090S, "card.name=rtx4090").host_bytes == 64 * GIB
+
+
+def test_what_the_user_knows_better_wins_over_the_table() -> None:
+    words = ("card.memory_gib=48", "card.tflops=100", "card.memory_gb_per_second=900", "card.link_gb_per_second=56")
+    rest = ("card.host_gb_per_second=12", "card.network_gb_per_second=3", "card.price_per_hour=0.4")
+    for card in ((), ("card.name=rtx4090",)):
+        found = machine(Found(), *card, *words, *rest)
+        assert found.usable_bytes == 48 * GIB - CONTEXT_BYTES
+        assert (found.flops, found.bandwidth, found.link) == (100e12, 900e9, 56e9)
+        assert (found.host_link, found.network, found.price_per_hour) == (12e9, 3e9, 0.4)
+        assert found.is_gpu
+    assert machine(Found(), "card.memory_gib=48").name == "a card of 48 GiB"
+
+
+def test_an_unnamed_card_is_what_this_machine_has() -> None:
+    found = machine(TWO_4090S, "cluster.gpus_per_node=2")
+    assert (found.card, found.name, found.host_bytes) == (CARDS["rtx4090"], "RTX 4090 24 GB", 64 * GIB)
+    assert found.usable_bytes == CARDS["rtx4090"].usable_bytes
+    mixed = Found(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
+    unknown = machine(mixed, "cluster.gpus_per_node=2")
+    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada 20 GB")
+    assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
+    # Half of one that its driver shows is not a whole one.
+    part = machine(Found(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
+    assert part.usable_bytes == 40_000 * MIB - CONTEXT_BYTES
+
+
+def test_a_machine_without_a_card_has_its_memory_for_its_processes() -> None:
+    cpu = machine(Found(host_bytes=12 * GIB), "cluster.gpus_per_node=3")
+    assert (cpu.name, cpu.is_gpu, cpu.usable_bytes, cpu.host_bytes) == ("CPU", False, 4 * GIB, 12 * GIB)
+    assert cpu.flops is None
+    assert machine(None).usable_bytes is None
+    assert machine(Found(host_bytes=1), "card.tflops=0.5").flops == 0.5e12
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
+def test_of_machines_that_are_elsewhere_nothing_is_claimed(launcher: str) -> None:
+    cluster = (f"cluster.launcher={launcher}", "cluster.nodes=2", "cluster.rdzv_endpoint=a:29500")[
+        : 3 if launcher == "torchrun" else 2
+    ]
+    unknown = machine(TWO_4090S, *cluster, "cluster.gpus_per_node=4")
+    assert (unknown.card, unknown.usable_bytes, unknown.host_bytes) == (None, None, None)
+    assert (unknown.flops, unknown.network, unknown.ranks, unknown.is_gpu) == (None, None, 8, True)
+    assert machine(TWO_4090S, *cluster, "cluster.gpus_per_node=4", "card.name=a100_40gb").card == CARDS["a100_40gb"]
+
+
+NVIDIA_SMI = """#!/bin/sh
+[ "$1 $2" = "--query-gpu=name,memory.total --format=csv,noheader,nounits" ] || exit 6
+[ -z "$BROKEN" ] || { echo 'NVIDIA-SMI has failed because it could not communicate with the driver.'; exit 9; }
+[ -z "$3" ] && echo 'NVIDIA H100 80GB HBM3, 81559'
+echo 'NVIDIA GeForce RTX 4090, 24564'
+[ -z "$3" ] || echo "${3#--id=}" > "$ASKED"
+"""
+
+
+def test_cards_are_asked_of_the_driver_s_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    both = (("NVIDIA H100 80GB HBM3", 81_559 * MIB), ("NVIDIA GeForce RTX 4090", 24_564 * MIB))
+    assert here.devices() == both
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 7 * GIB)
+    assert here.found_here() == Found(devices=both, host_bytes=7 * GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-8f,-1,0")
+    assert here.devices() == both[1:]
+    assert (tmp_path / "asked").read_text() == "1,GPU-8f\n", "what follows -1 is not seen by CUDA either"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert here.devices() == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("BROKEN", "yes")
+    assert here.devices() == ()
+    monkeypatch.setenv("PATH", "")
+    assert here.devices() == ()
+
+
+def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = here.planned_model(
+        composed("model.path=unsloth/Llama-3.3-70B-Instruct", "model.new_tokens=['<|a|>','<|b|>']")
+    )
+    assert (found.name, found.source, found.note) == ("unsloth/Llama-3.3-70B-Instruct", "built in", None)
+    assert (found.shapes.vocabulary, found.shapes.num_layers) == (128_258, 80)
+    assert found.stored_bytes == 2 * 70_553_706_496
+    copied = built_in("openai/gpt-oss-20b", ARCHITECTURES["openai/gpt-oss-20b"])
+    assert copied.note is not None
+    assert copied.note.endswith("planned as a copy in bf16, unsloth/gpt-oss-20b-BF16")
+    with pytest.raises(UserError, match=r"nor built in \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
+        find_model(composed("model.path=Qwen/Qwen2.5-8B"))
+    with pytest.raises(UserError, match=r"data.sequence_length=8,192 is beyond the model's 4,096 positions"):
+        find_model(composed("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))
+
+
+def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the name is one that is built in: a model of one's own may lie there under it."""
+    repository = tmp_path / "models--Qwen--Qwen2.5-7B"
+    write_model(repository / "snapshots" / "0a1b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0a1b")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert here.hub_cache() == tmp_path
+    found = here.planned_model(composed("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
+    assert (found.name, found.source) == ("Qwen/Qwen2.5-7B", "hub cache")
+    settings = json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
+    assert found.settings == settings
+    assert found.shapes == shapes_of(settings, "x")
+    assert found.stored_bytes == sum(
+        f.stat().st_size for f in (repository / "snapshots" / "0a1b").glob("*.safetensors")
+    )
+    assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "0a1b") is not None
+    assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
+    (repository / "snapshots" / "0a1b" / "config.json").unlink()
+    assert here.planned_model(composed("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
+
+
+def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert here.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
+    for name, place in (
+        ("XDG_CACHE_HOME", "/xdg/huggingface/hub"),
+        ("HF_HOME", "/hf/hub"),
+        ("HUGGINGFACE_HUB_CACHE", "/old"),
+        ("HF_HUB_CACHE", "/new"),
+    ):
+        monkeypatch.setenv(name, place.removesuffix("/huggingface/hub").removesuffix("/hub"))
+        assert here.hub_cache() == Path(place)

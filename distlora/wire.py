@@ -173,10 +173,16 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     )
 
 
+def trained_rows(config: Config, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+    """Ids whose rows of embedding and head are trained while the rest is frozen, by matrix; new tokens' are any that no
+    other token has."""
+    ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))
+    return trained_indices(config, tied=shapes.tied, new=tuple(ids))
+
+
 def token_rows(config: Config, shapes: ModelShapes) -> int:
-    """Rows of embedding and head that are trained while the rest is frozen."""
-    ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))  # Any that no other token has.
-    return sum(map(len, trained_indices(config, tied=shapes.tied, new=tuple(ids)).values()))
+    """How many those are."""
+    return sum(map(len, trained_rows(config, shapes).values()))
 
 
 def of_run(config: Config, *, world: int, vocabulary: int | None = None) -> StepBytes:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from distlora import wire
-from distlora.activations import AdaptedRanks, Costs, Decoder
+from distlora.activations import Activations, AdaptedRanks, Costs, Decoder
 from distlora.config import Config
+from distlora.plan.base import base_of
+from distlora.plan.gathered import Units, gathered_bytes
+from distlora.plan.kinds import KINDS, Kind, Moment
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
+from distlora.plan.trained import Trained
+from distlora.shapes import ModelShapes, sizes_of
 
-Kind = Literal[
-    "codes",  # of NF4
-    "scales",  # of NF4, both levels
-    "weights",  # of linears that are not quantized
-    "embeddings",  # embedding and head
-    "norms",  # what else of the base: norms, biases, routers
-    "resident",  # blocks that stay gathered
-    "adapters",
-    "gradients",
-    "optimizer",
-    "scratch",  # dequantized weights
-    "gathered",  # blocks, embedding and head while they are whole, and the buffers that they come in
-    "kept",  # activations from forward to backward
-    "working",  # activations of what runs
-    "logits",  # a chunk of them, and what the head has beside it
-    "communication",  # buckets, staging
-    "slack",  # of the allocator
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-Moment = Literal["block", "head", "head_backward", "update"]
-"""When a step may be at its peak: a block in its backward, the head in its forward, the head in its backward, the
-optimizer."""
+__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +26,7 @@ class DeviceBytes:
     """Bytes of one rank, the one that has most."""
 
     held: Mapping[Kind, int]
-    """From before the first step to the end."""
+    """From the first update to the end."""
     moments: Mapping[Moment, Mapping[Kind, int]]
     """What is there beside it, at the most."""
     slack: int
@@ -89,49 +73,80 @@ def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> Devic
     """Of a training run with these settings."""
     shapes, ranks = model.shapes, machine.ranks
     shards = config.shard_degree(ranks)
-    itemsize = wire.DTYPE_BYTES[config.train.dtype]
-    quantized = config.quant.method == "nf4"
-    block = wire.block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)
-    packed = sum(wire.packed_bytes(w.numel, shards) for w in shapes.block if w.packs) if quantized else 0
-    codes = packed * 8192 // wire.GROUP_BYTES
-    linears = 0 if quantized else sum(itemsize * wire.padded(w.shape, shards) for w in shapes.block if w.packs)
-    matrix = itemsize * wire.padded((shapes.vocabulary, shapes.hidden), shards)
-    matrices = (1 if shapes.tied else 2) * matrix
-    norms = block - packed - linears
-    layers = shapes.num_layers
-    adapters = shapes.adapters(config.adapter)
-    trained = shapes.adapted_numel(config.adapter)
-    moments = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}[config.optim.name]
-    held: dict[Kind, int] = {
-        "codes": layers * codes // shards,
-        "scales": layers * (packed - codes) // shards,
-        "weights": layers * linears // shards,
-        "embeddings": matrices // shards,
-        "norms": layers * norms // shards + itemsize * shapes.hidden // shards,
-        "adapters": 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": moments * trained,
+    base = base_of(config, shapes, plain_absmax=model.plain_absmax)
+    trained = Trained.of(config, shapes, base, shards)
+    resident = config.parallel.resident_blocks
+    count = 0 if resident == "auto" or shards == 1 else resident
+    held: Counter[Kind] = Counter(base.kept(shards))
+    held["norms"] += buffer_bytes(model, config)
+    held["resident"] += count * Units.of(base, shards, count).block
+    held["adapters"] += trained.adapter_bytes
+    held["gradients"] += trained.flat_gradient_bytes
+    held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
+    held["scratch"] += arena_bytes(config, shapes) if machine.is_gpu else 0
+    step = activations_of(config, model, ranks)
+    gathered = gathered_bytes(config, base, shards, count, is_gpu=machine.is_gpu)
+    temporary = 0 if machine.is_gpu else dequantized_bytes(config, shapes)
+    kept, cut = int(step.kept), trained.cut_gradient_bytes
+    moments: dict[Moment, dict[Kind, int]] = {
+        "embedding": {},
+        "head": {"kept": kept, "logits": int(step.head_forward)},
+        "head_backward": {"kept": kept, "logits": int(step.head_backward)},
+        "block": {"kept": kept, "working": int(step.working), "scratch": temporary},
+        "update": {"gradients": cut},
     }
-    train = config.train
+    for moment, nbytes in gathered.items():
+        if moment in moments:
+            moments[moment]["gathered"] = nbytes
+    return DeviceBytes(held={kind: n for kind, n in held.items() if n}, moments=moments, slack=0)
+
+
+def buffer_bytes(model: PlannedModel, config: Config) -> int:
+    """The buffers of transformers' decoder: the rotary embedding's frequencies, twice in fp32, for each kind of layer
+    where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
+    family = model.shapes.family
+    sizes = sizes_of(model.settings, family)
+    ropes = sizes.get("rope_parameters") or {}
+    head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
+    kinds = 2 if family.model_type.startswith("gemma3") else 1
+    masters = config.adapter.method == "full"
+    scale = (4 if masters else wire.DTYPE_BYTES[config.train.dtype]) if family.model_type.startswith("gemma") else 0
+    return kinds * 2 * 4 * (int(head * share) // 2) + scale
+
+
+def arena_bytes(config: Config, shapes: ModelShapes) -> int:
+    """Scratch on a GPU: the largest weight, and with train.keep_dequantized a block's, each from a multiple of 512
+    bytes on (distlora.startup.reserve_scratch)."""
+    sizes = _dense_sizes(config, shapes)
+    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if config.train.keep_dequantized else 0
+    return max(sizes, default=0) + kept
+
+
+def dequantized_bytes(config: Config, shapes: ModelShapes) -> int:
+    """On the CPU a dequantized weight is an ordinary tensor, which is let go when the next one is there: two of those
+    that read the same input, or one."""
+    sizes = _dense_sizes(config, shapes)
+    return 2 * max(sizes, default=0)
+
+
+def _dense_sizes(config: Config, shapes: ModelShapes) -> list[int]:
+    """Bytes of each packed weight of a block, dequantized."""
+    if config.quant.method != "nf4":
+        return []
+    return [wire.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in shapes.block if weight.packs]
+
+
+def activations_of(config: Config, model: PlannedModel, ranks: int) -> Activations:
+    """Of a step of this run."""
+    shapes, train = model.shapes, config.train
     at_once = config.data.sequence_length * train.micro_batch
     accumulation = config.accumulation(ranks) if train.accumulate == "block" else 1
+    full = config.adapter.method == "full"
+    adapters = {} if full else {a.path: a.down[0] for a in shapes.adapters(config.adapter)[0]}
     costs = Costs(
         decoder=Decoder.of(model.settings, shapes.family),
-        ranks=AdaptedRanks.of({a.path: a.down[0] for a in adapters[0]}),
-        dtype_bytes=itemsize,
+        ranks=AdaptedRanks.of(adapters),
+        dtype_bytes=wire.DTYPE_BYTES[train.dtype],
     )
-    steps = costs.step(train.checkpointing, at_once=at_once, kept_tokens=accumulation * at_once, tile=train.mlp_tile)
-    largest = max(math.prod(w.shape[-2:]) for w in shapes.block if w.packs) * itemsize
-    alone = shards == 1
-    kept = int(steps.kept)
-    gathered = 0 if alone else (3 if config.parallel.prefetch else 2) * block
-    return DeviceBytes(
-        held={kind: nbytes for kind, nbytes in held.items() if nbytes},
-        moments={
-            "block": {"kept": kept, "working": int(steps.working), "gathered": gathered, "scratch": largest},
-            "head": {"kept": kept, "logits": int(steps.head_forward), "gathered": 0 if alone else 2 * matrix},
-            "head_backward": {"kept": kept, "logits": int(steps.head_backward)},
-            "update": {},
-        },
-        slack=0,
-    )
+    return costs.step(train.checkpointing, at_once=at_once, kept_tokens=accumulation * at_once, tile=train.mlp_tile)

@@ -1,0 +1,130 @@
+"""The tensors of the base as a run keeps them: what each is stored as, what of it a rank has, and what it takes while
+its unit is gathered. Imports no torch.
+
+`distlora.quant.FrozenTensor` says what a packed weight consists of, `distlora.model.build_model` what is trained and in
+which dtype. Both backends cut dim 0 into ceil(rows / ranks) rows for each rank (`distlora.wire.padded`); FSDP2 fills up
+the last ranks' in its first forward (`FSDPParam.reset_sharded_param`), so every rank has as much as the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from distlora import wire
+from distlora.config import Config
+from distlora.plan.kinds import Kind
+from distlora.shapes import ModelShapes, Weight
+from distlora.tokens import EMBEDDING, HEAD
+
+CODES, SCALES, ABSMAX = 8192, 256, 4 * 256
+"""Stored bytes of a group of packed weights: codes; 8-bit scales, to which a group's own scale in fp32 comes; or
+absmax in fp32 in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One parameter of the base."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    itemsize: int
+    """Of what a rank keeps."""
+    compute_itemsize: int
+    """Of what is gathered: a trained one is kept in fp32 and gathered in the run's dtype."""
+    trained: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def kept(self, shards: int) -> int:
+        """Bytes of a rank's rows."""
+        return self.itemsize * wire.padded(self.shape, shards) // shards
+
+    def whole(self, shards: int) -> int:
+        """Bytes while it is gathered, filled up to a multiple of the ranks."""
+        return self.compute_itemsize * wire.padded(self.shape, shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A decoder's parameters by unit: what is gathered together."""
+
+    embedding: tuple[Stored, ...]
+    """Of a tied model, the head's too."""
+    block: tuple[Stored, ...]
+    layers: int
+    head: tuple[Stored, ...]
+    """Empty where it is the embedding's."""
+    rest: tuple[Stored, ...]
+    """The last norm."""
+    offsets: int
+    """Packed weights of a block with an offset, a replicated number in fp32."""
+
+    @property
+    def tied(self) -> bool:
+        return not self.head
+
+    def all(self) -> Iterator[Stored]:
+        for unit in (self.embedding, *(self.block,) * self.layers, self.head, self.rest):
+            yield from unit
+
+    def kept(self, shards: int) -> Counter[Kind]:
+        """Bytes of a rank by kind, offsets among the scales."""
+        found: Counter[Kind] = Counter()
+        for tensor in self.all():
+            found[tensor.kind] += tensor.kept(shards)
+        found["scales"] += 4 * self.offsets * self.layers
+        return found
+
+    def trained(self) -> list[Stored]:
+        return [tensor for tensor in self.all() if tensor.trained]
+
+
+def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
+    """What a unit takes while it is gathered."""
+    return sum(tensor.whole(shards) for tensor in unit)
+
+
+def own_copy_bytes(unit: Iterable[Stored], shards: int) -> int:
+    """What FSDP2 makes of a trained unit's own rows for a gather: a copy in the dtype in which it is gathered."""
+    return sum(tensor.whole(shards) // shards for tensor in unit if tensor.itemsize != tensor.compute_itemsize)
+
+
+def base_of(config: Config, shapes: ModelShapes, *, plain_absmax: bool = False) -> Base:
+    """As this run keeps the model. `plain_absmax`: its checkpoint is packed already, without double quantization."""
+    itemsize = wire.DTYPE_BYTES[config.train.dtype]
+    adapter, full = config.adapter, config.adapter.method == "full"
+    packs = config.quant.method == "nf4"
+    tied = shapes.tied and not adapter.modules_to_save
+
+    def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> Stored:
+        return Stored(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained)
+
+    def matrix(name: str) -> Stored:
+        shape = (shapes.vocabulary, shapes.hidden)
+        return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
+
+    def of_block(weight: Weight) -> list[Stored]:
+        if not weight.packs:
+            return [dense("norms", weight.shape, trained=full)]
+        if not packs:
+            return [dense("weights", weight.shape, trained=full)]
+        groups = -(-weight.numel // wire.GROUP_WEIGHTS)
+        codes = Stored("codes", (groups, CODES), 1, 1)
+        if plain_absmax:
+            return [codes, Stored("scales", (groups, ABSMAX), 1, 1)]
+        return [codes, Stored("scales", (groups, SCALES), 1, 1), Stored("scales", (groups,), 4, 4)]
+
+    packed = sum(weight.packs for weight in shapes.block) if packs and not plain_absmax else 0
+    return Base(
+        embedding=(matrix(EMBEDDING),),
+        block=tuple(tensor for weight in shapes.block for tensor in of_block(weight)),
+        layers=shapes.num_layers,
+        head=() if tied else (matrix(HEAD),),
+        rest=(dense("norms", (shapes.hidden,), trained=full),),
+        offsets=packed,
+    )

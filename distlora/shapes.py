@@ -53,8 +53,14 @@ class Adapter:
     """Numbers of DoRA's magnitude."""
 
     @property
+    def numels(self) -> tuple[int, ...]:
+        """Of each of its parameters."""
+        own = (math.prod(self.down), math.prod(self.up))
+        return (*own, self.magnitude) if self.magnitude else own
+
+    @property
     def numel(self) -> int:
-        return math.prod(self.down) + math.prod(self.up) + self.magnitude
+        return sum(self.numels)
 
 
 @dataclass(frozen=True, slots=True)

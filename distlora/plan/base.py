@@ -68,20 +68,19 @@ class Base:
     def tied(self) -> bool:
         return not self.head
 
-    def all(self) -> Iterator[Stored]:
-        for unit in (self.embedding, *(self.block,) * self.layers, self.head, self.rest):
-            yield from unit
+    def counted(self) -> Iterator[tuple[Stored, int]]:
+        """(a tensor, how often there is one like it)."""
+        for unit, count in ((self.embedding, 1), (self.block, self.layers), (self.head, 1), (self.rest, 1)):
+            for tensor in unit:
+                yield tensor, count
 
     def kept(self, shards: int) -> Counter[Kind]:
         """Bytes of a rank by kind, offsets among the scales."""
         found: Counter[Kind] = Counter()
-        for tensor in self.all():
-            found[tensor.kind] += tensor.kept(shards)
+        for tensor, count in self.counted():
+            found[tensor.kind] += tensor.kept(shards) * count
         found["scales"] += 4 * self.offsets * self.layers
         return found
-
-    def trained(self) -> list[Stored]:
-        return [tensor for tensor in self.all() if tensor.trained]
 
 
 def unit_bytes(unit: Iterable[Stored], shards: int) -> int:

@@ -128,7 +128,7 @@ def weights_digest(folder: str | Path) -> str:
 
 def check_quantization(initial: InitialAdapter, method: str) -> None:
     """Refuse an adapter that belongs to the base in NF4 on another form of it. `method`: quant.method."""
-    if initial.settings["init_from_loftq"] and method != "nf4":
+    if initial.settings["init_from_loftq"] and method == "none":
         raise UserError(
             f"adapter.init_from={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of the "
             f"base, and quant={method} loses nothing; set quant=nf4, or another adapter.init_from"

@@ -368,7 +368,7 @@ def _replace_weights(
             sizes = (linear.in_features, linear.out_features)
             stored = packed.get(f"{prefix}{index}.{path}.weight")
             bias = linear.bias is not None
-            quantized = config.quant.method == "nf4" and (not packed or stored is not None)
+            quantized = config.quant.is_nf4 and (not packed or stored is not None)
             new: FrozenLinear
             if f"{prefix}{index}.{path}" in targets:
                 new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
@@ -382,7 +382,7 @@ def _replace_weights(
         link_shared_inputs(replaced)
         if family.experts is not None:
             # bitsandbytes leaves fused experts in 16 bits, in a checkpoint that it has quantized too.
-            quantized = config.quant.method == "nf4"
+            quantized = config.quant.is_nf4
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
                 if (path := f"{prefix}{index}.{path}") in targets:

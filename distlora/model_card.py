@@ -62,7 +62,7 @@ def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, An
     config = result.config
     tags = ["distlora"]
     if result.adapter is not None:
-        tags = ["lora", *(["qlora"] if config.quant.method == "nf4" else []), *tags]
+        tags = ["lora", *(["qlora"] if config.quant.is_nf4 else []), *tags]
     datasets = sorted({source.path for source in config.data.training_sources if is_hub_name(source.path)})
     values: dict[str, Any] = {
         **({"base_model": base} if base else {}),
@@ -79,7 +79,7 @@ def _introduction(result: Result, base: str | None) -> str:
     config = result.config
     if result.adapter is None:
         kind = "A fully fine-tuned model"
-    elif config.quant.method == "nf4":
+    elif config.quant.is_nf4:
         kind = "A QLoRA adapter, trained on the base in 4-bit NF4 with double quantization"
     else:
         kind = f"A LoRA adapter, trained on the base in {config.train.dtype}"
@@ -165,7 +165,7 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
             yield "started from", _start(config.adapter)
     if config.model.new_tokens:
         yield "new tokens", _joined(f"`{text}`" for text in config.model.new_tokens)
-    yield "base in training", "NF4, double quantization" if config.quant.method == "nf4" else train.dtype
+    yield "base in training", "NF4, double quantization" if config.quant.is_nf4 else train.dtype
     yield "compute dtype", train.dtype
     yield "optimizer", f"{optim.name}, betas {_joined(optim.betas)}, weight decay {optim.weight_decay:g}"
     ratio = f" (B: {optim.loraplus_lr_ratio:g} times that)" if optim.loraplus_lr_ratio != 1 else ""
@@ -256,7 +256,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
     text = f"```python\n{code}```"
-    if result.config.quant.method == "nf4" and result.config.adapter.pissa:
+    if result.config.quant.is_nf4 and result.config.adapter.pissa:
         text += (
             "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
             "quantizing the base gives."
@@ -266,12 +266,12 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             "\n\nThe base must be in this 4-bit form: by LoftQ the adapter began as a correction of what NF4 loses of "
             "each weight, which a base in 16 bits does not lack."
         )
-    elif result.config.quant.method == "nf4" and _has_experts(result):
+    elif result.config.quant.is_nf4 and _has_experts(result):
         text += (
             "\n\nTraining had the experts in 4 bits; bitsandbytes leaves fused experts in 16, so a base that it loads "
             "is another one, and larger."
         )
-    elif result.config.quant.method == "nf4":
+    elif result.config.quant.is_nf4:
         text += (
             "\n\nThe base can be loaded in the 4-bit form that it was trained on: `quantization_config="
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'

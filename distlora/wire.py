@@ -149,7 +149,7 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     tied = shapes.tied and not whole
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)
     norm = padded((shapes.hidden,), shards)
-    block = block_bytes(shapes.block, shards, quantized=config.quant.method == "nf4", itemsize=itemsize)
+    block = block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
     head_is_trained = full or "lm_head" in whole
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and config.parallel.backend == "fsdp2"

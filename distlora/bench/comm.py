@@ -85,7 +85,7 @@ def rows_of(
     """Ours with these settings, by either way to accumulate, on several machines with a copy of the base on each too,
     and the peers with the same adapters. `machine`: the ranks that a machine has room for."""
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
-    quantized = config.quant.method == "nf4"
+    quantized = config.quant.is_nf4
     for ours in variants(config, ranks, machine):
         step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
         held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
@@ -123,7 +123,7 @@ def variants(config: Config, ranks: int, machine: int) -> Iterator[Config]:
 
 
 def our_name(config: Config) -> str:
-    base = "NF4" if config.quant.method == "nf4" else "bf16"
+    base = "NF4" if config.quant.is_nf4 else "bf16"
     name = f"distlora, {'everything trained' if config.adapter.method == 'full' else base}"
     parallel = config.parallel
     name += ", ZeRO-3" if parallel.backend == "zero3" else ""

@@ -73,7 +73,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.adapter.method == "full":
             require(
-                self.quant.method == "none",
+                self.quant.method != "nf4",
                 f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
             )
             lora_only = {
@@ -115,12 +115,12 @@ class Config:
                 "train.objective=dpo, or name the format of what else the data holds",
             )
         require(
-            self.adapter.init != "loftq" or self.quant.method == "nf4",
+            self.adapter.init != "loftq" or self.quant.method != "none",
             f"adapter.init=loftq starts from what quantization loses, and quant={self.quant.method} loses nothing; set "
             "quant=nf4, or adapter.init=pissa",
         )
         require(
-            not self.train.keep_dequantized or self.quant.method == "nf4",
+            not self.train.keep_dequantized or self.quant.method != "none",
             f"train.keep_dequantized=true has no effect with quant={self.quant.method}, which dequantizes nothing; "
             "leave it out, or set quant=nf4",
         )

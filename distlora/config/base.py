@@ -230,10 +230,11 @@ def matches(key: str, path: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    method: Literal["nf4", "none"] = "nf4"
+    method: Literal["nf4", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder blocks in NF4 with double quantization, 4.127 bits a weight; `none` keeps
     them in the run's dtype. A checkpoint that bitsandbytes has quantized to NF4 already is kept as it is under `nf4`,
-    and refused with `none`."""
+    and refused with `none`. `auto` is `none` where that fits the cards by calculation (distlora/plan/), else `nf4`: the
+    launcher decides, so RUN/config.yaml has one of the other two."""
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. Nothing is kept of a checkpoint that was quantized
@@ -247,7 +248,7 @@ class QuantConfig:
     """Most gigabytes (1e9 bytes) that they take there: the base that was not used for longest goes first. null: any."""
 
     def __post_init__(self) -> None:
-        require_choice("quant.method", self.method, ("nf4", "none"))
+        require_choice("quant.method", self.method, ("nf4", "none", "auto"))
         require(
             self.cache_gb is None or 0 < self.cache_gb < math.inf,
             f"quant.cache_gb={self.cache_gb} is no number of gigabytes above 0; set quant.cache_gb=200, null for no "
@@ -255,6 +256,16 @@ class QuantConfig:
         )
 
     @property
+    def is_nf4(self) -> bool:
+        """Whether linears are kept in NF4. Raises UserError for `auto`, which whoever reads this has not decided."""
+        require(
+            self.method != "auto",
+            "quant.method=auto stands for nf4 or none, as `distlora train` and `distlora plan` decide by what fits, "
+            "before anything is built; set quant=nf4 or quant=none here",
+        )
+        return self.method == "nf4"
+
+    @property
     def keeps_shards(self) -> bool:
         """Whether quantized shards are kept between runs."""
-        return self.cache and self.method == "nf4"
+        return self.cache and self.is_nf4

@@ -97,7 +97,7 @@ def base_of(config: Config, shapes: ModelShapes, *, plain_absmax: bool = False) 
     """As this run keeps the model. `plain_absmax`: its checkpoint is packed already, without double quantization."""
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
     adapter, full = config.adapter, config.adapter.method == "full"
-    packs = config.quant.method == "nf4"
+    packs = config.quant.is_nf4
     tied = shapes.tied and not adapter.modules_to_save
 
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> Stored:

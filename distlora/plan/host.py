@@ -115,7 +115,7 @@ def _rows(config: Config, model: PlannedModel, shards: int) -> Iterator[int]:
         yield itemsize * wire.padded((shapes.vocabulary, shapes.hidden), shards) // shards
     yield itemsize * wire.padded((shapes.hidden,), shards) // shards
     for weight in shapes.block * shapes.num_layers:
-        if config.quant.method == "nf4" and weight.packs:
+        if config.quant.is_nf4 and weight.packs:
             groups = wire.packed_bytes(weight.numel, shards) // wire.GROUP_BYTES // shards
             yield from (groups * each for each in (8192, 256, 4))  # codes, scales, group_scale
         else:

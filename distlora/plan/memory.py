@@ -132,7 +132,7 @@ def dequantized_bytes(config: Config, shapes: ModelShapes) -> int:
 
 def _dense_sizes(config: Config, shapes: ModelShapes) -> list[int]:
     """Bytes of each packed weight of a block, dequantized."""
-    if config.quant.method != "nf4":
+    if not config.quant.is_nf4:
         return []
     return [wire.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in shapes.block if weight.packs]
 

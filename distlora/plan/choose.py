@@ -1,0 +1,183 @@
+"""The fastest settings that fit. Imports no torch.
+
+The search is exact over the space of `space.py`: where the base lies and over how many ranks it is cut, then each
+combination of how a step runs, then as many resident blocks as fit. A branch whose base alone does not fit ends at its
+first plan. Results do not depend on what is chosen, but for quant.method: 16 bits where they fit on the cards, NF4
+where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from distlora.config import Config
+from distlora.plan import Plan, plan_of
+from distlora.plan.machine import Machine
+from distlora.plan.model import PlannedModel
+from distlora.plan.reasons import Change, changes_of, why_quantized
+from distlora.plan.space import (
+    CHOSEN,
+    RECOMPUTES,
+    changed,
+    copies,
+    if_valid,
+    own_quantization,
+    steps,
+    storages,
+    with_settings,
+)
+
+RESERVE = 0.05
+"""Share of what a chosen plan needs that stays free beside it: as far as measured peaks may be from plans."""
+WORTH = 0.01
+"""Share of the fastest step's time that no setting is changed for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    config: Config
+    """Without an `auto` in quant.method."""
+    plan: Plan
+    changes: tuple[Change, ...]
+    """From the settings as they were said."""
+
+
+def choose(
+    config: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, *, reserve: float = RESERVE
+) -> Choice:
+    """The run with every setting of CHOSEN that is not `fixed` (dotted names) set to what makes it fastest, within the
+    memory that there is less `reserve`; quant.method is chosen only where it is `auto`.
+
+    Among steps whose time is the same within WORTH it is the one with the fewest changes. Where no rates are known:
+    the one that recomputes least, then has the least traffic. Where nothing fits, or it is not known what does, the
+    settings stay as they are, with quant=nf4 for auto: `nearest` says what would.
+    """
+    methods, own = quantizations(config, model, machine)
+    chosen = None
+    for method in methods:
+        said = with_settings(config, {"quant.method": method})
+        # 16 bits are worth it where they lie on the cards; with every block from the host NF4 is a quarter of it.
+        held = {*fixed, "parallel.offload_base"} if method == "none" and len(methods) > 1 else fixed
+        chosen = None if machine.usable_bytes is None else fastest(said, held, model, machine, reserve)
+        if chosen is not None:
+            break
+    plan = plan_of(said, model, machine) if chosen is None else chosen
+    changes = changes_of(said, plan)
+    if config.quant.method == "auto":
+        changes = (why_quantized(said, plan, own), *changes)
+    return Choice(config=plan.config, plan=plan, changes=changes)
+
+
+def resolve_quantization(config: Config, model: PlannedModel, machine: Machine, *, reserve: float = RESERVE) -> Choice:
+    """`choose` of quant.method alone: every other setting stays as it is."""
+    return choose(config, CHOSEN, model, machine, reserve=reserve)
+
+
+def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tuple[list[str], str | None]:
+    """(values of quant.method in the order in which they are tried, why there is but one where it was `auto`)."""
+    if config.quant.method != "auto":
+        return [config.quant.method], None
+    own = own_quantization(config, model)
+    if own is not None:
+        return [own[0]], own[1]
+    if machine.usable_bytes is None:
+        return ["nf4"], "how much memory the card has is not known"
+    return ["none", "nf4"], None
+
+
+def fits(plan: Plan, reserve: float = 0.0) -> bool:
+    """Whether a plan fits with `reserve` of what it needs to spare; what is not known counts as there."""
+    usable = plan.machine.usable_bytes
+    return usable is None or plan.device.total * (1 + reserve) <= usable
+
+
+def cost_of(plan: Plan) -> tuple[float, ...]:
+    """What a step costs: seconds; where the card's rates are not known, what it computes twice, then what it moves."""
+    config, train = plan.config, plan.config.train
+    return (
+        int(config.parallel.offload_base),
+        plan.compute.total,
+        plan.wire.received,
+        RECOMPUTES.index(train.checkpointing),
+        int(config.quant.method == "nf4" and not train.keep_dequantized),
+        int(train.mlp_tile is not None),
+        int(not config.parallel.prefetch),
+        -train.micro_batch,
+    )
+
+
+def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float) -> Plan | None:
+    """The best plan of the space that fits; None where none does."""
+    found = [(cost_of(plan), plan) for plan in fitting(said, fixed, model, machine, reserve)]
+    if not found:
+        return None
+    best = min(cost for cost, _ in found)
+    good = [(len(changed(said, plan.config)), cost, plan) for cost, plan in found if is_as_good(cost, best)]
+    return min(good, key=lambda each: each[:2])[2]
+
+
+def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Whether a plan costs what the best does, within what no setting is changed for."""
+    return cost == best if len(best) > 1 else cost[0] <= best[0] * (1 + WORTH)
+
+
+def fitting(
+    said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
+) -> Iterator[Plan]:
+    """The plans of the space that fit; of those that differ in resident blocks alone the one as said and the one with
+    most."""
+    for branch in branches(said, machine, fixed):
+        for plan in branch_plans(branch, fixed, model, machine):
+            if fits(plan, reserve):
+                yield plan
+                if "parallel.resident_blocks" not in fixed and (more := with_most_resident(plan, reserve)):
+                    yield more
+            elif plan.device.persistent * (1 + reserve) > (machine.usable_bytes or 0):
+                break  # However a step runs, what stays is the same.
+
+
+def plans(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Iterator[Plan]:
+    """Every plan of the space, with resident blocks as said."""
+    for branch in branches(said, machine, fixed):
+        yield from branch_plans(branch, fixed, model, machine)
+
+
+def branches(said: Config, machine: Machine, fixed: Collection[str]) -> Iterator[Config]:
+    """Where the base may lie, and over how many ranks it may be cut."""
+    for storage in storages(said, machine, fixed):
+        for copy in copies(said, machine, fixed):
+            config = if_valid(said, {**storage, **copy})
+            if config is not None:
+                yield config
+
+
+def branch_plans(branch: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Iterator[Plan]:
+    """How a step may run in a branch."""
+    for step in steps(branch, model, machine, fixed):
+        config = if_valid(branch, step)
+        if config is not None:
+            yield plan_of(config, model, machine)
+
+
+def with_most_resident(plan: Plan, reserve: float) -> Plan | None:
+    """The same with as many blocks gathered for good as fit; None where that is no more than a fitting plan has."""
+    said, best = plan.config.parallel.resident_blocks, None
+    if said == "auto":
+        return None
+    low, high, guess = said, plan.model.shapes.num_layers, said + 1
+    while low < high:
+        config = if_valid(plan.config, {"parallel.resident_blocks": guess})
+        if config is None:
+            return None
+        found = plan_of(config, plan.model, plan.machine)
+        if not fits(found, reserve):
+            high = guess - 1
+        else:
+            low, best = guess, found
+            # Each takes as much as the last, so that the next guess is the answer unless a bound is met.
+            taken = max(1, (found.device.total - plan.device.total) // (low - said))
+            free = int((plan.machine.usable_bytes or 0) / (1 + reserve)) - found.device.total
+            guess = low + free // taken
+        guess = min(max(guess, low + 1), high)
+    return best

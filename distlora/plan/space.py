@@ -1,0 +1,143 @@
+"""The settings that a plan may choose, the values that each may have, and those that go together. Imports no torch.
+
+None of them but quant.method changes what a run learns, beyond the order of sums: so `plan=auto` is free to set them,
+while quant.method is chosen only where `quant=auto` asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.plan.machine import Machine
+from distlora.plan.model import PlannedModel
+
+CHOSEN = (
+    "quant.method",
+    "parallel.backend",
+    "parallel.offload_base",
+    "parallel.shard_degree",
+    "parallel.prefetch",
+    "train.accumulate",
+    "train.micro_batch",
+    "train.checkpointing",
+    "train.mlp_tile",
+    "train.keep_dequantized",
+    "parallel.resident_blocks",
+)
+"""In the order in which they are said."""
+TILE = 4096
+"""Tokens of an MLP's tile: thousands, as weights in NF4 are dequantized for each (config/training.py)."""
+TILED_FROM = 16_384
+"""Tokens of a row from which a tile is worth that."""
+RECOMPUTES = ("none", "selective", "block", "offload")
+"""Modes of train.checkpointing, from the one that computes least twice to the one that keeps least on the device."""
+
+Settings = Mapping[str, Any]
+"""Values by dotted name."""
+
+
+def value_of(config: Config, setting: str) -> Any:
+    """The value of `train.micro_batch`, say."""
+    section, _, name = setting.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def with_settings(config: Config, settings: Settings) -> Config:
+    """The same run with other values. Raises UserError where they do not go together."""
+    sections: dict[str, dict[str, Any]] = {}
+    for setting, value in settings.items():
+        section, _, name = setting.partition(".")
+        sections.setdefault(section, {})[name] = value
+    # One after the other would meet states that are refused, such as offload_base before backend.
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def if_valid(config: Config, settings: Settings) -> Config | None:
+    """`with_settings`, or None for settings that do not go together."""
+    try:
+        return with_settings(config, settings)
+    except UserError:
+        return None
+
+
+def typed(setting: str, value: object) -> str:
+    """As it is typed."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f"quant={shown}" if setting == "quant.method" else f"{setting}={shown}"
+
+
+def own_quantization(config: Config, model: PlannedModel) -> tuple[str, str] | None:
+    """(quant.method, why) where what is trained, or how the base lies there, leaves no choice."""
+    if config.adapter.method == "full":
+        return "none", "adapter=full trains every parameter"
+    if model.settings.get("quantization_config") is not None:
+        return "nf4", f"{model.name} is in NF4 already"
+    if config.adapter.for_nf4:
+        return "nf4", "the adapter starts from what NF4 loses of the base"
+    if config.train.keep_dequantized:
+        return "nf4", "train.keep_dequantized=true keeps what is dequantized"
+    return None
+
+
+def storages(config: Config, machine: Machine, fixed: Collection[str]) -> list[Settings]:
+    """Where the base may lie: as the settings have it, or, where several GPUs share it, in host memory by DeepSpeed."""
+    found: list[Settings] = [{}]
+    parallel = config.parallel
+    free = "parallel.offload_base" not in fixed and (parallel.backend == "zero3" or "parallel.backend" not in fixed)
+    gathers = parallel.resident_blocks == 0 or "parallel.resident_blocks" not in fixed
+    if free and gathers and machine.is_gpu and machine.ranks > 1 and config.adapter.trains_base is None:
+        other = {"parallel.backend": "zero3", "parallel.offload_base": not parallel.offload_base}
+        found += [other | {"parallel.resident_blocks": 0}]
+    return found
+
+
+def copies(config: Config, machine: Machine, fixed: Collection[str]) -> list[Settings]:
+    """Ranks that may cut a copy of the base: as it is said, all, those of a machine, each alone."""
+    setting, said = "parallel.shard_degree", config.parallel.shard_degree
+    if setting in fixed or machine.ranks == 1:
+        return [{}]
+    machines = -(-machine.ranks // machine.ranks_per_machine)
+    values = [None, *(["node"] if machines > 1 and machine.ranks_per_machine > 1 else []), 1]
+    return [{}, *({setting: value} for value in values if value != said)]
+
+
+def steps(config: Config, model: PlannedModel, machine: Machine, fixed: Collection[str]) -> Iterator[Settings]:
+    """How a step may run: every combination of what is free of micro-batches, checkpointing, tiles and prefetch.
+
+    Left out is what cannot be better: micro-batches that do not divide a rank's rows (the last would be part empty),
+    slices of a block where a rank has one micro-batch or the base whole, tiles of short rows and of experts.
+    """
+    ranks, train = machine.ranks, config.train
+    shards = config.shard_degree(ranks)
+    rows = -(-train.global_batch // ranks)
+
+    def free(setting: str, *values: Any) -> list[Any]:
+        said = value_of(config, setting)
+        return [said] if setting in fixed else [said, *(value for value in values if value != said)]
+
+    tiles = (None, TILE) if config.data.sequence_length >= TILED_FROM and model.shapes.family.experts is None else ()
+    for micro in free("train.micro_batch", *(n for n in range(1, rows + 1) if rows % n == 0)):
+        slices = ("step", "block") if shards > 1 and rows > micro else ()
+        for accumulate in free("train.accumulate", *slices):
+            for mode in free("train.checkpointing", *RECOMPUTES):
+                for tile in free("train.mlp_tile", *tiles):
+                    for keep in free("train.keep_dequantized", False, True):
+                        for prefetch in free("parallel.prefetch", *((True, False) if shards > 1 else ())):
+                            yield {
+                                "train.micro_batch": micro,
+                                "train.accumulate": accumulate,
+                                "train.checkpointing": mode,
+                                "train.mlp_tile": tile,
+                                "train.keep_dequantized": keep,
+                                "parallel.prefetch": prefetch,
+                            }
+
+
+def changed(before: Config, after: Config, among: Collection[str] = CHOSEN) -> dict[str, Any]:
+    """What is set otherwise, in the order of CHOSEN."""
+    found = {setting: value_of(after, setting) for setting in CHOSEN if setting in among}
+    return {setting: value for setting, value in found.items() if value != value_of(before, setting)}

@@ -1,0 +1,221 @@
+"""What the planner chooses is the fastest that fits, changes nothing that was fixed, and says why; where nothing fits
+it names the nearest that does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from distlora.cards import CARDS
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.plan import Machine, Plan, PlannedModel, plan_of
+from distlora.plan.choose import RESERVE, choose, cost_of, fits, is_as_good, resolve_quantization
+from distlora.plan.nearest import nearest, room
+from distlora.plan.space import CHOSEN, changed, value_of, with_settings
+from distlora.shapes import shapes_of
+
+GB = 10**9
+SIZES = {
+    "8b": (4096, 14_336, 32, 32),
+    "70b": (8192, 28_672, 80, 64),
+    "405b": (16_384, 53_248, 126, 128),
+}
+
+
+def llama(name: str, *, layers: int | None = None) -> PlannedModel:
+    hidden, inner, blocks, heads = SIZES[name]
+    settings = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers or blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 131_072,
+    }
+    return PlannedModel(name=name, settings=settings, shapes=shapes_of(settings, name), source="built in")
+
+
+def machine(card: str, ranks: int, *, each: int = 8, usable: float | None = None) -> Machine:
+    """Machines of up to `each` cards; `usable`: of a card, in GB, where it is another than the table's."""
+    known = CARDS[card]
+    return Machine(
+        name=known.title,
+        is_gpu=True,
+        card=known,
+        usable_bytes=known.usable_bytes if usable is None else int(usable * GB),
+        host_bytes=2000 * GB,
+        ranks=ranks,
+        ranks_per_machine=min(ranks, each),
+        flops=known.flops,
+        bandwidth=known.bandwidth,
+        link=known.link,
+        host_link=known.host_link,
+        network=known.network,
+    )
+
+
+def config_of(ranks: int, *, each: int = 8, **sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "model": {"path": "/model"},
+        "data": {"path": "/data.jsonl", "sequence_length": 4096},
+        "adapter": {"target_modules": "all-linear"},
+        "train": {"global_batch": 4 * ranks},
+        "cluster": {"gpus_per_node": min(ranks, each), "nodes": -(-ranks // each)},
+        "run_dir": "-",
+    }
+    values["cluster"] |= {"launcher": "slurm"} if ranks > each else {}
+    return build(Config, values | {name: values.get(name, {}) | given for name, given in sections.items()})
+
+
+def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) -> Iterator[Plan]:
+    """Every plan there is, with no thought of which could be good."""
+    rows = -(-said.train.global_batch // where.ranks)
+    values: dict[str, list[Any]] = {
+        "parallel.backend": ["fsdp2", "zero3"],
+        "parallel.offload_base": [False, True],
+        "parallel.shard_degree": [None, "node", 1],
+        "parallel.prefetch": [True, False],
+        "train.accumulate": ["step", "block"],
+        "train.micro_batch": [n for n in range(1, rows + 1) if rows % n == 0],
+        "train.checkpointing": ["none", "selective", "block", "offload"],
+        "train.mlp_tile": [None, *([4096] if said.data.sequence_length >= 16_384 else [])],
+        "train.keep_dequantized": [False, True],
+        "parallel.resident_blocks": list(range(model.shapes.num_layers + 1)),
+    }
+    values |= {name: [value_of(said, name)] for name in values if name in fixed}
+    for combination in itertools.product(*values.values()):
+        try:
+            config = with_settings(said, dict(zip(values, combination, strict=True)))
+        except UserError:
+            continue
+        yield plan_of(config, model, where)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "each", "usable", "fixed", "sections"),
+    [
+        (1, 8, 12.0, set(), {}),
+        (4, 4, 9.0, set(), {}),
+        (4, 2, 14.0, {"train.micro_batch", "parallel.prefetch"}, {"parallel": {"prefetch": False}}),
+        (2, 8, 30.0, {"train.checkpointing", "train.accumulate"}, {"data": {"sequence_length": 16_384}}),
+        (2, 8, 11.0, {"parallel.shard_degree", "train.micro_batch"}, {"quant": {"method": "none"}}),
+    ],
+    ids=["one card", "four cards", "two machines", "long rows", "16 bits"],
+)
+def test_the_choice_is_the_fastest_of_all_that_fit(
+    ranks: int, each: int, usable: float, fixed: set[str], sections: dict[str, Any]
+) -> None:
+    said, model = config_of(ranks, each=each, **sections), llama("8b", layers=3)
+    where = machine("rtx4090", ranks, each=each, usable=usable)
+    found = choose(said, fixed, model, where)
+    fitting = [plan for plan in every(said, fixed, model, where) if fits(plan, RESERVE)]
+    best = min(cost_of(plan) for plan in fitting)
+    good = [plan for plan in fitting if is_as_good(cost_of(plan), best)]
+    assert fits(found.plan, RESERVE)
+    assert is_as_good(cost_of(found.plan), best)
+    assert len(changed(said, found.config)) == min(len(changed(said, plan.config)) for plan in good)
+    assert 0 < len(found.changes) <= len(changed(said, found.config))
+    assert found.plan == plan_of(found.config, model, where)
+    assert all(value_of(found.config, name) == value_of(said, name) for name in fixed)
+    rest = with_settings(found.config, {name: value_of(said, name) for name in CHOSEN})
+    assert rest == said, "what may not be chosen has changed"
+
+
+@pytest.mark.parametrize(
+    ("usable", "sections", "method", "why"),
+    [
+        (80, {}, "none", r"the base fits in 16 bits: [\d.]+ of [\d.]+ GB"),
+        (14, {}, "nf4", r"in 16 bits it would take [\d.]+ GB, in NF4 [\d.]+ of [\d.]+ GB"),
+        (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from what NF4 loses of the base"),
+        (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
+        (80, {"train": {"keep_dequantized": True}}, "nf4", "keep_dequantized=true keeps what is dequantized"),
+    ],
+    ids=["it fits", "it does not fit", "loftq", "full", "kept"],
+)
+def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str, Any], method: str, why: str) -> None:
+    said, model = config_of(1, quant={"method": "auto"}, **sections), llama("8b")
+    found = resolve_quantization(said, model, machine("h100", 1, usable=usable))
+    assert found.config == with_settings(said, {"quant.method": method})
+    assert [change.typed for change in found.changes] == [f"quant={method}"]
+    assert re.search(why, found.changes[0].why)
+
+
+def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_card_that_it_does_not_know() -> None:
+    said, model = config_of(1, quant={"method": "auto"}), llama("8b")
+    packed = dataclasses.replace(model, settings={**model.settings, "quantization_config": {"quant_method": "bnb"}})
+    assert str(choose(said, CHOSEN, packed, machine("h100", 1)).changes[0]) == "quant=nf4: 8b is in NF4 already"
+    unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
+    found = choose(said, (), model, unknown)
+    assert found.config == with_settings(said, {"quant.method": "nf4"})
+    assert str(found.changes[0]) == "quant=nf4: how much memory the card has is not known"
+
+
+def test_auto_is_read_by_nobody_before_it_is_decided() -> None:
+    with pytest.raises(UserError, match=r"quant\.method=auto stands for nf4 or none"):
+        plan_of(config_of(1, quant={"method": "auto"}), llama("8b"), machine("h100", 1))
+
+
+def test_plan_auto_alone_leaves_the_quantization() -> None:
+    found = choose(config_of(8), (), llama("8b"), machine("h100", 8))
+    assert found.config.quant.method == "nf4"
+
+
+def test_405b_on_64_cards_is_chosen_in_a_fraction_of_a_second() -> None:
+    said, model, where = config_of(64, quant={"method": "auto"}), llama("405b"), machine("h100", 64)
+    started = time.process_time()
+    found = choose(said, (), model, where)
+    assert time.process_time() - started < 1.5, "0.1 s by itself"
+    assert fits(found.plan, RESERVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "usable", "sections", "expected"),
+    [
+        (
+            "8b",
+            24,
+            {"train": {"micro_batch": 16, "global_batch": 64}},
+            r"set train\.micro_batch=\d+ \([\d.]+ GB\)",
+        ),
+        ("8b", 14, {"quant": {"method": "none"}}, r"set quant=nf4 \([\d.]+ GB\)$"),
+        ("405b", 80, {}, r"take \d+ such cards"),
+    ],
+    ids=["smaller batches", "less in 16 bits", "more cards"],
+)
+def test_the_nearest_that_fits_is_the_smallest_change(
+    name: str, usable: float, sections: dict[str, Any], expected: str
+) -> None:
+    said, model, where = config_of(1, **sections), llama(name), machine("h100", 1, usable=usable)
+    assert not fits(plan_of(said, model, where))
+    found = nearest(said, model, where)
+    assert re.match(expected, str(found)), str(found)
+    for fitting in (found.same, found.other):
+        if fitting is not None:
+            assert fits(fitting.plan)
+            assert fitting.plan == plan_of(with_settings(said, fitting.settings), model, where)
+            for left_out in fitting.settings if len(fitting.settings) > 1 else ():
+                fewer = {name: value for name, value in fitting.settings.items() if name != left_out}
+                with contextlib.suppress(UserError):
+                    assert not fits(plan_of(with_settings(said, fewer), model, where)), f"{left_out} is not needed"
+    if found.same is found.other is None:
+        assert found.least is not None
+        assert not fits(found.least)
+
+
+def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
+    plan = plan_of(config_of(8), llama("8b"), machine("h100", 8))
+    found = {each.what: each for each in room(plan, llama("70b"))}
+    assert list(found) == ["train.micro_batch=2", "data.sequence_length=8192", "adapter.r=32", "70b"]
+    longer = plan_of(with_settings(plan.config, {"data.sequence_length": 8192}), plan.model, plan.machine)
+    assert found["data.sequence_length=8192"].total == longer.device.total
+    assert all(each.total > plan.device.total for each in found.values())

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distlora import host_memory, wire
-from distlora.activations import AdaptedRanks, Costs, Decoder
 from distlora.config import Config
 from distlora.config.initialization import PLAIN, subspace_iterations
 from distlora.plan.disk import Tensor, optimizer_tensors, trained_tensors
@@ -127,9 +126,8 @@ def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
     train, shapes = config.train, model.shapes
     slices = config.accumulation(machine.ranks) if train.accumulate == "block" else 1
     tokens = train.micro_batch * config.data.sequence_length
-    decoder = Decoder.of(model.settings, shapes.family)
-    costs = Costs(decoder=decoder, ranks=AdaptedRanks(), dtype_bytes=wire.DTYPE_BYTES[train.dtype])
-    return host_memory.bytes_of([tokens * costs.boundary] * shapes.num_layers * slices)
+    nbytes = tokens * shapes.hidden * wire.DTYPE_BYTES[train.dtype]
+    return host_memory.bytes_of([nbytes] * shapes.num_layers * slices)
 
 
 def _copies(config: Config, machine: Machine, tensors: list[Tensor]) -> tuple[int, int]:

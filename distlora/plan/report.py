@@ -150,15 +150,17 @@ def _machine(plan: Plan) -> str:
     shards = plan.wire.shards
     what = f"{min(machine.ranks, machine.ranks_per_machine)} x {machine.name}"
     if not machine.is_gpu:
-        what = f"{machine.name}, {min(machine.ranks, machine.ranks_per_machine)} processes"
+        processes = min(machine.ranks, machine.ranks_per_machine)
+        what = f"this one's CPU, {processes} process{'es' if processes > 1 else ''} (card=NAME: another machine)"
     text = what if machines == 1 else f"{machines} machines of {what}"
     if machine.ranks == 1:
         return text
     if shards == 1:
         return f"{text}; the base whole on each"
-    whole = "all" if shards == machine.ranks else f"{shards}"
     backend = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[plan.config.parallel.backend]
-    return f"{text}; a copy of the base is cut over {whole} {shards if whole == 'all' else 'of them'} by {backend}"
+    if shards == machine.ranks:
+        return f"{text}; {backend} cuts the base over all of them"
+    return f"{text}; {backend} cuts the base over {shards} of them, {machine.ranks // shards} copies of it in all"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

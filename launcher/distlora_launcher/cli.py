@@ -32,6 +32,11 @@ COMMANDS = {
         "fine-tune a model (-m for several runs)",
         "distlora_launcher.application",
     ),
+    "plan": Command(
+        "model=NAME [card=NAME] [setting=value ...] [--json]",
+        "what a run needs before it starts: memory by kind, host, disk, traffic; for any model and cards",
+        "distlora_launcher.plan",
+    ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),
     "status": Command(
         "RUN [--json]",

@@ -1,0 +1,127 @@
+"""`distlora plan`: what it prints for models and cards that are not here, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.architectures import ARCHITECTURES
+from distlora.plan import plan_of
+from distlora.plan.machine import machine_of
+from distlora.plan.model import built_in
+from distlora.plan.report import page
+from distlora_launcher import cli
+from distlora_launcher.compose import compose_config
+from launcher_fakes import write_model
+
+SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "card=rtx4090"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder on a machine without GPUs, offline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def calculated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads(printed(capsys, *words, "--json"))
+    return plan
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["plan", *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    return output.err
+
+
+def test_a_page_of_any_model_is_one_screen() -> None:
+    config = compose_config(["card=h200", "cluster.gpus_per_node=8"], may_lack_paths=True)
+    for settings, name in {id(settings): (settings, name) for name, settings in ARCHITECTURES.items()}.values():
+        model = built_in(name, settings)
+        if model.shapes.family.experts is None:
+            lines = page(plan_of(config, model, machine_of(config))).splitlines()
+            assert any(line.startswith("fits        yes: ") for line in lines), name
+            assert len(lines) <= 40
+            assert max(map(len, lines)) <= 100
+
+
+def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = calculated(capsys, *SEVENTY_ON_TWO)
+    assert plan["model"]["parameters"] == 70_553_706_496
+    assert plan["machine"]["card"] == "rtx4090"
+    assert plan["device"]["total"] == sum(plan["device"]["by_kind"].values())
+    assert plan["fits"] is (plan["device"]["total"] <= plan["machine"]["usable_bytes"])
+    assert plan["settings"]["cluster"]["gpus_per_node"] == 2
+    for kind in ("total", "peak", "persistent"):
+        assert type(plan["device"][kind]) is int
+    for part in ("host", "disk", "wire"):
+        assert all(type(value) is int for value in plan[part].values()), part
+    assert f"{plan['device']['total'] / 1e9:.2f}" in printed(capsys, *SEVENTY_ON_TWO)
+
+
+def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    write_model(place / "model", shards=2)
+    plan = calculated(capsys, "model.path=model", "adapter.r=2", "data.sequence_length=64")
+    assert (plan["model"]["name"], plan["model"]["source"]) == ("model", "folder")
+    assert plan["disk"]["base"] == sum(file.stat().st_size for file in (place / "model").glob("*.safetensors"))
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], ["no model is named", "model=llama3_8b", "qwen3_235b_a22b"]),
+        (["card=h100"], ["no model is named"]),
+        (["llama3_8b"], ["'llama3_8b' is no setting", "model=llama3_8b"]),
+        (["model=llama3_8"], ["did you mean 'llama3_8b'?"]),
+        (["model=llama3_8b", "card=rtx4900"], ["did you mean 'rtx4090'?"]),
+        (["model=llama3_8b", "card.memory_gib=0"], ["card.memory_gib=0", "above 0"]),
+        (["model=llama3_8b", "--jsno"], ["--jsno", "did you mean '--json'?"]),
+        (["model=llama3_8b", "--config-dir", "nowhere"], ["nowhere is not a folder"]),
+        (["model=llama3_8b", "adapter.rr=8"], ["did you mean 'adapter.r'?"]),
+        (["model=llama3_8b", "cluster.gpus_per_node=0"], ["cluster.gpus_per_node=0"]),
+        (["model=llama3_8b", "cluster.nodes=2"], ["cluster.nodes=2", "cluster=torchrun"]),
+        (["model=llama3_8b", "parallel.shard_degree=3", "cluster.gpus_per_node=8"], ["parallel.shard_degree=3", "=2"]),
+        (["model=llama3_8b", "parallel=zero3", "parallel.offload_base=true"], ["one process"]),
+        (["model.path=nowhere"], ["nowhere"]),
+        (["model.path=some/model"], ["some/model"]),
+        (["model.path=file.json"], ["file.json"]),
+        (["model.path=gpt2"], ["'gpt2' is not supported", "llama, mistral, qwen2"]),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    capsys: pytest.CaptureFixture[str], place: Path, words: list[str], named: list[str]
+) -> None:
+    (place / "file.json").write_text("{}")
+    (place / "gpt2").mkdir()
+    (place / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refused(capsys, *words)
+    for name in named:
+        assert name in message, message
+
+
+def test_a_plan_is_made_without_torch_and_in_a_moment(place: Path) -> None:
+    code = (
+        "import sys; from distlora_launcher.cli import main; "
+        f"code = main(['plan', *{SEVENTY_ON_TWO}]); "
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'huggingface_hub', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

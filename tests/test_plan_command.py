@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from distlora.architectures import ARCHITECTURES
-from distlora.plan import plan_of
+from distlora.plan import kinds, plan_of, report
 from distlora.plan.machine import machine_of
 from distlora.plan.model import built_in
-from distlora.plan.report import page
 from distlora_launcher import cli
 from distlora_launcher.compose import compose_config
 from launcher_fakes import write_model
@@ -55,10 +54,15 @@ def test_a_page_of_any_model_is_one_screen() -> None:
     for settings, name in {id(settings): (settings, name) for name, settings in ARCHITECTURES.items()}.values():
         model = built_in(name, settings)
         if model.shapes.family.experts is None:
-            lines = page(plan_of(config, model, machine_of(config))).splitlines()
+            lines = report.page(plan_of(config, model, machine_of(config))).splitlines()
             assert any(line.startswith("fits        yes: ") for line in lines), name
             assert len(lines) <= 40
             assert max(map(len, lines)) <= 100
+
+
+def test_every_kind_and_moment_has_words() -> None:
+    assert tuple(report.KINDS) == kinds.KINDS
+    assert tuple(report.MOMENTS) == kinds.MOMENTS
 
 
 def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:

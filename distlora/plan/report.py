@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from distlora.config import Config
 from distlora.plan import Plan
 from distlora.plan.disk import trained_tensors
-from distlora.plan.memory import Kind, Moment
+from distlora.plan.kinds import Kind, Moment
 
 WIDTH = 100
 """Characters of a line."""
@@ -38,10 +38,14 @@ KINDS: Mapping[Kind, str] = {
 }
 """What each kind of memory is, for people."""
 MOMENTS: Mapping[Moment, str] = {
-    "block": "while a block is in its backward",
+    "loading": "while the base is read",
+    "embedding": "while the embedding is read",
+    "forward": "while a block is in its forward",
     "head": "while the head is in its forward",
     "head_backward": "while the head is in its backward",
+    "block": "while a block is in its backward",
     "update": "while the optimizer updates",
+    "evaluation": "in an evaluation",
 }
 SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
 """Where the sizes of a model come from."""

@@ -14,6 +14,7 @@ from distlora.plan.host import HostBytes, host_bytes
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes, device_bytes
 from distlora.plan.model import PlannedModel
+from distlora.plan.timing import StepTime, step_time
 from distlora.wire import StepBytes
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
@@ -29,7 +30,6 @@ class Plan:
     device: DeviceBytes
     wire: StepBytes
     compute: StepFlops
-    # time: StepTime | None follows.
 
     # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
     @property
@@ -40,6 +40,11 @@ class Plan:
     @property
     def disk(self) -> DiskBytes:
         return disk_bytes(self.config, self.model, self.machine)
+
+    @property
+    def time(self) -> StepTime | None:
+        """None: the machine's rates are not known."""
+        return step_time(self.config, self.model, self.machine)
 
     @property
     def fits(self) -> bool | None:
@@ -77,6 +82,8 @@ class Plan:
                 "received": self.wire.received,
                 "into_machine": self.wire.into_machine(self.machine.ranks_per_machine),
             },
+            "compute": self.compute.as_json(),
+            "time": None if (time := self.time) is None else time.as_json(),
         }
 
 

@@ -28,13 +28,13 @@ FlopsKind = Literal[
     "head",  # forward and the gradient of its input
     "reference",  # DPO's: a forward of the base
     "recomputation",  # what checkpointing, and a trained head, compute again in backward
-    "scores",  # what attention's backward makes again of the forward's scores
+    "scores",  # what attention's backward makes again of the forward's scores, where they are not kept
     "masked",  # pairs that a dense mask hides, computed all the same
 ]
 FLOPS_KINDS: tuple[FlopsKind, ...] = get_args(FlopsKind)
 NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
 
-_SCORES_AGAIN = 2
+SCORES_AGAIN = 2
 """Operations a pair and column by which flash attention's backward makes the scores again, in place of keeping them."""
 _EXPERTS_CHOSEN = {"mixtral": 2, "qwen3_moe": 8, "gpt_oss": 4}
 """What transformers takes where a config.json says no num_experts_per_tok."""
@@ -64,6 +64,9 @@ class StepFlops:
         """What is computed."""
         return sum(self.by_kind.values())
 
+    def as_json(self) -> dict[str, Any]:
+        return {"operations": dict(self.by_kind), "counted_by_mfu": self.counted, "tokens": self.tokens}
+
 
 def step_flops(
     config: Config, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
@@ -88,7 +91,7 @@ def step_flops(
         "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
         "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
         "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
-        "scores": 0 if dense else _SCORES_AGAIN * seen,
+        "scores": 0 if model.shapes.family.attention == "eager" else SCORES_AGAIN * every,
         "masked": of_pairs * (every - seen),
     }
     return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)

@@ -1,0 +1,156 @@
+"""What a card and its links deliver of what their makers say: every assumption of a plan's time, in one place, with its
+source. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from distlora.config import Config
+from distlora.plan.machine import Machine
+
+_MATRICES: tuple[tuple[str, float], ...] = (
+    (r"a[18]00.*", 0.87),
+    (r"g?h\d00.*", 0.80),
+    (r"b200", 0.78),
+)
+_MATRICES_ELSEWHERE = 0.80
+_MATRICES_SOURCE = (
+    "the best shapes among the matmuls that stas00/ml-engineering measured (compute/accelerator): 87 % on the A100, "
+    "80 % on the H100, 78 % on the B200; taken as 80 % elsewhere"
+)
+"""Share of the dense bf16 rate that the library's products reach, by the card's name."""
+
+_ATTENTION: tuple[tuple[str, float], ...] = ((r"g?h\d00.*", 0.35), (r"b200", 0.15))
+_ATTENTION_ELSEWHERE = 0.55
+_ATTENTION_SOURCE = (
+    "FlashAttention-2, forward and backward (arXiv 2307.08691: 50 to 73 % on an A100; arXiv 2407.08608: 35 % on an "
+    "H100; on a B200 taken as no faster than that)"
+)
+
+_DECODING = 0.5
+"""Of the products' rate, in a product that decodes its weight (kernels/bench/costs.py, not measured)."""
+_MEMORY = 0.9
+_MEMORY_SOURCE = "the H100's 3.0 of 3.35 TB/s in a large copy, which kernels/bench/rates.py takes too"
+_LINK = 0.8
+_LINK_SOURCE = "about what nccl-tests show of NVLink, and PCIe after its headers"
+_LAUNCH_SECONDS = 3e-6
+_LAUNCH_SOURCE = "from the end of one kernel to the start of the next, as kernels/bench/rates.py takes it, not measured"
+
+_BASE_SECONDS = 8.4e-6
+_STEP_SECONDS = {"nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}
+_TREE_STEP_SECONDS = {"nvlink": 4.0e-6, "pcie": 4.0e-6, "network": 14e-6}
+_LATENCY_SOURCE = "NCCL's own model (src/graph/tuning.cc, the protocol Simple)"
+_GLOO_SECONDS = 1e-4
+"""A step of gloo's between processes of one machine: an assumption without a source."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Operations and bytes a second that one rank gets, and seconds that pass before the first byte."""
+
+    peak: float
+    """What MFU divides by: the maker's figure, or the user's."""
+    matrices: float
+    attention: float
+    decoding: float
+    bandwidth: float
+    launch: float
+    link: float | None
+    """None: not known, or one rank."""
+    host_link: float | None
+    network: float | None
+    base: float
+    """Seconds of any collective."""
+    ring_step: float
+    """Of each step of a ring within a machine."""
+    ring_step_across: float
+    tree_step: float
+    tree_step_across: float
+    said: tuple[str, ...]
+    """The assumptions, a sentence each."""
+
+
+def rates_of(config: Config, machine: Machine) -> Rates | None:
+    """None where something is not known that a step's time depends on: a rate of the device, a link that is crossed; or
+    of a GPU in fp32, of which makers say no rate of products that is kept to.
+
+    What the user gives in `card.*` is taken for what was measured: it is reached.
+    """
+    peak, bandwidth = machine.flops, machine.bandwidth
+    if peak is None or bandwidth is None or (machine.is_gpu and config.train.dtype == "fp32"):
+        return None
+    several = machine.ranks > machine.ranks_per_machine
+    link = machine.link if machine.ranks_per_machine > 1 else None
+    network = machine.network if several else None
+    needs_host = config.parallel.offload_base or config.train.checkpointing == "offload"
+    known = {
+        "link": link is not None or machine.ranks_per_machine == 1,
+        "network": network is not None or not several,
+        "host_link": machine.host_link is not None or not needs_host,
+    }
+    if not all(known.values()):
+        return None
+    given, name = config.card, "" if machine.card is None else machine.card.name
+    matrices = 1.0 if given.tflops is not None else _share(_MATRICES, name, _MATRICES_ELSEWHERE)
+    attention = _share(_ATTENTION, name, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
+    memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
+    own = {
+        "link": 1.0 if given.link_gb_per_second is not None else _LINK,
+        "host_link": 1.0 if given.host_gb_per_second is not None else _LINK,
+        "network": 1.0 if given.network_gb_per_second is not None else _LINK,
+    }
+    nvlink = machine.card is not None and machine.card.has_nvlink
+    inside = "nvlink" if nvlink else "pcie"
+    said = [
+        f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
+        + ("as card.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
+        f"memory delivers {memory:.0%} of {bandwidth / 1e9:,.4g} GB/s: "
+        + ("as card.memory_gb_per_second says" if given.memory_gb_per_second is not None else _MEMORY_SOURCE),
+    ]
+    if machine.is_gpu:
+        said.append(f"attention runs at {attention:.0%} of the card's rate: {_ATTENTION_SOURCE}")
+        said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
+    if machine.ranks > 1:
+        said += _said_of_links(machine, own, inside)
+    return Rates(
+        peak=peak,
+        matrices=peak * matrices,
+        attention=peak * attention,
+        decoding=peak * matrices * _DECODING,
+        bandwidth=bandwidth * memory,
+        launch=_LAUNCH_SECONDS if machine.is_gpu else 0.0,
+        link=None if link is None else link * own["link"],
+        host_link=None if machine.host_link is None else machine.host_link * own["host_link"],
+        network=None if network is None else network * own["network"],
+        base=_BASE_SECONDS if machine.is_gpu else _GLOO_SECONDS,
+        ring_step=_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        ring_step_across=_STEP_SECONDS["network"],
+        tree_step=_TREE_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        tree_step_across=_TREE_STEP_SECONDS["network"],
+        said=tuple(said),
+    )
+
+
+def _share(table: tuple[tuple[str, float], ...], name: str, elsewhere: float) -> float:
+    return next((share for pattern, share in table if re.fullmatch(pattern, name)), elsewhere)
+
+
+def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list[str]:
+    said = []
+    rates = {"link": ("between cards", machine.link), "network": ("into a machine", machine.network)}
+    for name, (where, rate) in rates.items():
+        crossed = machine.ranks > machine.ranks_per_machine if name == "network" else machine.ranks_per_machine > 1
+        if rate is not None and crossed:
+            source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
+            said.append(f"{own[name]:.0%} of {rate / 1e9:,.4g} GB/s come in {where}: {source}")
+    steps = f"{_STEP_SECONDS[inside] * 1e6:.1f} us within a machine"
+    if machine.ranks > machine.ranks_per_machine:
+        steps += f" and {_STEP_SECONDS['network'] * 1e6:.0f} us between machines"
+    if machine.is_gpu:
+        said.append(
+            f"a collective is a ring (a sum may be a tree), whose steps cost {steps}, and {_BASE_SECONDS * 1e6:.1f} us "
+            f"before the first: {_LATENCY_SOURCE}"
+        )
+    return said

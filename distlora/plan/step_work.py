@@ -1,0 +1,216 @@
+"""What the device of one rank does in a training step: the launches of blocks, head and update. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from distlora import wire
+from distlora.config import Config
+from distlora.families import text_settings
+from distlora.operations import pairs
+from distlora.plan.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
+from distlora.plan.compute import active_weights, attends_densely, cut, experts_chosen, num_experts, windows_of
+from distlora.plan.machine import Machine
+from distlora.plan.model import PlannedModel
+from distlora.plan.work import How, Linear, MovedKind, Work
+from distlora.shapes import Weight, attention_columns, sizes_of
+from distlora_kernels.few_rows import most_rows
+
+_CAPABILITIES: tuple[tuple[str, tuple[int, int]], ...] = (
+    (r"b200", (10, 0)),
+    (r"g?h\d00.*", (9, 0)),
+    (r"a[18]00.*", (8, 0)),
+    (r"l40s?|l4|rtx6000_ada|rtx4090", (8, 9)),
+    (r"a6000|a40|a10g?|rtx3090", (8, 6)),
+)
+"""CUDA's compute capability by the card's name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """Of one rank."""
+
+    blocks: tuple[BlockWork, ...]
+    """Of a micro-batch in each layer; layers that are alike share one object."""
+    micro_batches: int
+    """Of the step."""
+    passes: int
+    """How often the step runs the model: once for each micro-batch, or once (train.accumulate=block)."""
+    head: tuple[Work, ...]
+    """Of a pass: the embedding, the last norm and the head, forward and backward."""
+    gathers: tuple[Work, ...]
+    """Of one gather of a block: what was gathered is copied to where it is used."""
+    moved_blocks: int
+    """Blocks that are gathered in each pass, forward and backward."""
+    update: tuple[Work, ...]
+
+    def __iter__(self) -> Iterator[tuple[Work, int]]:
+        """(launch, how often) of a whole step."""
+        for block, layers in Counter(self.blocks).items():
+            for work in (*block.forward, *block.backward, *block.reference):
+                yield work, layers * self.micro_batches
+        for work in self.head:
+            yield work, self.passes
+        for work in self.gathers:
+            yield work, 2 * self.moved_blocks * self.passes
+        for work in self.update:
+            yield work, 1
+
+    @property
+    def moved(self) -> dict[MovedKind, float]:
+        """Bytes of device memory, by kind."""
+        found: dict[MovedKind, float] = {}
+        for work, times in self:
+            found[work.kind] = found.get(work.kind, 0.0) + work.nbytes * times
+        return found
+
+    @property
+    def flops(self) -> float:
+        return sum(work.flops * times for work, times in self)
+
+
+def step_work(config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
+    """Of a step with these settings. `document`: tokens of each packed document; None: one a row."""
+    train, ranks, shards = config.train, machine.ranks, config.shard_degree(machine.ranks)
+    m = train.micro_batch * config.data.sequence_length
+    micro_batches = config.accumulation(ranks)
+    passes = wire.passes_of(config, micro_batches)
+    how = how_of(config, model, machine)
+    active, family = active_weights(config, model), model.shapes.family
+    reference, gemma = train.objective == "dpo", family.model_type.startswith("gemma")
+    of_block = wire.block_bytes(
+        model.shapes.block, shards, quantized=how.quantized, itemsize=wire.DTYPE_BYTES[train.dtype]
+    )
+    resident = config.parallel.resident_blocks
+    capped = family.head_softcap and text_settings(model.settings, family).get("final_logit_softcapping") is not None
+    head = HeadSizes(
+        vocabulary=model.shapes.vocabulary,
+        hidden=model.shapes.hidden,
+        rows=active.head_rows // model.shapes.hidden,
+        is_trained=active.head_is_trained,
+        capped=capped,
+        gemma=gemma,
+    )
+    # A pass of all micro-batches joins a block's slices, and its gradients.
+    at_once = m * micro_batches // passes
+    return StepWork(
+        blocks=_blocks(config, model, machine, how, document),
+        micro_batches=micro_batches,
+        passes=passes,
+        head=tuple(head_work(head, how, m=at_once, reference=reference)),
+        gathers=() if shards == 1 else (Work("gathered", 2.0 * of_block),),
+        moved_blocks=0 if shards == 1 else model.shapes.num_layers - (0 if resident == "auto" else resident),
+        update=tuple(
+            update_work(
+                trained_numbers(config, model, ranks),
+                config.optim.name,
+                clips=config.optim.max_grad_norm > 0,
+                backwards=passes,
+            )
+        ),
+    )
+
+
+def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
+    """liger-kernel is counted where it can be used (liger.py), as if it were installed."""
+    family, full, dora = model.shapes.family, config.adapter.method == "full", config.adapter.use_dora
+    packed = config.quant.is_nf4
+    decodes = machine.is_gpu and config.train.dtype == "bf16"
+    name = "" if machine.card is None else machine.card.name
+    capability = next((found for pattern, found in _CAPABILITIES if re.fullmatch(pattern, name)), (0, 0))
+    return How(
+        itemsize=wire.DTYPE_BYTES[config.train.dtype],
+        quantized=packed,
+        few_rows=most_rows(capability) if decodes else 0,
+        keeps_dequantized=config.train.keep_dequantized,
+        trains_base=full,
+        fused=machine.is_gpu and config.train.liger and not full and not dora and family.experts is None,
+        scores=family.attention == "eager",
+    )
+
+
+def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
+    """That a rank updates: adapters and rows of tokens whole, its share of what is cut over the ranks."""
+    shapes, shards = model.shapes, config.shard_degree(ranks)
+    if config.adapter.method == "full":
+        return -(-shapes.numel // shards)
+    adapters = sum(each.numel for block in shapes.adapters(config.adapter) for each in block)
+    rows = shapes.hidden * wire.token_rows(config, shapes)
+    return adapters + rows + len(config.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
+
+
+def _blocks(
+    config: Config, model: PlannedModel, machine: Machine, how: How, document: int | None
+) -> tuple[BlockWork, ...]:
+    train, length, shapes = config.train, config.data.sequence_length, model.shapes
+    rows, tile = train.micro_batch, train.mlp_tile or length
+    tiles = [rows * part for part in cut(length, tile)]
+    dense = attends_densely(config, model, is_gpu=machine.is_gpu)
+    adapters = [{} for _ in range(shapes.num_layers)] if how.trains_base else _ranks(config, model)
+    found: dict[tuple[tuple[tuple[str, int], ...], int | None], BlockWork] = {}
+    blocks = []
+    for ranks, window in zip(adapters, windows_of(model), strict=True):
+        key = (tuple(sorted(ranks.items())), window)
+        if key not in found:
+            seen = length**2 if dense else sum(pairs(part, window) for part in cut(length, document))
+            found[key] = block_work(
+                sizes_of_block(config, model, ranks),
+                how,
+                m=rows * length,
+                pairs=rows * seen,
+                checkpointing=train.checkpointing,
+                tiles=tiles,
+                reference=train.objective == "dpo",
+            )
+        blocks.append(found[key])
+    return tuple(blocks)
+
+
+def _ranks(config: Config, model: PlannedModel) -> list[dict[str, int]]:
+    """The rank of each adapter by its path in the block, of each block; of experts, of one."""
+    layers = []
+    experts = num_experts(model)
+    for block in model.shapes.adapters(config.adapter):
+        ranks = {}
+        for each in block:
+            path = each.path.partition(".layers.")[2].partition(".")[2]
+            ranks[path] = each.down[0] // experts if ".experts." in each.path else each.down[0]
+        layers.append(ranks)
+    return layers
+
+
+def sizes_of_block(config: Config, model: PlannedModel, ranks: Mapping[str, int]) -> BlockSizes:
+    family, settings = model.shapes.family, sizes_of(model.settings, model.shapes.family)
+    queries, keys = attention_columns(settings)
+    packed = [weight for weight in model.shapes.block if weight.packs]
+
+    def group(*names: str) -> tuple[Linear, ...]:
+        return tuple(
+            _linear(config, model, weight, ranks)
+            for weight in packed
+            if weight.path.removesuffix(".weight").rpartition(".")[2] in names
+        )
+
+    return BlockSizes(
+        hidden=model.shapes.hidden,
+        queries=queries,
+        keys=keys,
+        heads=settings["num_attention_heads"],
+        attention=(group("q_proj", "k_proj", "v_proj", "qkv_proj"), group("o_proj")),
+        mlp=(group("gate_proj", "up_proj", "gate_up_proj"), group("down_proj")),
+        norms_after=family.mlp_norms[1] is not None,
+        head_norms=family.head_norms,
+        gemma=family.model_type.startswith("gemma"),
+        experts=0 if family.experts is None else num_experts(model),
+    )
+
+
+def _linear(config: Config, model: PlannedModel, weight: Weight, ranks: Mapping[str, int]) -> Linear:
+    rank = ranks.get(weight.path.removesuffix(".weight"), 0)
+    *experts, out, features = weight.shape
+    if experts:
+        return Linear(out, features, rank, experts[0], experts_chosen(model))
+    return Linear(out, features, rank, is_dora=config.adapter.use_dora)

@@ -1,0 +1,116 @@
+"""What the device does in a step is counted as the kernels' own cost model counts it, as operations on the CPU do, and
+adds up to what the step computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distlora_kernels.bench import costs
+from distlora_kernels.bench.rates import Step
+from distlora_kernels.bench.shapes import Group
+
+from distlora.cards import CARDS
+from distlora.plan import Machine
+from distlora.plan.compute import step_flops
+from distlora.plan.step_work import step_work
+from distlora.plan.work import How, Linear, Work, backward, forward
+from family_models import hf_config
+from test_plan_compute import LORA, planned, run_of
+
+GROUPS = [
+    Group("qkv", ((8192, 8192), (1024, 8192), (1024, 8192))),
+    Group("down", ((8192, 28672),)),
+    Group("gate-up", ((28672, 8192), (28672, 8192))),
+]
+
+
+def machine_of(card: str = "h100", *, ranks: int = 1, per_machine: int = 8, **values: Any) -> Machine:
+    known = CARDS[card]
+    machine = Machine(
+        name=known.title,
+        is_gpu=True,
+        card=known,
+        usable_bytes=known.usable_bytes,
+        host_bytes=None,
+        ranks=ranks,
+        ranks_per_machine=min(ranks, per_machine),
+        flops=known.flops,
+        bandwidth=known.bandwidth,
+        link=known.link,
+        host_link=known.host_link,
+        network=known.network,
+    )
+    return dataclasses.replace(machine, **values)
+
+
+def sums(steps: list[Work] | list[Step]) -> tuple[float, float, int]:
+    return sum(s.nbytes for s in steps), sum(s.flops for s in steps), sum(s.launches for s in steps)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_a_group_of_linears_takes_what_the_kernels_cost_model_says(group: Group) -> None:
+    r = 16
+    linears = [Linear(out, features, r) for out, features in group.shapes]
+    gradients_of_b = sum(2.0 * r * out for out, _ in group.shapes)
+    for m, quantized, kept, few in ((8192, True, False, 0), (4096, True, True, 0), (2048, False, False, 0)):
+        how = How(itemsize=2, quantized=quantized, keeps_dequantized=kept, few_rows=few)
+        ours = [*forward(linears, m, how), *backward(linears, m, how)]
+        theirs = list(
+            costs.ours_scratch(group, m, r, backward=True, kept=kept)
+            if quantized
+            else costs.ours_dense(group, m, r, backward=True)
+        )
+        nbytes, flops, launches = sums(theirs)
+        assert sums(ours) == pytest.approx((nbytes, flops + m * gradients_of_b, launches))
+        assert sums(list(forward(linears, m, how)))[0] == pytest.approx(
+            sums(list((costs.ours_scratch if quantized else costs.ours_dense)(group, m, r, backward=False)))[0]
+        )
+    how = How(itemsize=2, quantized=True, few_rows=256)
+    ours = [*forward(linears, 256, how), *backward(linears, 256, how)]
+    theirs = list(costs.ours_fused(group, 256, r, backward=True))
+    assert sums(ours)[::2] == pytest.approx(sums(theirs)[::2]), "decoded inside the product, up to so many rows"
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_dora_adds_what_the_kernels_cost_model_says(group: Group, quantized: bool) -> None:
+    linears = [Linear(out, features, 16, is_dora=True) for out, features in group.shapes]
+    how = How(itemsize=2, quantized=quantized)
+    ours = [*forward(linears, 8192, how), *backward(linears, 8192, how)]
+    count = costs.ours_dora if quantized else costs.ours_dora_dense
+    assert sums(ours)[::2] == pytest.approx(sums(list(count(group, 8192, 16, backward=True)))[::2], rel=1e-4)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"train": {"checkpointing": "none", "objective": "dpo"}},
+    {"train": {"checkpointing": "selective", "accumulate": "block"}},
+    {"train": {"mlp_tile": 16, "dtype": "fp32"}},
+    {"adapter": {"target_modules": "attention", "r": 4, "modules_to_save": ["lm_head"]}},
+    {"adapter": {"r": 4, "trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}},
+    {"adapter": {"method": "full"}, "quant": {"method": "none"}},
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-untied", "qwen3-moe", "gpt-oss", "mistral-window"])
+def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    model, is_mixture = planned(tmp_path), name in ("qwen3-moe", "gpt-oss")
+    for sections in SETTINGS:
+        adapter = sections.get("adapter", LORA["adapter"])
+        tiles = "mlp_tile" in sections.get("train", {})
+        if is_mixture and (adapter.get("method") == "full" or tiles):
+            continue
+        if name == "qwen3-moe" and isinstance(adapter.get("trainable_token_indices"), dict):
+            continue  # Its head is tied.
+        train = {"global_batch": 6, "micro_batch": 2, "dtype": "bf16"} | sections.get("train", {})
+        config = run_of(tmp_path, adapter=adapter, train=train, quant=sections.get("quant", {}))
+        for is_gpu in (True, False):
+            machine = machine_of(is_gpu=is_gpu)
+            work = step_work(config, model, machine, document=9)
+            step = step_flops(config, model, ranks=1, is_gpu=is_gpu, document=9)
+            assert work.flops == pytest.approx(step.total, rel=1e-12), sections
+            assert set(work.moved) >= {"products", "elementwise", "attention", "head", "update"}

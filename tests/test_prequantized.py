@@ -30,6 +30,9 @@ from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import Loaded, load_base
 from distlora.model import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
+from distlora.plan import plan_of
+from distlora.plan.machine import machine_of
+from distlora.plan.model import find_model
 from distlora.quant import FrozenLinear
 from distlora_kernels import nf4, nf4_cpu, reference
 from distlora_launcher.checks import check_model
@@ -144,6 +147,25 @@ def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
     name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
     state = json.loads(bytes(stored_tensors(source)[name].tolist())) | fields
     return {name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_a_plan_counts_what_is_kept_of_a_checkpoint(quantized: Path, name: str) -> None:
+    """To the byte: absmax in fp32 where there is no double quantization, linears that were left dense as they are."""
+    config = config_for(quantized / name)
+    plan = plan_of(config, find_model(config), machine_of(config))
+    model, _, _ = loaded(quantized / name)
+    kept = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
+    kinds = ("codes", "scales", "weights", "embeddings", "norms")
+    assert sum(plan.device.held.get(kind, 0) for kind in kinds) == sum(tensor.nbytes for tensor in kept)
+    assert plan.model.plain_absmax == name.endswith("plain")
+    dense = {
+        "mlp.gate_proj.weight": 1,
+        "mlp.up_proj.weight": 1,
+        "mlp.down_proj.weight": 1,
+        "self_attn.k_proj.weight": 3,
+    }
+    assert plan.model.left_dense == (dense if name == "skipping" else {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

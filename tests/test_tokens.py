@@ -23,6 +23,7 @@ from distlora.generation.encoding import PromptEncoder
 from distlora.head import LossHead
 from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors, load_initial_adapter
+from distlora.plan.model import find_model
 from distlora.results import load_weights, publish_result
 from distlora.run_folder import read_record, read_result
 from distlora.startup import start_model
@@ -73,8 +74,10 @@ def test_a_token_that_exists_is_refused_with_its_id(folders: Path) -> None:
 def test_the_vocabulary_grows_by_what_spare_rows_lack(folders: Path, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "spare", "llama", vocab_size=VOCABULARY + 2)
     for folder, stored, rows in ((folders / "llama", 1001, 1004), (tmp_path / "spare", 1003, 1004)):
-        vocabulary = vocabulary_of(with_new(folder, "<a>", "<b>", "<c>"), model_config(folder))
+        config = with_new(folder, "<a>", "<b>", "<c>")
+        vocabulary = vocabulary_of(config, model_config(folder))
         assert (vocabulary.stored, vocabulary.rows) == (stored, rows)
+        assert find_model(config).shapes.vocabulary == rows, "planned for without the tokenizer"
         assert vocabulary.new == {"<a>": 1001, "<b>": 1002, "<c>": 1003}
         assert vocabulary.trained == {"embed_tokens": (1001, 1002, 1003), "lm_head": (1001, 1002, 1003)}
     assert not vocabulary_of(with_new(tmp_path / "spare", "<a>"), model_config(tmp_path / "spare")).has_grown

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora import wire
@@ -63,6 +63,9 @@ class Base:
     """The last norm."""
     offsets: int
     """Packed weights of a block with an offset, a replicated number in fp32."""
+    instead: tuple[tuple[Stored, int], ...] = ()
+    """Of a checkpoint that has left some weights dense in some blocks, where `block` has what the largest has: (a
+    tensor, how many of it there are beside those of `layers` such blocks; below 0, how many of those there are not)."""
 
     @property
     def tied(self) -> bool:
@@ -73,6 +76,7 @@ class Base:
         for unit, count in ((self.embedding, 1), (self.block, self.layers), (self.head, 1), (self.rest, 1)):
             for tensor in unit:
                 yield tensor, count
+        yield from self.instead
 
     def kept(self, shards: int) -> Counter[Kind]:
         """Bytes of a rank by kind, offsets among the scales."""
@@ -93,8 +97,11 @@ def own_copy_bytes(unit: Iterable[Stored], shards: int) -> int:
     return sum(tensor.whole(shards) // shards for tensor in unit if tensor.itemsize != tensor.compute_itemsize)
 
 
-def base_of(config: Config, shapes: ModelShapes, *, plain_absmax: bool = False) -> Base:
-    """As this run keeps the model. `plain_absmax`: its checkpoint is packed already, without double quantization."""
+def base_of(
+    config: Config, shapes: ModelShapes, *, plain_absmax: bool = False, left_dense: Mapping[str, int] | None = None
+) -> Base:
+    """As this run keeps the model. Of a checkpoint that is packed already: `plain_absmax` without double quantization;
+    `left_dense` in how many blocks a weight is not packed."""
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
     adapter, full = config.adapter, config.adapter.method == "full"
     packs = config.quant.is_nf4
@@ -112,18 +119,32 @@ def base_of(config: Config, shapes: ModelShapes, *, plain_absmax: bool = False) 
             return [dense("norms", weight.shape, trained=full)]
         if not packs:
             return [dense("weights", weight.shape, trained=full)]
+        if weight.path in unpacked:
+            return [dense("weights", weight.shape, trained=False)]
+        return of_packed(weight)
+
+    def of_packed(weight: Weight) -> list[Stored]:
         groups = -(-weight.numel // wire.GROUP_WEIGHTS)
         codes = Stored("codes", (groups, CODES), 1, 1)
         if plain_absmax:
             return [codes, Stored("scales", (groups, ABSMAX), 1, 1)]
         return [codes, Stored("scales", (groups, SCALES), 1, 1), Stored("scales", (groups,), 4, 4)]
 
-    packed = sum(weight.packs for weight in shapes.block) if packs and not plain_absmax else 0
+    unpacked = (left_dense or {}) if packs else {}
+    instead: list[tuple[Stored, int]] = []
+    for weight in shapes.block:
+        count = shapes.num_layers - unpacked.get(weight.path, shapes.num_layers)
+        if count:
+            offset = [] if plain_absmax else [Stored("scales", (1,), 4, 4)]
+            instead += [(tensor, -count) for tensor in of_block(weight)]
+            instead += [(tensor, count) for tensor in (*of_packed(weight), *offset)]
+    offsets = [weight for weight in shapes.block if weight.packs and weight.path not in unpacked]
     return Base(
         embedding=(matrix(EMBEDDING),),
         block=tuple(tensor for weight in shapes.block for tensor in of_block(weight)),
         layers=shapes.num_layers,
         head=() if tied else (matrix(HEAD),),
         rest=(dense("norms", (shapes.hidden,), trained=full),),
-        offsets=packed,
+        offsets=len(offsets) if packs and not plain_absmax else 0,
+        instead=tuple(instead),
     )

@@ -73,7 +73,7 @@ def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> Devic
     """Of a training run with these settings."""
     shapes, ranks = model.shapes, machine.ranks
     shards = config.shard_degree(ranks)
-    base = base_of(config, shapes, plain_absmax=model.plain_absmax)
+    base = base_of(config, shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
     trained = Trained.of(config, shapes, base, shards)
     resident = config.parallel.resident_blocks
     count = 0 if resident == "auto" or shards == 1 else resident

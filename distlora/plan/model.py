@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +31,15 @@ class PlannedModel:
     settings: Mapping[str, Any]
     """Its config.json."""
     shapes: ModelShapes
-    """With the rows of new tokens. Linears that a checkpoint in NF4 has left dense do not pack."""
+    """With the rows of new tokens."""
     source: Source
     stored_bytes: int | None = None
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     plain_absmax: bool = False
     """Whether its checkpoint is in NF4 without double quantization, whose scales stay as they are: 4 bytes for each
     64 weights (distlora/quant.py)."""
+    left_dense: Mapping[str, int] = field(default_factory=dict)
+    """Of a checkpoint in NF4: in how many blocks a weight, by its path in one, is not quantized, and stays so."""
     note: str | None = None
     """What the plan takes for granted of it, as a sentence."""
 
@@ -108,18 +111,9 @@ def model_in(
         if size is None
         else shapes_of(settings, place, vocabulary=stored_rows(folder, settings, family))
     )
-    plain = False
+    plain, left_dense = False, dict[str, int]()
     if size is not None and settings.get("quantization_config"):
-        on_disk = read_headers(folder)
-        packed = read_packed_weights(folder, dict(settings), on_disk)
-        plain = any(weight.nested_absmax is None for weight in packed.values())
-        stored_as = names_on_disk(on_disk, family)
-        first = f"{family.decoder}.layers.0."
-        block = (
-            dataclasses.replace(weight, packs=weight.packs and stored_as.get(first + weight.path) in packed)
-            for weight in shapes.block
-        )
-        shapes = dataclasses.replace(shapes, block=tuple(block))
+        plain, left_dense = _packed_already(folder, settings, shapes)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -128,7 +122,24 @@ def model_in(
         source="folder",
         stored_bytes=size,
         plain_absmax=plain,
+        left_dense=left_dense,
     )
+
+
+def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
+    """(plain_absmax, left_dense) of a checkpoint that is quantized. Raises UserError for one that cannot be kept."""
+    on_disk = read_headers(folder)
+    packed = read_packed_weights(folder, dict(settings), on_disk)
+    stored_as = names_on_disk(on_disk, shapes.family)
+    found: Counter[str] = Counter()
+    for layer in range(shapes.num_layers):
+        names = {
+            weight.path: f"{shapes.family.decoder}.layers.{layer}.{weight.path}"
+            for weight in shapes.block
+            if weight.packs
+        }
+        found.update(path for path, name in names.items() if stored_as.get(name) not in packed)
+    return any(weight.nested_absmax is None for weight in packed.values()), dict(found)
 
 
 def weights_size(folder: Path) -> int | None:

@@ -132,7 +132,7 @@ def _model(plan: Plan) -> str:
     return (
         f"{model.name}: {count(shapes.numel)} parameters, {shapes.num_layers} blocks of {shapes.hidden:,}; sizes from "
         f"{SOURCES[model.source]}"
-    )
+    ) + (f"; {model.note}" if model.note else "")
 
 
 def _trained(plan: Plan) -> str:

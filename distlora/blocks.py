@@ -122,6 +122,12 @@ class Block(nn.Module):
             for parameter, value in now.items():
                 parameter.data = value
 
+    def forget_rows(self) -> None:
+        """Let go of what the last forward's rows were."""
+        self.adapter_rows = self.step_rows = self.balanced = self.reference = None
+        context = self.context
+        context.adapter_rows = context.step_rows = context.balanced = None
+
     def _run_slices(self, hidden_states: Tensor, rows: _Rows, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(B, T, H), and what the routers say where they are asked."""
         batch = hidden_states.shape[0]

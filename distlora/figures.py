@@ -137,6 +137,8 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
+    if trainer.memory is not None:
+        figures |= trainer.memory.figures
     if trainer.model.family.experts is not None:
         figures["active_parameters"] = active_parameters(trainer.model)
     if trainer.config.adapter.method == "lora":

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
+from torch.distributed.tensor import DTensor
 
 from distlora.adapters import adapter_parameters
 from distlora.model import CausalLM
@@ -74,9 +75,10 @@ class MemoryMeter:
     """Measures single steps of a model. Make it when all is loaded and before the first step, when every block is cut;
     then `with meter.step(): ...` around a whole training step, whose figures are `meter.found` afterwards.
 
-    The step should not be a run's first, which makes the optimizer's state and checks the base. It ought to begin with
-    no gradients of a former one that it lets go (`backend.zero_gradients()` before), else torch says on stderr that it
-    cannot know their size.
+    The step should not be a run's first, which makes the optimizer's state and checks the base. Memory of before that
+    it lets go is not seen, of which torch says a line on stderr: gradients that a step makes anew are to be gone by
+    then (`backend.zero_gradients()`), and nothing but a step should have come before it. On the CPU an evaluation
+    leaves what is gathered last.
     """
 
     def __init__(self, model: CausalLM, optimizer: Optimizer) -> None:
@@ -92,6 +94,10 @@ class MemoryMeter:
     def _held(self) -> dict[tuple[int, int], Kind]:
         """(address, bytes) of each storage."""
         found = dict(self._base)
+        for parameter in self._model.parameters():
+            whole = parameter.data
+            if not isinstance(whole, DTensor) and whole.untyped_storage().nbytes():
+                found.setdefault(_storage(whole), "resident")
         for tensor, kind in _of_training(self._model, self._optimizer):
             found.setdefault(_storage(tensor), kind)
         return found
@@ -99,6 +105,8 @@ class MemoryMeter:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around one step; `found` is set when it ends without an exception."""
+        for block in self._model.blocks:
+            block.forget_rows()
         before = self._held()
         with _marks(self._model, self._optimizer), recorded(self._device) as events:
             mark("start")

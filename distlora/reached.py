@@ -31,7 +31,10 @@ class Reached:
             if parameter.grad is not None:
                 hit = parameter.grad != 0  # NaN is a gradient, too.
                 hit = hit.any(dim=1) if name in self._rows else hit.any()
-                self._seen[name] = self._seen[name] | hit if name in self._seen else hit
+                if name in self._seen:
+                    self._seen[name] |= hit
+                else:
+                    self._seen[name] = hit
 
     def missing(self, backend: Backend) -> list[str]:
         """The names of what no rank's gradient has reached. Every rank must call it; reads the device."""

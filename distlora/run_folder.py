@@ -27,6 +27,7 @@ BEST_STEP_NAME = "step.json"
 knows of an older one."""
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
+PLAN_NAME = "plan.json"
 TEMPLATE_NAME = "chat_template.jinja"
 """Beside what was trained, where chats were rendered with another template than the base's own."""
 

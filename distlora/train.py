@@ -26,6 +26,7 @@ from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
+from distlora.memory_check import memory_check
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
@@ -122,6 +123,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 sample=sample_hook(model, backend, config, reporter, data),
             ),
             control=control,
+            memory=memory_check(run_dir, config, model, optimizer, backend, first_step=progress.step),
         )
         with saver:
             trainer.fit()

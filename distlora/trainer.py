@@ -26,6 +26,7 @@ from distlora.checkpoints.state import Progress
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, StepLoader
 from distlora.flops import count_flops, peak_flops
+from distlora.memory_check import MemoryCheck
 from distlora.model import CausalLM
 from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
@@ -94,11 +95,13 @@ class Trainer:
         config: Config,
         hooks: Hooks,
         control: Control,
+        memory: MemoryCheck | None = None,
     ) -> None:
+        """`memory` measures one of the steps."""
         self.model, self.backend, self.optimizer, self.control = model, backend, optimizer, control
         self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
         self.reporter, self.config, self.hooks = reporter, config, hooks
-        self.progress = progress
+        self.progress, self.memory = progress, memory
         self._interval = _Interval(progress.step)
         self._first_step = progress.step
         """What this start goes on from, and so is saved."""
@@ -133,7 +136,7 @@ class Trainer:
             for step in range(self._first_step, self.total_steps):
                 if self._is_exhausted():
                     return
-                self._train_step(step)
+                self._measure_or_train(step)
                 if (settled := self.backend.settle_residency()) is not None:
                     self.reporter.event(settled)
                 self._follow(step + 1)
@@ -193,6 +196,15 @@ class Trainer:
             return False
         since_best = self.progress.evaluations_since_best(settings.early_stopping_threshold)
         return since_best >= settings.early_stopping_patience
+
+    def _measure_or_train(self, step: int) -> None:
+        if self.memory is None:
+            self._train_step(step)
+            return
+        with self.memory.around(step):
+            self._train_step(step)
+        if self.memory.of_step(step) and self.memory.warning is not None:
+            self.reporter.event(self.memory.warning)
 
     def _train_step(self, step: int) -> None:
         began = time.monotonic()
@@ -310,6 +322,8 @@ class Trainer:
         for index in range(min(updates + 1, len(means))):
             of_step = dict(zip(names, means[index], strict=True))
             figures = {**of_step, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+            if self.memory is not None:
+                figures |= self.memory.of_step(interval.first_step + index)
             self.reporter.log(interval.first_step + index + 1, figures)
         if updates < len(means):
             self._stop_non_finite(interval.row_losses[updates], means[updates][0], norms[updates])

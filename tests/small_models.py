@@ -123,6 +123,8 @@ def make_run(
         # Small passes cost what large ones do: by threes a run takes half the time that it takes row by row.
         "train": {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
         "tracker": {"name": "none"},
+        # A measured step takes twice its time; it is on in test_memory_check.py and wherever a command runs.
+        "plan": {"measure": False},
     }
     values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
     config = build(Config, {**values, "run_dir": str(run_dir)})

@@ -83,6 +83,7 @@ LAYERS = [
     {"distlora.data", "distlora.optim", "distlora.checkpoints", "distlora.tensor_files", "distlora.pissa_format"},
     {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached", "distlora.verification"},
     {"distlora.memory_meter"},
+    {"distlora.memory_check"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer"},
     {"distlora.figures"},

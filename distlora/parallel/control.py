@@ -37,6 +37,9 @@ class Control:
         self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._counted_from = time.monotonic()
         self._under_way: tuple[Tensor, dist.Work] | None = None
+        self._word = torch.zeros(2, dtype=torch.int64)
+        """What is under way. One tensor for all words: a step whose memory is measured lets go nothing of earlier ones.
+        """
         self._under_way_is_old = False
         """Whether the wish for a save that is under way is from before the last save."""
 
@@ -68,9 +71,11 @@ class Control:
         self._take()
 
     def _wishes(self) -> Tensor:
-        """(2,) int64: the signal that asked this process to stop, or 0; whether it is time to save."""
+        """(2,) int64, until the next word: the signal that asked this process to stop, or 0; whether it is time to
+        save."""
         save = time.monotonic() - self._counted_from >= self._save_seconds
-        return torch.tensor([stopping.requested() or 0, int(save)])
+        self._word[0], self._word[1] = stopping.requested() or 0, int(save)
+        return self._word
 
     def _take(self) -> tuple[int, int]:
         """What all ranks wished at the boundary before; nothing at the first."""

@@ -1,0 +1,87 @@
+"""One early step of a run is measured, and what it took is held against what was planned for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from distlora.config import Config, TrainConfig
+from distlora.memory_meter import MemoryMeter, Part, StepMemory
+from distlora.model import CausalLM
+from distlora.optim import Optimizer
+from distlora.parallel import Backend
+from distlora.plan import measured
+from distlora.plan.measured import RECORDED, MeasuredRank
+from distlora.plan.memory import KINDS
+from distlora.run_folder import PLAN_NAME, read_record
+
+_PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def measured_step(first_step: int, settings: TrainConfig) -> int:
+    """Which step of a start that begins with `first_step` is measured, counted from 0.
+
+    The second: the first makes the optimizer's state, checks the base as it gathers it, shows DeepSpeed the order of
+    units, and decides by the memory that it leaves which blocks stay gathered. Or the third, where an evaluation or
+    samples come before the second: they leave tensors behind that the step after them lets go.
+    """
+    second = first_step + 1
+    between = (settings.eval_every, settings.sample_every)
+    return second + any(every is not None and second % every == 0 for every in between)
+
+
+def memory_check(
+    run_dir: Path, config: Config, model: CausalLM, optimizer: Optimizer, backend: Backend, *, first_step: int
+) -> MemoryCheck | None:
+    """Of a start that begins with `first_step`; None where plan.measure is off. Raises UserError for a RUN/plan.json
+    that is damaged."""
+    if not config.plan.measure:
+        return None
+    plan, step = read_record(run_dir / PLAN_NAME, RECORDED), measured_step(first_step, config.train)
+    return MemoryCheck(model, optimizer, backend, plan=plan, step=step)
+
+
+class MemoryCheck:
+    """Measures a step of a start. Make it when all is loaded and before the first step. Every rank must, and call it
+    alike."""
+
+    def __init__(
+        self, model: CausalLM, optimizer: Optimizer, backend: Backend, *, plan: Mapping[str, Any], step: int
+    ) -> None:
+        """`plan`: RUN/plan.json, empty where there is none; `step`: which is measured (`measured_step`)."""
+        self._meter, self._backend, self._plan = MemoryMeter(model, optimizer), backend, plan
+        self._step = step
+        self.figures: dict[str, int] = {}
+        """Of the rank that had most, in bytes; empty until they are known."""
+        self.warning: str | None = None
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Around training step `step`, counted from 0: measure it if it is the one."""
+        if step != self._step:
+            yield
+            return
+        # What a former step has left is let go before: its size is not known.
+        self._backend.zero_gradients()
+        with self._meter.step():
+            yield
+        assert self._meter.found is not None
+        rank = self._worst(self._meter.found)
+        self.figures, self.warning = measured.figures(rank, self._plan), measured.warning(rank, self._plan)
+
+    def of_step(self, step: int) -> dict[str, int]:
+        """The figures, if they are those of this step, counted from 0."""
+        return self.figures if step == self._step else {}
+
+    def _worst(self, found: StepMemory) -> MeasuredRank:
+        own = [found.peak, _PARTS.index(found.part), *(found.by_kind.get(kind, 0) for kind in KINDS)]
+        device = self._backend.ranks.device
+        ranks: list[list[int]] = self._backend.gather_ranks(torch.tensor(own, device=device)).tolist()
+        rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
+        peak, part, *kinds = ranks[rank]
+        by_kind = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
+        return MeasuredRank(rank=rank, peak=peak, by_kind=by_kind, part=_PARTS[part])

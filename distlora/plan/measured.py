@@ -1,0 +1,92 @@
+"""What a rank had in memory in a step beside what was planned: the figures, and the kind that missed. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distlora.json_files import Shape
+from distlora.plan.memory import Kind
+
+MISS = 0.05
+"""Of the measured peak: by how much a plan may be off."""
+
+RECORDED: Shape = {
+    "device?": {"by_kind": {"*": int}, "held": {"*": int}, "moments": {"*": {"*": int}}, "peak": int, "total": int}
+}
+"""What is read of RUN/plan.json."""
+
+_TOGETHER = {
+    "gathered": ("gathered", "communication"),
+    "working": ("working", "logits", "scratch"),
+}
+"""Kinds that a measurement tells apart by which part of the step took them, and the plan by what they are for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRank:
+    """Of the rank that had most."""
+
+    rank: int
+    peak: int
+    by_kind: Mapping[Kind, int]
+    """At that peak."""
+    part: str
+    """Of the step, in which it was: a moment of the plan, or `forward`."""
+
+
+def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
+    """For metrics.jsonl, wandb and summary.json, in bytes. `plan` is RUN/plan.json; empty where there is none."""
+    found = {"memory/peak": measured.peak}
+    device = plan.get("device")
+    if device is not None:
+        found["memory/planned"] = device["peak"]
+    found |= {f"memory/{kind}": nbytes for kind, nbytes in measured.by_kind.items()}
+    if device is not None:
+        found |= {f"memory_planned/{kind}": nbytes for kind, nbytes in device["by_kind"].items()}
+    return found
+
+
+def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
+    """What there is to say of a peak that is further from the plan than MISS: by how much, and which kind makes most of
+    it."""
+    device = plan.get("device")
+    if device is None or abs(device["peak"] - measured.peak) <= MISS * measured.peak:
+        return None
+    more = measured.peak > device["peak"]
+    here, there = _grouped(measured.by_kind), _grouped(_planned_kinds(device, measured.part))
+    misses = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in here | there}
+    worst = max(misses, key=lambda kind: misses[kind] if more else -misses[kind])
+    named = ", ".join(_TOGETHER.get(worst, (worst,)))
+    share = abs(device["peak"] / measured.peak - 1)
+    return (
+        f"WARNING: a step took {_gb(measured.peak)} at its peak on rank {measured.rank}, {share:.1%} "
+        f"{'more' if more else 'less'} than the {_gb(device['peak'])} that were planned; most of it is {named}: "
+        f"{_gb(here.get(worst, 0))} measured, {_gb(there.get(worst, 0))} planned"
+    )
+
+
+def _planned_kinds(device: Mapping[str, Any], part: str) -> dict[str, int]:
+    """At the moment that was the step's peak, where the plan has that one: it may hold another for the worst."""
+    moment = "embedding" if part == "forward" else part
+    if moment not in device["moments"]:
+        return dict(device["by_kind"])
+    found: dict[str, int] = dict(device["held"])
+    for kind, nbytes in device["moments"][moment].items():
+        found[kind] = found.get(kind, 0) + nbytes
+    return found
+
+
+def _grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:
+    group_of = {kind: group for group, kinds in _TOGETHER.items() for kind in kinds}
+    sums: dict[str, int] = {}
+    for kind, nbytes in by_kind.items():
+        if kind != "slack":  # The allocator's, which a peak of tensors has not.
+            group = group_of.get(kind, kind)
+            sums[group] = sums.get(group, 0) + nbytes
+    return sums
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"

@@ -42,9 +42,9 @@ class BlockSizes:
     """0: none."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockWork:
-    """A micro-batch in a block."""
+    """A micro-batch in a block. Blocks that are alike have the same object: none is compared with another."""
 
     forward: tuple[Work, ...]
     backward: tuple[Work, ...]

@@ -137,7 +137,7 @@ def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
     shapes, shards = model.shapes, config.shard_degree(ranks)
     if config.adapter.method == "full":
         return -(-shapes.numel // shards)
-    adapters = sum(each.numel for block in shapes.adapters(config.adapter) for each in block)
+    adapters = shapes.adapted_numel(config.adapter)
     rows = shapes.hidden * wire.token_rows(config, shapes)
     return adapters + rows + len(config.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
 

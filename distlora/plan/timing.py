@@ -12,6 +12,7 @@ step.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -136,16 +137,18 @@ def _parts(work: StepWork, wires: Wiring, rates: Rates, *, prefetch: bool) -> di
     """The step, by what happens in it."""
     together, resident = work.micro_batches // work.passes, len(work.blocks) - work.moved_blocks
     copies = _seconds(work.gathers, rates)
-    known: dict[int, tuple[Seconds, Seconds]] = {}
+    known: dict[tuple[int, bool], tuple[_Stage, _Stage]] = {}
     forward: list[_Stage] = []
     backward: list[_Stage] = []
     for index, block in enumerate(work.blocks):
-        if id(block) not in known:
-            of_forward = _seconds((*block.forward, *block.reference), rates)
-            known[id(block)] = times(of_forward, together), times(_seconds(block.backward, rates), together)
-        moves = index >= resident
-        for stages, own in zip((forward, backward), known[id(block)], strict=True):
-            stages.append(_Stage(plus(own, copies) if moves else own, moves))
+        key = (id(block), index >= resident)
+        if key not in known:
+            directions = ((*block.forward, *block.reference), block.backward)
+            own, again = (times(_seconds(launches, rates), together) for launches in directions)
+            copied = copies if key[1] else {}
+            known[key] = _Stage(plus(own, copied), key[1]), _Stage(plus(again, copied), key[1])
+        forward.append(known[key][0])
+        backward.append(known[key][1])
     backward.reverse()
     chain = _Chain(wires.gather.seconds(rates), wires.boundary.seconds(rates), prefetch)
     # Gradients are summed while the last backward goes on, on the wire that gathers take.
@@ -163,7 +166,7 @@ def _parts(work: StepWork, wires: Wiring, rates: Rates, *, prefetch: bool) -> di
 
 
 class _Stage(NamedTuple):
-    """A block in a pass."""
+    """A block in a pass; those that are alike are one object."""
 
     device: Seconds
     moves: bool
@@ -179,13 +182,14 @@ class _Chain(NamedTuple):
 
     def seconds(self, stages: Sequence[_Stage], *, beside: Seconds | None = None) -> Seconds:
         """Of all of them but the first gather, where that is ahead; `beside`: what the wire carries for each more."""
-        parts = []
-        for index, stage in enumerate(stages):
-            last = index + 1 == len(stages)
-            ahead = self.gather if self.prefetch and not last and stages[index + 1].moves else {}
-            parts.append(longest(stage.device, plus(ahead, beside or {}), self.boundary))
-            if stage.moves and not self.prefetch:
-                parts.append(self.gather)
+        following = [*(stage.moves for stage in stages[1:]), False]
+        alike = Counter(zip(map(id, stages), following, strict=True))
+        known, parts = {id(stage): stage for stage in stages}, []
+        for (key, next_moves), number in alike.items():
+            stage = known[key]
+            ahead = self.gather if self.prefetch and next_moves else {}
+            here = {} if self.prefetch or not stage.moves else self.gather
+            parts.append(times(plus(longest(stage.device, plus(ahead, beside or {}), self.boundary), here), number))
         return plus(*parts)
 
     def first(self, stages: Sequence[_Stage]) -> Seconds:

@@ -1,0 +1,163 @@
+"""How a run's speed grows with the number of GPUs, by the same closed formula as a plan's time (timing.py). Imports no
+torch.
+
+Strong scaling keeps the rows of a step, so that results stay what they are and each rank runs fewer; weak scaling keeps
+the rows that a rank runs. The efficiency of a number is its tokens a second and rank over those of the fewest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from distlora.config import ClusterConfig, Config, UserError
+from distlora.plan.machine import Machine
+from distlora.plan.memory import device_bytes
+from distlora.plan.model import PlannedModel
+from distlora.plan.seconds import Term
+from distlora.plan.timing import StepTime, step_time
+
+Layout = Literal["one copy", "a copy a machine"]
+"""How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
+Scaling = Literal["strong", "weak"]
+
+NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""GPUs."""
+MACHINE = 8
+"""GPUs of a machine, where the run's own is smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """What joins GPUs: bytes a second in one direction, as makers say."""
+
+    name: str
+    inside: float
+    """Into a GPU from the others of its machine."""
+    network: float
+    """Into a machine from the others."""
+
+
+FABRICS: tuple[Fabric, ...] = (
+    # NVLink 4 of an H100, and a 400 Gb/s adapter for each of 8.
+    Fabric("NVLink 4, 8 x 400 Gb/s InfiniBand", 450e9, 400e9),
+    Fabric("NVLink 4, one 100 Gb/s Ethernet", 450e9, 12.5e9),
+    # 16 lanes, 128 of 130 bits.
+    Fabric("PCIe 5, one 400 Gb/s InfiniBand", 63e9, 50e9),
+    Fabric("PCIe 4, one 100 Gb/s Ethernet", 31.5e9, 12.5e9),
+    Fabric("PCIe 4, one 10 Gb/s Ethernet", 31.5e9, 1.25e9),
+)
+"""What is usual, for comparison with the machine's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingRow:
+    """A run on so many GPUs."""
+
+    ranks: int
+    machines: int
+    layout: Layout
+    fabric: str
+    rows: int
+    """Of a step, over all ranks."""
+    accumulation: int
+    """Micro-batches of a rank in a step."""
+    fits: bool | None
+    """Whether a rank's memory is there; None: it is not known."""
+    seconds: float
+    """Of a step."""
+    tokens_per_second: float
+    mfu: float
+    efficiency: float
+    """Tokens a second and rank, over those of the first row of the same layout and fabric."""
+    binds: Term
+    assumptions: tuple[str, ...]
+
+
+def scaling(
+    config: Config,
+    model: PlannedModel,
+    machine: Machine,
+    *,
+    kind: Scaling = "strong",
+    numbers: Sequence[int] = NUMBERS,
+    layouts: Sequence[Layout] = ("one copy", "a copy a machine"),
+    fabrics: Sequence[Fabric] = (),
+) -> list[ScalingRow]:
+    """Rows for each fabric (none given: the machine's own links), layout and number of GPUs of this machine's kind.
+
+    A machine holds as many as this one has, 8 where that is fewer; numbers above it have to be multiples. With
+    `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other than one copy.
+    Raises UserError where the rates of the card or of a link are not known.
+    """
+    per_machine = max(machine.ranks_per_machine, MACHINE)
+    for number in numbers:
+        if number > per_machine and number % per_machine:
+            raise UserError(
+                f"{number:,} GPUs are no number of machines of {per_machine}; ask for a multiple of {per_machine}, or "
+                "set cluster.gpus_per_node to what a machine has"
+            )
+    of_rank = config.accumulation(machine.ranks) * config.train.micro_batch
+    found: list[ScalingRow] = []
+    for fabric in fabrics or (None,):
+        joined = machine if fabric is None else dataclasses.replace(machine, link=fabric.inside, network=fabric.network)
+        for layout in layouts:
+            runs = _runs(config, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
+            found += _rows(runs, model, layout, "its own" if fabric is None else fabric.name)
+    return found
+
+
+def _runs(
+    config: Config, machine: Machine, numbers: Sequence[int], per_machine: int, layout: Layout, rows: int | None
+) -> Iterator[tuple[Config, Machine]]:
+    """The run on each number of GPUs; `rows`: of each rank, None for those of the whole step as they are."""
+    for number in sorted(set(numbers)):
+        here = min(number, per_machine)
+        if layout == "a copy a machine" and number <= here:
+            continue
+        parallel = dataclasses.replace(config.parallel, shard_degree=None if layout == "one copy" else here)
+        if number == 1:
+            # One process gathers nothing, and offloads nothing of its base.
+            parallel = dataclasses.replace(parallel, backend="fsdp2", resident_blocks=0, offload_base=False)
+        train = config.train
+        if rows is not None:
+            train = dataclasses.replace(train, global_batch=rows * number)
+        # How many there are is the machine's; a config is asked whether they can share a copy.
+        cluster = ClusterConfig(gpus_per_node=number)
+        yield (
+            dataclasses.replace(config, parallel=parallel, train=train, cluster=cluster),
+            dataclasses.replace(machine, ranks=number, ranks_per_machine=here),
+        )
+
+
+def _rows(
+    runs: Iterator[tuple[Config, Machine]], model: PlannedModel, layout: Layout, fabric: str
+) -> Iterator[ScalingRow]:
+    first: StepTime | None = None
+    for config, machine in runs:
+        time = step_time(config, model, machine)
+        if time is None:
+            raise UserError(
+                f"how {machine.name} scales is not known: its rates are needed, and those of its links; name a card "
+                "(card=h100), or set card.tflops, card.memory_gb_per_second, card.link_gb_per_second and "
+                "card.network_gb_per_second"
+            )
+        first = first or time
+        usable = machine.usable_bytes
+        yield ScalingRow(
+            ranks=machine.ranks,
+            machines=machine.ranks // machine.ranks_per_machine,
+            layout=layout,
+            fabric=fabric,
+            rows=config.train.global_batch,
+            accumulation=config.accumulation(machine.ranks),
+            fits=None if usable is None else device_bytes(config, model, machine).total <= usable,
+            seconds=time.seconds,
+            tokens_per_second=time.tokens_per_second,
+            mfu=time.mfu,
+            efficiency=time.tokens_per_second_of_a_rank / first.tokens_per_second_of_a_rank,
+            binds=time.binds,
+            assumptions=time.assumptions,
+        )

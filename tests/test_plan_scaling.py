@@ -1,0 +1,66 @@
+"""Scaling is the plan's own time at other numbers of GPUs: it loses, by what binds, and a copy a machine saves it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from distlora.config import UserError
+from distlora.plan.scaling import FABRICS, NUMBERS, ScalingRow, scaling
+from distlora.plan.timing import step_time
+from test_plan_timing import config_of, model_of
+from test_plan_work import machine_of
+
+
+def rows_of(rows: list[ScalingRow], **values: object) -> dict[int, ScalingRow]:
+    return {row.ranks: row for row in rows if all(getattr(row, name) == value for name, value in values.items())}
+
+
+def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
+    config, model, machine = config_of(8, train={"global_batch": 2048}), model_of("8b"), machine_of(ranks=8)
+    rows = scaling(config, model, machine)
+    whole = rows_of(rows, layout="one copy")
+    assert tuple(whole) == NUMBERS
+    assert tuple(rows_of(rows, layout="a copy a machine")) == NUMBERS[4:]
+    plan = step_time(config, model, machine)
+    assert plan is not None
+    assert whole[8].seconds == plan.seconds
+    assert whole[8].tokens_per_second == plan.tokens_per_second
+    assert all(row.rows == 2048 for row in rows)
+    assert [row.machines for row in whole.values()] == [1, 1, 1, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert whole[1].efficiency == 1.0
+    assert all(row.efficiency <= 1.0 for row in rows)
+    assert all(row.fits for row in rows), "8B in NF4 with a row at a time"
+    assert all(row.assumptions for row in rows)
+
+
+def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
+    config, machine = config_of(8, train={"global_batch": 32}), machine_of(ranks=8)
+    rows = scaling(config, model_of("8b"), machine, kind="weak")
+    for layout in ("one copy", "a copy a machine"):
+        found = rows_of(rows, layout=layout)
+        efficiencies = [row.efficiency for row in found.values()]
+        assert efficiencies == sorted(efficiencies, reverse=True), layout
+        assert all(row.rows == 4 * ranks and row.accumulation == 4 for ranks, row in found.items())
+    one, each = (rows_of(rows, layout=layout)[1024] for layout in ("one copy", "a copy a machine"))
+    assert one.binds in ("network", "latency"), "a ring of 1,024 for each block"
+    assert each.binds == "compute"
+    assert each.tokens_per_second > one.tokens_per_second
+
+
+def test_slower_links_are_never_faster() -> None:
+    config, machine = config_of(8, train={"global_batch": 512}), machine_of(ranks=8)
+    rows = scaling(config, model_of("70b"), machine, kind="weak", fabrics=FABRICS, layouts=("one copy",))
+    by_fabric = {fabric.name: rows_of(rows, fabric=fabric.name)[64].seconds for fabric in FABRICS}
+    slower = [(a, b) for a in FABRICS for b in FABRICS if a.inside >= b.inside and a.network >= b.network]
+    assert all(by_fabric[a.name] <= by_fabric[b.name] for a, b in slower)
+    assert len(set(by_fabric.values())) > 1
+
+
+def test_what_cannot_be_said_is_refused() -> None:
+    config, model, machine = config_of(8), model_of("8b"), machine_of(ranks=8)
+    with pytest.raises(UserError, match=r"20 GPUs are no number of machines of 8; ask for a multiple of 8"):
+        scaling(config, model, machine, numbers=(8, 20))
+    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*set card\.tflops"):
+        scaling(config, model, dataclasses.replace(machine, flops=None))

@@ -79,6 +79,55 @@ def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixtur
     assert f"{plan['device']['total'] / 1e9:.2f}" in printed(capsys, *SEVENTY_ON_TWO)
 
 
+def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = calculated(capsys, *SEVENTY_ON_TWO)
+    assert plan["fits"] is False
+    near = plan["nearest"]["same_result"]
+    words = [f"{name}={str(value).lower()}" for name, value in near["settings"].items()]
+    fitting = calculated(capsys, *SEVENTY_ON_TWO, *words)
+    assert fitting["fits"] is True
+    assert fitting["device"]["total"] == near["total"]
+    assert f"would fit   set {words[0]}" in printed(capsys, *SEVENTY_ON_TWO)
+    assert "take 32 such cards" in printed(capsys, "model=llama3_405b", "cluster.gpus_per_node=8", "card=rtx4090")
+
+
+def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_8b", "card=rtx4090"]
+    given, chosen = calculated(capsys, *words), calculated(capsys, *words, "plan=auto", "quant=auto")
+    assert given["chosen"] == []
+    assert chosen["settings"]["quant"]["method"] == "none", "16 bits fit"
+    assert chosen["time"]["seconds"] < given["time"]["seconds"]
+    page = printed(capsys, *words, "plan=auto", "quant=auto")
+    for change in chosen["chosen"]:
+        why = change.pop("why")
+        assert all(f"{name.removesuffix('.method')}=" in page for name in change)
+        assert why.split(",")[0] in page
+    larger = {each["what"] for each in chosen["larger"]}
+    assert "unsloth/Llama-3.3-70B-Instruct" in larger
+
+
+def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    words = ["--table", "--models", "llama3_8b,llama3_70b", "--cards", "rtx4090,h100x16"]
+    assert cli.main(["plan", *words, "--plot", "memory.png"]) == 0
+    output = capsys.readouterr()
+    header, rule, *rows = output.out.splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "rtx4090", "h100x16"]
+    assert set(rule) == set("|- ")
+    assert [row.split("|")[1].strip() for row in rows] == ["llama3_8b", "llama3_70b"]
+    assert "tok/s: bf16" in rows[0].split("|")[2]
+    assert "no: " in rows[1].split("|")[2]
+    assert output.err == "drawn in memory.png\n"
+    assert (place / "memory.png").read_bytes().startswith(b"\x89PNG")
+    plans = json.loads(printed(capsys, *words, "--json"))
+    assert [(plan["model"]["name"], plan["cards"]) for plan in plans][1] == (
+        "NousResearch/Meta-Llama-3.1-8B-Instruct",
+        "h100x16",
+    )
+    assert [plan["machine"]["ranks"] for plan in plans] == [1, 16, 1, 16]
+
+
 def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     write_model(place / "model", shards=2)
     plan = calculated(capsys, "model.path=model", "adapter.r=2", "data.sequence_length=64")
@@ -96,6 +145,17 @@ def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[
         (["model=llama3_8"], ["did you mean 'llama3_8b'?"]),
         (["model=llama3_8b", "card=rtx4900"], ["did you mean 'rtx4090'?"]),
         (["model=llama3_8b", "card.memory_gib=0"], ["card.memory_gib=0", "above 0"]),
+        (["--table", "--models", "llama3_8"], ["--models llama3_8", "did you mean 'llama3_8b'?"]),
+        (["--table", "--models", "llama3_8b,"], ["--models 'llama3_8b,' names nothing"]),
+        (["--table", "--cards", "h100x12"], ["12 cards", "write h100x8"]),
+        (["--table", "--cards", "h10x8"], ["there is no card 'h10'", "did you mean 'h100'?"]),
+        (["--table", "--cards", "h100x0"], ["0 cards", "write h100x1"]),
+        (["--table", "model=llama3_8b"], ["model=llama3_8b is said by --models"]),
+        (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is said by --cards"]),
+        (["model=llama3_8b", "--cards", "h100"], ["belongs to --table"]),
+        (["model=llama3_8b", "--plot", "plan.pdf"], ["write --plot plan.png"]),
+        (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),
+        (["model=llama3_8b", "--plot", "file.json/plan.png"], ["file.json is a file"]),
         (["model=llama3_8b", "--jsno"], ["--jsno", "did you mean '--json'?"]),
         (["model=llama3_8b", "--config-dir", "nowhere"], ["nowhere is not a folder"]),
         (["model=llama3_8b", "adapter.rr=8"], ["did you mean 'adapter.r'?"]),
@@ -114,6 +174,7 @@ def test_what_cannot_be_planned_is_refused(
 ) -> None:
     (place / "file.json").write_text("{}")
     (place / "gpt2").mkdir()
+    (place / "gpt2.png").mkdir()
     (place / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     message = refused(capsys, *words)
     for name in named:

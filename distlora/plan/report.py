@@ -11,8 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distlora.config import Config
 from distlora.plan import Plan
+from distlora.plan.compute import FlopsKind
 from distlora.plan.disk import trained_tensors
 from distlora.plan.kinds import Kind, Moment
+from distlora.plan.nearest import Nearest, Room
+from distlora.plan.reasons import Change
+from distlora.plan.seconds import Term
 
 WIDTH = 100
 """Characters of a line."""
@@ -47,6 +51,29 @@ MOMENTS: Mapping[Moment, str] = {
     "update": "while the optimizer updates",
     "evaluation": "in an evaluation",
 }
+WORK: Mapping[FlopsKind, str] = {
+    "forward": "forward",
+    "input_gradients": "gradients of inputs",
+    "weight_gradients": "gradients of weights",
+    "adapters": "adapters",
+    "attention": "attention",
+    "head": "head",
+    "reference": "DPO's reference",
+    "recomputation": "recomputation",
+    "scores": "scores again",
+    "masked": "pairs that a mask hides",
+}
+"""What each kind of operations is, for people."""
+WAITS: Mapping[Term, str] = {
+    "compute": "computing",
+    "memory": "the card's memory",
+    "launches": "launches",
+    "link": "other cards",
+    "network": "other machines",
+    "host_link": "host memory",
+    "latency": "the start of collectives",
+}
+"""What a step's seconds go to, or wait for, for people."""
 SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
 """Where the sizes of a model come from."""
 
@@ -54,7 +81,7 @@ SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "
 def lines(plan: Plan) -> list[str]:
     """What a run says of its plan before it starts: a few short lines."""
     device, host, disk = plan.device, plan.host, plan.disk
-    card = "process" if not plan.machine.is_gpu else "card"
+    card = _device(plan)
     usable = plan.machine.usable_bytes
     of = "" if usable is None else f" of {size(usable)}"
     fits = {True: "", False: ": it does NOT fit", None: ""}[plan.fits]
@@ -70,23 +97,31 @@ def lines(plan: Plan) -> list[str]:
     ]
     if wire.world > 1:
         found.append(f"  a step: {size(wire.received)} come into each {card} from the others")
+    if plan.time is not None:
+        found.append(f"  time: {time_of(plan)}")
     return found
 
 
-def page(plan: Plan) -> str:
-    """Everything that a person wants to know first, on one screen."""
+def page(plan: Plan, *, changes: Sequence[Change] = (), near: Nearest | None = None, rooms: Sequence[Room] = ()) -> str:
+    """Everything that a person wants to know first, on one screen. `changes`: what was chosen, and why; `near`: what
+    would fit where this does not; `rooms`: what a larger run would take."""
     rows = [
         *_row("model", _model(plan)),
         *_row("trained", _trained(plan)),
         *_row("machine", _machine(plan)),
         *_row("fits", verdict(plan)),
+        *(_row("would fit", str(near)) if near is not None else ()),
+        *(line for change in changes for line in _row("chosen", str(change))),
         "",
         *_memory(plan),
         "",
         *_row("host memory", _host(plan)),
         *_row("disk", _disk(plan)),
         *_row("wire", _wire(plan)),
+        *_row("operations", _operations(plan)),
+        *_row("time", time_of(plan)),
         *_row("settings", settings(plan.config)),
+        *(_row("larger", "; ".join(map(str, rooms))) if rooms else ()),
     ]
     return "\n".join(rows)
 
@@ -94,7 +129,7 @@ def page(plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much."""
     needed, usable = plan.device.total, plan.machine.usable_bytes
-    what = "card" if plan.machine.is_gpu else "process"
+    what = _device(plan)
     if usable is None:
         return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
     if plan.fits:
@@ -148,15 +183,17 @@ def _trained(plan: Plan) -> str:
     return f"{method} of rank {config.adapter.r} on {where}: {share}; the base stays {base[config.quant.method]}"
 
 
-def _machine(plan: Plan) -> str:
+def machines_of(plan: Plan) -> str:
+    """`2 machines of 8 x H100 SXM 80 GB`."""
     machine = plan.machine
-    machines = -(-machine.ranks // machine.ranks_per_machine)
-    shards = plan.wire.shards
-    what = f"{min(machine.ranks, machine.ranks_per_machine)} x {machine.name}"
-    if not machine.is_gpu:
-        processes = min(machine.ranks, machine.ranks_per_machine)
-        what = f"this one's CPU, {processes} process{'es' if processes > 1 else ''} (card=NAME: another machine)"
-    text = what if machines == 1 else f"{machines} machines of {what}"
+    machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
+    what = f"{each} x {machine.name}" if machine.is_gpu else f"this CPU, {each} process{'es' if each > 1 else ''}"
+    return what if machines == 1 else f"{machines} machines of {what}"
+
+
+def _machine(plan: Plan) -> str:
+    machine, shards, text = plan.machine, plan.wire.shards, machines_of(plan)
+    text += "" if machine.is_gpu else " (card=NAME: another machine)"
     if machine.ranks == 1:
         return text
     if shards == 1:
@@ -179,8 +216,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     for kind, nbytes in device.by_kind.items():
         start, end = round(_BAR * place / whole), round(_BAR * (place + nbytes) / whole)
         place += nbytes
-        bar = " " * start + "#" * max(end - start, 1)
-        yield f"  {KINDS[kind]:<{width}} {nbytes / scale:>8.2f}  |{bar:<{_BAR}.{_BAR}}|"
+        if nbytes >= 0.005 * scale:  # What is 0.00 says nothing.
+            start = min(start, _BAR - 1)
+            bar = " " * start + "#" * max(end - start, 1)
+            yield f"  {KINDS[kind]:<{width}} {nbytes / scale:>8.2f}  |{bar:<{_BAR}}|"
     end = round(_BAR * place / whole)
     bar = "#" * end + "." * (_BAR - end)
     yield f"  {'together':<{width}} {place / scale:>8.2f}  |{bar}|" + (
@@ -226,6 +265,49 @@ def _wire(plan: Plan) -> str:
     return text
 
 
+def _operations(plan: Plan) -> str:
+    compute = plan.compute
+    parts = sorted(compute.by_kind.items(), key=lambda item: -item[1])
+    said = ", ".join(
+        f"{WORK[kind]} {flops / compute.total:.0%}" for kind, flops in parts if flops > 0.005 * compute.total
+    )
+    return f"{_tera(compute.total)} TFLOP a step on each {_device(plan)}: {said}"
+
+
+def time_of(plan: Plan) -> str:
+    """Tokens a second, seconds a step, what they go to; hours and cost where they are known."""
+    found = plan.time
+    if found is None:
+        return "not known, as the rates of this machine are not (card=NAME, or card.tflops and more)"
+    terms = sorted(((found.by_term.get(term, 0.0), term) for term in WAITS), reverse=True)
+    waits = ", ".join(
+        f"{seconds / found.seconds:.0%} {WAITS[term]}" for seconds, term in terms if seconds > 0.005 * found.seconds
+    )
+    text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} a step: {waits}"
+    if found.hours is not None:
+        text += f"; {found.steps:,} steps take {seconds_in_words(3600 * found.hours)}"
+    if found.cost is not None:
+        text += f" and cost {found.cost:,.2f}"
+    return text
+
+
+def seconds_in_words(seconds: float) -> str:
+    """`0.87 s`, `17.2 s`, `12.3 minutes`, `5.83 hours`, `3.1 days`."""
+    for unit, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"
+
+
+def _tera(flops: float) -> str:
+    """Three digits in 1e12, all of them from 1,000 on."""
+    return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+def _device(plan: Plan) -> str:
+    return "card" if plan.machine.is_gpu else "process"
+
+
 def settings(config: Config) -> str:
     """Those that memory and time depend on, as the command line has them."""
     train, parallel = config.train, config.parallel
@@ -244,10 +326,3 @@ def settings(config: Config) -> str:
         "parallel.offload_base": "true" if parallel.offload_base else None,
     }
     return " ".join(f"{name}={value}" for name, value in values.items() if value not in (None, 0))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table, its cells as wide as the widest of their column, so that it reads in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for cells in (header, ["-" * width for width in widths], *rows):
-        yield f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))} |"

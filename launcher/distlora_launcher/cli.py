@@ -33,8 +33,8 @@ COMMANDS = {
         "distlora_launcher.application",
     ),
     "plan": Command(
-        "model=NAME [card=NAME] [setting=value ...] [--json]",
-        "what a run needs before it starts: memory by kind, host, disk, traffic; for any model and cards",
+        "model=NAME [card=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
+        "what a run needs before it starts, of any model on any cards: memory, host, disk, traffic, time, cost",
         "distlora_launcher.plan",
     ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),

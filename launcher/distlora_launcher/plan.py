@@ -5,37 +5,95 @@ but a config.json of a model that neither lies here nor is known.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from distlora.command_line import DONE
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, require
 from distlora.plan import Plan, plan_of
+from distlora.plan.choose import choose, resolve_quantization
+from distlora.plan.kinds import Kind
 from distlora.plan.machine import machine_of
-from distlora.plan.report import page
+from distlora.plan.model import PlannedModel
+from distlora.plan.nearest import Nearest, Room, nearest, room
+from distlora.plan.reasons import Change
+from distlora.plan.report import KINDS, machines_of, page, settings
+from distlora.plan.tables import matrix
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_parallel
+from distlora_launcher.checks import check_parallel, check_writable
 from distlora_launcher.compose import compose_config
 from distlora_launcher.here import found_here, planned_model
-from distlora_launcher.listing import options_of
+from distlora_launcher.listing import known_models, options_of
+from distlora_launcher.output import shown
+from distlora_launcher.plan_table import MACHINES, MODELS, plans, with_model
 
 PROGRAM = "distlora plan"
+Value = TypeVar("Value")
 
-USAGE = """usage: distlora plan model=NAME [setting=value ...] [--json]
+USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--json] [--plot FILE.png]
+       distlora plan --table [--models NAME,...] [--cards NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
 
 What a run needs before it starts, calculated from the model's sizes alone: memory of a card by kind, host memory, disk,
-what travels between cards. Nothing is downloaded and no GPU is needed.
+what travels between cards, operations. Where it does not fit, what would. Nothing is downloaded, no GPU is needed.
 
-  model=NAME         a well-known model: {models};
-                     or model.path=FOLDER, or model.path=ORG/NAME of the hub
-  card=NAME          a card: {cards};
-                     or what is better known: card.memory_gib=80 card.tflops=989 ... Without one, this machine
+  model=NAME         a well-known model, below; or model.path=FOLDER, or model.path=ORG/NAME of the hub
+  card=NAME          a card, below; or what is better known: card.memory_gib=80 card.tflops=989 ...; without one, this
+                     machine
   setting=value      any setting of `distlora train`, recipes too; without one what `distlora train` would do.
-                     cluster.gpus_per_node=8: cards of a machine
+                     cluster.gpus_per_node=8: cards of a machine; plan=auto: the fastest settings that fit, where you
+                     name none; quant=auto: 16 bits where they fit
+  --table            many models on many machines, as Markdown, each with the fastest settings that fit
+  --models, --cards  for --table: {table_models};
+                     {table_machines}
   --json             every figure, in bytes, for a program to read
-  --config-dir DIR   your own recipes"""
+  --plot FILE.png    a bar of what takes the memory, or one for each model and machine
+  --config-dir DIR   your own recipes
+
+models: {models}
+
+cards: {cards}"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    plan: Plan
+    changes: tuple[Change, ...] = ()
+    """What was chosen."""
+    near: Nearest | None = None
+    """What would fit, where this does not."""
+    rooms: tuple[Room, ...] = ()
+    """What a larger run would take."""
+
+    def bars(self) -> dict[str, Plan]:
+        """What is drawn, by its name: the plan, and what would fit in its place."""
+        name = f"{self.plan.model.name.rpartition('/')[2]}\n{machines_of(self.plan)}"
+        found = {name: self.plan}
+        if self.near is not None and self.near.same is not None:
+            found["with what would fit"] = self.near.same.plan
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, for a program to read."""
+        values = self.plan.as_json() | {"chosen": [dict(c.settings) | {"why": c.why} for c in self.changes]}
+        return values | {"larger": [dataclasses.asdict(each) for each in self.rooms], "nearest": _nearest(self.near)}
+
+
+def _nearest(near: Nearest | None) -> dict[str, Any] | None:
+    if near is None:
+        return None
+    fitting = {"same_result": near.same, "other_result": near.other}
+    found: dict[str, Any] = {
+        name: None if each is None else {"settings": dict(each.settings), "total": each.plan.device.total}
+        for name, each in fitting.items()
+    }
+    return found | {"cards": near.ranks, "card": None if near.card is None else near.card.name}
 
 
 def main(arguments: list[str]) -> int:
@@ -44,52 +102,123 @@ def main(arguments: list[str]) -> int:
         print(usage())
         return DONE
     options = parse(arguments)
-    plan = planned(options.settings, config_dir=options.config_dir)
-    print(json.dumps(plan.as_json(), indent=1) if options.json else page(plan))
+    if options.table:
+        show_table(options)
+    else:
+        answer = answered(options.settings, config_dir=options.config_dir)
+        if options.json:
+            print(json.dumps(answer.as_json(), indent=1))
+        else:
+            print(page(answer.plan, changes=answer.changes, near=answer.near, rooms=answer.rooms))
+        if options.plot is not None:
+            draw(answer.bars(), settings(answer.plan.config), options.plot)
+    if options.plot is not None:
+        print(f"drawn in {shown(options.plot)}", file=sys.stderr)
     return DONE
 
 
 def usage() -> str:
     """`distlora plan --help`."""
     cards = [name for name in options_of("card") if name != "auto"]
-    return USAGE.format(models=wrapped(models()), cards=wrapped(cards))
+    return USAGE.format(
+        models=wrapped(known_models(), 8, 112),
+        cards=wrapped(cards, 8, 112),
+        table_models=wrapped(MODELS, 21, 98),
+        table_machines=wrapped(MACHINES, 21, 98),
+    )
 
 
-def wrapped(names: Sequence[str]) -> str:
-    """Names in lines that fit behind the usage's first column."""
-    lines, width = [""], 95
-    for name in names:
-        if len(lines[-1]) + len(name) > width:
-            lines.append("")
-        lines[-1] += f"{name}, "
-    return ("\n" + " " * 21).join(line.rstrip() for line in lines).rstrip(",")
-
-
-def models() -> list[str]:
-    """Names for model=."""
-    return [name for name in options_of("model") if name != "local"]
+def wrapped(names: Iterable[str], indent: int, width: int) -> str:
+    """Names in lines of so many characters, all but the first indented."""
+    return ("\n" + " " * indent).join(textwrap.wrap(", ".join(names), width))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options and the settings. UserError for an unknown flag, with the nearest, and for a word that is neither."""
+    """The options and the settings. UserError for an unknown flag, with the nearest, for a word that is neither, and
+    for a place where no picture can be."""
     parser = Parser(PROGRAM)
     parser.add_argument("settings", nargs="*")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--models")
+    parser.add_argument("--cards")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--config-dir")
     options: argparse.Namespace = parser.parse_args([expand_home(word) for word in arguments])
     for word in options.settings:
         if "=" not in word:
-            known = f"; for a model, model={word}" if word in models() else ""
+            known = f"; for a model, model={word}" if word in known_models() else ""
             raise UserError(f"{PROGRAM}: {word!r} is no setting{known}; write setting=value, or --help for the rest")
+    for flag in ("models", "cards"):
+        value = getattr(options, flag)
+        require(options.table or value is None, f"--{flag} {value} belongs to --table; add --table, or leave it out")
+    options.models = MODELS if options.models is None else listed("--models", options.models)
+    options.machines = MACHINES if options.cards is None else listed("--cards", options.cards)
+    if options.plot is not None:
+        check_picture(options.plot)
+    if options.table:
+        check_named_elsewhere(options.settings)
     return options
 
 
-def planned(settings: Sequence[str], *, config_dir: str | None = None) -> Plan:
+def listed(flag: str, text: str) -> list[str]:
+    """`a,b`, each once."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    require(all(names), f"{flag} {text!r} names nothing between two commas; write {flag} NAME,NAME")
+    return names
+
+
+def check_named_elsewhere(words: Sequence[str]) -> None:
+    """Refuse settings that the options of a table say."""
+    options = {"model": "--models", "card": "--cards", "cluster": "--cards"}
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        flag = options.get(key.partition(".")[0])
+        require(
+            flag is None or key in ("card.price_per_hour", "model.new_tokens"),
+            f"{word} is said by {flag} in a table; write {flag} {'NAME,NAME' if flag == '--models' else 'h100x8,a10'}",
+        )
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a file that is no PNG by its name, or in no folder."""
+    require(path.suffix.lower() == ".png", f"--plot {path} is drawn as a PNG; write --plot {path.with_suffix('.png')}")
+    require(not path.is_dir(), f"--plot {path} is a folder; write --plot {path / 'plan.png'}")
+    check_writable(path.absolute().parent, "--plot")
+
+
+def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
     """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
     config = compose_config(settings, config_dir=config_dir, may_lack_paths=True)
     require_model(config)
     check_parallel(config)
-    return plan_of(config, planned_model(config), machine_of(config, found=found_here()))
+    model, machine = planned_model(config), machine_of(config, found=found_here())
+    fixed: frozenset[str] = frozenset()
+    changes: tuple[Change, ...] = ()
+    if config.plan.mode == "auto" or config.quant.method == "auto":
+        is_auto = config.plan.mode == "auto"
+        choice = choose(config, fixed, model, machine) if is_auto else resolve_quantization(config, model, machine)
+        plan, changes = choice.plan, choice.changes
+    else:
+        plan = plan_of(config, model, machine)
+    if plan.fits is False:
+        return Answer(plan=plan, changes=changes, near=nearest(plan.config, model, machine))
+    return Answer(plan=plan, changes=changes, rooms=tuple(room(plan, larger_than(plan))))
+
+
+def larger_than(plan: Plan) -> PlannedModel | None:
+    """The next larger of the known models that are called like this one (llama3_70b after llama3_8b); None where it is
+    none of them, or the largest."""
+    known = known_models()
+    own = next((name for name, path in known.items() if path == plan.config.model.path), None)
+    if own is None:
+        return None
+    kin = own.partition("_")[0]
+    found = [
+        planned_model(with_model(plan.config, name)) for name in known if name.partition("_")[0] == kin and name != own
+    ]
+    larger = [model for model in found if model.shapes.numel > plan.model.shapes.numel]
+    return min(larger, key=lambda model: model.shapes.numel, default=None)
 
 
 def require_model(config: Config) -> None:
@@ -97,5 +226,35 @@ def require_model(config: Config) -> None:
     if Path(config.model.path).name == "unset":  # What compose_config puts in the place of what is missing.
         raise UserError(
             f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b card=rtx4090",
-            f"names for model= are {', '.join(models())}; or set model.path to a folder, or to ORG/NAME of the hub",
+            f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "
+            "hub",
         )
+
+
+def show_table(options: argparse.Namespace) -> None:
+    """Print the table, and draw it where that is asked for."""
+    found = plans(options.models, options.machines, options.settings, config_dir=options.config_dir)
+    if options.json:
+        rows = [{"model": model, "cards": cards, **plan.as_json()} for (model, cards), plan in found.items()]
+        print(json.dumps(rows, indent=1))
+    else:
+        print("\n".join(matrix(found)))
+    if options.plot is not None:
+        bars = {f"{model}, {cards}": plan for (model, cards), plan in found.items()}
+        draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
+
+
+def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
+    """A bar for each."""
+    from distlora.analysis.plots import MemoryBar, plot_memory
+
+    bars = [
+        MemoryBar(name=name, kinds=named(plan.device.by_kind), usable=plan.machine.usable_bytes)
+        for name, plan in found.items()
+    ]
+    plot_memory(bars, named(KINDS), title, path)
+
+
+def named(by_kind: Mapping[Kind, Value]) -> dict[str, Value]:
+    """By plain names, for what knows nothing of kinds."""
+    return {str(kind): value for kind, value in by_kind.items()}

@@ -40,8 +40,8 @@ class Card:
     link: float
     """Into it from the other cards of the machine, in one direction."""
     has_nvlink: bool = False
-    """Whether that is NVLink among all of them. Bridges between two cards are not counted: with more than two, a ring
-    passes through PCIe; a pair's own rate is set by card.link_gb_per_second."""
+    """Whether that is NVLink among all of them. Bridges between some are not counted, since a ring of all passes through
+    PCIe; of a pair that has one, say it by card.link_gb_per_second."""
     host_link: float = PCIE_4
     """Between it and the host, in one direction."""
     network: float
@@ -73,7 +73,7 @@ CARDS: dict[str, Card] = {
         Card(
             name="h200",
             title="H200 141 GB",
-            pattern=r"(?<!G)\bH200\b",
+            pattern=r"\bH200\b(?! NVL)",
             memory_bytes=143_071 * _MIB,
             flops=989e12,
             bandwidth=4.8e12,
@@ -82,12 +82,24 @@ CARDS: dict[str, Card] = {
             host_link=PCIE_5,
             network=400e9,
         ),
+        # H200 NVL data sheet: 1,671 TFLOPS sparse, 4.8 TB/s, bridges of 900 GB/s between two or four.
+        Card(
+            name="h200_nvl",
+            title="H200 NVL 141 GB",
+            pattern=r"\bH200 NVL\b",
+            memory_bytes=143_071 * _MIB,
+            flops=835e12,
+            bandwidth=4.8e12,
+            link=PCIE_5,
+            host_link=PCIE_5,
+            network=200e9,
+        ),
         # GH200 data sheet, with 96 GB of HBM3: 1,979 TFLOPS sparse, 4 TB/s, NVLink-C2C to its CPU of 900 GB/s. One a
         # machine, with a network adapter of 400 Gb/s; link is that of NVLink between superchips.
         Card(
             name="gh200",
             title="GH200 96 GB",
-            pattern=r"\bGH200\b",
+            pattern=r"\bGH200\b(?! 144G)",
             memory_bytes=96_768 * _MIB,
             flops=989e12,
             bandwidth=4e12,

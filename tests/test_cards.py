@@ -15,7 +15,7 @@ CONF = Path(__file__).parent.parent / "conf" / "card"
 DEVICES = {
     "NVIDIA B200": "b200",
     "NVIDIA H200": "h200",
-    "NVIDIA H200 NVL": "h200",
+    "NVIDIA H200 NVL": "h200_nvl",
     "NVIDIA GH200 480GB": "gh200",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H100 PCIe": "h100_pcie",
@@ -41,6 +41,7 @@ DEVICES = {
 OTHERS = (
     *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"),
     *("NVIDIA RTX A1000", "NVIDIA RTX A4000", "Tesla T4", "NVIDIA A10-24Q", "GRID A100-10C", "NVIDIA A100-SXM-64GB"),
+    *("NVIDIA GH200 144G HBM3e", "NVIDIA GB200", "NVIDIA H20"),
     "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
 )
 

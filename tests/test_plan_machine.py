@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,13 @@ def test_cards_are_asked_of_the_driver_s_own_program(tmp_path: Path, monkeypatch
     assert here.devices() == ()
 
 
+@contextlib.contextmanager
+def refuse(config: Config) -> Iterator[Config]:
+    """As the launcher's preview, of a name that the hub does not know."""
+    raise UserError("no such model")
+    yield config
+
+
 def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     found = here.planned_model(
@@ -138,6 +147,8 @@ def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPat
     assert copied.note.endswith("planned as a copy in bf16, unsloth/gpt-oss-20b-BF16")
     with pytest.raises(UserError, match=r"nor built in \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
         find_model(composed("model.path=Qwen/Qwen2.5-8B"))
+    with pytest.raises(UserError, match=r"no such model \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
+        find_model(composed("model.path=Qwen/Qwen2.5-8B"), preview=refuse)
     with pytest.raises(UserError, match=r"data.sequence_length=8,192 is beyond the model's 4,096 positions"):
         find_model(composed("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))
 

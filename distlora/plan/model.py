@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,11 @@ def find_model(
             f"model.path={path} is neither in the hub's cache nor built in{nearest_architecture(path)}; set model.path "
             "to a folder with its config.json"
         )
-    with preview(config) as here:
+    with ExitStack() as stack:
+        try:
+            here = stack.enter_context(preview(config))
+        except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
+            raise UserError(f"{error}{nearest_architecture(path)}") from error
         folder = Path(here.model.path)
         return model_in(folder, name=path, new_tokens=new, full=full, sequence_length=length)
 

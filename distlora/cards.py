@@ -40,8 +40,8 @@ class Card:
     link: float
     """Into it from the other cards of the machine, in one direction."""
     has_nvlink: bool = False
-    """Whether that is NVLink among all of them. Bridges between some are not counted, since a ring of all passes through
-    PCIe; of a pair that has one, say it by card.link_gb_per_second."""
+    """Whether that is NVLink among all of them. Bridges between some are not counted, since a ring of all passes
+    through PCIe; of a pair that has one, say it by card.link_gb_per_second."""
     host_link: float = PCIE_4
     """Between it and the host, in one direction."""
     network: float

@@ -87,14 +87,28 @@ class Base:
         return found
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gathered:
+    """Bytes at the most in each part of a step."""
+
+    copying: int = 0
+    """While a unit is copied out of what it came in, when no other one runs."""
+    embedding: int = 0
+    forward: int = 0
+    """While a block runs that has another behind it, and"""
+    last: int = 0
+    """while the last block runs."""
+    head: int = 0
+    head_backward: int = 0
+    block: int = 0
+    """While a block is in its backward that has another before it, and"""
+    first: int = 0
+    """while the first one is."""
+
+
 def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
     """What a unit takes while it is gathered."""
     return sum(tensor.whole(shards) for tensor in unit)
-
-
-def own_copy_bytes(unit: Iterable[Stored], shards: int) -> int:
-    """What FSDP2 makes of a trained unit's own rows for a gather: a copy in the dtype in which it is gathered."""
-    return sum(tensor.whole(shards) // shards for tensor in unit if tensor.itemsize != tensor.compute_itemsize)
 
 
 def base_of(

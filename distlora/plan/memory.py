@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora import wire
-from distlora.activations import Activations, AdaptedRanks, Costs, Decoder
 from distlora.config import Config
-from distlora.plan.base import base_of
-from distlora.plan.gathered import Units, gathered_bytes
+from distlora.plan.base import base_of, unit_bytes
 from distlora.plan.kinds import KINDS, Kind, Moment
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
+from distlora.plan.step import Step, activations_of
 from distlora.plan.trained import Trained
 from distlora.shapes import ModelShapes, sizes_of
 
-__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]
+__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "activations_of", "device_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,25 +78,12 @@ def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> Devic
     count = 0 if resident == "auto" or shards == 1 else resident
     held: Counter[Kind] = Counter(base.kept(shards))
     held["norms"] += buffer_bytes(model, config)
-    held["resident"] += count * Units.of(base, shards, count).block
+    held["resident"] += count * unit_bytes(base.block, shards)
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += arena_bytes(config, shapes) if machine.is_gpu else 0
-    step = activations_of(config, model, ranks)
-    gathered = gathered_bytes(config, base, shards, count, is_gpu=machine.is_gpu)
-    temporary = 0 if machine.is_gpu else dequantized_bytes(config, shapes)
-    kept, cut = int(step.kept), trained.cut_gradient_bytes
-    moments: dict[Moment, dict[Kind, int]] = {
-        "embedding": {},
-        "head": {"kept": kept, "logits": int(step.head_forward)},
-        "head_backward": {"kept": kept, "logits": int(step.head_backward)},
-        "block": {"kept": kept, "working": int(step.working), "scratch": temporary},
-        "update": {"gradients": cut},
-    }
-    for moment, nbytes in gathered.items():
-        if moment in moments:
-            moments[moment]["gathered"] = nbytes
+    moments = Step.of(config, model, machine, base, trained, count).moments()
     return DeviceBytes(held={kind: n for kind, n in held.items() if n}, moments=moments, slack=0)
 
 
@@ -123,30 +109,8 @@ def arena_bytes(config: Config, shapes: ModelShapes) -> int:
     return max(sizes, default=0) + kept
 
 
-def dequantized_bytes(config: Config, shapes: ModelShapes) -> int:
-    """On the CPU a dequantized weight is an ordinary tensor, which is let go when the next one is there: two of those
-    that read the same input, or one."""
-    sizes = _dense_sizes(config, shapes)
-    return 2 * max(sizes, default=0)
-
-
 def _dense_sizes(config: Config, shapes: ModelShapes) -> list[int]:
     """Bytes of each packed weight of a block, dequantized."""
     if not config.quant.is_nf4:
         return []
     return [wire.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in shapes.block if weight.packs]
-
-
-def activations_of(config: Config, model: PlannedModel, ranks: int) -> Activations:
-    """Of a step of this run."""
-    shapes, train = model.shapes, config.train
-    at_once = config.data.sequence_length * train.micro_batch
-    accumulation = config.accumulation(ranks) if train.accumulate == "block" else 1
-    full = config.adapter.method == "full"
-    adapters = {} if full else {a.path: a.down[0] for a in shapes.adapters(config.adapter)[0]}
-    costs = Costs(
-        decoder=Decoder.of(model.settings, shapes.family),
-        ranks=AdaptedRanks.of(adapters),
-        dtype_bytes=wire.DTYPE_BYTES[train.dtype],
-    )
-    return costs.step(train.checkpointing, at_once=at_once, kept_tokens=accumulation * at_once, tile=train.mlp_tile)

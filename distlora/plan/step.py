@@ -1,0 +1,229 @@
+"""What a step has on a rank beside what it holds, by kind, at each moment. Imports no torch.
+
+In backward the blocks' kept activations go as the gradients of what is trained of the base come, so a block's moment is
+that of the last block, the second or the first: in between both change from block to block by the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distlora import wire
+from distlora.activations import Activations, AdaptedRanks, Costs, Decoder
+from distlora.config import Config
+from distlora.plan.base import Base, Gathered, Stored, unit_bytes
+from distlora.plan.gathered import Copied, copied_of, gathered_of
+from distlora.plan.kinds import Kind, Moment
+from distlora.plan.machine import Machine
+from distlora.plan.model import PlannedModel
+from distlora.plan.trained import Trained
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A step of a run, as far as its memory goes."""
+
+    config: Config
+    base: Base
+    trained: Trained
+    shards: int
+    costs: Costs
+    activations: Activations
+    gathered: Gathered
+    copied: Copied
+    at_once: int
+    """Tokens that a rank runs at once, and"""
+    tokens: int
+    """keeps at once."""
+    micro_batches: int
+    """Passes over the model in a step."""
+
+    @classmethod
+    def of(
+        cls, config: Config, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
+    ) -> Step:
+        ranks, train = machine.ranks, config.train
+        shards, accumulation = config.shard_degree(ranks), config.accumulation(ranks)
+        at_once = config.data.sequence_length * train.micro_batch
+        tokens = at_once * (accumulation if train.accumulate == "block" else 1)
+        return cls(
+            config=config,
+            base=base,
+            trained=trained,
+            shards=shards,
+            costs=costs_of(config, model),
+            activations=activations_of(config, model, ranks),
+            gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
+            copied=copied_of(config, base, shards),
+            at_once=at_once,
+            tokens=tokens,
+            micro_batches=wire.passes_of(config, accumulation),
+        )
+
+    def moments(self) -> dict[Moment, dict[Kind, int]]:
+        found: dict[Moment, dict[Kind, int]] = {
+            "embedding": self._embedding(),
+            "forward": self._forward(),
+            "head": self._head(),
+            "head_backward": self._head_backward(),
+            "block": self._block(),
+            "update": {"gradients": self.trained.cut_gradient_bytes},
+        }
+        return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
+
+    @property
+    def _layers(self) -> int:
+        return self.base.layers
+
+    @property
+    def _kept(self) -> int:
+        return int(self.activations.kept)
+
+    @property
+    def _kept_by_a_block(self) -> int:
+        """Of what is on the device, what is gone when a block's backward is done; with inputs in host memory others
+        come in its place."""
+        mode = self.config.train.checkpointing
+        return 0 if mode == "offload" else int(self.tokens * self.costs.kept(mode))
+
+    @property
+    def _boundary(self) -> int:
+        """A boundary input of what runs at once."""
+        return self.at_once * self.costs.boundary
+
+    @property
+    def _runs(self) -> int:
+        """What a block has in forward beside what is kept: at the most gate, up and act(gate), with what its MLP half
+        begins with and its norm's output. Without recomputation these are kept."""
+        train, sizes = self.config.train, self.costs.decoder
+        if train.checkpointing == "none":
+            return 2 * self._boundary
+        tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
+        return 2 * self._boundary + tile * 3 * self.costs.dtype_bytes * sizes.inner
+
+    def _embedding(self) -> dict[Kind, int]:
+        """Its forward; or its backward, when all other gradients are there: a gradient as large as it in the run's
+        dtype, which is sent in fp32."""
+        forward: dict[Kind, int] = {
+            "gathered": self.gathered.embedding,
+            "working": self._boundary + self.copied.embedding,
+        }
+        if not any(tensor.trained for tensor in self.base.embedding):
+            return forward
+        tied = sum(tensor.whole(self.shards) for tensor in self.base.embedding) if self.base.tied else 0
+        backward: dict[Kind, int] = {
+            "gathered": unit_bytes(self.base.rest, self.shards) + (tied if self.shards > 1 else 0),
+            "gradients": self.trained.cut_gradient_bytes + _gradients(self.base.embedding),
+            "communication": _sent(self.base.embedding, self.shards),
+            "working": 2 * self._boundary,
+        }
+        return _most(forward, backward)
+
+    def _forward(self) -> dict[Kind, int]:
+        """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied
+        out of before it runs."""
+        working = self._runs + self.copied.block
+        last: dict[Kind, int] = {
+            "kept": self._kept,
+            "working": working,
+            "gathered": self.gathered.last,
+            "gradients": self._waiting(self._layers),
+        }
+        before = last | {"kept": self._kept - self._kept_by_a_block, "gathered": self.gathered.forward}
+        copying = last | {"working": 0, "gathered": self.gathered.copying}
+        return _most(last, before, copying)
+
+    def _head(self) -> dict[Kind, int]:
+        return {
+            "kept": self._kept + self.copied.kept,
+            "logits": int(self.activations.head_forward) + self.copied.head,
+            "gathered": self.gathered.head,
+            "gradients": self._waiting(self._layers),
+        }
+
+    def _head_backward(self) -> dict[Kind, int]:
+        return {
+            "kept": self._kept + self.copied.kept,
+            "logits": int(self.activations.head_backward) + self.copied.head,
+            "gathered": self.gathered.head_backward,
+            "gradients": self._waiting(self._layers),
+        }
+
+    def _block(self) -> dict[Kind, int]:
+        places = {self._layers - 1, min(1, self._layers - 1), 0}
+        return _most(*(self._block_at(place) for place in places))
+
+    def _block_at(self, place: int) -> dict[Kind, int]:
+        """The block of this place in its backward."""
+        done = self._layers - 1 - place
+        kept = self._kept - done * self._kept_by_a_block
+        return {
+            "kept": kept + self.copied.kept,
+            "working": int(self.activations.working) + self.copied.block + self._tied_gradient,
+            "gathered": self.gathered.block if place > 0 else self.gathered.first,
+            "gradients": self._waiting(place + 1) + self._summed(done),
+            "communication": self._sent_behind(place),
+        }
+
+    @property
+    def _tied_gradient(self) -> int:
+        """The gradient that the head has given a matrix that is the embedding's too, whole until that has given its
+        own."""
+        return _gradients(self.base.embedding) if self.base.tied else 0
+
+    def _waiting(self, blocks: int) -> int:
+        """Gradients of what FSDP2 cuts, whole and in fp32, of the micro-batches before the last one, of the first so
+        many blocks and what is before them: nothing is sent until the last one (trained_shards.py)."""
+        if self.shards == 1 or self.micro_batches == 1:
+            return 0
+        units = [self.base.embedding, self.base.rest, *([self.base.head] if blocks == self._layers else [])]
+        rest = sum(4 * tensor.numel for unit in units for tensor in unit if tensor.trained)
+        return rest + blocks * sum(4 * tensor.numel for tensor in self.base.block if tensor.trained)
+
+    def _summed(self, blocks: int) -> int:
+        """This rank's rows of the gradients of the last so many blocks and of the head, and all of the last norm."""
+        if self.shards == 1:
+            return 0
+        head = sum(4 * tensor.kept(self.shards) // tensor.itemsize for tensor in self.base.head if tensor.trained)
+        own = sum(4 * tensor.kept(self.shards) // tensor.itemsize for tensor in self.base.block if tensor.trained)
+        return head + blocks * own
+
+    def _sent_behind(self, place: int) -> int:
+        """What the unit behind this block has put into its reduce-scatter, which FSDP2 keeps until the next one's."""
+        behind = self.base.head if place == self._layers - 1 else self.base.block
+        return _sent(behind, self.shards)
+
+
+def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _gradients(unit: tuple[Stored, ...]) -> int:
+    """Whole, in the dtype in which the unit is gathered."""
+    return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.trained)
+
+
+def _sent(unit: tuple[Stored, ...], shards: int) -> int:
+    """What a reduce-scatter of the unit's gradients takes in, fp32."""
+    return 0 if shards == 1 else sum(4 * wire.padded(tensor.shape, shards) for tensor in unit if tensor.trained)
+
+
+def costs_of(config: Config, model: PlannedModel) -> Costs:
+    """Of a block of this run."""
+    shapes = model.shapes
+    full = config.adapter.method == "full"
+    adapters: Mapping[str, int] = {} if full else {a.path: a.down[0] for a in shapes.adapters(config.adapter)[0]}
+    return Costs(
+        decoder=Decoder.of(model.settings, shapes.family),
+        ranks=AdaptedRanks.of(adapters),
+        dtype_bytes=wire.DTYPE_BYTES[config.train.dtype],
+    )
+
+
+def activations_of(config: Config, model: PlannedModel, ranks: int) -> Activations:
+    """Of a step of this run on so many ranks."""
+    train = config.train
+    at_once = config.data.sequence_length * train.micro_batch
+    tokens = at_once * (config.accumulation(ranks) if train.accumulate == "block" else 1)
+    return costs_of(config, model).step(train.checkpointing, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile)

@@ -1,0 +1,216 @@
+"""What DeepSpeed's coordinator has gathered at each moment of a step: its rules, followed unit by unit. Imports neither
+torch nor DeepSpeed.
+
+DeepSpeed 0.19.8 (partitioned_param_coordinator.py: _fetch_sub_module_impl, release_sub_module; partition_parameters.py:
+all_gather_coalesced). When a unit is needed, its tensors that are not on their way are gathered, and it waits for all.
+Then tensors that come next in the order of a step are gathered ahead, one after the other until a bucket's elements, or
+those that may be there at once, are reached. What is gathered together comes in one flat buffer for each dtype, and
+when one of it is waited for, all of it is copied out; the buffer is let go when the last of it was waited for. A tensor
+that is gathered alone comes in place. distlora/parallel/zero3.py has the units and their order, and has the host wait
+so that a GPU is no more than two units behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from distlora.deepspeed_file import Gathering
+from distlora.plan.base import Base, Gathered, unit_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Of a unit: its elements and bytes, filled up to a multiple of the ranks."""
+
+    numel: int
+    nbytes: int
+
+
+_Unit = tuple[_Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What the coordinator's way depends on."""
+
+    rest: _Unit
+    embedding: _Unit
+    block: _Unit
+    layers: int
+    head: _Unit
+    """Empty where it is the embedding's."""
+    bucket: int
+    """Elements that are gathered ahead."""
+    most: int
+    """Elements that may be there at once."""
+    reuse: int
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors that come in one buffer."""
+
+    nbytes: int
+    waiting: set[int]
+    """Tensors that were not waited for yet."""
+    is_copied: bool = False
+
+
+@dataclass(slots=True)
+class _Coordinator:
+    """Where a step is. Tensors are numbers; `units` has those of each place in the order of a step."""
+
+    units: Sequence[Sequence[int]]
+    tensors: Sequence[_Tensor]
+    asked: _Asked
+    place: int = 0
+    there: set[int] = field(default_factory=set)
+    coming: dict[int, _Group] = field(default_factory=dict)
+    groups: list[_Group] = field(default_factory=list)
+    fetched_for: dict[int, int] = field(default_factory=dict)
+    queue: collections.deque[tuple[int, int]] = field(init=False)
+    """(tensor, place)."""
+    elements: int = 0
+
+    def __post_init__(self) -> None:
+        self.queue = collections.deque((t, place) for place, unit in enumerate(self.units) for t in unit)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is there, and of the buffers of what is coming."""
+        return sum(self.tensors[t].nbytes for t in self.there) + sum(group.nbytes for group in self.groups)
+
+    def gather(self, tensors: Sequence[int]) -> None:
+        if not tensors:
+            return
+        self.elements += sum(self.tensors[t].numel for t in tensors)
+        if len(tensors) == 1:  # Comes in place.
+            self.there.update(tensors)
+            return
+        group = _Group(sum(self.tensors[t].nbytes for t in tensors), set(tensors))
+        self.groups.append(group)
+        self.coming.update(dict.fromkeys(tensors, group))
+
+    def fetch(self) -> int:
+        """The unit of this place is needed: the most that there is while it is copied out."""
+        unit = self.units[self.place]
+        self.gather([t for t in unit if t not in self.there and t not in self.coming])
+        most = 0
+        for tensor in unit:
+            group = self.coming.get(tensor)
+            if group is not None and tensor in group.waiting:
+                if not group.is_copied:
+                    self.there.update(group.waiting)
+                    group.is_copied = True
+                most = max(most, self.nbytes)
+                group.waiting.discard(tensor)
+                if not group.waiting:
+                    self.groups.remove(group)
+                    self.coming = {t: other for t, other in self.coming.items() if other is not group}
+        self._ahead(unit)
+        self.place += 1
+        return max(most, self.nbytes)
+
+    def _ahead(self, unit: Sequence[int]) -> None:
+        new = {t for t in unit if self.fetched_for.get(t, -1) < self.place}
+        while new:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = place
+            new.discard(tensor)
+        most, chosen, numel = min(self.asked.most - self.elements, self.asked.bucket), [], 0
+        while self.queue and numel < most:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = max(self.fetched_for.get(tensor, -1), place)
+            if tensor not in self.there and tensor not in self.coming and tensor not in chosen:
+                chosen.append(tensor)
+                numel += self.tensors[tensor].numel
+        self.gather(chosen)
+
+    def release(self, unit: Sequence[int]) -> None:
+        """It is done with, for now."""
+        kept = {t for t in unit if self.fetched_for.get(t, -1) > self.place}
+        passed = 0
+        for following in self.units[self.place :]:
+            if passed >= self.asked.reuse:
+                break
+            kept.update(following)
+            passed += sum(self.tensors[t].numel for t in following)
+        for tensor in unit:
+            if tensor not in kept and tensor in self.there:
+                self.there.discard(tensor)
+                self.elements -= self.tensors[tensor].numel
+
+
+def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
+    """In each part of a step but the first, which teaches the coordinator the order."""
+    rest, embedding, block, head = (
+        tuple(_Tensor(tensor.whole(shards) // tensor.compute_itemsize, tensor.whole(shards)) for tensor in unit)
+        for unit in (base.rest, base.embedding, base.block, base.head)
+    )
+    unit = _numel(block)
+    asked = _Asked(
+        rest=rest,
+        embedding=embedding,
+        block=block,
+        layers=base.layers,
+        head=head,
+        bucket=unit if gathering.prefetch_bucket_size is None else gathering.prefetch_bucket_size,
+        most=unit + max(unit, _numel(embedding), _numel(head))
+        if gathering.max_live_parameters is None
+        else gathering.max_live_parameters,
+        reuse=gathering.max_reuse_distance,
+    )
+    found = _followed(asked)
+    if not is_gpu:
+        return found
+    # What was let go is there until the device has passed it, which is a unit behind; rows from the host are copied
+    # for the gather that is on its way.
+    late = unit_bytes(base.block, shards) * (shards + gathering.offload) // shards
+    return Gathered(**{name: getattr(found, name) + late for name in Gathered.__dataclass_fields__})
+
+
+@functools.lru_cache(maxsize=64)
+def _followed(asked: _Asked) -> Gathered:
+    tensors: list[_Tensor] = []
+
+    def numbered(unit: _Unit) -> list[int]:
+        tensors.extend(unit)
+        return list(range(len(tensors) - len(unit), len(tensors)))
+
+    embedding = numbered(asked.embedding)
+    head = numbered(asked.head) or embedding
+    blocks = [numbered(asked.block) for _ in range(asked.layers)]
+    rest = numbered(asked.rest)
+    coordinator = _Coordinator([rest, embedding, *blocks, head, *reversed(blocks)], tensors, asked)
+    copied = coordinator.fetch()
+
+    def use(unit: Sequence[int]) -> int:
+        """Bytes while it runs."""
+        nonlocal copied
+        copied = max(copied, coordinator.fetch())
+        nbytes = coordinator.nbytes
+        coordinator.release(unit)
+        return nbytes
+
+    first = use(embedding)
+    *forward, last = [use(block) for block in blocks]
+    at_head = use(head)
+    behind_head = coordinator.nbytes
+    *backward, end = [use(block) for block in reversed(blocks)]
+    return Gathered(
+        embedding=first,
+        copying=copied,
+        forward=max(forward, default=0),
+        last=last,
+        head=at_head,
+        head_backward=behind_head,
+        block=max(backward, default=end),
+        first=end,
+    )
+
+
+def _numel(unit: Iterable[_Tensor]) -> int:
+    return sum(tensor.numel for tensor in unit)

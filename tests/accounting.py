@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -115,3 +116,29 @@ class Made(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.alive -= self._known.pop(key)
+
+
+class Moved(TorchDispatchMode):
+    """The bytes that operations read and write while it is on, by the operation's name: each argument and result once;
+    views, and memory that is taken and not written, are nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, written = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
+        )
+        storages = {tensor.untyped_storage()._cdata for tensor in read}
+        is_view = all(tensor.untyped_storage()._cdata in storages for tensor in written)
+        name = func.overloadpacket.__name__
+        if (func._schema.is_mutable or not is_view) and "empty" not in name:
+            self.by_name[name] += sum(map(_bytes_of, (*read, *written)))
+        return result
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Of an expanded tensor what is there."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())

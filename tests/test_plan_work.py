@@ -4,20 +4,27 @@ adds up to what the step computes."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distlora_kernels.bench import costs
 from distlora_kernels.bench.rates import Step
 from distlora_kernels.bench.shapes import Group
 
+from accounting import Moved
 from distlora.cards import CARDS
+from distlora.head import LossHead
 from distlora.plan import Machine
+from distlora.plan.block_work import HeadSizes, head_work, norm
 from distlora.plan.compute import step_flops
-from distlora.plan.step_work import step_work
+from distlora.plan.model import model_in
+from distlora.plan.step_work import how_of, step_work
 from distlora.plan.work import How, Linear, Work, backward, forward
-from family_models import hf_config
+from family_models import config_for, hf_config, load_ours, positions_of, tokens
+from small_models import write_model_folder
 from test_plan_compute import LORA, planned, run_of
 
 GROUPS = [
@@ -114,3 +121,57 @@ def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -
             step = step_flops(config, model, ranks=1, is_gpu=is_gpu, document=9)
             assert work.flops == pytest.approx(step.total, rel=1e-12), sections
             assert set(work.moved) >= {"products", "elementwise", "attention", "head", "update"}
+
+
+NOT_COUNTED_HERE = r"mm|addmm|bmm|add_|embedding|cos|sin|_scaled_dot_product.*"
+"""Products and attention, dX that the CPU accumulates by itself, the embedding and the rotary tables."""
+SIZES: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64},
+    "gemma3": {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "head_dim": 48},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_path: Path) -> None:
+    """Norms (of queries and keys too, and after halves, in gemma3), rotary embeddings, gated MLPs, residuals."""
+    write_model_folder(tmp_path, name, **SIZES[name])
+    sections: dict[str, Any] = {
+        "data": {"path": "none.jsonl", "sequence_length": 128},
+        "adapter": {"target_modules": "qv", "r": 1},
+        "quant": {"method": "none"},
+        "train": {"dtype": "bf16", "checkpointing": "none", "global_batch": 1},
+    }
+    model, _ = load_ours(tmp_path, **sections)
+    # The first block's input would have no gradient, which is counted.
+    model.embedding.register_forward_hook(lambda module, arguments, output: output.detach().requires_grad_())
+    ids = tokens(1, 128)
+    with Moved() as forwards:
+        states = model.hidden_states(ids, positions_of(ids))
+    gradient = torch.randn_like(states)
+    with Moved() as backwards:
+        states.backward(gradient)
+    config, machine = config_for(tmp_path, **sections), machine_of(is_gpu=False)
+    work, how = step_work(config, model_in(tmp_path), machine), how_of(config, model_in(tmp_path), machine)
+    for moved, launches, is_backward in (
+        (forwards, [work for block in work.blocks for work in block.forward], False),
+        (backwards, [work for block in work.blocks for work in block.backward], True),
+    ):
+        found = sum(n for op, n in moved.by_name.items() if not re.fullmatch(NOT_COUNTED_HERE, op))
+        last = norm(states.numel(), how, name.startswith("gemma"), backward=is_backward).nbytes
+        counted = last + sum(each.nbytes for each in launches if each.kind == "elementwise")
+        assert counted == pytest.approx(found, rel=0.05), moved.by_name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype, trained: bool) -> None:
+    hidden, vocabulary, length = 64, 4000, 256
+    weight = torch.nn.Parameter(torch.randn(vocabulary, hidden, dtype=dtype), requires_grad=trained)
+    states = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
+    with Moved() as moved:
+        LossHead(weight)(states, torch.randint(0, vocabulary, (1, length))).sum().backward()
+    sizes = HeadSizes(vocabulary=vocabulary, hidden=hidden, rows=0, is_trained=trained, capped=False, gemma=False)
+    launches = list(head_work(sizes, How(itemsize=dtype.itemsize, quantized=False), m=length, reference=False))
+    beside = sum(work.nbytes for work in launches if work.kind == "elementwise") + 2 * dtype.itemsize * states.numel()
+    counted = sum(work.nbytes for work in launches) - beside  # Without the last norm and the embedding.
+    assert counted == pytest.approx(sum(moved.by_name.values()), rel=0.05), moved.by_name

@@ -205,12 +205,12 @@ _KNOWN: tuple[tuple[Settings, str], ...] = (
         _with_vision(_gemma3(5376, 21_504, 62, 32, 16, 128, 1024)),
         "unsloth/gemma-3-27b-pt unsloth/gemma-3-27b-it google/gemma-3-27b-pt google/gemma-3-27b-it",
     ),
-    (_decoder("phi3", 5120, 17_920, 40, 40, 10, 100_352, 16_384), "microsoft/phi-4 unsloth/phi-4"),
+    (_decoder("phi3", 5120, 17_920, 40, 40, 10, 100_352, 16_384), "microsoft/phi-4"),
     (
         _decoder("phi3", 3072, 8192, 32, 24, 8, 200_064, 131_072)
         | _TIED
         | {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096},
-        "microsoft/Phi-4-mini-instruct unsloth/Phi-4-mini-instruct",
+        "microsoft/Phi-4-mini-instruct",
     ),
     (_gpt_oss(24, 32), "unsloth/gpt-oss-20b-BF16 openai/gpt-oss-20b"),
     (_gpt_oss(36, 128), "unsloth/gpt-oss-120b-BF16 openai/gpt-oss-120b"),

@@ -128,6 +128,22 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     assert [plan["machine"]["ranks"] for plan in plans] == [1, 16, 1, 16]
 
 
+def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_70b", "card=h100", "cluster.gpus_per_node=8", "--scaling"]
+    rows = [line.split("|")[1:-1] for line in printed(capsys, *words).splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1,024"]
+    assert [row[2].strip() for row in rows[3:5]] == ["2", "4"], "as many on each card"
+    weak, strong = (json.loads(printed(capsys, *words, *more, "--json")) for more in ([], ["--strong", "--fabrics"]))
+    assert {row["rows"] for row in strong} == {8}
+    assert len({row["fabric"] for row in strong}) > 3
+    own = calculated(capsys, *words[:-1])["time"]
+    of_eight = next(row for row in weak if row["ranks"] == 8)
+    assert of_eight["seconds"] == own["seconds"]
+    assert of_eight["assumptions"] == own["assumptions"]
+    page = printed(capsys, *words[:-1], "--assumptions")
+    assert all(sentence[:60] in page for sentence in own["assumptions"])
+
+
 def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     write_model(place / "model", shards=2)
     plan = calculated(capsys, "model.path=model", "adapter.r=2", "data.sequence_length=64")
@@ -152,6 +168,9 @@ def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[
         (["--table", "--cards", "h100x0"], ["0 cards", "write h100x1"]),
         (["--table", "model=llama3_8b"], ["model=llama3_8b is said by --models"]),
         (["--table", "cluster.nodes=2"], ["cluster.nodes=2 is said by --cards"]),
+        (["model=llama3_8b", "--strong"], ["--strong belongs to --scaling"]),
+        (["model=llama3_8b", "--scaling"], ["how CPU scales is not known", "card=h100"]),
+        (["--scaling", "--table"], ["two tables"]),
         (["model=llama3_8b", "--cards", "h100"], ["belongs to --table"]),
         (["model=llama3_8b", "--plot", "plan.pdf"], ["write --plot plan.png"]),
         (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),

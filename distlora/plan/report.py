@@ -164,10 +164,10 @@ def _row(label: str, text: str) -> Iterator[str]:
 
 def _model(plan: Plan) -> str:
     shapes, model = plan.model.shapes, plan.model
-    return (
+    text = (
         f"{model.name}: {count(shapes.numel)} parameters, {shapes.num_layers} blocks of {shapes.hidden:,}; sizes from "
-        f"{SOURCES[model.source]}"
-    ) + (f"; {model.note}" if model.note else "")
+    )
+    return text + SOURCES[model.source] + ("" if model.note is None else f"; {model.note}")
 
 
 def _trained(plan: Plan) -> str:
@@ -289,6 +289,12 @@ def time_of(plan: Plan) -> str:
     if found.cost is not None:
         text += f" and cost {found.cost:,.2f}"
     return text
+
+
+def assumptions(plan: Plan) -> Iterator[str]:
+    """What the time rests on, a sentence each."""
+    for each in () if plan.time is None else plan.time.assumptions:
+        yield from textwrap.wrap(each, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def seconds_in_words(seconds: float) -> str:

@@ -52,6 +52,10 @@ FABRICS: tuple[Fabric, ...] = (
 """What is usual, for comparison with the machine's own."""
 
 
+OWN = "its own"
+"""The fabric of a row that is the machine's own links."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingRow:
     """A run on so many GPUs."""
@@ -105,7 +109,7 @@ def scaling(
         joined = machine if fabric is None else dataclasses.replace(machine, link=fabric.inside, network=fabric.network)
         for layout in layouts:
             runs = _runs(config, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
-            found += _rows(runs, model, layout, "its own" if fabric is None else fabric.name)
+            found += _rows(runs, model, layout, OWN if fabric is None else fabric.name)
     return found
 
 

@@ -1,10 +1,12 @@
-"""Plans beside each other, as Markdown: models on machines. Imports no torch."""
+"""Plans beside each other, as Markdown: models on machines, a run on numbers of GPUs. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from distlora.plan import Plan
+from distlora.plan.report import WAITS
+from distlora.plan.scaling import OWN, ScalingRow
 
 BASES = {"nf4": "NF4", "none": "bf16"}
 
@@ -53,3 +55,41 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[s
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for cells in (header, ["-" * width for width in widths], *rows):
         yield f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))} |"
+
+
+def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """A table for each fabric: a row for each number of GPUs, each way to cut the base beside the other; then what they
+    rest on."""
+    for fabric in dict.fromkeys(row.fabric for row in rows):
+        found = [row for row in rows if row.fabric == fabric]
+        layouts = list(dict.fromkeys(row.layout for row in found))
+        by_place = {(row.ranks, row.layout): row for row in found}
+        header = ["GPUs", "machines", "rows a step"]
+        for layout in layouts:
+            header += [f"{layout}: s a step", "tokens/s", "efficiency", "MFU", "waits for"]
+        lines = []
+        for ranks in dict.fromkeys(row.ranks for row in found):
+            first = next(row for row in found if row.ranks == ranks)
+            cells = [f"{ranks:,}", f"{first.machines:,}", f"{first.rows:,}"]
+            for layout in layouts:
+                cells += _scaling_cells(by_place.get((ranks, layout)))
+            lines.append(cells)
+        yield f"over {'the links of the machine' if fabric == OWN else fabric}:"
+        yield ""
+        yield from markdown(header, lines)
+        yield ""
+    yield "It rests on this:"
+    yield from (f"- {said}" for said in dict.fromkeys(said for row in rows for said in row.assumptions))
+
+
+def _scaling_cells(row: ScalingRow | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    fits = "" if row.fits is not False else " (does not fit)"
+    return [
+        f"{row.seconds:.3g}{fits}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.efficiency:.0%}",
+        f"{row.mfu:.0%}",
+        WAITS[row.binds],
+    ]

@@ -23,8 +23,9 @@ from distlora.plan.machine import machine_of
 from distlora.plan.model import PlannedModel
 from distlora.plan.nearest import Nearest, Room, nearest, room
 from distlora.plan.reasons import Change
-from distlora.plan.report import KINDS, machines_of, page, settings
-from distlora.plan.tables import matrix
+from distlora.plan.report import KINDS, assumptions, machines_of, page, settings
+from distlora.plan.scaling import FABRICS, Scaling, scaling
+from distlora.plan.tables import matrix, scaling_tables
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable
@@ -37,7 +38,8 @@ from distlora_launcher.plan_table import MACHINES, MODELS, plans, with_model
 PROGRAM = "distlora plan"
 Value = TypeVar("Value")
 
-USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--json] [--plot FILE.png]
+USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
+       distlora plan model=NAME card=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json]
        distlora plan --table [--models NAME,...] [--cards NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
 
 What a run needs before it starts, calculated from the model's sizes alone: memory of a card by kind, host memory, disk,
@@ -52,6 +54,9 @@ what travels between cards, operations. Where it does not fit, what would. Nothi
   --table            many models on many machines, as Markdown, each with the fastest settings that fit
   --models, --cards  for --table: {table_models};
                      {table_machines}
+  --scaling          the same run on 1 to 1,024 cards: tokens/s, efficiency, what a step waits for; as many rows on
+                     each card, or with --strong in all; with --fabrics over usual links too
+  --assumptions      print what the time rests on too
   --json             every figure, in bytes, for a program to read
   --plot FILE.png    a bar of what takes the memory, or one for each model and machine
   --config-dir DIR   your own recipes
@@ -104,12 +109,16 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.table:
         show_table(options)
+    elif options.scaling:
+        show_scaling(options)
     else:
         answer = answered(options.settings, config_dir=options.config_dir)
         if options.json:
             print(json.dumps(answer.as_json(), indent=1))
         else:
             print(page(answer.plan, changes=answer.changes, near=answer.near, rooms=answer.rooms))
+            if options.assumptions:
+                print("\n".join(["", *assumptions(answer.plan)]))
         if options.plot is not None:
             draw(answer.bars(), settings(answer.plan.config), options.plot)
     if options.plot is not None:
@@ -138,10 +147,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for a place where no picture can be."""
     parser = Parser(PROGRAM)
     parser.add_argument("settings", nargs="*")
-    parser.add_argument("--table", action="store_true")
+    for flag in ("--table", "--scaling", "--strong", "--fabrics", "--assumptions", "--json"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--models")
     parser.add_argument("--cards")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--config-dir")
     options: argparse.Namespace = parser.parse_args([expand_home(word) for word in arguments])
@@ -152,6 +161,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("models", "cards"):
         value = getattr(options, flag)
         require(options.table or value is None, f"--{flag} {value} belongs to --table; add --table, or leave it out")
+    for flag in ("strong", "fabrics"):
+        require(options.scaling or not getattr(options, flag), f"--{flag} belongs to --scaling; add --scaling")
+    require(not (options.scaling and options.table), "--table and --scaling are two tables; leave one of them out")
+    require(not (options.scaling and options.plot), "--plot draws memory, and --scaling is of time; leave one out")
     options.models = MODELS if options.models is None else listed("--models", options.models)
     options.machines = MACHINES if options.cards is None else listed("--cards", options.cards)
     if options.plot is not None:
@@ -242,6 +255,21 @@ def show_table(options: argparse.Namespace) -> None:
     if options.plot is not None:
         bars = {f"{model}, {cards}": plan for (model, cards), plan in found.items()}
         draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
+
+
+def show_scaling(options: argparse.Namespace) -> None:
+    """Print how the run scales, over its own links and, where that is asked for, over usual ones."""
+    plan = answered(options.settings, config_dir=options.config_dir).plan
+    kind: Scaling = "strong" if options.strong else "weak"
+    rows = scaling(plan.config, plan.model, plan.machine, kind=kind)
+    if options.fabrics:
+        rows += scaling(plan.config, plan.model, plan.machine, kind=kind, fabrics=FABRICS)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        what = "as many rows in all" if options.strong else "as many rows on each card"
+        print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan.config)}\n")
+        print("\n".join(scaling_tables(rows)))
 
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:

@@ -49,14 +49,16 @@ def find_model(
     *,
     cache: Path | None = None,
     preview: Callable[[Config], AbstractContextManager[Config]] | None = None,
+    any_length: bool = False,
 ) -> PlannedModel:
     """The model of a config: of a folder; of a name on the hub what lies in the hub's cache (`cache`), or what is built
     in, so that no network is asked; else what `preview` fetches, a config whose model is a folder.
 
-    Raises UserError where none of them has it, and for a model that cannot be trained.
+    Raises UserError where none of them has it, for a model that cannot be trained, and unless `any_length` for rows
+    that are longer than it has positions.
     """
     path, new = config.model.path, len(config.model.new_tokens)
-    full, length = config.adapter.method == "full", config.data.sequence_length
+    full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
     if not is_hub_name(path):
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)

@@ -20,11 +20,10 @@ from distlora.architectures import ARCHITECTURES
 from distlora.bench.comm import MACHINE, MODELS, SMALL, Counted, Row, counted_table, rows_of, tables
 from distlora.command_line import DONE, FAILED
 from distlora.config import Config, UserError
-from distlora.families import check_config, read_config
 from distlora.shapes import ModelShapes, shapes_of
 from distlora_launcher.arguments import Parser
 from distlora_launcher.compose import compose_config
-from distlora_launcher.hub_preview import with_small_files
+from distlora_launcher.here import planned_model
 from distlora_launcher.workers import worker_environment
 
 MEASURE = "distlora.bench.measured"
@@ -38,9 +37,9 @@ What one training step moves between ranks, by kind, ours beside PEFT with accel
 as uint8, and bf16) with the same adapters. Calculated from config.json alone, so a model of any size and any number of
 ranks costs nothing; as a Markdown table.
 
-  setting=value      any setting of `distlora train`: model.path=FOLDER (or a name on the hub, of which config.json
-                     alone is read) calculates that model, else Llama 3.1 8B, 70B and 405B; adapter.*, quant.*, train.*.
-                     Without one that says it, every linear has an adapter
+  setting=value      any setting of `distlora train`: model=NAME or model.path=FOLDER (or a name on the hub, of which
+                     config.json alone is read) calculates that model, else Llama 3.1 8B, 70B and 405B; adapter.*,
+                     quant.*, train.*. Without one that says it, every linear has an adapter
   --ranks N,N        for these numbers of ranks (8,64), on machines of 8, or of cluster.gpus_per_node where it is set
   --accumulation N,N for so many micro-batches of a rank in a step (1,8)
   --measure          train a step of a small Llama on two ranks of this machine too, each way, and count the bytes of
@@ -125,11 +124,8 @@ def models(config: Config) -> Iterator[tuple[str, ModelShapes]]:
     if Path(config.model.path).name == "unset":  # What compose_config puts in the place of what is missing.
         yield from ((title, shapes_of(ARCHITECTURES[name], name)) for title, name in MODELS.items())
         return
-    with with_small_files(config) as here:
-        folder = Path(here.model.path)
-        settings, place = read_config(folder), folder / "config.json"
-        check_config(settings, place, full=config.adapter.method == "full")
-        yield config.model.path.rstrip("/").rpartition("/")[2], shapes_of(settings, place)
+    found = planned_model(config, any_length=True)
+    yield found.name.rpartition("/")[2], found.shapes
 
 
 def small_rows(accumulations: Sequence[int], *, tied: bool = False) -> list[Row]:

@@ -39,10 +39,11 @@ def devices() -> tuple[tuple[str, int], ...]:
     return tuple((name.strip(), int(mib) * 2**20) for name, _, mib in fields if mib.strip().isdecimal())
 
 
-def planned_model(config: Config) -> PlannedModel:
+def planned_model(config: Config, *, any_length: bool = False) -> PlannedModel:
     """The model of a config, from the first place that has its config.json: its folder, the hub's cache, what is built
-    in; only then the hub, whose small files are fetched. Raises UserError for a model that cannot be trained."""
-    return find_model(config, cache=hub_cache(), preview=with_small_files)
+    in; only then the hub, whose small files are fetched. Raises UserError for a model that cannot be trained, and
+    unless `any_length` for rows that are longer than it has positions."""
+    return find_model(config, cache=hub_cache(), preview=with_small_files, any_length=any_length)
 
 
 def hub_cache() -> Path:

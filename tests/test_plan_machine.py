@@ -72,6 +72,8 @@ def test_an_unnamed_card_is_what_this_machine_has() -> None:
     unknown = machine(mixed, "cluster.gpus_per_node=2")
     assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada 20 GB")
     assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
+    slice_of_one = machine(Found(devices=None, host_bytes=GIB))
+    assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a card")
     # Half of one that its driver shows is not a whole one.
     part = machine(Found(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
     assert part.usable_bytes == 40_000 * MIB - CONTEXT_BYTES
@@ -120,6 +122,8 @@ def test_cards_are_asked_of_the_driver_s_own_program(tmp_path: Path, monkeypatch
     assert (tmp_path / "asked").read_text() == "1,GPU-8f\n", "what follows -1 is not seen by CUDA either"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert here.devices() == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7d")
+    assert here.devices() is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("BROKEN", "yes")
     assert here.devices() == ()

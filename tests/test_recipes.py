@@ -27,10 +27,12 @@ SPARE = 0.6 * GB
 """What fragments and NCCL's buffers may take."""
 
 
+@functools.cache
 def composed(name: str, *overrides: str) -> Config:
     return compose_config([f"recipe={name}", "data.path=/documents.jsonl", *overrides])
 
 
+@functools.cache
 def planned(name: str, card: str, *overrides: str) -> Plan:
     config = composed(name, f"card={card}", *overrides)
     return plan_of(config, find_model(config), machine_of(config))

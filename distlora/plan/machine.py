@@ -14,8 +14,9 @@ GIB = 2**30
 class Found:
     """What a machine has."""
 
-    devices: tuple[tuple[str, int], ...] = ()
-    """(name, bytes of memory) of each GPU that processes may use, as its driver says it."""
+    devices: tuple[tuple[str, int], ...] | None = ()
+    """(name, bytes of memory) of each GPU that processes may use, as its driver says it; None: there are some, of which
+    it does not say that."""
     host_bytes: int | None = None
     """Host memory that can be had (`distlora.host_memory.available_bytes`); None: not known."""
 
@@ -71,12 +72,12 @@ def machine_of(config: Config, *, found: Found | None = None) -> Machine:
     given = config.card
     if given.memory_gib is not None:
         memory = int(given.memory_gib * GIB)
-    is_gpu = memory is not None or not local
+    is_gpu = memory is not None or not local or here.devices is None
     usable = None if memory is None else memory - CONTEXT_BYTES
     # What a CPU's ranks have is the host's memory.
     if not is_gpu and here.host_bytes is not None:
         usable = here.host_bytes // config.cluster.gpus_per_node
-    is_here = named is None or any(card_named(device) == named for device, _ in here.devices)
+    is_here = named is None or any(card_named(device) == named for device, _ in here.devices or ())
     return Machine(
         name=name or (("a card" if memory is None else f"a card of {memory / GIB:g} GiB") if is_gpu else "CPU"),
         is_gpu=is_gpu,

@@ -22,12 +22,14 @@ def found_here() -> Found:
     return Found(devices=devices(), host_bytes=host_memory.available_bytes())
 
 
-def devices() -> tuple[tuple[str, int], ...]:
+def devices() -> tuple[tuple[str, int], ...] | None:
     """(name, bytes of memory) of each GPU, by nvidia-smi; none where there is no such program, or it fails: a machine
-    whose driver does not answer trains on its CPU."""
+    whose driver does not answer trains on its CPU. None for slices of a card (MIG), of which it names the whole."""
     program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
     if program is None or (visible is not None and not _listed(visible)):
         return ()
+    if visible is not None and any(card.startswith("MIG") for card in _listed(visible)):
+        return None
     command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     command += [f"--id={','.join(_listed(visible))}"] if visible is not None else []
     try:

@@ -6,22 +6,23 @@ What counts is anonymous memory, which a job's limit counts and nothing can drop
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distlora import host_memory, wire
 from distlora.config import Config
 from distlora.config.initialization import PLAIN, subspace_iterations
+from distlora.plan.base import Base, base_of
 from distlora.plan.disk import Tensor, optimizer_tensors, trained_tensors
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes
 from distlora.plan.model import PlannedModel
+from distlora.plan.trained import Trained
 
-PROCESS_BYTES = 310_000_000
-"""A worker's Python, torch, transformers and gloo (309 MB of RssAnon at the end of a run of 0.4 million parameters, its
-own 4 MB among it; torch 2.13 for the CPU, 2026-11-25). What CUDA's libraries take beside it was not measured."""
-LAUNCHER_BYTES = 400 * 2**20
-"""The launcher and torchrun on each machine (distlora/loading/README.md)."""
+PROCESS_BYTES = 390_000_000
+"""A worker's Python, torch, transformers and gloo: RssAnon in a run of 0.4 million parameters (365 to 390 MB on 1 and 2
+ranks, torch 2.13 for the CPU, 2026-11-25). What CUDA's libraries take beside it was not measured."""
+LAUNCHER_BYTES = 180_000_000
+"""The launcher and torchrun on each machine (179 MB in the same runs)."""
 LOADING_BYTES = 64_000_000
 """The bound of what loading takes beside the slice of a tensor: chunks that are read ahead, fp32 work, absmax
 (tests/test_loading_memory.py)."""
@@ -82,16 +83,16 @@ class HostBytes:
 
 def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
     """Of a training run with these settings, of which a rank takes `device` on its device."""
-    trained = list(trained_tensors(config, model.shapes))
-    state = list(optimizer_tensors(config, trained))
-    copies, of_others = _copies(config, machine, [*trained, *state])
+    saved = list(trained_tensors(config, model.shapes))
+    copies, of_others = _copies(config, machine, [*saved, *optimizer_tensors(config, saved)])
     shards = config.shard_degree(machine.ranks)
-    paged = sum(tensor.nbytes for tensor in state) if config.optim.name.startswith("paged_") else 0
+    base = base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
+    trained = Trained.of(config, model.shapes, base, shards)
     return HostBytes(
         process=PROCESS_BYTES,
-        base=_base(config, model, shards) if config.parallel.offload_base else 0,
+        base=_base(base, shards) if config.parallel.offload_base else 0,
         inputs=_inputs(config, model, machine) if config.train.checkpointing == "offload" else 0,
-        moments=paged if machine.is_gpu else 0,
+        moments=_paged(config, trained, machine),
         copies=copies,
         copies_of_others=of_others,
         loading=_loading(config, model, shards, on_host=not machine.is_gpu),
@@ -102,23 +103,16 @@ def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: De
     )
 
 
-def _base(config: Config, model: PlannedModel, shards: int) -> int:
-    """As `zero3.host_bytes` counts it, from the shapes."""
-    return host_memory.bytes_of(sorted(_rows(config, model, shards), reverse=True))
+def _base(base: Base, shards: int) -> int:
+    """As `zero3.host_bytes` counts it: a rank's rows of each parameter, in chunks."""
+    rows = [tensor.kept(shards) for tensor, count in base.counted() for _ in range(count)]
+    return host_memory.bytes_of(sorted(rows, reverse=True))
 
 
-def _rows(config: Config, model: PlannedModel, shards: int) -> Iterator[int]:
-    """Bytes of a rank's rows of each parameter that ZeRO-3 gathers."""
-    shapes, itemsize = model.shapes, wire.DTYPE_BYTES[config.train.dtype]
-    for _ in range(1 if shapes.tied else 2):
-        yield itemsize * wire.padded((shapes.vocabulary, shapes.hidden), shards) // shards
-    yield itemsize * wire.padded((shapes.hidden,), shards) // shards
-    for weight in shapes.block * shapes.num_layers:
-        if config.quant.is_nf4 and weight.packs:
-            groups = wire.packed_bytes(weight.numel, shards) // wire.GROUP_BYTES // shards
-            yield from (groups * each for each in (8192, 256, 4))  # codes, scales, group_scale
-        else:
-            yield itemsize * wire.padded(weight.shape, shards) // shards
+def _paged(config: Config, trained: Trained, machine: Machine) -> int:
+    """What of the optimizer's states the host has where the card is short of memory."""
+    whole, on_card = (trained.optimizer_bytes(config.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
+    return whole - on_card if machine.is_gpu else 0
 
 
 def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:

@@ -1,18 +1,10 @@
 """What a row's tokens cost in memory beside the weights: what a forward keeps for backward and what a block at work
 takes, in each checkpointing mode, calculated from config.json's sizes; and what is computed a second time.
 
-Counted are the tensors that the code keeps, each storage once, with attention by documents (no mask is kept):
-
-    attention half   norm, [norms of queries and keys], its output X, X A^T; queries, keys, values, the output O and a
-                     number a head (log-sum-exp); O A^T; [the norm after attention]
-    MLP half         norm, its output X, X A^T; gate, up, act(gate), their product P, P A^T; [the norm after the MLP]
-
-A norm of transformers keeps an fp32 copy of its input, liger-kernel's (`fused`) the input itself; its gated MLP keeps
-no act(gate). What an adapter's linear reads is kept for dA; a linear without one keeps nothing. tests/
-test_activations.py holds the sums to what autograd saves, within 5 %.
-
-Not counted: experts, DoRA (which keeps each linear's output too), dense masks and the scores of eager attention, the
-weights that full fine-tuning gathers or copies.
+Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
+distlora/block_memory.py and distlora/expert_memory.py, of the head here. tests/test_activations.py and
+tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %;
+`uncounted` names the settings that they leave out.
 """
 
 from __future__ import annotations
@@ -21,8 +13,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora.families import Family
-from distlora.shapes import attention_columns, sizes_of
+from distlora import block_memory
+from distlora.block_memory import (
+    BY_DOCUMENTS,
+    Attention,
+    BlockRun,
+    Operation,
+    Peak,
+    attention_half,
+    flash_accumulators,
+    mlp_half,
+)
+from distlora.config import Config
+from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.expert_memory import INDEX_BYTES, expert_half
+from distlora.shapes import ModelShapes, expert_paths
+
+__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode", "uncounted"]
 
 Mode = Literal["none", "block", "selective", "offload"]
 
@@ -32,72 +39,8 @@ _LOGIT_BYTES = 16
 """A logit of a chunk in the dtype of the run, in fp32, its gradient in both."""
 _NORM_STEPS = 20
 """Five fp32 tensors of a norm of transformers in backward, bytes a column."""
-_HEAD_NORM_STEPS = 16
-"""The same of the queries' norm, less what is counted as their gradient and gone by then."""
 _OFFLOADED_IN_FLIGHT = 2
 """Boundary inputs on the device with `offload`: the one in use and the one on its way."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoder:
-    """The sizes of a decoder of dense blocks."""
-
-    hidden: int
-    inner: int
-    """Columns of gate, of up and of their product."""
-    queries: int
-    """Columns of the queries: heads x head size."""
-    keys: int
-    """Columns of the keys, and of the values."""
-    heads: int
-    key_heads: int
-    layers: int
-    vocabulary: int
-    norms_after: bool
-    """Whether a norm follows attention and another the MLP (Gemma)."""
-    head_norms: bool
-    """Whether queries and keys have norms."""
-
-    @classmethod
-    def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
-        """From a config.json. Raises ValueError for a mixture of experts, which is not counted."""
-        if family.experts is not None:
-            raise ValueError(f"what {family.model_type} keeps depends on where its router sends tokens")
-        settings = sizes_of(model, family)
-        heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
-        return cls(
-            hidden=settings["hidden_size"],
-            inner=settings["intermediate_size"],
-            queries=queries,
-            keys=keys,
-            heads=heads,
-            key_heads=keys // (queries // heads),
-            layers=settings["num_hidden_layers"],
-            vocabulary=settings["vocab_size"],
-            norms_after=family.mlp_norms[1] is not None,
-            head_norms=family.head_norms,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdaptedRanks:
-    """The ranks of a block's adapters, added up over the linears that read the same tensor; 0: none of them has one."""
-
-    qkv: int = 0
-    o: int = 0
-    gate_up: int = 0
-    down: int = 0
-
-    @classmethod
-    def of(cls, ranks: Mapping[str, int]) -> AdaptedRanks:
-        """From the rank of each adapted linear of a block, by its path or its name."""
-        inputs = {"o_proj": "o", "down_proj": "down"}
-        inputs |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "qkv")
-        inputs |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "gate_up")
-        sums = dict.fromkeys(inputs.values(), 0)
-        for path, rank in ranks.items():
-            sums[inputs[path.rpartition(".")[2]]] += rank
-        return cls(**sums)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +56,8 @@ class Activations:
     """On the device in their backward."""
     working: float
     """On the device while a block is at work in backward: what it recomputes, and gradients."""
+    dequantized: float
+    """Of it, weights in NF4 that are dense tensors then: on the CPU, and of experts that no grouped product runs."""
     recomputed: float
     """Share of the operations of a forward that backward does again."""
 
@@ -120,6 +65,19 @@ class Activations:
     def peak(self) -> float:
         """On the device."""
         return self.kept + max(self.head_forward, self.head_backward, self.working)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What a device makes different."""
+
+    is_gpu: bool = True
+    processors: int = 132
+    """Streaming multiprocessors of a GPU: an H100's unless it is said."""
+    groups_experts: bool = True
+    """Whether it runs experts in bf16 as one grouped product: compute capability 9.x and 10.x."""
+    has_liger: bool = False
+    """Whether liger-kernel is installed there, which takes less than transformers' own norms and MLPs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +90,80 @@ class Costs:
     """Of the run's dtype."""
     fused: bool = False
     """Whether norms and MLPs are liger-kernel's."""
+    is_gpu: bool = True
+    attention: Attention = BY_DOCUMENTS
+    dora: bool = False
+    dropout: bool = False
+    """Whether adapters have any. Masks are not kept; on the CPU, and with DoRA, they are made as tensors."""
+    quantized: bool = False
+    """Whether linears are in NF4: dense weights are the scratch's on a GPU, and tensors like others on the CPU."""
+    groups_experts: bool = False
+    """Whether experts are one grouped product."""
+    balances: bool = False
+    """Whether a loss balances the routers."""
+
+    @classmethod
+    def of(cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device) -> Costs:
+        """Of a training run of the model with this config.json. Attention on a GPU is by documents where the kernel
+        takes the model's heads, one document a row: more of them need less. What of the settings is not in it,
+        `uncounted` says."""
+        train, adapter, family = config.train, config.adapter, shapes.family
+        decoder = Decoder.of(settings, family)
+        sixteen_bits = train.dtype == "bf16"
+        adapted = () if adapter.method == "full" else shapes.adapters(adapter)[0]
+        fused = {path.rpartition(".")[2] for path in expert_paths(family)}
+        experts = 1 if decoder.experts is None else decoder.experts.count
+        ranks = {a.path: a.down[0] // (experts if a.path.rpartition(".")[2] in fused else 1) for a in adapted}
+        if family.attention == "eager":
+            attention = Attention(kind="eager")
+        elif device.is_gpu and sixteen_bits and decoder.head_size % 8 == 0 and decoder.head_size <= 256:
+            bounds = 2 * train.micro_batch - 1  # Between rows stands an empty document (distlora.attention.cu_seqlens).
+            attention = Attention(
+                accumulators=flash_accumulators(
+                    device.processors, decoder.heads, bounds, deterministic=train.deterministic_attention
+                ),
+                expands_keys=True,
+            )
+        else:
+            attention = Attention(kind="sdpa")
+        balanced = train.router_aux_loss
+        if balanced is None:
+            balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
+        return cls(
+            decoder=decoder,
+            ranks=AdaptedRanks.of(ranks),
+            dtype_bytes=2 if sixteen_bits else 4,
+            fused=device.is_gpu
+            and device.has_liger
+            and train.liger
+            and adapter.method != "full"
+            and decoder.experts is None,
+            is_gpu=device.is_gpu,
+            attention=attention,
+            dora=adapter.use_dora,
+            dropout=adapter.lora_dropout > 0,
+            quantized=config.quant.is_nf4,
+            groups_experts=device.is_gpu and device.groups_experts and sixteen_bits,
+            balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
+        )
+
+    def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
+        """A block that runs so many tokens at once, in rows of so many."""
+        return BlockRun(
+            decoder=self.decoder,
+            ranks=self.ranks,
+            itemsize=self.dtype_bytes,
+            device="cuda" if self.is_gpu else "cpu",
+            attention=self.attention,
+            tokens=tokens,
+            row=row,
+            fused=self.fused,
+            dora=self.dora,
+            dropout=self.dropout,
+            quantized=self.quantized,
+            groups_experts=self.groups_experts,
+            balances=self.balances,
+        )
 
     @property
     def boundary(self) -> int:
@@ -139,104 +171,115 @@ class Costs:
         return self.dtype_bytes * self.decoder.hidden
 
     @property
-    def attention(self) -> int:
-        """What the attention half keeps."""
-        sizes, ranks, b = self.decoder, self.ranks, self.dtype_bytes
-        norms = self._norm(sizes.hidden) * (2 if sizes.norms_after else 1)
-        if sizes.head_norms:
-            norms += self._norm(sizes.queries, sizes.heads) + self._norm(sizes.keys, sizes.key_heads)
-        own = b * (2 * sizes.queries + 2 * sizes.keys) + 4 * sizes.heads
-        return norms + own + self._read(sizes.hidden, ranks.qkv) + b * ranks.o
+    def _norm_keeps_input(self) -> bool:
+        """Whether the norm that a half begins with keeps the half's input itself, and no fp32 copy."""
+        return self.fused or self.dtype_bytes == 4
+
+    def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
+        """What the attention half of a block runs, on `tokens` at once, in rows of `row`."""
+        return attention_half(self.block(tokens, row))
+
+    def mlp_half(self, tokens: int = 1) -> list[Operation]:
+        """What its MLP half runs, experts or not."""
+        block = self.block(tokens)
+        return mlp_half(block) if self.decoder.experts is None else expert_half(block)
+
+    def kept(self, mode: Mode, row: int = 1) -> float:
+        """By a block, on the device or the host, of rows of so many tokens, which dense masks and scores grow with.
+        What stays on the device in any case, `_indices`, is not among it where the block or its MLP is recomputed."""
+        attention, mlp = block_memory.kept(self.attention_half(row=row)), block_memory.kept(self.mlp_half())
+        if mode == "none":
+            return attention + mlp
+        return self.boundary + (attention if mode == "selective" else 0)
+
+    def _indices(self, mode: Mode) -> int:
+        """Where the experts' rows belong, which the graph of a block holds itself, whatever a checkpoint drops."""
+        experts = self.decoder.experts
+        return 0 if experts is None or mode == "none" else INDEX_BYTES * experts.chosen
 
     @property
-    def mlp(self) -> int:
-        """What the MLP half keeps where it is not recomputed."""
-        sizes, ranks, b = self.decoder, self.ranks, self.dtype_bytes
-        norms = self._norm(sizes.hidden) * (2 if sizes.norms_after else 1)
-        gated = b * (2 if self.fused else 3) * sizes.inner
-        return norms + self._read(sizes.hidden, ranks.gate_up) + gated + self._read(sizes.inner, ranks.down)
+    def _tables(self) -> int:
+        """The rotary tables, cos and sin, of all blocks together."""
+        return 2 * self.dtype_bytes * self.decoder.head_size
 
-    def _norm(self, columns: int, rows: int = 1) -> int:
-        return (self.dtype_bytes if self.fused else 4) * columns + 4 * rows
+    def _masks(self, mode: Mode, row: int) -> int:
+        """The masks of all blocks together, as large as one head's scores: true or false for `sdpa`, to be added to the
+        scores for `eager`. Blocks that attend again keep them."""
+        if self.attention.kind == "documents" or mode not in ("block", "offload"):
+            return 0
+        return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
+
+    def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1) -> Peak:
+        """One block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that comes in:
+        the most that its MLP half, then its attention half need.
+        """
+        mlp_tokens = tokens if tile is None else min(tile, tokens)
+        attention, mlp = self.attention_half(tokens, row), self.mlp_half(mlp_tokens)
+        of_attention, of_mlp = (
+            block_memory.backward_peak(attention, tokens),
+            block_memory.backward_peak(mlp, mlp_tokens),
+        )
+        held = tokens * block_memory.kept(attention)
+        if mode == "none":
+            whole = held + tokens * block_memory.kept(mlp)
+            return max(of_mlp.less(whole - held), of_attention.less(whole))
+        # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
+        known = tokens * self.boundary if self._norm_keeps_input else 0
+        if tile is not None:
+            # The half's input, which selective keeps anyway, and its gradient are the row's.
+            of_mlp = of_mlp.less(-(1 if mode == "selective" else 2) * tokens * self.boundary)
+        if mode == "selective":
+            return max(of_mlp.less(known if tile is None else 0), of_attention.less(held))
+        return max(of_mlp.less(known - held), of_attention.less(known))
+
+    def _norm(self, columns: int) -> float:
+        return self.block().norm(columns).keeps
 
     @property
     def _norm_steps(self) -> int:
         """What a norm of hidden columns takes in backward beside what it keeps, the gradient that comes in among it."""
         return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
 
-    def _read(self, columns: int, ranks: int) -> int:
-        """What linears keep of the tensor that they read: it, and its products with A."""
-        return self.dtype_bytes * (columns + ranks) if ranks else 0
-
-    @property
-    def _tables(self) -> int:
-        """The rotary tables, cos and sin, of all blocks together."""
-        return 2 * self.dtype_bytes * (self.decoder.queries // self.decoder.heads)
-
-    def kept(self, mode: Mode) -> int:
-        """By a block, on the device or the host."""
-        if mode == "none":
-            return self.attention + self.mlp
-        return self.boundary + (self.attention if mode == "selective" else 0)
-
-    def working(self, mode: Mode, tokens: int, tile: int | None = None) -> int:
-        """Bytes of one block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that
-        comes in: the most that its MLP half, then its attention half need.
-        """
-        sizes, b = self.decoder, self.dtype_bytes
-        recomputed = tokens * self.attention if mode in ("block", "offload") else 0
-        # The product's gradient becomes those of act(gate) and up, when a product that was kept is gone. liger-kernel
-        # writes over gate and up.
-        gradients = 1 if self.fused else 2 if self.ranks.down else 3
-        # A norm after a half is the first in its backward, when all that the half keeps is there.
-        steps = max(gradients * b * sizes.inner, self._norm_steps if sizes.norms_after else 0)
-        of_mlp = steps + (0 if mode == "none" else self.mlp)
-        of_attention = max(b * (2 * sizes.queries + 2 * sizes.keys), 0 if self.fused else self._unfused_attention())
-        if sizes.norms_after:
-            of_attention = max(of_attention, self._norm_steps)
-        # With tiles, the half's input, which selective keeps anyway, and its gradient are the row's.
-        of_row = 0 if tile is None else (1 if mode == "selective" else 2) * tokens * self.boundary
-        mlp = of_row + (tokens if tile is None else min(tile, tokens)) * of_mlp
-        return recomputed + max(mlp, tokens * of_attention)
-
-    def _unfused_attention(self) -> int:
-        """What transformers' own norms and rotary embedding take in backward, beside all that the half keeps: after the
-        attention proper, when queries, keys, values and output are gone, the gradients of the first three and products
-        of them with the tables; of the norms of queries, fp32 steps; last those of the half's own norm, alone."""
-        sizes, b = self.decoder, self.dtype_bytes
-        own, gradients = b * (2 * sizes.queries + 2 * sizes.keys), b * (sizes.queries + 2 * sizes.keys)
-        rotary = gradients + 4 * b * sizes.queries - own
-        head_norms = gradients + _HEAD_NORM_STEPS * sizes.queries - own if sizes.head_norms else 0
-        norm = self._norm(sizes.hidden) + self._norm_steps - self.attention
-        return max(rotary, head_norms, norm)
-
-    def head_forward(self, tokens: int) -> int:
+    def head_forward(self, tokens: int) -> float:
         """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too."""
         kept = self._norm(self.decoder.hidden) + 2 * self.boundary
         return tokens * kept + _LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * self.decoder.vocabulary)
 
-    def head_backward(self, tokens: int) -> int:
+    def head_backward(self, tokens: int) -> float:
         """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it."""
         hidden = self.decoder.hidden
         return tokens * (self._norm(hidden) + max(2 * self.boundary + 4 * hidden, self._norm_steps))
 
-    def step(self, mode: Mode, *, at_once: int, kept_tokens: int | None = None, tile: int | None = None) -> Activations:
+    def step(
+        self,
+        mode: Mode,
+        *,
+        at_once: int,
+        kept_tokens: int | None = None,
+        tile: int | None = None,
+        row: int | None = None,
+    ) -> Activations:
         """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (train.accumulate=block: those of
-        all its micro-batches); one document a row, for the operations of attention."""
+        all its micro-batches), in rows of `row` tokens (None: `at_once`, one row); one document a row, for the
+        operations of attention."""
         tokens = at_once if kept_tokens is None else kept_tokens
-        layers, kept = self.decoder.layers, self.kept(mode)
+        row = at_once if row is None else row
+        tokens = at_once if kept_tokens is None else kept_tokens
+        layers, kept = self.decoder.layers, self.kept(mode, row)
         offloads = mode == "offload"
         # The gradient of all tokens comes in, and those of the slices that were run before the last are kept for it.
         gradients = (2 * tokens - at_once) * self.boundary
         # The newest input is a slice of the last block's, which stays whole with it until backward.
         newest = max(0, tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
         kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
+        working = self.working(mode, at_once, tile, row)
         return Activations(
-            kept=kept_here * kept + tokens * self._tables,
+            kept=kept_here * kept + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
             kept_on_host=tokens * layers * kept if offloads else 0,
             head_forward=self.head_forward(tokens) + newest,
             head_backward=self.head_backward(tokens) + newest,
-            working=gradients + self.working(mode, at_once, tile),
+            working=gradients + working.bytes,
+            dequantized=working.dense,
             recomputed=self.recomputed(mode, at_once),
         )
 
@@ -246,7 +289,19 @@ class Costs:
         attention: float = 2 * sizes.hidden * (2 * sizes.queries + 2 * sizes.keys)
         # A token attends to half of the row, 2 operations for each column of its score and as many of its output.
         attention += 4 * sizes.queries * tokens / 2
-        mlp = 6 * sizes.hidden * sizes.inner
+        mlp = 6 * sizes.hidden * sizes.mlp_columns
         whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
         again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
         return sizes.layers * again / whole
+
+
+def uncounted(config: Config, shapes: ModelShapes) -> list[str]:
+    """Settings of a run whose part in its activations is not calculated, each as it is set; empty: all is counted."""
+    found = []
+    if config.adapter.method == "full":
+        found.append("adapter=full")
+    if config.adapter.modules_to_save:
+        found.append("adapter.modules_to_save")
+    if config.train.objective == "dpo":
+        found.append("train.objective=dpo")
+    return found

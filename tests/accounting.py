@@ -49,10 +49,11 @@ def flash_like(*arguments: Any) -> Tensor:
 
 
 class Kept:
-    """The bytes that autograd keeps within certain modules, each storage once, parameters not."""
+    """The bytes that autograd keeps within certain modules, each storage once, parameters and views of them not."""
 
     def __init__(self) -> None:
         self._storages: dict[int, Tensor] = {}
+        self._parameters: set[int] = set()
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +62,13 @@ class Kept:
     @contextlib.contextmanager
     def within(self, modules: list[nn.Module]) -> Iterator[None]:
         def keep(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                self._storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            place = tensor.untyped_storage().data_ptr()
+            if place not in self._parameters:
+                self._storages.setdefault(place, tensor)
             return tensor
 
         contexts: list[Any] = []
+        self._parameters |= {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
 
         def enter(module: nn.Module, arguments: Any) -> None:
             contexts.append(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))

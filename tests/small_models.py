@@ -67,8 +67,8 @@ def tokenizer() -> Any:
 
 
 def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
-    """A random model (llama, llama-tied, qwen3, gemma3, mixtral), as save_pretrained writes it: three blocks of hidden
-    96."""
+    """A random model (llama, llama-tied, or another family's name), as save_pretrained writes it: three blocks of
+    hidden 96."""
     import torch
     import transformers
 
@@ -78,11 +78,18 @@ def write_model_folder(folder: Path, name: str, **settings: Any) -> None:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     }
     config_class, model_class = classes[family]
     values = {**SHAPES, "tie_word_embeddings": name.endswith("tied")}
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss"):
         values |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 72}
+    if family == "qwen3_moe":
+        values |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
     torch.manual_seed(0)
     model = model_class(config_class(**(values | settings)))
     with torch.no_grad():

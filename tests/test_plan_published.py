@@ -88,7 +88,7 @@ def qlora_65b() -> float:
 
 def steps(name: str, *words: str) -> tuple[Plan, Activations]:
     plan = planned(name, *words)
-    return plan, activations_of(plan.config, plan.model, plan.machine.ranks)
+    return plan, activations_of(plan.config, plan.model, plan.machine)
 
 
 PEFT_RUN = ("data.sequence_length=2048", "train.micro_batch=2", "train.global_batch=8", "adapter.r=8")

@@ -6,11 +6,10 @@ that of the last block, the second or the first: in between both change from blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distlora import wire
-from distlora.activations import Activations, AdaptedRanks, Costs, Decoder
+from distlora.activations import Activations, Costs, Device
 from distlora.config import Config
 from distlora.plan.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.gathered import Copied, copied_of, gathered_of
@@ -52,8 +51,8 @@ class Step:
             base=base,
             trained=trained,
             shards=shards,
-            costs=costs_of(config, model),
-            activations=activations_of(config, model, ranks),
+            costs=costs_of(config, model, machine),
+            activations=activations_of(config, model, machine),
             gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
             copied=copied_of(config, base, shards),
             at_once=at_once,
@@ -85,7 +84,7 @@ class Step:
         """Of what is on the device, what is gone when a block's backward is done; with inputs in host memory others
         come in its place."""
         mode = self.config.train.checkpointing
-        return 0 if mode == "offload" else int(self.tokens * self.costs.kept(mode))
+        return 0 if mode == "offload" else int(self.tokens * self.costs.kept(mode, self.config.data.sequence_length))
 
     @property
     def _boundary(self) -> int:
@@ -100,7 +99,7 @@ class Step:
         if train.checkpointing == "none":
             return 2 * self._boundary
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
-        return 2 * self._boundary + tile * 3 * self.costs.dtype_bytes * sizes.inner
+        return 2 * self._boundary + tile * 3 * self.costs.dtype_bytes * sizes.mlp_columns
 
     def _embedding(self) -> dict[Kind, int]:
         """Its forward; or its backward, when all other gradients are there: a gradient as large as it in the run's
@@ -157,10 +156,11 @@ class Step:
     def _block_at(self, place: int) -> dict[Kind, int]:
         """The block of this place in its backward."""
         done = self._layers - 1 - place
-        kept = self._kept - done * self._kept_by_a_block
+        kept, dequantized = self._kept - done * self._kept_by_a_block, int(self.activations.dequantized)
         return {
             "kept": kept + self.copied.kept,
-            "working": int(self.activations.working) + self.copied.block + self._tied_gradient,
+            "working": int(self.activations.working) - dequantized + self.copied.block + self._tied_gradient,
+            "scratch": dequantized,
             "gathered": self.gathered.block if place > 0 else self.gathered.first,
             "gradients": self._waiting(place + 1) + self._summed(done),
             "communication": self._sent_behind(place),
@@ -209,21 +209,19 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
     return 0 if shards == 1 else sum(4 * wire.padded(tensor.shape, shards) for tensor in unit if tensor.trained)
 
 
-def costs_of(config: Config, model: PlannedModel) -> Costs:
-    """Of a block of this run."""
-    shapes = model.shapes
-    full = config.adapter.method == "full"
-    adapters: Mapping[str, int] = {} if full else {a.path: a.down[0] for a in shapes.adapters(config.adapter)[0]}
-    return Costs(
-        decoder=Decoder.of(model.settings, shapes.family),
-        ranks=AdaptedRanks.of(adapters),
-        dtype_bytes=wire.DTYPE_BYTES[config.train.dtype],
-    )
+def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
+    """Of a block of this run. A card that is not in the table is taken for an H100."""
+    card = machine.card
+    device = Device(is_gpu=machine.is_gpu)
+    if card is not None:
+        device = Device(processors=card.processors, groups_experts=card.capability[0] in (9, 10))
+    return Costs.of(config, model.shapes, model.settings, device)
 
 
-def activations_of(config: Config, model: PlannedModel, ranks: int) -> Activations:
-    """Of a step of this run on so many ranks."""
-    train = config.train
-    at_once = config.data.sequence_length * train.micro_batch
-    tokens = at_once * (config.accumulation(ranks) if train.accumulate == "block" else 1)
-    return costs_of(config, model).step(train.checkpointing, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile)
+def activations_of(config: Config, model: PlannedModel, machine: Machine) -> Activations:
+    """Of a step of this run."""
+    train, length = config.train, config.data.sequence_length
+    at_once = length * train.micro_batch
+    tokens = at_once * (config.accumulation(machine.ranks) if train.accumulate == "block" else 1)
+    costs = costs_of(config, model, machine)
+    return costs.step(train.checkpointing, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=length)

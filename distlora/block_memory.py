@@ -1,0 +1,322 @@
+"""The operations of a decoder block in the order in which a forward runs them: what each keeps for backward, and what
+its backward makes. The peak of a block in backward follows by going through them from the last to the first.
+
+All numbers are bytes a token; those of adapters and of weights stand beside them, as `fixed` and `dense`. Each is read
+off the code that allocates, which the docstrings name, and held to what is alive in a backward by tests/
+test_activations.py. In the dtype of the run, of b bytes:
+
+    attention   norm, linears (X, X A^T), [norms of queries and keys], rotary embedding, attention proper, linear,
+                [norm after it]
+    MLP         norm, linears (X, X A^T), act(gate) up, linear (P, P A^T), [norm after it]
+
+A norm of transformers keeps an fp32 copy of its input, liger-kernel's (`fused`) the input itself; its gated MLP keeps
+no act(gate). What an adapter's linear reads is kept for dA; a linear without one keeps nothing. With DoRA a linear
+keeps its output for the magnitude's gradient: where nothing else keeps that very tensor, it is one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from distlora.decoder_sizes import AdaptedRanks, Decoder
+
+_COUNTERS = {"cpu": 2**15, "cuda": 2**22}
+"""What distlora_kernels.dropout has of counters at once, by device."""
+_COUNTER_BYTES = 8 * 8
+"""Of one in philox: eight int64. Each makes the words of eight inputs."""
+_PARTS_BYTES = 2**28
+"""What distlora_kernels.skinny_launch lets the parts of dB take before it reads dY twice."""
+_RANK_READ_ONCE = 32
+STRIPE_BYTES = 3 * 4 * 2**20
+"""Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
+
+
+class Moment(NamedTuple):
+    """What is alive for a while."""
+
+    bytes: float
+    """A token."""
+    fixed: float = 0
+    """Bytes whatever the number of tokens, of adapters."""
+    dense: float = 0
+    """Bytes of dequantized weights that are tensors like others."""
+
+
+class Peak(NamedTuple):
+    """Bytes at the most."""
+
+    bytes: float
+    dense: float = 0
+    """Of them, dequantized weights."""
+
+    def less(self, nbytes: float) -> Peak:
+        """Without so many that are counted elsewhere."""
+        return Peak(self.bytes - nbytes, self.dense)
+
+
+class Operation(NamedTuple):
+    """One of a block, or a few that follow each other."""
+
+    keeps: float
+    """Bytes a token from forward to backward."""
+    backward: tuple[Moment, ...]
+    """What its backward makes, moment by moment, beside what is kept and the gradient that comes in, and less what of
+    that is gone by then."""
+    leaves: float
+    """Bytes a token of the gradient that it hands on."""
+    forward: float = 0
+    """Bytes a token that its forward has at the most beside what it and those before it keep."""
+
+
+def kept(operations: Sequence[Operation]) -> float:
+    """Bytes a token."""
+    return sum(operation.keeps for operation in operations)
+
+
+def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
+    """In the backward of these operations, what they keep among it, and in a recomputation before it. The gradient that
+    comes to the last of them, which the residual stream has too, is not counted."""
+    peaks, held, incoming = [], 0.0, 0.0
+    for operation in operations:
+        held += operation.keeps
+        peaks.append(Peak(tokens * (held + operation.forward)))
+    for operation in reversed(operations):
+        for moment in operation.backward:
+            alive = tokens * (held + incoming + moment.bytes) + moment.fixed + moment.dense
+            peaks.append(Peak(alive, moment.dense))
+        held, incoming = held - operation.keeps, operation.leaves
+    return max(peaks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """What an attention implementation keeps and makes."""
+
+    kind: Literal["documents", "sdpa", "eager"] = "documents"
+    """`documents`: flash attention over each document's length. `sdpa`: torch's with a dense mask. `eager`: the scores
+    of a row are tensors."""
+    accumulators: float = 0
+    """fp32 copies of the queries' gradient that the backward of `documents` has (`flash_accumulators`)."""
+    expands_keys: bool = False
+    """Whether that backward makes gradients of keys and values for each head of the queries."""
+
+
+BY_DOCUMENTS = Attention()
+"""Attention by documents, without what a kernel makes for itself."""
+
+
+def flash_accumulators(processors: int, heads: int, documents: int, *, deterministic: bool) -> int:
+    """fp32 copies of dQ in the backward of flash attention 2 (flash_api.cpp, mha_varlen_bwd, in flash-attn and in
+    torch): one that is added to by atomics, or one for each program that walks over the same queries."""
+    return -(-processors // (documents * heads)) if deterministic else 1
+
+
+class Linear(NamedTuple):
+    """One of those that read a tensor."""
+
+    name: str
+    columns: int
+    """Of its output."""
+    bias: bool
+    output_is_kept: bool = False
+    """Whether what follows keeps its output itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRun:
+    """How a block is run: what its operations depend on beside its sizes."""
+
+    decoder: Decoder
+    ranks: AdaptedRanks
+    itemsize: int = 2
+    """Of the run's dtype, b."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    attention: Attention = BY_DOCUMENTS
+    tokens: int = 1
+    """That it runs at once: some of what is made has a bound."""
+    row: int = 1
+    """Tokens of a row: what dense masks and scores grow with."""
+    fused: bool = False
+    """Whether norms are liger-kernel's; MLPs and the rotary embedding too where there is no DoRA."""
+    dora: bool = False
+    dropout: bool = False
+    quantized: bool = False
+    """Whether linears are in NF4."""
+    groups_experts: bool = False
+    """Whether experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
+    balances: bool = False
+    """Whether a loss balances the routers."""
+
+    @property
+    def fused_mlp(self) -> bool:
+        """With DoRA liger-kernel's MLP and rotary embedding would write over outputs that gradients read."""
+        return self.fused and not self.dora
+
+    def norm(self, columns: int, rows: int = 1) -> Operation:
+        """Of `rows` vectors a token that have so many columns together. LlamaRMSNorm and its like: x in fp32, its
+        inverse root mean square; in backward five fp32 tensors, when the gradient that came in is gone. The residual
+        stream itself is fp32 in an fp32 run. liger-kernel's: x, and the gradient of x."""
+        b = self.itemsize
+        if self.fused:
+            return Operation(b * columns + 4 * rows, (Moment(2 * b * columns),), b * columns)
+        return Operation(4 * columns + 4 * rows, (Moment(20 * columns - b * columns),), b * columns)
+
+    def linears(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
+        """Those that read one tensor of `inputs` columns (lora_torch.py, lora_gpu.py)."""
+        b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
+        keeps = b * (inputs + sum(ranks.values())) if any(ranks.values()) else 0
+        if self.dora:
+            # Of v + bias and of v beside x W^T backward reads v, a tensor of its own; else y itself.
+            own = [each for each in outputs if ranks[each.name] and not self._keeps_output(each)]
+            keeps += b * sum(linear.columns for linear in own)
+        make = self._on_cpu if self.device == "cpu" else self._on_gpu
+        moments = make(inputs, outputs, ranks)
+        # dA and dB of all of them, in fp32.
+        fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
+        backward = tuple(moment._replace(fixed=fixed) for moment in moments)
+        return Operation(keeps, backward, b * inputs)
+
+    def _keeps_output(self, linear: Linear) -> bool:
+        """Whether what follows keeps the very tensor that DoRA's backward reads."""
+        return linear.output_is_kept and not linear.bias and not self.dropout
+
+    def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
+        """From the last linear to the first: a dX each, which is added to the others'. A dequantized weight lives until
+        the next linear has its own, which is made of its absmax in fp32 (nf4_cpu.py)."""
+        b, moments, before = self.itemsize, [], 0.0
+        for index, linear in enumerate(reversed(outputs)):
+            weight = b * inputs * linear.columns if self.quantized else 0
+            total, own = (b * inputs if index else 0), 0.0
+            if ranks[linear.name]:
+                if self.dora:  # k dY, and with dropout (k - 1) dY.
+                    own = b * linear.columns * (2 if self.dropout else 1)
+                    stripe = self._at_most(12 * linear.columns, STRIPE_BYTES)
+                    moments.append(Moment(total + own + stripe, dense=before))
+                if self.dropout:  # Random words, the mask made of them, what it leaves of x.
+                    moments.append(Moment(total + own + 3 * inputs + self._counters(inputs), dense=before))
+                    own += inputs
+                    moments.append(Moment(total + own + b * inputs, dense=before))
+            moments.append(Moment(total + own, dense=before + weight * (1 + 4 / 64 / b)))
+            dropped = self.dropout and ranks[linear.name]
+            moments.append(Moment(total + own + b * inputs * (2 if dropped else 1), dense=weight))
+            before = weight
+        return moments
+
+    def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
+        """The adapters' gradients linear by linear, then dX, once for all of them."""
+        b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
+        folds = self.quantized and not self.dropout and b == 2
+        scaled = 0.0
+        moments = []
+        for linear in adapted:
+            if self.dora and not folds:
+                # k dY: of all linears in the place of dY without dropout; with it, (k - 1) dY of all of them.
+                scaled += b * linear.columns
+                moments.append(Moment(scaled + (b * linear.columns if self.dropout else 0)))
+            moments.append(Moment(scaled + self._parts_of_db(linear.columns, ranks[linear.name])))
+        if self.dropout and len(adapted) > 1:
+            moments.append(Moment(scaled + 2 * b * inputs))
+        if self.dropout and self.dora:
+            moments.append(Moment(scaled + 2 * b * inputs + 3 * inputs + self._counters(inputs)))
+        return [*moments, Moment(scaled + b * inputs)]
+
+    def _counters(self, inputs: int) -> float:
+        """What makes the words of a mask has of its own."""
+        return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS[self.device] * _COUNTER_BYTES)
+
+    def _parts_of_db(self, columns: int, rank: int) -> float:
+        """Of skinny_launch.dy: a part of dB for each 256 tokens, 128 where the rank is no multiple of 16."""
+        parts = 4 * columns * rank / (128 if rank % 16 else 256)
+        return 0 if rank > _RANK_READ_ONCE or self.tokens * parts > _PARTS_BYTES else parts
+
+    def _at_most(self, of_token: float, bound: float) -> float:
+        """Bytes a token of what has a bound for all of them."""
+        return min(of_token, bound / self.tokens)
+
+    def rotary(self) -> Operation:
+        """apply_rotary_pos_emb: the gradients of queries, keys and values are there, and of the queries four products
+        with the tables. liger-kernel's writes over what it gets."""
+        b, sizes = self.itemsize, self.decoder
+        made = 0 if self.fused_mlp else 4 * b * sizes.queries
+        return Operation(0, (Moment(made),), b * (sizes.queries + 2 * sizes.keys))
+
+    def attends(self) -> Operation:
+        """The attention proper: queries, keys, values and the output; a number a head (log-sum-exp)."""
+        b, sizes = self.itemsize, self.decoder
+        leaves = b * (sizes.queries + 2 * sizes.keys)
+        if self.attention.kind == "documents":
+            rounded = -(-sizes.head_size // 32) * 32
+            made = leaves + 4 * self.attention.accumulators * sizes.heads * rounded
+            if self.attention.expands_keys and sizes.keys < sizes.queries:
+                made += 2 * b * sizes.queries
+            # Values that are a part of what one linear gives keep all of it.
+            values = sizes.queries + 2 * sizes.keys if sizes.fused_linears else sizes.keys
+            keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
+            return Operation(keeps, (Moment(made),), leaves)
+        # Keys and values are repeated for each head of the queries.
+        if self.attention.kind == "sdpa":
+            keeps = 4 * b * sizes.queries + 4 * sizes.heads + b * self.row
+            return Operation(keeps, (Moment(3 * b * sizes.queries),), leaves)
+        return self._eager(leaves)
+
+    def _eager(self, leaves: float) -> Operation:
+        """The scores of a row, of all heads: with a cap its tanh, probabilities in fp32 and in b bytes (Gemma 2), whose
+        gradients in fp32 are two in backward; with sinks probabilities in b bytes and the place of each maximum."""
+        b, sizes = self.itemsize, self.decoder
+        scores = self.row * sizes.heads
+        keeps = 4 * b * sizes.queries
+        if sizes.sinks:
+            keeps += b * (scores + sizes.heads) + 8 * sizes.heads
+            # In forward with the masked scores, those with the sinks, and those less their maximum.
+            return Operation(keeps, (Moment(2 * b * scores),), leaves, 2 * b * scores)
+        copy = b * scores if b < 4 else 0
+        keeps += 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
+        return Operation(keeps, (Moment(8 * scores - copy), Moment((b + 4) * scores)), leaves)
+
+    def gates(self) -> Operation:
+        """act(gate) up: gate, up, act(gate), of which liger-kernel keeps none and whose gradients it writes over gate
+        and up. In backward the product's gradient becomes those of act(gate) and up; of one linear for both, they
+        become one tensor when what is kept is gone."""
+        b, inner = self.itemsize, self.decoder.inner
+        if self.fused_mlp:
+            return Operation(2 * b * inner, (Moment(0),), 2 * b * inner)
+        return Operation(3 * b * inner, (Moment(2 * b * inner),), 2 * b * inner)
+
+
+def attention_half(run: BlockRun) -> list[Operation]:
+    """From the input of a block to what is added to it."""
+    sizes = run.decoder
+    # Values go to attention as the linear gives them, queries and keys rotated.
+    as_given = run.attention.kind == "documents" or sizes.keys == sizes.queries
+    if sizes.fused_linears:
+        columns = sizes.queries + 2 * sizes.keys
+        qkv = [Linear("qkv_proj", columns, sizes.qkv_bias, as_given)]
+    else:
+        qkv = [Linear("q_proj", sizes.queries, sizes.qkv_bias), Linear("k_proj", sizes.keys, sizes.qkv_bias)]
+        qkv.append(Linear("v_proj", sizes.keys, sizes.qkv_bias, as_given))
+    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, qkv)]
+    if sizes.head_norms:
+        # The gradients of queries, keys and values are there together.
+        leaves = run.itemsize * (sizes.queries + 2 * sizes.keys)
+        operations.append(run.norm(sizes.queries, sizes.heads)._replace(leaves=leaves))
+        operations.append(run.norm(sizes.keys, sizes.key_heads)._replace(leaves=leaves))
+    output = run.linears(sizes.queries, [Linear("o_proj", sizes.hidden, sizes.o_bias)])
+    if run.ranks.o:
+        output = output._replace(keeps=output.keeps - run.itemsize * sizes.queries)  # It is attention's output.
+    operations += [run.rotary(), run.attends(), output]
+    return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
+
+
+def mlp_half(run: BlockRun) -> list[Operation]:
+    """From there to what the block adds to that; a dense MLP."""
+    sizes = run.decoder
+    if sizes.fused_linears:
+        read = [Linear("gate_up_proj", 2 * sizes.inner, sizes.mlp_bias, output_is_kept=True)]
+    else:
+        names = ("gate_proj", "up_proj")
+        read = [Linear(name, sizes.inner, sizes.mlp_bias, output_is_kept=True) for name in names]
+    down = run.linears(sizes.inner, [Linear("down_proj", sizes.hidden, sizes.mlp_bias)])
+    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, read), run.gates(), down]
+    return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations

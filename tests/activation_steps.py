@@ -1,0 +1,127 @@
+"""Steps of small models, and what is calculated of them: what the tests of distlora/activations.py measure by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accounting import Kept, Made, flash_like
+from distlora import activations, head
+from distlora.activations import Attention, Costs, Device, Mode
+from distlora.adapters import StepRows
+from distlora.attention import Documents
+from distlora.families import read_config
+from distlora.mlp import MLP, place_mlps
+from distlora.model import CausalLM
+from distlora.offload import HostInputs
+from distlora.shapes import shapes_of
+from family_models import config_for, load_ours, tokens
+from small_models import write_model_folder
+
+TOKENS = 512
+POSITIONS = torch.arange(16).repeat(1, TOKENS // 16)
+"""Documents so short that the scores of the attention that stands in are small."""
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+NARROW = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "head_dim": 48}
+"""Queries of 288 columns, keys of 96."""
+
+
+def load(
+    folder: Path,
+    family: str,
+    sizes: dict[str, int],
+    *,
+    dtype: str = "bf16",
+    quant: str = "none",
+    by_documents: bool = True,
+    **adapter: Any,
+) -> tuple[CausalLM, Costs]:
+    """A random model, and what is calculated for it on the CPU; attention by documents as the CUDA kernel keeps it,
+    without what that kernel makes for itself, or as the CPU does it."""
+    write_model_folder(folder, family, **sizes)
+    sections = {
+        "data": {"path": "none.jsonl", "sequence_length": TOKENS},
+        "adapter": {"target_modules": "all-linear", "r": 4, **adapter},
+        "quant": {"method": quant, "cache": False},
+        "train": {"dtype": dtype},
+    }
+    model, _ = load_ours(folder, **sections)
+    if by_documents:
+        model.attend_by_documents(flash_like)
+    # The first block's norm would keep nothing of an input without gradient; a leaf would be kept by its own node.
+    nothing = torch.zeros(sizes["hidden_size"], dtype=model.embedding.weight.dtype, requires_grad=True)
+    model.embedding.register_forward_hook(lambda module, arguments, output: output + nothing)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # Adapters' gradients are not of what is counted.
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    settings, config = read_config(folder), config_for(folder, **sections)
+    costs = Costs.of(config, shapes_of(settings, folder / "config.json"), settings, Device(is_gpu=False))
+    return model, replace(costs, attention=Attention()) if by_documents else costs
+
+
+class Host(HostInputs):
+    """The inputs of a model's blocks in memory that stands for the host's, all of it taken at the start."""
+
+    def __init__(self, num_inputs: int, nbytes: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.reserve(num_inputs, nbytes)
+        self.memory = [place for places in self._free.values() for place in places]
+
+
+def set_mode(model: CausalLM, mode: Mode, tile: int | None, num_micro: int = 1) -> list[Tensor]:
+    """Returns the host's memory that the mode keeps inputs in."""
+    if (mode == "selective" or tile is not None) and not isinstance(model.blocks[0].inner.mlp, MLP):
+        place_mlps(model.blocks, model.family, tile=tile)
+    model.set_num_micro(num_micro)
+    nbytes = TOKENS * model.embedding.weight[0].nbytes
+    host = Host(len(model.blocks) * num_micro, nbytes) if mode == "offload" else None
+    for block in model.blocks:
+        block.checkpointing = mode in ("block", "offload")
+        block.host_inputs = host
+        if isinstance(block.inner.mlp, MLP):
+            block.inner.mlp.tile = tile
+    return [] if host is None else host.memory
+
+
+def loss(model: CausalLM, rows: int = 1) -> torch.Tensor:
+    ids, positions = tokens(rows, TOKENS), POSITIONS.expand(rows, -1)
+    documents = Documents.of(positions) if model.attends_by_documents else None
+    place = StepRows(0, torch.arange(rows))
+    return model(ids, positions, ids.roll(-1, 1), step_rows=place, documents=documents).sum()
+
+
+def kept_by_a_block(model: CausalLM) -> float:
+    """Bytes a token that autograd keeps in a block, with its share of the rotary tables."""
+    kept = Kept()
+    with kept.within(list(model.blocks)):
+        loss(model)
+    return kept.nbytes / TOKENS / len(model.blocks)
+
+
+def check_steps(model: CausalLM, costs: Costs, modes: Sequence[tuple[Mode, int | None, int]]) -> None:
+    """What blocks keep, and a step's peak, in each (mode, tile, slices): as calculated, within 5 %."""
+    for mode, tile, num_micro in modes:
+        host, cell = set_mode(model, mode, tile, num_micro), (mode, tile, num_micro)
+        if mode in ("none", "selective", "block") and num_micro == 1:
+            assert costs.kept(mode, TOKENS) == pytest.approx(kept_by_a_block(model), rel=0.03), cell
+        with Made(model, host) as made:
+            loss(model, num_micro).backward()
+        assert made.alive <= 16 * TOKENS, "more than the row's ids is left behind by a step"
+        kept_tokens = None if num_micro == 1 else num_micro * TOKENS
+        step = costs.step(mode, at_once=TOKENS, kept_tokens=kept_tokens, tile=tile)
+        assert step.peak == pytest.approx(made.peak, rel=0.05), cell
+        assert step.kept_on_host == sum(place.nbytes for place in host)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few logits at once that a block can be a step's peak."""
+    assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 2**14)
+    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 2**14)

@@ -1,0 +1,76 @@
+"""What a row costs of every family and kind of adapter, calculated: what autograd keeps and operations make, within 5 %
+(tests/test_activations.py has the modes of plain LoRA)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from activation_steps import NARROW, WIDE, check_steps, load, small_chunks
+from distlora import block_memory
+from distlora.activations import Mode
+
+__all__ = ["small_chunks"]
+
+FEW: list[tuple[Mode, int | None, int]] = [("none", None, 1), ("block", None, 3), ("selective", None, 1)]
+ALL: list[tuple[Mode, int | None, int]] = [*FEW, ("block", None, 1), ("offload", None, 1), ("offload", None, 3)]
+SCORES = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "head_dim": 24}
+"""Scores are most of what attention makes."""
+QWEN3_MOE = {"moe_intermediate_size": 160}
+ON_CPU = {"by_documents": False}
+DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.1}
+BOTH = DORA | DROPOUT
+
+CASES: list[tuple[str, str, dict[str, int], dict[str, Any]]] = [
+    ("mixtral, narrow", "mixtral", NARROW, {}),
+    ("mixtral, wide", "mixtral", WIDE, {}),
+    ("mixtral in NF4", "mixtral", WIDE, {"quant": "nf4"}),
+    ("qwen3_moe, narrow", "qwen3_moe", NARROW | QWEN3_MOE, {}),
+    ("qwen3_moe, wide", "qwen3_moe", WIDE | QWEN3_MOE, {}),
+    ("qwen3_moe, adapters in attention", "qwen3_moe", WIDE | QWEN3_MOE, {"target_modules": ["q_proj", "v_proj"]}),
+    ("gpt_oss, narrow", "gpt_oss", NARROW, ON_CPU),
+    ("gpt_oss, wide", "gpt_oss", WIDE, ON_CPU),
+    ("gpt_oss, scores", "gpt_oss", SCORES, ON_CPU),
+    ("gemma2, narrow", "gemma2", NARROW, ON_CPU),
+    ("gemma2, wide", "gemma2", WIDE, ON_CPU),
+    ("gemma2, scores", "gemma2", SCORES, ON_CPU),
+    ("gemma2 in fp32", "gemma2", SCORES, ON_CPU | {"dtype": "fp32"}),
+    ("phi3, narrow", "phi3", NARROW, {}),
+    ("phi3, wide", "phi3", WIDE, {}),
+    ("qwen2", "qwen2", NARROW, {}),
+    ("llama with masks", "llama", WIDE, ON_CPU),
+    ("llama with masks in fp32", "llama", NARROW, ON_CPU | {"dtype": "fp32"}),
+    ("llama with masks in NF4", "llama", NARROW, ON_CPU | {"quant": "nf4"}),
+    ("qwen3 with masks in NF4 and fp32", "qwen3", WIDE, ON_CPU | {"quant": "nf4", "dtype": "fp32"}),
+    ("gemma3 with masks", "gemma3", WIDE, ON_CPU),
+    ("llama, DoRA, wide", "llama", WIDE, DORA),
+    ("llama, DoRA, narrow", "llama", NARROW, DORA),
+    ("llama, dropout", "llama", WIDE, DROPOUT),
+    ("llama, DoRA and dropout", "llama", NARROW, BOTH),
+    ("qwen3, DoRA and dropout", "qwen3", WIDE, BOTH),
+    ("qwen2, DoRA beside biases", "qwen2", NARROW, DORA),
+    ("phi3, DoRA", "phi3", NARROW, DORA),
+    ("llama with masks, DoRA in NF4", "llama", NARROW, ON_CPU | DORA | {"quant": "nf4"}),
+]
+DEFAULT = ("qwen3_moe, narrow", "gpt_oss, scores", "llama with masks in NF4", "llama, DoRA and dropout")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("name", "family", "sizes", "settings"),
+    [pytest.param(*case, id=case[0], marks=[] if case[0] in DEFAULT else pytest.mark.slow) for case in CASES],
+)
+def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
+    name: str,
+    family: str,
+    sizes: dict[str, int],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What an op of ours makes within itself, nothing sees that looks at operations.
+    monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
+    model, costs = load(tmp_path, family, sizes, **settings)
+    check_steps(model, costs, FEW if name in DEFAULT else ALL)

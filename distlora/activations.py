@@ -35,8 +35,9 @@ Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24
 """What distlora.head has of fp32 logits at a time."""
-_LOGIT_BYTES = 16
-"""A logit of a chunk in the dtype of the run, in fp32, its gradient in both."""
+_LOGIT_BYTES = 12
+"""A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
+in the run's dtype is gone by then, and has its gradient when the second is gone."""
 _NORM_STEPS = 20
 """Five fp32 tensors of a norm of transformers in backward, bytes a column."""
 _OFFLOADED_IN_FLIGHT = 2

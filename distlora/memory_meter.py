@@ -155,7 +155,8 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "weights"
             yield _storage(local_rows(parameter)[0]), kind
         for name, buffer in module.named_buffers(recurse=False):
-            yield _storage(buffer), "scales" if name == "offset" else "norms"
+            of_buffer: dict[str, Kind] = {"offset": "scales", "row_norms_squared": "adapters"}
+            yield _storage(buffer), of_buffer.get(name, "norms")
     for block in model.blocks:
         for start in block.started.values():
             yield _storage(start), "adapters"

@@ -1,7 +1,7 @@
 """`distlora bench kernels`: how fast the GPU kernels are here; with --offline, what they compile to, on any machine.
 `distlora bench methods` is in methods/, `distlora bench comm` in comm.py.
 
-For kernels and load this process becomes the one that measures or compiles, which imports torch.
+For kernels, load and memory this process becomes the one that measures or compiles, which imports torch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from distlora.config import UserError, nearest
 from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
+from distlora_launcher.comm import numbers
 
-SUBJECTS = ("kernels", "methods", "comm", "load")
+SUBJECTS = ("kernels", "methods", "comm", "load", "memory")
 MEASURE, COMPILE, LOAD = "distlora_kernels.bench", "distlora_kernels.offline", "distlora.bench.load"
+MEMORY = "distlora.bench.against_plan"
+MODELS = ("10M", "100M", "0.5B", "1.5B")
+"""Sizes of the random Llamas whose memory is measured."""
 
 USAGE = """usage: distlora bench kernels [options of the benchmark]
        distlora bench kernels --offline [--only TEXT] [--arch N ...] [--json]
        distlora bench methods [--out FOLDER] [--quick] ...
        distlora bench comm [setting=value ...] [--ranks N,N] [--measure] ...
        distlora bench load [--layers N]
+       distlora bench memory [--models 10M,100M] [--ranks 1,2] [--json]
 
 methods: compare adapter methods on the demo's base and data; `distlora bench methods --help` says more.
 
@@ -33,6 +38,9 @@ comm: what a step moves between ranks, beside PEFT with accelerate's FSDP2; `dis
 
 load: what a start takes on this machine's CPU, for a random model of 0.76 billion parameters on two ranks: quantizing
 its checkpoint, keeping the shards, and reading them again, beside transformers + bitsandbytes.
+
+memory: what a training step has in memory, planned and measured by kind, of random Llamas of 10M, 100M, 0.5B and 1.5B
+parameters on so many ranks of this machine, in each mode; from a minute for the smallest on a CPU to half an hour.
 
 kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
 `python -m distlora_kernels.bench --help` shows the options.
@@ -65,6 +73,8 @@ def main(arguments: list[str]) -> int:
         if layers is not None and layers < 1:
             parser.error(f"--layers={layers} is no number of blocks; write 1 or more")
         become(LOAD, [] if layers is None else [f"--layers={layers}"])
+    if arguments[0] == "memory":
+        become(MEMORY, memory_arguments(arguments[1:]))
     if arguments[0] != "kernels":
         raise UserError(
             f"distlora bench: there is nothing named {arguments[0]!r} to measure"
@@ -101,6 +111,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if arch not in ARCHS:
             parser.error(f"--arch {arch} is not known; known are {', '.join(map(str, ARCHS))}")
     return options
+
+
+def memory_arguments(arguments: Sequence[str]) -> list[str]:
+    """The options of `distlora bench memory`, for the process that measures. UserError for a size or a number of ranks
+    that cannot be."""
+    parser = Parser("distlora bench memory", help="distlora bench --help")
+    parser.add_argument("--models", default="10M,100M")
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    for name in options.models.split(","):
+        if name not in MODELS:
+            parser.error(f"--models={name} is no size that is known{nearest(name, MODELS)}; write {', '.join(MODELS)}")
+    ranks, gpus = numbers("--ranks", options.ranks), gpu_count()
+    if 0 < gpus < max(ranks):
+        parser.error(f"--ranks={max(ranks)} are more than the {gpus} GPUs that this machine shows; write fewer")
+    return [
+        f"--models={options.models}",
+        f"--ranks={','.join(map(str, ranks))}",
+        *(["--json"] if options.json else []),
+    ]
 
 
 def become(module: str, arguments: Sequence[str]) -> NoReturn:

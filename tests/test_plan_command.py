@@ -88,7 +88,8 @@ def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFi
     assert fitting["fits"] is True
     assert fitting["device"]["total"] == near["total"]
     assert f"would fit   set {words[0]}" in printed(capsys, *SEVENTY_ON_TWO)
-    assert "take 32 such cards" in printed(capsys, "model=llama3_405b", "cluster.gpus_per_node=8", "card=rtx4090")
+    whole = ("model=llama3_70b", "adapter=full", "quant=none", "cluster.gpus_per_node=8", "card=h100")
+    assert "take 16 such cards" in printed(capsys, *whole)
 
 
 def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:

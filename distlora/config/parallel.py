@@ -7,6 +7,10 @@ from typing import Literal
 
 from distlora.config.errors import require, require_choice, require_positive
 
+RESIDENCY_RESERVE = {"cuda": 0.1, "cpu": 0.5}
+"""With resident_blocks=auto: of a device's memory (a GPU's all, the CPU's free), what stays free for what a first step
+does not show, evaluations' and samples' memory, fragments, other processes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:

@@ -17,12 +17,9 @@ from torch import Tensor, nn
 
 from distlora import host_memory
 from distlora.blocks import Block
+from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards
-
-RESERVE = {"cuda": 0.1, "cpu": 0.5}
-"""Of a device's memory (a GPU's all, the CPU's free): what stays free for what a first step does not show, evaluations'
-and samples' memory, fragments, other processes."""
 
 
 @dataclass(slots=True)
@@ -69,8 +66,8 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         # What torch's allocator has once held counts as taken: a step needs it again.
         free, total = torch.cuda.mem_get_info(device)
-        return free - RESERVE["cuda"] * total
+        return free - RESIDENCY_RESERVE["cuda"] * total
     available = host_memory.available_bytes()
     if available is None:
         return 0.0
-    return (1 - RESERVE["cpu"]) * available / host_memory.processes_here()
+    return (1 - RESIDENCY_RESERVE["cpu"]) * available / host_memory.processes_here()

@@ -24,7 +24,8 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-Moment = Literal["loading", "embedding", "forward", "head", "head_backward", "block", "update", "evaluation"]
-"""When a run may be at its peak: while the base is read, at the embedding, a block in forward, the head in its forward,
-the head in its backward, a block in its backward, the optimizer, a forward without backward."""
+Moment = Literal["loading", "embedding", "forward", "head", "head_backward", "block", "embedding_backward", "update"]
+"""When a run may be at its peak: while adapters are made from the base, at the embedding, a block in forward, the head
+in its forward, the head in its backward, a block in its backward, the embedding in its backward, the optimizer. A
+forward without backward, an evaluation's, has less in each part than a training step: it keeps nothing."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)

@@ -68,12 +68,13 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
 
 
 def _planned_kinds(device: Mapping[str, Any], part: str) -> dict[str, int]:
-    """At the moment that was the step's peak, where the plan has that one: it may hold another for the worst."""
-    moment = "embedding" if part == "forward" else part
-    if moment not in device["moments"]:
-        return dict(device["by_kind"])
+    """Of tensors, at the moment that was the step's peak, where the plan has that one: it may hold another for the
+    worst."""
+    moments: Mapping[str, Mapping[str, int]] = device["moments"]
+    meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part, (part,))
     found: dict[str, int] = dict(device["held"])
-    for kind, nbytes in device["moments"][moment].items():
+    at = [moments[moment] for moment in meant if moment in moments] or list(moments.values())
+    for kind, nbytes in max(at, key=lambda kinds: sum(kinds.values()), default={}).items():
         found[kind] = found.get(kind, 0) + nbytes
     return found
 
@@ -82,9 +83,8 @@ def _grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:
     group_of = {kind: group for group, kinds in _TOGETHER.items() for kind in kinds}
     sums: dict[str, int] = {}
     for kind, nbytes in by_kind.items():
-        if kind != "slack":  # The allocator's, which a peak of tensors has not.
-            group = group_of.get(kind, kind)
-            sums[group] = sums.get(group, 0) + nbytes
+        group = group_of.get(kind, kind)
+        sums[group] = sums.get(group, 0) + nbytes
     return sums
 
 

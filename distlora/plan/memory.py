@@ -9,8 +9,12 @@ from typing import Any
 
 from distlora import wire
 from distlora.config import Config
-from distlora.plan.base import base_of, unit_bytes
+from distlora.config.initialization import subspace_iterations
+from distlora.config.parallel import RESIDENCY_RESERVE
+from distlora.deepspeed_file import read_gathering
+from distlora.plan.base import Base, base_of, unit_bytes
 from distlora.plan.kinds import KINDS, Kind, Moment
+from distlora.plan.libraries import beside_tensors
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.step import Step, activations_of
@@ -28,7 +32,8 @@ class DeviceBytes:
     """From the first update to the end."""
     moments: Mapping[Moment, Mapping[Kind, int]]
     """What is there beside it, at the most."""
-    slack: int
+    beside: Mapping[Kind, int]
+    """What libraries and the allocator take beside tensors."""
 
     @property
     def worst(self) -> Moment:
@@ -38,8 +43,7 @@ class DeviceBytes:
     def by_kind(self) -> dict[Kind, int]:
         """At the peak; kinds of which there is nothing are left out."""
         found = {kind: self.held.get(kind, 0) + self.moments[self.worst].get(kind, 0) for kind in KINDS}
-        found["slack"] += self.slack
-        return {kind: nbytes for kind, nbytes in found.items() if nbytes}
+        return {kind: n for kind, nbytes in found.items() if (n := nbytes + self.beside.get(kind, 0))}
 
     @property
     def persistent(self) -> int:
@@ -47,12 +51,12 @@ class DeviceBytes:
 
     @property
     def peak(self) -> int:
-        """Without the allocator's slack: what torch counts as allocated."""
+        """Of tensors: what torch counts as allocated."""
         return self.persistent + sum(self.moments[self.worst].values())
 
     @property
     def total(self) -> int:
-        return self.peak + self.slack
+        return self.peak + sum(self.beside.values())
 
     def as_json(self) -> dict[str, Any]:
         """Every kind at every moment, in bytes."""
@@ -60,7 +64,7 @@ class DeviceBytes:
             "total": self.total,
             "peak": self.peak,
             "persistent": self.persistent,
-            "slack": self.slack,
+            "beside": dict(self.beside),
             "worst": self.worst,
             "by_kind": self.by_kind,
             "held": dict(self.held),
@@ -70,21 +74,71 @@ class DeviceBytes:
 
 def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> DeviceBytes:
     """Of a training run with these settings."""
-    shapes, ranks = model.shapes, machine.ranks
-    shards = config.shard_degree(ranks)
-    base = base_of(config, shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
+    said = config.parallel.resident_blocks
+    if said != "auto":
+        return _with_resident(config, model, machine, said)
+    found = _with_resident(config, model, machine, 0)
+    count = _fitting_blocks(config, model, machine, found)
+    return found if count == 0 else _with_resident(config, model, machine, count)
+
+
+def _fitting_blocks(config: Config, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
+    """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.residency)."""
+    shards = config.shard_degree(machine.ranks)
+    if shards == 1 or machine.usable_bytes is None:
+        return 0
+    reserve = RESIDENCY_RESERVE["cuda"] * machine.usable_bytes
+    if not machine.is_gpu:
+        reserve = RESIDENCY_RESERVE["cpu"] * (machine.usable_bytes - found.total)
+    left = machine.usable_bytes - found.total - reserve
+    block = unit_bytes(_base(config, model).block, shards)
+    return min(max(int(left // block), 0), model.shapes.num_layers)
+
+
+def _base(config: Config, model: PlannedModel) -> Base:
+    return base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
+
+
+def _with_resident(config: Config, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
+    shapes, shards = model.shapes, config.shard_degree(machine.ranks)
+    base = _base(config, model)
     trained = Trained.of(config, shapes, base, shards)
-    resident = config.parallel.resident_blocks
-    count = 0 if resident == "auto" or shards == 1 else resident
-    held: Counter[Kind] = Counter(base.kept(shards))
+    held: Counter[Kind] = Counter()
+    if not (machine.is_gpu and offloads(config, shards)):
+        held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, config)
-    held["resident"] += count * unit_bytes(base.block, shards)
+    held["resident"] += resident * unit_bytes(base.block, shards) if shards > 1 else 0
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += arena_bytes(config, shapes) if machine.is_gpu else 0
-    moments = Step.of(config, model, machine, base, trained, count).moments()
-    return DeviceBytes(held={kind: n for kind, n in held.items() if n}, moments=moments, slack=0)
+    step = Step.of(config, model, machine, base, trained, resident)
+    moments = step.moments()
+    later = held["gradients"] + held["optimizer"]
+    moments["loading"] = {"working": max(0, decomposing_bytes(config, shapes) - later)}
+    return DeviceBytes(
+        held={kind: n for kind, n in held.items() if n},
+        moments=moments,
+        beside=beside_tensors(config, base, trained, machine, largest=step.largest),
+    )
+
+
+def offloads(config: Config, shards: int) -> bool:
+    """Whether a rank's rows of the base lie in host memory."""
+    return shards > 1 and config.parallel.backend == "zero3" and read_gathering(config.parallel).offload
+
+
+def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:
+    """While adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients and moments: a weight
+    whole, in fp32 once its correction is taken, and for an exact decomposition four times the square of its smaller
+    side in fp64 (distlora.loading.decompose)."""
+    if not config.adapter.decomposes:
+        return 0
+    weights = [each for each, _ in shapes.alike(config.adapter)]
+    sketched = subspace_iterations(config.adapter.init) is not None
+    stored = 2 if config.adapter.pissa else 6
+    sizes = ((each.up[0], each.down[1]) for each in weights)
+    return max(stored * out * inner + (0 if sketched else 4 * 8 * min(out, inner) ** 2) for out, inner in sizes)
 
 
 def buffer_bytes(model: PlannedModel, config: Config) -> int:

@@ -42,14 +42,14 @@ KINDS: Mapping[Kind, str] = {
 }
 """What each kind of memory is, for people."""
 MOMENTS: Mapping[Moment, str] = {
-    "loading": "while the base is read",
+    "loading": "while adapters are made from the base's weights",
     "embedding": "while the embedding is read",
     "forward": "while a block is in its forward",
     "head": "while the head is in its forward",
     "head_backward": "while the head is in its backward",
     "block": "while a block is in its backward",
+    "embedding_backward": "while the embedding is in its backward",
     "update": "while the optimizer updates",
-    "evaluation": "in an evaluation",
 }
 WORK: Mapping[FlopsKind, str] = {
     "forward": "forward",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distlora import wire
-from distlora.activations import Activations, Costs, Device
+from distlora.activations import LOGITS_AT_ONCE, Activations, Costs, Device
 from distlora.config import Config
 from distlora.plan.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.gathered import Copied, copied_of, gathered_of
@@ -62,7 +62,8 @@ class Step:
 
     def moments(self) -> dict[Moment, dict[Kind, int]]:
         found: dict[Moment, dict[Kind, int]] = {
-            "embedding": self._embedding(),
+            "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
+            "embedding_backward": self._embedding_backward(),
             "forward": self._forward(),
             "head": self._head(),
             "head_backward": self._head_backward(),
@@ -70,6 +71,13 @@ class Step:
             "update": {"gradients": self.trained.cut_gradient_bytes},
         }
         return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
+        sizes = self.costs.decoder
+        inner = self.at_once * self.costs.dtype_bytes * sizes.mlp_columns
+        return max(inner, 4 * min(LOGITS_AT_ONCE, self.at_once * sizes.vocabulary))
 
     @property
     def _layers(self) -> int:
@@ -101,23 +109,18 @@ class Step:
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
         return 2 * self._boundary + tile * 3 * self.costs.dtype_bytes * sizes.mlp_columns
 
-    def _embedding(self) -> dict[Kind, int]:
-        """Its forward; or its backward, when all other gradients are there: a gradient as large as it in the run's
-        dtype, which is sent in fp32."""
-        forward: dict[Kind, int] = {
-            "gathered": self.gathered.embedding,
-            "working": self._boundary + self.copied.embedding,
-        }
+    def _embedding_backward(self) -> dict[Kind, int]:
+        """Of a trained one, when all other gradients are there: a gradient as large as it in the run's dtype, which is
+        sent in fp32."""
         if not any(tensor.trained for tensor in self.base.embedding):
-            return forward
-        tied = sum(tensor.whole(self.shards) for tensor in self.base.embedding) if self.base.tied else 0
-        backward: dict[Kind, int] = {
-            "gathered": unit_bytes(self.base.rest, self.shards) + (tied if self.shards > 1 else 0),
+            return {}
+        tied = unit_bytes(self.base.embedding, self.shards) if self.base.tied and self.shards > 1 else 0
+        return {
+            "gathered": unit_bytes(self.base.rest, self.shards) + tied if self.shards > 1 else 0,
             "gradients": self.trained.cut_gradient_bytes + _gradients(self.base.embedding),
             "communication": _sent(self.base.embedding, self.shards),
             "working": 2 * self._boundary,
         }
-        return _most(forward, backward)
 
     def _forward(self) -> dict[Kind, int]:
         """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied

@@ -233,8 +233,10 @@ class Costs:
             return max(of_mlp.less(known if tile is None else 0), of_attention.less(held))
         return max(of_mlp.less(known - held), of_attention.less(known))
 
-    def _norm(self, columns: int) -> float:
-        return self.block().norm(columns).keeps
+    @property
+    def norm(self) -> int:
+        """What a norm of hidden columns keeps."""
+        return int(self.block().norm(self.decoder.hidden).keeps)
 
     @property
     def _norm_steps(self) -> int:
@@ -243,13 +245,13 @@ class Costs:
 
     def head_forward(self, tokens: int) -> float:
         """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too."""
-        kept = self._norm(self.decoder.hidden) + 2 * self.boundary
+        kept = self.norm + 2 * self.boundary
         return tokens * kept + _LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * self.decoder.vocabulary)
 
     def head_backward(self, tokens: int) -> float:
         """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it."""
-        hidden = self.decoder.hidden
-        return tokens * (self._norm(hidden) + max(2 * self.boundary + 4 * hidden, self._norm_steps))
+        steps = max(2 * self.boundary + 4 * self.decoder.hidden, self._norm_steps)
+        return tokens * (self.norm + steps)
 
     def step(
         self,

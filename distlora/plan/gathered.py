@@ -53,11 +53,12 @@ def gathered_of(config: Config, base: Base, shards: int, resident: int, *, is_gp
     # A tied unit that is trained is gathered again for the head's backward, and stays until the embedding's.
     behind = rest + (whole if trains_head else 0)
     return Gathered(
+        copying=rest + whole + head + output,
         # The output that a tied unit came in is there until the first block is copied out.
         embedding=rest + 2 * embedding + (in_use if base.tied else 0),
         forward=rest + whole + in_use + output + ahead,
         last=rest + whole + in_use + output,
-        head=rest + (whole + output if base.tied else max(2 * head, head + output)),
+        head=rest + (whole + output if base.tied else 2 * head),
         head_backward=behind + in_use + (head if trains_head else 0),
         block=behind + in_use + another,
         # Where the first blocks stay, the first one is none that moves.

@@ -85,7 +85,9 @@ class Step:
 
     @property
     def _kept(self) -> int:
-        return int(self.activations.kept)
+        """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient."""
+        unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
+        return int(self.activations.kept) - (self.tokens * self.costs.norm if unread else 0)
 
     @property
     def _kept_by_a_block(self) -> int:
@@ -104,10 +106,12 @@ class Step:
         """What a block has in forward beside what is kept: at the most gate, up and act(gate), with what its MLP half
         begins with and its norm's output. Without recomputation these are kept."""
         train, sizes = self.config.train, self.costs.decoder
+        # The outputs of slices that were run before this one.
+        slices = (self.tokens - self.at_once) * self.costs.boundary
         if train.checkpointing == "none":
-            return 2 * self._boundary
+            return 2 * self._boundary + slices
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
-        return 2 * self._boundary + tile * 3 * self.costs.dtype_bytes * sizes.mlp_columns
+        return 2 * self._boundary + slices + tile * 3 * self.costs.dtype_bytes * sizes.mlp_columns
 
     def _embedding_backward(self) -> dict[Kind, int]:
         """Of a trained one, when all other gradients are there: a gradient as large as it in the run's dtype, which is

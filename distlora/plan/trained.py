@@ -16,6 +16,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.plan.base import Base
 from distlora.shapes import ModelShapes
+from distlora.tokens import EMBEDDING
 
 _FLOATS_BELOW = 4096
 """Elements from which on a moment of bitsandbytes' 8-bit optimizers is in 8 bits (Optimizer2State: min_8bit_size)."""
@@ -38,6 +39,8 @@ class Trained:
     """What is trained of the base: this rank's rows."""
     is_cut: bool
     """Whether those are cut over ranks."""
+    embeds: bool
+    """Whether the embedding is trained, or rows of it."""
     beside: int
     """Numbers beside what is trained: DoRA's squared norms of the frozen weights' rows, and the adapters as they began
     where DPO compares with them."""
@@ -58,7 +61,8 @@ class Trained:
         for tensor, count in base.counted():
             if tensor.trained:
                 of_base[tensor.kept(shards) // tensor.itemsize] += count
-        return cls(adapters=adapters, of_base=of_base, is_cut=shards > 1, beside=beside)
+        embeds = EMBEDDING in wire.trained_rows(config, shapes) or any(tensor.trained for tensor in base.embedding)
+        return cls(adapters=adapters, of_base=of_base, is_cut=shards > 1, embeds=embeds, beside=beside)
 
     @property
     def adapter_bytes(self) -> int:

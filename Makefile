@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora bench-save slurm-shell clean
+.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora bench-save bench-step-time slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -45,6 +45,10 @@ bench-load: $(READY)
 # What DoRA costs beside LoRA: counted for a GPU, measured on this CPU.
 bench-dora: $(READY)
 	$(BIN)/python -m distlora.bench.dora
+
+# What a training step takes here, beside what the planner says of it at the rates that this machine has.
+bench-step-time: $(READY)
+	$(BIN)/python -m distlora.bench.step_time
 
 # What saving at every step costs the thread that trains.
 bench-save: $(READY)

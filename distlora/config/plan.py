@@ -20,7 +20,8 @@ class CardConfig:
     memory_gib: float | None = None
     """Memory of a card in GiB; null: as the table says."""
     tflops: float | None = None
-    """Dense bf16 operations, fp32 accumulation, in 1e12 a second."""
+    """Dense bf16 operations, fp32 accumulation, in 1e12 a second. Time is planned as if products reached all of it, so
+    it should be measured; of the table's figure 78 to 87 %."""
     memory_gb_per_second: float | None = None
     """What its memory delivers, in 1e9 bytes a second."""
     link_gb_per_second: float | None = None

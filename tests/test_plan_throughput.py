@@ -1,0 +1,261 @@
+"""Tokens a second that others have published, beside what a plan says of the same settings: the ratios that are in
+distlora/plan/README.md, without a factor that would make them 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.architectures import architecture_named
+from distlora.plan.compute import step_flops
+from distlora.plan.model import PlannedModel, built_in
+from distlora.plan.timing import StepTime, step_time
+from test_plan_timing import config_of
+from test_plan_work import machine_of
+
+README = Path(__file__).parents[1] / "distlora" / "plan" / "README.md"
+QWEN_72B = {
+    "model_type": "llama",  # Its config.json has names of its own; these are the sizes.
+    "hidden_size": 8192,
+    "intermediate_size": 24_576,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 152_064,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": False,
+}
+NAMES = {
+    "8B": "NousResearch/Meta-Llama-3.1-8B",
+    "70B": "unsloth/Llama-3.3-70B-Instruct",
+    "405B": "meta-llama/Llama-3.1-405B",
+    "32B": "Qwen/Qwen2.5-32B",
+    "2-7B": "NousResearch/Llama-2-7b-hf",
+    "2-70B": "NousResearch/Llama-2-70b-hf",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    row: str
+    """Of the README's table."""
+    published: float
+    """Tokens a second of all cards together."""
+    ratio: float
+    """Ours over theirs."""
+    model: str
+    card: str
+    ranks: int = 1
+    length: int
+    rows: int
+    """Of a rank at once."""
+    accumulation: int = 1
+    nf4: bool = True
+    fused: bool
+    """Whether their norms and activations are single kernels, by torch.compile or by hand; else transformers'."""
+    adapter: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+
+# NeMo AutoModel, docs/performance-summary.mdx of 2025-10-02 and its recipes (examples/llm_benchmark): r=16 on *_proj.
+NEMO: dict[str, Any] = {"card": "h100", "length": 4096, "rows": 2, "nf4": False, "adapter": {"r": 16}}
+# torchtune's README (batch 2, rows of 2,048, torch.compile) and recipes/configs/llama3_1.
+TUNED = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TUNE: dict[str, Any] = {"length": 2048, "rows": 2, "fused": True}
+# Answer.AI, fsdp_qlora/benchmarks_03_2024.md: seconds for 1,024 rows of 2,048; r=64 on all linears (train.py).
+ANSWER: dict[str, Any] = {"length": 2048, "fused": False, "adapter": {"r": 64}}
+TOKENS = 1024 * 2048
+OFFLOADED = {"backend": "zero3", "offload_base": True}
+# Qwen's README (github.com/QwenLM/Qwen, Profiling of Memory and Speed): seconds of 8 rows on each card; r=64.
+QWEN: dict[str, Any] = {"rows": 1, "accumulation": 8, "nf4": False, "fused": False, "adapter": {"r": 64}}
+
+RUNS = [
+    Published(
+        row="NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation",
+        published=12_473,
+        ratio=1.02,
+        model="8B",
+        accumulation=16,
+        fused=False,
+        train={"checkpointing": "none"},
+        **NEMO,
+    ),
+    Published(
+        row="NeMo, LoRA of Llama 3.3 70B, 8 H100",
+        published=8 * 1091.85,
+        ratio=1.33,
+        model="70B",
+        ranks=8,
+        accumulation=2,
+        fused=True,
+        **NEMO,
+    ),
+    Published(
+        row="NeMo, LoRA of Qwen2.5 32B, 8 H100",
+        published=8 * 2250.31,
+        ratio=1.31,
+        model="32B",
+        ranks=8,
+        accumulation=2,
+        fused=True,
+        **NEMO,
+    ),
+    Published(
+        row="torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090",
+        published=2413,
+        ratio=0.97,
+        model="8B",
+        card="rtx4090",
+        adapter={"r": 8, "target_modules": TUNED},
+        **TUNE,
+    ),
+    Published(
+        row="torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090",
+        published=3083,
+        ratio=0.79,
+        model="8B",
+        card="rtx4090",
+        nf4=False,
+        adapter={"r": 8, "target_modules": TUNED},
+        **TUNE,
+    ),
+    Published(
+        row="torchtune, LoRA of Llama 3.1 8B, 1 A6000",
+        published=4699,
+        ratio=0.47,
+        model="8B",
+        card="a6000",
+        nf4=False,
+        adapter={"r": 8, "target_modules": TUNED},
+        **TUNE,
+    ),
+    Published(
+        row="torchtune, LoRA of Llama 3.1 70B, 8 A100",
+        published=3497,
+        ratio=1.28,
+        model="70B",
+        card="a100_80gb",
+        ranks=8,
+        nf4=False,
+        adapter={"r": 16, "target_modules": TUNED},
+        **TUNE,
+    ),
+    Published(
+        row="torchtune, QLoRA of Llama 3.1 405B, 8 A100",
+        published=653,
+        ratio=1.23,
+        model="405B",
+        card="a100_80gb",
+        ranks=8,
+        adapter={"r": 16, "target_modules": TUNED},
+        **TUNE,
+    ),
+    Published(
+        row="Answer.AI, QLoRA of Llama 2 7B, 2 RTX 4090",
+        published=TOKENS / 466,
+        ratio=1.02,
+        model="2-7B",
+        card="rtx4090",
+        ranks=2,
+        rows=10,
+        **ANSWER,
+    ),
+    Published(
+        row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 4090, base on the host",
+        published=TOKENS / 4399,
+        ratio=1.05,
+        model="2-70B",
+        card="rtx4090",
+        ranks=2,
+        rows=2,
+        parallel=OFFLOADED,
+        **ANSWER,
+    ),
+    Published(
+        row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 3090, base on the host",
+        published=TOKENS / 11_795,
+        ratio=1.34,
+        model="2-70B",
+        card="rtx3090",
+        ranks=2,
+        rows=2,
+        parallel=OFFLOADED,
+        **ANSWER,
+    ),
+    Published(
+        row="Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB",
+        published=TOKENS / 672,
+        ratio=1.29,
+        model="2-70B",
+        card="a100_40gb",
+        ranks=8,
+        rows=4,
+        **ANSWER,
+    ),
+    Published(
+        row="Answer.AI, QLoRA of Llama 2 70B, 4 H100",
+        published=TOKENS / 667,
+        ratio=1.75,
+        model="2-70B",
+        card="h100",
+        ranks=4,
+        rows=8,
+        **ANSWER,
+    ),
+    Published(
+        row="Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192",
+        published=4 * 8 * 8192 / 161.5,
+        ratio=1.14,
+        model="72B",
+        card="a100_80gb",
+        ranks=4,
+        length=8192,
+        parallel={"backend": "zero3"},
+        **QWEN,
+    ),
+]
+
+
+def planned(run: Published) -> tuple[StepTime, float]:
+    """(its time, what its cards must compute, as a share of all that they can in the time that was published)."""
+    settings = QWEN_72B if run.model == "72B" else architecture_named(NAMES[run.model])
+    assert settings is not None
+    model: PlannedModel = built_in(run.model, settings)
+    batch = run.ranks * run.rows * run.accumulation
+    config = config_of(
+        run.ranks,
+        data={"path": "none.jsonl", "sequence_length": run.length},
+        train={"micro_batch": run.rows, "global_batch": batch, "liger": run.fused, **run.train},
+        adapter={"target_modules": "all-linear", **run.adapter},
+        quant={} if run.nf4 else {"method": "none"},
+        parallel=run.parallel,
+    )
+    machine = machine_of(run.card, ranks=run.ranks)
+    time = step_time(config, model, machine)
+    assert time is not None
+    assert machine.flops is not None
+    flops = step_flops(config, model, ranks=run.ranks, is_gpu=True).total
+    return time, flops / (batch * run.length / run.published) / machine.flops
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.row)
+def test_a_published_speed_beside_ours_is_as_the_readme_says(run: Published) -> None:
+    time, _ = planned(run)
+    assert time.tokens_per_second / run.published == pytest.approx(run.ratio, abs=0.005)
+    line = f"| {run.row} | {run.published:,.0f} | {time.tokens_per_second:,.0f} | {run.ratio:.2f} |"
+    assert line in README.read_text(), line
+
+
+def test_one_published_speed_is_more_than_its_card_can() -> None:
+    """torchtune's A6000 would compute 1.4 times what its maker says; an RTX 6000 Ada could."""
+    (run,) = (run for run in RUNS if run.card == "a6000")
+    assert planned(run)[1] == pytest.approx(1.41, abs=0.005)
+    time, share = planned(dataclasses.replace(run, card="rtx6000_ada"))
+    assert time.tokens_per_second / run.published == pytest.approx(0.94, abs=0.005)
+    assert share < 0.65
+    assert all(planned(other)[1] < 0.9 for other in RUNS if other is not run)

@@ -89,12 +89,12 @@ class ModelShapes:
 
     def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
         """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
-        return _adapters(_Asked(self, config))
+        return _adapters(Asked(self, config))
 
     def alike(self, config: AdapterConfig) -> tuple[tuple[Adapter, int], ...]:
         """One of each kind of adapter, as the first block that has it does, and how many blocks have such. Raises as
         `adapters`."""
-        return _alike(_Asked(self, config))
+        return _alike(Asked(self, config))
 
     def adapted_numel(self, config: AdapterConfig) -> int:
         """Numbers of all adapters together. Raises as `adapters`."""
@@ -102,18 +102,20 @@ class ModelShapes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A model and adapters, as a key: their settings have mappings, which have no hash."""
+class Asked:
+    """Adapters of a model, and what else an answer depends on, as a key of what is remembered: settings have mappings,
+    which have no hash."""
 
     shapes: ModelShapes
     config: AdapterConfig
+    more: tuple[Any, ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.shapes.num_layers, self.shapes.hidden, self.config.r))
+        return hash((self.shapes.num_layers, self.shapes.hidden, self.config.r, self.more))
 
 
 @functools.lru_cache(maxsize=16)
-def _adapters(asked: _Asked) -> tuple[tuple[Adapter, ...], ...]:
+def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
     """The adapters of each block. Kept, as a planner asks for the same ones again and again: choosing settings of a
     405B model would match 882 paths for each of hundreds of plans."""
     shapes, config = asked.shapes, asked.config
@@ -133,7 +135,7 @@ def _adapters(asked: _Asked) -> tuple[tuple[Adapter, ...], ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _alike(asked: _Asked) -> tuple[tuple[Adapter, int], ...]:
+def _alike(asked: Asked) -> tuple[tuple[Adapter, int], ...]:
     kinds: dict[object, list[Adapter]] = {}
     for block in _adapters(asked):
         for each in block:

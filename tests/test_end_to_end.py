@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from chaos import KINDS, Campaign, Kill, draw, table, train_command
+from distlora.config_file import as_mapping, load_config
 from planned import assert_disk_as_planned
 from small_models import read_metrics
 from wandb_logs import read_wandb_log
@@ -49,7 +50,9 @@ KILLS = (
 
 
 def killed_command(run_dir: Path, folders: Path, data: Path) -> list[str]:
-    return train_command(run_dir, folders, len(KILLS), data=data, global_batch=12, tracker="wandb")
+    """What plan=auto may choose of it is when blocks are recomputed and gathered."""
+    command = train_command(run_dir, folders, len(KILLS), data=data, global_batch=12, tracker="wandb")
+    return [*command, "plan=auto", "parallel=fsdp2", "parallel.resident_blocks=0"]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +77,24 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(
     assert sum("memory/peak" in line for line in read_metrics(run_dir)) == 1
     evaluations = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0] - 0.5
+    chosen = re.findall(r"^chosen: (\S+): ", finished.stdout, re.MULTILINE)
+    assert chosen == ["train.accumulate=block", "train.checkpointing=none"]
+    config, plan = load_config(run_dir), json.loads((run_dir / "plan.json").read_text())
+    assert (config.train.accumulate, config.train.checkpointing) == ("block", "none")
+    assert plan["settings"]["train"] == as_mapping(config)["train"]
+    assert "\nplan: " in finished.stdout
     produced = {path.name for path in run_dir.iterdir()}
-    expected = {"config.yaml", "data.json", "metrics.jsonl", "summary.json", "logs", "wandb", "checkpoints", "adapter"}
+    expected = {
+        "config.yaml",
+        "plan.json",
+        "data.json",
+        "metrics.jsonl",
+        "summary.json",
+        "logs",
+        "wandb",
+        "checkpoints",
+        "adapter",
+    }
     assert expected <= produced
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["cache", "chats.jsonl", "run"], (
         "no outputs/ folder"

@@ -69,11 +69,11 @@ def test_starting_imports_neither_torch_nor_hydra():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
 
 
-def test_checking_imports_neither_torch_nor_transformers(place: Path):
+def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path):
     code = (
         "import sys; from distlora_launcher import application as a; "
-        "f = a.read_flags(sys.argv[1:]); [a.check(c, new_run=True) for c in a.composed(f)]; "
-        "print({'torch', 'transformers'} & set(sys.modules))"
+        "(run,) = a.composed(a.read_flags(sys.argv[1:])); a.check(run.config, new_run=True); "
+        "a.decide(run.config, run.fixed); print({'torch', 'transformers'} & set(sys.modules))"
     )
     words = ["model.path=model", "data.path=data.jsonl", "data.sequence_length=64"]
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
@@ -131,8 +131,10 @@ def test_a_run_has_its_settings_in_its_folder(place: Path, steps: Steps, capsys:
     assert settings["model"]["path"] == str(place / "model")
     assert settings["run_dir"] == str(run_dir)
     assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model", "runs"]
-    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
-    assert "run folder runs/one\n" in capsys.readouterr().out
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "plan.json"]
+    said = capsys.readouterr().out
+    assert "run folder runs/one\nplan: " in said
+    assert json.loads((run_dir / "plan.json").read_text())["settings"]["adapter"]["r"] == 8
     assert train("run_dir=runs/one") == 2
     assert "already holds a run" in capsys.readouterr().err
 
@@ -195,8 +197,8 @@ def test_a_request_to_stop_while_data_is_prepared_is_75_and_the_run_can_be_resum
     command = [DISTLORA, "train", *words, "run_dir=run"]
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    said = [process.stdout.readline(), process.stdout.readline()]
-    assert said[1] == "preparing the data\n"  # Which imports transformers first: nothing is tokenized yet.
+    # Which imports transformers first: nothing is tokenized yet.
+    assert any(line == "preparing the data\n" for line in process.stdout)
     process.send_signal(signal.SIGUSR1)
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 75

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
 from distlora.config.parallel import ParallelConfig
 from distlora.config_file import as_mapping
+from distlora.plan.space import CHOSEN
 from distlora_launcher.application import expand_home
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config, compose_sweep
+from distlora_launcher.compose import compose_config, compose_run, compose_sweep
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
 CONF = Path(__file__).parent.parent / "conf"
@@ -94,8 +95,24 @@ def test_hydras_run_dir_is_the_run_folder():
     assert compose_config([*PATHS, "hydra.run.dir=elsewhere"]).run_dir == str(Path("elsewhere").absolute())
 
 
+@pytest.mark.parametrize(
+    ("words", "fixed"),
+    [
+        (["train.micro_batch=2", "optim.lr=1e-4"], {"train.micro_batch"}),
+        (["parallel=hsdp"], {"parallel.backend", "parallel.shard_degree"}),
+        (["quant=auto", "train=default", "plan=auto"], {"quant.method"}),
+        (["recipe=guanaco_70b"], {"quant.method", "train.micro_batch"}),
+        ([], set()),
+    ],
+    ids=["words", "an option", "options", "a recipe on another", "none"],
+)
+def test_what_the_command_line_and_recipes_say_is_fixed_and_nothing_else(words: list[str], fixed: set[str]):
+    assert compose_run([*PATHS, "plan=auto", *words]).fixed == fixed
+    assert compose_run([*PATHS, *words, "plan=given"]).fixed == set(CHOSEN)
+
+
 def test_sweep_has_one_config_for_each_combination():
-    configs = compose_sweep([*PATHS, "train.seed=0,1", "adapter.r=4,8"])
+    configs = [run.config for run in compose_sweep([*PATHS, "train.seed=0,1", "adapter.r=4,8"])]
     assert [(config.train.seed, config.adapter.r) for config in configs] == [(0, 4), (0, 8), (1, 4), (1, 8)]
 
 

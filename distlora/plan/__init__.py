@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distlora import wire
 from distlora.config import Config
@@ -48,9 +48,26 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a rank's memory is there; None: it is not known how much there is."""
-        usable = self.machine.usable_bytes
-        return None if usable is None else self.device.total <= usable
+        """Whether the memory is there; None: it is not known how much there is."""
+        return None if self.machine.usable_bytes is None else self.lacks() is None
+
+    def lacks(self, reserve: float = 0.0) -> Literal["device", "host"] | None:
+        """Whose memory is too small, if a share `reserve` of what is needed is to stay free beside it; None: neither,
+        as far as is known. What a machine has on the host counts where the CPU is the device, all processes together,
+        and where something waits there that would be on a card."""
+        config, machine, more = self.config, self.machine, 1 + reserve
+        if self.lacks_device(reserve):
+            return "device"
+        waits = config.parallel.offload_base or config.train.checkpointing == "offload"
+        if machine.host_bytes is None or (machine.is_gpu and not waits):
+            return None
+        host = self.host  # The launcher has its memory already.
+        return "host" if (host.machine - host.launcher) * more > machine.host_bytes else None
+
+    def lacks_device(self, reserve: float = 0.0) -> bool:
+        """`lacks` of a card's memory alone, which takes a hundredth of the time."""
+        usable = self.machine.usable_bytes if self.machine.is_gpu else None
+        return usable is not None and self.device.total * (1 + reserve) > usable
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, for a program to read: bytes and operations as integers, under names that stay."""

@@ -88,12 +88,14 @@ def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tupl
 
 def fits(plan: Plan, reserve: float = 0.0) -> bool:
     """Whether a plan fits with `reserve` of what it needs to spare; what is not known counts as there."""
-    usable = plan.machine.usable_bytes
-    return usable is None or plan.device.total * (1 + reserve) <= usable
+    return plan.lacks(reserve) is None
 
 
 def cost_of(plan: Plan) -> tuple[float, ...]:
     """What a step costs: seconds; where the card's rates are not known, what it computes twice, then what it moves."""
+    time = plan.time
+    if time is not None:
+        return (time.seconds,)
     config, train = plan.config, plan.config.train
     return (
         int(config.parallel.offload_base),
@@ -109,12 +111,14 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
 
 def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float) -> Plan | None:
     """The best plan of the space that fits; None where none does."""
-    found = [(cost_of(plan), plan) for plan in fitting(said, fixed, model, machine, reserve)]
-    if not found:
-        return None
-    best = min(cost for cost, _ in found)
-    good = [(len(changed(said, plan.config)), cost, plan) for cost, plan in found if is_as_good(cost, best)]
-    return min(good, key=lambda each: each[:2])[2]
+    found = [(cost_of(plan), plan) for plan in on_cards(said, fixed, model, machine, reserve)]
+    good: list[tuple[int, tuple[float, ...], Plan]] = []
+    for cost, plan in sorted(found, key=lambda each: each[0]):
+        if good and not is_as_good(cost, good[0][1]):
+            break
+        if fits(plan, reserve):
+            good.append((len(changed(said, plan.config)), cost, plan))
+    return min(good, key=lambda each: each[:2])[2] if good else None
 
 
 def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
@@ -122,14 +126,14 @@ def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
     return cost == best if len(best) > 1 else cost[0] <= best[0] * (1 + WORTH)
 
 
-def fitting(
+def on_cards(
     said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
 ) -> Iterator[Plan]:
-    """The plans of the space that fit; of those that differ in resident blocks alone the one as said and the one with
-    most."""
+    """The plans of the space that cards hold, whatever the host does; of those that differ in resident blocks alone the
+    one as said and the one with most."""
     for branch in branches(said, machine, fixed):
         for plan in branch_plans(branch, fixed, model, machine):
-            if fits(plan, reserve):
+            if not plan.lacks_device(reserve):
                 yield plan
                 if "parallel.resident_blocks" not in fixed and (more := with_most_resident(plan, reserve)):
                     yield more
@@ -171,13 +175,13 @@ def with_most_resident(plan: Plan, reserve: float) -> Plan | None:
         if config is None:
             return None
         found = plan_of(config, plan.model, plan.machine)
-        if not fits(found, reserve):
+        if found.lacks_device(reserve):
             high = guess - 1
+            guess = (low + high + 1) // 2
         else:
             low, best = guess, found
-            # Each takes as much as the last, so that the next guess is the answer unless a bound is met.
+            # Each takes as much as the last: as many as there is room for is the answer, and one more does not fit.
             taken = max(1, (found.device.total - plan.device.total) // (low - said))
             free = int((plan.machine.usable_bytes or 0) / (1 + reserve)) - found.device.total
-            guess = low + free // taken
-        guess = min(max(guess, low + 1), high)
+            guess = min(max(low + free // taken, low + 1), high)
     return best

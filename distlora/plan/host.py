@@ -5,18 +5,20 @@ What counts is anonymous memory, which a job's limit counts and nothing can drop
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distlora import host_memory, wire
 from distlora.config import Config
 from distlora.config.initialization import PLAIN, subspace_iterations
 from distlora.plan.base import Base, base_of
-from distlora.plan.disk import Tensor, optimizer_tensors, trained_tensors
+from distlora.plan.disk import optimizer_tensors, trained_tensors
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes
 from distlora.plan.model import PlannedModel
 from distlora.plan.trained import Trained
+from distlora.shapes import Asked
 
 PROCESS_BYTES = 390_000_000
 """A worker's Python, torch, transformers and gloo: RssAnon in a run of 0.4 million parameters (365 to 390 MB on 1 and 2
@@ -83,9 +85,8 @@ class HostBytes:
 
 def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
     """Of a training run with these settings, of which a rank takes `device` on its device."""
-    saved = list(trained_tensors(config, model.shapes))
-    copies, of_others = _copies(config, machine, [*saved, *optimizer_tensors(config, saved)])
     shards = config.shard_degree(machine.ranks)
+    copies, of_others = _copies(Saved.of(config, model, shards))
     base = base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
     trained = Trained.of(config, model.shapes, base, shards)
     return HostBytes(
@@ -124,12 +125,38 @@ def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
     return host_memory.bytes_of([nbytes] * shapes.num_layers * slices)
 
 
-def _copies(config: Config, machine: Machine, tensors: list[Tensor]) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """All that what a save copies depends on, as a key of what is remembered; `config` has it too."""
+
+    adapters: Asked
+    config: Config = field(compare=False)
+
+    @classmethod
+    def of(cls, config: Config, model: PlannedModel, shards: int) -> Saved:
+        train = config.train
+        return cls(
+            Asked(
+                model.shapes,
+                config.adapter,
+                (config.optim.name, config.model.new_tokens, train.save_in_background, shards),
+            ),
+            config,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _copies(saved: Saved) -> tuple[int, int]:
     """(of rank 0, of another) for a save that is written while training goes on, as `Snapshot` takes them: rank 0 has
-    copies of all that is saved, and of what the ranks have cut each has its own rows."""
+    copies of all that is saved, and of what the ranks have cut each has its own rows.
+
+    Remembered: a planner asks for many settings of which these are the same, and thousands of tensors are laid out.
+    """
+    config, shards = saved.config, saved.adapters.more[-1]
     if not config.train.save_in_background:
         return 0, 0
-    shards = config.shard_degree(machine.ranks)
+    trained = list(trained_tensors(config, saved.adapters.shapes))
+    tensors = [*trained, *optimizer_tensors(config, trained)]
     if config.adapter.method == "full":
         each = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
         return each, each

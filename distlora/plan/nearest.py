@@ -14,8 +14,8 @@ from distlora.plan import Plan, plan_of
 from distlora.plan.choose import choose, cost_of, fits, plans
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.reasons import GB
 from distlora.plan.space import CHOSEN, RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
+from distlora.plan.words import KINDS, size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4
 """What a row and a rank are not shortened below."""
@@ -38,7 +38,7 @@ class Fitting:
     plan: Plan
 
     def __str__(self) -> str:
-        return f"{_typed(self.settings)} ({self.plan.device.total / GB:.1f} GB)"
+        return f"{_typed(self.settings)} ({size(self.plan.device.total)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +59,9 @@ class Nearest:
     def __str__(self) -> str:
         said = [f"set {found}" for found in (self.same, self.other) if found is not None]
         if not said:
-            said += [] if self.ranks is None else [f"take {self.ranks:,} such cards"]
-            said += [] if self.card is None else [f"cards such as {self.card.title} (card={self.card.name})"]
+            cards = [] if self.ranks is None else [f"{self.ranks:,} such cards"]
+            cards += [] if self.card is None else [f"as many {self.card.title} (card={self.card.name})"]
+            said = [f"take {found}" for found in cards]
         return ", or ".join(said) or "no number of such cards and no known card holds it"
 
 
@@ -182,10 +183,9 @@ def _some_fit(config: Config, model: PlannedModel, machine: Machine) -> bool:
 
 
 def largest(plan: Plan, count: int = 3) -> str:
-    """`17.7 codes, 4.2 gathered and 1.3 kept`: what takes most at the peak, in GB."""
+    """`4-bit weights of the base 17.1 GB, ...`: what takes most at the peak."""
     kinds = sorted(plan.device.by_kind.items(), key=lambda each: -each[1])[:count]
-    *rest, last = (f"{nbytes / GB:.1f} {kind}" for kind, nbytes in kinds)
-    return f"{', '.join(rest)} and {last}" if rest else last
+    return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +200,7 @@ class Room:
 
     def __str__(self) -> str:
         verdict = {True: "fits", False: "does not fit", None: "is not checked"}[self.fits]
-        return f"{self.what}: {self.total / GB:.1f} GB, {verdict}"
+        return f"{self.what}: {size(self.total)}, {verdict}"
 
 
 def room(plan: Plan, larger: PlannedModel | None = None) -> list[Room]:

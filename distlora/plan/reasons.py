@@ -11,8 +11,7 @@ from typing import Any
 from distlora.config import Config
 from distlora.plan import Plan, plan_of
 from distlora.plan.space import Settings, changed, if_valid, typed, value_of
-
-GB = 1e9
+from distlora.plan.words import size
 
 _TOGETHER = ("parallel.backend", "parallel.offload_base")
 """DeepSpeed alone keeps the base in host memory."""
@@ -45,78 +44,80 @@ def changes_of(said: Config, plan: Plan) -> tuple[Change, ...]:
 
 def why_quantized(said: Config, plan: Plan, own: str | None) -> Change:
     """What quant=auto became; `own`: why nothing else was possible."""
-    method = said.quant.method
+    settings = {"quant.method": said.quant.method}
     if own is not None:
-        return Change(settings={"quant.method": method}, why=own)
-    if method == "none":
-        return Change(settings={"quant.method": method}, why=f"the base fits in 16 bits: {_of_usable(plan)}")
+        return Change(settings=settings, why=own)
+    if said.quant.method == "none":
+        return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}")
     in_16_bits = if_valid(plan.config, {"quant.method": "none", "train.keep_dequantized": False})
     assert in_16_bits is not None, "16 bits were tried"
-    needed = plan_of(in_16_bits, plan.model, plan.machine).device
-    why = f"in 16 bits it would take {needed.total / GB:.1f} GB, in NF4 {_of_usable(plan)}"
-    return Change(settings={"quant.method": method}, why=why)
+    needed = plan_of(in_16_bits, plan.model, plan.machine).device.total
+    return Change(settings=settings, why=f"in 16 bits it would take {size(needed)}, in NF4 {_of_usable(plan)}")
 
 
 def _change(said: Config, plan: Plan, settings: Settings) -> Change:
     without = if_valid(plan.config, {name: value_of(said, name) for name in settings})
     meaning = "; ".join(_meanings(plan, settings))
-    if without is None:
-        return Change(settings=settings, why=f"{_of_usable(plan)}, {meaning}")
-    before = plan_of(without, plan.model, plan.machine)
-    usable = plan.machine.usable_bytes
-    if usable is not None and before.device.total > usable:
-        return Change(settings=settings, why=f"{_of_usable(plan)}, {meaning}; else {before.device.total / GB:.1f} GB")
-    return Change(settings=settings, why=f"{_of_usable(plan)}, {meaning}{_gain(before, plan)}")
+    before = None if without is None else plan_of(without, plan.model, plan.machine)
+    end = "" if before is None else _difference(before, plan)
+    return Change(settings=settings, why=f"{_of_usable(plan)}, {meaning}{end}")
 
 
 def _of_usable(plan: Plan) -> str:
     usable = plan.machine.usable_bytes
-    of = "" if usable is None else f" of {usable / GB:.1f}"
-    return f"{plan.device.total / GB:.1f}{of} GB"
+    return size(plan.device.total) + ("" if usable is None else f" of {size(usable)}")
 
 
-def _gain(before: Plan, after: Plan) -> str:
-    """What it is worth: time, else bytes."""
+def _difference(before: Plan, after: Plan) -> str:
+    """What a change is worth alone: that the run fits, time, or bytes on the wire."""
+    if before.lacks() is not None:
+        return f": else {size(before.device.total)}"
+    times = before.time, after.time
+    if times[0] is not None and times[1] is not None:
+        ratio = times[0].seconds / times[1].seconds
+        return f": {ratio:.2f}x faster" if ratio >= 1.005 else ""
     moved = before.wire.received - after.wire.received
-    return f", {moved / GB:.1f} GB a step less to receive" if moved > 0 else ""
+    return f": {size(moved)} a step less to receive" if moved > 0 else ""
 
 
 def _meanings(plan: Plan, settings: Settings) -> Iterator[str]:
-    config = plan.config
     for name, value in settings.items():
-        if name == "parallel.backend" and len(settings) > 1:
-            continue
-        yield _meaning(name, value, plan, config)
+        if name != "parallel.backend" or len(settings) == 1:
+            yield _meaning(name, value, plan)
 
 
-def _meaning(name: str, value: Any, plan: Plan, config: Config) -> str:
+def _meaning(name: str, value: Any, plan: Plan) -> str:
     """What a setting does, in this plan."""
-    machine, passes = plan.machine, config.accumulation(plan.machine.ranks)
-    said = {
-        ("train.checkpointing", "none"): "nothing is recomputed",
-        ("train.checkpointing", "selective"): "MLPs alone are recomputed",
-        ("train.checkpointing", "block"): "each block is recomputed from its input",
-        ("train.checkpointing", "offload"): "the blocks' inputs wait in host memory",
-        ("train.accumulate", "block"): f"each block is gathered twice a step, not {2 * passes} times",
-        ("train.accumulate", "step"): "one micro-batch's inputs are kept at a time",
-        ("train.mlp_tile", None): "MLPs run on whole rows",
-        ("train.keep_dequantized", True): "weights are dequantized twice a step, not three times",
-        ("train.keep_dequantized", False): "no block's weights are kept from its recomputation to its backward",
-        ("parallel.prefetch", True): "the next block is gathered while one computes",
-        ("parallel.prefetch", False): "one gathered block less is there",
-        ("parallel.offload_base", True): "the base waits in host memory",
-        ("parallel.offload_base", False): "the base stays on the cards",
-        ("parallel.backend", "zero3"): "DeepSpeed cuts the base",
-        ("parallel.backend", "fsdp2"): "FSDP2 cuts the base",
-        ("parallel.shard_degree", None): f"one copy of the base is cut over all {machine.ranks:,} ranks",
-        ("parallel.shard_degree", "node"): "each machine has a copy, so that gradients alone travel between them",
-        ("parallel.shard_degree", 1): "each rank has the base whole and gathers nothing",
-    }.get((name, value))
-    if said is not None:
-        return said
-    blocks = plan.model.shapes.num_layers
-    return {
-        "train.micro_batch": f"{value} row{'s' if value != 1 else ''} at once, {passes} times a step",
-        "train.mlp_tile": f"MLPs run on {value:,} tokens at a time",
-        "parallel.resident_blocks": f"{value} of {blocks} blocks stay gathered",
-    }[name]
+    blocks, passes = plan.model.shapes.num_layers, plan.config.accumulation(plan.machine.ranks)
+    match name:
+        case "train.micro_batch":
+            return f"{value:,} row{'s' if value > 1 else ''} at once"
+        case "train.mlp_tile" if value is not None:
+            return f"MLPs run on {value:,} tokens at a time"
+        case "parallel.resident_blocks":
+            return f"{value} of {blocks} blocks stay gathered" if value else "no block stays gathered"
+        case "train.accumulate" if value == "block":
+            return f"each block is gathered twice a step, not {2 * passes} times"
+        case "parallel.shard_degree" if value is None:
+            return f"one copy of the base is cut over all {plan.machine.ranks:,} ranks"
+    return _MEANINGS[name, value]
+
+
+_MEANINGS: dict[tuple[str, Any], str] = {
+    ("train.checkpointing", "none"): "nothing is recomputed",
+    ("train.checkpointing", "selective"): "MLPs alone are recomputed",
+    ("train.checkpointing", "block"): "each block is recomputed from its input",
+    ("train.checkpointing", "offload"): "the blocks' inputs wait in host memory",
+    ("train.accumulate", "step"): "a micro-batch's inputs are kept at a time",
+    ("train.mlp_tile", None): "MLPs run on whole rows",
+    ("train.keep_dequantized", True): "weights are dequantized twice a step, not three times",
+    ("train.keep_dequantized", False): "no weights are kept from a block's recomputation to its backward",
+    ("parallel.prefetch", True): "the next block is gathered while one computes",
+    ("parallel.prefetch", False): "a gathered block less is there",
+    ("parallel.offload_base", True): "the base waits in host memory",
+    ("parallel.offload_base", False): "the base stays on the cards",
+    ("parallel.backend", "zero3"): "DeepSpeed cuts the base",
+    ("parallel.backend", "fsdp2"): "FSDP2 cuts the base",
+    ("parallel.shard_degree", "node"): "each machine has a copy, so that gradients alone travel between them",
+    ("parallel.shard_degree", 1): "each rank has the base whole and gathers nothing",
+}

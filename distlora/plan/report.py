@@ -13,34 +13,16 @@ from distlora.config import Config
 from distlora.plan import Plan
 from distlora.plan.compute import FlopsKind
 from distlora.plan.disk import trained_tensors
-from distlora.plan.kinds import Kind, Moment
+from distlora.plan.kinds import Moment
 from distlora.plan.nearest import Nearest, Room
 from distlora.plan.reasons import Change
 from distlora.plan.seconds import Term
+from distlora.plan.words import KINDS, count, size
 
 WIDTH = 100
 """Characters of a line."""
 _LABEL, _BAR = 12, 40
 
-KINDS: Mapping[Kind, str] = {
-    "codes": "4-bit weights of the base",
-    "scales": "their scales",
-    "weights": "16-bit weights of the base",
-    "embeddings": "embedding and head",
-    "norms": "norms and biases",
-    "resident": "blocks that stay gathered",
-    "adapters": "what is trained, in fp32",
-    "gradients": "its gradients",
-    "optimizer": "the optimizer's moments",
-    "scratch": "dequantized weights",
-    "gathered": "gathered from other ranks",
-    "kept": "activations kept for backward",
-    "working": "activations of what runs",
-    "logits": "logits and their gradients",
-    "communication": "buffers of collectives",
-    "slack": "slack of the allocator",
-}
-"""What each kind of memory is, for people."""
 MOMENTS: Mapping[Moment, str] = {
     "loading": "while adapters are made from the base's weights",
     "embedding": "while the embedding is read",
@@ -132,25 +114,12 @@ def verdict(plan: Plan) -> str:
     what = _device(plan)
     if usable is None:
         return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
+    if plan.lacks() == "host":
+        host, has = plan.host, plan.machine.host_bytes or 0
+        return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has)} can be had"
     if plan.fits:
         return f"yes: {size(needed)} of {size(usable)} a {what}, {size(usable - needed)} to spare"
     return f"NO: it needs {size(needed)} a {what}, which has {size(usable)}: {size(needed - usable)} too much"
-
-
-def size(nbytes: float) -> str:
-    """Three digits and a unit of 1000s: `57.8 GB`."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def count(number: float) -> str:
-    """`70.6 billion`."""
-    for name, unit in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
-        if number >= 0.9995 * unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:,.0f}"
 
 
 def _row(label: str, text: str) -> Iterator[str]:

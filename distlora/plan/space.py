@@ -84,14 +84,19 @@ def own_quantization(config: Config, model: PlannedModel) -> tuple[str, str] | N
 
 
 def storages(config: Config, machine: Machine, fixed: Collection[str]) -> list[Settings]:
-    """Where the base may lie: as the settings have it, or, where several GPUs share it, in host memory by DeepSpeed."""
+    """By what the base may be cut, and where it may lie: as the settings have it, or, where several GPUs share it, on
+    them or in host memory by DeepSpeed, or on them by FSDP2. One holds other buffers than the other."""
+    said = {name: value_of(config, name) for name in ("parallel.backend", "parallel.offload_base")}
+    cuts = machine.is_gpu and machine.ranks > 1 and config.adapter.trains_base is None
     found: list[Settings] = [{}]
-    parallel = config.parallel
-    free = "parallel.offload_base" not in fixed and (parallel.backend == "zero3" or "parallel.backend" not in fixed)
-    gathers = parallel.resident_blocks == 0 or "parallel.resident_blocks" not in fixed
-    if free and gathers and machine.is_gpu and machine.ranks > 1 and config.adapter.trains_base is None:
-        other = {"parallel.backend": "zero3", "parallel.offload_base": not parallel.offload_base}
-        found += [other | {"parallel.resident_blocks": 0}]
+    for backend, offloads in (("fsdp2", False), ("zero3", False), ("zero3", True)) if cuts else ():
+        other = {"parallel.backend": backend, "parallel.offload_base": offloads}
+        # FSDP2 alone has blocks that stay gathered, and DeepSpeed alone a file of its settings.
+        if backend == "zero3" and config.parallel.resident_blocks != 0:
+            other["parallel.resident_blocks"] = 0
+        new = {name for name, value in other.items() if value != value_of(config, name)}
+        if not new & set(fixed) and any(other[name] != said[name] for name in said):
+            found.append(other)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,11 @@ from distlora.plan.compute import active_weights, attends_densely, cut, experts_
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.work import How, Linear, MovedKind, Work
-from distlora.shapes import Weight, attention_columns, sizes_of
+from distlora.shapes import Asked, Weight, attention_columns, sizes_of
 from distlora_kernels.few_rows import most_rows
+
+Ranks = tuple[tuple[str, int], ...]
+"""(path in the block, rank) of its adapters, by path."""
 
 _CAPABILITIES: tuple[tuple[str, tuple[int, int]], ...] = (
     (r"b200", (10, 0)),
@@ -49,7 +53,9 @@ class StepWork:
 
     def __iter__(self) -> Iterator[tuple[Work, int]]:
         """(launch, how often) of a whole step."""
-        for block, layers in Counter(self.blocks).items():
+        layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
+        for key, block in {id(block): block for block in self.blocks}.items():
+            layers = layers_of[key]
             for work in (*block.forward, *block.backward, *block.reference):
                 yield work, layers * self.micro_batches
         for work in self.head:
@@ -149,15 +155,16 @@ def _blocks(
     rows, tile = train.micro_batch, train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
     dense = attends_densely(config, model, is_gpu=machine.is_gpu)
-    adapters = [{} for _ in range(shapes.num_layers)] if how.trains_base else _ranks(config, model)
-    found: dict[tuple[tuple[tuple[str, int], ...], int | None], BlockWork] = {}
+    asked = Asked(shapes, config.adapter, (num_experts(model),))
+    adapters = ((),) * shapes.num_layers if how.trains_base else _ranks(asked)
+    found: dict[tuple[Ranks, int | None], BlockWork] = {}
     blocks = []
     for ranks, window in zip(adapters, windows_of(model), strict=True):
-        key = (tuple(sorted(ranks.items())), window)
+        key = (ranks, window)
         if key not in found:
             seen = length**2 if dense else sum(pairs(part, window) for part in cut(length, document))
             found[key] = block_work(
-                sizes_of_block(config, model, ranks),
+                sizes_of_block(config, model, dict(ranks)),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
@@ -169,17 +176,20 @@ def _blocks(
     return tuple(blocks)
 
 
-def _ranks(config: Config, model: PlannedModel) -> list[dict[str, int]]:
-    """The rank of each adapter by its path in the block, of each block; of experts, of one."""
-    layers = []
-    experts = num_experts(model)
-    for block in model.shapes.adapters(config.adapter):
+@functools.lru_cache(maxsize=16)
+def _ranks(asked: Asked) -> tuple[Ranks, ...]:
+    """Of each block; of experts the rank of one. `asked.more` is their number."""
+    layers: list[Ranks] = []
+    known: dict[Ranks, Ranks] = {}
+    (experts,) = asked.more
+    for block in asked.shapes.adapters(asked.config):
         ranks = {}
         for each in block:
             path = each.path.partition(".layers.")[2].partition(".")[2]
             ranks[path] = each.down[0] // experts if ".experts." in each.path else each.down[0]
-        layers.append(ranks)
-    return layers
+        key = tuple(sorted(ranks.items()))
+        layers.append(known.setdefault(key, key))  # One object, so that blocks that are alike are told at once.
+    return tuple(layers)
 
 
 def sizes_of_block(config: Config, model: PlannedModel, ranks: Mapping[str, int]) -> BlockSizes:

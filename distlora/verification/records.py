@@ -10,14 +10,14 @@ from distlora.config import UserError
 from distlora.data.cache import content_digest
 from distlora.data.rows import PackedRows
 from distlora.json_files import Shape, check_shape, parse_object, read_object
-from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME, SUMMARY_NAME, read_record
+from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME, PLAN_NAME, SUMMARY_NAME, read_record
 from distlora.verification.items import Item, damaged, note, ok
 
 _DATA: Shape = {"cache": str, "content": str, "splits": {"*": dict}}
 _SPLITS = ("train", "eval")
 _LINE: Shape = {"step": int}
 _SAMPLES_NAME = "samples.jsonl"
-_OTHER_RECORDS = ("plan.json", "stopped.json", "slurm.json")
+_OTHER_RECORDS = (PLAN_NAME, "stopped.json", "slurm.json")
 _LEFT_OVER = re.compile(r"\..+\.(tmp|old)|\..+-[0-9a-f]{16}|\.config\.yaml\.\d+")
 """What durable.py, checkpoints/files.py and the launcher write before it gets its name."""
 

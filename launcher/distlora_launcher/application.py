@@ -22,17 +22,20 @@ from distlora_launcher.checks import check
 from distlora_launcher.compose import (
     CONF_MODULE,
     VERSION_BASE,
-    compose_config,
+    Composed,
+    compose_run,
     compose_sweep,
     config_from_hydra,
     with_new_keys,
 )
+from distlora_launcher.fixed import fixed_settings
 from distlora_launcher.initial_adapter import with_initial_adapter
 from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.local import remove_if_empty, start
 from distlora_launcher.machines import start_together
 from distlora_launcher.output import say, shown
+from distlora_launcher.planning import decide, say_choice
 
 PROGRAM = "distlora train"
 DRY_RUN = "--dry-run"
@@ -47,12 +50,14 @@ def main(arguments: list[str]) -> int:
     flags = read_flags(arguments)
     if dry_run or is_run(flags):
         runs = composed(flags)
-        refuse_sweep_over_machines(runs[0], flags)
-        refuse_dry_run(runs, flags, dry_run)
-        for config in runs:
-            check(config, new_run=True)
-        if is_job(runs[0]):
-            script = script_of(runs, sweeps=is_multirun(flags))
+        first = runs[0].config
+        refuse_sweep_over_machines(first, flags)
+        refuse_dry_run(first, flags, dry_run)
+        for run in runs:
+            check(run.config, new_run=True)
+        decided = [decide(run.config, run.fixed).config for run in runs]
+        if is_job(first):
+            script = script_of(decided, sweeps=is_multirun(flags))
             if dry_run:
                 print(script, end="", flush=True)  # Whatever SLURM says of it: that may be why one wants to read it.
             have_judged(script)
@@ -76,16 +81,16 @@ def refuse_sweep_over_machines(config: Config, flags: argparse.Namespace) -> Non
     )
 
 
-def refuse_dry_run(runs: list[Config], flags: argparse.Namespace, dry_run: bool) -> None:
+def refuse_dry_run(config: Config, flags: argparse.Namespace, dry_run: bool) -> None:
     """Refuse --dry-run of what submits nothing, and sweeps that an array cannot hold."""
     if dry_run and not is_run(flags):
         raise UserError(f"{DRY_RUN} prints a script, and the other options print something else; leave one of them out")
-    if dry_run and not is_job(runs[0]):
+    if dry_run and not is_job(config):
         raise UserError(
-            f"{DRY_RUN} prints what would be submitted, and cluster={runs[0].cluster.launcher} submits nothing; add "
+            f"{DRY_RUN} prints what would be submitted, and cluster={config.cluster.launcher} submits nothing; add "
             "cluster=slurm, or print the settings with --cfg job"
         )
-    if is_job(runs[0]) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
+    if is_job(config) and any(word.partition("=")[0] == "hydra/sweeper" for word in flags.overrides):
         raise UserError(
             "a sweeper that waits for results cannot choose the jobs of an array; leave hydra/sweeper out, or set "
             "cluster=local in a job of its own"
@@ -142,13 +147,13 @@ def is_multirun(flags: argparse.Namespace) -> bool:
     return flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
 
 
-def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Config]:
+def composed(flags: argparse.Namespace, *, may_lack_paths: bool = False) -> list[Composed]:
     """The settings of every run that the command line asks for; --cfg shows them before they are complete."""
     options = {"config_dir": flags.config_dir, "may_lack_paths": may_lack_paths}
     if not is_multirun(flags):
-        return [compose_config(flags.overrides, **options)]
+        return [compose_run(flags.overrides, **options)]
     runs = compose_sweep(flags.overrides, **options)
-    if is_job(runs[0]):  # They are submitted together, so all of them are checked.
+    if is_job(runs[0].config):  # They are submitted together, so all of them are checked.
         runs = compose_sweep(flags.overrides, **options, most=None)
     return runs
 
@@ -185,7 +190,11 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         print(f"\njob {number}: {' '.join(hydra_settings.overrides.task)}", flush=True)
     try:
         config = config_from_hydra(settings, run_dir=str(run_dir))
-        config = with_initial_adapter(config, hydra_settings.overrides.task)
+        words = hydra_settings.overrides.task
+        config = with_initial_adapter(config, words)
+        choice = decide(config, fixed_settings(config, words))
+        say_choice(choice)
+        config = choice.config
         if is_job(config):
             return sweep.add(config, number) if sweeps else submit_run(config)
         code = start_together(config) if config.cluster.on_each_machine else start(config)

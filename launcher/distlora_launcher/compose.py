@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distlora.config import Config, UserError, require
 from distlora.config.places import means_hub
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
+from distlora_launcher.fixed import fixed_settings
 from distlora_launcher.initial_adapter import with_initial_adapter
 
 CONF_MODULE = "distlora_launcher.conf"
@@ -50,7 +52,21 @@ def with_new_keys(word: str) -> str:
     return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composed:
+    """The settings of one run."""
+
+    config: Config
+    fixed: frozenset[str] = frozenset()
+    """Those that plan=auto may not choose, as the user has (`fixed_settings`)."""
+
+
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
+    """`compose_run`, without what is fixed."""
+    return compose_run(overrides, config_dir=config_dir, may_lack_paths=may_lack_paths).config
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Composed:
     """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid.
 
     may_lack_paths: model.path and data.path may still be missing; they are "unset" then.
@@ -67,7 +83,7 @@ def compose_sweep(
     config_dir: str | None = None,
     may_lack_paths: bool = False,
     most: int | None = MOST_JOBS_CHECKED,
-) -> list[Config]:
+) -> list[Composed]:
     """The settings of the jobs of a `-m` run, in Hydra's order; at most `most` of them (None: all).
 
     A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
@@ -113,7 +129,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     return config
 
 
-def _compose_one(overrides: list[str], may_lack_paths: bool) -> Config:
+def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
     try:
         composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
         with open_dict(composed):
@@ -123,7 +139,8 @@ def _compose_one(overrides: list[str], may_lack_paths: bool) -> Config:
             run_dir = composed.hydra.run.dir
             del composed["hydra"]
         config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
-        return with_initial_adapter(config, overrides)
+        config = with_initial_adapter(config, overrides)
+        return Composed(config=config, fixed=fixed_settings(config, overrides))
     except EXPLAINED as error:
         raise explain(error, overrides) from error
 

@@ -19,7 +19,7 @@ from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping
 from distlora.json_files import object_or_empty
-from distlora.run_folder import DATA_NAME, checkpoint_folders, find_result
+from distlora.run_folder import DATA_NAME, PLAN_NAME, checkpoint_folders, find_result
 from distlora_launcher.checks import check, check_run_dir
 from distlora_launcher.failures import would_repeat
 from distlora_launcher.holding import CONFIG_NAME, leave, running
@@ -27,6 +27,7 @@ from distlora_launcher.hub import is_to_download, localize, restore
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import say, shown
+from distlora_launcher.planning import keep, planned
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.worker_entry import PARENT
 from distlora_launcher.workers import run_workers
@@ -55,9 +56,11 @@ def make_run(config: Config) -> tuple[int, Config]:
         if code != DONE:
             return code, config
     config = localize(config)
+    plan = planned(config)
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with running(run_dir):
+        keep(run_dir, plan)
         if record is not None:
             durable.write_text(run_dir / DATA_NAME, record)
             return DONE, config
@@ -71,8 +74,10 @@ def resume_here(run_dir: Path, config: Config) -> int:
     """Continue a run from its newest checkpoint, or from the start where it has none. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
+    plan = planned(config)
     with running(run_dir):
         say(f"run folder {shown(run_dir)}")
+        keep(run_dir, plan)
         if not is_prepared(run_dir):
             code = prepare(run_dir)
             if code != DONE:
@@ -149,7 +154,8 @@ def create_run(run_dir: Path, config: Config) -> None:
 def forget_run(run_dir: Path) -> None:
     """Take back what `create_run` made, so that the same command works once its data is corrected."""
     (run_dir / CONFIG_NAME).unlink()
-    (run_dir / DATA_NAME).unlink(missing_ok=True)
+    for name in (DATA_NAME, PLAN_NAME):
+        (run_dir / name).unlink(missing_ok=True)
     leave(run_dir)
     remove_if_empty(run_dir)
 

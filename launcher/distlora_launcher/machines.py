@@ -23,6 +23,7 @@ from distlora_launcher.local import create_run, forget_run, is_prepared, prepare
 from distlora_launcher.logs import host_name, set_aside_logs
 from distlora_launcher.meeting import meet, wait_for_host
 from distlora_launcher.output import say, shown
+from distlora_launcher.planning import keep, planned
 from distlora_launcher.signals import Forwarder, forwarding
 
 
@@ -34,6 +35,7 @@ def start_together(config: Config) -> int:
     run_dir = Path(config.run_dir)
     check_writable(run_dir, "run_dir")
     config = localize(config)
+    plan = planned(config)
     if not (run_dir / CONFIG_NAME).is_file():
         with contextlib.suppress(UserError):  # Another machine was faster.
             create_run(run_dir, config)
@@ -47,6 +49,7 @@ def start_together(config: Config) -> int:
                     f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}` on each "
                     "machine, or set another run_dir"
                 )
+            keep(run_dir, plan)
             code = DONE if is_prepared(run_dir) else prepare(run_dir, forwarder)
             if code not in (DONE, STOPPED):
                 forget_run(run_dir)
@@ -59,10 +62,12 @@ def resume_together(run_dir: Path, config: Config) -> int:
     """This machine's part in the rest of a run, when the same command is given on each. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
+    plan = planned(config)
     say(f"run folder {shown(run_dir)}")
     with forwarding() as forwarder:
 
         def lead() -> int:
+            keep(run_dir, plan)
             return DONE if is_prepared(run_dir) else prepare(run_dir, forwarder)
 
         return run_by_hand(run_dir, config, forwarder, lead)

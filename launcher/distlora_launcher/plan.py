@@ -16,24 +16,24 @@ from typing import Any, TypeVar
 
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
-from distlora.plan import Plan, plan_of
-from distlora.plan.choose import choose, resolve_quantization
+from distlora.plan import Plan
 from distlora.plan.kinds import Kind
-from distlora.plan.machine import machine_of
 from distlora.plan.model import PlannedModel
 from distlora.plan.nearest import Nearest, Room, nearest, room
 from distlora.plan.reasons import Change
-from distlora.plan.report import KINDS, assumptions, machines_of, page, settings
+from distlora.plan.report import assumptions, machines_of, page, settings
 from distlora.plan.scaling import FABRICS, Scaling, scaling
 from distlora.plan.tables import matrix, scaling_tables
+from distlora.plan.words import KINDS
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable
-from distlora_launcher.compose import compose_config
-from distlora_launcher.here import found_here, planned_model
+from distlora_launcher.compose import compose_run
+from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown
 from distlora_launcher.plan_table import MACHINES, MODELS, plans, with_model
+from distlora_launcher.planning import choices
 
 PROGRAM = "distlora plan"
 Value = TypeVar("Value")
@@ -202,20 +202,13 @@ def check_picture(path: Path) -> None:
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
     """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
-    config = compose_config(settings, config_dir=config_dir, may_lack_paths=True)
-    require_model(config)
-    check_parallel(config)
-    model, machine = planned_model(config), machine_of(config, found=found_here())
-    fixed: frozenset[str] = frozenset()
-    changes: tuple[Change, ...] = ()
-    if config.plan.mode == "auto" or config.quant.method == "auto":
-        is_auto = config.plan.mode == "auto"
-        choice = choose(config, fixed, model, machine) if is_auto else resolve_quantization(config, model, machine)
-        plan, changes = choice.plan, choice.changes
-    else:
-        plan = plan_of(config, model, machine)
+    composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
+    require_model(composed.config)
+    check_parallel(composed.config)
+    choice = choices(composed.config, composed.fixed)
+    plan, changes = choice.plan, choice.changes
     if plan.fits is False:
-        return Answer(plan=plan, changes=changes, near=nearest(plan.config, model, machine))
+        return Answer(plan=plan, changes=changes, near=nearest(plan.config, plan.model, plan.machine))
     return Answer(plan=plan, changes=changes, rooms=tuple(room(plan, larger_than(plan))))
 
 

@@ -12,7 +12,7 @@ from distlora.config.places import is_hub_name
 from distlora.plan import Plan
 from distlora.plan.choose import choose
 from distlora.plan.machine import machine_of
-from distlora_launcher.compose import compose_config
+from distlora_launcher.compose import compose_run
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models
 
@@ -45,11 +45,12 @@ def plans(
     auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
     found = {}
     for machine in machines:
-        config = compose_config([*auto, *machine_words(machine), *words], config_dir=config_dir, may_lack_paths=True)
+        settings = ["plan=auto", *auto, *machine_words(machine), *words]
+        composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
         for model in models:
-            of_model = with_model(config, model)
+            of_model = with_model(composed.config, model)
             shapes, cards = planned_model(of_model), machine_of(of_model)
-            found[model, machine] = choose(of_model, frozenset(), shapes, cards).plan
+            found[model, machine] = choose(of_model, composed.fixed, shapes, cards).plan
     return {(model, machine): found[model, machine] for model in models for machine in machines}
 
 

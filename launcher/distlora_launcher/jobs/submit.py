@@ -27,6 +27,7 @@ from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render, writ
 from distlora_launcher.local import is_prepared, make_run, prepare, say_how_to_go_on
 from distlora_launcher.logs import SLURM
 from distlora_launcher.output import say, shown
+from distlora_launcher.planning import keep, planned
 
 
 def is_job(config: Config) -> bool:
@@ -115,7 +116,9 @@ def make_ready(run_dir: Path, config: Config) -> int:
     """Check a run that is to go on, and bring back what is gone of its model and data. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
+    plan = planned(config)
     with running(run_dir):
+        keep(run_dir, plan)
         return DONE if is_prepared(run_dir) else prepare(run_dir)
 
 

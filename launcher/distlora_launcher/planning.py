@@ -1,0 +1,98 @@
+"""What a run needs, before its workers start: `plan=auto` and `quant=auto` are decided, what cannot fit is refused, and
+the plan is said and kept as RUN/plan.json.
+
+All of it is calculated (distlora/plan/), from config.json's sizes and what this machine shows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from pathlib import Path
+
+from distlora import durable, host_memory
+from distlora.config import Config, UserError
+from distlora.deepspeed_file import check_deepspeed
+from distlora.plan import Plan, plan_of
+from distlora.plan.choose import Choice, choose, resolve_quantization
+from distlora.plan.machine import Found, Machine, machine_of
+from distlora.plan.nearest import largest, nearest
+from distlora.plan.report import lines, verdict
+from distlora.plan.words import size
+from distlora.run_folder import PLAN_NAME
+from distlora_launcher import here
+from distlora_launcher.output import say
+
+
+def decide(config: Config, fixed: Collection[str]) -> Choice:
+    """`choices`, of a run that is to start. Raises UserError for what cannot fit, with the nearest that does."""
+    choice = choices(config, fixed)
+    require_fit(choice.plan)
+    return choice
+
+
+def choices(config: Config, fixed: Collection[str]) -> Choice:
+    """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
+    names that the user has chosen."""
+    model, machine = here.planned_model(config), machine_here(config)
+    if config.plan.mode == "auto":
+        return choose(config, {*fixed, *_not_to_be_had(config)}, model, machine)
+    if config.quant.method == "auto":
+        return resolve_quantization(config, model, machine)
+    return Choice(config=config, plan=plan_of(config, model, machine), changes=())
+
+
+def _not_to_be_had(config: Config) -> Collection[str]:
+    """Settings that cannot be chosen as this machine, where the run is started on it, lacks DeepSpeed."""
+    try:
+        if config.cluster.launcher == "local":
+            check_deepspeed()
+    except UserError:
+        return ("parallel.backend", "parallel.offload_base")
+    return ()
+
+
+def planned(config: Config) -> Plan:
+    """The plan of settings that are decided, as those of a run folder are. Raises UserError for what cannot fit."""
+    plan = plan_of(config, here.planned_model(config), machine_here(config))
+    require_fit(plan)
+    return plan
+
+
+def machine_here(config: Config) -> Machine:
+    """The machines of a run: by name, else this one."""
+    if config.cluster.launcher != "local":
+        return machine_of(config)
+    return machine_of(config, found=Found(devices=_devices(), host_bytes=host_memory.available_bytes()))
+
+
+@functools.cache
+def _devices() -> tuple[tuple[str, int], ...] | None:
+    """Asked once: nvidia-smi takes seconds where cards sleep."""
+    return here.devices()
+
+
+def require_fit(plan: Plan) -> None:
+    """Refuse a plan that does not fit, unless the user wants it all the same."""
+    if plan.fits is not False or not plan.config.plan.refuse:
+        return
+    found = nearest(plan.config, plan.model, plan.machine)
+    most = largest(plan if found.least is None else found.least)
+    even = "" if found.least is None else f"; at the least {size(found.least.device.total)}"
+    raise UserError(
+        f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{even} "
+        f"({most}); {found}; plan.refuse=false starts it all the same"
+    )
+
+
+def say_choice(choice: Choice) -> None:
+    """What was chosen, and why."""
+    for change in choice.changes:
+        say(f"chosen: {change}")
+
+
+def keep(run_dir: Path, plan: Plan) -> None:
+    """Write RUN/plan.json, which the workers hold their own memory to, and say the plan."""
+    durable.write_json(run_dir / PLAN_NAME, plan.as_json())
+    for line in lines(plan):
+        say(line)

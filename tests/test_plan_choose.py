@@ -220,3 +220,17 @@ def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
     longer = plan_of(with_settings(plan.config, {"data.sequence_length": 8192}), plan.model, plan.machine)
     assert found["data.sequence_length=8192"].total == longer.device.total
     assert all(each.total > plan.device.total for each in found.values())
+
+
+def test_a_cpu_machine_is_too_small_for_what_all_its_processes_take_and_no_sooner() -> None:
+    card = machine("h100", 2)
+    cpu = dataclasses.replace(
+        card, name="CPU", is_gpu=False, card=None, usable_bytes=1, host_bytes=1000 * GB, flops=None, bandwidth=None
+    )
+    plan = plan_of(config_of(2), llama("8b", layers=3), cpu)
+    needed = plan.host.machine - plan.host.launcher
+    assert needed > 2 * plan.device.total
+    assert dataclasses.replace(plan, machine=dataclasses.replace(cpu, host_bytes=needed)).fits is True
+    short = dataclasses.replace(plan, machine=dataclasses.replace(cpu, host_bytes=needed - 1))
+    assert (short.fits, short.lacks()) == (False, "host")
+    assert dataclasses.replace(plan, machine=dataclasses.replace(cpu, host_bytes=None, usable_bytes=None)).fits is None

@@ -62,25 +62,25 @@ SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "
 
 def lines(plan: Plan) -> list[str]:
     """What a run says of its plan before it starts: a few short lines."""
-    device, host, disk = plan.device, plan.host, plan.disk
+    device, host, disk, usable = plan.device, plan.host, plan.disk, plan.machine.usable_bytes
     card = _device(plan)
-    usable = plan.machine.usable_bytes
     of = "" if usable is None else f" of {size(usable)}"
-    fits = {True: "", False: ": it does NOT fit", None: ""}[plan.fits]
+    fits = {
+        True: "",
+        False: ": it does NOT fit",
+        None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
+    }[plan.fits]
     largest = sorted(device.by_kind.items(), key=lambda item: -item[1])[:3]
-    wire = plan.wire
+    kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
+    moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
+    time = None if plan.time is None else time_of(plan)
     found = [
         f"plan: {size(device.total)}{of} a {card}{fits}, {MOMENTS[device.worst]}",
         "  most of it: " + ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in largest),
-        f"  host memory: {size(host.while_loading)} a process while it loads, {size(host.while_training)} while it "
-        f"trains, {size(host.machine)} on a machine",
-        f"  disk: {size(disk.run)} for the run, a checkpoint {size(disk.checkpoint)}"
-        + (f", {size(disk.cache)} for the quantized base" if disk.cache else ""),
+        f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]
-    if wire.world > 1:
-        found.append(f"  a step: {size(wire.received)} come into each {card} from the others")
-    if plan.time is not None:
-        found.append(f"  time: {time_of(plan)}")
+    if moved or time:
+        found.append("  a step: " + "; ".join(filter(None, (moved, time))))
     return found
 
 

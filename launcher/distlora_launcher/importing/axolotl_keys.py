@@ -146,7 +146,7 @@ ROWS: tuple[Row, ...] = (
         "the base stays on the GPUs, in 4 bits; parallel=zero3 parallel.offload_base=true keeps it on the host",
         "layer_offloading",
     ),
-    ("unsupported", "set train.micro_batch by hand", "auto_find_batch_size"),
+    ("unsupported", "leave train.micro_batch out and add plan=auto, which calculates it", "auto_find_batch_size"),
     ("unsupported", "torch.compile is not used yet; results do not depend on it", "torch_compile"),
     ("idle", "torch.compile is not used", "torch_compile_* deepcompile"),
     ("idle", "the MLP that is run in tiles is the model's own", "tiled_mlp_use_original_mlp"),

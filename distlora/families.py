@@ -169,7 +169,8 @@ _REASONS: tuple[tuple[str, str], ...] = (
 _AGAIN = "download it again"
 _SIZES = (
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "num_experts", "num_local_experts"),
+    *("num_key_value_heads", "max_position_embeddings", "num_experts", "num_local_experts", "num_experts_per_tok"),
+    "sliding_window",
 )
 _LARGEST_SIZE = 2**31
 _MODEL: Shape = {

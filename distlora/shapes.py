@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import AdapterConfig, UserError
+from distlora.config.errors import short
 from distlora.expert_targets import expert_shapes, select_adapted
 from distlora.families import Family, family_of, is_tied, text_settings
 
@@ -23,6 +24,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 64, "attention_bias": True},
 }
 """What transformers takes for what a config.json does not say, where hub models leave it out."""
+
+
+_MOST = {"vocab_size": 2**31, "hidden_size": 2**31, "num_hidden_layers": 1000, "num_attention_heads": 2**31}
+"""Sizes that every config.json has to say, and what they are below: a plan goes through all layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +169,23 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
     """
     family = family_of(model, place)
     sizes = sizes_of(model, family)
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(sizes.get(name), int):
+    for name, most in _MOST.items():
+        size = sizes.get(name)
+        if size is None:
             raise UserError(f"{place} says no {name}, so the model's size cannot be calculated; download it again")
+        if type(size) is not int or not 0 < size < most:
+            raise UserError(f"{place} is damaged: {name}={short(size)} is none that a model has; download it again")
+    layers, kinds = sizes["num_hidden_layers"], sizes.get("layer_types")
+    if kinds is not None and len(kinds) != layers:
+        raise UserError(
+            f"{place} is damaged: layer_types has {len(kinds)} layers, num_hidden_layers={layers}; download it again"
+        )
+    heads, keys = sizes["num_attention_heads"], sizes.get("num_key_value_heads", sizes["num_attention_heads"])
+    if heads % keys or not (sizes.get("head_dim") or sizes["hidden_size"] // heads):
+        raise UserError(
+            f"{place} is damaged: {heads} heads of queries and {keys} of keys cannot share hidden_size="
+            f"{sizes['hidden_size']}; download it again"
+        )
     return ModelShapes(
         family=family,
         vocabulary=sizes["vocab_size"] if vocabulary is None else vocabulary,

@@ -29,6 +29,7 @@ from damage import (
     split_tensors,
     with_header,
 )
+from distlora.architectures import ARCHITECTURES
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import as_mapping, build, load_config
 from distlora.data.sources import pinned_commits
@@ -40,6 +41,9 @@ from distlora.loading.piece_header import GROUP_BYTES, DamagedPieceError, Extent
 from distlora.loading.segments import read_header
 from distlora.loading.start_file import StartRecord, digest_of, require_start
 from distlora.model_card import model_card, read_metadata
+from distlora.plan import Plan, plan_of
+from distlora.plan.model import model_in
+from distlora.plan.report import page
 from distlora.run_folder import read_result
 from distlora_launcher.cache import line_of
 from distlora_launcher.checks import check_model
@@ -49,6 +53,7 @@ from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
 from distlora_launcher.local import is_prepared
 from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
+from planned import cpu_machine
 
 
 def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:
@@ -71,6 +76,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_place(folder: Path) -> Path:
     write_model(folder / "model", shards=2)
     write_model(folder / "single")
+    write_model(folder / "bare")
+    (folder / "bare" / "model.safetensors").unlink()
+    (folder / "experts").mkdir()
+    (folder / "experts" / "config.json").write_text(json.dumps(ARCHITECTURES["unsloth/gpt-oss-20b-BF16"]))
     write_packed_model(folder / "packed")
     write_data(folder / "data.jsonl")
     write_adapter(folder / "adapter")
@@ -300,6 +309,15 @@ def read_source(folder: Path) -> str | None:
     return source_digest.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
 
 
+def read_planned(folder: Path, model: str = "model") -> Plan:
+    """As `distlora plan` does, which prints it."""
+    config = config_of(folder, model=model)
+    plan = plan_of(config, model_in(folder / model), cpu_machine(2))
+    page(plan)
+    plan.as_json()
+    return plan
+
+
 CACHE_KEY, CACHE_PIECE = "5" * 64, "00000-0of1-0123456789abcdef.safetensors"
 STEP = "run/checkpoints/step_00000002"
 READERS = {
@@ -338,6 +356,23 @@ READERS = {
         damages=any_json,
         read=lambda folder: check_model(config_of(folder, model="packed")),
         names=("config.json", "packed"),
+    ),
+    "planned model": Reader(
+        file="model/config.json", damages=any_json, read=read_planned, names=("config.json", "model"), examples=30
+    ),
+    "a planned model's config.json alone": Reader(
+        file="bare/config.json",
+        damages=any_json,
+        read=lambda folder: read_planned(folder, model="bare"),
+        names=("config.json", "bare"),
+        examples=60,
+    ),
+    "a planned mixture's": Reader(
+        file="experts/config.json",
+        damages=any_json,
+        read=lambda folder: read_planned(folder, model="experts"),
+        names=("config.json", "experts"),
+        examples=30,
     ),
     "adapter's settings": Reader(
         file="adapter/adapter_config.json",

@@ -16,7 +16,7 @@ from distlora.plan.block_work import BlockSizes, BlockWork, HeadSizes, block_wor
 from distlora.plan.compute import active_weights, attends_densely, cut, experts_chosen, num_experts, windows_of
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.work import How, Linear, MovedKind, Work
+from distlora.plan.work import FP32, How, Linear, MovedKind, Work
 from distlora.shapes import Asked, Weight, attention_columns, sizes_of
 from distlora_kernels.few_rows import most_rows
 
@@ -46,9 +46,10 @@ class StepWork:
     head: tuple[Work, ...]
     """Of a pass: the embedding, the last norm and the head, forward and backward."""
     gathers: tuple[Work, ...]
-    """Of one gather of a block: what was gathered is copied to where it is used."""
+    """Of one gather of a block: what was gathered is copied to where it is used, fp32 masters into copies to compute
+    with, which one process makes too."""
     moved_blocks: int
-    """Blocks that are gathered in each pass, forward and backward."""
+    """Blocks of which that is true in each pass, forward and backward."""
     update: tuple[Work, ...]
 
     def __iter__(self) -> Iterator[tuple[Work, int]]:
@@ -87,10 +88,7 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
     how = how_of(config, model, machine)
     active, family = active_weights(config, model), model.shapes.family
     reference, gemma = train.objective == "dpo", family.model_type.startswith("gemma")
-    of_block = wire.block_bytes(
-        model.shapes.block, shards, quantized=how.quantized, itemsize=wire.DTYPE_BYTES[train.dtype]
-    )
-    resident = config.parallel.resident_blocks
+    gathers, resident = _gathers(model, how, shards), config.parallel.resident_blocks
     capped = family.head_softcap and text_settings(model.settings, family).get("final_logit_softcapping") is not None
     head = HeadSizes(
         vocabulary=model.shapes.vocabulary,
@@ -107,8 +105,8 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
         micro_batches=micro_batches,
         passes=passes,
         head=tuple(head_work(head, how, m=at_once, reference=reference)),
-        gathers=() if shards == 1 else (Work("gathered", 2.0 * of_block),),
-        moved_blocks=0 if shards == 1 else model.shapes.num_layers - (0 if resident == "auto" else resident),
+        gathers=gathers,
+        moved_blocks=model.shapes.num_layers - (0 if resident == "auto" else resident) if gathers else 0,
         update=tuple(
             update_work(
                 trained_numbers(config, model, ranks),
@@ -118,6 +116,16 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
             )
         ),
     )
+
+
+def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
+    block = model.shapes.block
+    nbytes = 0.0
+    if shards > 1:
+        nbytes += 2 * wire.block_bytes(block, shards, quantized=how.quantized, itemsize=how.itemsize)
+    if how.trains_base and how.itemsize < FP32:
+        nbytes += (FP32 + how.itemsize) * sum(weight.numel for weight in block) / shards
+    return (Work("gathered", nbytes),) if nbytes else ()
 
 
 def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:

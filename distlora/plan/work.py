@@ -140,6 +140,8 @@ def backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
             yield gemm("products", m, features, linear.out, how, accumulates=ranks > 0 or index > 0)
         if how.trains_base:
             yield gemm("products", linear.out, features, m, how)
+            # Added to what earlier micro-batches left, in fp32.
+            yield Work("update", (how.itemsize + 2 * FP32) * linear.numel)
         if linear.is_dora and linear.rank:
             yield from _dora(linear, m, how, backward=True)
     if ranks:

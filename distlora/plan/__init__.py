@@ -29,9 +29,12 @@ class Plan:
     machine: Machine
     device: DeviceBytes
     wire: StepBytes
-    compute: StepFlops
 
     # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
+    @property
+    def compute(self) -> StepFlops:
+        return step_flops(self.config, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
+
     @property
     def host(self) -> HostBytes:
         """Memory of a process and of a machine on the host."""
@@ -113,5 +116,4 @@ def plan_of(config: Config, model: PlannedModel, machine: Machine) -> Plan:
         machine=machine,
         device=device_bytes(config, model, machine),
         wire=wire.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks)),
-        compute=step_flops(config, model, ranks=ranks, is_gpu=machine.is_gpu),
     )

@@ -13,18 +13,22 @@ from dataclasses import dataclass
 
 from distlora.config import Config
 from distlora.plan import Plan, plan_of
+from distlora.plan.kinds import Kind
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.reasons import Change, changes_of, why_quantized
 from distlora.plan.space import (
     CHOSEN,
     RECOMPUTES,
+    Settings,
     changed,
     copies,
     if_valid,
+    micro_batches,
     own_quantization,
-    steps,
+    slices_for_nothing,
     storages,
+    ways,
     with_settings,
 )
 
@@ -32,6 +36,8 @@ RESERVE = 0.05
 """Share of what a chosen plan needs that stays free beside it: as far as measured peaks may be from plans."""
 WORTH = 0.01
 """Share of the fastest step's time that no setting is changed for."""
+_OF_A_BRANCH: tuple[Kind, ...] = ("codes", "scales", "weights", "embeddings", "norms", "adapters", "optimizer")
+"""What a rank holds however a step runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,19 +138,30 @@ def on_cards(
     """The plans of the space that cards hold, whatever the host does; of those that differ in resident blocks alone the
     one as said and the one with most."""
     for branch in branches(said, machine, fixed):
-        for plan in branch_plans(branch, fixed, model, machine):
-            if not plan.lacks_device(reserve):
+        for way in ways(branch, model, machine, fixed):
+            for plan in with_micro_batches(branch, way, fixed, model, machine):
+                if plan.lacks_device(reserve):
+                    break  # Nor does it fit with more rows at once.
                 yield plan
                 if "parallel.resident_blocks" not in fixed and (more := with_most_resident(plan, reserve)):
                     yield more
-            elif plan.device.persistent * (1 + reserve) > (machine.usable_bytes or 0):
-                break  # However a step runs, what stays is the same.
+            else:
+                continue
+            if base_lacks(plan, reserve):
+                break
+
+
+def base_lacks(plan: Plan, reserve: float) -> bool:
+    """Whether what is the same however a step runs is too much for a card."""
+    held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
+    return held * (1 + reserve) > (plan.machine.usable_bytes or 0)
 
 
 def plans(said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Iterator[Plan]:
     """Every plan of the space, with resident blocks as said."""
     for branch in branches(said, machine, fixed):
-        yield from branch_plans(branch, fixed, model, machine)
+        for way in ways(branch, model, machine, fixed):
+            yield from with_micro_batches(branch, way, fixed, model, machine)
 
 
 def branches(said: Config, machine: Machine, fixed: Collection[str]) -> Iterator[Config]:
@@ -156,11 +173,13 @@ def branches(said: Config, machine: Machine, fixed: Collection[str]) -> Iterator
                 yield config
 
 
-def branch_plans(branch: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Iterator[Plan]:
-    """How a step may run in a branch."""
-    for step in steps(branch, model, machine, fixed):
-        config = if_valid(branch, step)
-        if config is not None:
+def with_micro_batches(
+    branch: Config, way: Settings, fixed: Collection[str], model: PlannedModel, machine: Machine
+) -> Iterator[Plan]:
+    """From the fewest rows at once to the most."""
+    for number in micro_batches(branch, machine, fixed):
+        config = if_valid(branch, {**way, "train.micro_batch": number})
+        if config is not None and not slices_for_nothing(branch, config, machine):
             yield plan_of(config, model, machine)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from distlora.cards import CARDS, Card
 from distlora.config import Config
 from distlora.plan import Plan, plan_of
-from distlora.plan.choose import choose, cost_of, fits, plans
+from distlora.plan.choose import choose, cost_of, fits, on_cards, plans
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.space import CHOSEN, RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
@@ -34,6 +34,8 @@ def _typed(settings: Settings) -> str:
 class Fitting:
     """Settings with which a run fits."""
 
+    changes: int
+    """What is to be changed; the base in host memory is one change, and two settings."""
     settings: Settings
     plan: Plan
 
@@ -73,7 +75,7 @@ def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
     """
     plan = plan_of(config, model, machine)
     same = _fewest(plan, moves(config, model, machine)) or _chosen(plan)
-    fewer = MOST_AT_ONCE if same is None else len(same.settings) - 1
+    fewer = MOST_AT_ONCE if same is None else min(MOST_AT_ONCE, same.changes - 1)
     other = _fewest(plan, [*moves(config, model, machine), *sacrifices(config, machine)], most=fewer)
     if same is not None or other is not None:
         return Nearest(same=same, other=other, ranks=None, card=None, least=None)
@@ -130,8 +132,18 @@ def _fewest(plan: Plan, singles: Sequence[Settings], most: int = MOST_AT_ONCE) -
     for count in range(1, most + 1):
         fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if fits(found.plan)]
         if fitting:
-            return min(fitting, key=lambda found: cost_of(found.plan))
+            return min(fitting, key=lambda found: (_given_up(plan, found.plan), cost_of(found.plan)))
     return None
+
+
+def _given_up(said: Plan, found: Plan) -> tuple[float, ...]:
+    """Of the length of a row, of the rank, of how many linears have an adapter."""
+    before, after = said.config, found.config
+    return (
+        before.data.sequence_length / after.data.sequence_length,
+        before.adapter.r / after.adapter.r,
+        int(before.adapter.target_modules != after.adapter.target_modules),
+    )
 
 
 def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[Fitting]:
@@ -140,7 +152,7 @@ def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[F
         settings = {name: value for part in parts for name, value in part.items()}
         config = if_valid(plan.config, settings) if len(settings) == len(names) else None
         if config is not None:
-            yield Fitting(settings=settings, plan=plan_of(config, plan.model, plan.machine))
+            yield Fitting(changes=len(parts), settings=settings, plan=plan_of(config, plan.model, plan.machine))
 
 
 def _chosen(plan: Plan) -> Fitting | None:
@@ -153,7 +165,8 @@ def _chosen(plan: Plan) -> Fitting | None:
         if config is not None and config != found.config:
             without = plan_of(config, plan.model, plan.machine)
             found = without if fits(without) else found
-    return Fitting(settings=changed(plan.config, found.config), plan=found)
+    settings = changed(plan.config, found.config)
+    return Fitting(changes=len(settings), settings=settings, plan=found)
 
 
 def _ranks(plan: Plan) -> int | None:
@@ -179,7 +192,7 @@ def _card(plan: Plan) -> Card | None:
 
 
 def _some_fit(config: Config, model: PlannedModel, machine: Machine) -> bool:
-    return any(fits(plan) for plan in plans(config, _FIXED, model, machine))
+    return any(fits(plan) for plan in on_cards(config, {*_FIXED, "parallel.resident_blocks"}, model, machine, 0.0))
 
 
 def largest(plan: Plan, count: int = 3) -> str:

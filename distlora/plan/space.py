@@ -7,6 +7,7 @@ while quant.method is chosen only where `quant=auto` asks for it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -110,36 +111,40 @@ def copies(config: Config, machine: Machine, fixed: Collection[str]) -> list[Set
     return [{}, *({setting: value} for value in values if value != said)]
 
 
-def steps(config: Config, model: PlannedModel, machine: Machine, fixed: Collection[str]) -> Iterator[Settings]:
-    """How a step may run: every combination of what is free of micro-batches, checkpointing, tiles and prefetch.
+def ways(config: Config, model: PlannedModel, machine: Machine, fixed: Collection[str]) -> Iterator[Settings]:
+    """How a step may run: every combination of what is free of slices, checkpointing, tiles, kept weights, prefetch.
 
-    Left out is what cannot be better: micro-batches that do not divide a rank's rows (the last would be part empty),
-    slices of a block where a rank has one micro-batch or the base whole, tiles of short rows and of experts.
+    Left out is what cannot be better: slices of a block where a rank has the base whole, tiles of short rows and of
+    experts.
     """
-    ranks, train = machine.ranks, config.train
-    shards = config.shard_degree(ranks)
-    rows = -(-train.global_batch // ranks)
+    shards = config.shard_degree(machine.ranks)
 
     def free(setting: str, *values: Any) -> list[Any]:
         said = value_of(config, setting)
         return [said] if setting in fixed else [said, *(value for value in values if value != said)]
 
     tiles = (None, TILE) if config.data.sequence_length >= TILED_FROM and model.shapes.family.experts is None else ()
-    for micro in free("train.micro_batch", *(n for n in range(1, rows + 1) if rows % n == 0)):
-        slices = ("step", "block") if shards > 1 and rows > micro else ()
-        for accumulate in free("train.accumulate", *slices):
-            for mode in free("train.checkpointing", *RECOMPUTES):
-                for tile in free("train.mlp_tile", *tiles):
-                    for keep in free("train.keep_dequantized", False, True):
-                        for prefetch in free("parallel.prefetch", *((True, False) if shards > 1 else ())):
-                            yield {
-                                "train.micro_batch": micro,
-                                "train.accumulate": accumulate,
-                                "train.checkpointing": mode,
-                                "train.mlp_tile": tile,
-                                "train.keep_dequantized": keep,
-                                "parallel.prefetch": prefetch,
-                            }
+    values = {
+        "train.accumulate": free("train.accumulate", *(("step", "block") if shards > 1 else ())),
+        "train.checkpointing": free("train.checkpointing", *RECOMPUTES),
+        "train.mlp_tile": free("train.mlp_tile", *tiles),
+        "train.keep_dequantized": free("train.keep_dequantized", False, True),
+        "parallel.prefetch": free("parallel.prefetch", *((True, False) if shards > 1 else ())),
+    }
+    for combination in itertools.product(*values.values()):
+        yield dict(zip(values, combination, strict=True))
+
+
+def micro_batches(config: Config, machine: Machine, fixed: Collection[str]) -> list[int]:
+    """Rows that a rank may run at once, ascending: those that divide its rows, as the last would be part empty."""
+    said = config.train.micro_batch
+    rows = -(-config.train.global_batch // machine.ranks)
+    return [said] if "train.micro_batch" in fixed else sorted({said, *(n for n in range(1, rows + 1) if rows % n == 0)})
+
+
+def slices_for_nothing(said: Config, config: Config, machine: Machine) -> bool:
+    """Whether it has one micro-batch, for which train.accumulate was changed."""
+    return config.accumulation(machine.ranks) == 1 and config.train.accumulate != said.train.accumulate
 
 
 def changed(before: Config, after: Config, among: Collection[str] = CHOSEN) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _with_resident(config: Config, model: PlannedModel, machine: Machine, reside
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
-    held["scratch"] += arena_bytes(config, shapes) if machine.is_gpu else 0
+    held["scratch"] += arena_bytes(config, model) if machine.is_gpu else 0
     step = Step.of(config, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
@@ -155,16 +155,18 @@ def buffer_bytes(model: PlannedModel, config: Config) -> int:
     return kinds * 2 * 4 * (int(head * share) // 2) + scale
 
 
-def arena_bytes(config: Config, shapes: ModelShapes) -> int:
+def arena_bytes(config: Config, model: PlannedModel) -> int:
     """Scratch on a GPU: the largest weight, and with train.keep_dequantized a block's, each from a multiple of 512
     bytes on (distlora.startup.reserve_scratch)."""
-    sizes = _dense_sizes(config, shapes)
+    sizes = _dense_sizes(config, model)
     kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if config.train.keep_dequantized else 0
     return max(sizes, default=0) + kept
 
 
-def _dense_sizes(config: Config, shapes: ModelShapes) -> list[int]:
-    """Bytes of each packed weight of a block, dequantized."""
+def _dense_sizes(config: Config, model: PlannedModel) -> list[int]:
+    """Bytes of each weight of a block that is packed in one at least, dequantized."""
     if not config.quant.is_nf4:
         return []
-    return [wire.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in shapes.block if weight.packs]
+    dense = {path for path, count in (model.left_dense or {}).items() if count == model.shapes.num_layers}
+    packed = (weight for weight in model.shapes.block if weight.packs and weight.path not in dense)
+    return [wire.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in packed]

@@ -18,6 +18,9 @@ from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.trained import Trained
 
+_CHECKED = 8 * 512 * 2**14
+"""Bytes of 512 lines of words as int64."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -37,6 +40,7 @@ class Step:
     """keeps at once."""
     micro_batches: int
     """Passes over the model in a step."""
+    is_gpu: bool
 
     @classmethod
     def of(
@@ -58,6 +62,7 @@ class Step:
             at_once=at_once,
             tokens=tokens,
             micro_batches=wire.passes_of(config, accumulation),
+            is_gpu=machine.is_gpu,
         )
 
     def moments(self) -> dict[Moment, dict[Kind, int]]:
@@ -85,9 +90,11 @@ class Step:
 
     @property
     def _kept(self) -> int:
-        """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient."""
+        """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient. A GPU has ids,
+        positions and labels too."""
         unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
-        return int(self.activations.kept) - (self.tokens * self.costs.norm if unread else 0)
+        sent = 3 * 8 * self.tokens if self.is_gpu else 0
+        return int(self.activations.kept) + sent - (self.tokens * self.costs.norm if unread else 0)
 
     @property
     def _kept_by_a_block(self) -> int:
@@ -129,7 +136,7 @@ class Step:
     def _forward(self) -> dict[Kind, int]:
         """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied
         out of before it runs."""
-        working = self._runs + self.copied.block
+        working = self._runs + self.copied.block + self._checks
         last: dict[Kind, int] = {
             "kept": self._kept,
             "working": working,
@@ -139,6 +146,12 @@ class Step:
         before = last | {"kept": self._kept - self._kept_by_a_block, "gathered": self.gathered.forward}
         copying = last | {"working": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
+
+    @property
+    def _checks(self) -> int:
+        """Words that a checksum of what is gathered has at once (distlora.parallel.checksums), with train.verify in the
+        forward after each save. A run's first forward has them too, before there is an optimizer's state."""
+        return _CHECKED if self.is_gpu and self.shards > 1 and self.config.train.verify else 0
 
     def _head(self) -> dict[Kind, int]:
         return {

@@ -3,17 +3,18 @@ takes, in each checkpointing mode, calculated from config.json's sizes; and what
 
 Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
 distlora/block_memory.py and distlora/expert_memory.py, of the head here. tests/test_activations.py and
-tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %;
-`uncounted` names the settings that they leave out.
+tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %.
+With adapter=full what a step has of the weights beside (16-bit copies, what ranks gather) is distlora/plan's; the
+gradients of a unit that is in its backward are here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from distlora import block_memory
+from distlora import block_memory, wire
 from distlora.block_memory import (
     BY_DOCUMENTS,
     Attention,
@@ -28,8 +29,9 @@ from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.expert_memory import INDEX_BYTES, expert_half
 from distlora.shapes import ModelShapes, expert_paths
+from distlora.tokens import EMBEDDING, HEAD
 
-__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode", "uncounted"]
+__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode"]
 
 Mode = Literal["none", "block", "selective", "offload"]
 
@@ -38,6 +40,8 @@ LOGITS_AT_ONCE = 2**24
 _LOGIT_BYTES = 12
 """A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
 in the run's dtype is gone by then, and has its gradient when the second is gone."""
+_LOSS_BYTES = 8
+"""A logit of a chunk where no gradient is taken, in fp32, and log p."""
 _NORM_STEPS = 20
 """Five fp32 tensors of a norm of transformers in backward, bytes a column."""
 _OFFLOADED_IN_FLIGHT = 2
@@ -102,16 +106,32 @@ class Costs:
     """Whether experts are one grouped product."""
     balances: bool = False
     """Whether a loss balances the routers."""
+    trains_base: bool = False
+    """Whether everything is trained itself (adapter=full)."""
+    trains_head: bool = False
+    """Whether the head is, with it or beside adapters."""
+    trained_columns: int = 0
+    """Columns of the logits that are trained while the rest of the head is frozen."""
+    adds_up_gradients: bool = False
+    """Whether gradients of what is trained of the base are whole and in the run's dtype until the unit's backward is
+    done: where ranks cut them."""
+    keeps_dense: bool = False
+    """Whether dequantized weights stay from a block's recomputation to its backward; on a GPU in the scratch."""
+    has_reference: bool = False
+    """Whether every row runs forward a second time, without gradient."""
 
     @classmethod
-    def of(cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device) -> Costs:
-        """Of a training run of the model with this config.json. Attention on a GPU is by documents where the kernel
-        takes the model's heads, one document a row: more of them need less. What of the settings is not in it,
-        `uncounted` says."""
+    def of(
+        cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
+    ) -> Costs:
+        """Of a training run of the model with this config.json, whose base so many ranks cut between them. Attention
+        on a GPU is by documents where the kernel takes the model's heads, one document a row: more of them need less.
+        """
         train, adapter, family = config.train, config.adapter, shapes.family
         decoder = Decoder.of(settings, family)
         sixteen_bits = train.dtype == "bf16"
-        adapted = () if adapter.method == "full" else shapes.adapters(adapter)[0]
+        full, rows = adapter.method == "full", wire.trained_rows(config, shapes)
+        adapted = () if full else shapes.adapters(adapter)[0]
         fused = {path.rpartition(".")[2] for path in expert_paths(family)}
         experts = 1 if decoder.experts is None else decoder.experts.count
         ranks = {a.path: a.down[0] // (experts if a.path.rpartition(".")[2] in fused else 1) for a in adapted}
@@ -146,7 +166,20 @@ class Costs:
             quantized=config.quant.is_nf4,
             groups_experts=device.is_gpu and device.groups_experts and sixteen_bits,
             balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
+            trains_base=full,
+            trains_head=full or HEAD in adapter.modules_to_save,
+            trained_columns=len(rows.get(EMBEDDING if shapes.tied and not adapter.modules_to_save else HEAD, ())),
+            adds_up_gradients=shards > 1,
+            keeps_dense=train.keep_dequantized,
+            has_reference=train.objective == "dpo",
         )
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What of this is not calculated, in words; empty: nothing is left out."""
+        if self.is_gpu and self.attention.kind == "sdpa":
+            return ["what a GPU's attention with dense masks makes, which is taken for what the CPU's does"]
+        return []
 
     def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
         """A block that runs so many tokens at once, in rows of so many."""
@@ -164,6 +197,9 @@ class Costs:
             quantized=self.quantized,
             groups_experts=self.groups_experts,
             balances=self.balances,
+            trains_base=self.trains_base,
+            adds_up_gradients=self.adds_up_gradients,
+            keeps_dense=self.keeps_dense,
         )
 
     @property
@@ -210,10 +246,15 @@ class Costs:
             return 0
         return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
 
-    def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1) -> Peak:
+    def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1, *, sliced: bool = False) -> Peak:
         """One block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that comes in:
-        the most that its MLP half, then its attention half need.
+        the most that its MLP half, then its attention half need. `sliced`: after other slices of the step.
         """
+        if sliced and self.trains_base:
+            # Autograd adds up the weights' gradients of all slices before it hands them on.
+            itemsize = self.dtype_bytes if self.adds_up_gradients else 4
+            once = replace(self, adds_up_gradients=False).working(mode, tokens, tile, row)
+            return once.plus(itemsize * self.decoder.linear_numel)
         mlp_tokens = tokens if tile is None else min(tile, tokens)
         attention, mlp = self.attention_half(tokens, row), self.mlp_half(mlp_tokens)
         of_attention, of_mlp = (
@@ -223,15 +264,16 @@ class Costs:
         held = tokens * block_memory.kept(attention)
         if mode == "none":
             whole = held + tokens * block_memory.kept(mlp)
-            return max(of_mlp.less(whole - held), of_attention.less(whole))
+            return max(of_mlp.plus(held - whole), of_attention.plus(-whole))
         # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
         known = tokens * self.boundary if self._norm_keeps_input else 0
         if tile is not None:
             # The half's input, which selective keeps anyway, and its gradient are the row's.
-            of_mlp = of_mlp.less(-(1 if mode == "selective" else 2) * tokens * self.boundary)
+            of_mlp = of_mlp.plus((1 if mode == "selective" else 2) * tokens * self.boundary)
         if mode == "selective":
-            return max(of_mlp.less(known if tile is None else 0), of_attention.less(held))
-        return max(of_mlp.less(known - held), of_attention.less(known))
+            return max(of_mlp.plus(-known if tile is None else 0), of_attention.plus(-held))
+        dense = sum(operation.keeps_dense for operation in attention)
+        return max(of_mlp.plus(held - known, dense), of_attention.plus(-known))
 
     @property
     def norm(self) -> int:
@@ -243,15 +285,33 @@ class Costs:
         """What a norm of hidden columns takes in backward beside what it keeps, the gradient that comes in among it."""
         return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
 
+    def _chunk(self, tokens: int) -> int:
+        """Logits at once (distlora.head: whole tokens, 16 or more)."""
+        vocabulary = self.decoder.vocabulary
+        return min(tokens, max(16, LOGITS_AT_ONCE // vocabulary)) * vocabulary
+
     def head_forward(self, tokens: int) -> float:
-        """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too."""
-        kept = self.norm + 2 * self.boundary
-        return tokens * kept + _LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * self.decoder.vocabulary)
+        """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too where the
+        head is frozen; with the reference's states."""
+        norm = self.norm + (self.boundary if self.has_reference else 0)
+        if self.trains_head:
+            return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
+        columns = 4 * self.trained_columns
+        return tokens * (norm + 2 * self.boundary + columns) + _LOGIT_BYTES * self._chunk(tokens)
 
     def head_backward(self, tokens: int) -> float:
-        """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it."""
-        steps = max(2 * self.boundary + 4 * self.decoder.hidden, self._norm_steps)
-        return tokens * (self.norm + steps)
+        """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it. A trained
+        head's computes the logits again, and adds up its own gradient in fp32: that is in it, and a chunk's."""
+        hidden = self.decoder.hidden
+        norm = self.norm
+        if self.trains_head:
+            matrix = (4 + self.dtype_bytes) * self.decoder.vocabulary * hidden
+            own = tokens * (norm + 2 * self.boundary) + matrix + _LOGIT_BYTES * self._chunk(tokens)
+            return max(own, tokens * (norm + self._norm_steps))
+        scaled = 2 * self.boundary + 4 * hidden
+        if self.trained_columns:
+            scaled += self.boundary + 8 * self.trained_columns
+        return tokens * (norm + max(scaled, self._norm_steps))
 
     def step(
         self,
@@ -275,7 +335,7 @@ class Costs:
         # The newest input is a slice of the last block's, which stays whole with it until backward.
         newest = max(0, tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
         kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
-        working = self.working(mode, at_once, tile, row)
+        working = self.working(mode, at_once, tile, row, sliced=tokens > at_once)
         return Activations(
             kept=kept_here * kept + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
             kept_on_host=tokens * layers * kept if offloads else 0,
@@ -296,15 +356,3 @@ class Costs:
         whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
         again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
         return sizes.layers * again / whole
-
-
-def uncounted(config: Config, shapes: ModelShapes) -> list[str]:
-    """Settings of a run whose part in its activations is not calculated, each as it is set; empty: all is counted."""
-    found = []
-    if config.adapter.method == "full":
-        found.append("adapter=full")
-    if config.adapter.modules_to_save:
-        found.append("adapter.modules_to_save")
-    if config.train.objective == "dpo":
-        found.append("train.objective=dpo")
-    return found

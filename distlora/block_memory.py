@@ -51,9 +51,9 @@ class Peak(NamedTuple):
     dense: float = 0
     """Of them, dequantized weights."""
 
-    def less(self, nbytes: float) -> Peak:
-        """Without so many that are counted elsewhere."""
-        return Peak(self.bytes - nbytes, self.dense)
+    def plus(self, nbytes: float, dense: float = 0) -> Peak:
+        """With so many beside them, less where they are counted elsewhere, and dequantized weights."""
+        return Peak(self.bytes + nbytes + dense, self.dense + dense)
 
 
 class Operation(NamedTuple):
@@ -68,6 +68,10 @@ class Operation(NamedTuple):
     """Bytes a token of the gradient that it hands on."""
     forward: float = 0
     """Bytes a token that its forward has at the most beside what it and those before it keep."""
+    keeps_dense: float = 0
+    """Bytes of dequantized weights from recomputation to backward."""
+    gradients: float = 0
+    """Bytes of what it is trained of itself that its backward leaves to be added up."""
 
 
 def kept(operations: Sequence[Operation]) -> float:
@@ -78,15 +82,17 @@ def kept(operations: Sequence[Operation]) -> float:
 def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
     """In the backward of these operations, what they keep among it, and in a recomputation before it. The gradient that
     comes to the last of them, which the residual stream has too, is not counted."""
-    peaks, held, incoming = [], 0.0, 0.0
+    peaks, held, dense, incoming, gradients = [], 0.0, 0.0, 0.0, 0.0
     for operation in operations:
-        held += operation.keeps
-        peaks.append(Peak(tokens * (held + operation.forward)))
+        held, dense = held + operation.keeps, dense + operation.keeps_dense
+        peaks.append(Peak(tokens * (held + operation.forward) + dense, dense))
     for operation in reversed(operations):
         for moment in operation.backward:
-            alive = tokens * (held + incoming + moment.bytes) + moment.fixed + moment.dense
-            peaks.append(Peak(alive, moment.dense))
+            weights = dense + moment.dense
+            alive = tokens * (held + incoming + moment.bytes) + gradients + moment.fixed + weights
+            peaks.append(Peak(alive, weights))
         held, incoming = held - operation.keeps, operation.leaves
+        dense, gradients = dense - operation.keeps_dense, gradients + operation.gradients
     return max(peaks)
 
 
@@ -148,6 +154,12 @@ class BlockRun:
     """Whether experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
     balances: bool = False
     """Whether a loss balances the routers."""
+    trains_base: bool = False
+    """Whether norms and linears are trained themselves (adapter=full)."""
+    adds_up_gradients: bool = False
+    """Whether their gradients are there in the run's dtype until the block's backward is done: where ranks cut them."""
+    keeps_dense: bool = False
+    """Whether dequantized weights that are tensors like others stay from recomputation to backward."""
 
     @property
     def fused_mlp(self) -> bool:
@@ -161,10 +173,16 @@ class BlockRun:
         b = self.itemsize
         if self.fused:
             return Operation(b * columns + 4 * rows, (Moment(2 * b * columns),), b * columns)
-        return Operation(4 * columns + 4 * rows, (Moment(20 * columns - b * columns),), b * columns)
+        # What a trained scale is multiplied with.
+        normalized = (4 if self.decoder.norms_in_fp32 else b) * columns if self.trains_base else 0
+        return Operation(
+            4 * columns + 4 * rows + normalized, (Moment(20 * columns - b * columns - normalized),), b * columns
+        )
 
     def linears(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
         """Those that read one tensor of `inputs` columns (lora_torch.py, lora_gpu.py)."""
+        if self.trains_base:
+            return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
         keeps = b * (inputs + sum(ranks.values())) if any(ranks.values()) else 0
         if self.dora:
@@ -176,7 +194,23 @@ class BlockRun:
         # dA and dB of all of them, in fp32.
         fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
         backward = tuple(moment._replace(fixed=fixed) for moment in moments)
-        return Operation(keeps, backward, b * inputs)
+        dense = 0.0
+        if self.keeps_dense and self.quantized and self.device == "cpu":
+            dense = sum(b * inputs * linear.columns for linear in outputs)
+            backward = tuple(moment._replace(dense=0) for moment in backward)
+        return Operation(keeps, backward, b * inputs, keeps_dense=dense)
+
+    def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
+        """nn.Linears: their input for dW; in backward a dX each, which is added to the others', and dW in the dtype of
+        the run. One process, which has 16-bit copies of fp32 masters, then makes dW in fp32 (compute_copies.py)."""
+        b = self.itemsize
+        whole = sum(inputs * linear.columns for linear in outputs)
+        largest = max(inputs * linear.columns for linear in outputs)
+        if self.adds_up_gradients:
+            return Operation(b * inputs, (Moment(2 * b * inputs, b * whole),), b * inputs, gradients=b * whole)
+        fixed = largest * (b if b == 4 else b + 4)
+        made = b * inputs * (1 if len(outputs) == 1 else 2)
+        return Operation(b * inputs, (Moment(made, fixed),), b * inputs)
 
     def _keeps_output(self, linear: Linear) -> bool:
         """Whether what follows keeps the very tensor that DoRA's backward reads."""
@@ -303,7 +337,7 @@ def attention_half(run: BlockRun) -> list[Operation]:
         operations.append(run.norm(sizes.queries, sizes.heads)._replace(leaves=leaves))
         operations.append(run.norm(sizes.keys, sizes.key_heads)._replace(leaves=leaves))
     output = run.linears(sizes.queries, [Linear("o_proj", sizes.hidden, sizes.o_bias)])
-    if run.ranks.o:
+    if run.ranks.o or run.trains_base:
         output = output._replace(keeps=output.keeps - run.itemsize * sizes.queries)  # It is attention's output.
     operations += [run.rotary(), run.attends(), output]
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations

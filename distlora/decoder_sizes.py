@@ -72,6 +72,8 @@ class Decoder:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    norms_in_fp32: bool = False
+    """Whether norms multiply with their scale in fp32 (Gemma)."""
     caps_scores: bool = False
     """Whether attention caps its scores (Gemma 2)."""
     sinks: bool = False
@@ -88,6 +90,11 @@ class Decoder:
     def mlp_columns(self) -> int:
         """Inner columns that a token goes through."""
         return self.inner * (1 if self.experts is None else self.experts.chosen)
+
+    @property
+    def linear_numel(self) -> int:
+        """Numbers of the linears of a dense block."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
 
     @classmethod
     def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
@@ -111,6 +118,7 @@ class Decoder:
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias,
             mlp_bias=kind == "llama" and bool(settings.get("mlp_bias")),
+            norms_in_fp32=kind.startswith("gemma"),
             # 50 where config.json does not say; null: none.
             caps_scores=kind == "gemma2"
             and text_settings(model, family).get("attn_logit_softcapping", 50.0) is not None,

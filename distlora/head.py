@@ -167,4 +167,5 @@ class _TrainedHeadLoss(torch.autograd.Function):
             grad_part, grad_chunk = torch.autograd.grad(losses, leaves, grad)
             out.copy_(grad_part)
             grad_weight += grad_chunk
+            del grad_chunk  # As large as the weight: gone before there is the next chunk's.
         return grad_hidden, None, grad_weight.to(weight.dtype), None, None

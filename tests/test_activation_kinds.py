@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,5 +73,46 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
 ) -> None:
     # What an op of ours makes within itself, nothing sees that looks at operations.
     monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
-    model, costs = load(tmp_path, family, sizes, **settings)
-    check_steps(model, costs, FEW if name in DEFAULT else ALL)
+    check_steps(load(tmp_path, family, sizes, **settings), FEW if name in DEFAULT else ALL)
+
+
+FULL = {"method": "full"}
+ROWS = {"trainable_token_indices": list(range(5, 45))}
+TIED = {"tie_word_embeddings": True}
+BLOCKS: list[tuple[Mode, int | None, int]] = [("block", None, 1), ("block", None, 3)]
+BASE_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], list[tuple[Mode, int | None, int]]]] = [
+    ("full in fp32", "llama", WIDE, FULL | {"dtype": "fp32"}, ALL),
+    ("full in fp32, Gemma 3", "gemma3", NARROW, FULL | {"dtype": "fp32"}, ALL),
+    ("full, nothing again", "llama", NARROW, FULL | {"checkpointing": "none"}, [("none", None, 1)]),
+    ("full", "llama", WIDE, FULL, BLOCKS),
+    ("full, norms of heads", "qwen3", NARROW, FULL, BLOCKS),
+    ("head and embedding whole", "llama", NARROW, {"modules_to_save": ["embed_tokens", "lm_head"]}, FEW),
+    ("embedding whole", "llama", NARROW, {"modules_to_save": ["embed_tokens"]}, FEW),
+    ("rows of the embedding", "llama", NARROW, ROWS, FEW),
+    ("rows of both", "llama", NARROW | TIED, ROWS, FEW),
+    ("weights kept", "llama", NARROW, {"quant": "nf4", "keep_dequantized": True}, BLOCKS),
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("name", "family", "sizes", "settings", "modes"),
+    [pytest.param(*case, id=case[0], marks=[] if case[0] == "full" else pytest.mark.slow) for case in BASE_CASES],
+)
+def test_the_peak_of_a_step_that_trains_more_than_adapters_is_calculated_within_5_percent(
+    name: str,
+    family: str,
+    sizes: dict[str, Any],
+    settings: dict[str, Any],
+    modes: list[tuple[Mode, int | None, int]],
+    tmp_path: Path,
+) -> None:
+    check_steps(load(tmp_path, family, sizes, **settings), modes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+def test_the_peak_of_a_step_with_a_reference_is_calculated_within_5_percent(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "llama", NARROW)
+    loaded = loaded._replace(costs=replace(loaded.costs, has_reference=True))
+    check_steps(loaded, FEW, with_reference=True)

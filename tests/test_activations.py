@@ -57,12 +57,11 @@ MODES: list[tuple[Mode, int | None, int]] = [
 def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
     family: str, sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    model, costs = load(tmp_path, family, sizes)
-    check_steps(model, costs, MODES)
+    check_steps(load(tmp_path, family, sizes), MODES)
 
 
 def test_in_slices_a_step_has_the_gradients_of_all_once_each_way_whatever_their_number(tmp_path: Path) -> None:
-    model, costs = load(tmp_path, "llama", NARROW)
+    model, costs, _ = load(tmp_path, "llama", NARROW)
     set_mode(model, "block", None)
     # Those of the adapters are added up from slice to slice.
     of_adapters = sum(p.nbytes for p in model.blocks[-1].parameters() if p.requires_grad)
@@ -96,7 +95,7 @@ def last_blocks_gradient(model: CausalLM, made: Made) -> list[int]:
 
 
 def test_what_a_linear_without_an_adapter_reads_is_not_kept(tmp_path: Path) -> None:
-    model, costs = load(tmp_path, "llama", NARROW, target_modules=["q_proj", "down_proj"])
+    model, costs, _ = load(tmp_path, "llama", NARROW, target_modules=["q_proj", "down_proj"])
     assert (costs.ranks.qkv, costs.ranks.o, costs.ranks.gate_up, costs.ranks.down) == (4, 0, 0, 4)
     set_mode(model, "none", None)
     assert costs.kept("none") == pytest.approx(kept_by_a_block(model), rel=0.03)

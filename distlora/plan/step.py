@@ -235,7 +235,8 @@ def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
     device = Device(is_gpu=machine.is_gpu)
     if card is not None:
         device = Device(processors=card.processors, groups_experts=card.capability[0] in (9, 10))
-    return Costs.of(config, model.shapes, model.settings, device)
+    shards = config.shard_degree(machine.ranks)
+    return Costs.of(config, model.shapes, model.settings, device, shards=shards)
 
 
 def activations_of(config: Config, model: PlannedModel, machine: Machine) -> Activations:

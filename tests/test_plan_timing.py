@@ -15,7 +15,7 @@ from distlora.config_file import build
 from distlora.plan import Machine, plan_of
 from distlora.plan.compute import step_flops
 from distlora.plan.model import PlannedModel, built_in
-from distlora.plan.rates import rates_of
+from distlora.plan.rates import missing_rates, rates_of
 from distlora.plan.timing import StepTime, step_time
 from distlora.plan.wiring import wiring_of
 from test_plan_work import machine_of
@@ -180,8 +180,14 @@ def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -
     assert step_time(config_of(2), model_of("8b"), dataclasses.replace(machine, network=None)) is not None
     fp32 = config_of(2, train={"dtype": "fp32"})
     assert step_time(fp32, model_of("8b"), machine) is None
+    assert missing_rates(fp32, machine) == ("card.tflops",)
+    measured = config_of(2, train={"dtype": "fp32"}, card={"tflops": 50.0})
+    assert step_time(measured, model_of("8b"), dataclasses.replace(machine, flops=50e12)) is not None
     offload = config_of(2, train={"checkpointing": "offload"})
     assert step_time(offload, model_of("8b"), dataclasses.replace(machine, host_link=None)) is None
+    cpu = dataclasses.replace(machine, is_gpu=False, card=None, flops=None, bandwidth=None, link=None)
+    unknown = ("card.tflops", "card.memory_gb_per_second", "card.link_gb_per_second")
+    assert missing_rates(config_of(2), cpu) == unknown
 
 
 def test_the_length_of_a_run_gives_its_hours_and_its_cost() -> None:

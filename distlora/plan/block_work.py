@@ -140,7 +140,7 @@ def norm(numel: int, how: How, gemma: bool, *, backward: bool = False) -> Work:
     fp32 before it goes back, of Gemma); in backward 17 fp32 passes. liger-kernel's reads x (and dy) and writes y (dx).
     """
     e = how.itemsize
-    if how.fused:
+    if how.fused_norms:
         return Work("elementwise", (3 if backward else 2) * e * numel)
     casts = 0 if e == FP32 else 2 * (e + FP32)
     own = (17 if backward else 5) * FP32 + casts + 2 * (FP32 if gemma else e)

@@ -72,26 +72,32 @@ class Rates:
     """The assumptions, a sentence each."""
 
 
+def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
+    """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
+    of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
+    several, needs_host = machine.ranks > machine.ranks_per_machine, config.parallel.offload_base
+    needs_host = needs_host or config.train.checkpointing == "offload"
+    in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.card.tflops is None
+    needed = {
+        "tflops": (True, None if in_fp32 else machine.flops),
+        "memory_gb_per_second": (True, machine.bandwidth),
+        "link_gb_per_second": (machine.ranks_per_machine > 1, machine.link),
+        "network_gb_per_second": (several, machine.network),
+        "host_gb_per_second": (needs_host, machine.host_link),
+    }
+    return tuple(f"card.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
+
+
 def rates_of(config: Config, machine: Machine) -> Rates | None:
-    """None where something is not known that a step's time depends on: a rate of the device, a link that is crossed; or
-    of a GPU in fp32, of which makers say no rate of products that is kept to.
+    """None where something is not known that a step's time depends on (`missing_rates`).
 
     What the user gives in `card.*` is taken for what was measured: it is reached.
     """
     peak, bandwidth = machine.flops, machine.bandwidth
-    if peak is None or bandwidth is None or (machine.is_gpu and config.train.dtype == "fp32"):
+    if missing_rates(config, machine) or peak is None or bandwidth is None:
         return None
-    several = machine.ranks > machine.ranks_per_machine
     link = machine.link if machine.ranks_per_machine > 1 else None
-    network = machine.network if several else None
-    needs_host = config.parallel.offload_base or config.train.checkpointing == "offload"
-    known = {
-        "link": link is not None or machine.ranks_per_machine == 1,
-        "network": network is not None or not several,
-        "host_link": machine.host_link is not None or not needs_host,
-    }
-    if not all(known.values()):
-        return None
+    network = machine.network if machine.ranks > machine.ranks_per_machine else None
     given, name = config.card, "" if machine.card is None else machine.card.name
     matrices = 1.0 if given.tflops is not None else _share(_MATRICES, name, _MATRICES_ELSEWHERE)
     attention = _share(_ATTENTION, name, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0

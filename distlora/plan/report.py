@@ -15,6 +15,7 @@ from distlora.plan.compute import FlopsKind
 from distlora.plan.disk import trained_tensors
 from distlora.plan.kinds import Moment
 from distlora.plan.nearest import Nearest, Room
+from distlora.plan.rates import missing_rates
 from distlora.plan.reasons import Change
 from distlora.plan.seconds import Term
 from distlora.plan.words import KINDS, count, size
@@ -247,7 +248,9 @@ def time_of(plan: Plan) -> str:
     """Tokens a second, seconds a step, what they go to; hours and cost where they are known."""
     found = plan.time
     if found is None:
-        return "not known, as the rates of this machine are not (card=NAME, or card.tflops and more)"
+        missing = missing_rates(plan.config, plan.machine)
+        named = "" if plan.machine.card is not None else "card=NAME, or "
+        return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
     terms = sorted(((found.by_term.get(term, 0.0), term) for term in WAITS), reverse=True)
     waits = ", ".join(
         f"{seconds / found.seconds:.0%} {WAITS[term]}" for seconds, term in terms if seconds > 0.005 * found.seconds

@@ -130,7 +130,8 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 
 def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
     """liger-kernel is counted where it can be used (liger.py), as if it were installed."""
-    family, full, dora = model.shapes.family, config.adapter.method == "full", config.adapter.use_dora
+    family, full = model.shapes.family, config.adapter.method == "full"
+    has_liger = machine.is_gpu and config.train.liger and not full and family.experts is None
     packed = config.quant.is_nf4
     decodes = machine.is_gpu and config.train.dtype == "bf16"
     name = "" if machine.card is None else machine.card.name
@@ -141,7 +142,8 @@ def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
         few_rows=most_rows(capability) if decodes else 0,
         keeps_dequantized=config.train.keep_dequantized,
         trains_base=full,
-        fused=machine.is_gpu and config.train.liger and not full and not dora and family.experts is None,
+        fused_norms=has_liger,
+        fused=has_liger and not config.adapter.use_dora,
         scores=family.attention == "eager",
     )
 

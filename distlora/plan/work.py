@@ -58,8 +58,10 @@ class How:
     keeps_dequantized: bool = False
     trains_base: bool = False
     """Whether the weights of the blocks have gradients (adapter=full)."""
+    fused_norms: bool = False
+    """Whether norms are liger-kernel's."""
     fused: bool = False
-    """Whether norms, gated MLPs and rotary embeddings are liger-kernel's."""
+    """Whether gated MLPs and rotary embeddings are."""
     scores: bool = False
     """Whether attention's scores exist in memory (eager attention)."""
 

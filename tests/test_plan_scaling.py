@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,15 @@ def test_what_cannot_be_said_is_refused() -> None:
         scaling(config, model, machine, numbers=(8, 20))
     with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*set card\.tflops"):
         scaling(config, model, dataclasses.replace(machine, flops=None))
+
+
+def test_settings_of_several_ranks_are_left_out_of_one(tmp_path: Path) -> None:
+    model, machine = model_of("8b"), machine_of(ranks=8)
+    file = tmp_path / "deepspeed.json"
+    file.write_text("{}")
+    offloaded = {"backend": "zero3", "offload_base": True, "deepspeed_config": str(file)}
+    for parallel in (offloaded, {"resident_blocks": 4}, {"shard_degree": 4}):
+        config = config_of(8, parallel=parallel)
+        one, eight = scaling(config, model, machine, numbers=(1, 8), layouts=("one copy",))
+        assert one.ranks == 1
+        assert eight.tokens_per_second > 4 * one.tokens_per_second

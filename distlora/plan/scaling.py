@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.config import ClusterConfig, Config, UserError
+from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
 from distlora.plan.machine import Machine
 from distlora.plan.memory import device_bytes
 from distlora.plan.model import PlannedModel
@@ -124,7 +124,7 @@ def _runs(
         parallel = dataclasses.replace(config.parallel, shard_degree=None if layout == "one copy" else here)
         if number == 1:
             # One process gathers nothing, and offloads nothing of its base.
-            parallel = dataclasses.replace(parallel, backend="fsdp2", resident_blocks=0, offload_base=False)
+            parallel = ParallelConfig(bucket_mb=parallel.bucket_mb)
         train = config.train
         if rows is not None:
             train = dataclasses.replace(train, global_batch=rows * number)

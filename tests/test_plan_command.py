@@ -85,7 +85,8 @@ def test_where_it_does_not_fit_the_page_says_what_would(capsys: pytest.CaptureFi
     fitting = calculated(capsys, *SEVENTY_ON_TWO, *words)
     assert fitting["fits"] is True
     assert fitting["device"]["total"] == near["total"]
-    assert f"would fit   set {words[0]}" in printed(capsys, *SEVENTY_ON_TWO)
+    assert f"would fit   set {words[0]}" in (page := printed(capsys, *SEVENTY_ON_TWO))
+    assert page.count(words[-1]) == 1, "said once"
     whole = ("model=llama3_70b", "adapter=full", "quant=none", "cluster.gpus_per_node=8", "card=h100")
     assert "take 16 such cards" in printed(capsys, *whole)
 

@@ -77,6 +77,8 @@ def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
     same = _fewest(plan, moves(config, model, machine)) or _chosen(plan)
     fewer = MOST_AT_ONCE if same is None else min(MOST_AT_ONCE, same.changes - 1)
     other = _fewest(plan, [*moves(config, model, machine), *sacrifices(config, machine)], most=fewer)
+    if same is not None and other is not None and other.settings == same.settings:
+        other = None  # One change of two settings: DeepSpeed and what it alone can.
     if same is not None or other is not None:
         return Nearest(same=same, other=other, ranks=None, card=None, least=None)
     least = min(plans(config, _FIXED, model, machine), key=lambda plan: plan.device.total)

@@ -93,7 +93,7 @@ def page(plan: Plan, *, changes: Sequence[Change] = (), near: Nearest | None = N
         *_row("trained", _trained(plan)),
         *_row("machine", _machine(plan)),
         *_row("fits", verdict(plan)),
-        *(_row("would fit", str(near)) if near is not None else ()),
+        *(_row("would fit", _near(near)) if near is not None else ()),
         *(line for change in changes for line in _row("chosen", str(change))),
         "",
         *_memory(plan),
@@ -172,6 +172,16 @@ def _machine(plan: Plan) -> str:
     if shards == machine.ranks:
         return f"{text}; {backend} cuts the base over all of them"
     return f"{text}; {backend} cuts the base over {shards} of them, {machine.ranks // shards} copies of it in all"
+
+
+def _near(near: Nearest) -> str:
+    """What would fit, and what it costs: speed, and host memory where that is what it takes instead."""
+    text = str(near)
+    if near.same is not None:
+        plan = near.same.plan
+        text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
+        text += f", {size(plan.host.machine)} of host memory on a machine" if plan.host.base or plan.host.inputs else ""
+    return text
 
 
 def _memory(plan: Plan) -> Iterator[str]:

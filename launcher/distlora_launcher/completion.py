@@ -1,4 +1,4 @@
-"""Tab completion: Hydra completes the words of `distlora train`, whose subcommand it knows nothing of."""
+"""Tab completion: Hydra completes the settings of `distlora train` and `plan`, subcommands that it knows nothing of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import sys
 
 from distlora_launcher.cli import COMMANDS
+
+TAKE_SETTINGS = ("train", "plan")
+"""Commands whose words are settings."""
 
 
 def main(words: list[str]) -> int:
@@ -17,9 +20,9 @@ def main(words: list[str]) -> int:
             prefix = typed[1] if len(typed) == 2 else ""
             print(" ".join(name for name in COMMANDS if name.startswith(prefix)))
             return 0
-        if typed[1] != "train":
+        if typed[1] not in TAKE_SETTINGS:
             return 0
-        os.environ["COMP_LINE"] = line.replace(" train", "", 1)
+        os.environ["COMP_LINE"] = line.replace(f" {typed[1]}", "", 1)
     from distlora_launcher.application import run_hydra
 
     return run_hydra(words, program=sys.argv[0])

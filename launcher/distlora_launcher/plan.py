@@ -36,6 +36,8 @@ from distlora_launcher.plan_table import MACHINES, MODELS, plans, with_model
 from distlora_launcher.planning import choices
 
 PROGRAM = "distlora plan"
+WORTH_SAYING = 20
+"""Plans of a table that take long enough to be announced."""
 Value = TypeVar("Value")
 
 USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
@@ -239,6 +241,9 @@ def require_model(config: Config) -> None:
 
 def show_table(options: argparse.Namespace) -> None:
     """Print the table, and draw it where that is asked for."""
+    cells = len(options.models) * len(options.machines)
+    if cells >= WORTH_SAYING:
+        print(f"choosing the settings of {cells} plans (a few seconds)", file=sys.stderr, flush=True)
     found = plans(options.models, options.machines, options.settings, config_dir=options.config_dir)
     if options.json:
         rows = [{"model": model, "cards": cards, **plan.as_json()} for (model, cards), plan in found.items()]

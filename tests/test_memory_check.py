@@ -62,6 +62,12 @@ def test_kinds_are_held_to_those_of_the_moment_that_was_the_peak() -> None:
     assert said.endswith("most of it is gathered, communication: 0.7 GB measured, 0 MB planned")
 
 
+def test_a_plan_whose_peak_is_before_the_first_step_is_held_to_its_steps() -> None:
+    loading = plan({"block": BLOCK, "loading": {"working": 900_000_000}})
+    assert measured.warning(rank("block", **BLOCK), loading) is None
+    assert measured.figures(rank("block", **BLOCK), loading)["memory/planned"] == 1_000_000_000
+
+
 def test_without_a_plan_there_are_the_measured_figures_alone() -> None:
     peak = rank("block", kept=200_000_000)
     assert measured.warning(peak, {}) is None

@@ -67,7 +67,8 @@ class Cell:
             "model": {"path": str(folder)},
             "data": {"path": "none", "sequence_length": LENGTHS[self.model]},
             "adapter": {"r": 16, "target_modules": "all-linear"},
-            "quant": {"cache": False},
+            # Each model is quantized once for all its cells.
+            "quant": {"cache_dir": str(folder / "quantized")},
             "parallel": {"backend": self.backend},
             "train": {
                 "micro_batch": 1,

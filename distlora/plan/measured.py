@@ -41,10 +41,11 @@ def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
     found = {"memory/peak": measured.peak}
     device = plan.get("device")
     if device is not None:
-        found["memory/planned"] = device["peak"]
+        at_peak = _planned_kinds(device, None)
+        found["memory/planned"] = sum(at_peak.values())
     found |= {f"memory/{kind}": nbytes for kind, nbytes in measured.by_kind.items()}
     if device is not None:
-        found |= {f"memory_planned/{kind}": nbytes for kind, nbytes in device["by_kind"].items()}
+        found |= {f"memory_planned/{kind}": nbytes for kind, nbytes in at_peak.items()}
     return found
 
 
@@ -52,26 +53,29 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
     """What there is to say of a peak that is further from the plan than MISS: by how much, and which kind makes most of
     it."""
     device = plan.get("device")
-    if device is None or abs(device["peak"] - measured.peak) <= MISS * measured.peak:
+    if device is None:
         return None
-    more = measured.peak > device["peak"]
+    planned = sum(_planned_kinds(device, None).values())
+    if abs(planned - measured.peak) <= MISS * measured.peak:
+        return None
+    more = measured.peak > planned
     here, there = _grouped(measured.by_kind), _grouped(_planned_kinds(device, measured.part))
     misses = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in here | there}
     worst = max(misses, key=lambda kind: misses[kind] if more else -misses[kind])
     named = ", ".join(_TOGETHER.get(worst, (worst,)))
-    share = abs(device["peak"] / measured.peak - 1)
+    share = abs(planned / measured.peak - 1)
     return (
         f"WARNING: a step took {_gb(measured.peak)} at its peak on rank {measured.rank}, {share:.1%} "
-        f"{'more' if more else 'less'} than the {_gb(device['peak'])} that were planned; most of it is {named}: "
+        f"{'more' if more else 'less'} than the {_gb(planned)} that were planned; most of it is {named}: "
         f"{_gb(here.get(worst, 0))} measured, {_gb(there.get(worst, 0))} planned"
     )
 
 
-def _planned_kinds(device: Mapping[str, Any], part: str) -> dict[str, int]:
+def _planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]:
     """Of tensors, at the moment that was the step's peak, where the plan has that one: it may hold another for the
-    worst."""
-    moments: Mapping[str, Mapping[str, int]] = device["moments"]
-    meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part, (part,))
+    worst. None: at that one, of a step; a plan's peak may be before the first."""
+    moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
+    meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
     found: dict[str, int] = dict(device["held"])
     at = [moments[moment] for moment in meant if moment in moments] or list(moments.values())
     for kind, nbytes in max(at, key=lambda kinds: sum(kinds.values()), default={}).items():

@@ -48,6 +48,7 @@ def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
     assert one.binds in ("network", "latency"), "a ring of 1,024 for each block"
     assert each.binds == "compute"
     assert each.tokens_per_second > one.tokens_per_second
+    assert each.efficiency / one.efficiency == pytest.approx(each.tokens_per_second / one.tokens_per_second)
 
 
 def test_slower_links_are_never_faster() -> None:
@@ -63,7 +64,7 @@ def test_what_cannot_be_said_is_refused() -> None:
     config, model, machine = config_of(8), model_of("8b"), machine_of(ranks=8)
     with pytest.raises(UserError, match=r"20 GPUs are no number of machines of 8; ask for a multiple of 8"):
         scaling(config, model, machine, numbers=(8, 20))
-    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*set card\.tflops"):
+    with pytest.raises(UserError, match=r"how H100 SXM 80 GB scales is not known.*; set card\.tflops$"):
         scaling(config, model, dataclasses.replace(machine, flops=None))
 
 

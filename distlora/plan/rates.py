@@ -145,12 +145,15 @@ def _share(table: tuple[tuple[str, float], ...], name: str, elsewhere: float) ->
 
 def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list[str]:
     said = []
-    rates = {"link": ("between cards", machine.link), "network": ("into a machine", machine.network)}
+    rates = {
+        "link": ("a card's link to others of its machine", machine.link),
+        "network": ("the network into a machine", machine.network),
+    }
     for name, (where, rate) in rates.items():
         crossed = machine.ranks > machine.ranks_per_machine if name == "network" else machine.ranks_per_machine > 1
         if rate is not None and crossed:
             source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
-            said.append(f"{own[name]:.0%} of {rate / 1e9:,.4g} GB/s come in {where}: {source}")
+            said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
     steps = f"{_STEP_SECONDS[inside] * 1e6:.1f} us within a machine"
     if machine.ranks > machine.ranks_per_machine:
         steps += f" and {_STEP_SECONDS['network'] * 1e6:.0f} us between machines"

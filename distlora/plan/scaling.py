@@ -16,8 +16,9 @@ from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
 from distlora.plan.machine import Machine
 from distlora.plan.memory import device_bytes
 from distlora.plan.model import PlannedModel
+from distlora.plan.rates import missing_rates
 from distlora.plan.seconds import Term
-from distlora.plan.timing import StepTime, step_time
+from distlora.plan.timing import step_time
 
 Layout = Literal["one copy", "a copy a machine"]
 """How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
@@ -75,7 +76,7 @@ class ScalingRow:
     tokens_per_second: float
     mfu: float
     efficiency: float
-    """Tokens a second and rank, over those of the first row of the same layout and fabric."""
+    """Tokens a second and rank, over those of the first row of the same fabric."""
     binds: Term
     assumptions: tuple[str, ...]
 
@@ -107,9 +108,13 @@ def scaling(
     found: list[ScalingRow] = []
     for fabric in fabrics or (None,):
         joined = machine if fabric is None else dataclasses.replace(machine, link=fabric.inside, network=fabric.network)
+        fewest: float | None = None
         for layout in layouts:
             runs = _runs(config, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
-            found += _rows(runs, model, layout, OWN if fabric is None else fabric.name)
+            rows = list(_rows(runs, model, layout, OWN if fabric is None else fabric.name, fewest))
+            found += rows
+            if fewest is None and rows:
+                fewest = rows[0].tokens_per_second / rows[0].ranks
     return found
 
 
@@ -137,18 +142,18 @@ def _runs(
 
 
 def _rows(
-    runs: Iterator[tuple[Config, Machine]], model: PlannedModel, layout: Layout, fabric: str
+    runs: Iterator[tuple[Config, Machine]], model: PlannedModel, layout: Layout, fabric: str, fewest: float | None
 ) -> Iterator[ScalingRow]:
-    first: StepTime | None = None
+    """`fewest`: tokens a second and rank of the fewest GPUs; None: of the first of these."""
     for config, machine in runs:
         time = step_time(config, model, machine)
         if time is None:
+            named = "" if machine.card is not None else "card=NAME (card=h100), or "
             raise UserError(
-                f"how {machine.name} scales is not known: its rates are needed, and those of its links; name a card "
-                "(card=h100), or set card.tflops, card.memory_gb_per_second, card.link_gb_per_second and "
-                "card.network_gb_per_second"
+                f"how {machine.name} scales is not known, as rates of it and its links are not; set {named}"
+                + ", ".join(missing_rates(config, machine))
             )
-        first = first or time
+        fewest = fewest or time.tokens_per_second_of_a_rank
         usable = machine.usable_bytes
         yield ScalingRow(
             ranks=machine.ranks,
@@ -161,7 +166,7 @@ def _rows(
             seconds=time.seconds,
             tokens_per_second=time.tokens_per_second,
             mfu=time.mfu,
-            efficiency=time.tokens_per_second_of_a_rank / first.tokens_per_second_of_a_rank,
+            efficiency=time.tokens_per_second_of_a_rank / fewest,
             binds=time.binds,
             assumptions=time.assumptions,
         )

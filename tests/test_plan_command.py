@@ -120,12 +120,10 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     assert "no: " in rows[1].split("|")[2]
     assert output.err == "drawn in memory.png\n"
     assert (place / "memory.png").read_bytes().startswith(b"\x89PNG")
-    plans = json.loads(printed(capsys, *words, "--json"))
-    assert [(plan["model"]["name"], plan["cards"]) for plan in plans][1] == (
-        "NousResearch/Meta-Llama-3.1-8B-Instruct",
-        "h100x16",
-    )
-    assert [plan["machine"]["ranks"] for plan in plans] == [1, 16, 1, 16]
+    (plan,) = json.loads(printed(capsys, "--table", "--models", "llama3_8b", "--cards", "h100x16", "--json"))
+    assert (plan["model"]["name"], plan["cards"]) == ("NousResearch/Meta-Llama-3.1-8B-Instruct", "h100x16")
+    assert plan["machine"]["ranks"] == 16
+    assert plan["settings"]["quant"]["method"] == "none", "chosen"
 
 
 def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from distlora.loading.row_norms import halved
 from distlora.model import CausalLM
 from distlora.optim import parameter_groups
 from distlora.parallel import Ranks
+from planned import assert_disk_as_planned
 from small_models import make_run, write_model_folder
 from test_dropout import OurDropout
 from test_loading import loaded
@@ -151,6 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: World, folder
     whole, resumed = result(tmp_path / "whole"), result(tmp_path / "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert_disk_as_planned(tmp_path / "whole", ranks=2)
 
 
 def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
 from distlora_launcher.generate import find_weights
 from family_models import SINGLE, config_for, tokens, write_family_folder
+from planned import assert_disk_as_planned
 from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
 from test_methods import Method, Peer, our_outcome, prepare
 from test_peft import dequantized_hf_model, our_logits
@@ -344,6 +345,7 @@ def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     assert all(torch.equal(published[name], saved[name]) for name in others)
     models = [worker.load_model(load_config(run_dir), str(folder), SINGLE)[0] for folder in (run_dir / "adapter", step)]
     assert torch.equal(*(our_logits(model, PROBE) for model in models))
+    assert_disk_as_planned(run_dir)
 
 
 class PissaPeer(Peer):

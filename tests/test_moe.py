@@ -43,6 +43,7 @@ from family_models import (
     tokens,
     write_family_folder,
 )
+from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
 from test_families import five_steps, save_adapter, shifted
 from test_init_from import write_adapter
@@ -358,6 +359,7 @@ def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
     assert world.run(size, trained, run_dir=tmp_path / "stopped")[0][-1]["loss"] == lines[-1]["loss"]
     resumed = safetensors.torch.load_file(tmp_path / "stopped" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], adapter[name]) for name in adapter)
+    assert_disk_as_planned(tmp_path / "whole", ranks=size)
 
 
 def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(folders: Path, tmp_path: Path) -> None:

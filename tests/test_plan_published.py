@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distlora import wire
 from distlora.activations import Activations
@@ -42,7 +43,7 @@ def planned(name: str, *words: str) -> Plan:
     for word in words:
         key, _, value = word.partition("=")
         section, field = key.split(".")
-        sections.setdefault(section, {})[field] = int(value) if value.isdecimal() else value
+        sections.setdefault(section, {})[field] = yaml.safe_load(value)
     if "adapter.method=full" in words:
         sections["adapter"].pop("target_modules")
     config = build(Config, {**sections, "run_dir": "/run"})
@@ -92,7 +93,7 @@ def steps(name: str, *words: str) -> tuple[Plan, Activations]:
 
 
 PEFT_RUN = ("data.sequence_length=2048", "train.micro_batch=2", "train.global_batch=8", "adapter.r=8")
-PEFT_RUN += ("cluster.gpus_per_node=2", "train.dtype=bf16")
+PEFT_RUN += ("cluster.gpus_per_node=2", "train.dtype=bf16", "train.liger=false")
 
 
 def peft(*, adapter_bytes: int, beside: float) -> float:
@@ -129,7 +130,7 @@ def torchtune_405b(micro_batch: int, *, least: bool = False) -> float:
     (embedding, head) stays whole from forward to backward's end, a block is, and the next is on its way; a weight
     dequantized. `least`: but for what compilation may save: what a block computes."""
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
-    plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.dtype=bf16")
+    plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.liger=false")
     shapes = plan.model.shapes
     held = wire.held_bytes(shapes, 8, quantized=True, itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden

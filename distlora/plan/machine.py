@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from distlora.cards import CARDS, CONTEXT_BYTES, Card, card_named
@@ -47,6 +48,8 @@ class Machine:
     """Into a machine from the others."""
     price_per_hour: float | None = None
     """Of one card."""
+    has_liger: bool = True
+    """Whether liger-kernel is installed: on other machines than this it is taken to be, as distlora[cuda] brings it."""
 
 
 def machine_of(config: Config, *, found: Found | None = None) -> Machine:
@@ -92,6 +95,7 @@ def machine_of(config: Config, *, found: Found | None = None) -> Machine:
         host_link=_said(given.host_gb_per_second, 1e9, None if card is None else card.host_link),
         network=_said(given.network_gb_per_second, 1e9, None if card is None else card.network),
         price_per_hour=given.price_per_hour,
+        has_liger=not (here.devices and is_here) or importlib.util.find_spec("liger_kernel") is not None,
     )
 
 

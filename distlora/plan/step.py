@@ -6,7 +6,7 @@ that of the last block, the second or the first: in between both change from blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distlora import wire
 from distlora.activations import LOGITS_AT_ONCE, Activations, Costs, Device
@@ -232,9 +232,9 @@ def _sent(unit: tuple[Stored, ...], shards: int) -> int:
 def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
     """Of a block of this run. A card that is not in the table is taken for an H100."""
     card = machine.card
-    device = Device(is_gpu=machine.is_gpu)
+    device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     if card is not None:
-        device = Device(processors=card.processors, groups_experts=card.capability[0] in (9, 10))
+        device = replace(device, processors=card.processors, groups_experts=card.capability[0] in (9, 10))
     shards = config.shard_degree(machine.ranks)
     return Costs.of(config, model.shapes, model.settings, device, shards=shards)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,15 +21,6 @@ from distlora_kernels.few_rows import most_rows
 
 Ranks = tuple[tuple[str, int], ...]
 """(path in the block, rank) of its adapters, by path."""
-
-_CAPABILITIES: tuple[tuple[str, tuple[int, int]], ...] = (
-    (r"b200", (10, 0)),
-    (r"g?h\d00.*", (9, 0)),
-    (r"a[18]00.*", (8, 0)),
-    (r"l40s?|l4|rtx6000_ada|rtx4090", (8, 9)),
-    (r"a6000|a40|a10g?|rtx3090", (8, 6)),
-)
-"""CUDA's compute capability by the card's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,13 +119,12 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 
 
 def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
-    """liger-kernel is counted where it can be used (liger.py), as if it were installed."""
+    """liger-kernel is counted where it can be used (liger.py) and is installed."""
     family, full = model.shapes.family, config.adapter.method == "full"
-    has_liger = machine.is_gpu and config.train.liger and not full and family.experts is None
+    has_liger = machine.is_gpu and machine.has_liger and config.train.liger and not full and family.experts is None
     packed = config.quant.is_nf4
     decodes = machine.is_gpu and config.train.dtype == "bf16"
-    name = "" if machine.card is None else machine.card.name
-    capability = next((found for pattern, found in _CAPABILITIES if re.fullmatch(pattern, name)), (0, 0))
+    capability = (0, 0) if machine.card is None else machine.card.capability
     return How(
         itemsize=wire.DTYPE_BYTES[config.train.dtype],
         quantized=packed,

@@ -214,7 +214,7 @@ def _said(config: Config, machine: Machine, document: int | None) -> list[str]:
     if document is not None and document < length:
         documents = f"rows of {length:,} tokens hold documents of {document:,}"
     said = [documents]
-    if machine.is_gpu and config.train.liger:
+    if machine.is_gpu and config.train.liger and machine.has_liger:
         said.append("liger-kernel is installed, where the run can use it")
     if machine.is_gpu and config.train.deterministic_attention:
         said.append("attention's gradients in a fixed order take no longer than in any")

@@ -187,9 +187,10 @@ def _near(near: Nearest) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
     """Bytes by kind, each with a bar as long as its share of what there is."""
     device, usable = plan.device, plan.machine.usable_bytes
-    whole = max(device.total, usable or 0)
-    unit, scale = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
-    what = "memory of a card" if plan.machine.is_gpu else "memory of a process for it"
+    # A bar shows a share of what there is, or where that would show nothing, of what is needed.
+    whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
+    unit, scale = ("GB", 1e9) if device.total >= 1e9 else ("MB", 1e6)
+    what = "memory of a card" if plan.machine.is_gpu else "memory of a process for training"
     yield f"{what} at its peak, {MOMENTS[device.worst]} ({unit}):"
     place = 0
     width = max(len(KINDS[kind]) for kind in device.by_kind)
@@ -203,7 +204,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     end = round(_BAR * place / whole)
     bar = "#" * end + "." * (_BAR - end)
     yield f"  {'together':<{width}} {place / scale:>8.2f}  |{bar}|" + (
-        "" if usable is None else f" of {usable / scale:.2f}"
+        "" if usable is None else f" of {usable / scale:,.2f}"
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distlora import host_memory
 from distlora_launcher import local
 from distlora_launcher.cli import COMMANDS, main
 from distlora_launcher.demo.base import base_folder
@@ -240,6 +241,22 @@ def test_resume_checks_the_model_again(place: Path, steps: Steps, capsys: pytest
     (place / "model" / "model.safetensors").unlink()
     assert main(["resume", "run"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_run_that_fits_no_more_is_not_resumed_before_its_settings_say_so(
+    place: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = stopped_run(place)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 100_000_000)
+    assert main(["resume", "run"]) == 2
+    message = capsys.readouterr().err
+    assert "this run does not fit CPU by calculation: a machine needs " in message
+    assert f"refuse: false under plan in {run_dir / 'config.yaml'} starts it all the same" in message
+    settings = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(settings.replace("refuse: true", "refuse: false"))
+    assert main(["resume", "run"]) == 0
+    assert "it does NOT fit" in capsys.readouterr().out
+    assert steps.trained == [run_dir] * 2
 
 
 def test_a_run_that_is_going_on_is_not_started_twice(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):

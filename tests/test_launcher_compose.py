@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
 from distlora.config.parallel import ParallelConfig
+from distlora.config.plan import CHOSEN
 from distlora.config_file import as_mapping
-from distlora.plan.space import CHOSEN
 from distlora_launcher.application import expand_home
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config, compose_run, compose_sweep

@@ -222,6 +222,8 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     run_dir = tmp_path / "run"
     fake_run(run_dir, "success")
     config = load_config(run_dir)
+    model = dataclasses.replace(config.model, path=str(write_model(tmp_path / "model")))
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sequence_length=64))
     for name in ("config.yaml", "data.json", "behaviour"):
         (run_dir / name).unlink()
     (run_dir / "cache").rmdir()

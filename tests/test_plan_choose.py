@@ -15,11 +15,12 @@ import pytest
 
 from distlora.cards import CARDS
 from distlora.config import Config, UserError
+from distlora.config.plan import CHOSEN
 from distlora.config_file import build
 from distlora.plan import Machine, Plan, PlannedModel, plan_of
 from distlora.plan.choose import RESERVE, choose, cost_of, fits, is_as_good, resolve_quantization
 from distlora.plan.nearest import nearest, room
-from distlora.plan.space import CHOSEN, changed, value_of, with_settings
+from distlora.plan.space import changed, value_of, with_settings
 from distlora.shapes import shapes_of
 
 GB = 10**9
@@ -106,10 +107,10 @@ def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) ->
     [
         (1, 8, 6.0, set(), {}),
         (4, 4, 3.5, set(), {}),
-        (4, 2, 4.0, {"parallel.shard_degree"}, {}),
+        (4, 2, 5.5, {"parallel.shard_degree", "parallel.backend"}, {}),
         (4, 2, 4.0, {"train.micro_batch", "parallel.prefetch"}, {"parallel": {"prefetch": False}}),
         (2, 8, 7.0, {"train.checkpointing", "train.accumulate"}, {"data": {"sequence_length": 16_384}}),
-        (2, 8, 8.5, {"parallel.shard_degree", "train.micro_batch"}, {"quant": {"method": "none"}}),
+        (2, 8, 8.0, {"parallel.shard_degree", "parallel.backend", "train.micro_batch"}, {"quant": {"method": "none"}}),
     ],
     ids=["one card", "four cards", "resident blocks", "two machines", "long rows", "16 bits"],
 )

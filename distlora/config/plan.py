@@ -9,6 +9,21 @@ from typing import Literal
 from distlora.cards import CARDS
 from distlora.config.errors import require, require_choice
 
+CHOSEN = (
+    "quant.method",
+    "parallel.backend",
+    "parallel.offload_base",
+    "parallel.shard_degree",
+    "parallel.prefetch",
+    "train.accumulate",
+    "train.micro_batch",
+    "train.checkpointing",
+    "train.mlp_tile",
+    "train.keep_dequantized",
+    "parallel.resident_blocks",
+)
+"""The settings that plan=auto may choose, in the order in which they are said; quant.method where it is auto."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardConfig:

@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from distlora.config import Config
+from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
 from distlora.plan.kinds import Kind
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.reasons import Change, changes_of, why_quantized
 from distlora.plan.space import (
-    CHOSEN,
     RECOMPUTES,
     Settings,
     changed,

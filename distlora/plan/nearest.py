@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from distlora.cards import CARDS, Card
 from distlora.config import Config
+from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
 from distlora.plan.choose import choose, cost_of, fits, on_cards, plans
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.space import CHOSEN, RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
+from distlora.plan.space import RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
 from distlora.plan.words import KINDS, size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4

@@ -48,7 +48,12 @@ def why_quantized(said: Config, plan: Plan, own: str | None) -> Change:
     if own is not None:
         return Change(settings=settings, why=own)
     if said.quant.method == "none":
-        return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}")
+        in_nf4 = if_valid(plan.config, {"quant.method": "nf4"})
+        times = plan.time, None if in_nf4 is None else plan_of(in_nf4, plan.model, plan.machine).time
+        end = ""
+        if times[0] is not None and times[1] is not None and times[0].seconds > times[1].seconds * 1.05:
+            end = f"; in NF4 a step would be {times[0].seconds / times[1].seconds:.2f}x faster (quant=nf4)"
+        return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}{end}")
     in_16_bits = if_valid(plan.config, {"quant.method": "none", "train.keep_dequantized": False})
     assert in_16_bits is not None, "16 bits were tried"
     needed = plan_of(in_16_bits, plan.model, plan.machine).device.total
@@ -98,6 +103,8 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
             return f"{value} of {blocks} blocks stay gathered" if value else "no block stays gathered"
         case "train.accumulate" if value == "block":
             return f"each block is gathered twice a step, not {2 * passes} times"
+        case "parallel.offload_base" if value:
+            return f"the base waits in host memory ({size(plan.host.machine)} a machine in all)"
         case "parallel.shard_degree" if value is None:
             return f"one copy of the base is cut over all {plan.machine.ranks:,} ranks"
     return _MEANINGS[name, value]
@@ -114,7 +121,6 @@ _MEANINGS: dict[tuple[str, Any], str] = {
     ("train.keep_dequantized", False): "no weights are kept from a block's recomputation to its backward",
     ("parallel.prefetch", True): "the next block is gathered while one computes",
     ("parallel.prefetch", False): "a gathered block less is there",
-    ("parallel.offload_base", True): "the base waits in host memory",
     ("parallel.offload_base", False): "the base stays on the cards",
     ("parallel.backend", "zero3"): "DeepSpeed cuts the base",
     ("parallel.backend", "fsdp2"): "FSDP2 cuts the base",

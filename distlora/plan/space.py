@@ -12,23 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from distlora.config import Config, UserError
+from distlora.config.plan import CHOSEN
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 
-CHOSEN = (
-    "quant.method",
-    "parallel.backend",
-    "parallel.offload_base",
-    "parallel.shard_degree",
-    "parallel.prefetch",
-    "train.accumulate",
-    "train.micro_batch",
-    "train.checkpointing",
-    "train.mlp_tile",
-    "train.keep_dequantized",
-    "parallel.resident_blocks",
-)
-"""In the order in which they are said."""
 TILE = 4096
 """Tokens of an MLP's tile: thousands, as weights in NF4 are dequantized for each (config/training.py)."""
 TILED_FROM = 16_384
@@ -89,6 +76,7 @@ def storages(config: Config, machine: Machine, fixed: Collection[str]) -> list[S
     them or in host memory by DeepSpeed, or on them by FSDP2. One holds other buffers than the other."""
     said = {name: value_of(config, name) for name in ("parallel.backend", "parallel.offload_base")}
     cuts = machine.is_gpu and machine.ranks > 1 and config.adapter.trains_base is None
+    cuts = cuts and config.parallel.deepspeed_config is None  # That file says where it lies.
     found: list[Settings] = [{}]
     for backend, offloads in (("fsdp2", False), ("zero3", False), ("zero3", True)) if cuts else ():
         other = {"parallel.backend": backend, "parallel.offload_base": offloads}

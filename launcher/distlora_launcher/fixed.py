@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from distlora.config import Config
-from distlora.plan.space import CHOSEN
+from distlora.config.plan import CHOSEN
 
 _RECIPE = "recipe"
 

@@ -74,7 +74,7 @@ def resume_here(run_dir: Path, config: Config) -> int:
     """Continue a run from its newest checkpoint, or from the start where it has none. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
-    plan = planned(config)
+    plan = planned(config, run_dir=run_dir)
     with running(run_dir):
         say(f"run folder {shown(run_dir)}")
         keep(run_dir, plan)

@@ -62,7 +62,7 @@ def resume_together(run_dir: Path, config: Config) -> int:
     """This machine's part in the rest of a run, when the same command is given on each. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
-    plan = planned(config)
+    plan = planned(config, run_dir=run_dir)
     say(f"run folder {shown(run_dir)}")
     with forwarding() as forwarder:
 

@@ -52,10 +52,11 @@ def _not_to_be_had(config: Config) -> Collection[str]:
     return ()
 
 
-def planned(config: Config) -> Plan:
-    """The plan of settings that are decided, as those of a run folder are. Raises UserError for what cannot fit."""
+def planned(config: Config, *, run_dir: Path | None = None) -> Plan:
+    """The plan of settings that are decided; of those in RUN/config.yaml where that is there. Raises UserError for what
+    cannot fit."""
     plan = plan_of(config, here.planned_model(config), machine_here(config))
-    require_fit(plan)
+    require_fit(plan, run_dir=run_dir)
     return plan
 
 
@@ -72,16 +73,18 @@ def _devices() -> tuple[tuple[str, int], ...] | None:
     return here.devices()
 
 
-def require_fit(plan: Plan) -> None:
-    """Refuse a plan that does not fit, unless the user wants it all the same."""
+def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
+    """Refuse a plan that does not fit, unless the user wants it all the same, which a run that is to go on says in
+    RUN/config.yaml."""
     if plan.fits is not False or not plan.config.plan.refuse:
         return
     found = nearest(plan.config, plan.model, plan.machine)
     most = largest(plan if found.least is None else found.least)
     even = "" if found.least is None else f"; at the least {size(found.least.device.total)}"
+    anyway = "plan.refuse=false" if run_dir is None else f"refuse: false under plan in {run_dir / 'config.yaml'}"
     raise UserError(
         f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{even} "
-        f"({most}); {found}; plan.refuse=false starts it all the same"
+        f"({most}); {found}; {anyway} starts it all the same"
     )
 
 

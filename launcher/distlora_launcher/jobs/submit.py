@@ -116,7 +116,7 @@ def make_ready(run_dir: Path, config: Config) -> int:
     """Check a run that is to go on, and bring back what is gone of its model and data. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
-    plan = planned(config)
+    plan = planned(config, run_dir=run_dir)
     with running(run_dir):
         keep(run_dir, plan)
         return DONE if is_prepared(run_dir) else prepare(run_dir)

@@ -35,7 +35,7 @@ def how(plan: Plan) -> Iterator[str]:
     """The settings that a plan fits with, in a word each."""
     config = plan.config
     train, parallel = config.train, config.parallel
-    yield BASES[config.quant.method]
+    yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
     yield train.checkpointing
     yield f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
     if train.accumulate == "block":

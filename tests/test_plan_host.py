@@ -79,6 +79,16 @@ def test_offloaded_inputs_are_what_a_start_reserves(folders: Path) -> None:
     assert plan.host.inputs == host_memory.bytes_of([kept.nbytes] * kept.count)
 
 
+@pytest.mark.parametrize("adapter", [ALL | {"r": 8192}, ALL | {"r": 4096, "modules_to_save": ["lm_head"]}])
+def test_copies_of_a_save_take_what_a_snapshot_takes(folders: Path, adapter: dict[str, Any]) -> None:
+    """On rank 0 of one process, where nothing is cut: A and B, then of each its step and two moments."""
+    config = config_of(folders / "llama", adapter=adapter)
+    own = list(adapter_tensors(build_model(config)).values())
+    moments = [tensor for p in own for tensor in (torch.empty((), device="meta"), p, p)]
+    plan = plan_of(config, model_in(folders / "llama"), cpu_machine(1))
+    assert plan.host.copies == host_memory.bytes_like([*own, *moments]) > 2 * host_memory.CHUNK_BYTES
+
+
 def test_a_machine_has_its_processes_and_one_that_saves(folders: Path) -> None:
     config = config_of(folders / "llama", adapter=ALL | {"r": 4096})
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(4))

@@ -78,10 +78,11 @@ class MemoryCheck:
         return self.figures if step == self._step else {}
 
     def _worst(self, found: StepMemory) -> MeasuredRank:
-        own = [found.peak, _PARTS.index(found.part), *(found.by_kind.get(kind, 0) for kind in KINDS)]
+        by_kind = {**found.by_kind, "slack": found.slack}
+        own = [found.peak, _PARTS.index(found.part), *(by_kind.get(kind, 0) for kind in KINDS)]
         device = self._backend.ranks.device
         ranks: list[list[int]] = self._backend.gather_ranks(torch.tensor(own, device=device)).tolist()
         rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
         peak, part, *kinds = ranks[rank]
-        by_kind = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
-        return MeasuredRank(rank=rank, peak=peak, by_kind=by_kind, part=_PARTS[part])
+        of_worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
+        return MeasuredRank(rank=rank, peak=peak, by_kind=of_worst, part=_PARTS[part])

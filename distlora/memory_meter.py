@@ -16,7 +16,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,9 @@ class StepMemory:
     """The most in each part, beside what is held."""
     left: int
     """Of what the step made and is no kind of what is held: still there at its end."""
+    slack: int = 0
+    """What a GPU's allocator has taken of the device beyond that peak: fragments, and what libraries take through it.
+    """
 
     @property
     def persistent(self) -> int:
@@ -111,7 +114,10 @@ class MemoryMeter:
         with _marks(self._model, self._optimizer), recorded(self._device) as events:
             mark("start")
             yield
-        self.found = account(events, before, self._held())
+        found = account(events, before, self._held())
+        if self._device.type == "cuda":
+            found = replace(found, slack=torch.cuda.memory_reserved(self._device) - found.peak)
+        self.found = found
 
 
 @contextlib.contextmanager

@@ -103,3 +103,26 @@ def test_zero3_is_measured_alike(folders: Path) -> None:
     assert found.held == other.held
     assert found.at_peak["gathered"] > 0
     assert found.left == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its allocator's events beside its own counters")
+def test_on_a_gpu_the_peak_is_what_torch_counts() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(4))).to(device)
+
+    def step() -> None:
+        layers(torch.ones(512, 1024, device=device)).square().sum().backward()
+        for parameter in layers.parameters():
+            parameter.grad = None
+
+    step()  # Takes the workspaces of the products.
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with recorded(device) as events:
+        mark("start")
+        step()
+    found = account(events, {}, {})
+    assert found.peak == torch.cuda.max_memory_allocated(device) - before
+    assert found.left == torch.cuda.memory_allocated(device) - before

@@ -31,7 +31,7 @@ class MeasuredRank:
     rank: int
     peak: int
     by_kind: Mapping[Kind, int]
-    """At that peak."""
+    """At that peak; `slack` is beside it."""
     part: str
     """Of the step, in which it was: a moment of the plan, or `forward`."""
 
@@ -87,8 +87,9 @@ def _grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:
     group_of = {kind: group for group, kinds in _TOGETHER.items() for kind in kinds}
     sums: dict[str, int] = {}
     for kind, nbytes in by_kind.items():
-        group = group_of.get(kind, kind)
-        sums[group] = sums.get(group, 0) + nbytes
+        if kind != "slack":  # What is no tensor's is beside a peak, measured or planned.
+            group = group_of.get(kind, kind)
+            sums[group] = sums.get(group, 0) + nbytes
     return sums
 
 

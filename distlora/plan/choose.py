@@ -45,8 +45,26 @@ class Choice:
     config: Config
     """Without an `auto` in quant.method."""
     plan: Plan
-    changes: tuple[Change, ...]
-    """From the settings as they were said."""
+    asked: Config
+    """The settings as they were said."""
+    fixed: frozenset[str] = frozenset(CHOSEN)
+    reserve: float = RESERVE
+    own: str | None = None
+    """Why quant=auto could become nothing else."""
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What was chosen, and why: a plan is made without each, and where 16 bits were taken all plans in NF4."""
+        method = self.config.quant.method
+        said = with_settings(self.asked, {"quant.method": method})
+        changes = changes_of(said, self.plan, self.reserve)
+        if self.asked.quant.method != "auto":
+            return changes
+        nf4 = None
+        if method == "none" and self.own is None and self.plan.time is not None:
+            said = with_settings(self.asked, {"quant.method": "nf4"})
+            nf4 = fastest(said, self.fixed, self.plan.model, self.plan.machine, self.reserve)
+        return why_quantized(self.plan, self.own, nf4), *changes
 
 
 def choose(
@@ -69,10 +87,7 @@ def choose(
         if chosen is not None:
             break
     plan = plan_of(said, model, machine) if chosen is None else chosen
-    changes = changes_of(said, plan)
-    if config.quant.method == "auto":
-        changes = (why_quantized(said, plan, own), *changes)
-    return Choice(config=plan.config, plan=plan, changes=changes)
+    return Choice(config=plan.config, plan=plan, asked=config, fixed=frozenset(fixed), reserve=reserve, own=own)
 
 
 def resolve_quantization(config: Config, model: PlannedModel, machine: Machine, *, reserve: float = RESERVE) -> Choice:

@@ -33,26 +33,26 @@ class Change:
         return f"{self.typed}: {self.why}"
 
 
-def changes_of(said: Config, plan: Plan) -> tuple[Change, ...]:
-    """What a plan has otherwise than the settings as they were said, each with the difference that it makes alone."""
+def changes_of(said: Config, plan: Plan, reserve: float) -> tuple[Change, ...]:
+    """What a plan has otherwise than the settings as they were said, each with the difference that it makes alone.
+    `reserve`: share of what is needed that was to stay free."""
     new = changed(said, plan.config)
     together = [name for name in _TOGETHER if name in new]
     groups = [together] if together else []
     groups += [[name] for name in new if name not in together]
-    return tuple(_change(said, plan, {name: new[name] for name in group}) for group in groups)
+    return tuple(_change(said, plan, {name: new[name] for name in group}, reserve) for group in groups)
 
 
-def why_quantized(said: Config, plan: Plan, own: str | None) -> Change:
-    """What quant=auto became; `own`: why nothing else was possible."""
-    settings = {"quant.method": said.quant.method}
+def why_quantized(plan: Plan, own: str | None, nf4: Plan | None) -> Change:
+    """What quant=auto became; `own`: why nothing else was possible, `nf4`: the fastest plan in NF4, where 16 bits were
+    taken."""
+    settings = {"quant.method": plan.config.quant.method}
     if own is not None:
         return Change(settings=settings, why=own)
-    if said.quant.method == "none":
-        in_nf4 = if_valid(plan.config, {"quant.method": "nf4"})
-        times = plan.time, None if in_nf4 is None else plan_of(in_nf4, plan.model, plan.machine).time
-        end = ""
-        if times[0] is not None and times[1] is not None and times[0].seconds > times[1].seconds * 1.05:
-            end = f"; in NF4 a step would be {times[0].seconds / times[1].seconds:.2f}x faster (quant=nf4)"
+    if plan.config.quant.method == "none":
+        times, end = (plan.time, None if nf4 is None else nf4.time), ""
+        if times[0] is not None and times[1] is not None and times[0].seconds > 1.05 * times[1].seconds:
+            end = f"; NF4 would be {times[0].seconds / times[1].seconds:.2f}x faster (quant=nf4)"
         return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}{end}")
     in_16_bits = if_valid(plan.config, {"quant.method": "none", "train.keep_dequantized": False})
     assert in_16_bits is not None, "16 bits were tried"
@@ -60,11 +60,11 @@ def why_quantized(said: Config, plan: Plan, own: str | None) -> Change:
     return Change(settings=settings, why=f"in 16 bits it would take {size(needed)}, in NF4 {_of_usable(plan)}")
 
 
-def _change(said: Config, plan: Plan, settings: Settings) -> Change:
+def _change(said: Config, plan: Plan, settings: Settings, reserve: float) -> Change:
     without = if_valid(plan.config, {name: value_of(said, name) for name in settings})
     meaning = "; ".join(_meanings(plan, settings))
     before = None if without is None else plan_of(without, plan.model, plan.machine)
-    end = "" if before is None else _difference(before, plan)
+    end = "" if before is None else _difference(before, plan, reserve)
     return Change(settings=settings, why=f"{_of_usable(plan)}, {meaning}{end}")
 
 
@@ -73,10 +73,10 @@ def _of_usable(plan: Plan) -> str:
     return size(plan.device.total) + ("" if usable is None else f" of {size(usable)}")
 
 
-def _difference(before: Plan, after: Plan) -> str:
+def _difference(before: Plan, after: Plan, reserve: float) -> str:
     """What a change is worth alone: that the run fits, time, or bytes on the wire."""
-    if before.lacks() is not None:
-        return f": else {size(before.device.total)}"
+    if before.lacks(reserve) is not None:
+        return f": else {size(before.device.total)}{', too near to it' if before.lacks() is None else ''}"
     times = before.time, after.time
     if times[0] is not None and times[1] is not None:
         ratio = times[0].seconds / times[1].seconds

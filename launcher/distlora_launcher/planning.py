@@ -39,7 +39,7 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
         return choose(config, {*fixed, *_not_to_be_had(config)}, model, machine)
     if config.quant.method == "auto":
         return resolve_quantization(config, model, machine)
-    return Choice(config=config, plan=plan_of(config, model, machine), changes=())
+    return Choice(config=config, plan=plan_of(config, model, machine), asked=config)
 
 
 def _not_to_be_had(config: Config) -> Collection[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distlora import host_memory
+from distlora.architectures import ARCHITECTURES
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.model import build_model
@@ -20,7 +21,7 @@ from distlora.parallel import Shards, zero3
 from distlora.peft_format import adapter_tensors
 from distlora.plan import plan_of
 from distlora.plan.disk import Tensor, file_bytes, trained_tensors
-from distlora.plan.model import model_in
+from distlora.plan.model import built_in, model_in
 from distlora.startup import _HostInputs
 from planned import cpu_machine
 
@@ -110,3 +111,16 @@ def test_a_file_is_as_long_as_safetensors_own(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt"})
     planned = [Tensor("a", (3, 5)), Tensor("b.c", (7,), "U8"), Tensor("d", ())]
     assert file_bytes(planned) == (tmp_path / "file.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("init", "measured"), [("pissa", 562), ("pissa_niter_4", 84), ("kaiming", 0)])
+def test_loading_has_room_for_a_decomposition(init: str, measured: int) -> None:
+    """As measured of a weight of 4096 x 14336, MiB over the weight itself (distlora/loading/README.md)."""
+    config = config_of(Path("8B"), adapter=ALL | {"r": 16, "init": init})
+    model = built_in("8B", ARCHITECTURES["NousResearch/Meta-Llama-3.1-8B-Instruct"])
+    plain = plan_of(config_of(Path("8B")), model, cpu_machine(16)).host.loading
+    planned = plan_of(config, model, cpu_machine(16)).host.loading
+    if measured:
+        assert measured * 2**20 <= planned - 2 * 4096 * 14_336 <= 1.3 * measured * 2**20
+    else:
+        assert planned == plain

@@ -184,8 +184,8 @@ def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool)
 
 def _decomposing(config: Config, shape: tuple[int, ...]) -> int:
     """At the most, of one weight (distlora/loading/README.md): exactly five matrices of the smaller side in fp64; by
-    subspace iterations two bases of either side, and 64 MiB of the weight widened."""
+    subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each."""
     small, large = sorted(shape)
     if subspace_iterations(config.adapter.init) is None:
         return 5 * 8 * small**2
-    return 8 * config.adapter.r * 2 * (small + large) + 2**26
+    return 8 * config.adapter.r * 2 * (small + large) + 3 * 2**25

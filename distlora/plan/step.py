@@ -32,6 +32,9 @@ class Step:
     shards: int
     costs: Costs
     activations: Activations
+    kept_by_a_block: int
+    """Of what is on the device, what is gone when a block's backward is done; with inputs in host memory others come in
+    its place."""
     gathered: Gathered
     copied: Copied
     at_once: int
@@ -50,13 +53,15 @@ class Step:
         shards, accumulation = config.shard_degree(ranks), config.accumulation(ranks)
         at_once = config.data.sequence_length * train.micro_batch
         tokens = at_once * (accumulation if train.accumulate == "block" else 1)
+        costs, mode = costs_of(config, model, machine), train.checkpointing
         return cls(
             config=config,
             base=base,
             trained=trained,
             shards=shards,
-            costs=costs_of(config, model, machine),
+            costs=costs,
             activations=activations_of(config, model, machine),
+            kept_by_a_block=0 if mode == "offload" else int(tokens * costs.kept(mode, config.data.sequence_length)),
             gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
             copied=copied_of(config, base, shards),
             at_once=at_once,
@@ -95,13 +100,6 @@ class Step:
         unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         return int(self.activations.kept) + sent - (self.tokens * self.costs.norm if unread else 0)
-
-    @property
-    def _kept_by_a_block(self) -> int:
-        """Of what is on the device, what is gone when a block's backward is done; with inputs in host memory others
-        come in its place."""
-        mode = self.config.train.checkpointing
-        return 0 if mode == "offload" else int(self.tokens * self.costs.kept(mode, self.config.data.sequence_length))
 
     @property
     def _boundary(self) -> int:
@@ -143,7 +141,7 @@ class Step:
             "gathered": self.gathered.last,
             "gradients": self._waiting(self._layers),
         }
-        before = last | {"kept": self._kept - self._kept_by_a_block, "gathered": self.gathered.forward}
+        before = last | {"kept": self._kept - self.kept_by_a_block, "gathered": self.gathered.forward}
         copying = last | {"working": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
 
@@ -176,7 +174,7 @@ class Step:
     def _block_at(self, place: int) -> dict[Kind, int]:
         """The block of this place in its backward."""
         done = self._layers - 1 - place
-        kept, dequantized = self._kept - done * self._kept_by_a_block, int(self.activations.dequantized)
+        kept, dequantized = self._kept - done * self.kept_by_a_block, int(self.activations.dequantized)
         return {
             "kept": kept + self.copied.kept,
             "working": int(self.activations.working) - dequantized + self.copied.block + self._tied_gradient,

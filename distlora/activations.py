@@ -290,6 +290,11 @@ class Costs:
         vocabulary = self.decoder.vocabulary
         return min(tokens, max(16, LOGITS_AT_ONCE // vocabulary)) * vocabulary
 
+    @property
+    def _logit_bytes(self) -> int:
+        """A cap keeps its tanh, fp32."""
+        return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
+
     def head_forward(self, tokens: int) -> float:
         """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too where the
         head is frozen; with the reference's states."""
@@ -297,7 +302,7 @@ class Costs:
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
         columns = 4 * self.trained_columns
-        return tokens * (norm + 2 * self.boundary + columns) + _LOGIT_BYTES * self._chunk(tokens)
+        return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self._chunk(tokens)
 
     def head_backward(self, tokens: int) -> float:
         """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it. A trained
@@ -306,7 +311,7 @@ class Costs:
         norm = self.norm
         if self.trains_head:
             matrix = (4 + self.dtype_bytes) * self.decoder.vocabulary * hidden
-            own = tokens * (norm + 2 * self.boundary) + matrix + _LOGIT_BYTES * self._chunk(tokens)
+            own = tokens * (norm + 2 * self.boundary) + matrix + self._logit_bytes * self._chunk(tokens)
             return max(own, tokens * (norm + self._norm_steps))
         scaled = 2 * self.boundary + 4 * hidden
         if self.trained_columns:

@@ -304,10 +304,15 @@ class BlockRun:
         if sizes.sinks:
             keeps += b * (scores + sizes.heads) + 8 * sizes.heads
             # In forward with the masked scores, those with the sinks, and those less their maximum.
-            return Operation(keeps, (Moment(2 * b * scores),), leaves, 2 * b * scores)
+            # The CPU adds up the maximum's gradient in fp32, when the probabilities are gone.
+            summed = (4 - b) * scores if self.device == "cpu" else 0
+            return Operation(keeps, (Moment(2 * b * scores + summed),), leaves, 2 * b * scores)
         copy = b * scores if b < 4 else 0
-        keeps += 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
-        return Operation(keeps, (Moment(8 * scores - copy), Moment((b + 4) * scores)), leaves)
+        of_scores = 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
+        # The CPU widens scores for its softmax, beside what that makes.
+        widened = 2 * 4 * scores + copy if self.device == "cpu" else 0
+        backward = (Moment(8 * scores - copy), Moment((b + 4) * scores))
+        return Operation(keeps + of_scores, backward, leaves, max(0, widened - of_scores))
 
     def gates(self) -> Operation:
         """act(gate) up: gate, up, act(gate), of which liger-kernel keeps none and whose gradients it writes over gate

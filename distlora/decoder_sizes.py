@@ -76,6 +76,8 @@ class Decoder:
     """Whether norms multiply with their scale in fp32 (Gemma)."""
     caps_scores: bool = False
     """Whether attention caps its scores (Gemma 2)."""
+    caps_logits: bool = False
+    """Whether the head caps its logits (Gemma)."""
     sinks: bool = False
     """Whether attention has sinks (GPT-OSS)."""
     masks: int = 1
@@ -122,6 +124,10 @@ class Decoder:
             # 50 where config.json does not say; null: none.
             caps_scores=kind == "gemma2"
             and text_settings(model, family).get("attn_logit_softcapping", 50.0) is not None,
+            # 30 or none where config.json does not say.
+            caps_logits=family.head_softcap
+            and text_settings(model, family).get("final_logit_softcapping", 30.0 if kind == "gemma2" else None)
+            is not None,
             sinks=kind == "gpt_oss",
             masks=_kinds_of_masks(settings, family),
             experts=experts,

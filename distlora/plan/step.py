@@ -108,15 +108,20 @@ class Step:
 
     @property
     def _runs(self) -> int:
-        """What a block has in forward beside what is kept: at the most gate, up and act(gate), with what its MLP half
-        begins with and its norm's output. Without recomputation these are kept."""
-        train, sizes = self.config.train, self.costs.decoder
+        """What a block has in forward beside what is kept: the operation that takes most, with its half's input and
+        what it reads; experts hold all that they make to their end. Without recomputation it is kept."""
+        train, costs, row = self.config.train, self.costs, self.config.data.sequence_length
         # The outputs of slices that were run before this one.
-        slices = (self.tokens - self.at_once) * self.costs.boundary
+        beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
         if train.checkpointing == "none":
-            return 2 * self._boundary + slices
+            return beside
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
-        return 2 * self._boundary + slices + tile * 3 * self.costs.dtype_bytes * sizes.mlp_columns
+        takes = [operation.keeps + operation.forward for operation in costs.mlp_half(tile)]
+        mlp = tile * (max(takes) if costs.decoder.experts is None else sum(takes[1:]))
+        if train.checkpointing == "selective":
+            return beside + int(mlp)
+        attention = max(operation.keeps + operation.forward for operation in costs.attention_half(self.at_once, row))
+        return beside + int(max(mlp, self.at_once * attention))
 
     def _embedding_backward(self) -> dict[Kind, int]:
         """Of a trained one, when all other gradients are there: a gradient as large as it in the run's dtype, which is

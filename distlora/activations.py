@@ -177,9 +177,12 @@ class Costs:
     @property
     def uncounted(self) -> list[str]:
         """What of this is not calculated, in words; empty: nothing is left out."""
+        found = []
         if self.is_gpu and self.attention.kind == "sdpa":
-            return ["what a GPU's attention with dense masks makes, which is taken for what the CPU's does"]
-        return []
+            found.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
+        if self.has_reference:
+            found.append("which tokens are of which pair: a few bytes a token and pair of a row")
+        return found
 
     def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
         """A block that runs so many tokens at once, in rows of so many."""

@@ -29,6 +29,8 @@ _COUNTER_BYTES = 8 * 8
 _PARTS_BYTES = 2**28
 """What distlora_kernels.skinny_launch lets the parts of dB take before it reads dY twice."""
 _RANK_READ_ONCE = 32
+_PROGRAMS = 128
+"""What it has of programs, if the rows alone give fewer."""
 STRIPE_BYTES = 3 * 4 * 2**20
 """Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
@@ -193,7 +195,7 @@ class BlockRun:
         moments = make(inputs, outputs, ranks)
         # dA and dB of all of them, in fp32.
         fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
-        backward = tuple(moment._replace(fixed=fixed) for moment in moments)
+        backward = tuple(moment._replace(fixed=moment.fixed + fixed) for moment in moments)
         dense = 0.0
         if self.keeps_dense and self.quantized and self.device == "cpu":
             dense = sum(b * inputs * linear.columns for linear in outputs)
@@ -245,11 +247,18 @@ class BlockRun:
         scaled = 0.0
         moments = []
         for linear in adapted:
+            rank = ranks[linear.name]
             if self.dora and not folds:
                 # k dY: of all linears in the place of dY without dropout; with it, (k - 1) dY of all of them.
                 scaled += b * linear.columns
                 moments.append(Moment(scaled + (b * linear.columns if self.dropout else 0)))
-            moments.append(Moment(scaled + self._parts_of_db(linear.columns, ranks[linear.name])))
+            once = parts_of_db(self.tokens, linear.columns, rank, b)
+            moments.append(
+                Moment(scaled, parts_over_rows(self.tokens, linear.columns, rank, b) if once is None else once)
+            )
+        if adapted:  # dA: of those that see the same input together.
+            groups = [ranks[each.name] for each in adapted] if self.dropout else [sum(ranks.values())]
+            moments.append(Moment(scaled, max(parts_over_rows(self.tokens, inputs, rank, b) for rank in groups)))
         if self.dropout and len(adapted) > 1:
             moments.append(Moment(scaled + 2 * b * inputs))
         if self.dropout and self.dora:
@@ -259,11 +268,6 @@ class BlockRun:
     def _counters(self, inputs: int) -> float:
         """What makes the words of a mask has of its own."""
         return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS[self.device] * _COUNTER_BYTES)
-
-    def _parts_of_db(self, columns: int, rank: int) -> float:
-        """Of skinny_launch.dy: a part of dB for each 256 tokens, 128 where the rank is no multiple of 16."""
-        parts = 4 * columns * rank / (128 if rank % 16 else 256)
-        return 0 if rank > _RANK_READ_ONCE or self.tokens * parts > _PARTS_BYTES else parts
 
     def _at_most(self, of_token: float, bound: float) -> float:
         """Bytes a token of what has a bound for all of them."""
@@ -322,6 +326,26 @@ class BlockRun:
         if self.fused_mlp:
             return Operation(2 * b * inner, (Moment(0),), 2 * b * inner)
         return Operation(3 * b * inner, (Moment(2 * b * inner),), 2 * b * inner)
+
+
+def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
+    """Bytes of the parts of dB, one for each stripe of tokens, where dY is read once for it and for dX's part
+    (skinny_launch.dy, and the tiles of skinny_triton.tile_of); None where it is read twice."""
+    rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
+    parts = -(-tokens // rows) * 4 * columns * rank
+    return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
+
+
+def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
+    """Bytes of the parts of a product over tokens, dA or dB: as many as give each processor something to do
+    (skinny_launch._products_over_rows)."""
+    rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
+    if itemsize != 4 and rank % 16 and rank <= 16:
+        rows = 32
+    programs = -(-columns // tile) * -(-rank // min(ranks, max(16, 1 << (rank - 1).bit_length())))
+    grains = -(-tokens // rows)
+    size = -(-grains // min(grains, max(1, _PROGRAMS // programs)))
+    return -(-grains // size) * 4 * columns * rank
 
 
 def attention_half(run: BlockRun) -> list[Operation]:

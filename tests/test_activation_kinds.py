@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from activation_steps import NARROW, WIDE, check_steps, load, small_chunks
-from distlora import block_memory
+from distlora import block_memory, experts
 from distlora.activations import Mode
 
 __all__ = ["small_chunks"]
@@ -108,6 +108,20 @@ def test_the_peak_of_a_step_that_trains_more_than_adapters_is_calculated_within_
     tmp_path: Path,
 ) -> None:
     check_steps(load(tmp_path, family, sizes, **settings), modes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("qwen3_moe", NARROW | QWEN3_MOE), ("qwen3_moe", WIDE | QWEN3_MOE), ("mixtral", WIDE)]
+)
+def test_the_peak_with_experts_in_one_grouped_product_is_calculated_within_5_percent(
+    family: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 the CPU has it too."""
+    monkeypatch.setattr(experts, "runs_grouped", lambda *arguments: True)
+    loaded = load(tmp_path, family, sizes)
+    check_steps(loaded._replace(costs=replace(loaded.costs, groups_experts=True)), ALL)
 
 
 @pytest.mark.slow

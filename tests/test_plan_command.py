@@ -58,6 +58,14 @@ def test_a_page_of_any_model_is_one_screen() -> None:
         assert max(map(len, lines)) <= 100
 
 
+def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("model=qwen3_8b", "card=h100", "quant=none", "train.dtype=fp32")
+    text = printed(capsys, *words)
+    assert "not counted what a GPU's attention with dense masks makes" in text
+    assert "not counted" not in printed(capsys, *words[:2])
+    assert len(calculated(capsys, *words)["uncounted"]) == 1
+
+
 def test_every_kind_and_moment_has_words() -> None:
     assert tuple(report.KINDS) == kinds.KINDS
     assert tuple(report.MOMENTS) == kinds.MOMENTS

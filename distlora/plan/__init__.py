@@ -14,6 +14,7 @@ from distlora.plan.host import HostBytes, host_bytes
 from distlora.plan.machine import Machine
 from distlora.plan.memory import DeviceBytes, device_bytes
 from distlora.plan.model import PlannedModel
+from distlora.plan.step import costs_of
 from distlora.plan.timing import StepTime, step_time
 from distlora.wire import StepBytes
 
@@ -43,6 +44,11 @@ class Plan:
     @property
     def disk(self) -> DiskBytes:
         return disk_bytes(self.config, self.model, self.machine)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What of the device's memory is not calculated, in words; empty: nothing is left out."""
+        return costs_of(self.config, self.model, self.machine).uncounted
 
     @property
     def time(self) -> StepTime | None:
@@ -94,6 +100,7 @@ class Plan:
             "settings": as_mapping(self.config),
             "fits": self.fits,
             "device": self.device.as_json(),
+            "uncounted": self.uncounted,
             "host": self.host.as_json(),
             "disk": self.disk.as_json(),
             "wire": step

@@ -97,6 +97,7 @@ def page(plan: Plan, *, changes: Sequence[Change] = (), near: Nearest | None = N
         *(line for change in changes for line in _row("chosen", str(change))),
         "",
         *_memory(plan),
+        *(line for each in plan.uncounted for line in _row("not counted", each)),
         "",
         *_row("host memory", _host(plan)),
         *_row("disk", _disk(plan)),

@@ -308,9 +308,7 @@ class BlockRun:
         if sizes.sinks:
             keeps += b * (scores + sizes.heads) + 8 * sizes.heads
             # In forward with the masked scores, those with the sinks, and those less their maximum.
-            # The CPU adds up the maximum's gradient in fp32, when the probabilities are gone.
-            summed = (4 - b) * scores if self.device == "cpu" else 0
-            return Operation(keeps, (Moment(2 * b * scores + summed),), leaves, 2 * b * scores)
+            return Operation(keeps, (Moment(2 * b * scores),), leaves, 2 * b * scores)
         copy = b * scores if b < 4 else 0
         of_scores = 4 * scores + copy + (b * scores if sizes.caps_scores else 0)
         # The CPU widens scores for its softmax, beside what that makes.

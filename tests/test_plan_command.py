@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ from distlora_launcher.compose import compose_config
 from launcher_fakes import write_model
 
 SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "card=rtx4090"]
+GOLDEN = Path(__file__).parent / "golden" / "plan"
+PROMISED = {
+    "llama3_70b_2_rtx4090": SEVENTY_ON_TWO,
+    "llama3_405b_8_h100": ["model=llama3_405b", "cluster.gpus_per_node=8", "card=h100"],
+}
+"""The commands that were asked for, and the pages that they print."""
+_FIGURE = re.compile(r"(\d[\d,]*\.?\d*)(%?)")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +55,31 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert output.out == ""
     assert output.err.startswith("error: ")
     return output.err
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_pages_that_were_promised(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Word for word, and every figure within 1 % (or a point of a share): what they are held to stands in other tests.
+    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and the README's page and plot with it."""
+    expected, found = (GOLDEN / f"{name}.txt").read_text(), printed(capsys, *PROMISED[name])
+    assert words_of(found) == words_of(expected), f"distlora plan {' '.join(PROMISED[name])}"
+    for (figure, unit), (other, _) in zip(figures_of(found), figures_of(expected), strict=True):
+        assert figure == pytest.approx(other, rel=0.01, abs=1 if unit else 0.02), f"{figure}{unit}, not {other}{unit}"
+
+
+def test_the_first_page_shows_what_the_command_prints() -> None:
+    page = (GOLDEN / "llama3_70b_2_rtx4090.txt").read_text()
+    assert f"```\n{page}```\n" in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def words_of(page: str) -> list[str]:
+    """What a page says, without its figures, its bars and where its lines end."""
+    return _FIGURE.sub("0", re.sub(r"\|[ #.]*\|", "", page)).split()
+
+
+def figures_of(page: str) -> list[tuple[float, str]]:
+    """(figure, `%` or nothing) in order."""
+    return [(float(figure.replace(",", "")), unit) for figure, unit in _FIGURE.findall(page)]
 
 
 def test_a_page_of_any_model_is_one_screen() -> None:

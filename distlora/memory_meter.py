@@ -39,6 +39,8 @@ _MARK = "distlora: "
 _GATHERS = ("FSDP::", "DeepSpeed::")
 """How the backends name what they do in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
+_ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
+"""Where FSDP2 makes whole fp32 gradients of micro-batches before the last one; nothing else is made there."""
 _DEQUANTIZES = "bitsandbytes::dequantize_4bit"
 
 
@@ -261,6 +263,8 @@ def _events(tree: list[Any], device: torch.device) -> list[Event]:
             found.append(Event(event.start_time_ns, mark=name.removeprefix(_MARK)))
         elif name.startswith(_REDUCES):
             kind = "communication"
+        elif name.startswith(_ADDS_UP):
+            kind = "gradients"
         elif name.startswith(_GATHERS):
             kind = "gathered"
         elif name == _DEQUANTIZES:

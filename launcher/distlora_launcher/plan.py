@@ -23,6 +23,7 @@ from distlora.plan.nearest import Nearest, Room, nearest, room
 from distlora.plan.reasons import Change
 from distlora.plan.report import assumptions, machines_of, page, settings
 from distlora.plan.scaling import FABRICS, Scaling, scaling
+from distlora.plan.space import typed
 from distlora.plan.tables import matrix, scaling_tables
 from distlora.plan.words import KINDS
 from distlora_launcher.application import expand_home
@@ -83,7 +84,8 @@ class Answer:
         name = f"{self.plan.model.name.rpartition('/')[2]}\n{machines_of(self.plan)}"
         found = {name: self.plan}
         if self.near is not None and self.near.same is not None:
-            found["with what would fit"] = self.near.same.plan
+            words = (typed(setting, value) for setting, value in self.near.same.settings.items())
+            found["\n".join(("with", *words))] = self.near.same.plan
         return found
 
     def as_json(self) -> dict[str, Any]:

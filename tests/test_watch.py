@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,39 @@ def test_who_is_waited_for(positions: list[Position | None], culprits: tuple[int
     assert verdict is not None
     assert verdict.culprits == culprits
     assert not verdict.silent
+
+
+def test_a_look_keeps_nothing_that_the_training_thread_has_in_hand() -> None:
+    """Its frames are of the training thread too: kept until the garbage is collected, they are a dequantized weight for
+    each second of a backward."""
+
+    class Weight:
+        pass
+
+    looked, has_looked = threading.Event(), threading.Event()
+
+    def look() -> None:
+        looked.wait()
+        watch.whereabouts()
+        has_looked.set()
+        ended.wait()  # A thread that ends lets go of all that it has.
+
+    def product() -> weakref.ref[Weight]:
+        weight = Weight()
+        looked.set()
+        assert has_looked.wait(30)
+        return weakref.ref(weight)
+
+    ended = threading.Event()
+    looking = threading.Thread(target=look)
+    gc.disable()
+    try:
+        looking.start()
+        assert product()() is None
+    finally:
+        gc.enable()
+        ended.set()
+        looking.join()
 
 
 def test_only_the_training_thread_is_asked_what_it_waits_for() -> None:

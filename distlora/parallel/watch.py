@@ -255,8 +255,11 @@ def whereabouts() -> tuple[str, bool]:
     # A backward on a GPU runs hooks in a thread of autograd, not of Python. One that saves may wait for another
     # rank without holding up the training.
     aside = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy")}
-    threads = sys._current_frames().items()
-    frames = {ident: frame for ident, frame in threads if ident == training.ident or ident not in aside}
+    threads = sys._current_frames()
+    # A frame that holds itself is freed by the garbage collector alone, and with it would all the others here: each
+    # look would keep what the training thread's functions had in hand, the dequantized weights of a backward.
+    del threads[threading.get_ident()]
+    frames = {ident: frame for ident, frame in threads.items() if ident == training.ident or ident not in aside}
     waits = any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame in frames.values())
     innermost = frame = frames.get(training.ident)
     if innermost is None:

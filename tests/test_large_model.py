@@ -179,7 +179,7 @@ def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_
             shapes.block, ranks, quantized=True, itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9
-        # 3 % over on 2 ranks and 19 % on 4 when the watch still kept frames of each backward (distlora/loading/README.md).
+        # 3 % over on 2 ranks and 19 % on 4 when the watch kept frames of each backward (distlora/loading/README.md).
         assert sampled.peak <= 1.25 * figures["predicted_mib"] * MIB, figures
     # Twice the ranks add the same rows' gradients in another order, in bf16.
     assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "4"), rel=1e-3)

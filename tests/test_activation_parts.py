@@ -23,7 +23,7 @@ def allocated(run: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
-@pytest.mark.parametrize("rank", [16, 8, pytest.param(48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (8, 48))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_the_parts_of_adapters_gradients_are_as_large_as_is_calculated(
     dtype: torch.dtype, rank: int, triton_device: torch.device

@@ -185,7 +185,7 @@ class Step:
             "working": int(self.activations.working) - dequantized + self.copied.block + self._tied_gradient,
             "scratch": dequantized,
             "gathered": self.gathered.block if place > 0 else self.gathered.first,
-            "gradients": self._waiting(place + 1) + self._summed(done),
+            "gradients": self._waiting(place + 1, with_head=False) + self._summed(done),
             "communication": self._sent_behind(place),
         }
 
@@ -195,12 +195,12 @@ class Step:
         own."""
         return _gradients(self.base.embedding) if self.base.tied else 0
 
-    def _waiting(self, blocks: int) -> int:
+    def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
         """Gradients of what FSDP2 cuts, whole and in fp32, of the micro-batches before the last one, of the first so
         many blocks and what is before them: nothing is sent until the last one (trained_shards.py)."""
         if self.shards == 1 or self.micro_batches == 1:
             return 0
-        units = [self.base.embedding, self.base.rest, *([self.base.head] if blocks == self._layers else [])]
+        units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
         rest = sum(4 * tensor.numel for unit in units for tensor in unit if tensor.trained)
         return rest + blocks * sum(4 * tensor.numel for tensor in self.base.block if tensor.trained)
 

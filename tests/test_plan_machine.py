@@ -62,6 +62,8 @@ def test_what_the_user_knows_better_wins_over_the_table() -> None:
         assert (found.host_link, found.network, found.price_per_hour) == (12e9, 3e9, 0.4)
         assert found.is_gpu
     assert machine(Found(), "card.memory_gib=48").name == "a card of 48 GiB"
+    assert machine(Found(), "card.name=h100", "card.memory_gib=40").name == "H100 SXM, 40 GiB"
+    assert machine(Found(), "card.name=h100", "card.memory_gib=79").name == "H100 SXM 80 GB"
 
 
 def test_an_unnamed_card_is_what_this_machine_has() -> None:
@@ -70,13 +72,28 @@ def test_an_unnamed_card_is_what_this_machine_has() -> None:
     assert found.usable_bytes == CARDS["rtx4090"].usable_bytes
     mixed = Found(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
     unknown = machine(mixed, "cluster.gpus_per_node=2")
-    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada 20 GB")
+    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada 20 GiB")
     assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
+    assert machine(mixed).card == CARDS["l40s"], "one process uses the first"
     slice_of_one = machine(Found(devices=None, host_bytes=GIB))
     assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a card")
     # Half of one that its driver shows is not a whole one.
     part = machine(Found(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
-    assert part.usable_bytes == 40_000 * MIB - CONTEXT_BYTES
+    assert (part.usable_bytes, part.name) == (40_000 * MIB - CONTEXT_BYTES, "A100 SXM, 39.1 GiB")
+
+
+@pytest.mark.parametrize(
+    ("device", "mib", "usable", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81_559, CARDS["h100"].usable_bytes, "H100 SXM 80 GB"),
+        ("NVIDIA H100 96GB HBM3", 97_871, int(0.98 * 97_871 * MIB) - CONTEXT_BYTES, "H100 SXM, 93.7 GiB"),
+        ("NVIDIA GeForce RTX 4090", 49_140, int(0.98 * 49_140 * MIB) - CONTEXT_BYTES, "RTX 4090, 47 GiB"),
+    ],
+)
+def test_a_card_of_more_memory_than_others_of_its_name_has_it(device: str, mib: int, usable: int, name: str) -> None:
+    found = machine(Found(devices=((device, mib * MIB),)))
+    assert (found.usable_bytes, found.name) == (usable, name)
+    assert found.flops is not None
 
 
 def test_a_machine_without_a_card_has_its_memory_for_its_processes() -> None:
@@ -92,43 +109,93 @@ def test_of_machines_that_are_elsewhere_nothing_is_claimed(launcher: str) -> Non
     cluster = (f"cluster.launcher={launcher}", "cluster.nodes=2", "cluster.rdzv_endpoint=a:29500")[
         : 3 if launcher == "torchrun" else 2
     ]
-    unknown = machine(TWO_4090S, *cluster, "cluster.gpus_per_node=4")
+    unknown = machine(None, *cluster, "cluster.gpus_per_node=4")
     assert (unknown.card, unknown.usable_bytes, unknown.host_bytes) == (None, None, None)
     assert (unknown.flops, unknown.network, unknown.ranks, unknown.is_gpu) == (None, None, 8, True)
-    assert machine(TWO_4090S, *cluster, "cluster.gpus_per_node=4", "card.name=a100_40gb").card == CARDS["a100_40gb"]
+    assert machine(None, *cluster, "cluster.gpus_per_node=4", "card.name=a100_40gb").card == CARDS["a100_40gb"]
+    assert machine(TWO_4090S, *cluster, "cluster.gpus_per_node=2").card == CARDS["rtx4090"], "asked on one of them"
 
 
-NVIDIA_SMI = """#!/bin/sh
-[ "$1 $2" = "--query-gpu=name,memory.total --format=csv,noheader,nounits" ] || exit 6
-[ -z "$BROKEN" ] || { echo 'NVIDIA-SMI has failed because it could not communicate with the driver.'; exit 9; }
-[ -z "$3" ] && echo 'NVIDIA H100 80GB HBM3, 81559'
-echo 'NVIDIA GeForce RTX 4090, 24564'
-[ -z "$3" ] || echo "${3#--id=}" > "$ASKED"
-"""
+QUERY = "--query-gpu=name,memory.total,uuid,mig.mode.current --format=csv,noheader,nounits"
+H100 = "NVIDIA H100 80GB HBM3, 81559, GPU-1c, Disabled"
+GEFORCE = "NVIDIA GeForce RTX 4090, 24564, GPU-8f, [N/A]"
+SMALL = "NVIDIA T400 4GB, 4096, GPU-8e, [N/A]"
 
 
-def test_cards_are_asked_of_the_driver_s_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
-    both = (("NVIDIA H100 80GB HBM3", 81_559 * MIB), ("NVIDIA GeForce RTX 4090", 24_564 * MIB))
-    assert here.devices() == both
+class Driver:
+    """An nvidia-smi that says what it is told to, beside as many device files."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place, self.monkeypatch = place, monkeypatch
+        for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
+
+    def devices(self, *cards: str, files: int | None = None, **environment: str) -> tuple[tuple[str, int], ...] | None:
+        """here.devices() of a machine with these cards; of none the program fails."""
+        said = "".join(f"echo '{card}'\n" for card in cards) or "echo 'it could not reach the driver'; exit 9\n"
+        (self.place / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "{QUERY}" ] || exit 6\n{said}')
+        (self.place / "nvidia-smi").chmod(0o755)
+        here.devices.cache_clear()
+        with self.monkeypatch.context() as within:
+            for name, value in environment.items():
+                within.setenv(name, value)
+            count = len(cards) if files is None else files
+            within.setattr(here, "gpu_count", lambda: count)
+            try:
+                return here.devices()
+            finally:
+                here.devices.cache_clear()
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(tmp_path, monkeypatch)
+
+
+BIG, MIDDLE, LEAST = (
+    ("NVIDIA H100 80GB HBM3", 81_559 * MIB),
+    ("NVIDIA GeForce RTX 4090", 24_564 * MIB),
+    ("NVIDIA T400 4GB", 4096 * MIB),
+)
+
+
+def test_cards_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert driver.devices(GEFORCE, GEFORCE) == (MIDDLE, MIDDLE)
+    assert driver.devices(GEFORCE, files=0) == (MIDDLE,), "WSL has no device files"
+    assert driver.devices(GEFORCE, CUDA_VISIBLE_DEVICES="") == ()
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 7 * GIB)
-    assert here.found_here() == Found(devices=both, host_bytes=7 * GIB)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-8f,-1,0")
-    assert here.devices() == both[1:]
-    assert (tmp_path / "asked").read_text() == "1,GPU-8f\n", "what follows -1 is not seen by CUDA either"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert here.devices() == ()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7d")
-    assert here.devices() is None
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("BROKEN", "yes")
-    assert here.devices() == ()
+    monkeypatch.setattr(here, "devices", lambda: (MIDDLE,))
+    assert (here.found_here().devices, here.found_here().host_bytes) == ((MIDDLE,), 7 * GIB)
+    assert here.found_here(asks_driver=False).devices == ()
+
+
+def test_of_cards_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver) -> None:
+    """By its default it numbers the fastest first, whatever the bus says; the largest stand for those."""
+    assert driver.devices(SMALL, GEFORCE, H100) == (BIG, MIDDLE, LEAST)
+    assert driver.devices(SMALL, GEFORCE, H100, CUDA_VISIBLE_DEVICES="0") == (BIG,)
+    assert driver.devices(SMALL, GEFORCE, CUDA_VISIBLE_DEVICES="0,1,2") is None, "there is no third"
+    by_bus = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert driver.devices(SMALL, GEFORCE, H100, **by_bus) == (LEAST, MIDDLE, BIG)
+    assert driver.devices(SMALL, GEFORCE, H100, **by_bus, CUDA_VISIBLE_DEVICES="2, GPU-8f,-1,0") == (BIG, MIDDLE)
+    assert driver.devices(SMALL, GEFORCE, CUDA_VISIBLE_DEVICES="GPU-8f,GPU-8e") == (MIDDLE, LEAST)
+    assert driver.devices(SMALL, GEFORCE, CUDA_VISIBLE_DEVICES="GPU-8") is None, "of both"
+
+
+def test_of_cards_that_the_driver_does_not_describe_nothing_is_claimed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have GPUs and no such program: they are used all the same, so this is no CPU."""
+    sliced = H100.replace("Disabled", "Enabled")
+    assert driver.devices(sliced) is None
+    assert driver.devices(sliced, GEFORCE, CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES="1") == (MIDDLE,)
+    assert driver.devices(H100, CUDA_VISIBLE_DEVICES="MIG-7d") is None
+    assert driver.devices("NVIDIA GB10, [N/A], GPU-0a, [N/A]") is None
+    assert driver.devices(files=2) is None
+    assert driver.devices(files=0) == ()
     monkeypatch.setenv("PATH", "")
-    assert here.devices() == ()
+    assert driver.devices(GEFORCE) is None
+    assert driver.devices(files=0) == ()
 
 
 @contextlib.contextmanager

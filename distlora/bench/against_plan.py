@@ -133,7 +133,8 @@ def rank_main(rank: int, world: int, port: int, folders: dict[str, Path], own: S
             print(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}", file=sys.stderr, flush=True)
         config = cell.config(folders[cell.model])
         found = measure_step(config, ranks)
-        plan = device_bytes(config, model_in(folders[cell.model]), machine_of(config, found=Found(devices=devices)))
+        here = Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
+        plan = device_bytes(config, model_in(folders[cell.model]), machine_of(config, found=here))
         planned: dict[str, int] = {kind: nbytes for kind, nbytes in plan.by_kind.items() if kind != "slack"}
         measured: dict[str, int] = {kind: found.by_kind[kind] for kind in KINDS if kind in found.by_kind}
         rows.append(

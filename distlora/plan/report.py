@@ -158,7 +158,12 @@ def machines_of(plan: Plan) -> str:
     """`2 machines of 8 x H100 SXM 80 GB`."""
     machine = plan.machine
     machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
-    what = f"{each} x {machine.name}" if machine.is_gpu else f"this CPU, {each} process{'es' if each > 1 else ''}"
+    if not machine.is_gpu:
+        what = f"this CPU, {each} process{'es' if each > 1 else ''}"
+    elif machine.name.startswith("a card"):  # That nothing names.
+        what = f"{each} card{'s' if each > 1 else ''}{machine.name.removeprefix('a card')}"
+    else:
+        what = f"{each} x {machine.name}"
     return what if machines == 1 else f"{machines} machines of {what}"
 
 

@@ -6,16 +6,15 @@ All of it is calculated (distlora/plan/), from config.json's sizes and what this
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from pathlib import Path
 
-from distlora import durable, host_memory
+from distlora import durable
 from distlora.config import Config, UserError
 from distlora.deepspeed_file import check_deepspeed
 from distlora.plan import Plan, plan_of
 from distlora.plan.choose import Choice, choose, resolve_quantization
-from distlora.plan.machine import Found, Machine, machine_of
+from distlora.plan.machine import Machine, machine_of
 from distlora.plan.nearest import largest, nearest
 from distlora.plan.report import lines, verdict
 from distlora.plan.words import size
@@ -61,16 +60,12 @@ def planned(config: Config, *, run_dir: Path | None = None) -> Plan:
 
 
 def machine_here(config: Config) -> Machine:
-    """The machines of a run: by name, else this one."""
+    """The machines of a run: by name, else this one. Its driver, which may be slow to wake, is asked only where it has
+    something to say: of a card that is named, whether the memory of this machine's host is that of its host."""
     if config.cluster.launcher != "local":
         return machine_of(config)
-    return machine_of(config, found=Found(devices=_devices(), host_bytes=host_memory.available_bytes()))
-
-
-@functools.cache
-def _devices() -> tuple[tuple[str, int], ...] | None:
-    """Asked once: nvidia-smi takes seconds where cards sleep."""
-    return here.devices()
+    waits = config.parallel.offload_base or config.train.checkpointing == "offload" or config.plan.mode == "auto"
+    return machine_of(config, found=here.found_here(asks_driver=config.card.name == "auto" or waits))
 
 
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:

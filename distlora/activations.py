@@ -10,6 +10,8 @@ gradients of a unit that is in its backward are here.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,15 +30,17 @@ from distlora.block_memory import (
 from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.expert_memory import INDEX_BYTES, expert_half
-from distlora.shapes import ModelShapes, expert_paths
+from distlora.shapes import Asked, ModelShapes
 from distlora.tokens import EMBEDDING, HEAD
 
-__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode"]
+__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode", "ranks_of_blocks"]
 
 Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24
 """What distlora.head has of fp32 logits at a time."""
+ADDED_AT_ONCE = 2**22
+"""Numbers of a chunk's gradient of a trained head that it adds at a time to those of the chunks before."""
 _LOGIT_BYTES = 12
 """A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
 in the run's dtype is gone by then, and has its gradient when the second is gone."""
@@ -124,17 +128,14 @@ class Costs:
     def of(
         cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
     ) -> Costs:
-        """Of a training run of the model with this config.json, whose base so many ranks cut between them. Attention
+        """Of the first block in a training run of the model with this config.json, whose base so many ranks cut between
+        them; others differ in their adapters alone (`ranks_of_blocks`). Attention
         on a GPU is by documents where the kernel takes the model's heads, one document a row: more of them need less.
         """
         train, adapter, family = config.train, config.adapter, shapes.family
         decoder = Decoder.of(settings, family)
         sixteen_bits = train.dtype == "bf16"
         full, rows = adapter.method == "full", wire.trained_rows(config, shapes)
-        adapted = () if full else shapes.adapters(adapter)[0]
-        fused = {path.rpartition(".")[2] for path in expert_paths(family)}
-        experts = 1 if decoder.experts is None else decoder.experts.count
-        ranks = {a.path: a.down[0] // (experts if a.path.rpartition(".")[2] in fused else 1) for a in adapted}
         if family.attention == "eager":
             attention = Attention(kind="eager")
         elif device.is_gpu and sixteen_bits and decoder.head_size % 8 == 0 and decoder.head_size <= 256:
@@ -152,7 +153,7 @@ class Costs:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
         return cls(
             decoder=decoder,
-            ranks=AdaptedRanks.of(ranks),
+            ranks=ranks_of_blocks(config, shapes)[0],
             dtype_bytes=2 if sixteen_bits else 4,
             fused=device.is_gpu
             and device.has_liger
@@ -242,12 +243,15 @@ class Costs:
         """The rotary tables, cos and sin, of all blocks together."""
         return 2 * self.dtype_bytes * self.decoder.head_size
 
-    def _masks(self, mode: Mode, row: int) -> int:
+    def masks(self, row: int) -> int:
         """The masks of all blocks together, as large as one head's scores: true or false for `sdpa`, to be added to the
-        scores for `eager`. Blocks that attend again keep them."""
-        if self.attention.kind == "documents" or mode not in ("block", "offload"):
+        scores for `eager`. They are there while blocks run, and blocks that attend again keep them."""
+        if self.attention.kind == "documents":
             return 0
         return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
+
+    def _masks(self, mode: Mode, row: int) -> int:
+        return self.masks(row) if mode in ("block", "offload") else 0
 
     def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1, *, sliced: bool = False) -> Peak:
         """One block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that comes in:
@@ -309,13 +313,15 @@ class Costs:
 
     def head_backward(self, tokens: int) -> float:
         """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it. A trained
-        head's computes the logits again, and adds up its own gradient in fp32: that is in it, and a chunk's."""
+        head's computes the logits again, and adds up its own gradient in fp32: that is in it, and a chunk's, which is
+        made when its logits are gone but for their gradient, and widened in slices by the CPU."""
         hidden = self.decoder.hidden
         norm = self.norm
         if self.trains_head:
-            matrix = (4 + self.dtype_bytes) * self.decoder.vocabulary * hidden
-            own = tokens * (norm + 2 * self.boundary) + matrix + self._logit_bytes * self._chunk(tokens)
-            return max(own, tokens * (norm + self._norm_steps))
+            b, matrix, chunk = self.dtype_bytes, self.decoder.vocabulary * hidden, self._chunk(tokens)
+            widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))
+            own = 4 * matrix + max(self._logit_bytes * chunk, b * matrix + max(b * chunk, widened))
+            return max(tokens * (norm + 2 * self.boundary) + own, tokens * (norm + self._norm_steps))
         scaled = 2 * self.boundary + 4 * hidden
         if self.trained_columns:
             scaled += self.boundary + 8 * self.trained_columns
@@ -335,7 +341,6 @@ class Costs:
         operations of attention."""
         tokens = at_once if kept_tokens is None else kept_tokens
         row = at_once if row is None else row
-        tokens = at_once if kept_tokens is None else kept_tokens
         layers, kept = self.decoder.layers, self.kept(mode, row)
         offloads = mode == "offload"
         # The gradient of all tokens comes in, and those of the slices that were run before the last are kept for it.
@@ -364,3 +369,23 @@ class Costs:
         whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
         again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
         return sizes.layers * again / whole
+
+
+def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
+    """What is adapted of each block: targets and ranks may name layers. Blocks alike have one object."""
+    if config.adapter.method == "full":
+        return (AdaptedRanks(),) * shapes.num_layers
+    return _ranks_of_blocks(Asked(shapes, config.adapter))
+
+
+@functools.lru_cache(maxsize=16)
+def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
+    shapes = asked.shapes
+    experts = {weight.path: math.prod(weight.shape[:-2]) for weight in shapes.block}
+    kinds: dict[object, AdaptedRanks] = {}
+    found = []
+    for block in shapes.adapters(asked.config):
+        paths = [adapter.path.partition(".layers.")[2].partition(".")[2] for adapter in block]
+        ranks = {path: each.down[0] // experts.get(path, 1) for path, each in zip(paths, block, strict=True)}
+        found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks.of(ranks)))
+    return tuple(found)

@@ -21,6 +21,9 @@ from distlora.token_rows import TokenRows, weighted_sum
 LOGITS_PER_CHUNK = 2**24
 """fp32 logits that exist at once (64 MiB); the tokens of a chunk are this over the vocabulary, 16 or more."""
 
+ADDED_AT_ONCE = 2**22
+"""Numbers of a trained head's gradient in bf16 that are added to its sum in fp32 at once: a CPU widens them before."""
+
 IGNORED_LABEL = -100
 
 
@@ -166,6 +169,9 @@ class _TrainedHeadLoss(torch.autograd.Function):
                 losses = ctx.head.token_losses(leaves[0], target, weight=leaves[1])
             grad_part, grad_chunk = torch.autograd.grad(losses, leaves, grad)
             out.copy_(grad_part)
-            grad_weight += grad_chunk
-            del grad_chunk  # As large as the weight: gone before there is the next chunk's.
+            rows = max(1, ADDED_AT_ONCE // weight.shape[1])
+            for total, more in zip(grad_weight.split(rows), grad_chunk.split(rows), strict=True):
+                total += more
+            # As large as the weight: gone before there is the next chunk's, with its last rows.
+            del grad_chunk, more
         return grad_hidden, None, grad_weight.to(weight.dtype), None, None

@@ -103,6 +103,7 @@ def test_what_a_linear_without_an_adapter_reads_is_not_kept(tmp_path: Path) -> N
 
 def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
     assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
+    assert activations.ADDED_AT_ONCE == head.ADDED_AT_ONCE
 
 
 LLAMA = {"8B": (4096, 14_336, 32, 32), "70B": (8192, 28_672, 80, 64)}

@@ -19,6 +19,7 @@ from distlora.plan.memory import DeviceBytes, Moment, device_bytes
 from distlora.plan.model import find_model, model_in
 from distlora_launcher.compose import compose_config
 from family_models import write_family_folder
+from small_models import write_model_folder
 from worlds import World, start_world
 
 LENGTH, ROWS = 256, 2
@@ -80,6 +81,8 @@ def check(plan: DeviceBytes, found: StepMemory, *, short: str | None = None) -> 
 
 
 NONE = {"method": "none"}
+EMBEDS: Settings = {"adapter": {"modules_to_save": ["embed_tokens"]}}
+LAST_BLOCK: Settings = {"adapter": {"target_modules": r".*layers\.2\..*_proj"}, "train": {"checkpointing": "none"}}
 FULL: Settings = {"quant": NONE, "adapter": {"method": "full"}}
 WHOLE: Settings = {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}
 ROWS_OF_TOKENS: Settings = {"adapter": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}}
@@ -87,6 +90,7 @@ Cell = tuple[str, int, int, Settings]
 CELLS: list[Cell] = [
     # (model, ranks, micro-batches, settings). 1,001 rows and odd shapes are cut unevenly by every number of ranks.
     ("llama", 1, 1, {}),
+    ("llama", 1, 1, LAST_BLOCK),
     ("llama", 2, 1, {"train": {"checkpointing": "none"}}),
     ("llama", 3, 3, {"quant": NONE, "train": {"dtype": "fp32", "accumulate": "block"}}),
     ("llama-tied", 4, 2, {"parallel": {"shard_degree": 2}, "train": {"checkpointing": "selective"}}),
@@ -146,6 +150,18 @@ def test_a_rank_has_what_is_calculated(
     world: World, folders: Path, model: str, size: int, accumulation: int, settings: Settings
 ) -> None:
     check(*both(world, folders / model, size, settings, accumulation))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [("llama", EMBEDS), ("llama-tied", FULL), pytest.param("llama", WHOLE, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_one_process_has_trained_matrices_that_outweigh_its_tokens(
+    world: World, tmp_path: Path, model: str, settings: Settings
+) -> None:
+    write_model_folder(tmp_path, model, vocab_size=12_000)
+    check(*both(world, tmp_path, 1, {**settings, "data": {"sequence_length": 16}}, 1))
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from distlora.config import Config
 from distlora.config_file import build
 from distlora.plan import Plan, plan_of
 from distlora.plan.machine import machine_of
-from distlora.plan.memory import activations_of
 from distlora.plan.model import built_in
+from distlora.plan.step import blocks_of
 from distlora.shapes import ModelShapes
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
@@ -89,7 +89,9 @@ def qlora_65b() -> float:
 
 def steps(name: str, *words: str) -> tuple[Plan, Activations]:
     plan = planned(name, *words)
-    return plan, activations_of(plan.config, plan.model, plan.machine)
+    tokens = plan.config.data.sequence_length * plan.config.train.micro_batch
+    (alike,) = blocks_of(plan.config, plan.model, plan.machine, at_once=tokens, tokens=tokens)
+    return plan, alike.activations
 
 
 PEFT_RUN = ("data.sequence_length=2048", "train.micro_batch=2", "train.global_batch=8", "adapter.r=8")

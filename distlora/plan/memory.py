@@ -17,11 +17,11 @@ from distlora.plan.kinds import KINDS, Kind, Moment
 from distlora.plan.libraries import beside_tensors
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.step import Step, activations_of
+from distlora.plan.step import Step
 from distlora.plan.trained import Trained
 from distlora.shapes import ModelShapes, sizes_of
 
-__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "activations_of", "device_bytes"]
+__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,15 +1,18 @@
 """What a step has on a rank beside what it holds, by kind, at each moment. Imports no torch.
 
 In backward the blocks' kept activations go as the gradients of what is trained of the base come, so a block's moment is
-that of the last block, the second or the first: in between both change from block to block by the same bytes.
+that of the last of the blocks whose adapters are alike, the second or the first: in between both change from block to
+block by the same bytes. No gradient comes to blocks before the first that is adapted, which keep nothing.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distlora import wire
-from distlora.activations import LOGITS_AT_ONCE, Activations, Costs, Device
+from distlora.activations import LOGITS_AT_ONCE, Activations, Costs, Device, ranks_of_blocks
 from distlora.config import Config
 from distlora.plan.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.gathered import Copied, copied_of, gathered_of
@@ -22,6 +25,19 @@ _CHECKED = 8 * 512 * 2**14
 """Bytes of 512 lines of words as int64."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks that follow each other and are adapted alike."""
+
+    count: int
+    costs: Costs
+    activations: Activations
+    """Of a step of a model all of whose blocks are such."""
+    kept: int
+    """Bytes of one on the device that are gone when its backward is done; with inputs in host memory others come in
+    their place."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """A step of a run, as far as its memory goes."""
@@ -30,11 +46,8 @@ class Step:
     base: Base
     trained: Trained
     shards: int
-    costs: Costs
-    activations: Activations
-    kept_by_a_block: int
-    """Of what is on the device, what is gone when a block's backward is done; with inputs in host memory others come in
-    its place."""
+    blocks: Sequence[Blocks]
+    """All of them, from the first to the last."""
     gathered: Gathered
     copied: Copied
     at_once: int
@@ -53,15 +66,12 @@ class Step:
         shards, accumulation = config.shard_degree(ranks), config.accumulation(ranks)
         at_once = config.data.sequence_length * train.micro_batch
         tokens = at_once * (accumulation if train.accumulate == "block" else 1)
-        costs, mode = costs_of(config, model, machine), train.checkpointing
         return cls(
             config=config,
             base=base,
             trained=trained,
             shards=shards,
-            costs=costs,
-            activations=activations_of(config, model, machine),
-            kept_by_a_block=0 if mode == "offload" else int(tokens * costs.kept(mode, config.data.sequence_length)),
+            blocks=blocks_of(config, model, machine, at_once=at_once, tokens=tokens),
             gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
             copied=copied_of(config, base, shards),
             at_once=at_once,
@@ -90,8 +100,32 @@ class Step:
         return max(inner, 4 * min(LOGITS_AT_ONCE, self.at_once * sizes.vocabulary))
 
     @property
+    def costs(self) -> Costs:
+        """Of the last blocks: what those of all blocks have in common."""
+        return self.blocks[-1].costs
+
+    @property
+    def activations(self) -> Activations:
+        return self.blocks[-1].activations
+
+    @property
     def _layers(self) -> int:
         return self.base.layers
+
+    @property
+    def _first(self) -> int:
+        """The place of the first block that a gradient comes to."""
+        if self.trained.embeds or self.blocks[0].costs.ranks.by_name or self.blocks[0].costs.trains_base:
+            return 0
+        return self.blocks[0].count
+
+    def _kept_from(self, place: int) -> int:
+        """By the blocks from this place on, of what goes when their backward is done."""
+        ends = itertools.accumulate(blocks.count for blocks in self.blocks)
+        counts = (
+            (blocks, min(blocks.count, max(0, end - place))) for blocks, end in zip(self.blocks, ends, strict=True)
+        )
+        return sum(count * blocks.kept for blocks, count in counts)
 
     @property
     def _kept(self) -> int:
@@ -99,7 +133,8 @@ class Step:
         positions and labels too."""
         unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
-        return int(self.activations.kept) + sent - (self.tokens * self.costs.norm if unread else 0)
+        alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
+        return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm if unread else 0)
 
     @property
     def _boundary(self) -> int:
@@ -110,9 +145,14 @@ class Step:
     def _runs(self) -> int:
         """What a block has in forward beside what is kept: the operation that takes most, with its half's input and
         what it reads; experts hold all that they make to their end. Without recomputation it is kept."""
-        train, costs, row = self.config.train, self.costs, self.config.data.sequence_length
+        return max(self._runs_in(blocks.costs) for blocks in self.blocks)
+
+    def _runs_in(self, costs: Costs) -> int:
+        train, row = self.config.train, self.config.data.sequence_length
         # The outputs of slices that were run before this one.
         beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
+        if train.checkpointing in ("none", "selective"):
+            beside += self.tokens * costs.masks(row)
         if train.checkpointing == "none":
             return beside
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
@@ -124,14 +164,13 @@ class Step:
         return beside + int(max(mlp, self.at_once * attention))
 
     def _embedding_backward(self) -> dict[Kind, int]:
-        """Of a trained one, when all other gradients are there: a gradient as large as it in the run's dtype, which is
-        sent in fp32."""
+        """Of a trained one, when all other gradients are there: its own, which is sent in fp32."""
         if not any(tensor.trained for tensor in self.base.embedding):
             return {}
         tied = unit_bytes(self.base.embedding, self.shards) if self.base.tied and self.shards > 1 else 0
         return {
             "gathered": unit_bytes(self.base.rest, self.shards) + tied if self.shards > 1 else 0,
-            "gradients": self.trained.cut_gradient_bytes + _gradients(self.base.embedding),
+            "gradients": self.trained.cut_gradient_bytes + self._gradient_of_embedding,
             "communication": _sent(self.base.embedding, self.shards),
             "working": 2 * self._boundary,
         }
@@ -146,7 +185,7 @@ class Step:
             "gathered": self.gathered.last,
             "gradients": self._waiting(self._layers),
         }
-        before = last | {"kept": self._kept - self.kept_by_a_block, "gathered": self.gathered.forward}
+        before = last | {"kept": self._kept - self.blocks[-1].kept, "gathered": self.gathered.forward}
         copying = last | {"working": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
 
@@ -173,16 +212,21 @@ class Step:
         }
 
     def _block(self) -> dict[Kind, int]:
-        places = {self._layers - 1, min(1, self._layers - 1), 0}
-        return _most(*(self._block_at(place) for place in places))
+        begin, moments = 0, []
+        for blocks in self.blocks:
+            end = begin + blocks.count
+            places = {begin, min(max(begin, 1), end - 1), end - 1}
+            moments += [self._block_at(place, blocks.activations) for place in places if place >= self._first]
+            begin = end
+        return _most(*moments)
 
-    def _block_at(self, place: int) -> dict[Kind, int]:
+    def _block_at(self, place: int, activations: Activations) -> dict[Kind, int]:
         """The block of this place in its backward."""
         done = self._layers - 1 - place
-        kept, dequantized = self._kept - done * self.kept_by_a_block, int(self.activations.dequantized)
+        kept, dequantized = self._kept - self._kept_from(place + 1), int(activations.dequantized)
         return {
             "kept": kept + self.copied.kept,
-            "working": int(self.activations.working) - dequantized + self.copied.block + self._tied_gradient,
+            "working": int(activations.working) - dequantized + self.copied.block + self._tied_gradient,
             "scratch": dequantized,
             "gathered": self.gathered.block if place > 0 else self.gathered.first,
             "gradients": self._waiting(place + 1, with_head=False) + self._summed(done),
@@ -192,8 +236,16 @@ class Step:
     @property
     def _tied_gradient(self) -> int:
         """The gradient that the head has given a matrix that is the embedding's too, whole until that has given its
-        own."""
-        return _gradients(self.base.embedding) if self.base.tied else 0
+        own: in the run's dtype, in one process in that of the masters."""
+        found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
+        return found if self.base.tied else 0
+
+    @property
+    def _gradient_of_embedding(self) -> int:
+        """As large as it in the run's dtype; one process casts that of its 16-bit copy to fp32, and adds the head's to
+        it where they share the matrix (distlora.parallel.compute_copies)."""
+        of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
+        return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
 
     def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
         """Gradients of what FSDP2 cuts, whole and in fp32, of the micro-batches before the last one, of the first so
@@ -227,6 +279,11 @@ def _gradients(unit: tuple[Stored, ...]) -> int:
     return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.trained)
 
 
+def _of_masters(unit: tuple[Stored, ...]) -> int:
+    """Whole, in fp32."""
+    return sum(4 * tensor.numel for tensor in unit if tensor.trained)
+
+
 def _sent(unit: tuple[Stored, ...], shards: int) -> int:
     """What a reduce-scatter of the unit's gradients takes in, fp32."""
     return 0 if shards == 1 else sum(4 * wire.padded(tensor.shape, shards) for tensor in unit if tensor.trained)
@@ -242,10 +299,18 @@ def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
     return Costs.of(config, model.shapes, model.settings, device, shards=shards)
 
 
-def activations_of(config: Config, model: PlannedModel, machine: Machine) -> Activations:
-    """Of a step of this run."""
-    train, length = config.train, config.data.sequence_length
-    at_once = length * train.micro_batch
-    tokens = at_once * (config.accumulation(machine.ranks) if train.accumulate == "block" else 1)
-    costs = costs_of(config, model, machine)
-    return costs.step(train.checkpointing, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=length)
+def blocks_of(config: Config, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
+    """Of a run that keeps so many tokens, of which it runs `at_once` together."""
+    train, row = config.train, config.data.sequence_length
+    mode, first = train.checkpointing, costs_of(config, model, machine)
+    known: dict[int, Blocks] = {}
+    found = []
+    for same, alike in itertools.groupby(ranks_of_blocks(config, model.shapes), key=id):
+        ranks = list(alike)
+        if same not in known:
+            costs = replace(first, ranks=ranks[0])
+            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=row)
+            kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row))
+            known[same] = Blocks(len(ranks), costs, activations, kept)
+        found.append(replace(known[same], count=len(ranks)))
+    return found

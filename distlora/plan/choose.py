@@ -2,8 +2,8 @@
 
 The search is exact over the space of `space.py`: where the base lies and over how many ranks it is cut, then each
 combination of how a step runs, then as many resident blocks as fit. A branch whose base alone does not fit ends at its
-first plan. Results do not depend on what is chosen, but for quant.method: 16 bits where they fit on the cards, NF4
-where not.
+first plan. Results do not depend on what is chosen, but for quant.method: 16 bits where they fit on the cards and are
+not far slower than NF4, NF4 where not.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ RESERVE = 0.05
 """Share of what a chosen plan needs that stays free beside it: as far as measured peaks may be from plans."""
 WORTH = 0.01
 """Share of the fastest step's time that no setting is changed for."""
+TOO_SLOW = 1.5
+"""16 bits are not taken where NF4's own best is so many times as fast: plans are at 0.97 to 1.34 of published speeds
+(README.md), so of two plans that are less than 1.4 apart it is not known which is faster."""
 _OF_A_BRANCH: tuple[Kind, ...] = ("codes", "scales", "weights", "embeddings", "norms", "adapters", "optimizer")
 """What a rank holds however a step runs."""
 
@@ -51,20 +54,17 @@ class Choice:
     reserve: float = RESERVE
     own: str | None = None
     """Why quant=auto could become nothing else."""
+    other: Plan | None = None
+    """The fastest in what quant=auto did not become, where that fits too."""
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """What was chosen, and why: a plan is made without each, and where 16 bits were taken all plans in NF4."""
-        method = self.config.quant.method
-        said = with_settings(self.asked, {"quant.method": method})
+        """What was chosen, and why: a plan is made without each."""
+        said = with_settings(self.asked, {"quant.method": self.config.quant.method})
         changes = changes_of(said, self.plan, self.reserve)
-        if self.asked.quant.method != "auto":
-            return changes
-        nf4 = None
-        if method == "none" and self.own is None and self.plan.time is not None:
-            said = with_settings(self.asked, {"quant.method": "nf4"})
-            nf4 = fastest(said, self.fixed, self.plan.model, self.plan.machine, self.reserve)
-        return why_quantized(self.plan, self.own, nf4), *changes
+        return (
+            changes if self.asked.quant.method != "auto" else (why_quantized(self.plan, self.own, self.other), *changes)
+        )
 
 
 def choose(
@@ -78,16 +78,22 @@ def choose(
     settings stay as they are, with quant=nf4 for auto: `nearest` says what would.
     """
     methods, own = quantizations(config, model, machine)
-    chosen = None
-    for method in methods:
+    found: list[Plan] = []
+    for method in methods if machine.usable_bytes is not None else ():
         said = with_settings(config, {"quant.method": method})
         # 16 bits are worth it where they lie on the cards; with every block from the host NF4 is a quarter of it.
         held = {*fixed, "parallel.offload_base"} if method == "none" and len(methods) > 1 else fixed
-        chosen = None if machine.usable_bytes is None else fastest(said, held, model, machine, reserve)
-        if chosen is not None:
-            break
-    plan = plan_of(said, model, machine) if chosen is None else chosen
-    return Choice(config=plan.config, plan=plan, asked=config, fixed=frozenset(fixed), reserve=reserve, own=own)
+        plan = fastest(said, held, model, machine, reserve)
+        found += [] if plan is None else [plan]
+        if plan is not None and plan.time is None:
+            break  # Nothing says which is faster.
+    if len(found) > 1 and is_too_slow(*found):
+        found.reverse()
+    plan = found[0] if found else plan_of(with_settings(config, {"quant.method": methods[-1]}), model, machine)
+    other = found[1] if len(found) > 1 else None
+    return Choice(
+        config=plan.config, plan=plan, asked=config, fixed=frozenset(fixed), reserve=reserve, own=own, other=other
+    )
 
 
 def resolve_quantization(config: Config, model: PlannedModel, machine: Machine, *, reserve: float = RESERVE) -> Choice:
@@ -107,7 +113,13 @@ def quantizations(config: Config, model: PlannedModel, machine: Machine) -> tupl
     return ["none", "nf4"], None
 
 
-def fits(plan: Plan, reserve: float = 0.0) -> bool:
+def is_too_slow(plan: Plan, other: Plan) -> bool:
+    """Whether it takes more than TOO_SLOW times as long as another."""
+    times = plan.time, other.time
+    return times[0] is not None and times[1] is not None and times[0].seconds > TOO_SLOW * times[1].seconds
+
+
+def has_room(plan: Plan, reserve: float = 0.0) -> bool:
     """Whether a plan fits with `reserve` of what it needs to spare; what is not known counts as there."""
     return plan.lacks(reserve) is None
 
@@ -137,7 +149,7 @@ def fastest(said: Config, fixed: Collection[str], model: PlannedModel, machine: 
     for cost, plan in sorted(found, key=lambda each: each[0]):
         if good and not is_as_good(cost, good[0][1]):
             break
-        if fits(plan, reserve):
+        if has_room(plan, reserve):
             good.append((len(changed(said, plan.config)), cost, plan))
     return min(good, key=lambda each: each[:2])[2] if good else None
 
@@ -150,24 +162,36 @@ def is_as_good(cost: tuple[float, ...], best: tuple[float, ...]) -> bool:
 def on_cards(
     said: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
 ) -> Iterator[Plan]:
-    """The plans of the space that cards hold, whatever the host does; of those that differ in resident blocks alone the
-    one as said and the one with most."""
+    """The plans of the space that fit the memory of cards, whatever waits on the host; of those that differ in resident
+    blocks alone the one as said and the one with most."""
     for branch in branches(said, machine, fixed):
-        for way in ways(branch, model, machine, fixed):
-            for plan in with_micro_batches(branch, way, fixed, model, machine):
-                if plan.lacks_device(reserve):
-                    break  # Nor does it fit with more rows at once.
+        yield from _of_branch(branch, fixed, model, machine, reserve)
+
+
+def _of_branch(
+    branch: Config, fixed: Collection[str], model: PlannedModel, machine: Machine, reserve: float
+) -> Iterator[Plan]:
+    # Gradients of the base are there whole from one micro-batch to the next: with more rows at once it may be less.
+    may_shrink = branch.adapter.trains_base is not None
+    for way in ways(branch, model, machine, fixed):
+        for plan in with_micro_batches(branch, way, fixed, model, machine):
+            if not lacks_device(plan, reserve):
                 yield plan
                 if "parallel.resident_blocks" not in fixed and (more := with_most_resident(plan, reserve)):
                     yield more
-            else:
-                continue
-            if base_lacks(plan, reserve):
+            elif base_lacks(plan, reserve):
+                return
+            elif not may_shrink:
                 break
 
 
+def lacks_device(plan: Plan, reserve: float) -> bool:
+    """Whether there is too little memory where the model is trained: of a card, or of a CPU's machine."""
+    return plan.lacks_device(reserve) if plan.machine.is_gpu else not has_room(plan, reserve)
+
+
 def base_lacks(plan: Plan, reserve: float) -> bool:
-    """Whether what is the same however a step runs is too much for a card."""
+    """Whether what is the same however a step runs is too much for a card, or for a process's share of a CPU."""
     held = sum(nbytes for kind, nbytes in plan.device.held.items() if kind in _OF_A_BRANCH)
     return held * (1 + reserve) > (plan.machine.usable_bytes or 0)
 
@@ -209,7 +233,7 @@ def with_most_resident(plan: Plan, reserve: float) -> Plan | None:
         if config is None:
             return None
         found = plan_of(config, plan.model, plan.machine)
-        if found.lacks_device(reserve):
+        if lacks_device(found, reserve):
             high = guess - 1
             guess = (low + high + 1) // 2
         else:

@@ -12,7 +12,7 @@ from distlora.cards import CARDS, Card
 from distlora.config import Config
 from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
-from distlora.plan.choose import choose, cost_of, fits, on_cards, plans
+from distlora.plan.choose import choose, cost_of, has_room, on_cards, plans
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.space import RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
@@ -133,7 +133,7 @@ def _halves(value: int, least: int) -> Iterator[int]:
 def _fewest(plan: Plan, singles: Sequence[Settings], most: int = MOST_AT_ONCE) -> Fitting | None:
     """The fastest of the combinations that fit, of as few of `singles` as do."""
     for count in range(1, most + 1):
-        fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if fits(found.plan)]
+        fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if has_room(found.plan)]
         if fitting:
             return min(fitting, key=lambda found: (_given_up(plan, found.plan), cost_of(found.plan)))
     return None
@@ -161,13 +161,13 @@ def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[F
 def _chosen(plan: Plan) -> Fitting | None:
     """The fastest that fits of all that can be chosen, less each setting that it fits without."""
     found = choose(plan.config, _FIXED, plan.model, plan.machine, reserve=0.0).plan
-    if not fits(found):
+    if not has_room(found):
         return None
     for setting in reversed(CHOSEN):
         config = if_valid(found.config, {setting: value_of(plan.config, setting)})
         if config is not None and config != found.config:
             without = plan_of(config, plan.model, plan.machine)
-            found = without if fits(without) else found
+            found = without if has_room(without) else found
     settings = changed(plan.config, found.config)
     return Fitting(changes=len(settings), settings=settings, plan=found)
 
@@ -195,7 +195,7 @@ def _card(plan: Plan) -> Card | None:
 
 
 def _some_fit(config: Config, model: PlannedModel, machine: Machine) -> bool:
-    return any(fits(plan) for plan in on_cards(config, {*_FIXED, "parallel.resident_blocks"}, model, machine, 0.0))
+    return any(has_room(plan) for plan in on_cards(config, {*_FIXED, "parallel.resident_blocks"}, model, machine, 0.0))
 
 
 def largest(plan: Plan, count: int = 3) -> str:

@@ -43,17 +43,23 @@ def changes_of(said: Config, plan: Plan, reserve: float) -> tuple[Change, ...]:
     return tuple(_change(said, plan, {name: new[name] for name in group}, reserve) for group in groups)
 
 
-def why_quantized(plan: Plan, own: str | None, nf4: Plan | None) -> Change:
-    """What quant=auto became; `own`: why nothing else was possible, `nf4`: the fastest plan in NF4, where 16 bits were
-    taken."""
+def why_quantized(plan: Plan, own: str | None, other: Plan | None) -> Change:
+    """What quant=auto became; `own`: why nothing else was possible, `other`: the fastest plan in what it did not
+    become, where that fits too."""
     settings = {"quant.method": plan.config.quant.method}
     if own is not None:
         return Change(settings=settings, why=own)
+    times = plan.time, None if other is None else other.time
     if plan.config.quant.method == "none":
-        times, end = (plan.time, None if nf4 is None else nf4.time), ""
-        if times[0] is not None and times[1] is not None and times[0].seconds > 1.05 * times[1].seconds:
-            end = f"; NF4 would be {times[0].seconds / times[1].seconds:.2f}x faster (quant=nf4)"
+        end = ""
+        if times[0] is not None and times[1] is not None:
+            end = f": {times[0].tokens_per_second:,.0f} tokens/s, in NF4 {times[1].tokens_per_second:,.0f}"
         return Change(settings=settings, why=f"the base fits in 16 bits, {_of_usable(plan)}{end}")
+    if other is not None and times[0] is not None and times[1] is not None:
+        faster = f"{times[1].seconds / times[0].seconds:.2f}x faster"
+        speeds = f"{times[0].tokens_per_second:,.0f} tokens/s, not {times[1].tokens_per_second:,.0f}"
+        why = f"the base would fit in 16 bits, {_of_usable(other)}, but NF4 is {faster}: {speeds}"
+        return Change(settings=settings, why=why)
     in_16_bits = if_valid(plan.config, {"quant.method": "none", "train.keep_dequantized": False})
     assert in_16_bits is not None, "16 bits were tried"
     needed = plan_of(in_16_bits, plan.model, plan.machine).device.total

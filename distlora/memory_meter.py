@@ -6,8 +6,8 @@ step, which torch's profiler records: every allocation and every free of it, on 
 part of the step in which it was made (marks, by hooks of this one step), by whether FSDP2 or DeepSpeed made it to
 gather, and by how long it lived. Nothing is patched and no number of the run changes.
 
-The events are those of the thread that trains and, with a GPU, of the one that autograd runs backward in: memory that
-gloo's threads take is not seen, nor what a library takes by itself (MKL, NCCL).
+What a library takes by itself is not counted: gloo stages what it gathers (a copy of it, while it is on the wire), as
+NCCL has buffers and MKL has; those are no tensors of a step.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _GATHERS = ("FSDP::", "DeepSpeed::")
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
 _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
 """Where FSDP2 makes whole fp32 gradients of micro-batches before the last one; nothing else is made there."""
+_STAGES = ("gloo:", "c10d::")
+"""Of torch's ProcessGroupGloo, in threads of its own, and of a collective while it is called."""
 _DEQUANTIZES = "bitsandbytes::dequantize_4bit"
 
 
@@ -261,6 +263,8 @@ def _events(tree: list[Any], device: torch.device) -> list[Event]:
         name = event.name
         if name.startswith(_MARK):
             found.append(Event(event.start_time_ns, mark=name.removeprefix(_MARK)))
+        elif name.startswith(_STAGES):
+            continue
         elif name.startswith(_REDUCES):
             kind = "communication"
         elif name.startswith(_ADDS_UP):

@@ -62,6 +62,7 @@ def machine(card: str, ranks: int, *, each: int = 8, usable: float | None = None
         link=known.link,
         host_link=known.host_link,
         network=known.network,
+        has_nvlink=known.has_nvlink,
     )
 
 

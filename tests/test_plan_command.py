@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from distlora.architectures import ARCHITECTURES
-from distlora.plan import kinds, plan_of, report
-from distlora.plan.machine import machine_of
+from distlora.plan import kinds, plan_of, report, words
+from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import built_in
 from distlora_launcher import cli
 from distlora_launcher.compose import compose_config
@@ -100,8 +101,53 @@ def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_kind_and_moment_has_words() -> None:
-    assert tuple(report.KINDS) == kinds.KINDS
-    assert tuple(report.MOMENTS) == kinds.MOMENTS
+    assert tuple(words.KINDS) == kinds.KINDS
+    assert tuple(words.MOMENTS) == kinds.MOMENTS
+
+
+def test_parts_of_a_page_add_up() -> None:
+    """Of 1,000 splits, parts that were rounded by themselves would miss in most."""
+    numbers = random.Random(0)
+    for _ in range(1000):
+        parts = {name: numbers.random() * 10 ** numbers.randrange(4) for name in "abcdefgh"}
+        percents = dict(words.shares(parts))
+        assert sum(percents.values()) == 100
+        assert all(abs(percents.get(name, 0) - 100 * value / sum(parts.values())) < 1 for name, value in parts.items())
+        hundredths = words.rounded(parts, 0.01)
+        assert sum(hundredths.values()) == round(sum(parts.values()) / 0.01)
+
+
+def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["model=llama3_8b", "card=h100", "cluster=slurm", "cluster.nodes=128", "cluster.gpus_per_node=8"]
+    page = " ".join(printed(capsys, *run).split())
+    assert "1,016 of 1,024 rows that 1,024 cards compute in a step are empty" in page
+    assert "train.global_batch=1024" in page
+    full = (*run, "train.global_batch=1024")
+    assert "are empty" not in printed(capsys, *full)
+    assert calculated(capsys, *run)["time"]["seconds"] == calculated(capsys, *full)["time"]["seconds"], "as long"
+
+
+def test_a_processor_s_memory_is_the_machine_s() -> None:
+    config = compose_config(["model=llama3_1b", "cluster.gpus_per_node=2"], may_lack_paths=True)
+    name = "unsloth/Llama-3.2-1B-Instruct"
+    model = built_in(name, ARCHITECTURES[name])
+    plans = {has: plan_of(config, model, machine_of(config, found=Found(host_bytes=has * 10**9))) for has in (4, 20)}
+    assert (plans[4].fits, plans[20].fits) == (False, True)
+    needed = (plans[20].host.machine - plans[20].host.launcher) / 1e9
+    assert re.fullmatch(rf"yes: {needed:.3g} GB of 20 GB a machine, .* to spare", report.verdict(plans[20]))
+    assert re.fullmatch(
+        rf"NO: it needs {needed:.3g} GB a machine, which has 4 GB: .* too much", report.verdict(plans[4])
+    )
+
+
+def test_a_run_s_start_says_what_lacks() -> None:
+    words = ["model=llama3_70b", "cluster.gpus_per_node=2", "parallel=zero3", "parallel.offload_base=true"]
+    config = compose_config(words, may_lack_paths=True)
+    found = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),) * 2, host_bytes=32 * 10**9)
+    name = "unsloth/Llama-3.3-70B-Instruct"
+    plan = plan_of(config, built_in(name, ARCHITECTURES[name]), machine_of(config, found=found))
+    assert plan.lacks() == "host"
+    assert "does NOT fit: a machine needs" in report.lines(plan)[0]
 
 
 def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:

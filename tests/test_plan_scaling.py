@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.plan.scaling import FABRICS, NUMBERS, ScalingRow, scaling
+from distlora.plan.scaling import FABRICS, ScalingRow, numbers_of, scaling
 from distlora.plan.timing import step_time
 from test_plan_timing import config_of, model_of
 from test_plan_work import machine_of
@@ -22,8 +22,8 @@ def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
     config, model, machine = config_of(8, train={"global_batch": 2048}), model_of("8b"), machine_of(ranks=8)
     rows = scaling(config, model, machine)
     whole = rows_of(rows, layout="one copy")
-    assert tuple(whole) == NUMBERS
-    assert tuple(rows_of(rows, layout="a copy a machine")) == NUMBERS[4:]
+    assert tuple(whole) == numbers_of(8)
+    assert tuple(rows_of(rows, layout="a copy a machine")) == numbers_of(8)[4:]
     plan = step_time(config, model, machine)
     assert plan is not None
     assert whole[8].seconds == plan.seconds
@@ -58,6 +58,23 @@ def test_slower_links_are_never_faster() -> None:
     slower = [(a, b) for a in FABRICS for b in FABRICS if a.inside >= b.inside and a.network >= b.network]
     assert all(by_fabric[a.name] <= by_fabric[b.name] for a, b in slower)
     assert len(set(by_fabric.values())) > 1
+
+
+def test_a_fabric_is_its_own_and_not_what_the_user_says_of_the_links_there_are() -> None:
+    model, machine = model_of("8b"), machine_of(ranks=8)
+    given = config_of(8, card={"link_gb_per_second": 200.0, "network_gb_per_second": 9.0})
+    plain, said = (scaling(config, model, machine, fabrics=FABRICS) for config in (config_of(8), given))
+    assert plain == said
+    for row in rows_of(plain, fabric="PCIe 4, one 100 Gb/s Ethernet", layout="one copy").values():
+        assert row.ranks == 1 or any("80% of 31.5 GB/s" in sentence for sentence in row.assumptions)
+        assert not any("3.4 us" in sentence for sentence in row.assumptions), "the latency of NVLink"
+
+
+def test_machines_of_any_number_of_gpus_scale() -> None:
+    assert numbers_of(8) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    assert numbers_of(12) == (1, 2, 4, 8, 12, 24, 48, 96, 192, 384, 768)
+    rows = scaling(config_of(12), model_of("8b"), machine_of(ranks=12, per_machine=12), layouts=("one copy",))
+    assert tuple(rows_of(rows)) == numbers_of(12)
 
 
 def test_what_cannot_be_said_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 from distlora import wire
 from distlora.architectures import architecture_named
 from distlora.bench import step_time as bench
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.config_file import build
 from distlora.plan import Machine, plan_of
 from distlora.plan.compute import step_flops
@@ -122,6 +122,15 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
     assert (across > 0) == (ranks > per_machine)
 
 
+@pytest.mark.parametrize("name", ["8b", "tied"])
+def test_the_gradients_that_wait_for_the_end_are_those_of_no_block(name: str) -> None:
+    model = model_of(name)
+    config = config_of(8, **NONE, adapter={"method": "full"})
+    wires = wiring_of(config, model, machine_of(ranks=8))
+    outside = model.shapes.numel - model.shapes.num_layers * sum(weight.numel for weight in model.shapes.block)
+    assert sum(each.inside for each in wires.last) == pytest.approx(4 * outside * 7 / 8, rel=1e-3)
+
+
 def test_more_work_is_never_faster_and_a_better_machine_never_slower() -> None:
     machine = machine_of(ranks=16)
     base = time_of("70b", machine)
@@ -199,6 +208,12 @@ def test_the_length_of_a_run_gives_its_hours_and_its_cost() -> None:
     by_tokens = time_of("8b", machine, plan={"tokens": 64 * 2048 * 7 + 1})
     assert by_tokens.steps == 8
     assert time_of("8b", machine).hours is None
+    priced = time_of("8b", machine)
+    assert priced.cost_of_a_million_tokens == pytest.approx(8 * 2.0 / 3600 / priced.tokens_per_second * 1e6)
+    assert by_steps.cost == pytest.approx(100 * 64 * 2048 / 1e6 * (by_steps.cost_of_a_million_tokens or 0))
+    assert time_of("8b", machine_of(ranks=8)).cost_of_a_million_tokens is None
+    with pytest.raises(UserError, match=r"plan\.tokens=9 has no effect with train\.max_steps=100"):
+        config_of(8, train={"max_steps": 100}, plan={"tokens": 9})
     plan = plan_of(config_of(8), model_of("8b"), machine)
     assert plan.as_json()["time"]["seconds"] == pytest.approx(by_steps.seconds)
 

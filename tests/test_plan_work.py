@@ -49,6 +49,7 @@ def machine_of(card: str = "h100", *, ranks: int = 1, per_machine: int = 8, **va
         link=known.link,
         host_link=known.host_link,
         network=known.network,
+        has_nvlink=known.has_nvlink,
     )
     return dataclasses.replace(machine, **values)
 

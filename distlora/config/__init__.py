@@ -130,6 +130,11 @@ class Config:
             "set train.max_steps",
         )
         require(
+            self.plan.tokens is None or self.train.max_steps is None,
+            f"plan.tokens={self.plan.tokens} has no effect with train.max_steps={self.train.max_steps}, which says how "
+            "long the run is; leave one of them out",
+        )
+        require(
             (self.data.eval_fraction > 0 or self.data.held_out_source is not None) or self.train.eval_every is None,
             f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
             "data.eval_path",

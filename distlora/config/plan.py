@@ -70,8 +70,8 @@ class PlanConfig:
     measure: bool = True
     """Measure the memory of one early step by kind, and say where it is over 5 % from the plan."""
     tokens: int | None = None
-    """Tokens of the whole run, where neither train.max_steps nor prepared data says how long it is: for time and cost.
-    """
+    """Tokens of the whole run, for its hours and their cost, where train.max_steps does not say how long it is: of data
+    that is not prepared yet nobody knows."""
 
     def __post_init__(self) -> None:
         require_choice("plan.mode", self.mode, ("given", "auto"))

@@ -51,7 +51,7 @@ def _nccl(config: Config, machine: Machine, shards: int) -> int:
     connections = 3
     if 1 < shards < machine.ranks:
         connections += 1 if config.adapter.trains_base is None else 2
-    channels = _CHANNELS[machine.card is None or machine.card.has_nvlink]
+    channels = _CHANNELS[machine.has_nvlink is not False]
     return channels * connections * (_RECEIVING + _SENDING)
 
 

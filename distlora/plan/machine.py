@@ -52,6 +52,8 @@ class Machine:
     host_link: float | None
     network: float | None
     """Into a machine from the others."""
+    has_nvlink: bool | None = None
+    """Whether `link` is NVLink among all cards of a machine; None: not known."""
     price_per_hour: float | None = None
     """Of one card."""
     has_liger: bool = True
@@ -84,6 +86,7 @@ def machine_of(config: Config, *, found: Found | None = None) -> Machine:
         link=_said(given.link_gb_per_second, 1e9, None if card is None else card.link),
         host_link=_said(given.host_gb_per_second, 1e9, None if card is None else card.host_link),
         network=_said(given.network_gb_per_second, 1e9, None if card is None else card.network),
+        has_nvlink=None if card is None else card.has_nvlink,
         price_per_hour=given.price_per_hour,
         has_liger=here.has_liger or not is_here,
     )

@@ -4,25 +4,21 @@ source. Imports no torch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from distlora.config import Config
 from distlora.plan.machine import Machine
 
-_MATRICES: tuple[tuple[str, float], ...] = (
-    (r"a[18]00.*", 0.87),
-    (r"g?h\d00.*", 0.80),
-    (r"b200", 0.78),
-)
+_MATRICES = {(8, 0): 0.87, (9, 0): 0.80, (10, 0): 0.78}
 _MATRICES_ELSEWHERE = 0.80
 _MATRICES_SOURCE = (
     "the best shapes among the matmuls that stas00/ml-engineering measured (compute/accelerator): 87 % on the A100, "
     "80 % on the H100, 78 % on the B200; taken as 80 % elsewhere"
 )
-"""Share of the dense bf16 rate that the library's products reach, by the card's name."""
+"""Share of the dense bf16 rate that the library's products reach, by compute capability: the A100's, the H100's, the
+B200's."""
 
-_ATTENTION: tuple[tuple[str, float], ...] = ((r"g?h\d00.*", 0.35), (r"b200", 0.15))
+_ATTENTION = {(9, 0): 0.35, (10, 0): 0.15}
 _ATTENTION_ELSEWHERE = 0.55
 _ATTENTION_SOURCE = (
     "FlashAttention-2, forward and backward (arXiv 2307.08691: 50 to 73 % on an A100; arXiv 2407.08608: 35 % on an "
@@ -98,17 +94,16 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
         return None
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    given, name = config.card, "" if machine.card is None else machine.card.name
-    matrices = 1.0 if given.tflops is not None else _share(_MATRICES, name, _MATRICES_ELSEWHERE)
-    attention = _share(_ATTENTION, name, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
+    given, capability = config.card, (0, 0) if machine.card is None else machine.card.capability
+    matrices = 1.0 if given.tflops is not None else _MATRICES.get(capability, _MATRICES_ELSEWHERE)
+    attention = _ATTENTION.get(capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
     memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
     own = {
         "link": 1.0 if given.link_gb_per_second is not None else _LINK,
         "host_link": 1.0 if given.host_gb_per_second is not None else _LINK,
         "network": 1.0 if given.network_gb_per_second is not None else _LINK,
     }
-    nvlink = machine.card is not None and machine.card.has_nvlink
-    inside = "nvlink" if nvlink else "pcie"
+    inside = "nvlink" if machine.has_nvlink else "pcie"
     said = [
         f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
         + ("as card.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
@@ -139,10 +134,6 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
     )
 
 
-def _share(table: tuple[tuple[str, float], ...], name: str, elsewhere: float) -> float:
-    return next((share for pattern, share in table if re.fullmatch(pattern, name)), elsewhere)
-
-
 def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list[str]:
     said = []
     rates = {
@@ -154,12 +145,11 @@ def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list
         if rate is not None and crossed:
             source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
             said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
-    steps = f"{_STEP_SECONDS[inside] * 1e6:.1f} us within a machine"
-    if machine.ranks > machine.ranks_per_machine:
-        steps += f" and {_STEP_SECONDS['network'] * 1e6:.0f} us between machines"
     if machine.is_gpu:
         said.append(
-            f"a collective is a ring (a sum may be a tree), whose steps cost {steps}, and {_BASE_SECONDS * 1e6:.1f} us "
-            f"before the first: {_LATENCY_SOURCE}"
+            f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
+            f"within a machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
         )
+    if machine.is_gpu and machine.ranks > machine.ranks_per_machine:
+        said.append(f"its steps between machines cost {_STEP_SECONDS['network'] * 1e6:.0f} us, by the same")
     return said

@@ -7,68 +7,28 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from distlora.config import Config
 from distlora.plan import Plan
-from distlora.plan.compute import FlopsKind
 from distlora.plan.disk import trained_tensors
-from distlora.plan.kinds import Moment
 from distlora.plan.nearest import Nearest, Room
 from distlora.plan.rates import missing_rates
 from distlora.plan.reasons import Change
-from distlora.plan.seconds import Term
-from distlora.plan.words import KINDS, count, size
+from distlora.plan.space import typed
+from distlora.plan.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, rounded, shares, size
 
 WIDTH = 100
 """Characters of a line."""
 _LABEL, _BAR = 12, 40
 
-MOMENTS: Mapping[Moment, str] = {
-    "loading": "while adapters are made from the base's weights",
-    "embedding": "while the embedding is read",
-    "forward": "while a block is in its forward",
-    "head": "while the head is in its forward",
-    "head_backward": "while the head is in its backward",
-    "block": "while a block is in its backward",
-    "embedding_backward": "while the embedding is in its backward",
-    "update": "while the optimizer updates",
-}
-WORK: Mapping[FlopsKind, str] = {
-    "forward": "forward",
-    "input_gradients": "gradients of inputs",
-    "weight_gradients": "gradients of weights",
-    "adapters": "adapters",
-    "attention": "attention",
-    "head": "head",
-    "reference": "DPO's reference",
-    "recomputation": "recomputation",
-    "scores": "scores again",
-    "masked": "pairs that a mask hides",
-}
-"""What each kind of operations is, for people."""
-WAITS: Mapping[Term, str] = {
-    "compute": "computing",
-    "memory": "the card's memory",
-    "launches": "launches",
-    "link": "other cards",
-    "network": "other machines",
-    "host_link": "host memory",
-    "latency": "the start of collectives",
-}
-"""What a step's seconds go to, or wait for, for people."""
-SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
-"""Where the sizes of a model come from."""
-
 
 def lines(plan: Plan) -> list[str]:
     """What a run says of its plan before it starts: a few short lines."""
-    device, host, disk, usable = plan.device, plan.host, plan.disk, plan.machine.usable_bytes
+    device, host, disk = plan.device, plan.host, plan.disk
     card = _device(plan)
-    of = "" if usable is None else f" of {size(usable)}"
     fits = {
-        True: "",
-        False: ": it does NOT fit",
+        True: f" of {size(plan.machine.usable_bytes or 0)}",
+        False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
         None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
     }[plan.fits]
     largest = sorted(device.by_kind.items(), key=lambda item: -item[1])[:3]
@@ -76,12 +36,14 @@ def lines(plan: Plan) -> list[str]:
     moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: {size(device.total)}{of} a {card}{fits}, {MOMENTS[device.worst]}",
+        f"plan: {size(device.total)} a {card} {MOMENTS[device.worst]}{fits}",
         "  most of it: " + ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in largest),
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]
     if moved or time:
         found.append("  a step: " + "; ".join(filter(None, (moved, time))))
+    if (empty := empty_rows(plan)) is not None:
+        found.append(f"  {empty}")
     return found
 
 
@@ -104,7 +66,8 @@ def page(plan: Plan, *, changes: Sequence[Change] = (), near: Nearest | None = N
         *_row("wire", _wire(plan)),
         *_row("operations", _operations(plan)),
         *_row("time", time_of(plan)),
-        *_row("settings", settings(plan.config)),
+        *(_row("rows", empty) if (empty := empty_rows(plan)) is not None else ()),
+        *_row("settings", settings(plan)),
         *(_row("larger", "; ".join(map(str, rooms))) if rooms else ()),
     ]
     return "\n".join(rows)
@@ -116,12 +79,28 @@ def verdict(plan: Plan) -> str:
     what = _device(plan)
     if usable is None:
         return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
-    if plan.lacks() == "host":
-        host, has = plan.host, plan.machine.host_bytes or 0
-        return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has)} can be had"
+    host, has = plan.host, plan.machine.host_bytes
+    if not plan.machine.is_gpu and has is not None:  # Its processes have the machine's memory together.
+        needed, usable, what = host.machine - host.launcher, has, "machine"
+    elif plan.lacks() == "host":
+        return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has or 0)} can be had"
     if plan.fits:
         return f"yes: {size(needed)} of {size(usable)} a {what}, {size(usable - needed)} to spare"
     return f"NO: it needs {size(needed)} a {what}, which has {size(usable)}: {size(needed - usable)} too much"
+
+
+def empty_rows(plan: Plan) -> str | None:
+    """Of a step with fewer rows than its ranks compute, which run empty ones for the rest; None: there are none."""
+    train, ranks = plan.config.train, plan.machine.ranks
+    computed = plan.config.accumulation(ranks) * train.micro_batch * ranks
+    if computed == train.global_batch:
+        return None
+    device = _device(plan)
+    devices = f"{ranks:,} {device}{'' if ranks == 1 else 'es' if device == 'process' else 's'}"
+    return (
+        f"{computed - train.global_batch:,} of {computed:,} rows that {devices} compute in a step are empty, as "
+        f"train.global_batch is {train.global_batch:,}: train.global_batch={computed} takes as long"
+    )
 
 
 def _row(label: str, text: str) -> Iterator[str]:
@@ -145,7 +124,7 @@ def _trained(plan: Plan) -> str:
     config, shapes = plan.config, plan.model.shapes
     trained = sum(tensor.numel for tensor in trained_tensors(config, shapes))
     share = f"{count(trained)} ({trained / shapes.numel:.2%})"
-    base = {"nf4": "in 4 bits (NF4)", "none": f"in {'bf16' if config.train.dtype == 'bf16' else 'fp32'}"}
+    base = {"nf4": "in 4 bits (NF4)", "none": f"in {config.train.dtype}"}
     if config.adapter.method == "full":
         return f"everything, {count(trained)} parameters; fp32 masters"
     targets = config.adapter.target_modules
@@ -200,13 +179,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"{what} at its peak, {MOMENTS[device.worst]} ({unit}):"
     place = 0
     width = max(len(KINDS[kind]) for kind in device.by_kind)
+    hundredths = rounded(device.by_kind, scale / 100)
     for kind, nbytes in device.by_kind.items():
         start, end = round(_BAR * place / whole), round(_BAR * (place + nbytes) / whole)
         place += nbytes
-        if nbytes >= 0.005 * scale:  # What is 0.00 says nothing.
+        if hundredths[kind]:  # What is 0.00 says nothing.
             start = min(start, _BAR - 1)
             bar = " " * start + "#" * max(end - start, 1)
-            yield f"  {KINDS[kind]:<{width}} {nbytes / scale:>8.2f}  |{bar:<{_BAR}}|"
+            yield f"  {KINDS[kind]:<{width}} {hundredths[kind] / 100:>8.2f}  |{bar:<{_BAR}}|"
     end = round(_BAR * place / whole)
     bar = "#" * end + "." * (_BAR - end)
     yield f"  {'together':<{width}} {place / scale:>8.2f}  |{bar}|" + (
@@ -254,10 +234,7 @@ def _wire(plan: Plan) -> str:
 
 def _operations(plan: Plan) -> str:
     compute = plan.compute
-    parts = sorted(compute.by_kind.items(), key=lambda item: -item[1])
-    said = ", ".join(
-        f"{WORK[kind]} {flops / compute.total:.0%}" for kind, flops in parts if flops > 0.005 * compute.total
-    )
+    said = ", ".join(f"{WORK[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
     return f"{_tera(compute.total)} TFLOP a step on each {_device(plan)}: {said}"
 
 
@@ -268,15 +245,14 @@ def time_of(plan: Plan) -> str:
         missing = missing_rates(plan.config, plan.machine)
         named = "" if plan.machine.card is not None else "card=NAME, or "
         return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
-    terms = sorted(((found.by_term.get(term, 0.0), term) for term in WAITS), reverse=True)
-    waits = ", ".join(
-        f"{seconds / found.seconds:.0%} {WAITS[term]}" for seconds, term in terms if seconds > 0.005 * found.seconds
-    )
+    waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
     text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} a step: {waits}"
     if found.hours is not None:
         text += f"; {found.steps:,} steps take {seconds_in_words(3600 * found.hours)}"
     if found.cost is not None:
         text += f" and cost {found.cost:,.2f}"
+    if (price := found.cost_of_a_million_tokens) is not None:
+        text += f"; a million tokens cost {price:.3g}"
     return text
 
 
@@ -303,21 +279,31 @@ def _device(plan: Plan) -> str:
     return "card" if plan.machine.is_gpu else "process"
 
 
-def settings(config: Config) -> str:
-    """Those that memory and time depend on, as the command line has them."""
+def settings(plan: Plan) -> str:
+    """Those that memory and time depend on, as the command line has them; of those that are rarely set, what is set."""
+    config = plan.config
     train, parallel = config.train, config.parallel
     values: dict[str, object] = {
-        "quant": config.quant.method,
+        "quant.method": config.quant.method,
         "data.sequence_length": config.data.sequence_length,
         "train.micro_batch": train.micro_batch,
         "train.global_batch": train.global_batch,
         "train.checkpointing": train.checkpointing,
         "train.accumulate": train.accumulate,
-        "train.mlp_tile": train.mlp_tile,
         "optim": config.optim.name,
-        "parallel": parallel.backend,
-        "parallel.shard_degree": parallel.shard_degree,
-        "parallel.resident_blocks": parallel.resident_blocks,
-        "parallel.offload_base": "true" if parallel.offload_base else None,
     }
-    return " ".join(f"{name}={value}" for name, value in values.items() if value not in (None, 0))
+    rare: dict[str, tuple[object, object]] = {
+        # (value, what it is unless it is set)
+        "train.mlp_tile": (train.mlp_tile, None),
+        "train.keep_dequantized": (train.keep_dequantized, False),
+    }
+    if plan.machine.ranks > 1:
+        values["parallel"] = parallel.backend
+        rare |= {
+            "parallel.shard_degree": (parallel.shard_degree, None),
+            "parallel.resident_blocks": (parallel.resident_blocks, 0),
+            "parallel.offload_base": (parallel.offload_base, False),
+            "parallel.prefetch": (parallel.prefetch, True),
+        }
+    values |= {name: value for name, (value, default) in rare.items() if value != default}
+    return " ".join(typed(name, value) for name, value in values.items())

@@ -24,7 +24,7 @@ Layout = Literal["one copy", "a copy a machine"]
 """How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
 Scaling = Literal["strong", "weak"]
 
-NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MOST = 1024
 """GPUs."""
 MACHINE = 8
 """GPUs of a machine, where the run's own is smaller."""
@@ -39,16 +39,17 @@ class Fabric:
     """Into a GPU from the others of its machine."""
     network: float
     """Into a machine from the others."""
+    has_nvlink: bool
 
 
 FABRICS: tuple[Fabric, ...] = (
     # NVLink 4 of an H100, and a 400 Gb/s adapter for each of 8.
-    Fabric("NVLink 4, 8 x 400 Gb/s InfiniBand", 450e9, 400e9),
-    Fabric("NVLink 4, one 100 Gb/s Ethernet", 450e9, 12.5e9),
+    Fabric("NVLink 4, 8 x 400 Gb/s InfiniBand", 450e9, 400e9, has_nvlink=True),
+    Fabric("NVLink 4, one 100 Gb/s Ethernet", 450e9, 12.5e9, has_nvlink=True),
     # 16 lanes, 128 of 130 bits.
-    Fabric("PCIe 5, one 400 Gb/s InfiniBand", 63e9, 50e9),
-    Fabric("PCIe 4, one 100 Gb/s Ethernet", 31.5e9, 12.5e9),
-    Fabric("PCIe 4, one 10 Gb/s Ethernet", 31.5e9, 1.25e9),
+    Fabric("PCIe 5, one 400 Gb/s InfiniBand", 63e9, 50e9, has_nvlink=False),
+    Fabric("PCIe 4, one 100 Gb/s Ethernet", 31.5e9, 12.5e9, has_nvlink=False),
+    Fabric("PCIe 4, one 10 Gb/s Ethernet", 31.5e9, 1.25e9, has_nvlink=False),
 )
 """What is usual, for comparison with the machine's own."""
 
@@ -87,17 +88,19 @@ def scaling(
     machine: Machine,
     *,
     kind: Scaling = "strong",
-    numbers: Sequence[int] = NUMBERS,
+    numbers: Sequence[int] | None = None,
     layouts: Sequence[Layout] = ("one copy", "a copy a machine"),
     fabrics: Sequence[Fabric] = (),
 ) -> list[ScalingRow]:
     """Rows for each fabric (none given: the machine's own links), layout and number of GPUs of this machine's kind.
 
-    A machine holds as many as this one has, 8 where that is fewer; numbers above it have to be multiples. With
+    A machine holds as many as this one has, 8 where that is fewer; `numbers` (None: `numbers_of`) above it have to be
+    multiples. With
     `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other than one copy.
     Raises UserError where the rates of the card or of a link are not known.
     """
     per_machine = max(machine.ranks_per_machine, MACHINE)
+    numbers = numbers_of(per_machine) if numbers is None else numbers
     for number in numbers:
         if number > per_machine and number % per_machine:
             raise UserError(
@@ -107,15 +110,30 @@ def scaling(
     of_rank = config.accumulation(machine.ranks) * config.train.micro_batch
     found: list[ScalingRow] = []
     for fabric in fabrics or (None,):
-        joined = machine if fabric is None else dataclasses.replace(machine, link=fabric.inside, network=fabric.network)
+        own, joined = (config, machine) if fabric is None else _joined(config, machine, fabric)
         fewest: float | None = None
         for layout in layouts:
-            runs = _runs(config, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
+            runs = _runs(own, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
             rows = list(_rows(runs, model, layout, OWN if fabric is None else fabric.name, fewest))
             found += rows
             if fewest is None and rows:
                 fewest = rows[0].tokens_per_second / rows[0].ranks
     return found
+
+
+def numbers_of(per_machine: int) -> tuple[int, ...]:
+    """1, 2, 4 ... GPUs of a machine, all of them, then twice as many machines each time, up to MOST GPUs."""
+    within = [2**n for n in range(per_machine.bit_length()) if 2**n < per_machine]
+    machines = [per_machine * 2**n for n in range(MOST.bit_length()) if n == 0 or per_machine * 2**n <= MOST]
+    return (*within, *machines)
+
+
+def _joined(config: Config, machine: Machine, fabric: Fabric) -> tuple[Config, Machine]:
+    """The run over this fabric, of whose links the user's figures, which are of others, say nothing."""
+    card = dataclasses.replace(config.card, link_gb_per_second=None, network_gb_per_second=None)
+    return dataclasses.replace(config, card=card), dataclasses.replace(
+        machine, link=fabric.inside, network=fabric.network, has_nvlink=fabric.has_nvlink
+    )
 
 
 def _runs(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from distlora.plan import Plan
-from distlora.plan.report import WAITS
 from distlora.plan.scaling import OWN, ScalingRow
-
-BASES = {"nf4": "NF4", "none": "bf16"}
+from distlora.plan.words import BASES, WAITS
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:

@@ -80,6 +80,13 @@ class StepTime:
             return None
         return self.hours * self.price_per_hour * self.ranks
 
+    @property
+    def cost_of_a_million_tokens(self) -> float | None:
+        """In the same currency; None: no price is said."""
+        if self.price_per_hour is None:
+            return None
+        return self.price_per_hour / 3600 / self.tokens_per_second_of_a_rank * 1e6
+
     def as_json(self) -> dict[str, Any]:
         """Every figure, with what is derived of it."""
         derived = (
@@ -91,6 +98,7 @@ class StepTime:
             "steps",
             "hours",
             "cost",
+            "cost_of_a_million_tokens",
         )
         return {
             **{name: getattr(self, name) for name in derived},

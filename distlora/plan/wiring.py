@@ -18,6 +18,7 @@ from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.rates import Rates
 from distlora.plan.seconds import Seconds, plus
+from distlora.shapes import ModelShapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     boundary = 0
     if train.checkpointing == "offload":
         boundary = itemsize * shapes.hidden * config.data.sequence_length * train.micro_batch * micro_batches // passes
-    sums, last = _sums(config, step, shapes.num_layers, rings)
+    sums, last = _sums(config, step, shapes, rings)
     return Wiring(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
         ends=replace(rings.gather(ends, 3 if shapes.tied else 4), host=ends / shards if offloads else 0.0),
@@ -104,7 +105,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
 
 
 def _sums(
-    config: Config, step: wire.StepBytes, layers: int, rings: _Rings
+    config: Config, step: wire.StepBytes, shapes: ModelShapes, rings: _Rings
 ) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
     """(beside backward, after it). Of adapters' buckets the last is after it; of what is trained of the base itself,
     all but the blocks, whose gradients come last or are large."""
@@ -114,7 +115,9 @@ def _sums(
     beside = [rings.sum(step.reduced - last, -(-(step.reduced - last) // bucket))]
     if step.scattered:
         # Of adapter=full the blocks' gradients are scattered while backward goes on.
-        share = layers / (layers + 3) if config.adapter.method == "full" else 0.0
+        layers, share = shapes.num_layers, 0.0
+        if config.adapter.method == "full":
+            share = layers * sum(weight.numel for weight in shapes.block) / shapes.numel
         scatter, rows = rings.gather(step.scattered, 3), rings.sum_of_copies(step.reduced_rows, 3)
         after += [scatter.scaled(1 - share), rows.scaled(1 - share)]
         if share:

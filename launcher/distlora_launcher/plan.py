@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
             if options.assumptions:
                 print("\n".join(["", *assumptions(answer.plan)]))
         if options.plot is not None:
-            draw(answer.bars(), settings(answer.plan.config), options.plot)
+            draw(answer.bars(), settings(answer.plan), options.plot)
     if options.plot is not None:
         print(f"drawn in {shown(options.plot)}", file=sys.stderr)
     return DONE
@@ -268,7 +268,7 @@ def show_scaling(options: argparse.Namespace) -> None:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         what = "as many rows in all" if options.strong else "as many rows on each card"
-        print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan.config)}\n")
+        print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan)}\n")
         print("\n".join(scaling_tables(rows)))
 
 

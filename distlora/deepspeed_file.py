@@ -186,6 +186,12 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
     return replace(gathering, without_effect=tuple(reader.without_effect))
 
 
+def offloads_base(parallel: ParallelConfig, shards: int) -> bool:
+    """Whether each of so many ranks keeps its rows of the base in host memory: by parallel.offload_base or by the file.
+    Raises as `read_gathering`."""
+    return shards > 1 and parallel.backend == "zero3" and read_gathering(parallel).offload
+
+
 def _with_zero(
     gathering: Gathering, section: Mapping[str, Any], reader: _Reader, parallel: ParallelConfig
 ) -> Gathering:

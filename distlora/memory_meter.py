@@ -163,7 +163,12 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "codes" if name == "codes" else "scales"
             elif name == "weight" and isinstance(module, (FrozenTensor, nn.Linear)):
                 kind = "weights"
-            yield _storage(local_rows(parameter)[0]), kind
+            rows = local_rows(parameter)[0]
+            if rows.device.type != model.head.weight.device.type:
+                continue  # A base in host memory is not on the card.
+            # DeepSpeed's rows with what fills them up; where they are in host memory, many of them in one storage.
+            filled = getattr(parameter, "ds_tensor", None)
+            yield _storage(rows) if filled is None else (filled.data_ptr(), filled.nbytes), kind
         for name, buffer in module.named_buffers(recurse=False):
             of_buffer: dict[str, Kind] = {"offset": "scales", "row_norms_squared": "adapters"}
             yield _storage(buffer), of_buffer.get(name, "norms")

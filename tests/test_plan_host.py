@@ -6,6 +6,7 @@ Folders of whole runs are held to it where the runs are: tests/planned.py.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def test_everything_that_full_fine_tuning_saves_is_counted(folders: Path) -> Non
 def test_an_offloaded_base_is_what_zero3_takes(folders: Path, ranks: int, method: str) -> None:
     parallel = {"backend": "zero3", "offload_base": True}
     config = config_of(folders / "qwen3", parallel=parallel, quant={"method": method})
-    plan = plan_of(config, model_in(folders / "qwen3"), cpu_machine(ranks))
+    # Where the CPU is the device, it counts as what that has.
+    plan = plan_of(config, model_in(folders / "qwen3"), replace(cpu_machine(ranks), is_gpu=True))
     assert plan.host.base == zero3.host_bytes(build_model(config), Shards(0, ranks, None))
 
 

@@ -3,6 +3,7 @@ step within 5 %, on 1 to 4 ranks of either backend."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from distlora.config import Config
 from distlora.config_file import build
 from distlora.memory_meter import StepMemory
 from distlora.parallel import Ranks
-from distlora.plan.machine import Machine, machine_of
+from distlora.plan import plan_of
+from distlora.plan.machine import Found, Machine, machine_of
 from distlora.plan.memory import DeviceBytes, Moment, device_bytes
 from distlora.plan.model import find_model, model_in
 from distlora_launcher.compose import compose_config
@@ -138,6 +140,7 @@ ZERO3: list[Cell] = [
     ("llama", 2, 2, {"quant": NONE, "train": {"accumulate": "block"}}),
     ("llama", 2, 1, {"quant": NONE, "parallel": {"prefetch": False}, "train": {"checkpointing": "none"}}),
     ("qwen3", 2, 2, {"train": {"dtype": "fp32"}}),
+    ("llama", 2, 1, {"parallel": {"offload_base": True}}),
 ]
 
 
@@ -174,11 +177,18 @@ def test_so_it_is_of_every_family(world: World, tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.slow
-def test_zero3_has_what_its_coordinators_rules_say(folders: Path) -> None:
+def test_zero3_has_what_its_coordinators_rules_say(folders: Path, tmp_path: Path) -> None:
     with start_world(2, regroups=True) as alone:
         for model, size, accumulation, settings in ZERO3:
             given = {**settings, "parallel": {"backend": "zero3", **settings.get("parallel", {})}}
             check(*both(alone, folders / model, size, given, accumulation))
+        # What is small stays from the second step on, which is the one that is measured.
+        file = deepspeed_file(tmp_path, param_persistence_threshold=20_000)
+        plan, found = both(
+            alone, folders / "llama", 2, {"parallel": {"backend": "zero3", "deepspeed_config": str(file)}}, 1
+        )
+        assert found.at_peak["resident"] == plan.held["resident"] > 0
+        assert plan.peak == pytest.approx(found.peak, rel=0.01)
 
 
 def of_cards(*words: str) -> DeviceBytes:
@@ -198,9 +208,45 @@ def test_a_base_in_host_memory_is_not_on_the_card_but_for_what_is_gathered_of_it
     assert gone == pytest.approx(20e9, rel=0.02)
     assert here.persistent - there.persistent == gone
     block, matrix = 0.441e9, 2.10e9
-    # parallel/README.md: three buffers of a block, or two and the head.
-    assert there.moments["block"]["gathered"] == pytest.approx(3.5 * block, rel=0.02)  # And the rows that are sent.
-    assert there.moments["head"]["gathered"] == pytest.approx(matrix + 2.5 * block, rel=0.02)
+    # parallel/README.md: three buffers of a block, or two and the head; one of them let go, and not passed yet. And the
+    # rows that are sent.
+    assert there.moments["block"]["gathered"] == pytest.approx(2.5 * block, rel=0.02)
+    assert there.moments["head"]["gathered"] == pytest.approx(matrix + 1.5 * block, rel=0.02)
+    assert there.beside["slack"] - of_cards(*TWO).beside["slack"] == pytest.approx(block, rel=0.02)
+
+
+def deepspeed_file(folder: Path, **zero: object) -> Path:
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
+    return file
+
+
+def test_deepspeeds_own_file_says_what_lies_on_the_host_and_what_stays_gathered(tmp_path: Path) -> None:
+    cpu = deepspeed_file(tmp_path, offload_param={"device": "cpu"})
+    eight = ["data.path=/none.jsonl", "model=llama3_70b", "cluster.gpus_per_node=8", "card=h100", "parallel=zero3"]
+    by_setting, by_file = (
+        plan_of(config, find_model(config), machine_of(config))
+        for config in (compose_config([*eight, word]) for word in (ZERO[1], f"parallel.deepspeed_config={cpu}"))
+    )
+    assert by_file.device == by_setting.device
+    assert by_file.host == by_setting.host
+    assert by_file.host.base > 4.5e9
+    assert by_file.time == by_setting.time
+    # Each linear of a block has less than 2^28 numbers.
+    stay = of_cards(
+        *TWO, ZERO[0], f"parallel.deepspeed_config={deepspeed_file(tmp_path, param_persistence_threshold=2**28)}"
+    )
+    assert stay.held["resident"] == pytest.approx(80 * 0.441e9, rel=0.02)
+    bound = deepspeed_file(tmp_path, param_persistence_threshold=2**28, model_persistence_threshold=0)
+    assert of_cards(*TWO, ZERO[0], f"parallel.deepspeed_config={bound}") == of_cards(*TWO, ZERO[0])
+
+
+def test_a_base_in_host_memory_is_there_once_where_the_cpu_is_the_device() -> None:
+    two = ["data.path=/none.jsonl", "model=llama3_8b", "cluster.gpus_per_node=2", "parallel=zero3"]
+    configs = [compose_config(words) for words in (two, [*two, ZERO[1]])]
+    found = Found(host_bytes=64 * 10**9)
+    here, there = (plan_of(config, find_model(config), machine_of(config, found=found)).host for config in configs)
+    assert here == there
 
 
 def test_blocks_that_stay_by_themselves_are_as_many_as_the_first_step_leaves_room_for() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from distlora import wire
 from distlora.config import Config
 from distlora.config_file import as_mapping
+from distlora.deepspeed_file import offloads_base
 from distlora.plan.compute import StepFlops, step_flops
 from distlora.plan.disk import DiskBytes, disk_bytes, trained_tensors
 from distlora.plan.host import HostBytes, host_bytes
@@ -67,7 +68,8 @@ class Plan:
         config, machine, more = self.config, self.machine, 1 + reserve
         if self.lacks_device(reserve):
             return "device"
-        waits = config.parallel.offload_base or config.train.checkpointing == "offload"
+        offloads = offloads_base(config.parallel, config.shard_degree(machine.ranks))
+        waits = offloads or config.train.checkpointing == "offload"
         if machine.host_bytes is None or (machine.is_gpu and not waits):
             return None
         host = self.host  # The launcher has its memory already.

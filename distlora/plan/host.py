@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from distlora import host_memory, wire
 from distlora.config import Config
 from distlora.config.initialization import PLAIN, subspace_iterations
+from distlora.deepspeed_file import offloads_base
 from distlora.plan.base import Base, base_of
 from distlora.plan.disk import optimizer_tensors, trained_tensors
 from distlora.plan.machine import Machine
@@ -37,7 +38,7 @@ class HostBytes:
     process: int
     """Python and its libraries."""
     base: int
-    """The base's rows, with parallel.offload_base."""
+    """The base's rows, where they lie here and not on a card."""
     inputs: int
     """The blocks' inputs, with train.checkpointing=offload."""
     moments: int
@@ -91,7 +92,7 @@ def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: De
     trained = Trained.of(config, model.shapes, base, shards)
     return HostBytes(
         process=PROCESS_BYTES,
-        base=_base(base, shards) if config.parallel.offload_base else 0,
+        base=_base(base, shards) if machine.is_gpu and offloads_base(config.parallel, shards) else 0,
         inputs=_inputs(config, model, machine) if config.train.checkpointing == "offload" else 0,
         moments=_paged(config, trained, machine),
         copies=copies,

@@ -7,6 +7,7 @@ usable bytes are without it (distlora/cards.py). No GPU has run it: figures are 
 from __future__ import annotations
 
 from distlora.config import Config
+from distlora.deepspeed_file import offloads_base
 from distlora.plan.base import Base, unit_bytes
 from distlora.plan.kinds import Kind
 from distlora.plan.machine import Machine
@@ -37,7 +38,9 @@ def beside_tensors(config: Config, base: Base, trained: Trained, machine: Machin
     return {
         "communication": _nccl(config, machine, shards),
         "working": _WORKSPACES,
-        "slack": _rounding(config, base, trained, shards) + _segments(config, base, shards, largest=largest),
+        "slack": _rounding(config, base, trained, shards)
+        + _segments(config, base, shards, largest=largest)
+        + _late(config, base, shards),
     }
 
 
@@ -57,9 +60,15 @@ def _nccl(config: Config, machine: Machine, shards: int) -> int:
 
 def _rounding(config: Config, base: Base, trained: Trained, shards: int) -> int:
     """What is lost at the ends of tensors that stay."""
-    offloads = config.parallel.offload_base
+    offloads = offloads_base(config.parallel, shards)
     lost = 0 if offloads else sum(count * _lost(tensor.kept(shards)) for tensor, count in base.counted())
     return lost + sum(3 * count * _lost(4 * numel) for numel, count in trained.adapters.items())
+
+
+def _late(config: Config, base: Base, shards: int) -> int:
+    """What DeepSpeed let go and the device has not passed, which is a unit behind: torch counts it as free, and gives
+    it to nobody (CUDACachingAllocator.cpp: free, insert_events)."""
+    return unit_bytes(base.block, shards) if shards > 1 and config.parallel.backend == "zero3" else 0
 
 
 def _lost(nbytes: int) -> int:

@@ -11,7 +11,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.config.initialization import subspace_iterations
 from distlora.config.parallel import RESIDENCY_RESERVE
-from distlora.deepspeed_file import read_gathering
+from distlora.deepspeed_file import offloads_base, read_gathering
 from distlora.plan.base import Base, base_of, unit_bytes
 from distlora.plan.kinds import KINDS, Kind, Moment
 from distlora.plan.libraries import beside_tensors
@@ -19,6 +19,7 @@ from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.step import Step
 from distlora.plan.trained import Trained
+from distlora.plan.zero3 import staying_bytes
 from distlora.shapes import ModelShapes, sizes_of
 
 __all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]
@@ -104,10 +105,12 @@ def _with_resident(config: Config, model: PlannedModel, machine: Machine, reside
     base = _base(config, model)
     trained = Trained.of(config, shapes, base, shards)
     held: Counter[Kind] = Counter()
-    if not (machine.is_gpu and offloads(config, shards)):
+    if not (machine.is_gpu and offloads_base(config.parallel, shards)):
         held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, config)
     held["resident"] += resident * unit_bytes(base.block, shards) if shards > 1 else 0
+    if shards > 1 and config.parallel.backend == "zero3":
+        held["resident"] += staying_bytes(base, shards, read_gathering(config.parallel))
     held["adapters"] += trained.adapter_bytes
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
@@ -121,11 +124,6 @@ def _with_resident(config: Config, model: PlannedModel, machine: Machine, reside
         moments=moments,
         beside=beside_tensors(config, base, trained, machine, largest=step.largest),
     )
-
-
-def offloads(config: Config, shards: int) -> bool:
-    """Whether a rank's rows of the base lie in host memory."""
-    return shards > 1 and config.parallel.backend == "zero3" and read_gathering(config.parallel).offload
 
 
 def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distlora.config import Config
+from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 
 _MATRICES = {(8, 0): 0.87, (9, 0): 0.80, (10, 0): 0.78}
@@ -71,8 +72,8 @@ class Rates:
 def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
     """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
     of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
-    several, needs_host = machine.ranks > machine.ranks_per_machine, config.parallel.offload_base
-    needs_host = needs_host or config.train.checkpointing == "offload"
+    several, offloads = machine.ranks > machine.ranks_per_machine, config.train.checkpointing == "offload"
+    needs_host = offloads or offloads_base(config.parallel, config.shard_degree(machine.ranks))
     in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.card.tflops is None
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),

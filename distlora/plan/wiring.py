@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from distlora import wire
 from distlora.config import Config
+from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.rates import Rates
@@ -90,7 +91,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     resident = config.parallel.resident_blocks
     moved = shapes.num_layers - (0 if resident == "auto" else resident)
     ends = step.gathered // passes - 2 * moved * block if shards > 1 else 0
-    offloads = config.parallel.offload_base and shards > 1
+    offloads = machine.is_gpu and offloads_base(config.parallel, shards)
     boundary = 0
     if train.checkpointing == "offload":
         boundary = itemsize * shapes.hidden * config.data.sequence_length * train.micro_batch * micro_batches // passes

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distlora.deepspeed_file import Gathering
-from distlora.plan.base import Base, Gathered, unit_bytes
+from distlora.plan.base import Base, Gathered, Stored, unit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class _Tensor:
 
     numel: int
     nbytes: int
+    stays: bool = False
+    """Whether it is never let go."""
 
 
 _Unit = tuple[_Tensor, ...]
@@ -38,8 +40,7 @@ class _Asked:
 
     rest: _Unit
     embedding: _Unit
-    block: _Unit
-    layers: int
+    blocks: tuple[_Unit, ...]
     head: _Unit
     """Empty where it is the embedding's."""
     bucket: int
@@ -47,6 +48,7 @@ class _Asked:
     most: int
     """Elements that may be there at once."""
     reuse: int
+    one_by_one: bool
 
 
 @dataclass(slots=True)
@@ -77,17 +79,20 @@ class _Coordinator:
 
     def __post_init__(self) -> None:
         self.queue = collections.deque((t, place) for place, unit in enumerate(self.units) for t in unit)
+        self.there.update(t for t, tensor in enumerate(self.tensors) if tensor.stays)
+        self.elements = sum(self.tensors[t].numel for t in self.there)
 
     @property
     def nbytes(self) -> int:
-        """Of what is there, and of the buffers of what is coming."""
-        return sum(self.tensors[t].nbytes for t in self.there) + sum(group.nbytes for group in self.groups)
+        """Of what is there and will be let go, and of the buffers of what is coming."""
+        there = (self.tensors[t] for t in self.there)
+        return sum(each.nbytes for each in there if not each.stays) + sum(group.nbytes for group in self.groups)
 
     def gather(self, tensors: Sequence[int]) -> None:
         if not tensors:
             return
         self.elements += sum(self.tensors[t].numel for t in tensors)
-        if len(tensors) == 1:  # Comes in place.
+        if len(tensors) == 1 or self.asked.one_by_one:  # Comes in place.
             self.there.update(tensors)
             return
         group = _Group(sum(self.tensors[t].nbytes for t in tensors), set(tensors))
@@ -139,37 +144,59 @@ class _Coordinator:
             kept.update(following)
             passed += sum(self.tensors[t].numel for t in following)
         for tensor in unit:
-            if tensor not in kept and tensor in self.there:
+            if tensor not in kept and tensor in self.there and not self.tensors[tensor].stays:
                 self.there.discard(tensor)
                 self.elements -= self.tensors[tensor].numel
 
 
+def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
+    """Of tensors that are small enough, by the user's file, to stay gathered once they were."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    return sum(tensor.nbytes for unit in (rest, embedding, *blocks, head) for tensor in unit if tensor.stays)
+
+
+def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
+    """The last norm, the embedding, blocks, the head; which of them stay is decided in this order
+    (DeepSpeedZeRoOffload.mark_persistent_parameters)."""
+    together = 0
+
+    def unit(tensors: Sequence[Stored]) -> _Unit:
+        nonlocal together
+        found = []
+        for tensor in tensors:
+            nbytes, most = tensor.whole(shards), gathering.model_persistence_threshold
+            numel = nbytes // tensor.compute_itemsize
+            stays = numel <= gathering.param_persistence_threshold and (most is None or together + numel <= most)
+            together += numel if stays else 0
+            found.append(_Tensor(numel, nbytes, stays))
+        return tuple(found)
+
+    rest, embedding = unit(base.rest), unit(base.embedding)
+    return rest, embedding, [unit(base.block) for _ in range(base.layers)], unit(base.head)
+
+
 def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
-    """In each part of a step but the first, which teaches the coordinator the order."""
-    rest, embedding, block, head = (
-        tuple(_Tensor(tensor.whole(shards) // tensor.compute_itemsize, tensor.whole(shards)) for tensor in unit)
-        for unit in (base.rest, base.embedding, base.block, base.head)
-    )
-    unit = _numel(block)
+    """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    unit = _numel(blocks[0])
     asked = _Asked(
         rest=rest,
         embedding=embedding,
-        block=block,
-        layers=base.layers,
+        blocks=tuple(blocks),
         head=head,
         bucket=unit if gathering.prefetch_bucket_size is None else gathering.prefetch_bucket_size,
         most=unit + max(unit, _numel(embedding), _numel(head))
         if gathering.max_live_parameters is None
         else gathering.max_live_parameters,
         reuse=gathering.max_reuse_distance,
+        one_by_one=gathering.allgather_sequential,
     )
     found = _followed(asked)
-    if not is_gpu:
+    if not (is_gpu and gathering.offload):
         return found
-    # What was let go is there until the device has passed it, which is a unit behind; rows from the host are copied
-    # for the gather that is on its way.
-    late = unit_bytes(base.block, shards) * (shards + gathering.offload) // shards
-    return Gathered(**{name: getattr(found, name) + late for name in Gathered.__dataclass_fields__})
+    # Rows from the host are copied for the gather that is on its way.
+    rows = unit_bytes(base.block, shards) // shards
+    return Gathered(**{name: getattr(found, name) + rows for name in Gathered.__dataclass_fields__})
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,7 +209,7 @@ def _followed(asked: _Asked) -> Gathered:
 
     embedding = numbered(asked.embedding)
     head = numbered(asked.head) or embedding
-    blocks = [numbered(asked.block) for _ in range(asked.layers)]
+    blocks = [numbered(block) for block in asked.blocks]
     rest = numbered(asked.rest)
     coordinator = _Coordinator([rest, embedding, *blocks, head, *reversed(blocks)], tensors, asked)
     copied = coordinator.fetch()

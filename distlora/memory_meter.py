@@ -7,7 +7,8 @@ part of the step in which it was made (marks, by hooks of this one step), by whe
 gather, and by how long it lived. Nothing is patched and no number of the run changes.
 
 What a library takes by itself is not counted: gloo stages what it gathers (a copy of it, while it is on the wire), as
-NCCL has buffers and MKL has; those are no tensors of a step.
+NCCL has buffers and MKL has; those are no tensors of a step. Where one of gloo's threads was the last to have a tensor
+of a collective, it lets go of it unseen (`_end_unseen`).
 """
 
 from __future__ import annotations
@@ -297,10 +298,10 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
         if event.nbytes > 0:
             alive[event.address] = _Made(event.nbytes, event.address, event.kind, part)
             made.append((index, alive[event.address]))
-    # What stays is held, or gathered for good.
     kinds = {address: kind for (address, _), kind in after.items()}
     for each in alive.values():
-        each.kind = kinds.get(each.address, "resident" if each.kind == "gathered" else each.kind)
+        each.kind = kinds.get(each.address, each.kind)
+    _end_unseen([(index, each) for index, each in made if each.address not in kinds], parts)
     changes = [0] * len(events)
     for index, each in made:
         changes[index] += each.nbytes
@@ -323,8 +324,24 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
         at_peak=dict(at_peak),
         part=parts[top] if parts else "start",
         peaks=peaks,
-        left=sum(each.nbytes for each in alive.values() if each.address not in kinds and each.kind != "resident"),
+        left=sum(each.nbytes for each in alive.values() if each.address not in kinds and each.let_go is None),
     )
+
+
+def _end_unseen(made: list[tuple[int, _Made]], parts: list[Part]) -> None:
+    """Say when tensors of collectives went that are gone after the step and that this thread did not let go.
+
+    gloo's threads have them too, until a collective is done: whoever is last lets go, and a thread's frees are seen by
+    nobody else. It is over when the next one of its kind is made, or with the part of the step where none follows.
+    """
+    following: dict[Kind, int] = {}
+    for index, each in reversed(made):
+        if each.kind not in ("gathered", "communication"):
+            continue
+        if each.let_go is None:
+            ends = (later for later in range(index, len(parts)) if parts[later] != each.part)
+            each.let_go = following.get(each.kind, next(ends, len(parts) - 1))
+        following[each.kind] = index
 
 
 def _kind(part: Part, until: Part | None, at: Part) -> Kind:

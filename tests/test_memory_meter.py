@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,26 @@ def test_each_allocation_of_known_size_is_counted_where_it_is_made_and_while_it_
     assert (found.held, found.persistent, found.peak) == ({"optimizer": 300}, 300, 8_700)
     assert found.left == 60
     assert earlier.nbytes == 50_000
+
+
+def test_what_another_thread_lets_go_of_ends_with_its_collective() -> None:
+    with recorded(CPU) as events:
+        mark("forward")
+        with record_function("FSDP::all_gather (a block)"):
+            outputs = [taken(4_000)]
+        with record_function("FSDP::all_gather (the next)"):
+            outputs.append(taken(3_000))
+        mark("head")
+        logits = taken(500)
+        mark("update")
+        thread = threading.Thread(target=outputs.clear)  # As gloo's: nobody sees what it frees.
+        thread.start()
+        thread.join()
+        state = taken(90)
+    found = account(events, {}, {(state.data_ptr(), 90): "optimizer"})
+    assert found.peaks == {"forward": 4_000, "head": 500, "update": 590}
+    assert (found.peak, found.left) == (4_000, 500)
+    assert logits.nbytes == 500
 
 
 def measured(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> StepMemory:

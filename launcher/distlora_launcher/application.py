@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> int:
         refuse_dry_run(first, flags, dry_run)
         for run in runs:
             check(run.config, new_run=True)
-        decided = [decide(run.config, run.fixed).config for run in runs]
+        # A job of a sweep that starts here says itself that it does not fit, and the others run.
+        decided = decide_each(runs) if is_job(first) or not is_multirun(flags) else []
         if is_job(first):
             script = script_of(decided, sweeps=is_multirun(flags))
             if dry_run:
@@ -70,6 +72,18 @@ def main(arguments: list[str]) -> int:
         return run_hydra(ordered(arguments, flags.overrides))
     except SystemExit as stop:  # Hydra refused what it should print (--package), and has said why.
         return BAD_INPUT if stop.code else DONE
+
+
+def decide_each(runs: Sequence[Composed]) -> list[Config]:
+    """The settings of runs that start together. UserError for one that cannot fit, with what of a sweep it is."""
+    found = []
+    for number, run in enumerate(runs):
+        try:
+            found.append(decide(run.config, run.fixed).config)
+        except UserError as error:
+            job = f"job {number} ({' '.join(run.own)}): " if run.own else ""
+            raise UserError(f"{job}{error}") from error
+    return found
 
 
 def refuse_sweep_over_machines(config: Config, flags: argparse.Namespace) -> None:

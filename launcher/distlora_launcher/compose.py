@@ -59,6 +59,8 @@ class Composed:
     config: Config
     fixed: frozenset[str] = frozenset()
     """Those that plan=auto may not choose, as the user has (`fixed_settings`)."""
+    own: tuple[str, ...] = ()
+    """The words of a job of a sweep that not all of its jobs have."""
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
@@ -100,7 +102,13 @@ def compose_sweep(
             jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
         except EXPLAINED as error:
             raise explain(error, overrides) from error
-        return [_compose_one([*prefix, *job], may_lack_paths) for job in jobs[:most]]
+        everywhere = set(jobs[0]).intersection(*jobs)
+        return [
+            dataclasses.replace(
+                _compose_one([*prefix, *job], may_lack_paths), own=tuple(word for word in job if word not in everywhere)
+            )
+            for job in jobs[:most]
+        ]
 
 
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:

@@ -60,7 +60,7 @@ def make_run(config: Config) -> tuple[int, Config]:
     create_run(run_dir, config)
     say(f"run folder {shown(run_dir)}")
     with running(run_dir):
-        keep(run_dir, plan)
+        keep(run_dir, plan, runs_here=config.cluster.launcher != "slurm")
         if record is not None:
             durable.write_text(run_dir / DATA_NAME, record)
             return DONE, config

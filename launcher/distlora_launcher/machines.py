@@ -35,7 +35,7 @@ def start_together(config: Config) -> int:
     run_dir = Path(config.run_dir)
     check_writable(run_dir, "run_dir")
     config = localize(config)
-    plan = planned(config)
+    plan = planned(config, runs_here=True)
     if not (run_dir / CONFIG_NAME).is_file():
         with contextlib.suppress(UserError):  # Another machine was faster.
             create_run(run_dir, config)
@@ -62,7 +62,7 @@ def resume_together(run_dir: Path, config: Config) -> int:
     """This machine's part in the rest of a run, when the same command is given on each. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
-    plan = planned(config, run_dir=run_dir)
+    plan = planned(config, run_dir=run_dir, runs_here=True)
     say(f"run folder {shown(run_dir)}")
     with forwarding() as forwarder:
 

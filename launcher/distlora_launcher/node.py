@@ -27,6 +27,7 @@ from distlora_launcher.hub import restore
 from distlora_launcher.jobs.record import note_job
 from distlora_launcher.local import is_complete
 from distlora_launcher.machines import run_together
+from distlora_launcher.planning import keep, planned
 from distlora_launcher.signals import Forwarder, forwarding
 
 
@@ -56,6 +57,8 @@ def run_node(run_dir: Path, endpoint: str, run_id: str, forwarder: Forwarder, *,
     def lead() -> int:
         if slurm_job is not None:
             note_job(run_dir, slurm_job)
+        # Where it was submitted, nothing showed the cards that it would get.
+        keep(run_dir, planned(config, run_dir=run_dir, runs_here=True))
         return DONE
 
     return run_together(run_dir, config, endpoint, run_id, forwarder, lead=lead)

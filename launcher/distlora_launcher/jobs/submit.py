@@ -118,7 +118,7 @@ def make_ready(run_dir: Path, config: Config) -> int:
     check(config, new_run=False)
     plan = planned(config, run_dir=run_dir)
     with running(run_dir):
-        keep(run_dir, plan)
+        keep(run_dir, plan, runs_here=False)
         return DONE if is_prepared(run_dir) else prepare(run_dir)
 
 

@@ -296,6 +296,12 @@ def _ropes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [rope for rope in (*ropes, *nested) if isinstance(rope, Mapping) and ("rope_type" in rope or "type" in rope)]
 
 
+def is_mxfp4(model: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has experts in MXFP4, by its config.json."""
+    quantization = model.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
+
+
 def _check_experts(
     model: Mapping[str, Any], settings: Mapping[str, Any], place: Path | str, family: Family, *, full: bool
 ) -> None:
@@ -304,8 +310,7 @@ def _check_experts(
             f"adapter=full on a mixture of experts ({family.model_type}) is covered by no test; set adapter=lora "
             "(adapter.target_modules=all-linear adapts the experts too)"
         )
-    method = (model.get("quantization_config") or {}).get("quant_method")
-    if method == "mxfp4":
+    if is_mxfp4(model):
         raise UserError(
             f"{place}: quantization_config.quant_method='mxfp4': experts in MXFP4 are neither kept nor read; set "
             "model.path to a copy in bf16 (transformers writes one: from_pretrained(..., "

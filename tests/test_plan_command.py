@@ -213,6 +213,14 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     assert plan["settings"]["quant"]["method"] == "none", "chosen"
 
 
+def test_a_table_says_where_settings_cannot_be(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    words = ["--table", "--models", "llama3_8b,llama3_1b", "--cards", "a10,h100x2", "parallel.resident_blocks=20"]
+    cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:]]
+    assert [[cell == "cannot be" for cell in row] for row in cells] == [[True, False], [True, True]]
+    found = json.loads(printed(capsys, *words, "--json"))
+    assert [row["fits"] for row in found] == [False, True, False, False]
+
+
 def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama3_70b", "card=h100", "cluster.gpus_per_node=8", "--scaling"]
     rows = [line.split("|")[1:-1] for line in printed(capsys, *words).splitlines() if line.startswith("|")]
@@ -237,6 +245,9 @@ def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[
     assert not (place / "runs").exists()
 
 
+EIGHT = ("card=h100", "cluster.gpus_per_node=8")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -246,6 +257,11 @@ def test_a_plan_of_a_folder_is_of_what_lies_there(capsys: pytest.CaptureFixture[
         (["model=llama3_8"], ["did you mean 'llama3_8b'?"]),
         (["model=llama3_8b", "card=rtx4900"], ["did you mean 'rtx4090'?"]),
         (["model=llama3_8b", "card.memory_gib=0"], ["card.memory_gib=0", "above 0"]),
+        (["model=llama3_8b", *EIGHT, "parallel.resident_blocks=40"], ["more than the 32 blocks of this model"]),
+        (["model=mixtral_8x7b", "train.mlp_tile=512"], ["train.mlp_tile=512", "leave it out"]),
+        (["model=llama3_8b", "train.router_aux_loss=0.1"], ["balances routers, and llama has none"]),
+        (["model=llama3_8b", "adapter.init=pissa", "adapter.r=5000"], ["q_proj, which has 4096", "adapter.r=4096"]),
+        (["--table", "--cards", "a10", "parallel=zero3", "parallel.offload_base=true"], ["no effect in one process"]),
         (["--table", "--models", "llama3_8"], ["--models llama3_8", "did you mean 'llama3_8b'?"]),
         (["--table", "--models", "llama3_8b,"], ["--models 'llama3_8b,' names nothing"]),
         (["--table", "--cards", "h100x12"], ["12 cards", "write h100x8"]),

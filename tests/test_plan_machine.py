@@ -21,6 +21,7 @@ from distlora.plan.machine import Found, Machine, machine_of
 from distlora.plan.model import built_in, cached_snapshot, find_model
 from distlora.shapes import shapes_of
 from distlora_launcher import here
+from distlora_launcher.planning import choices
 from launcher_fakes import write_model
 
 MIB, GIB = 2**20, 2**30
@@ -244,6 +245,36 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
     (repository / "snapshots" / "0a1b" / "config.json").unlink()
     assert here.planned_model(composed("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
+
+
+def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPT-OSS as its copy in bf16, whether or not it is cached; other formats are refused, as by a run."""
+    name = "openai/gpt-oss-20b"
+    asked = composed(f"model.path={name}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    built = here.planned_model(asked)
+    snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0a1b")
+    settings = dict(ARCHITECTURES[name])
+    (snapshot / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "mxfp4"}}))
+    assert here.planned_model(asked) == built
+    (snapshot / "config.json").write_text(json.dumps(settings))
+    assert here.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match="quant_method='gptq' cannot be kept"):
+        here.planned_model(composed(f"model.path={folder}"))
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
+    config = composed(f"model.path={folder}", "quant.method=none")
+    with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* \(by its config.json\)"):
+        choices(config, ())
 
 
 def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def read_packed_weights(
                 f"the folder is put together from two checkpoints: download it again, or {_INSTEAD}"
             )
         return {}
-    _check_quantization_config(config_file, quantization)
+    check_quantization_config(config_file, quantization)
     if not states:
         raise UserError(
             f"{config_file} has a quantization_config, but no weight in {folder} is quantized; "
@@ -83,9 +83,13 @@ def read_packed_weights(
 
 def check_keeps_packed(config: Config, packed: Mapping[str, PackedWeight]) -> None:
     """Refuse settings that need 16-bit weights of a base that has none. Raises UserError."""
-    if not packed:
-        return
-    reason = f"model.path={config.model.path} is quantized already ({len(packed):,} weights in NF4)"
+    if packed:
+        refuse_dense(config, f"({len(packed):,} weights in NF4)")
+
+
+def refuse_dense(config: Config, how: str = "(by its config.json)") -> None:
+    """`check_keeps_packed` of a base of which it is known alone that it is packed. Raises UserError."""
+    reason = f"model.path={config.model.path} is quantized already {how}"
     if config.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set model.path to the 16-bit checkpoint")
     if config.quant.method == "none":
@@ -128,7 +132,7 @@ def packed_parameters(
     return found
 
 
-def _check_quantization_config(file: Path, quantization: Any) -> None:
+def check_quantization_config(file: Path, quantization: Any) -> None:
     """Refuse, by field, what is not 4-bit bitsandbytes. The details are each weight's own (quant_state)."""
     where = f"{file}: quantization_config"
     if not isinstance(quantization, dict):

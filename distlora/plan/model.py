@@ -13,9 +13,9 @@ from typing import Any, Literal
 from distlora.architectures import MXFP4_NAMES, architecture_named, nearest_architecture
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
-from distlora.families import check_config, names_on_disk, read_config
+from distlora.families import check_config, is_mxfp4, names_on_disk, read_config
 from distlora.json_files import read_object
-from distlora.loading.prequantized import read_packed_weights
+from distlora.loading.prequantized import check_quantization_config, read_packed_weights
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, read_headers, read_index
 from distlora.shapes import ModelShapes, shapes_of
 from distlora.tokens import stored_rows
@@ -62,7 +62,8 @@ def find_model(
     if not is_hub_name(path):
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
-    if snapshot is not None:
+    # One in MXFP4 is planned as its copy whether or not it lies here.
+    if snapshot is not None and not (_copy_of(path) and is_mxfp4(read_config(snapshot))):
         found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
         return dataclasses.replace(found, source="hub cache")
     settings = architecture_named(path)
@@ -87,7 +88,7 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
     """A model by the sizes that distlora.architectures has. How many spare rows its embedding has, which new tokens
     would take first, is not known there: each is counted as one more."""
     stored = shapes_of(settings, name)
-    copy = {known.lower(): copy for known, copy in MXFP4_NAMES.items()}.get(name.lower())
+    copy = _copy_of(name)
     return PlannedModel(
         name=name,
         settings=settings,
@@ -98,6 +99,11 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
         if copy is None
         else f"{name} is stored in MXFP4, which is not read: planned as a copy in bf16, {copy}",
     )
+
+
+def _copy_of(name: str) -> str | None:
+    """A copy in bf16 of what is on the hub in MXFP4."""
+    return {known.lower(): copy for known, copy in MXFP4_NAMES.items()}.get(name.lower())
 
 
 def model_in(
@@ -118,7 +124,10 @@ def model_in(
         else shapes_of(settings, place, vocabulary=stored_rows(folder, settings, family))
     )
     plain, left_dense = False, dict[str, int]()
-    if size is not None and settings.get("quantization_config"):
+    quantization = settings.get("quantization_config")
+    if quantization is not None:
+        check_quantization_config(place, quantization)
+    if quantization is not None and size is not None:
         plain, left_dense = _packed_already(folder, settings, shapes)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(

@@ -172,9 +172,7 @@ def check_model(config: Config) -> None:
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
     check_tensors(folder, model, tensors, packed, family)
-    config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
-    check_router_loss(config.train.router_aux_loss, family)
-    check_tiles(config.train.mlp_tile, family)
+    check_of_sizes(config, model, family)
     if config.adapter.method == "lora":
         names = linear_names(tensors, family)
         num_layers = text_settings(model, family)["num_hidden_layers"]
@@ -184,6 +182,13 @@ def check_model(config: Config) -> None:
         shapes |= expert_shapes(family, num_layers, text_settings(model, family))
         check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
         check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
+
+
+def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> None:
+    """Refuse what a model of these sizes has not: blocks, an MLP of one piece, routers. `model` is its config.json."""
+    config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
+    check_router_loss(config.train.router_aux_loss, family)
+    check_tiles(config.train.mlp_tile, family)
 
 
 def _no_folder(folder: Path) -> str:

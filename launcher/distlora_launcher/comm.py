@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from distlora.architectures import ARCHITECTURES
@@ -22,7 +21,7 @@ from distlora.command_line import DONE, FAILED
 from distlora.config import Config, UserError
 from distlora.shapes import ModelShapes, shapes_of
 from distlora_launcher.arguments import Parser
-from distlora_launcher.compose import compose_config
+from distlora_launcher.compose import compose_config, names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.workers import worker_environment
 
@@ -121,7 +120,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 def models(config: Config) -> Iterator[tuple[str, ModelShapes]]:
     """(name, shapes) of the model that is named, or of those that are known. UserError for one of no known family."""
-    if Path(config.model.path).name == "unset":  # What compose_config puts in the place of what is missing.
+    if not names_model(config):
         yield from ((title, shapes_of(ARCHITECTURES[name], name)) for title, name in MODELS.items())
         return
     found = planned_model(config, any_length=True)

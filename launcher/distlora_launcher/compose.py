@@ -31,6 +31,8 @@ from distlora_launcher.initial_adapter import with_initial_adapter
 CONF_MODULE = "distlora_launcher.conf"
 VERSION_BASE = "1.3"
 MISSING = "???"
+UNSET = "/dev/null/unset"
+"""What stands in the place of a path that may still be missing; no folder can be there."""
 
 MOST_JOBS_CHECKED = 64
 """Jobs of a sweep that are composed and checked before the first one starts; the others are checked as they start."""
@@ -71,7 +73,7 @@ def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, m
 def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Composed:
     """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid.
 
-    may_lack_paths: model.path and data.path may still be missing; they are "unset" then.
+    may_lack_paths: model.path and data.path may still be missing; they are UNSET then.
     """
     overrides = [with_new_keys(word) for word in overrides]
     refuse_nameless(overrides)
@@ -111,6 +113,11 @@ def compose_sweep(
         ]
 
 
+def names_model(config: Config) -> bool:
+    """Whether settings that may lack paths say of which model they are."""
+    return config.model.path != UNSET
+
+
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
     """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
@@ -120,7 +127,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     if may_lack_paths:
         for key in {"model.path", "data.path"} & set(missing):
             section, _, name = key.partition(".")
-            values[section][name] = "unset"
+            values[section][name] = UNSET
             missing.remove(key)
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]

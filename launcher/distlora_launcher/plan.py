@@ -29,7 +29,7 @@ from distlora.plan.words import KINDS
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable
-from distlora_launcher.compose import compose_run
+from distlora_launcher.compose import compose_run, names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown
@@ -233,7 +233,7 @@ def larger_than(plan: Plan) -> PlannedModel | None:
 
 def require_model(config: Config) -> None:
     """Refuse settings that name none, with the names that are known."""
-    if Path(config.model.path).name == "unset":  # What compose_config puts in the place of what is missing.
+    if not names_model(config):
         raise UserError(
             f"no model is named, and a plan is of a model; write for example {PROGRAM} model=llama3_8b card=rtx4090",
             f"names for model= are {', '.join(known_models())}; or set model.path to a folder, or to ORG/NAME of the "
@@ -248,12 +248,15 @@ def show_table(options: argparse.Namespace) -> None:
         print(f"choosing the settings of {cells} plans (a few seconds)", file=sys.stderr, flush=True)
     found = plans(options.models, options.machines, options.settings, config_dir=options.config_dir)
     if options.json:
-        rows = [{"model": model, "cards": cards, **plan.as_json()} for (model, cards), plan in found.items()]
+        rows = [
+            {"model": model, "cards": cards} | ({"fits": False} if plan is None else plan.as_json())
+            for (model, cards), plan in found.items()
+        ]
         print(json.dumps(rows, indent=1))
     else:
         print("\n".join(matrix(found)))
     if options.plot is not None:
-        bars = {f"{model}, {cards}": plan for (model, cards), plan in found.items()}
+        bars = {f"{model}, {cards}": plan for (model, cards), plan in found.items() if plan is not None}
         draw(bars, "memory of a rank, with the fastest settings that fit", options.plot)
 
 

@@ -12,9 +12,11 @@ from distlora.config.places import is_hub_name
 from distlora.plan import Plan
 from distlora.plan.choose import choose
 from distlora.plan.machine import machine_of
+from distlora_launcher.checks import check_parallel
 from distlora_launcher.compose import compose_run
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models
+from distlora_launcher.planning import check_planned
 
 MODELS = (
     "mistral_7b",
@@ -38,19 +40,30 @@ OF_A_MACHINE = 8
 
 def plans(
     models: Sequence[str], machines: Sequence[str], words: Sequence[str], *, config_dir: str | None = None
-) -> dict[tuple[str, str], Plan]:
-    """By (model, machine), with what `words` leave free chosen. UserError for a name that is not known, and for
-    settings that cannot be there."""
+) -> dict[tuple[str, str], Plan | None]:
+    """By (model, machine), with what `words` leave free chosen; None for what `distlora train` would refuse there.
+    UserError for a name that is not known, and for settings that cannot be anywhere."""
     named = {word.lstrip("+").partition("=")[0] for word in words}
     auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
-    found = {}
+    found: dict[tuple[str, str], Plan | None] = {}
+    refused: UserError | None = None
     for machine in machines:
         settings = ["plan=auto", *auto, *machine_words(machine), *words]
         composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
         for model in models:
             of_model = with_model(composed.config, model)
-            shapes, cards = planned_model(of_model), machine_of(of_model)
-            found[model, machine] = choose(of_model, composed.fixed, shapes, cards).plan
+            found[model, machine] = None
+            try:
+                check_parallel(of_model)
+                shapes = planned_model(of_model)
+                check_planned(of_model, shapes)
+                found[model, machine] = choose(of_model, composed.fixed, shapes, machine_of(of_model)).plan
+            except UserError as error:
+                if is_hub_name(model):  # Which may not be there at all.
+                    raise
+                refused = error
+    if refused is not None and not any(found.values()):
+        raise refused
     return {(model, machine): found[model, machine] for model in models for machine in machines}
 
 

@@ -14,14 +14,18 @@ from distlora import durable
 from distlora.cards import CARDS, card_named
 from distlora.config import Config, UserError, require
 from distlora.deepspeed_file import check_deepspeed
+from distlora.loading.prequantized import refuse_dense
+from distlora.loading.start_file import check_ranks
 from distlora.plan import Plan, plan_of
 from distlora.plan.choose import Choice, choose, resolve_quantization
 from distlora.plan.machine import Machine, machine_of, used_device
+from distlora.plan.model import PlannedModel
 from distlora.plan.nearest import largest, nearest
 from distlora.plan.report import lines, verdict
 from distlora.plan.words import size
 from distlora.run_folder import PLAN_NAME, checkpoint_folders
 from distlora_launcher import here
+from distlora_launcher.checks import check_of_sizes
 from distlora_launcher.output import say, warn
 
 _decided: dict[tuple[str, frozenset[str]], Choice] = {}
@@ -41,8 +45,10 @@ def decide(config: Config, fixed: Collection[str]) -> Choice:
 
 def choices(config: Config, fixed: Collection[str]) -> Choice:
     """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
-    names that the user has chosen. Raises UserError for plan=auto of cards whose memory nothing says."""
+    names that the user has chosen. Raises UserError for what a model of these sizes cannot do, and for plan=auto of
+    cards whose memory nothing says."""
     model, machine = here.planned_model(config), machine_here(config)
+    check_planned(config, model)
     if config.plan.mode == "auto":
         where = "this machine" if config.cluster.launcher == "local" else f"cluster={config.cluster.launcher}"
         require(
@@ -54,6 +60,16 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
     if config.quant.method == "auto":
         return resolve_quantization(config, model, machine)
     return Choice(config=config, plan=plan_of(config, model, machine), asked=config)
+
+
+def check_planned(config: Config, model: PlannedModel) -> None:
+    """Refuse of a model of which there is config.json alone what `check_model` would."""
+    check_of_sizes(config, model.settings, model.shapes.family)
+    if model.settings.get("quantization_config") is not None:
+        refuse_dense(config)
+    if config.adapter.decomposes:
+        adapters = (each for block in model.shapes.adapters(config.adapter) for each in block)
+        check_ranks(config.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
 
 
 def _not_to_be_had(config: Config) -> Collection[str]:

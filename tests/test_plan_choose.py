@@ -17,9 +17,10 @@ from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
 from distlora.config_file import build
 from distlora.plan import Machine, Plan, PlannedModel, plan_of
-from distlora.plan.choose import RESERVE, TOO_SLOW, choose, cost_of, has_room, is_as_good, resolve_quantization
-from distlora.plan.nearest import nearest, room
-from distlora.plan.space import changed, value_of, with_settings
+from distlora.plan.choose import RESERVE, TOO_SLOW, Choice, choose, cost_of, has_room, is_as_good, resolve_quantization
+from distlora.plan.larger import room
+from distlora.plan.nearest import given_up, moves, nearest, sacrifices, with_ranks
+from distlora.plan.space import changed, if_valid, value_of, with_settings
 from distlora.plan.words import size
 from distlora.shapes import shapes_of
 
@@ -253,46 +254,85 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "usable", "sections", "expected"),
+    ("name", "where", "sections", "expected"),
     [
         (
             "8b",
-            24,
+            machine("h100", 1, usable=24),
             {"train": {"micro_batch": 16, "global_batch": 64}},
-            r"set train\.(micro_batch=\d+|checkpointing=offload) \([\d.]+ GB\)",
+            r"set train\.(micro_batch=\d+|checkpointing=offload) \([\d.]+ GB\)$",
         ),
-        ("8b", 14, {"quant": {"method": "none"}}, r"set quant=nf4 \([\d.]+ GB\)$"),
-        ("405b", 80, {}, r"take \d+ such cards"),
+        ("8b", machine("h100", 1, usable=14), {"quant": {"method": "none"}}, r"set quant=nf4 \([\d.]+ GB\)$"),
+        (
+            "8b",
+            machine("rtx4090", 1),
+            {"data": {"sequence_length": 131_072}},
+            r"set data\.sequence_length=65536 train\.checkpointing=offload \([\d.]+ GB\)$",
+        ),
+        ("8b", cpu(4, 18.0), {}, r"set cluster\.gpus_per_node=[123] \([\d.]+ GB\)$"),
+        ("405b", cpu(4, 18.0), {}, r"name the cards that it is for, as card=h100 "),
+        (
+            "70b",
+            machine("rtx4090", 1),
+            {},
+            r"take 2 such cards with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
+            r"\([\d.]+ GB\), or take one A40 48 GB with card=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
+        ),
     ],
-    ids=["smaller batches", "less in 16 bits", "more cards"],
+    ids=["smaller batches", "less in 16 bits", "half a row", "fewer processes", "no CPU", "more cards"],
 )
 def test_the_nearest_that_fits_is_the_smallest_change(
-    name: str, usable: float, sections: dict[str, Any], expected: str
+    name: str, where: Machine, sections: dict[str, Any], expected: str
 ) -> None:
-    said, model, where = config_of(1, **sections), llama(name), machine("h100", 1, usable=usable)
-    assert not has_room(plan_of(said, model, where))
+    said, model = config_of(where.ranks, **sections), llama(name)
+    plan = plan_of(said, model, where)
+    assert not has_room(plan)
     found = nearest(said, model, where)
     assert re.match(expected, str(found)), str(found)
-    for fitting in (found.same, found.other):
-        if fitting is not None:
-            assert has_room(fitting.plan)
-            assert fitting.plan == plan_of(with_settings(said, fitting.settings), model, where)
-            for left_out in fitting.settings if len(fitting.settings) > 1 else ():
-                fewer = {name: value for name, value in fitting.settings.items() if name != left_out}
-                with contextlib.suppress(UserError):
-                    assert not has_room(plan_of(with_settings(said, fewer), model, where)), f"{left_out} is not needed"
+    for one in filter(None, (found.same, found.other, found.more, found.card)):
+        assert has_room(one.plan)
+        assert one.plan == plan_of(with_settings(said, one.settings), model, one.plan.machine)
+        for left_out in one.settings if len(one.settings) > 1 else ():
+            fewer = {name: value for name, value in one.settings.items() if name != left_out}
+            with contextlib.suppress(UserError):
+                config = with_settings(said, fewer)
+                there = with_ranks(where, config) if left_out.startswith(("cluster.", "card.")) else one.plan.machine
+                assert not has_room(plan_of(config, model, there)), f"{left_out} is not needed"
+    alone = [config for move in moves(plan) if (config := if_valid(said, move)) is not None]
+    fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config)))]
+    if fitting:
+        assert found.same is not None
+        assert cost_of(found.same.plan) == min(map(cost_of, fitting)), "the fastest of as many settings"
+    if found.same is None and found.other is not None:
+        for each in sacrifices(said, where):
+            config = with_settings(said, each)
+            if given_up(said, config) < given_up(said, found.other.plan.config):
+                assert not choose(config, {"quant.method"}, model, where, reserve=0.0).plan.fits, each
     if found.same is found.other is None:
         assert found.least is not None
         assert not has_room(found.least)
 
 
 def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
-    plan = plan_of(config_of(8), llama("8b"), machine("h100", 8))
-    found = {each.what: each for each in room(plan, llama("70b"))}
-    assert list(found) == ["train.micro_batch=2", "data.sequence_length=8192", "adapter.r=32", "70b"]
-    longer = plan_of(with_settings(plan.config, {"data.sequence_length": 8192}), plan.model, plan.machine)
+    model, where, larger = llama("8b"), machine("h100", 8), ("model=larger", llama("70b"))
+    said = config_of(8)
+    plan = plan_of(said, model, where)
+    found = {each.what: each for each in room(Choice(config=said, plan=plan, asked=said), larger)}
+    assert list(found) == ["train.micro_batch=2", "data.sequence_length=8192", "adapter.r=32", "model=larger"]
+    longer = plan_of(with_settings(said, {"data.sequence_length": 8192}), model, where)
     assert found["data.sequence_length=8192"].total == longer.device.total
     assert all(each.total > plan.device.total for each in found.values())
+
+
+def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
+    said = config_of(8, plan={"mode": "auto"})
+    choice = choose(said, (), llama("8b"), machine("h100", 8))
+    larger = llama("70b")
+    found = room(choice, ("model=larger", larger))[-1]
+    assert plan_of(choice.config, larger, choice.plan.machine).fits is False
+    assert found.fits
+    assert found.chosen_again
+    assert found.total == choose(said, (), larger, choice.plan.machine).plan.device.total
 
 
 def test_a_cpu_machine_is_too_small_for_what_all_its_processes_take_and_no_sooner() -> None:

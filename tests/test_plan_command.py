@@ -190,7 +190,7 @@ def test_what_is_chosen_is_said_with_its_reason(capsys: pytest.CaptureFixture[st
         assert all(f"{name.removesuffix('.method')}=" in page for name in change)
         assert why.split(",")[0] in page
     larger = {each["what"] for each in chosen["larger"]}
-    assert "unsloth/Llama-3.3-70B-Instruct" in larger
+    assert "model=llama3_70b" in larger
 
 
 def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(

@@ -1,4 +1,4 @@
-"""What would fit where the settings do not, and what a run that fits has room for. Imports no torch."""
+"""What would fit where the settings do not: other settings, or more or other cards with some. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distlora.cards import CARDS, Card
+from distlora.cards import CARDS
 from distlora.config import Config
 from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
@@ -16,7 +16,7 @@ from distlora.plan.choose import choose, cost_of, has_room, on_cards, plans
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.space import RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
-from distlora.plan.words import KINDS, size
+from distlora.plan.words import size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4
 """What a row and a rank are not shortened below."""
@@ -25,10 +25,6 @@ MOST_AT_ONCE = 2
 MOST_RANKS = 1024
 _FIXED = frozenset({"quant.method"})
 """What is not chosen where another result is not asked for."""
-
-
-def _typed(settings: Settings) -> str:
-    return " ".join(typed(name, value) for name, value in settings.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +37,9 @@ class Fitting:
     plan: Plan
 
     def __str__(self) -> str:
-        return f"{_typed(self.settings)} ({size(self.plan.device.total)})"
+        words = " ".join(typed(name, value) for name, value in self.settings.items())
+        is_gpu = self.plan.machine.is_gpu
+        return f"{words} ({size(self.plan.device.total if is_gpu else self.plan.host.machine)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,43 +49,46 @@ class Nearest:
     same: Fitting | None
     """The fewest settings to change for the same result."""
     other: Fitting | None
-    """The fewest for a result that differs (shorter rows, a smaller rank, NF4), where that is fewer."""
-    ranks: int | None
-    """So many such cards are enough, with settings that are chosen for them."""
-    card: Card | None
-    """The smallest known card of which as many are enough."""
-    least: Plan | None
+    """What gives up least of the result (shorter rows, a smaller rank, NF4), where no settings keep all of it, or with
+    fewer settings than they take."""
+    more: Fitting | None = None
+    """The fewest such cards that are enough, and with which settings."""
+    card: Fitting | None = None
+    """The smallest known card of which as many are enough, and with which settings."""
+    least: Plan | None = None
     """The plan that takes least, where no setting makes one fit."""
 
     def __str__(self) -> str:
         said = [f"set {found}" for found in (self.same, self.other) if found is not None]
-        if not said:
-            cards = [] if self.ranks is None else [f"{self.ranks:,} such cards"]
-            cards += [] if self.card is None else [f"as many {self.card.title} (card={self.card.name})"]
-            said = [f"take {found}" for found in cards]
+        said += [] if self.more is None else [f"take {self.more.plan.machine.ranks:,} such cards with {self.more}"]
+        if self.card is not None:
+            machine = self.card.plan.machine
+            number = "one" if machine.ranks == 1 else f"{machine.ranks:,} x"
+            said.append(f"take {number} {machine.name} with {self.card}")
+        if self.least is not None and not self.least.machine.is_gpu:
+            return "name the cards that it is for, as card=h100 (distlora plan --help lists them)"
         return ", or ".join(said) or "no number of such cards and no known card holds it"
 
 
 def nearest(config: Config, model: PlannedModel, machine: Machine) -> Nearest:
     """Of settings that do not fit: the smallest change that does, whoever set what; one setting, then two, then more.
 
-    Among changes of as many settings it is the fastest. More cards, and other ones, are looked for where no setting
+    Among changes of as many settings it is the fastest. Where no such change keeps the result, it is the one that gives
+    up least of it, with the settings that it takes beside. More cards, and other ones, are looked for where neither
     helps.
     """
     plan = plan_of(config, model, machine)
-    same = _fewest(plan, moves(config, model, machine)) or _chosen(plan)
-    fewer = MOST_AT_ONCE if same is None else min(MOST_AT_ONCE, same.changes - 1)
-    other = _fewest(plan, [*moves(config, model, machine), *sacrifices(config, machine)], most=fewer)
-    if same is not None and other is not None and other.settings == same.settings:
-        other = None  # One change of two settings: DeepSpeed and what it alone can.
+    same = _same(plan)
+    least = None if same is not None else _least(plan)
+    other = _with_fewer(plan, same.changes) if same is not None else _giving_up(plan, least)
     if same is not None or other is not None:
-        return Nearest(same=same, other=other, ranks=None, card=None, least=None)
-    least = min(plans(config, _FIXED, model, machine), key=lambda plan: plan.device.total)
-    return Nearest(same=None, other=None, ranks=_ranks(plan), card=_card(plan), least=least)
+        return Nearest(same=same, other=other)
+    return Nearest(same=None, other=None, more=_more_cards(plan), card=_other_card(plan), least=least)
 
 
-def moves(config: Config, model: PlannedModel, machine: Machine) -> list[Settings]:
+def moves(plan: Plan) -> list[Settings]:
     """Single settings that take less memory and change no result."""
+    config, model, machine = plan.config, plan.model, plan.machine
     train, parallel, ranks = config.train, config.parallel, machine.ranks
     found: list[Settings] = []
     for mode in RECOMPUTES[RECOMPUTES.index(train.checkpointing) + 1 :]:
@@ -105,6 +106,8 @@ def moves(config: Config, model: PlannedModel, machine: Machine) -> list[Setting
         if machine.is_gpu and not parallel.offload_base:
             offload: dict[str, object] = {"parallel.backend": "zero3"} if parallel.backend != "zero3" else {}
             found.append(offload | {"parallel.offload_base": True})
+    if not machine.is_gpu:  # Processes share what their machine has.
+        found += [{"cluster.gpus_per_node": n} for n in range(machine.ranks_per_machine - 1, 0, -1)]
     return found
 
 
@@ -130,23 +133,65 @@ def _halves(value: int, least: int) -> Iterator[int]:
         yield value
 
 
-def _fewest(plan: Plan, singles: Sequence[Settings], most: int = MOST_AT_ONCE) -> Fitting | None:
+def _same(plan: Plan) -> Fitting | None:
+    """The fewest settings for the same result; none at all where it fits."""
+    return _fewest(plan, moves(plan)) or _chosen(plan)
+
+
+def _fewest(plan: Plan, singles: Sequence[Settings]) -> Fitting | None:
     """The fastest of the combinations that fit, of as few of `singles` as do."""
-    for count in range(1, most + 1):
+    for count in range(MOST_AT_ONCE + 1):
         fitting = [found for found in _tried(plan, itertools.combinations(singles, count)) if has_room(found.plan)]
         if fitting:
-            return min(fitting, key=lambda found: (_given_up(plan, found.plan), cost_of(found.plan)))
+            return min(fitting, key=lambda found: cost_of(found.plan))
     return None
 
 
-def _given_up(said: Plan, found: Plan) -> tuple[float, ...]:
-    """Of the length of a row, of the rank, of how many linears have an adapter."""
-    before, after = said.config, found.config
-    return (
-        before.data.sequence_length / after.data.sequence_length,
-        before.adapter.r / after.adapter.r,
-        int(before.adapter.target_modules != after.adapter.target_modules),
+def _with_fewer(plan: Plan, changes: int) -> Fitting | None:
+    """What gives up least of the result, with fewer than so many settings; among these the fewest, then the fastest."""
+    singles = [*moves(plan), *sacrifices(plan.config, plan.machine)]
+    combinations = (
+        each for n in range(1, min(MOST_AT_ONCE, changes - 1) + 1) for each in itertools.combinations(singles, n)
     )
+    fitting = [found for found in _tried(plan, combinations) if has_room(found.plan)]
+    return min(fitting, key=lambda found: (*_order(plan, found), cost_of(found.plan)), default=None)
+
+
+def _giving_up(plan: Plan, least: Plan | None) -> Fitting | None:
+    """What gives up least of the result, with the fewest settings beside; None where nothing that may be given up is
+    enough. `least`: of the settings that keep the result those that take least, with which each is asked first."""
+    singles = sacrifices(plan.config, plan.machine)
+    combinations = [each for n in range(1, MOST_AT_ONCE + 1) for each in itertools.combinations(singles, n)]
+    tried = sorted(_tried(plan, combinations), key=lambda found: _order(plan, found))
+    beside = {} if least is None else changed(plan.config, least.config)
+    for found in tried:
+        settings = {name: value for name, value in beside.items() if name not in found.settings}
+        smallest = if_valid(found.plan.config, settings)
+        if smallest is None or not has_room(plan_of(smallest, plan.model, plan.machine)):
+            continue
+        rest = _same(found.plan)
+        if rest is not None:
+            changes = found.changes + rest.changes
+            return Fitting(changes=changes, settings={**found.settings, **rest.settings}, plan=rest.plan)
+    return None
+
+
+def _order(plan: Plan, found: Fitting) -> tuple[float, ...]:
+    return *given_up(plan.config, found.plan.config), found.changes
+
+
+def given_up(said: Config, found: Config) -> tuple[float, ...]:
+    """How often a row or a rank is halved, with adapters on attention alone as one of them; NF4 and 8-bit moments,
+    which lose next to nothing, are less than any."""
+    rows = math.log2(said.data.sequence_length / found.data.sequence_length)
+    ranks = math.log2(said.adapter.r / found.adapter.r) + (said.adapter.target_modules != found.adapter.target_modules)
+    return rows + ranks, rows, said.quant.method != found.quant.method, said.optim.name != found.optim.name
+
+
+def _least(plan: Plan) -> Plan:
+    """Of all settings that may be chosen those with which it takes least of a card, or of a CPU's machine."""
+    found = plans(plan.config, _FIXED, plan.model, plan.machine)
+    return min(found, key=lambda plan: plan.device.total if plan.machine.is_gpu else plan.host.machine)
 
 
 def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[Fitting]:
@@ -155,7 +200,18 @@ def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[F
         settings = {name: value for part in parts for name, value in part.items()}
         config = if_valid(plan.config, settings) if len(settings) == len(names) else None
         if config is not None:
-            yield Fitting(changes=len(parts), settings=settings, plan=plan_of(config, plan.model, plan.machine))
+            machine = plan.machine
+            if "cluster.gpus_per_node" in settings:
+                machine = with_ranks(machine, config)
+            yield Fitting(changes=len(parts), settings=settings, plan=plan_of(config, plan.model, machine))
+
+
+def with_ranks(machine: Machine, config: Config) -> Machine:
+    """The same machines with as many ranks as a config has."""
+    ranks, each, usable = config.cluster.ranks, config.cluster.gpus_per_node, machine.usable_bytes
+    if not machine.is_gpu and machine.host_bytes is not None:
+        usable = machine.host_bytes // each
+    return dataclasses.replace(machine, ranks=ranks, ranks_per_machine=each, usable_bytes=usable)
 
 
 def _chosen(plan: Plan) -> Fitting | None:
@@ -172,67 +228,50 @@ def _chosen(plan: Plan) -> Fitting | None:
     return Fitting(changes=len(settings), settings=settings, plan=found)
 
 
-def _ranks(plan: Plan) -> int | None:
-    """The fewest such cards on which some settings fit."""
+def _more_cards(plan: Plan) -> Fitting | None:
+    """The fewest such cards on which it fits with the same result, with the fewest settings for it."""
     have, each = plan.machine.ranks, max(plan.machine.ranks_per_machine, 8)
     machines = (each * 2**n for n in range(1, int(math.log2(MOST_RANKS / each)) + 1))
     for ranks in (*range(have + 1, each + 1), *machines) if plan.machine.is_gpu else ():
-        cluster = {"cluster.gpus_per_node": min(ranks, each), "cluster.nodes": -(-ranks // each)}
-        config = if_valid(plan.config, cluster | ({"cluster.launcher": "slurm"} if ranks > each else {}))
-        machine = dataclasses.replace(plan.machine, ranks=ranks, ranks_per_machine=min(ranks, each))
-        if ranks > have and config is not None and _some_fit(config, plan.model, machine):
-            return ranks
+        cluster: dict[str, object] = {"cluster.gpus_per_node": min(ranks, each)}
+        if ranks > each:
+            cluster = {"cluster.launcher": "slurm", **cluster, "cluster.nodes": -(-ranks // each)}
+        config = if_valid(plan.config, cluster) if ranks > have else None
+        found = None if config is None else _elsewhere(plan, cluster, config, with_ranks(plan.machine, config))
+        if found is not None:
+            return found
     return None
 
 
-def _card(plan: Plan) -> Card | None:
-    """The smallest known card of which as many hold some settings."""
+def _other_card(plan: Plan) -> Fitting | None:
+    """The smallest known card of which as many hold it with the same result, with the fewest settings for it."""
     for card in sorted(CARDS.values(), key=lambda card: card.usable_bytes) if plan.machine.is_gpu else ():
-        machine = dataclasses.replace(plan.machine, usable_bytes=card.usable_bytes)
-        if card.usable_bytes > (plan.machine.usable_bytes or 0) and _some_fit(plan.config, plan.model, machine):
-            return card
+        named: dict[str, object] = {"card.name": card.name}
+        named |= {} if plan.config.card.memory_gib is None else {"card.memory_gib": None}
+        config = if_valid(plan.config, named)
+        machine = dataclasses.replace(
+            plan.machine,
+            name=card.title,
+            card=card,
+            usable_bytes=card.usable_bytes,
+            flops=card.flops,
+            bandwidth=card.bandwidth,
+            link=card.link,
+            host_link=card.host_link,
+            network=card.network,
+        )
+        if config is not None and card.usable_bytes > (plan.machine.usable_bytes or 0):
+            found = _elsewhere(plan, named, config, machine)
+            if found is not None:
+                return found
     return None
 
 
-def _some_fit(config: Config, model: PlannedModel, machine: Machine) -> bool:
-    return any(has_room(plan) for plan in on_cards(config, {*_FIXED, "parallel.resident_blocks"}, model, machine, 0.0))
-
-
-def largest(plan: Plan, count: int = 3) -> str:
-    """`4-bit weights of the base 17.1 GB, ...`: what takes most at the peak."""
-    kinds = sorted(plan.device.by_kind.items(), key=lambda each: -each[1])[:count]
-    return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
-    """A larger run, and what it would take."""
-
-    what: str
-    """`train.micro_batch=4`, or a model's name."""
-    total: int
-    """Bytes of a rank."""
-    fits: bool | None
-
-    def __str__(self) -> str:
-        verdict = {True: "fits", False: "does not fit", None: "is not checked"}[self.fits]
-        return f"{self.what}: {size(self.total)}, {verdict}"
-
-
-def room(plan: Plan, larger: PlannedModel | None = None) -> list[Room]:
-    """What the next larger micro-batch, row, rank and model (`larger`) would take, the other settings as they are."""
-    config, limit = plan.config, plan.model.settings.get("max_position_embeddings")
-    rows = -(-config.train.global_batch // plan.machine.ranks)
-    micro = next((n for n in range(config.train.micro_batch + 1, rows + 1) if rows % n == 0), None)
-    length = 2 * config.data.sequence_length
-    tries: list[Settings] = [] if micro is None else [{"train.micro_batch": micro}]
-    tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
-    tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []
-    found = [
-        (_typed(settings), plan_of(config_, plan.model, plan.machine))
-        for settings in tries
-        if (config_ := if_valid(config, settings)) is not None
-    ]
-    if larger is not None:
-        found.append((larger.name, plan_of(config, larger, plan.machine)))
-    return [Room(what=what, total=each.device.total, fits=each.fits) for what, each in found]
+def _elsewhere(plan: Plan, words: Settings, config: Config, machine: Machine) -> Fitting | None:
+    """On other machines, that `words` name in `config`: the fewest settings with which it fits there."""
+    if not any(map(has_room, on_cards(config, {*_FIXED, "parallel.resident_blocks"}, plan.model, machine, 0.0))):
+        return None
+    rest = _same(plan_of(config, plan.model, machine))
+    if rest is None:
+        return None
+    return Fitting(changes=len(words) + rest.changes, settings={**words, **rest.settings}, plan=rest.plan)

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 
 from distlora.plan import Plan
 from distlora.plan.disk import trained_tensors
-from distlora.plan.nearest import Nearest, Room
+from distlora.plan.larger import Room
+from distlora.plan.nearest import Nearest
 from distlora.plan.rates import missing_rates
 from distlora.plan.reasons import Change
 from distlora.plan.space import typed
-from distlora.plan.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, rounded, shares, size
+from distlora.plan.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, largest, rounded, shares, size
 
 WIDTH = 100
 """Characters of a line."""
@@ -31,13 +32,12 @@ def lines(plan: Plan) -> list[str]:
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
         None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
     }[plan.fits]
-    largest = sorted(device.by_kind.items(), key=lambda item: -item[1])[:3]
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
     moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
         f"plan: {size(device.total)} a {card} {MOMENTS[device.worst]}{fits}",
-        "  most of it: " + ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in largest),
+        f"  most of it: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]
     if moved or time:
@@ -103,6 +103,13 @@ def empty_rows(plan: Plan) -> str | None:
     )
 
 
+def needs(plan: Plan) -> str:
+    """What it takes of that which decides: `8.75 GB a card`, or of a machine's host."""
+    if plan.lacks() == "host" or not plan.machine.is_gpu:
+        return f"{size(plan.host.machine)} of a machine's host memory"
+    return f"{size(plan.device.total)} a card"
+
+
 def _row(label: str, text: str) -> Iterator[str]:
     """A label and what is said, over as many lines as it takes."""
     whole = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\0", text)  # A number and its unit stay on one line.
@@ -162,8 +169,9 @@ def _machine(plan: Plan) -> str:
 def _near(near: Nearest) -> str:
     """What would fit, and what it costs: speed, and host memory where that is what it takes instead."""
     text = str(near)
-    if near.same is not None:
-        plan = near.same.plan
+    found = near.same or near.other or (near.more if near.card is None else None)
+    if found is not None:
+        plan = found.plan
         text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
         text += f", {size(plan.host.machine)} of host memory on a machine" if plan.host.base or plan.host.inputs else ""
     return text

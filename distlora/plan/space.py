@@ -25,6 +25,8 @@ RECOMPUTES = ("none", "selective", "block", "offload")
 
 Settings = Mapping[str, Any]
 """Values by dotted name."""
+_GROUPS = {"quant.method": "quant", "card.name": "card", "cluster.launcher": "cluster"}
+"""Settings for which conf/ has a group, by whose name they are typed."""
 
 
 def value_of(config: Config, setting: str) -> Any:
@@ -55,7 +57,7 @@ def if_valid(config: Config, settings: Settings) -> Config | None:
 def typed(setting: str, value: object) -> str:
     """As it is typed."""
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-    return f"quant={shown}" if setting == "quant.method" else f"{setting}={shown}"
+    return f"{_GROUPS.get(setting, setting)}={shown}"
 
 
 def own_quantization(config: Config, model: PlannedModel) -> tuple[str, str] | None:

@@ -78,6 +78,12 @@ RECOMPUTED = {
 """What train.checkpointing runs again in backward."""
 
 
+def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
+    """`4-bit weights of the base 17.1 GB, ...`: what takes most."""
+    kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
+    return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
+
+
 def size(nbytes: float) -> str:
     """Three digits and a unit of 1000s: `57.8 GB`."""
     value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]

@@ -18,8 +18,9 @@ from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.plan import Plan
 from distlora.plan.kinds import Kind
+from distlora.plan.larger import Room, room
 from distlora.plan.model import PlannedModel
-from distlora.plan.nearest import Nearest, Room, nearest, room
+from distlora.plan.nearest import Fitting, Nearest, nearest
 from distlora.plan.reasons import Change
 from distlora.plan.report import assumptions, machines_of, page, settings
 from distlora.plan.scaling import FABRICS, Scaling, scaling
@@ -97,12 +98,15 @@ class Answer:
 def _nearest(near: Nearest | None) -> dict[str, Any] | None:
     if near is None:
         return None
-    fitting = {"same_result": near.same, "other_result": near.other}
-    found: dict[str, Any] = {
-        name: None if each is None else {"settings": dict(each.settings), "total": each.plan.device.total}
-        for name, each in fitting.items()
-    }
-    return found | {"cards": near.ranks, "card": None if near.card is None else near.card.name}
+    fitting = {"same_result": near.same, "other_result": near.other, "more_cards": near.more, "other_card": near.card}
+    found: dict[str, Any] = {name: None if each is None else _fitting(each) for name, each in fitting.items()}
+    card = None if near.card is None else near.card.plan.machine.card
+    ranks = None if near.more is None else near.more.plan.machine.ranks
+    return found | {"cards": ranks, "card": None if card is None else card.name}
+
+
+def _fitting(each: Fitting) -> dict[str, Any]:
+    return {"settings": dict(each.settings), "total": each.plan.device.total}
 
 
 def main(arguments: list[str]) -> int:
@@ -213,22 +217,24 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
         return Answer(plan=plan, changes=changes, near=nearest(plan.config, plan.model, plan.machine))
-    return Answer(plan=plan, changes=changes, rooms=tuple(room(plan, larger_than(plan))))
+    return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
 
 
-def larger_than(plan: Plan) -> PlannedModel | None:
-    """The next larger of the known models that are called like this one (llama3_70b after llama3_8b); None where it is
-    none of them, or the largest."""
+def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
+    """The next larger of the known models that are called like this one (`model=llama3_70b` after llama3_8b); None
+    where it is none of them, or the largest."""
     known = known_models()
     own = next((name for name, path in known.items() if path == plan.config.model.path), None)
     if own is None:
         return None
     kin = own.partition("_")[0]
     found = [
-        planned_model(with_model(plan.config, name)) for name in known if name.partition("_")[0] == kin and name != own
+        (f"model={name}", planned_model(with_model(plan.config, name)))
+        for name in known
+        if name.partition("_")[0] == kin and name != own
     ]
-    larger = [model for model in found if model.shapes.numel > plan.model.shapes.numel]
-    return min(larger, key=lambda model: model.shapes.numel, default=None)
+    larger = [each for each in found if each[1].shapes.numel > plan.model.shapes.numel]
+    return min(larger, key=lambda each: each[1].shapes.numel, default=None)
 
 
 def require_model(config: Config) -> None:

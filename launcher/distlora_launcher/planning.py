@@ -20,9 +20,9 @@ from distlora.plan import Plan, plan_of
 from distlora.plan.choose import Choice, choose, resolve_quantization
 from distlora.plan.machine import Machine, machine_of, used_device
 from distlora.plan.model import PlannedModel
-from distlora.plan.nearest import largest, nearest
-from distlora.plan.report import lines, verdict
-from distlora.plan.words import size
+from distlora.plan.nearest import nearest
+from distlora.plan.report import lines, needs, verdict
+from distlora.plan.words import largest
 from distlora.run_folder import PLAN_NAME, checkpoint_folders
 from distlora_launcher import here
 from distlora_launcher.checks import check_of_sizes
@@ -107,8 +107,8 @@ def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
     if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
         return
     found = nearest(plan.config, plan.model, plan.machine)
-    most = largest(plan if found.least is None else found.least)
-    even = "" if found.least is None else f"; at the least {size(found.least.device.total)}"
+    most = largest((plan if found.least is None else found.least).device.by_kind)
+    even = "" if found.least is None else f"; at the least {needs(found.least)}"
     anyway = "plan.refuse=false" if run_dir is None else f"refuse: false under plan in {run_dir / 'config.yaml'}"
     raise UserError(
         f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{even} "

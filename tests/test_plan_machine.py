@@ -73,7 +73,7 @@ def test_an_unnamed_card_is_what_this_machine_has() -> None:
     assert found.usable_bytes == CARDS["rtx4090"].usable_bytes
     mixed = Found(devices=(("NVIDIA L40S", 46_068 * MIB), ("NVIDIA RTX 4000 SFF Ada", 20_475 * MIB)))
     unknown = machine(mixed, "cluster.gpus_per_node=2")
-    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada 20 GiB")
+    assert (unknown.card, unknown.name) == (None, "NVIDIA RTX 4000 SFF Ada, 20 GiB")
     assert (unknown.usable_bytes, unknown.flops) == (20_475 * MIB - CONTEXT_BYTES, None)
     assert machine(mixed).card == CARDS["l40s"], "one process uses the first"
     slice_of_one = machine(Found(devices=None, host_bytes=GIB))

@@ -66,7 +66,8 @@ class PlanConfig:
     memory and time depend on, wherever the command line and the recipe leave them at their defaults, to be the fastest
     that fit."""
     refuse: bool = True
-    """Refuse a run that does not fit by calculation; false: say so and start it all the same."""
+    """Refuse a run that does not fit by calculation; false: say so and start it all the same, as what has run before
+    and saved something is."""
     measure: bool = True
     """Measure the memory of one early step by kind, and say where it is over 5 % from the plan."""
     tokens: int | None = None

@@ -121,7 +121,7 @@ def _card(config: Config, here: Found) -> tuple[Card | None, str, int | None]:
         return None, "", None
     gib = f"{memory / GIB:.3g} GiB" if given is None else f"{given:g} GiB"
     if card is None:
-        return None, f"{'a card of' if device is None else device[0]} {gib}", memory
+        return None, f"a card of {gib}" if device is None else f"{device[0]}, {gib}", memory
     is_as_listed = abs(memory - card.memory_bytes) <= ANOTHER_SIZE * card.memory_bytes
     return card, card.title if is_as_listed else f"{card.title.rsplit(maxsplit=2)[0]}, {gib}", memory
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from distlora import durable
 from distlora.cards import CARDS, card_named
 from distlora.config import Config, UserError, require
-from distlora.deepspeed_file import check_deepspeed
+from distlora.deepspeed_file import check_deepspeed, offloads_base
 from distlora.loading.prequantized import refuse_dense
 from distlora.loading.start_file import check_ranks
 from distlora.plan import Plan, plan_of
@@ -96,7 +96,8 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     host is that of its host."""
     if config.cluster.launcher != "local" and not runs_here:
         return machine_of(config)
-    waits = config.parallel.offload_base or config.train.checkpointing == "offload" or config.plan.mode == "auto"
+    offloads = offloads_base(config.parallel, config.shard_degree(config.cluster.ranks))
+    waits = offloads or config.train.checkpointing == "offload" or config.plan.mode == "auto"
     return machine_of(config, found=here.found_here(asks_driver=config.card.name == "auto" or waits))
 
 

@@ -228,4 +228,4 @@ def architecture_named(name: str) -> Mapping[str, Any] | None:
 
 def nearest_architecture(name: str) -> str:
     """` (did you mean ...?)` for a name that may be a mistyped one of a model that is built in."""
-    return nearest(name, ARCHITECTURES, cutoff=0.7)
+    return nearest(name, ARCHITECTURES, cutoff=0.87)

@@ -102,6 +102,7 @@ def test_names_know_no_upper_case_and_mistyped_ones_have_a_nearest() -> None:
     assert architecture_named("qwen/qwen2.5-7b") is ARCHITECTURES["Qwen/Qwen2.5-7B"]
     assert architecture_named("Qwen/Qwen2.5-8B") is None
     assert nearest_architecture("Qwen/Qwen2.5-8B") == " (did you mean 'Qwen/Qwen2.5-7B'?)"
+    assert nearest_architecture("google/gemma-2-9b") == "", "another model, whose name is right"
     assert nearest_architecture("somebody/something") == ""
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from distlora.architectures import ARCHITECTURES
-from distlora.plan import kinds, plan_of, report, words
+from distlora.plan import kinds, plan_of, report, tables, words
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import built_in
-from distlora_launcher import cli
+from distlora_launcher import cli, plan_table
 from distlora_launcher.compose import compose_config
 from launcher_fakes import write_model
 
@@ -199,7 +199,7 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     words = ["--table", "--models", "llama3_8b,llama3_70b", "--cards", "rtx4090,h100x16"]
     assert cli.main(["plan", *words, "--plot", "memory.png"]) == 0
     output = capsys.readouterr()
-    header, rule, *rows = output.out.splitlines()
+    header, rule, *rows = (line for line in output.out.splitlines() if line.startswith("|"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "rtx4090", "h100x16"]
     assert set(rule) == set("|- ")
     assert [row.split("|")[1].strip() for row in rows] == ["llama3_8b", "llama3_70b"]
@@ -215,10 +215,40 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
 
 def test_a_table_says_where_settings_cannot_be(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     words = ["--table", "--models", "llama3_8b,llama3_1b", "--cards", "a10,h100x2", "parallel.resident_blocks=20"]
-    cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:]]
+    cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:4]]
     assert [[cell == "cannot be" for cell in row] for row in cells] == [[True, False], [True, True]]
     found = json.loads(printed(capsys, *words, "--json"))
     assert [row["fits"] for row in found] == [False, True, False, False]
+
+
+def test_a_table_looks_at_all_names_before_it_calculates(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_table, "choose", lambda *_: pytest.fail("chosen for nothing"))
+    assert "there is no model of that name" in refused(capsys, "--table", "--models", "llama3_8b,lama3")
+    assert "there is no card" in refused(capsys, "--table", "--models", "llama3_8b", "--cards", "h100,h10")
+
+
+def test_every_word_of_a_cell_is_explained() -> None:
+    """Of settings that have all words between them."""
+    words = ["card=h100", "cluster.gpus_per_node=8"]
+    more = (
+        ["parallel=zero3", "parallel.offload_base=true", "train.checkpointing=offload"],
+        ["adapter=full", "quant=none", "train.accumulate=block"],
+        ["quant=none", "parallel.shard_degree=4", "train.mlp_tile=512"],
+        ["train.checkpointing=selective", "parallel.resident_blocks=3"],
+    )
+    name, said = "NousResearch/Meta-Llama-3.1-8B-Instruct", set[str]()
+    for each in more:
+        config = compose_config([*words, *each], may_lack_paths=True)
+        said |= set(tables.how(plan_of(config, built_in(name, ARCHITECTURES[name]), machine_of(config))))
+    assert "recompute MLPs" in said
+    assert any(re.fullmatch(r"base and inputs on the host \(.* GB\)", each) for each in said)
+    legend = " ".join(tables.LEGEND)
+    for each in said:
+        word = re.search(r"NF4|bf16|full|recompute|row|slices|tiles|stay|copies|host", each)
+        assert word is not None, each
+        assert word[0] in legend
 
 
 def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +302,9 @@ EIGHT = ("card=h100", "cluster.gpus_per_node=8")
         (["model=llama3_8b", "--strong"], ["--strong belongs to --scaling"]),
         (["model=llama3_8b", "--scaling"], ["how CPU scales is not known", "card=h100"]),
         (["--scaling", "--table"], ["two tables"]),
+        (["model=openai/gpt-oss-20b"], ["for a model of the hub write model.path=openai/gpt-oss-20b"]),
+        (["model=llama3_8b", "--plot", "nowhere/plan.png"], ["there is no folder nowhere; make it"]),
+        (["model=llama3_8b", "card=h100", "plan.tokens=9", "train.max_steps=9"], ["plan.tokens=9 has no effect"]),
         (["model=llama3_8b", "--cards", "h100"], ["belongs to --table"]),
         (["model=llama3_8b", "--plot", "plan.pdf"], ["write --plot plan.png"]),
         (["model=llama3_8b", "--plot", "gpt2.png"], ["gpt2.png is a folder"]),

@@ -219,7 +219,7 @@ def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPat
     assert copied.note.endswith("planned as a copy in bf16, unsloth/gpt-oss-20b-BF16")
     with pytest.raises(UserError, match=r"nor built in \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
         find_model(composed("model.path=Qwen/Qwen2.5-8B"))
-    with pytest.raises(UserError, match=r"no such model \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
+    with pytest.raises(UserError, match=r"is not built in \(did you mean 'Qwen/Qwen2.5-7B'\?\): no such model"):
         find_model(composed("model.path=Qwen/Qwen2.5-8B"), preview=refuse)
     with pytest.raises(UserError, match=r"data.sequence_length=8,192 is beyond the model's 4,096 positions"):
         find_model(composed("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))

@@ -79,7 +79,8 @@ def find_model(
         try:
             here = stack.enter_context(preview(config))
         except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
-            raise UserError(f"{error}{nearest_architecture(path)}") from error
+            near = nearest_architecture(path)
+            raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
         folder = Path(here.model.path)
         return model_in(folder, name=path, new_tokens=new, full=full, sequence_length=length)
 

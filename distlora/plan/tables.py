@@ -6,7 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distlora.plan import Plan
 from distlora.plan.scaling import OWN, ScalingRow
-from distlora.plan.words import BASES, WAITS
+from distlora.plan.words import BASES, RECOMPUTED, WAITS, size
+
+LEGEND = (
+    "A cell: memory of a card at its peak, tokens a second of all cards, and the settings, the fastest that fit:",
+    "- NF4, bf16: what the base is kept in; full: all of it is trained",
+    "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
+    "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: tokens of an MLP at once "
+    "(train.mlp_tile)",
+    "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many cards "
+    "(parallel.shard_degree)",
+    "- on the host: what is in a machine's memory in place of a card's, and how much that takes (parallel.offload_base)",
+    "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
+)
+"""What stands in a cell."""
 
 
 def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
@@ -15,10 +28,12 @@ def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
     models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
     rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
     yield from markdown(["", *machines], rows)
+    yield ""
+    yield from LEGEND
 
 
 def cell(plan: Plan | None) -> str:
-    """`17.4 GB, 1,210 tok/s: NF4, block, 1 row`, or what it would take."""
+    """`17.4 GB, 1,210 tok/s: NF4, recompute blocks, 1 row`, or what it would take."""
     if plan is None:
         return "cannot be"
     needed, usable = plan.device.total / 1e9, plan.machine.usable_bytes
@@ -34,14 +49,15 @@ def how(plan: Plan) -> Iterator[str]:
     config = plan.config
     train, parallel = config.train, config.parallel
     yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
-    yield train.checkpointing
+    yield RECOMPUTED[train.checkpointing]
     yield f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
     if train.accumulate == "block":
         yield "slices"
     if train.mlp_tile is not None:
         yield f"tiles of {train.mlp_tile:,}"
-    if parallel.offload_base:
-        yield "host base"
+    if parallel.offload_base or train.checkpointing == "offload":
+        what = ["base"] * parallel.offload_base + ["inputs"] * (train.checkpointing == "offload")
+        yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
     if parallel.resident_blocks:
         yield f"{parallel.resident_blocks} stay"
     if plan.wire.shards < plan.machine.ranks:

@@ -70,10 +70,10 @@ SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "
 BASES = {"nf4": "NF4", "none": "bf16"}
 """What the base is kept in, by quant.method, in a word."""
 RECOMPUTED = {
-    "none": "recompute nothing",
+    "none": "recompute none",
     "selective": "recompute MLPs",
     "block": "recompute blocks",
-    "offload": "recompute blocks of inputs on the host",
+    "offload": "recompute blocks",
 }
 """What train.checkpointing runs again in backward."""
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distlora.config import UserError, nearest
 from distlora.config.cluster import OWN_OPTION
 from distlora.config.peer_names import peer_hint
+from distlora.config.places import is_hub_name
 
 EXPLAINED = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 """What composing raises for bad words: Hydra leaks bare ValueErrors and TypeErrors for odd group values (adapter=1)."""
@@ -87,6 +88,8 @@ def _bad_option(override: Override) -> str | None:
     if not options or override.is_delete() or not absent:
         return None
     written = override.get_value_element_as_str()
+    if group == "model" and is_hub_name(str(value)):
+        return f"model={written}: names for model= have no '/'; for a model of the hub write model.path={written}"
     message = f"{group}={written}: the options of {group} are {', '.join(options)}{nearest(str(absent[0]), options)}"
     defaults = _composed([])
     if value is None and group not in defaults:

@@ -34,7 +34,7 @@ from distlora_launcher.compose import compose_run, names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown
-from distlora_launcher.plan_table import MACHINES, MODELS, plans, with_model
+from distlora_launcher.plan_table import MACHINES, MODELS, path_named, plans, with_path
 from distlora_launcher.planning import choices
 
 PROGRAM = "distlora plan"
@@ -206,6 +206,7 @@ def check_picture(path: Path) -> None:
     require(path.suffix.lower() == ".png", f"--plot {path} is drawn as a PNG; write --plot {path.with_suffix('.png')}")
     require(not path.is_dir(), f"--plot {path} is a folder; write --plot {path / 'plan.png'}")
     check_writable(path.absolute().parent, "--plot")
+    require(path.parent.is_dir(), f"--plot {path}: there is no folder {path.parent}; make it, or name another place")
 
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
@@ -229,7 +230,7 @@ def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
         return None
     kin = own.partition("_")[0]
     found = [
-        (f"model={name}", planned_model(with_model(plan.config, name)))
+        (f"model={name}", planned_model(with_path(plan.config, path_named(name))))
         for name in known
         if name.partition("_")[0] == kin and name != own
     ]

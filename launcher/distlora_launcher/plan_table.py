@@ -43,15 +43,17 @@ def plans(
 ) -> dict[tuple[str, str], Plan | None]:
     """By (model, machine), with what `words` leave free chosen; None for what `distlora train` would refuse there.
     UserError for a name that is not known, and for settings that cannot be anywhere."""
+    words_of = {machine: machine_words(machine) for machine in machines}
+    paths = {model: path_named(model) for model in models}
     named = {word.lstrip("+").partition("=")[0] for word in words}
     auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
     found: dict[tuple[str, str], Plan | None] = {}
     refused: UserError | None = None
     for machine in machines:
-        settings = ["plan=auto", *auto, *machine_words(machine), *words]
+        settings = ["plan=auto", *auto, *words_of[machine], *words]
         composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
         for model in models:
-            of_model = with_model(composed.config, model)
+            of_model = with_path(composed.config, paths[model])
             found[model, machine] = None
             try:
                 check_parallel(of_model)
@@ -87,13 +89,17 @@ def machine_words(machine: str) -> list[str]:
     return [f"card={card}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
 
 
-def with_model(config: Config, name: str) -> Config:
-    """With a model by its name for model=, or its name on the hub."""
+def path_named(name: str) -> str:
+    """A model's name on the hub, by that or by its name for model=. Raises UserError for neither."""
     known = known_models()
-    path = known.get(name, name)
     if name not in known and not is_hub_name(name):
         raise UserError(
             f"--models {name}: there is no model of that name{nearest(name, known)}; write names for model=, or "
             "ORG/NAME of the hub"
         )
+    return known.get(name, name)
+
+
+def with_path(config: Config, path: str) -> Config:
+    """With another model."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))

@@ -6,7 +6,7 @@ distlora/expert_memory.py, distlora/activations.py): bytes are a token's unless 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -143,6 +143,40 @@ def _kinds_of_masks(settings: Mapping[str, Any], family: Family) -> int:
     if types is None:
         return 2 if family.model_type in ("gemma2", "gemma3_text", "gemma3", "gpt_oss") else 1
     return len(set(types))
+
+
+_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
+_WINDOWS |= {"gemma3": 4096, "gemma3_text": 4096}
+"""What transformers takes where a config.json says no sliding_window."""
+_WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
+"""Families whose sliding_window counts with use_sliding_window=true alone."""
+
+
+def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
+    """Tokens that each layer's attention sees of those before it, itself among them, as transformers reads
+    config.json; None: all."""
+    settings, layers = text_settings(model, family), sizes_of(model, family)["num_hidden_layers"]
+    window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
+    if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
+        window = None
+    types = settings.get("layer_types")
+    if types is not None:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if slides else None for slides in _slides(family, settings, layers)]
+
+
+def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
+    """Whether each layer sees a window alone, where config.json has no layer_types."""
+    match family.model_type:
+        case "gemma2" | "gpt_oss":
+            return [layer % 2 == 0 for layer in range(layers)]
+        case "gemma3" | "gemma3_text":
+            every = settings.get("sliding_window_pattern", 6)
+            return [(layer + 1) % every != 0 for layer in range(layers)]
+        case "qwen2" | "qwen3":
+            return [layer >= settings.get("max_window_layers", 28) for layer in range(layers)]
+        case _:
+            return [True] * layers
 
 
 _INPUTS = {

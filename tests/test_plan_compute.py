@@ -11,12 +11,13 @@ import torch
 
 from distlora.activations import AdaptedRanks, Costs, Decoder, Mode
 from distlora.config import Config
+from distlora.decoder_sizes import windows_of
 from distlora.families import check_config, read_config
 from distlora.flops import active_weights as of_model
 from distlora.flops import count_flops
 from distlora.model import build_model
 from distlora.operations import pairs
-from distlora.plan.compute import StepFlops, active_weights, cut, step_flops, windows_of
+from distlora.plan.compute import StepFlops, active_weights, cut, step_flops
 from distlora.plan.model import PlannedModel
 from distlora.shapes import shapes_of
 from family_models import VARIANTS, config_for, edit_config, hf_config
@@ -97,8 +98,9 @@ def test_a_window_of_null_is_none(tmp_path: Path) -> None:
     hf_config("mistral-window").save_pretrained(tmp_path)
     model = planned(tmp_path)
     model = dataclasses.replace(model, settings={**model.settings, "sliding_window": None})
-    assert windows_of(model) == [None] * 3
-    assert windows_of(planned(tmp_path)) == [16] * 3
+    assert windows_of(model.settings, model.shapes.family) == [None] * 3
+    whole = planned(tmp_path)
+    assert windows_of(whole.settings, whole.shapes.family) == [16] * 3
 
 
 def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:

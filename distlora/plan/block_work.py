@@ -9,12 +9,13 @@ Letters: as in work.py; V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora.activations import LOGITS_AT_ONCE
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD
 from distlora.plan.compute import SCORES_AGAIN
+from distlora.plan.optimizers import UPDATE_BYTES
 from distlora.plan.work import FP32, How, Linear, MovedKind, Work, backward, forward
 
 LEAST_AT_ONCE = 16
@@ -245,10 +246,6 @@ def chunks(m: int, vocabulary: int) -> Iterable[tuple[int, int]]:
     size = max(LEAST_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     whole, rest = divmod(m, size)
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
-
-
-UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16}
-"""Of a trained number: itself and two moments read and written, its gradient read; moments in 4 bytes or in 1."""
 
 
 def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int) -> Iterator[Work]:

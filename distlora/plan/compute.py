@@ -8,12 +8,12 @@ and what DoRA adds (below 1 % of a linear, kernels/README.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from distlora.config import Config
-from distlora.families import Family, text_settings
+from distlora.decoder_sizes import ExpertSizes, windows_of
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
 from distlora.plan.model import PlannedModel
 from distlora.shapes import Weight, attention_columns, expert_paths, sizes_of
@@ -36,13 +36,6 @@ NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
 
 SCORES_AGAIN = 2
 """Operations a pair and column by which flash attention's backward makes the scores again, in place of keeping them."""
-_EXPERTS_CHOSEN = {"mixtral": 2, "qwen3_moe": 8, "gpt_oss": 4}
-"""What transformers takes where a config.json says no num_experts_per_tok."""
-_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
-_WINDOWS |= {"gemma3": 4096, "gemma3_text": 4096}
-"""The same of sliding_window."""
-_WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
-"""Families whose sliding_window counts with use_sliding_window=true alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +140,7 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
         head=shapes.vocabulary * shapes.hidden,
         head_is_trained=full or HEAD in adapter.modules_to_save,
         head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if tied else HEAD, ())),
-        queries=queries_by_window(attention_columns(settings)[0], windows_of(model)),
+        queries=queries_by_window(attention_columns(settings)[0], windows_of(model.settings, model.shapes.family)),
     )
 
 
@@ -183,39 +176,8 @@ def num_experts(model: PlannedModel) -> int:
 
 def experts_chosen(model: PlannedModel) -> int:
     """Experts that a token goes through; 1 for a model without a mixture."""
-    family = model.shapes.family
-    if family.experts is None:
-        return 1
-    settings = sizes_of(model.settings, family)
-    return int(settings.get("num_experts_per_tok", _EXPERTS_CHOSEN[family.model_type]))
-
-
-def windows_of(model: PlannedModel) -> list[int | None]:
-    """Tokens that each layer's attention sees of those before it, itself among them, as transformers reads
-    config.json; None: all."""
-    family, layers = model.shapes.family, model.shapes.num_layers
-    settings = text_settings(model.settings, family)
-    window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
-    if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
-        window = None
-    types = settings.get("layer_types")
-    if types is not None:
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [window if slides else None for slides in _slides(family, settings, layers)]
-
-
-def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
-    """Whether each layer sees a window alone, where config.json has no layer_types."""
-    match family.model_type:
-        case "gemma2" | "gpt_oss":
-            return [layer % 2 == 0 for layer in range(layers)]
-        case "gemma3" | "gemma3_text":
-            every = settings.get("sliding_window_pattern", 6)
-            return [(layer + 1) % every != 0 for layer in range(layers)]
-        case "qwen2" | "qwen3":
-            return [layer >= settings.get("max_window_layers", 28) for layer in range(layers)]
-        case _:
-            return [True] * layers
+    experts = ExpertSizes.of(sizes_of(model.settings, model.shapes.family), model.shapes.family)
+    return 1 if experts is None else experts.chosen
 
 
 def attends_densely(config: Config, model: PlannedModel, *, is_gpu: bool) -> bool:

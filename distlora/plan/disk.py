@@ -17,6 +17,7 @@ from distlora.expert_targets import peft_paths
 from distlora.loading.piece_header import GROUP_BYTES, Extent, cut, header_of
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
+from distlora.plan.optimizers import absmaxes, is_in_8_bits
 from distlora.shapes import ModelShapes, expert_paths
 from distlora.tokens import EMBEDDING, HEAD, trained_indices
 
@@ -25,8 +26,6 @@ JSON_BYTES = 2300
 2026-11-25)."""
 CONFIG_BYTES = 560
 """Of it adapter_config.json, which a result has too."""
-SMALLEST_8BIT = 4096
-"""Elements from which bitsandbytes keeps a tensor's moments in 8 bits, in blocks of 256 with an fp32 scale each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +147,11 @@ def optimizer_tensors(config: Config, trained: Iterable[Tensor]) -> Iterator[Ten
             yield Tensor(f"exp_avg_sq/{name}", tensor.shape)
             continue
         yield Tensor(f"step/{name}", (), "I64")
-        small = not config.optim.name.endswith("_8bit") or tensor.numel < SMALLEST_8BIT
+        small = not is_in_8_bits(config.optim.name, tensor.numel)
         for number in (1, 2):
             yield Tensor(f"state{number}/{name}", tensor.shape, "F32" if small else "U8")
             if not small:
-                yield Tensor(f"absmax{number}/{name}", (-(-tensor.numel // 256),))
+                yield Tensor(f"absmax{number}/{name}", (absmaxes(tensor.numel),))
 
 
 def _parameter_name(name: str) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from distlora import wire
 from distlora.config import Config
+from distlora.decoder_sizes import windows_of
 from distlora.families import text_settings
 from distlora.operations import pairs
 from distlora.plan.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
-from distlora.plan.compute import active_weights, attends_densely, cut, experts_chosen, num_experts, windows_of
+from distlora.plan.compute import active_weights, attends_densely, cut, experts_chosen, num_experts
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.work import FP32, How, Linear, MovedKind, Work
@@ -158,7 +159,7 @@ def _blocks(
     adapters = ((),) * shapes.num_layers if how.trains_base else _ranks(asked)
     found: dict[tuple[Ranks, int | None], BlockWork] = {}
     blocks = []
-    for ranks, window in zip(adapters, windows_of(model), strict=True):
+    for ranks, window in zip(adapters, windows_of(model.settings, model.shapes.family), strict=True):
         key = (ranks, window)
         if key not in found:
             seen = length**2 if dense else sum(pairs(part, window) for part in cut(length, document))

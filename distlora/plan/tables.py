@@ -12,11 +12,10 @@ LEGEND = (
     "A cell: memory of a card at its peak, tokens a second of all cards, and the settings, the fastest that fit:",
     "- NF4, bf16: what the base is kept in; full: all of it is trained",
     "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
-    "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: tokens of an MLP at once "
-    "(train.mlp_tile)",
+    "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: of an MLP (train.mlp_tile)",
     "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many cards "
     "(parallel.shard_degree)",
-    "- on the host: what is in a machine's memory in place of a card's, and how much that takes (parallel.offload_base)",
+    "- on the host: what is in a machine's memory in place of a card's, which takes so much (parallel.offload_base)",
     "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
 )
 """What stands in a cell."""

@@ -15,18 +15,9 @@ from dataclasses import dataclass
 from distlora import wire
 from distlora.config import Config
 from distlora.plan.base import Base
+from distlora.plan.optimizers import LEVELS_BYTES, PAGED_FROM, absmaxes, is_in_8_bits
 from distlora.shapes import ModelShapes
 from distlora.tokens import EMBEDDING
-
-_FLOATS_BELOW = 4096
-"""Elements from which on a moment of bitsandbytes' 8-bit optimizers is in 8 bits (Optimizer2State: min_8bit_size)."""
-_BLOCK = 256
-"""Elements of such a moment with an absmax in fp32 of their own."""
-_PAGED_FROM = 100_000
-"""Elements from which on a paged moment is CUDA's managed memory, which is on the card while there is room for it
-(Optimizer8bit.get_state_buffer); on the CPU nothing is paged."""
-_LEVELS = 2 * 256 * 4
-"""Bytes of the levels of 8 bits for both moments, fp32, which all parameters share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,9 +75,9 @@ class Trained:
         sizes = Counter(self.adapters) + Counter(self.of_base)
         if name == "adamw":  # Two moments, and a step count in fp32.
             return sum((8 * numel + 4) * count for numel, count in sizes.items())
-        in_8_bits, pages = name.endswith("8bit"), name.startswith("paged") and is_gpu
-        levels = _LEVELS if in_8_bits and any(numel >= _FLOATS_BELOW for numel in sizes) else 0
-        moments = (_moments(numel, in_8_bits=in_8_bits, pages=pages) * count for numel, count in sizes.items())
+        pages = name.startswith("paged") and is_gpu
+        levels = LEVELS_BYTES if any(is_in_8_bits(name, numel) for numel in sizes) else 0
+        moments = (_moments(name, numel, pages=pages) * count for numel, count in sizes.items())
         return levels + sum(moments)
 
 
@@ -94,9 +85,9 @@ def _numbers(sizes: Mapping[int, int]) -> int:
     return sum(numel * count for numel, count in sizes.items())
 
 
-def _moments(numel: int, *, in_8_bits: bool, pages: bool) -> int:
+def _moments(optimizer: str, numel: int, *, pages: bool) -> int:
     """Bytes of both moments of one parameter on the device."""
-    paged = pages and numel >= _PAGED_FROM
-    if in_8_bits and numel >= _FLOATS_BELOW:
-        return (0 if paged else 2 * numel) + 2 * 4 * -(-numel // _BLOCK)
+    paged = pages and numel >= PAGED_FROM
+    if is_in_8_bits(optimizer, numel):
+        return (0 if paged else 2 * numel) + 2 * 4 * absmaxes(numel)
     return 0 if paged else 8 * numel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -22,26 +23,38 @@ from distlora.run_folder import PLAN_NAME, read_record
 _PARTS: tuple[Part, ...] = get_args(Part)
 
 
-def measured_step(first_step: int, settings: TrainConfig) -> int:
+def measured_step(first_step: int, settings: TrainConfig) -> int | None:
     """Which step of a start that begins with `first_step` is measured, counted from 0.
 
     The second: the first makes the optimizer's state, checks the base as it gathers it, shows DeepSpeed the order of
-    units, and decides by the memory that it leaves which blocks stay gathered. Or the third, where an evaluation or
-    samples come before the second: they leave tensors behind that the step after them lets go.
+    units, and decides by the memory that it leaves which blocks stay gathered. A later one, where an evaluation or
+    samples come before: they leave tensors behind that the step after them lets go. None: they come before every step.
     """
-    second = first_step + 1
-    between = (settings.eval_every, settings.sample_every)
-    return second + any(every is not None and second % every == 0 for every in between)
+    between = [every for every in (settings.eval_every, settings.sample_every) if every is not None]
+    if 1 in between:
+        return None
+    return next(step for step in itertools.count(first_step + 1) if all(step % every for every in between))
+
+
+def read_plan(run_dir: Path, config: Config) -> dict[str, Any]:
+    """What a step is held against; empty where nothing is planned or measured. Raises UserError for a RUN/plan.json
+    that is damaged."""
+    return read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}
 
 
 def memory_check(
-    run_dir: Path, config: Config, model: CausalLM, optimizer: Optimizer, backend: Backend, *, first_step: int
+    plan: Mapping[str, Any],
+    config: Config,
+    model: CausalLM,
+    optimizer: Optimizer,
+    backend: Backend,
+    *,
+    first_step: int,
 ) -> MemoryCheck | None:
-    """Of a start that begins with `first_step`; None where plan.measure is off. Raises UserError for a RUN/plan.json
-    that is damaged."""
-    if not config.plan.measure:
+    """Of a start that begins with `first_step` and has this plan; None where nothing is measured."""
+    step = measured_step(first_step, config.train)
+    if not config.plan.measure or step is None:
         return None
-    plan, step = read_record(run_dir / PLAN_NAME, RECORDED), measured_step(first_step, config.train)
     return MemoryCheck(model, optimizer, backend, plan=plan, step=step)
 
 
@@ -59,12 +72,13 @@ class MemoryCheck:
         """Of the rank that had most, in bytes; empty until they are known."""
         self.warning: str | None = None
 
+    def measures(self, step: int) -> bool:
+        """Whether this one is to be measured, counted from 0."""
+        return step == self._step
+
     @contextlib.contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Around training step `step`, counted from 0: measure it if it is the one."""
-        if step != self._step:
-            yield
-            return
+    def around(self) -> Iterator[None]:
+        """Around the step that is measured."""
         # What a former step has left is let go before: its size is not known.
         self._backend.zero_gradients()
         with self._meter.step():

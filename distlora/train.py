@@ -26,7 +26,7 @@ from distlora.config_file import load_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
 from distlora.figures import describe, describe_steps, summarize
-from distlora.memory_check import memory_check
+from distlora.memory_check import memory_check, read_plan
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
@@ -54,7 +54,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
     loader, eval_loader = open_data(run_dir, config, ranks)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    data = read_record(run_dir / DATA_NAME)
+    data, plan = read_record(run_dir / DATA_NAME), read_plan(run_dir, config)
     chat_template: str | None = data["chat_template"]
     checkpoints = run_dir / CHECKPOINTS
     made_on = environment_of(config, ranks)
@@ -123,7 +123,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 sample=sample_hook(model, backend, config, reporter, data),
             ),
             control=control,
-            memory=memory_check(run_dir, config, model, optimizer, backend, first_step=progress.step),
+            memory=memory_check(plan, config, model, optimizer, backend, first_step=progress.step),
         )
         with saver:
             trainer.fit()

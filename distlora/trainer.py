@@ -74,6 +74,8 @@ class _Interval:
     """Of this rank."""
     began: float = 0.0
     """When its first step began."""
+    measured: tuple[float, int, int] = (0.0, 0, 0)
+    """(seconds, tokens, flops) of the step whose memory was measured: it takes longer than others."""
     traffic: Traffic = field(default_factory=Traffic)
     """What this rank had moved after its last step."""
 
@@ -198,12 +200,18 @@ class Trainer:
         return since_best >= settings.early_stopping_patience
 
     def _measure_or_train(self, step: int) -> None:
-        if self.memory is None:
+        if self.memory is None or not self.memory.measures(step):
             self._train_step(step)
             return
-        with self.memory.around(step):
+        if (device := self.backend.ranks.device).type == "cuda":
+            torch.cuda.synchronize(device)  # What it still does of the steps before is not of this one's time.
+        began, flops = time.monotonic(), self._interval.flops
+        with self.memory.around():
             self._train_step(step)
-        if self.memory.of_step(step) and self.memory.warning is not None:
+            watch.at(step + 1, "reading what memory it took", long=True)
+        interval = self._interval
+        interval.measured = (time.monotonic() - began, interval.tokens[-1], interval.flops - flops)
+        if self.memory.warning is not None:
             self.reporter.event(self.memory.warning)
 
     def _train_step(self, step: int) -> None:
@@ -307,8 +315,8 @@ class Trainer:
         self.progress.seconds += seconds
         self.progress.tokens += sum(interval.tokens[:updates])
         self.step_traffic = self.backend.traffic.take(len(means))
-        shared = {
-            "tokens_per_second": sum(interval.tokens) / seconds,
+        aside, tokens, flops = interval.measured
+        shared: dict[str, float] = {
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),
             "gathered_bytes": self.step_traffic.gathered_bytes,
             "reduced_bytes": self.step_traffic.reduced_bytes,
@@ -316,8 +324,10 @@ class Trainer:
         }
         if self.backend.shards.copies > 1:
             shared["between_copies_bytes"] = self.step_traffic.between_copies_bytes
-        if self._peak_flops is not None:
-            shared["mfu"] = interval.flops / seconds / self._peak_flops
+        if sum(interval.tokens) > tokens:  # Else the only step was one that is slower than the others.
+            shared["tokens_per_second"] = (sum(interval.tokens) - tokens) / (seconds - aside)
+            if self._peak_flops is not None:
+                shared["mfu"] = (interval.flops - flops) / (seconds - aside) / self._peak_flops
         names = ("loss", *self.objective.figures)
         for index in range(min(updates + 1, len(means))):
             of_step = dict(zip(names, means[index], strict=True))

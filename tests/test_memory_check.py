@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distlora import train
-from distlora.config import TrainConfig
+from distlora.config import TrainConfig, UserError
 from distlora.memory_check import measured_step
 from distlora.parallel import Ranks
 from distlora.plan import measured
@@ -79,12 +80,29 @@ def test_without_a_plan_there_are_the_measured_figures_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "step"),
-    [({}, 1), ({"eval_every": 2}, 1), ({"eval_every": 1}, 2), ({"sample_every": 1, "sample_prompts": ("a",)}, 2)],
+    ("settings", "first", "step"),
+    [
+        ({}, 0, 1),
+        ({"eval_every": 2}, 0, 1),
+        ({"eval_every": 2}, 1, 3),
+        ({"eval_every": 2, "sample_every": 3, "sample_prompts": ("a",)}, 1, 5),
+        ({"eval_every": 1}, 0, None),
+        ({"sample_every": 1, "sample_prompts": ("a",)}, 0, None),
+    ],
 )
-def test_the_second_step_is_measured_or_the_third_after_an_evaluation(settings: dict[str, Any], step: int) -> None:
-    assert measured_step(0, TrainConfig(**settings)) == step
-    assert measured_step(10, TrainConfig(**settings)) == 10 + step
+def test_the_first_step_from_the_second_on_that_follows_a_step_is_measured(
+    settings: dict[str, Any], first: int, step: int | None
+) -> None:
+    assert measured_step(first, TrainConfig(**settings)) == step
+
+
+def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, plan={"measure": True})
+    (tmp_path / "run" / "plan.json").write_text('{"device": {"peak": "much"}}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "start_model", None)
+        with pytest.raises(UserError, match=r"plan\.json"):
+            train.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
 
 
 def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
@@ -115,6 +133,10 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
     assert "than the 1 MB that were planned" in warning
     assert weights(tmp_path / "plain") == weights(tmp_path / "measured")
     plain, found = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "measured")
+    # What is measured takes longer than other steps, whose speed is said.
+    assert [("tokens_per_second" in line, "memory/peak" in line) for line in found if "loss" in line].count(
+        (False, True)
+    ) == 1
     for line in (*plain, *found):
         line.pop("time"), line.pop("tokens_per_second", None), line.pop("peak_memory_bytes", None)
     memory = [{name: line.pop(name) for name in list(line) if name.startswith("memory")} for line in found]

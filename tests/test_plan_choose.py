@@ -20,6 +20,7 @@ from distlora.plan import Machine, Plan, PlannedModel, plan_of
 from distlora.plan.choose import RESERVE, TOO_SLOW, Choice, choose, cost_of, has_room, is_as_good, resolve_quantization
 from distlora.plan.larger import room
 from distlora.plan.nearest import given_up, moves, nearest, sacrifices, with_ranks
+from distlora.plan.report import needs
 from distlora.plan.space import changed, if_valid, value_of, with_settings
 from distlora.plan.words import size
 from distlora.shapes import shapes_of
@@ -272,6 +273,12 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         ("8b", cpu(4, 18.0), {}, r"set cluster\.gpus_per_node=[123] \([\d.]+ GB\)$"),
         ("405b", cpu(4, 18.0), {}, r"name the cards that it is for, as card=h100 "),
         (
+            "405b",
+            dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
+            {},
+            r"take 2 x \w+ [\d]+ GB with card=",
+        ),
+        (
             "70b",
             machine("rtx4090", 1),
             {},
@@ -279,7 +286,15 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             r"\([\d.]+ GB\), or take one A40 48 GB with card=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
     ],
-    ids=["smaller batches", "less in 16 bits", "half a row", "fewer processes", "no CPU", "more cards"],
+    ids=[
+        "smaller batches",
+        "less in 16 bits",
+        "half a row",
+        "fewer processes",
+        "no CPU",
+        "the host lacks",
+        "more cards",
+    ],
 )
 def test_the_nearest_that_fits_is_the_smallest_change(
     name: str, where: Machine, sections: dict[str, Any], expected: str
@@ -311,6 +326,8 @@ def test_the_nearest_that_fits_is_the_smallest_change(
     if found.same is found.other is None:
         assert found.least is not None
         assert not has_room(found.least)
+        lacks = "a card" if found.least.lacks() == "device" else "host memory" if where.is_gpu else "a machine"
+        assert re.match(rf"[\d.]+ [GT]B (of )?a( machine's)? ?{lacks.removeprefix('a ')} \(", needs(found.least))
 
 
 def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:

@@ -38,8 +38,8 @@ class Fitting:
 
     def __str__(self) -> str:
         words = " ".join(typed(name, value) for name, value in self.settings.items())
-        is_gpu = self.plan.machine.is_gpu
-        return f"{words} ({size(self.plan.device.total if is_gpu else self.plan.host.machine)})"
+        device, host = self.plan.device, self.plan.host  # A CPU's processes have their machine's memory together.
+        return f"{words} ({size(device.total if self.plan.machine.is_gpu else host.machine - host.launcher)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -104,10 +104,13 @@ def empty_rows(plan: Plan) -> str | None:
 
 
 def needs(plan: Plan) -> str:
-    """What it takes of that which decides: `8.75 GB a card`, or of a machine's host."""
-    if plan.lacks() == "host" or not plan.machine.is_gpu:
-        return f"{size(plan.host.machine)} of a machine's host memory"
-    return f"{size(plan.device.total)} a card"
+    """What it takes of the memory that decides, and what takes most of that: `8.75 GB a card (...)`."""
+    host, by_kind = plan.host, largest(plan.device.by_kind)
+    if not plan.machine.is_gpu:
+        return f"{size(host.machine - host.launcher)} a machine (of each process {by_kind})"
+    if plan.lacks() == "host":
+        return f"{size(host.machine)} of a machine's host memory ({_waiting(plan)} of a process)"
+    return f"{size(plan.device.total)} a card ({by_kind})"
 
 
 def _row(label: str, text: str) -> Iterator[str]:
@@ -205,16 +208,21 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _host(plan: Plan) -> str:
     host, machine = plan.host, plan.machine
     text = f"{size(host.while_loading)} a process while it loads, {size(host.while_training)} while it trains"
+    text += f" ({said})" if (said := _waiting(plan)) else ""
+    text += f"; {size(host.machine)} on a machine"
+    return text + ("" if machine.host_bytes is None else f" of {size(machine.host_bytes)}")
+
+
+def _waiting(plan: Plan) -> str:
+    """What a process keeps on the host beside what its device has."""
+    host = plan.host
     kinds = {
         "the base": host.base,
         "the blocks' inputs": host.inputs,
         "paged moments": host.moments,
         "copies of what is saved": host.copies,
     }
-    said = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in kinds.items() if nbytes)
-    text += f" ({said})" if said else ""
-    text += f"; {size(host.machine)} on a machine"
-    return text + ("" if machine.host_bytes is None else f" of {size(machine.host_bytes)}")
+    return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in kinds.items() if nbytes)
 
 
 def _disk(plan: Plan) -> str:

@@ -108,12 +108,11 @@ def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
     if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
         return
     found = nearest(plan.config, plan.model, plan.machine)
-    most = largest((plan if found.least is None else found.least).device.by_kind)
-    even = "" if found.least is None else f"; at the least {needs(found.least)}"
+    most = f" ({largest(plan.device.by_kind)})" if found.least is None else f"; at the least {needs(found.least)}"
     anyway = "plan.refuse=false" if run_dir is None else f"refuse: false under plan in {run_dir / 'config.yaml'}"
     raise UserError(
-        f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{even} "
-        f"({most}); {found}; {anyway} starts it all the same"
+        f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{most}; "
+        f"{found}; {anyway} starts it all the same"
     )
 
 

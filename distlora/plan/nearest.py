@@ -25,6 +25,14 @@ MOST_AT_ONCE = 2
 MOST_RANKS = 1024
 _FIXED = frozenset({"quant.method"})
 """What is not chosen where another result is not asked for."""
+_LEAST: Settings = {
+    "train.keep_dequantized": False,
+    "parallel.prefetch": False,
+    "parallel.shard_degree": None,
+    "parallel.resident_blocks": 0,
+}
+"""With these nothing takes more than with others, on a card or a host: so they are not searched where it is asked
+whether anything fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +198,8 @@ def given_up(said: Config, found: Config) -> tuple[float, ...]:
 
 def _least(plan: Plan) -> Plan:
     """Of all settings that may be chosen those with which it takes least of a card, or of a CPU's machine."""
-    found = plans(plan.config, _FIXED, plan.model, plan.machine)
+    said = if_valid(plan.config, _LEAST) or plan.config
+    found = plans(said, {*_FIXED, *_LEAST}, plan.model, plan.machine)
     return min(found, key=lambda plan: plan.device.total if plan.machine.is_gpu else plan.host.machine)
 
 
@@ -269,7 +278,8 @@ def _other_card(plan: Plan) -> Fitting | None:
 
 def _elsewhere(plan: Plan, words: Settings, config: Config, machine: Machine) -> Fitting | None:
     """On other machines, that `words` name in `config`: the fewest settings with which it fits there."""
-    if not any(map(has_room, on_cards(config, {*_FIXED, "parallel.resident_blocks"}, plan.model, machine, 0.0))):
+    said = if_valid(config, _LEAST) or config
+    if not any(map(has_room, on_cards(said, {*_FIXED, *_LEAST}, plan.model, machine, 0.0))):
         return None
     rest = _same(plan_of(config, plan.model, machine))
     if rest is None:

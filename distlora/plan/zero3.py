@@ -149,6 +149,7 @@ class _Coordinator:
                 self.elements -= self.tensors[tensor].numel
 
 
+@functools.lru_cache(maxsize=64)  # Each tensor of each block is looked at, and a search asks hundreds of times.
 def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
     """Of tensors that are small enough, by the user's file, to stay gathered once they were."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
@@ -175,6 +176,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
     return rest, embedding, [unit(base.block) for _ in range(base.layers)], unit(base.head)
 
 
+@functools.lru_cache(maxsize=64)
 def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
     """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
@@ -199,7 +201,6 @@ def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) 
     return Gathered(**{name: getattr(found, name) + rows for name in Gathered.__dataclass_fields__})
 
 
-@functools.lru_cache(maxsize=64)
 def _followed(asked: _Asked) -> Gathered:
     tensors: list[_Tensor] = []
 

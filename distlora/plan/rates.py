@@ -152,5 +152,7 @@ def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list
             f"within a machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
         )
     if machine.is_gpu and machine.ranks > machine.ranks_per_machine:
-        said.append(f"its steps between machines cost {_STEP_SECONDS['network'] * 1e6:.0f} us, by the same")
+        said.append(
+            f"a step of a ring between machines costs {_STEP_SECONDS['network'] * 1e6:.0f} us: {_LATENCY_SOURCE}"
+        )
     return said

@@ -273,10 +273,10 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         ("8b", cpu(4, 18.0), {}, r"set cluster\.gpus_per_node=[123] \([\d.]+ GB\)$"),
         ("405b", cpu(4, 18.0), {}, r"name the cards that it is for, as card=h100 "),
         (
-            "405b",
+            "70b",
             dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
             {},
-            r"take 2 x \w+ [\d]+ GB with card=",
+            r"take 3 such cards with cluster\.gpus_per_node=3 train\.checkpointing=offload \([\d.]+ GB\), or take 2 x ",
         ),
         (
             "70b",

@@ -129,8 +129,8 @@ class Costs:
         cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
     ) -> Costs:
         """Of the first block in a training run of the model with this config.json, whose base so many ranks cut between
-        them; others differ in their adapters alone (`ranks_of_blocks`). Attention
-        on a GPU is by documents where the kernel takes the model's heads, one document a row: more of them need less.
+        them; others differ in their adapters alone (`ranks_of_blocks`). Attention on a GPU is by documents where the
+        kernel takes the model's heads (`flash_accumulators` says of which).
         """
         train, adapter, family = config.train, config.adapter, shapes.family
         decoder = Decoder.of(settings, family)
@@ -139,10 +139,14 @@ class Costs:
         if family.attention == "eager":
             attention = Attention(kind="eager")
         elif device.is_gpu and sixteen_bits and decoder.head_size % 8 == 0 and decoder.head_size <= 256:
-            bounds = 2 * train.micro_batch - 1  # Between rows stands an empty document (distlora.attention.cu_seqlens).
+            tokens = train.micro_batch * config.data.sequence_length
             attention = Attention(
                 accumulators=flash_accumulators(
-                    device.processors, decoder.heads, bounds, deterministic=train.deterministic_attention
+                    device.processors,
+                    decoder.heads,
+                    tokens,
+                    train.micro_batch,
+                    deterministic=train.deterministic_attention,
                 ),
                 expands_keys=True,
             )

@@ -31,6 +31,8 @@ _PARTS_BYTES = 2**28
 _RANK_READ_ONCE = 32
 _PROGRAMS = 128
 """What it has of programs, if the rows alone give fewer."""
+_ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
+"""Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
 STRIPE_BYTES = 3 * 4 * 2**20
 """Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
@@ -119,10 +121,18 @@ BY_DOCUMENTS = Attention()
 """Attention by documents, without what a kernel makes for itself."""
 
 
-def flash_accumulators(processors: int, heads: int, documents: int, *, deterministic: bool) -> int:
+def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, deterministic: bool) -> float:
     """fp32 copies of dQ in the backward of flash attention 2 (flash_api.cpp, mha_varlen_bwd, in flash-attn and in
-    torch): one that is added to by atomics, or one for each program that walks over the same queries."""
-    return -(-processors // (documents * heads)) if deterministic else 1
+    torch), over so many tokens of so many rows: one that is added to by atomics, or one for each program that walks
+    over the same queries; with 128 rows more a document. The most of one document a row and of such of 256 tokens: what
+    data has is not known, and shorter ones take more."""
+    fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.attention.cu_seqlens).
+
+    def copies(documents: int) -> float:
+        programs = -(-processors // (documents * heads)) if deterministic else 1
+        return programs * (1 + _ROWS_A_DOCUMENT * documents / tokens)
+
+    return max(copies(documents) for documents in (fewest, max(fewest, tokens // _DOCUMENT)))
 
 
 class Linear(NamedTuple):

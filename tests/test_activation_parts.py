@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
+from distlora import block_memory, expert_memory, wire
 from distlora.block_memory import parts_of_db, parts_over_rows
+from distlora.parallel import checksums
+from distlora.plan import step
+from distlora_kernels import dropout, skinny_launch
 from distlora_kernels.skinny import skinny_dy, skinny_grad
 
 TOKENS, INPUTS, OUTPUTS = 320, 200, 328
@@ -35,3 +39,11 @@ def test_the_parts_of_adapters_gradients_are_as_large_as_is_calculated(
     of_db = parts_over_rows(TOKENS, OUTPUTS, rank, dtype.itemsize) if once is None else once
     assert of_db in allocated(lambda: skinny_dy(dy, b, xa, scale=1.0))
     assert parts_over_rows(TOKENS, INPUTS, rank, dtype.itemsize) in allocated(lambda: skinny_grad(xa, x))
+
+
+def test_bounds_of_what_is_made_at_once_are_those_of_the_code_that_makes_it() -> None:
+    assert block_memory._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
+    assert block_memory._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
+    assert block_memory._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
+    assert 8 * checksums._LINES_AT_ONCE["cuda"] * checksums.LINE == step._CHECKED
+    assert expert_memory._GROUP == wire.GROUP_WEIGHTS

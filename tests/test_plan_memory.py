@@ -3,17 +3,24 @@ step within 5 %, on 1 to 4 ranks of either backend."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
+from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
+from distlora.block_memory import flash_accumulators
 from distlora.cards import CARDS
 from distlora.config import Config
 from distlora.config_file import build
-from distlora.memory_meter import StepMemory
+from distlora.memory_meter import MemoryMeter, StepMemory
 from distlora.parallel import Ranks
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, Machine, machine_of
@@ -275,3 +282,45 @@ def test_only_cards_have_libraries_and_an_allocator_of_their_own() -> None:
     assert together.total == together.peak + sum(together.beside.values())
     # At least each tensor's end, at most a hole for the head's matrix and the largest of a step, and a segment a pool.
     assert 2.1e9 < together.beside["slack"] < 2.5e9
+
+
+def test_flash_attentions_accumulators_have_128_rows_more_a_document() -> None:
+    # mha_varlen_bwd: (programs, tokens + 128 documents, heads, columns) fp32.
+    alone, many = 3 * (8192 + 128), 8192 + 128 * 32
+    for deterministic, rows in ((True, max(alone, many)), (False, many)):
+        found = flash_accumulators(132, 64, 8192, 1, deterministic=deterministic)
+        assert found * 8192 == pytest.approx(rows)
+
+
+class Counted(MemoryMeter):
+    """With what torch.cuda counts of the step that it measures."""
+
+    counters: ClassVar[list[int]] = []
+    """Bytes beside tensors before the step, and the most that were allocated in it."""
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        beside = torch.cuda.memory_allocated() - sum(self.held().values())
+        with super().step():
+            yield
+        self.counters[:] = [beside, torch.cuda.max_memory_allocated()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a plan beside torch.cuda's counters")
+@pytest.mark.parametrize("checkpointing", ["block", "selective", "none"])
+def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
+    write_model_folder(tmp_path, "llama", **sizes, num_key_value_heads=4, num_hidden_layers=6, vocab_size=32_000)
+    config = config_of(tmp_path, 1, {"data": {"sequence_length": 2048}, "train": {"checkpointing": checkpointing}})
+    monkeypatch.setattr(step_memory, "MemoryMeter", Counted)
+    found = measure_step(config, Ranks(0, 1, torch.device("cuda", 0), None))
+    beside, most = Counted.counters
+    assert most == pytest.approx(found.peak + beside, rel=0.01)
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    plan = device_bytes(config, model_in(tmp_path), replace(cpus(1), is_gpu=True, has_liger=liger))
+    assert plan.peak == pytest.approx(most - beside, rel=0.05), (plan.by_kind, found.by_kind)

@@ -52,7 +52,7 @@ class DeviceBytes:
 
     @property
     def peak(self) -> int:
-        """Of tensors: what torch counts as allocated."""
+        """Of tensors: what torch counts as allocated, but for cuBLAS' workspaces."""
         return self.persistent + sum(self.moments[self.worst].values())
 
     @property

@@ -191,9 +191,9 @@ class Step:
 
     @property
     def _checks(self) -> int:
-        """Words that a checksum of what is gathered has at once (distlora.parallel.checksums), with train.verify in the
-        forward after each save. A run's first forward has them too, before there is an optimizer's state."""
-        return _CHECKED if self.is_gpu and self.shards > 1 and self.config.train.verify else 0
+        """Words that a checksum of what is gathered has at once (distlora.parallel.checksums): in a start's first
+        forward, which a resume's optimizer has its state in, and with train.verify in the one after each save."""
+        return _CHECKED if self.is_gpu and self.shards > 1 else 0
 
     def _head(self) -> dict[Kind, int]:
         return {

@@ -54,7 +54,7 @@ what travels between cards, operations. Where it does not fit, what would. Nothi
                      machine
   setting=value      any setting of `distlora train`, recipes too; without one what `distlora train` would do.
                      cluster.gpus_per_node=8: cards of a machine; plan=auto: the fastest settings that fit, where you
-                     name none; quant=auto: 16 bits where they fit
+                     name none; quant=auto: 16 bits where they fit and are not far slower
   --table            many models on many machines, as Markdown, each with the fastest settings that fit
   --models, --cards  for --table: {table_models};
                      {table_machines}

@@ -1,7 +1,7 @@
 """The sizes of a decoder's blocks and what is adapted of them, as what a row costs in memory is calculated from.
 
-From config.json alone; imports no torch. Letters of this and the files that read it (distlora/block_memory.py,
-distlora/expert_memory.py, distlora/activations.py): bytes are a token's unless a name says otherwise.
+From config.json alone; imports no torch. Letters of this and the files that read it (activations.py, block_memory.py,
+expert_memory.py in distlora/plan/memory): bytes are a token's unless a name says otherwise.
 """
 
 from __future__ import annotations

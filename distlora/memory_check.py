@@ -15,9 +15,9 @@ from distlora.memory_meter import MemoryMeter, Part, StepMemory
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel import Backend
-from distlora.plan import measured
-from distlora.plan.measured import RECORDED, MeasuredRank
-from distlora.plan.memory import KINDS
+from distlora.plan.memory import measured
+from distlora.plan.memory.device import KINDS
+from distlora.plan.memory.measured import RECORDED, MeasuredRank
 from distlora.run_folder import PLAN_NAME, read_record
 
 _PARTS: tuple[Part, ...] = get_args(Part)

@@ -1,4 +1,4 @@
-"""What the memory of a training step is, by kind: measured, where the planner (distlora/plan/memory.py) calculates it.
+"""What the memory of a training step is, by kind: measured, where the planner (distlora/plan/memory) calculates it.
 
 What is held from step to step is walked, each storage once. The rest is read from the allocator's own events of one
 step, which torch's profiler records: every allocation and every free of it, on the CPU and on a GPU, those of
@@ -29,7 +29,7 @@ from distlora.adapters import adapter_parameters
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel.shards import local_rows
-from distlora.plan.memory import Kind
+from distlora.plan.memory.device import Kind
 from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 

@@ -1,5 +1,5 @@
 """The operations that the maths of a training step asks for, by the weights that a token goes through. Imports no
-torch: flops.py reads the weights off a model that runs, the planner (plan/compute.py) off its config.json.
+torch: flops.py reads the weights off a model that runs, the planner (plan/speed/compute.py) off its config.json.
 
 A weight takes 2 operations a token in forward, 2 for the gradient of its input and 2 for its own where it is trained.
 A pair of a query and a key takes 4 a column of the queries in forward (score, output) and 8 in backward (gradients of

@@ -1,4 +1,4 @@
-"""Steps of small models, and what is calculated of them: what the tests of distlora/activations.py measure by."""
+"""Steps of small models, and what is calculated of them: what the tests of plan/memory/activations.py measure by."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from accounting import Kept, Made, flash_like
-from distlora import activations, head
-from distlora.activations import Attention, Costs, Device, Mode
+from distlora import head
 from distlora.adapters import StepRows
 from distlora.attention import Documents
 from distlora.families import read_config
 from distlora.mlp import MLP, place_mlps
 from distlora.model import CausalLM
 from distlora.offload import HostInputs
-from distlora.plan.base import base_of
-from distlora.plan.gathered import Copied, copied_of
+from distlora.plan.memory import activations
+from distlora.plan.memory.activations import Attention, Costs, Device, Mode
+from distlora.plan.memory.base import base_of
+from distlora.plan.memory.gathered import Copied, copied_of
 from distlora.shapes import shapes_of
 from family_models import config_for, load_ours, tokens
 from small_models import write_model_folder

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from activation_steps import NARROW, WIDE, check_steps, load, small_chunks
-from distlora import block_memory, experts
-from distlora.activations import Mode
+from distlora import experts
+from distlora.plan.memory import block_memory
+from distlora.plan.memory.activations import Mode
 
 __all__ = ["small_chunks"]
 

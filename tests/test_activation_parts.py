@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from distlora import block_memory, expert_memory, wire
-from distlora.block_memory import parts_of_db, parts_over_rows
+from distlora import wire
 from distlora.parallel import checksums
-from distlora.plan import step
+from distlora.plan.memory import block_memory, expert_memory, step
+from distlora.plan.memory.block_memory import parts_of_db, parts_over_rows
 from distlora_kernels import dropout, skinny_launch
 from distlora_kernels.skinny import skinny_dy, skinny_grad
 

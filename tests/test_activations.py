@@ -19,11 +19,12 @@ from activation_steps import (
     set_mode,
     small_chunks,
 )
-from distlora import activations, head
-from distlora.activations import AdaptedRanks, Costs, Decoder, Mode
+from distlora import head
 from distlora.attention import Documents
 from distlora.families import FAMILIES
 from distlora.model import CausalLM
+from distlora.plan.memory import activations
+from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder, Mode
 from family_models import tokens
 
 __all__ = ["small_chunks"]

@@ -43,7 +43,7 @@ from distlora.loading.start_file import StartRecord, digest_of, require_start
 from distlora.model_card import model_card, read_metadata
 from distlora.plan import Plan, plan_of
 from distlora.plan.model import model_in
-from distlora.plan.report import page
+from distlora.plan.pages.report import page
 from distlora.run_folder import read_result
 from distlora_launcher.cache import line_of
 from distlora_launcher.checks import check_model

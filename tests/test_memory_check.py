@@ -14,8 +14,8 @@ from distlora import train
 from distlora.config import TrainConfig, UserError
 from distlora.memory_check import measured_step
 from distlora.parallel import Ranks
-from distlora.plan import measured
-from distlora.plan.measured import MeasuredRank
+from distlora.plan.memory import measured
+from distlora.plan.memory.measured import MeasuredRank
 from distlora.reporting import Reporter
 from small_models import make_run, read_metrics
 from worlds import World, start_world

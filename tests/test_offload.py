@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from distlora import host_memory, startup, train
-from distlora.activations import AdaptedRanks, Costs, Decoder
 from distlora.adapters import BlockContext
 from distlora.blocks import Block
 from distlora.config import UserError
 from distlora.families import FAMILIES, read_config
 from distlora.offload import HostInputs
 from distlora.parallel import Ranks
+from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder
 from small_models import make_run, read_metrics
 from test_parity import outcome
 from test_scratch import Layer

@@ -17,12 +17,21 @@ from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
 from distlora.config_file import build
 from distlora.plan import Machine, Plan, PlannedModel, plan_of
-from distlora.plan.choose import RESERVE, TOO_SLOW, Choice, choose, cost_of, has_room, is_as_good, resolve_quantization
-from distlora.plan.larger import room
-from distlora.plan.nearest import given_up, moves, nearest, sacrifices, with_ranks
-from distlora.plan.report import needs
-from distlora.plan.space import changed, if_valid, value_of, with_settings
-from distlora.plan.words import size
+from distlora.plan.choice.choose import (
+    RESERVE,
+    TOO_SLOW,
+    Choice,
+    choose,
+    cost_of,
+    has_room,
+    is_as_good,
+    resolve_quantization,
+)
+from distlora.plan.choice.larger import room
+from distlora.plan.choice.nearest import given_up, moves, nearest, sacrifices, with_ranks
+from distlora.plan.choice.space import changed, if_valid, value_of, with_settings
+from distlora.plan.pages.report import needs
+from distlora.plan.pages.words import size
 from distlora.shapes import shapes_of
 
 GB = 10**9

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from distlora.architectures import ARCHITECTURES
-from distlora.plan import kinds, plan_of, report, tables, words
+from distlora.plan import plan_of
 from distlora.plan.machine import Found, machine_of
+from distlora.plan.memory import kinds
 from distlora.plan.model import built_in
+from distlora.plan.pages import report, tables, words
 from distlora_launcher import cli, plan_table
 from distlora_launcher.compose import compose_config
 from launcher_fakes import write_model

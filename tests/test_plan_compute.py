@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from distlora.activations import AdaptedRanks, Costs, Decoder, Mode
 from distlora.config import Config
 from distlora.decoder_sizes import windows_of
 from distlora.families import check_config, read_config
@@ -17,8 +16,9 @@ from distlora.flops import active_weights as of_model
 from distlora.flops import count_flops
 from distlora.model import build_model
 from distlora.operations import pairs
-from distlora.plan.compute import StepFlops, active_weights, cut, step_flops
+from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder, Mode
 from distlora.plan.model import PlannedModel
+from distlora.plan.speed.compute import StepFlops, active_weights, cut, step_flops
 from distlora.shapes import shapes_of
 from family_models import VARIANTS, config_for, edit_config, hf_config
 

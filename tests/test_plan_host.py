@@ -21,8 +21,8 @@ from distlora.model import build_model
 from distlora.parallel import Shards, zero3
 from distlora.peft_format import adapter_tensors
 from distlora.plan import plan_of
-from distlora.plan.disk import Tensor, file_bytes, trained_tensors
 from distlora.plan.model import built_in, model_in
+from distlora.plan.storage.disk import Tensor, file_bytes, trained_tensors
 from distlora.startup import _HostInputs
 from planned import cpu_machine
 

@@ -16,7 +16,6 @@ import torch
 
 from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
-from distlora.block_memory import flash_accumulators
 from distlora.cards import CARDS
 from distlora.config import Config
 from distlora.config_file import build
@@ -24,7 +23,8 @@ from distlora.memory_meter import MemoryMeter, StepMemory
 from distlora.parallel import Ranks
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, Machine, machine_of
-from distlora.plan.memory import DeviceBytes, Moment, device_bytes
+from distlora.plan.memory.block_memory import flash_accumulators
+from distlora.plan.memory.device import DeviceBytes, Moment, device_bytes
 from distlora.plan.model import find_model, model_in
 from distlora_launcher.compose import compose_config
 from family_models import write_family_folder

@@ -18,14 +18,14 @@ import pytest
 import yaml
 
 from distlora import wire
-from distlora.activations import Activations
 from distlora.architectures import ARCHITECTURES
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.plan import Plan, plan_of
 from distlora.plan.machine import machine_of
+from distlora.plan.memory.activations import Activations
+from distlora.plan.memory.step import blocks_of
 from distlora.plan.model import built_in
-from distlora.plan.step import blocks_of
 from distlora.shapes import ModelShapes
 
 GB, MIB, GIB = 1e9, 2**20, 2**30

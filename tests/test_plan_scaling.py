@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.plan.scaling import FABRICS, ScalingRow, numbers_of, scaling
-from distlora.plan.timing import step_time
+from distlora.plan.speed.scaling import FABRICS, ScalingRow, numbers_of, scaling
+from distlora.plan.speed.timing import step_time
 from test_plan_timing import config_of, model_of
 from test_plan_work import machine_of
 

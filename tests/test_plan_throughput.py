@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from distlora.architectures import architecture_named
-from distlora.plan.compute import step_flops
 from distlora.plan.model import PlannedModel, built_in
-from distlora.plan.timing import StepTime, step_time
+from distlora.plan.speed.compute import step_flops
+from distlora.plan.speed.timing import StepTime, step_time
 from test_plan_timing import config_of
 from test_plan_work import machine_of
 

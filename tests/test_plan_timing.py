@@ -13,11 +13,11 @@ from distlora.bench import step_time as bench
 from distlora.config import Config, UserError
 from distlora.config_file import build
 from distlora.plan import Machine, plan_of
-from distlora.plan.compute import step_flops
 from distlora.plan.model import PlannedModel, built_in
-from distlora.plan.rates import missing_rates, rates_of
-from distlora.plan.timing import StepTime, step_time
-from distlora.plan.wiring import wiring_of
+from distlora.plan.speed.compute import step_flops
+from distlora.plan.speed.rates import missing_rates, rates_of
+from distlora.plan.speed.timing import StepTime, step_time
+from distlora.plan.speed.wiring import wiring_of
 from test_plan_work import machine_of
 
 NAMES = {

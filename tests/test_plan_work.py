@@ -18,11 +18,11 @@ from accounting import Moved
 from distlora.cards import CARDS
 from distlora.head import LossHead
 from distlora.plan import Machine
-from distlora.plan.block_work import HeadSizes, head_work, norm
-from distlora.plan.compute import step_flops
 from distlora.plan.model import model_in
-from distlora.plan.step_work import how_of, step_work
-from distlora.plan.work import How, Linear, Work, backward, forward
+from distlora.plan.speed.block_work import HeadSizes, head_work, norm
+from distlora.plan.speed.compute import step_flops
+from distlora.plan.speed.step_work import how_of, step_work
+from distlora.plan.speed.work import How, Linear, Work, backward, forward
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from small_models import write_model_folder
 from test_plan_compute import LORA, planned, run_of

@@ -13,8 +13,8 @@ from distlora.config import Config
 from distlora.plan import Plan, plan_of
 from distlora.plan.machine import machine_of
 from distlora.plan.model import find_model
-from distlora.plan.report import MOMENTS
-from distlora.plan.words import KINDS
+from distlora.plan.pages.report import MOMENTS
+from distlora.plan.pages.words import KINDS
 from distlora_launcher.compose import compose_config
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -28,8 +28,8 @@ from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
 from distlora.loading.segments import read_header
 from distlora.loading.weights import Loaded
 from distlora.parallel import Ranks
-from distlora.plan.disk import disk_bytes
 from distlora.plan.model import model_in
+from distlora.plan.storage.disk import disk_bytes
 from distlora.startup import start_model
 from distlora.stopping import Stopped
 from planned import assert_close, cpu_machine

@@ -32,7 +32,7 @@ from distlora.parallel import Ranks
 from distlora.plan import Machine
 from distlora.plan.machine import machine_of
 from distlora.plan.model import model_in
-from distlora.plan.timing import StepTime, step_time
+from distlora.plan.speed.timing import StepTime, step_time
 from distlora.startup import start_model
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -9,14 +9,14 @@ from distlora import wire
 from distlora.config import Config
 from distlora.config_file import as_mapping
 from distlora.deepspeed_file import offloads_base
-from distlora.plan.compute import StepFlops, step_flops
-from distlora.plan.disk import DiskBytes, disk_bytes, trained_tensors
-from distlora.plan.host import HostBytes, host_bytes
 from distlora.plan.machine import Machine
-from distlora.plan.memory import DeviceBytes, device_bytes
+from distlora.plan.memory.device import DeviceBytes, device_bytes
+from distlora.plan.memory.step import costs_of
 from distlora.plan.model import PlannedModel
-from distlora.plan.step import costs_of
-from distlora.plan.timing import StepTime, step_time
+from distlora.plan.speed.compute import StepFlops, step_flops
+from distlora.plan.speed.timing import StepTime, step_time
+from distlora.plan.storage.disk import DiskBytes, disk_bytes, trained_tensors
+from distlora.plan.storage.host import HostBytes, host_bytes
 from distlora.wire import StepBytes
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]

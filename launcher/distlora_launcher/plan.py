@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.plan import Plan
-from distlora.plan.kinds import Kind
-from distlora.plan.larger import Room, room
+from distlora.plan.choice.larger import Room, room
+from distlora.plan.choice.nearest import Fitting, Nearest, nearest
+from distlora.plan.choice.reasons import Change
+from distlora.plan.choice.space import typed
+from distlora.plan.memory.kinds import Kind
 from distlora.plan.model import PlannedModel
-from distlora.plan.nearest import Fitting, Nearest, nearest
-from distlora.plan.reasons import Change
-from distlora.plan.report import assumptions, machines_of, page, settings
-from distlora.plan.scaling import FABRICS, Scaling, scaling
-from distlora.plan.space import typed
-from distlora.plan.tables import matrix, scaling_tables
-from distlora.plan.words import KINDS
+from distlora.plan.pages.report import assumptions, machines_of, page, settings
+from distlora.plan.pages.tables import matrix, scaling_tables
+from distlora.plan.pages.words import KINDS
+from distlora.plan.speed.scaling import FABRICS, Scaling, scaling
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable

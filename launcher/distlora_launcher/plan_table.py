@@ -10,7 +10,7 @@ from distlora.cards import CARDS
 from distlora.config import Config, UserError, nearest
 from distlora.config.places import is_hub_name
 from distlora.plan import Plan
-from distlora.plan.choose import choose
+from distlora.plan.choice.choose import choose
 from distlora.plan.machine import machine_of
 from distlora_launcher.checks import check_parallel
 from distlora_launcher.compose import compose_run

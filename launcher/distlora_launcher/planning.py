@@ -17,12 +17,12 @@ from distlora.deepspeed_file import check_deepspeed, offloads_base
 from distlora.loading.prequantized import refuse_dense
 from distlora.loading.start_file import check_ranks
 from distlora.plan import Plan, plan_of
-from distlora.plan.choose import Choice, choose, resolve_quantization
+from distlora.plan.choice.choose import Choice, choose, resolve_quantization
+from distlora.plan.choice.nearest import nearest
 from distlora.plan.machine import Machine, machine_of, used_device
 from distlora.plan.model import PlannedModel
-from distlora.plan.nearest import nearest
-from distlora.plan.report import lines, needs, verdict
-from distlora.plan.words import largest
+from distlora.plan.pages.report import lines, needs, verdict
+from distlora.plan.pages.words import largest
 from distlora.run_folder import PLAN_NAME, checkpoint_folders
 from distlora_launcher import here
 from distlora_launcher.checks import check_of_sizes

@@ -2,7 +2,7 @@
 takes, in each checkpointing mode, calculated from config.json's sizes; and what is computed a second time.
 
 Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
-distlora/block_memory.py and distlora/expert_memory.py, of the head here. tests/test_activations.py and
+block_memory.py and expert_memory.py, of the head here. tests/test_activations.py and
 tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %.
 With adapter=full what a step has of the weights beside (16-bit copies, what ranks gather) is distlora/plan's; the
 gradients of a unit that is in its backward are here.
@@ -16,8 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from distlora import block_memory, wire
-from distlora.block_memory import (
+from distlora import wire
+from distlora.config import Config
+from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.memory import block_memory
+from distlora.plan.memory.block_memory import (
     BY_DOCUMENTS,
     Attention,
     BlockRun,
@@ -27,9 +30,7 @@ from distlora.block_memory import (
     flash_accumulators,
     mlp_half,
 )
-from distlora.config import Config
-from distlora.decoder_sizes import AdaptedRanks, Decoder
-from distlora.expert_memory import INDEX_BYTES, expert_half
+from distlora.plan.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.shapes import Asked, ModelShapes
 from distlora.tokens import EMBEDDING, HEAD
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distlora.deepspeed_file import Gathering
-from distlora.plan.base import Base, Gathered, Stored, unit_bytes
+from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
 
 
 @dataclass(frozen=True, slots=True)

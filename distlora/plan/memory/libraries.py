@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from distlora.config import Config
 from distlora.deepspeed_file import offloads_base
-from distlora.plan.base import Base, unit_bytes
-from distlora.plan.kinds import Kind
 from distlora.plan.machine import Machine
-from distlora.plan.trained import Trained
+from distlora.plan.memory.base import Base, unit_bytes
+from distlora.plan.memory.kinds import Kind
+from distlora.plan.memory.trained import Trained
 
 _MIB = 2**20
 _ROUNDED = 512

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from distlora.config import Config
 from distlora.plan import plan_of
-from distlora.plan.choose import Choice, choose
+from distlora.plan.choice.choose import Choice, choose
+from distlora.plan.choice.space import Settings, if_valid, typed, with_settings
 from distlora.plan.model import PlannedModel
-from distlora.plan.space import Settings, if_valid, typed, with_settings
-from distlora.plan.words import size
+from distlora.plan.pages.words import size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

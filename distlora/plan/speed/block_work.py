@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distlora.activations import LOGITS_AT_ONCE
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD
-from distlora.plan.compute import SCORES_AGAIN
-from distlora.plan.optimizers import UPDATE_BYTES
-from distlora.plan.work import FP32, How, Linear, MovedKind, Work, backward, forward
+from distlora.plan.memory.activations import LOGITS_AT_ONCE
+from distlora.plan.memory.optimizers import UPDATE_BYTES
+from distlora.plan.speed.compute import SCORES_AGAIN
+from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work, backward, forward
 
 LEAST_AT_ONCE = 16
 """Tokens of a chunk of logits, at the least (head.py)."""

@@ -13,12 +13,12 @@ from distlora import host_memory, wire
 from distlora.config import Config
 from distlora.config.initialization import PLAIN, subspace_iterations
 from distlora.deepspeed_file import offloads_base
-from distlora.plan.base import Base, base_of
-from distlora.plan.disk import optimizer_tensors, trained_tensors
 from distlora.plan.machine import Machine
-from distlora.plan.memory import DeviceBytes
+from distlora.plan.memory.base import Base, base_of
+from distlora.plan.memory.device import DeviceBytes
+from distlora.plan.memory.trained import Trained
 from distlora.plan.model import PlannedModel
-from distlora.plan.trained import Trained
+from distlora.plan.storage.disk import optimizer_tensors, trained_tensors
 from distlora.shapes import Asked
 
 PROCESS_BYTES = 390_000_000

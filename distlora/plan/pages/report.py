@@ -10,13 +10,13 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from distlora.plan import Plan
-from distlora.plan.disk import trained_tensors
-from distlora.plan.larger import Room
-from distlora.plan.nearest import Nearest
-from distlora.plan.rates import missing_rates
-from distlora.plan.reasons import Change
-from distlora.plan.space import typed
-from distlora.plan.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, largest, rounded, shares, size
+from distlora.plan.choice.larger import Room
+from distlora.plan.choice.nearest import Nearest
+from distlora.plan.choice.reasons import Change
+from distlora.plan.choice.space import typed
+from distlora.plan.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, largest, rounded, shares, size
+from distlora.plan.speed.rates import missing_rates
+from distlora.plan.storage.disk import trained_tensors
 
 WIDTH = 100
 """Characters of a line."""

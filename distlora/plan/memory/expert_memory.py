@@ -1,4 +1,4 @@
-"""The operations of a mixture of experts in the place of a block's MLP, as distlora/block_memory.py has a dense one's.
+"""The operations of a mixture of experts in the place of a block's MLP, as block_memory.py has a dense one's.
 
     norm, router, rows of the chosen experts, linear (X, X A^T), act(gate) up, linear (P, P A^T), weighted sum
 
@@ -10,7 +10,7 @@ balanced routing. Routers are frozen, and their inputs are not kept.
 
 from __future__ import annotations
 
-from distlora.block_memory import BlockRun, Moment, Operation
+from distlora.plan.memory.block_memory import BlockRun, Moment, Operation
 
 _GROUP, _BLOCK = 16_384, 64
 """Weights of an NF4 group and of a block (kernels/distlora_kernels/reference.py)."""

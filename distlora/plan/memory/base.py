@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from distlora import wire
 from distlora.config import Config
-from distlora.plan.kinds import Kind
+from distlora.plan.memory.kinds import Kind
 from distlora.shapes import ModelShapes, Weight
 from distlora.tokens import EMBEDDING, HEAD
 

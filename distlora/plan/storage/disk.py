@@ -16,8 +16,8 @@ from distlora.config import Config
 from distlora.expert_targets import peft_paths
 from distlora.loading.piece_header import GROUP_BYTES, Extent, cut, header_of
 from distlora.plan.machine import Machine
+from distlora.plan.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.plan.model import PlannedModel
-from distlora.plan.optimizers import absmaxes, is_in_8_bits
 from distlora.shapes import ModelShapes, expert_paths
 from distlora.tokens import EMBEDDING, HEAD, trained_indices
 

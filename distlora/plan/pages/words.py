@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from distlora.plan.compute import FlopsKind
-from distlora.plan.kinds import Kind, Moment
-from distlora.plan.seconds import Term
+from distlora.plan.memory.kinds import Kind, Moment
+from distlora.plan.speed.compute import FlopsKind
+from distlora.plan.speed.seconds import Term
 
 Name = TypeVar("Name")
 

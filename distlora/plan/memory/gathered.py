@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from distlora.config import Config
 from distlora.deepspeed_file import read_gathering
-from distlora.plan.base import Base, Gathered, Stored, unit_bytes
-from distlora.plan.zero3 import coordinated
+from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
+from distlora.plan.memory.zero3 import coordinated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

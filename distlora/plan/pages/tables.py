@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from distlora.plan import Plan
-from distlora.plan.scaling import OWN, ScalingRow
-from distlora.plan.words import BASES, RECOMPUTED, WAITS, size
+from distlora.plan.pages.words import BASES, RECOMPUTED, WAITS, size
+from distlora.plan.speed.scaling import OWN, ScalingRow
 
 LEGEND = (
     "A cell: memory of a card at its peak, tokens a second of all cards, and the settings, the fastest that fit:",

@@ -17,8 +17,8 @@ from distlora.config import Config
 from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.rates import Rates
-from distlora.plan.seconds import Seconds, plus
+from distlora.plan.speed.rates import Rates
+from distlora.plan.speed.seconds import Seconds, plus
 from distlora.shapes import ModelShapes
 
 

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from distlora.config import Config
 from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
-from distlora.plan.kinds import Kind
-from distlora.plan.machine import Machine
-from distlora.plan.model import PlannedModel
-from distlora.plan.reasons import Change, changes_of, why_quantized
-from distlora.plan.space import (
+from distlora.plan.choice.reasons import Change, changes_of, why_quantized
+from distlora.plan.choice.space import (
     RECOMPUTES,
     Settings,
     changed,
@@ -31,6 +28,9 @@ from distlora.plan.space import (
     ways,
     with_settings,
 )
+from distlora.plan.machine import Machine
+from distlora.plan.memory.kinds import Kind
+from distlora.plan.model import PlannedModel
 
 RESERVE = 0.05
 """Share of what a chosen plan needs that stays free beside it: as far as measured peaks may be from plans."""

@@ -12,14 +12,14 @@ from distlora.config import Config
 from distlora.config.initialization import subspace_iterations
 from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.deepspeed_file import offloads_base, read_gathering
-from distlora.plan.base import Base, base_of, unit_bytes
-from distlora.plan.kinds import KINDS, Kind, Moment
-from distlora.plan.libraries import beside_tensors
 from distlora.plan.machine import Machine
+from distlora.plan.memory.base import Base, base_of, unit_bytes
+from distlora.plan.memory.kinds import KINDS, Kind, Moment
+from distlora.plan.memory.libraries import beside_tensors
+from distlora.plan.memory.step import Step
+from distlora.plan.memory.trained import Trained
+from distlora.plan.memory.zero3 import staying_bytes
 from distlora.plan.model import PlannedModel
-from distlora.plan.step import Step
-from distlora.plan.trained import Trained
-from distlora.plan.zero3 import staying_bytes
 from distlora.shapes import ModelShapes, sizes_of
 
 __all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]

@@ -14,11 +14,11 @@ from typing import Literal
 
 from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
 from distlora.plan.machine import Machine
-from distlora.plan.memory import device_bytes
+from distlora.plan.memory.device import device_bytes
 from distlora.plan.model import PlannedModel
-from distlora.plan.rates import missing_rates
-from distlora.plan.seconds import Term
-from distlora.plan.timing import step_time
+from distlora.plan.speed.rates import missing_rates
+from distlora.plan.speed.seconds import Term
+from distlora.plan.speed.timing import step_time
 
 Layout = Literal["one copy", "a copy a machine"]
 """How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""

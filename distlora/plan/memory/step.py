@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distlora import wire
-from distlora.activations import LOGITS_AT_ONCE, Activations, Costs, Device, ranks_of_blocks
 from distlora.config import Config
-from distlora.plan.base import Base, Gathered, Stored, unit_bytes
-from distlora.plan.gathered import Copied, copied_of, gathered_of
-from distlora.plan.kinds import Kind, Moment
 from distlora.plan.machine import Machine
+from distlora.plan.memory.activations import LOGITS_AT_ONCE, Activations, Costs, Device, ranks_of_blocks
+from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
+from distlora.plan.memory.gathered import Copied, copied_of, gathered_of
+from distlora.plan.memory.kinds import Kind, Moment
+from distlora.plan.memory.trained import Trained
 from distlora.plan.model import PlannedModel
-from distlora.plan.trained import Trained
 
 _CHECKED = 8 * 512 * 2**14
 """Bytes of 512 lines of words as int64."""

@@ -12,11 +12,11 @@ from distlora.config import Config
 from distlora.decoder_sizes import windows_of
 from distlora.families import text_settings
 from distlora.operations import pairs
-from distlora.plan.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
-from distlora.plan.compute import active_weights, attends_densely, cut, experts_chosen, num_experts
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.work import FP32, How, Linear, MovedKind, Work
+from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
+from distlora.plan.speed.compute import active_weights, attends_densely, cut, experts_chosen, num_experts
+from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work
 from distlora.shapes import Asked, Weight, attention_columns, sizes_of
 from distlora_kernels.few_rows import most_rows
 

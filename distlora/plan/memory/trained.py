@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from distlora import wire
 from distlora.config import Config
-from distlora.plan.base import Base
-from distlora.plan.optimizers import LEVELS_BYTES, PAGED_FROM, absmaxes, is_in_8_bits
+from distlora.plan.memory.base import Base
+from distlora.plan.memory.optimizers import LEVELS_BYTES, PAGED_FROM, absmaxes, is_in_8_bits
 from distlora.shapes import ModelShapes
 from distlora.tokens import EMBEDDING
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from distlora.config import Config
-from distlora.plan.compute import step_flops
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
-from distlora.plan.rates import Rates, rates_of
-from distlora.plan.seconds import TERMS, Seconds, Term, longest, plus, times, total
-from distlora.plan.step_work import StepWork, step_work
-from distlora.plan.wiring import Wiring, seconds_of, wiring_of
-from distlora.plan.work import MovedKind, Work
+from distlora.plan.speed.compute import step_flops
+from distlora.plan.speed.rates import Rates, rates_of
+from distlora.plan.speed.seconds import TERMS, Seconds, Term, longest, plus, times, total
+from distlora.plan.speed.step_work import StepWork, step_work
+from distlora.plan.speed.wiring import Wiring, seconds_of, wiring_of
+from distlora.plan.speed.work import MovedKind, Work
 
 Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -1,0 +1,1 @@
+"""Operations, bytes and seconds of a step."""

@@ -301,7 +301,7 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
     kinds = {address: kind for (address, _), kind in after.items()}
     for each in alive.values():
         each.kind = kinds.get(each.address, each.kind)
-    _end_unseen([(index, each) for index, each in made if each.address not in kinds], parts)
+    _end_unseen([(index, each) for index, each in made if each.address not in kinds or each.let_go], events, parts)
     changes = [0] * len(events)
     for index, each in made:
         changes[index] += each.nbytes
@@ -328,19 +328,21 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
     )
 
 
-def _end_unseen(made: list[tuple[int, _Made]], parts: list[Part]) -> None:
+def _end_unseen(made: list[tuple[int, _Made]], events: list[Event], parts: list[Part]) -> None:
     """Say when tensors of collectives went that are gone after the step and that this thread did not let go.
 
     gloo's threads have them too, until a collective is done: whoever is last lets go, and a thread's frees are seen by
-    nobody else. It is over when the next one of its kind is made, or with the part of the step where none follows.
+    nobody else, or as late as its address is taken again. It is over when the next one of its kind is made, or with the
+    part of the step where none follows.
     """
     following: dict[Kind, int] = {}
     for index, each in reversed(made):
         if each.kind not in ("gathered", "communication"):
             continue
-        if each.let_go is None:
+        if each.let_go is None or events[each.let_go].nbytes > 0:
             ends = (later for later in range(index, len(parts)) if parts[later] != each.part)
-            each.let_go = following.get(each.kind, next(ends, len(parts) - 1))
+            over = following.get(each.kind, next(ends, len(parts) - 1))
+            each.let_go = over if each.let_go is None else min(over, each.let_go)
         following[each.kind] = index
 
 

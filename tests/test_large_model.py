@@ -179,8 +179,9 @@ def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_
             shapes.block, ranks, quantized=True, itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9
-        # 3 % over on 2 ranks and 19 % on 4 when the watch kept frames of each backward (distlora/loading/README.md).
-        assert sampled.peak <= 1.25 * figures["predicted_mib"] * MIB, figures
+        # 13 % under it on 2 ranks and 11 % on 4, a worker 7 and 6 % (distlora/loading/README.md).
+        assert sampled.peak <= figures["predicted_mib"] * MIB, figures
+        assert max(sampled.workers.values()) <= figures["predicted_worker_mib"] * MIB, figures
     # Twice the ranks add the same rows' gradients in another order, in bf16.
     assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "4"), rel=1e-3)
 

@@ -16,7 +16,7 @@ from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.families import read_config
-from distlora.memory_meter import StepMemory, account, mark, recorded
+from distlora.memory_meter import Event, StepMemory, account, mark, recorded
 from distlora.parallel import Ranks
 from distlora.shapes import shapes_of
 from worlds import World, start_world
@@ -91,6 +91,19 @@ def test_what_another_thread_lets_go_of_ends_with_its_collective() -> None:
     assert found.peaks == {"forward": 4_000, "head": 500, "update": 590}
     assert (found.peak, found.left) == (4_000, 500)
     assert logits.nbytes == 500
+
+
+def test_what_another_thread_lets_go_of_is_not_there_until_its_address_is_taken_again() -> None:
+    events = [
+        Event(0, mark="forward"),
+        Event(1, 100, address=1, kind="gathered"),
+        Event(2, 30, address=2, kind="gathered"),
+        Event(3, 50, address=3),
+        Event(4, 60, address=1),
+        *(Event(5, -nbytes, address) for address, nbytes in ((1, 60), (2, 30), (3, 50))),
+    ]
+    found = account(events, {}, {})
+    assert (found.peaks, found.left) == ({"forward": 140}, 0)
 
 
 def measured(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> StepMemory:

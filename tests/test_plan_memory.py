@@ -92,6 +92,8 @@ def check(plan: DeviceBytes, found: StepMemory, *, short: str | None = None) -> 
 NONE = {"method": "none"}
 EMBEDS: Settings = {"adapter": {"modules_to_save": ["embed_tokens"]}}
 LAST_BLOCK: Settings = {"adapter": {"target_modules": r".*layers\.2\..*_proj"}, "train": {"checkpointing": "none"}}
+FEW_TOKENS: Settings = {"data": {"sequence_length": 8}}
+"""Beside which dequantized weights are much, in forward as in backward."""
 FULL: Settings = {"quant": NONE, "adapter": {"method": "full"}}
 WHOLE: Settings = {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}}
 ROWS_OF_TOKENS: Settings = {"adapter": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6, 7]}}}
@@ -100,6 +102,7 @@ CELLS: list[Cell] = [
     # (model, ranks, micro-batches, settings). 1,001 rows and odd shapes are cut unevenly by every number of ranks.
     ("llama", 1, 1, {}),
     ("llama", 1, 1, LAST_BLOCK),
+    ("llama", 1, 1, FEW_TOKENS),
     ("llama", 2, 1, {"train": {"checkpointing": "none"}}),
     ("llama", 3, 3, {"quant": NONE, "train": {"dtype": "fp32", "accumulate": "block"}}),
     ("llama-tied", 4, 2, {"parallel": {"shard_degree": 2}, "train": {"checkpointing": "selective"}}),

@@ -76,6 +76,8 @@ class Operation(NamedTuple):
     """Bytes a token of the gradient that it hands on."""
     forward: float = 0
     """Bytes a token that its forward has at the most beside what it and those before it keep."""
+    dense: float = 0
+    """Bytes of dequantized weights that its forward has at the most, where they are tensors like others."""
     keeps_dense: float = 0
     """Bytes of dequantized weights from recomputation to backward."""
     gradients: float = 0
@@ -210,11 +212,12 @@ class BlockRun:
         # dA and dB of all of them, in fp32.
         fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
         backward = tuple(moment._replace(fixed=moment.fixed + fixed) for moment in moments)
-        dense = 0.0
+        # Forward goes from one weight to the next as backward does, in the other order.
+        dense, keeps_dense = max(moment.dense for moment in moments), 0.0
         if self.keeps_dense and self.quantized and self.device == "cpu":
-            dense = sum(b * inputs * linear.columns for linear in outputs)
+            keeps_dense = sum(b * inputs * linear.columns for linear in outputs)
             backward = tuple(moment._replace(dense=0) for moment in backward)
-        return Operation(keeps, backward, b * inputs, keeps_dense=dense)
+        return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense)
 
     def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
         """nn.Linears: their input for dW; in backward a dX each, which is added to the others', and dW in the dtype of

@@ -63,10 +63,11 @@ def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
         is_cut = weight % (_GROUP if run.device == "cuda" else _BLOCK) == 0
         dense = b * weight * (1 if is_cut else experts.count)
     if rank == 0:
-        return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs)
+        return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
     fixed = experts.count * rank * (inputs + outputs) * (4 + b)
     if not run.groups_experts:
-        return Operation(b * rows * (inputs + rank), (Moment(b * rows * inputs, fixed, dense),), b * rows * inputs)
+        made = Moment(b * rows * inputs, fixed, dense)
+        return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)
     padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
     sums = b * experts.count * padded * max(inputs, outputs)
     return Operation(

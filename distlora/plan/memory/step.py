@@ -16,6 +16,7 @@ from distlora.config import Config
 from distlora.plan.machine import Machine
 from distlora.plan.memory.activations import LOGITS_AT_ONCE, Activations, Costs, Device, ranks_of_blocks
 from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
+from distlora.plan.memory.block_memory import Operation, Peak
 from distlora.plan.memory.gathered import Copied, copied_of, gathered_of
 from distlora.plan.memory.kinds import Kind, Moment
 from distlora.plan.memory.trained import Trained
@@ -142,26 +143,31 @@ class Step:
         return self.at_once * self.costs.boundary
 
     @property
-    def _runs(self) -> int:
-        """What a block has in forward beside what is kept: the operation that takes most, with its half's input and
-        what it reads; experts hold all that they make to their end. Without recomputation it is kept."""
+    def _runs(self) -> Peak:
+        """What a block has in forward beside what is kept: the operation that takes most, with its half's input, what
+        it reads and dequantized weights; experts hold all that they make to their end. Without recomputation it is
+        kept, but for the weights."""
         return max(self._runs_in(blocks.costs) for blocks in self.blocks)
 
-    def _runs_in(self, costs: Costs) -> int:
+    def _runs_in(self, costs: Costs) -> Peak:
         train, row = self.config.train, self.config.data.sequence_length
         # The outputs of slices that were run before this one.
         beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
         if train.checkpointing in ("none", "selective"):
             beside += self.tokens * costs.masks(row)
-        if train.checkpointing == "none":
-            return beside
         tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
-        takes = [operation.keeps + operation.forward for operation in costs.mlp_half(tile)]
-        mlp = tile * (max(takes) if costs.decoder.experts is None else sum(takes[1:]))
+        attention, mlp = costs.attention_half(self.at_once, row), costs.mlp_half(tile)
+        if train.checkpointing == "none":
+            return _weights([*attention, *mlp], self.at_once).plus(beside)
+        of_mlp = max(_running(operation, tile) for operation in mlp)
+        if costs.decoder.experts is not None:
+            made = tile * sum(operation.keeps + operation.forward for operation in mlp[1:])
+            of_mlp = Peak(made).plus(0, max(operation.dense for operation in mlp))
         if train.checkpointing == "selective":
-            return beside + int(mlp)
-        attention = max(operation.keeps + operation.forward for operation in costs.attention_half(self.at_once, row))
-        return beside + int(max(mlp, self.at_once * attention))
+            of_attention = _weights(attention, self.at_once)
+        else:
+            of_attention = max(_running(operation, self.at_once) for operation in attention)
+        return max(of_mlp, of_attention).plus(beside)
 
     def _embedding_backward(self) -> dict[Kind, int]:
         """Of a trained one, when all other gradients are there: its own, which is sent in fp32."""
@@ -178,15 +184,16 @@ class Step:
     def _forward(self) -> dict[Kind, int]:
         """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied
         out of before it runs."""
-        working = self._runs + self.copied.block + self._checks
+        runs = self._runs
         last: dict[Kind, int] = {
             "kept": self._kept,
-            "working": working,
+            "working": int(runs.bytes) - int(runs.dense) + self.copied.block + self._checks,
+            "scratch": int(runs.dense),
             "gathered": self.gathered.last,
             "gradients": self._waiting(self._layers),
         }
         before = last | {"kept": self._kept - self.blocks[-1].kept, "gathered": self.gathered.forward}
-        copying = last | {"working": 0, "gathered": self.gathered.copying}
+        copying = last | {"working": 0, "scratch": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
 
     @property
@@ -272,6 +279,20 @@ class Step:
 
 def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
     return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _running(operation: Operation, tokens: int) -> Peak:
+    """In its forward, of so many tokens, when nothing that operations before it made is kept."""
+    return Peak(tokens * (operation.keeps + operation.forward)).plus(0, operation.dense)
+
+
+def _weights(operations: Sequence[Operation], tokens: int) -> Peak:
+    """The most of dequantized weights in the forward of operations whose results are kept, less those that are not
+    there yet."""
+    most, behind = 0.0, 0.0
+    for operation in reversed(operations):
+        most, behind = max(most, operation.dense - behind), behind + tokens * operation.keeps
+    return Peak(most, most)
 
 
 def _gradients(unit: tuple[Stored, ...]) -> int:

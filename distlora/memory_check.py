@@ -21,6 +21,8 @@ from distlora.plan.memory.measured import RECORDED, MeasuredRank
 from distlora.run_folder import PLAN_NAME, read_record
 
 _PARTS: tuple[Part, ...] = get_args(Part)
+_REASON_BYTES = 240
+"""Of what a rank says to the others of a measurement that failed."""
 
 
 def measured_step(first_step: int, settings: TrainConfig) -> int | None:
@@ -71,6 +73,7 @@ class MemoryCheck:
         self.figures: dict[str, int] = {}
         """Of the rank that had most, in bytes; empty until they are known."""
         self.warning: str | None = None
+        """A miss, or why nothing was measured."""
 
     def measures(self, step: int) -> bool:
         """Whether this one is to be measured, counted from 0."""
@@ -78,24 +81,40 @@ class MemoryCheck:
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """Around the step that is measured."""
+        """Around the step that is measured. Where the measurement fails on a rank, and not the step, there are no
+        figures, `warning` says why, and the run goes on."""
         # What a former step has left is let go before: its size is not known.
         self._backend.zero_gradients()
         with self._meter.step():
             yield
+        if (failed := self._failed(self._meter.failure)) is not None:
+            rank, reason = failed
+            self.warning = f"WARNING: what memory this step took was not measured on rank {rank}: {reason}"
+            return
         assert self._meter.found is not None
-        rank = self._worst(self._meter.found)
-        self.figures, self.warning = measured.figures(rank, self._plan), measured.warning(rank, self._plan)
+        of_worst = self._worst(self._meter.found)
+        self.figures, self.warning = measured.figures(of_worst, self._plan), measured.warning(of_worst, self._plan)
 
     def of_step(self, step: int) -> dict[str, int]:
         """The figures, if they are those of this step, counted from 0."""
         return self.figures if step == self._step else {}
 
+    def _failed(self, own: str | None) -> tuple[int, str] | None:
+        """(rank, reason) of the first whose measurement failed; None: of none."""
+        said = (own or "").encode()[:_REASON_BYTES]
+        for rank, reason in enumerate(self._of_ranks(list(said.ljust(_REASON_BYTES, b"\0")))):
+            if text := bytes(reason).rstrip(b"\0").decode(errors="ignore"):
+                return rank, text
+        return None
+
+    def _of_ranks(self, own: list[int]) -> list[list[int]]:
+        found: list[list[int]] = self._backend.gather_ranks(
+            torch.tensor(own, device=self._backend.ranks.device)
+        ).tolist()
+        return found
+
     def _worst(self, found: StepMemory) -> MeasuredRank:
-        by_kind = {**found.by_kind, "slack": found.slack}
-        own = [found.peak, _PARTS.index(found.part), *(by_kind.get(kind, 0) for kind in KINDS)]
-        device = self._backend.ranks.device
-        ranks: list[list[int]] = self._backend.gather_ranks(torch.tensor(own, device=device)).tolist()
+        ranks = self._of_ranks([found.peak, _PARTS.index(found.part), *(found.by_kind.get(kind, 0) for kind in KINDS)])
         rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
         peak, part, *kinds = ranks[rank]
         of_worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}

@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
 _STAGES = ("gloo:", "c10d::")
 """Of torch's ProcessGroupGloo, in threads of its own, and of a collective while it is called."""
 _DEQUANTIZES = "bitsandbytes::dequantize_4bit"
+_FAULTS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError)
+"""Of a profiler that does not start or stop, and of a version of torch whose events are others."""
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,6 @@ class StepMemory:
     """The most in each part, beside what is held."""
     left: int
     """Of what the step made and is no kind of what is held: still there at its end."""
-    slack: int = 0
-    """What a GPU's allocator has taken of the device beyond that peak: fragments, and what libraries take through it.
-    """
 
     @property
     def persistent(self) -> int:
@@ -94,6 +95,8 @@ class MemoryMeter:
         self._device = model.head.weight.device
         self._base = dict(_base(model))
         self.found: StepMemory | None = None
+        self.failure: str | None = None
+        """Why there is nothing found of a step that went well."""
 
     def held(self) -> dict[Kind, int]:
         """Bytes of what is there now and stays from step to step."""
@@ -112,29 +115,60 @@ class MemoryMeter:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step; `found` is set when it ends without an exception."""
+        """Around one step. When it ends without an exception `found` is set, or `failure` where the measurement failed
+        and not the step."""
+        self.found = self.failure = None
         for block in self._model.blocks:
             block.forget_rows()
-        before = self._held()
-        with _marks(self._model, self._optimizer), recorded(self._device) as events:
-            mark("start")
-            yield
-        found = account(events, before, self._held())
-        if self._device.type == "cuda":
-            found = replace(found, slack=torch.cuda.memory_reserved(self._device) - found.peak)
-        self.found = found
+        recorder = Recorder(self._device)
+        before = self._tried(self._held)
+        self._tried(recorder.start)
+        try:
+            with _marks(self._model, self._optimizer):
+                mark("start")
+                yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # A fault of the step's kernels is said here, as the step's.
+        finally:
+            self._tried(recorder.stop)
+        if before is not None:
+            self.found = self._tried(lambda: account(recorder.events(), before, self._held()))
+
+    def _tried(self, doing: Callable[[], _Found]) -> _Found | None:
+        """What the instrument does by itself, unless it has failed already. A step is never part of it."""
+        if self.failure is None:
+            try:
+                return doing()
+            except _FAULTS as fault:
+                self.failure = f"{type(fault).__name__}: {fault}"
+        return None
 
 
-@contextlib.contextmanager
-def recorded(device: torch.device) -> Iterator[list[Event]]:
-    """What `device`'s allocator does while this lasts, and the marks, in order; filled when it ends."""
-    # Kineto, which torch's profiler is, says on stderr when it starts and stops. It reads this when it is first used.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    found: list[Event] = []
-    with profile(use_kineto=True, profile_memory=True) as profiled:
-        yield found
-    assert profiled.kineto_results is not None
-    found += _events(profiled.kineto_results.experimental_event_tree(), device)
+class Recorder:
+    """What a device's allocator does between `start` and `stop`, and the marks. Once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._profile: profile | None = None
+
+    def start(self) -> None:
+        # Kineto, which torch's profiler is, says on stderr when it starts and stops. It reads this when it is first
+        # used.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        started = profile(use_kineto=True, profile_memory=True)
+        started.__enter__()
+        self._profile = started
+
+    def stop(self) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+
+    def events(self) -> list[Event]:
+        """In order, once it has stopped. RuntimeError where the profiler has none."""
+        results = None if self._profile is None else self._profile.kineto_results
+        if results is None:
+            raise RuntimeError("torch's profiler has recorded nothing")
+        return _events(results.experimental_event_tree(), self._device)
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

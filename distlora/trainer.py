@@ -210,6 +210,8 @@ class Trainer:
             self._train_step(step)
             watch.at(step + 1, "reading what memory it took", long=True)
         interval = self._interval
+        if len(interval.units) == 1:
+            interval.began = began
         interval.measured = (time.monotonic() - began, interval.tokens[-1], interval.flops - flops)
         if self.memory.warning is not None:
             self.reporter.event(self.memory.warning)
@@ -312,10 +314,10 @@ class Trainer:
         finite = [math.isfinite(mean[0]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
         updates = finite.index(False) if False in finite else len(finite)
         self.progress.step = interval.first_step + updates
-        self.progress.seconds += seconds
-        self.progress.tokens += sum(interval.tokens[:updates])
-        self.step_traffic = self.backend.traffic.take(len(means))
         aside, tokens, flops = interval.measured
+        self.progress.seconds += seconds - aside
+        self.progress.tokens += max(0, sum(interval.tokens[:updates]) - tokens)
+        self.step_traffic = self.backend.traffic.take(len(means))
         shared: dict[str, float] = {
             "peak_memory_bytes": peak_memory_bytes(self.backend.ranks.device),
             "gathered_bytes": self.step_traffic.gathered_bytes,

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from distlora import train
+from distlora import memory_meter, train
 from distlora.config import TrainConfig, UserError
 from distlora.memory_check import measured_step
 from distlora.parallel import Ranks
 from distlora.plan.memory import measured
 from distlora.plan.memory.measured import MeasuredRank
 from distlora.reporting import Reporter
+from distlora.trainer import Trainer
 from small_models import make_run, read_metrics
 from worlds import World, start_world
 
@@ -50,17 +51,29 @@ def test_a_peak_within_5_percent_is_no_miss_and_a_kind_that_makes_it_one_is_name
     less = measured.warning(rank("block", kept=190_000_000, working=120_000_000), PLAN)
     assert less is not None
     assert "9.9% less" in less
-    assert less.endswith("most of it is working, logits, scratch: 0.12 GB measured, 0.2 GB planned")
+    assert less.endswith("most of it is working, logits, scratch, gradients: 0.12 GB measured, 0.2 GB planned")
 
 
 def test_kinds_are_held_to_those_of_the_moment_that_was_the_peak() -> None:
     said = measured.warning(rank("head", kept=200_000_000, logits=500_000_000), PLAN)
     assert said is not None
-    assert said.endswith("working, logits, scratch: 0.5 GB measured, 0.1 GB planned")
+    assert said.endswith("working, logits, scratch, gradients: 0.5 GB measured, 0.1 GB planned")
     # There the plan has no moment: what it has at its own peak.
     said = measured.warning(rank("forward", gathered=700_000_000), PLAN)
     assert said is not None
     assert said.endswith("most of it is gathered, communication: 0.7 GB measured, 0 MB planned")
+
+
+def test_what_a_plan_took_for_granted_of_a_card_it_did_not_know_is_no_miss() -> None:
+    off = rank("block", **BLOCK | {"kept": 300_000_000})
+    for machine, warns in (
+        ({"is_gpu": True, "card": None}, False),
+        ({"is_gpu": True, "card": "h100"}, True),
+        ({"is_gpu": False, "card": None}, True),
+    ):
+        record = PLAN | {"machine": machine}
+        assert (measured.warning(off, record) is not None) == warns
+        assert measured.figures(off, record)["memory/planned"] == 1_000_000_000
 
 
 def test_a_plan_whose_peak_is_before_the_first_step_is_held_to_its_steps() -> None:
@@ -112,6 +125,44 @@ def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
         patch.setattr(Reporter, "event", lambda self, text: said.append(text))
         train.run(run_dir, ranks)
     return [line for line in said if line.startswith("WARNING")]
+
+
+def run_with_a_broken_instrument(ranks: Ranks, *, run_dir: Path, broken: str) -> list[str]:
+    def fail(*given: object, **named: object) -> None:
+        raise RuntimeError("no events")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(memory_meter, broken, fail)
+        return run_and_listen(ranks, run_dir=run_dir)
+
+
+@pytest.mark.parametrize("broken", ["account", pytest.param("profile", marks=pytest.mark.slow)])
+def test_a_measurement_that_fails_on_a_rank_is_said_and_the_run_goes_on(
+    world: World, folders: Path, tmp_path: Path, broken: str
+) -> None:
+    make_run(tmp_path / "run", folders, train={"max_steps": 2}, plan={"measure": True})
+    said = world.run(2, run_with_a_broken_instrument, run_dir=tmp_path / "run", broken=broken)
+    reason = "WARNING: what memory this step took was not measured on rank 1: RuntimeError: no events"
+    assert said[0] == [reason]
+    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(steps) == 2
+    assert not any("memory/peak" in line for line in steps)
+
+
+def test_a_fault_of_the_step_that_is_measured_is_the_runs(folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders, train={"max_steps": 2}, plan={"measure": True})
+    whole = Trainer._train_step
+
+    def fail(self: Trainer, step: int) -> None:
+        whole(self, step)
+        if step == 1:
+            raise RuntimeError("of the step")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", fail)
+        with pytest.raises(RuntimeError, match="of the step"):
+            train.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.families import read_config
-from distlora.memory_meter import Event, StepMemory, account, mark, recorded
+from distlora.memory_meter import Event, Recorder, StepMemory, account, mark
 from distlora.parallel import Ranks
 from distlora.shapes import shapes_of
 from worlds import World, start_world
@@ -38,6 +40,16 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def taken(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def recorded(device: torch.device) -> Iterator[list[Event]]:
+    """Filled when it ends."""
+    recorder, events = Recorder(device), list[Event]()
+    recorder.start()
+    yield events
+    recorder.stop()
+    events += recorder.events()
 
 
 def test_each_allocation_of_known_size_is_counted_where_it_is_made_and_while_it_lasts() -> None:

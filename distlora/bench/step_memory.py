@@ -48,7 +48,8 @@ def measure_step(config: Config, ranks: Ranks, *, documents: int = 4) -> StepMem
     backend.zero_gradients()
     with meter.step():
         step(1)
-    assert meter.found is not None
+    if meter.found is None:
+        raise RuntimeError(f"the step was not measured: {meter.failure}")
     return meter.found
 
 

@@ -36,9 +36,9 @@ class Progress:
     evaluations: dict[int, float] = field(default_factory=dict)
     """Held-out loss, nats a target token, by the number of steps done."""
     seconds: float = 0.0
-    """Wall time of the steps, evaluation and saving left out."""
+    """Wall time of the steps; without evaluation, saving, and a step whose memory was measured, which takes longer."""
     tokens: int = 0
-    """Tokens in the rows of the steps, over all ranks; empty rows do not count."""
+    """Tokens in the rows of these steps, over all ranks; empty rows do not count."""
     published_step: int | None = None
     """The step whose state RUN/best holds; None while it holds none."""
 

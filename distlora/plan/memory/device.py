@@ -11,6 +11,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.config.initialization import subspace_iterations
 from distlora.config.parallel import RESIDENCY_RESERVE
+from distlora.decoder_sizes import windows_of
 from distlora.deepspeed_file import offloads_base, read_gathering
 from distlora.plan.machine import Machine
 from distlora.plan.memory.base import Base, base_of, unit_bytes
@@ -52,7 +53,7 @@ class DeviceBytes:
 
     @property
     def peak(self) -> int:
-        """Of tensors: what torch counts as allocated, but for cuBLAS' workspaces."""
+        """Of tensors. torch counts cuBLAS' workspaces as allocated too, which are in `beside`."""
         return self.persistent + sum(self.moments[self.worst].values())
 
     @property
@@ -118,7 +119,8 @@ def _with_resident(config: Config, model: PlannedModel, machine: Machine, reside
     step = Step.of(config, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
-    moments["loading"] = {"working": max(0, decomposing_bytes(config, shapes) - later)}
+    if machine.is_gpu:  # Of a CPU, HostBytes.loading has it.
+        moments["loading"] = {"working": max(0, decomposing_bytes(config, shapes) - later)}
     return DeviceBytes(
         held={kind: n for kind, n in held.items() if n},
         moments=moments,
@@ -128,26 +130,35 @@ def _with_resident(config: Config, model: PlannedModel, machine: Machine, reside
 
 def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:
     """While adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients and moments: a weight
-    whole, in fp32 once its correction is taken, and for an exact decomposition four times the square of its smaller
-    side in fp64 (distlora.loading.decompose)."""
+    whole, in fp32 once its correction is taken, and what its decomposition takes."""
     if not config.adapter.decomposes:
         return 0
     weights = [each for each, _ in shapes.alike(config.adapter)]
-    sketched = subspace_iterations(config.adapter.init) is not None
     stored = 2 if config.adapter.pissa else 6
     sizes = ((each.up[0], each.down[1]) for each in weights)
-    return max(stored * out * inner + (0 if sketched else 4 * 8 * min(out, inner) ** 2) for out, inner in sizes)
+    return max(stored * out * inner + decomposition_bytes(config, (out, inner)) for out, inner in sizes)
+
+
+def decomposition_bytes(config: Config, shape: tuple[int, ...]) -> int:
+    """At the most, of one weight and beside it (distlora/loading/README.md): five matrices of the smaller side in fp64;
+    subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each
+    (distlora.loading.decompose)."""
+    small, large = sorted(shape)
+    if subspace_iterations(config.adapter.init) is None:
+        return 5 * 8 * small**2
+    return 8 * config.adapter.r * 2 * (small + large) + 3 * 2**25
 
 
 def buffer_bytes(model: PlannedModel, config: Config) -> int:
     """The buffers of transformers' decoder: the rotary embedding's frequencies, twice in fp32, for each kind of layer
-    where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
+    that the model has, where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
     family = model.shapes.family
     sizes = sizes_of(model.settings, family)
     ropes = sizes.get("rope_parameters") or {}
     head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
-    kinds = 2 if family.model_type.startswith("gemma3") else 1
+    windows = windows_of(model.settings, family)
+    kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
     masters = config.adapter.method == "full"
     scale = (4 if masters else wire.DTYPE_BYTES[config.train.dtype]) if family.model_type.startswith("gemma") else 0
     return kinds * 2 * 4 * (int(head * share) // 2) + scale

@@ -27,5 +27,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Moment = Literal["loading", "embedding", "forward", "head", "head_backward", "block", "embedding_backward", "update"]
 """When a run may be at its peak: while adapters are made from the base, at the embedding, a block in forward, the head
 in its forward, the head in its backward, a block in its backward, the embedding in its backward, the optimizer. A
-forward without backward, an evaluation's, has less in each part than a training step: it keeps nothing."""
+forward without backward, an evaluation's, has less in each part than a training step: it keeps nothing. Samples
+(train.sample_every) are in none: how many tokens a prompt has is known when it is encoded. Beside what is held they
+take keys and values of every prompt and of train.sample_tokens (70B: 0.33 MB a token), which may be more than a step of
+short rows takes."""
 MOMENTS: tuple[Moment, ...] = get_args(Moment)

@@ -19,9 +19,10 @@ _ROUNDED = 512
 _SMALL, _LARGE = 2 * _MIB, 20 * _MIB
 """Segments that tensors of up to 1 MiB, and of up to 10 MiB, share (kSmallBuffer, kLargeBuffer); larger ones have
 segments of their own, of multiples of 2 MiB (kRoundLarge), whose rest is used if it is above 1 MiB (should_split)."""
-_WORKSPACES = 2 * 32 * _MIB
-"""cuBLAS' on Hopper and later, 8 MiB before, for each thread that calls it: forward's and autograd's
-(CUDABlas.cpp: parseChosenWorkspaceSize)."""
+_CALLING_THREADS = 2
+"""Forward's and autograd's: each has a workspace of cuBLAS."""
+_WORKSPACE, _WORKSPACE_OF_HOPPER = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * _MIB
+"""One of them, by the card's capability (CUDAContext's CublasHandlePool.cpp: parseChosenWorkspaceSize)."""
 _RECEIVING, _SENDING = 10 * _MIB, 2 * _MIB
 """NCCL's buffers of one connection of a channel: its three protocols' (init.cc: DEFAULT_BUFFSIZE of 4 MiB,
 DEFAULT_LL128_BUFFSIZE of 4.7, DEFAULT_LL_BUFFSIZE of 0.5) in pages of 2 MiB at the receiving end, a page at the sending
@@ -37,11 +38,17 @@ def beside_tensors(config: Config, base: Base, trained: Trained, machine: Machin
     shards = config.shard_degree(machine.ranks)
     return {
         "communication": _nccl(config, machine, shards),
-        "working": _WORKSPACES,
+        "working": _workspaces(machine),
         "slack": _rounding(config, base, trained, shards)
         + _segments(config, base, shards, largest=largest)
         + _late(config, base, shards),
     }
+
+
+def _workspaces(machine: Machine) -> int:
+    """cuBLAS'; the larger ones of a card that is not known."""
+    is_small = machine.card is not None and machine.card.capability[0] not in (9, 10)
+    return _CALLING_THREADS * (_WORKSPACE if is_small else _WORKSPACE_OF_HOPPER)
 
 
 def _nccl(config: Config, machine: Machine, shards: int) -> int:

@@ -202,18 +202,24 @@ class Step:
         forward, which a resume's optimizer has its state in, and with train.verify in the one after each save."""
         return _CHECKED if self.is_gpu and self.shards > 1 else 0
 
+    @property
+    def _output(self) -> int:
+        """The last block's output where the last norm keeps it as it is, and no fp32 copy of it."""
+        is_kept = self.costs.dtype_bytes == 4 or self.costs.norm == self.costs.boundary
+        return self.tokens * self.costs.boundary if is_kept else 0
+
     def _head(self) -> dict[Kind, int]:
         return {
-            "kept": self._kept + self.copied.kept,
-            "logits": int(self.activations.head_forward) + self.copied.head,
+            "kept": self._kept + self.copied.kept + self._output,
+            "logits": int(self.activations.head_forward) - self._output + self.copied.head,
             "gathered": self.gathered.head,
             "gradients": self._waiting(self._layers),
         }
 
     def _head_backward(self) -> dict[Kind, int]:
         return {
-            "kept": self._kept + self.copied.kept,
-            "logits": int(self.activations.head_backward) + self.copied.head,
+            "kept": self._kept + self.copied.kept + self._output,
+            "logits": int(self.activations.head_backward) - self._output + self.copied.head,
             "gathered": self.gathered.head_backward,
             "gradients": self._waiting(self._layers),
         }

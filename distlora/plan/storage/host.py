@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from distlora import host_memory, wire
 from distlora.config import Config
-from distlora.config.initialization import PLAIN, subspace_iterations
+from distlora.config.initialization import PLAIN
 from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 from distlora.plan.memory.base import Base, base_of
-from distlora.plan.memory.device import DeviceBytes
+from distlora.plan.memory.device import DeviceBytes, decomposition_bytes
 from distlora.plan.memory.trained import Trained
 from distlora.plan.model import PlannedModel
 from distlora.plan.storage.disk import optimizer_tensors, trained_tensors
@@ -180,13 +180,4 @@ def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool)
     if config.adapter.init in PLAIN:
         return slice_bytes
     whole = max((weight.shape[-2:] for weight in packed), key=math.prod)
-    return max(slice_bytes, itemsize * math.prod(whole) + (_decomposing(config, whole) if on_host else 0))
-
-
-def _decomposing(config: Config, shape: tuple[int, ...]) -> int:
-    """At the most, of one weight (distlora/loading/README.md): exactly five matrices of the smaller side in fp64; by
-    subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each."""
-    small, large = sorted(shape)
-    if subspace_iterations(config.adapter.init) is None:
-        return 5 * 8 * small**2
-    return 8 * config.adapter.r * 2 * (small + large) + 3 * 2**25
+    return max(slice_bytes, itemsize * math.prod(whole) + (decomposition_bytes(config, whole) if on_host else 0))

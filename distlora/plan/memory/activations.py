@@ -217,7 +217,7 @@ class Costs:
         return self.dtype_bytes * self.decoder.hidden
 
     @property
-    def _norm_keeps_input(self) -> bool:
+    def norm_keeps_input(self) -> bool:
         """Whether the norm that a half begins with keeps the half's input itself, and no fp32 copy."""
         return self.fused or self.dtype_bytes == 4
 
@@ -278,7 +278,7 @@ class Costs:
             whole = held + tokens * block_memory.kept(mlp)
             return max(of_mlp.plus(held - whole), of_attention.plus(-whole))
         # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
-        known = tokens * self.boundary if self._norm_keeps_input else 0
+        known = tokens * self.boundary if self.norm_keeps_input else 0
         if tile is not None:
             # The half's input, which selective keeps anyway, and its gradient are the row's.
             of_mlp = of_mlp.plus((1 if mode == "selective" else 2) * tokens * self.boundary)

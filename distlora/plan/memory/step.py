@@ -205,8 +205,7 @@ class Step:
     @property
     def _output(self) -> int:
         """The last block's output where the last norm keeps it as it is, and no fp32 copy of it."""
-        is_kept = self.costs.dtype_bytes == 4 or self.costs.norm == self.costs.boundary
-        return self.tokens * self.costs.boundary if is_kept else 0
+        return self.tokens * self.costs.boundary if self.costs.norm_keeps_input else 0
 
     def _head(self) -> dict[Kind, int]:
         return {

@@ -198,6 +198,12 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
     assert sum(kinds.values()) - kinds["memory/planned"] == 2 * figures["memory/peak"]
     summary = json.loads((tmp_path / "measured" / "summary.json").read_text())
     assert figures.items() <= summary.items()
+    # Nor is it among those whose time is the run's.
+    timed = [
+        json.loads((tmp_path / name / "checkpoints" / "step_00000003" / "state.json").read_text())["progress"]["tokens"]
+        for name in ("plain", "measured")
+    ]
+    assert 2 * timed[0] == 3 * timed[1]
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,11 @@ def check(plan: DeviceBytes, found: StepMemory, *, short: str | None = None) -> 
     here = beside_plan.grouped(found.by_kind)
     there = beside_plan.grouped(beside_plan.planned_kinds(plan.as_json(), found.part))
     for kind in here | there:
-        assert there.get(kind, 0) == pytest.approx(here.get(kind, 0), rel=0.1, abs=0.02 * found.peak), (
-            kind,
-            here,
-            there,
-        )
+        is_there, planned = here.get(kind, 0), there.get(kind, 0)
+        # A unit is there twice; gloo's thread may have let go of what it came in.
+        early = planned // 2 if kind == "gathered" else 0
+        most = max(0.1 * is_there, 0.02 * found.peak)
+        assert is_there - most <= planned <= is_there + most + early, (kind, here, there)
     for part, moments in ((part, moments) for part, moments in MOMENTS.items() if part != short):
         planned = max((plan.moments[moment] for moment in moments), key=lambda kinds: sum(kinds.values()))
         assert sum(planned.values()) == pytest.approx(found.peaks[part], abs=0.05 * found.peak), (part, planned)

@@ -257,7 +257,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         made.append(asked)
         return plan_of(*asked)
 
-    monkeypatch.setattr("distlora.plan.choose.plan_of", counted)
+    monkeypatch.setattr("distlora.plan.choice.choose.plan_of", counted)
     found = choose(config_of(ranks, quant={"method": "auto"}), (), llama(name), machine("h100", ranks))
     assert has_room(found.plan, RESERVE)
     assert len(made) < most, len(made)

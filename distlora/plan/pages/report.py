@@ -27,8 +27,9 @@ def lines(plan: Plan) -> list[str]:
     """What a run says of its plan before it starts: a few short lines."""
     device, host, disk = plan.device, plan.host, plan.disk
     card = _device(plan)
+    there_is = f" of {size(plan.machine.usable_bytes or 0)}" if plan.fits else ""
     fits = {
-        True: f" of {size(plan.machine.usable_bytes or 0)}",
+        True: "",
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
         None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
     }[plan.fits]
@@ -36,7 +37,7 @@ def lines(plan: Plan) -> list[str]:
     moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: {size(device.total)} a {card} {MOMENTS[device.worst]}{fits}",
+        f"plan: {size(device.total)}{there_is} a {card} at its peak, {MOMENTS[device.worst]}{fits}",
         f"  most of it: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]

@@ -179,7 +179,7 @@ def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequenc
             return [True] * layers
 
 
-_INPUTS = {
+INPUTS = {
     "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "o": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
@@ -222,4 +222,4 @@ class AdaptedRanks:
         return self._of("down")
 
     def _of(self, read: str) -> int:
-        return sum(self.rank(name) for name in _INPUTS[read])
+        return sum(self.rank(name) for name in INPUTS[read])

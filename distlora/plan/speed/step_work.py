@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora import wire
 from distlora.config import Config
-from distlora.decoder_sizes import windows_of
-from distlora.families import text_settings
+from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.operations import pairs
 from distlora.plan.machine import Machine
+from distlora.plan.memory.activations import ranks_of_blocks
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
-from distlora.plan.speed.compute import active_weights, attends_densely, cut, experts_chosen, num_experts
+from distlora.plan.speed.compute import active_weights, attends_densely, cut
 from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work
-from distlora.shapes import Asked, Weight, attention_columns, sizes_of
+from distlora.shapes import Weight
 from distlora_kernels.few_rows import most_rows
-
-Ranks = tuple[tuple[str, int], ...]
-"""(path in the block, rank) of its adapters, by path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,25 +73,23 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
     micro_batches = config.accumulation(ranks)
     passes = wire.passes_of(config, micro_batches)
     how = how_of(config, model, machine)
-    active, family = active_weights(config, model), model.shapes.family
-    reference, gemma = train.objective == "dpo", family.model_type.startswith("gemma")
+    active, decoder = active_weights(config, model), Decoder.of(model.settings, model.shapes.family)
     gathers, resident = _gathers(model, how, shards), config.parallel.resident_blocks
-    capped = family.head_softcap and text_settings(model.settings, family).get("final_logit_softcapping") is not None
     head = HeadSizes(
         vocabulary=model.shapes.vocabulary,
         hidden=model.shapes.hidden,
         rows=active.head_rows // model.shapes.hidden,
         is_trained=active.head_is_trained,
-        capped=capped,
-        gemma=gemma,
+        capped=decoder.caps_logits,
+        gemma=decoder.norms_in_fp32,
     )
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = m * micro_batches // passes
     return StepWork(
-        blocks=_blocks(config, model, machine, how, document),
+        blocks=_blocks(config, model, machine, decoder, how, document),
         micro_batches=micro_batches,
         passes=passes,
-        head=tuple(head_work(head, how, m=at_once, reference=reference)),
+        head=tuple(head_work(head, how, m=at_once, reference=train.objective == "dpo")),
         gathers=gathers,
         moved_blocks=model.shapes.num_layers - (0 if resident == "auto" else resident) if gathers else 0,
         update=tuple(
@@ -149,22 +143,21 @@ def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
 
 
 def _blocks(
-    config: Config, model: PlannedModel, machine: Machine, how: How, document: int | None
+    config: Config, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
 ) -> tuple[BlockWork, ...]:
     train, length, shapes = config.train, config.data.sequence_length, model.shapes
     rows, tile = train.micro_batch, train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
     dense = attends_densely(config, model, is_gpu=machine.is_gpu)
-    asked = Asked(shapes, config.adapter, (num_experts(model),))
-    adapters = ((),) * shapes.num_layers if how.trains_base else _ranks(asked)
-    found: dict[tuple[Ranks, int | None], BlockWork] = {}
+    adapters, windows = ranks_of_blocks(config, shapes), windows_of(model.settings, shapes.family)
+    found: dict[tuple[int, int | None], BlockWork] = {}
     blocks = []
-    for ranks, window in zip(adapters, windows_of(model.settings, model.shapes.family), strict=True):
-        key = (ranks, window)
+    for ranks, window in zip(adapters, windows, strict=True):
+        key = (id(ranks), window)
         if key not in found:
             seen = length**2 if dense else sum(pairs(part, window) for part in cut(length, document))
             found[key] = block_work(
-                sizes_of_block(config, model, dict(ranks)),
+                block_sizes(config, decoder, shapes.block, ranks),
                 how,
                 m=rows * length,
                 pairs=rows * seen,
@@ -176,51 +169,30 @@ def _blocks(
     return tuple(blocks)
 
 
-@functools.lru_cache(maxsize=16)
-def _ranks(asked: Asked) -> tuple[Ranks, ...]:
-    """Of each block; of experts the rank of one. `asked.more` is their number."""
-    layers: list[Ranks] = []
-    known: dict[Ranks, Ranks] = {}
-    (experts,) = asked.more
-    for block in asked.shapes.adapters(asked.config):
-        ranks = {}
-        for each in block:
-            path = each.path.partition(".layers.")[2].partition(".")[2]
-            ranks[path] = each.down[0] // experts if ".experts." in each.path else each.down[0]
-        key = tuple(sorted(ranks.items()))
-        layers.append(known.setdefault(key, key))  # One object, so that blocks that are alike are told at once.
-    return tuple(layers)
+def block_sizes(config: Config, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
+    experts = decoder.experts
 
+    def linear(name: str, weight: Weight) -> Linear:
+        *count, out, features = weight.shape
+        if count:
+            assert experts is not None
+            return Linear(out, features, ranks.rank(name), experts.count, experts.chosen)
+        return Linear(out, features, ranks.rank(name), is_dora=config.adapter.use_dora)
 
-def sizes_of_block(config: Config, model: PlannedModel, ranks: Mapping[str, int]) -> BlockSizes:
-    family, settings = model.shapes.family, sizes_of(model.settings, model.shapes.family)
-    queries, keys = attention_columns(settings)
-    packed = [weight for weight in model.shapes.block if weight.packs]
-
-    def group(*names: str) -> tuple[Linear, ...]:
-        return tuple(
-            _linear(config, model, weight, ranks)
-            for weight in packed
-            if weight.path.removesuffix(".weight").rpartition(".")[2] in names
-        )
-
+    packed = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight for weight in block if weight.packs}
+    groups = {
+        read: tuple(linear(name, weight) for name, weight in packed.items() if name in names)
+        for read, names in INPUTS.items()
+    }
     return BlockSizes(
-        hidden=model.shapes.hidden,
-        queries=queries,
-        keys=keys,
-        heads=settings["num_attention_heads"],
-        attention=(group("q_proj", "k_proj", "v_proj", "qkv_proj"), group("o_proj")),
-        mlp=(group("gate_proj", "up_proj", "gate_up_proj"), group("down_proj")),
-        norms_after=family.mlp_norms[1] is not None,
-        head_norms=family.head_norms,
-        gemma=family.model_type.startswith("gemma"),
-        experts=0 if family.experts is None else num_experts(model),
+        hidden=decoder.hidden,
+        queries=decoder.queries,
+        keys=decoder.keys,
+        heads=decoder.heads,
+        attention=(groups["qkv"], groups["o"]),
+        mlp=(groups["gate_up"], groups["down"]),
+        norms_after=decoder.norms_after,
+        head_norms=decoder.head_norms,
+        gemma=decoder.norms_in_fp32,
+        experts=0 if experts is None else experts.count,
     )
-
-
-def _linear(config: Config, model: PlannedModel, weight: Weight, ranks: Mapping[str, int]) -> Linear:
-    rank = ranks.get(weight.path.removesuffix(".weight"), 0)
-    *experts, out, features = weight.shape
-    if experts:
-        return Linear(out, features, rank, experts[0], experts_chosen(model))
-    return Linear(out, features, rank, is_dora=config.adapter.use_dora)

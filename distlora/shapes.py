@@ -58,6 +58,11 @@ class Adapter:
     """Numbers of DoRA's magnitude."""
 
     @property
+    def place(self) -> str:
+        """The path in its block."""
+        return self.path.partition(".layers.")[2].partition(".")[2]
+
+    @property
     def numels(self) -> tuple[int, ...]:
         """Of each of its parameters."""
         own = (math.prod(self.down), math.prod(self.up))
@@ -144,8 +149,7 @@ def _alike(asked: Asked) -> tuple[tuple[Adapter, int], ...]:
     kinds: dict[object, list[Adapter]] = {}
     for block in _adapters(asked):
         for each in block:
-            path = each.path.partition(".layers.")[2].partition(".")[2]
-            kinds.setdefault((path, each.down, each.up, each.magnitude), []).append(each)
+            kinds.setdefault((each.place, each.down, each.up, each.magnitude), []).append(each)
     return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
 
 

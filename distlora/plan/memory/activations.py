@@ -390,7 +390,6 @@ def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
     kinds: dict[object, AdaptedRanks] = {}
     found = []
     for block in shapes.adapters(asked.config):
-        paths = [adapter.path.partition(".layers.")[2].partition(".")[2] for adapter in block]
-        ranks = {path: each.down[0] // experts.get(path, 1) for path, each in zip(paths, block, strict=True)}
+        ranks = {each.place: each.down[0] // experts.get(each.place, 1) for each in block}
         found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks.of(ranks)))
     return tuple(found)

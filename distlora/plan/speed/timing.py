@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from distlora.config import Config
 from distlora.plan.machine import Machine
@@ -28,7 +28,6 @@ from distlora.plan.speed.wiring import Wiring, seconds_of, wiring_of
 from distlora.plan.speed.work import MovedKind, Work
 
 Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

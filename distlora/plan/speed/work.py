@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from distlora.wire import GROUP_BYTES, GROUP_WEIGHTS
+from distlora.wire import packed_bytes
 
 MovedKind = Literal[
     "dequantization",  # packed weights read, dense ones written
@@ -26,7 +26,6 @@ MovedKind = Literal[
     "gathered",  # what is gathered, copied to where it is used
     "update",  # gradients added up and scaled, the optimizer
 ]
-MOVED_KINDS: tuple[MovedKind, ...] = get_args(MovedKind)
 Unit = Literal["matrices", "attention", "decoding"]
 """What operations run at: a library's product, attention's kernel, a product that decodes a packed weight."""
 
@@ -85,7 +84,7 @@ class Linear:
 
     @property
     def packed_bytes(self) -> int:
-        return -(-self.numel // GROUP_WEIGHTS) * GROUP_BYTES
+        return packed_bytes(self.numel, 1)
 
     @property
     def adapter_numel(self) -> int:

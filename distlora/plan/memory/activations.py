@@ -19,6 +19,7 @@ from typing import Any, Literal
 from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.kernels import attends_by_documents, takes_liger
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.block_memory import (
     BY_DOCUMENTS,
@@ -139,7 +140,7 @@ class Costs:
         full, rows = adapter.method == "full", wire.trained_rows(config, shapes)
         if family.attention == "eager":
             attention = Attention(kind="eager")
-        elif device.is_gpu and sixteen_bits and decoder.head_size % 8 == 0 and decoder.head_size <= 256:
+        elif attends_by_documents(config, family, decoder, is_gpu=device.is_gpu):
             tokens = train.micro_batch * config.data.sequence_length
             attention = Attention(
                 accumulators=flash_accumulators(
@@ -160,11 +161,7 @@ class Costs:
             decoder=decoder,
             ranks=ranks_of_blocks(config, shapes)[0],
             dtype_bytes=2 if sixteen_bits else 4,
-            fused=device.is_gpu
-            and device.has_liger
-            and train.liger
-            and adapter.method != "full"
-            and decoder.experts is None,
+            fused=takes_liger(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger),
             is_gpu=device.is_gpu,
             attention=attention,
             dora=adapter.use_dora,

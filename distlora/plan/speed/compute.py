@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from distlora import wire
 from distlora.config import Config
-from distlora.decoder_sizes import ExpertSizes, windows_of
+from distlora.decoder_sizes import Decoder, ExpertSizes, windows_of
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
+from distlora.plan.kernels import attends_by_documents
 from distlora.plan.model import PlannedModel
-from distlora.shapes import Weight, attention_columns, expert_paths, sizes_of
-from distlora.tokens import EMBEDDING, HEAD, trained_indices
+from distlora.shapes import attention_columns, expert_paths, sizes_of
+from distlora.tokens import EMBEDDING, HEAD
 
 FlopsKind = Literal[
     "forward",  # of the blocks' linears, and of the experts that tokens choose
@@ -31,7 +33,6 @@ FlopsKind = Literal[
     "scores",  # what attention's backward makes again of the forward's scores, where they are not kept
     "masked",  # pairs that a dense mask hides, computed all the same
 ]
-FLOPS_KINDS: tuple[FlopsKind, ...] = get_args(FlopsKind)
 NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
 
 SCORES_AGAIN = 2
@@ -68,10 +69,11 @@ def step_flops(
     rows = config.accumulation(ranks) * config.train.micro_batch
     length = config.data.sequence_length
     tokens, documents = rows * length, cut(length, document)
-    active, mlp = active_weights(config, model), mlp_weights(config, model)
+    active, mlp = active_weights(config, model), weights_within(config, model, "mlp.")
     seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
-    dense = attends_densely(config, model, is_gpu=is_gpu)
-    every = rows * length**2 * sum(columns for columns, _ in active.queries) if dense else seen
+    family = model.shapes.family
+    by_documents = attends_by_documents(config, family, Decoder.of(model.settings, family), is_gpu=is_gpu)
+    every = seen if by_documents else rows * length**2 * sum(columns for columns, _ in active.queries)
     reference = config.train.objective == "dpo"
     again = _recomputed(config, active, mlp)
     of_pairs = PAIR_FORWARD * again.attention + PAIR_BACKWARD + PAIR_FORWARD * (2 if reference else 1)
@@ -84,7 +86,7 @@ def step_flops(
         "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
         "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
         "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
-        "scores": 0 if model.shapes.family.attention == "eager" else SCORES_AGAIN * every,
+        "scores": 0 if family.attention == "eager" else SCORES_AGAIN * every,
         "masked": of_pairs * (every - seen),
     }
     return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)
@@ -121,18 +123,11 @@ def _recomputed(config: Config, active: ActiveWeights, mlp: tuple[int, int]) -> 
 def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
     """What a token goes through, from shapes and settings. Equals flops.active_weights of the model itself."""
     shapes, adapter = model.shapes, config.adapter
-    settings, full = sizes_of(model.settings, shapes.family), adapter.method == "full"
-    chosen = experts_chosen(model)
-    fused = set(expert_paths(shapes.family))
-    linears = shapes.num_layers * sum(passed(weight, chosen) for weight in shapes.block if weight.packs)
-    adapters = 0
-    for each, blocks in () if full else shapes.alike(adapter):
-        rows, inner = each.down
-        is_fused = any(each.path.endswith(path) for path in fused)
-        share = (chosen, num_experts(model)) if is_fused else (1, 1)
-        adapters += blocks * (rows * share[0] // share[1]) * (inner + each.up[0])
+    full = adapter.method == "full"
+    linears, adapters = weights_within(config, model, "")
     tied = shapes.tied and not adapter.modules_to_save
-    rows_of = _trained_rows(config, model)
+    rows_of = wire.trained_rows(config, shapes)
+    columns, _ = attention_columns(sizes_of(model.settings, shapes.family))
     return ActiveWeights(
         linears=linears,
         linears_are_trained=full,
@@ -140,55 +135,28 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
         head=shapes.vocabulary * shapes.hidden,
         head_is_trained=full or HEAD in adapter.modules_to_save,
         head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if tied else HEAD, ())),
-        queries=queries_by_window(attention_columns(settings)[0], windows_of(model.settings, model.shapes.family)),
+        queries=queries_by_window(columns, windows_of(model.settings, shapes.family)),
     )
 
 
-def mlp_weights(config: Config, model: PlannedModel) -> tuple[int, int]:
-    """(weights, R (I + O) of adapters) that a token goes through in the MLPs of all blocks."""
-    chosen = experts_chosen(model)
-    linears = [w for w in model.shapes.block if w.packs and w.path.startswith("mlp.")]
-    weights = model.shapes.num_layers * sum(passed(weight, chosen) for weight in linears)
+def weights_within(config: Config, model: PlannedModel, part: str) -> tuple[int, int]:
+    """(weights, R (I + O) of adapters) that a token goes through in the linears of all blocks whose path in a block
+    begins with `part`; of experts, in those that it chooses."""
+    shapes = model.shapes
+    experts = ExpertSizes.of(sizes_of(model.settings, shapes.family), shapes.family)
+    fused = expert_paths(shapes.family)
+
+    def chosen(number: int, path: str) -> int:
+        return number if experts is None or path not in fused else number // experts.count * experts.chosen
+
+    linears = [weight for weight in shapes.block if weight.packs and weight.path.startswith(part)]
+    weights = shapes.num_layers * sum(chosen(weight.numel, weight.path) for weight in linears)
     if config.adapter.method == "full":
         return weights, 0
-    adapters = 0
-    for each, blocks in model.shapes.alike(config.adapter):
-        if ".mlp." not in each.path:
-            continue
-        is_fused = any(each.path.endswith(path) for path in expert_paths(model.shapes.family))
-        ranks = each.down[0] * chosen // num_experts(model) if is_fused else each.down[0]
-        adapters += blocks * ranks * (each.down[1] + each.up[0])
-    return weights, adapters
-
-
-def passed(weight: Weight, chosen: int) -> int:
-    """Weights of a linear that a token goes through; of a fused one, those of the experts that it chooses."""
-    if len(weight.shape) == 2:
-        return weight.numel
-    return weight.numel // weight.shape[0] * chosen
-
-
-def num_experts(model: PlannedModel) -> int:
-    """1 for a model without a mixture."""
-    layout = model.shapes.family.experts
-    return 1 if layout is None else layout.num_experts(sizes_of(model.settings, model.shapes.family))
-
-
-def experts_chosen(model: PlannedModel) -> int:
-    """Experts that a token goes through; 1 for a model without a mixture."""
-    experts = ExpertSizes.of(sizes_of(model.settings, model.shapes.family), model.shapes.family)
-    return 1 if experts is None else experts.chosen
-
-
-def attends_densely(config: Config, model: PlannedModel, *, is_gpu: bool) -> bool:
-    """Whether attention computes all pairs of a row and hides some by a mask (attention.py, `choose`)."""
-    family = model.shapes.family
-    settings = sizes_of(model.settings, family)
-    head_size = attention_columns(settings)[0] // settings["num_attention_heads"]
-    by_documents = (
-        family.attention == "sdpa" and config.train.dtype == "bf16" and not head_size % 8 and head_size <= 256
+    adapted = [(each, blocks) for each, blocks in shapes.alike(config.adapter) if each.place.startswith(part)]
+    return weights, sum(
+        blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0]) for each, blocks in adapted
     )
-    return not (is_gpu and by_documents)
 
 
 def cut(length: int, document: int | None) -> list[int]:
@@ -196,10 +164,3 @@ def cut(length: int, document: int | None) -> list[int]:
     if document is None or document >= length:
         return [length]
     return [document] * (length // document) + ([length % document] if length % document else [])
-
-
-def _trained_rows(config: Config, model: PlannedModel) -> Mapping[str, tuple[int, ...]]:
-    """Ids by matrix, as wire.token_rows counts them: any that no other token has stand for new ones."""
-    vocabulary = model.shapes.vocabulary
-    ids = tuple(range(vocabulary, vocabulary + len(config.model.new_tokens)))
-    return trained_indices(config, tied=model.shapes.tied, new=ids)

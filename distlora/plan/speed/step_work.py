@@ -10,11 +10,12 @@ from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.operations import pairs
+from distlora.plan.kernels import attends_by_documents, takes_liger
 from distlora.plan.machine import Machine
 from distlora.plan.memory.activations import ranks_of_blocks
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
-from distlora.plan.speed.compute import active_weights, attends_densely, cut
+from distlora.plan.speed.compute import active_weights, cut
 from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work
 from distlora.shapes import Weight
 from distlora_kernels.few_rows import most_rows
@@ -114,18 +115,16 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 
 
 def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
-    """liger-kernel is counted where it can be used (liger.py) and is installed."""
-    family, full = model.shapes.family, config.adapter.method == "full"
-    has_liger = machine.is_gpu and machine.has_liger and config.train.liger and not full and family.experts is None
-    packed = config.quant.is_nf4
+    family = model.shapes.family
+    has_liger = takes_liger(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and config.train.dtype == "bf16"
     capability = (0, 0) if machine.card is None else machine.card.capability
     return How(
         itemsize=wire.DTYPE_BYTES[config.train.dtype],
-        quantized=packed,
+        quantized=config.quant.is_nf4,
         few_rows=most_rows(capability) if decodes else 0,
         keeps_dequantized=config.train.keep_dequantized,
-        trains_base=full,
+        trains_base=config.adapter.method == "full",
         fused_norms=has_liger,
         fused=has_liger and not config.adapter.use_dora,
         scores=family.attention == "eager",
@@ -148,14 +147,14 @@ def _blocks(
     train, length, shapes = config.train, config.data.sequence_length, model.shapes
     rows, tile = train.micro_batch, train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    dense = attends_densely(config, model, is_gpu=machine.is_gpu)
+    by_documents = attends_by_documents(config, shapes.family, decoder, is_gpu=machine.is_gpu)
     adapters, windows = ranks_of_blocks(config, shapes), windows_of(model.settings, shapes.family)
     found: dict[tuple[int, int | None], BlockWork] = {}
     blocks = []
     for ranks, window in zip(adapters, windows, strict=True):
         key = (id(ranks), window)
         if key not in found:
-            seen = length**2 if dense else sum(pairs(part, window) for part in cut(length, document))
+            seen = sum(pairs(part, window) for part in cut(length, document)) if by_documents else length**2
             found[key] = block_work(
                 block_sizes(config, decoder, shapes.block, ranks),
                 how,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pydoc_data.topics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,14 @@ def write_text_file(path: Path, num_documents: int = 40) -> None:
     path.write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in topics))
 
 
+def config_with(
+    base: Mapping[str, Mapping[str, Any]], sections: Mapping[str, Mapping[str, Any]], *, run_dir: str = "none"
+) -> Config:
+    """A config of the sections of `base`, in which `sections` says what is otherwise."""
+    values = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()}
+    return build(Config, {**values, "run_dir": run_dir})
+
+
 def make_run(
     run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
 ) -> Config:
@@ -133,8 +141,7 @@ def make_run(
         # A measured step takes twice its time; it is on in test_memory_check.py and wherever a command runs.
         "plan": {"measure": False},
     }
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
-    config = build(Config, {**values, "run_dir": str(run_dir)})
+    config = config_with(base, sections, run_dir=str(run_dir))
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
     prepare_run(run_dir)

@@ -20,7 +20,7 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train, wire
 from distlora.adapters import StepRows, adapter_parameters
 from distlora.config import Config, UserError
-from distlora.config_file import build, load_config
+from distlora.config_file import load_config
 from distlora.data.loader import MicroBatch
 from distlora.flops import count_flops
 from distlora.generation import worker
@@ -32,7 +32,7 @@ from distlora.peft_format import adapter_tensors
 from distlora.startup import start_model
 from distlora_launcher.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
-from small_models import make_run, read_metrics
+from small_models import config_with, make_run, read_metrics
 from test_packing_isolation import model_with_adapters
 from test_resume import figures, result, run_until
 from worlds import World
@@ -417,9 +417,8 @@ def test_mfu_counts_the_references_forward(folders: Path) -> None:
 )
 def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
     base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "dpo"}}
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
     with pytest.raises(UserError, match=message):
-        build(Config, {**values, "run_dir": "r"})
+        config_with(base, sections)
 
 
 def test_a_run_on_other_data_is_refused_when_the_data_is_prepared(

@@ -16,11 +16,11 @@ from torch.autograd.profiler import record_function
 from distlora import wire
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
-from distlora.config_file import build
 from distlora.families import read_config
 from distlora.memory_meter import Event, Recorder, StepMemory, account, mark
 from distlora.parallel import Ranks
 from distlora.shapes import shapes_of
+from small_models import config_with
 from worlds import World, start_world
 
 CPU = torch.device("cpu")
@@ -34,8 +34,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
         "train": {"global_batch": 12, "micro_batch": 3},
         "quant": {"cache": False},
     }
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
-    return build(Config, {**values, "run_dir": "none"})
+    return config_with(base, sections)
 
 
 def taken(nbytes: int) -> Tensor:

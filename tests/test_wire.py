@@ -12,7 +12,6 @@ from distlora import wire
 from distlora.adapters import adapter_parameters
 from distlora.bench.traffic import Counts, measure_ours
 from distlora.config import Config
-from distlora.config_file import build
 from distlora.families import read_config
 from distlora.model import build_model
 from distlora.parallel import Ranks
@@ -21,6 +20,7 @@ from distlora.shapes import ModelShapes, shapes_of
 from distlora.startup import start_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
+from small_models import config_with
 from worlds import World
 
 LENGTH, MICRO_BATCH = 16, 2
@@ -72,8 +72,7 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
         "adapter": {"target_modules": "all-linear", "r": 8},
         "train": {"micro_batch": MICRO_BATCH},
     }
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
-    return build(Config, {**values, "run_dir": "none"})
+    return config_with(base, sections)
 
 
 def our_traffic(ranks: Ranks, *, config: Config, accumulation: int) -> tuple[Counts, Traffic]:

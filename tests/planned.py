@@ -6,29 +6,12 @@ from pathlib import Path
 
 from distlora.checkpoints.folder import steps
 from distlora.config_file import load_config
-from distlora.plan import Machine, Plan, plan_of
+from distlora.plan import Plan, plan_of
 from distlora.plan.model import model_in
 from distlora.run_folder import BEST_NAME, CHECKPOINTS, PUBLISHED
+from plan_inputs import cpu_machine
 
 WITHIN = 0.02
-
-
-def cpu_machine(ranks: int) -> Machine:
-    """This machine, with so many processes."""
-    return Machine(
-        name="CPU",
-        is_gpu=False,
-        card=None,
-        usable_bytes=None,
-        host_bytes=None,
-        ranks=ranks,
-        ranks_per_machine=ranks,
-        flops=None,
-        bandwidth=None,
-        link=None,
-        host_link=None,
-        network=None,
-    )
 
 
 def plan_of_run(run_dir: Path, ranks: int) -> Plan:

@@ -53,7 +53,7 @@ from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
 from distlora_launcher.local import is_prepared
 from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
-from planned import cpu_machine
+from plan_inputs import cpu_machine
 
 
 def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:

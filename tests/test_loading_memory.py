@@ -13,7 +13,7 @@ from distlora.config_file import build
 from distlora.loading.segments import read_headers
 from distlora.plan import plan_of
 from distlora.plan.model import model_in
-from planned import cpu_machine
+from plan_inputs import cpu_machine
 
 RANKS = 2
 MIB = 2**20

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from distlora.cards import CARDS
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
-from distlora.config_file import build
 from distlora.plan import Machine, Plan, PlannedModel, plan_of
 from distlora.plan.choice.choose import (
     RESERVE,
@@ -32,49 +30,16 @@ from distlora.plan.choice.nearest import given_up, moves, nearest, sacrifices, w
 from distlora.plan.choice.space import changed, if_valid, value_of, with_settings
 from distlora.plan.pages.report import needs
 from distlora.plan.pages.words import size
-from distlora.shapes import shapes_of
+from plan_inputs import cpu_machine, machine_of, model_of
+from small_models import config_with
 
 GB = 10**9
-SIZES = {
-    "8b": (4096, 14_336, 32, 32),
-    "70b": (8192, 28_672, 80, 64),
-    "405b": (16_384, 53_248, 126, 128),
-}
-
-
-def llama(name: str, *, layers: int | None = None) -> PlannedModel:
-    hidden, inner, blocks, heads = SIZES[name]
-    settings = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers or blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "vocab_size": 128_256,
-        "max_position_embeddings": 131_072,
-    }
-    return PlannedModel(name=name, settings=settings, shapes=shapes_of(settings, name), source="built in")
 
 
 def machine(card: str, ranks: int, *, each: int = 8, usable: float | None = None) -> Machine:
     """Machines of up to `each` cards; `usable`: of a card, in GB, where it is another than the table's."""
-    known = CARDS[card]
-    return Machine(
-        name=known.title,
-        is_gpu=True,
-        card=known,
-        usable_bytes=known.usable_bytes if usable is None else int(usable * GB),
-        host_bytes=2000 * GB,
-        ranks=ranks,
-        ranks_per_machine=min(ranks, each),
-        flops=known.flops,
-        bandwidth=known.bandwidth,
-        link=known.link,
-        host_link=known.host_link,
-        network=known.network,
-        has_nvlink=known.has_nvlink,
-    )
+    where = machine_of(card, ranks=ranks, per_machine=each, host_bytes=2000 * GB)
+    return where if usable is None else dataclasses.replace(where, usable_bytes=int(usable * GB))
 
 
 def without_rates(where: Machine) -> Machine:
@@ -83,21 +48,19 @@ def without_rates(where: Machine) -> Machine:
 
 def cpu(ranks: int, host: float) -> Machine:
     """A machine without cards, of which `host` GB can be had."""
-    values = {"name": "CPU", "is_gpu": False, "host_bytes": int(host * GB), "usable_bytes": int(host * GB) // ranks}
-    return dataclasses.replace(without_rates(machine("h100", ranks)), **values)
+    return dataclasses.replace(cpu_machine(ranks), host_bytes=int(host * GB), usable_bytes=int(host * GB) // ranks)
 
 
 def config_of(ranks: int, *, each: int = 8, **sections: dict[str, Any]) -> Config:
-    values: dict[str, Any] = {
+    base: dict[str, dict[str, Any]] = {
         "model": {"path": "/model"},
         "data": {"path": "/data.jsonl", "sequence_length": 4096},
         "adapter": {"target_modules": "all-linear"},
         "train": {"global_batch": 2 * ranks},
         "cluster": {"gpus_per_node": min(ranks, each), "nodes": -(-ranks // each)},
-        "run_dir": "-",
     }
-    values["cluster"] |= {"launcher": "slurm"} if ranks > each else {}
-    return build(Config, values | {name: values.get(name, {}) | given for name, given in sections.items()})
+    base["cluster"] |= {"launcher": "slurm"} if ranks > each else {}
+    return config_with(base, sections)
 
 
 def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) -> Iterator[Plan]:
@@ -172,7 +135,7 @@ CUTS = {"parallel.shard_degree", "parallel.backend"}
     ],
 )
 def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[str], sections: dict[str, Any]) -> None:
-    said, model = config_of(where.ranks, each=where.ranks_per_machine, **sections), llama("8b", layers=3)
+    said, model = config_of(where.ranks, each=where.ranks_per_machine, **sections), model_of("8b", num_hidden_layers=3)
     found = choose(said, fixed, model, where)
     fitting = [plan for plan in every(said, fixed, model, where) if has_room(plan, RESERVE)]
     best = min(cost_of(plan) for plan in fitting)
@@ -199,7 +162,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
     ids=["it fits", "it does not fit", "loftq", "full", "kept"],
 )
 def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str, Any], method: str, why: str) -> None:
-    said, model = config_of(1, quant={"method": "auto"}, **sections), llama("8b")
+    said, model = config_of(1, quant={"method": "auto"}, **sections), model_of("8b")
     found = resolve_quantization(said, model, machine("h100", 1, usable=usable))
     assert found.config == with_settings(said, {"quant.method": method})
     assert [change.typed for change in found.changes] == [f"quant={method}"]
@@ -212,7 +175,7 @@ def test_quant_auto_is_16_bits_where_they_fit(usable: float, sections: dict[str,
     ids=["fast links", "slow links"],
 )
 def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, method: str) -> None:
-    said, model = config_of(8, quant={"method": "auto"}), llama(name)
+    said, model = config_of(8, quant={"method": "auto"}), model_of(name)
     found = choose(said, (), model, where)
     in_16_bits = choose(with_settings(said, {"quant.method": "none"}), ("parallel.offload_base",), model, where).plan
     in_nf4 = choose(with_settings(said, {"quant.method": "nf4"}), (), model, where).plan
@@ -229,7 +192,7 @@ def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, 
 
 
 def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_card_that_it_does_not_know() -> None:
-    said, model = config_of(1, quant={"method": "auto"}), llama("8b")
+    said, model = config_of(1, quant={"method": "auto"}), model_of("8b")
     packed = dataclasses.replace(model, settings={**model.settings, "quantization_config": {"quant_method": "bnb"}})
     assert str(choose(said, CHOSEN, packed, machine("h100", 1)).changes[0]) == "quant=nf4: 8b is in NF4 already"
     unknown = dataclasses.replace(machine("h100", 1), usable_bytes=None)
@@ -240,11 +203,11 @@ def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_card_that_it_do
 
 def test_auto_is_read_by_nobody_before_it_is_decided() -> None:
     with pytest.raises(UserError, match=r"quant\.method=auto stands for nf4 or none"):
-        plan_of(config_of(1, quant={"method": "auto"}), llama("8b"), machine("h100", 1))
+        plan_of(config_of(1, quant={"method": "auto"}), model_of("8b"), machine("h100", 1))
 
 
 def test_plan_auto_alone_leaves_the_quantization() -> None:
-    found = choose(config_of(8), (), llama("8b"), machine("h100", 8))
+    found = choose(config_of(8), (), model_of("8b"), machine("h100", 8))
     assert found.config.quant.method == "nf4"
 
 
@@ -258,7 +221,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         return plan_of(*asked)
 
     monkeypatch.setattr("distlora.plan.choice.choose.plan_of", counted)
-    found = choose(config_of(ranks, quant={"method": "auto"}), (), llama(name), machine("h100", ranks))
+    found = choose(config_of(ranks, quant={"method": "auto"}), (), model_of(name), machine("h100", ranks))
     assert has_room(found.plan, RESERVE)
     assert len(made) < most, len(made)
 
@@ -308,7 +271,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
 def test_the_nearest_that_fits_is_the_smallest_change(
     name: str, where: Machine, sections: dict[str, Any], expected: str
 ) -> None:
-    said, model = config_of(where.ranks, **sections), llama(name)
+    said, model = config_of(where.ranks, **sections), model_of(name)
     plan = plan_of(said, model, where)
     assert not has_room(plan)
     found = nearest(said, model, where)
@@ -340,7 +303,7 @@ def test_the_nearest_that_fits_is_the_smallest_change(
 
 
 def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
-    model, where, larger = llama("8b"), machine("h100", 8), ("model=larger", llama("70b"))
+    model, where, larger = model_of("8b"), machine("h100", 8), ("model=larger", model_of("70b"))
     said = config_of(8)
     plan = plan_of(said, model, where)
     found = {each.what: each for each in room(Choice(config=said, plan=plan, asked=said), larger)}
@@ -352,8 +315,8 @@ def test_what_a_run_has_room_for_is_a_plan_of_each() -> None:
 
 def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
     said = config_of(8, plan={"mode": "auto"})
-    choice = choose(said, (), llama("8b"), machine("h100", 8))
-    larger = llama("70b")
+    choice = choose(said, (), model_of("8b"), machine("h100", 8))
+    larger = model_of("70b")
     found = room(choice, ("model=larger", larger))[-1]
     assert plan_of(choice.config, larger, choice.plan.machine).fits is False
     assert found.fits
@@ -363,7 +326,7 @@ def test_a_larger_model_is_planned_with_what_is_chosen_for_it() -> None:
 
 def test_a_cpu_machine_is_too_small_for_what_all_its_processes_take_and_no_sooner() -> None:
     where = cpu(2, 1000)
-    plan = plan_of(config_of(2), llama("8b", layers=3), where)
+    plan = plan_of(config_of(2), model_of("8b", num_hidden_layers=3), where)
     needed = plan.host.machine - plan.host.launcher
     assert needed > 2 * plan.device.total
     assert dataclasses.replace(plan, machine=dataclasses.replace(where, host_bytes=needed)).fits is True

@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from distlora import host_memory
-from distlora.architectures import ARCHITECTURES
 from distlora.config import Config
-from distlora.config_file import build
 from distlora.model import build_model
 from distlora.parallel import Shards, zero3
 from distlora.peft_format import adapter_tensors
 from distlora.plan import plan_of
-from distlora.plan.model import built_in, model_in
+from distlora.plan.model import model_in
 from distlora.plan.storage.disk import Tensor, file_bytes, trained_tensors
 from distlora.startup import _HostInputs
-from planned import cpu_machine
+from plan_inputs import cpu_machine, model_of
+from small_models import config_with
 
 ALL: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
 
@@ -35,8 +34,7 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
         "data": {"path": "none.jsonl", "sequence_length": 64},
         "adapter": ALL,
     }
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
-    return build(Config, {**values, "run_dir": "none"})
+    return config_with(base, sections)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ def test_a_file_is_as_long_as_safetensors_own(tmp_path: Path) -> None:
 def test_loading_has_room_for_a_decomposition(init: str, measured: int) -> None:
     """As measured of a weight of 4096 x 14336, MiB over the weight itself (distlora/loading/README.md)."""
     config = config_of(Path("8B"), adapter=ALL | {"r": 16, "init": init})
-    model = built_in("8B", ARCHITECTURES["NousResearch/Meta-Llama-3.1-8B-Instruct"])
+    model = model_of("8b")
     plain = plan_of(config_of(Path("8B")), model, cpu_machine(16)).host.loading
     planned = plan_of(config, model, cpu_machine(16)).host.loading
     if measured:

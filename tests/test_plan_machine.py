@@ -7,38 +7,31 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from distlora import host_memory
 from distlora.architectures import ARCHITECTURES
 from distlora.cards import CARDS, CONTEXT_BYTES
 from distlora.config import Config, UserError
-from distlora.config_file import build
 from distlora.plan.machine import Found, Machine, machine_of
 from distlora.plan.model import built_in, cached_snapshot, find_model
 from distlora.shapes import shapes_of
 from distlora_launcher import here
 from distlora_launcher.planning import choices
 from launcher_fakes import write_model
+from plan_inputs import composed
 
 MIB, GIB = 2**20, 2**30
 TWO_4090S = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * MIB),) * 2, host_bytes=64 * GIB)
 
 
-def composed(*words: str) -> Config:
-    """`section.field=value` of each, without Hydra, which takes a tenth of a second."""
-    sections: dict[str, dict[str, Any]] = {"model": {"path": "/model"}, "data": {"path": "/data.jsonl"}}
-    for word in words:
-        (section, field), value = word.partition("=")[0].split("."), yaml.safe_load(word.partition("=")[2])
-        sections.setdefault(section, {})[field] = value
-    return build(Config, {**sections, "run_dir": "/run"})
+def config_of(*words: str) -> Config:
+    return composed(*words, model={"path": "/model"}, data={"path": "/data.jsonl"})
 
 
 def machine(found: Found | None, *words: str) -> Machine:
-    return machine_of(composed(*words), found=found)
+    return machine_of(config_of(*words), found=found)
 
 
 def test_a_named_card_is_planned_for_wherever_one_is() -> None:
@@ -209,7 +202,7 @@ def refuse(config: Config) -> Iterator[Config]:
 def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     found = here.planned_model(
-        composed("model.path=unsloth/Llama-3.3-70B-Instruct", "model.new_tokens=['<|a|>','<|b|>']")
+        config_of("model.path=unsloth/Llama-3.3-70B-Instruct", "model.new_tokens=['<|a|>','<|b|>']")
     )
     assert (found.name, found.source, found.note) == ("unsloth/Llama-3.3-70B-Instruct", "built in", None)
     assert (found.shapes.vocabulary, found.shapes.num_layers) == (128_258, 80)
@@ -218,11 +211,11 @@ def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPat
     assert copied.note is not None
     assert copied.note.endswith("planned as a copy in bf16, unsloth/gpt-oss-20b-BF16")
     with pytest.raises(UserError, match=r"nor built in \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
-        find_model(composed("model.path=Qwen/Qwen2.5-8B"))
+        find_model(config_of("model.path=Qwen/Qwen2.5-8B"))
     with pytest.raises(UserError, match=r"is not built in \(did you mean 'Qwen/Qwen2.5-7B'\?\): no such model"):
-        find_model(composed("model.path=Qwen/Qwen2.5-8B"), preview=refuse)
+        find_model(config_of("model.path=Qwen/Qwen2.5-8B"), preview=refuse)
     with pytest.raises(UserError, match=r"data.sequence_length=8,192 is beyond the model's 4,096 positions"):
-        find_model(composed("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))
+        find_model(config_of("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))
 
 
 def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +226,7 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     (repository / "refs" / "main").write_text("0a1b")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert here.hub_cache() == tmp_path
-    found = here.planned_model(composed("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
+    found = here.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
     assert (found.name, found.source) == ("Qwen/Qwen2.5-7B", "hub cache")
     settings = json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
     assert found.settings == settings
@@ -244,7 +237,7 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "0a1b") is not None
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
     (repository / "snapshots" / "0a1b" / "config.json").unlink()
-    assert here.planned_model(composed("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
+    assert here.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
 
 
 def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_lies(
@@ -252,7 +245,7 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
 ) -> None:
     """A GPT-OSS as its copy in bf16, whether or not it is cached; other formats are refused, as by a run."""
     name = "openai/gpt-oss-20b"
-    asked = composed(f"model.path={name}")
+    asked = config_of(f"model.path={name}")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     built = here.planned_model(asked)
     snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "0a1b"
@@ -269,10 +262,10 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UserError, match="quant_method='gptq' cannot be kept"):
-        here.planned_model(composed(f"model.path={folder}"))
+        here.planned_model(config_of(f"model.path={folder}"))
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
-    config = composed(f"model.path={folder}", "quant.method=none")
+    config = config_of(f"model.path={folder}", "quant.method=none")
     with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* \(by its config.json\)"):
         choices(config, ())
 

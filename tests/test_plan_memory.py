@@ -18,18 +18,18 @@ from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
 from distlora.cards import CARDS
 from distlora.config import Config
-from distlora.config_file import build
 from distlora.memory_meter import MemoryMeter, StepMemory
 from distlora.parallel import Ranks
 from distlora.plan import plan_of
-from distlora.plan.machine import Found, Machine, machine_of
+from distlora.plan.machine import Found, machine_of
 from distlora.plan.memory import measured as beside_plan
 from distlora.plan.memory.block_memory import flash_accumulators
 from distlora.plan.memory.device import DeviceBytes, Moment, device_bytes
 from distlora.plan.model import find_model, model_in
 from distlora_launcher.compose import compose_config
 from family_models import write_family_folder
-from small_models import write_model_folder
+from plan_inputs import cpu_machine
+from small_models import config_with, write_model_folder
 from worlds import World, start_world
 
 LENGTH, ROWS = 256, 2
@@ -47,16 +47,7 @@ def config_of(folder: Path, ranks: int, settings: Settings, accumulation: int = 
         "train": {"micro_batch": ROWS, "global_batch": ROWS * ranks * accumulation},
         "cluster": {"gpus_per_node": ranks},
     }
-    values = {name: base.get(name, {}) | settings.get(name, {}) for name in base.keys() | settings.keys()}
-    return build(Config, {**values, "run_dir": "none"})
-
-
-def cpus(ranks: int) -> Machine:
-    """CPU processes of one machine."""
-    unknown = dict.fromkeys(
-        ("card", "usable_bytes", "host_bytes", "flops", "bandwidth", "link", "host_link", "network")
-    )
-    return Machine(name="CPU", is_gpu=False, ranks=ranks, ranks_per_machine=ranks, **unknown)  # type: ignore[arg-type]
+    return config_with(base, settings)
 
 
 def measured(ranks: Ranks, *, config: Config) -> StepMemory:
@@ -68,7 +59,7 @@ def both(world: Any, folder: Path, ranks: int, settings: Settings, accumulation:
     config = config_of(folder, ranks, settings, accumulation)
     most, *others = world.run(ranks, measured, config=config)
     assert all(other.persistent <= most.persistent for other in others), "the first rank has the most rows of a tensor"
-    return device_bytes(config, model_in(folder), cpus(ranks)), most
+    return device_bytes(config, model_in(folder), cpu_machine(ranks)), most
 
 
 MOMENTS: dict[str, tuple[Moment, ...]] = {
@@ -212,7 +203,7 @@ def test_a_decoder_has_frequencies_for_the_kinds_of_layers_that_it_has(tmp_path:
     held = []
     for types in (settings["layer_types"], ["sliding_attention"] * settings["num_hidden_layers"]):
         file.write_text(json.dumps(settings | {"layer_types": types}))
-        held.append(device_bytes(config_of(tmp_path, 1, {}), model_in(tmp_path), cpus(1)).held["norms"])
+        held.append(device_bytes(config_of(tmp_path, 1, {}), model_in(tmp_path), cpu_machine(1)).held["norms"])
     assert len(set(settings["layer_types"])) == 2
     assert held[0] - held[1] == 2 * 4 * settings["head_dim"] // 2
 
@@ -365,5 +356,5 @@ def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
     beside, most = Counted.counters
     assert most == pytest.approx(found.peak + beside, rel=0.01)
     liger = importlib.util.find_spec("liger_kernel") is not None
-    plan = device_bytes(config, model_in(tmp_path), replace(cpus(1), is_gpu=True, has_liger=liger))
+    plan = device_bytes(config, model_in(tmp_path), replace(cpu_machine(1), is_gpu=True, has_liger=liger))
     assert plan.peak == pytest.approx(most - beside, rel=0.05), (plan.by_kind, found.by_kind)

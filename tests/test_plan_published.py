@@ -12,42 +12,31 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from distlora import wire
 from distlora.architectures import ARCHITECTURES
-from distlora.config import Config
-from distlora.config_file import build
 from distlora.plan import Plan, plan_of
 from distlora.plan.machine import machine_of
 from distlora.plan.memory.activations import Activations
 from distlora.plan.memory.step import blocks_of
-from distlora.plan.model import built_in
+from distlora.plan.model import built_in, find_model
 from distlora.shapes import ModelShapes
+from plan_inputs import composed
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
 README = Path(__file__).parent.parent / "distlora" / "plan" / "README.md"
 LLAMA = {"7B": "huggyllama/llama-7b", "13B": "huggyllama/llama-13b", "65B": "huggyllama/llama-65b"}
 LLAMA2_70B, LLAMA3_405B = "NousResearch/Llama-2-70b-hf", "meta-llama/Llama-3.1-405B"
-ALL_LINEAR = {"target_modules": "all-linear"}
 
 
 @functools.cache
 def planned(name: str, *words: str) -> Plan:
     """A plan of `section.field=value` words."""
-    sections: dict[str, dict[str, Any]] = {"model": {"path": name}, "data": {"path": "/data"}}
-    sections |= {"adapter": dict(ALL_LINEAR), "card": {"name": "a100_80gb"}}
-    for word in words:
-        key, _, value = word.partition("=")
-        section, field = key.split(".")
-        sections.setdefault(section, {})[field] = yaml.safe_load(value)
-    if "adapter.method=full" in words:
-        sections["adapter"].pop("target_modules")
-    config = build(Config, {**sections, "run_dir": "/run"})
-    return plan_of(config, built_in(name, ARCHITECTURES[name]), machine_of(config))
+    adapter = {} if "adapter.method=full" in words else {"target_modules": "all-linear"}
+    config = composed(*words, model={"path": name}, data={"path": "/data"}, adapter=adapter, card={"name": "a100_80gb"})
+    return plan_of(config, find_model(config), machine_of(config))
 
 
 def shapes_of(name: str) -> ModelShapes:

@@ -10,8 +10,8 @@ import pytest
 from distlora.config import UserError
 from distlora.plan.speed.scaling import FABRICS, ScalingRow, numbers_of, scaling
 from distlora.plan.speed.timing import step_time
-from test_plan_timing import config_of, model_of
-from test_plan_work import machine_of
+from plan_inputs import machine_of, model_of
+from test_plan_timing import config_of
 
 
 def rows_of(rows: list[ScalingRow], **values: object) -> dict[int, ScalingRow]:

@@ -10,33 +10,27 @@ from typing import Any
 
 import pytest
 
-from distlora.architectures import architecture_named
-from distlora.plan.model import PlannedModel, built_in
+from distlora.plan.model import built_in
 from distlora.plan.speed.compute import step_flops
 from distlora.plan.speed.timing import StepTime, step_time
+from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
-from test_plan_work import machine_of
 
 README = Path(__file__).parents[1] / "distlora" / "plan" / "README.md"
-QWEN_72B = {
-    "model_type": "llama",  # Its config.json has names of its own; these are the sizes.
-    "hidden_size": 8192,
-    "intermediate_size": 24_576,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "vocab_size": 152_064,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": False,
-}
-NAMES = {
-    "8B": "NousResearch/Meta-Llama-3.1-8B",
-    "70B": "unsloth/Llama-3.3-70B-Instruct",
-    "405B": "meta-llama/Llama-3.1-405B",
-    "32B": "Qwen/Qwen2.5-32B",
-    "2-7B": "NousResearch/Llama-2-7b-hf",
-    "2-70B": "NousResearch/Llama-2-70b-hf",
-}
+QWEN_72B = built_in(
+    "72B",
+    {
+        "model_type": "llama",  # Its config.json has names of its own; these are the sizes.
+        "hidden_size": 8192,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "vocab_size": 152_064,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False,
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +73,7 @@ RUNS = [
         row="NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation",
         published=12_473,
         ratio=1.02,
-        model="8B",
+        model="8b",
         accumulation=16,
         fused=False,
         train={"checkpointing": "none"},
@@ -89,7 +83,7 @@ RUNS = [
         row="NeMo, LoRA of Llama 3.3 70B, 8 H100",
         published=8 * 1091.85,
         ratio=1.33,
-        model="70B",
+        model="70b",
         ranks=8,
         accumulation=2,
         fused=True,
@@ -99,7 +93,7 @@ RUNS = [
         row="NeMo, LoRA of Qwen2.5 32B, 8 H100",
         published=8 * 2250.31,
         ratio=1.31,
-        model="32B",
+        model="32b",
         ranks=8,
         accumulation=2,
         fused=True,
@@ -109,7 +103,7 @@ RUNS = [
         row="torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090",
         published=2413,
         ratio=0.97,
-        model="8B",
+        model="8b",
         card="rtx4090",
         adapter={"r": 8, "target_modules": TUNED},
         **TUNE,
@@ -118,7 +112,7 @@ RUNS = [
         row="torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090",
         published=3083,
         ratio=0.79,
-        model="8B",
+        model="8b",
         card="rtx4090",
         nf4=False,
         adapter={"r": 8, "target_modules": TUNED},
@@ -128,7 +122,7 @@ RUNS = [
         row="torchtune, LoRA of Llama 3.1 8B, 1 A6000",
         published=4699,
         ratio=0.47,
-        model="8B",
+        model="8b",
         card="a6000",
         nf4=False,
         adapter={"r": 8, "target_modules": TUNED},
@@ -138,7 +132,7 @@ RUNS = [
         row="torchtune, LoRA of Llama 3.1 70B, 8 A100",
         published=3497,
         ratio=1.28,
-        model="70B",
+        model="70b",
         card="a100_80gb",
         ranks=8,
         nf4=False,
@@ -149,7 +143,7 @@ RUNS = [
         row="torchtune, QLoRA of Llama 3.1 405B, 8 A100",
         published=653,
         ratio=1.23,
-        model="405B",
+        model="405b",
         card="a100_80gb",
         ranks=8,
         adapter={"r": 16, "target_modules": TUNED},
@@ -159,7 +153,7 @@ RUNS = [
         row="Answer.AI, QLoRA of Llama 2 7B, 2 RTX 4090",
         published=TOKENS / 466,
         ratio=1.02,
-        model="2-7B",
+        model="llama2-7b",
         card="rtx4090",
         ranks=2,
         rows=10,
@@ -169,7 +163,7 @@ RUNS = [
         row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 4090, base on the host",
         published=TOKENS / 4399,
         ratio=1.05,
-        model="2-70B",
+        model="llama2-70b",
         card="rtx4090",
         ranks=2,
         rows=2,
@@ -180,7 +174,7 @@ RUNS = [
         row="Answer.AI, QLoRA of Llama 2 70B, 2 RTX 3090, base on the host",
         published=TOKENS / 11_795,
         ratio=1.34,
-        model="2-70B",
+        model="llama2-70b",
         card="rtx3090",
         ranks=2,
         rows=2,
@@ -191,7 +185,7 @@ RUNS = [
         row="Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB",
         published=TOKENS / 672,
         ratio=1.29,
-        model="2-70B",
+        model="llama2-70b",
         card="a100_40gb",
         ranks=8,
         rows=4,
@@ -201,7 +195,7 @@ RUNS = [
         row="Answer.AI, QLoRA of Llama 2 70B, 4 H100",
         published=TOKENS / 667,
         ratio=1.75,
-        model="2-70B",
+        model="llama2-70b",
         card="h100",
         ranks=4,
         rows=8,
@@ -211,7 +205,7 @@ RUNS = [
         row="Qwen, LoRA of Qwen 72B, ZeRO-3, 4 A100, rows of 8,192",
         published=4 * 8 * 8192 / 161.5,
         ratio=1.14,
-        model="72B",
+        model="72b",
         card="a100_80gb",
         ranks=4,
         length=8192,
@@ -223,9 +217,7 @@ RUNS = [
 
 def planned(run: Published) -> tuple[StepTime, float]:
     """(its time, what its cards must compute, as a share of all that they can in the time that was published)."""
-    settings = QWEN_72B if run.model == "72B" else architecture_named(NAMES[run.model])
-    assert settings is not None
-    model: PlannedModel = built_in(run.model, settings)
+    model = QWEN_72B if run.model == "72b" else model_of(run.model)
     batch = run.ranks * run.rows * run.accumulation
     config = config_of(
         run.ranks,

@@ -8,30 +8,15 @@ from typing import Any
 import pytest
 
 from distlora import wire
-from distlora.architectures import architecture_named
 from distlora.bench import step_time as bench
 from distlora.config import Config, UserError
-from distlora.config_file import build
 from distlora.plan import Machine, plan_of
-from distlora.plan.model import PlannedModel, built_in
 from distlora.plan.speed.compute import step_flops
 from distlora.plan.speed.rates import missing_rates, rates_of
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.plan.speed.wiring import wiring_of
-from test_plan_work import machine_of
-
-NAMES = {
-    "8b": "NousResearch/Meta-Llama-3.1-8B",
-    "70b": "unsloth/Llama-3.3-70B-Instruct",
-    "moe": "Qwen/Qwen3-30B-A3B",
-    "tied": "Qwen/Qwen2.5-1.5B",
-}
-
-
-def model_of(name: str) -> PlannedModel:
-    settings = architecture_named(NAMES[name])
-    assert settings is not None, f"{NAMES[name]} is not built in"
-    return built_in(NAMES[name], settings)
+from plan_inputs import machine_of, model_of
+from small_models import config_with
 
 
 def config_of(ranks: int, **sections: dict[str, Any]) -> Config:
@@ -42,8 +27,7 @@ def config_of(ranks: int, **sections: dict[str, Any]) -> Config:
         "train": {"global_batch": 64},
         "cluster": {"gpus_per_node": ranks},
     }
-    values = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
-    return build(Config, {**values, "run_dir": "none"})
+    return config_with(base, sections)
 
 
 def time_of(name: str, machine: Machine, **sections: dict[str, Any]) -> StepTime:

@@ -3,7 +3,6 @@ adds up to what the step computes."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,43 +14,22 @@ from distlora_kernels.bench.rates import Step
 from distlora_kernels.bench.shapes import Group
 
 from accounting import Moved
-from distlora.cards import CARDS
 from distlora.head import LossHead
-from distlora.plan import Machine
 from distlora.plan.model import model_in
 from distlora.plan.speed.block_work import HeadSizes, head_work, norm
 from distlora.plan.speed.compute import step_flops
 from distlora.plan.speed.step_work import how_of, step_work
 from distlora.plan.speed.work import How, Linear, Work, backward, forward
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
+from plan_inputs import machine_of
 from small_models import write_model_folder
-from test_plan_compute import LORA, planned, run_of
+from test_plan_compute import LORA, run_of
 
 GROUPS = [
     Group("qkv", ((8192, 8192), (1024, 8192), (1024, 8192))),
     Group("down", ((8192, 28672),)),
     Group("gate-up", ((28672, 8192), (28672, 8192))),
 ]
-
-
-def machine_of(card: str = "h100", *, ranks: int = 1, per_machine: int = 8, **values: Any) -> Machine:
-    known = CARDS[card]
-    machine = Machine(
-        name=known.title,
-        is_gpu=True,
-        card=known,
-        usable_bytes=known.usable_bytes,
-        host_bytes=None,
-        ranks=ranks,
-        ranks_per_machine=min(ranks, per_machine),
-        flops=known.flops,
-        bandwidth=known.bandwidth,
-        link=known.link,
-        host_link=known.host_link,
-        network=known.network,
-        has_nvlink=known.has_nvlink,
-    )
-    return dataclasses.replace(machine, **values)
 
 
 def sums(steps: list[Work] | list[Step]) -> tuple[float, float, int]:
@@ -106,7 +84,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", ["llama", "gemma2-untied", "qwen3-moe", "gpt-oss", "mistral-window"])
 def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -> None:
     hf_config(name).save_pretrained(tmp_path)
-    model, is_mixture = planned(tmp_path), name in ("qwen3-moe", "gpt-oss")
+    model, is_mixture = model_in(tmp_path), name in ("qwen3-moe", "gpt-oss")
     for sections in SETTINGS:
         adapter = sections.get("adapter", LORA["adapter"])
         tiles = "mlp_tile" in sections.get("train", {})

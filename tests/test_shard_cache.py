@@ -32,7 +32,8 @@ from distlora.plan.model import model_in
 from distlora.plan.storage.disk import disk_bytes
 from distlora.startup import start_model
 from distlora.stopping import Stopped
-from planned import assert_close, cpu_machine
+from plan_inputs import cpu_machine
+from planned import assert_close
 from small_disks import small_disk
 from small_models import make_run
 from worlds import World, start_world

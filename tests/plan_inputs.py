@@ -1,0 +1,80 @@
+"""Machines, models and configs that the tests of the planner make plans of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from distlora.architectures import ARCHITECTURES
+from distlora.cards import CARDS
+from distlora.config import Config
+from distlora.plan import Machine
+from distlora.plan.model import PlannedModel, built_in
+from small_models import config_with
+
+MODELS = {
+    "8b": "NousResearch/Meta-Llama-3.1-8B",
+    "70b": "unsloth/Llama-3.3-70B-Instruct",
+    "405b": "meta-llama/Llama-3.1-405B",
+    "llama2-7b": "NousResearch/Llama-2-7b-hf",
+    "llama2-70b": "NousResearch/Llama-2-70b-hf",
+    "32b": "Qwen/Qwen2.5-32B",
+    "moe": "Qwen/Qwen3-30B-A3B",
+    "tied": "Qwen/Qwen2.5-1.5B",
+}
+
+
+def model_of(name: str, **settings: Any) -> PlannedModel:
+    """One of MODELS by its short name, with other `settings` than its config.json has."""
+    return built_in(name, {**ARCHITECTURES[MODELS[name]], **settings})
+
+
+def machine_of(card: str = "h100", *, ranks: int = 1, per_machine: int = 8, **values: Any) -> Machine:
+    """Machines of up to `per_machine` cards, as the table has them but for `values`."""
+    known = CARDS[card]
+    machine = Machine(
+        name=known.title,
+        is_gpu=True,
+        card=known,
+        usable_bytes=known.usable_bytes,
+        host_bytes=None,
+        ranks=ranks,
+        ranks_per_machine=min(ranks, per_machine),
+        flops=known.flops,
+        bandwidth=known.bandwidth,
+        link=known.link,
+        host_link=known.host_link,
+        network=known.network,
+        has_nvlink=known.has_nvlink,
+    )
+    return dataclasses.replace(machine, **values)
+
+
+def cpu_machine(ranks: int) -> Machine:
+    """This machine, with so many processes."""
+    return Machine(
+        name="CPU",
+        is_gpu=False,
+        card=None,
+        usable_bytes=None,
+        host_bytes=None,
+        ranks=ranks,
+        ranks_per_machine=ranks,
+        flops=None,
+        bandwidth=None,
+        link=None,
+        host_link=None,
+        network=None,
+    )
+
+
+def composed(*words: str, **base: dict[str, Any]) -> Config:
+    """`section.field=value` of each over `base`, without Hydra, which takes a tenth of a second."""
+    sections: dict[str, dict[str, Any]] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        section, field = name.split(".")
+        sections.setdefault(section, {})[field] = yaml.safe_load(value)
+    return config_with(base, sections, run_dir="/run")

@@ -16,7 +16,7 @@ from distlora.architectures import ARCHITECTURES
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.memory import kinds
-from distlora.plan.model import built_in
+from distlora.plan.model import built_in, find_model
 from distlora.plan.pages import report, tables, words
 from distlora_launcher import cli, plan_table
 from distlora_launcher.compose import compose_config
@@ -131,8 +131,7 @@ def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_processor_s_memory_is_the_machine_s() -> None:
     config = compose_config(["model=llama3_1b", "cluster.gpus_per_node=2"], may_lack_paths=True)
-    name = "unsloth/Llama-3.2-1B-Instruct"
-    model = built_in(name, ARCHITECTURES[name])
+    model = find_model(config)
     plans = {has: plan_of(config, model, machine_of(config, found=Found(host_bytes=has * 10**9))) for has in (4, 20)}
     assert (plans[4].fits, plans[20].fits) == (False, True)
     needed = (plans[20].host.machine - plans[20].host.launcher) / 1e9
@@ -146,8 +145,7 @@ def test_a_run_s_start_says_what_lacks() -> None:
     words = ["model=llama3_70b", "cluster.gpus_per_node=2", "parallel=zero3", "parallel.offload_base=true"]
     config = compose_config(words, may_lack_paths=True)
     found = Found(devices=(("NVIDIA GeForce RTX 4090", 24_564 * 2**20),) * 2, host_bytes=32 * 10**9)
-    name = "unsloth/Llama-3.3-70B-Instruct"
-    plan = plan_of(config, built_in(name, ARCHITECTURES[name]), machine_of(config, found=found))
+    plan = plan_of(config, find_model(config), machine_of(config, found=found))
     assert plan.lacks() == "host"
     assert "does NOT fit: a machine needs" in report.lines(plan)[0]
 
@@ -233,17 +231,17 @@ def test_a_table_looks_at_all_names_before_it_calculates(
 
 def test_every_word_of_a_cell_is_explained() -> None:
     """Of settings that have all words between them."""
-    words = ["card=h100", "cluster.gpus_per_node=8"]
+    words = ["model=llama3_8b", "card=h100", "cluster.gpus_per_node=8"]
     more = (
         ["parallel=zero3", "parallel.offload_base=true", "train.checkpointing=offload"],
         ["adapter=full", "quant=none", "train.accumulate=block"],
         ["quant=none", "parallel.shard_degree=4", "train.mlp_tile=512"],
         ["train.checkpointing=selective", "parallel.resident_blocks=3"],
     )
-    name, said = "NousResearch/Meta-Llama-3.1-8B-Instruct", set[str]()
+    said = set[str]()
     for each in more:
         config = compose_config([*words, *each], may_lack_paths=True)
-        said |= set(tables.how(plan_of(config, built_in(name, ARCHITECTURES[name]), machine_of(config))))
+        said |= set(tables.how(plan_of(config, find_model(config), machine_of(config))))
     assert "recompute MLPs" in said
     assert any(re.fullmatch(r"base and inputs on the host \(.* GB\)", each) for each in said)
     legend = " ".join(tables.LEGEND)

@@ -11,29 +11,16 @@ import torch
 
 from distlora.config import Config
 from distlora.decoder_sizes import windows_of
-from distlora.families import check_config, read_config
 from distlora.flops import active_weights as of_model
 from distlora.flops import count_flops
 from distlora.model import build_model
 from distlora.operations import pairs
 from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder, Mode
-from distlora.plan.model import PlannedModel
+from distlora.plan.model import model_in
 from distlora.plan.speed.compute import StepFlops, active_weights, cut, step_flops
-from distlora.shapes import shapes_of
 from family_models import VARIANTS, config_for, edit_config, hf_config
 
 LENGTH, GLOBAL_BATCH = 40, 6
-
-
-def planned(folder: Path, config: Config | None = None, *, vocabulary: int | None = None) -> PlannedModel:
-    settings = read_config(folder)
-    check_config(settings, folder)
-    return PlannedModel(
-        name=folder.name,
-        settings=settings,
-        shapes=shapes_of(settings, folder, vocabulary=vocabulary),
-        source="folder",
-    )
 
 
 def run_of(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -54,9 +41,9 @@ def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_pat
     configs.append(run_of(tmp_path, adapter={"target_modules": "attention", "modules_to_save": ["lm_head"]}))
     for config in configs:
         built = of_model(build_model(config))
-        assert active_weights(config, planned(tmp_path)) == built
+        assert active_weights(config, model_in(tmp_path)) == built
         reference = [
-            active_weights(config, planned(tmp_path)).model_flops(with_reference=each) for each in (True, False)
+            active_weights(config, model_in(tmp_path)).model_flops(with_reference=each) for each in (True, False)
         ]
         assert reference == [count_flops(build_model(config), with_reference=each) for each in (True, False)]
 
@@ -69,7 +56,7 @@ def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> N
             continue
         config = run_of(tmp_path, adapter={"r": 4, "trainable_token_indices": indices})
         built = of_model(build_model(config))
-        assert active_weights(config, planned(tmp_path)) == built
+        assert active_weights(config, model_in(tmp_path)) == built
         assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
 
 
@@ -91,22 +78,22 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(
     hf_config(name).save_pretrained(tmp_path)
     edit_config(tmp_path, **removed)
     config = run_of(tmp_path, **LORA)
-    assert active_weights(config, planned(tmp_path)) == of_model(build_model(config))
+    assert active_weights(config, model_in(tmp_path)) == of_model(build_model(config))
 
 
 def test_a_window_of_null_is_none(tmp_path: Path) -> None:
     hf_config("mistral-window").save_pretrained(tmp_path)
-    model = planned(tmp_path)
+    model = model_in(tmp_path)
     model = dataclasses.replace(model, settings={**model.settings, "sliding_window": None})
     assert windows_of(model.settings, model.shapes.family) == [None] * 3
-    whole = planned(tmp_path)
+    whole = model_in(tmp_path)
     assert windows_of(whole.settings, whole.shapes.family) == [16] * 3
 
 
 def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:
     settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "bf16", **train}
     return step_flops(
-        run_of(folder, **LORA, train=settings), planned(folder), ranks=1, is_gpu=is_gpu, document=document
+        run_of(folder, **LORA, train=settings), model_in(folder), ranks=1, is_gpu=is_gpu, document=document
     )
 
 
@@ -132,7 +119,7 @@ def test_what_checkpointing_computes_again_is_the_share_that_activations_say(mod
     hf_config("llama").save_pretrained(tmp_path)
     bare = {"adapter": {"target_modules": "qv", "r": 1}}
     config = run_of(tmp_path, **bare, train={"checkpointing": mode, "dtype": "bf16", "global_batch": 1})
-    model = planned(tmp_path)
+    model = model_in(tmp_path)
     step = step_flops(config, model, ranks=1, is_gpu=True)
     decoder = Decoder.of(model.settings, model.shapes.family)
     share = Costs(decoder=decoder, ranks=AdaptedRanks()).recomputed(mode, LENGTH)

@@ -131,16 +131,22 @@ def passes_of(config: Config, accumulation: int) -> int:
     return accumulation if config.train.accumulate == "step" else 1
 
 
+def moved_blocks(config: Config, shapes: ModelShapes) -> int:
+    """Blocks that are gathered in each pass, forward and backward: all but those that stay gathered (auto, which memory
+    decides, counts as none)."""
+    resident = config.parallel.resident_blocks
+    return shapes.num_layers - (0 if resident == "auto" else resident)
+
+
 def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
     """A step of ours: each block gathered in forward and in backward, embedding, head and final norm in forward alone;
     adapter gradients all-reduced once.
 
     What is trained of the base itself is gathered in `train.dtype` too, in backward as well where its gradient needs it
     (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
-    Blocks that stay gathered are not gathered (auto, which memory decides, counts as none; the step that gathers them
-    for good moves them once). With several copies of the base this is within each of them, and a rank's rows of those
-    sums are all-reduced between them; where every rank has the base whole, those gradients are all-reduced like an
-    adapter's.
+    Blocks that stay gathered are not gathered (`moved_blocks`; the step that gathers them for good moves them once).
+    With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
+    them; where every rank has the base whole, those gradients are all-reduced like an adapter's.
 
     ZeRO-3 with parallel.prefetch may gather the last block once a pass (parallel/README.md): then this is the most.
     """
@@ -154,9 +160,7 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and config.parallel.backend == "fsdp2"
     elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
-    resident = config.parallel.resident_blocks
-    moved = shapes.num_layers - (0 if resident == "auto" else resident)
-    gathered = passes_of(config, accumulation) * (2 * moved * block + itemsize * elements)
+    gathered = passes_of(config, accumulation) * (2 * moved_blocks(config, shapes) * block + itemsize * elements)
     scattered = 4 * matrix * len(whole)
     if full:
         of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)

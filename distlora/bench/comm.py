@@ -89,9 +89,8 @@ def rows_of(
     for ours in variants(config, ranks, machine):
         step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
         held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
-        if isinstance(resident := ours.parallel.resident_blocks, int):  # As auto has none that can be known here.
-            block = wire.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
-            held += resident * block
+        block = wire.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
+        held += (shapes.num_layers - wire.moved_blocks(ours, shapes)) * block
         yield Row(name, ranks, machine, accumulation, our_name(ours), step, held)
     if config.adapter.method == "lora" and not config.adapter.modules_to_save:
         adapters = shapes.adapters(config.adapter)

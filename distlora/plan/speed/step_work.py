@@ -75,7 +75,7 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
     passes = wire.passes_of(config, micro_batches)
     how = how_of(config, model, machine)
     active, decoder = active_weights(config, model), Decoder.of(model.settings, model.shapes.family)
-    gathers, resident = _gathers(model, how, shards), config.parallel.resident_blocks
+    gathers = _gathers(model, how, shards)
     head = HeadSizes(
         vocabulary=model.shapes.vocabulary,
         hidden=model.shapes.hidden,
@@ -92,7 +92,7 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
         passes=passes,
         head=tuple(head_work(head, how, m=at_once, reference=train.objective == "dpo")),
         gathers=gathers,
-        moved_blocks=model.shapes.num_layers - (0 if resident == "auto" else resident) if gathers else 0,
+        moved_blocks=wire.moved_blocks(config, model.shapes) if gathers else 0,
         update=tuple(
             update_work(
                 trained_numbers(config, model, ranks),

@@ -88,9 +88,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     shards, itemsize = step.shards, wire.DTYPE_BYTES[train.dtype]
     rings = _Rings(world, shards, machine.ranks_per_machine)
     block = wire.block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
-    resident = config.parallel.resident_blocks
-    moved = shapes.num_layers - (0 if resident == "auto" else resident)
-    ends = step.gathered // passes - 2 * moved * block if shards > 1 else 0
+    ends = step.gathered // passes - 2 * wire.moved_blocks(config, shapes) * block if shards > 1 else 0
     offloads = machine.is_gpu and offloads_base(config.parallel, shards)
     boundary = 0
     if train.checkpointing == "offload":

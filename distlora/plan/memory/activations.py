@@ -295,9 +295,8 @@ class Costs:
         return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
 
     def _chunk(self, tokens: int) -> int:
-        """Logits at once (distlora.head: whole tokens, 16 or more)."""
-        vocabulary = self.decoder.vocabulary
-        return min(tokens, max(16, LOGITS_AT_ONCE // vocabulary)) * vocabulary
+        """Logits at once."""
+        return min(tokens, tokens_at_once(self.decoder.vocabulary)) * self.decoder.vocabulary
 
     @property
     def _logit_bytes(self) -> int:
@@ -371,6 +370,11 @@ class Costs:
         whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
         again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
         return sizes.layers * again / whole
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens of a chunk of the head's (distlora.head)."""
+    return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
 def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:

@@ -13,13 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD
-from distlora.plan.memory.activations import LOGITS_AT_ONCE
+from distlora.plan.memory.activations import tokens_at_once
 from distlora.plan.memory.optimizers import UPDATE_BYTES
 from distlora.plan.speed.compute import SCORES_AGAIN
-from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work, backward, forward
-
-LEAST_AT_ONCE = 16
-"""Tokens of a chunk of logits, at the least (head.py)."""
+from distlora.plan.speed.work import FP32, How, Linear, Work, backward, forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +240,7 @@ def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterato
 
 def chunks(m: int, vocabulary: int) -> Iterable[tuple[int, int]]:
     """(tokens of a chunk, how many chunks have so many)."""
-    size = max(LEAST_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+    size = tokens_at_once(vocabulary)
     whole, rest = divmod(m, size)
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
 
@@ -251,8 +248,7 @@ def chunks(m: int, vocabulary: int) -> Iterable[tuple[int, int]]:
 def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int) -> Iterator[Work]:
     """Of a rank's trained numbers: gradients set to 0 and added up in each backward, their norm, their scale, the
     optimizer (adapter_sync.py, optim.py)."""
-    kind: MovedKind = "update"
-    yield Work(kind, FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2)
+    yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2)
     if clips:
-        yield Work(kind, 2 * FP32 * numel)
-    yield Work(kind, UPDATE_BYTES[optimizer] * numel)
+        yield Work("update", 2 * FP32 * numel)
+    yield Work("update", UPDATE_BYTES[optimizer] * numel)

@@ -59,6 +59,11 @@ class Machine:
     has_liger: bool = True
     """Whether liger-kernel is installed: on other machines than this it is taken to be, as distlora[cuda] brings it."""
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Of its card; (0, 0), of which no table has anything, where that is not known."""
+        return (0, 0) if self.card is None else self.card.capability
+
 
 def machine_of(config: Config, *, found: Found | None = None) -> Machine:
     """The machines of a run: with the card that `card=` names, else what the one has that it runs on (`found`). Without

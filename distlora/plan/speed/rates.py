@@ -4,6 +4,7 @@ source. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distlora.config import Config
@@ -95,9 +96,9 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
         return None
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    given, capability = config.card, (0, 0) if machine.card is None else machine.card.capability
-    matrices = 1.0 if given.tflops is not None else _MATRICES.get(capability, _MATRICES_ELSEWHERE)
-    attention = _ATTENTION.get(capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
+    given = config.card
+    matrices = 1.0 if given.tflops is not None else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
+    attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
     memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
     own = {
         "link": 1.0 if given.link_gb_per_second is not None else _LINK,
@@ -115,7 +116,13 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
         said.append(f"attention runs at {attention:.0%} of the card's rate: {_ATTENTION_SOURCE}")
         said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
     if machine.ranks > 1:
-        said += _said_of_links(machine, own, inside)
+        inner, outer = "a card's link to others of its machine", "the network into a machine"
+        for where, name, rate in ((inner, "link", link), (outer, "network", network)):
+            if rate is not None:
+                source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
+                said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
+    if machine.is_gpu and machine.ranks > 1:
+        said += _said_of_rings(inside, across=network is not None)
     return Rates(
         peak=peak,
         matrices=peak * matrices,
@@ -135,24 +142,10 @@ def rates_of(config: Config, machine: Machine) -> Rates | None:
     )
 
 
-def _said_of_links(machine: Machine, own: dict[str, float], inside: str) -> list[str]:
-    said = []
-    rates = {
-        "link": ("a card's link to others of its machine", machine.link),
-        "network": ("the network into a machine", machine.network),
-    }
-    for name, (where, rate) in rates.items():
-        crossed = machine.ranks > machine.ranks_per_machine if name == "network" else machine.ranks_per_machine > 1
-        if rate is not None and crossed:
-            source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
-            said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
-    if machine.is_gpu:
-        said.append(
-            f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
-            f"within a machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
-        )
-    if machine.is_gpu and machine.ranks > machine.ranks_per_machine:
-        said.append(
-            f"a step of a ring between machines costs {_STEP_SECONDS['network'] * 1e6:.0f} us: {_LATENCY_SOURCE}"
-        )
-    return said
+def _said_of_rings(inside: str, *, across: bool) -> Iterator[str]:
+    yield (
+        f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us within a "
+        f"machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
+    )
+    if across:
+        yield f"a step of a ring between machines costs {_STEP_SECONDS['network'] * 1e6:.0f} us: {_LATENCY_SOURCE}"

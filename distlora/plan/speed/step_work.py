@@ -118,11 +118,10 @@ def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
     family = model.shapes.family
     has_liger = takes_liger(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and config.train.dtype == "bf16"
-    capability = (0, 0) if machine.card is None else machine.card.capability
     return How(
         itemsize=wire.DTYPE_BYTES[config.train.dtype],
         quantized=config.quant.is_nf4,
-        few_rows=most_rows(capability) if decodes else 0,
+        few_rows=most_rows(machine.capability) if decodes else 0,
         keeps_dequantized=config.train.keep_dequantized,
         trains_base=config.adapter.method == "full",
         fused_norms=has_liger,

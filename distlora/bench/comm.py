@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from distlora import wire
 from distlora.config import Config, require
+from distlora.plan.pages import words
 from distlora.shapes import ModelShapes
 from distlora.wire import StepBytes
 
@@ -186,10 +187,5 @@ def agreement(counted: tuple[int, ...], other: tuple[int, ...]) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Three digits and a unit of 1000s."""
-    if nbytes == 0:
-        return "0"
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
+    """Three digits and a unit of 1000s; no unit of nothing."""
+    return words.size(nbytes) if nbytes else "0"

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from distlora.bench.checkpoints import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
-from distlora.bench.processes import free_port, run_each
+from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build
@@ -199,11 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     chosen = list(cells(options.models.split(","), [int(count) for count in options.ranks.split(",")]))
-    # What libraries print of themselves goes to stderr, with their warnings.
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    rows = list(measure(chosen))
-    os.dup2(stdout, 1)
+    with own_stdout():
+        rows = list(measure(chosen))
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
         return

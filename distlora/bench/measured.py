@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.comm import PEERS, SMALL, Counted, our_name
-from distlora.bench.processes import free_port, run_each
+from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.traffic import Counts, measure_ours, measure_peer
 from distlora.config import Config
 from distlora.config_file import build
@@ -118,11 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tied", action="store_true", help="of a model whose head is its embedding")
     options = parser.parse_args(arguments)
     own_network = take_own_network()
-    # What libraries print of themselves goes to stderr, with their warnings.
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    rows = run(options.accumulation, own_network=own_network, tied=options.tied)
-    os.dup2(stdout, 1)
+    with own_stdout():
+        rows = run(options.accumulation, own_network=own_network, tied=options.tied)
     print(json.dumps([asdict(row) for row in rows]), flush=True)
 
 

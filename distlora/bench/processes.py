@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
@@ -33,6 +34,19 @@ def run_each(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) 
             process.terminate()
         raise RuntimeError(f"{target.__name__} failed with exit code {failed[0]}; its error is above")
     return [figures for _, figures in sorted(found, key=lambda each: each[0])]
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[None]:
+    """What libraries print of themselves meanwhile, here and in processes that start here, goes to stderr with their
+    warnings: stdout is for figures."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def free_port() -> int:

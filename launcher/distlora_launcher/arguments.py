@@ -32,3 +32,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; `{self.usage_command}` shows the usage")
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """`8,64`, each once and in order."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{flag}={text} are no positive numbers; write {flag} 8,64")
+    return sorted({int(word) for word in words})

@@ -15,9 +15,8 @@ from typing import NoReturn
 from distlora.command_line import DONE
 from distlora.config import UserError, nearest
 from distlora_kernels.offline import ARCHS
-from distlora_launcher.arguments import Parser
+from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.checks import gpu_count
-from distlora_launcher.comm import numbers
 
 SUBJECTS = ("kernels", "methods", "comm", "load", "memory")
 MEASURE, COMPILE, LOAD = "distlora_kernels.bench", "distlora_kernels.offline", "distlora.bench.load"

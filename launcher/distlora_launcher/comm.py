@@ -20,7 +20,7 @@ from distlora.bench.comm import MACHINE, MODELS, SMALL, Counted, Row, counted_ta
 from distlora.command_line import DONE, FAILED
 from distlora.config import Config, UserError
 from distlora.shapes import ModelShapes, shapes_of
-from distlora_launcher.arguments import Parser
+from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.compose import compose_config, names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.workers import worker_environment
@@ -108,14 +108,6 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Config]:
     config = compose_config([*default, *options.settings], may_lack_paths=True)
     options.machine = config.cluster.gpus_per_node if "cluster.gpus_per_node" in named else MACHINE
     return options, config
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    """`8,64`, each once and in order."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"{flag}={text} are no positive numbers; write {flag} 8,64")
-    return sorted({int(word) for word in words})
 
 
 def models(config: Config) -> Iterator[tuple[str, ModelShapes]]:

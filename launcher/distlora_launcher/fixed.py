@@ -22,6 +22,8 @@ from distlora.config import Config
 from distlora.config.plan import CHOSEN
 
 _RECIPE = "recipe"
+_SECTIONS = {name.partition(".")[0] for name in CHOSEN}
+"""Groups whose options can fix something: a word for another, card=h100, has none of its files read."""
 
 
 def fixed_settings(config: Config, overrides: Sequence[str]) -> frozenset[str]:
@@ -45,7 +47,7 @@ def _of_options(group: str, chosen: Any) -> Iterator[str]:
     for option in chosen if isinstance(chosen, list) else [chosen]:
         if group == _RECIPE and option is not None:
             yield from _of_recipe(option)
-        elif option is not None:
+        elif option is not None and group in _SECTIONS:
             yield from _distinct(group, option)
 
 

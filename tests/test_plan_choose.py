@@ -28,6 +28,7 @@ from distlora.plan.choice.choose import (
 from distlora.plan.choice.larger import room
 from distlora.plan.choice.nearest import given_up, moves, nearest, sacrifices, with_ranks
 from distlora.plan.choice.space import changed, if_valid, value_of, with_settings
+from distlora.plan.machine import machine_of as machine_asked_for
 from distlora.plan.pages.report import needs
 from distlora.plan.pages.words import size
 from plan_inputs import cpu_machine, machine_of, model_of
@@ -257,6 +258,12 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
             r"take 2 such cards with cluster\.gpus_per_node=2 parallel\.backend=zero3 parallel\.offload_base=true "
             r"\([\d.]+ GB\), or take one A40 48 GB with card=a40 train\.checkpointing=offload \([\d.]+ GB\)$",
         ),
+        (
+            "405b",
+            dataclasses.replace(machine("rtx4090", 2), host_bytes=30 * GB),
+            {},
+            r"take 2 x H200 141 GB with card=h200 parallel\.backend=zero3 parallel\.prefetch=false \([\d.]+ GB\)$",
+        ),
     ],
     ids=[
         "smaller batches",
@@ -266,6 +273,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         "no CPU",
         "the host lacks",
         "more cards",
+        "cards with NVLink",
     ],
 )
 def test_the_nearest_that_fits_is_the_smallest_change(
@@ -285,6 +293,9 @@ def test_the_nearest_that_fits_is_the_smallest_change(
                 config = with_settings(said, fewer)
                 there = with_ranks(where, config) if left_out.startswith(("cluster.", "card.")) else one.plan.machine
                 assert not has_room(plan_of(config, model, there)), f"{left_out} is not needed"
+    if found.card is not None:
+        there = dataclasses.replace(machine_asked_for(found.card.plan.config), host_bytes=where.host_bytes)
+        assert found.card.plan.machine == there, "what is planned for by its words"
     alone = [config for move in moves(plan) if (config := if_valid(said, move)) is not None]
     fitting = [each for config in alone if has_room(each := plan_of(config, model, with_ranks(where, config)))]
     if fitting:

@@ -14,7 +14,7 @@ from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
 from distlora.plan.choice.choose import choose, cost_of, has_room, on_cards, plans
 from distlora.plan.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
-from distlora.plan.machine import Machine
+from distlora.plan.machine import Machine, machine_of
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.words import size
 
@@ -258,18 +258,9 @@ def _other_card(plan: Plan) -> Fitting | None:
         named: dict[str, object] = {"card.name": card.name}
         named |= {} if plan.config.card.memory_gib is None else {"card.memory_gib": None}
         config = if_valid(plan.config, named)
-        machine = dataclasses.replace(
-            plan.machine,
-            name=card.title,
-            card=card,
-            usable_bytes=card.usable_bytes,
-            flops=card.flops,
-            bandwidth=card.bandwidth,
-            link=card.link,
-            host_link=card.host_link,
-            network=card.network,
-        )
         if config is not None and card.usable_bytes > (plan.machine.usable_bytes or 0):
+            own = plan.machine
+            machine = dataclasses.replace(machine_of(config), host_bytes=own.host_bytes, has_liger=own.has_liger)
             found = _elsewhere(plan, named, config, machine)
             if found is not None:
                 return found

@@ -8,9 +8,7 @@ depend on the number of ranks.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from distlora import durable
 from distlora.loading.reader import TORCH_DTYPES, Reader
-from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, Segment
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, Segment, header_bytes, lay_out
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
 
@@ -60,20 +58,12 @@ def write_tensors(
     has been streamed.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
-    # Larger elements first, as safetensors orders them, so that each starts at a multiple of its size.
-    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": _NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    table = lay_out({name: (_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
     file = _HashedFile(path) if backend.writes else None
     if file is not None:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header_bytes(table, {"format": "pt", **(metadata or {})}))
     write = file.write_piece if file is not None else lambda piece: None
-    for name in names:
+    for name in table:
         tensor = tensors[name]
         if isinstance(tensor, Unmade):
             if file is None:

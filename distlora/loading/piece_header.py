@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from distlora.config import UserError
 from distlora.json_files import check_shape
-from distlora.loading.segments import Segment, read_header_and_metadata
+from distlora.loading.segments import Segment, header_bytes, read_header_and_metadata
 
 FORMAT = 2
 """Of a piece. Another makes other keys."""
@@ -114,10 +113,7 @@ def header_of(key: str, extents: Mapping[str, Extent]) -> bytes:
     weights = {name: [extent.first, extent.offset.hex()] for name, extent in extents.items()}
     said = json.dumps({"format": FORMAT, "key": key, "weights": weights})
     places = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in table.items()}
-    header = {"__metadata__": {_METADATA: said, _DIGEST: _digest(said, places)}} | table
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes(table, {_METADATA: said, _DIGEST: _digest(said, places)})
 
 
 def read_piece(path: Path, key: str) -> tuple[Piece, int]:

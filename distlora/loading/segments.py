@@ -1,4 +1,5 @@
-"""Where a parameter lies on disk: safetensors headers to byte ranges. Needs no torch, so the launcher reads them too.
+"""Where a parameter lies on disk: safetensors headers to byte ranges, and the headers of what is written. Needs no
+torch, so the launcher reads them too, and the planner knows how long a file will be.
 
 A parameter is a list of segments, concatenated along its first dimension in flat order. For the families of today that
 list has one entry; merged experts and renamed weights have more. Nothing here opens a tensor's data.
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,6 +47,25 @@ class Segment:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def lay_out(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:
+    """A header's entry of each tensor, by name (dtype as safetensors has it, shape), in the order in which they lie in
+    the file: larger elements first, as safetensors itself orders them, so that each starts at a multiple of its size.
+    """
+    table, end = dict[str, dict[str, Any]](), 0
+    for name in sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return table
+
+
+def header_bytes(table: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file: a header's length, and it, with spaces up to a multiple of 8 bytes."""
+    text = json.dumps({_METADATA: metadata, **table}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_headers(folder: Path) -> dict[str, Segment]:

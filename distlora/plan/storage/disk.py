@@ -1,12 +1,11 @@
 """What a run keeps on the disk: quantized shards, checkpoints, results, and the base itself. Imports no torch.
 
-Files are laid out here as the code that writes them does: distlora/tensor_files.py (checkpoints, results) and
-distlora/loading/cache_pieces.py (shards), headers included.
+Headers are made here by what makes them for the code that writes the files: distlora/tensor_files.py (checkpoints,
+results) and distlora/loading/cache_pieces.py (shards).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.expert_targets import peft_paths
 from distlora.loading.piece_header import GROUP_BYTES, Extent, cut, header_of
+from distlora.loading.segments import DTYPE_BYTES, header_bytes, lay_out
 from distlora.plan.machine import Machine
 from distlora.plan.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.plan.model import PlannedModel
@@ -43,10 +43,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * _ITEMSIZE[self.dtype]
-
-
-_ITEMSIZE = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1}
+        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,14 +165,9 @@ def _parameter_name(name: str) -> str:
 
 
 def file_bytes(tensors: Sequence[Tensor]) -> int:
-    """Of a safetensors file, its header included, as `tensor_files.write_tensors` lays it out."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in sorted(tensors, key=lambda tensor: (-_ITEMSIZE[tensor.dtype], tensor.name)):
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-text // 8) * 8 + end
+    """Of a safetensors file, its header included, as `tensor_files.write_tensors` writes it."""
+    table = lay_out({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+    return len(header_bytes(table, {"format": "pt"})) + sum(tensor.nbytes for tensor in tensors)
 
 
 def _result_bytes(config: Config, model: PlannedModel, trained: Sequence[Tensor]) -> int:

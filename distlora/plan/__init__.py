@@ -8,7 +8,6 @@ from typing import Any, Literal
 from distlora import wire
 from distlora.config import Config
 from distlora.config_file import as_mapping
-from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 from distlora.plan.memory.device import DeviceBytes, device_bytes
 from distlora.plan.memory.step import costs_of
@@ -16,7 +15,7 @@ from distlora.plan.model import PlannedModel
 from distlora.plan.speed.compute import StepFlops, step_flops
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.plan.storage.disk import DiskBytes, disk_bytes, trained_tensors
-from distlora.plan.storage.host import HostBytes, host_bytes
+from distlora.plan.storage.host import HostBytes, host_bytes, keeps_on_host
 from distlora.wire import StepBytes
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
@@ -65,15 +64,12 @@ class Plan:
         """Whose memory is too small, if a share `reserve` of what is needed is to stay free beside it; None: neither,
         as far as is known. What a machine has on the host counts where the CPU is the device, all processes together,
         and where something waits there that would be on a card."""
-        config, machine, more = self.config, self.machine, 1 + reserve
+        machine = self.machine
         if self.lacks_device(reserve):
             return "device"
-        offloads = offloads_base(config.parallel, config.shard_degree(machine.ranks))
-        waits = offloads or config.train.checkpointing == "offload"
-        if machine.host_bytes is None or (machine.is_gpu and not waits):
+        if machine.host_bytes is None or (machine.is_gpu and not keeps_on_host(self.config, machine.ranks)):
             return None
-        host = self.host  # The launcher has its memory already.
-        return "host" if (host.machine - host.launcher) * more > machine.host_bytes else None
+        return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
 
     def lacks_device(self, reserve: float = 0.0) -> bool:
         """`lacks` of a card's memory alone, which takes a hundredth of the time."""

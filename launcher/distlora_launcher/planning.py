@@ -13,7 +13,7 @@ from pathlib import Path
 from distlora import durable
 from distlora.cards import CARDS, card_named
 from distlora.config import Config, UserError, require
-from distlora.deepspeed_file import check_deepspeed, offloads_base
+from distlora.deepspeed_file import check_deepspeed
 from distlora.loading.prequantized import refuse_dense
 from distlora.loading.start_file import check_ranks
 from distlora.plan import Plan, plan_of
@@ -23,6 +23,7 @@ from distlora.plan.machine import Machine, machine_of, used_device
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.report import lines, needs, verdict
 from distlora.plan.pages.words import largest
+from distlora.plan.storage.host import keeps_on_host
 from distlora.run_folder import PLAN_NAME, checkpoint_folders
 from distlora_launcher import here
 from distlora_launcher.checks import check_of_sizes
@@ -96,8 +97,7 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     host is that of its host."""
     if config.cluster.launcher != "local" and not runs_here:
         return machine_of(config)
-    offloads = offloads_base(config.parallel, config.shard_degree(config.cluster.ranks))
-    waits = offloads or config.train.checkpointing == "offload" or config.plan.mode == "auto"
+    waits = keeps_on_host(config, config.cluster.ranks) or config.plan.mode == "auto"
     return machine_of(config, found=here.found_here(asks_driver=config.card.name == "auto" or waits))
 
 

@@ -47,7 +47,7 @@ class Fitting:
     def __str__(self) -> str:
         words = " ".join(typed(name, value) for name, value in self.settings.items())
         device, host = self.plan.device, self.plan.host  # A CPU's processes have their machine's memory together.
-        return f"{words} ({size(device.total if self.plan.machine.is_gpu else host.machine - host.launcher)})"
+        return f"{words} ({size(device.total if self.plan.machine.is_gpu else host.workers)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

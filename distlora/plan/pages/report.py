@@ -82,7 +82,7 @@ def verdict(plan: Plan) -> str:
         return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
     host, has = plan.host, plan.machine.host_bytes
     if not plan.machine.is_gpu and has is not None:  # Its processes have the machine's memory together.
-        needed, usable, what = host.machine - host.launcher, has, "machine"
+        needed, usable, what = host.workers, has, "machine"
     elif plan.lacks() == "host":
         return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has or 0)} can be had"
     if plan.fits:
@@ -108,7 +108,7 @@ def needs(plan: Plan) -> str:
     """What it takes of the memory that decides, and what takes most of that: `8.75 GB a card (...)`."""
     host, by_kind = plan.host, largest(plan.device.by_kind)
     if not plan.machine.is_gpu:
-        return f"{size(host.machine - host.launcher)} a machine (of each process {by_kind})"
+        return f"{size(host.workers)} a machine (of each process {by_kind})"
     if plan.lacks() == "host":
         return f"{size(host.machine)} of a machine's host memory ({_waiting(plan)} of a process)"
     return f"{size(plan.device.total)} a card ({by_kind})"

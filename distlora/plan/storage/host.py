@@ -73,15 +73,25 @@ class HostBytes:
         return self.process + self.base + self.inputs + self.moments + self.device_most
 
     @property
-    def machine(self) -> int:
-        """All processes of a machine, of the one where rank 0 is, at the most."""
+    def workers(self) -> int:
+        """All processes of a machine but the launcher, of the one where rank 0 is, at the most."""
         training = self.ranks * (self._without_copies + self.copies_of_others) + self.copies - self.copies_of_others
-        return self.launcher + max(self.ranks * self.while_loading, training)
+        return max(self.ranks * self.while_loading, training)
+
+    @property
+    def machine(self) -> int:
+        """With the launcher, which has its memory already when it plans."""
+        return self.launcher + self.workers
 
     def as_json(self) -> dict[str, int]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         totals = {name: getattr(self, name) for name in ("while_loading", "while_training", "machine")}
         return values | totals
+
+
+def keeps_on_host(config: Config, ranks: int) -> bool:
+    """Whether something waits in host memory that would be on a card."""
+    return offloads_base(config.parallel, config.shard_degree(ranks)) or config.train.checkpointing == "offload"
 
 
 def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from distlora.config import Config
 from distlora.plan import plan_of
 from distlora.plan.choice.choose import Choice, choose
-from distlora.plan.choice.space import Settings, if_valid, typed, with_settings
+from distlora.plan.choice.space import Settings, if_valid, micro_batches, typed, with_settings
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.words import size
 
@@ -33,12 +33,8 @@ def room(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list
     """What the next larger micro-batch, row, rank and model (`larger`: how it is typed, and it) would take with the
     settings as they are, or where they were chosen and do not fit, with those that would be chosen."""
     plan, config = choice.plan, choice.config
-    limit, rows = (
-        plan.model.settings.get("max_position_embeddings"),
-        -(-config.train.global_batch // plan.machine.ranks),
-    )
-    micro = next((n for n in range(config.train.micro_batch + 1, rows + 1) if rows % n == 0), None)
-    length = 2 * config.data.sequence_length
+    limit, length = plan.model.settings.get("max_position_embeddings"), 2 * config.data.sequence_length
+    micro = next((n for n in micro_batches(config, plan.machine) if n > config.train.micro_batch), None)
     tries: list[Settings] = [] if micro is None else [{"train.micro_batch": micro}]
     tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
     tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []

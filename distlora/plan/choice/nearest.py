@@ -13,7 +13,7 @@ from distlora.config import Config
 from distlora.config.plan import CHOSEN
 from distlora.plan import Plan, plan_of
 from distlora.plan.choice.choose import choose, cost_of, has_room, on_cards, plans
-from distlora.plan.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, typed, value_of
+from distlora.plan.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, micro_batches, typed, value_of
 from distlora.plan.machine import Machine, machine_of
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.words import size
@@ -101,8 +101,7 @@ def moves(plan: Plan) -> list[Settings]:
     found: list[Settings] = []
     for mode in RECOMPUTES[RECOMPUTES.index(train.checkpointing) + 1 :]:
         found.append({"train.checkpointing": mode})
-    rows = -(-train.global_batch // ranks)
-    found += [{"train.micro_batch": n} for n in range(train.micro_batch - 1, 0, -1) if rows % n == 0]
+    found += [{"train.micro_batch": n} for n in reversed(micro_batches(config, machine)) if n < train.micro_batch]
     found += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
     found += [{"train.keep_dequantized": False}] if train.keep_dequantized else []
     if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and model.shapes.family.experts is None:

@@ -125,7 +125,7 @@ def ways(config: Config, model: PlannedModel, machine: Machine, fixed: Collectio
         yield dict(zip(values, combination, strict=True))
 
 
-def micro_batches(config: Config, machine: Machine, fixed: Collection[str]) -> list[int]:
+def micro_batches(config: Config, machine: Machine, fixed: Collection[str] = ()) -> list[int]:
     """Rows that a rank may run at once, ascending: those that divide its rows, as the last would be part empty."""
     said = config.train.micro_batch
     rows = -(-config.train.global_batch // machine.ranks)

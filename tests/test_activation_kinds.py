@@ -81,7 +81,6 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
 ) -> None:
     # What an operation makes within itself, nothing sees that looks at operations (tests/test_plan_memory.py does).
     monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
-    monkeypatch.setattr(block_memory, "SUMMED_BYTES", 0)
     check_steps(load(tmp_path, family, sizes, **settings), FEW if name in DEFAULT else ALL)
 
 

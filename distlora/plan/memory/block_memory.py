@@ -37,10 +37,6 @@ STRIPE_BYTES = 3 * 4 * 2**20
 """Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
 
-SUMMED_BYTES = 4
-"""Of a number that the CPU adds up in fp32, within one operation."""
-
-
 class Moment(NamedTuple):
     """What is alive for a while."""
 

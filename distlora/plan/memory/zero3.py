@@ -103,14 +103,14 @@ class _Coordinator:
         """The unit of this place is needed: the most that there is while it is copied out."""
         unit = self.units[self.place]
         self.gather([t for t in unit if t not in self.there and t not in self.coming])
-        most = 0
+        most = self.nbytes
         for tensor in unit:
             group = self.coming.get(tensor)
             if group is not None and tensor in group.waiting:
                 if not group.is_copied:
                     self.there.update(group.waiting)
                     group.is_copied = True
-                most = max(most, self.nbytes)
+                    most = max(most, self.nbytes)
                 group.waiting.discard(tensor)
                 if not group.waiting:
                     self.groups.remove(group)

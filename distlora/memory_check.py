@@ -16,7 +16,7 @@ from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel import Backend
 from distlora.plan.memory import measured
-from distlora.plan.memory.device import KINDS
+from distlora.plan.memory.kinds import KINDS
 from distlora.plan.memory.measured import RECORDED, MeasuredRank
 from distlora.run_folder import PLAN_NAME, read_record
 

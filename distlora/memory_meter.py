@@ -29,7 +29,7 @@ from distlora.adapters import adapter_parameters
 from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel.shards import local_rows
-from distlora.plan.memory.device import Kind
+from distlora.plan.memory.kinds import Kind
 from distlora.quant import FrozenTensor
 from distlora_kernels import scratch
 

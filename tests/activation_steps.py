@@ -20,8 +20,9 @@ from distlora.mlp import MLP, place_mlps
 from distlora.model import CausalLM
 from distlora.offload import HostInputs
 from distlora.plan.memory import activations
-from distlora.plan.memory.activations import Attention, Costs, Device, Mode
+from distlora.plan.memory.activations import Costs, Device, Mode
 from distlora.plan.memory.base import base_of
+from distlora.plan.memory.block_memory import Attention
 from distlora.plan.memory.gathered import Copied, copied_of
 from distlora.shapes import shapes_of
 from family_models import config_for, load_ours, tokens

@@ -21,10 +21,11 @@ from activation_steps import (
 )
 from distlora import head
 from distlora.attention import Documents
+from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.families import FAMILIES
 from distlora.model import CausalLM
 from distlora.plan.memory import activations
-from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder, Mode
+from distlora.plan.memory.activations import Costs, Mode
 from family_models import tokens
 
 __all__ = ["small_chunks"]

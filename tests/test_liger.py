@@ -19,11 +19,12 @@ from accounting import Kept, flash_like
 from closeness import relative_error
 from distlora import liger, startup
 from distlora.attention import Documents
+from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.families import read_config
 from distlora.mlp import place_mlps
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
-from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder
+from distlora.plan.memory.activations import Costs
 from family_models import VARIANTS, load_ours, tokens, write_family_folder
 
 needs_liger = pytest.mark.skipif(

@@ -18,10 +18,11 @@ from distlora import host_memory, startup, train
 from distlora.adapters import BlockContext
 from distlora.blocks import Block
 from distlora.config import UserError
+from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.families import FAMILIES, read_config
 from distlora.offload import HostInputs
 from distlora.parallel import Ranks
-from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder
+from distlora.plan.memory.activations import Costs
 from small_models import make_run, read_metrics
 from test_parity import outcome
 from test_scratch import Layer

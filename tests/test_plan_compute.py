@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.decoder_sizes import windows_of
+from distlora.decoder_sizes import AdaptedRanks, Decoder, windows_of
 from distlora.flops import active_weights as of_model
 from distlora.flops import count_flops
 from distlora.model import build_model
 from distlora.operations import pairs
-from distlora.plan.memory.activations import AdaptedRanks, Costs, Decoder, Mode
+from distlora.plan.memory.activations import Costs, Mode
 from distlora.plan.model import model_in
 from distlora.plan.speed.compute import StepFlops, active_weights, cut, step_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config

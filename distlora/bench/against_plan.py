@@ -33,7 +33,8 @@ from distlora.config import Config
 from distlora.config_file import build
 from distlora.parallel import join_ranks, leave_ranks
 from distlora.plan.machine import Found, machine_of
-from distlora.plan.memory.device import KINDS, device_bytes
+from distlora.plan.memory.device import device_bytes
+from distlora.plan.memory.kinds import KINDS
 from distlora.plan.model import model_in
 
 _SMALL = LLAMA_700M | {"vocab_size": 8192, "num_attention_heads": 4, "num_key_value_heads": 2}

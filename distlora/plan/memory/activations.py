@@ -35,8 +35,6 @@ from distlora.plan.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.shapes import Asked, ModelShapes
 from distlora.tokens import EMBEDDING, HEAD
 
-__all__ = ["Activations", "AdaptedRanks", "Attention", "Costs", "Decoder", "Device", "Mode", "ranks_of_blocks"]
-
 Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24

@@ -23,8 +23,6 @@ from distlora.plan.memory.zero3 import staying_bytes
 from distlora.plan.model import PlannedModel
 from distlora.shapes import ModelShapes, sizes_of
 
-__all__ = ["KINDS", "DeviceBytes", "Kind", "Moment", "device_bytes"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceBytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora.json_files import Shape
-from distlora.plan.memory.device import Kind
+from distlora.plan.memory.kinds import Kind
 
 MISS = 0.05
 """Of the measured peak: by how much a plan may be off."""

@@ -25,7 +25,6 @@ class ExpertSizes:
     """Columns of one expert's gate, of its up and of their product."""
     clamps: bool
     """Whether gate and up are clamped and up has 1 added (GPT-OSS)."""
-    biases: bool
     router: Literal["fp32", "fp32 weights", "chosen"]
     """What the router's softmax is over: of all experts in fp32, with weights that stay in fp32 (Mixtral), or of the
     chosen alone (GPT-OSS)."""
@@ -43,7 +42,6 @@ class ExpertSizes:
             chosen=settings.get("num_experts_per_tok", {"mixtral": 2, "gpt_oss": 4}.get(family.model_type, 8)),
             inner=settings[layout.intermediate],
             clamps=is_gpt_oss,
-            biases=is_gpt_oss,
             router="chosen" if is_gpt_oss else softmax,
         )
 

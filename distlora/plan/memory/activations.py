@@ -67,8 +67,6 @@ class Activations:
     """On the device while a block is at work in backward: what it recomputes, and gradients."""
     dequantized: float
     """Of it, weights in NF4 that are dense tensors then: on the CPU, and of experts that no grouped product runs."""
-    recomputed: float
-    """Share of the operations of a forward that backward does again."""
 
     @property
     def peak(self) -> float:
@@ -355,7 +353,6 @@ class Costs:
             head_backward=self.head_backward(tokens) + newest,
             working=gradients + working.bytes,
             dequantized=working.dense,
-            recomputed=self.recomputed(mode, at_once),
         )
 
     def recomputed(self, mode: Mode, tokens: int) -> float:

@@ -30,8 +30,10 @@ from distlora.tokens import trained_indices
 
 GROUP_WEIGHTS = 16_384
 """Weights of a group of NF4 with double quantization."""
-GROUP_BYTES = 8192 + 256 + 4
-"""Stored bytes of a group: codes, scales, group_scale (kernels/README.md)."""
+GROUP_CODES, GROUP_SCALES = 8192, 256
+"""Stored bytes of a group's codes and of its scales in 8 bits (kernels/README.md)."""
+GROUP_BYTES = GROUP_CODES + GROUP_SCALES + 4
+"""With group_scale in fp32."""
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]

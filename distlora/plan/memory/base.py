@@ -19,10 +19,6 @@ from distlora.plan.memory.kinds import Kind
 from distlora.shapes import ModelShapes, Weight
 from distlora.tokens import EMBEDDING, HEAD
 
-CODES, SCALES, ABSMAX = 8192, 256, 4 * 256
-"""Stored bytes of a group of packed weights: codes; 8-bit scales, to which a group's own scale in fp32 comes; or
-absmax in fp32 in their place."""
-
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -139,10 +135,10 @@ def base_of(
 
     def of_packed(weight: Weight) -> list[Stored]:
         groups = -(-weight.numel // wire.GROUP_WEIGHTS)
-        codes = Stored("codes", (groups, CODES), 1, 1)
+        codes = Stored("codes", (groups, wire.GROUP_CODES), 1, 1)
         if plain_absmax:
-            return [codes, Stored("scales", (groups, ABSMAX), 1, 1)]
-        return [codes, Stored("scales", (groups, SCALES), 1, 1), Stored("scales", (groups,), 4, 4)]
+            return [codes, Stored("scales", (groups, wire.GROUP_SCALES), 4, 4)]
+        return [codes, Stored("scales", (groups, wire.GROUP_SCALES), 1, 1), Stored("scales", (groups,), 4, 4)]
 
     unpacked = (left_dense or {}) if packs else {}
     instead: list[tuple[Stored, int]] = []

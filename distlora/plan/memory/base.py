@@ -36,9 +36,13 @@ class Stored:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def own(self, shards: int) -> int:
+        """Numbers in a rank's rows."""
+        return wire.padded(self.shape, shards) // shards
+
     def kept(self, shards: int) -> int:
         """Bytes of a rank's rows."""
-        return self.itemsize * wire.padded(self.shape, shards) // shards
+        return self.itemsize * self.own(shards)
 
     def whole(self, shards: int) -> int:
         """Bytes while it is gathered, filled up to a multiple of the ranks."""

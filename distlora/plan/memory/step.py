@@ -265,16 +265,14 @@ class Step:
         if self.shards == 1 or self.micro_batches == 1:
             return 0
         units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
-        rest = sum(4 * tensor.numel for unit in units for tensor in unit if tensor.trained)
-        return rest + blocks * sum(4 * tensor.numel for tensor in self.base.block if tensor.trained)
+        return sum(map(_of_masters, units)) + blocks * _of_masters(self.base.block)
 
     def _summed(self, blocks: int) -> int:
         """This rank's rows of the gradients of the last so many blocks and of the head, and all of the last norm."""
         if self.shards == 1:
             return 0
-        head = sum(4 * tensor.kept(self.shards) // tensor.itemsize for tensor in self.base.head if tensor.trained)
-        own = sum(4 * tensor.kept(self.shards) // tensor.itemsize for tensor in self.base.block if tensor.trained)
-        return head + blocks * own
+        head, block = (_rows_of_masters(unit, self.shards) for unit in (self.base.head, self.base.block))
+        return head + blocks * block
 
     def _sent_behind(self, place: int) -> int:
         """What the unit behind this block has put into its reduce-scatter, which FSDP2 keeps until the next one's."""
@@ -310,9 +308,14 @@ def _of_masters(unit: tuple[Stored, ...]) -> int:
     return sum(4 * tensor.numel for tensor in unit if tensor.trained)
 
 
+def _rows_of_masters(unit: tuple[Stored, ...], shards: int) -> int:
+    """A rank's rows, in fp32."""
+    return sum(4 * tensor.own(shards) for tensor in unit if tensor.trained)
+
+
 def _sent(unit: tuple[Stored, ...], shards: int) -> int:
     """What a reduce-scatter of the unit's gradients takes in, fp32."""
-    return 0 if shards == 1 else sum(4 * wire.padded(tensor.shape, shards) for tensor in unit if tensor.trained)
+    return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
 
 
 def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:

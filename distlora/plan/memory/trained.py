@@ -51,7 +51,7 @@ class Trained:
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
             if tensor.trained:
-                of_base[tensor.kept(shards) // tensor.itemsize] += count
+                of_base[tensor.own(shards)] += count
         embeds = EMBEDDING in wire.trained_rows(config, shapes) or any(tensor.trained for tensor in base.embedding)
         return cls(adapters=adapters, of_base=of_base, is_cut=shards > 1, embeds=embeds, beside=beside)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from distlora import wire
 from distlora.config import Config
 from distlora.plan.memory.kinds import Kind
+from distlora.plan.model import PlannedModel
 from distlora.shapes import ModelShapes, Weight
 from distlora.tokens import EMBEDDING, HEAD
 
@@ -109,6 +110,11 @@ class Gathered:
 def unit_bytes(unit: Iterable[Stored], shards: int) -> int:
     """What a unit takes while it is gathered."""
     return sum(tensor.whole(shards) for tensor in unit)
+
+
+def planned_base(config: Config, model: PlannedModel) -> Base:
+    """As this run keeps this model."""
+    return base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
 
 
 def base_of(

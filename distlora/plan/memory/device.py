@@ -14,7 +14,7 @@ from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.decoder_sizes import windows_of
 from distlora.deepspeed_file import offloads_base, read_gathering
 from distlora.plan.machine import Machine
-from distlora.plan.memory.base import Base, base_of, unit_bytes
+from distlora.plan.memory.base import planned_base, unit_bytes
 from distlora.plan.memory.kinds import KINDS, Kind, Moment
 from distlora.plan.memory.libraries import beside_tensors
 from distlora.plan.memory.step import Step
@@ -91,17 +91,13 @@ def _fitting_blocks(config: Config, model: PlannedModel, machine: Machine, found
     if not machine.is_gpu:
         reserve = RESIDENCY_RESERVE["cpu"] * (machine.usable_bytes - found.total)
     left = machine.usable_bytes - found.total - reserve
-    block = unit_bytes(_base(config, model).block, shards)
+    block = unit_bytes(planned_base(config, model).block, shards)
     return min(max(int(left // block), 0), model.shapes.num_layers)
-
-
-def _base(config: Config, model: PlannedModel) -> Base:
-    return base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
 
 
 def _with_resident(config: Config, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
     shapes, shards = model.shapes, config.shard_degree(machine.ranks)
-    base = _base(config, model)
+    base = planned_base(config, model)
     trained = Trained.of(config, shapes, base, shards)
     held: Counter[Kind] = Counter()
     if not (machine.is_gpu and offloads_base(config.parallel, shards)):

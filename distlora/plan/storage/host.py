@@ -14,7 +14,7 @@ from distlora.config import Config
 from distlora.config.initialization import PLAIN
 from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
-from distlora.plan.memory.base import Base, base_of
+from distlora.plan.memory.base import Base, planned_base
 from distlora.plan.memory.device import DeviceBytes, decomposition_bytes
 from distlora.plan.memory.trained import Trained
 from distlora.plan.model import PlannedModel
@@ -98,7 +98,7 @@ def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: De
     """Of a training run with these settings, of which a rank takes `device` on its device."""
     shards = config.shard_degree(machine.ranks)
     copies, of_others = _copies(Saved.of(config, model, shards))
-    base = base_of(config, model.shapes, plain_absmax=model.plain_absmax, left_dense=model.left_dense)
+    base = planned_base(config, model)
     trained = Trained.of(config, model.shapes, base, shards)
     return HostBytes(
         process=PROCESS_BYTES,

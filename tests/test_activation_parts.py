@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from distlora import wire
 from distlora.parallel import checksums
 from distlora.plan.memory import block_memory, expert_memory, step
 from distlora.plan.memory.block_memory import parts_of_db, parts_over_rows
-from distlora_kernels import dropout, skinny_launch
+from distlora_kernels import dropout, nf4, skinny_launch
 from distlora_kernels.skinny import skinny_dy, skinny_grad
 
 TOKENS, INPUTS, OUTPUTS = 320, 200, 328
@@ -46,4 +45,4 @@ def test_bounds_of_what_is_made_at_once_are_those_of_the_code_that_makes_it() ->
     assert block_memory._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
     assert block_memory._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
     assert 8 * checksums._LINES_AT_ONCE["cuda"] * checksums.LINE == step._CHECKED
-    assert expert_memory._GROUP == wire.GROUP_WEIGHTS
+    assert expert_memory._BLOCK == nf4.BLOCK

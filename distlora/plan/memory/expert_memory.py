@@ -11,9 +11,10 @@ balanced routing. Routers are frozen, and their inputs are not kept.
 from __future__ import annotations
 
 from distlora.plan.memory.block_memory import BlockRun, Moment, Operation
+from distlora.wire import GROUP_WEIGHTS
 
-_GROUP, _BLOCK = 16_384, 64
-"""Weights of an NF4 group and of a block (kernels/distlora_kernels/reference.py)."""
+_BLOCK = 64
+"""Weights of an NF4 block (kernels/distlora_kernels/reference.py)."""
 _RANK_MULTIPLE = 8
 """What grouped products round ranks up to."""
 INDEX_BYTES = 4 * 8
@@ -60,7 +61,7 @@ def _linear(run: BlockRun, name: str, inputs: int, outputs: int) -> Operation:
     dense = 0
     if run.quantized and not run.groups_experts:
         # The weight of all experts where an expert's begins within a group, on the CPU within a block.
-        is_cut = weight % (_GROUP if run.device == "cuda" else _BLOCK) == 0
+        is_cut = weight % (GROUP_WEIGHTS if run.device == "cuda" else _BLOCK) == 0
         dense = b * weight * (1 if is_cut else experts.count)
     if rank == 0:
         return Operation(0, (Moment(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)

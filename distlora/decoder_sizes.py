@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distlora.families import Family, text_settings
-from distlora.shapes import attention_columns, sizes_of
+from distlora.shapes import Biases, attention_columns, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class Decoder:
         settings = sizes_of(model, family)
         heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
         experts, kind = ExpertSizes.of(settings, family), family.model_type
-        bias = bool(settings.get("attention_bias"))
+        biases = Biases.of(family, settings)
         return cls(
             hidden=settings["hidden_size"],
             inner=settings["intermediate_size"] if experts is None else experts.inner,
@@ -115,9 +115,9 @@ class Decoder:
             norms_after=family.mlp_norms[1] is not None,
             head_norms=family.head_norms,
             fused_linears=kind == "phi3",
-            qkv_bias=bias or kind == "qwen2",
-            o_bias=bias,
-            mlp_bias=kind == "llama" and bool(settings.get("mlp_bias")),
+            qkv_bias=biases.qkv,
+            o_bias=biases.o,
+            mlp_bias=biases.mlp,
             norms_in_fp32=kind.startswith("gemma"),
             # 50 where config.json does not say; null: none.
             caps_scores=kind == "gemma2"

@@ -185,7 +185,7 @@ def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | 
             f"{place} is damaged: layer_types has {len(kinds)} layers, num_hidden_layers={layers}; download it again"
         )
     heads, keys = sizes["num_attention_heads"], sizes.get("num_key_value_heads", sizes["num_attention_heads"])
-    if heads % keys or not (sizes.get("head_dim") or sizes["hidden_size"] // heads):
+    if heads % keys or not head_size(sizes):
         raise UserError(
             f"{place} is damaged: {heads} heads of queries and {keys} of keys cannot share hidden_size="
             f"{sizes['hidden_size']}; download it again"
@@ -206,11 +206,32 @@ def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return _DEFAULTS.get(family.model_type, {}) | said
 
 
+def head_size(sizes: Mapping[str, Any]) -> int:
+    """Columns of one head of attention, by `sizes_of`."""
+    size: int = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    return size
+
+
 def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
     """(columns of the queries, of the keys and of the values each), by `sizes_of`."""
-    heads = sizes["num_attention_heads"]
-    head_size = sizes.get("head_dim") or sizes["hidden_size"] // heads
-    return heads * head_size, sizes.get("num_key_value_heads", heads) * head_size
+    heads, size = sizes["num_attention_heads"], head_size(sizes)
+    return heads * size, sizes.get("num_key_value_heads", heads) * size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Biases:
+    """Which linears of a block have one, experts' aside."""
+
+    qkv: bool
+    o: bool
+    mlp: bool
+
+    @classmethod
+    def of(cls, family: Family, sizes: Mapping[str, Any]) -> Biases:
+        """By `sizes_of`. Some families have none whatever their config.json says."""
+        kind = family.model_type
+        asked = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
+        return cls(qkv=asked or kind == "qwen2", o=asked, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))
 
 
 def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
@@ -220,17 +241,16 @@ def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
 
 def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
     kind, hidden, heads = family.model_type, sizes["hidden_size"], sizes["num_attention_heads"]
-    queries, keys = attention_columns(sizes)
-    bias = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
+    (queries, keys), biases = attention_columns(sizes), Biases.of(family, sizes)
     if kind == "phi3":
         found = _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias=False)
     else:
         found = []
         for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            found += _linear(f"self_attn.{name}", out, hidden, bias=bias or kind == "qwen2")
-    found += _linear("self_attn.o_proj", hidden, queries, bias=bias)
+            found += _linear(f"self_attn.{name}", out, hidden, bias=biases.qkv)
+    found += _linear("self_attn.o_proj", hidden, queries, bias=biases.o)
     if family.head_norms:
-        found += [Weight(f"self_attn.{name}.weight", (queries // heads,)) for name in ("q_norm", "k_norm")]
+        found += [Weight(f"self_attn.{name}.weight", (head_size(sizes),)) for name in ("q_norm", "k_norm")]
     if kind == "gpt_oss":
         found.append(Weight("self_attn.sinks", (heads,)))
     return found
@@ -249,7 +269,7 @@ def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -
         parts = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
     else:
         parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    bias = kind == "llama" and bool(sizes.get("mlp_bias"))
+    bias = Biases.of(family, sizes).mlp
     return [weight for name, shape in parts.items() for weight in _linear(f"mlp.{name}", *shape, bias=bias)]
 
 

@@ -21,7 +21,7 @@ from distlora.plan.memory.step import Step
 from distlora.plan.memory.trained import Trained
 from distlora.plan.memory.zero3 import staying_bytes
 from distlora.plan.model import PlannedModel
-from distlora.shapes import ModelShapes, sizes_of
+from distlora.shapes import ModelShapes, head_size, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,13 +149,12 @@ def buffer_bytes(model: PlannedModel, config: Config) -> int:
     family = model.shapes.family
     sizes = sizes_of(model.settings, family)
     ropes = sizes.get("rope_parameters") or {}
-    head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
     windows = windows_of(model.settings, family)
     kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
     masters = config.adapter.method == "full"
     scale = (4 if masters else wire.DTYPE_BYTES[config.train.dtype]) if family.model_type.startswith("gemma") else 0
-    return kinds * 2 * 4 * (int(head * share) // 2) + scale
+    return kinds * 2 * 4 * (int(head_size(sizes) * share) // 2) + scale
 
 
 def arena_bytes(config: Config, model: PlannedModel) -> int:

@@ -152,10 +152,8 @@ class _HostInputs:
 
     @classmethod
     def of(cls, model: CausalLM, config: Config, ranks: int) -> _HostInputs:
-        settings = config.train
-        slices = config.accumulation(ranks) if settings.accumulate == "block" else 1
-        tokens = settings.micro_batch * config.data.sequence_length
-        nbytes = tokens * model.hf_config.hidden_size * DTYPES[settings.dtype].itemsize
+        slices = config.slices(ranks)
+        nbytes = config.tokens_at_once * model.hf_config.hidden_size * DTYPES[config.train.dtype].itemsize
         said = f"{len(model.blocks)} blocks x {slices} x {nbytes / 2**20:,.1f} MiB"
         return cls(len(model.blocks) * slices, nbytes, said)
 
@@ -164,7 +162,7 @@ def require_room_for_inputs(model: CausalLM, config: Config, backend: Backend) -
     """Before the base is loaded, which may take minutes: raises UserError, on every rank, where a machine has too
     little host memory for all inputs that a forward keeps."""
     inputs = _HostInputs.of(model, config, backend.ranks.world)
-    slices = inputs.count // len(model.blocks)
+    slices = config.slices(backend.ranks.world)
     instead = "set train.checkpointing=block, or a smaller train.micro_batch"
     if slices > 1:
         instead = f"set train.accumulate=step, which takes 1/{slices} of it, or train.checkpointing=block"

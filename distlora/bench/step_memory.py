@@ -29,8 +29,7 @@ def measure_step(config: Config, ranks: Ranks, *, documents: int = 4) -> StepMem
     meter = MemoryMeter(model, optimizer)
     objective, ok = objective_of(config.train), torch.ones((), dtype=torch.bool, device=ranks.device)
     micro_batches = _micro_batches(config, ranks, whole_shape(model.head.weight)[0], documents)
-    if config.train.accumulate == "block":
-        model.set_num_micro(config.accumulation(ranks.world))
+    model.set_num_micro(config.slices(ranks.world))
     # Tokens, or pairs of documents.
     units = ranks.world * sum(batch.labels.numel() for batch in micro_batches)
 
@@ -60,7 +59,7 @@ def _micro_batches(config: Config, ranks: Ranks, vocabulary: int, documents: int
     ids = random_tokens(rows * number, length, vocabulary, ranks.rank)
     positions = (torch.arange(length) % -(-length // documents)).expand_as(ids)
     labels = ids.roll(-1, dims=1)
-    size = len(ids) if config.train.accumulate == "block" else rows
+    size = rows * config.slices(ranks.world)
     places = torch.arange(len(ids)) * ranks.world + ranks.rank
     cut = (each.split(size) for each in (ids, labels, positions, places))
     return [MicroBatch(*parts) for parts in zip(*cut, strict=True)]

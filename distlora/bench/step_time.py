@@ -82,7 +82,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def product(config: Config, sizes: dict[str, Any], device: torch.device) -> tuple[Callable[[], object], float]:
     """(some products of a step's rows with a weight of the MLP, their operations)."""
-    rows = config.train.micro_batch * config.data.sequence_length
+    rows = config.tokens_at_once
     inner, hidden, dtype = sizes["intermediate_size"], sizes["hidden_size"], DTYPES[config.train.dtype]
     left, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, inner))
     out = torch.empty(rows, inner, device=device, dtype=dtype)

@@ -159,6 +159,16 @@ class Config:
         """Micro-batches that each of `ranks` runs in a step."""
         return -(-self.train.global_batch // (ranks * self.train.micro_batch))
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that a rank runs at once: a micro-batch's."""
+        return self.train.micro_batch * self.data.sequence_length
+
+    def slices(self, ranks: int) -> int:
+        """Micro-batches that each of `ranks` has between forward and backward: all of a step's, which go through each
+        block one after the other with train.accumulate=block, or one."""
+        return self.accumulation(ranks) if self.train.accumulate == "block" else 1
+
     def shard_degree(self, ranks: int) -> int:
         """Ranks that cut one copy of the base between them, where there are `ranks` in all."""
         degree = self.parallel.shard_degree

@@ -137,12 +137,11 @@ class Costs:
         if family.attention == "eager":
             attention = Attention(kind="eager")
         elif attends_by_documents(config, family, decoder, is_gpu=device.is_gpu):
-            tokens = train.micro_batch * config.data.sequence_length
             attention = Attention(
                 accumulators=flash_accumulators(
                     device.processors,
                     decoder.heads,
-                    tokens,
+                    config.tokens_at_once,
                     train.micro_batch,
                     deterministic=train.deterministic_attention,
                 ),

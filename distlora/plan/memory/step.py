@@ -63,10 +63,8 @@ class Step:
     def of(
         cls, config: Config, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
     ) -> Step:
-        ranks, train = machine.ranks, config.train
-        shards, accumulation = config.shard_degree(ranks), config.accumulation(ranks)
-        at_once = config.data.sequence_length * train.micro_batch
-        tokens = at_once * (accumulation if train.accumulate == "block" else 1)
+        ranks, at_once = machine.ranks, config.tokens_at_once
+        shards, tokens = config.shard_degree(ranks), at_once * config.slices(ranks)
         return cls(
             config=config,
             base=base,
@@ -77,7 +75,7 @@ class Step:
             copied=copied_of(config, base, shards),
             at_once=at_once,
             tokens=tokens,
-            micro_batches=wire.passes_of(config, accumulation),
+            micro_batches=wire.passes_of(config, config.accumulation(ranks)),
             is_gpu=machine.is_gpu,
         )
 

@@ -70,7 +70,6 @@ class StepWork:
 def step_work(config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
     """Of a step with these settings. `document`: tokens of each packed document; None: one a row."""
     train, ranks, shards = config.train, machine.ranks, config.shard_degree(machine.ranks)
-    m = train.micro_batch * config.data.sequence_length
     micro_batches = config.accumulation(ranks)
     passes = wire.passes_of(config, micro_batches)
     how = how_of(config, model, machine)
@@ -85,7 +84,7 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
         gemma=decoder.norms_in_fp32,
     )
     # A pass of all micro-batches joins a block's slices, and its gradients.
-    at_once = m * micro_batches // passes
+    at_once = config.tokens_at_once * config.slices(ranks)
     return StepWork(
         blocks=_blocks(config, model, machine, decoder, how, document),
         micro_batches=micro_batches,

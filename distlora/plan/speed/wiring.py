@@ -92,7 +92,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     offloads = machine.is_gpu and offloads_base(config.parallel, shards)
     boundary = 0
     if train.checkpointing == "offload":
-        boundary = itemsize * shapes.hidden * config.data.sequence_length * train.micro_batch * micro_batches // passes
+        boundary = itemsize * shapes.hidden * config.tokens_at_once * config.slices(world)
     sums, last = _sums(config, step, shapes, rings)
     return Wiring(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),

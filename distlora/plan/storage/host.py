@@ -129,11 +129,9 @@ def _paged(config: Config, trained: Trained, machine: Machine) -> int:
 
 def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
     """As `startup.keep_inputs_on_host` reserves them."""
-    train, shapes = config.train, model.shapes
-    slices = config.accumulation(machine.ranks) if train.accumulate == "block" else 1
-    tokens = train.micro_batch * config.data.sequence_length
-    nbytes = tokens * shapes.hidden * wire.DTYPE_BYTES[train.dtype]
-    return host_memory.bytes_of([nbytes] * shapes.num_layers * slices)
+    shapes = model.shapes
+    nbytes = config.tokens_at_once * shapes.hidden * wire.DTYPE_BYTES[config.train.dtype]
+    return host_memory.bytes_of([nbytes] * shapes.num_layers * config.slices(machine.ranks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from distlora.plan.machine import Machine
 from distlora.plan.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.plan.model import PlannedModel
 from distlora.shapes import ModelShapes, expert_paths
-from distlora.tokens import EMBEDDING, HEAD, trained_indices
+from distlora.tokens import EMBEDDING, HEAD
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -125,8 +125,7 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
         yield Tensor(f"{path}.lora_B.weight", each.up)
         if each.magnitude:
             yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
-    new = tuple(range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens)))
-    for name, ids in trained_indices(config, tied=shapes.tied, new=new).items():
+    for name, ids in wire.trained_rows(config, shapes).items():
         path = prefix + matrices[name]
         yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))
     for name in config.adapter.modules_to_save:

@@ -8,7 +8,6 @@ one block ahead, the last resident block asks for the first that is not, as any 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from distlora.blocks import Block
 from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards
+from distlora.wire import padded
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ class Residency:
 
 def gathered_bytes(module: nn.Module, shards: Shards) -> int:
     """What a gathered block takes beside its shards: its frozen parameters, filled up to a multiple of the ranks."""
-    whole = (p for p in module.parameters() if not p.requires_grad)
-    return sum(shards.count * -(-p.shape[0] // shards.count) * math.prod(p.shape[1:]) * p.element_size() for p in whole)
+    whole = (parameter for parameter in module.parameters() if not parameter.requires_grad)
+    return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 
 def free_bytes(device: torch.device) -> float:

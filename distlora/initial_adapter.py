@@ -22,7 +22,7 @@ from distlora.initial_experts import by_weight, parameters_of
 from distlora.initial_modules import InitialModule, is_of_modules, modules_setting, read_initial_modules
 from distlora.initial_rows import InitialRows, is_of_rows, read_initial_rows, settings_of
 from distlora.json_files import read_object
-from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header, read_metadata
+from distlora.loading.segments import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.targets import idle_keys, match_ending, written
 
 CONFIG_NAME = "adapter_config.json"
@@ -97,7 +97,7 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     _refuse_fields(values, folder / CONFIG_NAME)
     parameters = parameters_of(values, folder / CONFIG_NAME)
     names = by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
-    segments = read_header(folder / WEIGHTS_NAME)
+    segments, metadata = read_header_and_metadata(folder / WEIGHTS_NAME)
     for name in names.values():
         if segments[name].dtype not in SOURCE_DTYPES:
             raise UserError(
@@ -107,7 +107,7 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     base = values.get("base_model_name_or_path")
     token_rows = read_initial_rows(values, segments, folder)
     modules = read_initial_modules(values, segments, folder)
-    for_nf4 = NF4_MARK.items() <= read_metadata(folder / WEIGHTS_NAME).items()
+    for_nf4 = NF4_MARK.items() <= metadata.items()
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
     return InitialAdapter(
         folder=folder,

@@ -145,12 +145,6 @@ def read_header_and_metadata(
     return segments, header.get(_METADATA, {})
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors. Raises UserError for a damaged header."""
-    metadata: dict[str, str] = _raw_header(file, "put a whole copy in its place")[0].get(_METADATA, {})
-    return metadata
-
-
 def _raw_header(file: Path, remedy: str) -> tuple[dict[str, Any], int]:
     """(header, first byte of the data). Raises UserError for what is no header."""
     if not file.is_file():  # Reading a pipe would wait for a writer.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import AdapterConfig, Config, UserError, require
-from distlora.loading.segments import Segment, fingerprint, read_header, read_metadata
+from distlora.loading.segments import Segment, fingerprint, read_header, read_header_and_metadata
 
 START_NAME = "initial_adapter.safetensors"
 METHOD_KEY, BASE_KEY, DIGEST_KEY = "distlora_init", "distlora_base", "distlora_digest"
@@ -92,8 +92,7 @@ def read_start_record(config: Config, *, with_base: bool = True) -> StartRecord 
     path = start_path(config)
     if not path.is_file():
         return None
-    read_header(path, remedy=_remedy(config))
-    metadata = read_metadata(path)
+    _, metadata = read_header_and_metadata(path, remedy=_remedy(config))
     record = StartRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
     )

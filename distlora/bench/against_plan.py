@@ -27,12 +27,13 @@ from typing import Any, Literal
 import torch
 
 from distlora.bench.checkpoints import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
+from distlora.bench.machine import found_by
 from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.parallel import join_ranks, leave_ranks
-from distlora.plan.machine import Found, machine_of
+from distlora.plan.machine import machine_of
 from distlora.plan.memory.device import device_bytes
 from distlora.plan.memory.kinds import KINDS
 from distlora.plan.model import model_in
@@ -126,15 +127,12 @@ def rank_main(rank: int, world: int, port: int, folders: dict[str, Path], own: S
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     ranks, rows = join_ranks(), []
-    devices: tuple[tuple[str, int], ...] = ()
-    if ranks.device.type == "cuda":
-        devices = ((torch.cuda.get_device_name(ranks.device), torch.cuda.mem_get_info(ranks.device)[1]),) * world
+    here = found_by(ranks.device, ranks=world)
     for cell in own:
         if rank == 0:
             print(f"{cell.model} on {world} ranks: {cell.backend}, {cell.checkpointing}", file=sys.stderr, flush=True)
         config = cell.config(folders[cell.model])
         found = measure_step(config, ranks)
-        here = Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
         plan = device_bytes(config, model_in(folders[cell.model]), machine_of(config, found=here))
         planned: dict[str, int] = {kind: nbytes for kind, nbytes in plan.by_kind.items() if kind != "slack"}
         measured: dict[str, int] = {kind: found.by_kind[kind] for kind in KINDS if kind in found.by_kind}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from distlora.bench.checkpoints import write_random_checkpoint
+from distlora.bench.machine import found_by
 from distlora.bench.traffic import our_step
 from distlora.cards import card_named
 from distlora.config import Config
@@ -29,8 +30,7 @@ from distlora.config_file import build
 from distlora.model import DTYPES
 from distlora.optim import build_optimizer
 from distlora.parallel import Ranks
-from distlora.plan import Machine
-from distlora.plan.machine import machine_of
+from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import model_in
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.startup import start_model
@@ -128,17 +128,13 @@ def measure(config: Config, sizes: dict[str, Any], device: torch.device, repeats
     return Rates(operations / of_products, nbytes / of_copies), of_step
 
 
-def planned(config: Config, folder: Path, device: torch.device, rates: Rates | None) -> StepTime:
+def planned(config: Config, folder: Path, here: Found, rates: Rates | None) -> StepTime:
     """At these rates, or at those that the card's maker says."""
-    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if rates is not None:
         products, copies = rates.products / 1e12, rates.copies / 1e9
         given = dataclasses.replace(config.card, tflops=products, memory_gb_per_second=copies)
         config = dataclasses.replace(config, card=given)
-    elif card is not None:
-        config = dataclasses.replace(config, card=dataclasses.replace(config.card, name=card.name))
-    machine: Machine = dataclasses.replace(machine_of(config), is_gpu=device.type == "cuda", card=card)
-    found = step_time(config, model_in(folder), machine)
+    found = step_time(config, model_in(folder), machine_of(config, found=here))
     assert found is not None, "every rate is given"
     return found
 
@@ -157,7 +153,8 @@ def config_of(folder: Path, case: tuple[str, str, str, int, int]) -> Config:
 
 
 def report(device: torch.device, *, blocks: int, repeats: int) -> Iterator[str]:
-    by_sheet = device.type == "cuda" and card_named(torch.cuda.get_device_name(device)) is not None
+    here = found_by(device)
+    by_sheet = any(card_named(name) is not None for name, _ in here.devices or ())
     yield (
         f"| {device.type}, {torch.get_num_threads()} threads, torch {torch.__version__} | TFLOP/s | GB/s | measured, s "
         f"| predicted, s | ratio |{' by the data sheet, s | ratio |' if by_sheet else ''}"
@@ -173,7 +170,7 @@ def report(device: torch.device, *, blocks: int, repeats: int) -> Iterator[str]:
             rates, measured = measure(config, sizes, device, repeats)
             cells = [f"{rates.products / 1e12:,.3g}", f"{rates.copies / 1e9:,.0f}", f"{measured:.3f}"]
             for each in (rates, None) if by_sheet else (rates,):
-                predicted = planned(config, folder, device, each).seconds
+                predicted = planned(config, folder, here, each).seconds
                 cells += [f"{predicted:.3f}", f"{predicted / measured:.2f}"]
             dtype, base, checkpointing, length, rows = case
             yield f"| {dtype}, {base}, {checkpointing}, {rows} x {length} | {' | '.join(cells)} |"

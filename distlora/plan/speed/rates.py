@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distlora.config import Config
-from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
+from distlora.plan.storage.host import keeps_on_host
 
 _MATRICES = {(8, 0): 0.87, (9, 0): 0.80, (10, 0): 0.78}
 _MATRICES_ELSEWHERE = 0.80
@@ -73,15 +73,13 @@ class Rates:
 def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
     """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
     of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
-    several, offloads = machine.ranks > machine.ranks_per_machine, config.train.checkpointing == "offload"
-    needs_host = offloads or offloads_base(config.parallel, config.shard_degree(machine.ranks))
     in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.card.tflops is None
     needed = {
         "tflops": (True, None if in_fp32 else machine.flops),
         "memory_gb_per_second": (True, machine.bandwidth),
         "link_gb_per_second": (machine.ranks_per_machine > 1, machine.link),
-        "network_gb_per_second": (several, machine.network),
-        "host_gb_per_second": (needs_host, machine.host_link),
+        "network_gb_per_second": (machine.ranks > machine.ranks_per_machine, machine.network),
+        "host_gb_per_second": (keeps_on_host(config, machine.ranks), machine.host_link),
     }
     return tuple(f"card.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
 

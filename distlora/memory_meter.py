@@ -30,7 +30,7 @@ from distlora.model import CausalLM
 from distlora.optim import Optimizer
 from distlora.parallel.shards import local_rows
 from distlora.plan.memory.kinds import Kind
-from distlora.quant import FrozenTensor
+from distlora.quant import PACKED_PARTS, FrozenTensor
 from distlora_kernels import scratch
 
 Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
@@ -194,7 +194,7 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "adapters"
             elif module in matrices:
                 kind = "embeddings"
-            elif name in ("codes", "scales", "group_scale", "absmax"):
+            elif name in PACKED_PARTS:
                 kind = "codes" if name == "codes" else "scales"
             elif name == "weight" and isinstance(module, (FrozenTensor, nn.Linear)):
                 kind = "weights"

@@ -97,6 +97,10 @@ class ModelShapes:
         """Parameters that quant=nf4 keeps in 4 bits."""
         return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
 
+    def ties(self, config: AdapterConfig) -> bool:
+        """Whether a run has one matrix for embedding and head: where one of them is trained whole, each has its own."""
+        return self.tied and not config.modules_to_save
+
     def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
         """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
         return _adapters(Asked(self, config))

@@ -154,7 +154,7 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     """
     adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], config.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
-    tied = shapes.tied and not whole
+    tied = shapes.ties(adapter)
     matrix = padded((shapes.vocabulary, shapes.hidden), shards)
     norm = padded((shapes.hidden,), shards)
     block = block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)

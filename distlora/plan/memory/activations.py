@@ -166,7 +166,7 @@ class Costs:
             balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
             trains_base=full,
             trains_head=full or HEAD in adapter.modules_to_save,
-            trained_columns=len(rows.get(EMBEDDING if shapes.tied and not adapter.modules_to_save else HEAD, ())),
+            trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=shards > 1,
             keeps_dense=train.keep_dequantized,
             has_reference=train.objective == "dpo",

@@ -125,7 +125,7 @@ def base_of(
     itemsize = wire.DTYPE_BYTES[config.train.dtype]
     adapter, full = config.adapter, config.adapter.method == "full"
     packs = config.quant.is_nf4
-    tied = shapes.tied and not adapter.modules_to_save
+    tied = shapes.ties(adapter)
 
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> Stored:
         return Stored(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained)

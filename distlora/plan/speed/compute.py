@@ -125,7 +125,6 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
     shapes, adapter = model.shapes, config.adapter
     full = adapter.method == "full"
     linears, adapters = weights_within(config, model, "")
-    tied = shapes.tied and not adapter.modules_to_save
     rows_of = wire.trained_rows(config, shapes)
     columns, _ = attention_columns(sizes_of(model.settings, shapes.family))
     return ActiveWeights(
@@ -134,7 +133,7 @@ def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
         adapters=adapters,
         head=shapes.vocabulary * shapes.hidden,
         head_is_trained=full or HEAD in adapter.modules_to_save,
-        head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if tied else HEAD, ())),
+        head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
         queries=queries_by_window(columns, windows_of(model.settings, shapes.family)),
     )
 

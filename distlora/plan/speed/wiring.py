@@ -89,6 +89,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     rings = _Rings(world, shards, machine.ranks_per_machine)
     block = wire.block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
     ends = step.gathered // passes - 2 * wire.moved_blocks(config, shapes) * block if shards > 1 else 0
+    units = 3 if shapes.ties(config.adapter) else 4
     offloads = machine.is_gpu and offloads_base(config.parallel, shards)
     boundary = 0
     if train.checkpointing == "offload":
@@ -96,7 +97,7 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
     sums, last = _sums(config, step, shapes, rings)
     return Wiring(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
-        ends=replace(rings.gather(ends, 3 if shapes.tied else 4), host=ends / shards if offloads else 0.0),
+        ends=replace(rings.gather(ends, units), host=ends / shards if offloads else 0.0),
         boundary=Crossing(host=boundary),
         sums=sums,
         last=last,

@@ -188,7 +188,7 @@ def _doubled(tensor: Tensor) -> Tensor:
 def cache_bytes(config: Config, model: PlannedModel, machine: Machine) -> int:
     """Of the quantized shards that a start keeps: every group once, and the header of a piece for each block and rank
     of a copy. Nothing of a checkpoint that is quantized already."""
-    if config.quant.method != "nf4" or not config.quant.cache or _is_packed(model.settings):
+    if not config.quant.keeps_shards or _is_packed(model.settings):
         return 0
     shapes = model.shapes
     packs = {weight.path: -(-weight.numel // wire.GROUP_WEIGHTS) for weight in shapes.block if weight.packs}

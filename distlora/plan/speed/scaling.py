@@ -8,7 +8,7 @@ the rows that a rank runs. The efficiency of a number is its tokens a second and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,9 +95,8 @@ def scaling(
     """Rows for each fabric (none given: the machine's own links), layout and number of GPUs of this machine's kind.
 
     A machine holds as many as this one has, 8 where that is fewer; `numbers` (None: `numbers_of`) above it have to be
-    multiples. With
-    `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other than one copy.
-    Raises UserError where the rates of the card or of a link are not known.
+    multiples. With `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other
+    than one copy. Raises UserError where the rates of the card or of a link are not known.
     """
     per_machine = max(machine.ranks_per_machine, MACHINE)
     numbers = numbers_of(per_machine) if numbers is None else numbers
@@ -107,17 +106,12 @@ def scaling(
                 f"{number:,} GPUs are no number of machines of {per_machine}; ask for a multiple of {per_machine}, or "
                 "set cluster.gpus_per_node to what a machine has"
             )
-    of_rank = config.accumulation(machine.ranks) * config.train.micro_batch
+    rows = config.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
     found: list[ScalingRow] = []
     for fabric in fabrics or (None,):
         own, joined = (config, machine) if fabric is None else _joined(config, machine, fabric)
-        fewest: float | None = None
-        for layout in layouts:
-            runs = _runs(own, joined, numbers, per_machine, layout, of_rank if kind == "weak" else None)
-            rows = list(_rows(runs, model, layout, OWN if fabric is None else fabric.name, fewest))
-            found += rows
-            if fewest is None and rows:
-                fewest = rows[0].tokens_per_second / rows[0].ranks
+        runs = [run for layout in layouts for run in _runs(own, joined, numbers, per_machine, layout, rows)]
+        found += _rows(runs, model, OWN if fabric is None else fabric.name)
     return found
 
 
@@ -138,7 +132,7 @@ def _joined(config: Config, machine: Machine, fabric: Fabric) -> tuple[Config, M
 
 def _runs(
     config: Config, machine: Machine, numbers: Sequence[int], per_machine: int, layout: Layout, rows: int | None
-) -> Iterator[tuple[Config, Machine]]:
+) -> Iterator[tuple[Layout, Config, Machine]]:
     """The run on each number of GPUs; `rows`: of each rank, None for those of the whole step as they are."""
     for number in sorted(set(numbers)):
         here = min(number, per_machine)
@@ -154,16 +148,15 @@ def _runs(
         # How many there are is the machine's; a config is asked whether they can share a copy.
         cluster = ClusterConfig(gpus_per_node=number)
         yield (
+            layout,
             dataclasses.replace(config, parallel=parallel, train=train, cluster=cluster),
             dataclasses.replace(machine, ranks=number, ranks_per_machine=here),
         )
 
 
-def _rows(
-    runs: Iterator[tuple[Config, Machine]], model: PlannedModel, layout: Layout, fabric: str, fewest: float | None
-) -> Iterator[ScalingRow]:
-    """`fewest`: tokens a second and rank of the fewest GPUs; None: of the first of these."""
-    for config, machine in runs:
+def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, fabric: str) -> Iterator[ScalingRow]:
+    fewest: float | None = None
+    for layout, config, machine in runs:
         time = step_time(config, model, machine)
         if time is None:
             named = "" if machine.card is not None else "card=NAME (card=h100), or "

@@ -47,12 +47,13 @@ class Trained:
                     adapters[numel] += count
             if config.train.objective == "dpo" and not adapter.starts_as_base:
                 beside += _numbers(adapters)
-        adapters.update(len(ids) * shapes.hidden for ids in wire.trained_rows(config, shapes).values())
+        rows = wire.trained_rows(config, shapes)
+        adapters.update(len(ids) * shapes.hidden for ids in rows.values())
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
             if tensor.trained:
                 of_base[tensor.own(shards)] += count
-        embeds = EMBEDDING in wire.trained_rows(config, shapes) or any(tensor.trained for tensor in base.embedding)
+        embeds = EMBEDDING in rows or any(tensor.trained for tensor in base.embedding)
         return cls(adapters=adapters, of_base=of_base, is_cut=shards > 1, embeds=embeds, beside=beside)
 
     @property

@@ -139,6 +139,14 @@ def table() -> list[str]:
     return lines
 
 
+@pytest.mark.parametrize(("family", "has"), [("mistral", False), ("qwen2", True), ("llama", True)])
+def test_queries_have_a_bias_where_transformers_gives_them_one(family: str, has: bool) -> None:
+    """Mistral's never have, Qwen2's always; of its output's linear Qwen2 has none either way."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1001}
+    decoder = Decoder.of(sizes | {"num_attention_heads": 4, "attention_bias": True}, FAMILIES[family])
+    assert (decoder.qkv_bias, decoder.o_bias) == (has, family == "llama")
+
+
 def test_the_table_of_what_a_row_costs_is_what_is_calculated() -> None:
     text = (Path(__file__).parents[1] / "distlora" / "README.md").read_text()
     assert "\n".join(table()) in text

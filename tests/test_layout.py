@@ -76,7 +76,8 @@ LAYERS = [
         "distlora.wire",
         "distlora.plan",
     },
-    {"distlora.run_folder", "distlora.model_card", "distlora.offload"},
+    {"distlora.run_folder", "distlora.sweep_folder", "distlora.model_card", "distlora.offload"},
+    {"distlora.report", "distlora.packed.protocol", "distlora.packed.settings"},
     {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance", "distlora.mlp"},
     {"distlora.model"},
     {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
@@ -89,6 +90,7 @@ LAYERS = [
     {"distlora.trainer"},
     {"distlora.figures"},
     {"distlora.train"},
+    {"distlora.packed"},
     {"distlora.bench"},
 ]
 
@@ -105,7 +107,8 @@ HOMES = {
     "accelerate": ("distlora.bench",),
     "liger_kernel": ("distlora.liger",),
     "flash_attn": ("distlora.attention",),
-    "matplotlib": ("distlora.analysis.plots",),
+    "matplotlib": ("distlora.analysis.plots", "distlora_launcher.sweeps.plots"),
+    "optuna": ("distlora_launcher.sweeps.study", "distlora_launcher.sweeps.plots"),
 }
 
 WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}

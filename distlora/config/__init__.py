@@ -16,6 +16,7 @@ from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import CardConfig, PlanConfig
+from distlora.config.sweep import SweepConfig
 from distlora.config.training import (
     OPTIMIZERS,
     SCHEDULES,
@@ -41,6 +42,7 @@ __all__ = [
     "PlanConfig",
     "QuantConfig",
     "SourceConfig",
+    "SweepConfig",
     "TrackerConfig",
     "TrainConfig",
     "UserError",

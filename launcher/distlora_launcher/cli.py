@@ -37,6 +37,16 @@ COMMANDS = {
         "what a run needs before it starts, of any model on any cards: memory, host, disk, traffic, time, cost",
         "distlora_launcher.plan",
     ),
+    "sweep": Command(
+        "[sweep=grid|random|optuna|rank_search] [setting=a,b ...] | create | agent ID",
+        "many runs that are compared: a grid, Optuna, the rank that is enough, agents of wandb",
+        "distlora_launcher.sweeps.command",
+    ),
+    "report": Command(
+        "RUN|SWEEP [--out FILE.html]",
+        "one HTML file of a run or a sweep: curves, settings, plan and measurement, samples",
+        "distlora_launcher.report",
+    ),
     "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.resume"),
     "status": Command(
         "RUN [--json]",

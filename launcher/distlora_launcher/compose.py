@@ -121,6 +121,7 @@ def names_model(config: Config) -> bool:
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
     """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    values.pop("sweep", None)  # What makes many runs of it (sweeps/).
     missing = list(_missing_keys(values))
     if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
         missing.append("data.path")

@@ -1,0 +1,72 @@
+"""What a sweep is made of beside the runs in it: its search, how many run at once, what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distlora.config.errors import require, require_choice, require_positive
+
+METHODS = ("grid", "random", "optuna", "rank_search")
+SAMPLERS = ("tpe", "gp", "cmaes")
+PRUNERS = ("median", "hyperband", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """The section `sweep` of conf/, which `distlora sweep` has and a run has not: SWEEP/sweep.yaml."""
+
+    method: Literal["grid", "random", "optuna", "rank_search"] = "grid"
+    """`grid`: every combination; `random`: drawn; `optuna`: proposed by what came before; `rank_search`: adapter.r
+    doubled while that gains more than noise."""
+    space: Mapping[str, str] = field(default_factory=dict)
+    """What is searched: a setting, and its values in Hydra's grammar for sweeps, as on the command line: `8,16`,
+    `range(1,9)`, `interval(1e-5,1e-3)`, `tag(log,interval(1e-5,1e-3))`. Words of the command line add to it."""
+    metric: str = "eval_loss"
+    """What is compared: a figure of RUN/metrics.jsonl, of the last line that has it."""
+    direction: Literal["minimize", "maximize"] = "minimize"
+    trials: int | None = None
+    """How many runs; null: all of a grid."""
+    seed: int = 0
+    """Of what is drawn or proposed. The trials' own is train.seed."""
+    workers: int = 1
+    """Trials, or packs of them, that run at once: on one machine with an equal share of its cards each, with
+    cluster=slurm each a task of an array."""
+    packed: int | Literal["auto"] = 1
+    """Trials that share one copy of the base, each row of a batch with the adapter of its own trial; `auto`: as many as
+    fit by the plan."""
+    sampler: Literal["tpe", "gp", "cmaes"] = "tpe"
+    """Optuna's, with method=optuna."""
+    pruner: Literal["median", "hyperband", "none"] = "none"
+    """Which trials are ended early, by the held-out loss of train.eval_every."""
+    pruner_warmup: int = 0
+    """Evaluations of a trial before it may be ended."""
+    rank_start: int = 16
+    """The first rank that rank_search tries."""
+    rank_most: int = 256
+    """The last one."""
+    confidence: float = 0.95
+    """Of the bootstrap interval that a doubling's gain must keep clear of 0."""
+    bootstrap: int = 10_000
+    """Resamples of the held-out documents."""
+    full: Literal["auto", "always", "never"] = "auto"
+    """Whether rank_search trains everything, too, for comparison: `auto` where that fits by the plan."""
+    full_lr: float | None = None
+    """The learning rate of that run; null: a tenth of optim.lr."""
+
+    def __post_init__(self) -> None:
+        require_choice("sweep.method", self.method, METHODS)
+        require_choice("sweep.direction", self.direction, ("minimize", "maximize"))
+        require_choice("sweep.sampler", self.sampler, SAMPLERS)
+        require_choice("sweep.pruner", self.pruner, PRUNERS)
+        require_choice("sweep.full", self.full, ("auto", "always", "never"))
+        require_positive("sweep", self, "trials", "workers", "rank_start", "rank_most", "bootstrap", "full_lr")
+        require(
+            self.packed == "auto" or (isinstance(self.packed, int) and self.packed > 0),
+            f"sweep.packed={self.packed} is no number of trials; set sweep.packed=4, or auto",
+        )
+        require(
+            0 < self.confidence < 1,
+            f"sweep.confidence={self.confidence} is no probability; set sweep.confidence=0.95",
+        )

@@ -1,0 +1,108 @@
+"""What a sweep's folder says of its trials: the names in it, and its records. Needs neither torch nor Optuna.
+
+```
+SWEEP/sweep.yaml       what is searched and how, and the words that all trials share; made once
+SWEEP/journal.log      Optuna's: the truth about the trials, shared by all workers
+SWEEP/results.json     what came of each, made from the journal after each change (TrialRecord)
+SWEEP/results.md, parallel_coordinates.png, importance.png
+SWEEP/trials/0007/     the run folder of trial 7
+SWEEP/packs/0/         the pack of worker 0, with sweep.packed > 1 (distlora/packed/protocol.py)
+SWEEP/logs/            what workers and trials print
+SWEEP/report.html      `distlora report SWEEP`
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora import durable
+from distlora.config import UserError
+from distlora.json_files import Shape, check_shape, read_object
+
+SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.json"
+TRIALS, PACKS = "trials", "packs"
+
+WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
+STATES = (WAITING, RUNNING, COMPLETE, PRUNED, FAILED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """What came of one trial."""
+
+    number: int
+    state: str
+    """One of STATES."""
+    values: Mapping[str, Any]
+    """What was searched: setting -> value."""
+    value: float | None = None
+    """Of the sweep's metric: the last that was measured; None before the first, and of a trial that diverged."""
+    step: int | None = None
+    """Optimizer steps behind it."""
+    reason: str | None = None
+    """Why it failed or was pruned, in a sentence."""
+    seconds: float | None = None
+    """From its start to its end; of a packed trial, those of the pack in that time."""
+    trainable_parameters: int | None = None
+    peak_memory_bytes: int | None = None
+    """Of a rank; of a packed trial, the pack's."""
+    evaluations: Mapping[int, float] = field(default_factory=dict)
+    """The metric by step."""
+
+    def folder(self, sweep: Path) -> Path:
+        """Its run folder."""
+        return trial_folder(sweep, self.number)
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """The run folder of a trial."""
+    return sweep / TRIALS / f"{number:04d}"
+
+
+def is_sweep_folder(folder: Path) -> bool:
+    """Whether `distlora sweep` made this folder."""
+    return (folder / SWEEP_NAME).is_file()
+
+
+_TRIAL: Shape = {"number": int, "state": str, "values": dict, "value?": (float, type(None))}
+
+
+def write_results(sweep: Path, trials: Sequence[TrialRecord]) -> None:
+    """SWEEP/results.json, in one step."""
+    durable.write_json(sweep / RESULTS_NAME, {"trials": [dataclasses.asdict(trial) for trial in trials]})
+
+
+def read_results(sweep: Path) -> list[TrialRecord]:
+    """The trials, by number. Raises UserError for a folder without results, and for damaged ones."""
+    path = sweep / RESULTS_NAME
+    if not path.is_file():
+        raise UserError(f"{sweep} holds no results of a sweep ({RESULTS_NAME}); start one with `distlora sweep`")
+    remedy = "delete it and `distlora resume` the sweep, which makes it again"
+    values = read_object(path, remedy)
+    check_shape(values, {"trials": [_TRIAL]}, path, remedy)
+    known = {item.name for item in dataclasses.fields(TrialRecord)}
+    records = []
+    for entry in values["trials"]:
+        own = {name: value for name, value in entry.items() if name in known}
+        own["evaluations"] = {int(step): loss for step, loss in own.get("evaluations", {}).items()}
+        records.append(TrialRecord(**own))
+    return sorted(records, key=lambda record: record.number)
+
+
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """A trial's values as words of `distlora train`, in Hydra's grammar."""
+    return [f"{setting}={_word(value)}" for setting, value in values.items()]
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

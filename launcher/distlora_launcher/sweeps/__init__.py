@@ -1,0 +1,1 @@
+"""`distlora sweep`: many runs that are compared (README.md)."""

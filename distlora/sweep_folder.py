@@ -15,7 +15,7 @@ SWEEP/report.html      `distlora report SWEEP`
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +100,28 @@ def words_of(values: Mapping[str, Any]) -> list[str]:
     return [f"{setting}={_word(value)}" for setting, value in values.items()]
 
 
+_PLAIN_WORD = re.compile(r"[A-Za-z_./][\w./@+-]*")
+"""What Hydra reads as the text that it is, without quotes."""
+_OTHER_KIND = re.compile(r"(?i)(null|true|false|nan|inf)")
+
+
 def _word(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_word(item)}" for key, item in value.items()) + "}"
+    if not isinstance(value, str):
+        return repr(value)
+    if _PLAIN_WORD.fullmatch(value) and not _OTHER_KIND.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}{_trailing(value)}'"
+
+
+def _trailing(value: str) -> str:
+    """Backslashes that keep those at the end of a quoted text from escaping its quote."""
+    return "\\" * (len(value) - len(value.rstrip("\\")))

@@ -19,6 +19,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distlora.config import Config, UserError, require
@@ -44,7 +45,13 @@ REQUIRED = {
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
 
 
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "cluster.environment")
+MAPPINGS = (
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "data.columns",
+    "cluster.environment",
+    "sweep.space",
+)
 """Settings whose keys are the user's own words."""
 
 
@@ -111,6 +118,30 @@ def compose_sweep(
             )
             for job in jobs[:most]
         ]
+
+
+def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
+    """The words of a command line in Hydra's grammar. Raises UserError for one that cannot be read."""
+    refuse_nameless(overrides)
+    with _initialized(config_dir):
+        try:
+            loader = GlobalHydra.instance().config_loader()
+            return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+
+
+def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
+    """The plain values of a group of conf/ that is no part of a run's settings (`sweep`)."""
+    overrides = [with_new_keys(word) for word in overrides]
+    refuse_nameless(overrides)
+    with _initialized(config_dir) as prefix:
+        try:
+            composed = hydra_compose("config", overrides=[*prefix, *overrides])
+            values: Any = OmegaConf.to_container(composed[section], resolve=True)
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+    return _string_keys(values)
 
 
 def names_model(config: Config) -> bool:

@@ -77,6 +77,20 @@ def running(run_dir: Path) -> Iterator[None]:
             leave(run_dir)
 
 
+@contextlib.contextmanager
+def worker_place(sweep: Path, name: str) -> Iterator[None]:
+    """Be the worker `name` of a sweep for the duration, as `holders` then says. Raises UserError where another is."""
+    folder = sweep / MACHINES
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.json").open("a+") as file:
+        if not _lock(file, fcntl.LOCK_EX):
+            raise UserError(f"{sweep} has a {name} already, which lives; wait for it or `distlora cancel {sweep}`")
+        file.truncate(0)
+        file.write(json.dumps(asdict(this_process())))
+        file.flush()
+        yield
+
+
 def leave(run_dir: Path) -> None:
     """Remove the places in a run that nobody holds any more."""
     # Whatever is left of it, a half-written record or an open file on NFS, is no failure of the run.

@@ -1,10 +1,194 @@
-"""`distlora sweep`."""
+"""`distlora sweep`: composes and checks, makes the sweep's folder, starts its workers, shows what came of it."""
 
 from __future__ import annotations
 
-from distlora.config import UserError
+import argparse
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distlora.command_line import DONE
+from distlora.config import Config, UserError, require
+from distlora.config.sweep import SweepConfig
+from distlora.config_file import build
+from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder
+from distlora_launcher.application import expand_home
+from distlora_launcher.arguments import Parser
+from distlora_launcher.checks import check, check_writable
+from distlora_launcher.compose import MOST_JOBS_CHECKED, Composed, compose_run, compose_section, with_new_keys
+from distlora_launcher.output import say, shown, warn
+from distlora_launcher.planning import decide
+from distlora_launcher.sweeps.folder import Sweep, make_sweep
+from distlora_launcher.sweeps.local import run_workers_here
+from distlora_launcher.sweeps.search import Cells, Search, search_of
+from distlora_launcher.sweeps.space import first_cell, split
+from distlora_launcher.sweeps.study import Study, check_sampler
+
+USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
+       distlora sweep create [...] | agent ENTITY/PROJECT/ID      (sweeps of wandb; `distlora sweep create --help`)
+
+Many runs that are compared by their held-out loss. Settings with several values are searched, in Hydra's grammar:
+
+  optim.lr=1e-4,2e-4 adapter.r=8,16                   a grid: all four
+  sweep=random optim.lr='tag(log,interval(1e-5,1e-3))'   drawn, by its logarithm
+  sweep=optuna adapter.r='range(8,65,step=8)' ...     proposed by Optuna; those that fall behind are ended
+  sweep=rank_search                                   adapter.r doubled while that gains more than noise
+
+All else is as with `distlora train`. run_dir is the folder of the sweep, SWEEP: its trials' run folders are
+SWEEP/trials/0000 and on. sweep.workers=N trains N trials at once, sweep.packed=N N trials on one copy of the base,
+sweep.trials=N ends after N; conf/README.md lists the rest of section sweep.
+
+`distlora resume SWEEP` goes on with one that was stopped or killed, `distlora status SWEEP` and `distlora cancel SWEEP`
+know it, `distlora report SWEEP` makes one page of it.
+
+--config-dir FOLDER    with groups of your own beside distlora's, as of `distlora train`"""
+
+WANDB = ("create", "agent")
 
 
 def main(arguments: list[str]) -> int:
-    """What the command line says. Returns the exit code."""
-    raise UserError("distlora sweep is being built")
+    """Make a sweep and run it. Returns the exit code."""
+    if arguments and arguments[0] in WANDB:
+        code: int = importlib.import_module("distlora_launcher.sweeps.wandb_sweep").main(arguments)
+        return code
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    sweep, first = ask(arguments)
+    search = search_of(sweep)
+    check_trials(sweep, search, first)
+    make_sweep(sweep)
+    Study(sweep, search).enqueue_all()
+    say(f"sweep folder {shown(sweep.folder)}")
+    return start(sweep, first.config)
+
+
+def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
+    """The sweep that a command line describes, and the settings of one of its trials. Nothing is made yet."""
+    options, words = read_words(arguments)
+    config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
+    of_sweep = [word for word in words if _section(word) == "sweep"]
+    if not any(word.startswith("sweep=") for word in of_sweep):
+        of_sweep.insert(0, "sweep=grid")
+    for word in of_sweep:
+        require(
+            not _has_several(word),
+            f"{word}: one sweep has one value of it; start another sweep for the other",
+        )
+    values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
+    require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
+    settings = build(SweepConfig, values | {"space": _flat(values.get("space") or {})}, prefix="sweep.")
+    own = [word for word in words if _section(word) != "sweep"]
+    space, shared = split(own, settings.space, config_dir=config_dir)
+    probe = compose_run([*shared, *_words(first_cell(space))], config_dir=config_dir)
+    folder = Path(probe.config.run_dir)
+    check_folder(folder)
+    shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir="))]
+    return (
+        Sweep(
+            folder=folder, settings=settings, words=tuple(shared), space=space, config_dir=config_dir, cwd=os.getcwd()
+        ),
+        probe,
+    )
+
+
+def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the words in Hydra's grammar."""
+    require(
+        not {"-m", "--multirun"} & set(arguments),
+        "-m is of `distlora train`; distlora sweep runs several without it",
+    )
+    parser = Parser("distlora sweep")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--config-dir")
+    options = parser.parse_args([expand_home(word) for word in arguments])
+    return options, [with_new_keys(word) if _section(word) == "sweep" else word for word in options.words]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds a sweep or a run, and a place where none can be made."""
+    require(
+        not is_sweep_folder(folder),
+        f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
+    )
+    for name in ("config.yaml", JOURNAL_NAME):
+        require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
+    check_writable(folder, "run_dir")
+
+
+def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
+    """Refuse what no trial could be: settings, model, data. All trials are checked where they are known, at most the
+    first MOST_JOBS_CHECKED; one that does not fit is told of, and will be recorded as failed."""
+    check_sampler(sweep.settings)
+    check_metric(sweep, first.config)
+    trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
+    refused = []
+    for number, values in enumerate(trials):
+        words = " ".join(_words(values))
+        try:
+            composed = sweep.compose(number, values, search.words)
+            check(composed.config, new_run=True)
+        except UserError as error:
+            raise UserError(f"trial {number} ({words}): {error}" if words else str(error)) from error
+        try:
+            decide(composed.config, composed.fixed)
+        except UserError as error:
+            refused.append(f"trial {number} ({words}) cannot run, and will be recorded so: {error}")
+    if len(refused) == len(trials) and isinstance(search, Cells):
+        raise UserError(refused[0].replace(" cannot run, and will be recorded so", ""))
+    for line in refused:
+        warn(line)
+
+
+def check_metric(sweep: Sweep, config: Config) -> None:
+    """Refuse to compare by the held-out loss where nothing is held out, and to prune without evaluations."""
+    held_out = config.data.held_out_source is not None or config.data.eval_fraction > 0
+    require(
+        held_out or not sweep.settings.metric.startswith("eval_"),
+        f"sweep.metric={sweep.settings.metric} needs held-out documents, and none are (data.eval_fraction=0); set "
+        "data.eval_path or data.eval_fraction=0.05, or compare by another figure: sweep.metric=loss",
+    )
+    require(
+        sweep.settings.pruner == "none" or config.train.eval_every is not None or sweep.settings.metric == "loss",
+        f"sweep.pruner={sweep.settings.pruner} judges trials by their evaluations, and there is one alone, at the end; "
+        "set train.eval_every=50, or sweep.pruner=none",
+    )
+
+
+def start(sweep: Sweep, config: Config) -> int:
+    """Start the workers of a sweep that is made: here, or as an array of SLURM."""
+    if config.cluster.launcher == "slurm":
+        code: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit(sweep, config)
+        return code
+    require(
+        not config.cluster.on_each_machine,
+        f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
+        "several would not stay in step; set cluster=slurm",
+    )
+    return run_workers_here(sweep, config)
+
+
+def _section(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+
+
+def _has_several(word: str) -> bool:
+    from distlora_launcher.compose import parse_overrides
+
+    return parse_overrides([word])[0].is_sweep_override()
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    from distlora.sweep_folder import words_of
+
+    return words_of(values)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,113 @@
+"""A sweep as it was asked for: SWEEP/sweep.yaml, and what it makes of a trial's values."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distlora.config import UserError
+from distlora.config.sweep import SweepConfig
+from distlora.config_file import build, parse_yaml
+from distlora.json_files import Shape, check_shape
+from distlora.sweep_folder import SWEEP_NAME, trial_folder, words_of
+from distlora_launcher.compose import Composed, compose_run
+from distlora_launcher.sweeps.space import Dimension, as_records, from_records
+
+LOGS = "logs"
+"""In SWEEP: what workers and trials print."""
+
+_SWEEP: Shape = {
+    "settings": dict,
+    "words": [str],
+    "space": [dict],
+    "config_dir": (str, type(None)),
+    "cwd": str,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What is searched and how, and what all trials share."""
+
+    folder: Path
+    settings: SweepConfig
+    words: tuple[str, ...]
+    """Of `distlora train`, for all trials."""
+    space: tuple[Dimension, ...]
+    config_dir: str | None
+    """The folder of --config-dir."""
+    cwd: str
+    """Where the command was given, which relative paths in the words start from."""
+
+    def run_dir(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return trial_folder(self.folder, number)
+
+    def trial_words(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> list[str]:
+        """The words of `distlora train` of a trial; the user's overrule `extra`, which are its search's."""
+        return [*extra, *self.words, *words_of(values), *words_of({"run_dir": str(self.run_dir(number))})]
+
+    def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
+        """The settings of a trial. Raises UserError as `distlora train` does."""
+        here = os.getcwd()
+        os.chdir(self.cwd)
+        try:
+            return compose_run(self.trial_words(number, values, extra), config_dir=self.config_dir)
+        finally:
+            os.chdir(here)
+
+
+def make_sweep(sweep: Sweep) -> None:
+    """Write SWEEP/sweep.yaml, whole, and only if there is none: of two starts with one folder, one is refused."""
+    path = sweep.folder / SWEEP_NAME
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "settings": dataclasses.asdict(sweep.settings),
+        "words": list(sweep.words),
+        "space": as_records(sweep.space),
+        "config_dir": sweep.config_dir,
+        "cwd": sweep.cwd,
+    }
+    temporary = sweep.folder / f".{SWEEP_NAME}-{secrets.token_hex(8)}"
+    with temporary.open("w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise UserError(f"run_dir={sweep.folder} already holds a sweep; set another run_dir") from error
+    finally:
+        temporary.unlink()
+
+
+def load_sweep(folder: Path) -> Sweep:
+    """The sweep in a folder. Raises UserError for a folder without, and for a damaged record."""
+    path = folder / SWEEP_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} holds no sweep (no {SWEEP_NAME}); start one with `distlora sweep`")
+    remedy = "put a whole copy in its place, or start the sweep again in another folder"
+    try:
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    check_shape(values, _SWEEP, path, remedy)
+    try:
+        settings, space = build(SweepConfig, values["settings"], prefix="sweep."), from_records(values["space"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return Sweep(
+        folder=folder,
+        settings=settings,
+        words=tuple(values["words"]),
+        space=space,
+        config_dir=values["config_dir"],
+        cwd=values["cwd"],
+    )

@@ -1,0 +1,96 @@
+"""The workers of a sweep on this machine: an equal share of its cards each, one end for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.command_line import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.config import Config, require
+from distlora.sweep_folder import COMPLETE
+from distlora_launcher.checks import gpu_count
+from distlora_launcher.output import say, shown
+from distlora_launcher.signals import forwarding
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.table import closing, text
+from distlora_launcher.worker_entry import PARENT
+
+POLL_SECONDS = 0.1
+
+
+def shares(workers: int, processes: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker; None where the machine shows no GPU. Raises UserError for too few."""
+    available = gpu_count()
+    if available == 0:
+        return [None] * workers
+    share = available // workers
+    require(
+        share >= processes,
+        f"sweep.workers={workers} with cluster.gpus_per_node={processes} need {workers * processes} GPUs, and this "
+        f"machine shows {available}; set sweep.workers={max(1, available // processes)}",
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = (
+        [str(number) for number in range(available)]
+        if visible is None
+        else [entry.strip() for entry in visible.split(",") if entry.strip() not in ("", "-1")]
+    )
+    return [",".join(cards[worker * share : (worker + 1) * share]) for worker in range(workers)]
+
+
+def run_workers_here(sweep: Sweep, config: Config) -> int:
+    """Run the workers to their end, and show the results. Returns the exit code."""
+    cards = shares(sweep.settings.workers, config.cluster.gpus_per_node)
+    with forwarding() as forwarder:
+        workers = [_start(sweep.folder, index, share) for index, share in enumerate(cards)]
+        heard = None
+        while alive := [worker for worker in workers if worker.poll() is None]:
+            if alive[0] is not heard:  # Any that lives will do: it stands for all of them.
+                heard = alive[0]
+                forwarder.attach(heard, lambda _: _ask_to_stop(workers))
+            if forwarder.killed:
+                for worker in alive:
+                    worker.kill()
+            time.sleep(POLL_SECONDS)
+        forwarder.detach()
+    codes = [worker.returncode for worker in workers]
+    return _report(sweep, codes, killed=forwarder.killed)
+
+
+def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
+    """Show what came of the trials. Returns the exit code."""
+    if set(codes) == {BAD_INPUT}:
+        return BAD_INPUT
+    search = search_of(sweep)
+    study = Study(sweep, search)
+    trials = study.records()
+    say(f"\n{text(sweep, trials)}\n")
+    for line in [*closing(sweep, trials), *search.conclusion(trials)]:
+        say(line)
+    if not study.is_over():
+        say(f"continue with: distlora resume {shown(sweep.folder)}")
+        return INTERRUPTED if killed else STOPPED if STOPPED in codes else FAILED
+    return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
+
+
+def _start(folder: Path, index: int, cards: str | None) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
+    if cards is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = cards
+    module = "distlora_launcher.sweeps.worker"
+    command = [sys.executable, "-m", "distlora_launcher.bound", module, str(folder), "--index", str(index)]
+    sys.stdout.flush()
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _ask_to_stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)

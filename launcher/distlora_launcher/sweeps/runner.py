@@ -1,0 +1,179 @@
+"""How a worker trains what it was given: one trial alone, as `distlora train` does it. Packs: packs.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from distlora.command_line import BAD_INPUT, DONE, STOPPED
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora_launcher.holding import CONFIG_NAME, holders
+from distlora_launcher.run_state import read_ending, read_figures
+from distlora_launcher.sweeps.folder import LOGS, Sweep
+from distlora_launcher.worker_entry import PARENT
+
+SAVED = "saved"
+"""State of a trial that was asked to save and stop: it goes on with the sweep."""
+
+RELEASE_SECONDS = 60
+"""How long a run folder may still be held by what a killed worker has left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A trial that is to be trained."""
+
+    number: int
+    values: Mapping[str, Any]
+    words: tuple[str, ...]
+    """Of `distlora train`, the run folder included."""
+    run_dir: Path
+    begun: bool
+    """Whether another worker had it before, so that its run folder may hold a part of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How the training of a trial ended."""
+
+    number: int
+    state: str
+    """COMPLETE, PRUNED, FAILED (distlora/sweep_folder.py) or SAVED."""
+    seconds: float
+    step: int | None = None
+    reason: str | None = None
+    """Why it failed or was pruned."""
+
+
+class Runner(Protocol):
+    """What trains trials for one worker."""
+
+    slots: int
+    """How many trials at once."""
+
+    def begin(self, trial: Asked) -> None:
+        """Start a trial, or go on with it. Raises UserError for one that cannot run."""
+        ...
+
+    def verdict(self, number: int, step: int, *, prune: bool) -> None:
+        """What the pruner says of a trial after its evaluation at a step; said of each where the sweep has a pruner."""
+        ...
+
+    def poll(self) -> Sequence[Outcome]:
+        """What has ended since the last call. Does not wait."""
+        ...
+
+    def close(self) -> None:
+        """No more trials come."""
+        ...
+
+    def stop(self) -> None:
+        """Have every trial save and stop."""
+        ...
+
+
+class Alone:
+    """One trial at a time, each a `distlora train` of its own; what it prints goes to SWEEP/logs/trial_<n>.log."""
+
+    slots = 1
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._trial: Asked | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._log_start = 0
+        self._prunes = self._stops = False
+
+    def begin(self, trial: Asked) -> None:
+        log = _log(self._sweep, trial.number)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if (trial.run_dir / CONFIG_NAME).is_file():
+            _wait_until_free(trial.run_dir)
+            words = ["resume", str(trial.run_dir)]
+        else:
+            folder = self._sweep.config_dir
+            words = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.words]
+        command = [sys.executable, "-m", "distlora_launcher.bound", "distlora_launcher.cli", *words]
+        with log.open("ab") as file:
+            self._log_start = file.tell()
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._sweep.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
+                start_new_session=True,
+            )
+        self._trial, self._started, self._prunes = trial, time.monotonic(), False
+
+    def verdict(self, number: int, step: int, *, prune: bool) -> None:
+        if prune and self._trial is not None and self._trial.number == number and not self._prunes:
+            self._prunes = True
+            self._ask_to_stop()
+
+    def poll(self) -> Sequence[Outcome]:
+        if self._process is None or self._trial is None or self._process.poll() is None:
+            return []
+        trial, code = self._trial, self._process.returncode
+        seconds = time.monotonic() - self._started
+        self._trial = self._process = None
+        state, reason = self._ending(trial, code)
+        step = read_figures(trial.run_dir).step
+        return [Outcome(number=trial.number, state=state, seconds=seconds, step=step, reason=reason)]
+
+    def close(self) -> None:
+        """Nothing is kept between trials."""
+
+    def stop(self) -> None:
+        self._stops = True
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def _ending(self, trial: Asked, code: int) -> tuple[str, str | None]:
+        """(state, reason) of a trial whose process ended with `code`."""
+        if code == DONE:
+            return COMPLETE, None
+        if code == STOPPED:
+            if self._stops:
+                return SAVED, None
+            return PRUNED, None if self._prunes else "it was stopped from outside, as `distlora cancel` does it"
+        if code == BAD_INPUT:
+            return FAILED, _last_error(_log(self._sweep, trial.number), self._log_start) or "bad input"
+        error = read_ending(trial.run_dir).error
+        if error is not None:
+            return FAILED, error.splitlines()[0]
+        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        said = _last_error(_log(self._sweep, trial.number), self._log_start)
+        return FAILED, said or f"its launcher {by}"
+
+
+def _log(sweep: Sweep, number: int) -> Path:
+    return sweep.folder / LOGS / f"trial_{number:04d}.log"
+
+
+def _last_error(log: Path, start: int) -> str | None:
+    """What a launcher said of its end, in what it printed from `start` on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode("utf-8", "replace")
+    _, mark, message = f"\n{text}".rpartition("\nerror: ")
+    return message.strip() if mark else None
+
+
+def _wait_until_free(run_dir: Path) -> None:
+    """A launcher whose worker was killed ends by itself, and holds its run until then."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while holders(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.2)

@@ -1,0 +1,153 @@
+"""What a sweep searches: settings with their values, written in Hydra's grammar for sweeps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+from distlora.config import UserError, require
+from distlora_launcher.compose import parse_overrides
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A setting that takes one of these values, in their order."""
+
+    setting: str
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {', '.join(map(str, self.values))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A setting that takes any number from `low` to `high`, both included."""
+
+    setting: str
+    low: float
+    high: float
+    log: bool = False
+    """Whether it is drawn by its logarithm: as many values from 1e-5 to 1e-4 as from 1e-4 to 1e-3."""
+    integer: bool = False
+
+    def __str__(self) -> str:
+        kind = ", by logarithm" if self.log else ""
+        return f"{self.setting}: {'integers ' if self.integer else ''}{self.low:g} to {self.high:g}{kind}"
+
+
+Dimension = Values | Interval
+
+
+def split(
+    words: Sequence[str], space: Mapping[str, str], *, config_dir: str | None = None
+) -> tuple[tuple[Dimension, ...], list[str]]:
+    """(what is searched, the words that all trials share) of a command line and `sweep.space`, to which it adds; a word
+    of the command line goes before an entry for the same setting. Raises UserError for what cannot be searched."""
+    of_space = [f"{setting}={text}" for setting, text in space.items()]
+    found: dict[str, Dimension] = {}
+    for override in parse_overrides(of_space, config_dir=config_dir):
+        setting = _setting(override)
+        require(
+            override.is_sweep_override(),
+            f"sweep.space has one value for {setting} ({space.get(setting)}); write several, separated by commas, or "
+            f"leave it out of sweep.space and set {setting}",
+        )
+        found[setting] = _dimension(override)
+    shared = []
+    for word, override in zip(words, parse_overrides(words, config_dir=config_dir), strict=True):
+        setting = _setting(override)
+        if override.is_sweep_override():
+            found[setting] = _dimension(override)
+        else:
+            found.pop(setting, None)
+            shared.append(word)
+    return tuple(found.values()), shared
+
+
+def is_finite(space: Sequence[Dimension]) -> bool:
+    """Whether there is a last combination."""
+    return all(isinstance(dimension, Values) for dimension in space)
+
+
+def cells(space: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
+    """Every combination of a finite space, the last setting's values changing fastest, as Hydra's -m does it."""
+    lists = [dimension.values for dimension in space if isinstance(dimension, Values)]
+    settings = [dimension.setting for dimension in space]
+    for combination in itertools.product(*lists):
+        yield dict(zip(settings, combination, strict=True))
+
+
+def count_cells(space: Sequence[Dimension]) -> int:
+    """How many combinations a finite space has."""
+    return math.prod(len(dimension.values) for dimension in space if isinstance(dimension, Values))
+
+
+def first_cell(space: Sequence[Dimension]) -> dict[str, Any]:
+    """A combination to check what all share with."""
+    return {d.setting: d.values[0] if isinstance(d, Values) else d.low for d in space}
+
+
+def as_records(space: Sequence[Dimension]) -> list[dict[str, Any]]:
+    """Plain values of a space, for SWEEP/sweep.yaml."""
+    return [
+        {"setting": d.setting, "values": list(d.values)}
+        if isinstance(d, Values)
+        else {"setting": d.setting, "low": d.low, "high": d.high, "log": d.log, "integer": d.integer}
+        for d in space
+    ]
+
+
+def from_records(records: Sequence[Mapping[str, Any]]) -> tuple[Dimension, ...]:
+    """A space from its plain values."""
+    return tuple(
+        Values(record["setting"], tuple(record["values"])) if "values" in record else Interval(**record)
+        for record in records
+    )
+
+
+def _setting(override: Override) -> str:
+    """The name of what a word sets; the mark of a new key is put before it again where it is composed."""
+    name: str = override.get_key_element()
+    return name.lstrip("+")
+
+
+def _dimension(override: Override) -> Dimension:
+    setting, value = _setting(override), override.value()
+    section = setting.partition(".")[0].partition("/")[0]
+    require(
+        section not in ("sweep", "hydra") and setting != "run_dir",
+        f"{override.input_line}: {setting} is of the sweep and not of its trials; give it one value",
+    )
+    if isinstance(value, IntervalSweep):
+        return _interval(setting, value)
+    values = tuple(Override._convert_value(item) for item in override.sweep_iterator())
+    require(len(values) > 0, f"{override.input_line} has no value; write {setting}=a,b with what {setting} may be")
+    twice = [item for index, item in enumerate(values) if item in values[:index] and type(item) is not bool]
+    require(not twice, f"{override.input_line} has {twice[0] if twice else ''} twice; leave one out")
+    return Values(setting, values)
+
+
+def _interval(setting: str, sweep: IntervalSweep) -> Interval:
+    low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+    unknown = sorted(sweep.tags - {"log"})
+    if unknown:
+        raise UserError(
+            f"{setting}: there is no tag {unknown[0]}; write tag(log,interval(a,b)), or interval(a,b) alone"
+        )
+    assert low is not None, "Hydra's grammar asks for both"
+    assert high is not None, "Hydra's grammar asks for both"
+    require(
+        math.isfinite(low) and math.isfinite(high) and low < high,
+        f"{setting}=interval({low:g},{high:g}) goes from {low:g} to {high:g}; write the smaller number first",
+    )
+    require(
+        not log or low > 0,
+        f"{setting}=tag(log,interval({low:g},{high:g})): 0 and what is below have no logarithm; start above 0",
+    )
+    return Interval(setting, low, high, log=log, integer=isinstance(low, int) and isinstance(high, int))

@@ -1,0 +1,106 @@
+"""The results of a sweep as a table: in the terminal, and as SWEEP/results.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from distlora import durable
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord
+from distlora_launcher.output import shown
+from distlora_launcher.run_state import duration
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.search import Search
+
+RESULTS_MD = "results.md"
+LONGEST_REASON = 100
+"""Characters of a reason in the terminal; results.md has all of it."""
+
+_ORDER = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
+
+
+def best_of(sweep: Sweep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The trial with the best value among those that ran to their end; the first of equal ones."""
+    complete = [trial for trial in trials if trial.state == COMPLETE]
+    return min(complete, key=lambda trial: _rank(sweep, trial), default=None)
+
+
+def ranked(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The best first; then those that were pruned, run, wait, failed."""
+    return sorted(trials, key=lambda trial: (_ORDER.index(trial.state), _rank(sweep, trial)))
+
+
+def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
+    """The table's lines, headings first."""
+    settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
+    lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
+    best = best_of(sweep, trials)
+    for trial in ranked(sweep, trials):
+        note = "best" if trial == best else (trial.reason or "")
+        lines.append(
+            [
+                str(trial.number),
+                *(_shown(trial.values[name]) if name in trial.values else "" for name in settings),
+                "" if trial.value is None else f"{trial.value:.4f}",
+                "" if trial.step is None else f"{trial.step:,}",
+                "" if trial.seconds is None else duration(trial.seconds),
+                trial.state,
+                note if longest is None or len(note) <= longest else note[: longest - 4] + " ...",
+            ]
+        )
+    return lines
+
+
+def text(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
+    """The table for a terminal."""
+    lines = rows(sweep, trials, longest=LONGEST_REASON)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
+    """Sentences under the table: how many of what, the best and how to go on with it."""
+    counts = [
+        f"{sum(trial.state == state for trial in trials)} {state}"
+        for state in _ORDER
+        if any(trial.state == state for trial in trials)
+    ]
+    lines = [f"{len(trials)} trials: {', '.join(counts)}"] if trials else ["no trial yet"]
+    best = best_of(sweep, trials)
+    if best is not None:
+        run = shown(sweep.run_dir(best.number))
+        lines.append(f"the best is trial {best.number}, {run}; go on with: distlora generate {run}")
+    return lines
+
+
+def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> None:
+    """SWEEP/results.md."""
+    table = rows(sweep, trials)
+    head, body = table[0], table[1:]
+    lines = [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in [head, ["---"] * len(head), *body]]
+    parts = [f"# {sweep.folder.name}", "\n".join(lines), "\n".join(f"- {line}" for line in closing(sweep, trials))]
+    conclusion = search.conclusion(trials)
+    if conclusion:
+        parts.append("\n".join(conclusion))
+    durable.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
+
+
+def _rank(sweep: Sweep, trial: TrialRecord) -> tuple[float, int]:
+    if trial.value is None:
+        return math.inf, trial.number
+    return trial.value if sweep.settings.direction == "minimize" else -trial.value, trial.number
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return f"[{','.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,225 @@
+"""A worker of a sweep: takes trials from the study, trains them, tells what came of them, until nothing is due.
+
+    python -m distlora_launcher.sweeps.worker SWEEP --index I
+
+The command starts `sweep.workers` of them on this machine, SLURM each as a task of an array; they share the journal and
+nothing else. Exit code 0: nothing is left for it, 75: its trials are saved, as it was asked to stop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.command_line import DONE, STOPPED, run_to_exit_code
+from distlora.config import UserError
+from distlora.json_files import object_or_empty
+from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, words_of
+from distlora_launcher.arguments import Parser
+from distlora_launcher.holding import worker_place
+from distlora_launcher.output import say, shown
+from distlora_launcher.run_state import duration
+from distlora_launcher.signals import Forwarder, forwarding, hold
+from distlora_launcher.sweeps.folder import Sweep, load_sweep
+from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome, Runner
+from distlora_launcher.sweeps.search import Due, Search, search_of
+from distlora_launcher.sweeps.study import Study
+
+POLL_SECONDS = 0.2
+ASK_SECONDS = 2.0
+"""Between two questions for a trial, where the answer was to wait for another."""
+
+
+class Follower:
+    """The evaluations of a run, as they are written to its metrics.jsonl."""
+
+    def __init__(self, run_dir: Path, metric: str) -> None:
+        self._path, self._metric = run_dir / METRICS_NAME, metric
+        self._offset = 0
+
+    def read(self) -> Iterator[tuple[int, float | None]]:
+        """(step, metric) of the lines that are new and whole; None for a figure that is not finite. The base's, before
+        the first step, is none of the trial's."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, 2) < self._offset:  # A resume has cut off what came after its checkpoint.
+                    self._offset = 0
+                file.seek(self._offset)
+                lines = file.read()
+        except FileNotFoundError:
+            return
+        whole = lines[: lines.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                figures = json.loads(line)
+            except ValueError:  # Cut off by a kill; the run writes that step again.
+                continue
+            if isinstance(figures, dict) and figures.get("step", 0) > 0 and self._metric in figures:
+                value = figures[self._metric]
+                number = isinstance(value, (int, float)) and math.isfinite(value)
+                yield figures["step"], float(value) if number else None
+
+
+@dataclass(slots=True)
+class Followed:
+    """A trial that is trained now."""
+
+    trial: Asked
+    follower: Follower
+    last: float | None = None
+    """Of the metric; None before the first, and where that was not finite."""
+    has_value: bool = False
+
+
+class Worker:
+    """One worker's part in a sweep."""
+
+    def __init__(self, sweep: Sweep, study: Study, runner: Runner) -> None:
+        self._sweep, self._study, self._runner = sweep, study, runner
+        self._trials: dict[int, Followed] = {}
+        self._ask_at = 0.0
+        self._ended = False
+
+    def work(self, forwarder: Forwarder) -> int:
+        """Take and train trials until none is due. Returns the exit code."""
+        stopping = False
+        while True:
+            if forwarder.received is not None and not stopping:
+                stopping = True
+                self._runner.stop()
+            if not stopping and not self._ended:
+                self._take()
+            for outcome in self._runner.poll():
+                self._follow()
+                self._end(outcome)
+            self._follow()
+            if not self._trials and (stopping or self._ended):
+                return STOPPED if stopping and not self._ended else DONE
+            time.sleep(POLL_SECONDS)
+
+    def _take(self) -> None:
+        """Fill the runner's free slots."""
+        while len(self._trials) < self._runner.slots and time.monotonic() >= self._ask_at:
+            due = self._study.ask()
+            if due is Due.END:
+                self._ended = True
+                self._runner.close()
+                return
+            if isinstance(due, Due):
+                self._ask_at = time.monotonic() + ASK_SECONDS
+                return
+            self._begin(due)
+
+    def _begin(self, trial: Asked) -> None:
+        words = " ".join(words_of(trial.values))
+        say(f"trial {trial.number}: {'goes on' if trial.begun else 'starts'}, {words}")
+        followed = Followed(trial, Follower(trial.run_dir, self._sweep.settings.metric))
+        self._trials[trial.number] = followed
+        try:
+            self._runner.begin(trial)
+        except UserError as error:
+            self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=str(error)))
+
+    def _follow(self) -> None:
+        """Pass on what the trials have measured, and to them what the pruner says."""
+        prunes = self._sweep.settings.pruner != "none"
+        for number, followed in self._trials.items():
+            for step, value in followed.follower.read():
+                followed.last, followed.has_value = value, True
+                if value is not None:
+                    self._study.report(number, step, value)
+                if prunes:
+                    prune = value is not None and self._study.should_prune(number)
+                    self._runner.verdict(number, step, prune=prune)
+
+    def _end(self, outcome: Outcome) -> None:
+        followed = self._trials.pop(outcome.number)
+        outcome = self._judged(outcome, followed)
+        self._study.tell(outcome, followed.last, figures_of(followed.trial.run_dir))
+        say(self._sentence(outcome, followed))
+
+    def _judged(self, outcome: Outcome, followed: Followed) -> Outcome:
+        """A run that ended well without a figure to compare has not."""
+        if outcome.state != COMPLETE or followed.last is not None:
+            return outcome
+        metric = self._sweep.settings.metric
+        reason = (
+            f"its last {metric} is not finite"
+            if followed.has_value
+            else f"it logged no {metric} (sweep.metric) in {shown(followed.trial.run_dir / METRICS_NAME)}"
+        )
+        return Outcome(number=outcome.number, state=FAILED, seconds=outcome.seconds, step=outcome.step, reason=reason)
+
+    def _sentence(self, outcome: Outcome, followed: Followed) -> str:
+        metric, step = self._sweep.settings.metric, "" if outcome.step is None else f" after step {outcome.step:,}"
+        value = "" if followed.last is None else f", {metric} {followed.last:.4f}"
+        why = "" if outcome.reason is None else f": {outcome.reason}"
+        how = {COMPLETE: "done", PRUNED: "pruned", FAILED: "failed", SAVED: "saved"}[outcome.state]
+        lasted = f" ({duration(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
+        return f"trial {outcome.number}: {how}{step}{value}{lasted}{why}"
+
+
+def figures_of(run_dir: Path) -> Mapping[str, Any]:
+    """What of a run's summary a record of its trial has, where it has come to that."""
+    summary = object_or_empty(run_dir / SUMMARY_NAME)
+    return {
+        name: summary[name]
+        for name in ("trainable_parameters", "peak_memory_bytes")
+        if isinstance(summary.get(name), int)
+    }
+
+
+def runner_of(sweep: Sweep, index: int) -> Runner:
+    """What trains the trials of worker `index`."""
+    if sweep.settings.packed == 1:
+        return Alone(sweep)
+    packs = importlib.import_module("distlora_launcher.sweeps.packs")
+    runner: Runner = packs.PackRunner(sweep, index)
+    return runner
+
+
+def conclude(sweep: Sweep, study: Study, search: Search) -> None:
+    """Write what a sweep came to."""
+    from distlora_launcher.sweeps.table import write_table
+
+    with study.held():
+        write_table(sweep, study.records(), search)
+    if study.is_over():
+        from distlora_launcher.sweeps.plots import write_plots
+
+        with study.held():
+            write_plots(sweep, study.records())
+
+
+def run(folder: Path, index: int) -> int:
+    """Be worker `index` of the sweep in a folder. Returns the exit code."""
+    sweep = load_sweep(folder)
+    search = search_of(sweep)
+    with worker_place(folder, f"worker_{index}"), forwarding() as forwarder:
+        study = Study(sweep, search)
+        code = Worker(sweep, study, runner_of(sweep, index)).work(forwarder)
+        conclude(sweep, study, search)
+    return code
+
+
+def main() -> int:
+    """The command line."""
+    parser = Parser("distlora_launcher.sweeps.worker")
+    parser.add_argument("sweep")
+    parser.add_argument("--index", type=int, required=True)
+    options = parser.parse_args(sys.argv[1:])
+    return run(Path(options.sweep).absolute(), options.index)
+
+
+if __name__ == "__main__":
+    hold()
+    sys.exit(run_to_exit_code(main))

@@ -32,6 +32,7 @@ class LossHead(nn.Module):
 
     With `reference` (B, T, H), the hidden states of the same rows in another model: the losses of each token in both,
     (2, B, T) fp32, the second without gradient. One forward for both, since a sharded weight is gathered for one.
+    `by_token`: each token's loss, (B, T), in the place of the sums.
 
     Without labels, the logits (B, T, vocabulary) fp32 themselves: through forward too, which is what a sharded weight
     is gathered for.
@@ -55,12 +56,14 @@ class LossHead(nn.Module):
         """Take these rows in place of the weight's own from now on."""
         self._token_rows = (token_rows,)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None, *, by_token: bool = False
+    ) -> Tensor:
         if labels is None:
             return self.logits(hidden)
         losses = self._losses(hidden, labels)
         if reference is None:
-            return losses.sum(dim=1)
+            return losses if by_token else losses.sum(dim=1)
         with torch.no_grad():
             of_reference = self._losses(reference, labels)
         return torch.stack([losses, of_reference])

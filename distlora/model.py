@@ -125,6 +125,7 @@ class CausalLM(nn.Module):
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
         with_reference: bool = False,
+        by_token: bool = False,
     ) -> Tensor:
         """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
 
@@ -135,6 +136,7 @@ class CausalLM(nn.Module):
         the model attends by documents; without them it attends through masks, made from the positions.
         `with_reference`: the rows run a second time, through the model as it started (`keep_start`, or without any
         adapter), without gradient and dropout, while each block is gathered: each token's loss in both, (2, B, T) fp32.
+        `by_token`: each token's loss, (B, T) fp32, without what balances routers.
         """
         reference = None
         if with_reference:
@@ -146,8 +148,8 @@ class CausalLM(nn.Module):
             with torch.no_grad():
                 states = self.final_norm(reference.take())
             return self.head(hidden, labels, states)
-        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels)
-        if balanced is None or labels is None:
+        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
+        if balanced is None or labels is None or by_token:
             return output
         return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
 

@@ -29,6 +29,8 @@ class Losses(NamedTuple):
     """(B,) fp32: loss sums per row."""
     figures: Tensor
     """(F,) fp32 without gradient: sums of the objective's figures over the rows' units."""
+    units: Tensor | None = None
+    """Of an evaluation: the loss of each token (B, T), 0 where there is no target, or of each pair of a row (B, P)."""
 
 
 class Objective(Protocol):
@@ -60,8 +62,9 @@ class NextToken:
         return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        rows = _run(model, batch, _Sent.of(batch, device), step, with_reference=False)
-        return Losses(rows, rows.new_zeros(0))
+        losses = _run(model, batch, _Sent.of(batch, device), step, by_token=step is None)
+        rows = losses.sum(dim=1) if step is None else losses
+        return Losses(rows, rows.new_zeros(0), losses if step is None else None)
 
 
 class Preference:
@@ -99,7 +102,7 @@ class Preference:
             logps = -_sums(policy, sides)
             figures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), logps[..., 0], logps[..., 1])
             sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
-        return Losses(losses.sum(dim=1), sums)
+        return Losses(losses.sum(dim=1), sums, losses if step is None else None)
 
 
 def most_pairs(batch: MicroBatch) -> int:
@@ -136,8 +139,17 @@ class _Sent(NamedTuple):
         return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-def _run(model: CausalLM, batch: MicroBatch, sent: _Sent, step: int | None, *, with_reference: bool) -> Tensor:
-    """The model's loss sums (B,); `with_reference`: each token's loss in it and as it started, (2, B, T)."""
+def _run(
+    model: CausalLM,
+    batch: MicroBatch,
+    sent: _Sent,
+    step: int | None,
+    *,
+    with_reference: bool = False,
+    by_token: bool = False,
+) -> Tensor:
+    """The model's loss sums (B,); `by_token`: each token's loss (B, T); `with_reference`: in it and as it started,
+    (2, B, T)."""
     device = sent.input_ids.device
     return model(
         sent.input_ids,
@@ -146,4 +158,5 @@ def _run(model: CausalLM, batch: MicroBatch, sent: _Sent, step: int | None, *, w
         step_rows=None if step is None else StepRows(step, sent.rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
         with_reference=with_reference,
+        by_token=by_token,
     )

@@ -19,6 +19,7 @@ from typing import Any
 from distlora import durable
 from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.config import Config, UserError
+from distlora.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.json_files import read_object
 from distlora.progress import display
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
@@ -78,6 +79,15 @@ class Reporter:
             self._held_out = dict(metrics)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._display.say(f"held-out documents after step {step}: {shown}")
+
+    def documents(self, record: DocumentRecord) -> None:
+        """Held-out losses by document, of the newest evaluation."""
+        if not self._writes:
+            return
+        try:
+            write_documents(self._run_dir, record)
+        except OSError as error:
+            self._display.say(f"WARNING: {EVAL_DOCUMENTS_NAME} could not be written to {self._run_dir} ({error})")
 
     def lacks_samples(self, step: int) -> bool:
         """Whether this is the rank that writes and has no samples of that step yet."""

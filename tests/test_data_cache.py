@@ -29,6 +29,7 @@ def write_entry(folder, num_rows=3, length=4):
     np.save(split_file(folder, "train", "flags"), np.zeros((num_rows, length), np.uint8))
     for name in ("targets", "pairs"):
         np.save(split_file(folder, "train", name), np.zeros(num_rows, np.int32))
+    np.save(split_file(folder, "train", "documents"), np.zeros(0, np.int64))
     write_json(folder / "meta.json", meta)
 
 

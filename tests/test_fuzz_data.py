@@ -202,7 +202,7 @@ READERS = {
             check=are_of_the_model,
             examples=20,
         )
-        for name in ("tokens", "flags", "targets", "pairs")
+        for name in ("tokens", "flags", "targets", "pairs", "documents")
     },
 }
 

@@ -136,11 +136,13 @@ class Config:
             f"plan.tokens={self.plan.tokens} has no effect with train.max_steps={self.train.max_steps}, which says how "
             "long the run is; leave one of them out",
         )
-        require(
-            (self.data.eval_fraction > 0 or self.data.held_out_source is not None) or self.train.eval_every is None,
-            f"train.eval_every={self.train.eval_every} needs held-out documents; set data.eval_fraction or "
-            "data.eval_path",
-        )
+        holds_out = self.data.eval_fraction > 0 or self.data.held_out_source is not None
+        for name in ("eval_every", "eval_documents"):
+            require(
+                holds_out or not getattr(self.train, name),
+                f"train.{name}={getattr(self.train, name)} needs held-out documents; set data.eval_fraction or "
+                "data.eval_path",
+            )
 
     def _check_full_recomputation(self) -> None:
         """Of a model that is trained whole one process computes with 16-bit copies of a block's weights, which exist

@@ -123,6 +123,9 @@ class TrainConfig:
     non-finite loss or gradient is noticed then; nothing is updated from the step where it came up."""
     eval_every: int | None = None
     """Steps between held-out evaluations; null: before the first and after the last step only."""
+    eval_documents: bool = False
+    """Keep each held-out document's loss of the last evaluation, in RUN/eval_documents.json: what tells whether one run
+    is better than another by more than the choice of the documents."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     early_stopping_threshold: float = 0.0

@@ -66,6 +66,8 @@ class Packing:
     """(P,) int64."""
     starts: np.ndarray
     """(P,) int64: position of its first token in its row."""
+    pieces: np.ndarray
+    """(P,) int64: the number of the piece among those that were packed."""
     row_bounds: np.ndarray
     """(N + 1,) int64: row n holds the pieces from row_bounds[n] to row_bounds[n + 1]."""
     sequence_length: int
@@ -84,7 +86,7 @@ def pack(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Pack
     row_bounds = np.searchsorted(row_of, np.arange(num_rows + 1))
     before = np.cumsum(lengths) - lengths  # Tokens before each piece, in all rows; minus those of earlier rows:
     starts = before - before[row_bounds[row_of]]
-    return Packing(offsets[order], lengths, starts, row_bounds, sequence_length)
+    return Packing(offsets[order], lengths, starts, order, row_bounds, sequence_length)
 
 
 def build_rows(

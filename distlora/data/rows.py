@@ -12,10 +12,12 @@ import numpy as np
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
 ARRAYS = ("tokens", "flags", "targets", "pairs")
-"""What a split consists of: a file each."""
+"""What the rows of a split consist of: a file each."""
+DOCUMENTS = "documents"
+"""One more file: the document that each piece in the rows is of."""
 TRAINED, STARTS, REJECTED = 1, 2, 4
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
 starts here is the rejected answer of a pair, whose chosen one lies right before it."""
@@ -46,7 +48,7 @@ _META: Shape = {
 
 
 def split_file(folder: Path, split: str, name: str) -> Path:
-    """Where one of ARRAYS of a split lies in a cache folder."""
+    """Where one of ARRAYS, or DOCUMENTS, of a split lies in a cache folder."""
     return folder / f"{split}_{name}.npy"
 
 
@@ -89,6 +91,9 @@ class PackedRows:
     """What meta.json counted in this split."""
     folder: Path | None = None
     """Where they lie; None for rows made in memory."""
+    documents: np.ndarray | None = None
+    """(P,) int64: the document that each piece is of, by its number in the data, in the order of the rows and of the
+    pieces inside of them; None for rows made in memory."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -108,6 +113,7 @@ class PackedRows:
             pad_token_id=meta["pad_token_id"],
             counts=counts,
             folder=cache_dir,
+            documents=_load(split_file(cache_dir, split, DOCUMENTS), (counts["pieces"],), np.int64),
         )
 
     def __len__(self) -> int:
@@ -115,7 +121,7 @@ class PackedRows:
 
     def take(self, indices: np.ndarray) -> PackedRows:
         """The rows of these numbers, (n,) integers, in this order, in memory. `counts` are still the whole split's."""
-        return replace(self, **{name: getattr(self, name)[indices] for name in ARRAYS})
+        return replace(self, documents=None, **{name: getattr(self, name)[indices] for name in ARRAYS})
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, flags) of the rows of these numbers, each (n, L), in memory.

@@ -15,7 +15,7 @@ from distlora.data.hashing import HELD_OUT, hash64
 from distlora.data.mixture import copies, volume
 from distlora.data.packing import build_rows, pack
 from distlora.data.reading import below
-from distlora.data.rows import REJECTED, TRAINED, split_file
+from distlora.data.rows import DOCUMENTS, REJECTED, TRAINED, split_file
 from distlora.data.sources import Source
 
 
@@ -77,6 +77,7 @@ def write_split(
     tokens = new_file("tokens", np.int32, shape)
     flags = new_file("flags", np.uint8, shape)
     targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
+    new_file(DOCUMENTS, np.int64, chosen.shape)[:] = corpus.documents[chosen[packing.pieces]]
     largest = 0
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags

@@ -1,0 +1,144 @@
+"""Held-out losses by document: whose pieces are whose, on any number of ranks, for tokens and for pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distlora.config import UserError
+from distlora.data.loader import StepLoader
+from distlora.data.packing import pack
+from distlora.data.prepare import open_split
+from distlora.document_losses import DocumentLosses, pieces_of_rows
+from distlora.eval_documents import (
+    EVAL_DOCUMENTS_NAME,
+    DocumentRecord,
+    check_paired,
+    read_documents,
+    write_documents,
+)
+from small_models import config_with, make_run, tokenizer
+
+ALONE: Any = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), sum_over_ranks=lambda tensor: tensor)
+"""A backend of one rank, as far as sums need one."""
+
+
+def added_up(run_dir: Path, *, world: int = 1, micro_batch: int = 4) -> DocumentRecord:
+    """The record of an evaluation in which the loss of a token is its number, seen by `world` ranks in turn."""
+    rows = open_split(run_dir, "eval")
+    assert rows is not None
+    losses = DocumentLosses(rows)
+    for rank in range(world):
+        loader = StepLoader(
+            rows, global_batch=8, micro_batch=micro_batch, rank=rank, world=world, seed=0, shuffle=False
+        )
+        for step in range(loader.steps_per_epoch):
+            for batch in loader.batch(step).micro_batches:
+                losses.add(batch, torch.where(batch.labels >= 0, batch.labels, 0).float())
+    return losses.record(3, ALONE)
+
+
+@pytest.fixture(scope="module")
+def prepared(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose held-out documents are longer than a row of 64 tokens, and so lie in several."""
+    run_dir = tmp_path_factory.mktemp("prepared") / "run"
+    make_run(run_dir, folders, data={"eval_fraction": 0.3, "too_long": "split"}, train={"eval_documents": True})
+    return run_dir
+
+
+def test_each_document_has_the_losses_of_all_its_pieces(prepared: Path, folders: Path) -> None:
+    record = added_up(prepared)
+    texts = [json.loads(line)["text"] for line in (folders / "text.jsonl").read_text().splitlines()]
+    encode = tokenizer()
+    in_several = 0
+    for number, loss, units in zip(record.documents, record.losses, record.units, strict=True):
+        tokens = encode(texts[number])["input_ids"] + [encode.eos_token_id]
+        pieces = [tokens[at : at + 64] for at in range(0, len(tokens), 64)]
+        targets = [token for piece in pieces for token in piece[1:]]  # A piece's first token is predicted by nothing.
+        assert (loss, units) == (sum(targets), len(targets))
+        in_several += len(pieces) > 2
+    assert in_several > 3
+    assert len(record.documents) == len(set(record.documents)) > 6
+
+
+def test_the_sums_do_not_depend_on_which_rank_saw_what(prepared: Path) -> None:
+    alone = added_up(prepared)
+    assert added_up(prepared, world=3, micro_batch=1) == alone
+    assert added_up(prepared, world=2, micro_batch=5) == alone
+
+
+def test_a_second_evaluation_begins_anew(prepared: Path) -> None:
+    rows = open_split(prepared, "eval")
+    assert rows is not None
+    losses = DocumentLosses(rows)
+    loader = StepLoader(rows, global_batch=8, micro_batch=8, rank=0, world=1, seed=0, shuffle=False)
+    for _ in range(2):
+        losses.begin()
+        losses.add(loader.batch(0).micro_batches[0], torch.ones(8, 64))
+        assert sum(losses.record(0, ALONE).units) == loader.batch(0).global_targets
+
+
+def test_pieces_are_kept_in_the_order_of_the_rows() -> None:
+    lengths = np.array([3, 7, 2, 5, 8])
+    packing = pack(np.cumsum(lengths) - lengths, lengths, 10)
+    assert (lengths[packing.pieces] == packing.lengths).all()
+    assert packing.row_bounds.tolist() == [0, 2, 4, 5]
+    assert packing.pieces.tolist() == [0, 1, 2, 4, 3]
+
+
+def test_rows_and_documents_that_do_not_belong_together_are_no_figures(prepared: Path) -> None:
+    rows = open_split(prepared, "eval")
+    assert rows is not None
+    assert rows.documents is not None
+    assert pieces_of_rows(rows).sum() == rows.counts["pieces"]
+    with pytest.raises(ValueError, match="pieces in the held-out rows"):
+        pieces_of_rows(dataclasses.replace(rows, documents=rows.documents[:-1]))
+
+
+RECORD = DocumentRecord(step=1, rows="ab", documents=[0, 3], losses=[1.5, None], units=[2, 1])
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_documents(tmp_path, RECORD)
+    assert read_documents(tmp_path) == RECORD
+    assert RECORD.loss is None
+    assert dataclasses.replace(RECORD, losses=[1.5, 3.0]).loss == 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses": [1.0]}, "does not give each document a loss"),
+        ({"units": [2, 0]}, "does not give each document a loss"),
+        ({"units": [2, "1"]}, r"units\[1\] is '1', not a whole number"),
+        ({"documents": [], "losses": [], "units": []}, "does not give each document a loss"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / EVAL_DOCUMENTS_NAME).write_text(json.dumps(dataclasses.asdict(RECORD) | change))
+    with pytest.raises(UserError, match=message):
+        read_documents(tmp_path)
+
+
+def test_a_run_without_a_record_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it needs train\.eval_documents=true"):
+        read_documents(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"rows": "cd"}, {"documents": [0, 4]}, {"units": [2, 2]}])
+def test_evaluations_on_other_documents_are_not_compared(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"runs/a and runs/b were evaluated on different held-out rows"):
+        check_paired(RECORD, dataclasses.replace(RECORD, **change), ("runs/a", "runs/b"))
+
+
+def test_without_held_out_documents_the_setting_is_refused() -> None:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d", "eval_fraction": 0.0}}
+    with pytest.raises(UserError, match=r"train\.eval_documents=True needs held-out documents"):
+        config_with(base, {"train": {"eval_documents": True}})

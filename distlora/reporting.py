@@ -56,6 +56,7 @@ class Reporter:
         self._samples = durable.AppendedFile(path)
         self._sampled = {line["step"] for line in sampled}
         self._disk_failed = False
+        self._uploads = config.tracker.artifact
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
         self._display = display(total_steps, start_step)
@@ -134,6 +135,11 @@ class Reporter:
         )
         durable.write_json(self._run_dir / "summary.json", self._summary)
         self._track(lambda tracker: tracker.summary(self._summary))
+
+    def result(self, folder: Path) -> None:
+        """What the run has published, whole on the disk by now; wandb gets it where tracker.artifact says so."""
+        if self._writes and self._uploads:
+            self._track(lambda tracker: tracker.result(folder))
 
     def close(self, exit_code: int) -> None:
         """Flush everything and tell wandb how the run ended. A second call does nothing."""

@@ -1,49 +1,105 @@
-"""wandb, as a run's reporter uses it. Imported nowhere else, and only when a run starts: it may be absent on a machine
+"""wandb, as runs' reporters use it. Imported nowhere else, and only when a run starts: it may be absent on a machine
 that only trains.
 
-wandb writes from a process of its own, which SIGTERM, SIGINT and SIGHUP end at once, whatever mask it inherits (0.31.0,
-2026-11-25). SLURM sends them to every process of a step, just when a run has a last step to log. What that process had
-not written is lost, of an offline run everything since a few seconds after its start, and each later call raises. So a
-call that finds it gone starts another and logs again what this start has in RUN/metrics.jsonl.
+One process may have several runs, the trials of a pack: each has a `Tracker`, and all share one process of wandb's that
+writes. wandb's own notion of a current run (`wandb.run`) is not used, and that process ends with the last of them.
+
+SIGTERM, SIGINT and SIGHUP end it at once, whatever mask it inherits (0.31.0, 2026-11-25). SLURM sends them to every
+process of a step, just when a run has a last step to log. What that process had not written is lost, of an offline run
+everything since a few seconds after its start, and each later call raises. So a call that finds it gone starts another
+and logs again what this start has in RUN/metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distlora import durable
 from distlora.config import Config
 from distlora.config_file import as_mapping
+from distlora.json_files import object_or_empty
+from distlora.wandb_agent import AgentRun
 
 FINISH_SECONDS = 60.0
 """How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
 a job that a scheduler is about to kill has not much longer."""
 
 
+class _Service:
+    """wandb's process, which all runs of this one share."""
+
+    def __init__(self) -> None:
+        self.start_number = 0
+        """Raised with each end: a run of another number was in a process that is gone."""
+        self.is_offline = False
+        """Whether one of its runs could not go online: then the others do not wait for that, either."""
+        self._runs: weakref.WeakSet[Tracker] = weakref.WeakSet()
+
+    def settings(self) -> Any:
+        """wandb's settings for this process, without those that an agent means for one run: they would win over what a
+        run is given here, its values over the run's settings (`quant: nf4` in place of a section), with no word."""
+        import wandb
+
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        settings.run_id = settings.sweep_id = settings.sweep_param_path = None
+        return settings
+
+    def join(self, tracker: Tracker) -> None:
+        self._runs.add(tracker)
+
+    def leave(self, tracker: Tracker, exit_code: int) -> None:
+        """The last one ends it."""
+        self._runs.discard(tracker)
+        if not self._runs:
+            self.end(exit_code)
+            self.is_offline = False
+
+    def end(self, exit_code: int) -> None:
+        """Wait until it has written all, and end it."""
+        import wandb
+
+        self.start_number += 1
+        wandb.teardown(exit_code=exit_code)
+
+    def end_lost(self) -> None:
+        """Have done with one that is gone."""
+        with contextlib.suppress(*_gone()):  # wandb says goodbye to it.
+            self.end(1)
+
+
+_service = _Service()
+
+
 class Tracker:
-    """One start's wandb run; `start` makes it, anew where its process is gone. `metrics` is the run's metrics.jsonl, to
-    which this start adds."""
+    """One start's wandb run; `start` makes it, anew where wandb's process is gone. `metrics` is the run's
+    metrics.jsonl, to which this start adds."""
 
     def __init__(self, start: Callable[[], Any], metrics: Path, say: Callable[[str], None]) -> None:
         self._start, self._metrics, self._say = start, metrics, say
         self._offset = metrics.stat().st_size
         self._summary: dict[str, Any] = {}
-        self._run = start()
+        self._result: Path | None = None
+        try:
+            self._run = start()
+        except _gone():  # A signal has ended what the runs before this one have used.
+            _service.end_lost()
+            self._run = start()
+        self._start_number = _service.start_number
+        _service.join(self)
 
     @property
-    def url(self) -> str:
-        """Where an online run is shown."""
+    def place(self) -> str:
+        """Where the run is shown, or what it is uploaded from."""
+        if self._run.offline:
+            return f"offline; upload with `wandb sync {self._run.settings.sync_dir}`"
         return str(self._run.url)
-
-    @property
-    def folder(self) -> str:
-        """What an offline run is uploaded from."""
-        return str(self._run.settings.sync_dir)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures of a step, which metrics.jsonl has already."""
@@ -59,36 +115,51 @@ class Tracker:
         self._summary.update(figures)
         self._call(lambda: self._run.summary.update(self._summary))
 
+    def result(self, folder: Path) -> None:
+        """The folder that the run publishes, as an artifact of the run."""
+        self._result = folder
+        self._call(self._log_result)
+
     def close(self, exit_code: int) -> None:
         """Flush everything and tell wandb how the run ended."""
-        import wandb
 
         def end() -> None:
             self._run.finish(exit_code=exit_code)
-            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); this waits for the writer.
-            wandb.teardown(exit_code=exit_code)
+            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); the end of wandb's process,
+            # with the last run, waits for that.
+            _service.leave(self, exit_code)
 
         self._call(end)
 
-    def _call(self, action: Callable[[], object]) -> None:
-        from wandb.sdk.mailbox import HandleAbandonedError
+    def _log_result(self) -> None:
+        import wandb
 
+        assert self._result is not None
+        artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model")
+        # Nobody writes to what is published, so wandb need not copy it.
+        artifact.add_dir(str(self._result), skip_cache=True, policy="immutable")
+        self._run.log_artifact(artifact)
+
+    def _call(self, action: Callable[[], object]) -> None:
+        if self._start_number != _service.start_number:  # Another run has found it gone, and ended what was left.
+            self._start_again()
         try:
             action()
-        except (ConnectionError, HandleAbandonedError):
+        except _gone():
+            _service.end_lost()
             self._start_again()
             action()
 
     def _start_again(self) -> None:
-        import wandb
-
         self._say("wandb's process has ended, by a signal perhaps; it is started again")
-        with contextlib.suppress(ConnectionError):  # It says goodbye to the process that is gone.
-            wandb.teardown(exit_code=1)
         self._run = self._start()
+        self._start_number = _service.start_number
+        _service.join(self)
         for step, figures in self._logged():
             self._run.log(figures, step=step)
         self._run.summary.update(self._summary)
+        if self._result is not None:
+            self._log_result()
 
     def _logged(self) -> Iterator[tuple[int, dict[str, float]]]:
         """(step, figures) of the lines that this start has written."""
@@ -102,36 +173,48 @@ class Tracker:
                 yield step, {name: value for name, value in entry.items() if name != "time" and value is not None}
 
 
+def _gone() -> tuple[type[Exception], ...]:
+    """What a call raises whose process of wandb's has ended."""
+    from wandb.sdk.mailbox import HandleAbandonedError
+
+    return ConnectionError, HandleAbandonedError
+
+
 def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Tracker | None:
     """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
 
-    Its id is kept in RUN/wandb/run_id.txt, so that a resume goes on with the same wandb run. Steps that a killed run
-    had already sent stay as they are: wandb drops what is logged for them again (a resume repeats the same numbers).
+    Its id is kept in RUN/wandb/run_id.txt, so that a resume goes on with the same wandb run; of a run that an agent has
+    started it is the agent's. Steps that a killed run had already sent stay as they are: wandb drops what is logged for
+    them again (a resume repeats the same numbers).
     """
     try:
-        import wandb
+        mode = _service.settings().mode
     except ImportError:
         say("wandb is not installed: figures go to metrics.jsonl only (tracker=none says the same without this line)")
         return None
-    session = wandb.setup(settings=wandb.Settings(silent=True))
-    mode = session.settings.mode
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
-    metrics = run_dir / "metrics.jsonl"
-    if mode == "online" and wandb.login(prompt=False, verify=False):
+    tracker = Tracker(lambda: _open(run_dir, config, world, say), run_dir / "metrics.jsonl", say)
+    say(f"wandb: {tracker.place}")
+    return tracker
+
+
+def _open(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:
+    """A run of wandb's, online where it can be."""
+    import wandb
+
+    online = _service.settings().mode == "online"
+    if online and not _service.is_offline and wandb.login(prompt=False, verify=False):
         try:
-            tracker = Tracker(lambda: _init(wandb, run_dir, config, world, "online"), metrics, say)
-            say(f"wandb: {tracker.url}")
-            return tracker
+            return _init(run_dir, config, world, "online")
         except (
             wandb.Error
         ) as error:  # A run that waited in a queue for hours should not end for want of a plotting server.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
-            wandb.teardown(exit_code=0)  # The failed attempt still holds the run's id.
-    tracker = Tracker(lambda: _init(wandb, run_dir, config, world, "offline"), metrics, say)
-    say(f"wandb: offline; upload with `wandb sync {tracker.folder}`")
-    return tracker
+            _service.is_offline = True
+            _service.end(0)  # The failed attempt still holds the run's id.
+    return _init(run_dir, config, world, "offline")
 
 
 def _stored_id(id_file: Path) -> str | None:
@@ -143,23 +226,48 @@ def _stored_id(id_file: Path) -> str | None:
     return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
 
 
-def _init(wandb: Any, run_dir: Path, config: Config, world: int, mode: str) -> Any:
+def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "offline"]) -> Any:
     """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal."""
+    import wandb
+
+    _service.settings()
     id_file = run_dir / "wandb" / "run_id.txt"
     id_file.parent.mkdir(parents=True, exist_ok=True)
+    started = AgentRun.started()
+    if started is not None:
+        started.keep(run_dir)
+    agent = AgentRun.of_run(run_dir)
     run = wandb.init(
         dir=str(run_dir),
         mode=mode,
-        id=_stored_id(id_file),
+        reinit="create_new",
+        id=_stored_id(id_file) or (None if agent is None else agent.run_id),
         # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
         resume="allow" if mode == "online" else None,
-        project=config.tracker.project,
+        # An agent's run is where its sweep is, as WANDB_PROJECT and WANDB_ENTITY say.
+        project=None if started is not None and "WANDB_PROJECT" in os.environ else config.tracker.project,
+        entity=None if started is not None and "WANDB_ENTITY" in os.environ else config.tracker.entity,
         name=config.name,
         group=config.tracker.group,
         tags=list(config.tracker.tags),
-        config={**as_mapping(config), "world": world},
+        config=_recorded(run_dir, config, world, agent),
         allow_val_change=True,  # A resume may run on another number of ranks.
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout=FINISH_SECONDS),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            finish_timeout=FINISH_SECONDS,
+            sweep_id=None if agent is None else agent.sweep_id,
+        ),
     )
     durable.write_text(id_file, run.id + "\n")
     return run
+
+
+def _recorded(run_dir: Path, config: Config, world: int, agent: AgentRun | None) -> dict[str, Any]:
+    """The settings of a run, what it was planned to need, and what a sweep searches by its dotted names."""
+    settings = as_mapping(config)
+    plan = object_or_empty(run_dir / "plan.json")
+    plan.pop("settings", None)  # They are the run's.
+    planned = {"planned": plan} if plan else {}
+    return {**settings, "world": world, **planned, **({} if agent is None else agent.recorded(settings))}

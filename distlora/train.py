@@ -33,7 +33,7 @@ from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
 from distlora.reporting import Reporter
 from distlora.results import finish, marks, publish_best, restore, trainer_tensors, weight_files
-from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
+from distlora.run_folder import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.startup import start_adapters, start_model
 from distlora.stopping import Stopped
 from distlora.trainer import Hooks, Trainer
@@ -130,6 +130,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         summarize(reporter, trainer, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
+        reporter.result(run_dir / PUBLISHED[config.adapter.method])
 
 
 def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:

@@ -48,6 +48,7 @@ LAYERS = [
         "distlora.reporting",
         "distlora.eval_documents",
         "distlora.tracker",
+        "distlora.wandb_agent",
         "distlora.loading.cache_folder",
         "distlora.loading.piece_header",
         "distlora.loading.segments",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -23,8 +24,8 @@ from wandb_logs import read_wandb_log
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
     """A machine without any wandb credentials or settings, whoever runs the test."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     wandb.teardown(exit_code=0)  # wandb reads the environment once in a process
@@ -260,6 +261,107 @@ def test_an_unusable_key_falls_back_to_offline_and_says_why(tmp_path, no_key, mo
     assert "cannot log online" in shown
     assert "logging offline" in shown
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def logged(run_dir):
+    """(run, config, [(step, loss)], exit codes, artifacts) of the newest log of a run."""
+    records = read_wandb_log(max((run_dir / "wandb").glob("offline-run-*")))
+    of = {kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind] for kind in KINDS}
+    (run,) = of["run"]
+    history = [items(row.item) for row in of["history"]]
+    losses = [(row["_step"], row["loss"]) for row in history]
+    return run, items(run.config.update), losses, [end.exit_code for end in of["exit"]], of["artifact"]
+
+
+KINDS = ("run", "history", "exit", "artifact")
+
+
+def test_runs_of_one_process_each_have_their_own_wandb_run(tmp_path, no_key):
+    """Trials of a pack: they begin and end when they like, and share wandb's process."""
+    runs = [tmp_path / name for name in "abc"]
+    for run in runs:
+        run.mkdir()
+    first, second = (make_reporter(run, tracker="wandb") for run in runs[:2])
+    first.log(1, {"loss": 1.0})
+    second.log(1, {"loss": 2.0})
+    first.close(0)
+    third = make_reporter(runs[2], tracker="wandb")
+    for step in (2, 3):
+        second.log(step, {"loss": 2.0 * step})
+        third.log(step, {"loss": 3.0 * step})
+    assert sum("wandb" in child.name() for child in psutil.Process().children()) == 1
+    third.close(1)
+    second.close(75)
+    assert not any("wandb" in child.name() for child in psutil.Process().children())
+    found = [logged(run) for run in runs]
+    assert [losses for _, _, losses, _, _ in found] == [
+        [(1, 1.0)],
+        [(1, 2.0), (2, 4.0), (3, 6.0)],
+        [(2, 6.0), (3, 9.0)],
+    ]
+    assert [codes for _, _, _, codes, _ in found] == [[0], [75], [1]]
+    assert len({run.run_id for run, *_ in found}) == 3
+
+
+def test_a_wandb_that_a_signal_ended_is_started_once_for_all_runs(tmp_path, no_key, capsys):
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        run.mkdir()
+    reporters = [make_reporter(run, tracker="wandb") for run in runs]
+    for reporter in reporters:
+        reporter.log(1, {"loss": 1.0})
+    (service,) = [child for child in psutil.Process().children() if "wandb" in child.name()]
+    time.sleep(1.1)  # An offline run's folder is named by the second in which it began.
+    service.kill()
+    service.wait()
+    for reporter in reporters:
+        reporter.log(2, {"loss": 2.0})
+    assert sum("wandb" in child.name() for child in psutil.Process().children()) == 1
+    for reporter in reporters:
+        reporter.close(0)
+    assert capsys.readouterr().out.count("it is started again") == 2
+    assert [logged(run)[2] for run in runs] == [[(1, 1.0), (2, 2.0)]] * 2
+
+
+def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, no_key):
+    (tmp_path / "plan.json").write_text(json.dumps({"device": {"peak": 7}, "settings": {"name": "named"}}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for uploads in (False, True):
+        config = make_config(tmp_path, "wandb")
+        config = replace(config, tracker=replace(config.tracker, artifact=uploads))
+        with Reporter(tmp_path, config, rank=0, world=1, total_steps=1, start_step=0) as reporter:
+            reporter.log(1, {"loss": 1.0})
+            reporter.result(adapter)
+        run, settings, _, codes, artifacts = logged(tmp_path)
+        assert settings["planned"] == {"device": {"peak": 7}}
+        assert codes == [0]
+        assert [artifact.name for artifact in artifacts] == ([f"adapter-{run.run_id}"] if uploads else [])
+        time.sleep(1.1)
+    assert [entry.path for entry in artifacts[0].manifest.contents] == ["adapter_config.json"]
+
+
+def test_a_run_of_an_agent_is_the_sweeps_and_is_recorded_as_it_is(tmp_path, no_key, monkeypatch):
+    """wandb itself would put the sweep's values over those of the run: `quant: nf4` in place of the section."""
+    values = tmp_path / "values.yaml"
+    values.write_text("wandb_version: 1\nadapter.r:\n  value: 16\nquant:\n  value: nf4\noptim.lr:\n  value: 5.0\n")
+    for name, value in {"SWEEP_ID": "sweep1", "RUN_ID": "run1", "SWEEP_PARAM_PATH": str(values)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_PROJECT", "the-agents")
+    with make_reporter(tmp_path, tracker="wandb") as reporter:
+        reporter.log(1, {"loss": 1.0})
+    run, config, *_ = logged(tmp_path)
+    assert (run.run_id, run.sweep_id, run.project) == ("run1", "sweep1", "the-agents")
+    assert (config["quant"]["method"], config["adapter"]["r"], config["adapter.r"]) == ("nf4", 16, 16)
+    assert config["optim.lr"] == config["optim"]["lr"] == 2e-4
+    for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH"):
+        monkeypatch.delenv(f"WANDB_{name}")
+    time.sleep(1.1)
+    with make_reporter(tmp_path, tracker="wandb", start_step=1) as reporter:  # `distlora resume`, by hand
+        reporter.log(2, {"loss": 1.0})
+    run, config, *_ = logged(tmp_path)
+    assert (run.run_id, run.sweep_id, config["adapter.r"]) == ("run1", "sweep1", 16)
 
 
 @pytest.mark.parametrize("rich", ["installed", "absent"])

@@ -222,10 +222,14 @@ class TrackerConfig:
     """
     project: str = "distlora"
     """Project in wandb."""
+    entity: str | None = None
+    """User or team in wandb; null: the key's own."""
     group: str | None = None
     """Group in wandb."""
     tags: tuple[str, ...] = ()
     """Tags in wandb."""
+    artifact: bool = False
+    """Upload the result as the artifact adapter-<run id>; offline, `wandb sync` does."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ("wandb", "none"))

@@ -59,7 +59,6 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     checkpoints = run_dir / CHECKPOINTS
     made_on = environment_of(config, ranks)
     newest, progress, notes = find_checkpoint(checkpoints, config, data, ranks, made_on)
-
     with (
         Reporter(
             run_dir, config, rank=ranks.rank, world=ranks.world, total_steps=total_steps, start_step=progress.step

@@ -19,7 +19,7 @@ from distlora.parallel import Backend, Shards, whole_shape
 from distlora.quant import PACKED_PARTS, FrozenTensor
 from distlora.reporting import Reporter
 from distlora.tokens import HEAD
-from distlora.trainer import Trainer, peak_memory_bytes
+from distlora.trial import Trial, peak_memory_bytes
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
@@ -127,9 +127,9 @@ def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> 
     reporter.event(line)
 
 
-def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
+def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
     """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
-    backend, progress = trainer.backend, trainer.progress
+    backend, progress, reporter = trial.backend, trial.progress, trial.reporter
     peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
     figures: dict[str, float | list[str]] = {
         "peak_memory_bytes": int(backend.max_over_ranks(peak)),
@@ -137,35 +137,35 @@ def summarize(reporter: Reporter, trainer: Trainer, loaded: Loaded, trained: dic
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
-    if trainer.memory is not None:
-        figures |= trainer.memory.figures
-    if trainer.model.family.experts is not None:
-        figures["active_parameters"] = active_parameters(trainer.model)
-    if trainer.config.adapter.method == "lora":
+    if trial.memory is not None:
+        figures |= trial.memory.figures
+    if model.family.experts is not None:
+        figures["active_parameters"] = active_parameters(model)
+    if trial.config.adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
-    if trainer.unreached is not None:
-        figures["parameters_without_gradient"] = trainer.unreached
+    if trial.unreached is not None:
+        figures["parameters_without_gradient"] = trial.unreached
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
-    if trainer.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
-        gathered = trainer.step_traffic.gathered_bytes
-        extra = backend.unpacked_extra_bytes(trainer.model, trainer.passes_per_step)
+    if trial.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
+        gathered = trial.step_traffic.gathered_bytes
+        extra = backend.unpacked_extra_bytes(model, trial.passes_per_step)
         figures["gathered_bytes_per_step"] = gathered
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
-        figures["reduced_bytes_per_step"] = trainer.step_traffic.reduced_bytes
-        figures["scattered_bytes_per_step"] = trainer.step_traffic.scattered_bytes
+        figures["reduced_bytes_per_step"] = trial.step_traffic.reduced_bytes
+        figures["scattered_bytes_per_step"] = trial.step_traffic.scattered_bytes
         if backend.shards.copies > 1:
-            between = trainer.step_traffic.between_copies_bytes
+            between = trial.step_traffic.between_copies_bytes
             figures["between_copies_bytes_per_step"] = between
             reporter.event(
                 f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its copy of the base; between the "
                 f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
             )
     if progress.evaluations:
-        first = "base_eval_loss" if trainer.config.adapter.starts_as_base else "initial_eval_loss"
+        first = "base_eval_loss" if trial.config.adapter.starts_as_base else "initial_eval_loss"
         figures[first] = progress.evaluations[min(progress.evaluations)]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
-        figures |= trainer.held_out  # Of the last evaluation, which was at that step.
+        figures |= trial.held_out  # Of the last evaluation, which was at that step.
         if progress.best_step is not None:
             figures["best_eval_loss"] = progress.evaluations[progress.best_step]
             figures["best_step"] = progress.best_step

@@ -9,7 +9,7 @@ Letters: B rows, T tokens of a row, P most pairs of a row, F figures.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ class Objective(Protocol):
         """What the sums of a step are divided by."""
         ...
 
-    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
-        """`step` is the training step that the rows are in; None: an evaluation, without dropout."""
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """`step` is the training step that the rows are in, or (B,) that of each; None: an evaluation, no dropout."""
         ...
 
 
@@ -61,7 +61,7 @@ class NextToken:
     def units(self, batch: StepBatch) -> int:
         return batch.global_targets
 
-    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         losses = _run(model, batch, _Sent.of(batch, device), step, by_token=step is None)
         rows = losses.sum(dim=1) if step is None else losses
         return Losses(rows, rows.new_zeros(0), losses if step is None else None)
@@ -89,7 +89,7 @@ class Preference:
     def units(self, batch: StepBatch) -> int:
         return batch.global_pairs
 
-    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | None) -> Losses:
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         sent = _Sent.of(batch, device)
         # Before the forward: what is sent once that is queued makes the host wait for its end.
         sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))
@@ -132,18 +132,21 @@ class _Sent(NamedTuple):
     position_ids: Tensor
     labels: Tensor
     rows: Tensor
+    slots: Tensor | None
 
     @classmethod
     def of(cls, batch: MicroBatch, device: torch.device) -> _Sent:
         tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.rows)
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        input_ids, position_ids, labels, rows = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        slots = None if batch.slots is None else batch.slots.to(device, non_blocking=True)
+        return cls(input_ids, position_ids, labels, rows, slots)
 
 
 def _run(
     model: CausalLM,
     batch: MicroBatch,
     sent: _Sent,
-    step: int | None,
+    step: int | Tensor | None,
     *,
     with_reference: bool = False,
     by_token: bool = False,
@@ -151,11 +154,13 @@ def _run(
     """The model's loss sums (B,); `by_token`: each token's loss (B, T); `with_reference`: in it and as it started,
     (2, B, T)."""
     device = sent.input_ids.device
+    steps = step.to(device, non_blocking=True) if isinstance(step, Tensor) else step
     return model(
         sent.input_ids,
         sent.position_ids,
         sent.labels,
-        step_rows=None if step is None else StepRows(step, sent.rows),
+        adapter_rows=sent.slots,
+        step_rows=None if steps is None else StepRows(cast(Any, steps), sent.rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
         with_reference=with_reference,
         by_token=by_token,

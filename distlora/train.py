@@ -36,7 +36,8 @@ from distlora.results import finish, marks, publish_best, restore, trainer_tenso
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.startup import start_adapters, start_model
 from distlora.stopping import Stopped
-from distlora.trainer import Hooks, Trainer
+from distlora.trainer import Trainer
+from distlora.trial import Hooks, Trial
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
@@ -74,7 +75,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         )
         identity = identity_of(config, data)
         trained = trained_parameters(model)
-        backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+        gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
         start_adapters(model, config, backend, restores=newest is not None, say=reporter.event)
         control.boundary(None, "reading the checkpoint", long=True)
@@ -105,10 +106,11 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         def keep_best(progress: Progress) -> None:
             publish_best(run_dir, model, config, progress, chat_template, backend, reporter.event)
 
-        trainer = Trainer(
+        trial = Trial(
             model,
             backend,
             optimizer,
+            gradients,
             loader=loader,
             eval_loader=eval_loader,
             progress=progress,
@@ -121,12 +123,11 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 publish_best=keep_best,
                 sample=sample_hook(model, backend, config, reporter, data),
             ),
-            control=control,
             memory=memory_check(plan, config, model, optimizer, backend, first_step=progress.step),
         )
         with saver:
-            trainer.fit()
-        summarize(reporter, trainer, loaded, trained)
+            Trainer(model, backend, control, [trial]).fit()
+        summarize(trial, model, loaded, trained)
         reporter.event(f"saved {finish(run_dir, model, config, progress, chat_template, backend)}")
         backend.barrier()
         reporter.result(run_dir / PUBLISHED[config.adapter.method])

@@ -16,7 +16,7 @@ import pytest
 from distlora import error_file
 from distlora.config import Config, UserError
 from distlora.run_folder import read_record
-from distlora.trainer import NonFiniteError
+from distlora.trial import NonFiniteError
 from distlora_launcher.checks import check
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config

@@ -90,7 +90,7 @@ LAYERS = [
     {"distlora.memory_meter"},
     {"distlora.memory_check"},
     {"distlora.generation", "distlora.analysis"},
-    {"distlora.trainer"},
+    {"distlora.trainer", "distlora.trial"},
     {"distlora.figures"},
     {"distlora.train"},
     {"distlora.packed"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distlora.plan.memory import measured
 from distlora.plan.memory.measured import MeasuredRank
 from distlora.reporting import Reporter
 from distlora.trainer import Trainer
+from distlora.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World, start_world
 
@@ -154,9 +156,9 @@ def test_a_fault_of_the_step_that_is_measured_is_the_runs(folders: Path, tmp_pat
     make_run(tmp_path / "run", folders, train={"max_steps": 2}, plan={"measure": True})
     whole = Trainer._train_step
 
-    def fail(self: Trainer, step: int) -> None:
-        whole(self, step)
-        if step == 1:
+    def fail(self: Trainer, trials: Sequence[Trial]) -> None:
+        whole(self, trials)
+        if trials[0].done == 2:
             raise RuntimeError("of the step")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from distlora.checkpoints.state import Progress
 from distlora.loading import initialize, weights
 from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
+from distlora.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -61,16 +62,16 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(step is None and point == f"evaluation {evaluating}")
         return losses_of(self, *arguments)
 
-    def a_step(self: train.Trainer, step: int) -> None:
+    def a_step(self: train.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal micro_batches
         micro_batches = 0
-        train_step(self, step)
-        when(point == f"step {step + 1}")
+        train_step(self, trials)
+        when(point == f"step {trials[0].done}")
 
-    def an_evaluation(self: train.Trainer) -> None:
+    def an_evaluation(self: train.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal evaluating
-        evaluating = self.progress.step
-        evaluate(self)
+        evaluating = trials[0].done
+        evaluate(self, trials)
 
     def a_weight(*arguments: Any) -> Any:
         when(point == "loading")
@@ -111,9 +112,9 @@ def run_asked(
                 ask_at(monkeypatch, point, ask)
         train_step = train.Trainer._train_step
 
-        def counted(self: train.Trainer, step: int) -> None:
-            train_step(self, step)
-            done.append(step + 1)
+        def counted(self: train.Trainer, trials: Sequence[Trial]) -> None:
+            train_step(self, trials)
+            done.append(trials[0].done)
 
         monkeypatch.setattr(train.Trainer, "_train_step", counted)
         try:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from distlora.checkpoints import files
 from distlora.checkpoints.folder import TRAINER_NAME, newest, step_of, steps
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from distlora.trial import Trial
 from planned import assert_disk_as_planned
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
@@ -41,11 +42,12 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
     original = train.Trainer._train_step
     rows: dict[int, list[int]] = {}
 
-    def step(self: train.Trainer, step: int) -> None:
-        if step == stop_before:
+    def step(self: train.Trainer, trials: Sequence[Trial]) -> None:
+        (trial,) = trials
+        if trial.done == stop_before:
             raise Stopped
-        rows[step] = [row for row in self.loader.slots(step).flatten().tolist() if row >= 0]
-        original(self, step)
+        rows[trial.done] = [row for row in trial.loader.slots(trial.done).flatten().tolist() if row >= 0]
+        original(self, trials)
 
     train.Trainer._train_step = step  # type: ignore[method-assign]
     try:
@@ -201,15 +203,16 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
         make_run(disk / "run", folders, train=SETTINGS)
         train_step = train.Trainer._train_step
 
-        def with_troubles(self: train.Trainer, step: int) -> None:
+        def with_troubles(self: train.Trainer, trials: Sequence[Trial]) -> None:
+            step = trials[0].done
             if step in (5, 7):
-                self.hooks.save.__self__._finish()  # type: ignore[attr-defined]
+                trials[0].hooks.save.__self__._finish()  # type: ignore[attr-defined]
             if step == 5:
                 fill(disk)
             if step == 7:
                 assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [2, 4]
                 (disk / "filler").unlink()
-            train_step(self, step)
+            train_step(self, trials)
 
         monkeypatch.setattr(train.Trainer, "_train_step", with_troubles)
         train.run(disk / "run", SINGLE)
@@ -223,10 +226,10 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
 def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
     """Child process: die by SIGKILL at the beginning of a step."""
 
-    def die(self: train.Trainer, current: int, original=train.Trainer._train_step) -> None:
-        if current == step:
+    def die(self: train.Trainer, trials: Sequence[Trial], original=train.Trainer._train_step) -> None:
+        if trials[0].done == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, current)
+        original(self, trials)
 
     torch.set_num_threads(1)
     train.Trainer._train_step = die  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from distlora.checkpoints.state import Progress
 from distlora.generation.sampler import Sampler
 from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
-from distlora.trainer import NonFiniteError
+from distlora.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -36,10 +36,10 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
     train_step, losses_of = train.Trainer._train_step, NextToken.losses
     spoiling = False
 
-    def spoilt_step(self: train.Trainer, step: int) -> None:
+    def spoilt_step(self: train.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal spoiling
-        spoiling = step == bad_step and ranks.rank == 0
-        train_step(self, step)
+        spoiling = trials[0].done == bad_step and ranks.rank == 0
+        train_step(self, trials)
 
     def spoilt_losses(self: NextToken, *arguments: Any) -> Losses:
         nonlocal spoiling
@@ -178,13 +178,13 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
     load_best: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluate = train.Trainer.evaluate
+    evaluated = Trial.evaluated
 
-    def rising_after_step_3(self: train.Trainer) -> None:
-        evaluate(self)
+    def rising_after_step_3(self: Trial, held_out: dict[str, float]) -> None:
+        evaluated(self, held_out)
         self.progress.evaluations[self.progress.step] += max(self.progress.step - 3, 0)
 
-    monkeypatch.setattr(train.Trainer, "evaluate", rising_after_step_3)
+    monkeypatch.setattr(Trial, "evaluated", rising_after_step_3)
     make_run(tmp_path / "run", folders, train=PATIENT | {"load_best_at_end": load_best})
     train.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]

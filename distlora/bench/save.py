@@ -37,7 +37,8 @@ from distlora.parallel.control import Control
 from distlora.reporting import Reporter
 from distlora.results import trainer_tensors, weight_files
 from distlora.startup import start_model
-from distlora.trainer import Hooks, Trainer
+from distlora.trainer import Trainer
+from distlora.trial import Hooks, Trial
 
 MODEL: dict[str, Any] = {
     "vocab_size": 4096,
@@ -123,7 +124,7 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     model, backend, _ = start_model(config, ranks)
     trained = train.trained_parameters(model)
-    backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     optimizer = build_optimizer(backend.updated(trained), config.optim)
 
     def files() -> dict[str, Any]:
@@ -147,10 +148,11 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
     turns = Turns({"background": saver(in_background=True), "thread": saver(in_background=False)})
     rows = random_rows(steps, tokens)
     quiet = Reporter(run_dir, config, rank=1, world=2, total_steps=steps, start_step=0)  # Only rank 0 writes.
-    Trainer(
+    trial = Trial(
         model,
         backend,
         optimizer,
+        gradients,
         loader=StepLoader(rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False),
         eval_loader=None,
         progress=Progress(),
@@ -158,8 +160,8 @@ def measure(model_dir: Path, run_dir: Path, rank: int, tokens: int, rounds: int)
         reporter=quiet,
         config=config,
         hooks=Hooks(save=turns, save_last=turns, publish_best=lambda progress: None),
-        control=Control(ranks, save_minutes=None),
-    ).fit()
+    )
+    Trainer(model, backend, Control(ranks, save_minutes=None), [trial]).fit()
     saved = [tensor for content in files().values() for tensor in content.values() if isinstance(tensor, torch.Tensor)]
     return sum(tensor.nbytes for tensor in saved), len(saved), turns
 

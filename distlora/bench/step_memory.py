@@ -39,7 +39,8 @@ def measure_step(config: Config, ranks: Ranks, *, documents: int = 4) -> StepMem
             losses = objective.losses(model, batch, ranks.device, number)
             backend.backward(losses.rows.sum() / units, last=index == len(micro_batches) - 1)
         backend.finish_gradients()
-        backend.clip_gradients(config.optim.max_grad_norm)
+        for gradients in backend.gradients:
+            gradients.clip(config.optim.max_grad_norm)
         optimizer.step(learning_rate(number, STEPS, config.optim), ok)
 
     step(0)

@@ -92,7 +92,8 @@ def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: in
         loss = model(part, positions, part).sum() / (ids.numel() * backend.ranks.world)
         backend.backward(loss, last=index == len(parts) - 1)
     backend.finish_gradients()
-    backend.clip_gradients(config.optim.max_grad_norm)
+    for gradients in backend.gradients:
+        gradients.clip(config.optim.max_grad_norm)
 
 
 def measure_peer(

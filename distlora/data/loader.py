@@ -6,6 +6,7 @@ Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ EMPTY = -1
 """The index of a row that is not there: pad tokens, no label, the positions of one document."""
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Rows that a rank runs at once. All are int64 CPU tensors, the first three of shape (B, L)."""
 
     input_ids: torch.Tensor
@@ -32,6 +32,8 @@ class MicroBatch:
     """0 at the first token of each document, and of the padding."""
     rows: torch.Tensor
     """(B,) the number of each row in the packed data, -1 for an empty row."""
+    slots: torch.Tensor | None = None
+    """(B,) which adapter each row uses, where trials share a base; None: the only one."""
 
 
 @dataclass(frozen=True, slots=True)

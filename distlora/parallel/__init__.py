@@ -13,11 +13,22 @@ from distlora.model import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.compute_copies import ComputeCopies
+from distlora.parallel.gradients import Gradients
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks
 from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, whole_shape
 
-__all__ = ["Backend", "Ranks", "Shards", "from_rank_0", "join_ranks", "leave_ranks", "parallelize", "whole_shape"]
+__all__ = [
+    "Backend",
+    "Gradients",
+    "Ranks",
+    "Shards",
+    "from_rank_0",
+    "join_ranks",
+    "leave_ranks",
+    "parallelize",
+    "whole_shape",
+]
 
 
 def parallelize(model: CausalLM, ranks: Ranks, config: Config) -> Backend:

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from distlora import host_memory
 from distlora.config import UserError
 from distlora.model import CausalLM
-from distlora.parallel.adapter_sync import GradientReducer
+from distlora.parallel.adapter_sync import GradientReducer, Launches
+from distlora.parallel.gradients import Gradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks
 from distlora.parallel.residency import Residency
@@ -43,9 +44,10 @@ class Backend:
     """What lets go of what is gathered, where no hook does."""
     residency: Residency | None = None
     """Which blocks stay gathered; None where the backend keeps none, or nothing is cut."""
+    gradients: list[Gradients] = field(default_factory=list)
+    """Of each run that shares this base, in the order of `reduce_gradients_of`."""
     _root: nn.Module | None = None
-    _gradients: list[GradientReducer | ShardedGradients] = field(default_factory=list)
-    """Those of replicated parameters, and of sharded ones."""
+    _launches: Launches | None = None
     _frozen: FrozenWeights | None = None
 
     @property
@@ -178,61 +180,60 @@ class Backend:
 
         return checked
 
-    def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> None:
-        """Own the gradients of these trained parameters (in forward order) from now on."""
+    def reduce_gradients_of(self, parameters: Iterable[nn.Parameter], bucket_mb: float) -> Gradients:
+        """Own the gradients of these trained parameters (in forward order) from now on, beside those of the calls
+        before."""
         trained = list(parameters)
         replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
         sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
         group, traffic, copies = self.ranks.group, self.traffic, self.shards.copies
-        self._gradients = []
+        parts: list[GradientReducer | ShardedGradients] = []
         if replicated:
-            bucket_bytes, between = int(bucket_mb * 2**20), group is not None and self.shards.crosses(group)
-            self._gradients += [
-                GradientReducer(
-                    replicated, group=group, bucket_bytes=bucket_bytes, traffic=traffic, between_copies=between
-                )
-            ]
+            if self._launches is None:
+                between = group is not None and self.shards.crosses(group)
+                self._launches = Launches(group, traffic, between_copies=between)
+            parts += [GradientReducer(replicated, bucket_bytes=int(bucket_mb * 2**20), launches=self._launches)]
         if sharded:
             assert self._root is not None
             assert group is not None
-            self._gradients += [ShardedGradients(self._root, sharded, group=group, traffic=traffic, copies=copies)]
+            parts += [ShardedGradients(self._root, sharded, group=group, traffic=traffic, copies=copies)]
+        gradients = Gradients(parts)
+        self.gradients.append(gradients)
+        return gradients
+
+    def release_gradients(self, gradients: Gradients) -> None:
+        """Between steps: those of a trial that has ended are no longer owned."""
+        self.gradients.remove(gradients)
+        gradients.release()
 
     def updated(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """What the optimizer updates in the place of these: themselves, or the rows of them that this rank owns."""
-        rows = {parameter: own for part in self._gradients for parameter, own in part.updated()}
+        rows = {parameter: own for gradients in self.gradients for parameter, own in gradients.updated()}
         return {name: rows[parameter] for name, parameter in parameters.items()}
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes.
+    def backward(self, *losses: Tensor, last: bool) -> None:
+        """Accumulate gradients; with the step's `last` one, send each bucket over the ranks as it completes. `losses`:
+        a scalar for each call of `reduce_gradients_of`, in their order.
 
         A loss that is not finite makes the sums of all ranks NaN, so that each of them sees it in the norm.
         """
-        assert self._gradients, "reduce_gradients_of comes first"
-        for part in self._gradients:
-            part.expect(last=last)
-            part.poison_unless_finite(loss.detach())
-        loss.backward()
+        assert self.gradients, "reduce_gradients_of comes first"
+        for gradients, loss in zip(self.gradients, losses, strict=True):
+            gradients.expect(loss.detach(), last=last)
+        (losses[0] if len(losses) == 1 else torch.stack(losses).sum()).backward()
         if self.after_backward is not None:
             self.after_backward()
 
     def finish_gradients(self) -> None:
         """Wait until every gradient is the sum over all ranks: identical bits on each that has it."""
-        for part in self._gradients:
-            part.finish()
-
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to this global norm, 0 for never. Returns the norm before, on the device, which the
-        host does not read."""
-        norm = torch.stack([part.squared_norm() for part in self._gradients]).sum().sqrt()
-        if max_norm > 0:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for part in self._gradients:
-                part.scale(factor)
-        return norm
+        if self._launches is not None:
+            self._launches.finish()
+        for gradients in self.gradients:
+            gradients.finish()
 
     def zero_gradients(self) -> None:
-        for part in self._gradients:
-            part.zero()
+        for gradients in self.gradients:
+            gradients.zero()
 
     def settle_residency(self) -> str | None:
         """After a whole step: where `parallel.resident_blocks` is auto, decide once how many blocks stay gathered, by

@@ -18,9 +18,18 @@ class Traffic:
 
     def take(self, num_steps: int = 1) -> Traffic:
         """The bytes so far, a step; starts again from zero."""
-        counts = Traffic(**{name: count // num_steps for name, count in asdict(self).items()})
+        counts = self.per_step(num_steps)
         self.restore(Traffic())
         return counts
+
+    def per_step(self, num_steps: int) -> Traffic:
+        """The bytes so far, a step."""
+        return Traffic(**{name: count // num_steps for name, count in asdict(self).items()})
+
+    def add(self, counts: Traffic) -> None:
+        """What others counted, too."""
+        for name, count in asdict(counts).items():
+            setattr(self, name, getattr(self, name) + count)
 
     def restore(self, counts: Traffic) -> None:
         """Go back to counts from before."""

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import Adapted, BlockContext, LoRAPair
+from distlora.adapters import DEFAULT_ADAPTER, Adapted, BlockContext, LoRAPair, slot_name, start_pair
 from distlora.config import AdapterConfig
 from distlora.families import ExpertLayout
 from distlora.quant import FrozenTensor
-from distlora_kernels.expert_operands import ExpertAdapter, Routing
+from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, Routing
 from distlora_kernels.experts import combine, dispatch, expert_linear, runs_grouped
-from distlora_kernels.operands import RowChoice
 
 
 class ExpertPair(LoRAPair):
@@ -30,8 +29,18 @@ class ExpertPair(LoRAPair):
     j * E + e of B (out, E * r) are the j-th of expert e.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, num_experts: int, rank: int, scaling: float) -> None:
-        super().__init__(in_features, out_features, rank=num_experts * rank, scaling=scaling)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        slot: int,
+        num_experts: int,
+        rank: int,
+        scaling: float,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(in_features, out_features, slot=slot, rank=num_experts * rank, scaling=scaling, device=device)
         self.num_experts, self.rank = num_experts, rank  # That of one expert.
 
     def down(self) -> Tensor:
@@ -68,38 +77,63 @@ class ExpertWeight(Adapted, FrozenTensor):
         self.out_features, self.in_features = reversed(shape[1:]) if transposed else shape[1:]
         self.adapters = nn.ModuleDict()
         self.context = context
-        self._scales = None
 
     @property
     def pairs(self) -> list[ExpertPair]:
         return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
 
-    def add_adapter(self, name: str, config: AdapterConfig, *, path: str) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        path: str,
+        slot: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> ExpertPair:
         """One more adapter; by `path`, the weight's Hugging Face name, patterns choose the rank and the scale."""
-        self.adapters[name] = ExpertPair(
+        assert name not in self.adapters, f"{path} has an adapter {name} already"
+        pair = ExpertPair(
             self.in_features,
             self.out_features,
+            slot=self.next_slot() if slot is None else slot,
             num_experts=self.num_experts,
             rank=config.rank_of(path),
             scaling=config.scaling_of(path),
+            device=device,
         )
-        self._scales = None
+        self.adapters[name] = pair
+        return pair
 
-    def forward(self, x: Tensor, routing: Routing, bias: Tensor | None) -> Tensor:
-        """x (S, in), sorted by expert -> (S, out), with the adapters that the tokens' rows of the batch use."""
+    def put_adapter(
+        self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
+    ) -> ExpertPair:
+        """As of an AdaptedLinear."""
+        pair = self.add_adapter(slot_name(slot), config, path=path, slot=slot, device=device)
+        start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+        return pair
+
+    def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
+        """x (S, in), sorted by expert -> (S, out), with the adapters that the tokens' rows of the batch use;
+        `slots` are those among which the routing's users choose.
+        """
         return expert_linear(
-            x, self.frozen_weight, routing, transposed=self.transposed, adapter=self._adapter(routing), bias=bias
+            x, self.frozen_weight, routing, transposed=self.transposed, adapter=self._adapter(routing, slots), bias=bias
         )
 
-    def _adapter(self, routing: Routing) -> ExpertAdapter | None:
+    def _adapter(self, routing: Routing, slots: tuple[int, ...]) -> ExpertAdapter | None:
         pairs = self.pairs
         if not pairs:
             return None
         a = torch.cat([pair.down() for pair in pairs], dim=1) if len(pairs) > 1 else pairs[0].down()
         b = torch.cat([pair.up() for pair in pairs], dim=2) if len(pairs) > 1 else pairs[0].up()
-        scale = self._scale(pairs)
-        gate = scale.gate(routing.num_tokens)[routing.tokens] if isinstance(scale, RowChoice) else scale
-        return ExpertAdapter(a, b, gate)
+        if routing.users is None:
+            self.check_alone()
+            return ExpertAdapter(a, b, pairs[0].scaling)
+        numbers = {pair.slot: number for number, pair in enumerate(pairs)}
+        of_users = tuple(numbers.get(slot, -1) for slot in slots)
+        choice = ExpertChoice(of_users, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs))
+        return ExpertAdapter(a, b, choice)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x {self.in_features} -> {self.out_features}, {self.storage}"
@@ -127,11 +161,20 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, H), choices (T, K) int64 and their weights (T, K) -> (T, H)."""
-        sizes = [size for weight in (self.gate_up_proj, self.down_proj) for size in weight.shape[1:]]
-        on_host = not runs_grouped(hidden_states, *sizes)
-        routing = Routing.of(choices, self.gate_up_proj.num_experts, on_host=on_host)
-        gate_up = self.gate_up_proj(dispatch(hidden_states, routing), routing, self.gate_up_proj_bias)
-        output = self.down_proj(self.activation(gate_up), routing, self.down_proj_bias)
+        weights_of = (self.gate_up_proj, self.down_proj)
+        context, num_experts = self.gate_up_proj.context, self.gate_up_proj.num_experts
+        slots: tuple[int, ...] = ()
+        adapters = None
+        if context.adapter_rows is not None:
+            slots = tuple(sorted({pair.slot for weight in weights_of for pair in weight.pairs}))
+        if slots:
+            of_rows = context.chosen(slots)
+            adapters = (of_rows.repeat_interleave(hidden_states.shape[0] // of_rows.shape[0]), len(slots))
+        sizes = [size for weight in weights_of for size in weight.shape[1:]]
+        on_host = not runs_grouped(hidden_states, *sizes, num_groups=num_experts * (len(slots) + 1))
+        routing = Routing.of(choices, num_experts, on_host=on_host, adapters=adapters)
+        gate_up = self.gate_up_proj(dispatch(hidden_states, routing), routing, self.gate_up_proj_bias, slots)
+        output = self.down_proj(self.activation(gate_up), routing, self.down_proj_bias, slots)
         weighted = output * weights.T.reshape(-1)[routing.order, None]
         return combine(weighted.to(hidden_states.dtype), routing)
 

@@ -223,21 +223,21 @@ class CausalLM(nn.Module):
         for block in self.blocks:
             block.num_micro = num_micro
 
-    def adapted_linears(self) -> Iterator[tuple[str, AdaptedLinear]]:
-        """(Hugging Face path, linear), in forward order."""
+    def adapted_linears(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear]]:
+        """(Hugging Face path, linear) of those that have the adapter, in forward order."""
         for name, module in self.named_modules():
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, AdaptedLinear) and adapter in module.adapters:
                 yield self.hf_name(name), module
 
-    def adapted_experts(self) -> Iterator[tuple[str, ExpertWeight]]:
-        """(Hugging Face name, fused weight of a layer's experts), in forward order."""
+    def adapted_experts(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, ExpertWeight]]:
+        """(Hugging Face name, fused weight of a layer's experts) of those that have the adapter, in forward order."""
         for name, module in self.named_modules():
-            if isinstance(module, ExpertWeight) and module.pairs:
+            if isinstance(module, ExpertWeight) and adapter in module.adapters:
                 yield self.hf_name(name), module
 
-    def adapted_weights(self) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
-        """(Hugging Face path, linear or fused weight), linears first."""
-        return itertools.chain(self.adapted_linears(), self.adapted_experts())
+    def adapted_weights(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
+        """(Hugging Face path, linear or fused weight) of those that have the adapter, linears first."""
+        return itertools.chain(self.adapted_linears(adapter), self.adapted_experts(adapter))
 
     def hf_name(self, name: str) -> str:
         """Our path of a module or parameter as the Hugging Face model of the same folder names it:
@@ -250,10 +250,10 @@ class CausalLM(nn.Module):
         return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
 
 
-def build_model(config: Config, *, training: bool = True) -> CausalLM:
+def build_model(config: Config, *, training: bool = True, for_slots: bool = False) -> CausalLM:
     """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
-    where it is not `training`. Raises UserError for a model that cannot be trained as the config says, and when
-    target_modules match nothing.
+    where it is not `training`. `for_slots`: without an adapter, but every weight can have some (slots.put_trial).
+    Raises UserError for a model that cannot be trained as the config says, and when target_modules match nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -298,7 +298,7 @@ def build_model(config: Config, *, training: bool = True) -> CausalLM:
     contexts = [BlockContext() for _ in layers]
     packed = _packed_linears(config, layout, inside)
     if not full:
-        _replace_weights(layers, contexts, config, dtype, inside, packed, family)
+        _replace_weights(layers, contexts, config, dtype, inside, packed, family, for_slots=for_slots)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
     for block in blocks:
         block.checkpointing = config.train.checkpointing in ("block", "offload")
@@ -356,10 +356,12 @@ def _replace_weights(
     prefix: str,
     packed: Mapping[str, PackedWeight],
     family: Family,
+    *,
+    for_slots: bool,
 ) -> None:
     """Put a frozen or adapted linear in place of every nn.Linear of the blocks, and of their experts; `prefix` is what
     Hugging Face's paths have before the block's index. Where the checkpoint is quantized, each is stored as it is
-    there.
+    there. `for_slots`: all linears are adapted ones, none has an adapter yet.
     """
     paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     targets = set(select_adapted(config.adapter, paths, family, len(layers)))
@@ -372,7 +374,11 @@ def _replace_weights(
             bias = linear.bias is not None
             quantized = config.quant.is_nf4 and (not packed or stored is not None)
             new: FrozenLinear
-            if f"{prefix}{index}.{path}" in targets:
+            if for_slots:
+                new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
+                if config.adapter.use_dora:
+                    new.expect_magnitudes()
+            elif f"{prefix}{index}.{path}" in targets:
                 new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
                 new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=f"{prefix}{index}.{path}", seed=config.train.seed)
             else:
@@ -387,5 +393,5 @@ def _replace_weights(
             quantized = config.quant.is_nf4
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
-                if (path := f"{prefix}{index}.{path}") in targets:
+                if not for_slots and (path := f"{prefix}{index}.{path}") in targets:
                     weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)

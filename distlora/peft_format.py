@@ -42,8 +42,8 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     are trained whole as <path>.weight.
     """
     tensors: dict[str, nn.Parameter] = {}
-    paths = peft_paths([path for path, _ in model.adapted_experts()], model.family)
-    for path, weight in model.adapted_weights():
+    paths = peft_paths([path for path, _ in model.adapted_experts(adapter)], model.family)
+    for path, weight in model.adapted_weights(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         place = paths.get(path, path)
@@ -81,7 +81,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
-    for path, weight in model.adapted_weights():
+    for path, weight in model.adapted_weights(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         for part, parameter in pair.named_parameters():
@@ -127,8 +127,8 @@ def _shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
-    """adapter_config.json as PEFT's LoraConfig reads it."""
+def adapter_config(config: Config, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """adapter_config.json of one adapter, which `config` describes, as PEFT's LoraConfig reads it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -146,10 +146,10 @@ def adapter_config(config: Config, model: CausalLM) -> dict[str, Any]:
         "inference_mode": True,
         # To PEFT "pissa" says that A and B belong to a base without its principal part (pissa_format.py).
         "init_lora_weights": init if (init := config.adapter.init) == "gaussian" or config.adapter.pissa else True,
-        "target_modules": _target_modules(model),
+        "target_modules": _target_modules(model, adapter),
         "trainable_token_indices": _token_indices(model),
         "modules_to_save": list(model.modules_to_save) or None,
-    } | _target_parameters(model)
+    } | _target_parameters(model, adapter)
 
 
 def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
@@ -158,9 +158,9 @@ def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
     return indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None)
 
 
-def _target_modules(model: CausalLM) -> list[str]:
+def _target_modules(model: CausalLM, adapter: str) -> list[str]:
     """Last names, as PEFT's users write them, if they mean exactly the adapted linears; else whole paths."""
-    adapted = sorted(path for path, _ in model.adapted_linears())
+    adapted = sorted(path for path, _ in model.adapted_linears(adapter))
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
     short = sorted({path.rpartition(".")[2] for path in adapted})
@@ -169,9 +169,9 @@ def _target_modules(model: CausalLM) -> list[str]:
     return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted
 
 
-def _target_parameters(model: CausalLM) -> dict[str, list[str]]:
+def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
     """The fused expert weights with adapters, as _target_modules names linears; nothing where there are none."""
-    adapted = sorted(name for name, _ in model.adapted_experts())
+    adapted = sorted(name for name, _ in model.adapted_experts(adapter))
     if not adapted:
         return {}
     assert model.family.experts is not None

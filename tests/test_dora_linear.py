@@ -49,8 +49,7 @@ def problem(
         ranks = (rank, 5) if choice else (rank,)
         scale: float | RowChoice = 1.5
         if choice:
-            rows, scales = torch.tensor([1, -1, 0], device=device), torch.tensor([2.0, 0.5], device=device)
-            scale = RowChoice(rows, scales, ranks)
+            scale = RowChoice(torch.tensor([1, -1, 0], device=device), (2.0, 0.5), ranks)
         a = (randn(sum(ranks), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
         b = (0.3 * randn(out, sum(ranks), seed=21 + index)).to(device).requires_grad_()
         mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None

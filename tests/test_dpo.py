@@ -279,7 +279,7 @@ def test_the_reference_is_the_base_whatever_the_adapter_and_the_dropout(folders:
     model = model_with_adapters(folders / "llama")
     rows, positions, none = tokens(3, 40), torch.arange(40).repeat(3, 1), torch.full((3,), -1)
     for _, linear in model.adapted_linears():
-        linear.dropout_threshold = 1 << 14  # A quarter.
+        linear.pairs[0].dropout = linear.pairs[0].dropout._replace(threshold=1 << 14)  # A quarter.
     places = StepRows(3, torch.tensor([5, 6, 7]))
     policy, reference = model(rows, positions, rows, step_rows=places, with_reference=True)
     assert torch.equal(reference.sum(dim=1), model(rows, positions, rows, adapter_rows=none))

@@ -19,11 +19,12 @@ from distlora.model import CausalLM
 from distlora.quant import link_shared_inputs
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
-from distlora_kernels.dropout import Dropout, dropped, threshold_of
+from distlora_kernels.dropout import Dropout, Stream, dropped, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
 from distlora_kernels.philox import philox
 from small_models import make_run
 from test_adapters import adapted
+from test_lora_gpu import gate_of
 from test_lora_linear import tensors
 from test_parity import outcome
 from test_peft import dequantized_hf_model, our_trained_model
@@ -114,10 +115,8 @@ def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
     x, weight, a, b, bias = tensors(shape, dtype)
     frozen = FrozenWeight(tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]))
     dropout = Dropout(KEY, threshold_of(0.25), 3, torch.tensor([8, 2, 5]))
-    scale: RowChoice | float = (
-        RowChoice(torch.tensor([0, -1, 1]), torch.tensor([2.0, 1.0]), (10, 6)) if per_row else 2.0
-    )
-    gate = scale if isinstance(scale, float) else scale.gate(36).double()
+    scale: RowChoice | float = RowChoice(torch.tensor([0, -1, 1]), (2.0, 1.0), (10, 6)) if per_row else 2.0
+    gate = scale if isinstance(scale, float) else gate_of(scale, 36)
     kept = (~dropped(dropout, 36, 256)).double() / 0.75
     dy = torch.randn(36, 320, generator=torch.Generator().manual_seed(2)).to(dtype)
 
@@ -151,7 +150,8 @@ def test_no_mask_and_no_dropped_input_is_kept_for_backward() -> None:
 def test_a_linear_drops_in_training_alone_and_siblings_drop_each_their_own() -> None:
     context = BlockContext()
     q, k = adapted(context, seed=1, dropout=0.5), adapted(context, seed=1, dropout=0.5)
-    k.dropout_key = (q.dropout_key[0], q.dropout_key[1] ^ 1)  # As another path gives.
+    key = q.pairs[0].dropout.key
+    k.pairs[0].dropout = Stream((key[0], key[1] ^ 1), 2**15)  # As another path gives.
     plain_q = adapted(context, seed=1)
     link_shared_inputs({"q_proj": q, "k_proj": k})
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
@@ -159,7 +159,7 @@ def test_a_linear_drops_in_training_alone_and_siblings_drop_each_their_own() -> 
     context.step_rows = StepRows(4, torch.tensor([6, 2]))
     outputs = []
     for linear in (q, k):
-        kept = ~dropped(Dropout(linear.dropout_key, 2**15, 4, torch.tensor([6, 2])), 10, 32).view(2, 5, 32)
+        kept = ~dropped(Dropout(linear.pairs[0].dropout.key, 2**15, 4, torch.tensor([6, 2])), 10, 32).view(2, 5, 32)
         pair = linear.pairs[0]
         expected = x @ linear.weight.T + pair.scaling * (x * kept * 2 @ pair.A.T) @ pair.B.T
         outputs.append(linear(x))
@@ -173,7 +173,7 @@ def test_the_key_is_the_seed_and_the_path() -> None:
         linear = adapted()
         linear.adapters = nn.ModuleDict()
         linear.add_adapter("default", AdapterConfig(lora_dropout=0.1), path=path, seed=seed)
-        keys.add(linear.dropout_key)
+        keys.add(linear.pairs[0].dropout.key)
     assert len(keys) == 3
 
 
@@ -258,7 +258,8 @@ class OurDropout(nn.Module):
         self.linear, self.at = linear, at
 
     def forward(self, x: Tensor) -> Tensor:
-        ours = Dropout(self.linear.dropout_key, self.linear.dropout_threshold, self.at.step, self.at.rows)
+        assert isinstance(self.at.step, int)
+        ours = Dropout(*self.linear.pairs[0].dropout, self.at.step, self.at.rows)
         lost = dropped(ours, x.shape[0] * x.shape[1], x.shape[2]).view(x.shape)
         return x.masked_fill(lost, 0) / (1 - ours.threshold / 2**16)
 

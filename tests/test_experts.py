@@ -12,7 +12,7 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora_kernels import experts_grouped, experts_torch, nf4, reference
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertLinear, Routing
+from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertLinear, Routing
 from distlora_kernels.experts import combine, dispatch, expert_linear
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.scratch import DenseWeights, keeping
@@ -24,11 +24,12 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def routing_of(tokens: int, *, seed: int = 0) -> Routing:
-    """Expert 3 is chosen by no token."""
+def routing_of(tokens: int, users: Tensor | None = None, *, seed: int = 0) -> Routing:
+    """Expert 3 is chosen by no token; `users` are the adapters, of three, that the tokens use."""
     scores = random(tokens, EXPERTS, seed=seed)
     scores[:, 3] = -100
-    return Routing.of(scores.topk(CHOICES).indices, EXPERTS, on_host=True)
+    adapters = None if users is None else (users, 3)
+    return Routing.of(scores.topk(CHOICES).indices, EXPERTS, on_host=True, adapters=adapters)
 
 
 def no_bounds(tokens: int) -> Routing:
@@ -64,7 +65,11 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
     """The grouped product in bf16, which is all that it takes; rank 3 is no multiple of its 8."""
     dtype, ulps = (torch.float32, 8) if path is experts_torch else (torch.bfloat16, 4)
     ins, outs, rank, tokens = 24, 40, 3, 23
-    routing = routing_of(tokens)
+    # Rows choose among three users, of whom the last has no adapter of this weight.
+    users = torch.arange(tokens) % 4 - 1 if gated == "rows" else None
+    routing = routing_of(tokens, users)
+    ranks = (2, 3) if gated == "rows" else (rank,)
+    rank = sum(ranks)
     rows = routing.tokens.shape[0]
     fused = random(EXPERTS, *((ins, outs) if transposed else (outs, ins)), seed=2)
     weight = packed(fused) if quantized else FrozenWeight((fused.to(dtype),), tuple(fused.shape))
@@ -73,8 +78,11 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
     x, dy = random(rows, ins, seed=4).to(dtype), random(rows, outs, seed=5).to(dtype)
     a, b = random(EXPERTS, rank, ins, seed=6) / 5, random(EXPERTS, outs, rank, seed=7) / 5
     gate: Any = 0.5
-    if gated == "rows":  # Every third token uses no adapter.
-        gate = torch.where(routing.tokens[:, None] % 3 == 0, 0.0, 0.5).expand(-1, rank).contiguous()
+    scale: float | ExpertChoice = 0.5
+    if users is not None:
+        scale = ExpertChoice((1, 0, -1), (2.0, 0.5), ranks)
+        numbers = torch.tensor([1, 0, -1, -1])[users[routing.tokens]]
+        gate = torch.where(numbers[:, None] == torch.tensor([0, 0, 1, 1, 1]), torch.tensor([2.0, 2, 0.5, 0.5, 0.5]), 0)
     leaves = [tensor.double().requires_grad_() for tensor in (x, a, b)]
     expected = reference.expert_linear(
         leaves[0],
@@ -86,7 +94,7 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
     )
     dx, da, db = torch.autograd.grad(expected, leaves, dy.double())
 
-    adapter = None if gated == "none" else ExpertAdapter(a, b, gate)
+    adapter = None if gated == "none" else ExpertAdapter(a, b, scale)
     linear = ExpertLinear(weight, transposed, adapter, bias)
     weights = DenseWeights(1)
     y, kept = path.forward(x, linear, routing, weights)

@@ -82,7 +82,7 @@ LAYERS = [
     {"distlora.report", "distlora.packed.protocol", "distlora.packed.settings"},
     {"distlora.blocks", "distlora.head", "distlora.attention", "distlora.liger", "distlora.balance", "distlora.mlp"},
     {"distlora.model"},
-    {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops"},
+    {"distlora.parallel", "distlora.buffers", "distlora.peft_format", "distlora.flops", "distlora.slots"},
     {"distlora.loading"},
     {"distlora.data", "distlora.optim", "distlora.checkpoints", "distlora.tensor_files", "distlora.pissa_format"},
     {"distlora.results", "distlora.startup", "distlora.objectives", "distlora.reached", "distlora.verification"},

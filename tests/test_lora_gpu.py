@@ -36,8 +36,7 @@ def problem(
         ranks = (rank, 5) if choice else (rank,)
         scale: float | RowChoice = 1.5
         if choice:
-            rows, scales = torch.tensor([1, -1, 0], device=device), torch.tensor([2.0, 0.5], device=device)
-            scale = RowChoice(rows, scales, ranks)
+            scale = RowChoice(torch.tensor([1, -1, 0], device=device), (2.0, 0.5), ranks)
         a = (randn(sum(ranks), FEATURES, seed=11 + index) / FEATURES**0.5).to(device).requires_grad_()
         b = randn(out, sum(ranks), seed=21 + index).to(device).requires_grad_()
         mask = Dropout((5, index), threshold_of(0.25), 3, ROWS.to(device)) if dropout else None
@@ -45,6 +44,15 @@ def problem(
         linears.append(Linear(frozen, None if index == 2 else Adapter(a, b, scale, mask), bias))
         dys.append(randn(BATCH, TOKENS, out, seed=41 + index).to(device, dtype))
     return x, linears, dys
+
+
+def gate_of(choice: RowChoice, num_rows: int) -> Tensor:
+    """(M, R) fp64: s where the row uses the column's adapter, else 0."""
+    device = choice.rows.device
+    owners = torch.tensor([n for n, rank in enumerate(choice.ranks) for _ in range(rank)], device=device)
+    scales = torch.tensor(choice.scales, dtype=torch.float64, device=device)[owners]
+    gate = torch.where(choice.rows[:, None] == owners, scales, 0.0)
+    return gate.repeat_interleave(num_rows // len(choice.rows), dim=0)
 
 
 def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]:
@@ -62,7 +70,7 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
             seen = flat
             if dropout is not None:
                 seen = flat * ~dropped(dropout, *flat.shape) * dropout.scale
-            gate = scale if isinstance(scale, float) else scale.gate(flat.shape[0]).double()
+            gate = scale if isinstance(scale, float) else gate_of(scale, flat.shape[0])
             y = y + (seen @ a64.T * gate) @ b64.T
         ys.append(y.unflatten(0, x.shape[:-1]))
     gradients = torch.autograd.grad(ys, leaves, [dy.double() for dy in dys])

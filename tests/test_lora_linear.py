@@ -26,8 +26,7 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tenso
 @pytest.mark.parametrize("per_row", [False, True])
 def test_gradients_are_those_of_the_function(with_bias: bool, per_row: bool) -> None:
     x, weight, a, b, bias = tensors((5, 24, 20, 4), torch.float64)
-    scales = torch.tensor([2.0, 0.5], dtype=torch.float64)
-    scale: RowChoice | float = RowChoice(torch.tensor([0, 0, 0, 1, -1]), scales, (1, 3)) if per_row else 2.0
+    scale: RowChoice | float = RowChoice(torch.tensor([0, 0, 0, 1, -1]), (2.0, 0.5), (1, 3)) if per_row else 2.0
     leaves = [t.requires_grad_() for t in (x.view(1, 5, 24), a, b)]
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch
 
 
 def choice_of(device: torch.device) -> RowChoice:
-    return RowChoice(torch.tensor(CHOSEN, device=device), torch.tensor([0.5, 2.0, 1.25], device=device), RANKS)
+    return RowChoice(torch.tensor(CHOSEN, device=device), (0.5, 2.0, 1.25), RANKS)
 
 
 def dropout_of(device: torch.device, rows: list[int]) -> Dropout:
@@ -132,7 +132,7 @@ def test_rows_choose_adapters(dtype: torch.dtype, tokens: int, device: torch.dev
         (up(compact, b, bias=bias, choice=choice), wide @ double[2].T + bias.double()),
         (up(compact, a.T, choice=choice), wide @ double[1]),
         (expand(dxa, choice), uses * (double[3] @ double[2])),
-        (db, 0.3 * choice.scales[owners].double() * (double[3].T @ wide)),
+        (db, 0.3 * torch.tensor(choice.scales, device=device)[owners].double() * (double[3].T @ wide)),
         (grad(compact, x, choice=choice), wide.T @ double[0]),
     ):
         assert_sum_close(actual, expected)
@@ -187,7 +187,7 @@ def test_ranks_beyond_a_tile(rank: int, device: torch.device) -> None:
 def test_large_ranks_that_rows_choose(device: torch.device) -> None:
     """Above 32 dy is read twice, by the kernels of down and grad."""
     ranks = (40, 24)
-    choice = RowChoice(torch.tensor([1, 0, -1], device=device), torch.tensor([0.5, 2.0], device=device), ranks)
+    choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
     _, _, b, dy, *_ = operands((60, 64, 80, 64), torch.bfloat16, device).values()
     xa = normal(60, 40, dtype=torch.bfloat16, device=device, seed=9)
     dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
@@ -247,14 +247,14 @@ def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None
 
 def test_the_backward_products_are_the_gradients() -> None:
     """In fp64, by torch's own numerical gradients: the adapter's term in these ops' terms."""
-    choice = RowChoice(torch.tensor([1, -1, 0]), torch.tensor([0.5, 2.0]), (2, 3))
+    choice = RowChoice(torch.tensor([1, -1, 0]), (0.5, 2.0), (2, 3))
     dropout = dropout_of(torch.device("cpu"), [4, 5, 6])
     owners = torch.tensor([0, 0, 1, 1, 1])
 
     class Term(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            scaled = b * choice.scales[owners]
+            scaled = b * torch.tensor(choice.scales, dtype=b.dtype)[owners]
             xa = skinny_down(x, a, choice=choice, dropout=dropout)
             ctx.save_for_backward(x, a, scaled, xa)
             return skinny_up(xa, scaled, choice=choice)
@@ -274,14 +274,15 @@ def test_the_backward_products_are_the_gradients() -> None:
 def test_ops_pass_opcheck(chosen: bool, triton_device: torch.device) -> None:
     dtype, rank = torch.bfloat16, sum(RANKS)
     x, a, b, dy, xa, bias = operands((10, 24, 20, rank), dtype, triton_device).values()
-    rows, ranks, scales = None, [], None
+    rows, ranks, scales = None, [], []
+    drop = torch.tensor([4, 5], device=triton_device), None, [3, *KEY, 20_000, 7]
     if chosen:
         rows, scales, ranks = choice_of(triton_device)
         xa = xa[:, : max(RANKS)].contiguous()
-    drop = torch.tensor([4, 5], device=triton_device), [*KEY, 20_000, 7, 3]
+        drop = rows + 7, rows * 0 + 5, [3, *(n for rank in RANKS for n in (*KEY, 1000 * rank))]
     ops = torch.ops.distlora
     torch.library.opcheck(ops.skinny_down.default, (x, a, rows, ranks, *drop))
-    torch.library.opcheck(ops.skinny_up.default, (xa, b, bias, rows, ranks, None, []))
+    torch.library.opcheck(ops.skinny_up.default, (xa, b, bias, rows, ranks, None, None, []))
     torch.library.opcheck(ops.skinny_dy.default, (dy, b, xa, 0.3, rows, ranks, scales))
     torch.library.opcheck(ops.skinny_grad.default, (xa, x, rows, ranks, *drop))
 
@@ -302,6 +303,6 @@ def test_ops_pass_opcheck(chosen: bool, triton_device: torch.device) -> None:
     ],
 )
 def test_operands_that_do_not_fit_are_refused(call: Callable[..., Any], message: str) -> None:
-    choice = RowChoice(torch.tensor([1, -1, 0]), torch.tensor([0.5, 2.0]), (2, 3))
+    choice = RowChoice(torch.tensor([1, -1, 0]), (0.5, 2.0), (2, 3))
     with pytest.raises((RuntimeError, TypeError), match=message):
         call(torch.ones(6, 8), torch.ones(5, 8), choice)

@@ -136,7 +136,7 @@ def _dy_gradients(
         return dy @ b, db, dora_reference.magnitude_gradient(dy, y, magnitude)
     from distlora_kernels import dora_triton, skinny_launch
 
-    dxa, db, stripes = skinny_launch.dy(dy, b, xa, scale, None, (), None, y=y)
+    dxa, db, stripes = skinny_launch.dy(dy, b, xa, scale, None, (), (), y=y)
     if stripes is None:
         return dxa, db, dora_triton.magnitude_gradient(dy.contiguous(), y.contiguous(), magnitude)
     return dxa, db, dora_triton.add_stripes(stripes, magnitude)

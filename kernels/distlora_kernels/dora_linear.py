@@ -52,12 +52,10 @@ def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> Factors:
     if not isinstance(adapter.scale, RowChoice):
         norms = _of_directions(squares, dora_norms(squares, wa, a, adapter.b, adapter.scale)[None])
         return Factors(norms, _excess(magnitude.masters, norms)[0].to(dtype))
-    choice, parts, start = adapter.scale, [], 0
-    for scale, rank in zip(choice.scales, choice.ranks, strict=True):
-        own = slice(start, start + rank)
-        # The scales of a choice are on the device, so they go into B.
-        parts.append(dora_norms(squares, wa[:, own], a[own], adapter.b[:, own] * scale, 1.0))
-        start += rank
+    choice, parts = adapter.scale, []
+    for number, scale in enumerate(choice.scales):
+        own = choice.columns(number)
+        parts.append(dora_norms(squares, wa[:, own], a[own], adapter.b[:, own], scale))
     norms = _of_directions(squares, torch.stack(parts))
     excess = _excess(magnitude.masters, norms)
     return Factors(norms, _of_rows(excess, choice.rows, otherwise=0.0).to(dtype))

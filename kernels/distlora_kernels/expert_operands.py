@@ -15,6 +15,41 @@ from torch import Tensor
 from distlora_kernels.operands import FrozenWeight
 
 
+class Users(NamedTuple):
+    """Which of N adapters the rows of a Routing use: those of an expert that use the same one are neighbours."""
+
+    number: int
+    """N."""
+    of_rows: Tensor
+    """(S,) int64: the adapter of each row, -1 for none."""
+    ends: Tensor
+    """(E * (N + 1),) int32: where the rows of each adapter of each expert end; those without one come first."""
+    bounds: tuple[int, ...] | None
+    """(E * (N + 1) + 1): the same on the host, from 0 on, as a Routing's."""
+
+    @classmethod
+    def of(cls, key: Tensor, order: Tensor, adapters: tuple[Tensor, int], num_experts: int, *, on_host: bool) -> Users:
+        """`key` says in order of (expert, adapter) what each (choice, token) uses, and `order` sorts it."""
+        of_tokens, number = adapters
+        counts = torch.zeros(num_experts * (number + 1), dtype=torch.int64, device=key.device)
+        ends = counts.scatter_add_(0, key, torch.ones_like(key)).cumsum(0)
+        return cls(
+            number=number,
+            of_rows=of_tokens[order % of_tokens.shape[0]],
+            ends=ends.int(),
+            bounds=(0, *ends.tolist()) if on_host else None,
+        )
+
+    def runs(self, expert: int) -> Iterator[tuple[int, slice]]:
+        """(adapter or -1, its rows) of those that an expert has rows of."""
+        assert self.bounds is not None, "the bounds are on the device alone"
+        first = expert * (self.number + 1)
+        for user in range(self.number + 1):
+            start, stop = self.bounds[first + user : first + user + 2]
+            if start < stop:
+                yield user - 1, slice(start, stop)
+
+
 class Routing(NamedTuple):
     """Where the tokens of a batch go: one row for each expert that a token chooses, sorted by expert."""
 
@@ -32,12 +67,22 @@ class Routing(NamedTuple):
     """(E,) int32: where the rows of each expert end."""
     bounds: tuple[int, ...] | None
     """(E + 1): the same on the host, from 0 on; None where reading them would make the host wait for a GPU."""
+    users: Users | None = None
+    """Which adapter each row uses, where tokens choose."""
 
     @classmethod
-    def of(cls, choices: Tensor, num_experts: int, *, on_host: bool) -> Routing:
-        """From `choices` (T, K) int64, the experts that each token chooses."""
+    def of(
+        cls, choices: Tensor, num_experts: int, *, on_host: bool, adapters: tuple[Tensor, int] | None = None
+    ) -> Routing:
+        """From `choices` (T, K) int64, the experts that each token chooses; `adapters`: (T,) int64, which of so many
+        adapters each token uses, -1 for none. An expert's rows are then sorted by that before all else.
+        """
         flat = choices.T.reshape(-1)
-        order = torch.argsort(flat, stable=True)
+        key = flat
+        if adapters is not None:
+            of_tokens, number = adapters
+            key = flat * (number + 1) + (of_tokens + 1).repeat(choices.shape[1])
+        order = torch.argsort(key, stable=True)
         counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
         ends = counts.scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0)
         return cls(
@@ -48,6 +93,7 @@ class Routing(NamedTuple):
             experts=flat[order],
             ends=ends.int(),
             bounds=(0, *ends.tolist()) if on_host else None,
+            users=None if adapters is None else Users.of(key, order, adapters, num_experts, on_host=on_host),
         )
 
     def spans(self) -> Iterator[tuple[int, slice]]:
@@ -58,16 +104,37 @@ class Routing(NamedTuple):
                 yield expert, slice(start, stop)
 
 
+class ExpertChoice(NamedTuple):
+    """What a weight has for those who choose (`Users`): adapters side by side, rows of each a and columns of b."""
+
+    of_users: tuple[int, ...]
+    """The number of each user's adapter here; -1 for none."""
+    scales: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+    def columns(self, adapter: int) -> slice:
+        """Where an adapter lies."""
+        first = sum(self.ranks[:adapter])
+        return slice(first, first + self.ranks[adapter])
+
+
 class ExpertAdapter(NamedTuple):
-    """What an expert linear adds: a (E, R, I) and b (E, O, R) of every expert, and their scale."""
+    """What an expert linear adds: a (E, R, I) and b (E, O, R) of every expert, and their scale, or who uses what."""
 
     a: Tensor
     b: Tensor
-    gate: float | Tensor
-    """s, or (S, R) fp32: s where the row uses the column's adapter, 0 elsewhere."""
+    scale: float | ExpertChoice
 
-    def gate_of(self, rows: slice) -> float | Tensor:
-        return self.gate[rows] if isinstance(self.gate, Tensor) else self.gate
+    def runs(self, routing: Routing, expert: int, rows: slice) -> Iterator[tuple[slice, slice | None, float]]:
+        """Of an expert's rows, those that use the same adapter: (rows, its columns, its scale); None for none."""
+        choice = self.scale
+        if not isinstance(choice, ExpertChoice):
+            yield rows, slice(None), choice
+            return
+        assert routing.users is not None
+        for user, run in routing.users.runs(expert):
+            number = choice.of_users[user] if user >= 0 else -1
+            yield (run, None, 0.0) if number < 0 else (run, choice.columns(number), choice.scales[number])
 
 
 class ExpertLinear(NamedTuple):

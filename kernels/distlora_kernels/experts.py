@@ -24,18 +24,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import experts_grouped, experts_torch
-from distlora_kernels.expert_operands import ExpertAdapter, ExpertLinear, Routing
+from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertLinear, Routing
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.scratch import DenseWeights
 
-__all__ = ["ExpertAdapter", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
+__all__ = ["ExpertAdapter", "ExpertChoice", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
 
 
-def runs_grouped(x: Tensor, *features: int) -> bool:
+_MOST_GROUPS = 1023
+"""Of torch's grouped product."""
+
+
+def runs_grouped(x: Tensor, *features: int, num_groups: int) -> bool:
     """Whether experts with so many features in and out can be one grouped product on this tensor's device and dtype; a
     Routing then needs no bounds on the host. torch's takes bf16 and rows of whole 16 bytes, on Hopper (9.x) and
     data-center Blackwell (10.x); elsewhere it falls back to a loop that reads the bounds in every product.
     """
+    if num_groups > _MOST_GROUPS:
+        return False
     if not x.is_cuda or x.dtype != torch.bfloat16 or any(size % 8 for size in features):
         return False
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
@@ -71,8 +77,8 @@ def expert_linear(
     weight (E, O, I), or (E, I, O) if `transposed`; bias (E, O). GEMMs run in x's dtype with fp32 accumulation; the
     adapter's gradients have its masters' dtype.
     """
-    a, b, gate = (None, None, None) if adapter is None else adapter
-    y: Tensor = _ExpertLinear.apply(x, a, b, bias, _Form(weight.shape, transposed, gate, routing), *weight.parts)
+    a, b, scale = (None, None, None) if adapter is None else adapter
+    y: Tensor = _ExpertLinear.apply(x, a, b, bias, _Form(weight.shape, transposed, scale, routing), *weight.parts)
     return y
 
 
@@ -81,15 +87,15 @@ class _Form(NamedTuple):
 
     shape: tuple[int, ...]
     transposed: bool
-    gate: float | Tensor | None
+    scale: float | ExpertChoice | None
     routing: Routing
 
     def joined(self, a: Tensor | None, b: Tensor | None, bias: Tensor | None, parts: Sequence[Tensor]) -> ExpertLinear:
         adapter = None
-        if self.gate is not None:
+        if self.scale is not None:
             assert a is not None
             assert b is not None
-            adapter = ExpertAdapter(a, b, self.gate)
+            adapter = ExpertAdapter(a, b, self.scale)
         return ExpertLinear(FrozenWeight(tuple(parts), self.shape), self.transposed, adapter, bias)
 
 

@@ -14,28 +14,34 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import nf4
-from distlora_kernels.expert_operands import ExpertGradients, ExpertLinear, Routing
+from distlora_kernels.expert_operands import ExpertChoice, ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.scratch import DenseWeights
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing, weights: DenseWeights) -> tuple[Tensor, Tensor | None]:
-    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R), None without an adapter. No dense weight is
-    left in `weights`: an expert's is dropped before the next one's is made.
+    """x (S, I) -> y (S, O), and what the backward keeps: s x A^T (S, R), None without an adapter, where rows choose as
+    wide as the largest rank. No dense weight is left in `weights`: an expert's is dropped before the next is made.
     """
     weight_of = dense_experts(linear, x.dtype)
-    y = x.new_empty(x.shape[0], linear.out_features)
+    y, adapter = x.new_empty(x.shape[0], linear.out_features), linear.adapter
     gated = None
-    if linear.adapter is not None:
+    if adapter is not None:
         a, b = _in_dtype(linear, x.dtype)
-        gated = x.new_empty(x.shape[0], a.shape[1])
+        widest = max(adapter.scale.ranks) if isinstance(adapter.scale, ExpertChoice) else a.shape[1]
+        gated = x.new_empty(x.shape[0], widest)
     for expert, rows in routing.spans():
         x_e, y_e = x[rows], y[rows]
-        if linear.adapter is None or gated is None:
+        if adapter is None or gated is None:
             torch.mm(x_e, weight_of(expert).T, out=y_e)
         else:
-            gated[rows] = (x_e @ a[expert].T) * linear.adapter.gate_of(rows)
-            torch.mm(gated[rows], b[expert].T, out=y_e)
+            for run, columns, scale in adapter.runs(routing, expert, rows):
+                if columns is None:
+                    y[run] = 0
+                    continue
+                own = (x[run] @ a[expert, columns].T) * scale
+                gated[run, : own.shape[1]] = own
+                torch.mm(own, b[expert, :, columns].T, out=y[run])
             torch.addmm(y_e, x_e, weight_of(expert).T, out=y_e)
         if linear.bias is not None:
             y_e += linear.bias[expert]
@@ -53,28 +59,35 @@ def backward(
 ) -> ExpertGradients:
     """The gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R), as `needs` asks for them."""
     weight_of = dense_experts(linear, dy.dtype)
-    in_features = linear.weight.shape[1 if linear.transposed else 2]
+    in_features, adapter = linear.weight.shape[1 if linear.transposed else 2], linear.adapter
     dx = dy.new_empty(dy.shape[0], in_features) if needs[0] else None
     da = db = None
-    if linear.adapter is not None:
+    if adapter is not None:
         a, b = _in_dtype(linear, dy.dtype)
-        da = torch.zeros_like(linear.adapter.a) if needs[1] else None
-        db = torch.zeros_like(linear.adapter.b) if needs[2] else None
+        da = torch.zeros_like(adapter.a) if needs[1] else None
+        db = torch.zeros_like(adapter.b) if needs[2] else None
     for expert, rows in routing.spans():
-        dy_e, dxa = dy[rows], None
-        if linear.adapter is not None:
-            assert x is not None
-            assert gated is not None
-            dxa = ((dy_e @ b[expert]) * linear.adapter.gate_of(rows)).to(dy.dtype)
+        if adapter is None:
+            if dx is not None:
+                torch.mm(dy[rows], weight_of(expert), out=dx[rows])
+            continue
+        assert x is not None
+        assert gated is not None
+        for run, columns, scale in adapter.runs(routing, expert, rows):
+            if columns is None:
+                if dx is not None:
+                    dx[run] = 0
+                continue
+            dy_run, own_a = dy[run], a[expert, columns]
+            dxa = ((dy_run @ b[expert, :, columns]) * scale).to(dy.dtype)
             if db is not None:
-                db[expert] = dy_e.T @ gated[rows]
+                db[expert, :, columns] = dy_run.T @ gated[run, : len(own_a)]
             if da is not None:
-                da[expert] = dxa.T @ x[rows]
-        if dx is not None and dxa is None:
-            torch.mm(dy_e, weight_of(expert), out=dx[rows])
-        elif dx is not None and dxa is not None:
-            torch.mm(dxa, a[expert], out=dx[rows])
-            torch.addmm(dx[rows], dy_e, weight_of(expert), out=dx[rows])
+                da[expert, columns] = dxa.T @ x[run]
+            if dx is not None:
+                torch.mm(dxa, own_a, out=dx[run])
+        if dx is not None:
+            torch.addmm(dx[rows], dy[rows], weight_of(expert), out=dx[rows])
     return ExpertGradients(dx, da, db)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distlora_kernels import dora_linear, variants
 from distlora_kernels.dora import dy_gradients
-from distlora_kernels.dropout import Dropout, dropped
+from distlora_kernels.dropout import ChosenDropout, Dropout, seen_of
 from distlora_kernels.fused import fused_linear, fused_linear_dx
 from distlora_kernels.operands import (
     Adapter,
@@ -102,14 +102,9 @@ def _with_magnitude(
     if adapter.dropout is None:
         return dora_linear.scaled(adapter, factors, _adapted(base, x, xa, adapter, bias), bias)
     delta = skinny_up(xa, _scaled_up(adapter, x.dtype), choice=_choice(adapter))
-    output = base.plus(delta.clone(), _seen(x, adapter.dropout))
+    output = base.plus(delta.clone(), seen_of(x, adapter.dropout))
     rest, own = dora_linear.scaled_beside_the_base(factors, delta, output, bias)
     return base.plus(rest, x), own
-
-
-def _seen(x: Tensor, dropout: Dropout) -> Tensor:
-    """d(x), scaled up: (M, I) in x's dtype."""
-    return x.masked_fill(dropped(dropout, *x.shape), 0).mul_(dropout.scale)
 
 
 def backward(
@@ -198,7 +193,7 @@ def _input_gradient(
         assert adapter is not None
         assert adapter.dropout is not None
         dx = fused_linear_dx(dy, weight) if index in fused else dy @ weights.take(index, weight, dy.dtype)
-        add(dx.masked_fill_(dropped(adapter.dropout, *dx.shape), 0).mul_(adapter.dropout.scale))
+        add(seen_of(dx, adapter.dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
         if index in fused:
@@ -256,20 +251,26 @@ def _is_plain(adapter: Adapter) -> bool:
 
 
 def _choice(adapter: Adapter | None) -> RowChoice | None:
-    return adapter.scale if adapter is not None and isinstance(adapter.scale, RowChoice) else None
+    """With scales that make up for what each adapter's own dropout leaves out."""
+    if adapter is None or not isinstance(adapter.scale, RowChoice):
+        return None
+    choice, dropout = adapter.scale, adapter.dropout
+    if not isinstance(dropout, ChosenDropout):
+        return choice
+    return choice._replace(scales=tuple(s * k for s, k in zip(choice.scales, dropout.scales, strict=True)))
 
 
 def _factor(adapter: Adapter) -> float:
     """What dB is scaled by, beside the scales of a choice."""
     scale = 1.0 if isinstance(adapter.scale, RowChoice) else adapter.scale
-    return scale if adapter.dropout is None else scale * adapter.dropout.scale
+    return scale * adapter.dropout.scale if isinstance(adapter.dropout, Dropout) else scale
 
 
 def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     """s b (O, R) in `dtype`: multiplied in fp32 and rounded once, by one kernel."""
     scale: float | Tensor = _factor(adapter)
     if (choice := _choice(adapter)) is not None:
-        scale = per_column(choice.scales, choice.ranks).to(adapter.b.dtype) * scale
+        scale = per_column(tuple(scale * own for own in choice.scales), choice.ranks, adapter.b.dtype, adapter.b.device)
     return torch.mul(adapter.b, scale, out=torch.empty_like(adapter.b, dtype=dtype))
 
 

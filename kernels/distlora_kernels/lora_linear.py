@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora_kernels import lora_torch
 from distlora_kernels.dispatch import uses_triton
-from distlora_kernels.dropout import Dropout
+from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.operands import NUM_KEPT, Adapter, FrozenWeight, Kept, Linear, Magnitude, Needs, RowChoice
 from distlora_kernels.scratch import DenseWeights
 
@@ -64,7 +64,7 @@ class _Form(NamedTuple):
     num_parts: int
     scale: float | RowChoice | None
     """None without an adapter."""
-    dropout: Dropout | None
+    dropout: Dropout | ChosenDropout | None
 
     @staticmethod
     def of(linear: Linear) -> _Form:

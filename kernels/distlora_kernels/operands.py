@@ -6,6 +6,7 @@ linear, R their ranks added up.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels.dropout import Dropout
+from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.nf4 import dequantize_blocks, nf4_dequantize
 
 
@@ -40,12 +41,11 @@ class FrozenWeight(NamedTuple):
         return nf4_dequantize(codes, scales, group_scale, offset, shape=self.shape, dtype=dtype, out=out)
 
 
-def per_column(values: Tensor, ranks: Sequence[int]) -> Tensor:
-    """(N,), a number of each adapter -> (R,), that of each column.
-
-    By expanding views: no count is read from the device, and nothing is copied to it.
-    """
-    return torch.cat([value.expand(rank) for value, rank in zip(values, ranks, strict=True)])
+@functools.lru_cache(maxsize=1024)
+def per_column(values: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number of each adapter -> (R,), that of each column; copied to the device once and kept."""
+    columns = [value for value, rank in zip(values, ranks, strict=True) for _ in range(rank)]
+    return torch.tensor(columns, dtype=dtype, device=device)
 
 
 class RowChoice(NamedTuple):
@@ -53,16 +53,15 @@ class RowChoice(NamedTuple):
 
     rows: Tensor
     """(B,) int64: the adapter's number, -1 for none."""
-    scales: Tensor
-    """(N,) fp32: the scale s of each adapter."""
+    scales: tuple[float, ...]
+    """The scale s of each adapter."""
     ranks: tuple[int, ...]
     """The rank of each adapter."""
 
-    def gate(self, num_rows: int) -> Tensor:
-        """(M, R) fp32: s where the row uses the column's adapter, else 0. M = num_rows."""
-        owner = per_column(torch.arange(len(self.ranks), device=self.rows.device), self.ranks)
-        gate = torch.where(self.rows[:, None] == owner[None, :], per_column(self.scales, self.ranks), 0.0)
-        return gate.repeat_interleave(num_rows // self.rows.shape[0], dim=0)
+    def columns(self, adapter: int) -> slice:
+        """Where an adapter lies."""
+        first = sum(self.ranks[:adapter])
+        return slice(first, first + self.ranks[adapter])
 
 
 class Magnitude(NamedTuple):
@@ -81,7 +80,8 @@ class Adapter(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float | RowChoice
-    dropout: Dropout | None = None
+    dropout: Dropout | ChosenDropout | None = None
+    """A `ChosenDropout` has one for each adapter of a choice."""
     magnitude: Magnitude | None = None
 
 

@@ -16,15 +16,17 @@ _ROUNDS = 10
 
 
 def philox(
-    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, int | Tensor]
+    key: tuple[int | Tensor, int | Tensor], counter: tuple[Tensor, Tensor, Tensor, int | Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit random words for each 32-bit counter word quadruple; int64 tensors hold the words, as they are in C.
 
-    The counter's words broadcast against each other, and the first rounds are computed before they do.
+    The counter's words broadcast against each other, and the first rounds are computed before they do; a key of tensors
+    must not be wider than word 3 of the counter is.
     """
     c0, c1, c2 = counter[:3]
     c3: Any = counter[3]
-    k0, k1 = key
+    k0: Any = key[0]
+    k1: Any = key[1]
     for _ in range(_ROUNDS):
         # The int64 product wraps, and its bits are those of the unsigned 64-bit product.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

@@ -7,6 +7,7 @@
 
 d sets the dropped inputs to 0 (dropout.py). With a choice the adapters lie side by side (rows of a, columns of b), and
 xa and dxa are compact: row m has the columns of its own adapter, then zeros up to the largest rank; all zeros for -1.
+Then what is not finite in one adapter's rows reaches no other adapter's gradient, and each may have its own dropout.
 Sums are fp32 (fp64 for fp64 inputs), narrowed once, and added in one order: the same inputs give the same bits.
 
 Letters: M rows, I in features, O out features, R rank (of all adapters together), N adapters, B rows of the batch.
@@ -22,13 +23,15 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dispatch import check, register, uses_triton
-from distlora_kernels.dropout import Dropout, dropped
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
 from distlora_kernels.operands import RowChoice, per_column
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def skinny_down(x: Tensor, a: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | None = None) -> Tensor:
+def skinny_down(
+    x: Tensor, a: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | ChosenDropout | None = None
+) -> Tensor:
     """xa = d(x) a^T: x (M, I), a (R, I) in x's dtype -> (M, R) in x's dtype; (M, max(ranks)) with a choice.
 
     Raises RuntimeError for shapes or dtypes that do not fit.
@@ -38,7 +41,7 @@ def skinny_down(x: Tensor, a: Tensor, *, choice: RowChoice | None = None, dropou
         x.shape[1] == a.shape[1], lambda: f"x has {x.shape[1]} features, a is made for {a.shape[1]}: {tuple(a.shape)}"
     )
     _check_choice(choice, x.shape[0], a.shape[0])
-    return _down(x, a, *_choice_arguments(choice), *_dropout_arguments(dropout, x.shape[0]))
+    return _down(x, a, *_choice_arguments(choice), *_dropout_arguments(dropout, choice, x.shape[0]))
 
 
 def skinny_up(
@@ -47,7 +50,7 @@ def skinny_up(
     *,
     bias: Tensor | None = None,
     choice: RowChoice | None = None,
-    dropout: Dropout | None = None,
+    dropout: Dropout | ChosenDropout | None = None,
 ) -> Tensor:
     """xa b^T + bias: xa (M, R), b (O, R) of any strides -> (M, O) in xa's dtype; xa (M, max(ranks)) with a choice.
 
@@ -62,7 +65,7 @@ def skinny_up(
         lambda: f"the bias of {b.shape[0]} {xa.dtype} outputs is {tuple(bias.shape)} {bias.dtype}",  # type: ignore[union-attr]
     )
     check(bias is None or dropout is None, lambda: "skinny_up takes a bias or a dropout of its result, not both")
-    return _up(xa, b, bias, *_choice_arguments(choice), *_dropout_arguments(dropout, xa.shape[0]))
+    return _up(xa, b, bias, *_choice_arguments(choice), *_dropout_arguments(dropout, choice, xa.shape[0]))
 
 
 def skinny_dy(
@@ -78,10 +81,12 @@ def skinny_dy(
     check(xa.shape[0] == dy.shape[0], lambda: f"dy has {dy.shape[0]} rows, xa {xa.shape[0]}")
     _check_choice(choice, dy.shape[0], b.shape[1])
     _check_rank("xa", xa, b.shape[1], choice)
-    return _dy(dy, b, xa, scale, *_choice_arguments(choice), None if choice is None else choice.scales)
+    return _dy(dy, b, xa, scale, *_choice_arguments(choice), () if choice is None else choice.scales)
 
 
-def skinny_grad(dxa: Tensor, x: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | None = None) -> Tensor:
+def skinny_grad(
+    dxa: Tensor, x: Tensor, *, choice: RowChoice | None = None, dropout: Dropout | ChosenDropout | None = None
+) -> Tensor:
     """da = dxa^T d(x) in fp32: dxa (M, R), x (M, I) -> (R, I); dxa (M, max(ranks)) with a choice.
 
     Raises RuntimeError for shapes or dtypes that do not fit.
@@ -91,7 +96,7 @@ def skinny_grad(dxa: Tensor, x: Tensor, *, choice: RowChoice | None = None, drop
     rank = dxa.shape[1] if choice is None else sum(choice.ranks)
     _check_choice(choice, x.shape[0], rank)
     _check_rank("dxa", dxa, rank, choice)
-    return _grad(dxa, x, *_choice_arguments(choice), *_dropout_arguments(dropout, x.shape[0]))
+    return _grad(dxa, x, *_choice_arguments(choice), *_dropout_arguments(dropout, choice, x.shape[0]))
 
 
 def _check_operands(op: str, **operands: Tensor) -> None:
@@ -119,8 +124,8 @@ def _check_choice(choice: RowChoice | None, num_rows: int, rank: int) -> None:
         lambda: f"{num_rows} inputs do not split over rows {tuple(choice.rows.shape)} of {choice.rows.dtype}",
     )
     check(
-        sum(choice.ranks) == rank and choice.scales.shape == (len(choice.ranks),),
-        lambda: f"ranks {choice.ranks} and scales {tuple(choice.scales.shape)} do not fit a rank of {rank} altogether",
+        sum(choice.ranks) == rank and len(choice.scales) == len(choice.ranks),
+        lambda: f"ranks {choice.ranks} and scales {choice.scales} do not fit a rank of {rank} altogether",
     )
 
 
@@ -128,17 +133,38 @@ def _choice_arguments(choice: RowChoice | None) -> tuple[Tensor | None, Sequence
     return (None, ()) if choice is None else (choice.rows, choice.ranks)
 
 
-def _dropout_arguments(dropout: Dropout | None, num_rows: int) -> tuple[Tensor | None, Sequence[int]]:
-    """The schema's form of a Dropout: its rows, and key, threshold, step and first position."""
+def _dropout_arguments(
+    dropout: Dropout | ChosenDropout | None, choice: RowChoice | None, num_rows: int
+) -> tuple[Tensor | None, Tensor | None, Sequence[int]]:
+    """The schema's form of a dropout: its rows, the steps that they are in where each adapter has its own, and numbers:
+    the first position, then key, threshold and step, or key and threshold of each adapter.
+    """
     if dropout is None:
-        return None, ()
+        return None, None, ()
     batch = dropout.rows.shape[0]
     check(num_rows % batch == 0, lambda: f"{num_rows} inputs are not {batch} rows of equal length")
-    return dropout.rows, (*dropout.key, dropout.threshold, dropout.step, dropout.first)
+    if isinstance(dropout, Dropout):
+        return dropout.rows, None, (dropout.first, *dropout.key, dropout.threshold, dropout.step)
+    check(
+        choice is not None
+        and len(dropout.streams) == len(choice.ranks)
+        and choice.rows.shape == dropout.steps.shape == dropout.rows.shape,
+        lambda: f"a dropout of each adapter ({len(dropout.streams)}) needs a choice among as many",
+    )
+    return dropout.rows, dropout.steps, (dropout.first, *(n for key, bound in dropout.streams for n in (*key, bound)))
 
 
-def _dropout(rows: Tensor | None, words: Sequence[int]) -> Dropout | None:
-    return None if rows is None else Dropout((words[0], words[1]), words[2], words[3], rows, words[4])
+def _dropout(
+    dropped_rows: Tensor | None, steps: Tensor | None, numbers: Sequence[int], rows: Tensor | None
+) -> Dropout | ChosenDropout | None:
+    if dropped_rows is None:
+        return None
+    first, *numbers = numbers
+    if steps is None:
+        return Dropout((numbers[0], numbers[1]), numbers[2], numbers[3], dropped_rows, first)
+    assert rows is not None
+    streams = tuple(Stream((key0, key1), bound) for key0, key1, bound in zip(*[iter(numbers)] * 3, strict=True))
+    return ChosenDropout(streams, rows, steps, dropped_rows, first)
 
 
 def _num_columns(rank: int, ranks: Sequence[int]) -> int:
@@ -146,13 +172,20 @@ def _num_columns(rank: int, ranks: Sequence[int]) -> int:
 
 
 @register(
-    "skinny_down(Tensor x, Tensor a, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout) -> Tensor",
+    "skinny_down(Tensor x, Tensor a, Tensor? rows, int[] ranks, Tensor? dropped_rows, Tensor? steps,"
+    " int[] dropout) -> Tensor",
     fake=lambda x, a, _, ranks, *_others: x.new_empty(x.shape[0], _num_columns(a.shape[0], ranks)),
 )
 def _down(
-    x: Tensor, a: Tensor, rows: Tensor | None, ranks: Sequence[int], dropped_rows: Tensor | None, words: Sequence[int]
+    x: Tensor,
+    a: Tensor,
+    rows: Tensor | None,
+    ranks: Sequence[int],
+    dropped_rows: Tensor | None,
+    steps: Tensor | None,
+    numbers: Sequence[int],
 ) -> Tensor:
-    dropout = _dropout(dropped_rows, words)
+    dropout = _dropout(dropped_rows, steps, numbers, rows)
     if _in_triton(x):
         from distlora_kernels import skinny_launch
 
@@ -167,7 +200,8 @@ def _down(
 
 
 @register(
-    "skinny_up(Tensor xa, Tensor b, Tensor? bias, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout)"
+    "skinny_up(Tensor xa, Tensor b, Tensor? bias, Tensor? rows, int[] ranks, Tensor? dropped_rows, Tensor? steps,"
+    " int[] dropout)"
     " -> Tensor",
     fake=lambda xa, b, *_others: xa.new_empty(xa.shape[0], b.shape[0]),
 )
@@ -178,9 +212,10 @@ def _up(
     rows: Tensor | None,
     ranks: Sequence[int],
     dropped_rows: Tensor | None,
-    words: Sequence[int],
+    steps: Tensor | None,
+    numbers: Sequence[int],
 ) -> Tensor:
-    dropout = _dropout(dropped_rows, words)
+    dropout = _dropout(dropped_rows, steps, numbers, rows)
     if _in_triton(xa):
         from distlora_kernels import skinny_launch
 
@@ -194,7 +229,7 @@ def _up(
 
 
 @register(
-    "skinny_dy(Tensor dy, Tensor b, Tensor xa, float scale, Tensor? rows, int[] ranks, Tensor? scales)"
+    "skinny_dy(Tensor dy, Tensor b, Tensor xa, float scale, Tensor? rows, int[] ranks, float[] scales)"
     " -> (Tensor, Tensor)",
     fake=lambda _, b, xa, *_others: (
         torch.empty_like(xa, memory_format=torch.contiguous_format),
@@ -208,26 +243,26 @@ def _dy(
     scale: float,
     rows: Tensor | None,
     ranks: Sequence[int],
-    scales: Tensor | None,
+    scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     if _in_triton(dy):
         from distlora_kernels import skinny_launch
 
-        return skinny_launch.dy(dy, b, xa, scale, rows, tuple(ranks), scales)[:2]
+        return skinny_launch.dy(dy, b, xa, scale, rows, tuple(ranks), tuple(scales))[:2]
     wide = _wide(dy)
     if rows is None:
         return dy @ b, (dy.T.to(wide) @ xa.to(wide)).mul_(scale)
-    assert scales is not None
     dxa = dy.new_zeros(dy.shape[0], max(ranks))
     db = torch.zeros(b.shape, dtype=wide, device=b.device)
     for part, columns, rank in _own_parts(rows, ranks, dy.shape[0]):
         dxa[part, :rank] = dy[part] @ b[:, columns]
         db[:, columns] += dy[part].T.to(wide) @ xa[part, :rank].to(wide)
-    return dxa, db.mul_(per_column(scale * scales.to(wide), ranks))
+    return dxa, db.mul_(per_column(tuple(scale * own for own in scales), tuple(ranks), wide, b.device))
 
 
 @register(
-    "skinny_grad(Tensor dxa, Tensor x, Tensor? rows, int[] ranks, Tensor? dropped_rows, int[] dropout) -> Tensor",
+    "skinny_grad(Tensor dxa, Tensor x, Tensor? rows, int[] ranks, Tensor? dropped_rows, Tensor? steps,"
+    " int[] dropout) -> Tensor",
     fake=lambda dxa, x, _, ranks, *_others: x.new_empty(
         sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=_wide(x)
     ),
@@ -238,9 +273,10 @@ def _grad(
     rows: Tensor | None,
     ranks: Sequence[int],
     dropped_rows: Tensor | None,
-    words: Sequence[int],
+    steps: Tensor | None,
+    numbers: Sequence[int],
 ) -> Tensor:
-    dropout = _dropout(dropped_rows, words)
+    dropout = _dropout(dropped_rows, steps, numbers, rows)
     if _in_triton(x):
         from distlora_kernels import skinny_launch
 
@@ -264,7 +300,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _zeroed(x: Tensor, dropout: Dropout | None) -> Tensor:
+def _zeroed(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
     return x if dropout is None else x.masked_fill(dropped(dropout, *x.shape), 0)
 
 

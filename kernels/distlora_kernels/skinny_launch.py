@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from distlora_kernels.dropout import Dropout
+from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
 from distlora_kernels.skinny_triton import (
     add_partials,
     down_kernel,
@@ -80,16 +80,21 @@ def _rows_of(num_rows: int, rank: int, rows: Tensor | None, ranks: tuple[int, ..
     return _Rows(batch, num_rows // batch, max(ranks), _spans(ranks, device))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _spans(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([(sum(ranks[:n]), rank) for n, rank in enumerate(ranks)], dtype=torch.int32, device=device)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """(R, 2) int32: the adapter of each column, and the column's place in it."""
     places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
     return torch.tensor(places, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def _alignment(ranks: tuple[int, ...]) -> int:
@@ -97,15 +102,19 @@ def _alignment(ranks: tuple[int, ...]) -> int:
     return min(16, *(rank & -rank for rank in (16, *ranks)))
 
 
-def _dropout_words(dropout: Dropout | None, num_rows: int) -> dict[str, Any]:
+def _dropout_words(dropout: Dropout | ChosenDropout | None, num_rows: int) -> dict[str, Any]:
+    absent = dict.fromkeys(("dropped_rows", "streams", "steps"))
+    words = dict.fromkeys(("dropped_tokens", "first_token", "key0", "key1", "threshold", "step"), 0)
     if dropout is None:
-        absent = dict.fromkeys(("dropped_tokens", "first_token", "key0", "key1", "threshold", "step"), 0)
-        return {"dropped_rows": None, **absent}
-    words = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
+        return absent | words
+    words |= {"dropped_tokens": num_rows // dropout.rows.shape[0], "first_token": dropout.first}
+    if isinstance(dropout, ChosenDropout):
+        streams = stream_table(dropout.streams, dropout.rows.device)
+        return words | {"dropped_rows": dropout.rows, "streams": streams, "steps": dropout.steps}
     # As signed numbers, so that every word is an int32 to Triton.
-    signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in words.items()}
-    counter = {"dropped_tokens": num_rows // dropout.rows.shape[0], "first_token": dropout.first}
-    return {"dropped_rows": dropout.rows, **counter, "threshold": dropout.threshold, **signed}
+    signed = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
+    signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in signed.items()}
+    return absent | words | signed | {"dropped_rows": dropout.rows, "threshold": dropout.threshold}
 
 
 def _row_contiguous(matrix: Tensor) -> Tensor:
@@ -113,7 +122,9 @@ def _row_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def down(x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None) -> Tensor:
+def down(
+    x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
+) -> Tensor:
     """skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], rows, ranks, x.device)
@@ -136,7 +147,12 @@ def down(x: Tensor, a: Tensor, rows: Tensor | None, ranks: tuple[int, ...], drop
 
 
 def up(
-    xa: Tensor, b: Tensor, bias: Tensor | None, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    ranks: tuple[int, ...],
+    dropout: Dropout | ChosenDropout | None,
 ) -> Tensor:
     """skinny.skinny_up."""
     xa = _row_contiguous(xa)
@@ -162,7 +178,7 @@ def dy(
     scale: float,
     rows: Tensor | None,
     ranks: tuple[int, ...],
-    scales: Tensor | None,
+    scales: tuple[float, ...],
     *,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -201,10 +217,12 @@ def dy(
     return dxa, db, products
 
 
-def grad(dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | None) -> Tensor:
+def grad(
+    dxa: Tensor, x: Tensor, rows: Tensor | None, ranks: tuple[int, ...], dropout: Dropout | ChosenDropout | None
+) -> Tensor:
     """skinny.skinny_grad."""
     da = x.new_empty(sum(ranks) if ranks else dxa.shape[1], x.shape[1], dtype=torch.float32)
-    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, rows, ranks, dropout, 1.0, None)
+    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, rows, ranks, dropout, 1.0, ())
     return da
 
 
@@ -214,9 +232,9 @@ def _products_over_rows(
     out: Tensor,
     rows: Tensor | None,
     ranks: tuple[int, ...],
-    dropout: Dropout | None,
+    dropout: Dropout | ChosenDropout | None,
     scale: float,
-    scales: Tensor | None,
+    scales: tuple[float, ...],
 ) -> None:
     """out = scale * left^T d(right): left (M, R), right (M, I), out (R, I) fp32, contiguous or a contiguous one's
     transpose.
@@ -247,14 +265,15 @@ def _add(
     scale: float = 1.0,
     rows: Tensor | None = None,
     ranks: tuple[int, ...] = (),
-    scales: Tensor | None = None,
+    scales: tuple[float, ...] = (),
     rank_is_last: bool = False,
 ) -> None:
     """Adds partials (S, ...) over dim 0 into `out`; with rows, those of the rows of each adapter into its columns."""
     count, size = partials.shape[0], out.numel()
     width, rank = (0, 2) if rank_is_last else (1, 1)
     add_partials[(triton.cdiv(size, 512),)](
-        partials, out, rows, None if rows is None else _owners(ranks, out.device), scales,
+        partials, out, rows, None if rows is None else _owners(ranks, out.device),
+        _scales(scales, out.device) if scales else None,
         size=size, num_partials=count, partial_size=partials.stride(0),
         partials_of_a_row=1 if rows is None else count // rows.shape[0], scale=scale,
         width=out.shape[width], all_ranks=sum(ranks), max_rank=partials.shape[rank],

@@ -17,7 +17,7 @@ import triton.language as tl
 from distlora_kernels.offline import Case
 from distlora_kernels.philox_triton import dropped_tile
 
-_SLICES = ["batch_rows", "dropped_rows"]
+_SLICES = ["batch_rows", "dropped_rows", "steps"]
 """Arguments that may be slices of tensors, whose alignment must not make another specialization."""
 _WORDS = ["first_token", "key0", "key1", "threshold", "step"]
 """Arguments that may be any number, which must not make another specialization either."""
@@ -46,9 +46,23 @@ def _dropout_counter(dropped_rows, tokens, first, m, valid):
     return tl.load(dropped_rows + m // tokens, mask=valid, other=0), m % tokens + first
 
 
+@triton.jit
+def _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step):
+    """The dropout's key, threshold and step as int32 words: those given, or with `streams` those of the adapter of a
+    row of the batch. Of none they are anybody's: nothing is computed then.
+    """
+    if streams is not None:
+        at = streams + 3 * tl.maximum(tl.load(batch_rows + row), 0)
+        key0 = tl.load(at).to(tl.int32)
+        key1 = tl.load(at + 1).to(tl.int32)
+        threshold = tl.load(at + 2).to(tl.int32)
+        step = tl.load(steps + row).to(tl.int32)
+    return key0, key1, threshold, step
+
+
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def down_kernel(
-    x, a, out, batch_rows, spans, dropped_rows,
+    x, a, out, batch_rows, spans, dropped_rows, streams, steps,
     tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_split,
     split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
@@ -70,6 +84,7 @@ def down_kernel(
     a_rows = a + (first + r).to(tl.int64)[None, :] * stride_ar
     if dropped_rows is not None:
         counter = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
+        key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for column in range(begin, end, BK):
         i = column + tl.arange(0, BK)
@@ -89,7 +104,7 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def up_kernel(
-    xa, b, bias, out, batch_rows, spans, dropped_rows,
+    xa, b, bias, out, batch_rows, spans, dropped_rows, streams, steps,
     tokens, num_columns, num_ranks, stride_xa, stride_bo, stride_br,
     tiles_of_a_row, column_tiles, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
@@ -120,6 +135,7 @@ def up_kernel(
     if dropped_rows is not None:
         # After narrowing, in the layout of the store: the mask then needs no exchange between threads.
         number, at = _dropout_counter(dropped_rows, dropped_tokens, first_token, row * tokens + position, valid)
+        key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
         y = tl.where(dropped_tile(key0, key1, threshold, step, number, at, column, BN), 0.0, y)
     to = out + m[:, None] * num_columns + o[None, :]
     tl.store(to, y, mask=valid[:, None] & (o < num_columns)[None, :])
@@ -175,7 +191,7 @@ def dy_kernel(
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def grad_kernel(
-    dxa, x, out, batch_rows, spans, dropped_rows,
+    dxa, x, out, batch_rows, spans, dropped_rows, streams, steps,
     tokens, num_columns, num_ranks, stride_dxa, stride_x, stride_or, stride_oi,
     stripe_tokens, stripes_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
@@ -191,6 +207,8 @@ def grad_kernel(
     end = tl.minimum(begin + stripe_tokens, tokens)
     if batch_rows is not None:
         end = tl.where(count > 0, end, begin)
+    if dropped_rows is not None:
+        key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
     total = tl.zeros((BR, BN), dtype=tl.float32)
     for start in range(begin, end, BM):
         position = start + tl.arange(0, BM)
@@ -293,7 +311,9 @@ def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: An
     """
     operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
     numbers = dict.fromkeys(_WORDS, "i32")
-    absent = dict.fromkeys(("batch_rows", "spans", "dropped_rows", "owners", "scales", "bias", "y", "products"))
+    absent = dict.fromkeys(
+        ("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias", "y", "products")
+    )
     sums = {"partials": "*fp32:16", "scale": "fp32", "num_partials": "i32", "partials_of_a_row": "i32"}
     types = {**operands, "out": f"*{dtype}:16", "db": "*fp32:16", **numbers, **sums, **absent, **changes}
     sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}

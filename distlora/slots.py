@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distlora.adapters import AdaptedLinear, LoRAPair, slot_name
+from distlora.adapters import DEFAULT_ADAPTER, AdaptedLinear, LoRAPair, slot_name
 from distlora.config import AdapterConfig
 from distlora.expert_targets import expert_names, select_adapted
 from distlora.experts import ExpertWeight
@@ -37,11 +37,12 @@ def remove_trial(model: CausalLM, slot: int) -> None:
 
 
 def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
-    """What is trained of the trial in a slot, by its paths in the model, in forward order."""
+    """What is trained of the trial in a slot, in forward order, by its paths in the model of a run alone."""
+    inside = f".adapters.{slot_name(slot)}"
     return {
-        f"{path}.{name}": parameter
+        f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
         for path, part in model.named_modules()
-        if isinstance(part, LoRAPair) and part.slot == slot
+        if isinstance(part, LoRAPair) and path.endswith(inside)
         for name, parameter in part.named_parameters()
     }
 

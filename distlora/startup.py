@@ -43,17 +43,18 @@ def start_model(
     training: bool = True,
     say: Callable[[str], None] | None = None,
     restores: bool = False,
+    for_slots: bool = False,
     boundary: watch.Marker = watch.at,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
-    decomposed to, which `say` is told of; `start_adapters` does the rest. `training` as in build_model.
+    decomposed to, which `say` is told of; `start_adapters` does the rest. `training` and `for_slots` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
     from that; one that trains by DPO has it too, and needs it as its reference. `boundary` marks each weight, on every
     rank alike, and may end the start by what it raises. Raises UserError for a base that cannot be read or does not fit
     its config.json, for a start that is gone, and where host memory that the config asks for is not there.
     """
-    model = build_model(config, training=training)
+    model = build_model(config, training=training, for_slots=for_slots)
     use_device_kernels(model, config, ranks.device)
     recompute_mlps(model, config)
     backend = parallelize(model, ranks, config)

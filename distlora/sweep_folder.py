@@ -70,7 +70,19 @@ def is_sweep_folder(folder: Path) -> bool:
     return (folder / SWEEP_NAME).is_file()
 
 
-_TRIAL: Shape = {"number": int, "state": str, "values": dict, "value?": (float, type(None))}
+_MAYBE = {kind: (kind, type(None)) for kind in (int, float, str)}
+_TRIAL: Shape = {
+    "number": int,
+    "state": str,
+    "values": dict,
+    "value?": _MAYBE[float],
+    "step?": _MAYBE[int],
+    "reason?": _MAYBE[str],
+    "seconds?": _MAYBE[float],
+    "trainable_parameters?": _MAYBE[int],
+    "peak_memory_bytes?": _MAYBE[int],
+    "evaluations?": {"*": float},
+}
 
 
 def write_results(sweep: Path, trials: Sequence[TrialRecord]) -> None:
@@ -90,7 +102,10 @@ def read_results(sweep: Path) -> list[TrialRecord]:
     records = []
     for entry in values["trials"]:
         own = {name: value for name, value in entry.items() if name in known}
-        own["evaluations"] = {int(step): loss for step, loss in own.get("evaluations", {}).items()}
+        evaluations = own.get("evaluations", {})
+        if not (all(map(str.isdecimal, evaluations)) and entry["state"] in STATES):
+            raise UserError(f"{path} is damaged: trial {entry['number']} is no record of one; {remedy}")
+        own["evaluations"] = {int(step): loss for step, loss in evaluations.items()}
         records.append(TrialRecord(**own))
     return sorted(records, key=lambda record: record.number)
 

@@ -191,7 +191,7 @@ def _state(run_dir: Path, job: Job | None, processes: list[Process], ending: End
 def describe(status: Status) -> str:
     """The lines for a person."""
     run, figures = shown(status.run_dir), status.figures
-    lines = [f"{run} {_headline(status)}"]
+    lines = [f"{run} {headline(status)}"]
     if status.unknown is not None:
         lines.append(f"SLURM does not answer ({status.unknown}), so this is what the folder says")
     if figures.step > 0 or status.total_steps is not None:
@@ -269,7 +269,7 @@ def shown_figures(figures: Figures) -> str:
     return "  ".join(part for part in parts if part is not None)
 
 
-def _headline(status: Status) -> str:
+def headline(status: Status) -> str:
     """How the run stands, after its name."""
     job, stopped = status.job, status.ending.stopped
     if status.state == "queued":

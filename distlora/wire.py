@@ -167,7 +167,7 @@ def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) 
     if full:
         of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
         scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
-    reduced = 0 if full else 4 * shapes.adapted_numel(adapter)
+    reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, config.adapters))
     reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered and shards > 1 else 0)
     rows = scattered // shards if shards < world else 0
     if shards == 1:

@@ -164,6 +164,11 @@ class Config:
         return -(-self.train.global_batch // (ranks * self.train.micro_batch))
 
     @property
+    def adapters(self) -> tuple[AdapterConfig, ...]:
+        """Those that a step trains: one, or of a pack one of each trial (distlora.plan.packed)."""
+        return (self.adapter,)
+
+    @property
     def tokens_at_once(self) -> int:
         """Tokens that a rank runs at once: a micro-batch's."""
         return self.train.micro_batch * self.data.sequence_length

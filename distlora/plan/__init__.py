@@ -12,6 +12,7 @@ from distlora.plan.machine import Machine
 from distlora.plan.memory.device import DeviceBytes, device_bytes
 from distlora.plan.memory.step import costs_of
 from distlora.plan.model import PlannedModel
+from distlora.plan.packed import one_of
 from distlora.plan.speed.compute import StepFlops, step_flops
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.plan.storage.disk import DiskBytes, disk_bytes, trained_tensors
@@ -95,7 +96,8 @@ class Plan:
                 "stored_bytes": self.model.stored_bytes,
             },
             "machine": machine | {"card": None if self.machine.card is None else self.machine.card.name},
-            "settings": as_mapping(self.config),
+            "settings": as_mapping(one_of(self.config)),
+            "trials": len(self.config.adapters),
             "fits": self.fits,
             "device": self.device.as_json(),
             "uncounted": self.uncounted,

@@ -19,6 +19,7 @@ from distlora.config import Config, UserError, require
 from distlora.plan import Plan
 from distlora.plan.choice.larger import Room, room
 from distlora.plan.choice.nearest import Fitting, Nearest, nearest
+from distlora.plan.choice.packing import Packing, packing
 from distlora.plan.choice.reasons import Change
 from distlora.plan.choice.space import typed
 from distlora.plan.memory.kinds import Kind
@@ -54,7 +55,8 @@ what travels between cards, operations. Where it does not fit, what would. Nothi
                      machine
   setting=value      any setting of `distlora train`, recipes too; without one what `distlora train` would do.
                      cluster.gpus_per_node=8: cards of a machine; plan=auto: the fastest settings that fit, where you
-                     name none; quant=auto: 16 bits where they fit and are not far slower
+                     name none; quant=auto: 16 bits where they fit and are not far slower; sweep.packed=4 or auto:
+                     so many trials of a sweep that share one base, and how many would fit
   --table            many models on many machines, as Markdown, each with the fastest settings that fit
   --models, --cards  for --table: {table_models};
                      {table_machines}
@@ -79,6 +81,8 @@ class Answer:
     """What would fit, where this does not."""
     rooms: tuple[Room, ...] = ()
     """What a larger run would take."""
+    packed: Packing | None = None
+    """Of which pack of trials the plan is, where sweep.packed asks for one."""
 
     def bars(self) -> dict[str, Plan]:
         """What is drawn, by its name: the plan, and what would fit in its place."""
@@ -92,6 +96,7 @@ class Answer:
     def as_json(self) -> dict[str, Any]:
         """Every figure, for a program to read."""
         values = self.plan.as_json() | {"chosen": [dict(c.settings) | {"why": c.why} for c in self.changes]}
+        values |= {"packed": None if self.packed is None else self.packed.as_json()}
         return values | {"larger": [dataclasses.asdict(each) for each in self.rooms], "nearest": _nearest(self.near)}
 
 
@@ -124,7 +129,8 @@ def main(arguments: list[str]) -> int:
         if options.json:
             print(json.dumps(answer.as_json(), indent=1))
         else:
-            print(page(answer.plan, changes=answer.changes, near=answer.near, rooms=answer.rooms))
+            near, rooms, packed = answer.near, answer.rooms, answer.packed
+            print(page(answer.plan, changes=answer.changes, near=near, rooms=rooms, packed=packed))
             if options.assumptions:
                 print("\n".join(["", *assumptions(answer.plan)]))
         if options.plot is not None:
@@ -211,14 +217,24 @@ def check_picture(path: Path) -> None:
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
     """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
-    composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
+    composed = compose_run(with_sweep(settings), config_dir=config_dir, may_lack_paths=True)
     require_model(composed.config)
     check_parallel(composed.config)
     choice = choices(composed.config, composed.fixed)
     plan, changes = choice.plan, choice.changes
+    if composed.sweep is not None and composed.sweep.packed != 1:
+        packed = packing(plan.config, plan.model, plan.machine, composed.sweep.packed)
+        if packed.most != 0:
+            return Answer(plan=packed.plan, changes=changes, packed=packed)
     if plan.fits is False:
         return Answer(plan=plan, changes=changes, near=nearest(plan.config, plan.model, plan.machine))
     return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
+
+
+def with_sweep(words: Sequence[str]) -> list[str]:
+    """sweep.packed=4 is of some sweep, and of a plan it is all the same of which."""
+    is_of_sweep = any(word.lstrip("+").startswith("sweep.") for word in words)
+    return [*(["sweep=grid"] if is_of_sweep and not any(word.startswith("sweep=") for word in words) else []), *words]
 
 
 def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:

@@ -10,8 +10,6 @@ gradients of a unit that is in its backward are here.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from typing import Any, Literal
 from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.adapted import ranks_of_blocks
 from distlora.plan.kernels import attends_by_documents, takes_liger
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.block_memory import (
@@ -32,7 +31,7 @@ from distlora.plan.memory.block_memory import (
     mlp_half,
 )
 from distlora.plan.memory.expert_memory import INDEX_BYTES, expert_half
-from distlora.shapes import Asked, ModelShapes
+from distlora.shapes import ModelShapes
 from distlora.tokens import EMBEDDING, HEAD
 
 Mode = Literal["none", "block", "selective", "offload"]
@@ -369,22 +368,3 @@ class Costs:
 def tokens_at_once(vocabulary: int) -> int:
     """Tokens of a chunk of the head's (distlora.head)."""
     return max(16, LOGITS_AT_ONCE // vocabulary)
-
-
-def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
-    """What is adapted of each block: targets and ranks may name layers. Blocks alike have one object."""
-    if config.adapter.method == "full":
-        return (AdaptedRanks(),) * shapes.num_layers
-    return _ranks_of_blocks(Asked(shapes, config.adapter))
-
-
-@functools.lru_cache(maxsize=16)
-def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
-    shapes = asked.shapes
-    experts = {weight.path: math.prod(weight.shape[:-2]) for weight in shapes.block}
-    kinds: dict[object, AdaptedRanks] = {}
-    found = []
-    for block in shapes.adapters(asked.config):
-        ranks = {each.place: each.down[0] // experts.get(each.place, 1) for each in block}
-        found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks.of(ranks)))
-    return tuple(found)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from distlora import wire
 from distlora.config import Config
+from distlora.plan.adapted import ranks_of_blocks
 from distlora.plan.machine import Machine
-from distlora.plan.memory.activations import LOGITS_AT_ONCE, Activations, Costs, Device, ranks_of_blocks
+from distlora.plan.memory.activations import LOGITS_AT_ONCE, Activations, Costs, Device
 from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.memory.block_memory import Operation, Peak
 from distlora.plan.memory.gathered import Copied, copied_of, gathered_of

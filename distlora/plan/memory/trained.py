@@ -35,18 +35,22 @@ class Trained:
     beside: int
     """Numbers beside what is trained: DoRA's squared norms of the frozen weights' rows, and the adapters as they began
     where DPO compares with them."""
+    optimizers: int = 1
+    """One for each trial of a pack."""
 
     @classmethod
     def of(cls, config: Config, shapes: ModelShapes, base: Base, shards: int) -> Trained:
-        adapter, beside = config.adapter, 0
+        beside = 0
         adapters: Counter[int] = Counter()
-        if adapter.method != "full":
+        for adapter in config.adapters if config.adapter.method != "full" else ():
             for each, count in shapes.alike(adapter):
-                beside += each.magnitude * count
                 for numel in each.numels:
                     adapters[numel] += count
             if config.train.objective == "dpo" and not adapter.starts_as_base:
                 beside += _numbers(adapters)
+        if config.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
+            blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
+            beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
         rows = wire.trained_rows(config, shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
         of_base: Counter[int] = Counter()
@@ -54,7 +58,14 @@ class Trained:
             if tensor.trained:
                 of_base[tensor.own(shards)] += count
         embeds = EMBEDDING in rows or any(tensor.trained for tensor in base.embedding)
-        return cls(adapters=adapters, of_base=of_base, is_cut=shards > 1, embeds=embeds, beside=beside)
+        return cls(
+            adapters=adapters,
+            of_base=of_base,
+            is_cut=shards > 1,
+            embeds=embeds,
+            beside=beside,
+            optimizers=len(config.adapters),
+        )
 
     @property
     def adapter_bytes(self) -> int:
@@ -77,7 +88,7 @@ class Trained:
         if name == "adamw":  # Two moments, and a step count in fp32.
             return sum((8 * numel + 4) * count for numel, count in sizes.items())
         pages = name.startswith("paged") and is_gpu
-        levels = LEVELS_BYTES if any(is_in_8_bits(name, numel) for numel in sizes) else 0
+        levels = self.optimizers * LEVELS_BYTES if any(is_in_8_bits(name, numel) for numel in sizes) else 0
         moments = (_moments(name, numel, pages=pages) * count for numel, count in sizes.items())
         return levels + sum(moments)
 

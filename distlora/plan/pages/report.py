@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from distlora.plan import Plan
 from distlora.plan.choice.larger import Room
 from distlora.plan.choice.nearest import Nearest
+from distlora.plan.choice.packing import Packing
 from distlora.plan.choice.reasons import Change
 from distlora.plan.choice.space import typed
+from distlora.plan.packed import one_of
 from distlora.plan.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, largest, rounded, shares, size
 from distlora.plan.speed.rates import missing_rates
 from distlora.plan.storage.disk import trained_tensors
@@ -48,14 +50,22 @@ def lines(plan: Plan) -> list[str]:
     return found
 
 
-def page(plan: Plan, *, changes: Sequence[Change] = (), near: Nearest | None = None, rooms: Sequence[Room] = ()) -> str:
+def page(
+    plan: Plan,
+    *,
+    changes: Sequence[Change] = (),
+    near: Nearest | None = None,
+    rooms: Sequence[Room] = (),
+    packed: Packing | None = None,
+) -> str:
     """Everything that a person wants to know first, on one screen. `changes`: what was chosen, and why; `near`: what
-    would fit where this does not; `rooms`: what a larger run would take."""
+    would fit where this does not; `rooms`: what a larger run would take; `packed`: what the plan is of, if a pack."""
     rows = [
         *_row("model", _model(plan)),
         *_row("trained", _trained(plan)),
         *_row("machine", _machine(plan)),
         *_row("fits", verdict(plan)),
+        *(_row("packed", packed_trials(packed)) if packed is not None else ()),
         *(_row("would fit", _near(near)) if near is not None else ()),
         *(line for change in changes for line in _row("chosen", str(change))),
         "",
@@ -90,10 +100,33 @@ def verdict(plan: Plan) -> str:
     return f"NO: it needs {size(needed)} a {what}, which has {size(usable)}: {size(needed - usable)} too much"
 
 
+def packed_trials(packed: Packing) -> str:
+    """What a pack takes beside one trial, how many fit, and why not more."""
+    alone, plan, device = packed.alone, packed.plan, _device(packed.plan)
+    number = f"{packed.trials} trials share one base" if packed.trials > 1 else "1 trial"
+    text = f"{number}: {size(plan.device.total)} a {device}, one alone {size(alone.device.total)}"
+    if packed.ratio is not None:
+        text += f"; a step takes {packed.ratio:.2f} x one trial's, where one after the other {packed.trials} x"
+    if plan.wire.gathered:
+        text += f"; gathered is {plan.wire.gathered / alone.wire.gathered:.2f} x"
+    if packed.most is None:
+        return f"{text}; how many fit is not known"
+    if packed.beyond is None:
+        return f"{text}; {packed.most} fit, and more were not looked at"
+    text += f"; {packed.most or 'none'} fit{'s' if packed.most == 1 else ''}"
+    wanted = packed.beyond.device.total - (packed.beyond.machine.usable_bytes or 0)
+    if wanted <= 0:  # Its card has room, its machine's host has not.
+        return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
+    binds = packed.binds
+    assert binds is not None
+    return f"{text}: {packed.most + 1} lack {size(wanted)}, most of each trial's part being {KINDS[binds]}"
+
+
 def empty_rows(plan: Plan) -> str | None:
     """Of a step with fewer rows than its ranks compute, which run empty ones for the rest; None: there are none."""
-    train, ranks = plan.config.train, plan.machine.ranks
-    computed = plan.config.accumulation(ranks) * train.micro_batch * ranks
+    config, ranks = one_of(plan.config), plan.machine.ranks
+    train = config.train
+    computed = config.accumulation(ranks) * train.micro_batch * ranks
     if computed == train.global_batch:
         return None
     device = _device(plan)
@@ -141,7 +174,9 @@ def _trained(plan: Plan) -> str:
     targets = config.adapter.target_modules
     method = "DoRA" if config.adapter.use_dora else "LoRA"
     where = targets if isinstance(targets, str) else ", ".join(targets)
-    return f"{method} of rank {config.adapter.r} on {where}: {share}; the base stays {base[config.quant.method]}"
+    ranks = ", ".join(map(str, sorted({adapter.r for adapter in config.adapters})))
+    number = f"{len(config.adapters)} trials' " if len(config.adapters) > 1 else ""
+    return f"{number}{method} of rank {ranks} on {where}: {share}; the base stays {base[config.quant.method]}"
 
 
 def machines_of(plan: Plan) -> str:
@@ -298,7 +333,7 @@ def _device(plan: Plan) -> str:
 
 def settings(plan: Plan) -> str:
     """Those that memory and time depend on, as the command line has them; of those that are rarely set, what is set."""
-    config = plan.config
+    config = one_of(plan.config)
     train, parallel = config.train, config.parallel
     values: dict[str, object] = {
         "quant.method": config.quant.method,

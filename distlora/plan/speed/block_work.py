@@ -245,10 +245,10 @@ def chunks(m: int, vocabulary: int) -> Iterable[tuple[int, int]]:
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
 
 
-def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int) -> Iterator[Work]:
+def update_work(numel: int, optimizer: str, *, clips: bool, backwards: int, trials: int = 1) -> Iterator[Work]:
     """Of a rank's trained numbers: gradients set to 0 and added up in each backward, their norm, their scale, the
-    optimizer (adapter_sync.py, optim.py)."""
-    yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2)
+    optimizer (adapter_sync.py, optim.py), each trial of a pack by itself."""
+    yield Work("update", FP32 * numel * (1 + 3 * backwards) + FP32 * numel, launches=2 * trials)
     if clips:
-        yield Work("update", 2 * FP32 * numel)
-    yield Work("update", UPDATE_BYTES[optimizer] * numel)
+        yield Work("update", 2 * FP32 * numel, launches=trials)
+    yield Work("update", UPDATE_BYTES[optimizer] * numel, launches=trials)

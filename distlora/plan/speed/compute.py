@@ -152,10 +152,14 @@ def weights_within(config: Config, model: PlannedModel, part: str) -> tuple[int,
     weights = shapes.num_layers * sum(chosen(weight.numel, weight.path) for weight in linears)
     if config.adapter.method == "full":
         return weights, 0
-    adapted = [(each, blocks) for each, blocks in shapes.alike(config.adapter) if each.place.startswith(part)]
-    return weights, sum(
-        blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0]) for each, blocks in adapted
+    adapters = sum(
+        blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0])
+        for adapter in config.adapters
+        for each, blocks in shapes.alike(adapter)
+        if each.place.startswith(part)
     )
+    # Of a pack's tokens each goes through its own trial's, as many through one as through another.
+    return weights, adapters // len(config.adapters)
 
 
 def cut(length: int, document: int | None) -> list[int]:

@@ -10,9 +10,9 @@ from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.operations import pairs
+from distlora.plan.adapted import ranks_of_blocks
 from distlora.plan.kernels import attends_by_documents, takes_liger
 from distlora.plan.machine import Machine
-from distlora.plan.memory.activations import ranks_of_blocks
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
 from distlora.plan.speed.compute import active_weights, cut
@@ -98,6 +98,7 @@ def step_work(config: Config, model: PlannedModel, machine: Machine, *, document
                 config.optim.name,
                 clips=config.optim.max_grad_norm > 0,
                 backwards=passes,
+                trials=len(config.adapters),
             )
         ),
     )
@@ -134,7 +135,7 @@ def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
     shapes, shards = model.shapes, config.shard_degree(ranks)
     if config.adapter.method == "full":
         return -(-shapes.numel // shards)
-    adapters = shapes.adapted_numel(config.adapter)
+    adapters = sum(map(shapes.adapted_numel, config.adapters))
     rows = shapes.hidden * wire.token_rows(config, shapes)
     return adapters + rows + len(config.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
 

@@ -107,11 +107,11 @@ def wiring_of(config: Config, model: PlannedModel, machine: Machine) -> Wiring:
 def _sums(
     config: Config, step: wire.StepBytes, shapes: ModelShapes, rings: _Rings
 ) -> tuple[tuple[Crossing, ...], tuple[Crossing, ...]]:
-    """(beside backward, after it). Of adapters' buckets the last is after it; of what is trained of the base itself,
-    all but the blocks, whose gradients come last or are large."""
-    bucket = int(config.parallel.bucket_mb * 2**20)
-    last = min(step.reduced, bucket)
-    after = [rings.sum(last)]
+    """(beside backward, after it). Of adapters' buckets the last is after it, of each trial of a pack; of what is
+    trained of the base itself, all but the blocks, whose gradients come last or are large."""
+    bucket, trials = int(config.parallel.bucket_mb * 2**20), len(config.adapters)
+    last = min(step.reduced, bucket * trials)
+    after = [rings.sum(last, trials)]
     beside = [rings.sum(step.reduced - last, -(-(step.reduced - last) // bucket))]
     if step.scattered:
         # Of adapter=full the blocks' gradients are scattered while backward goes on.

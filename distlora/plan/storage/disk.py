@@ -18,6 +18,7 @@ from distlora.loading.segments import DTYPE_BYTES, header_bytes, lay_out
 from distlora.plan.machine import Machine
 from distlora.plan.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.plan.model import PlannedModel
+from distlora.plan.packed import each_alone
 from distlora.shapes import ModelShapes, expert_paths
 from distlora.tokens import EMBEDDING, HEAD
 
@@ -55,7 +56,7 @@ class DiskBytes:
     cache: int
     """Its quantized shards, for the next start (quant.cache_dir); 0: none are kept."""
     checkpoint: int
-    """One of them: what is trained, and the optimizer's state."""
+    """One of them: what is trained, and the optimizer's state. Of a pack, like the result, all trials' together."""
     checkpoints_kept: int
     """At the most: the newest, the best, and the one that is being written."""
     result: int
@@ -85,14 +86,16 @@ def disk_bytes(config: Config, model: PlannedModel, machine: Machine) -> DiskByt
     """Of a training run with these settings."""
     train, data = config.train, config.data
     evaluates = data.eval_fraction > 0 or data.held_out_source is not None
-    trained = list(trained_tensors(config, model.shapes))
+    trained = [list(trained_tensors(trial, model.shapes)) for trial in each_alone(config)]
     keeps_best = evaluates and train.eval_every is not None
     return DiskBytes(
         base=base_bytes(model),
         cache=cache_bytes(config, model, machine),
-        checkpoint=file_bytes(trained) + file_bytes(list(optimizer_tensors(config, trained))) + JSON_BYTES,
+        checkpoint=sum(
+            file_bytes(own) + file_bytes(list(optimizer_tensors(config, own))) + JSON_BYTES for own in trained
+        ),
         checkpoints_kept=train.keep + (1 if keeps_best else 0) + 1,
-        result=_result_bytes(config, model, trained),
+        result=sum(_result_bytes(config, model, own) for own in trained),
         results_kept=2 if keeps_best else 1,
     )
 
@@ -103,8 +106,8 @@ def base_bytes(model: PlannedModel) -> int:
 
 
 def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
-    """What is trained, as fp32 masters, by PEFT's names (distlora/peft_format.py); with adapter=full by
-    transformers'."""
+    """What is trained, as fp32 masters, by PEFT's names (distlora/peft_format.py); with adapter=full by transformers'.
+    Of a pack that of all its trials."""
     decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
     if config.adapter.method == "full":
@@ -116,7 +119,8 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
             yield from (Tensor(f"{decoder}.layers.{layer}.{w.path}", w.shape) for w in shapes.block)
         return
     prefix, fused = "base_model.model.", expert_paths(shapes.family)
-    adapters = [each for of_block in shapes.adapters(config.adapter) for each in of_block]
+    blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
+    adapters = [each for block in blocks for each in block]
     of_experts = [each.path for each in adapters if each.path.endswith(fused)] if fused else []
     places = peft_paths(of_experts, shapes.family)
     for each in adapters:

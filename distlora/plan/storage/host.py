@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from distlora import host_memory, wire
-from distlora.config import Config
+from distlora.config import AdapterConfig, Config
 from distlora.config.initialization import PLAIN
 from distlora.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
@@ -139,6 +139,8 @@ class Saved:
     """All that what a save copies depends on, as a key of what is remembered; `config` has it too."""
 
     adapters: Asked
+    beside: tuple[AdapterConfig, ...] = field(hash=False)
+    """Of a pack's other trials."""
     config: Config = field(compare=False)
 
     @classmethod
@@ -150,6 +152,7 @@ class Saved:
                 config.adapter,
                 (config.optim.name, config.model.new_tokens, train.save_in_background, shards),
             ),
+            config.adapters,
             config,
         )
 

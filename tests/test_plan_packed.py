@@ -117,6 +117,10 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     assert values["packed"]["most"] == 28
     assert (values["packed"]["trials"], values["trials"], values["settings"]["train"]["micro_batch"]) == (4, 4, 1)
     assert values["packed"]["one_more"]["total"] > values["machine"]["usable_bytes"]
+    assert cli.main([*words, "adapter.r=16,8", "optim.lr=1e-4,2e-4", "--json"]) == 0
+    searched = json.loads(capsys.readouterr().out)
+    for name in ("device", "packed", "time"):
+        assert searched[name] == values[name], "a pack is planned with its largest trial"
     assert cli.main(["plan", "model=llama3_70b", "card=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
     page = capsys.readouterr().out
     assert ("packed" in page, "would fit" in page) == (False, True), "where one does not fit it is told of one"

@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distlora.config import Config, SweepConfig, UserError, require
+from distlora.config import Config, UserError, require
 from distlora.config.places import means_hub
 from distlora.config_file import build
 from distlora_launcher.explain import EXPLAINED, explain, refuse_nameless
@@ -70,8 +70,6 @@ class Composed:
     """Those that plan=auto may not choose, as the user has (`fixed_settings`)."""
     own: tuple[str, ...] = ()
     """The words of a job of a sweep that not all of its jobs have."""
-    sweep: SweepConfig | None = None
-    """What makes many runs of it, where one was chosen (sweep=grid)."""
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
@@ -189,14 +187,9 @@ def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
             del composed["hydra"]
         config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
         config = with_initial_adapter(config, overrides)
-        return Composed(config=config, fixed=fixed_settings(config, overrides), sweep=_sweep_of(composed))
+        return Composed(config=config, fixed=fixed_settings(config, overrides))
     except EXPLAINED as error:
         raise explain(error, overrides) from error
-
-
-def _sweep_of(composed: DictConfig) -> SweepConfig | None:
-    values: Any = OmegaConf.to_container(composed, resolve=True).get("sweep")  # type: ignore[union-attr]
-    return None if values is None else build(SweepConfig, _string_keys(values), prefix="sweep.")
 
 
 @contextmanager

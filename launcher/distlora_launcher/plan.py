@@ -19,7 +19,7 @@ from distlora.config import Config, UserError, require
 from distlora.plan import Plan
 from distlora.plan.choice.larger import Room, room
 from distlora.plan.choice.nearest import Fitting, Nearest, nearest
-from distlora.plan.choice.packing import Packing, packing
+from distlora.plan.choice.packing import Packing
 from distlora.plan.choice.reasons import Change
 from distlora.plan.choice.space import typed
 from distlora.plan.memory.kinds import Kind
@@ -31,12 +31,13 @@ from distlora.plan.speed.scaling import FABRICS, Scaling, scaling
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable
-from distlora_launcher.compose import compose_run, names_model
+from distlora_launcher.compose import names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown
 from distlora_launcher.plan_table import MACHINES, MODELS, path_named, plans, with_path
 from distlora_launcher.planning import choices
+from distlora_launcher.sweeps.packing import composed_for_plan, packing_of
 
 PROGRAM = "distlora plan"
 WORTH_SAYING = 20
@@ -217,24 +218,19 @@ def check_picture(path: Path) -> None:
 
 def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answer:
     """The plan of a run with these settings. UserError for what `distlora train` would refuse of them."""
-    composed = compose_run(with_sweep(settings), config_dir=config_dir, may_lack_paths=True)
+    sweep, trials = composed_for_plan(settings, config_dir=config_dir)
+    composed = trials[0]
     require_model(composed.config)
     check_parallel(composed.config)
+    if sweep is not None and sweep.packed != 1:
+        packed = packing_of(sweep, trials)
+        if packed.most != 0:
+            return Answer(plan=packed.plan, packed=packed)
     choice = choices(composed.config, composed.fixed)
     plan, changes = choice.plan, choice.changes
-    if composed.sweep is not None and composed.sweep.packed != 1:
-        packed = packing(plan.config, plan.model, plan.machine, composed.sweep.packed)
-        if packed.most != 0:
-            return Answer(plan=packed.plan, changes=changes, packed=packed)
     if plan.fits is False:
         return Answer(plan=plan, changes=changes, near=nearest(plan.config, plan.model, plan.machine))
     return Answer(plan=plan, changes=changes, rooms=tuple(room(choice, larger_than(plan))))
-
-
-def with_sweep(words: Sequence[str]) -> list[str]:
-    """sweep.packed=4 is of some sweep, and of a plan it is all the same of which."""
-    is_of_sweep = any(word.lstrip("+").startswith("sweep.") for word in words)
-    return [*(["sweep=grid"] if is_of_sweep and not any(word.startswith("sweep=") for word in words) else []), *words]
 
 
 def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:

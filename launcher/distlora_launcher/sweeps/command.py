@@ -23,7 +23,7 @@ from distlora_launcher.planning import decide
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.local import run_workers_here
 from distlora_launcher.sweeps.search import Cells, Search, search_of
-from distlora_launcher.sweeps.space import first_cell, split
+from distlora_launcher.sweeps.space import first_cell, flat, split
 from distlora_launcher.sweeps.study import Study, check_sampler
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
@@ -79,7 +79,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         )
     values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
     require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
-    settings = build(SweepConfig, values | {"space": _flat(values.get("space") or {})}, prefix="sweep.")
+    settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
     own = [word for word in words if _section(word) != "sweep"]
     space, shared = split(own, settings.space, config_dir=config_dir)
     probe = compose_run([*shared, *_words(first_cell(space))], config_dir=config_dir)
@@ -184,11 +184,3 @@ def _words(values: dict[str, Any]) -> list[str]:
     from distlora.sweep_folder import words_of
 
     return words_of(values)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

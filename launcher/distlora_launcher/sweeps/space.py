@@ -70,6 +70,14 @@ def split(
     return tuple(found.values()), shared
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{optim: {lr: ...}} as {optim.lr: ...}: on the command line a dot opens a level."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def is_finite(space: Sequence[Dimension]) -> bool:
     """Whether there is a last combination."""
     return all(isinstance(dimension, Values) for dimension in space)

@@ -1,0 +1,82 @@
+"""How many trials of a sweep run as one pack: what `distlora plan sweep.packed=...` says, and what `auto` becomes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from distlora.config.sweep import SweepConfig
+from distlora.config_file import build
+from distlora.plan.choice.packing import MOST, Packing, largest, packing
+from distlora.sweep_folder import words_of
+from distlora_launcher.compose import Composed, compose_run, compose_section
+from distlora_launcher.planning import choices
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.space import Dimension, Values, count_cells, flat, is_finite, split
+
+_OF_SIZE = ("adapter", "recipe")
+"""Sections whose values change what a trial takes in memory; those of others that do so may not differ in a pack."""
+
+
+def is_of_sweep(word: str) -> bool:
+    """Whether a word sets something of section `sweep`."""
+    return word.lstrip("+~").partition("=")[0].partition(".")[0] == "sweep"
+
+
+def asked_of_plan(
+    words: Sequence[str], *, config_dir: str | None = None
+) -> tuple[SweepConfig | None, Iterator[list[str]]]:
+    """The section `sweep` of a command line that plans, None where it says nothing of one; and the words of the trials
+    that may be the largest."""
+    of_sweep = [word for word in words if is_of_sweep(word)]
+    if not of_sweep:
+        return None, iter([list(words)])
+    if not any(word.startswith("sweep=") for word in of_sweep):
+        of_sweep.insert(0, "sweep=grid")
+    values = compose_section("sweep", of_sweep, config_dir=config_dir)
+    settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
+    own = [word for word in words if not is_of_sweep(word)]
+    space, shared = split(own, settings.space, config_dir=config_dir)
+    return settings, ([*shared, *words_of(values)] for values in sizes(space))
+
+
+def sizes(space: Sequence[Dimension]) -> Iterator[Mapping[str, Any]]:
+    """The combinations that may take most memory: every value of what a trial's size depends on, an interval's upper
+    end, the first of what else is searched."""
+    lists: list[tuple[Any, ...]] = []
+    for dimension in space:
+        values = dimension.values if isinstance(dimension, Values) else (dimension.high,)
+        lists.append(values if dimension.setting.partition(".")[0] in _OF_SIZE else values[:1])
+    names = [dimension.setting for dimension in space]
+    for combination in itertools.product(*lists):
+        yield dict(zip(names, combination, strict=True))
+
+
+def packing_of(settings: SweepConfig, trials: Sequence[Composed]) -> Packing:
+    """Packs of a sweep whose largest trial is one of these, on the machines that they are for."""
+    plans = [choices(trial.config, trial.fixed).plan for trial in trials]
+    model, machine = plans[0].model, plans[0].machine
+    trial = largest([plan.config for plan in plans], model, machine)
+    most = MOST if settings.trials is None else min(MOST, settings.trials)
+    return packing(trial, model, machine, settings.packed, most=most)
+
+
+def slots_of(sweep: Sweep) -> int:
+    """Trials at once in a pack of this sweep. Raises UserError for trials that cannot be composed."""
+    if sweep.settings.packed != "auto":
+        return sweep.settings.packed
+    trials = [sweep.compose(0, values) for values in itertools.islice(sizes(sweep.space), MOST)]
+    found = packing_of(sweep.settings, trials).trials
+    return min(found, count_cells(sweep.space)) if is_finite(sweep.space) and sweep.space else found
+
+
+def composed_for_plan(
+    words: Sequence[str], *, config_dir: str | None = None
+) -> tuple[SweepConfig | None, list[Composed]]:
+    """The sweep that a plan is of, None where it is of a run, and its trials that may be the largest."""
+    settings, trials = asked_of_plan(words, config_dir=config_dir)
+    composed = [
+        compose_run(trial, config_dir=config_dir, may_lack_paths=True) for trial in itertools.islice(trials, MOST)
+    ]
+    return settings, composed

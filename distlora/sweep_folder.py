@@ -55,6 +55,11 @@ class TrialRecord:
     evaluations: Mapping[int, float] = field(default_factory=dict)
     """The metric by step."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not come to its end."""
+        return self.state in (WAITING, RUNNING)
+
     def folder(self, sweep: Path) -> Path:
         """Its run folder."""
         return trial_folder(sweep, self.number)

@@ -7,6 +7,7 @@ then Hydra takes over, so its flags (-m, --cfg, --info, --help) and its grammar 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ DRY_RUN = "--dry-run"
 def main(arguments: list[str]) -> int:
     """Compose, check, and run what the overrides describe. Returns the exit code."""
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
+    refuse_sweep_section(arguments)
     dry_run = DRY_RUN in arguments
     arguments = [word for word in arguments if word != DRY_RUN]
     flags = read_flags(arguments)
@@ -93,6 +95,13 @@ def refuse_sweep_over_machines(config: Config, flags: argparse.Namespace) -> Non
         f"-m with cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): their sweeps would not stay "
         "in step; leave -m out and start one run after the other, or set cluster=slurm",
     )
+
+
+def refuse_sweep_section(words: Sequence[str]) -> None:
+    """Refuse settings that make many runs: here they would say nothing."""
+    word = next((word for word in words if re.match(r"[+~]*sweep[.=@]", word)), None)
+    if word is not None:
+        raise UserError(f"{word} is of `distlora sweep`, which takes the same settings as `distlora train`; write that")
 
 
 def refuse_dry_run(config: Config, flags: argparse.Namespace, dry_run: bool) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.config import UserError
+from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
+from distlora_launcher.processes import Process
 from distlora_launcher.status import Status, describe, statuses
 
 USAGE = """usage: distlora cancel RUN [--now]
 
 Ask the run in the folder RUN to save and stop: its processes on this machine, or its SLURM job, which then is not
-queued again. A job that still waits leaves the queue. RUN may be a folder of runs, as -m makes one: all of them end.
+queued again. A job that still waits leaves the queue. RUN may be a folder of runs, as -m makes one: all of them end. Of
+a sweep (`distlora sweep`) the trials that run save and stop, and no other starts; name SWEEP/trials/N to end one alone.
 `distlora resume RUN` continues it.
 
 --now    end it at once, without a save"""
@@ -37,7 +41,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--now", action="store_true")
     options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
-    cancel(folder, now=options.now)
+    if is_sweep_folder(folder):
+        cancel_sweep(folder, now=options.now)
+    else:
+        cancel(folder, now=options.now)
     return 0
 
 
@@ -58,7 +65,7 @@ def cancel(folder: Path, *, now: bool) -> None:
     except SchedulerError as error:
         raise UserError(f"SLURM refuses: {error}") from error
     for status in here:
-        cancel_processes(status, now=now)
+        cancel_processes(status.run_dir, status.holders, now=now)
 
 
 def cancel_jobs(runs: list[Status], *, now: bool) -> None:
@@ -94,12 +101,21 @@ def cancel_jobs(runs: list[Status], *, now: bool) -> None:
         raise SchedulerError("; ".join(refused))
 
 
-def cancel_processes(status: Status, *, now: bool) -> None:
-    """End a run by its launcher on this machine; those on others follow. UserError where none is here."""
-    run = shown(status.run_dir)
-    here = [process for process in status.holders if process.is_of_this_machine]
+def cancel_sweep(sweep: Path, *, now: bool) -> None:
+    """End the workers of a sweep, which have their trials save and stop. UserError where none lives, or is here."""
+    workers = holders(sweep)
+    if not workers:
+        raise UserError(f"no worker of {shown(sweep)} lives; `distlora status {shown(sweep)}` says how it stands")
+    cancel_processes(sweep, workers, now=now)
+
+
+def cancel_processes(folder: Path, holding: Sequence[Process], *, now: bool) -> None:
+    """End a run by its launcher on this machine, those on others follow; or a sweep by its workers here. UserError
+    where none is here."""
+    run = shown(folder)
+    here = [process for process in holding if process.is_of_this_machine]
     if not here:
-        process = status.holders[0]
+        process = holding[0]
         here_is = host_name() if process.host != host_name() else "another container, or it has started anew"
         raise UserError(
             f"{run} runs on {process.host}, and this is {here_is}; give the command there, or `ssh {process.host} "

@@ -11,7 +11,9 @@ USAGE = """usage: distlora resume RUN
 Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
 number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
 submitted again; so are all runs of its sweep that are not done, where RUN is the folder of that. One over several
-machines (cluster=torchrun) is continued by the same command on each."""
+machines (cluster=torchrun) is continued by the same command on each.
+
+Of a sweep (`distlora sweep`) the trials that were stopped or killed go on where they were, and the others follow."""
 
 
 def main(arguments: list[str]) -> int:
@@ -30,12 +32,17 @@ def resume(folder: Path) -> int:
     """Continue the run in `folder`, or what is not done of a sweep there, as it was started. Returns the exit code."""
     from distlora.command_line import DONE
     from distlora.config_file import load_config
+    from distlora.sweep_folder import is_sweep_folder
     from distlora_launcher.jobs.submit import is_job, resume_run
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.local import is_complete, resume_here
     from distlora_launcher.machines import resume_together
 
     folder = folder.expanduser().absolute()
+    if is_sweep_folder(folder):
+        from distlora_launcher.sweeps.command import go_on
+
+        return go_on(folder)
     if is_sweep(folder):
         return resume_sweep(folder)
     config = load_config(folder)

@@ -10,6 +10,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config_file import load_config
 from distlora.run_folder import find_result
+from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
@@ -36,7 +37,8 @@ from distlora_launcher.run_state import (
 USAGE = """usage: distlora status RUN [--json]
 
 How the run in the folder RUN stands: whether and where it runs (this machine, others, a SLURM job), its step and its
-losses, the time left, the last save, how it ended, and what to type next. RUN may be a folder of runs, as -m makes one.
+losses, the time left, the last save, how it ended, and what to type next. RUN may be a folder of runs, as -m makes one,
+or a sweep of `distlora sweep`: its workers, and a table of its trials.
 
 --json    print an object for programs (of a folder of runs, a list of them)"""
 
@@ -94,6 +96,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
+    if is_sweep_folder(folder):
+        from distlora_launcher.sweeps.state import as_json, sweep_status
+        from distlora_launcher.sweeps.state import describe as describe_sweep
+
+        sweep = sweep_status(folder)
+        print(as_json(sweep) if options.json else describe_sweep(sweep))
+        return 0
     found = statuses(folder)
     if (folder / CONFIG_NAME).exists():
         print(json.dumps(as_object(found[0]), indent=2) if options.json else describe(found[0]))

@@ -13,18 +13,27 @@ from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
-from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder
+from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check, check_writable
-from distlora_launcher.compose import MOST_JOBS_CHECKED, Composed, compose_run, compose_section, with_new_keys
+from distlora_launcher.compose import (
+    MOST_JOBS_CHECKED,
+    Composed,
+    compose_run,
+    compose_section,
+    parse_overrides,
+    with_new_keys,
+)
+from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.planning import decide
-from distlora_launcher.sweeps.folder import Sweep, make_sweep
-from distlora_launcher.sweeps.local import run_workers_here
+from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
+from distlora_launcher.sweeps.local import run_workers_here, show_results
 from distlora_launcher.sweeps.search import Cells, Search, search_of
 from distlora_launcher.sweeps.space import first_cell, flat, split
 from distlora_launcher.sweeps.study import Study, check_sampler
+from distlora_launcher.sweeps.worker import conclude
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
        distlora sweep create [...] | agent ENTITY/PROJECT/ID      (sweeps of wandb; `distlora sweep create --help`)
@@ -60,7 +69,7 @@ def main(arguments: list[str]) -> int:
     search = search_of(sweep)
     check_trials(sweep, search, first)
     make_sweep(sweep)
-    Study(sweep, search).enqueue_all()
+    Study(sweep, search).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
     return start(sweep, first.config)
 
@@ -82,7 +91,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
     own = [word for word in words if _section(word) != "sweep"]
     space, shared = split(own, settings.space, config_dir=config_dir)
-    probe = compose_run([*shared, *_words(first_cell(space))], config_dir=config_dir)
+    probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     check_folder(folder)
     shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir="))]
@@ -126,7 +135,7 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
     trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
     refused = []
     for number, values in enumerate(trials):
-        words = " ".join(_words(values))
+        words = " ".join(words_of(values))
         try:
             composed = sweep.compose(number, values, search.words)
             check(composed.config, new_run=True)
@@ -157,6 +166,25 @@ def check_metric(sweep: Sweep, config: Config) -> None:
     )
 
 
+def go_on(folder: Path) -> int:
+    """Continue a sweep that was stopped or killed. Returns the exit code."""
+    sweep = load_sweep(folder)
+    alive = holders(folder)
+    where = ", ".join(f"{process.host} (pid {process.pid})" for process in alive)
+    require(
+        not alive,
+        f"{shown(folder)} runs on {where}; wait for it, or stop it with `distlora cancel {shown(folder)}`",
+    )
+    search = search_of(sweep)
+    study = Study(sweep, search)
+    study.enqueue()
+    if study.is_over():
+        conclude(sweep, study, search)
+        return show_results(sweep, study, search)
+    say(f"sweep folder {shown(folder)}")
+    return start(sweep, sweep.compose(0, first_cell(sweep.space), search.words).config)
+
+
 def start(sweep: Sweep, config: Config) -> int:
     """Start the workers of a sweep that is made: here, or as an array of SLURM."""
     if config.cluster.launcher == "slurm":
@@ -175,12 +203,4 @@ def _section(word: str) -> str:
 
 
 def _has_several(word: str) -> bool:
-    from distlora_launcher.compose import parse_overrides
-
     return parse_overrides([word])[0].is_sweep_override()
-
-
-def _words(values: dict[str, Any]) -> list[str]:
-    from distlora.sweep_folder import words_of
-
-    return words_of(values)

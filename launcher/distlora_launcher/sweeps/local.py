@@ -17,7 +17,7 @@ from distlora_launcher.checks import gpu_count
 from distlora_launcher.output import say, shown
 from distlora_launcher.signals import forwarding
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.search import Search, search_of
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import closing, text
 from distlora_launcher.worker_entry import PARENT
@@ -70,13 +70,19 @@ def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
         return BAD_INPUT
     search = search_of(sweep)
     study = Study(sweep, search)
+    code = show_results(sweep, study, search)
+    if study.is_over():
+        return code
+    say(f"continue with: distlora resume {shown(sweep.folder)}")
+    return INTERRUPTED if killed else STOPPED if STOPPED in codes else FAILED
+
+
+def show_results(sweep: Sweep, study: Study, search: Search) -> int:
+    """Print the table. Returns 1 where no trial came to its end, else 0."""
     trials = study.records()
     say(f"\n{text(sweep, trials)}\n")
     for line in [*closing(sweep, trials), *search.conclusion(trials)]:
         say(line)
-    if not study.is_over():
-        say(f"continue with: distlora resume {shown(sweep.folder)}")
-        return INTERRUPTED if killed else STOPPED if STOPPED in codes else FAILED
     return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
 
 

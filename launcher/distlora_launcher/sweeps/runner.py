@@ -22,6 +22,9 @@ from distlora_launcher.worker_entry import PARENT
 SAVED = "saved"
 """State of a trial that was asked to save and stop: it goes on with the sweep."""
 
+MODULE = "distlora_launcher.cli"
+"""What a trial is: its `train` and `resume`."""
+
 RELEASE_SECONDS = 60
 """How long a run folder may still be held by what a killed worker has left."""
 
@@ -101,7 +104,7 @@ class Alone:
         else:
             folder = self._sweep.config_dir
             words = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.words]
-        command = [sys.executable, "-m", "distlora_launcher.bound", "distlora_launcher.cli", *words]
+        command = [sys.executable, "-m", "distlora_launcher.bound", MODULE, *words]
         with log.open("ab") as file:
             self._log_start = file.tell()
             self._process = subprocess.Popen(
@@ -127,7 +130,8 @@ class Alone:
         seconds = time.monotonic() - self._started
         self._trial = self._process = None
         state, reason = self._ending(trial, code)
-        step = read_figures(trial.run_dir).step
+        figures = read_figures(trial.run_dir)
+        step = None if figures.time is None else figures.step
         return [Outcome(number=trial.number, state=state, seconds=seconds, step=step, reason=reason)]
 
     def close(self) -> None:

@@ -71,13 +71,10 @@ class Study:
         path = sweep.folder / JOURNAL_NAME
         with self._lock.held():
             _mend(path)
-            self._study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(path), lock_obj=self._lock)),  # type: ignore[arg-type]
-                study_name=NAME,
-                direction=sweep.settings.direction,
-                pruner=_pruner(sweep.settings),
-                load_if_exists=True,
-            )
+            storage = JournalStorage(JournalFileBackend(str(path), lock_obj=self._lock))  # type: ignore[arg-type]
+            if not storage.get_all_studies():
+                optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
+            self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=_pruner(sweep.settings))
 
     def ask(self) -> Asked | Due:
         """A trial for this process: one that a worker left behind, one that waits, or the next of the search."""
@@ -103,10 +100,11 @@ class Study:
             self._write()
             return self._asked(frozen, begun=False)
 
-    def enqueue_all(self) -> None:
-        """Note the trials that are known before the first one ends, so that they are seen to wait."""
+    def enqueue(self) -> None:
+        """Note the trials that are known now, so that they are seen to wait."""
         with self._lock.held():
-            due = self._search.next(self.records())
+            records = self.records()
+            due = Due.WAIT if any(record.state == WAITING for record in records) else self._search.next(records)
             for values in due if not isinstance(due, Due) else ():
                 self._enqueue(values)
             self._write()
@@ -149,8 +147,7 @@ class Study:
         """Whether nothing runs, waits, or is due."""
         with self._lock.held():
             records = self.records()
-            open_ones = [record for record in records if record.state in (WAITING, RUNNING)]
-            return not open_ones and self._search.next(records) is Due.END
+            return not any(record.is_open for record in records) and self._search.next(records) is Due.END
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -1,0 +1,368 @@
+"""Sweeps without a server: who gets which trial, what is recorded of it, and what a kill leaves to go on with.
+
+Trials are stand-ins (sweep_fake_trial.py) but in the last test, which is `distlora sweep` as a user types it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.config import UserError
+from distlora.config.sweep import SweepConfig
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, read_results
+from distlora_launcher.cli import main
+from distlora_launcher.holding import holders, worker_place
+from distlora_launcher.signals import Forwarder
+from distlora_launcher.sweeps import local, runner
+from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
+from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
+from distlora_launcher.sweeps.search import Due, search_of
+from distlora_launcher.sweeps.space import Dimension, Interval, Values
+from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.table import best_of, ranked
+from distlora_launcher.sweeps.worker import Follower, Worker
+
+HERE = Path(__file__).parent
+RATES = Values("optim.lr", (1e-3, 1e-2))
+RANKS = Values("adapter.r", (8, 16))
+
+
+def sweep_at(folder: Path, *space: Dimension, words: tuple[str, ...] = (), **settings: Any) -> Sweep:
+    """A sweep whose folder is made."""
+    sweep = Sweep(
+        folder=folder,
+        settings=SweepConfig(**settings),
+        words=words,
+        space=space or (RATES, RANKS),
+        config_dir=None,
+        cwd=str(folder.parent),
+    )
+    make_sweep(sweep)
+    return sweep
+
+
+def study_of(sweep: Sweep) -> Study:
+    """Another worker's view of it."""
+    return Study(sweep, search_of(sweep))
+
+
+def asked(study: Study) -> Asked:
+    trial = study.ask()
+    assert isinstance(trial, Asked)
+    return trial
+
+
+def complete(study: Study, trial: Asked, value: float) -> None:
+    study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
+
+
+@pytest.fixture
+def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MODULE", "sweep_fake_trial")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def test_a_sweep_is_read_as_it_was_written(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", RATES, Interval("optim.eps", 1e-9, 1e-6, log=True), words=("a=b",), trials=3)
+    assert load_sweep(tmp_path / "s") == sweep
+    with pytest.raises(UserError, match="already holds a sweep"):
+        make_sweep(sweep)
+
+
+def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    first, second = study_of(sweep), study_of(sweep)
+    with worker_place(sweep.folder, "worker_0"):
+        trials = [asked(study) for study in (first, second, first, second)]
+        assert [first.ask(), second.ask()] == [Due.END, Due.END]
+    assert [trial.values for trial in trials] == [
+        {"optim.lr": 1e-3, "adapter.r": 8},
+        {"optim.lr": 1e-3, "adapter.r": 16},
+        {"optim.lr": 1e-2, "adapter.r": 8},
+        {"optim.lr": 1e-2, "adapter.r": 16},
+    ]
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert trials[2].words[-3:] == ("optim.lr=0.01", "adapter.r=8", f"run_dir={sweep.folder / 'trials/0002'}")
+
+
+def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_path: Path):
+    space = (Interval("optim.lr", 1e-5, 1e-3, log=True), RANKS)
+    drawn = []
+    for name, workers in (("one", 1), ("three", 3), ("restarted", 0)):
+        sweep = sweep_at(tmp_path / name, *space, method="random", trials=5, seed=7)
+        studies = [study_of(sweep) for _ in range(workers)]
+        with worker_place(sweep.folder, "worker_0"):
+            values = [asked(studies[n % workers] if workers else study_of(sweep)).values for n in range(5)]
+            assert study_of(sweep).ask() is Due.END
+        drawn.append(values)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({entry["optim.lr"] for entry in drawn[0]}) == 5
+    assert all(1e-5 <= entry["optim.lr"] <= 1e-3 for entry in drawn[0])
+    other = sweep_at(tmp_path / "other", *space, method="random", trials=5, seed=8)
+    assert asked(study_of(other)).values != drawn[0][0]
+
+
+def test_random_of_a_finite_space_draws_nothing_twice(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", method="random", trials=20)
+    study = study_of(sweep)
+    with worker_place(sweep.folder, "worker_0"):
+        seen = [tuple(asked(study).values.values()) for _ in range(4)]
+        assert study.ask() is Due.END
+    assert sorted(seen) == [(1e-3, 8), (1e-3, 16), (1e-2, 8), (1e-2, 16)]
+    assert seen != sorted(seen)
+
+
+def test_optuna_comes_to_propose_what_was_good(tmp_path: Path):
+    """The loss has one valley, at 1e-3: proposals after those drawn at random lie nearer to it."""
+    space = (Interval("optim.lr", 1e-6, 1.0, log=True), Values("adapter.target_modules", ("qv", ["q_proj", "k_proj"])))
+    sweep = sweep_at(tmp_path / "s", *space, method="optuna", trials=24)
+    study, distances = study_of(sweep), []
+    for _ in range(24):
+        trial = asked(study)
+        distances.append(abs(math.log10(trial.values["optim.lr"]) + 3))
+        complete(study, trial, distances[-1])
+        assert trial.values["adapter.target_modules"] in ("qv", ["q_proj", "k_proj"])
+    assert study.is_over()
+    assert sum(distances[-10:]) < sum(distances[:10]) / 2
+    assert min(distances) < 0.2
+
+
+def test_a_trial_whose_worker_is_gone_is_taken_over_and_one_that_is_trained_is_not(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    with worker_place(sweep.folder, "worker_0"):
+        trial = asked(study_of(sweep))
+        assert not trial.begun
+        assert asked(study_of(sweep)).number == 1
+    taken = asked(study_of(sweep))
+    assert taken == dataclasses.replace(trial, begun=True)
+
+
+def test_a_journal_whose_last_line_is_cut_off_is_mended(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    study_of(sweep).enqueue()
+    journal = sweep.folder / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"worker_id')
+    study = study_of(sweep)
+    assert journal.read_bytes() == whole
+    assert asked(study).number == 0
+
+
+def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_its_end(tmp_path: Path):
+    trials = [
+        TrialRecord(number=0, state=COMPLETE, values={}, value=2.0),
+        TrialRecord(number=1, state=PRUNED, values={}, value=1.0),
+        TrialRecord(number=2, state=COMPLETE, values={}, value=3.0),
+        TrialRecord(number=3, state=FAILED, values={}, reason="diverged"),
+        TrialRecord(number=4, state=COMPLETE, values={}, value=2.0),
+    ]
+    sweep = sweep_at(tmp_path / "low")
+    assert best_of(sweep, trials) == trials[0]
+    assert [trial.number for trial in ranked(sweep, trials)] == [0, 4, 2, 1, 3]
+    assert best_of(sweep_at(tmp_path / "high", direction="maximize"), trials) == trials[2]
+    assert best_of(sweep, []) is None
+
+
+def test_a_follower_reads_whole_lines_once_and_again_what_a_resume_cut_off(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    follower = Follower(tmp_path, "eval_loss")
+    assert list(follower.read()) == []
+    metrics.write_text(
+        '{"step": 0, "eval_loss": 9.0}\n{"step": 2, "eval_loss": 5.0}\n{"step": 3, "loss": 1}\n{"step": 4, '
+    )
+    assert list(follower.read()) == [(2, 5.0)]
+    with metrics.open("a") as file:
+        file.write('"eval_loss": null}\n')
+    assert list(follower.read()) == [(4, None)]
+    metrics.write_text('{"step": 2, "eval_loss": 5.0}\n')
+    assert list(follower.read()) == [(2, 5.0)]
+
+
+def work(sweep: Sweep) -> int:
+    with worker_place(sweep.folder, "worker_0"):
+        study = study_of(sweep)
+        study.enqueue()
+        return Worker(sweep, study, Alone(sweep)).work(Forwarder())
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_path: Path):
+    names = ("fine", "diverges", "refused", "is_killed", "diverges_at_the_end", "again")
+    sweep = sweep_at(tmp_path / "s", Values("name", names))
+    assert work(sweep) == 0
+    trials = {str(trial.values["name"]): trial for trial in read_results(sweep.folder)}
+    assert {name: trial.state for name, trial in trials.items()} == {
+        "fine": COMPLETE,
+        "diverges": FAILED,
+        "refused": FAILED,
+        "is_killed": FAILED,
+        "diverges_at_the_end": FAILED,
+        "again": COMPLETE,
+    }
+    fine = trials["fine"]
+    assert fine.value == 1.0
+    assert fine.evaluations == pytest.approx({1: 1.3, 2: 1.2, 3: 1.1, 4: 1.0})
+    assert (fine.step, fine.trainable_parameters, fine.peak_memory_bytes) == (4, 12, 34)
+    assert "the loss is nan in step 2" in str(trials["diverges"].reason)
+    assert trials["refused"].reason == "adapter.r=0 is not a rank; set adapter.r=1"
+    assert trials["is_killed"].reason == "its launcher was killed by SIGKILL"
+    assert trials["diverges_at_the_end"].reason == "its last eval_loss is not finite"
+    assert trials["diverges_at_the_end"].value is None
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-1, 2e-3)), pruner="median", pruner_warmup=1, trials=3)
+    assert work(sweep) == 0
+    good, bad, second = read_results(sweep.folder)
+    assert (good.state, bad.state) == (COMPLETE, PRUNED)
+    assert bad.step is not None
+    assert bad.step < 4
+    assert second.state == PRUNED  # Behind the median of one.
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def start_worker(sweep: Sweep) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from pathlib import Path; from distlora_launcher.sweeps import runner, worker; "
+        "runner.MODULE = 'sweep_fake_trial'; sys.exit(worker.run(Path(sys.argv[1]), 0))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=os.environ | {"PYTHONPATH": str(HERE)})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
+    tmp_path: Path, signum: signal.Signals, capsys: pytest.CaptureFixture[str]
+):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
+    run_dir = sweep.run_dir(0)
+    worker = start_worker(sweep)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    assert [process.pid for process in holders(sweep.folder)] == [worker.pid]
+    assert main(["status", str(sweep.folder)]) == 0
+    assert f"(pid {worker.pid})" in capsys.readouterr().out
+    assert main(["resume", str(sweep.folder)]) == 2
+    worker.send_signal(signum)
+    assert worker.wait(60) == (75 if signum == signal.SIGTERM else -signal.SIGKILL)
+    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING, WAITING]
+    assert main(["status", str(sweep.folder), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["state"] == "stopped"
+    assert status["next"].startswith("distlora resume ")
+
+    assert start_worker(sweep).wait(60) == 0
+    first, second = read_results(sweep.folder)
+    assert (first.state, second.state) == (COMPLETE, COMPLETE)
+    assert (run_dir / "starts").read_text().split() == ["train", "resume"]
+    # What it measured before its end is not measured again.
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (sweep.folder / "results.md").read_text().count("complete") >= 2
+
+
+def test_cancel_has_the_workers_stop(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
+    worker = start_worker(sweep)
+    wait_for(lambda: (sweep.run_dir(0) / "starts").is_file())
+    assert main(["cancel", str(sweep.folder)]) == 0
+    assert worker.wait(60) == 75
+    assert main(["cancel", str(sweep.folder)]) == 2
+
+
+def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
+    assert local.shares(2, 2) == ["4,5", "6,7"]
+    with pytest.raises(UserError, match=r"need 6 GPUs, and this machine shows 5; set sweep.workers=2"):
+        local.shares(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.shares(2, 1) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optim.lr=1e-4"], "sweep=grid has nothing to search"),
+        (["optim.lr=interval(1e-5,1e-4)"], "sweep=grid tries every value, and optim.lr is an interval"),
+        (["sweep=random", "sweep.trials=null", "optim.lr=interval(1e-5,1e-4)"], "sweep.trials=null has no end"),
+        (["sweep=grid,random", "optim.lr=1,2"], "one sweep has one value of it"),
+        (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
+        (["sweep.trails=3", "optim.lr=1,2"], "did you mean 'sweep.trials'?"),
+        (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
+        (["optim.lrr=1,2"], "did you mean 'optim.lr'?"),
+        (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
+        (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
+        (["sweep=optuna", "optim.lr=1e-4,2e-4"], "judges trials by their evaluations"),
+    ],
+)
+def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
+    words: list[str], expected: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={tmp_path / 's'}"]
+    assert main(["sweep", *paths, *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_run_is_no_sweep(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "model.path=m", "data.path=d", "sweep=grid"]) == 2
+    assert "is of `distlora sweep`" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_taken_is_refused(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = sweep_at(tmp_path / "s")
+    words = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={sweep.folder}"]
+    assert main(["sweep", *words, "optim.lr=1,2"]) == 2
+    assert f"continue it with `distlora resume {sweep.folder}`" in capsys.readouterr().err
+
+
+def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Path):
+    folder = tmp_path / "s"
+    words = [
+        f"model.path={folders / 'llama'}",
+        f"data.path={folders / 'text.jsonl'}",
+        f"run_dir={folder}",
+        "optim.lr=1e-3,1e30",
+        "data.sequence_length=64",
+        "data.eval_fraction=0.1",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "train.max_steps=3",
+        "train.global_batch=4",
+        "train.dtype=fp32",
+        "quant.cache=false",
+        "plan.measure=false",
+        "tracker=none",
+    ]
+    command = [sys.executable, "-m", "distlora_launcher.cli", "sweep", *words]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr
+    good, bad = read_results(folder)
+    assert (good.state, bad.state) == (COMPLETE, FAILED)
+    assert "finite" in str(bad.reason)
+    summary = json.loads((good.folder(folder) / "summary.json").read_text())
+    assert good.value == summary["eval_loss"]
+    assert good.trainable_parameters == summary["trainable_parameters"]
+    assert f"the best is trial 0, {folder / 'trials/0000'}" in finished.stdout
+    assert (good.folder(folder) / "adapter" / "adapter_model.safetensors").is_file()

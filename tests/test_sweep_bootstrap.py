@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import tracemalloc
@@ -105,8 +104,8 @@ def test_memory_is_bounded_for_many_documents() -> None:
     assert peak < 100 * 2**20
 
 
-def test_one_document_has_no_noise_to_be_measured_by() -> None:
-    """Every draw is it again: the caller must ask for more documents."""
+def test_one_document_says_nothing_of_others() -> None:
     found = of([2.0], [1.0], [10])
-    assert (found.low, found.high, found.error) == (0.1, 0.1, pytest.approx(0, abs=1e-12))
-    assert dataclasses.replace(found, low=-0.1).is_more_than_noise is False
+    assert found.gain == pytest.approx(0.1)
+    assert not found.is_more_than_noise
+    assert not found.is_loss

@@ -12,6 +12,7 @@ What it does not know is how the runs would differ with another seed. Letters: D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,11 +59,14 @@ def gain(
 ) -> Gain:
     """Of two runs with these loss sums by document, and the documents' counts of units: each of length D.
 
-    The same arguments draw the same documents, on any machine and with any version of numpy.
+    The same arguments draw the same documents, on any machine and with any version of numpy. Of one document nothing is
+    known of others: the interval has no ends.
     """
     counts = np.array(units, np.float64)
     lower = np.array(first, np.float64) - np.array(second, np.float64)
     gains = resampled(lower, counts, resamples, seed)
+    if len(counts) < 2:
+        return Gain(gain=float(lower.sum() / counts.sum()), low=-math.inf, high=math.inf, error=math.inf)
     tail = (1 - confidence) / 2
     low, high = np.quantile(gains, [tail, 1 - tail]).tolist()
     return Gain(gain=float(lower.sum() / counts.sum()), low=low, high=high, error=float(gains.std(ddof=1)))

@@ -51,8 +51,13 @@ class Sweep:
         return trial_folder(self.folder, number)
 
     def trial_words(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> list[str]:
-        """The words of `distlora train` of a trial; the user's overrule `extra`, which are its search's."""
-        return [*extra, *self.words, *words_of(values), *words_of({"run_dir": str(self.run_dir(number))})]
+        """The words of `distlora train` of a trial; the user's overrule `extra`, which are its search's. A trial that
+        trains everything has no use for what they say of adapters and quantization, and would be refused for it."""
+        unused = (
+            ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
+        )
+        shared = [word for word in self.words if word.lstrip("+~").partition("=")[0].partition(".")[0] not in unused]
+        return [*extra, *shared, *words_of(values), *words_of({"run_dir": str(self.run_dir(number))})]
 
     def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
         """The settings of a trial. Raises UserError as `distlora train` does."""

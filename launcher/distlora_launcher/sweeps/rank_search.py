@@ -1,0 +1,228 @@
+"""`sweep=rank_search`: the least adapter rank beyond which doubling it gains nothing but noise.
+
+Runs with ranks r, 2r, 4r, ... are real runs that keep their held-out losses by document (train.eval_documents);
+ranks.py decides from these. Beside them everything is trained once, where that fits, to show what no rank can reach.
+With several workers the first two ranks and that run are due at once; each further rank waits for the one before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distlora import durable
+from distlora.config import UserError, require
+from distlora.eval_documents import DocumentRecord, check_paired, read_documents
+from distlora.json_files import object_or_empty
+from distlora.plan import plan_of
+from distlora.plan.pages.report import needs
+from distlora.run_folder import PLAN_NAME, SUMMARY_NAME
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, TrialRecord
+from distlora_launcher import here
+from distlora_launcher.planning import check_planned, machine_here
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.ranks import (
+    FULL,
+    Gains,
+    Ranks,
+    Size,
+    Tried,
+    as_json,
+    ladder,
+    ranks_due,
+    recommended,
+    sentences,
+    table,
+)
+from distlora_launcher.sweeps.search import Due
+
+RANK_SEARCH_NAME = "rank_search.json"
+"""In SWEEP: the table and the recommendation, for programs (ranks.as_json)."""
+FULL_LR_SHARE = 0.1
+"""Of optim.lr, for full fine-tuning: adapters are trained at about ten times its learning rate."""
+
+
+class RankSearch:
+    """The search of `sweep=rank_search` (search.py)."""
+
+    words: tuple[str, ...] = ("train.eval_documents=true",)
+
+    def __init__(self, sweep: Sweep) -> None:
+        """Raises UserError for settings that leave nothing to search, or that decide the rank themselves."""
+        self._sweep, self._settings = sweep, sweep.settings
+        self._gains = Gains(sweep.settings)
+        self._check()
+        self._config = self._sweep.compose(0, {"adapter.r": self._settings.rank_start}, self.words).config
+        """The settings of the first rank's run."""
+
+    def _check(self) -> None:
+        settings, named = self._settings, [dimension.setting for dimension in self._sweep.space]
+        require(
+            not named,
+            f"sweep=rank_search searches adapter.r alone, and {', '.join(named)} has several values; choose one first, "
+            "with sweep=grid",
+        )
+        require(
+            (settings.metric, settings.direction) == ("eval_loss", "minimize"),
+            f"sweep=rank_search compares held-out losses document by document, not sweep.metric={settings.metric} with "
+            f"sweep.direction={settings.direction}; leave both out",
+        )
+        require(
+            settings.trials is None,
+            f"sweep.trials={settings.trials} has no effect with sweep=rank_search, which ends by itself; set "
+            "sweep.rank_most to bound it",
+        )
+        require(
+            settings.pruner == "none",
+            f"sweep.pruner={settings.pruner} would end runs that are compared at their ends; leave it out",
+        )
+        require(
+            settings.rank_start * 2 <= settings.rank_most,
+            f"sweep.rank_most={settings.rank_most} leaves no doubling of sweep.rank_start={settings.rank_start}; set "
+            f"sweep.rank_most={settings.rank_start * 2} or more",
+        )
+        require(
+            settings.packed == 1 or settings.full != "always",
+            f"sweep.full=always trains the base itself, which the trials of a pack share (sweep.packed="
+            f"{settings.packed}); set sweep.packed=1, or sweep.full=never",
+        )
+        require(
+            "adapter=full" not in self._sweep.words,
+            "adapter=full has no rank to search for; leave it out: sweep.full says whether full fine-tuning is run "
+            "beside",
+        )
+        fixed = next((word for word in self._sweep.words if word.partition("=")[0] == "adapter.r"), None)
+        require(
+            fixed is None,
+            f"{fixed} is what sweep=rank_search searches for; leave it out, or set sweep.rank_start",
+        )
+
+    @functools.cached_property
+    def _ranks(self) -> Ranks:
+        shapes = here.planned_model(self._config).shapes
+        adapters = (each for block in shapes.adapters(self._config.adapter) for each in block)
+        widest = max(min(each.up[0], each.down[1]) for each in adapters)
+        return ladder(self._settings.rank_start, self._settings.rank_most, widest)
+
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+        """As Search.next has it: a rank that the ended runs ask for, then full fine-tuning."""
+        started, tried = {size_of(trial) for trial in trials}, self._tried(trials)
+        due: list[Size] = [rank for rank in ranks_due(self._ranks, tried, self._gains) if rank not in started]
+        if not due and FULL not in started and self._why_not_full is None:
+            due = [FULL]
+        if due:
+            return [self._values(size) for size in due]
+        return Due.END if started == tried.keys() else Due.WAIT
+
+    def _values(self, size: Size) -> dict[str, Any]:
+        if size != FULL:
+            return {"adapter.r": size}
+        return {"adapter": "full", "quant": "none", "optim.lr": self._full_lr}
+
+    @property
+    def _full_lr(self) -> float:
+        lr = self._settings.full_lr
+        return self._config.optim.lr * FULL_LR_SHARE if lr is None else lr
+
+    @functools.cached_property
+    def _why_not_full(self) -> str | None:
+        """Why full fine-tuning is not run beside, in a sentence; None: it is."""
+        full = self._settings.full
+        if full == "always":
+            return None
+        if full == "never":
+            return "Full fine-tuning was not run beside: sweep.full=never."
+        if self._settings.packed != 1:
+            return "Full fine-tuning was not run beside: the trials of a pack share one base, which it trains."
+        try:
+            config = self._sweep.compose(0, self._values(FULL), self.words).config
+            model = here.planned_model(config)
+            check_planned(config, model)
+            plan = plan_of(config, model, machine_here(config, runs_here="SLURM_JOB_ID" in os.environ))
+        except UserError as error:
+            return f"Full fine-tuning was not run beside: {error}."
+        if plan.fits:
+            return None
+        if plan.fits is None:
+            return (
+                "Full fine-tuning was not run beside: nothing says how much memory these machines have. Name the card "
+                "(card=h100), or set sweep.full=always."
+            )
+        return (
+            f"Full fine-tuning was not run beside: it does not fit {plan.machine.name} by calculation ({needs(plan)})."
+        )
+
+    def _tried(self, trials: Sequence[TrialRecord]) -> dict[Size, Tried]:
+        """The runs that have ended. One without figures of its documents, or with those of others, counts as failed."""
+        found: dict[Size, Tried] = {}
+        first: tuple[DocumentRecord, str] | None = None
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            if trial.state in (FAILED, PRUNED):
+                found[size_of(trial)] = Tried(reason=trial.reason or trial.state)
+            elif trial.state == COMPLETE:
+                tried = read(trial, self._sweep.folder)
+                name = str(trial.folder(self._sweep.folder))
+                if tried.documents is not None and first is None:
+                    first = tried.documents, name
+                elif tried.documents is not None and first is not None:
+                    try:
+                        check_paired(first[0], tried.documents, (first[1], name))
+                    except UserError as error:
+                        tried = Tried(reason=str(error))
+                found[size_of(trial)] = tried
+        return found
+
+    def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
+        """The table of ranks, the recommendation and its reason; kept as SWEEP/rank_search.json too."""
+        tried = self._tried(trials)
+        if not tried:
+            return []
+        is_over = self.next(trials) is Due.END
+        said = list(sentences(self._ranks, tried, self._gains)) if is_over else ["The search has not ended yet."]
+        said += self._notes(tried)
+        found = as_json(self._ranks, tried, self._gains) | {"confidence": self._settings.confidence}
+        found |= {"recommended": recommended(self._ranks, tried, self._gains) if is_over else None, "sentences": said}
+        durable.write_json(self._sweep.folder / RANK_SEARCH_NAME, found)
+        shown = table(self._ranks, tried, self._gains, confidence=self._settings.confidence).markdown().splitlines()
+        return [*shown, "", *(f"- {sentence}" for sentence in said)]
+
+    def _notes(self, tried: Mapping[Size, Tried]) -> Iterator[str]:
+        if FULL not in tried and self._why_not_full is not None:
+            yield self._why_not_full
+        if not self._config.adapter.use_rslora:
+            yield (
+                "adapter.use_rslora=false scales updates by alpha/r, so each doubling of r halves them too: that a "
+                "larger rank gains nothing may be due to that. Leave it out."
+            )
+        if self._settings.packed != 1:
+            yield "The memory of a run is that of its pack."
+
+
+def size_of(trial: TrialRecord) -> Size:
+    """The rank of a trial, or FULL."""
+    return FULL if trial.values.get("adapter") == "full" else int(trial.values["adapter.r"])
+
+
+def read(trial: TrialRecord, sweep: Path) -> Tried:
+    """A run that ended well: its documents, and its figures for the table."""
+    folder = trial.folder(sweep)
+    try:
+        documents = read_documents(folder)
+    except UserError as error:
+        return Tried(reason=str(error))
+    if documents.loss is None:
+        return Tried(reason="its held-out loss is not finite")
+    summary, plan = object_or_empty(folder / SUMMARY_NAME), object_or_empty(folder / PLAN_NAME)
+    device = plan.get("device", {})
+    figures = {
+        "trainable_parameters": summary.get("trainable_parameters", trial.trainable_parameters),
+        "state_bytes": device.get("persistent"),
+        "peak_bytes": summary.get("memory/peak", trial.peak_memory_bytes),
+        "planned_bytes": summary.get("memory/planned"),
+        "seconds": summary.get("train_seconds"),
+        "lr": trial.values.get("optim.lr"),
+    }
+    return Tried(documents=documents, figures=figures)

@@ -1,0 +1,256 @@
+"""Which rank is tried next, and what came of the ranks: functions of the runs that have ended. Plain values in, text
+out.
+
+Ranks are doubled while that lowers the held-out loss by more than noise (bootstrap.py). One doubling more than is worth
+it is run, since nothing but that run can tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distlora.analysis.report import Table
+from distlora.config.sweep import SweepConfig
+from distlora.eval_documents import DocumentRecord
+from distlora_launcher.sweeps.bootstrap import Gain, gain
+
+FULL = "full"
+"""In the place of a rank: full fine-tuning."""
+Size = int | str
+"""A rank, or FULL."""
+FEW_DOCUMENTS = 30
+"""With fewer the percentile interval is too narrow: of 95 % it covers about 90 (README.md)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A run that has ended."""
+
+    documents: DocumentRecord | None = None
+    """Its held-out losses; None: it failed, and `reason` says why."""
+    reason: str | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """What the table shows beside: trainable_parameters, state_bytes, peak_bytes, planned_bytes, seconds, lr."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """The ranks that may be tried, and why there is no higher one."""
+
+    ladder: tuple[int, ...]
+    widest: int
+    """Of all adapted linears the largest rank that a matrix of its shape can have."""
+
+
+def ladder(start: int, most: int, widest: int) -> Ranks:
+    """`start` and its doublings up to `most`; of those that no linear can have use for (`widest`), the first."""
+    ranks = [start]
+    while ranks[-1] * 2 <= most and ranks[-1] < widest:
+        ranks.append(ranks[-1] * 2)
+    return Ranks(ladder=tuple(ranks), widest=widest)
+
+
+def gain_of(first: Tried, second: Tried, settings: SweepConfig) -> Gain | None:
+    """Of the second run over the first; None where one of them failed."""
+    if first.documents is None or second.documents is None:
+        return None
+    return gain(
+        _known(first.documents),
+        _known(second.documents),
+        first.documents.units,
+        resamples=settings.bootstrap,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
+
+
+def _known(record: DocumentRecord) -> list[float]:
+    """Its losses, which are all finite where it is compared at all."""
+    losses = [loss for loss in record.losses if loss is not None]
+    assert len(losses) == len(record.losses), "a run with a loss that is not finite has failed"
+    return losses
+
+
+class Gains:
+    """`gain_of` the runs that have ended, each worked out once: a large bootstrap takes a second."""
+
+    def __init__(self, settings: SweepConfig) -> None:
+        self._settings = settings
+        self._known: dict[tuple[Size, Size], Gain] = {}
+
+    def of(self, tried: Mapping[Size, Tried], first: Size, second: Size) -> Gain | None:
+        """None where one of them failed, or has not ended."""
+        if first not in tried or second not in tried:
+            return None
+        found = self._known.get((first, second)) or gain_of(tried[first], tried[second], self._settings)
+        if found is not None:
+            self._known[first, second] = found
+        return found
+
+
+def ranks_due(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> list[int]:
+    """Every rank that the runs so far ask for, those included: the first two, and one more for each doubling that
+    gained more than noise."""
+    due = list(ranks.ladder[:2])
+    for smaller, larger, next_one in zip(ranks.ladder, ranks.ladder[1:], ranks.ladder[2:], strict=False):
+        found = gains.of(tried, smaller, larger)
+        if found is None or not found.is_more_than_noise:
+            break
+        due.append(next_one)
+    return due
+
+
+def recommended(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> int | None:
+    """The largest rank to which doublings gained more than noise; None where no rank's run ended well."""
+    best = next((rank for rank in ranks.ladder if rank in tried and tried[rank].documents is not None), None)
+    for smaller, larger in itertools.pairwise(ranks.ladder):
+        found = gains.of(tried, smaller, larger)
+        if smaller == best and found is not None and found.is_more_than_noise:
+            best = larger
+    return best
+
+
+def table(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, *, confidence: float) -> Table:
+    """A row for each run that ended; the gain is over half the rank, full fine-tuning's over the recommended one."""
+    head = ["rank", "trained", "state, MiB", "peak, MiB", "planned, MiB", "seconds", "held-out loss", "gain"]
+    lines = [[*head, f"{confidence * 100:.4g} % interval", "verdict"]]
+    for size, against in compared(ranks, tried, gains):
+        run = tried[size]
+        figures = run.figures
+        cells = [str(size), _count(figures.get("trainable_parameters"))]
+        cells += [_mib(figures.get(name)) for name in ("state_bytes", "peak_bytes", "planned_bytes")]
+        seconds = figures.get("seconds")
+        cells += ["-" if seconds is None else f"{seconds:.1f}"]
+        loss = None if run.documents is None else run.documents.loss
+        cells += ["-" if loss is None else f"{loss:.4f}"]
+        found = None if against is None else gains.of(tried, against, size)
+        cells += ["-", "-"] if found is None else [f"{found.gain:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}"]
+        lines.append([*cells, _verdict(run, against, found)])
+    return Table("Ranks", lines)
+
+
+def compared(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterator[tuple[Size, Size | None]]:
+    """(each run that ended, what its gain is over), in the order of the table."""
+    for rank in ranks.ladder:
+        if rank in tried:
+            yield rank, rank // 2 if rank != ranks.ladder[0] else None
+    if FULL in tried:
+        yield FULL, recommended(ranks, tried, gains)
+
+
+def _verdict(run: Tried, against: Size | None, found: Gain | None) -> str:
+    if run.documents is None:
+        return "failed"
+    if found is None:
+        return "where it starts" if against is None else f"nothing to compare: {against} failed"
+    if found.is_more_than_noise:
+        return f"lower than {against}"
+    return f"higher than {against}" if found.is_loss else f"as {against}, within noise"
+
+
+def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterator[str]:
+    """The recommendation and its reason, what full fine-tuning adds, what failed, and what to beware of."""
+    best = recommended(ranks, tried, gains)
+    if best is None:
+        yield "No rank can be recommended: no rank's run ended well."
+    else:
+        yield f"Recommended: adapter.r={best}. {_reason(ranks, tried, gains, best)}"
+    for size, run in tried.items():
+        if run.documents is None:
+            name = "Full fine-tuning" if size == FULL else f"The run with r={size}"
+            yield f"{name} failed: {run.reason}"
+    if best is None:
+        return
+    found = gains.of(tried, best, FULL)
+    if found is not None:
+        yield _of_full(found, best, tried)
+    documents = tried[best].documents
+    count = 0 if documents is None else len(documents.units)
+    if count < FEW_DOCUMENTS:
+        yield (
+            f"Only {count} document{'s are' if count != 1 else ' is'} held out: an interval of so few is narrower than "
+            "it should be, or has no ends at all. Hold out more (data.eval_fraction, data.eval_path)."
+        )
+
+
+def _reason(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains, best: int) -> str:
+    """Why this rank and not half or twice of it."""
+    said = []
+    if best != ranks.ladder[0] and (before := gains.of(tried, best // 2, best)) is not None:
+        said.append(f"From {best // 2} to {best} the held-out loss falls by {interval(before)}, more than its noise")
+    after = gains.of(tried, best, best * 2)
+    failed = tried.get(best * 2)
+    if after is not None and after.is_loss:
+        said.append(
+            f"from {best} to {best * 2} it rises by {interval(_turned(after))}: at this learning rate the larger one "
+            "is worse"
+        )
+    elif after is not None:
+        said.append(f"from {best} to {best * 2} it falls by {interval(after)}, no more than noise")
+    elif failed is not None:
+        said.append(f"whether {best * 2} gains is not known: its run failed")
+    elif best == ranks.ladder[-1] and best >= ranks.widest:
+        said.append(
+            f"no linear that is adapted has use for more: a matrix of its shape has rank {ranks.widest} at most"
+        )
+    elif best == ranks.ladder[-1]:
+        said.append(f"it may still fall beyond: sweep.rank_most ends the search here; set it to {best * 2} or more")
+    if best == ranks.ladder[0] and after is not None:
+        said.append(f"whether a lower rank does as well is not known: set sweep.rank_start={max(1, best // 2)}")
+    text = "; ".join(said)
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _of_full(found: Gain, best: int, tried: Mapping[Size, Tried]) -> str:
+    lr = tried[FULL].figures.get("lr")
+    given = "" if lr is None else f" (lr {lr:g}, which was not searched for: sweep.full_lr)"
+    if found.is_more_than_noise:
+        return f"Full fine-tuning{given} ends lower than r={best} by {interval(found)}."
+    if found.is_loss:
+        return f"Full fine-tuning{given} ends higher than r={best} by {interval(_turned(found))}."
+    return f"Full fine-tuning{given} ends where r={best} does, within noise: lower by {interval(found)}."
+
+
+def interval(found: Gain) -> str:
+    """`0.0120 nats (0.0040 to 0.0201)`."""
+    return f"{found.gain:.4f} nats ({found.low:.4f} to {found.high:.4f})"
+
+
+def _turned(found: Gain) -> Gain:
+    return Gain(gain=-found.gain, low=-found.high, high=-found.low, error=found.error)
+
+
+def as_json(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> dict[str, Any]:
+    """The table's rows for programs. Numbers that JSON cannot hold are null."""
+    rows = []
+    for size, against in compared(ranks, tried, gains):
+        run, found = tried[size], None if against is None else gains.of(tried, against, size)
+        rows.append(
+            {
+                "size": size,
+                "against": against,
+                "loss": None if run.documents is None else run.documents.loss,
+                "gain": None if found is None else found.gain,
+                "low": None if found is None else _finite(found.low),
+                "high": None if found is None else _finite(found.high),
+                "verdict": _verdict(run, against, found),
+                **run.figures,
+            }
+        )
+    return {"rows": rows}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _mib(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.1f}"

@@ -1,0 +1,337 @@
+"""The rank search: what it tries next, where it ends, what it recommends, and that a real one ends by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distlora.config import UserError
+from distlora.config.sweep import SweepConfig
+from distlora.eval_documents import DocumentRecord, read_documents, write_documents
+from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
+from distlora_launcher.sweeps import rank_search
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.rank_search import RANK_SEARCH_NAME, RankSearch
+from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
+from distlora_launcher.sweeps.search import Due
+from distlora_launcher.sweeps.space import Values
+
+SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
+DOCUMENTS = 80
+
+
+def documents(loss: float, seed: int = 0, count: int = DOCUMENTS) -> DocumentRecord:
+    """A run whose documents are as hard as those of every other, and whose loss is `loss` below them, give or take."""
+    hard, own = np.random.default_rng(99), np.random.default_rng(seed)
+    units = hard.integers(20, 200, count)
+    losses = (hard.normal(3, 1, count) + loss + own.normal(0, 0.01, count)) * units
+    return DocumentRecord(step=5, rows="ab", documents=list(range(count)), losses=losses.tolist(), units=units.tolist())
+
+
+def runs(losses: Mapping[Size, float | None], count: int = DOCUMENTS) -> dict[Size, Tried]:
+    """Runs that ended with these losses, relative to each other; None: failed."""
+    return {
+        size: Tried(reason="out of memory")
+        if loss is None
+        else Tried(documents=documents(loss, seed, count), figures={"trainable_parameters": 1000 * seed})
+        for seed, (size, loss) in enumerate(losses.items())
+    }
+
+
+LADDER = ladder(8, 128, 500)
+FALLING = {8: 0.0, 16: -0.1, 32: -0.15, 64: -0.15, FULL: -0.2}
+
+
+@pytest.mark.parametrize(
+    ("losses", "due", "best"),
+    [
+        ({}, [8, 16], None),
+        ({8: 0.0}, [8, 16], 8),
+        ({16: 0.0}, [8, 16], 16),
+        ({8: 0.0, 16: -0.1}, [8, 16, 32], 16),
+        ({8: 0.0, 16: 0.0}, [8, 16], 8),
+        ({8: 0.0, 16: 0.1}, [8, 16], 8),
+        ({8: 0.0, 16: -0.1, 32: -0.15}, [8, 16, 32, 64], 32),
+        (FALLING, [8, 16, 32, 64], 32),
+        ({8: 0.0, 16: -0.1, 32: -0.2, 64: -0.3, 128: -0.4}, [8, 16, 32, 64, 128], 128),
+        ({8: None, 16: -0.1}, [8, 16], 16),
+        ({8: 0.0, 16: -0.1, 32: None}, [8, 16, 32], 16),
+        ({8: None, 16: None}, [8, 16], None),
+    ],
+    ids=str,
+)
+def test_ranks_are_doubled_while_that_gains_more_than_noise(
+    losses: dict[Size, float | None], due: list[int], best: int | None
+) -> None:
+    tried, gains = runs(losses), Gains(SETTINGS)
+    assert ranks_due(LADDER, tried, gains) == due
+    assert recommended(LADDER, tried, gains) == best
+
+
+def test_no_rank_is_tried_that_no_linear_has_use_for() -> None:
+    assert ladder(16, 256, 500).ladder == (16, 32, 64, 128, 256)
+    assert ladder(16, 256, 96).ladder == (16, 32, 64, 128)
+    assert ladder(16, 256, 64).ladder == (16, 32, 64)
+    assert ladder(16, 100, 500).ladder == (16, 32, 64)
+
+
+def said(losses: dict[Size, float | None], count: int = DOCUMENTS) -> str:
+    return " ".join(sentences(LADDER, runs(losses, count), Gains(SETTINGS)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "parts"),
+    [
+        (
+            FALLING,
+            [
+                "Recommended: adapter.r=32. From 16 to 32 the held-out loss falls by 0.0",
+                "more than its noise; from 32",
+                "no more than noise.",
+                "Full fine-tuning ends lower than r=32 by 0.0",
+            ],
+        ),
+        ({8: 0.0, 16: 0.1}, ["Recommended: adapter.r=8. From 8 to 16 it rises by 0.", "sweep.rank_start=4"]),
+        ({8: 0.0, 16: -0.1, 32: None}, ["whether 32 gains is not known", "The run with r=32 failed: out of memory"]),
+        ({8: None, 16: None}, ["No rank can be recommended", "r=8 failed: out of memory"]),
+        (
+            {8: 0.0, 16: -0.1, 32: -0.2, 64: -0.3, 128: -0.4},
+            ["Recommended: adapter.r=128.", "set it to 256 or more"],
+        ),
+        ({8: 0.0, 16: 0.0, FULL: 0.3}, ["Full fine-tuning ends higher than r=8 by 0."]),
+        ({8: 0.0, 16: 0.0, FULL: 0.0}, ["ends where r=8 does, within noise"]),
+        ({8: 0.0, 16: 0.0, FULL: None}, ["Full fine-tuning failed: out of memory"]),
+    ],
+    ids=str,
+)
+def test_the_recommendation_says_its_reason(losses: dict[Size, float | None], parts: list[str]) -> None:
+    text = said(losses)
+    for part in parts:
+        assert part in text, text
+
+
+def test_few_documents_are_told_of() -> None:
+    assert "held out" not in said({8: 0.0, 16: -0.1})
+    assert "Only 12 documents are held out" in said({8: 0.0, 16: -0.1}, count=12)
+    text = said({8: 0.0, 16: -0.1}, count=1)
+    assert "Recommended: adapter.r=8" in text, "one document tells nothing of others"
+    assert "Only 1 document is held out" in text
+
+
+def test_the_table_has_each_run_and_what_it_gained() -> None:
+    rows = table(LADDER, runs({**FALLING, 64: None}), Gains(SETTINGS), confidence=0.95).rows
+    assert [row[0] for row in rows] == ["rank", "8", "16", "32", "64", "full"]
+    assert rows[0][-2:] == ["95 % interval", "verdict"]
+    assert [row[-1] for row in rows[1:]] == [
+        "where it starts",
+        "lower than 8",
+        "lower than 16",
+        "failed",
+        "lower than 32",
+    ]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert float(rows[2][7]) == pytest.approx(0.1, abs=0.01)
+
+
+def sweep_of(folder: Path, folders: Path, *words: str, **settings: Any) -> Sweep:
+    values = {"method": "rank_search", "rank_start": 8, "rank_most": 64, "bootstrap": 500} | settings
+    shared = (
+        f"model.path={folders / 'llama'}",
+        f"data.path={folders / 'text.jsonl'}",
+        "data.sequence_length=64",
+        "adapter.target_modules=all-linear",
+        "tracker=none",
+        "optim.lr=2e-3",
+    )
+    return Sweep(
+        folder=folder,
+        settings=SweepConfig(**values),
+        words=(*shared, *words),
+        space=(),
+        config_dir=None,
+        cwd=str(folder),
+    )
+
+
+def ended(sweep: Sweep, losses: Mapping[Size, float | None]) -> list[TrialRecord]:
+    """Trials in the order of `losses`, with what a run leaves in its folder."""
+    records = []
+    for number, (size, loss) in enumerate(losses.items()):
+        values = {"adapter": "full", "quant": "none", "optim.lr": 2e-4} if size == FULL else {"adapter.r": size}
+        state = FAILED if loss is None else COMPLETE
+        record = TrialRecord(
+            number=number, state=state, values=values, reason=None if loss is not None else "no memory"
+        )
+        records.append(record)
+        if loss is not None:
+            record.folder(sweep.folder).mkdir(parents=True, exist_ok=True)
+            write_documents(record.folder(sweep.folder), documents(loss, number))
+    return records
+
+
+@pytest.fixture
+def searched(tmp_path: Path, folders: Path) -> Sweep:
+    return sweep_of(tmp_path, folders, full="never")
+
+
+def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
+    """Each answer by a new search, as each worker and each resume has one."""
+
+    def answer(trials: list[TrialRecord]) -> Any:
+        return RankSearch(searched).next(trials)
+
+    assert answer([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
+    trials = ended(searched, {8: 0.0, 16: -0.1})
+    assert answer([trials[0]]) == [{"adapter.r": 16}]
+    assert answer([trials[0], dataclasses.replace(trials[1], state=RUNNING)]) is Due.WAIT
+    assert answer(trials) == [{"adapter.r": 32}]
+    assert answer(ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})) is Due.END
+    assert answer(ended(searched, {8: 0.0, 16: None})) is Due.END
+    # Hidden 96, MLP 256: of any of its linears 96 is the most, so 128 is the last that could be tried, were it allowed.
+    assert RankSearch(searched)._ranks.widest == 96
+
+
+def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) -> None:
+    sweep = sweep_of(tmp_path, folders, "adapter.lora_alpha=32", "quant=nf4", "quant.cache=false", full="always")
+    search = RankSearch(sweep)
+    assert FULL not in [values.get("adapter") for values in search.next([])]  # type: ignore[union-attr]
+    trials = [dataclasses.replace(trial, state=RUNNING) for trial in ended(sweep, {8: 0.0, 16: 0.0})]
+    (values,) = search.next(trials)  # type: ignore[misc]
+    assert values == {"adapter": "full", "quant": "none", "optim.lr": pytest.approx(2e-4)}
+    config = sweep.compose(2, values, search.words).config
+    assert (config.adapter.method, config.quant.method, config.optim.lr) == ("full", "none", pytest.approx(2e-4))
+    assert config.train.eval_documents
+    assert config.run_dir == str(sweep.run_dir(2))
+    assert RankSearch(sweep).next([*trials, *_numbered(2, ended(sweep, {FULL: 0.0}))]) is Due.WAIT
+
+
+def _numbered(number: int, records: list[TrialRecord]) -> list[TrialRecord]:
+    return [dataclasses.replace(record, number=number + index) for index, record in enumerate(records)]
+
+
+def test_full_fine_tuning_is_run_beside_where_it_fits(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path, folders)
+    trials = ended(sweep, {8: 0.0, 16: 0.0})
+    assert RankSearch(sweep).next(trials) == [{"adapter": "full", "quant": "none", "optim.lr": pytest.approx(2e-4)}]
+    small = dataclasses.replace(rank_search.here.found_here(), host_bytes=2**20)
+    monkeypatch.setattr(rank_search.here, "found_here", lambda **_: small)
+    search = RankSearch(sweep)
+    assert search.next(trials) is Due.END
+    assert "Full fine-tuning was not run beside: it does not fit CPU by calculation" in "\n".join(
+        search.conclusion(trials)
+    )
+
+
+def test_the_conclusion_is_a_table_a_recommendation_and_a_file(searched: Sweep) -> None:
+    trials = ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})
+    text = "\n".join(RankSearch(searched).conclusion(trials))
+    assert "| 16 |" in text
+    assert "- Recommended: adapter.r=16." in text
+    assert "- Full fine-tuning was not run beside: sweep.full=never." in text
+    kept = json.loads((searched.folder / RANK_SEARCH_NAME).read_text())
+    assert kept["recommended"] == 16
+    assert [row["size"] for row in kept["rows"]] == [8, 16, 32]
+    assert kept["rows"][1]["low"] < kept["rows"][1]["gain"] < kept["rows"][1]["high"]
+    assert any("Recommended" in sentence for sentence in kept["sentences"])
+
+
+def test_a_search_that_was_cut_off_recommends_nothing(searched: Sweep) -> None:
+    trials = ended(searched, {8: 0.0, 16: -0.1})
+    text = "\n".join(RankSearch(searched).conclusion(trials))
+    assert "The search has not ended yet" in text
+    assert "Recommended" not in text
+    assert RankSearch(searched).conclusion([]) == []
+
+
+def test_without_rank_stabilized_scaling_the_conclusion_warns(tmp_path: Path, folders: Path) -> None:
+    sweep = sweep_of(tmp_path, folders, "adapter.use_rslora=false", full="never")
+    text = "\n".join(RankSearch(sweep).conclusion(ended(sweep, {8: 0.0, 16: 0.0})))
+    assert "adapter.use_rslora=false scales updates by alpha/r" in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "eval_documents.json").unlink(), r"needs train\.eval_documents=true"),
+        (lambda folder: (folder / "eval_documents.json").write_text("{"), "is damaged"),
+        (
+            lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), rows="cd")),
+            "evaluated on different held-out rows",
+        ),
+        (
+            lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), losses=[None] * DOCUMENTS)),
+            "is not finite",
+        ),
+    ],
+)
+def test_a_run_without_figures_to_compare_counts_as_failed(
+    searched: Sweep, damage: Callable[[Path], Any], reason: str
+) -> None:
+    trials = ended(searched, {8: 0.0, 16: -0.1})
+    damage(trials[1].folder(searched.folder))
+    search = RankSearch(searched)
+    assert search.next(trials) is Due.END
+    assert reason.replace("\\", "") in "\n".join(search.conclusion(trials))
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches for; .* sweep\.rank_start"),
+        (["adapter=full", "quant=none"], {}, "adapter=full has no rank to search for"),
+        ([], {"rank_most": 15}, r"sweep\.rank_most=15 leaves no doubling of sweep\.rank_start=8; set .*=16"),
+        ([], {"metric": "loss"}, r"not sweep\.metric=loss"),
+        ([], {"direction": "maximize"}, "leave both out"),
+        ([], {"trials": 3}, r"sweep\.trials=3 has no effect"),
+        ([], {"pruner": "median"}, r"sweep\.pruner=median would end runs"),
+        ([], {"packed": 2, "full": "always"}, r"sweep\.full=always trains the base itself"),
+    ],
+)
+def test_settings_that_leave_nothing_to_search_are_refused(
+    tmp_path: Path, folders: Path, words: list[str], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        RankSearch(sweep_of(tmp_path, folders, *words, **settings))
+
+
+def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
+    space = (Values(setting="optim.lr", values=(1e-3, 2e-3)),)
+    with pytest.raises(UserError, match=r"searches adapter\.r alone, and optim\.lr has several values"):
+        RankSearch(dataclasses.replace(searched, space=space))
+
+
+def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
+    """Two ranks and full fine-tuning, each a process of `distlora train`."""
+    sweep = tmp_path / "sweep"
+    words = sweep_of(tmp_path, folders).words
+    settings = ["sweep=rank_search", "sweep.rank_start=2", "sweep.rank_most=4", "sweep.bootstrap=200"]
+    settings += ["data.eval_fraction=0.3", "train.max_steps=2", "train.global_batch=4", "train.micro_batch=4"]
+    settings += ["train.dtype=fp32", "quant.cache=false", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={sweep}"]
+    command = [sys.executable, "-m", "distlora_launcher.cli", "sweep", *settings, *words]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    records = read_results(sweep)
+    assert [record.state for record in records] == [COMPLETE] * 3, finished.stdout
+    assert [dict(record.values).get("adapter.r", FULL) for record in records] == [2, 4, FULL]
+    for record in records:
+        found = read_documents(record.folder(sweep))
+        assert found.loss is not None
+        assert record.value is not None
+        assert math.isclose(found.loss, record.value, rel_tol=1e-5)
+    kept = json.loads((sweep / RANK_SEARCH_NAME).read_text())
+    assert [row["size"] for row in kept["rows"]] == [2, 4, FULL]
+    assert kept["recommended"] in (2, 4)
+    assert all(row["planned_bytes"] and row["peak_bytes"] and row["state_bytes"] for row in kept["rows"])
+    assert "Recommended: adapter.r=" in finished.stdout
+    assert "Recommended: adapter.r=" in (sweep / "results.md").read_text()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distlora.data.stacking import Share, Stack, stacks
 from distlora.model import CausalLM
+from distlora.objectives import Losses
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
 from distlora.stopping import Stopped
@@ -153,6 +154,8 @@ class Trainer:
         names, step = ("loss", *objective.figures), trials[0].done
         totals = torch.zeros(len(trials), len(names), dtype=torch.float64, device=device)
         units = [0] * len(trials)
+        for documents in (trial.documents for trial in trials if trial.documents is not None):
+            documents.begin()
         with torch.no_grad():
             for index in range(max(trial.held_out_batches for trial in trials)):
                 running = [number for number, trial in enumerate(trials) if index < trial.held_out_batches]
@@ -165,9 +168,20 @@ class Trainer:
                     losses = objective.losses(self.model, part.batch, device, None)
                     for owner, rows in part.of_owners(losses.rows):
                         totals[running[owner]] += torch.cat([rows.sum()[None], losses.figures])
+                    _note_documents([trials[number] for number in running], part, losses)
         sums = self.backend.sum_over_ranks(totals).tolist()
         for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
             trial.evaluated({f"eval_{name}": total / own_units for name, total in zip(names, own_sums, strict=True)})
+
+
+def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> None:
+    """Of an evaluation's rows: to each trial that asks for it what its documents' losses are."""
+    if all(trial.documents is None for trial in trials):
+        return
+    assert losses.units is not None, "an evaluation"
+    for (owner, batch), (_, units) in zip(part.batches_of_owners(), part.of_owners(losses.units), strict=True):
+        if (documents := trials[owner].documents) is not None:
+            documents.add(batch, units)
 
 
 def _mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:

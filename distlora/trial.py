@@ -22,6 +22,7 @@ from distlora.checkpoints.state import Progress
 from distlora.config import Config
 from distlora.data.loader import StepLoader
 from distlora.data.stacking import Share
+from distlora.document_losses import DocumentLosses
 from distlora.flops import count_flops, peak_flops
 from distlora.memory_check import MemoryCheck
 from distlora.model import CausalLM
@@ -139,6 +140,10 @@ class Trial:
         self.objective = objective_of(config.train)
         self.held_out: dict[str, float] = {}
         """The figures of the last evaluation, by name."""
+        self.documents = (
+            DocumentLosses(eval_loader.rows) if eval_loader is not None and config.train.eval_documents else None
+        )
+        """What an evaluation that is under way has seen of each held-out document; None: it need not."""
         self.unreached: list[str] | None = None
         """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
@@ -231,6 +236,8 @@ class Trial:
         """Record the figures of an evaluation of what has been trained so far."""
         self.held_out = held_out
         self.progress.evaluations[self.progress.step] = held_out["eval_loss"]
+        if self.documents is not None:
+            self.reporter.documents(self.documents.record(self.progress.step, self.backend))
         self.reporter.evaluation(self.progress.step, held_out)
 
     def keep_best(self) -> None:

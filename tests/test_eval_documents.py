@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
 from distlora.data.packing import pack
@@ -24,7 +25,10 @@ from distlora.eval_documents import (
     read_documents,
     write_documents,
 )
-from small_models import config_with, make_run, tokenizer
+from distlora.parallel import Ranks
+from small_models import config_with, make_run, read_metrics, tokenizer
+from test_dpo import preferences  # noqa: F401 - a fixture
+from worlds import World
 
 ALONE: Any = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), sum_over_ranks=lambda tensor: tensor)
 """A backend of one rank, as far as sums need one."""
@@ -100,6 +104,64 @@ def test_rows_and_documents_that_do_not_belong_together_are_no_figures(prepared:
     assert pieces_of_rows(rows).sum() == rows.counts["pieces"]
     with pytest.raises(ValueError, match="pieces in the held-out rows"):
         pieces_of_rows(dataclasses.replace(rows, documents=rows.documents[:-1]))
+
+
+def run_once(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(world, 1, folders, tmp_path_factory.mktemp("alone") / "run")
+
+
+def trained(world: World, size: int, folders: Path, run_dir: Path, **settings: Any) -> Path:
+    """A run of two steps, and an evaluation after each of them."""
+    make_run(
+        run_dir,
+        folders,
+        data={"eval_fraction": 0.3},
+        train={"max_steps": 2, "eval_every": 1, "eval_documents": True} | settings,
+    )
+    world.run(size, run_once, run_dir=run_dir)
+    return run_dir
+
+
+def test_a_run_says_what_its_last_evaluation_found(alone: Path) -> None:
+    record = read_documents(alone)
+    last = read_metrics(alone)[-1]
+    assert record.step == last["step"] == 2
+    assert record.loss == pytest.approx(last["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "settings"), [(2, {"micro_batch": 2}), (3, {"micro_batch": 1})])
+def test_a_run_on_several_ranks_has_the_same_figures(
+    world: World, folders: Path, tmp_path: Path, alone: Path, size: int, settings: dict[str, Any]
+) -> None:
+    record, expected = (
+        read_documents(trained(world, size, folders, tmp_path / "run", **settings)),
+        read_documents(alone),
+    )
+    check_paired(record, expected, ("a", "b"))
+    np.testing.assert_allclose(record.losses, expected.losses, rtol=2e-6)  # type: ignore[arg-type]
+
+
+def test_a_pair_is_one_document_with_one_loss(
+    world: World,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    data = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
+    settings = {"objective": "dpo", "max_steps": 2, "global_batch": 6, "eval_documents": True}
+    make_run(tmp_path / "run", folders, data=data, train=settings)
+    world.run(1, run_once, run_dir=tmp_path / "run")
+    record, rows = read_documents(tmp_path / "run"), open_split(tmp_path / "run", "eval")
+    assert rows is not None
+    assert set(record.units) == {1}
+    assert len(record.units) == rows.pairs.sum() > len(rows)
+    assert record.loss == pytest.approx(read_metrics(tmp_path / "run")[-1]["eval_loss"], rel=1e-6)
+    assert len(set(record.losses)) == len(record.losses)
 
 
 RECORD = DocumentRecord(step=1, rows="ab", documents=[0, 3], losses=[1.5, None], units=[2, 1])

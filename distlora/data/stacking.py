@@ -34,11 +34,16 @@ class Stack(NamedTuple):
     """(trial, its rows), from the first row on; a trial may come several times."""
 
     def of_owners(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(trial, its part) of a number for each row, (B,)."""
+        """(trial, its part) of a number for each row, (B,), or of several, (B, ...)."""
         if len(self.owners) == 1:
             return iter([(self.owners[0][0], rows)])
         parts = rows.split([count for _, count in self.owners])
         return zip((owner for owner, _ in self.owners), parts, strict=True)
+
+    def batches_of_owners(self) -> Iterator[tuple[int, MicroBatch]]:
+        """(trial, its rows)."""
+        for parts in zip(*(self.of_owners(column) for column in self.batch[:4]), strict=True):
+            yield parts[0][0], MicroBatch(*(part for _, part in parts))
 
 
 def stacks(shares: Sequence[Share], *, whole: bool) -> list[Stack]:

@@ -41,7 +41,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
         lines.append(
             [
                 str(trial.number),
-                *(_shown(trial.values[name]) if name in trial.values else "" for name in settings),
+                *(shown_value(trial.values[name]) if name in trial.values else "" for name in settings),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
                 "" if trial.seconds is None else duration(trial.seconds),
@@ -94,12 +94,13 @@ def _rank(sweep: Sweep, trial: TrialRecord) -> tuple[float, int]:
     return trial.value if sweep.settings.direction == "minimize" else -trial.value, trial.number
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value of a setting, short."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return f"[{','.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
+    return f"[{','.join(map(shown_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _cell(text: str) -> str:

@@ -29,6 +29,7 @@ from distlora_launcher.output import say, shown
 from distlora_launcher.run_state import duration
 from distlora_launcher.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
+from distlora_launcher.sweeps.importance import effects
 from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome, Runner
 from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
@@ -194,10 +195,20 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     with study.held():
         write_table(sweep, study.records(), search)
     if study.is_over():
-        from distlora_launcher.sweeps.plots import write_plots
+        write_plots(sweep, study)
 
-        with study.held():
-            write_plots(sweep, study.records())
+
+def write_plots(sweep: Sweep, study: Study) -> None:
+    """SWEEP/parallel_coordinates.png and SWEEP/importance.png, where there is something to show."""
+    from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
+
+    with study.held():
+        trials = study.records()
+        plot_coordinates(sweep, trials)
+        exact = effects(trials)
+        shares = exact or study.importances()
+        if shares is not None:
+            plot_importance(sweep, shares, "main effects of the whole grid" if exact else "PED-ANOVA, the best quarter")
 
 
 def run(folder: Path, index: int) -> int:

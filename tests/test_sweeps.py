@@ -26,13 +26,16 @@ from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, worker_place
 from distlora_launcher.signals import Forwarder
 from distlora_launcher.sweeps import local, runner
+from distlora_launcher.sweeps.command import ask
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
+from distlora_launcher.sweeps.importance import TOGETHER, effects
+from distlora_launcher.sweeps.plots import scale_of
 from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import best_of, ranked
-from distlora_launcher.sweeps.worker import Follower, Worker
+from distlora_launcher.sweeps.worker import Follower, Worker, write_plots
 
 HERE = Path(__file__).parent
 RATES = Values("optim.lr", (1e-3, 1e-2))
@@ -292,6 +295,23 @@ def test_cancel_has_the_workers_stop(tmp_path: Path):
     assert main(["cancel", str(sweep.folder)]) == 2
 
 
+def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={tmp_path / 's 1'}"]
+    sweep, _ = ask([*paths, "name=try", "optim.lr=1e-4,2e-4", "tracker.tags=[a]"])
+    config = sweep.compose(3, {"optim.lr": 2e-4}).config
+    assert (config.name, config.tracker.group, config.tracker.tags) == ("try-0003", "s 1", ("a",))
+    assert config.run_dir == str(tmp_path / "s 1" / "trials" / "0003")
+    sweep, _ = ask([*paths, "tracker.group=mine", "name=a,b"])
+    config = sweep.compose(0, {"name": "b"}).config
+    assert (config.name, config.tracker.group) == ("b", "mine")
+    sweep, _ = ask([*paths, "optim.lr=1e-4,2e-4", "tracker=none"])
+    assert sweep.compose(0, {}).config.tracker.group is None
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
+    assert "WANDB_RUN_ID" not in runner.environment()
+
+
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
     assert local.shares(2, 2) == ["4,5", "6,7"]
@@ -315,6 +335,7 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a rank"),
         (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
         (["sweep=optuna", "optim.lr=1e-4,2e-4"], "judges trials by their evaluations"),
+        (["sweep.pruner=median", "sweep.metric=loss", "train.eval_every=2", "optim.lr=1,2"], "have no loss"),
     ],
 )
 def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
@@ -366,3 +387,52 @@ def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Pat
     assert good.trainable_parameters == summary["trainable_parameters"]
     assert f"the best is trial 0, {folder / 'trials/0000'}" in finished.stdout
     assert (good.folder(folder) / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_main_effects_of_a_grid_are_its_variance_by_setting():
+    values = {(lr, r): 3.0 + 4.0 * (lr == 2) + 1.0 * (r == 16) for lr in (1, 2) for r in (8, 16)}
+    trials = [
+        TrialRecord(number=n, state=COMPLETE, values={"lr": lr, "r": r, "fixed": 0}, value=value)
+        for n, ((lr, r), value) in enumerate(values.items())
+    ]
+    # Without interactions: 4 and 1 apart give variances of 4 and 1/4.
+    assert effects(trials) == pytest.approx({"lr": 4 / 4.25, "r": 0.25 / 4.25, TOGETHER: 0}, abs=1e-12)
+    crossed = [
+        dataclasses.replace(trial, value=float((trial.values["lr"] == 2) ^ (trial.values["r"] == 8)))
+        for trial in trials
+    ]
+    assert effects(crossed) == pytest.approx({"lr": 0, "r": 0, TOGETHER: 1}, abs=1e-12)
+    assert effects(trials[:3]) is None
+    assert effects([dataclasses.replace(trial, value=1.0) for trial in trials]) is None
+
+
+def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
+    space = (Interval("optim.lr", 1e-6, 1.0, log=True), RANKS)
+    sweep = sweep_at(tmp_path / "s", *space, method="random", trials=16)
+    study = study_of(sweep)
+    for number in range(16):
+        assert (study.importances() is None) == (number < 8)
+        trial = asked(study)
+        complete(study, trial, abs(math.log10(trial.values["optim.lr"]) + 3) + trial.values["adapter.r"] / 1000)
+    shares = study.importances()
+    assert shares is not None
+    assert shares["optim.lr"] > 0.8
+    write_plots(sweep, study)
+    for name in ("parallel_coordinates.png", "importance.png"):
+        assert (sweep.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ((1e-5, 1e-3, 1e-1), (0, 0.5, 1)),
+        ((8, 16, 32), (0, 1 / 3, 1)),
+        (("a", None, [1]), (0, 0.5, 1)),
+        ((True, False), (0, 1)),
+        ((5,), (0,)),
+    ],
+)
+def test_numbers_stand_by_their_size_or_logarithm_and_words_beside_each_other(values: Any, places: Any):
+    scale = scale_of(values)
+    assert [scale.place(value) for value in values] == pytest.approx(places)
+    assert len(scale.marks) == len(values)

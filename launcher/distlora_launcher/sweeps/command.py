@@ -94,13 +94,20 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     check_folder(folder)
-    shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir="))]
-    return (
-        Sweep(
-            folder=folder, settings=settings, words=tuple(shared), space=space, config_dir=config_dir, cwd=os.getcwd()
-        ),
-        probe,
+    shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir=", "name="))]
+    if probe.config.tracker.name == "wandb" and probe.config.tracker.group is None:
+        shared += words_of({"tracker.group": folder.name})
+    searched = {dimension.setting for dimension in space}
+    sweep = Sweep(
+        folder=folder,
+        settings=settings,
+        words=tuple(shared),
+        space=space,
+        config_dir=config_dir,
+        cwd=os.getcwd(),
+        name=None if "name" in searched else probe.config.name,
     )
+    return sweep, probe
 
 
 def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -159,10 +166,16 @@ def check_metric(sweep: Sweep, config: Config) -> None:
         f"sweep.metric={sweep.settings.metric} needs held-out documents, and none are (data.eval_fraction=0); set "
         "data.eval_path or data.eval_fraction=0.05, or compare by another figure: sweep.metric=loss",
     )
+    pruner = sweep.settings.pruner
     require(
-        sweep.settings.pruner == "none" or config.train.eval_every is not None or sweep.settings.metric == "loss",
-        f"sweep.pruner={sweep.settings.pruner} judges trials by their evaluations, and there is one alone, at the end; "
-        "set train.eval_every=50, or sweep.pruner=none",
+        pruner == "none" or config.train.eval_every is not None,
+        f"sweep.pruner={pruner} judges trials by their evaluations, and there is one alone, at the end; set "
+        "train.eval_every=50, or sweep.pruner=none",
+    )
+    require(
+        pruner == "none" or sweep.settings.metric.startswith("eval_"),
+        f"sweep.pruner={pruner} judges trials by their evaluations, which have no {sweep.settings.metric} "
+        "(sweep.metric); set sweep.metric=eval_loss, or sweep.pruner=none",
     )
 
 

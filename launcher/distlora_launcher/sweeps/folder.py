@@ -29,6 +29,7 @@ _SWEEP: Shape = {
     "space": [dict],
     "config_dir": (str, type(None)),
     "cwd": str,
+    "name": (str, type(None)),
 }
 
 
@@ -45,6 +46,8 @@ class Sweep:
     """The folder of --config-dir."""
     cwd: str
     """Where the command was given, which relative paths in the words start from."""
+    name: str | None = None
+    """Of the runs, to which each trial's adds its number; None: none, as what is searched has it."""
 
     def run_dir(self, number: int) -> Path:
         """The run folder of a trial."""
@@ -57,7 +60,9 @@ class Sweep:
             ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
         )
         shared = [word for word in self.words if word.lstrip("+~").partition("=")[0].partition(".")[0] not in unused]
-        return [*extra, *shared, *words_of(values), *words_of({"run_dir": str(self.run_dir(number))})]
+        own = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
+        own["run_dir"] = str(self.run_dir(number))
+        return [*extra, *shared, *words_of(values), *words_of(own)]
 
     def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
         """The settings of a trial. Raises UserError as `distlora train` does."""
@@ -79,6 +84,7 @@ def make_sweep(sweep: Sweep) -> None:
         "space": as_records(sweep.space),
         "config_dir": sweep.config_dir,
         "cwd": sweep.cwd,
+        "name": sweep.name,
     }
     temporary = sweep.folder / f".{SWEEP_NAME}-{secrets.token_hex(8)}"
     with temporary.open("w", encoding="utf-8") as file:
@@ -115,4 +121,5 @@ def load_sweep(folder: Path) -> Sweep:
         space=space,
         config_dir=values["config_dir"],
         cwd=values["cwd"],
+        name=values["name"],
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from distlora.command_line import BAD_INPUT, DONE, STOPPED
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora.wandb_agent import VARIABLES
 from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.run_state import read_ending, read_figures
 from distlora_launcher.sweeps.folder import LOGS, Sweep
@@ -113,7 +114,7 @@ class Alone:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
+                env=environment(),
                 start_new_session=True,
             )
         self._trial, self._started, self._prunes = trial, time.monotonic(), False
@@ -161,6 +162,12 @@ class Alone:
         by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         said = _last_error(_log(self._sweep, trial.number), self._log_start)
         return FAILED, said or f"its launcher {by}"
+
+
+def environment() -> dict[str, str]:
+    """Of a process that trains: bound to this one's life, and no run of an agent of wandb that started all of this."""
+    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return own | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
 
 
 def _log(sweep: Sweep, number: int) -> Path:

@@ -9,7 +9,7 @@ Letters: B rows, T tokens of a row, P most pairs of a row, F figures.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ def _run(
         sent.position_ids,
         sent.labels,
         adapter_rows=sent.slots,
-        step_rows=None if steps is None else StepRows(cast(Any, steps), sent.rows),
+        step_rows=None if steps is None else StepRows(steps, sent.rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
         with_reference=with_reference,
         by_token=by_token,

@@ -21,14 +21,14 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-def display(total_steps: int, start_step: int) -> Display:
-    """A live bar where stdout is a terminal and rich is installed, else lines."""
-    if sys.stdout.isatty():
+def display(total_steps: int, start_step: int, label: str = "") -> Display:
+    """A live bar where stdout is a terminal and rich is installed, else lines, which begin with `label`."""
+    if sys.stdout.isatty() and not label:
         try:
             return Bar(total_steps, start_step)
         except ImportError:  # rich is optional: a line every few seconds says the same.
-            return Lines(total_steps, start_step)
-    return Lines(total_steps, start_step)
+            return Lines(total_steps, start_step, label)
+    return Lines(total_steps, start_step, label)
 
 
 class Pace:
@@ -75,8 +75,8 @@ class Lines:
 
     SECONDS = 3.0
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._total = total_steps
+    def __init__(self, total_steps: int, start_step: int, label: str = "") -> None:
+        self._total, self._label = total_steps, label
         self._pace = Pace(total_steps)
         self._shown = -math.inf
 
@@ -88,7 +88,7 @@ class Lines:
             self.say(f"step {step:{width}}/{self._total}  {figures(metrics)}  {left} left")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        print(f"{self._label}{text}", flush=True)
 
     def close(self) -> None:
         pass

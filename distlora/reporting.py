@@ -38,8 +38,17 @@ class Reporter:
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, rank: int, world: int, total_steps: int, start_step: int
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        rank: int,
+        world: int,
+        total_steps: int,
+        start_step: int,
+        label: str = "",
     ) -> None:
+        """`label`: what lines on the terminal begin with, where those of several runs come there."""
         self._writes = rank == 0
         if not self._writes:
             return
@@ -59,7 +68,7 @@ class Reporter:
         self._uploads = config.tracker.artifact
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
-        self._display = display(total_steps, start_step)
+        self._display = display(total_steps, start_step, label)
         self._tracker = (
             start_tracker(run_dir, config, world, self._display.say) if config.tracker.name == "wandb" else None
         )

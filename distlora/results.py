@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora import durable
+from distlora.adapters import DEFAULT_ADAPTER
 from distlora.checkpoints.files import whole_folder, write_files
 from distlora.checkpoints.folder import STATE_NAME, TRAINER_NAME
 from distlora.checkpoints.state import Progress
@@ -33,15 +34,15 @@ COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""
 
 
-def weight_files(model: CausalLM, config: Config) -> dict[str, Any]:
+def weight_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
     """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model.
 
     PiSSA's belongs to the base without the run's start.
     """
     if config.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
-    tensors = adapter_tensors(model)
-    return {CONFIG_NAME: adapter_config(config, model), WEIGHTS_NAME: dict(tensors)}
+    tensors = adapter_tensors(model, adapter)
+    return {CONFIG_NAME: adapter_config(config, model, adapter), WEIGHTS_NAME: dict(tensors)}
 
 
 def marks(config: Config) -> dict[str, str]:
@@ -49,23 +50,29 @@ def marks(config: Config) -> dict[str, str]:
     return NF4_MARK if config.adapter.for_nf4 else {}
 
 
-def adapter_files(model: CausalLM, config: Config) -> dict[str, Any]:
+def adapter_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
     """The files of an adapter that PEFT loads onto the unchanged base."""
-    files = weight_files(model, config)
+    files = weight_files(model, config, adapter)
     if not config.adapter.pissa:
         return files
     tensors = plain_tensors(files[WEIGHTS_NAME], start_path(config))
     return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 
-def load_weights(folder: Path, model: CausalLM, backend: Backend, start: Mapping[str, Tensor] | None = None) -> None:
+def load_weights(
+    folder: Path,
+    model: CausalLM,
+    backend: Backend,
+    start: Mapping[str, Tensor] | None = None,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
     """Take an adapter, or a whole model, from a folder: of what the ranks share, each reads its rows.
 
     `start` is that of a run of PiSSA: what such a run publishes is a plain LoRA, unlike its checkpoints. UserError
     where the folder's tensors are not this model's.
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
-    own = dict(adapter_tensors(model)) if has_adapter else model.hf_state_dict()
+    own = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
     plain = {} if start is None or (folder / STATE_NAME).is_file() else start
     odd = sorted(own.keys() ^ stored.keys()) or [
@@ -99,11 +106,16 @@ def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], b
 
 
 def restore(
-    folder: Path, model: CausalLM, optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend
+    folder: Path,
+    model: CausalLM,
+    optimizer: Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    backend: Backend,
+    adapter: str = DEFAULT_ADAPTER,
 ) -> None:
     """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks. UserError
     where they are not this run's."""
-    load_weights(folder, model, backend)
+    load_weights(folder, model, backend, adapter=adapter)
     stored = read_header(folder / TRAINER_NAME, remedy=_EARLIER)
     _check_states(folder / TRAINER_NAME, stored, trained, optimizer)
     with Reader() as reader:
@@ -156,7 +168,13 @@ _STEP = "step"
 
 
 def finish(
-    run_dir: Path, model: CausalLM, config: Config, progress: Progress, chat_template: str | None, backend: Backend
+    run_dir: Path,
+    model: CausalLM,
+    config: Config,
+    progress: Progress,
+    chat_template: str | None,
+    backend: Backend,
+    adapter: str = DEFAULT_ADAPTER,
 ) -> str:
     """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
 
@@ -170,7 +188,7 @@ def finish(
     wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)
     held = from_rank_0(_step_of(best) if backend.writes else -1, backend.ranks)
     if not wants_best or not progress.published_step == progress.best_step == held:
-        publish_result(target, model, config, chat_template, backend)
+        publish_result(target, model, config, chat_template, backend, adapter=adapter)
         missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
         return f"{target}{missed}"
     with whole_folder(target, backend) as temporary:
@@ -196,6 +214,7 @@ def publish_best(
     chat_template: str | None,
     backend: Backend,
     say: Callable[[str], None],
+    adapter: str = DEFAULT_ADAPTER,
 ) -> None:
     """Keep what is trained now as RUN/best, and note its step in `progress`. A disk that does not take it is said, and
     the run goes on: the older best is then still there. Every rank must call it alike.
@@ -203,7 +222,7 @@ def publish_best(
     watch.at(progress.step, "keeping the best", long=True)
     step, written = progress.step, False
     try:
-        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step)
+        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step, adapter=adapter)
         written = True
     except OSError as error:
         say(
@@ -222,6 +241,7 @@ def publish_result(
     backend: Backend,
     *,
     best_of: int | None = None,
+    adapter: str = DEFAULT_ADAPTER,
 ) -> None:
     """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
 
@@ -238,7 +258,7 @@ def publish_result(
             if backend.writes:
                 _write_companions(temporary, model, config)
         else:
-            write_files(temporary, adapter_files(model, config), backend, metadata=marks(config))
+            write_files(temporary, adapter_files(model, config, adapter), backend, metadata=marks(config))
         if backend.writes:
             for name, content in tokenizer_files(config).items():
                 (temporary / name).write_bytes(content)

@@ -66,14 +66,13 @@ class Trainer:
     def _follow(self, trials: Sequence[Trial]) -> None:
         """What is due for these and is not done yet: log, evaluate, save, sample."""
         due = {trial: trial.due(self.control) for trial in trials}
-        for trial in trials:
-            if due[trial].logging:
-                trial.log()
+        trials = [trial for trial in trials if not due[trial].logging or self._log(trial)]
         evaluating = [trial for trial in trials if due[trial].evaluating]
         if evaluating:
             self.evaluate(evaluating)
         for trial in evaluating:
             trial.keep_best()
+        self._judge(evaluating)
         saving = [trial for trial in trials if due[trial].saving or trial.has_ended]
         for trial in saving:
             trial.save()
@@ -84,6 +83,14 @@ class Trainer:
                 # After the save, which a sample's memory may not cost.
                 self.control.boundary(trial.done, "sampling", long=True)
                 trial.hooks.sample(trial.done)
+
+    def _log(self, trial: Trial) -> bool:
+        """Read and write a trial's figures. Returns whether they were finite; alone, it raises instead."""
+        trial.log()
+        return True
+
+    def _judge(self, trials: Sequence[Trial]) -> None:
+        """After these were evaluated: what others say to that."""
 
     def _measure_or_train(self) -> None:
         measured = next((t for t in self.trials if t.memory is not None and t.memory.measures(t.done)), None)

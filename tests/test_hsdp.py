@@ -28,6 +28,7 @@ from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
+from distlora.runs import open_data
 from family_models import config_for
 from small_models import make_run, read_metrics
 from test_parity import adapters_after, outcome, run_once
@@ -357,7 +358,7 @@ def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
     """What is said of a byte of rank 3 that changes after loading, as a forward and a save see it; of one that rank 3
     read otherwise; and of an offset that rank 2 computed otherwise."""
     config = load_config(run_dir)
-    loader, _ = train.open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config, ranks)
     micro = loader.batch(0).micro_batches[0]
     model, backend, _ = startup.start_model(config, ranks)
     block = model.blocks[1].inner.mlp.up_proj

@@ -17,6 +17,7 @@ from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
 from distlora.parallel.integrity import DamagedWeightsError, _batches
+from distlora.runs import open_data
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
 from worlds import World
@@ -84,7 +85,7 @@ def test_every_kind_of_damage_is_seen_in_every_place() -> None:
 def started(ranks: Ranks, run_dir: Path) -> tuple[CausalLM, Backend, Any]:
     config = load_config(run_dir)
     model, backend, _ = startup.start_model(config, ranks)
-    loader, _ = train.open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config, ranks)
     batch = loader.batch(0).micro_batches[0]
     return model, backend, (batch.input_ids, batch.position_ids, batch.labels)
 

@@ -91,6 +91,7 @@ LAYERS = [
     {"distlora.memory_check"},
     {"distlora.generation", "distlora.analysis"},
     {"distlora.trainer", "distlora.trial"},
+    {"distlora.runs"},
     {"distlora.figures"},
     {"distlora.train"},
     {"distlora.packed"},

@@ -31,6 +31,7 @@ from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from distlora.results import load_weights, weight_files
+from distlora.runs import open_data
 from distlora.startup import start_model
 from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
@@ -111,7 +112,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     """Train on these ranks, start again from what was saved, and take one more step's gradients."""
     train.run(run_dir, ranks)
     config = load_config(run_dir)
-    loader, _ = train.open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config, ranks)
     model, backend, _ = start_model(config, ranks, restores=True)
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
@@ -164,7 +165,7 @@ class Peer:
         self.base = dequantized(folders / method.model, ours)
         if ours.vocabulary.has_grown:
             self.base.resize_token_embeddings(ours.vocabulary.rows, mean_resizing=False)
-        self.loader, _ = train.open_data(folder, self.config, SINGLE)
+        self.loader, _ = open_data(folder, self.config, SINGLE)
         tuned = self.load(self.start)
         optimizer = self._optimizer(tuned)
         self.losses = []

@@ -24,6 +24,7 @@ from distlora.families import read_config
 from distlora.model import build_model
 from distlora.parallel import Ranks, Shards, parallelize, zero3
 from distlora.parallel.integrity import DamagedWeightsError
+from distlora.runs import open_data
 from distlora.shapes import shapes_of
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
@@ -140,7 +141,7 @@ def gathered_in_steps(
     issues them; bytes of the base that are gathered after the last; whether torch's F.linear is still torch's).
     """
     config = train.load_config(run_dir)
-    loader, _ = train.open_data(run_dir, config, ranks)
+    loader, _ = open_data(run_dir, config, ranks)
     model, backend, _ = startup.start_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
     with torch.no_grad():

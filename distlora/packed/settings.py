@@ -1,6 +1,13 @@
-"""Which settings the trials of a pack may have each to themselves."""
+"""Which settings the trials of a pack may have each to themselves, and which runs cannot be trials of one. Imports no
+torch: the launcher refuses before it starts a worker."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.config_file import as_mapping
 
 MAY_DIFFER = (
     "name",
@@ -41,3 +48,82 @@ MAY_DIFFER = (
 )
 """Whatever else differs needs another computation for the base's part of a step, so such trials do not fit into one
 pack."""
+
+_ALONE = "leave it out, or set sweep.packed=1, where every trial trains by itself"
+
+
+def check_trial(config: Config) -> None:
+    """Refuse a run that cannot be a trial of any pack, naming the setting."""
+    for setting, reason in _refused(config):
+        raise UserError(f"{setting} {reason}; {_ALONE}")
+
+
+def check_pack(configs: Sequence[Config]) -> None:
+    """Refuse runs that cannot be trials of one pack, naming the setting, and both values where they differ."""
+    for config in configs:
+        check_trial(config)
+    first = _settings(configs[0])
+    for config in configs[1:]:
+        check_beside(config, first=first)
+
+
+def check_beside(config: Config, *, first: Config | dict[str, Any]) -> None:
+    """Refuse a run that cannot share a base with the run `first` (or with its settings), naming the setting."""
+    own, others = _settings(config), first if isinstance(first, dict) else _settings(first)
+    for setting in (name for name in own if name not in MAY_DIFFER):
+        if own[setting] != others.get(setting):
+            raise UserError(
+                f"{setting}={own[setting]} beside {setting}={others.get(setting)}: trials of a pack run as one batch "
+                "over one copy of the base, in which this cannot differ; give it one value, or set sweep.packed=1, "
+                "where every trial trains by itself"
+            )
+
+
+def _refused(config: Config) -> Iterator[tuple[str, str]]:
+    """(setting, why no pack has it)."""
+    adapter, train = config.adapter, config.train
+    if adapter.method != "lora":
+        yield f"adapter={adapter.method}", "trains the base, which the trials of a pack share"
+    if adapter.decomposes:
+        yield (
+            f"adapter.init={adapter.init}",
+            "starts from a decomposition of the base, which the trials of a pack share",
+        )
+    if adapter.init_from is not None:
+        yield f"adapter.init_from={adapter.init_from}", "starts from another adapter, which packs cannot"
+    if adapter.modules_to_save:
+        yield (
+            f"adapter.modules_to_save={list(adapter.modules_to_save)}",
+            "trains embedding or head whole, which the trials of a pack share",
+        )
+    if adapter.trainable_token_indices:
+        yield (
+            "adapter.trainable_token_indices",
+            "trains rows of the embedding or the head, which the trials of a pack share",
+        )
+    if config.model.new_tokens:
+        yield (
+            f"model.new_tokens={list(config.model.new_tokens)}",
+            "trains rows of the embedding, which the trials of a pack share",
+        )
+    if train.objective != "sft":
+        yield (
+            f"train.objective={train.objective}",
+            "compares every row with the model as it started, which packs cannot",
+        )
+    if train.sample_every is not None:
+        yield (
+            f"train.sample_every={train.sample_every}",
+            "generates with one adapter while others train, which packs cannot",
+        )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings as plain values, by their whole names."""
+    values: dict[str, Any] = {}
+    for section, content in as_mapping(config).items():
+        if isinstance(content, dict):
+            values |= {f"{section}.{name}": value for name, value in content.items()}
+        else:
+            values[section] = content
+    return values

@@ -1,0 +1,65 @@
+"""The worker: `python -m distlora.packed PACK`, started once a rank by torchrun: one model, trials that come and go."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from distlora import durable
+from distlora.config import Config, UserError, check_ranks
+from distlora.config_file import load_config
+from distlora.packed.inbox import Inbox, read_settings
+from distlora.packed.pack import Pack
+from distlora.packed.settings import check_trial
+from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
+from distlora.parallel.control import Control
+from distlora.startup import start_model
+from distlora.stopping import STOPPED_NAME, Stopped, name_of
+
+
+def run(pack_dir: Path, ranks: Ranks) -> None:
+    """A pack, or the rest of one, on this rank: until its inbox is closed and worked off, or until all ranks agreed to
+    stop and what they trained is saved."""
+    config = load_config(pack_dir)
+    check_ranks(config, ranks.world)
+    check_trial(config)
+    control = Control(ranks, save_minutes=config.train.save_minutes)
+    stopped = pack_dir / STOPPED_NAME
+    if ranks.rank == 0:
+        stopped.unlink(missing_ok=True)
+    try:
+        _train(pack_dir, config, ranks, control)
+    except Stopped as stop:
+        if ranks.rank == 0:  # The launcher looks for it.
+            durable.write_json(stopped, {"signal": name_of(stop.signum), "time": round(time.time(), 3)})
+    control.end()
+
+
+def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
+    """Raises Stopped, on every rank, after all that a stop asks for is done."""
+    settings = read_settings(pack_dir)
+    control.boundary(None, "reading the pack", long=True)
+    say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
+    model, backend, loaded = start_model(config, ranks, say=say, boundary=control.boundary, for_slots=True)
+    for note in model.notes:
+        say(note)
+    inbox = Inbox(pack_dir, ranks)
+    Pack(model, backend, control, inbox=inbox, settings=settings, config=config, loaded=loaded).run()
+    backend.barrier()
+
+
+def say(text: str) -> None:
+    """Of the pack itself: rank 0's lines are shown, the others' are in their logs."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`)."""
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m distlora.packed PACK (the launcher does this: `distlora sweep`)")
+    pack_dir = Path(sys.argv[1])
+    ranks = join_ranks(load_config(pack_dir).cluster.timeout_seconds)
+    watch.at(None, "reading the pack", long=True)
+    run(pack_dir, ranks)
+    leave_ranks(ranks)

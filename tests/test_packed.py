@@ -1,0 +1,301 @@
+"""Trials that share one base are the trials that each would have been alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from closeness import assert_adapters_close, assert_losses_close
+from distlora import stopping, train
+from distlora.checkpoints.folder import steps
+from distlora.config import Config, UserError
+from distlora.objectives import Losses, NextToken
+from distlora.packed import pack as packed
+from distlora.packed import worker
+from distlora.packed.protocol import verdict_file
+from distlora.packed.settings import check_pack
+from distlora.parallel import Ranks
+from distlora.trainer import Trainer
+from distlora.trial import Trial
+from distlora.verification import verify
+from packs import make_pack, outcomes, say_verdict
+from small_models import config_with, make_run, read_metrics
+from worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+STEPS = {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"}
+OPTIM = {"lr": 2e-3, "eps": 1e-4}
+TRIALS: list[dict[str, dict[str, Any]]] = [
+    {"optim": OPTIM, "train": STEPS},
+    {
+        "optim": OPTIM | {"lr": 5e-4, "schedule": "constant", "max_grad_norm": 0.1},
+        "adapter": {"target_modules": "all-linear", "r": 3, "lora_dropout": 0.2},
+        "train": STEPS | {"seed": 7, "eval_every": 4},
+        "data": {"eval_fraction": 0.2},
+    },
+    {
+        "optim": OPTIM,
+        "adapter": {"target_modules": ["q_proj", "down_proj"], "r": 6, "use_rslora": True, "lora_dropout": 0.05},
+        "train": STEPS | {"global_batch": 6, "max_steps": 8},
+    },
+]
+"""Other rates, ranks, scales, dropout, targets, seeds, data, batches and lengths."""
+
+
+def outcome(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses, training and held out, in order, and the adapter."""
+    losses = [line["loss"] if "loss" in line else line["eval_loss"] for line in read_metrics(run_dir)]
+    return losses, safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_trial(run_dir: Path, alone: Path) -> None:
+    losses, adapter = outcome(run_dir)
+    expected_losses, expected_adapter = outcome(alone)
+    assert_losses_close(losses, expected_losses)
+    assert_adapters_close(adapter, expected_adapter)
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (run_dir, alone)]
+    assert files[0] == files[1]
+    configs = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (run_dir, alone)]
+    assert configs[0] == configs[1]
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The run folder of each trial, trained by itself on one rank."""
+    root = tmp_path_factory.mktemp("alone")
+    for number, sections in enumerate(TRIALS):
+        make_run(root / str(number), folders, **sections)
+        train.run(root / str(number), SINGLE)
+    return [root / str(number) for number in range(len(TRIALS))]
+
+
+def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
+    """A pack on this rank. Returns the rank's own bits of every adapter, as its trial left its slot."""
+    kept: dict[str, Tensor] = {}
+    end = packed.Pack._end
+
+    def keep(self: packed.Pack, seat: packed.Seat) -> None:
+        kept.update({f"{seat.number}/{name}": p.detach().clone() for name, p in seat.trained.items()})
+        end(self, seat)
+
+    packed.Pack._end = keep  # type: ignore[method-assign]
+    try:
+        worker.run(pack, ranks)
+    finally:
+        packed.Pack._end = end  # type: ignore[method-assign]
+    return kept
+
+
+CELLS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (1, {"checkpointing": "none"}, {}),
+    (2, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}),
+    (3, {"micro_batch": 2}, {}),
+    (4, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
+]
+
+
+@pytest.mark.parametrize(("size", "settings", "parallel"), CELLS, ids=str)
+def test_trials_in_a_pack_are_the_trials_alone(
+    world: World, folders: Path, tmp_path: Path, alone: list[Path], size: int, settings: dict, parallel: dict
+) -> None:
+    trials = [
+        sections | {"train": sections["train"] | settings, "parallel": parallel, "cluster": {"gpus_per_node": size}}
+        for sections in TRIALS
+    ]
+    runs = make_pack(tmp_path / "pack", folders, trials)
+    first, *others = world.run(size, run_pack, pack=tmp_path / "pack")
+    for number, (run_dir, expected) in enumerate(zip(runs, alone, strict=True)):
+        assert outcomes(tmp_path / "pack", number)["state"] == "complete"
+        assert_same_trial(run_dir, expected)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def train_alone(ranks: Ranks, *, run_dir: Path) -> None:
+    train.run(run_dir, ranks)
+
+
+@pytest.mark.parametrize("accumulate", ["step", "block"])
+def test_a_pack_gathers_what_one_trial_does_and_sums_every_trials_gradients(
+    world: World, folders: Path, tmp_path: Path, accumulate: str
+) -> None:
+    settings = {"train": STEPS | {"max_steps": 3, "accumulate": accumulate}}
+    make_run(tmp_path / "alone", folders, **settings)
+    world.run(2, train_alone, run_dir=tmp_path / "alone")
+    runs = make_pack(tmp_path / "pack", folders, [settings] * 4)
+    world.run(2, run_pack, pack=tmp_path / "pack")
+    single, packed = (
+        [line for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "alone", runs[2])
+    )
+    assert [line["gathered_bytes"] for line in packed] == [line["gathered_bytes"] for line in single]
+    assert [line["reduced_bytes"] for line in packed] == [4 * line["reduced_bytes"] for line in single]
+    losses = [[line["loss"] for line in read_metrics(run_dir) if "loss" in line] for run_dir in runs]
+    assert losses[0] == losses[1] == losses[2] == losses[3], "equal settings have equal losses"
+
+
+def test_slots_are_used_again(folders: Path, tmp_path: Path, alone: list[Path]) -> None:
+    """Three trials of different lengths in two slots: the last enters where the shortest has left."""
+    order = [0, 2, 1]
+    runs = make_pack(tmp_path / "pack", folders, [TRIALS[number] for number in order], slots=2)
+    worker.run(tmp_path / "pack", SINGLE)
+    for run_dir, number in zip(runs, order, strict=True):
+        assert_same_trial(run_dir, alone[number])
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch, *, slot: int, step: int) -> None:
+    """The losses of a slot's rows are NaN in one step."""
+    losses_of = NextToken.losses
+
+    def spoil(self: NextToken, model: Any, batch: Any, device: Any, at: Any) -> Losses:
+        losses = losses_of(self, model, batch, device, at)
+        if at is None:
+            return losses
+        bad = (batch.slots == slot) & (at == step)
+        return losses._replace(rows=losses.rows + torch.where(bad, float("nan"), 0.0))
+
+    monkeypatch.setattr(NextToken, "losses", spoil)
+
+
+def test_a_trial_that_is_not_finite_ends_alone(
+    folders: Path, tmp_path: Path, alone: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt(monkeypatch, slot=1, step=4)
+    runs = make_pack(tmp_path / "pack", folders, TRIALS)
+    worker.run(tmp_path / "pack", SINGLE)
+    failed = outcomes(tmp_path / "pack", 1)
+    assert failed["state"] == "failed"
+    assert "step 5: the loss of rows" in failed["reason"]
+    assert [folder.name for folder in steps(runs[1] / "checkpoints")] == ["step_00000004"]
+    assert not (runs[1] / "adapter").exists()
+    for number in (0, 2):
+        assert_same_trial(runs[number], alone[number])
+
+
+def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_path: Path, alone: list[Path]) -> None:
+    """Infinite weights in one slot, by a rate that no model survives, and not a spoilt loss."""
+    wild = {"optim": OPTIM | {"lr": 1e30}, "train": STEPS}
+    runs = make_pack(tmp_path / "pack", folders, [wild, TRIALS[0]])
+    worker.run(tmp_path / "pack", SINGLE)
+    assert outcomes(tmp_path / "pack", 0)["state"] == "failed"
+    assert_same_trial(runs[1], alone[0])
+
+
+def weights(runs: list[Path]) -> list[dict[str, bytes]]:
+    names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000010/trainer.safetensors")
+    return [{name: (run_dir / name).read_bytes() for name in names} for run_dir in runs]
+
+
+def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [{**sections, "train": sections["train"] | {"max_steps": 10}} for sections in TRIALS]
+    whole = make_pack(tmp_path / "whole" / "pack", folders, trials)
+    worker.run(tmp_path / "whole" / "pack", SINGLE)
+    pack = tmp_path / "stopped" / "pack"
+    runs = make_pack(pack, folders, trials)
+    train_step = Trainer._train_step
+
+    def ask(self: Trainer, trials: list[Trial]) -> None:
+        train_step(self, trials)
+        if trials[0].done == 4:
+            stopping.request(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", ask)
+        try:
+            worker.run(pack, SINGLE)
+        finally:
+            stopping.forget()
+    assert json.loads((pack / "stopped.json").read_text())["signal"] == "SIGTERM"
+    assert not (pack / "outcomes").exists()
+    for run_dir in runs:
+        assert json.loads((run_dir / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000004"
+    worker.run(pack, SINGLE)
+    assert not (pack / "stopped.json").exists()
+    assert weights(runs) == weights(whole)
+    for run_dir, other in zip(runs, whole, strict=True):
+        assert outcome(run_dir)[0] == outcome(other)[0]
+
+
+def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp_path: Path) -> None:
+    short = {"train": STEPS | {"max_steps": 4, "eval_every": 2}, "optim": OPTIM}
+    pack = tmp_path / "pack"
+    runs = make_pack(pack, folders, [short, short, short], slots=2, verdicts=True)
+    for number, prune in ((0, True), (1, False), (2, False)):
+        say_verdict(pack, number, 2, prune=prune)
+    assert verdict_file(pack, 0, 2).exists()
+    worker.run(pack, SINGLE)
+    assert outcomes(pack, 0) | {"seconds": 0} == {
+        "state": "pruned",
+        "reason": "pruned by its held-out loss after step 2",
+        "step": 2,
+        "seconds": 0,
+    }
+    assert [folder.name for folder in steps(runs[0] / "checkpoints")] == ["step_00000002"]
+    assert [outcomes(pack, number)["state"] for number in (1, 2)] == ["complete", "complete"]
+    assert_losses_close(outcome(runs[1])[0], outcome(runs[2])[0])
+    # What was pruned can be gone on with by itself.
+    train.run(runs[0], SINGLE)
+    assert_losses_close(outcome(runs[0])[0], outcome(runs[1])[0])
+
+
+def test_a_trial_that_cannot_start_is_said_and_the_others_train(folders: Path, tmp_path: Path) -> None:
+    short = {"train": STEPS | {"max_steps": 2}}
+    runs = make_pack(tmp_path / "pack", folders, [short, short])
+    (runs[0] / "config.yaml").write_text(
+        (runs[0] / "config.yaml").read_text().replace("target_modules: all-linear", "target_modules: [nothing]")
+    )
+    worker.run(tmp_path / "pack", SINGLE)
+    failed = outcomes(tmp_path / "pack", 0)
+    assert failed["state"] == "failed"
+    assert "nothing" in failed["reason"]
+    assert (runs[0] / "logs" / "rank_0.error.json").exists()
+    assert outcomes(tmp_path / "pack", 1)["state"] == "complete"
+
+
+def test_what_a_packed_trial_saves_is_whole_to_verify(folders: Path, tmp_path: Path) -> None:
+    runs = make_pack(tmp_path / "pack", folders, [TRIALS[2] | {"train": STEPS | {"max_steps": 2}}] * 2)
+    worker.run(tmp_path / "pack", SINGLE)
+    for run_dir in runs:
+        found = list(verify(run_dir))
+        assert {item.state for item in found} == {"ok"}, [item.said for item in found if item.state != "ok"]
+
+
+def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    return config_with({"model": {"path": "m"}, "data": {"path": "d"}}, sections, run_dir="r")
+
+
+REFUSED = [
+    ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full trains the base"),
+    ({"adapter": {"init": "pissa"}}, "adapter.init=pissa"),
+    ({"adapter": {"init_from": "folder"}}, "adapter.init_from=folder"),
+    ({"adapter": {"modules_to_save": ["lm_head"]}}, "adapter.modules_to_save"),
+    ({"adapter": {"trainable_token_indices": [1]}}, "adapter.trainable_token_indices"),
+    ({"model": {"path": "m", "new_tokens": ["<a>"]}}, "model.new_tokens"),
+    ({"train": {"objective": "dpo"}, "data": {"path": "d", "format": "preference"}}, "train.objective=dpo"),
+    ({"train": {"sample_every": 2, "sample_prompts": ["a"]}}, "train.sample_every=2"),
+]
+
+
+@pytest.mark.parametrize(("sections", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_what_no_pack_can_train_is_refused_by_name(sections: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said.replace("[", r"\[")) as caught:
+        check_pack([config_of(sections)])
+    assert "sweep.packed=1" in str(caught.value)
+
+
+def test_settings_that_may_not_differ_are_refused_with_both_values() -> None:
+    with pytest.raises(UserError, match=r"train\.micro_batch=4 beside train\.micro_batch=2"):
+        check_pack([config_of({"train": {"micro_batch": 2}}), config_of({"train": {"micro_batch": 4}})])
+
+
+def test_what_may_differ_is_accepted() -> None:
+    check_pack([config_of(sections) for sections in TRIALS])

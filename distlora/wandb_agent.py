@@ -82,7 +82,7 @@ class AgentRun:
                 continue
             if has is _ABSENT:
                 yield f"{name}={value!r} of {source} is no setting; take it out of the sweep's parameters"
-            elif isinstance(has, Mapping) and not isinstance(settings.get(name), str) and name in settings:
+            elif name in settings and isinstance(has, Mapping):
                 yield (
                     f"{name}={value!r} of {source} would stand in place of the whole section {name} in wandb's record; "
                     f"search settings instead, such as {name}.{next(iter(has), 'name')}"
@@ -99,6 +99,8 @@ def agrees(asked: Any, has: Any) -> bool:
     if isinstance(asked, str) and not isinstance(has, str):
         return _text_agrees(asked.strip(), has)
     if isinstance(asked, str):
+        if len(asked) > 1 and asked[0] == asked[-1] == "'":
+            asked = asked[1:-1].replace("\\'", "'")
         return asked == has or (has.startswith("/") and str(Path(asked).expanduser().absolute()) == has)
     if isinstance(asked, bool) or isinstance(has, bool):
         return asked is has

@@ -38,6 +38,8 @@ from distlora_launcher.local import remove_if_empty, start
 from distlora_launcher.machines import start_together
 from distlora_launcher.output import say, shown
 from distlora_launcher.planning import decide, say_choice
+from distlora_launcher.resume import resume
+from distlora_launcher.sweeps.wandb_trial import begun, check_agent, words_under_agent
 
 PROGRAM = "distlora train"
 DRY_RUN = "--dry-run"
@@ -49,11 +51,14 @@ def main(arguments: list[str]) -> int:
     arguments = [with_new_keys(expand_home(word)) for word in arguments]
     refuse_sweep_section(arguments)
     dry_run = DRY_RUN in arguments
-    arguments = [word for word in arguments if word != DRY_RUN]
+    arguments = words_under_agent([word for word in arguments if word != DRY_RUN])
     flags = read_flags(arguments)
     if dry_run or is_run(flags):
         runs = composed(flags)
         first = runs[0].config
+        check_agent([run.config for run in runs])
+        if begun(first) is not None:
+            return resume(Path(first.run_dir))
         refuse_sweep_over_machines(first, flags)
         refuse_dry_run(first, flags, dry_run)
         for run in runs:

@@ -1,0 +1,205 @@
+"""`distlora sweep create`: a sweep of wandb's out of the section sweep of conf/ and the settings with several values.
+(`distlora sweep agent`: agents.py.)"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distlora import durable
+from distlora.command_line import DONE
+from distlora.config import Config, UserError, require
+from distlora.config.sweep import SweepConfig
+from distlora.config_file import as_mapping
+from distlora.sweep_folder import words_of
+from distlora_launcher.output import say, shown, warn
+from distlora_launcher.sweeps.space import Dimension, Interval, Values
+
+FILE_NAME = "wandb_sweep.yaml"
+"""In the sweep's folder: what is registered."""
+
+USAGE = """usage: distlora sweep create [sweep=grid|random|optuna] [setting=a,b ...] [setting=value ...] [--dry-run]
+
+Write a sweep for wandb, whose server chooses the values, and register it (`wandb sweep`, which needs a key: `wandb
+login`). Settings with several values are searched, as with `distlora sweep`: grid tries all, random draws sweep.trials
+of them, optuna stands for wandb's own search (bayes). sweep.pruner=hyperband or median ends trials that fall behind, by
+wandb's hyperband. tracker.project and tracker.entity say where it is. RUN_DIR/wandb_sweep.yaml is the file.
+
+    distlora sweep create optim.lr=1e-4,2e-4 adapter.r=8,16 model.path=... data.path=... tracker.artifact=true
+    distlora sweep agent ENTITY/PROJECT/ID          as often as you like, on any machine
+
+--dry-run    print the file, and register nothing"""
+
+METHODS = {"grid": "grid", "random": "random", "optuna": "bayes"}
+
+PATHS = (
+    "model.path",
+    "data.path",
+    "data.eval_path",
+    "data.cache_dir",
+    "quant.cache_dir",
+    "adapter.init_from",
+    "parallel.deepspeed_config",
+)
+"""Settings that mean a place: an agent may be started in another folder than this."""
+
+
+def main(arguments: list[str]) -> int:
+    """`create ...`, or `agent ...`. Returns the exit code."""
+    if arguments[0] == "agent":
+        code: int = importlib.import_module("distlora_launcher.sweeps.agents").main(arguments[1:])
+        return code
+    return create(arguments[1:])
+
+
+def create(arguments: list[str]) -> int:
+    """Write and register a sweep. Returns the exit code."""
+    from distlora_launcher.sweeps.command import ask, check_trials
+    from distlora_launcher.sweeps.search import search_of
+
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    sweep, first = ask([word for word in arguments if word != "--dry-run"])
+    check_settings(sweep.settings, sweep.space, first.config)
+    check_trials(sweep, search_of(sweep), first)
+    options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
+    words = [*options, *placed(sweep.words, first.config)]
+    text = yaml.safe_dump(described(sweep.settings, sweep.space, words, first.config), sort_keys=False, width=1000)
+    for line in differences(sweep.settings, sweep.space):
+        warn(line)
+    if "--dry-run" in arguments:
+        print(text, end="")
+        return DONE
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    file = sweep.folder / FILE_NAME
+    require(not file.exists(), f"{file} is there already; set another run_dir, or `wandb sweep {shown(file)}`")
+    durable.write_text(file, text)
+    path = register(file, first.config)
+    say(f"sweep {path}, as {shown(file)} says")
+    say(f"start its runs with: distlora sweep agent {path}   (as often as you like, on any machine)")
+    return DONE
+
+
+def check_settings(settings: SweepConfig, space: Sequence[Dimension], config: Config) -> None:
+    """Refuse what wandb's search cannot do."""
+    require(
+        settings.method in METHODS,
+        f"sweep={settings.method} decides by results what comes next, and here wandb's server does; write `distlora "
+        f"sweep sweep={settings.method}` without create, or set sweep=grid, random or optuna",
+    )
+    require(
+        settings.packed == 1,
+        f"sweep.packed={settings.packed} puts trials on one copy of the base, and wandb starts each as a run of its "
+        "own; leave it out, or write `distlora sweep` without create",
+    )
+    require(
+        config.tracker.name == "wandb",
+        f"tracker={config.tracker.name} keeps the figures from wandb, whose sweep compares by them; leave it out",
+    )
+    sections = as_mapping(config)
+    group = next((d.setting for d in space if isinstance(sections.get(d.setting), Mapping)), None)
+    if group is not None:
+        raise UserError(
+            f"{group} is a group of files, and wandb would record its name in place of the section {group}; search "
+            f"settings of it instead, such as {group}.{next(iter(sections[group]))}=a,b"
+        )
+
+
+def described(
+    settings: SweepConfig, space: Sequence[Dimension], words: Sequence[str], config: Config
+) -> dict[str, Any]:
+    """What wandb is told of a sweep."""
+    values: dict[str, Any] = {
+        "name": config.name,
+        "project": config.tracker.project,
+        **({} if config.tracker.entity is None else {"entity": config.tracker.entity}),
+        "method": METHODS[settings.method],
+        "metric": {"name": settings.metric, "goal": settings.direction},
+        "parameters": {d.setting: parameter(d, numbers=settings.method != "grid") for d in space},
+    }
+    if settings.trials is not None:
+        values["run_cap"] = settings.trials
+    if settings.pruner != "none":
+        values["early_terminate"] = {"type": "hyperband", "min_iter": settings.pruner_warmup + 1}
+    return {**values, "command": ["${env}", "distlora", "train", *words, "${args_no_hyphens}"]}
+
+
+def parameter(dimension: Dimension, *, numbers: bool) -> dict[str, Any]:
+    """A setting as wandb searches it. `numbers`: neighbouring whole ones are a range, not words without an order."""
+    if isinstance(dimension, Values):
+        values = dimension.values
+        whole = all(type(value) is int for value in values)
+        if numbers and len(values) > 1 and whole and all(b - a == 1 for a, b in itertools.pairwise(values)):
+            return {"distribution": "int_uniform", "min": values[0], "max": values[-1]}
+        return {"values": [_value(value) for value in values]}
+    low, high = dimension.low, dimension.high
+    if dimension.integer and dimension.log:
+        return {"values": doublings(int(low), int(high))}
+    if dimension.integer:
+        return {"distribution": "int_uniform", "min": int(low), "max": int(high)}
+    distribution = "log_uniform_values" if dimension.log else "uniform"
+    return {"distribution": distribution, "min": float(low), "max": float(high)}
+
+
+def _value(value: Any) -> Any:
+    """As an agent writes it on the command line by Python's str, Hydra must read the value again."""
+    return value if isinstance(value, (bool, int, float)) else words_of({"x": value})[0].partition("=")[2]
+
+
+def doublings(low: int, high: int) -> list[int]:
+    """From `low` to `high`: wandb's logarithmic draws are no whole numbers."""
+    return [*(low * 2**power for power in range(math.ceil(math.log2(high / low)))), high]
+
+
+def differences(settings: SweepConfig, space: Sequence[Dimension]) -> Iterator[str]:
+    """What wandb does in another way than `distlora sweep` would."""
+    if settings.pruner == "median":
+        yield "sweep.pruner=median: wandb has hyperband alone, which is used"
+    if settings.method == "optuna":
+        yield f"sweep=optuna: wandb's own search (bayes) proposes the values, and not Optuna's {settings.sampler}"
+    for dimension in space:
+        if isinstance(dimension, Interval) and dimension.integer and dimension.log:
+            values = ", ".join(map(str, doublings(int(dimension.low), int(dimension.high))))
+            yield f"{dimension.setting}: wandb draws no whole numbers by their logarithm; it is one of {values}"
+
+
+def placed(words: Sequence[str], config: Config) -> list[str]:
+    """The words with places that mean the same in another folder."""
+    sections = as_mapping(config)
+    found = []
+    for word in words:
+        name = word.partition("=")[0].lstrip("+")
+        section, _, key = name.partition(".")
+        found += words_of({name: sections[section][key]}) if name in PATHS else [word]
+    return found
+
+
+def register(file: Path, config: Config) -> str:
+    """Give the sweep to wandb's server; returns ENTITY/PROJECT/ID. Raises UserError with its reason."""
+    tracker = config.tracker
+    options = ["--project", tracker.project, *(() if tracker.entity is None else ("--entity", tracker.entity))]
+    command = [sys.executable, "-m", "wandb", "sweep", *options, str(file)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONSAFEPATH": "1"}
+    )
+    said = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout + ended.stderr)
+    path = re.search(r"wandb agent (\S+)", said)
+    if ended.returncode == 0 and path is not None:
+        return path[1]
+    lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
+    reason = "; ".join(lines[-3:]) or f"it ended with code {ended.returncode}"
+    raise UserError(
+        f"wandb did not take the sweep: {reason}. The file is written; with a key (`wandb login`) and a network, "
+        f"register it by: wandb sweep {' '.join(options)} {shown(file)}"
+    )

@@ -1,0 +1,54 @@
+"""`distlora train` where an agent of wandb starts it, for one run of its sweep: its run folder, whether it is begun or
+goes on, and that it has the values which wandb records for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.config import Config, UserError, require
+from distlora.config_file import as_mapping
+from distlora.wandb_agent import AgentRun
+from distlora_launcher.holding import CONFIG_NAME
+
+FOLDER = "DISTLORA_SWEEP_FOLDER"
+"""Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""
+
+
+def words_under_agent(words: Sequence[str]) -> list[str]:
+    """The words of a command line with a run folder of the run's own: two agents may start one in the same second, and
+    the default's name is the second."""
+    agent = AgentRun.started()
+    if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in words):
+        return list(words)
+    return [*words, f"run_dir={folder_of(agent.sweep_id) / agent.run_id}"]
+
+
+def folder_of(sweep_id: str) -> Path:
+    """Where the runs of a sweep lie by default."""
+    return Path(os.environ.get(FOLDER) or Path("runs") / sweep_id)
+
+
+def begun(config: Config) -> Path | None:
+    """The run folder where the agent's run has been begun already: an agent is given a run again that was preempted."""
+    agent, run_dir = AgentRun.started(), Path(config.run_dir)
+    if agent is None or not (run_dir / CONFIG_NAME).is_file():
+        return None
+    kept = AgentRun.of_run(run_dir)
+    return run_dir if kept is not None and kept.run_id == agent.run_id else None
+
+
+def check_agent(configs: Sequence[Config]) -> None:
+    """Refuse settings that are not what the sweep asks for: wandb would record what the run does not have."""
+    agent = AgentRun.started()
+    if agent is None:
+        return
+    require(
+        len(configs) == 1,
+        f"-m starts {len(configs)} runs, and an agent's run of the sweep {agent.sweep_id} is one; leave -m out of the "
+        "sweep's command, and search those settings in its parameters",
+    )
+    refused = agent.disagreements(as_mapping(configs[0]))
+    if refused:
+        raise UserError(*refused)

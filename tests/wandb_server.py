@@ -1,0 +1,183 @@
+"""A stand-in for the part of wandb's server that `wandb sweep` and `wandb agent` speak to (wandb 0.31): it takes grids,
+hands out their cells, and notes what agents do. Runs log offline beside it.
+
+The operations are wandb's own, private protocol: with another version of wandb they may be others, and a test that then
+fails says which.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import yaml
+
+ENTITY, PROJECT = "local", "project"
+
+
+@dataclass
+class Sweep:
+    """A sweep that was registered."""
+
+    name: str
+    text: str
+    """As it was sent."""
+    todo: list[dict[str, Any]] = field(default_factory=list)
+    handed_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Run id -> values."""
+    by_agent: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class WandbServer:
+    """Its sweeps, and what it could not answer."""
+
+    port: int = 0
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    stop_runs: set[str] = field(default_factory=set)
+    """Runs whose agent is told to end them, as early termination does."""
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for wandb's commands and for runs."""
+        return {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
+            "WANDB_API_KEY": "k" * 40,
+            "WANDB_ENTITY": ENTITY,
+            "WANDB_MODE": "offline",
+            "WANDB_SILENT": "false",
+        }
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """`data` of an operation."""
+        named = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        name, low = named[1] if named else "?", query.lower()
+        project = {"id": "P", "name": PROJECT, "entity": {"id": "E", "name": ENTITY}}
+        if "upsertsweep" in low:
+            sweep = self._take(variables["config"])
+            return {"upsertSweep": {"sweep": {"id": "U", "name": sweep.name, "project": project}}}
+        if "createagent" in low:
+            sweep = self._sweep(variables)
+            agent = f"{sweep.name}-agent{len(sweep.by_agent)}"
+            sweep.by_agent[agent] = []
+            return {"createAgent": {"agent": {"id": agent, "name": agent}}}
+        if "agentheartbeat" in low:
+            agent = self._value(variables, "id", "agentId")
+            busy = json.loads(self._value(variables, "runState") or "{}")
+            return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(self._commands(agent, busy))}}
+        if "sweep(" in low:
+            sweep = self._sweep(variables)
+            return {"project": {**project, "sweep": self._described(sweep)}}
+        if "viewer" in low:
+            flags = {"admin": False, "flags": "{}", "teams": {"edges": []}, "apiKeys": {"edges": []}}
+            viewer = {"id": "V", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "", **flags}
+            return {"viewer": viewer, "serverInfo": {"features": [], "cliVersionInfo": {"max_cli_version": "0.99.0"}}}
+        if "serverinfo" in low:
+            return {"serverInfo": {"features": [], "cliVersionInfo": {}}}
+        self.unknown.append(name)
+        return {}
+
+    def _take(self, text: str) -> Sweep:
+        config = yaml.safe_load(text)
+        parameters = config["parameters"]
+        lists = [values["values"] if "values" in values else [values.get("value")] for values in parameters.values()]
+        cells = [dict(zip(parameters, cell, strict=True)) for cell in itertools.product(*lists)]
+        sweep = Sweep(name=f"sweep{len(self.sweeps)}", text=text, todo=cells)
+        self.sweeps[sweep.name] = sweep
+        return sweep
+
+    def _commands(self, agent: str, busy: dict[str, Any]) -> list[dict[str, Any]]:
+        """What an agent that has `busy` runs is told."""
+        if busy:
+            return [{"type": "stop", "run_id": run} for run in busy if run in self.stop_runs]
+        sweep = self.sweeps[agent.partition("-")[0]]
+        if not sweep.todo:
+            return [{"type": "exit"}]
+        values, run = sweep.todo.pop(0), f"{sweep.name}run{len(sweep.handed_out)}"
+        sweep.handed_out[run] = values
+        sweep.by_agent[agent].append(run)
+        arguments = {name: {"value": value} for name, value in values.items()}
+        return [{"type": "run", "run_id": run, "program": None, "args": arguments}]
+
+    def _sweep(self, variables: dict[str, Any]) -> Sweep:
+        return next(sweep for sweep in self.sweeps.values() if sweep.name in map(str, _leaves(variables)))
+
+    @staticmethod
+    def _value(variables: dict[str, Any], *names: str) -> Any:
+        inner = variables.get("input", {})
+        return next((place[name] for place in (variables, inner) for name in names if place.get(name)), None)
+
+    @staticmethod
+    def _described(sweep: Sweep) -> dict[str, Any]:
+        nothing = ("heartbeatAt", "updatedAt", "controller", "scheduler")
+        return {
+            "id": "U",
+            "name": sweep.name,
+            "method": "grid",
+            "state": "RUNNING",
+            "description": "",
+            "config": sweep.text,
+            "createdAt": "2026-01-01T00:00:00",
+            "earlyStopJobRunning": False,
+            "runs": {"edges": []},
+            **dict.fromkeys(nothing),
+        }
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+@contextmanager
+def running_wandb_server() -> Iterator[WandbServer]:
+    """A server on a free port of this machine, for the duration."""
+    server, lock = WandbServer(), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Not on the terminal."""
+
+        def do_GET(self) -> None:
+            self._say({})
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path != "/graphql":  # wandb's telemetry.
+                return self._say({})
+            asked = json.loads(content)
+            with lock:
+                return self._say({"data": server.answer(asked.get("query", ""), asked.get("variables") or {})})
+
+        def _say(self, value: dict[str, Any]) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    server.port = http.server_port
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()

@@ -28,6 +28,8 @@ knows of an older one."""
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 PLAN_NAME = "plan.json"
+REPORT_NAME = "report.html"
+"""In RUN and in SWEEP: its page (distlora.report), of the end or of when somebody asked."""
 TEMPLATE_NAME = "chat_template.jinja"
 """Beside what was trained, where chats were rendered with another template than the base's own."""
 

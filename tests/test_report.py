@@ -17,8 +17,9 @@ from damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from distlora.config import UserError
 from distlora.report.run_page import run_report
 from distlora.report.run_records import Standing, read_run
+from distlora.run_folder import REPORT_NAME
 from distlora_launcher.cli import main
-from distlora_launcher.report import REPORT_NAME, write_at_end
+from distlora_launcher.report import write_at_end
 from report_folders import STATE, Page, make_folder, metrics, write, write_lines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>"

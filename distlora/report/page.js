@@ -55,7 +55,7 @@
 
     const row = (line, index) => {
       const entry = document.createElement("div"), mark = document.createElement("i"), value = document.createElement("b");
-      mark.style.background = `var(--c${line.colour})`;
+      mark.style.background = `var(--c${many ? 1 : line.colour})`;
       value.textContent = shown(line.y[index], chart.kind);
       entry.append(mark, `${line.name} `, value);
       return entry;

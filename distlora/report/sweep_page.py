@@ -20,7 +20,7 @@ from distlora.report.run_records import Standing, as_text, in_short
 from distlora.report.series import Series, is_number, read_metrics, series_of, smoothed, thinned, window_of
 from distlora.report.words import count, length, loss, number, size
 from distlora.run_folder import METRICS_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, STATES, WAITING, TrialRecord
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, STATES, WAITING, TrialRecord, words_of
 
 STATE_KINDS = {COMPLETE: "good", RUNNING: "busy", FAILED: "bad", PRUNED: "idle", WAITING: "idle"}
 CURVE_POINTS = 150
@@ -94,8 +94,7 @@ def sweep_report(sweep: SweepRecords, standing: Standing) -> str:
     trials = f"{len(sweep.trials)} trials: {counted}" if sweep.trials else "No trial has been begun"
     lead: list[Content] = [tag("code", str(sweep.folder)), f"{sweep.folder.name} {standing.said}. {trials}."]
     if (best := sweep.best) is not None:
-        values = ", ".join(f"{name}={in_short(value)}" for name, value in best.values.items())
-        lead.append(f"The best of {sweep.metric} is {_value(best)}: trial {best.number}, {values}.")
+        lead.append(f"The best of {sweep.metric} is {_value(best)}: trial {best.number}, {_values(best)}.")
     method = "" if sweep.settings is None else f": {sweep.settings.method}"
     return page(
         kind=f"Sweep{method}",
@@ -142,7 +141,7 @@ def _best(sweep: SweepRecords) -> Html:
         tiles["trained parameters"] = count(best.trainable_parameters)
     boxes = [tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles.items()]
     folder = best.folder(sweep.folder)
-    words = " ".join(shlex.quote(f"{name}={as_text(value)}") for name, value in best.values.items())
+    words = shlex.join(words_of(best.values))
     commands = [
         (f"distlora generate {shlex.quote(str(folder))}", "chat with it"),
         (f"distlora report {shlex.quote(str(folder))}", "its own report"),
@@ -195,7 +194,7 @@ def _cells(sweep: SweepRecords, trial: TrialRecord) -> Iterator[tuple[Any, Conte
         value = trial.values.get(setting)
         yield (
             value if is_number(value) or value is None else as_text(value),
-            None if value is None else tag("code", as_text(value)),
+            None if value is None else tag("code", in_short(value)),
         )
     yield trial.value, _value(trial)
     yield trial.step, None if trial.step is None else f"{trial.step:,}"
@@ -284,7 +283,7 @@ def _failures(sweep: SweepRecords) -> Html:
             "tr",
             tag("th", str(trial.number), scope="row"),
             tag("td", state_badge(trial.state, STATE_KINDS[trial.state])),
-            tag("td", tag("code", ", ".join(f"{name}={in_short(value)}" for name, value in trial.values.items()))),
+            tag("td", tag("code", _values(trial)), cls="long"),
             tag("td", trial.reason or "no reason was recorded", cls="long"),
         )
         for trial in sweep.trials
@@ -309,6 +308,10 @@ def _settings(sweep: SweepRecords) -> Html:
         [tag("h3", "What all trials share"), tag("p", tag("code", shlex.join(sweep.shared)))] if sweep.shared else None
     )
     return text([shared, table])
+
+
+def _values(trial: TrialRecord) -> str:
+    return ", ".join(f"{name}={in_short(value)}" for name, value in trial.values.items())
 
 
 def _value(trial: TrialRecord) -> str | None:

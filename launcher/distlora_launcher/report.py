@@ -11,14 +11,14 @@ from distlora.command_line import DONE
 from distlora.config import UserError
 from distlora.report.run_page import run_report
 from distlora.report.run_records import Standing, read_run
-from distlora.run_folder import METRICS_NAME
+from distlora.run_folder import METRICS_NAME, REPORT_NAME
+from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.run_state import Ending
 from distlora_launcher.status import Status, headline, status_of, statuses
 
-REPORT_NAME = "report.html"
 MOST_BYTES_AT_END = 4_000_000
 """Of metrics.jsonl, some ten thousand steps: what a report is made of in the moment that a run ends (0.3 s)."""
 
@@ -65,6 +65,10 @@ def write_at_end(run_dir: Path) -> None:
 
 def page_of(folder: Path) -> str:
     """The page of a run or a sweep. Raises UserError for a folder that is neither."""
+    if is_sweep_folder(folder):
+        from distlora_launcher.sweeps.page import page_of_sweep
+
+        return page_of_sweep(folder)
     if not (folder / CONFIG_NAME).exists():
         reason = "holds neither a run (no config.yaml) nor a sweep" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {reason}; name the folder of a run, as `distlora train` prints it")

@@ -196,6 +196,9 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
         write_table(sweep, study.records(), search)
     if study.is_over():
         write_plots(sweep, study)
+        from distlora_launcher.sweeps.page import write_at_end
+
+        write_at_end(sweep.folder)
 
 
 def write_plots(sweep: Sweep, study: Study) -> None:

@@ -1,0 +1,76 @@
+"""The report of a sweep: what its folder says, put together for `distlora.report`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora import durable
+from distlora.config import UserError
+from distlora.report.run_records import Standing
+from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
+from distlora.run_folder import REPORT_NAME
+from distlora.sweep_folder import COMPLETE, RESULTS_NAME, RUNNING, WAITING, TrialRecord, read_results
+from distlora_launcher.holding import holders
+from distlora_launcher.output import say, shown, warn
+from distlora_launcher.sweeps.folder import load_sweep
+from distlora_launcher.sweeps.search import Due, search_of
+
+MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000
+"""Of the trials' metrics.jsonl together, up to which their losses are drawn: of the command (5 s), and at the end."""
+
+
+def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
+    """The page of a sweep, as far as its folder can be read. `has_ended`: its last worker asks."""
+    found = SweepRecords(folder=folder, settings=None, trials=[])
+    is_over = False
+    try:
+        if (folder / RESULTS_NAME).exists():
+            found.trials = read_results(folder)
+    except UserError as error:
+        found.problems.append(str(error))
+    try:
+        sweep = load_sweep(folder)
+        found.settings, found.shared = sweep.settings, sweep.words
+        search = search_of(sweep)
+        found.conclusion = search.conclusion(found.trials)
+        is_over = search.next(found.trials) is Due.END
+    except UserError as error:
+        found.problems.append(str(error))
+    found.losses = training_losses(folder, found.trials, found.problems, most=most)
+    linked = [trial.number for trial in found.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
+    found.links = frozenset(linked)
+    return sweep_report(found, standing(folder, found.trials, is_over=is_over, has_ended=has_ended))
+
+
+def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> Standing:
+    """How a sweep stands by its workers and its trials."""
+    name = shlex.quote(str(folder))
+    workers = [] if has_ended else holders(folder)
+    left = sum(trial.state in (RUNNING, WAITING) for trial in trials)
+    again = (f"distlora report {name}", "write this report again")
+    if workers:
+        where = ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
+        commands = (
+            (f"distlora status {name}", "how it stands now"),
+            (f"distlora cancel {name}", "have it save and stop"),
+        )
+        return Standing(state="running", said=f"is running on {where}", commands=(*commands, again))
+    if is_over and left == 0:
+        if any(trial.state == COMPLETE for trial in trials):
+            return Standing(state="done", said="is done", commands=(again,))
+        return Standing(state="failed", said="has ended, and no trial of it was trained to its end", commands=(again,))
+    resume = (f"distlora resume {name}", "go on with it: trials that were begun from their newest checkpoints")
+    return Standing(state="stopped", said="has stopped before its end", commands=(resume, again))
+
+
+def write_at_end(folder: Path) -> None:
+    """SWEEP/report.html of a sweep whose last worker ends. What is wrong is said, and costs the sweep nothing."""
+    try:
+        page = page_of_sweep(folder, most=MOST_BYTES_AT_END, has_ended=True)
+        durable.write_text(folder / REPORT_NAME, page)
+        say(f"its results and curves on a page: {shown(folder / REPORT_NAME)}")
+    except Exception as error:
+        again = f"distlora report {shown(folder)}"
+        warn(f"no report was written ({type(error).__name__}: {error}), the results are there all the same; {again}")

@@ -1,0 +1,231 @@
+"""`distlora report` of a sweep: its table, curves, coordinates, failures and conclusion, in every state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from damage import Reader, any_json, any_yaml, holds, holds_without
+from distlora.config import SweepConfig, UserError
+from distlora.report.markdown import markdown
+from distlora.report.parallel import Traced, parallel
+from distlora.report.run_records import Standing
+from distlora.report.sweep_page import SweepRecords, sweep_report
+from distlora.run_folder import REPORT_NAME
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, trial_folder, write_results
+from distlora_launcher.cli import main
+from distlora_launcher.holding import worker_place
+from distlora_launcher.sweeps.folder import Sweep, make_sweep
+from distlora_launcher.sweeps.page import page_of_sweep, write_at_end
+from distlora_launcher.sweeps.space import Values
+from report_folders import Page, make_folder
+
+HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+REASON = "rank 0 failed first: NonFiniteError: step 3: the loss is not finite"
+
+
+def record(number: int, state: str, lr: float, r: int, value: float | None, **more: Any) -> TrialRecord:
+    evaluations = {} if value is None else {10: value + 0.5, 20: value}
+    values = {"optim.lr": lr, "adapter.r": r}
+    return TrialRecord(number=number, state=state, values=values, value=value, evaluations=evaluations, **more)
+
+
+TRIALS = (
+    record(0, COMPLETE, 1e-3, 8, 2.5, step=20, seconds=31.0, trainable_parameters=18_720),
+    record(1, COMPLETE, 2e-3, 8, 2.25, step=20, seconds=30.0, trainable_parameters=18_720),
+    record(2, FAILED, 1e-3, 16, None, step=3, reason=REASON),
+    record(3, PRUNED, 2e-3, 16, 2.0, step=10, reason="it was behind the median of the others at step 10"),
+)
+
+
+def make(folder: Path, trials: Sequence[TrialRecord] = TRIALS, **settings: Any) -> Path:
+    """A grid of two by two, and what came of it."""
+    space = (Values("optim.lr", (1e-3, 2e-3)), Values("adapter.r", (8, 16)))
+    words = ("model.path=/models/base", "data.path=/a b.jsonl")
+    sweep = Sweep(
+        folder=folder,
+        settings=SweepConfig(**settings),
+        words=words,
+        space=space,
+        config_dir=None,
+        cwd=str(folder.parent),
+    )
+    make_sweep(sweep)
+    if trials:
+        write_results(folder, trials)
+    for trial in trials:
+        if trial.state != WAITING:
+            make_folder(trial_folder(folder, trial.number), done=trial.state == COMPLETE)
+    return folder
+
+
+def reported(folder: Path) -> Page:
+    assert main(["report", str(folder)]) == 0
+    return Page((folder / REPORT_NAME).read_text(encoding="utf-8"))
+
+
+def table_of(page: Page) -> list[list[str]]:
+    return next(table for table in page.tables if table[0][0] == "trial" and "optim.lr" in table[0])
+
+
+def test_a_finished_sweep(tmp_path: Path) -> None:
+    folder = make(tmp_path / "sweep")
+    (trial_folder(folder, 1) / REPORT_NAME).write_text("its own")
+    page = reported(folder)
+    table = table_of(page)
+    assert table[0] == ["trial", "state", "optim.lr", "adapter.r", "eval_loss", "steps", "time", "trained"]
+    assert [row[0] for row in table[1:]] == ["1", "0", "3", "2"], "the best first, then the pruned, the failed last"
+    assert table[1] == ["1", "complete", "0.002", "8", "2.2500", "20", "30 s", "18,720"]
+    assert "The best of eval_loss is 2.2500: trial 1, optim.lr=0.002, adapter.r=8." in page.text, "a pruned one is not"
+    assert "4 trials: 2 complete, 1 pruned, 1 failed" in page.text
+    assert REASON in page.text
+    assert "it was behind the median" in page.text
+    assert "optim.lr=0.002 adapter.r=8" in page.text
+    assert "model.path=/models/base 'data.path=/a b.jsonl'" in page.text
+    held_out, training = page.charts
+    assert [(line["trial"], line["x"], line["y"]) for line in held_out["lines"]] == [
+        (1, [10, 20], [2.75, 2.25]),
+        (0, [10, 20], [3.0, 2.5]),
+        (3, [10, 20], [2.5, 2.0]),
+    ]
+    assert {line["trial"] for line in training["lines"]} == {0, 1, 2, 3}
+    links = [attributes["href"] for name, attributes in page.elements if name == "a" and "trials" in str(attributes)]
+    assert links == ["#trials", "trials/0001/report.html"]
+    rows = {attributes.get("data-trial") for name, attributes in page.elements if name == "tr"}
+    assert rows >= {"0", "1", "2", "3"}
+
+
+def test_more_is_better_where_it_is_maximized(tmp_path: Path) -> None:
+    page = reported(make(tmp_path / "sweep", direction="maximize", metric="rewards"))
+    assert "The best of rewards is 2.5000: trial 0" in page.text
+    assert "higher rewards is better" in page.text
+
+
+def test_the_states_of_a_sweep(tmp_path: Path) -> None:
+    begun = [TRIALS[0], record(1, RUNNING, 2e-3, 8, None), record(2, WAITING, 1e-3, 16, None)]
+    folder = make(tmp_path / "sweep", begun)
+    page = reported(folder)
+    assert "has stopped before its end" in page.text
+    assert f"distlora resume {folder}" in page.text
+    with worker_place(folder, "worker_0"):
+        assert "is running on" in reported(folder).text
+        assert "is running on" not in page_of_sweep(folder, has_ended=True), "the worker that asks is the last"
+    write_results(folder, [record(n, FAILED, 1e-3, 8, None, reason="no") for n in range(4)])
+    assert "no trial of it was trained to its end" in reported(folder).text
+    empty = reported(make(tmp_path / "empty", []))
+    assert "No trial has been begun" in empty.text
+    assert "There are no results yet" in empty.text
+    assert empty.charts == []
+
+
+@pytest.mark.parametrize("name", ["sweep.yaml", "results.json"])
+def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "sweep")
+    (folder / name).write_text("{")
+    page = reported(folder)
+    assert f"{name} is damaged" in page.text
+    assert (len(page.charts) == 2) == (name == "sweep.yaml")
+
+
+def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
+    bad = TrialRecord(number=0, state=FAILED, values={HOSTILE: HOSTILE}, reason=HOSTILE)
+    good = TrialRecord(number=1, state=COMPLETE, values={HOSTILE: HOSTILE + "2"}, value=1.0, evaluations={1: 1.0})
+    records = SweepRecords(
+        folder=tmp_path / HOSTILE,
+        settings=SweepConfig(space={HOSTILE: HOSTILE}, metric=HOSTILE),
+        trials=[bad, good],
+        shared=[HOSTILE],
+        conclusion=[HOSTILE, f"| {HOSTILE} |", "|---|", f"| `{HOSTILE}` |", f"## {HOSTILE}", f"- **{HOSTILE}**"],
+        problems=[HOSTILE],
+    )
+    page = Page(sweep_report(records, Standing(state=HOSTILE, said=HOSTILE, error=HOSTILE)))
+    assert page.text.count(HOSTILE) >= 15
+    assert len([text for attributes, text in page.scripts if not attributes]) == 1
+    assert all(name != "img" and not any(key.startswith("on") for key in keys) for name, keys in page.elements)
+
+
+def test_many_trials_make_a_small_page_whose_best_stands_out(tmp_path: Path) -> None:
+    trials = [
+        TrialRecord(
+            number=number,
+            state=COMPLETE,
+            values={"optim.lr": 1e-5 * 1.02**number, "adapter.target_modules": ["all-linear", "qv"][number % 2]},
+            value=2 + abs(number - 77) / 100,
+            evaluations={step: 3 - step / 1000 for step in range(0, 1000, 50)},
+        )
+        for number in range(300)
+    ]
+    records = SweepRecords(folder=tmp_path, settings=SweepConfig(), trials=trials)
+    source = sweep_report(records, Standing(state="done", said="is done"))
+    assert len(source) < 1_000_000
+    page = Page(source)
+    lines = [keys for name, keys in page.elements if name == "g" and keys.get("data-trial")]
+    assert {keys["data-trial"] for keys in lines if "muted" not in str(keys["class"])} == {"77"}
+    assert len(lines) == 2 * 300
+
+
+def test_parallel_coordinates_are_at_their_values() -> None:
+    traced = [
+        Traced(trial=0, values=[1e-4, "a", 2.0]),
+        Traced(trial=1, values=[1e-3, "b", 1.0], is_best=True),
+        Traced(trial=2, values=[1e-2, "a", None]),
+    ]
+    source = parallel(["optim.lr", "adapter", "eval_loss"], traced)
+    page = Page(source)
+    paths = [keys["d"] for name, keys in page.elements if name == "path" and keys["class"] == "curve"]
+    # By the logarithm; words at the ends; the line of a trial without a value ends before; the best is drawn last.
+    assert paths == [
+        "M0.0 1000.0L500.0 1000.0L1000.0 0.0",
+        "M0.0 0.0L500.0 1000.0",
+        "M0.0 500.0L500.0 0.0L1000.0 1000.0",
+    ]
+    assert {"optim.lr", "adapter", "eval_loss", "0.001", "a", "b"} <= set(page.shown)
+    assert parallel(["eval_loss"], traced) == ""
+    assert parallel(["optim.lr", "eval_loss"], traced[:1]) == ""
+
+
+def test_a_conclusion_in_markdown() -> None:
+    lines = ["## Rank", "", "| r | gain |", "|---:|---|", "| 16 | a |", "| 32 | **b** |", "", "Take", "`adapter.r=16`."]
+    source = markdown(lines)
+    page = Page(source)
+    assert page.tables == [[["r", "gain"], ["16", "a"], ["32", "b"]]]
+    assert source.startswith("<h3>Rank</h3>")
+    assert '<td class="n">16</td>' in source
+    assert '<p class="lead">Take <code>adapter.r=16</code>.</p>' in source
+
+
+def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path / "sweep")
+    write_at_end(folder)
+    assert REPORT_NAME in capsys.readouterr().out
+    assert "is done" in Page((folder / REPORT_NAME).read_text()).text
+    (folder / REPORT_NAME).unlink()
+    (folder / REPORT_NAME).mkdir()
+    write_at_end(folder)
+    assert "no report was written (IsADirectoryError" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged")
+    make(folder / "sweep")
+    assert json.loads((folder / "sweep" / "results.json").read_text())["trials"]
+    return folder
+
+
+def read_page(folder: Path) -> Page:
+    try:
+        return Page(page_of_sweep(folder / "sweep"))
+    except UserError as error:
+        raise AssertionError(f"a report says what is damaged, and is not stopped by it: {error}") from error
+
+
+@pytest.mark.parametrize(("file", "damages"), [("sweep/sweep.yaml", any_yaml), ("sweep/results.json", any_json)])
+def test_no_damage_stops_it(file: str, damages: Any, place: Path) -> None:
+    reader = Reader(file=file, damages=damages, read=read_page, examples=30)
+    holds(reader, place)
+    holds_without(reader, place)

@@ -4,7 +4,7 @@
 SWEEP/sweep.yaml       what is searched and how, and the words that all trials share; made once
 SWEEP/journal.log      Optuna's: the truth about the trials, shared by all workers
 SWEEP/results.json     what came of each, made from the journal after each change (TrialRecord)
-SWEEP/results.md, parallel_coordinates.png, importance.png
+SWEEP/results.md, parallel_coordinates.png, importance.png, importance.json
 SWEEP/trials/0007/     the run folder of trial 7
 SWEEP/packs/0/         the pack of worker 0, with sweep.packed > 1 (distlora/packed/protocol.py)
 SWEEP/logs/            what workers and trials print
@@ -26,6 +26,8 @@ from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
 
 SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.json"
+IMPORTANCE_RECORD = "importance.json"
+"""How much of the differences each setting makes, once the sweep is over: what importance.png shows."""
 TRIALS, PACKS = "trials", "packs"
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
@@ -113,6 +115,21 @@ def read_results(sweep: Path) -> list[TrialRecord]:
         own["evaluations"] = {int(step): loss for step, loss in evaluations.items()}
         records.append(TrialRecord(**own))
     return sorted(records, key=lambda record: record.number)
+
+
+def write_importance(sweep: Path, shares: Mapping[str, float], how: str) -> None:
+    """SWEEP/importance.json: the share of each setting, and by what it was calculated."""
+    durable.write_json(sweep / IMPORTANCE_RECORD, {"shares": dict(shares), "how": how})
+
+
+def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
+    """(share of each setting, by what); empty where there is none. Raises UserError for a damaged record."""
+    path = sweep / IMPORTANCE_RECORD
+    if not path.is_file():
+        return {}, ""
+    values = read_object(path, "delete it")
+    check_shape(values, {"shares": {"*": float}, "how": str}, path, "delete it")
+    return values["shares"], values["how"]
 
 
 def words_of(values: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,17 @@ from distlora.report.parallel import Traced, parallel
 from distlora.report.run_records import Standing
 from distlora.report.sweep_page import SweepRecords, sweep_report
 from distlora.run_folder import REPORT_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, trial_folder, write_results
+from distlora.sweep_folder import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    WAITING,
+    TrialRecord,
+    trial_folder,
+    write_importance,
+    write_results,
+)
 from distlora_launcher.cli import main
 from distlora_launcher.holding import worker_place
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
@@ -75,7 +85,9 @@ def table_of(page: Page) -> list[list[str]]:
 def test_a_finished_sweep(tmp_path: Path) -> None:
     folder = make(tmp_path / "sweep")
     (trial_folder(folder, 1) / REPORT_NAME).write_text("its own")
+    write_importance(folder, {"optim.lr": 0.25, "adapter.r": 0.75}, "main effects")
     page = reported(folder)
+    assert page.row("adapter.r")[1] == "75%"
     table = table_of(page)
     assert table[0] == ["trial", "state", "optim.lr", "adapter.r", "eval_loss", "steps", "time", "trained"]
     assert [row[0] for row in table[1:]] == ["1", "0", "3", "2"], "the best first, then the pruned, the failed last"
@@ -213,6 +225,7 @@ def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, caps
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     make(folder / "sweep")
+    write_importance(folder / "sweep", {"optim.lr": 0.25}, "main effects")
     assert json.loads((folder / "sweep" / "results.json").read_text())["trials"]
     return folder
 
@@ -224,7 +237,10 @@ def read_page(folder: Path) -> Page:
         raise AssertionError(f"a report says what is damaged, and is not stopped by it: {error}") from error
 
 
-@pytest.mark.parametrize(("file", "damages"), [("sweep/sweep.yaml", any_yaml), ("sweep/results.json", any_json)])
+@pytest.mark.parametrize(
+    ("file", "damages"),
+    [("sweep/sweep.yaml", any_yaml), ("sweep/results.json", any_json), ("sweep/importance.json", any_json)],
+)
 def test_no_damage_stops_it(file: str, damages: Any, place: Path) -> None:
     reader = Reader(file=file, damages=damages, read=read_page, examples=30)
     holds(reader, place)

@@ -41,6 +41,10 @@ class SweepRecords:
     """What the search makes of it, in Markdown: the rank search's table and recommendation."""
     losses: Mapping[int, Series] = field(default_factory=dict)
     """Training loss by trial, smoothed."""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """The share of each setting in the differences between trials."""
+    importance_by: str = ""
+    """How that was calculated."""
     problems: list[str] = field(default_factory=list)
     links: frozenset[int] = frozenset()
     """Trials that have a report of their own beside this one."""
@@ -110,6 +114,7 @@ def sweep_report(sweep: SweepRecords, standing: Standing) -> str:
             ("Trials", section("trials", "Trials", _table(sweep), note=_TRIALS_NOTE)),
             ("Curves", section("curves", "Curves", _curves(sweep))),
             ("Coordinates", section("coordinates", "What was searched, and what came of it", _parallel(sweep))),
+            ("Importance", section("importance", "What made the difference", _importance(sweep))),
             ("Failures", section("failures", "Failed and pruned", _failures(sweep))),
             ("Settings", section("settings", "Settings", _settings(sweep))),
             ("Next", section("next", "What can be typed now", commands_part(standing.commands))),
@@ -275,6 +280,21 @@ def _parallel(sweep: SweepRecords) -> Html:
     better = "higher" if sweep.settings is not None and sweep.settings.direction == "maximize" else "lower"
     note = f"A line is a trial, the strong one the best ({better} {sweep.metric} is better)."
     return text([tag("p", note, cls="note"), figure])
+
+
+def _importance(sweep: SweepRecords) -> Html:
+    shares = {name: share for name, share in sweep.importance.items() if 0 <= share <= 1}
+    rows = [
+        tag(
+            "tr",
+            tag("th", tag("code", name), scope="row"),
+            tag("td", f"{share:.0%}", cls="n"),
+            tag("td", tag("div", cls="bar measured", style=f"width:{100 * share:.1f}%"), cls="bars"),
+        )
+        for name, share in sorted(shares.items(), key=lambda each: -each[1])
+    ]
+    caption = tag("caption", f"The share of each setting in the differences of {sweep.metric}: {sweep.importance_by}")
+    return tag("div", tag("table", caption, tag("tbody", rows)), cls="scroll") if rows else Html("")
 
 
 def _failures(sweep: SweepRecords) -> Html:

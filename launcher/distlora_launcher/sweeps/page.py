@@ -11,7 +11,7 @@ from distlora.config import UserError
 from distlora.report.run_records import Standing
 from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora.run_folder import REPORT_NAME
-from distlora.sweep_folder import COMPLETE, RESULTS_NAME, RUNNING, WAITING, TrialRecord, read_results
+from distlora.sweep_folder import COMPLETE, RESULTS_NAME, RUNNING, WAITING, TrialRecord, read_importance, read_results
 from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.sweeps.folder import load_sweep
@@ -24,7 +24,7 @@ MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000
 def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
     """The page of a sweep, as far as its folder can be read. `has_ended`: its last worker asks."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
-    is_over = False
+    is_over = True  # Of a search that cannot be read the trials alone tell.
     try:
         if (folder / RESULTS_NAME).exists():
             found.trials = read_results(folder)
@@ -36,6 +36,10 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
         search = search_of(sweep)
         found.conclusion = search.conclusion(found.trials)
         is_over = search.next(found.trials) is Due.END
+    except UserError as error:
+        found.problems.append(str(error))
+    try:
+        found.importance, found.importance_by = read_importance(folder)
     except UserError as error:
         found.problems.append(str(error))
     found.losses = training_losses(folder, found.trials, found.problems, most=most)
@@ -57,7 +61,7 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
             (f"distlora cancel {name}", "have it save and stop"),
         )
         return Standing(state="running", said=f"is running on {where}", commands=(*commands, again))
-    if is_over and left == 0:
+    if is_over and left == 0 and trials:
         if any(trial.state == COMPLETE for trial in trials):
             return Standing(state="done", said="is done", commands=(again,))
         return Standing(state="failed", said="has ended, and no trial of it was trained to its end", commands=(again,))

@@ -22,7 +22,7 @@ from distlora.command_line import DONE, STOPPED, run_to_exit_code
 from distlora.config import UserError
 from distlora.json_files import object_or_empty
 from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, words_of
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, words_of, write_importance
 from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import worker_place
 from distlora_launcher.output import say, shown
@@ -211,7 +211,9 @@ def write_plots(sweep: Sweep, study: Study) -> None:
         exact = effects(trials)
         shares = exact or study.importances()
         if shares is not None:
-            plot_importance(sweep, shares, "main effects of the whole grid" if exact else "PED-ANOVA, the best quarter")
+            how = "main effects of the whole grid" if exact else "PED-ANOVA, the best quarter"
+            plot_importance(sweep, shares, how)
+            write_importance(sweep.folder, shares, how)
 
 
 def run(folder: Path, index: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from closeness import assert_close, relative_error
 from distlora_kernels import nf4, scratch, variants
-from distlora_kernels.dropout import Dropout, dropped, threshold_of
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, seen_of, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 
 BATCH, TOKENS, FEATURES = 3, 12, 128
@@ -67,9 +67,7 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
             a, b, scale, dropout = linear.adapter[:4]
             a64, b64 = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
             leaves += [a64, b64]
-            seen = flat
-            if dropout is not None:
-                seen = flat * ~dropped(dropout, *flat.shape) * dropout.scale
+            seen = flat if dropout is None else seen_of(flat, dropout)
             gate = scale if isinstance(scale, float) else gate_of(scale, flat.shape[0])
             y = y + (seen @ a64.T * gate) @ b64.T
         ys.append(y.unflatten(0, x.shape[:-1]))
@@ -95,6 +93,61 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
         # fp32: sums of up to 128 products, rounded at random. bf16: the operands of the second product and the result
         # are rounded (2^-8 each at most), a and b before they are used.
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
+
+
+def with_own_dropout(linears: list[Linear]) -> list[Linear]:
+    """Of each adapter another: the first of the linears has adapters of which one drops nothing."""
+    found = []
+    for index, linear in enumerate(linears):
+        adapter = linear.adapter
+        if adapter is not None:
+            assert isinstance(adapter.scale, RowChoice)
+            streams = (Stream((5, index), threshold_of(0.25)), Stream((6, index), threshold_of(0.5 * index)))
+            device = adapter.scale.rows.device
+            steps = torch.tensor([3, 9, 4], device=device)
+            dropout = ChosenDropout(streams, adapter.scale.rows, steps, ROWS.to(device), first=2)
+            linear = linear._replace(adapter=adapter._replace(dropout=dropout))
+        found.append(linear)
+    return found
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_that_rows_choose_have_their_own_dropout(
+    triton_device: torch.device, variant: str, dtype: torch.dtype
+) -> None:
+    x, linears, dys = problem(dtype, triton_device, packed=True, dropout=False, choice=True)
+    linears = with_own_dropout(linears)
+    expected = in_fp64(x, linears, dys)
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
+    with variants.forced(variant):
+        ys = lora_linears(leaf, linears)
+        gradients = torch.autograd.grad(ys, leaves, dys)
+    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+        assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_what_is_not_finite_in_one_adapters_rows_reaches_no_other(triton_device: torch.device, variant: str) -> None:
+    """Rows 0 use the second adapter, rows 2 the first: the first's gradients and outputs are the same bits."""
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=True)
+    linears = with_own_dropout(linears)
+    results = []
+    for spoiled in (1.0, float("nan"), float("inf")):
+        x[0, 1], dys[0][0, 2], dys[1][0, 3] = spoiled, spoiled, spoiled
+        leaf = x.clone().requires_grad_()
+        adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+        with variants.forced(variant):
+            ys = lora_linears(leaf, linears)
+            dx, *gradients = torch.autograd.grad(ys, [leaf, *(t for own in adapters for t in own[:2])], dys)
+        firsts = [own.scale.ranks[0] for own in adapters if isinstance(own.scale, RowChoice)]
+        own_a = [da[:rank] for da, rank in zip(gradients[::2], firsts, strict=True)]
+        own_b = [db[:, :rank] for db, rank in zip(gradients[1::2], firsts, strict=True)]
+        assert all(torch.isfinite(da).all() == (spoiled == 1) for da in gradients[::2])
+        results.append([*(y[1:] for y in ys), dx[1:], *own_a, *own_b])
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])

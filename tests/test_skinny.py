@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels.dropout import Dropout, dropped
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
 from distlora_kernels.operands import RowChoice
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
@@ -54,7 +54,7 @@ def dropout_of(device: torch.device, rows: list[int]) -> Dropout:
     return Dropout(KEY, 20_000, 7, torch.tensor(rows, device=device))
 
 
-def seen(x: Tensor, dropout: Dropout | None) -> Tensor:
+def seen(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
     return x.double() if dropout is None else x.double().masked_fill(dropped(dropout, *x.shape), 0)
 
 
@@ -141,14 +141,39 @@ def test_rows_choose_adapters(dtype: torch.dtype, tokens: int, device: torch.dev
         assert not columns[unused.repeat_interleave(tokens, dim=0)].any(), "columns beyond an adapter's rank are not 0"
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_dropout_is_that_of_its_definition(chosen: bool, device: torch.device) -> None:
+def own_dropout_of(choice: RowChoice) -> ChosenDropout:
+    """Of each adapter another key and probability, one of them 0; two steps, and numbers of rows that are alike."""
+    streams = tuple(Stream((KEY[0] + n, KEY[1] ^ n << 31), bound) for n, bound in enumerate((20_000, 0, 65_535)))
+    steps = torch.arange(len(CHOSEN), device=choice.rows.device) % 2 + 2**32 - 1
+    rows = torch.tensor([5, 5, 2**33 + 1, -1, 5], device=choice.rows.device)
+    return ChosenDropout(streams, choice.rows, steps, rows, first=70_001)
+
+
+def test_each_rows_mask_is_that_of_its_adapter_alone(device: torch.device) -> None:
+    choice = choice_of(device)
+    dropout = own_dropout_of(choice)
+    masks = dropped(dropout, 21 * len(CHOSEN), 100).view(len(CHOSEN), 21, 100)
+    for row, adapter in enumerate(CHOSEN):
+        if adapter < 0 or dropout.streams[adapter].threshold == 0:
+            assert not masks[row].any()
+            assert adapter < 0 or dropout.of(adapter, slice(row, row + 1)) is None
+            continue
+        alone = Dropout(*dropout.streams[adapter], int(dropout.steps[row]), dropout.rows[row : row + 1], 70_001)
+        assert torch.equal(masks[row], dropped(alone, 21, 100))
+        assert masks[row].any()
+
+
+@pytest.mark.parametrize("kind", ["alone", "chosen", "own"])
+def test_dropout_is_that_of_its_definition(kind: str, device: torch.device) -> None:
     """Rows of the dropout that are not those of the choice, tiles that straddle them, columns that end within 8, rows
-    of which a part is run.
+    of which a part is run; a dropout of each adapter.
     """
     dtype, m, i = torch.bfloat16, 105, 100
-    choice, rank = (choice_of(device), sum(RANKS)) if chosen else (None, 8)
-    dropout = dropout_of(device, [5, 2**33 + 1, -1])._replace(first=70_001)
+    choice, rank = (None, 8) if kind == "alone" else (choice_of(device), sum(RANKS))
+    dropout: Dropout | ChosenDropout = dropout_of(device, [5, 2**33 + 1, -1])._replace(first=70_001)
+    if kind == "own":
+        assert choice is not None
+        dropout = own_dropout_of(choice)
     x, a, *_ = operands((m, i, 8, rank), dtype, device).values()
     compact = normal(m, 8, dtype=dtype, device=device, seed=9)
     wide = compact if choice is None else expand(compact, choice)

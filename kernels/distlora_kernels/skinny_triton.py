@@ -69,7 +69,8 @@ def down_kernel(
 ):  # fmt: skip
     """out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns. Grid (tiles x PIECES, splits)."""
     tile = tl.program_id(0) // PIECES
-    r = tl.program_id(0) % PIECES * BR + tl.arange(0, BR)
+    piece = tl.program_id(0) % PIECES * BR
+    r = piece + tl.arange(0, BR)
     split = tl.program_id(1)
     row = tile // tiles_of_a_row
     position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
@@ -79,7 +80,8 @@ def down_kernel(
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
     if batch_rows is not None:
-        end = tl.where(count > 0, end, begin)
+        # x is not read for ranks that the row's adapter does not have.
+        end = tl.where(count > piece, end, begin)
     x_rows = x + m[:, None] * stride_x
     a_rows = a + (first + r).to(tl.int64)[None, :] * stride_ar
     if dropped_rows is not None:
@@ -198,7 +200,8 @@ def grad_kernel(
 ):  # fmt: skip
     """out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows. Grid (column tiles x PIECES, stripes)."""
     column = tl.program_id(0) // PIECES * BN
-    r = tl.program_id(0) % PIECES * BR + tl.arange(0, BR)
+    piece = tl.program_id(0) % PIECES * BR
+    r = piece + tl.arange(0, BR)
     i = column + tl.arange(0, BN)
     stripe = tl.program_id(1)
     row = stripe // stripes_of_a_row
@@ -206,7 +209,7 @@ def grad_kernel(
     begin = stripe % stripes_of_a_row * stripe_tokens
     end = tl.minimum(begin + stripe_tokens, tokens)
     if batch_rows is not None:
-        end = tl.where(count > 0, end, begin)
+        end = tl.where(count > piece, end, begin)
     if dropped_rows is not None:
         key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
     total = tl.zeros((BR, BN), dtype=tl.float32)
@@ -338,6 +341,7 @@ def _cases() -> tuple[Case, ...]:
     bf16, many = torch.bfloat16, 8192
     dropout = {"dropped_rows": "*i64"}
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
+    own = {**choice, **dropout, "streams": "*i64:16", "steps": "*i64"}
     with_y = {"y": "*bf16:16", "products": "*fp32:16"}
     of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa"), "i32")
     tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
@@ -374,6 +378,16 @@ def _cases() -> tuple[Case, ...]:
             out="*fp32:16",
             stride_oi="i32:1",
             **dropout,
+        ),
+        _case("down choice own dropout", down_kernel, tile_of("down", 16, many, bf16, True), stride_ai="i32:1", **own),
+        _case("up a.T choice own dropout", up_kernel, tile_of("up", 16, many, bf16, True), stride_bo="i32:1", **own),
+        _case(
+            "grad choice own dropout",
+            grad_kernel,
+            tile_of("grad", 16, many, bf16, True),
+            out="*fp32:16",
+            stride_oi="i32:1",
+            **own,
         ),
         _case("grad choice", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16", **choice),
         _case("grad fp32", grad_kernel, tile_of("grad", 16, many, torch.float32), "fp32", stride_oi="i32:1"),

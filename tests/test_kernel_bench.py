@@ -85,6 +85,20 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert "No figures: Triton's interpreter" in finished.stdout
 
 
+def test_packed_trials_are_right_beside_one(tmp_path: Path) -> None:
+    on_gpu = torch.cuda.is_available()
+    finished = run_bench(
+        *("block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--packed", "1,3"),
+        *("--device", "cuda" if on_gpu else "cpu"),
+    )
+    assert finished.returncode == 0, finished.stderr + finished.stdout
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in finished.stdout.splitlines()]
+    found = {(row[0], row[1], row[3]) for row in cells if len(row) == 10}
+    for count in (1, 3):
+        for name in ("one trial", "packed", "one after the other"):
+            assert (f"H=64 F=64 {count} x (2x3)", str(6 * count), name) in found
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dequantize"]) == 2

@@ -26,7 +26,7 @@ import torch
 
 from distlora_kernels.dispatch import interpreted
 
-from . import block, bounds, dequantize, linear, shapes, skinny
+from . import block, bounds, dequantize, linear, packed, shapes, skinny
 from .rates import ASSUMED, Rates, measure_rates
 from .table import Row, legend, markdown
 
@@ -99,6 +99,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=_argument(_batches), default=((1, 8192), (4, 2048)), help="sequences x tokens (1x8192,4x2048)"
     )
+    parser.add_argument(
+        "--packed",
+        type=_argument(_counts),
+        default=(),
+        help="with block: a step of so many trials packed together, each with --tokens of its own (1,2,4,8)",
+    )
     parser.add_argument("--markdown", type=Path, help="write the report there too, after each row")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks and times nothing")
     options = parser.parse_args(arguments)
@@ -167,6 +173,8 @@ def _rows(options: argparse.Namespace, device: torch.device, rates: Rates) -> It
             yield from linear.rows(options.shapes, options.m, options.r, device, rates)
         elif section == "skinny":
             yield from skinny.rows(options.shapes, options.m, options.r, device, rates)
+        elif options.packed:
+            yield from packed.rows(options.block, options.tokens, options.r, options.packed, device, rates)
         else:
             yield from block.rows(options.block, options.tokens, options.r, device, rates)
 

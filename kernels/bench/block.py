@@ -121,8 +121,7 @@ def _styles(weights: list[Weights], device: torch.device) -> list[Style]:
 def _candidates(
     shape: BlockShape, weights: list[Weights], styles: list[Style], x: Tensor, dy: Tensor, rank: int
 ) -> Iterator[Candidate]:
-    expected = {True: _expected(shape, weights, x, dy, adapted=True)}
-    expected[False] = _expected(shape, weights, x, dy, adapted=False)
+    right = {adapted: expected(shape, weights, x, dy, adapted=adapted) for adapted in (True, False)}
     for checkpointed in (False, True):
         for style in styles:
             if style.contexts is not None and not checkpointed:
@@ -130,9 +129,9 @@ def _candidates(
             yield Candidate(
                 name=style.name,
                 task=task_name(checkpointed),
-                run=partial(_step, shape, style, x, dy, checkpointed=checkpointed),
-                expected=expected[bool(style.parameters)],
-                steps=tuple(_steps(shape, style.name, x, rank, checkpointed=checkpointed)),
+                run=partial(step, shape, style, x, dy, checkpointed=checkpointed),
+                expected=right[bool(style.parameters)],
+                steps=tuple(steps(shape, style.name, x, rank, checkpointed=checkpointed)),
                 slack=SLACK,
             )
 
@@ -141,7 +140,7 @@ def task_name(checkpointed: bool) -> str:
     return "step, block checkpoint" if checkpointed else "step"
 
 
-def _step(shape: BlockShape, style: Style, x: Tensor, dy: Tensor, *, checkpointed: bool) -> dict[str, Tensor]:
+def step(shape: BlockShape, style: Style, x: Tensor, dy: Tensor, *, checkpointed: bool) -> dict[str, Tensor]:
     """Forward and backward: y, dx, and da0, db0... of all linears."""
     forward = partial(_block, shape, style.projections)
     if checkpointed:
@@ -197,7 +196,7 @@ def _reference(x: Tensor, *, weights: Weights, adapted: bool) -> list[Tensor]:
     return ys
 
 
-def _expected(shape: BlockShape, weights: list[Weights], x: Tensor, dy: Tensor, *, adapted: bool) -> dict[str, Tensor]:
+def expected(shape: BlockShape, weights: list[Weights], x: Tensor, dy: Tensor, *, adapted: bool) -> dict[str, Tensor]:
     projections = tuple(partial(_reference, weights=group, adapted=adapted) for group in weights)
     masters = [master for group in weights for master in group.masters] if adapted else []
     wide = x.detach().float().requires_grad_()
@@ -205,12 +204,16 @@ def _expected(shape: BlockShape, weights: list[Weights], x: Tensor, dy: Tensor, 
     return _named(y.detach(), torch.autograd.grad(y, [wide, *masters], dy.float()))
 
 
-def _steps(shape: BlockShape, name: str, x: Tensor, rank: int, *, checkpointed: bool) -> Iterator[Step]:
+def steps(shape: BlockShape, name: str, x: Tensor, rank: int, *, checkpointed: bool) -> Iterator[Step]:
     """The linears and the attention alone."""
     batch, tokens, hidden = x.shape
     for group in shape.groups:
         for backward in (True, False)[: 1 + checkpointed]:
             yield from _linear_steps(name, group, batch * tokens, rank, backward=backward)
+    yield from attention_steps(batch, tokens, hidden, checkpointed=checkpointed)
+
+
+def attention_steps(batch: int, tokens: int, hidden: int, *, checkpointed: bool) -> Iterator[Step]:
     attention = 2.0 * batch * tokens**2 * hidden
     # Backward is five products to forward's two.
     for flops in (attention, 2.5 * attention, attention)[: 2 + checkpointed]:

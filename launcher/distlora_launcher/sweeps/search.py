@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from distlora.config import require
 from distlora.sweep_folder import TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.space import Interval, cells, count_cells, is_finite
+from distlora_launcher.sweeps.space import Dimension, Interval, cells, count_cells, is_finite
 
 MOST_SHUFFLED = 100_000
 """Combinations of a finite space that `random` draws from without putting any back; of more it draws freely."""
@@ -81,8 +81,8 @@ class Sampled:
 
     def __init__(self, sweep: Sweep) -> None:
         trials = sweep.settings.trials
-        assert trials is not None, "check_space asks for it"
-        self._trials = trials
+        assert trials is not None, "search_of asks for it"
+        self._trials = min(trials, count_cells(sweep.space)) if is_finite(sweep.space) else trials
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
         return Due.SAMPLE if len(trials) < self._trials else Due.END
@@ -114,7 +114,16 @@ def search_of(sweep: Sweep) -> Search:
     if settings.method == "random" and is_finite(space) and count_cells(space) <= MOST_SHUFFLED:
         return Cells(sweep)
     require(
+        not (settings.method == "optuna" and settings.sampler == "cmaes" and not _is_numbers(space)),
+        "sweep.sampler=cmaes proposes numbers alone, from intervals; give each setting one, as in "
+        "optim.lr='interval(1e-5,1e-3)', or set sweep.sampler=tpe",
+    )
+    require(
         settings.trials is not None,
         f"sweep.trials=null has no end with sweep={settings.method}; set sweep.trials=20",
     )
     return Sampled(sweep)
+
+
+def _is_numbers(space: Sequence[Dimension]) -> bool:
+    return all(isinstance(dimension, Interval) for dimension in space)

@@ -43,13 +43,16 @@ from distlora_launcher.processes import Process, this_process
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, Search
-from distlora_launcher.sweeps.space import Dimension, Interval, Values
+from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
 
 NAME = "sweep"
 LOCK_NAME = ".lock"
 
 MOST_STARTUP_TRIALS = 5
 """Finished trials before the median prunes; Optuna's default. Of short sweeps a quarter of the trials."""
+
+PROPOSALS = 10
+"""Questions to Optuna for a combination that was not tried."""
 
 LEAST_JUDGED = 8
 """Finished trials before it is said which settings made the difference."""
@@ -89,8 +92,10 @@ class Study:
             waiting = self._trials(TrialState.WAITING)
             if not waiting:
                 due = self._search.next(self.records())
-                if due is Due.SAMPLE:
+                if due is Due.SAMPLE and not is_finite(self._sweep.space):
                     return self._sample()
+                if due is Due.SAMPLE:
+                    due = [self._untried()]
                 if isinstance(due, Due):
                     return due
                 for values in due:
@@ -208,6 +213,26 @@ class Study:
         params = {name: _choice(self._space[name], value) for name, value in values.items() if name in self._space}
         self._study.enqueue_trial(params, user_attrs={"values": dict(values)})
 
+    def _untried(self) -> dict[str, Any]:
+        """What Optuna proposes of a finite space, but nothing twice: the first of some proposals that is new, else the
+        first combination that is."""
+        tried = [_values(trial) for trial in self._study.get_trials(deepcopy=False)]
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING)
+        trial.number = len(tried)
+        for attempt in range(PROPOSALS):
+            sampler = _sampler(self._sweep.settings, len(tried), attempt)
+            kinds = {name: _distribution(dimension) for name, dimension in self._space.items()}
+            together = sampler.infer_relative_search_space(self._study, trial)
+            found = sampler.sample_relative(self._study, trial, together)
+            values = {}
+            for name, kind in kinds.items():
+                if name not in found:
+                    found[name] = sampler.sample_independent(self._study, trial, name, kind)
+                values[name] = _chosen(self._space[name], found[name])
+            if values not in tried:
+                return values
+        return next(values for values in cells(self._sweep.space) if values not in tried)
+
     def _sample(self) -> Asked:
         number = len(self._study.get_trials(deepcopy=False))
         self._study.sampler = _sampler(self._sweep.settings, number)
@@ -269,9 +294,9 @@ def _chosen(dimension: Dimension, choice: Any) -> Any:
     return choice
 
 
-def _sampler(settings: SweepConfig, number: int) -> BaseSampler:
+def _sampler(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSampler:
     """What draws trial `number`, with a seed of its own."""
-    seed = random.Random(f"{settings.seed}/{number}").randrange(2**32)
+    seed = random.Random(f"{settings.seed}/{number}/{attempt}").randrange(2**32)
     if settings.method == "random":
         return optuna.samplers.RandomSampler(seed)
     with warnings.catch_warnings():

@@ -100,14 +100,14 @@ def _loss(run: RunRecords) -> Chart:
 
 
 def _memory(run: RunRecords, series: Series) -> Chart:
-    """What a rank has held at most so far: on a CPU the whole process, of which the plan knows the host's part."""
+    """What a rank has held at most so far: on a CPU by its resident pages, of which the plan has no files."""
     is_gpu = run.plan.get("machine", {}).get("is_gpu")
     planned = run.plan.get("device", {}).get("total") if is_gpu else run.plan.get("host", {}).get("while_training")
     return Chart(
         title="Peak memory",
-        unit="of a rank so far" if is_gpu else "of a process so far, Python and torch included",
+        unit="of a rank so far" if is_gpu else "of a process so far, with the files that it maps",
         lines=[Line(name="measured", series=series)],
-        levels=[] if planned is None else [Level(name="planned", value=planned)],
+        levels=[] if planned is None else [Level(name="planned" if is_gpu else "planned without them", value=planned)],
         kind="bytes",
         from_zero=True,
     )

@@ -14,6 +14,8 @@ from distlora.report.words import difference, number, size
 
 _TOGETHER = {"gathered": "gathered, and buffers of collectives", "working": "working: activations, logits, scratch"}
 """Names of what a measurement does not tell apart."""
+_UNLIKE = "most memory of a process: planned without the files that it maps, measured with them"
+"""On a CPU, where the two are no plan and its measurement: torch's libraries alone are some 100 MB of files."""
 
 
 def plan_part(run: RunRecords) -> Html:
@@ -80,8 +82,8 @@ def _memory(run: RunRecords) -> Html:
         *(tag("th", name, scope="col", cls="n") for name in ("planned", "measured", "difference")),
         tag("th", keys, scope="col"),
     ]
-    table = tag("table", tag("caption", said), tag("thead", tag("tr", heads)), tag("tbody", rows), cls="full")
-    return tag("div", table, cls="scroll")
+    table = tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows), cls="full")
+    return text([tag("p", said, cls="note"), tag("div", table, cls="scroll")])
 
 
 def _figures(run: RunRecords) -> Html:
@@ -115,9 +117,7 @@ def _compared(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
     rows: list[tuple[str, Any, Any, bool]] = [
         ("tokens a second", time.get("tokens_per_second"), summary.get("tokens_per_second"), False),
         (
-            "most memory of a process, Python and torch included"
-            if not is_gpu
-            else "most memory of a card by the allocator",
+            "most memory of a card, by the allocator" if is_gpu else _UNLIKE,
             plan.get("device", {}).get("total") if is_gpu else host.get("while_training"),
             summary.get("peak_memory_bytes"),
             True,
@@ -132,7 +132,7 @@ def _compared(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
         if not planned and not measured:
             continue
         shown = [("" if each is None else size(each) if is_bytes else number(each)) for each in (planned, measured)]
-        both = planned is not None and measured is not None
+        both = planned is not None and measured is not None and name != _UNLIKE
         yield name, shown[0] or "not known", shown[1], difference(planned, measured) if both else ""
 
 

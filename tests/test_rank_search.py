@@ -20,10 +20,11 @@ from distlora.eval_documents import DocumentRecord, read_documents, write_docume
 from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
 from distlora_launcher.sweeps import rank_search
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.rank_search import RANK_SEARCH_NAME, RankSearch
+from distlora_launcher.sweeps.rank_search import RankSearch
 from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
 from distlora_launcher.sweeps.search import Due
 from distlora_launcher.sweeps.space import Values
+from distlora_launcher.sweeps.table import CONCLUSION_NAME
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
 DOCUMENTS = 80
@@ -233,13 +234,13 @@ def test_full_fine_tuning_is_run_beside_where_it_fits(
     )
 
 
-def test_the_conclusion_is_a_table_a_recommendation_and_a_file(searched: Sweep) -> None:
+def test_the_conclusion_is_a_table_and_a_recommendation(searched: Sweep) -> None:
     trials = ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})
     text = "\n".join(RankSearch(searched).conclusion(trials))
     assert "| 16 |" in text
-    assert "- Recommended: adapter.r=16." in text
+    assert "- Recommended: adapter.r=16 (trial 1)." in text
     assert "- Full fine-tuning was not run beside: sweep.full=never." in text
-    kept = json.loads((searched.folder / RANK_SEARCH_NAME).read_text())
+    kept = json.loads(json.dumps(RankSearch(searched).figures(trials), allow_nan=False))
     assert kept["recommended"] == 16
     assert [row["size"] for row in kept["rows"]] == [8, 16, 32]
     assert kept["rows"][1]["low"] < kept["rows"][1]["gain"] < kept["rows"][1]["high"]
@@ -251,6 +252,7 @@ def test_a_search_that_was_cut_off_recommends_nothing(searched: Sweep) -> None:
     text = "\n".join(RankSearch(searched).conclusion(trials))
     assert "The search has not ended yet" in text
     assert "Recommended" not in text
+    assert RankSearch(searched).figures(trials)["recommended"] is None
     assert RankSearch(searched).conclusion([]) == []
 
 
@@ -329,7 +331,7 @@ def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
         assert found.loss is not None
         assert record.value is not None
         assert math.isclose(found.loss, record.value, rel_tol=1e-5)
-    kept = json.loads((sweep / RANK_SEARCH_NAME).read_text())
+    kept = json.loads((sweep / CONCLUSION_NAME).read_text())
     assert [row["size"] for row in kept["rows"]] == [2, 4]
     assert kept["recommended"] in (2, 4)
     assert all(row["planned_bytes"] and row["peak_bytes"] and row["state_bytes"] for row in kept["rows"])

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
 from distlora.config import UserError, require
 from distlora.eval_documents import DocumentRecord, check_paired, read_documents
 from distlora.json_files import object_or_empty
@@ -30,17 +29,15 @@ from distlora_launcher.sweeps.ranks import (
     Ranks,
     Size,
     Tried,
-    as_json,
     ladder,
     ranks_due,
     recommended,
+    rows_as_json,
     sentences,
     table,
 )
 from distlora_launcher.sweeps.search import Due
 
-RANK_SEARCH_NAME = "rank_search.json"
-"""In SWEEP: the table and the recommendation, for programs (ranks.as_json)."""
 FULL_LR_SHARE = 0.1
 """Of optim.lr, for full fine-tuning: adapters are trained at about ten times its learning rate."""
 
@@ -176,20 +173,31 @@ class RankSearch:
         return found
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
-        """The table of ranks, the recommendation and its reason; kept as SWEEP/rank_search.json too."""
+        """The table of ranks, the recommendation and its reason."""
         tried = self._tried(trials)
         if not tried:
             return []
-        is_over = self.next(trials) is Due.END
-        said = list(sentences(self._ranks, tried, self._gains)) if is_over else ["The search has not ended yet."]
-        said += self._notes(tried)
-        found = as_json(self._ranks, tried, self._gains) | {"confidence": self._settings.confidence}
-        found |= {"recommended": recommended(self._ranks, tried, self._gains) if is_over else None, "sentences": said}
-        durable.write_json(self._sweep.folder / RANK_SEARCH_NAME, found)
         shown = table(self._ranks, tried, self._gains, confidence=self._settings.confidence).markdown().splitlines()
-        return [*shown, "", *(f"- {sentence}" for sentence in said)]
+        return [*shown, "", *(f"- {sentence}" for sentence in self._said(trials, tried))]
 
-    def _notes(self, tried: Mapping[Size, Tried]) -> Iterator[str]:
+    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
+        """`rows` of the table, `recommended` (null until the search has ended), `confidence`, `sentences`."""
+        tried = self._tried(trials)
+        return {
+            "rows": rows_as_json(self._ranks, tried, self._gains),
+            "recommended": recommended(self._ranks, tried, self._gains) if self._is_over(trials) else None,
+            "confidence": self._settings.confidence,
+            "sentences": list(self._said(trials, tried)),
+        }
+
+    def _is_over(self, trials: Sequence[TrialRecord]) -> bool:
+        return self.next(trials) is Due.END
+
+    def _said(self, trials: Sequence[TrialRecord], tried: Mapping[Size, Tried]) -> Iterator[str]:
+        if self._is_over(trials):
+            yield from sentences(self._ranks, tried, self._gains)
+        else:
+            yield "The search has not ended yet."
         if FULL not in tried and self._why_not_full is not None:
             yield self._why_not_full
         if not self._config.adapter.use_rslora:
@@ -218,6 +226,7 @@ def read(trial: TrialRecord, sweep: Path) -> Tried:
     summary, plan = object_or_empty(folder / SUMMARY_NAME), object_or_empty(folder / PLAN_NAME)
     device = plan.get("device", {})
     figures = {
+        "trial": trial.number,
         "trainable_parameters": summary.get("trainable_parameters", trial.trainable_parameters),
         "state_bytes": device.get("persistent"),
         "peak_bytes": summary.get("memory/peak", trial.peak_memory_bytes),

@@ -34,7 +34,8 @@ class Tried:
     """Its held-out losses; None: it failed, and `reason` says why."""
     reason: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """What the table shows beside: trainable_parameters, state_bytes, peak_bytes, planned_bytes, seconds, lr."""
+    """What the table shows beside: trial (its number), trainable_parameters, state_bytes, peak_bytes, planned_bytes,
+    seconds, lr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +159,9 @@ def sentences(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> Iterat
     if best is None:
         yield "No rank can be recommended: no rank's run ended well."
     else:
-        yield f"Recommended: adapter.r={best}. {_reason(ranks, tried, gains, best)}"
+        number = tried[best].figures.get("trial")
+        which = "" if number is None else f" (trial {number})"
+        yield f"Recommended: adapter.r={best}{which}. {_reason(ranks, tried, gains, best)}"
     for size, run in tried.items():
         if run.documents is None:
             name = "Full fine-tuning" if size == FULL else f"The run with r={size}"
@@ -224,7 +227,7 @@ def _turned(found: Gain) -> Gain:
     return Gain(gain=-found.gain, low=-found.high, high=-found.low, error=found.error)
 
 
-def as_json(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> dict[str, Any]:
+def rows_as_json(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> list[dict[str, Any]]:
     """The table's rows for programs. Numbers that JSON cannot hold are null."""
     rows = []
     for size, against in compared(ranks, tried, gains):
@@ -241,7 +244,7 @@ def as_json(ranks: Ranks, tried: Mapping[Size, Tried], gains: Gains) -> dict[str
                 **run.figures,
             }
         )
-    return {"rows": rows}
+    return rows
 
 
 def _finite(value: float) -> float | None:

@@ -47,6 +47,10 @@ class Search(Protocol):
         """What is to be said under the table of results, in lines of Markdown."""
         ...
 
+    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
+        """The same for programs, in values of JSON: SWEEP/conclusion.json; empty where there is nothing."""
+        ...
+
 
 class Cells:
     """Combinations in a fixed order, which are all known before the first trial."""
@@ -73,6 +77,9 @@ class Cells:
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
         return []
 
+    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
+        return {}
+
 
 class Sampled:
     """As many trials as are asked for, with values that Optuna draws or proposes."""
@@ -89,6 +96,9 @@ class Sampled:
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
         return []
+
+    def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
+        return {}
 
 
 def search_of(sweep: Sweep) -> Search:

@@ -14,6 +14,8 @@ from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search
 
 RESULTS_MD = "results.md"
+CONCLUSION_NAME = "conclusion.json"
+"""In SWEEP: what a search concludes, for programs (Search.figures); absent where it concludes nothing."""
 LONGEST_REASON = 100
 """Characters of a reason in the terminal; results.md has all of it."""
 
@@ -85,6 +87,7 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> 
     conclusion = search.conclusion(trials)
     if conclusion:
         parts.append("\n".join(conclusion))
+        durable.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
     durable.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
 
 

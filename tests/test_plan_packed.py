@@ -121,6 +121,8 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     searched = json.loads(capsys.readouterr().out)
     for name in ("device", "packed", "time"):
         assert searched[name] == values[name], "a pack is planned with its largest trial"
+    assert cli.main([*words, "adapter.init=pissa"]) == 2
+    assert "adapter.init=pissa starts from a decomposition of the base" in capsys.readouterr().err
     assert cli.main(["plan", "model=llama3_70b", "card=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
     page = capsys.readouterr().out
     assert ("packed" in page, "would fit" in page) == (False, True), "where one does not fit it is told of one"

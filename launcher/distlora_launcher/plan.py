@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
+from distlora.packed.settings import check_pack
 from distlora.plan import Plan
 from distlora.plan.choice.larger import Room, room
 from distlora.plan.choice.nearest import Fitting, Nearest, nearest
@@ -223,6 +224,7 @@ def answered(settings: Sequence[str], *, config_dir: str | None = None) -> Answe
     require_model(composed.config)
     check_parallel(composed.config)
     if sweep is not None and sweep.packed != 1:
+        check_pack([trial.config for trial in trials])
         packed = packing_of(sweep, trials)
         if packed.most != 0:
             return Answer(plan=packed.plan, packed=packed)

@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
+from distlora.packed.settings import check_trial
 from distlora.plan.choice.packing import MOST, Packing, largest, packing
 from distlora.sweep_folder import words_of
 from distlora_launcher.compose import Composed, compose_run, compose_section
@@ -53,22 +55,34 @@ def sizes(space: Sequence[Dimension]) -> Iterator[Mapping[str, Any]]:
         yield dict(zip(names, combination, strict=True))
 
 
-def packing_of(settings: SweepConfig, trials: Sequence[Composed]) -> Packing:
-    """Packs of a sweep whose largest trial is one of these, on the machines that they are for."""
+def packing_of(settings: SweepConfig, trials: Sequence[Composed], *, most: int = MOST) -> Packing:
+    """Packs of a sweep whose largest trial is one of these, on the machines that they are for; of `most` trials."""
     plans = [choices(trial.config, trial.fixed).plan for trial in trials]
     model, machine = plans[0].model, plans[0].machine
     trial = largest([plan.config for plan in plans], model, machine)
-    most = MOST if settings.trials is None else min(MOST, settings.trials)
-    return packing(trial, model, machine, settings.packed, most=most)
+    most = min(MOST, most, settings.trials or MOST)
+    asked = settings.packed if settings.packed == "auto" else min(settings.packed, most)
+    return packing(trial, model, machine, asked, most=most)
 
 
-def slots_of(sweep: Sweep) -> int:
-    """Trials at once in a pack of this sweep. Raises UserError for trials that cannot be composed."""
-    if sweep.settings.packed != "auto":
-        return sweep.settings.packed
-    trials = [sweep.compose(0, values) for values in itertools.islice(sizes(sweep.space), MOST)]
-    found = packing_of(sweep.settings, trials).trials
-    return min(found, count_cells(sweep.space)) if is_finite(sweep.space) and sweep.space else found
+def planned_pack(sweep: Sweep) -> Packing:
+    """The packs of this sweep, with as many trials at once as are asked for or fit, and as there are. Raises UserError
+    where none of its trials can be in a pack."""
+    trials = []
+    refused: UserError | None = None
+    for values in itertools.islice(sizes(sweep.space), MOST):
+        try:
+            trial = sweep.compose(0, values)
+            check_trial(trial.config)
+            choices(trial.config, trial.fixed)
+            trials.append(trial)
+        except UserError as error:  # Such a trial is recorded as failed, and the others run.
+            refused = error
+    if not trials:
+        assert refused is not None, "a sweep has a trial"
+        raise refused
+    most = count_cells(sweep.space) if is_finite(sweep.space) else MOST
+    return packing_of(sweep.settings, trials, most=most)
 
 
 def composed_for_plan(

@@ -97,10 +97,10 @@ class Alone:
         self._prunes = self._stops = False
 
     def begin(self, trial: Asked) -> None:
-        log = _log(self._sweep, trial.number)
+        log = trial_log(self._sweep, trial.number)
         log.parent.mkdir(parents=True, exist_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
-            _wait_until_free(trial.run_dir)
+            wait_until_free(trial.run_dir)
             words = ["resume", str(trial.run_dir)]
         else:
             folder = self._sweep.config_dir
@@ -155,12 +155,12 @@ class Alone:
                 return SAVED, None
             return PRUNED, None if self._prunes else "it was stopped from outside, as `distlora cancel` does it"
         if code == BAD_INPUT:
-            return FAILED, _last_error(_log(self._sweep, trial.number), self._log_start) or "bad input"
+            return FAILED, last_error(trial_log(self._sweep, trial.number), self._log_start) or "bad input"
         error = read_ending(trial.run_dir).error
         if error is not None:
             return FAILED, error.splitlines()[0]
         by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        said = _last_error(_log(self._sweep, trial.number), self._log_start)
+        said = last_error(trial_log(self._sweep, trial.number), self._log_start)
         return FAILED, said or f"its launcher {by}"
 
 
@@ -170,11 +170,12 @@ def environment() -> dict[str, str]:
     return own | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
 
 
-def _log(sweep: Sweep, number: int) -> Path:
+def trial_log(sweep: Sweep, number: int) -> Path:
+    """What is printed by what trains a trial."""
     return sweep.folder / LOGS / f"trial_{number:04d}.log"
 
 
-def _last_error(log: Path, start: int) -> str | None:
+def last_error(log: Path, start: int) -> str | None:
     """What a launcher said of its end, in what it printed from `start` on."""
     with log.open("rb") as file:
         file.seek(start)
@@ -183,7 +184,7 @@ def _last_error(log: Path, start: int) -> str | None:
     return message.strip() if mark else None
 
 
-def _wait_until_free(run_dir: Path) -> None:
+def wait_until_free(run_dir: Path) -> None:
     """A launcher whose worker was killed ends by itself, and holds its run until then."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while holders(run_dir) and time.monotonic() < deadline:

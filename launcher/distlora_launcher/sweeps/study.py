@@ -130,7 +130,7 @@ class Study:
         frozen = self._trial(number)
         if len(frozen.intermediate_values) <= self._sweep.settings.pruner_warmup:
             return False
-        return self._study.pruner.prune(self._study, frozen)
+        return bool(self._study.pruner.prune(self._study, frozen))  # NumPy has its own.
 
     def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """How a trial ended: its value, and what of TrialRecord its run says (`figures`)."""

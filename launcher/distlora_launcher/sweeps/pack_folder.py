@@ -1,0 +1,167 @@
+"""A pack's folder as the launcher writes and reads it (distlora/packed/protocol.py), and the process that trains it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora import durable
+from distlora.config import Config
+from distlora.json_files import object_or_empty
+from distlora.packed.protocol import (
+    CLOSED_NAME,
+    INBOX,
+    OUTCOMES,
+    PACK_NAME,
+    VERDICTS,
+    inbox_file,
+    outcome_file,
+    verdict_file,
+)
+from distlora.run_folder import PLAN_NAME
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.local import create_run
+from distlora_launcher.run_state import read_ending
+from distlora_launcher.sweeps.runner import environment, last_error, wait_until_free
+
+MODULE = "distlora_launcher.sweeps.pack_process"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What PACK/outcomes says of a trial."""
+
+    number: int
+    state: str
+    reason: str | None
+    step: int | None
+    seconds: float | None
+
+
+class PackFolder:
+    """A pack, from its first trial to its last."""
+
+    def __init__(self, folder: Path, log: Path, config: Config, *, slots: int, verdicts: bool) -> None:
+        """Make the folder. What a pack of a worker that was killed has left in it is taken away: the trials are whole
+        in their own run folders, and other workers may have some of them by now."""
+        self.folder, self._log, self.config = folder, log, config
+        self.slots, self._verdicts = slots, verdicts
+        self.closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._inside: set[int] = set()
+        wait_until_free(folder)
+        for name in (INBOX, VERDICTS, OUTCOMES):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (CLOSED_NAME, CONFIG_NAME, PLAN_NAME):
+            (folder / name).unlink(missing_ok=True)
+        for name in (INBOX, VERDICTS, OUTCOMES):
+            (folder / name).mkdir(parents=True)
+        create_run(folder, config)
+
+    def keep_plan(self, plan: Mapping[str, Any]) -> None:
+        """What its workers hold their memory to."""
+        durable.write_json(self.folder / PLAN_NAME, plan)
+
+    @property
+    def inside(self) -> frozenset[int]:
+        """Trials that were put in and have no outcome that was read."""
+        return frozenset(self._inside)
+
+    def put(self, number: int, run_dir: Path) -> None:
+        """A trial that is prepared."""
+        durable.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
+        self._inside.add(number)
+
+    def say(self, number: int, step: int, *, prune: bool) -> None:
+        """The verdict on a trial's evaluation."""
+        if self._verdicts:
+            durable.write_json(verdict_file(self.folder, number, step), {"prune": prune})
+
+    def fail(self, number: int, reason: str) -> None:
+        """Write the outcome of a trial that its pack cannot write itself."""
+        outcome = {"state": FAILED, "reason": reason, "step": None, "seconds": None}
+        durable.write_json(outcome_file(self.folder, number), outcome)
+
+    def close(self) -> None:
+        """No more trials come."""
+        self.closed = True
+        durable.write_text(self.folder / CLOSED_NAME, "")
+
+    def outcomes(self) -> Iterator[Ended]:
+        """Those that are new, in the order of their numbers."""
+        for number in sorted(self._inside):
+            path = outcome_file(self.folder, number)
+            if not path.is_file():
+                continue
+            values = object_or_empty(path)
+            if values.get("state") not in (COMPLETE, PRUNED, FAILED):
+                values = {"state": FAILED, "reason": f"{path} is damaged, so what came of it is not known"}
+            self._inside.remove(number)
+            yield Ended(
+                number,
+                values["state"],
+                values.get("reason"),
+                _whole(values.get("step")),
+                _number(values.get("seconds")),
+            )
+
+    def start(self, slots: int) -> None:
+        """Start its workers; a pack that has died goes on with what has no outcome."""
+        self.slots = slots
+        durable.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "distlora_launcher.bound", MODULE, str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    @property
+    def was_started(self) -> bool:
+        return self._process is not None
+
+    def ended(self) -> int | None:
+        """The exit code of its process, once; None while it runs, or where none does."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        self._process = None
+        return code
+
+    def why(self, code: int) -> str:
+        """Why its process ended with `code`, in a sentence."""
+        error = read_ending(self.folder).error
+        if error is not None:
+            return error.splitlines()[0]
+        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return last_error(self._log, self._log_start) or f"the launcher of its pack {by}"
+
+    def ask_to_stop(self) -> None:
+        """Have it save every trial and end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+
+def first_of(numbers: Iterable[int]) -> int:
+    """The trial that a pack of one slot has in it: trials are taken in the order of their numbers."""
+    return min(numbers)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,180 @@
+"""A worker of a sweep that feeds packs: what goes into one, what is made of how it ends. The pack is a fake one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.config import SweepConfig, UserError
+from distlora.config_file import load_config
+from distlora.packed import protocol
+from distlora.run_folder import PLAN_NAME
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora_launcher.holding import holders, worker_place
+from distlora_launcher.signals import Forwarder
+from distlora_launcher.sweeps import pack_folder
+from distlora_launcher.sweeps import runner as sweep_runner
+from distlora_launcher.sweeps.folder import Sweep, make_sweep
+from distlora_launcher.sweeps.packs import PackRunner
+from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
+from distlora_launcher.sweeps.search import search_of
+from distlora_launcher.sweeps.space import Dimension, Values
+from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.worker import Worker
+from launcher_fakes import write_data, write_model
+
+RATES = Values("optim.lr", (1e-4, 2e-4, 3e-4, 4e-4, 5e-4))
+Make = Callable[..., Sweep]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Sweeps whose packs are fake ones, and whose trials' data is prepared."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(pack_folder, "MODULE", "fake_pack")
+    monkeypatch.setattr(sweep_runner, "RELEASE_SECONDS", 0.5)
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data.jsonl")
+    words = ("model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "data.eval_fraction=0.5")
+
+    def made(*space: Dimension, fake: dict[str, Any] | None = None, **settings: Any) -> Sweep:
+        monkeypatch.setenv("FAKE_PACK", json.dumps(fake or {}))
+        sweep = Sweep(
+            folder=tmp_path / "sweep",
+            settings=SweepConfig(**{"packed": 2, **settings}),
+            words=(*words, "train.eval_every=2", "train.max_steps=4", "tracker=none"),
+            space=space,
+            config_dir=None,
+            cwd=str(tmp_path),
+        )
+        make_sweep(sweep)
+        for number in range(8):
+            sweep.run_dir(number).mkdir(parents=True)
+            (sweep.run_dir(number) / "data.json").write_text(json.dumps({"cache": str(tmp_path)}))
+        return sweep
+
+    return made
+
+
+def work(sweep: Sweep) -> Study:
+    """One worker to its end."""
+    study = Study(sweep, search_of(sweep))
+    with worker_place(sweep.folder, "worker_0"):
+        Worker(sweep, study, PackRunner(sweep, 0)).work(Forwarder())
+    return study
+
+
+def asked(sweep: Sweep, number: int, **values: Any) -> Asked:
+    named = {name.replace("__", "."): value for name, value in values.items()}
+    words = tuple(sweep.trial_words(number, named))
+    return Asked(number=number, values=named, words=words, run_dir=sweep.run_dir(number), begun=False)
+
+
+def until(runner: PackRunner, number: int) -> list[Outcome]:
+    """The outcomes until there are so many."""
+    found: list[Outcome] = []
+    deadline = time.monotonic() + 60
+    while len(found) < number:
+        assert time.monotonic() < deadline, found
+        found += runner.poll()
+        time.sleep(0.02)
+    return found
+
+
+def starts(sweep: Sweep, pack: str = "0") -> list[int]:
+    """The slots of each start of a pack."""
+    return [int(line) for line in (sweep.folder / "packs" / pack / "starts.txt").read_text().split()]
+
+
+def test_a_grid_goes_through_one_pack_whose_slots_are_used_again(make: Make) -> None:
+    sweep = make(RATES, fake={"fails": [1]})
+    records = work(sweep).records()
+    assert [record.state for record in records] == [COMPLETE, FAILED, COMPLETE, COMPLETE, COMPLETE]
+    assert records[1].reason == "step 1: the loss is not finite"
+    assert [record.value for record in records if record.state == COMPLETE] == [0.25] * 4
+    assert (records[0].step, records[0].seconds) == (4, 0.5)
+    assert starts(sweep) == [2]
+    plan = json.loads((sweep.run_dir(3) / PLAN_NAME).read_text())
+    assert plan["trials"] == 2, "what a rank has is the pack's"
+    assert plan == json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
+    assert load_config(sweep.run_dir(3)).optim.lr == 4e-4
+    assert not holders(sweep.run_dir(3))
+
+
+def test_the_pruner_decides_and_the_pack_waits_for_it(make: Make) -> None:
+    losses = {"0": 1.0, "1": 1.0, "2": 9.0, "3": 1.0, "4": 9.0}
+    sweep = make(RATES, fake={"losses": losses}, pruner="median", trials=5)
+    records = work(sweep).records()
+    assert [record.state for record in records] == [COMPLETE, COMPLETE, PRUNED, COMPLETE, PRUNED]
+    assert (records[2].step, dict(records[2].evaluations)) == (2, {2: 4.5})
+
+
+def test_trials_that_may_not_share_a_pack_come_into_one_after_the_other(make: Make) -> None:
+    sweep = make(Values("data.sequence_length", (32, 64)), Values("optim.lr", (1e-4, 2e-4)))
+    records = work(sweep).records()
+    assert [record.state for record in records] == [COMPLETE] * 4
+    lengths = [load_config(sweep.folder / "packs" / name).data.sequence_length for name in ("0", "0_1")]
+    assert lengths == [32, 64]
+    assert sorted(path.name for path in (sweep.folder / "packs" / "0_1" / "inbox").iterdir()) == [
+        "0002.json",
+        "0003.json",
+    ]
+
+
+def test_a_pack_that_dies_goes_on_with_half_and_one_that_dies_alone_was_killed_by_its_trial(make: Make) -> None:
+    sweep = make(RATES, fake={"most": 2, "kills": [3]}, packed=4)
+    records = work(sweep).records()
+    assert [record.state for record in records] == [COMPLETE, COMPLETE, COMPLETE, FAILED, COMPLETE]
+    assert records[3].reason == "out of memory"
+    assert starts(sweep)[:2] == [4, 2]
+    assert 1 in starts(sweep)[2:]
+
+
+def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(make: Make) -> None:
+    sweep = make(RATES, fake={"hangs": True})
+    runner = PackRunner(sweep, 0)
+    for number in range(2):
+        runner.begin(asked(sweep, number, optim__lr=1e-4 * (number + 1)))
+    deadline = time.monotonic() + 60
+    while not all((sweep.run_dir(number) / "metrics.jsonl").exists() for number in range(2)):
+        assert time.monotonic() < deadline
+        assert runner.poll() == []
+        time.sleep(0.02)
+    with pytest.raises(UserError, match="is running in another process"):
+        PackRunner(sweep, 1).begin(asked(sweep, 0, optim__lr=1e-4))
+    runner.stop()
+    assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}
+    again = PackRunner(sweep, 0)
+    again.begin(asked(sweep, 1, optim__lr=2e-4))
+    until_put = again.poll()
+    assert until_put == []
+    inbox = sweep.folder / "packs" / "0" / protocol.INBOX
+    assert [path.name for path in inbox.iterdir()] == ["0001.json"], "trial 0 may be another worker's by now"
+    again.stop()
+    until(again, 1)
+
+
+def test_what_no_pack_can_have_is_refused_by_its_setting(make: Make) -> None:
+    sweep = make(Values("adapter.init", ("kaiming", "pissa")))
+    records = work(sweep).records()
+    assert [record.state for record in records] == [COMPLETE, FAILED]
+    assert "adapter.init=pissa starts from a decomposition of the base" in (records[1].reason or "")
+
+
+def test_a_trial_that_has_its_result_is_not_trained_again(make: Make) -> None:
+    sweep = make(RATES)
+    runner = PackRunner(sweep, 0)
+    runner.begin(asked(sweep, 0, optim__lr=1e-4))
+    assert [each.state for each in until(runner, 1)] == [COMPLETE]
+    lines = (sweep.run_dir(0) / "metrics.jsonl").read_text()
+    again = PackRunner(sweep, 1)
+    again.begin(asked(sweep, 0, optim__lr=1e-4))
+    assert [each.state for each in again.poll()] == [COMPLETE]
+    assert (sweep.run_dir(0) / "metrics.jsonl").read_text() == lines
+    runner.stop()

@@ -161,7 +161,7 @@ def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(ma
 
 
 def test_what_no_pack_can_have_is_refused_by_its_setting(make: Make) -> None:
-    sweep = make(Values("adapter.init", ("kaiming", "pissa")))
+    sweep = make(Values("adapter.r", (4,)), Values("adapter.init", ("kaiming", "pissa")))
     records = work(sweep).records()
     assert [record.state for record in records] == [COMPLETE, FAILED]
     assert "adapter.init=pissa starts from a decomposition of the base" in (records[1].reason or "")

@@ -13,6 +13,7 @@ from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
+from distlora.packed.settings import check_trial
 from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
@@ -30,6 +31,7 @@ from distlora_launcher.output import say, shown, warn
 from distlora_launcher.planning import decide
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local import run_workers_here, show_results
+from distlora_launcher.sweeps.packing import checked_pack
 from distlora_launcher.sweeps.search import Cells, Search, search_of
 from distlora_launcher.sweeps.space import first_cell, flat, split
 from distlora_launcher.sweeps.study import Study, check_sampler
@@ -146,6 +148,8 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
         try:
             composed = sweep.compose(number, values, search.words)
             check(composed.config, new_run=True)
+            if sweep.settings.packed != 1:
+                check_trial(composed.config)
         except UserError as error:
             raise UserError(f"trial {number} ({words}): {error}" if words else str(error)) from error
         try:
@@ -156,6 +160,8 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
         raise UserError(refused[0].replace(" cannot run, and will be recorded so", ""))
     for line in refused:
         warn(line)
+    if sweep.settings.packed != 1:
+        say(f"packed: {checked_pack(sweep)}")
 
 
 def check_metric(sweep: Sweep, config: Config) -> None:

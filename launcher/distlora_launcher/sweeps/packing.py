@@ -11,6 +11,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
 from distlora.packed.settings import check_trial
 from distlora.plan.choice.packing import MOST, Packing, largest, packing
+from distlora.plan.pages.report import packed_trials
 from distlora.sweep_folder import words_of
 from distlora_launcher.compose import Composed, compose_run, compose_section
 from distlora_launcher.planning import choices
@@ -19,6 +20,8 @@ from distlora_launcher.sweeps.space import Dimension, Values, count_cells, flat,
 
 _OF_SIZE = ("adapter", "recipe")
 """Sections whose values change what a trial takes in memory; those of others that do so may not differ in a pack."""
+MOST_SIZES = 16
+"""Trials that are looked at for the largest."""
 
 
 def is_of_sweep(word: str) -> bool:
@@ -70,7 +73,7 @@ def planned_pack(sweep: Sweep) -> Packing:
     where none of its trials can be in a pack."""
     trials = []
     refused: UserError | None = None
-    for values in itertools.islice(sizes(sweep.space), MOST):
+    for values in itertools.islice(sizes(sweep.space), MOST_SIZES):
         try:
             trial = sweep.compose(0, values)
             check_trial(trial.config)
@@ -85,12 +88,25 @@ def planned_pack(sweep: Sweep) -> Packing:
     return packing_of(sweep.settings, trials, most=most)
 
 
+def checked_pack(sweep: Sweep) -> str:
+    """What the packs of this sweep take, in words. Raises UserError where so many trials do not fit together."""
+    found = planned_pack(sweep)
+    said = packed_trials(found)
+    plan = found.plan
+    if found.trials > 1 and found.most and plan.fits is False and plan.config.plan.refuse:
+        raise UserError(
+            f"sweep.packed={found.asked}: {said}; set sweep.packed={found.most}, or auto, which leaves some "
+            "memory free; plan.refuse=false starts it all the same"
+        )
+    return said
+
+
 def composed_for_plan(
     words: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[SweepConfig | None, list[Composed]]:
     """The sweep that a plan is of, None where it is of a run, and its trials that may be the largest."""
     settings, trials = asked_of_plan(words, config_dir=config_dir)
     composed = [
-        compose_run(trial, config_dir=config_dir, may_lack_paths=True) for trial in itertools.islice(trials, MOST)
+        compose_run(trial, config_dir=config_dir, may_lack_paths=True) for trial in itertools.islice(trials, MOST_SIZES)
     ]
     return settings, composed

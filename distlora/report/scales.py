@@ -36,10 +36,10 @@ class Scale:
         return [number * step for number in range(first, last + 1)]
 
 
-def scale_of(values: Sequence[float], *, may_be_log: bool = True, from_zero: bool = False) -> Scale:
+def scale_of(values: Sequence[float], *, from_zero: bool = False) -> Scale:
     """With a little space at the ends; logarithmic where a few values would leave no room for the others."""
     low, high = min(values), max(values)
-    if may_be_log and low > 0 and high > 20 * median(values) and high > 30 * low:
+    if low > 1e-100 and high > 20 * median(values) and 30 * low < high < 1e30 * low:
         room = (high / low) ** _PADDING
         return Scale(low / room, high * room, is_log=True)
     if from_zero and low >= 0:

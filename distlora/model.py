@@ -364,8 +364,10 @@ def _replace_weights(
     there. `for_slots`: all linears are adapted ones, none has an adapter yet.
     """
     paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
-    targets = set(select_adapted(config.adapter, paths, family, len(layers)))
-    check_patterns(config.adapter, targets, [*paths, *expert_names(family, len(layers))])
+    targets: set[str] = set()
+    if not for_slots:
+        targets = set(select_adapted(config.adapter, paths, family, len(layers)))
+        check_patterns(config.adapter, targets, [*paths, *expert_names(family, len(layers))])
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:

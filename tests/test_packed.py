@@ -16,6 +16,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora import stopping, train
 from distlora.checkpoints.folder import steps
 from distlora.config import Config, UserError
+from distlora.eval_documents import check_paired, read_documents
 from distlora.objectives import Losses, NextToken
 from distlora.packed import pack as packed
 from distlora.packed import worker
@@ -27,10 +28,11 @@ from distlora.trial import Trial
 from distlora.verification import verify
 from packs import make_pack, outcomes, say_verdict
 from small_models import config_with, make_run, read_metrics
+from wandb_logs import read_wandb_log
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-STEPS = {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"}
+STEPS = {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32", "eval_documents": True}
 OPTIM = {"lr": 2e-3, "eps": 1e-4}
 TRIALS: list[dict[str, dict[str, Any]]] = [
     {"optim": OPTIM, "train": STEPS},
@@ -62,6 +64,9 @@ def assert_same_trial(run_dir: Path, alone: Path) -> None:
     assert_adapters_close(adapter, expected_adapter)
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (run_dir, alone)]
     assert files[0] == files[1]
+    of_documents, expected = read_documents(run_dir), read_documents(alone)
+    check_paired(of_documents, expected, (str(run_dir), str(alone)))
+    assert_losses_close(*([loss or 0.0 for loss in record.losses] for record in (of_documents, expected)))
     configs = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (run_dir, alone)]
     assert configs[0] == configs[1]
 
@@ -186,6 +191,45 @@ def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_pat
     worker.run(tmp_path / "pack", SINGLE)
     assert outcomes(tmp_path / "pack", 0)["state"] == "failed"
     assert_same_trial(runs[1], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+        ("qwen3", {"use_dora": True, "lora_dropout": 0.1}),
+    ],
+    ids=["mixtral", "qwen3"],
+)
+def test_experts_and_magnitudes_of_trials_are_theirs_alone(
+    folders: Path, tmp_path: Path, model: str, adapter: dict[str, Any]
+) -> None:
+    trials = [{"adapter": adapter | {"r": r}, "train": STEPS | {"max_steps": 4, "seed": r}} for r in (4, 3)]
+    runs = make_pack(tmp_path / "pack", folders, trials, model)
+    worker.run(tmp_path / "pack", SINGLE)
+    for number, sections in enumerate(trials):
+        make_run(tmp_path / str(number), folders, model, **sections)
+        train.run(tmp_path / str(number), SINGLE)
+        assert_same_trial(runs[number], tmp_path / str(number))
+
+
+def test_each_trial_has_a_wandb_run_of_its_own(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rates, short = (2e-3, 5e-4), STEPS | {"max_steps": 2}
+    trials = [{"optim": OPTIM | {"lr": lr}, "train": short, "tracker": {"name": "wandb"}} for lr in rates]
+    runs = make_pack(tmp_path / "pack", folders, trials)
+    worker.run(tmp_path / "pack", SINGLE)
+    for run_dir, rate in zip(runs, rates, strict=True):
+        (folder,) = (run_dir / "wandb").glob("offline-run-*")
+        records = read_wandb_log(folder)
+        (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["optim"]["lr"] == rate
+        rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+        figures = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
+        found = [(row["_step"], row["loss"]) for row in figures if "loss" in row]
+        assert found == [(line["step"], line["loss"]) for line in read_metrics(run_dir) if "loss" in line]
+        assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
 
 
 def weights(runs: list[Path]) -> list[dict[str, bytes]]:

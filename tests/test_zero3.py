@@ -22,10 +22,12 @@ from distlora.bench.collectives import Collectives
 from distlora.config import UserError
 from distlora.families import read_config
 from distlora.model import build_model
+from distlora.packed import worker
 from distlora.parallel import Ranks, Shards, parallelize, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.runs import open_data
 from distlora.shapes import shapes_of
+from packs import make_pack
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
@@ -121,6 +123,23 @@ def test_a_run_is_that_of_one_rank_however_it_is_gathered(
     assert_losses_close(losses, expected_losses)
     assert_adapters_close(adapter, expected_adapter)
     assert losses[-1] < losses[0] - 0.05, "the run learned nothing, so the comparison says nothing"
+
+
+def run_pack(ranks: Ranks, *, pack: Path) -> None:
+    worker.run(pack, ranks)
+
+
+def test_a_trial_in_a_pack_is_the_run_alone(
+    alone: Alone, folders: Path, tmp_path: Path, references: dict[str, Any]
+) -> None:
+    settings = {"train": STEPS | {"micro_batch": 3}, "parallel": ZERO3}
+    others = settings | {"adapter": {"r": 3, "target_modules": "attention"}}
+    runs = make_pack(tmp_path / "pack", folders, [others, settings])
+    alone.run(2, run_pack, pack=tmp_path / "pack")
+    losses, adapter = result_of(runs[1])
+    expected_losses, expected_adapter = references["llama"]
+    assert_losses_close(losses, expected_losses)
+    assert_adapters_close(adapter, expected_adapter)
 
 
 @pytest.mark.parametrize(

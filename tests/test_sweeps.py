@@ -175,6 +175,37 @@ def test_a_journal_whose_last_line_is_cut_off_is_mended(tmp_path: Path):
     assert asked(study).number == 0
 
 
+@pytest.mark.parametrize("damage", [b"}{", b"[]", b"{}", b'{"op_code": 5}', b"\xff\xfe", b"null"])
+def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
+    sweep = sweep_at(tmp_path / "s")
+    study_of(sweep).enqueue()
+    journal = sweep.folder / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    with pytest.raises(UserError, match=r"journal.log is damaged"):
+        study_of(sweep)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"settings: 1",
+        b"\xff",
+        b"{settings: {}, words: [1], space: [], config_dir: null, cwd: x, name: null}",
+        b"{settings: {method: x}, words: [], space: [], config_dir: null, cwd: x, name: null}",
+        b"{settings: {}, words: [], space: [{setting: a}], config_dir: null, cwd: x, name: null}",
+        b"{settings: {}, words: [], space: [{setting: a, values: 3}], config_dir: null, cwd: x, name: null}",
+    ],
+)
+def test_a_damaged_sweep_yaml_is_refused_by_name(tmp_path: Path, content: bytes):
+    sweep_at(tmp_path / "s")
+    (tmp_path / "s" / "sweep.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"sweep.yaml is damaged"):
+        load_sweep(tmp_path / "s")
+
+
 def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_its_end(tmp_path: Path):
     trials = [
         TrialRecord(number=0, state=COMPLETE, values={}, value=2.0),
@@ -248,8 +279,8 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
     assert second.state == PRUNED  # Behind the median of one.
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -371,24 +402,28 @@ def test_a_folder_that_is_taken_is_refused(folders: Path, tmp_path: Path, capsys
     assert f"continue it with `distlora resume {sweep.folder}`" in capsys.readouterr().err
 
 
-def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Path):
-    folder = tmp_path / "s"
-    words = [
+def sweep_command(folders: Path, folder: Path, cache: Path, *words: str) -> list[str]:
+    """`distlora sweep` of short runs of a small model."""
+    words = (
         f"model.path={folders / 'llama'}",
         f"data.path={folders / 'text.jsonl'}",
         f"run_dir={folder}",
-        "optim.lr=1e-3,1e30",
         "data.sequence_length=64",
         "data.eval_fraction=0.1",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "train.max_steps=3",
+        f"data.cache_dir={cache}",
         "train.global_batch=4",
         "train.dtype=fp32",
         "quant.cache=false",
         "plan.measure=false",
         "tracker=none",
-    ]
-    command = [sys.executable, "-m", "distlora_launcher.cli", "sweep", *words]
+        *words,
+    )
+    return [sys.executable, "-m", "distlora_launcher.cli", "sweep", *words]
+
+
+def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Path):
+    folder = tmp_path / "s"
+    command = sweep_command(folders, folder, tmp_path / "cache", "optim.lr=1e-3,1e30", "train.max_steps=3")
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr
     good, bad = read_results(folder)
@@ -399,6 +434,32 @@ def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Pat
     assert good.trainable_parameters == summary["trainable_parameters"]
     assert f"the best is trial 0, {folder / 'trials/0000'}" in finished.stdout
     assert (good.folder(folder) / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs_that_was_stopped_and_killed_comes_to_the_same(folders: Path, tmp_path: Path):
+    words = ("optim.lr=1e-3,2e-3,4e-3", "train.max_steps=12", "train.save_every=2", "train.eval_every=4")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = sweep_command(folders, tmp_path / "alone", tmp_path / "cache", *words)
+    assert subprocess.run(alone, env=environment).returncode == 0
+    folder = tmp_path / "s"
+    command = sweep_command(folders, folder, tmp_path / "cache", *words, "sweep.workers=2")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "trials/0000/checkpoints/step_00000002").is_dir(), seconds=300)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 75
+    assert f"continue with: distlora resume {folder}" in said
+    resume = [sys.executable, "-m", "distlora_launcher.cli", "resume", str(folder)]
+    process = subprocess.Popen(resume, env=environment)
+    wait_for(lambda: (folder / "trials/0002/checkpoints/step_00000002").is_dir(), seconds=300)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not holders(folder), seconds=60)
+    assert subprocess.run(resume, env=environment).returncode == 0
+    first, second = read_results(tmp_path / "alone"), read_results(folder)
+    assert [(trial.value, trial.evaluations) for trial in second] == [(t.value, t.evaluations) for t in first]
+    assert all(trial.state == COMPLETE for trial in second)
 
 
 def test_the_main_effects_of_a_grid_are_its_variance_by_setting():

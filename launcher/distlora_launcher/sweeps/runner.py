@@ -150,9 +150,10 @@ class Alone:
         """(state, reason) of a trial whose process ended with `code`."""
         if code == DONE:
             return COMPLETE, None
+        # A launcher that is still importing ends by the signal itself, and loses nothing by it.
+        if self._stops and code in (STOPPED, -signal.SIGTERM):
+            return SAVED, None
         if code == STOPPED:
-            if self._stops:
-                return SAVED, None
             return PRUNED, None if self._prunes else "it was stopped from outside, as `distlora cancel` does it"
         if code == BAD_INPUT:
             return FAILED, last_error(trial_log(self._sweep, trial.number), self._log_start) or "bad input"

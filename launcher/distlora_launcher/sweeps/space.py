@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from distlora.config import UserError, require
+from distlora.config import Config, UserError, require
 from distlora_launcher.compose import parse_overrides
 
 
@@ -158,4 +160,20 @@ def _interval(setting: str, sweep: IntervalSweep) -> Interval:
         not log or low > 0,
         f"{setting}=tag(log,interval({low:g},{high:g})): 0 and what is below have no logarithm; start above 0",
     )
-    return Interval(setting, low, high, log=log, integer=isinstance(low, int) and isinstance(high, int))
+    whole = float(low).is_integer() and float(high).is_integer()
+    require(
+        whole or not _is_whole_number(setting),
+        f"{setting}=interval({low:g},{high:g}): {setting} is a whole number; write such bounds",
+    )
+    integer = (isinstance(low, int) and isinstance(high, int)) or _is_whole_number(setting)
+    low, high = (int(low), int(high)) if integer else (low, high)
+    return Interval(setting, low, high, log=log, integer=integer)
+
+
+def _is_whole_number(setting: str) -> bool:
+    """Whether a setting takes integers alone: Hydra's interval(8,64) is of floats."""
+    section, _, name = setting.partition(".")
+    cls = typing.get_type_hints(Config).get(section)
+    kind = typing.get_type_hints(cls).get(name) if cls is not None and dataclasses.is_dataclass(cls) else None
+    kinds = set(typing.get_args(kind) or (kind,)) - {type(None)}
+    return kinds == {int}

@@ -77,7 +77,7 @@ class Study:
         path = sweep.folder / JOURNAL_NAME
         with self._lock.held():
             _mend(path)
-            storage = JournalStorage(JournalFileBackend(str(path), lock_obj=self._lock))  # type: ignore[arg-type]
+            storage = _open(path, self._lock)
             if not storage.get_all_studies():
                 optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
             self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=_pruner(sweep.settings))
@@ -328,6 +328,18 @@ def _pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
 def check_sampler(settings: SweepConfig) -> None:
     """Refuse a sampler whose packages are missing."""
     _sampler(settings, 0)
+
+
+def _open(journal: Path, lock: _Lock) -> JournalStorage:
+    """The journal, read to its end. Raises UserError for a damaged one."""
+    try:
+        return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
+    # Optuna replays the lines as they are: of one that is no JSON, lacks a field or names another trial.
+    except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
+        raise UserError(
+            f"{journal} is damaged ({type(error).__name__}: {error}); put a whole copy in its place, or start the "
+            "sweep again in another folder"
+        ) from error
 
 
 def _mend(journal: Path) -> None:

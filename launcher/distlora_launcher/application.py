@@ -32,6 +32,7 @@ from distlora_launcher.compose import (
 )
 from distlora_launcher.fixed import fixed_settings
 from distlora_launcher.initial_adapter import with_initial_adapter
+from distlora_launcher.jobs.step import in_job, start_in_job
 from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
 from distlora_launcher.jobs.sweep import Sweep
 from distlora_launcher.local import remove_if_empty, start
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
             check(run.config, new_run=True)
         # A job of a sweep that starts here says itself that it does not fit, and the others run.
         decided = decide_each(runs) if is_job(first) or not is_multirun(flags) else []
-        if is_job(first):
+        if is_job(first) and not in_job():
             script = script_of(decided, sweeps=is_multirun(flags))
             if dry_run:
                 print(script, end="", flush=True)  # Whatever SLURM says of it: that may be why one wants to read it.
@@ -223,6 +224,8 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         choice = decide(config, fixed_settings(config, words))
         say_choice(choice)
         config = choice.config
+        if is_job(config) and in_job():
+            return start_in_job(config)
         if is_job(config):
             return sweep.add(config, number) if sweeps else submit_run(config)
         code = start_together(config) if config.cluster.on_each_machine else start(config)

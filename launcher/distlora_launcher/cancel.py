@@ -12,11 +12,12 @@ from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
-from distlora_launcher.jobs.scheduler import SchedulerError
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
 from distlora_launcher.processes import Process
-from distlora_launcher.status import Status, describe, statuses
+from distlora_launcher.status import describe, statuses
+from distlora_launcher.sweeps.arrays import jobs_of
 
 USAGE = """usage: distlora cancel RUN [--now]
 
@@ -55,8 +56,9 @@ def cancel(folder: Path, *, now: bool) -> None:
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     if unknown is not None:
         raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again where it does")
-    jobs = [status for status in found if status.job is not None and status.job.is_live]
-    here = [status for status in found if status.holders and status not in jobs]
+    in_jobs = [status for status in found if status.job is not None and status.job.is_live]
+    here = [status for status in found if status.holders and status not in in_jobs]
+    jobs = [status.job for status in in_jobs if status.job is not None]
     if not jobs and not here:
         alone = (folder / CONFIG_NAME).exists()
         raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
@@ -68,15 +70,15 @@ def cancel(folder: Path, *, now: bool) -> None:
         cancel_processes(status.run_dir, status.holders, now=now)
 
 
-def cancel_jobs(runs: list[Status], *, now: bool) -> None:
-    """End the jobs of runs: all of them, whatever SLURM says of one. Raises SchedulerError with what it refused, except
+def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
+    """End jobs: all of them, whatever SLURM says of one. Raises SchedulerError with what it refused, except
     where a job has ended by itself meanwhile.
 
     scancel alone would give a job no longer than SLURM waits from TERM to KILL (KillWait, 30 s), and a save may take
     more. So a running one is asked as before its time limit, and first told not to queue again: the script looks at it.
     """
-    running = [status.job.job_id for status in runs if status.job is not None and status.job.state == "RUNNING"]
-    others = [status.job.job_id for status in runs if status.job is not None and status.job.state != "RUNNING"]
+    running = [job.job_id for job in jobs if job.state == "RUNNING"]
+    others = [job.job_id for job in jobs if job.state != "RUNNING"]
     if now:
         others, running = [*running, *others], []
     refused: list[str] = []
@@ -103,7 +105,14 @@ def cancel_jobs(runs: list[Status], *, now: bool) -> None:
 
 def cancel_sweep(sweep: Path, *, now: bool) -> None:
     """End the workers of a sweep, which have their trials save and stop. UserError where none lives, or is here."""
+    try:
+        jobs = jobs_of(sweep)
+        cancel_jobs(jobs, now=now)
+    except SchedulerError as error:
+        raise UserError(f"SLURM refuses: {error}") from error
     workers = holders(sweep)
+    if jobs:
+        return
     if not workers:
         raise UserError(f"no worker of {shown(sweep)} lives; `distlora status {shown(sweep)}` says how it stands")
     cancel_processes(sweep, workers, now=now)

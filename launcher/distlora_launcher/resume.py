@@ -33,6 +33,7 @@ def resume(folder: Path) -> int:
     from distlora.command_line import DONE
     from distlora.config_file import load_config
     from distlora.sweep_folder import is_sweep_folder
+    from distlora_launcher.jobs.step import in_job, resume_in_job
     from distlora_launcher.jobs.submit import is_job, resume_run
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.local import is_complete, resume_here
@@ -49,5 +50,5 @@ def resume(folder: Path) -> int:
     if is_complete(folder):
         return DONE
     if is_job(config):
-        return resume_run(folder, config)
+        return resume_in_job(folder, config) if in_job() else resume_run(folder, config)
     return resume_together(folder, config) if config.cluster.on_each_machine else resume_here(folder, config)

@@ -1,4 +1,5 @@
-"""The sbatch script of a run, or of a sweep as an array: slurm/job.sbatch.jinja filled with the settings."""
+"""The sbatch script of a run, of runs as an array (slurm/job.sbatch.jinja), or of the workers of a sweep
+(slurm/sweep.sbatch.jinja), filled with the settings."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from distlora import durable
 from distlora.config import ClusterConfig, Config, UserError
@@ -21,7 +23,7 @@ SCRIPT_NAME = "job.sbatch"
 SUM_NAME = f"{SCRIPT_NAME}.sha256"
 """Beside it: its SHA-256 as it was written, as sha256sum prints it."""
 
-_TEMPLATE = "job.sbatch.jinja"
+_OF_RUNS, _OF_WORKERS = "job.sbatch.jinja", "sweep.sbatch.jinja"
 _GPU_OPTION = re.compile(r"(--gpus|--gpus-per-(node|task|socket))\b|-G|--(gres|tres-per-\w+)\b.*\bgpu\b")
 """Options by which the user asks for GPUs his own way. A --gres may also be for something else."""
 
@@ -31,27 +33,68 @@ def render(config: Config, *, gpus: bool, tasks: Sequence[Config] = ()) -> str:
     their numbers. `gpus`: whether to ask SLURM for GPUs. Raises UserError for a text that #SBATCH cannot hold.
     """
     numbers = [int(Path(task.run_dir).name) for task in tasks]
+    folder = Path(config.run_dir)
+    return _filled(
+        _OF_RUNS,
+        config,
+        tasks or [config],
+        title=_title(config, f"{len(tasks)} runs, each " if tasks else ""),
+        options=_options(config, gpus, numbers),
+        array=len(tasks) > 0,
+        run=shlex.quote(str(folder)),
+        time_limit_in="cluster.time_limit in $RUN/config.yaml",
+        again="distlora resume $RUN",
+    )
+
+
+def render_workers(
+    config: Config, *, gpus: bool, workers: int, worker: Sequence[str], trials: str, time_limit_in: str, again: str
+) -> str:
+    """The script of an array of workers of the sweep in config.run_dir, each `python -m` the words `worker` and its
+    number. `trials`: where in there the trials' folders are, as bash finds them."""
+    quoted = " ".join(map(shlex.quote, worker))
+    return _filled(
+        _OF_WORKERS,
+        config,
+        [config],
+        title=_title(config, f"{workers} worker{'s' if workers > 1 else ''} of a sweep, each "),
+        options=_options(config, gpus, range(workers), log=f"logs/{SLURM}%A_%a.log"),
+        sweep=shlex.quote(config.run_dir),
+        submitter=shlex.quote(sys.executable),
+        worker=f'{quoted} --index "$SLURM_ARRAY_TASK_ID"',
+        trials=trials,
+        time_limit_in=time_limit_in,
+        again=again,
+    )
+
+
+def _filled(
+    template: str, config: Config, runs: Sequence[Config], *, options: Sequence[tuple[str, str | None]], **values: Any
+) -> str:
+    """A template with `values` and what all have of the section cluster."""
     import jinja2
 
     cluster, folder = config.cluster, Path(config.run_dir)
-    source = resources.files("distlora_launcher.slurm").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    files = resources.files("distlora_launcher.slurm")
     environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
-    return environment.from_string(source).render(
-        title=_title(config, len(tasks)),
+    return environment.get_template(template).render(
         script=shlex.quote(str(folder / SCRIPT_NAME)),
-        options=[_option(name, value) for name, value in _options(config, gpus, numbers)] + list(cluster.sbatch),
-        array=len(tasks) > 0,
-        run=shlex.quote(str(folder)),
+        options=[_option(name, value) for name, value in options] + list(cluster.sbatch),
         port=cluster.port,
         python="python" if cluster.container else shlex.quote(sys.executable),
         setup=cluster.setup,
         environment=[(name, shlex.quote(value)) for name, value in cluster.environment.items()],
         signal_seconds=cluster.signal_seconds,
         requeue=cluster.requeue,
-        srun=_srun_options(cluster, _places(tasks or [config])),
+        srun=_srun_options(cluster, _places(runs)),
         container=cluster.container is not None,
+        **values,
     )
 
 
@@ -87,22 +130,24 @@ def _sum(script: str) -> str:
     return f"{hashlib.sha256(script.encode()).hexdigest()}  {SCRIPT_NAME}\n"
 
 
-def _title(config: Config, tasks: int) -> str:
-    """What the script does, in a line."""
+def _title(config: Config, what: str) -> str:
+    """What the script does, in a line; `what`: of how much."""
     cluster = config.cluster
     name = f"distlora: {_one_line('name', config.name)}"
     machines = "one machine" if cluster.nodes == 1 else f"{cluster.nodes} machines"
     processes = "one process" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} processes"
     of_each = " on each" if cluster.nodes > 1 else ""
-    return f"{name}, {f'{tasks} runs, each ' if tasks else ''}on {machines}, {processes}{of_each}."
+    return f"{name}, {what}on {machines}, {processes}{of_each}."
 
 
-def _options(config: Config, gpus: bool, tasks: Sequence[int]) -> list[tuple[str, str | None]]:
+def _options(
+    config: Config, gpus: bool, tasks: Sequence[int], *, log: str | None = None
+) -> list[tuple[str, str | None]]:
     """Options of sbatch by name; None stands for an option without a value. Those that the user adds come after, where
-    they win."""
+    they win. `log`: its place in the folder, where not each task has a folder of its own."""
     cluster = config.cluster
-    log = f"{SLURM}%j.log" if not tasks else f"%a/logs/{SLURM}%A_%a.log"
-    folder = config.run_dir.replace("%", "%%") + ("" if tasks else "/logs")
+    log = log or (f"logs/{SLURM}%j.log" if not tasks else f"%a/logs/{SLURM}%A_%a.log")
+    folder = config.run_dir.replace("%", "%%")
     throttle = f"%{cluster.max_parallel}" if cluster.max_parallel is not None else ""
     options: list[tuple[str, str | None]] = [("job-name", config.name)]
     for name, value in (

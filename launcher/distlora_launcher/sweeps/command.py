@@ -70,6 +70,8 @@ def main(arguments: list[str]) -> int:
     sweep, first = ask(arguments)
     search = search_of(sweep)
     check_trials(sweep, search, first)
+    if first.config.cluster.launcher == "slurm":
+        importlib.import_module("distlora_launcher.sweeps.arrays").judge(sweep, first.config)
     make_sweep(sweep)
     Study(sweep, search).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")

@@ -10,9 +10,11 @@ from typing import Any
 
 from distlora.sweep_folder import RESULTS_NAME, RUNNING, TrialRecord, read_results
 from distlora_launcher.holding import holders
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.output import shown
 from distlora_launcher.processes import Process
 from distlora_launcher.run_state import read_figures
+from distlora_launcher.sweeps.arrays import jobs_of
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.table import best_of, closing, text
@@ -24,8 +26,10 @@ class SweepStatus:
 
     sweep: Sweep
     state: str
-    """running (a worker lives), done, or stopped (something is left to do)."""
+    """running (a worker lives), queued (in SLURM), done, or stopped (something is left to do)."""
     workers: list[Process]
+    jobs: list[Job]
+    """Tasks of its array that SLURM has in its hands."""
     trials: list[TrialRecord]
 
     @property
@@ -33,7 +37,7 @@ class SweepStatus:
         """What to type now."""
         folder = shown(self.sweep.folder)
         best = best_of(self.sweep, self.trials)
-        if self.state == "running":
+        if self.state in ("running", "queued"):
             return f"distlora cancel {folder}"
         if self.state == "stopped" or best is None:
             return f"distlora resume {folder}" if self.state == "stopped" else f"distlora report {folder}"
@@ -47,8 +51,16 @@ def sweep_status(folder: Path) -> SweepStatus:
     trials = read_results(folder) if workers or (folder / RESULTS_NAME).is_file() else []
     trials = [_as_now(sweep, trial) if trial.state == RUNNING else trial for trial in trials]
     is_over = not any(trial.is_open for trial in trials) and search_of(sweep).next(trials) is Due.END
-    state = "running" if workers else "done" if is_over else "stopped"
-    return SweepStatus(sweep=sweep, state=state, workers=workers, trials=trials)
+    jobs = _jobs(folder)
+    state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
+    return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
+
+
+def _jobs(folder: Path) -> list[Job]:
+    try:
+        return jobs_of(folder)
+    except SchedulerError:  # Of what its workers do the folder tells as well.
+        return []
 
 
 def _as_now(sweep: Sweep, trial: TrialRecord) -> TrialRecord:
@@ -61,10 +73,16 @@ def describe(status: SweepStatus) -> str:
     where = ", ".join(f"{process.host} (pid {process.pid})" for process in status.workers)
     how = {
         "running": f"is running on {where}",
+        "queued": "waits in SLURM",
         "done": "is done",
         "stopped": "is not done, and nothing runs",
     }[status.state]
     lines = [f"{shown(status.sweep.folder)} {how}"]
+    for job in status.jobs:
+        why = "" if job.reason is None else f" ({job.reason})"
+        lines += [
+            f"  SLURM job {job.job_id}: {job.state.lower()}{why}{'' if job.nodes is None else f' on {job.nodes}'}"
+        ]
     if status.trials:
         lines += [text(status.sweep, status.trials)]
     lines += closing(status.sweep, status.trials)
@@ -79,6 +97,7 @@ def as_json(status: SweepStatus) -> str:
         "state": status.state,
         "metric": status.sweep.settings.metric,
         "workers": [{"host": process.host, "pid": process.pid} for process in status.workers],
+        "jobs": [{"job_id": job.job_id, "state": job.state, "nodes": job.nodes} for job in status.jobs],
         "best": None if best is None else best.number,
         "trials": [
             dataclasses.asdict(trial) | {"run_dir": str(status.sweep.run_dir(trial.number))} for trial in status.trials

@@ -11,6 +11,7 @@ from distlora.config import Config, UserError, require
 from distlora.config_file import as_mapping
 from distlora.wandb_agent import AgentRun
 from distlora_launcher.holding import CONFIG_NAME
+from distlora_launcher.jobs.step import in_job
 
 FOLDER = "DISTLORA_SWEEP_FOLDER"
 """Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""
@@ -48,6 +49,11 @@ def check_agent(configs: Sequence[Config]) -> None:
         len(configs) == 1,
         f"-m starts {len(configs)} runs, and an agent's run of the sweep {agent.sweep_id} is one; leave -m out of the "
         "sweep's command, and search those settings in its parameters",
+    )
+    require(
+        configs[0].cluster.launcher != "slurm" or in_job(),
+        f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for done at once; "
+        "start the agents themselves in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
     refused = agent.disagreements(as_mapping(configs[0]))
     if refused:

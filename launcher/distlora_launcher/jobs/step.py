@@ -1,0 +1,71 @@
+"""A run of cluster=slurm where its machines are there already: in a worker of a sweep's array, whose script says how a
+trial is started on all machines of the job (slurm/sweep.sbatch.jinja). Nothing is submitted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from distlora.command_line import DONE, STOPPED
+from distlora.config import Config
+from distlora.run_folder import find_result
+from distlora_launcher.jobs.submit import make_ready
+from distlora_launcher.local import make_run, say_how_to_go_on
+from distlora_launcher.output import say, shown
+from distlora_launcher.signals import forwarding
+
+STEP = "DISTLORA_STEP"
+"""Environment variable: what bash runs to start RUN on all machines."""
+
+LOST_SECONDS = 0.2
+"""A signal to a process that bash has just started is lost before it is srun."""
+
+
+def in_job() -> bool:
+    """Whether this process is in a worker of a sweep's array."""
+    return STEP in os.environ
+
+
+def start_in_job(config: Config) -> int:
+    """Make a run and train it on the machines of the job. Returns the exit code."""
+    code, config = make_run(config)
+    run_dir = Path(config.run_dir)
+    if code != DONE:
+        say_how_to_go_on(run_dir, code)
+        return code
+    return run_step(run_dir)
+
+
+def resume_in_job(run_dir: Path, config: Config) -> int:
+    """Go on with a run on the machines of the job. Returns the exit code."""
+    code = make_ready(run_dir, config)
+    return run_step(run_dir) if code == DONE else code
+
+
+def run_step(run_dir: Path) -> int:
+    """Train a prepared run on all machines of the job. Returns the exit code; 75 where it was asked to stop and has
+    saved, which srun does not tell."""
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    start = f"{os.environ.get('START', '0')}.{run_dir.name}.{int(time.time())}"
+    stopped = logs / f"slurm_stopped_{start}"
+    environment = os.environ | {"RUN": str(run_dir), "START": start, "STOPPED": str(stopped)}
+    with forwarding() as requests:
+        process = subprocess.Popen(["bash", "-c", os.environ[STEP]], env=environment, start_new_session=True)
+        time.sleep(LOST_SECONDS)
+        # srun hands USR1 on to every machine; of TERM it would end itself.
+        requests.attach(process, lambda _: process.send_signal(signal.SIGUSR1))
+        code = process.wait()
+        requests.detach()
+    has_stopped = stopped.exists()
+    stopped.unlink(missing_ok=True)
+    # 138: the signal came before there was a Python to take it, so nothing was trained.
+    early = requests.received is not None and code in (128 + signal.SIGUSR1, -signal.SIGUSR1)
+    if (code == DONE and has_stopped) or early:
+        return STOPPED
+    if code == DONE:
+        say(f"done: {shown(find_result(run_dir) or run_dir)}")
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,152 @@
+"""The workers of a sweep, or agents of wandb, as the tasks of an array of SLURM: `cluster=slurm`.
+
+Each task has `cluster.nodes` machines and is one worker, which trains one trial after the other on them. Before its
+time limit, or when it is preempted, its trial saves, and the task queues again and goes on with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distlora.command_line import DONE
+from distlora.config import ClusterConfig, Config, UserError, require
+from distlora_launcher.hub import is_to_download, localize
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.record import read_submission, write_submission
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
+from distlora_launcher.jobs.submit import have_judged, make_cache, say_kept, submit_script
+from distlora_launcher.local import create_run, prepare
+from distlora_launcher.output import say, shown
+from distlora_launcher.sweeps.folder import LOGS, Sweep
+
+
+def script_of(sweep: Sweep, config: Config) -> str:
+    """The script of a sweep's workers; `config`: of one of its trials. Raises UserError for what no script can do."""
+    settings = sweep.settings
+    require(
+        settings.packed == 1 or config.cluster.nodes == 1,
+        f"sweep.packed={settings.packed} with cluster.nodes={config.cluster.nodes}: a pack is on one machine; set "
+        f"cluster.nodes=1, or sweep.packed=1",
+    )
+    return _script(
+        sweep.folder,
+        config,
+        settings.workers,
+        ["distlora_launcher.sweeps.worker", str(sweep.folder)],
+        trials="trials/*",
+        again="distlora resume $SWEEP",
+    )
+
+
+def judge(sweep: Sweep, config: Config) -> None:
+    """Have SLURM judge the workers before anything is made. Raises UserError for what it refuses."""
+    have_judged(script_of(sweep, config))
+
+
+def submit(sweep: Sweep, config: Config) -> int:
+    """Submit the workers of a sweep that is made; those of one that goes on again. Returns the exit code."""
+    refuse_live(sweep.folder)
+    code = ready(config)
+    if code != DONE:
+        say(f"nothing is submitted; correct it in another sweep, or try again: distlora resume {shown(sweep.folder)}")
+        return code
+    _submit(sweep.folder, config, script_of(sweep, config), sweep.settings.workers)
+    folder = shown(sweep.folder)
+    say(f"watch with: distlora status {folder}")
+    say(f"stop with: distlora cancel {folder}")
+    return DONE
+
+
+def submit_agents(request: Any, cluster: ClusterConfig) -> int:
+    """Submit agents of wandb (`agents.Request`). Returns the exit code."""
+    from distlora.config import DataConfig, ModelConfig
+
+    # What an agent's runs read is in the sweep; the script needs places alone where it has a container.
+    config = Config(
+        model=ModelConfig(path=str(request.folder)),
+        data=DataConfig(path=str(request.folder)),
+        cluster=cluster,
+        run_dir=str(request.folder),
+        name=request.sweep_id,
+    )
+    refuse_live(request.folder)
+    words = [word for word in request.words(0) if word not in ("--index", "0")]
+    script = _script(
+        request.folder,
+        config,
+        request.workers,
+        ["distlora_launcher.cli", "sweep", "agent", *words],
+        trials="*",
+        again=f"distlora sweep agent {' '.join(request.words())} cluster=slurm",
+    )
+    have_judged(script)
+    (request.folder / LOGS).mkdir(parents=True, exist_ok=True)
+    _submit(request.folder, config, script, request.workers)
+    say(f"stop with: distlora cancel {shown(request.folder)}")
+    return DONE
+
+
+def ready(config: Config) -> int:
+    """The model here, and its data in the cache, as far as the trials agree in it: tasks that waited a night do not end
+    over a path, and machines that compute may have no network. Returns the exit code."""
+    config = localize(config) if is_to_download(config) else config
+    with tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
+        folder = Path(scratch) / "run"
+        create_run(folder, dataclasses.replace(config, run_dir=str(folder)))
+        return prepare(folder)
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """The tasks of the array that a sweep was last submitted as, which SLURM has in its hands: they wait or run. Raises
+    SchedulerError where it cannot be asked."""
+    submission = read_submission(folder)
+    if submission is None or not scheduler.is_here():
+        return []
+    jobs = scheduler.find_jobs(submission.job_id).values()
+    return [job for job in jobs if job.is_live and job.is_of(folder / "trials")]
+
+
+def refuse_live(folder: Path) -> None:
+    """Raises UserError where SLURM still has workers of a sweep, or does not say."""
+    try:
+        jobs = jobs_of(folder)
+    except SchedulerError as error:
+        raise UserError(
+            f"SLURM does not say whether workers of {folder} still run ({error}); try again later"
+        ) from error
+    if jobs:
+        raise UserError(
+            f"{shown(folder)} has SLURM job {jobs[0].job_id}, which is {jobs[0].state.lower()}; wait for it, or end it "
+            f"with `distlora cancel {shown(folder)}`"
+        )
+
+
+def _script(folder: Path, config: Config, workers: int, worker: Sequence[str], *, trials: str, again: str) -> str:
+    config = dataclasses.replace(config, run_dir=str(folder))
+    script = render_workers(
+        config,
+        gpus=scheduler.has_gpus(config.cluster.partition),
+        workers=workers,
+        worker=worker,
+        trials=trials,
+        time_limit_in=f"#SBATCH --time in {SCRIPT_NAME}",
+        again=again,
+    )
+    check_shell(config, script)
+    return script
+
+
+def _submit(folder: Path, config: Config, script: str, workers: int) -> None:
+    if not write_script(folder, script):
+        say_kept(folder)
+    (folder / LOGS).mkdir(exist_ok=True)  # For the tasks' logs: SLURM makes no folder.
+    make_cache(config)
+    submission = submit_script(folder)
+    write_submission(folder, submission)
+    count = "1 worker" if workers == 1 else f"{workers} workers"
+    say(f"submitted {count} of {shown(folder)} as SLURM job array {submission.job_id}")

@@ -21,7 +21,7 @@ from distlora.config_file import build
 from distlora_launcher import local, node
 from distlora_launcher.cli import main
 from distlora_launcher.jobs import submit
-from distlora_launcher.jobs.script import render
+from distlora_launcher.jobs.script import render, render_workers
 from fake_slurm import FakeSlurm, job_record
 from launcher_fakes import write_data, write_model
 
@@ -63,7 +63,8 @@ def run_config(run_dir: str, **cluster: Any) -> Config:
 
 
 def golden_scripts() -> dict[str, str]:
-    """One machine with no more than the defaults; everything, in a container; an array of five."""
+    """One machine with no more than the defaults; everything, in a container; an array of five; workers of a sweep,
+    each with one machine or with four."""
     everything = run_config(
         "/runs/70b at 2e-4, 100%",
         nodes=4,
@@ -90,7 +91,11 @@ def golden_scripts() -> dict[str, str]:
     }
     tasks = [run_config(f"/runs/sweep/{number}", **of_all) for number in (0, 1, 2, 3, 7)]
     whole = run_config("/runs/sweep", **of_all)
+    workers = {"trials": "trials/*", "time_limit_in": "#SBATCH --time in job.sbatch", "again": "distlora resume $SWEEP"}
+    worker = ["distlora_launcher.sweeps.worker", "/runs/sweep"]
     return {
+        "sweep": render_workers(whole, gpus=True, workers=4, worker=worker, **workers),
+        "sweep_container": render_workers(everything, gpus=True, workers=2, worker=worker, **workers),
         "simple": render(run_config("/runs/one", requeue=False), gpus=False),
         "container": render(everything, gpus=True),
         "array": render(whole, gpus=True, tasks=tasks),

@@ -16,6 +16,7 @@ from distlora.command_line import BAD_INPUT, DONE, STOPPED
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
 from distlora.wandb_agent import VARIABLES
 from distlora_launcher.holding import CONFIG_NAME, holders
+from distlora_launcher.jobs.step import in_job
 from distlora_launcher.run_state import read_ending, read_figures
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.worker_entry import PARENT
@@ -154,6 +155,10 @@ class Alone:
         if self._stops and code in (STOPPED, -signal.SIGTERM):
             return SAVED, None
         if code == STOPPED:
+            if in_job() and not self._prunes:
+                # SLURM tells the processes of a step that it takes their machines away, and not always its script.
+                os.kill(os.getpid(), signal.SIGTERM)
+                return SAVED, None
             return PRUNED, None if self._prunes else "it was stopped from outside, as `distlora cancel` does it"
         if code == BAD_INPUT:
             return FAILED, last_error(trial_log(self._sweep, trial.number), self._log_start) or "bad input"

@@ -12,9 +12,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,12 +27,12 @@ from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, Tr
 from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, worker_place
 from distlora_launcher.signals import Forwarder
-from distlora_launcher.sweeps import local, runner
+from distlora_launcher.sweeps import command, local, runner
 from distlora_launcher.sweeps.command import ask
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects
 from distlora_launcher.sweeps.plots import scale_of
-from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
+from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study
@@ -279,6 +281,64 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
     assert second.state == PRUNED  # Behind the median of one.
 
 
+class TwoAtOnce:
+    """A runner whose trials run until they are asked to stop."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.running: list[int] = []
+        self.stopped = self.closed = False
+
+    def begin(self, trial: Asked) -> None:
+        self.running.append(trial.number)
+
+    def verdict(self, number: int, step: int, *, prune: bool) -> None:
+        raise AssertionError("there is no pruner")
+
+    def poll(self) -> list[Outcome]:
+        if not self.stopped:
+            return []
+        ended, self.running = self.running, []
+        return [Outcome(number=number, state=SAVED, seconds=1.0, step=2) for number in ended]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_worker_whose_last_trials_were_saved_is_not_done(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", trials=1)
+    two = TwoAtOnce()
+    forwarder = Forwarder()
+    with worker_place(sweep.folder, "worker_0"):
+        stop = threading.Timer(1.0, lambda: forwarder(signal.SIGTERM, None))
+        stop.start()
+        assert Worker(sweep, study_of(sweep), two).work(forwarder) == 75
+    assert two.closed
+    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING]
+    # The next one to ask goes on with it, and its times add up.
+    study = study_of(sweep)
+    trial = asked(study)
+    assert trial.begun
+    complete(study, trial, 2.0)
+    assert [record.seconds for record in study.records()] == [2.0]
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_hyperband_ends_trials_too(tmp_path: Path):
+    rates = tuple(10.0 ** -(3 - power / 4) for power in range(6))
+    sweep = sweep_at(tmp_path / "s", Values("optim.lr", rates), pruner="hyperband")
+    (tmp_path / "s" / "trials").mkdir()
+    (tmp_path / "s" / "trials" / "go").touch()
+    assert work(sweep) == 0
+    trials = read_results(sweep.folder)
+    assert {trial.state for trial in trials} <= {COMPLETE, PRUNED}
+    assert trials[0].state == COMPLETE
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -355,6 +415,16 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     assert "WANDB_RUN_ID" not in runner.environment()
 
 
+def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}"))
+    words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
+    sweep, first = ask([*words, "optim.lr=1e-4,2e-4"])
+    config = command.pinned(sweep, first.config).compose(1, {"optim.lr": 2e-4}).config
+    assert (config.model.path, config.model.revision) == ("org/base", "org/base@main")
+    sweep, first = ask([*words, "model.revision=main,v2"])
+    assert command.pinned(sweep, first.config) == sweep
+
+
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
     assert local.shares(2, 2) == ["4,5", "6,7"]
@@ -370,6 +440,10 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
         (["optim.lr=1e-4"], "sweep=grid has nothing to search"),
         (["optim.lr=interval(1e-5,1e-4)"], "sweep=grid tries every value, and optim.lr is an interval"),
         (["sweep=random", "sweep.trials=null", "optim.lr=interval(1e-5,1e-4)"], "sweep.trials=null has no end"),
+        (
+            ["cluster=torchrun", "cluster.nodes=2", "cluster.rdzv_endpoint=localhost:29500", "optim.lr=1,2"],
+            "not stay in step",
+        ),
         (["sweep=grid,random", "optim.lr=1,2"], "one sweep has one value of it"),
         (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
         (["sweep.trails=3", "optim.lr=1,2"], "did you mean 'sweep.trials'?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
+from distlora.config.places import is_hub_name
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
 from distlora.packed.settings import check_trial
@@ -27,10 +29,11 @@ from distlora_launcher.compose import (
     with_new_keys,
 )
 from distlora_launcher.holding import holders
+from distlora_launcher.hub import locate
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.planning import decide
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
-from distlora_launcher.sweeps.local import run_workers_here, show_results
+from distlora_launcher.sweeps.local import run_workers_here, shares, show_results
 from distlora_launcher.sweeps.packing import checked_pack
 from distlora_launcher.sweeps.search import Cells, Search, search_of
 from distlora_launcher.sweeps.space import first_cell, flat, split
@@ -69,7 +72,9 @@ def main(arguments: list[str]) -> int:
         return DONE
     sweep, first = ask(arguments)
     search = search_of(sweep)
+    check_place(sweep, first.config)
     check_trials(sweep, search, first)
+    sweep = pinned(sweep, first.config)
     if first.config.cluster.launcher == "slurm":
         importlib.import_module("distlora_launcher.sweeps.arrays").judge(sweep, first.config)
     make_sweep(sweep)
@@ -166,6 +171,26 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
         say(f"packed: {checked_pack(sweep)}")
 
 
+def check_place(sweep: Sweep, config: Config) -> None:
+    """Refuse workers that would not have the cards that a trial asks for, and trials over machines by hand."""
+    require(
+        not config.cluster.on_each_machine,
+        f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
+        "several would not stay in step; set cluster=slurm",
+    )
+    if config.cluster.launcher != "slurm":
+        shares(sweep.settings.workers, config.cluster.gpus_per_node)
+
+
+def pinned(sweep: Sweep, config: Config) -> Sweep:
+    """The sweep with its model on the hub at one commit: a branch may move between two trials."""
+    searched = {_section(dimension.setting) for dimension in sweep.space}
+    if not is_hub_name(config.model.path) or "model" in searched or "recipe" in searched:
+        return sweep
+    commit = locate(config.model.path, config.model.revision).commit
+    return dataclasses.replace(sweep, words=(*sweep.words, *words_of({"model.revision": commit})))
+
+
 def check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse to compare by the held-out loss where nothing is held out, and to prune without evaluations."""
     held_out = config.data.held_out_source is not None or config.data.eval_fraction > 0
@@ -211,11 +236,6 @@ def start(sweep: Sweep, config: Config) -> int:
     if config.cluster.launcher == "slurm":
         code: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit(sweep, config)
         return code
-    require(
-        not config.cluster.on_each_machine,
-        f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
-        "several would not stay in step; set cluster=slurm",
-    )
     return run_workers_here(sweep, config)
 
 

@@ -88,7 +88,7 @@ class Worker:
         self._sweep, self._study, self._runner = sweep, study, runner
         self._trials: dict[int, Followed] = {}
         self._ask_at = 0.0
-        self._ended = False
+        self._ended = self._saved = False
 
     def work(self, forwarder: Forwarder) -> int:
         """Take and train trials until none is due. Returns the exit code."""
@@ -104,7 +104,7 @@ class Worker:
                 self._end(outcome)
             self._follow()
             if not self._trials and (stopping or self._ended):
-                return STOPPED if stopping and not self._ended else DONE
+                return DONE if self._ended and not self._saved else STOPPED
             time.sleep(POLL_SECONDS)
 
     def _take(self) -> None:
@@ -144,6 +144,7 @@ class Worker:
 
     def _end(self, outcome: Outcome) -> None:
         followed = self._trials.pop(outcome.number)
+        self._saved |= outcome.state == SAVED
         outcome = self._judged(outcome, followed)
         self._study.tell(outcome, followed.last, figures_of(followed.trial.run_dir))
         say(self._sentence(outcome, followed))

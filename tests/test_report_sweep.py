@@ -160,6 +160,21 @@ def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     assert all(name != "img" and not any(key.startswith("on") for key in keys) for name, keys in page.elements)
 
 
+def test_a_rank_search_shows_the_value_by_rank_beside_full_fine_tuning(tmp_path: Path) -> None:
+    ranks = [
+        TrialRecord(number=n, state=COMPLETE, values={"adapter.r": r}, value=value, evaluations={48: value})
+        for n, (r, value) in enumerate({32: 2.25, 16: 2.5, 64: 2.125}.items())
+    ]
+    full = TrialRecord(number=3, state=COMPLETE, values={"adapter": "full", "optim.lr": 1e-5}, value=2.0)
+    records = SweepRecords(folder=tmp_path, settings=SweepConfig(method="rank_search"), trials=[*ranks, full])
+    page = Page(sweep_report(records, Standing(state="done", said="is done")))
+    (chart,) = page.charts  # One evaluation of each makes no curve.
+    assert chart["words"] == ["16", "32", "64"]
+    assert chart["lines"][0]["y"] == [2.5, 2.25, 2.125]
+    assert "full fine-tuning 2" in page.text
+    assert not any(attributes.get("class") == "coordinates" for _, attributes in page.elements)
+
+
 def test_many_trials_make_a_small_page_whose_best_stands_out(tmp_path: Path) -> None:
     trials = [
         TrialRecord(
@@ -212,8 +227,12 @@ def test_a_conclusion_in_markdown() -> None:
 
 def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(tmp_path / "sweep")
+    (trial_folder(folder, 1) / REPORT_NAME).write_text("its own")
     write_at_end(folder)
     assert REPORT_NAME in capsys.readouterr().out
+    assert "is done" in Page((trial_folder(folder, 0) / REPORT_NAME).read_text()).text
+    assert (trial_folder(folder, 1) / REPORT_NAME).read_text() == "its own"
+    assert not (trial_folder(folder, 2) / REPORT_NAME).exists(), "it failed"
     assert "is done" in Page((folder / REPORT_NAME).read_text()).text
     (folder / REPORT_NAME).unlink()
     (folder / REPORT_NAME).mkdir()

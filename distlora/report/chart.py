@@ -54,7 +54,11 @@ class Chart:
     is_wide: bool = False
     note: str | None = None
     x_name: str = "step"
+    x_words: Sequence[str] = ()
+    """What the places 0, 1, ... along the axis are, where they are no numbers of steps."""
     from_zero: bool = False
+    reach: float = 1.5
+    """How far a level may be from the values to be drawn, in spans of theirs: it takes their room."""
 
 
 def draw(chart: Chart) -> Html:
@@ -64,7 +68,7 @@ def draw(chart: Chart) -> Html:
         return Html("")
     values = [value for line in lines for value in line.series.values]
     steps = [step for line in lines for step in line.series.steps]
-    levels = _near(chart.levels, [0.0, *values] if chart.from_zero else values)
+    levels = _near(chart, [0.0, *values] if chart.from_zero else values)
     y = scale_of([*values, *(level.value for level in levels)], from_zero=chart.from_zero)
     x = Scale(min(steps), max(steps)) if max(steps) > min(steps) else Scale(min(steps) - 0.5, max(steps) + 0.5)
     shown = [(line, thinned(line.series)) for line in lines]
@@ -94,7 +98,7 @@ def draw(chart: Chart) -> Html:
         "div",
         tag("div", [tag("span", n, style=f"bottom:{p}") for n, p in zip(names, place, strict=True)], cls="ys"),
         plot,
-        tag("div", list(_x_labels(x)), cls="xs"),
+        tag("div", list(_x_labels(x, chart.x_words)), cls="xs"),
         tag("div", chart.x_name, cls="x-name"),
         cls="frame",
         style=f"--gutter:{max(5, *(len(name) + 1 for name in names))}ch",
@@ -110,11 +114,11 @@ def draw(chart: Chart) -> Html:
     return tag("figure", caption, frame, note, read, cls="chart wide" if chart.is_wide else "chart")
 
 
-def _near(levels: Sequence[Level], values: Sequence[float]) -> list[Level]:
-    """Those that may be drawn: one far from all values would flatten them."""
+def _near(chart: Chart, values: Sequence[float]) -> list[Level]:
+    """The levels that may be drawn: one far from all values would flatten them."""
     low, high = min(values), max(values)
-    room = 1.5 * (high - low) or abs(high)
-    return [level for level in levels if low - room <= level.value <= high + room]
+    room = chart.reach * (high - low) or abs(high)
+    return [level for level in chart.levels if low - room <= level.value <= high + room]
 
 
 def _rule(place: float, cls: str) -> Html:
@@ -136,13 +140,14 @@ def _curve(line: Line, series: Series, x: Scale, y: Scale) -> Html:
     return tag("g", paths, cls=cls, data_trial=line.trial)
 
 
-def _x_labels(x: Scale) -> Iterator[Html]:
+def _x_labels(x: Scale, words: Sequence[str]) -> Iterator[Html]:
     """Whole steps, at their places; the last is drawn to the left of its own."""
-    ticks = [value for value in x.ticks(6) if value == int(value)]
+    ticks = range(len(words)) if words else [value for value in x.ticks(6) if value == int(value)]
     for value in ticks:
         place = x.place(value)
         edge = "first" if place < 0.04 else "last" if place > 0.96 else None
-        yield tag("span", f"{value:,.0f}", style=f"left:{_percent(place)}", cls=edge)
+        name = words[int(value)] if words else f"{value:,.0f}"
+        yield tag("span", name, style=f"left:{_percent(place)}", cls=edge)
 
 
 def _percent(place: float) -> str:
@@ -174,9 +179,13 @@ def _summary(line: Line, chart: Chart) -> str:
     series = line.series
     step, lowest = series.lowest()
     first, last = figure(series.values[0], chart.kind), figure(series.values[-1], chart.kind)
+
+    def at(place: float) -> str:
+        return f"{chart.x_name} {chart.x_words[int(place)] if chart.x_words else f'{place:,.0f}'}"
+
     return (
-        f"{line.name}: {first} at {chart.x_name} {series.steps[0]:,.0f}, {last} at {chart.x_name} "
-        f"{series.steps[-1]:,.0f}, lowest {figure(lowest, chart.kind)} at {chart.x_name} {step:,.0f}"
+        f"{line.name}: {first} at {at(series.steps[0])}, {last} at {at(series.steps[-1])}, lowest "
+        f"{figure(lowest, chart.kind)} at {at(step)}"
     )
 
 
@@ -188,6 +197,7 @@ def _read(shown: Sequence[tuple[Line, Series]], x: Scale, y: Scale, chart: Chart
         "log": y.is_log,
         "kind": chart.kind,
         "name": chart.x_name,
+        "words": list(chart.x_words),
         "lines": [
             {
                 "name": line.name,

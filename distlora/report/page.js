@@ -73,7 +73,8 @@
         if (many) found = [closest];
       }
       const across = (step - left) / (right - left);
-      tip.replaceChildren(`${chart.name} ${step.toLocaleString("en-US")}`, ...found.map(([line, index]) => row(line, index)));
+      const here = chart.words[step] ?? step.toLocaleString("en-US");
+      tip.replaceChildren(`${chart.name} ${here}`, ...found.map(([line, index]) => row(line, index)));
       cursor.style.left = `${100 * across}%`;
       tip.style.left = across <= 0.5 ? `calc(${100 * across}% + 10px)` : "auto";
       tip.style.right = across > 0.5 ? `calc(${100 * (1 - across)}% + 10px)` : "auto";

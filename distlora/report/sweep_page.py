@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import SweepConfig
-from distlora.report.chart import PALETTE, Chart, Line, draw
+from distlora.report.chart import PALETTE, Chart, Level, Line, draw
 from distlora.report.document import page, section, state_badge
 from distlora.report.markdown import markdown
 from distlora.report.markup import Content, Html, tag, text
@@ -109,7 +109,7 @@ def sweep_report(sweep: SweepRecords, standing: Standing) -> str:
         lead=lead,
         parts=[
             ("Notes", section("notes", "Notes", _notes(sweep, standing))),
-            ("Conclusion", section("conclusion", "Conclusion", markdown(sweep.conclusion))),
+            ("Conclusion", section("conclusion", "Conclusion", markdown(sweep.conclusion), _ranks(sweep))),
             ("Best", section("best", "Best trial", _best(sweep))),
             ("Trials", section("trials", "Trials", _table(sweep), note=_TRIALS_NOTE)),
             ("Curves", section("curves", "Curves", _curves(sweep))),
@@ -132,6 +132,27 @@ def _notes(sweep: SweepRecords, standing: Standing) -> Iterator[Html]:
         yield tag("div", tag("ul", [tag("li", line) for line in sweep.problems]), cls="box")
     if not sweep.trials:
         yield tag("p", "There are no results yet.", cls="note")
+
+
+def _ranks(sweep: SweepRecords) -> Html:
+    """The value by rank, of a search for the rank that is enough; that of full fine-tuning beside it."""
+    if sweep.settings is None or sweep.settings.method != "rank_search":
+        return Html("")
+    complete = [trial for trial in sweep.trials if trial.state == COMPLETE and trial.value is not None]
+    ranks = {trial.values["adapter.r"]: trial.value for trial in complete if is_number(trial.values.get("adapter.r"))}
+    whole = [
+        Level(name="full fine-tuning", value=t.value) for t in complete if t.value and t.values.get("adapter") == "full"
+    ]
+    ordered = sorted(ranks)
+    series = Series(range(len(ordered)), [ranks[rank] or 0.0 for rank in ordered])
+    if len(ordered) < 2:
+        return Html("")
+    line = Line(name=sweep.metric, series=series, style="line points")
+    words = [f"{rank:,}" for rank in ordered]
+    chart = Chart(
+        title=f"{sweep.metric} by rank", unit="", lines=[line], levels=whole, x_name="r", x_words=words, reach=20
+    )
+    return tag("div", draw(chart), cls="charts")
 
 
 def _best(sweep: SweepRecords) -> Html:
@@ -221,6 +242,8 @@ def _ordered(sweep: SweepRecords) -> list[TrialRecord]:
 
 def _curves(sweep: SweepRecords) -> Html:
     held_out = {trial.number: series_of(trial.evaluations) for trial in sweep.trials}
+    if all(len(series) < 2 for series in held_out.values()):
+        held_out = {}  # The table has what there is.
     best = "; the best is the strong one" if len(sweep.trials) > PALETTE else ""
     charts = [
         Chart(
@@ -264,7 +287,9 @@ def _name(trial: TrialRecord, *, best: bool) -> str:
 
 
 def _parallel(sweep: SweepRecords) -> Html:
-    names, best = sweep.searched, sweep.best
+    best = sweep.best
+    # A rank search's full fine-tuning has settings of its own, which are no axis for the others.
+    names = [name for name in sweep.searched if all(name in trial.values for trial in sweep.trials)]
     traced = [
         Traced(
             trial=trial.number,

@@ -55,12 +55,16 @@ def write_at_end(run_dir: Path) -> None:
         if (run_dir / METRICS_NAME).stat().st_size > MOST_BYTES_AT_END:
             say(f"its curves and figures on a page: {again}")
             return
-        # The launcher that calls this still holds the run, which else would seem to go on.
-        status = dataclasses.replace(status_of(run_dir, None, None, None), state="done", ending=Ending())
-        durable.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing(status)))
+        write_done(run_dir)
         say(f"its curves and figures on a page: {shown(run_dir / REPORT_NAME)}")
     except Exception as error:
         warn(f"no report was written ({type(error).__name__}: {error}), the run is complete all the same; {again}")
+
+
+def write_done(run_dir: Path) -> None:
+    """RUN/report.html of a run that has its result, whoever still holds it. Raises OSError."""
+    status = dataclasses.replace(status_of(run_dir, None, None, None), state="done", ending=Ending())
+    durable.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing(status)))
 
 
 def page_of(folder: Path) -> str:

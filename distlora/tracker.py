@@ -247,7 +247,8 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
         # An agent's run is where its sweep is, as WANDB_PROJECT and WANDB_ENTITY say.
         project=None if started is not None and "WANDB_PROJECT" in os.environ else config.tracker.project,
         entity=None if started is not None and "WANDB_ENTITY" in os.environ else config.tracker.entity,
-        name=config.name,
+        # Of a sweep all have the same name by their settings.
+        name=config.name if agent is None else f"{config.name}-{agent.run_id}",
         group=config.tracker.group,
         tags=list(config.tracker.tags),
         config=_recorded(run_dir, config, world, agent),

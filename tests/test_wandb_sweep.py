@@ -318,7 +318,7 @@ def test_runs_that_fail_end_no_agent_and_one_that_is_stopped_goes_on(
         process.kill()
     step = json.loads((run / "stopped.json").read_text())["step"]
     assert step >= 1
-    said = distlora(server, tmp_path, "sweep", "agent", "local/p/sweep0")
+    said = distlora(server, tmp_path, "resume", "runs/sweep0")
     assert "sweep0run4 goes on" in said
     assert (run / "adapter").is_dir()
     steps = [line["step"] for line in read_metrics(run) if "loss" in line]

@@ -17,6 +17,7 @@ from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
 from distlora_launcher.processes import Process
 from distlora_launcher.status import describe, statuses
+from distlora_launcher.sweeps.agents import is_agents_folder
 from distlora_launcher.sweeps.arrays import jobs_of
 
 USAGE = """usage: distlora cancel RUN [--now]
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--now", action="store_true")
     options = parser.parse_args(arguments)
     folder = Path(options.run).expanduser().absolute()
-    if is_sweep_folder(folder):
+    if is_sweep_folder(folder) or is_agents_folder(folder):
         cancel_sweep(folder, now=options.now)
     else:
         cancel(folder, now=options.now)

@@ -38,12 +38,16 @@ def resume(folder: Path) -> int:
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
     from distlora_launcher.local import is_complete, resume_here
     from distlora_launcher.machines import resume_together
+    from distlora_launcher.sweeps.agents import go_on as go_on_with_agents
+    from distlora_launcher.sweeps.agents import is_agents_folder
 
     folder = folder.expanduser().absolute()
     if is_sweep_folder(folder):
         from distlora_launcher.sweeps.command import go_on
 
         return go_on(folder)
+    if is_agents_folder(folder):
+        return go_on_with_agents(folder)
     if is_sweep(folder):
         return resume_sweep(folder)
     config = load_config(folder)

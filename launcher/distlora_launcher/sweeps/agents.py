@@ -21,12 +21,15 @@ from typing import Any
 from distlora import durable
 from distlora.command_line import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import UserError, require
-from distlora.json_files import object_or_empty
+from distlora.json_files import object_or_empty, read_object
 from distlora.run_folder import find_result
 from distlora.stopping import STOPPED_NAME
+from distlora.sweep_folder import words_of
 from distlora.wandb_agent import VARIABLES, AgentRun
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import holders
+from distlora_launcher.holding import holders, worker_place
+from distlora_launcher.jobs.step import in_job
+from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of
@@ -40,9 +43,13 @@ values, trains with them, and asks again, until the sweep is done. Its runs' fol
 default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal share of the cards each, with
 cluster=slurm as the tasks of an array, each with cluster.nodes machines.
 
-A request to stop (Ctrl-C, SIGTERM) has the runs save. The same command goes on with them.
+A request to stop (Ctrl-C, SIGTERM, `distlora cancel FOLDER`) has the runs save. `distlora resume FOLDER`, or the same
+command, goes on with them.
 
 --count N    runs of each agent; by default all that the sweep has"""
+
+RECORD_NAME = "agents.json"
+"""In the folder: what was asked for."""
 
 POLL_SECONDS = 0.2
 
@@ -71,11 +78,18 @@ class Request:
     def sweep_id(self) -> str:
         return self.sweep.rpartition("/")[2]
 
-    def words(self, index: int | None = None) -> list[str]:
-        """What follows `distlora sweep agent` for the same, or for agent `index` of it alone."""
+    def one(self) -> list[str]:
+        """The words of `distlora sweep agent` for one of them, beside its --index."""
         count = [] if self.count is None else ["--count", str(self.count)]
-        which = [f"sweep.workers={self.workers}"] if index is None else ["--index", str(index)]
-        return [self.sweep, *count, *which, f"run_dir={self.folder}"]
+        return [self.sweep, *count, *words_of({"run_dir": str(self.folder)})]
+
+    def words(self) -> list[str]:
+        """The words for all of them."""
+        return [*self.one(), f"sweep.workers={self.workers}", *self.cluster]
+
+    def keep(self) -> None:
+        """Note it, for `distlora resume`."""
+        durable.write_json(self.folder / RECORD_NAME, {"words": self.words()})
 
 
 def main(arguments: list[str]) -> int:
@@ -92,8 +106,25 @@ def main(arguments: list[str]) -> int:
         submitted: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit_agents(request, cluster)
         return submitted
     (request.folder / "logs").mkdir(parents=True, exist_ok=True)
-    with forwarding() as forwarder:
+    # Several commands may share a folder, on several machines, too; a task of an array has its number once.
+    name = f"agents_{host_name()}_{os.getpid()}" if index is None else f"agent_{index}"
+    with worker_place(request.folder, name), forwarding() as forwarder:
+        if index is None:
+            request.keep()
         return Agents(request, [index] if index is not None else range(request.workers), cluster).run(forwarder)
+
+
+def is_agents_folder(folder: Path) -> bool:
+    """Whether agents have, or had, their runs in a folder."""
+    return (folder / RECORD_NAME).is_file()
+
+
+def go_on(folder: Path) -> int:
+    """Start the agents of a folder again (`distlora resume`). Returns the exit code."""
+    words = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{folder / RECORD_NAME} is damaged: it holds no words; delete it, and start the agents again")
+    return main(words)
 
 
 def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
@@ -171,8 +202,8 @@ class Agents:
         forwarder.detach()
         if self._asked_at is not None:
             self._note_saved()
-            if not forwarder.killed:
-                say(f"asked to stop; go on with: distlora sweep agent {' '.join(self._request.words())}")
+            if not in_job():  # There the script queues the task again.
+                say(f"asked to stop; go on with: distlora resume {shown(self._request.folder)}")
             return INTERRUPTED if forwarder.killed else STOPPED
         return DONE if all(process.returncode == 0 for process in processes) else FAILED
 

@@ -75,17 +75,17 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
         name=request.sweep_id,
     )
     refuse_live(request.folder)
-    words = [word for word in request.words(0) if word not in ("--index", "0")]
     script = _script(
         request.folder,
         config,
         request.workers,
-        ["distlora_launcher.cli", "sweep", "agent", *words],
+        ["distlora_launcher.cli", "sweep", "agent", *request.one()],
         trials="*",
-        again=f"distlora sweep agent {' '.join(request.words())} cluster=slurm",
+        again="distlora resume $SWEEP",
     )
     have_judged(script)
     (request.folder / LOGS).mkdir(parents=True, exist_ok=True)
+    request.keep()
     _submit(request.folder, config, script, request.workers)
     say(f"stop with: distlora cancel {shown(request.folder)}")
     return DONE

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from distlora.wandb_agent import VARIABLES, AgentRun, agrees
 from distlora_launcher.cli import main
 from distlora_launcher.compose import parse_overrides
+from distlora_launcher.sweeps.agents import ask
 from distlora_launcher.sweeps.space import split
 from distlora_launcher.sweeps.wandb_sweep import parameter
 from small_models import read_metrics
@@ -203,6 +205,16 @@ def test_an_agents_words_are_checked(capsys: pytest.CaptureFixture[str]) -> None
     }.items():
         assert main(["sweep", "agent", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
+    words = ["team/p/s1", "--count", "3", "sweep.workers=2", "cluster=slurm", "cluster.nodes=2", "cluster.partition=x"]
+    request, index, cluster = ask([*words, f"run_dir='{tmp_path}/two words'"])
+    assert (request.sweep_id, request.count, request.workers, index) == ("s1", 3, 2, None)
+    assert (cluster.launcher, cluster.nodes, cluster.partition) == ("slurm", 2, "x")
+    assert request.folder == tmp_path / "two words"
+    assert ask(request.words())[0] == request
+    assert ask([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
 
 
 def environment(server: WandbServer, place: Path) -> dict[str, str]:

@@ -114,7 +114,15 @@ def test_a_trial_is_trained_on_all_machines_of_a_task_and_cancel_ends_the_sweep(
 ) -> None:
     """Of the second trial; the first is done, and resume goes on with the rest."""
     sweep = tmp_path / "sweep"
-    words = ("cluster=slurm", "cluster.nodes=2", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")
+    steps = 300
+    words = (
+        f"train.max_steps={steps}",
+        "cluster=slurm",
+        "cluster.nodes=2",
+        "optim.lr=1e-3,2e-3",
+        "tracker=none",
+        f"run_dir={sweep}",
+    )
     distlora(cluster, "sweep", *settings(cluster, folders), *words)
     wait_for(lambda: steps_done(sweep / "trials" / "0001") >= 2, sweep)
     distlora(cluster, "cancel", str(sweep))
@@ -122,12 +130,12 @@ def test_a_trial_is_trained_on_all_machines_of_a_task_and_cancel_ends_the_sweep(
     assert (job["ExitCode"], job["Restarts"]) == ("75:0", "0"), said(sweep)
     assert [trial["state"] for trial in results(sweep)] == ["complete", "running"]
     stopped = json.loads((sweep / "trials" / "0001" / "stopped.json").read_text())["step"]
-    assert 2 <= stopped < STEPS
+    assert 2 <= stopped < steps
     distlora(cluster, "resume", str(sweep))
     assert cluster.wait(f"{job_of(sweep)}_0", *ENDED, seconds=START_SECONDS)["JobState"] == "COMPLETED", said(sweep)
     assert [trial["state"] for trial in results(sweep)] == ["complete", "complete"]
     for run in sorted((sweep / "trials").iterdir()):
-        assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, steps + 1))
         assert {path.name for path in (run / "logs").glob("rank_*.log")} == {"rank_0.log", "rank_1.log"}
 
 

@@ -31,6 +31,7 @@ class DocumentLosses:
         assert rows.documents is not None, "rows that were made in memory"
         self.rows = rows
         self._bounds = np.concatenate([[0], np.cumsum(pieces_of_rows(rows))])  # (N + 1,): as Packing.row_bounds.
+        self._has_pairs = bool((rows.pairs > 0).any())
         self._digest: str | None = None
         self.begin()
 
@@ -54,7 +55,7 @@ class DocumentLosses:
         batch, losses = self._pending[0], self._pending[1].double().cpu().numpy()
         self._pending = None
         rows = batch.rows.numpy()
-        if (self.rows.pairs > 0).any():
+        if self._has_pairs:
             number = np.broadcast_to(np.arange(losses.shape[1]), losses.shape)
             counts = (rows >= 0)[:, None] & (number < self.rows.pairs[rows][:, None])
         else:

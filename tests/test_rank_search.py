@@ -18,7 +18,7 @@ from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.eval_documents import DocumentRecord, read_documents, write_documents
 from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
-from distlora_launcher.sweeps import rank_search
+from distlora_launcher.sweeps import rank_setup
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.rank_search import RankSearch
 from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
@@ -170,7 +170,7 @@ def ended(sweep: Sweep, losses: Mapping[Size, float | None]) -> list[TrialRecord
         values = {"adapter": "full", "quant": "none", "optim.lr": 2e-4} if size == FULL else {"adapter.r": size}
         state = FAILED if loss is None else COMPLETE
         record = TrialRecord(
-            number=number, state=state, values=values, reason=None if loss is not None else "no memory"
+            number=number, state=state, values=values, step=5, reason=None if loss is not None else "no memory"
         )
         records.append(record)
         if loss is not None:
@@ -199,6 +199,7 @@ def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
     assert answer(ended(searched, {8: 0.0, 16: None})) is Due.END
     # Hidden 96, MLP 256: of any of its linears 96 is the most, so 128 is the last that could be tried, were it allowed.
     assert RankSearch(searched)._ranks.widest == 96
+    assert answer([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
 
 
 def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) -> None:
@@ -224,14 +225,46 @@ def test_full_fine_tuning_is_run_beside_where_it_fits(
 ) -> None:
     sweep = sweep_of(tmp_path, folders)
     trials = ended(sweep, {8: 0.0, 16: 0.0})
-    assert RankSearch(sweep).next(trials) == [{"adapter": "full", "quant": "none", "optim.lr": pytest.approx(2e-4)}]
-    small = dataclasses.replace(rank_search.here.found_here(), host_bytes=2**20)
-    monkeypatch.setattr(rank_search.here, "found_here", lambda **_: small)
+    full = [{"adapter": "full", "quant": "none", "optim.lr": pytest.approx(2e-4)}]
+    assert RankSearch(sweep).next(trials) == full
+    has_memory(monkeypatch, 2**20)
+    assert RankSearch(sweep).next(trials) is Due.END
+
+
+def has_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Of this machine."""
+    found = dataclasses.replace(rank_setup.here.found_here(), host_bytes=nbytes)
+    monkeypatch.setattr(rank_setup.here, "found_here", lambda **_: found)
+
+
+@pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), (2**36, 2**20)])
+def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, at_first: int, later: int
+) -> None:
+    """A worker, the command, `status` and `report` ask at other times and on other machines."""
+    sweep, is_run = sweep_of(tmp_path, folders), at_first > 2**30
+    trials = ended(sweep, {8: 0.0, 16: 0.0})
+    has_memory(monkeypatch, at_first)
+    assert RankSearch(sweep).next([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
+    has_memory(monkeypatch, later)
+    monkeypatch.setattr(rank_setup.here, "planned_model", None)  # Nor is the model needed any more.
     search = RankSearch(sweep)
+    assert (search.next(trials) is Due.END) == (not is_run)
+    text = "\n".join(search.conclusion(trials))
+    assert ("Full fine-tuning was not run beside: it does not fit CPU by calculation" in text) == (not is_run)
+    assert ("Recommended" in text) == (not is_run)
+    assert search.figures(trials)["recommended"] == (None if is_run else 8)
+
+
+def test_who_reads_a_search_writes_nothing(searched: Sweep) -> None:
+    trials = ended(searched, {8: 0.0, 16: 0.0})
+    RankSearch(searched).next([])
+    before = {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")}
+    search = RankSearch(searched)
     assert search.next(trials) is Due.END
-    assert "Full fine-tuning was not run beside: it does not fit CPU by calculation" in "\n".join(
-        search.conclusion(trials)
-    )
+    assert search.conclusion(trials)
+    assert search.figures(trials)
+    assert {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")} == before
 
 
 def test_the_conclusion_is_a_table_and_a_recommendation(searched: Sweep) -> None:
@@ -267,6 +300,7 @@ def test_without_rank_stabilized_scaling_the_conclusion_warns(tmp_path: Path, fo
     [
         (lambda folder: (folder / "eval_documents.json").unlink(), r"needs train\.eval_documents=true"),
         (lambda folder: (folder / "eval_documents.json").write_text("{"), "is damaged"),
+        (lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), step=4)), "json is of step 4"),
         (
             lambda folder: write_documents(folder, dataclasses.replace(documents(0.0), rows="cd")),
             "evaluated on different held-out rows",
@@ -291,6 +325,19 @@ def test_a_run_without_figures_to_compare_counts_as_failed(
     ("words", "settings", "message"),
     [
         (["adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches for; .* sweep\.rank_start"),
+        (["train.eval_documents=false"], {}, r"train\.eval_documents=false keeps no losses of documents"),
+        (
+            ["train.load_best_at_end=true", "train.eval_every=1"],
+            {},
+            r"train\.load_best_at_end=True makes something else",
+        ),
+        (["train.early_stopping_patience=2", "train.eval_every=1"], {}, r"train\.early_stopping_patience=2 makes"),
+        (
+            ["adapter.target_modules=qv", "adapter.rank_pattern={q_proj:4,v_proj:4}"],
+            {},
+            r"adapter\.rank_pattern gives every adapted linear its rank",
+        ),
+        (["+adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches for"),
         (["adapter=full", "quant=none"], {}, "adapter=full has no rank to search for"),
         ([], {"rank_most": 15}, r"sweep\.rank_most=15 leaves no doubling of sweep\.rank_start=8; set .*=16"),
         ([], {"metric": "loss"}, r"not sweep\.metric=loss"),

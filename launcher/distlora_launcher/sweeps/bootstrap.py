@@ -60,13 +60,13 @@ def gain(
     """Of two runs with these loss sums by document, and the documents' counts of units: each of length D.
 
     The same arguments draw the same documents, on any machine and with any version of numpy. Of one document nothing is
-    known of others: the interval has no ends.
+    known of others: the interval has no ends, and the error is infinite.
     """
     counts = np.array(units, np.float64)
     lower = np.array(first, np.float64) - np.array(second, np.float64)
-    gains = resampled(lower, counts, resamples, seed)
     if len(counts) < 2:
         return Gain(gain=float(lower.sum() / counts.sum()), low=-math.inf, high=math.inf, error=math.inf)
+    gains = resampled(lower, counts, resamples, seed)
     tail = (1 - confidence) / 2
     low, high = np.quantile(gains, [tail, 1 - tail]).tolist()
     return Gain(gain=float(lower.sum() / counts.sum()), low=low, high=high, error=float(gains.std(ddof=1)))

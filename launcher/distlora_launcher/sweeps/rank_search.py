@@ -2,31 +2,27 @@
 
 Runs with ranks r, 2r, 4r, ... are real runs that keep their held-out losses by document (train.eval_documents);
 ranks.py decides from these. Beside them everything is trained once, where that fits, to show what no rank can reach.
-With several workers the first two ranks and that run are due at once; each further rank waits for the one before.
+The first two ranks are due at once; each further rank waits for the one before, and whoever has to wait for one takes
+full fine-tuning.
 """
 
 from __future__ import annotations
 
-import functools
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, require
-from distlora.eval_documents import DocumentRecord, check_paired, read_documents
+from distlora.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.json_files import object_or_empty
-from distlora.plan import plan_of
-from distlora.plan.pages.report import needs
 from distlora.run_folder import PLAN_NAME, SUMMARY_NAME
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, TrialRecord
-from distlora_launcher import here
-from distlora_launcher.planning import check_planned, machine_here
 from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.rank_setup import WORDS, decide, read_setup, write_setup
 from distlora_launcher.sweeps.ranks import (
     FULL,
     Gains,
-    Ranks,
     Size,
     Tried,
     ladder,
@@ -38,22 +34,19 @@ from distlora_launcher.sweeps.ranks import (
 )
 from distlora_launcher.sweeps.search import Due
 
-FULL_LR_SHARE = 0.1
-"""Of optim.lr, for full fine-tuning: adapters are trained at about ten times its learning rate."""
-
 
 class RankSearch:
     """The search of `sweep=rank_search` (search.py)."""
 
-    words: tuple[str, ...] = ("train.eval_documents=true",)
+    words: tuple[str, ...] = WORDS
 
     def __init__(self, sweep: Sweep) -> None:
         """Raises UserError for settings that leave nothing to search, or that decide the rank themselves."""
         self._sweep, self._settings = sweep, sweep.settings
         self._gains = Gains(sweep.settings)
         self._check()
-        self._config = self._sweep.compose(0, {"adapter.r": self._settings.rank_start}, self.words).config
-        """The settings of the first rank's run."""
+        self._setup = read_setup(sweep.folder) or decide(sweep)
+        self._ranks = ladder(self._settings.rank_start, self._settings.rank_most, self._setup.widest)
 
     def _check(self) -> None:
         settings, named = self._settings, [dimension.setting for dimension in self._sweep.space]
@@ -91,24 +84,20 @@ class RankSearch:
             "adapter=full has no rank to search for; leave it out: sweep.full says whether full fine-tuning is run "
             "beside",
         )
-        fixed = next((word for word in self._sweep.words if word.partition("=")[0] == "adapter.r"), None)
+        fixed = next((word for word in self._sweep.words if re.match(r"\+*adapter\.r=", word)), None)
         require(
             fixed is None,
             f"{fixed} is what sweep=rank_search searches for; leave it out, or set sweep.rank_start",
         )
 
-    @functools.cached_property
-    def _ranks(self) -> Ranks:
-        shapes = here.planned_model(self._config).shapes
-        adapters = (each for block in shapes.adapters(self._config.adapter) for each in block)
-        widest = max(min(each.up[0], each.down[1]) for each in adapters)
-        return ladder(self._settings.rank_start, self._settings.rank_most, widest)
-
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
-        """As Search.next has it: a rank that the ended runs ask for, then full fine-tuning."""
+        """As Search.next has it: a rank that the ended runs ask for, then full fine-tuning. The first call, before
+        there is any trial, keeps what was decided for all of them."""
+        if not trials and read_setup(self._sweep.folder) is None:
+            write_setup(self._sweep.folder, self._setup)
         started, tried = {size_of(trial) for trial in trials}, self._tried(trials)
         due: list[Size] = [rank for rank in ranks_due(self._ranks, tried, self._gains) if rank not in started]
-        if not due and FULL not in started and self._why_not_full is None:
+        if not due and FULL not in started and self._setup.why_not_full is None:
             due = [FULL]
         if due:
             return [self._values(size) for size in due]
@@ -117,40 +106,7 @@ class RankSearch:
     def _values(self, size: Size) -> dict[str, Any]:
         if size != FULL:
             return {"adapter.r": size}
-        return {"adapter": "full", "quant": "none", "optim.lr": self._full_lr}
-
-    @property
-    def _full_lr(self) -> float:
-        lr = self._settings.full_lr
-        return self._config.optim.lr * FULL_LR_SHARE if lr is None else lr
-
-    @functools.cached_property
-    def _why_not_full(self) -> str | None:
-        """Why full fine-tuning is not run beside, in a sentence; None: it is."""
-        full = self._settings.full
-        if full == "always":
-            return None
-        if full == "never":
-            return "Full fine-tuning was not run beside: sweep.full=never."
-        if self._settings.packed != 1:
-            return "Full fine-tuning was not run beside: the trials of a pack share one base, which it trains."
-        try:
-            config = self._sweep.compose(0, self._values(FULL), self.words).config
-            model = here.planned_model(config)
-            check_planned(config, model)
-            plan = plan_of(config, model, machine_here(config, runs_here="SLURM_JOB_ID" in os.environ))
-        except UserError as error:
-            return f"Full fine-tuning was not run beside: {error}."
-        if plan.fits:
-            return None
-        if plan.fits is None:
-            return (
-                "Full fine-tuning was not run beside: nothing says how much memory these machines have. Name the card "
-                "(card=h100), or set sweep.full=always."
-            )
-        return (
-            f"Full fine-tuning was not run beside: it does not fit {plan.machine.name} by calculation ({needs(plan)})."
-        )
+        return self._setup.values_of_full
 
     def _tried(self, trials: Sequence[TrialRecord]) -> dict[Size, Tried]:
         """The runs that have ended. One without figures of its documents, or with those of others, counts as failed."""
@@ -198,9 +154,9 @@ class RankSearch:
             yield from sentences(self._ranks, tried, self._gains)
         else:
             yield "The search has not ended yet."
-        if FULL not in tried and self._why_not_full is not None:
-            yield self._why_not_full
-        if not self._config.adapter.use_rslora:
+        if FULL not in tried and self._setup.why_not_full is not None:
+            yield self._setup.why_not_full
+        if not self._setup.use_rslora:
             yield (
                 "adapter.use_rslora=false scales updates by alpha/r, so each doubling of r halves them too: that a "
                 "larger rank gains nothing may be due to that. Leave it out."
@@ -223,6 +179,8 @@ def read(trial: TrialRecord, sweep: Path) -> Tried:
         return Tried(reason=str(error))
     if documents.loss is None:
         return Tried(reason="its held-out loss is not finite")
+    if trial.step is not None and documents.step != trial.step:
+        return Tried(reason=f"it ended after step {trial.step}, and {EVAL_DOCUMENTS_NAME} is of step {documents.step}")
     summary, plan = object_or_empty(folder / SUMMARY_NAME), object_or_empty(folder / PLAN_NAME)
     device = plan.get("device", {})
     figures = {

@@ -149,7 +149,7 @@ def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, 
         figures["bits_per_parameter"] = loaded.bits_per_weight
     if trial.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
         gathered = trial.step_traffic.gathered_bytes
-        extra = backend.unpacked_extra_bytes(model, trial.passes_per_step)
+        extra = backend.unpacked_extra_bytes(model, trial.step_passes)
         figures["gathered_bytes_per_step"] = gathered
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
         figures["reduced_bytes_per_step"] = trial.step_traffic.reduced_bytes

@@ -23,25 +23,28 @@ def peak_flops(device: torch.device) -> float | None:
     return None if card is None else card.flops
 
 
-def count_flops(model: CausalLM, *, with_reference: bool = False) -> ModelFlops:
+def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:
     """The operations of a training step of this model (operations.py). `with_reference`: every row runs forward once
-    more, without an adapter (DPO).
+    more, without an adapter (DPO). `slot`: of the adapters those of this slot, as of the trial alone.
     """
-    return active_weights(model).model_flops(with_reference=with_reference)
+    return active_weights(model, slot).model_flops(with_reference=with_reference)
 
 
-def active_weights(model: CausalLM) -> ActiveWeights:
-    """What a token goes through in a model that is built, module by module."""
+def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
+    """What a token goes through in a model that is built, module by module; of the adapters all, or a slot's."""
     config = model.hf_config
     linears, trained, adapters = 0, 0, 0
     for module in (module for block in model.blocks for module in block.modules()):
         if isinstance(module, FrozenLinear):
             linears += module.in_features * module.out_features
             if isinstance(module, AdaptedLinear):
-                ranks = sum(pair.A.shape[0] for pair in module.pairs)
+                ranks = sum(pair.rank for pair in module.pairs if slot in (None, pair.slot))
                 adapters += ranks * (module.in_features + module.out_features)
         elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
-            chosen, ranks = config.num_experts_per_tok, sum(pair.rank for pair in module.pairs)
+            chosen, ranks = (
+                config.num_experts_per_tok,
+                sum(pair.rank for pair in module.pairs if slot in (None, pair.slot)),
+            )
             linears += chosen * module.in_features * module.out_features
             adapters += chosen * ranks * (module.in_features + module.out_features)
         elif isinstance(module, torch.nn.Linear):

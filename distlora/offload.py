@@ -60,15 +60,16 @@ class HostInputs:
         return before
 
     def take(self, nbytes: int) -> Tensor:
-        """A place on the host, (nbytes,) uint8, to be given back. Takes more memory where none is reserved."""
-        if free := self._free.setdefault(nbytes, []):
-            return free.pop()
+        """A place on the host, (nbytes or more,) uint8, to be given back. Takes more memory where none is reserved."""
+        fitting = [size for size, free in self._free.items() if size >= nbytes and free]
+        if fitting:
+            return self._free[min(fitting)].pop()
         self.taken_bytes += nbytes
         return take_chunk(nbytes, pinned=self._side is not None)
 
     def give_back(self, place: Tensor) -> None:
         # A copy out of it may still be queued; the one that fills it again is queued behind that.
-        self._free[place.nbytes].append(place)
+        self._free.setdefault(place.nbytes, []).append(place)
 
     @property
     def num_free(self) -> int:
@@ -97,7 +98,7 @@ class _Kept:
 
     def __init__(self, store: HostInputs, place: Tensor, tensor: Tensor) -> None:
         self._store, self._place = store, place
-        self._host = place.view(tensor.dtype).view(tensor.shape)
+        self._host = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._here: Tensor | None = None
         """On the device: where a copy reads or writes it, or backward will ask for it first."""
         self._copied: torch.cuda.Event | None = None

@@ -12,7 +12,7 @@ What else is one run's (figures, what is due, early stopping) is in trial.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,20 +37,21 @@ class Trainer:
         """Until a step is done: kernels are compiled, memory is taken, connections are made."""
 
     def fit(self) -> None:
-        """Train the trials to their end, or until the held-out loss has stopped falling; evaluate, sample and save
-        where their configs say. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        """Train the only trial to its end, or until its held-out loss has stopped falling; evaluate, sample and save
+        where its config says. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        (trial,) = self.trials
         self.control.saved()  # Saves are timed from here: loading has trained nothing.
         try:
-            self.begin(self.trials)
-            while not all(trial.has_ended for trial in self.trials):
+            self.begin([trial])
+            while not trial.has_ended:
                 self.advance()
         except Stopped:
-            for trial in self.trials:
-                trial.save_whole_steps()
+            trial.save_whole_steps()
             raise
 
     def begin(self, trials: Sequence[Trial]) -> None:
         """Before the first step of these: the base's evaluation, or what a stop has cut off."""
+        self._is_cold = True
         for trial in trials:
             if trial.first_step == 0 and trial.eval_loader is not None:
                 trial.reporter.event(f"evaluating {len(trial.eval_loader.rows):,} held-out rows")
@@ -66,16 +67,19 @@ class Trainer:
     def _follow(self, trials: Sequence[Trial]) -> None:
         """What is due for these and is not done yet: log, evaluate, save, sample."""
         due = {trial: trial.due(self.control) for trial in trials}
-        trials = [trial for trial in trials if not due[trial].logging or self._log(trial)]
-        evaluating = [trial for trial in trials if due[trial].evaluating]
+        if any(of_trial.takes_long for of_trial in due.values()):
+            self._log(self.trials)  # Before what takes long, which is no part of anybody's steps.
+        else:
+            self._log([trial for trial in trials if due[trial].logging])
+        evaluating = [trial for trial in trials if due[trial].evaluating and not trial.has_failed]
         if evaluating:
             self.evaluate(evaluating)
         for trial in evaluating:
             trial.keep_best()
         self._judge(evaluating)
-        saving = [trial for trial in trials if due[trial].saving or trial.has_ended]
+        saving = [trial for trial in trials if (due[trial].saving or trial.has_ended) and not trial.has_failed]
         for trial in saving:
-            trial.save()
+            self._do(trial, trial.save)
         if len(saving) == len(self.trials):
             self.control.saved()
         for trial in trials:
@@ -84,10 +88,13 @@ class Trainer:
                 self.control.boundary(trial.done, "sampling", long=True)
                 trial.hooks.sample(trial.done)
 
-    def _log(self, trial: Trial) -> bool:
-        """Read and write a trial's figures. Returns whether they were finite; alone, it raises instead."""
-        trial.log()
-        return True
+    def _log(self, trials: Sequence[Trial]) -> None:
+        for trial in trials:
+            self._do(trial, trial.log)
+
+    def _do(self, trial: Trial, action: Callable[[], None]) -> None:
+        """What may end this trial."""
+        action()
 
     def _judge(self, trials: Sequence[Trial]) -> None:
         """After these were evaluated: what others say to that."""
@@ -110,6 +117,7 @@ class Trainer:
 
     def _train_step(self, trials: Sequence[Trial]) -> None:
         began, step = time.monotonic(), trials[0].done + 1
+        assert len(trials) == 1 or not trials[0].objective.figures, "whose figures they are is not known"
         watch.at(step, "reading rows", long=self._is_cold)
         shares = [trial.next_share() for trial in trials]
         units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
@@ -137,13 +145,14 @@ class Trainer:
             micro_batches = share.batch.micro_batches
             trial.note(
                 StepFigures(
-                    row_losses=torch.cat(own_losses),
+                    row_losses=torch.cat(own_losses)[: len(share.batch.rows)],  # Less what filled a block's slices.
                     figures=torch.stack(figures).sum(dim=0),
                     units=own_units,
                     tokens=share.batch.global_rows * micro_batches[0].labels.shape[1],
                     flops=sum(trial.flops.of(part.position_ids[part.rows >= 0]) for part in micro_batches),
                     began=began,
                     traffic=moved,
+                    passes=2 * len(parts),
                 )
             )
 

@@ -67,6 +67,8 @@ class StepFigures(NamedTuple):
     flops: int
     began: float
     traffic: Traffic
+    passes: int
+    """Forward and backward passes, which is how often the step gathered each block."""
 
 
 class Due(NamedTuple):
@@ -76,6 +78,12 @@ class Due(NamedTuple):
     evaluating: bool
     saving: bool
     sampling: bool
+    is_last: bool
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether something is due that is none of the steps' time."""
+        return self.evaluating or self.saving or self.sampling or self.is_last
 
 
 @dataclass(slots=True)
@@ -137,6 +145,8 @@ class Trial:
         """What this start goes on from, and so is saved."""
         self.step_traffic: Traffic | None = None
         """What the last logged interval moved on this rank, a step; None before the first."""
+        self.step_passes = 0
+        """Forward and backward passes of a step, of that interval."""
         self.objective = objective_of(config.train)
         self.held_out: dict[str, float] = {}
         """The figures of the last evaluation, by name."""
@@ -144,10 +154,12 @@ class Trial:
             DocumentLosses(eval_loader.rows) if eval_loader is not None and config.train.eval_documents else None
         )
         """What an evaluation that is under way has seen of each held-out document; None: it need not."""
+        self.has_failed = False
+        """Whether it has ended by a fault of its own, where that does not end others."""
         self.unreached: list[str] | None = None
         """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
-        self.flops = count_flops(model, with_reference=self.objective.has_reference)
+        self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
         self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
@@ -157,11 +169,6 @@ class Trial:
     def done(self) -> int:
         """Steps that are done, so the number of the next, counted from 0; `progress` is of those that are logged."""
         return self._interval.first_step + len(self._interval.steps)
-
-    @property
-    def passes_per_step(self) -> int:
-        """Forward and backward passes of a step, which is how often it gathers each block."""
-        return 2 * (self.loader.accumulation if self.config.train.accumulate == "step" else 1)
 
     def next_share(self) -> Share:
         """This rank's rows of the next step."""
@@ -217,12 +224,13 @@ class Trial:
             evaluating=evaluating and done not in self.progress.evaluations,
             saving=saving,
             sampling=sampling and self.hooks.sample is not None,
+            is_last=is_last,
         )
 
     @property
     def has_ended(self) -> bool:
         """Whether no step follows those that are done."""
-        return self.done >= self.total_steps or self.is_exhausted()
+        return self.has_failed or self.done >= self.total_steps or self.is_exhausted()
 
     def is_exhausted(self) -> bool:
         """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""
@@ -284,7 +292,7 @@ class Trial:
         aside, tokens, _ = interval.measured
         self.progress.seconds += seconds - aside
         self.progress.tokens += max(0, sum(step.tokens for step in interval.steps[:updates]) - tokens)
-        self.step_traffic = interval.traffic()
+        self.step_traffic, self.step_passes = interval.traffic(), interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
         names = ("loss", *self.objective.figures)
         for index in range(min(updates + 1, len(means))):
@@ -324,14 +332,14 @@ class Trial:
     def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
         """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
         step = self.progress.step
-        slots = self.loader.slots(step)
-        flags = torch.zeros(slots.shape, dtype=torch.float64, device=row_losses.device)
+        places = self.loader.rows_of_ranks(step)
+        flags = torch.zeros(places.shape, dtype=torch.float64, device=row_losses.device)
         own = flags[:, self.loader.rank]
         own.copy_((~torch.isfinite(row_losses)).view(own.shape))
         bad = self.backend.sum_over_ranks(flags).cpu().numpy() > 0
-        rows = sorted(slots[bad & (slots >= 0)].tolist())
+        rows = sorted(places[bad & (places >= 0)].tolist())
         culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"
-        among = "" if rows else f" of rows {_listed(sorted(slots[slots >= 0].tolist()))}"
+        among = "" if rows else f" of rows {_listed(sorted(places[places >= 0].tolist()))}"
         saved = "nothing was trained before it"
         if step > 0:
             try:

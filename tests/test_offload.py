@@ -89,6 +89,17 @@ def test_each_input_leaves_once_and_comes_back_one_ahead_of_its_recomputation(nu
         assert (inputs.num_free, inputs.taken_bytes) == (kept, memory)
 
 
+def test_a_smaller_input_takes_a_place_that_is_there() -> None:
+    """A pack's inputs are as large as there are trials in its slots."""
+    inputs = HostInputs(torch.device("cpu"))
+    inputs.reserve(1, 4096)
+    taken = inputs.taken_bytes
+    place = inputs.take(1000)
+    assert (inputs.num_free, inputs.taken_bytes) == (0, taken)
+    inputs.give_back(place)
+    assert inputs.num_free == 1
+
+
 def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None:
     inputs = Recorded(BLOCKS, 4 * 5 * 64 * 4)
     model, x = blocks_and_input(1, inputs)

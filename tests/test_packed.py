@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from distlora.packed import worker
 from distlora.packed.protocol import verdict_file
 from distlora.packed.settings import check_pack
 from distlora.parallel import Ranks
+from distlora.runs import OpenRun
 from distlora.trainer import Trainer
 from distlora.trial import Trial
 from distlora.verification import verify
@@ -98,23 +102,31 @@ def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
     return kept
 
 
-CELLS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
-    (1, {"checkpointing": "none"}, {}),
-    (2, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}),
-    (3, {"micro_batch": 2}, {}),
-    (4, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
+CELLS: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
+    # (ranks, slots, train settings, parallel settings)
+    (1, 3, {"checkpointing": "none"}, {}),
+    (2, 3, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}),
+    (3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {}),
+    (4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
 ]
 
 
-@pytest.mark.parametrize(("size", "settings", "parallel"), CELLS, ids=str)
+@pytest.mark.parametrize(("size", "slots", "settings", "parallel"), CELLS, ids=str)
 def test_trials_in_a_pack_are_the_trials_alone(
-    world: World, folders: Path, tmp_path: Path, alone: list[Path], size: int, settings: dict, parallel: dict
+    world: World,
+    folders: Path,
+    tmp_path: Path,
+    alone: list[Path],
+    size: int,
+    slots: int,
+    settings: dict[str, Any],
+    parallel: dict[str, Any],
 ) -> None:
     trials = [
         sections | {"train": sections["train"] | settings, "parallel": parallel, "cluster": {"gpus_per_node": size}}
         for sections in TRIALS
     ]
-    runs = make_pack(tmp_path / "pack", folders, trials)
+    runs = make_pack(tmp_path / "pack", folders, trials, slots=slots)
     first, *others = world.run(size, run_pack, pack=tmp_path / "pack")
     for number, (run_dir, expected) in enumerate(zip(runs, alone, strict=True)):
         assert outcomes(tmp_path / "pack", number)["state"] == "complete"
@@ -155,33 +167,88 @@ def test_slots_are_used_again(folders: Path, tmp_path: Path, alone: list[Path]) 
         assert_same_trial(run_dir, alone[number])
 
 
-def spoilt(monkeypatch: pytest.MonkeyPatch, *, slot: int, step: int) -> None:
-    """The losses of a slot's rows are NaN in one step."""
+def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
+    """A pack in which the losses of a slot's rows on rank 0 are NaN in one step."""
     losses_of = NextToken.losses
 
     def spoil(self: NextToken, model: Any, batch: Any, device: Any, at: Any) -> Losses:
         losses = losses_of(self, model, batch, device, at)
-        if at is None:
+        if at is None or ranks.rank > 0:
             return losses
-        bad = (batch.slots == slot) & (at == step)
+        bad = (batch.slots == slot) & (at == step) & (batch.rows >= 0)
         return losses._replace(rows=losses.rows + torch.where(bad, float("nan"), 0.0))
 
-    monkeypatch.setattr(NextToken, "losses", spoil)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NextToken, "losses", spoil)
+        worker.run(pack, ranks)
 
 
+@pytest.mark.parametrize(
+    ("size", "settings"), [(1, {}), (2, {"accumulate": "block", "log_every": 3, "micro_batch": 2})], ids=str
+)
 def test_a_trial_that_is_not_finite_ends_alone(
-    folders: Path, tmp_path: Path, alone: list[Path], monkeypatch: pytest.MonkeyPatch
+    world: World, folders: Path, tmp_path: Path, alone: list[Path], size: int, settings: dict[str, Any]
 ) -> None:
-    spoilt(monkeypatch, slot=1, step=4)
-    runs = make_pack(tmp_path / "pack", folders, TRIALS)
-    worker.run(tmp_path / "pack", SINGLE)
-    failed = outcomes(tmp_path / "pack", 1)
+    """The one with the smaller batch, beside which blocks have empty rows; it is seen one step later by log_every."""
+    trials = [sections | {"train": sections["train"] | settings} for sections in TRIALS]
+    runs = make_pack(tmp_path / "pack", folders, trials)
+    world.run(size, run_spoilt, pack=tmp_path / "pack", slot=2, step=4)
+    failed = outcomes(tmp_path / "pack", 2)
     assert failed["state"] == "failed"
     assert "step 5: the loss of rows" in failed["reason"]
-    assert [folder.name for folder in steps(runs[1] / "checkpoints")] == ["step_00000004"]
-    assert not (runs[1] / "adapter").exists()
-    for number in (0, 2):
+    assert "the state after step 4 is saved" in failed["reason"]
+    assert [folder.name for folder in steps(runs[2] / "checkpoints")] == ["step_00000004"]
+    kept = safetensors.torch.load_file(runs[2] / "checkpoints" / "step_00000004" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (runs[2] / "adapter").exists()
+    for number in (0, 1):
         assert_same_trial(runs[number], alone[number])
+
+
+def run_with_a_reporter_that_fails(ranks: Ranks, *, pack: Path, run_dir: Path) -> None:
+    """A pack in which rank 0 alone cannot read what it needs of one trial."""
+    reporter = OpenRun.reporter
+
+    def fails(self: OpenRun, *arguments: Any, **options: Any) -> Any:
+        if self.folder == run_dir and ranks.rank == 0:
+            raise UserError("summary.json is damaged")
+        return reporter(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenRun, "reporter", fails)
+        worker.run(pack, ranks)
+
+
+def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: Path) -> None:
+    short = {"train": STEPS | {"max_steps": 2}}
+    runs = make_pack(tmp_path / "pack", folders, [short, short])
+    world.run(2, run_with_a_reporter_that_fails, pack=tmp_path / "pack", run_dir=runs[0])
+    assert outcomes(tmp_path / "pack", 0)["reason"] == "summary.json is damaged"
+    assert outcomes(tmp_path / "pack", 1)["state"] == "complete"
+
+
+def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = STEPS | {"max_steps": 4, "log_every": 4}
+    runs = make_pack(tmp_path / "pack", folders, [{"train": settings}, {"train": settings | {"eval_every": 1}}])
+    evaluate, train_step, busy = Trainer.evaluate, Trainer._train_step, 0.0
+
+    def slow(self: Trainer, trials: Sequence[Trial]) -> None:
+        evaluate(self, trials)
+        time.sleep(1.0)
+
+    def timed(self: Trainer, trials: Sequence[Trial]) -> None:
+        nonlocal busy
+        began = time.monotonic()
+        train_step(self, trials)
+        busy += time.monotonic() - began
+
+    monkeypatch.setattr(Trainer, "evaluate", slow)
+    monkeypatch.setattr(Trainer, "_train_step", timed)
+    worker.run(tmp_path / "pack", SINGLE)
+    for run_dir in runs:
+        assert json.loads((run_dir / "summary.json").read_text())["train_seconds"] < busy + 1.0
 
 
 def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_path: Path, alone: list[Path]) -> None:
@@ -269,6 +336,41 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
         assert outcome(run_dir)[0] == outcome(other)[0]
 
 
+def kill_at(pack: Path, run_dir: Path, step: int) -> None:
+    """Child process: a pack that dies by SIGKILL at the beginning of a step of the trial in `run_dir`."""
+
+    def die(self: Trainer, trials: Sequence[Trial], original: Any = Trainer._train_step) -> None:
+        if any(trial.done == step and trial.reporter._run_dir == run_dir for trial in trials):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, trials)
+
+    torch.set_num_threads(1)
+    Trainer._train_step = die  # type: ignore[method-assign]
+    worker.run(pack, SINGLE)
+
+
+def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
+    folders: Path, tmp_path: Path, alone: list[Path]
+) -> None:
+    """When one trial has ended, and another has entered in its place."""
+    order = [2, 0, 1]
+    trials = [TRIALS[number] | {"train": TRIALS[number]["train"] | {"save_every": 3}} for number in order]
+    runs = make_pack(tmp_path / "pack", folders, trials, slots=2)
+    killed = (tmp_path / "pack", runs[2], 5)
+    child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    ended = sorted(path.name for path in (tmp_path / "pack" / "outcomes").iterdir())
+    assert ended == ["0000.json", "0001.json"]
+    worker.run(tmp_path / "pack", SINGLE)
+    for run_dir, number in zip(runs, order, strict=True):
+        losses, adapter = outcome(run_dir)
+        expected_losses, expected_adapter = outcome(alone[number])
+        assert_losses_close(losses, expected_losses)
+        assert_adapters_close(adapter, expected_adapter)
+
+
 def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp_path: Path) -> None:
     short = {"train": STEPS | {"max_steps": 4, "eval_every": 2}, "optim": OPTIM}
     pack = tmp_path / "pack"
@@ -325,6 +427,7 @@ REFUSED = [
     ({"adapter": {"trainable_token_indices": [1]}}, "adapter.trainable_token_indices"),
     ({"model": {"path": "m", "new_tokens": ["<a>"]}}, "model.new_tokens"),
     ({"train": {"objective": "dpo"}, "data": {"path": "d", "format": "preference"}}, "train.objective=dpo"),
+    ({"parallel": {"resident_blocks": "auto"}}, "parallel.resident_blocks=auto"),
     ({"train": {"sample_every": 2, "sample_prompts": ["a"]}}, "train.sample_every=2"),
 ]
 

@@ -46,7 +46,7 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
         (trial,) = trials
         if trial.done == stop_before:
             raise Stopped
-        rows[trial.done] = [row for row in trial.loader.slots(trial.done).flatten().tolist() if row >= 0]
+        rows[trial.done] = [row for row in trial.loader.rows_of_ranks(trial.done).flatten().tolist() if row >= 0]
         original(self, trials)
 
     train.Trainer._train_step = step  # type: ignore[method-assign]

@@ -97,7 +97,7 @@ class StepLoader:
         """This rank's part of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
         of_step = self._rows_of_step(step)
-        own = self.slots(step)[:, self.rank]
+        own = self.rows_of_ranks(step)[:, self.rank]
         return StepBatch(
             micro_batches=[self._assemble(indices) for indices in own],
             global_rows=len(of_step),
@@ -106,7 +106,7 @@ class StepLoader:
             rows=tuple(own.reshape(-1).tolist()),
         )
 
-    def slots(self, step: int) -> np.ndarray:
+    def rows_of_ranks(self, step: int) -> np.ndarray:
         """The rows of all ranks in step `step`: (accumulation, world, micro_batch) int64, -1 for an empty row."""
         of_step = self._rows_of_step(step)
         slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from distlora import durable
+from distlora.adapters import MOST_SLOTS
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
+from distlora.packed.agreement import number_of_rank_0, path_of_rank_0, together
 from distlora.packed.protocol import CLOSED_NAME, INBOX, OUTCOMES, PACK_NAME, inbox_file, outcome_file, verdict_file
 from distlora.parallel import Ranks
 
@@ -40,8 +40,11 @@ def read_settings(pack: Path) -> PackSettings:
     path = pack / PACK_NAME
     values = read_object(path, _REMEDY)
     check_shape(values, _PACK, path, _REMEDY)
-    if values["slots"] < 1:
-        raise UserError(f"{path}: slots={values['slots']} is no number of trials; {_REMEDY}")
+    if not 1 <= values["slots"] <= MOST_SLOTS:
+        raise UserError(
+            f"{path}: slots={values['slots']} is no number of trials that a pack can hold; set sweep.packed to 1 to "
+            f"{MOST_SLOTS}"
+        )
     return PackSettings(values["slots"], values.get("verdicts", False))
 
 
@@ -57,7 +60,7 @@ class Inbox:
         waiting = (
             sorted(_numbers(self._pack / INBOX) - _numbers(self._pack / OUTCOMES) - self._taken) if self._reads else []
         )
-        number = self._told(waiting[0] if waiting else -1)
+        number = number_of_rank_0(waiting[0] if waiting else -1, self._ranks)
         if number < 0:
             return None
         self._taken.add(number)
@@ -65,14 +68,20 @@ class Inbox:
 
     def run_dir(self, number: int) -> Path:
         """Where a trial that was handed out is."""
-        path = inbox_file(self._pack, number)
-        values = read_object(path, _REMEDY)
-        check_shape(values, _ENTRY, path, _REMEDY)
-        return Path(values["run_dir"])
+
+        def read() -> Path:
+            if not self._reads:
+                return Path()
+            path = inbox_file(self._pack, number)
+            values = read_object(path, _REMEDY)
+            check_shape(values, _ENTRY, path, _REMEDY)
+            return Path(values["run_dir"])
+
+        return path_of_rank_0(together(read, self._ranks), self._ranks)
 
     def is_closed(self) -> bool:
         """Whether no more trials will come. Ask before `next`: what came before it is then seen."""
-        return bool(self._told(int(self._reads and (self._pack / CLOSED_NAME).exists())))
+        return bool(number_of_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
 
     def prunes(self, number: int, step: int) -> bool | None:
         """The verdict on a trial's evaluation at `step`; None while there is none."""
@@ -81,7 +90,7 @@ class Inbox:
             values = read_object(path, _REMEDY)
             check_shape(values, _VERDICT, path, _REMEDY)
             verdict = int(values["prune"])
-        verdict = self._told(verdict)
+        verdict = number_of_rank_0(verdict, self._ranks)
         return None if verdict < 0 else bool(verdict)
 
     def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:
@@ -94,16 +103,6 @@ class Inbox:
     @property
     def _reads(self) -> bool:
         return self._ranks.rank == 0
-
-    def _told(self, number: int) -> int:
-        """Rank 0's number, on every rank. In the group of the ranks' words: from NCCL a number is read by waiting for
-        the device."""
-        group = self._ranks.control
-        if group is None:
-            return number
-        word = torch.tensor(number, dtype=torch.int64)
-        torch.distributed.broadcast(word, group=group, group_src=0)
-        return int(word)
 
 
 def pause() -> None:

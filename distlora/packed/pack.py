@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from distlora import error_file
-from distlora.adapters import DEFAULT_ADAPTER, slot_name
+from distlora.adapters import slot_name
+from distlora.checkpoints.saver import SaveError
 from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.figures import describe_steps, summarize
 from distlora.loading.weights import Loaded
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
+from distlora.packed.agreement import together
 from distlora.packed.inbox import COMPLETE, FAILED, PRUNED, Inbox, PackSettings, pause
 from distlora.packed.settings import check_beside, check_trial
-from distlora.parallel import Backend
+from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
 from distlora.reporting import Reporter
 from distlora.results import restore
-from distlora.runs import OpenRun, open_run, record_stop, trial_of
+from distlora.runs import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.slots import put_trial, remove_trial
 from distlora.stopping import Stopped
 from distlora.trainer import Trainer
@@ -45,11 +47,11 @@ class Seat:
     closing: contextlib.ExitStack
     began: float
     pruned_at: int | None = None
-    failure: NonFiniteError | None = None
+    failure: NonFiniteError | SaveError | None = None
 
     @property
     def is_over(self) -> bool:
-        return self.pruned_at is not None or self.failure is not None or self.trial.has_ended
+        return self.pruned_at is not None or self.trial.has_ended
 
 
 class Pack(Trainer):
@@ -70,6 +72,8 @@ class Pack(Trainer):
         super().__init__(model, backend, control)
         self._inbox, self._settings, self._config, self._loaded = inbox, settings, config, loaded
         self._seats: dict[Trial, Seat] = {}
+        self._none_left = False
+        """Whether the inbox is closed and all that was in it was handed out."""
 
     def run(self) -> None:
         """Until the inbox is closed and all that was in it has an outcome. Raises Stopped once every trial in a slot is
@@ -87,32 +91,41 @@ class Pack(Trainer):
             self._save_all(stop.signum)
             raise
         except BaseException as error:
-            for seat in self._seats.values():
-                seat.closing.__exit__(type(error), error, error.__traceback__)
-            raise
+            with contextlib.ExitStack() as closing:
+                for seat in self._seats.values():
+                    closing.push(seat.closing)
+                raise error
 
     def _fill(self) -> bool:
         """Let trials into the free slots. Returns whether more may come."""
-        while True:
-            entered = []
+        while not self._none_left and len(self._seats) < self._settings.slots:
             is_closed = self._inbox.is_closed()
-            while len(self._seats) < self._settings.slots and (number := self._inbox.next()) is not None:
-                entered += [] if (trial := self._enter(number)) is None else [trial]
+            entered: list[Trial] = []
+            while len(self._seats) < self._settings.slots:
+                if (number := self._inbox.next()) is None:
+                    self._none_left = is_closed
+                    break
+                if (trial := self._enter(number)) is not None:
+                    entered.append(trial)
             if entered:
                 self.begin(entered)
                 self._recall(entered)
-                self._let_go()  # What goes on from its last step has nothing left to do.
-            if len(self._seats) == self._settings.slots or not entered:
-                return not is_closed
+            self._let_go()  # What goes on from its last step has nothing left to do.
+            if not entered:
+                break
+        return not self._none_left
 
     def _enter(self, number: int) -> Trial | None:
         """Take a trial into a free slot; None where that cannot be, which is its outcome then."""
-        began, run_dir = time.monotonic(), self._inbox.run_dir(number)
-        slot = next(slot for slot in range(self._settings.slots) if slot not in self._slots())
+        self._log(self.trials)
+        watch.at(None, f"trial {number} enters", long=True)
+        began, run_dir = time.monotonic(), None
         try:
-            seat = self._seated(number, slot, run_dir, began)
+            run_dir = self._inbox.run_dir(number)
+            seat = self._seated(number, run_dir, began)
         except UserError as error:
-            self._report_failure(run_dir, error)
+            if run_dir is not None:
+                self._report_failure(run_dir, error)
             self._inbox.end(number, FAILED, reason=str(error), step=0, seconds=time.monotonic() - began)
             print(f"trial {number} cannot start: {error}", flush=True)
             return None
@@ -120,28 +133,29 @@ class Pack(Trainer):
         self.trials.append(seat.trial)
         return seat.trial
 
-    def _slots(self) -> set[int]:
-        return {seat.slot for seat in self._seats.values()}
-
-    def _seated(self, number: int, slot: int, run_dir: Path, began: float) -> Seat:
-        config = load_config(run_dir)
-        check_trial(config)
-        check_beside(config, first=self._config)
-        run = open_run(run_dir, config, self.backend.ranks)
-        adapter, device = slot_name(slot), self.backend.ranks.device
-        placed = put_trial(self.model, slot, config.adapter, seed=config.train.seed, device=device)
-        trained = {name.replace(f".{adapter}.", f".{DEFAULT_ADAPTER}."): p for name, p in placed.items()}
-        gradients = self.backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    def _seated(self, number: int, run_dir: Path, began: float) -> Seat:
+        """Raises UserError, on every rank, where some rank cannot read what the trial needs."""
+        ranks = self.backend.ranks
+        config = together(lambda: self._read(run_dir), ranks)
+        run = together(lambda: open_run(run_dir, config, ranks), ranks)
+        taken = {seat.slot for seat in self._seats.values()}
+        slot = next(slot for slot in range(self._settings.slots) if slot not in taken)
+        adapter, seed = slot_name(slot), config.train.seed
         with contextlib.ExitStack() as closing:
-            closing.callback(remove_trial, self.model, slot)
-            closing.callback(self.backend.release_gradients, gradients)
-            reporter = closing.enter_context(run.reporter(self.backend.ranks, label=f"trial {number}: "))
+            reporter = together(lambda: run.reporter(ranks, label=f"trial {number}: "), ranks)
+            closing.enter_context(reporter)
             for line in run.notes:
                 reporter.event(line)
+            trained = together(
+                lambda: put_trial(self.model, slot, config.adapter, seed=seed, device=ranks.device), ranks
+            )
+            closing.callback(remove_trial, self.model, slot)
+            gradients = self.backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+            closing.callback(self.backend.release_gradients, gradients)
             optimizer = build_optimizer(self.backend.updated(trained), config.optim)
-            if run.newest is not None:
-                restore(run.newest, self.model, optimizer, trained, self.backend, adapter)
-                reporter.event(f"continuing from {run.newest.name}")
+            if (newest := run.newest) is not None:
+                together(lambda: restore(newest, self.model, optimizer, trained, self.backend, adapter), ranks)
+                reporter.event(f"continuing from {newest.name}")
             self.backend.compare_trained(self.model)
             reporter.event(f"slot {slot}, {sum(p.numel() for p in trained.values()):,} trained parameters")
             describe_steps(reporter, run.loader, run.total_steps)
@@ -160,14 +174,21 @@ class Pack(Trainer):
             kept = closing.pop_all()
         return Seat(number, slot, run, trained, trial, reporter, kept, began)
 
-    def _log(self, trial: Trial) -> bool:
-        """One that was not finite has ended; the others go on."""
+    def _read(self, run_dir: Path) -> Config:
+        """The trial's settings, once all that it needs is found to be there: what a rank cannot read, on a network file
+        system perhaps, it must say before others wait for it."""
+        config = load_config(run_dir)
+        check_trial(config)
+        check_beside(config, first=self._config)
+        open_data(run_dir, config, self.backend.ranks)
+        return config
+
+    def _do(self, trial: Trial, action: Callable[[], None]) -> None:
+        """A trial that is not finite, or that no disk takes, has ended; the others go on."""
         try:
-            trial.log()
-        except NonFiniteError as error:
-            self._seats[trial].failure = error
-            return False
-        return True
+            action()
+        except (NonFiniteError, SaveError) as error:
+            trial.has_failed, self._seats[trial].failure = True, error
 
     def _judge(self, trials: Sequence[Trial]) -> None:
         """After these were evaluated: wait for the verdicts on those that would go on."""
@@ -192,10 +213,15 @@ class Pack(Trainer):
 
     def _let_go(self) -> None:
         """Free the slots of those that have ended."""
-        for seat in [seat for seat in self._seats.values() if seat.is_over]:
-            self._end(seat)
+        while over := [seat for seat in self._seats.values() if seat.is_over]:
+            self._log(self.trials)
+            for seat in over:
+                self._end(seat)
 
     def _end(self, seat: Seat) -> None:
+        watch.at(None, f"trial {seat.number} leaves", long=True)
+        if seat.failure is None and seat.pruned_at is not None:
+            self._do(seat.trial, lambda: seat.trial.hooks.save_last(seat.trial.progress))
         state, reason = COMPLETE, None
         if seat.failure is not None:
             state, reason = FAILED, str(seat.failure)
@@ -203,7 +229,6 @@ class Pack(Trainer):
             seat.reporter.event(f"failed: {reason}")
         elif seat.pruned_at is not None:
             state, reason = PRUNED, f"pruned by its held-out loss after step {seat.pruned_at}"
-            seat.trial.hooks.save_last(seat.trial.progress)
             seat.reporter.event(reason)
         else:
             summarize(seat.trial, self.model, self._loaded, seat.trained)
@@ -218,16 +243,23 @@ class Pack(Trainer):
         seat.closing.__exit__(None if error is None else type(error), error, None)
 
     def _save_all(self, signum: int) -> None:
-        """Asked to stop: save every trial in a slot, which a start of the pack goes on with."""
+        """Asked to stop: save every trial in a slot, which a start of the pack goes on with. Raises SaveError, after
+        all, where the state of some could not be saved."""
+        unsaved: SaveError | None = None
         for seat in list(self._seats.values()):
             try:
                 seat.trial.save_whole_steps()
             except NonFiniteError as error:
-                seat.failure = error
+                seat.trial.has_failed, seat.failure = True, error
                 self._end(seat)
-                continue
-            record_stop(seat.reporter, seat.trial.progress, signum)
-            self._leave(seat, Stopped(signum))
+            except SaveError as error:
+                unsaved = unsaved or error
+                self._leave(seat, error)
+            else:
+                record_stop(seat.reporter, seat.trial.progress, signum)
+                self._leave(seat, Stopped(signum))
+        if unsaved is not None:
+            raise unsaved
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
         """As a run alone leaves its error for the launcher."""

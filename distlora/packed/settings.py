@@ -111,6 +111,11 @@ def _refused(config: Config) -> Iterator[tuple[str, str]]:
             f"train.objective={train.objective}",
             "compares every row with the model as it started, which packs cannot",
         )
+    if config.parallel.resident_blocks == "auto":
+        yield (
+            "parallel.resident_blocks=auto",
+            "fills the memory that a first step leaves, which trials that enter later need (name a number of blocks)",
+        )
     if train.sample_every is not None:
         yield (
             f"train.sample_every={train.sample_every}",

@@ -14,6 +14,7 @@ from distlora.packed.pack import Pack
 from distlora.packed.settings import check_trial
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
+from distlora.plan.packed import together
 from distlora.startup import start_model
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
 
@@ -41,7 +42,9 @@ def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> No
     settings = read_settings(pack_dir)
     control.boundary(None, "reading the pack", long=True)
     say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
-    model, backend, loaded = start_model(config, ranks, say=say, boundary=control.boundary, for_slots=True)
+    # What is reserved by the rows of a micro-batch is for those of all slots.
+    full = together([config] * settings.slots)
+    model, backend, loaded = start_model(full, ranks, say=say, boundary=control.boundary, for_slots=True)
     for note in model.notes:
         say(note)
     inbox = Inbox(pack_dir, ranks)

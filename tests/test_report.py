@@ -20,7 +20,7 @@ from distlora.report.run_records import Standing, read_run
 from distlora.run_folder import REPORT_NAME
 from distlora_launcher.cli import main
 from distlora_launcher.report import write_at_end
-from report_folders import STATE, Page, make_folder, metrics, write, write_lines
+from report_folders import PLAN, STATE, Page, make_folder, metrics, write, write_lines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>"
 DONE = Standing(state="done", said="is done")
@@ -58,6 +58,15 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert page.row("checkpoints/step_00000040")[1:4] == ["checkpoint", "40", "2.1000"]
     for said in ("Hello", "world", "AVX512", f"distlora generate {tmp_path / 'run'}", "4.127", "/d/chats.jsonl"):
         assert said in page.text, said
+
+
+def test_a_run_of_a_pack_is_not_held_to_the_plan_of_all_its_trials(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    write(run / "plan.json", PLAN | {"trials": 4})
+    page = reported(run)
+    assert "with 4 trials on one base" in page.text
+    assert page.row("gathered a step, on a rank")[3] == "+0.0 %"
+    assert not any(row[:1] == ["the result"] for table in page.tables for row in table)
 
 
 def test_what_differs_from_the_defaults_stands_first(tmp_path: Path) -> None:

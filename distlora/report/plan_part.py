@@ -14,8 +14,11 @@ from distlora.report.words import difference, number, size
 
 _TOGETHER = {"gathered": "gathered, and buffers of collectives", "working": "working: activations, logits, scratch"}
 """Names of what a measurement does not tell apart."""
+_GATHERED = "gathered a step, on a rank"
 _UNLIKE = "most memory of a process: planned without the files that it maps, measured with them"
 """On a CPU, where the two are no plan and its measurement: torch's libraries alone are some 100 MB of files."""
+_OF_PACKS = (_GATHERED, _UNLIKE)
+"""What one run of a pack shares with the others."""
 
 
 def plan_part(run: RunRecords) -> Html:
@@ -33,7 +36,15 @@ def _verdict(run: RunRecords) -> Html:
     if "total" in device:
         worst = MOMENTS.get(device.get("worst"), "")
         words.append(f"Planned: {size(device['total'])} a {what} at its peak{f', {worst}' if worst else ''}.")
+    if (trials := _trials(run)) > 1:
+        words.append(f"That is of the pack that this run was a part of, with {trials:,} trials on one base.")
     return tag("p", " ".join(words), cls="note")
+
+
+def _trials(run: RunRecords) -> int:
+    """How many runs the plan is of; 1 but in a pack."""
+    trials: int = run.plan.get("trials", 1)
+    return trials
 
 
 def _memory(run: RunRecords) -> Html:
@@ -122,7 +133,7 @@ def _compared(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
             summary.get("peak_memory_bytes"),
             True,
         ),
-        ("gathered a step, on a rank", wire.get("gathered"), summary.get("gathered_bytes_per_step"), True),
+        (_GATHERED, wire.get("gathered"), summary.get("gathered_bytes_per_step"), True),
         ("gradients summed a step, on a rank", reduced, summary.get("reduced_bytes_per_step"), True),
         ("gradients scattered a step, on a rank", wire.get("scattered"), summary.get("scattered_bytes_per_step"), True),
         ("a checkpoint", plan.get("disk", {}).get("checkpoint"), checkpoint, True),
@@ -131,6 +142,8 @@ def _compared(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
     for name, planned, measured, is_bytes in rows:
         if not planned and not measured:
             continue
+        if _trials(run) > 1 and name not in _OF_PACKS:
+            continue  # The plan's is of all its trials, what was measured is of this one.
         shown = [("" if each is None else size(each) if is_bytes else number(each)) for each in (planned, measured)]
         both = planned is not None and measured is not None and name != _UNLIKE
         yield name, shown[0] or "not known", shown[1], difference(planned, measured) if both else ""

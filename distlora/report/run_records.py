@@ -39,6 +39,7 @@ _PLAN: Shape = RECORDED | {
     "wire?": {"gathered?": float, "reduced?": float, "reduced_rows?": float, "scattered?": float},
     "time?": ({"tokens_per_second?": float, "seconds?": float}, type(None)),
     "fits?": (bool, type(None)),
+    "trials?": int,
 }
 _SUMMARY: Shape = {
     "parameters_without_gradient?": [str],

@@ -15,6 +15,7 @@ from distlora.report.document import page, section, state_badge
 from distlora.report.markdown import markdown
 from distlora.report.markup import Content, Html, tag, text
 from distlora.report.parallel import Traced, parallel
+from distlora.report.run_page import STATES as RUN_STATES
 from distlora.report.run_page import commands_part
 from distlora.report.run_records import Standing, as_text, in_short
 from distlora.report.series import Series, is_number, read_metrics, series_of, smoothed, thinned, window_of
@@ -103,9 +104,7 @@ def sweep_report(sweep: SweepRecords, standing: Standing) -> str:
     return page(
         kind=f"Sweep{method}",
         title=sweep.folder.name,
-        state=state_badge(
-            standing.state, {"done": "good", "running": "busy", "failed": "bad"}.get(standing.state, "idle")
-        ),
+        state=state_badge(standing.state, RUN_STATES.get(standing.state, "idle")),
         lead=lead,
         parts=[
             ("Notes", section("notes", "Notes", _notes(sweep, standing))),

@@ -11,12 +11,13 @@ from distlora.config import UserError
 from distlora.report.run_records import Standing
 from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora.run_folder import REPORT_NAME
-from distlora.sweep_folder import COMPLETE, RESULTS_NAME, RUNNING, WAITING, TrialRecord, read_importance, read_results
+from distlora.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, read_importance, read_results
 from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.report import write_done
 from distlora_launcher.sweeps.folder import load_sweep
 from distlora_launcher.sweeps.search import Due, search_of
+from distlora_launcher.sweeps.state import jobs_now
 
 MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000
 """Of the trials' metrics.jsonl together, up to which their losses are drawn: of the command (5 s), and at the end."""
@@ -56,16 +57,19 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
     """How a sweep stands by its workers and its trials."""
     name = shlex.quote(str(folder))
     workers = [] if has_ended else holders(folder)
-    left = sum(trial.state in (RUNNING, WAITING) for trial in trials)
+    jobs = [] if has_ended else jobs_now(folder)
     again = (f"distlora report {name}", "write this report again")
-    if workers:
-        where = ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
+    if workers or jobs:
+        state = "running" if workers else "queued"
+        said = "waits in SLURM as " + ", ".join(job.job_id for job in jobs)
+        if workers:
+            said = "is running on " + ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
         commands = (
             (f"distlora status {name}", "how it stands now"),
             (f"distlora cancel {name}", "have it save and stop"),
         )
-        return Standing(state="running", said=f"is running on {where}", commands=(*commands, again))
-    if is_over and left == 0 and trials:
+        return Standing(state=state, said=said, commands=(*commands, again))
+    if is_over and trials and not any(trial.is_open for trial in trials):
         if any(trial.state == COMPLETE for trial in trials):
             return Standing(state="done", said="is done", commands=(again,))
         return Standing(state="failed", said="has ended, and no trial of it was trained to its end", commands=(again,))

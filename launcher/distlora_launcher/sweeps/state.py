@@ -51,12 +51,13 @@ def sweep_status(folder: Path) -> SweepStatus:
     trials = read_results(folder) if workers or (folder / RESULTS_NAME).is_file() else []
     trials = [_as_now(sweep, trial) if trial.state == RUNNING else trial for trial in trials]
     is_over = not any(trial.is_open for trial in trials) and search_of(sweep).next(trials) is Due.END
-    jobs = _jobs(folder)
+    jobs = jobs_now(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
     return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
 
 
-def _jobs(folder: Path) -> list[Job]:
+def jobs_now(folder: Path) -> list[Job]:
+    """What SLURM has of a sweep; nothing where it does not answer."""
     try:
         return jobs_of(folder)
     except SchedulerError:  # Of what its workers do the folder tells as well.

@@ -197,6 +197,7 @@ class Reporter:
         try:
             action(self._tracker)
         except Exception as error:
+            self._tracker.drop()
             self._tracker = None
             self._display.say(
                 f"WARNING: wandb failed ({type(error).__name__}: {' '.join(str(error).split())}); figures go to "

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,9 @@ from distlora.config import Config
 from distlora.config_file import as_mapping
 from distlora.json_files import object_or_empty
 from distlora.wandb_agent import AgentRun
+
+ID_PATH = Path("wandb") / "run_id.txt"
+"""In RUN: the id of its run in wandb."""
 
 FINISH_SECONDS = 60.0
 """How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
@@ -40,7 +42,12 @@ class _Service:
         """Raised with each end: a run of another number was in a process that is gone."""
         self.is_offline = False
         """Whether one of its runs could not go online: then the others do not wait for that, either."""
-        self._runs: weakref.WeakSet[Tracker] = weakref.WeakSet()
+        self._runs: set[Tracker] = set()
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether a run uses it."""
+        return bool(self._runs)
 
     def settings(self) -> Any:
         """wandb's settings for this process, without those that an agent means for one run: they would win over what a
@@ -54,9 +61,13 @@ class _Service:
     def join(self, tracker: Tracker) -> None:
         self._runs.add(tracker)
 
+    def drop(self, tracker: Tracker) -> None:
+        """A run that goes on without it, and does not end it."""
+        self._runs.discard(tracker)
+
     def leave(self, tracker: Tracker, exit_code: int) -> None:
         """The last one ends it."""
-        self._runs.discard(tracker)
+        self.drop(tracker)
         if not self._runs:
             self.end(exit_code)
             self.is_offline = False
@@ -94,12 +105,12 @@ class Tracker:
         self._start_number = _service.start_number
         _service.join(self)
 
-    @property
-    def place(self) -> str:
-        """Where the run is shown, or what it is uploaded from."""
-        if self._run.offline:
-            return f"offline; upload with `wandb sync {self._run.settings.sync_dir}`"
-        return str(self._run.url)
+    def place(self, run_id: str | None) -> str:
+        """Where the run is shown, or how it is uploaded as the wandb run `run_id`."""
+        if not self._run.offline:
+            return str(self._run.url)
+        other = "" if run_id in (None, self._run.id) else f"--id {run_id} "
+        return f"offline; upload with `wandb sync {other}{self._run.settings.sync_dir}`"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures of a step, which metrics.jsonl has already."""
@@ -130,6 +141,10 @@ class Tracker:
             _service.leave(self, exit_code)
 
         self._call(end)
+
+    def drop(self) -> None:
+        """The run goes on without wandb."""
+        _service.drop(self)
 
     def _log_result(self) -> None:
         import wandb
@@ -183,7 +198,7 @@ def _gone() -> tuple[type[Exception], ...]:
 def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Tracker | None:
     """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
 
-    Its id is kept in RUN/wandb/run_id.txt, so that a resume goes on with the same wandb run; of a run that an agent has
+    Its id is kept in RUN (ID_PATH), so that a resume goes on with the same wandb run; of a run that an agent has
     started it is the agent's. Steps that a killed run had already sent stay as they are: wandb drops what is logged for
     them again (a resume repeats the same numbers).
     """
@@ -196,7 +211,7 @@ def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str]
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
     tracker = Tracker(lambda: _open(run_dir, config, world, say), run_dir / "metrics.jsonl", say)
-    say(f"wandb: {tracker.place}")
+    say(f"wandb: {tracker.place(_stored_id(run_dir / ID_PATH))}")
     return tracker
 
 
@@ -213,6 +228,8 @@ def _open(run_dir: Path, config: Config, world: int, say: Callable[[str], None])
         ) as error:  # A run that waited in a queue for hours should not end for want of a plotting server.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
+            if _service.has_runs:  # Those that are online stay so.
+                return _init(run_dir, config, world, "offline", has_id=False)
             _service.end(0)  # The failed attempt still holds the run's id.
     return _init(run_dir, config, world, "offline")
 
@@ -226,22 +243,24 @@ def _stored_id(id_file: Path) -> str | None:
     return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
 
 
-def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "offline"]) -> Any:
-    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal."""
+def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "offline"], *, has_id: bool = True) -> Any:
+    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal.
+    `has_id`: whether that is free; else the run has a new one here, and is uploaded under its own."""
     import wandb
 
     _service.settings()
-    id_file = run_dir / "wandb" / "run_id.txt"
+    id_file = run_dir / ID_PATH
     id_file.parent.mkdir(parents=True, exist_ok=True)
     started = AgentRun.started()
     if started is not None:
         started.keep(run_dir)
     agent = AgentRun.of_run(run_dir)
+    run_id = _stored_id(id_file) or (None if agent is None else agent.run_id)
     run = wandb.init(
         dir=str(run_dir),
         mode=mode,
         reinit="create_new",
-        id=_stored_id(id_file) or (None if agent is None else agent.run_id),
+        id=run_id if has_id else None,
         # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
         resume="allow" if mode == "online" else None,
         # An agent's run is where its sweep is, as WANDB_PROJECT and WANDB_ENTITY say.
@@ -261,7 +280,7 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
             sweep_id=None if agent is None else agent.sweep_id,
         ),
     )
-    durable.write_text(id_file, run.id + "\n")
+    durable.write_text(id_file, (run_id or run.id) + "\n")
     return run
 
 

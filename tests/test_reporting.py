@@ -12,6 +12,7 @@ import psutil
 import pytest
 import wandb
 
+from distlora import tracker
 from distlora.command_line import STOPPED
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
 from distlora.progress import figures
@@ -321,6 +322,59 @@ def test_a_wandb_that_a_signal_ended_is_started_once_for_all_runs(tmp_path, no_k
         reporter.close(0)
     assert capsys.readouterr().out.count("it is started again") == 2
     assert [logged(run)[2] for run in runs] == [[(1, 1.0), (2, 2.0)]] * 2
+
+
+def services():
+    return [child for child in psutil.Process().children() if "wandb" in child.name()]
+
+
+def test_a_run_that_cannot_go_online_leaves_those_that_are_alone(tmp_path, no_key, monkeypatch, capsys):
+    """A trial that begins while the network is away. Its own id is held by the attempt; so it is uploaded under it."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        run.mkdir()
+    (runs[1] / "wandb").mkdir()
+    (runs[1] / "wandb" / "run_id.txt").write_text("its-own\n")
+    init = tracker._init
+    with monkeypatch.context() as patch:  # As if there were a network: an offline run that stands for one online.
+        patch.setattr(tracker, "_init", lambda *values, **options: init(*values[:3], "offline", **options))
+        first = make_reporter(runs[0], tracker="wandb")
+    first.log(1, {"loss": 1.0})
+    (service,) = services()
+    second = make_reporter(runs[1], tracker="wandb")
+    assert services() == [service]
+    for reporter in (first, second):
+        reporter.log(2, {"loss": 2.0})
+        reporter.close(0)
+    said = capsys.readouterr().out
+    assert "cannot log online" in said
+    assert "started again" not in said
+    assert "wandb sync --id its-own " in said
+    assert (runs[1] / "wandb" / "run_id.txt").read_text() == "its-own\n"
+    assert [logged(run)[2] for run in runs] == [[(1, 1.0), (2, 2.0)], [(2, 2.0)]]
+    assert services() == []
+
+
+def test_the_last_close_ends_wandb_also_where_a_run_has_lost_it(tmp_path, no_key, monkeypatch, capsys):
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        run.mkdir()
+    first, second = (make_reporter(run, tracker="wandb") for run in runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(first._tracker, "log", lambda step, figures: 1 / 0)
+        kept = first._tracker  # Somebody may hold it still.
+        first.log(1, {"loss": 1.0})
+    assert "WARNING: wandb failed (ZeroDivisionError" in capsys.readouterr().out
+    second.log(1, {"loss": 2.0})
+    assert len(services()) == 1
+    second.close(0)
+    assert services() == []
+    first.close(0)
+    assert kept is not None
+    assert logged(runs[1])[2] == [(1, 2.0)]
 
 
 def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, no_key):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -251,10 +250,11 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
     _service.settings()
     id_file = run_dir / ID_PATH
     id_file.parent.mkdir(parents=True, exist_ok=True)
-    started = AgentRun.started()
-    if started is not None:
-        started.keep(run_dir)
     agent = AgentRun.of_run(run_dir)
+    if agent is None:
+        agent = AgentRun.started()
+        if agent is not None:
+            agent.keep(run_dir)
     run_id = _stored_id(id_file) or (None if agent is None else agent.run_id)
     run = wandb.init(
         dir=str(run_dir),
@@ -263,9 +263,9 @@ def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "of
         id=run_id if has_id else None,
         # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
         resume="allow" if mode == "online" else None,
-        # An agent's run is where its sweep is, as WANDB_PROJECT and WANDB_ENTITY say.
-        project=None if started is not None and "WANDB_PROJECT" in os.environ else config.tracker.project,
-        entity=None if started is not None and "WANDB_ENTITY" in os.environ else config.tracker.entity,
+        # An agent's run is where its sweep is.
+        project=(agent and agent.project) or config.tracker.project,
+        entity=(agent and agent.entity) or config.tracker.entity,
         # Of a sweep all have the same name by their settings.
         name=config.name if agent is None else f"{config.name}-{agent.run_id}",
         group=config.tracker.group,

@@ -3,6 +3,7 @@ has the values that the sweep asks for. Needs neither wandb nor torch."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ class AgentRun:
     run_id: str
     values: Mapping[str, Any]
     """Setting -> what the sweep asks for."""
+    project: str | None = None
+    """Of the sweep, where its agents say so; None: as the run's settings have it."""
+    entity: str | None = None
 
     @staticmethod
     def started(environment: Mapping[str, str] | None = None) -> AgentRun | None:
@@ -43,7 +47,13 @@ class AgentRun:
         if not sweep_id or not run_id:
             return None
         path = environment.get(VALUES_PATH)
-        return AgentRun(sweep_id=sweep_id, run_id=run_id, values={} if not path else _read_values(Path(path)))
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values={} if not path else _read_values(Path(path)),
+            project=environment.get("WANDB_PROJECT") or None,
+            entity=environment.get("WANDB_ENTITY") or None,
+        )
 
     @staticmethod
     def of_run(run_dir: Path) -> AgentRun | None:
@@ -52,13 +62,20 @@ class AgentRun:
         sweep_id, run_id, values = kept.get("sweep_id"), kept.get("run_id"), kept.get("values")
         if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
             return None
-        return AgentRun(sweep_id=sweep_id, run_id=run_id, values=values)
+        project, entity = kept.get("project"), kept.get("entity")
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values=values,
+            project=project if isinstance(project, str) else None,
+            entity=entity if isinstance(entity, str) else None,
+        )
 
     def keep(self, run_dir: Path) -> None:
         """Leave it in RUN."""
         path = run_dir / _RECORD
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, {"sweep_id": self.sweep_id, "run_id": self.run_id, "values": dict(self.values)})
+        durable.write_json(path, {**dataclasses.asdict(self), "values": dict(self.values)})
 
     def recorded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The values by their dotted names, as wandb's pages and its search expect them beside the nested settings.

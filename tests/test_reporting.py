@@ -409,13 +409,13 @@ def test_a_run_of_an_agent_is_the_sweeps_and_is_recorded_as_it_is(tmp_path, no_k
     assert (run.run_id, run.sweep_id, run.project) == ("run1", "sweep1", "the-agents")
     assert (config["quant"]["method"], config["adapter"]["r"], config["adapter.r"]) == ("nf4", 16, 16)
     assert config["optim.lr"] == config["optim"]["lr"] == 2e-4
-    for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH"):
+    for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "PROJECT"):
         monkeypatch.delenv(f"WANDB_{name}")
     time.sleep(1.1)
     with make_reporter(tmp_path, tracker="wandb", start_step=1) as reporter:  # `distlora resume`, by hand
         reporter.log(2, {"loss": 1.0})
     run, config, *_ = logged(tmp_path)
-    assert (run.run_id, run.sweep_id, config["adapter.r"]) == ("run1", "sweep1", 16)
+    assert (run.run_id, run.sweep_id, run.project, config["adapter.r"]) == ("run1", "sweep1", "the-agents", 16)
 
 
 @pytest.mark.parametrize("rich", ["installed", "absent"])

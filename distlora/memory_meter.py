@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -90,8 +90,9 @@ class MemoryMeter:
     leaves what is gathered last.
     """
 
-    def __init__(self, model: CausalLM, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: CausalLM, *optimizers: Optimizer) -> None:
+        """One optimizer, or of a pack one of each trial."""
+        self._model, self._optimizers = model, optimizers
         self._device = model.head.weight.device
         self._base = dict(_base(model))
         self.found: StepMemory | None = None
@@ -109,7 +110,7 @@ class MemoryMeter:
             whole = parameter.data
             if not isinstance(whole, DTensor) and whole.untyped_storage().nbytes():
                 found.setdefault(_storage(whole), "resident")
-        for tensor, kind in _of_training(self._model, self._optimizer):
+        for tensor, kind in _of_training(self._model, self._optimizers):
             found.setdefault(_storage(tensor), kind)
         return found
 
@@ -124,7 +125,7 @@ class MemoryMeter:
         before = self._tried(self._held)
         self._tried(recorder.start)
         try:
-            with _marks(self._model, self._optimizer):
+            with _marks(self._model, self._optimizers):
                 mark("start")
                 yield
             if self._device.type == "cuda":
@@ -212,11 +213,12 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
             yield _storage(start), "adapters"
 
 
-def _of_training(model: CausalLM, optimizer: Optimizer) -> Iterator[tuple[Tensor, Kind]]:
-    for parameter in (*model.parameters(), *optimizer.parameters.values()):
+def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, Kind]]:
+    updated = (parameter for optimizer in optimizers for parameter in optimizer.parameters.values())
+    for parameter in (*model.parameters(), *updated):
         if parameter.grad is not None:
             yield local_rows(parameter.grad)[0], "gradients"
-    for state in optimizer.inner.state.values():
+    for state in (state for optimizer in optimizers for state in optimizer.inner.state.values()):
         for value in state.values():
             if isinstance(value, Tensor):
                 yield value, "optimizer"
@@ -234,7 +236,7 @@ def mark(part: Part) -> None:
 
 
 @contextlib.contextmanager
-def _marks(model: CausalLM, optimizer: Optimizer) -> Iterator[None]:
+def _marks(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """While this lasts, each part of a step says when it begins. Before the backends' own hooks, so that what they
     gather for a part is counted to it."""
 
@@ -253,7 +255,7 @@ def _marks(model: CausalLM, optimizer: Optimizer) -> Iterator[None]:
         model.final_norm.register_forward_pre_hook(begin("head"), prepend=True),
         model.head.register_forward_hook(at_gradient("head_backward"), prepend=True),
         model.blocks[-1].register_forward_hook(at_gradient("block"), prepend=True),
-        optimizer.inner.register_step_pre_hook(begin("update")),
+        *(optimizer.inner.register_step_pre_hook(begin("update")) for optimizer in optimizers),
     ]
     try:
         yield

@@ -133,7 +133,7 @@ class Trainer:
             for owner, rows in part.of_owners(losses.rows):
                 row_losses[owner].append(rows.detach())
             watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
-            self.backend.backward(*_mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+            self.backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
         watch.at(step, "sum of gradients", long=self._is_cold)
         self.backend.finish_gradients()
         watch.at(step, "update", long=self._is_cold)
@@ -200,7 +200,7 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
             documents.add(batch, units)
 
 
-def _mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
+def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
     """Each trial's share of its step's loss, from the loss sums of the rows (B,); 0 of one that has no rows here."""
     sums: list[Tensor | None] = [None] * len(units)
     for owner, own in part.of_owners(rows):

@@ -120,6 +120,8 @@ class Costs:
     """Whether dequantized weights stay from a block's recomputation to its backward; on a GPU in the scratch."""
     has_reference: bool = False
     """Whether every row runs forward a second time, without gradient."""
+    trials: int = 1
+    """Of a pack."""
 
     @classmethod
     def of(
@@ -169,6 +171,7 @@ class Costs:
             adds_up_gradients=shards > 1,
             keeps_dense=train.keep_dequantized,
             has_reference=train.objective == "dpo",
+            trials=len(config.adapters),
         )
 
     @property
@@ -200,6 +203,7 @@ class Costs:
             trains_base=self.trains_base,
             adds_up_gradients=self.adds_up_gradients,
             keeps_dense=self.keeps_dense,
+            trials=self.trials,
         )
 
     @property
@@ -228,6 +232,14 @@ class Costs:
         if mode == "none":
             return attention + mlp
         return self.boundary + (attention if mode == "selective" else 0)
+
+    def stacked(self, mode: Mode) -> float:
+        """Bytes of a block's adapters side by side that stay from forward to backward with what it keeps of a pass."""
+        if mode not in ("none", "selective"):
+            return 0
+        return block_memory.stacked(self.attention_half()) + (
+            block_memory.stacked(self.mlp_half()) if mode == "none" else 0
+        )
 
     def _indices(self, mode: Mode) -> int:
         """Where the experts' rows belong, which the graph of a block holds itself, whatever a checkpoint drops."""
@@ -264,9 +276,9 @@ class Costs:
             block_memory.backward_peak(attention, tokens),
             block_memory.backward_peak(mlp, mlp_tokens),
         )
-        held = tokens * block_memory.kept(attention)
+        held = tokens * block_memory.kept(attention) + block_memory.stacked(attention)
         if mode == "none":
-            whole = held + tokens * block_memory.kept(mlp)
+            whole = held + tokens * block_memory.kept(mlp) + block_memory.stacked(mlp)
             return max(of_mlp.plus(held - whole), of_attention.plus(-whole))
         # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
         known = tokens * self.boundary if self.norm_keeps_input else 0
@@ -345,7 +357,9 @@ class Costs:
         kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
         working = self.working(mode, at_once, tile, row, sliced=tokens > at_once)
         return Activations(
-            kept=kept_here * kept + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
+            kept=kept_here * kept
+            + layers * (tokens // at_once) * self.stacked(mode)
+            + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
             kept_on_host=tokens * layers * kept if offloads else 0,
             head_forward=self.head_forward(tokens) + newest,
             head_backward=self.head_backward(tokens) + newest,

@@ -21,16 +21,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.memory.parts import parts_of_db, parts_over_rows
 
 _COUNTERS = {"cpu": 2**15, "cuda": 2**22}
 """What distlora_kernels.dropout has of counters at once, by device."""
 _COUNTER_BYTES = 8 * 8
 """Of one in philox: eight int64. Each makes the words of eight inputs."""
-_PARTS_BYTES = 2**28
-"""What distlora_kernels.skinny_launch lets the parts of dB take before it reads dY twice."""
-_RANK_READ_ONCE = 32
-_PROGRAMS = 128
-"""What it has of programs, if the rows alone give fewer."""
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 """Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
 STRIPE_BYTES = 3 * 4 * 2**20
@@ -78,6 +74,10 @@ class Operation(NamedTuple):
     """Bytes of dequantized weights from recomputation to backward."""
     gradients: float = 0
     """Bytes of what it is trained of itself that its backward leaves to be added up."""
+    stacks: float = 0
+    """Bytes from forward to backward of adapters side by side, where a linear has several."""
+    joins: float = 0
+    """Bytes beside them while it runs."""
 
 
 def kept(operations: Sequence[Operation]) -> float:
@@ -85,19 +85,24 @@ def kept(operations: Sequence[Operation]) -> float:
     return sum(operation.keeps for operation in operations)
 
 
+def stacked(operations: Sequence[Operation]) -> float:
+    """Bytes that stay with what is kept, whatever the number of tokens."""
+    return sum(operation.stacks for operation in operations)
+
+
 def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
     """In the backward of these operations, what they keep among it, and in a recomputation before it. The gradient that
     comes to the last of them, which the residual stream has too, is not counted."""
-    peaks, held, dense, incoming, gradients = [], 0.0, 0.0, 0.0, 0.0
+    peaks, held, dense, incoming, gradients, beside = [], 0.0, 0.0, 0.0, 0.0, 0.0
     for operation in operations:
-        held, dense = held + operation.keeps, dense + operation.keeps_dense
-        peaks.append(Peak(tokens * (held + operation.forward) + dense, dense))
+        held, dense, beside = held + operation.keeps, dense + operation.keeps_dense, beside + operation.stacks
+        peaks.append(Peak(tokens * (held + operation.forward) + beside + operation.joins + dense, dense))
     for operation in reversed(operations):
         for moment in operation.backward:
             weights = dense + moment.dense
-            alive = tokens * (held + incoming + moment.bytes) + gradients + moment.fixed + weights
+            alive = tokens * (held + incoming + moment.bytes) + gradients + beside + moment.fixed + weights
             peaks.append(Peak(alive, weights))
-        held, incoming = held - operation.keeps, operation.leaves
+        held, incoming, beside = held - operation.keeps, operation.leaves, beside - operation.stacks
         dense, gradients = dense - operation.keeps_dense, gradients + operation.gradients
     return max(peaks)
 
@@ -174,6 +179,8 @@ class BlockRun:
     """Whether their gradients are there in the run's dtype until the block's backward is done: where ranks cut them."""
     keeps_dense: bool = False
     """Whether dequantized weights that are tensors like others stay from recomputation to backward."""
+    trials: int = 1
+    """Of a pack: their adapters lie side by side, and each row uses one of them."""
 
     @property
     def fused_mlp(self) -> bool:
@@ -198,7 +205,9 @@ class BlockRun:
         if self.trains_base:
             return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
-        keeps = b * (inputs + sum(ranks.values())) if any(ranks.values()) else 0
+        # On the CPU a row has the columns of its own trial's adapter.
+        columns = sum(ranks.values()) / (self.trials if self.device == "cpu" else 1)
+        keeps = b * (inputs + columns) if any(ranks.values()) else 0
         if self.dora:
             # Of v + bias and of v beside x W^T backward reads v, a tensor of its own; else y itself.
             own = [each for each in outputs if ranks[each.name] and not self._keeps_output(each)]
@@ -207,13 +216,18 @@ class BlockRun:
         moments = make(inputs, outputs, ranks)
         # dA and dB of all of them, in fp32.
         fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
-        backward = tuple(moment._replace(fixed=moment.fixed + fixed) for moment in moments)
+        stacks = joins = 0.0
+        if self.trials > 1:
+            stacks = fixed
+            # B of each row's own adapter, as it lies in memory alone (lora_torch.py).
+            joins = sum(4 * ranks[linear.name] * linear.columns for linear in outputs) if self.device == "cpu" else 0
+        backward = tuple(moment._replace(fixed=moment.fixed + fixed + joins) for moment in moments)
         # Forward goes from one weight to the next as backward does, in the other order.
         dense, keeps_dense = max(moment.dense for moment in moments), 0.0
         if self.keeps_dense and self.quantized and self.device == "cpu":
             keeps_dense = sum(b * inputs * linear.columns for linear in outputs)
             backward = tuple(moment._replace(dense=0) for moment in backward)
-        return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense)
+        return Operation(keeps, backward, b * inputs, dense=dense, keeps_dense=keeps_dense, stacks=stacks, joins=joins)
 
     def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
         """nn.Linears: their input for dW; in backward a dX each, which is added to the others', and dW in the dtype of
@@ -233,7 +247,8 @@ class BlockRun:
 
     def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
         """From the last linear to the first: a dX each, which is added to the others'. A dequantized weight lives until
-        the next linear has its own, which is made of its absmax in fp32 (nf4_cpu.py)."""
+        the next linear has its own, which is made of its absmax in fp32 (nf4_cpu.py). Of a pack's rows those of one
+        trial after the other are dropped, in place."""
         b, moments, before = self.itemsize, [], 0.0
         for index, linear in enumerate(reversed(outputs)):
             weight = b * inputs * linear.columns if self.quantized else 0
@@ -241,17 +256,23 @@ class BlockRun:
             if ranks[linear.name]:
                 if self.dora:  # k dY, and with dropout (k - 1) dY.
                     own = b * linear.columns * (2 if self.dropout else 1)
-                    stripe = self._at_most(12 * linear.columns, STRIPE_BYTES)
-                    moments.append(Moment(total + own + stripe, dense=before))
+                    moments.append(Moment(total + own + self._stripe(linear.columns), dense=before))
                 if self.dropout:  # Random words, the mask made of them, what it leaves of x.
-                    moments.append(Moment(total + own + 3 * inputs + self._counters(inputs), dense=before))
+                    words = (3 * inputs + self._counters(inputs)) / self.trials
+                    moments.append(Moment(total + own + inputs * (1 - 1 / self.trials) + words, dense=before))
                     own += inputs
-                    moments.append(Moment(total + own + b * inputs, dense=before))
+                    moments.append(Moment(total + own + b * inputs / self.trials, dense=before))
             moments.append(Moment(total + own, dense=before + weight * (1 + 4 / 64 / b)))
-            dropped = self.dropout and ranks[linear.name]
+            dropped = self.dropout and ranks[linear.name] and self.trials == 1
             moments.append(Moment(total + own + b * inputs * (2 if dropped else 1), dense=weight))
             before = weight
         return moments
+
+    def _stripe(self, columns: int) -> float:
+        """What DoRA takes at once for the gradient of a magnitude: of all rows, where these choose of one."""
+        if self.trials == 1:
+            return self._at_most(12 * columns, STRIPE_BYTES)
+        return min(12 * columns * self.row, STRIPE_BYTES) / self.tokens
 
     def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[Moment]:
         """The adapters' gradients linear by linear, then dX, once for all of them."""
@@ -337,26 +358,6 @@ class BlockRun:
         if self.fused_mlp:
             return Operation(2 * b * inner, (Moment(0),), 2 * b * inner)
         return Operation(3 * b * inner, (Moment(2 * b * inner),), 2 * b * inner)
-
-
-def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
-    """Bytes of the parts of dB, one for each stripe of tokens, where dY is read once for it and for dX's part
-    (skinny_launch.dy, and the tiles of skinny_triton.tile_of); None where it is read twice."""
-    rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
-    parts = -(-tokens // rows) * 4 * columns * rank
-    return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
-
-
-def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
-    """Bytes of the parts of a product over tokens, dA or dB: as many as give each processor something to do
-    (skinny_launch._products_over_rows)."""
-    rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
-    if itemsize != 4 and rank % 16 and rank <= 16:
-        rows = 32
-    programs = -(-columns // tile) * -(-rank // min(ranks, max(16, 1 << (rank - 1).bit_length())))
-    grains = -(-tokens // rows)
-    size = -(-grains // min(grains, max(1, _PROGRAMS // programs)))
-    return -(-grains // size) * 4 * columns * rank
 
 
 def attention_half(run: BlockRun) -> list[Operation]:

@@ -285,7 +285,8 @@ def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
 
 def _running(operation: Operation, tokens: int) -> Peak:
     """In its forward, of so many tokens, when nothing that operations before it made is kept."""
-    return Peak(tokens * (operation.keeps + operation.forward)).plus(0, operation.dense)
+    beside = operation.stacks + operation.joins
+    return Peak(tokens * (operation.keeps + operation.forward) + beside).plus(0, operation.dense)
 
 
 def _weights(operations: Sequence[Operation], tokens: int) -> Peak:
@@ -338,7 +339,8 @@ def blocks_of(config: Config, model: PlannedModel, machine: Machine, *, at_once:
         if same not in known:
             costs = replace(first, ranks=ranks[0])
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=row)
-            kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row))
+            stacked = tokens // at_once * costs.stacked(mode)
+            kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
             known[same] = Blocks(len(ranks), costs, activations, kept)
         found.append(replace(known[same], count=len(ranks)))
     return found

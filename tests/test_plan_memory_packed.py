@@ -1,0 +1,71 @@
+"""The memory of a pack is calculated, and is what ranks have, in the bounds of test_plan_memory.py: what stays to the
+byte, the peak of a step within 5 %."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from distlora.bench.step_memory import measure_pack
+from distlora.config import Config
+from distlora.memory_meter import StepMemory
+from distlora.parallel import Ranks
+from distlora.plan.memory.device import device_bytes
+from distlora.plan.model import model_in
+from distlora.plan.packed import together
+from plan_inputs import cpu_machine
+from small_models import write_model_folder
+from test_plan_memory import Settings, check, config_of
+from worlds import World
+
+NONE = {"method": "none"}
+DIFFERENT: list[Settings] = [
+    {"adapter": {"r": 4}},
+    {"adapter": {"r": 24, "target_modules": "mlp", "lora_dropout": 0.1}, "optim": {"lr": 1e-3}},
+    {"adapter": {"r": 9, "target_modules": r".*layers\.[12]\..*_proj"}},
+]
+CELLS: list[tuple[int, int, list[Settings]]] = [
+    # (ranks, micro-batches, trials)
+    (1, 1, [{}]),
+    (1, 1, [{}] * 2),
+    (2, 2, [{"quant": NONE, "train": {"accumulate": "block"}}] * 4),
+    (3, 1, DIFFERENT),
+    (1, 1, [{"train": {"checkpointing": "none"}, "adapter": {"r": 64}}] * 2),
+]
+MORE: list[tuple[int, int, list[Settings]]] = [
+    (1, 1, [{}] * 4),
+    (4, 1, [{"parallel": {"shard_degree": 2}}] * 4),
+    (2, 1, [{"adapter": {"use_dora": True}}] * 2),
+    (2, 1, [{"optim": {"name": "adamw_8bit"}, "adapter": {"r": 64}}] * 3),
+    (2, 3, [{"train": {"checkpointing": "selective"}}] * 2),
+    (2, 1, [{"train": {"checkpointing": "offload"}}] * 2),
+    (2, 1, [{"parallel": {"resident_blocks": 2}}] * 2),
+]
+
+
+def measured(ranks: Ranks, *, trials: Sequence[Config]) -> StepMemory:
+    return measure_pack(trials, ranks)
+
+
+def check_pack(world: World, folder: Path, size: int, accumulation: int, settings: list[Settings]) -> None:
+    trials = [config_of(folder, size, own, accumulation) for own in settings]
+    most, *_ = world.run(size, measured, trials=trials)
+    check(device_bytes(together(trials), model_in(folder), cpu_machine(size)), most)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "settings"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)]
+)
+def test_a_rank_of_a_pack_has_what_is_calculated(
+    world: World, folders: Path, size: int, accumulation: int, settings: list[Settings]
+) -> None:
+    check_pack(world, folders / "llama", size, accumulation, settings)
+
+
+def test_so_it_has_where_a_blocks_backward_is_the_peak(world: World, tmp_path: Path) -> None:
+    """Adapters side by side are a part of it there."""
+    write_model_folder(tmp_path, "llama", hidden_size=256, intermediate_size=704, head_dim=64)
+    for number, rank in ((2, 8), (4, 64)):
+        check_pack(world, tmp_path, 1, 1, [{"adapter": {"r": rank}, "data": {"sequence_length": 512}}] * number)

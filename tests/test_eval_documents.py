@@ -17,6 +17,7 @@ from distlora.config import UserError
 from distlora.data.loader import StepLoader
 from distlora.data.packing import pack
 from distlora.data.prepare import open_split
+from distlora.data.stacking import Share, stacks
 from distlora.document_losses import DocumentLosses, pieces_of_rows
 from distlora.eval_documents import (
     EVAL_DOCUMENTS_NAME,
@@ -87,6 +88,29 @@ def test_a_second_evaluation_begins_anew(prepared: Path) -> None:
         losses.begin()
         losses.add(loader.batch(0).micro_batches[0], torch.ones(8, 64))
         assert sum(losses.record(0, ALONE).units) == loader.batch(0).global_targets
+
+
+def test_trials_that_are_evaluated_together_have_each_its_own_documents(prepared: Path) -> None:
+    """Rows on top of each other, of trials of which one has more batches than the other."""
+    rows = open_split(prepared, "eval")
+    assert rows is not None
+    loaders = [
+        StepLoader(rows, global_batch=batch, micro_batch=micro, rank=0, world=1, seed=0, shuffle=False)
+        for batch, micro in ((8, 4), (4, 2))
+    ]
+    documents = [DocumentLosses(rows) for _ in loaders]
+    for index in range(max(loader.steps_per_epoch for loader in loaders)):
+        running = [number for number, loader in enumerate(loaders) if index < loader.steps_per_epoch]
+        shares = [Share(loaders[number].batch(index), number, None) for number in running]
+        for part in stacks(shares, whole=False):
+            factor = torch.cat([torch.full((count, 1), 1 + running[owner]) for owner, count in part.owners])
+            losses = factor * torch.where(part.batch.labels >= 0, part.batch.labels, 0).float()
+            for (owner, batch), (_, own) in zip(part.batches_of_owners(), part.of_owners(losses), strict=True):
+                documents[running[owner]].add(batch, own)
+    alone = added_up(prepared)
+    assert documents[0].record(3, ALONE) == alone
+    twice = dataclasses.replace(alone, losses=[2 * loss for loss in alone.losses if loss is not None])
+    assert documents[1].record(3, ALONE) == twice
 
 
 def test_pieces_are_kept_in_the_order_of_the_rows() -> None:

@@ -20,6 +20,7 @@ from distlora.eval_documents import DocumentRecord, read_documents, write_docume
 from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
 from distlora_launcher.sweeps import rank_setup
 from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.packing import planned_pack
 from distlora_launcher.sweeps.rank_search import RankSearch
 from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
 from distlora_launcher.sweeps.search import Due
@@ -358,6 +359,12 @@ def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
     space = (Values(setting="optim.lr", values=(1e-3, 2e-3)),)
     with pytest.raises(UserError, match=r"searches adapter\.r alone, and optim\.lr has several values"):
         RankSearch(dataclasses.replace(searched, space=space))
+
+
+def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path, folders: Path) -> None:
+    found = planned_pack(sweep_of(tmp_path, folders, packed=4))
+    assert found.trials == 2
+    assert found.plan.config.adapter.r == 16
 
 
 def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:

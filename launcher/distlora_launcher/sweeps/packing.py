@@ -43,12 +43,20 @@ def asked_of_plan(
     settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
     own = [word for word in words if not is_of_sweep(word)]
     space, shared = split(own, settings.space, config_dir=config_dir)
-    return settings, ([*shared, *words_of(values)] for values in sizes(space))
+    return settings, ([*shared, *words_of(values)] for values in sizes(space, settings))
 
 
-def sizes(space: Sequence[Dimension]) -> Iterator[Mapping[str, Any]]:
+AT_ONCE = 2
+"""Trials of a rank search that are due at once: its first two ranks."""
+
+
+def sizes(space: Sequence[Dimension], settings: SweepConfig) -> Iterator[Mapping[str, Any]]:
     """The combinations that may take most memory: every value of what a trial's size depends on, an interval's upper
-    end, the first of what else is searched."""
+    end, the first of what else is searched. Of a rank search the larger of the two ranks that run at once; the others
+    run alone."""
+    if settings.method == "rank_search":
+        yield {"adapter.r": 2 * settings.rank_start}
+        return
     lists: list[tuple[Any, ...]] = []
     for dimension in space:
         values = dimension.values if isinstance(dimension, Values) else (dimension.high,)
@@ -73,7 +81,7 @@ def planned_pack(sweep: Sweep) -> Packing:
     where none of its trials can be in a pack."""
     trials = []
     refused: UserError | None = None
-    for values in itertools.islice(sizes(sweep.space), MOST_SIZES):
+    for values in itertools.islice(sizes(sweep.space, sweep.settings), MOST_SIZES):
         try:
             trial = sweep.compose(0, values)
             check_trial(trial.config)
@@ -85,6 +93,8 @@ def planned_pack(sweep: Sweep) -> Packing:
         assert refused is not None, "a sweep has a trial"
         raise refused
     most = count_cells(sweep.space) if is_finite(sweep.space) else MOST
+    if sweep.settings.method == "rank_search":
+        most = AT_ONCE
     return packing_of(sweep.settings, trials, most=most)
 
 

@@ -15,6 +15,7 @@ SWEEP/report.html      `distlora report SWEEP`
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,28 @@ def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
     values = read_object(path, "delete it")
     check_shape(values, {"shares": {"*": float}, "how": str}, path, "delete it")
     return values["shares"], values["how"]
+
+
+BY_ENDING = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
+"""STATES in the order of a table."""
+
+
+def best_of(trials: Sequence[TrialRecord], direction: str) -> TrialRecord | None:
+    """The trial with the best value among those that ran to their end; the first of equal ones. `direction`: minimize
+    or maximize."""
+    complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
+    return min(complete, key=lambda trial: _place(trial, direction), default=None)
+
+
+def ranked(trials: Sequence[TrialRecord], direction: str) -> list[TrialRecord]:
+    """The best first; then those that were pruned, run, wait, failed."""
+    return sorted(trials, key=lambda trial: (BY_ENDING.index(trial.state), _place(trial, direction)))
+
+
+def _place(trial: TrialRecord, direction: str) -> tuple[float, int]:
+    if trial.value is None:
+        return math.inf, trial.number
+    return trial.value if direction == "minimize" else -trial.value, trial.number
 
 
 def words_of(values: Mapping[str, Any]) -> list[str]:

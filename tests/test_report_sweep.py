@@ -143,6 +143,23 @@ def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Pa
     assert (len(page.charts) == 2) == (name == "sweep.yaml")
 
 
+def test_a_trial_that_may_not_be_read_costs_its_curve_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "sweep")
+    read_bytes = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "metrics.jsonl" and path.parent.name == "0001":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    page = reported(folder)
+    assert "0001/metrics.jsonl: Permission denied" in page.text
+    assert {line["trial"] for line in page.charts[1]["lines"]} == {0, 2, 3}
+    monkeypatch.setattr(Path, "is_file", lambda path: refused(path) if path.name == "metrics.jsonl" else path.exists())
+    assert "Permission denied" in reported(folder).text
+
+
 def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     bad = TrialRecord(number=0, state=FAILED, values={HOSTILE: HOSTILE}, reason=HOSTILE)
     good = TrialRecord(number=1, state=COMPLETE, values={HOSTILE: HOSTILE + "2"}, value=1.0, evaluations={1: 1.0})

@@ -156,8 +156,7 @@ def read_run(folder: Path) -> RunRecords:
     found.data = _record(folder / DATA_NAME, _DATA, problems)
     found.samples = _tried(lambda: _samples(folder / SAMPLES_NAME, problems), [], problems)
     found.saved = _tried(lambda: _saved(folder, problems), [], problems)
-    states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
-    found.state = _record(states[-1], _STATE, problems) if states else {}
+    found.state = _tried(lambda: _newest_state(folder, problems), {}, problems)
     return found
 
 
@@ -198,6 +197,11 @@ def _samples(path: Path, problems: list[str]) -> list[Sample]:
     if damaged:
         problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} no sample, and left out")
     return found
+
+
+def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
+    states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
+    return _record(states[-1], _STATE, problems) if states else {}
 
 
 def _saved(folder: Path, problems: list[str]) -> list[Saved]:

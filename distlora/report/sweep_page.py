@@ -21,7 +21,18 @@ from distlora.report.run_records import Standing, as_text, in_short
 from distlora.report.series import Series, is_number, read_metrics, series_of, smoothed, thinned, window_of
 from distlora.report.words import count, length, loss, number, size
 from distlora.run_folder import METRICS_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, STATES, WAITING, TrialRecord, words_of
+from distlora.sweep_folder import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    STATES,
+    WAITING,
+    TrialRecord,
+    best_of,
+    ranked,
+    words_of,
+)
 
 STATE_KINDS = {COMPLETE: "good", RUNNING: "busy", FAILED: "bad", PRUNED: "idle", WAITING: "idle"}
 CURVE_POINTS = 150
@@ -55,11 +66,13 @@ class SweepRecords:
         return "eval_loss" if self.settings is None else self.settings.metric
 
     @property
+    def direction(self) -> str:
+        return "minimize" if self.settings is None else self.settings.direction
+
+    @property
     def best(self) -> TrialRecord | None:
         """The complete trial with the best value."""
-        found = [trial for trial in self.trials if trial.state == COMPLETE and trial.value is not None]
-        sign = -1 if self.settings is not None and self.settings.direction == "maximize" else 1
-        return min(found, key=lambda trial: sign * (trial.value or 0.0), default=None)
+        return best_of(self.trials, self.direction)
 
     @property
     def searched(self) -> list[str]:
@@ -182,7 +195,7 @@ def _table(sweep: SweepRecords) -> Html:
     searched = {name: "n" if sweep.is_numeric(name) else "" for name in sweep.searched}
     columns: dict[str, str] = {"trial": "n", "state": "", **searched, sweep.metric: "n"}
     columns |= {"steps": "n", "time": "n", "trained": "n", "memory": "n"}
-    rows = [list(_cells(sweep, trial)) for trial in _ordered(sweep)]
+    rows = [list(_cells(sweep, trial)) for trial in ranked(sweep.trials, sweep.direction)]
     # A column in which no trial has anything says nothing.
     kept = [index for index in range(len(columns)) if any(row[index][0] is not None for row in rows)]
     heads = list(columns.items())
@@ -192,7 +205,7 @@ def _table(sweep: SweepRecords) -> Html:
         for index in kept
     ]
     body = []
-    for trial, row in zip(_ordered(sweep), rows, strict=True):
+    for trial, row in zip(ranked(sweep.trials, sweep.direction), rows, strict=True):
         cells = [
             tag(
                 "td",
@@ -229,16 +242,6 @@ def _cells(sweep: SweepRecords, trial: TrialRecord) -> Iterator[tuple[Any, Conte
     yield memory, None if memory is None else size(memory)
 
 
-def _ordered(sweep: SweepRecords) -> list[TrialRecord]:
-    sign = -1 if sweep.settings is not None and sweep.settings.direction == "maximize" else 1
-
-    def key(trial: TrialRecord) -> tuple[int, float, int]:
-        rank = 3 if trial.value is None else {COMPLETE: 0, RUNNING: 1, PRUNED: 2}.get(trial.state, 3)
-        return rank, sign * (trial.value or 0.0), trial.number
-
-    return sorted(sweep.trials, key=key)
-
-
 def _curves(sweep: SweepRecords) -> Html:
     held_out = {trial.number: series_of(trial.evaluations) for trial in sweep.trials}
     if all(len(series) < 2 for series in held_out.values()):
@@ -261,7 +264,7 @@ def _curves(sweep: SweepRecords) -> Html:
 
 def _lines(sweep: SweepRecords, series: Mapping[int, Series], *, points: bool = False) -> list[Line]:
     """Few trials each with its colour and dash, of many the best over the others in grey."""
-    with_points = [trial for trial in _ordered(sweep) if len(series.get(trial.number, ()))]
+    with_points = [trial for trial in ranked(sweep.trials, sweep.direction) if len(series.get(trial.number, ()))]
     best, few = sweep.best, len(with_points) <= PALETTE
     lines = []
     for place, trial in enumerate(with_points):
@@ -301,7 +304,7 @@ def _parallel(sweep: SweepRecords) -> Html:
     figure = parallel([*names, sweep.metric], traced)
     if not figure:
         return figure
-    better = "higher" if sweep.settings is not None and sweep.settings.direction == "maximize" else "lower"
+    better = "lower" if sweep.direction == "minimize" else "higher"
     note = f"A line is a trial, the strong one the best ({better} {sweep.metric} is better)."
     return text([tag("p", note, cls="note"), figure])
 

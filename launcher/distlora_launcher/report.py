@@ -75,7 +75,7 @@ def page_of(folder: Path) -> str:
         return page_of_sweep(folder)
     if not (folder / CONFIG_NAME).exists():
         reason = "holds neither a run (no config.yaml) nor a sweep" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {reason}; name the folder of a run, as `distlora train` prints it")
+        raise UserError(f"{folder} {reason}; name the folder that `distlora train` or `distlora sweep` has printed")
     return run_report(read_run(folder), standing(statuses(folder)[0]))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from distlora import durable
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord
+from distlora import durable, sweep_folder
+from distlora.sweep_folder import BY_ENDING, TrialRecord, ranked
 from distlora_launcher.output import shown
 from distlora_launcher.run_state import duration
 from distlora_launcher.sweeps.folder import Sweep
@@ -19,18 +18,10 @@ CONCLUSION_NAME = "conclusion.json"
 LONGEST_REASON = 100
 """Characters of a reason in the terminal; results.md has all of it."""
 
-_ORDER = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
-
 
 def best_of(sweep: Sweep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The trial with the best value among those that ran to their end; the first of equal ones."""
-    complete = [trial for trial in trials if trial.state == COMPLETE]
-    return min(complete, key=lambda trial: _rank(sweep, trial), default=None)
-
-
-def ranked(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The best first; then those that were pruned, run, wait, failed."""
-    return sorted(trials, key=lambda trial: (_ORDER.index(trial.state), _rank(sweep, trial)))
+    """The trial with the best value among those that ran to their end."""
+    return sweep_folder.best_of(trials, sweep.settings.direction)
 
 
 def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
@@ -38,7 +29,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
     settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
     lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
     best = best_of(sweep, trials)
-    for trial in ranked(sweep, trials):
+    for trial in ranked(trials, sweep.settings.direction):
         note = "best" if trial == best else (trial.reason or "")
         lines.append(
             [
@@ -67,7 +58,7 @@ def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
     """Sentences under the table: how many of what, the best and how to go on with it."""
     counts = [
         f"{sum(trial.state == state for trial in trials)} {state}"
-        for state in _ORDER
+        for state in BY_ENDING
         if any(trial.state == state for trial in trials)
     ]
     lines = [f"{len(trials)} trials: {', '.join(counts)}"] if trials else ["no trial yet"]
@@ -89,12 +80,6 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> 
         parts.append("\n".join(conclusion))
         durable.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
     durable.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
-
-
-def _rank(sweep: Sweep, trial: TrialRecord) -> tuple[float, int]:
-    if trial.value is None:
-        return math.inf, trial.number
-    return trial.value if sweep.settings.direction == "minimize" else -trial.value, trial.number
 
 
 def shown_value(value: Any) -> str:

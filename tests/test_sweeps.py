@@ -23,7 +23,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, read_results
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, ranked, read_results
 from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, worker_place
 from distlora_launcher.signals import Forwarder
@@ -36,7 +36,7 @@ from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.table import best_of, ranked
+from distlora_launcher.sweeps.table import best_of
 from distlora_launcher.sweeps.worker import Follower, Worker, write_plots
 
 HERE = Path(__file__).parent
@@ -218,7 +218,7 @@ def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_
     ]
     sweep = sweep_at(tmp_path / "low")
     assert best_of(sweep, trials) == trials[0]
-    assert [trial.number for trial in ranked(sweep, trials)] == [0, 4, 2, 1, 3]
+    assert [trial.number for trial in ranked(trials, "minimize")] == [0, 4, 2, 1, 3]
     assert best_of(sweep_at(tmp_path / "high", direction="maximize"), trials) == trials[2]
     assert best_of(sweep, []) is None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, relative_error
-from distlora_kernels import nf4, scratch, variants
+from distlora_kernels import lora_gpu, nf4, scratch, variants
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, seen_of, threshold_of
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, RowChoice, lora_linear, lora_linears
 
@@ -93,6 +93,44 @@ def test_outputs_and_gradients_of_linears_that_share_an_input(
         # fp32: sums of up to 128 products, rounded at random. bf16: the operands of the second product and the result
         # are rounded (2^-8 each at most), a and b before they are used.
         assert_close(actual.to(dtype), reference.float(), ulps=8 if dtype == torch.float32 else 2)
+
+
+def of_one_choice(linears: list[Linear], ranks: tuple[int, ...]) -> list[Linear]:
+    """The linears with adapters of `ranks` (one for all), among which the same tensor chooses in all of them."""
+    rows = torch.tensor([1, -1, 0], device=linears[0].weight.parts[0].device)
+    found = []
+    for linear, rank in zip(linears, ranks, strict=True):
+        adapter = linear.adapter
+        if adapter is not None:
+            a, b = (t.detach() for t in adapter[:2])
+            a, b = a.repeat(2, 1)[: 2 * rank] * 1.5, b.repeat(1, 2)[:, : 2 * rank] * 1.5
+            scale = RowChoice(rows, (2.0, 0.5), (rank, rank))
+            adapter = adapter._replace(a=a.requires_grad_(), b=b.requires_grad_(), scale=scale)
+        found.append(linear._replace(adapter=adapter))
+    return found
+
+
+@pytest.mark.parametrize("variant", ["scratch", "fused"])
+def test_linears_whose_rows_choose_alike_read_their_input_once(
+    triton_device: torch.device, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, linears, dys = problem(torch.bfloat16, triton_device, packed=True, dropout=False, choice=True)
+    linears = of_one_choice(linears, (4, 3, 0))
+    expected = in_fp64(x, linears, dys)
+    calls: list[str] = []
+    for op in ("skinny_down", "skinny_grad"):
+        original = getattr(lora_gpu, op)
+        monkeypatch.setattr(
+            lora_gpu, op, lambda *args, f=original, **more: calls.append(f.__name__) or f(*args, **more)
+        )
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *(t for linear in linears if linear.adapter is not None for t in linear.adapter[:2])]
+    with variants.forced(variant):
+        ys = lora_linears(leaf, linears)
+        gradients = torch.autograd.grad(ys, leaves, dys)
+    assert calls == ["skinny_down", "skinny_grad"]
+    for actual, reference in zip([*ys, *gradients], expected, strict=True):
+        assert_close(actual.bfloat16(), reference.float(), ulps=2)
 
 
 def with_own_dropout(linears: list[Linear]) -> list[Linear]:

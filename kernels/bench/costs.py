@@ -78,25 +78,17 @@ def ours_scratch(group: Group, m: int, r: int, *, backward: bool, kept: bool = F
 
 
 def ours_packed(group: Group, m: int, r: int, trials: int, *, backward: bool) -> Iterator[Step]:
-    """ours_scratch of `trials` times m rows, each with its trial's adapter. The products of a row are of its own rank
-    alone; what is more than of one trial with as many rows: adapters are stacked before they are used, and linears of
-    one input read it, and add to its gradient, each by itself.
+    """ours_scratch of `trials` times m rows, each with the adapter of its trial, all of one rank: the products of a row
+    are of its own rank alone. What is more than of one trial with as many rows: adapters are stacked, in fp32 and for
+    the group's A again in bf16, and those of all trials are cast.
     """
-    rows = trials * m
+    yield from ours_scratch(group, trials * m, r, backward=backward)
+    for step in _our_casts(group, r * (trials - 1), backward=backward):
+        yield _beside(step.nbytes)
     for out, features in group.shapes:
-        yield from (Step(8 * r * trials * features), Step(8 * r * trials * out))  # Stacked, in fp32.
-    yield from _our_casts(group, r * trials, backward=backward)
-    for out, features in group.shapes:
-        yield _gemm(rows, r, features)
-        yield from (dequantize(out, features), _gemm(rows, out, r), _gemm(rows, out, features, accumulates=True))
-    if not backward:
-        return
-    for index, (out, features) in enumerate(group.shapes):
-        yield from (_gemm(rows, r, out), _parts(out, rows, r), dequantize(out, features))
-        yield _gemm(rows, features, r)
-        yield from [Step(3 * E * rows * features)] * (index > 0)
-        yield _gemm(rows, features, out, accumulates=True)
-        yield from (_gemm(r, features, rows), Step(0.0))
+        yield from (Step(8 * r * trials * features), Step(8 * r * trials * out))
+    if len(group.shapes) > 1:
+        yield from [Step(2 * E * r * trials * len(group.shapes) * group.features)] * (2 if backward else 1)
 
 
 def ours_dora(group: Group, m: int, r: int, *, backward: bool) -> Iterator[Step]:

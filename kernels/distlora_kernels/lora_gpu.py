@@ -175,19 +175,17 @@ def _input_gradient(
         nonlocal total
         total = part if total is None else total.add_(part)
 
-    plain = []
+    apart = []
     for index, dxa in dxas.items():
-        adapter = linears[index].adapter
-        assert adapter is not None
-        down = adapter.a.to(dxa.dtype)
-        if not _is_plain(adapter):
-            add(skinny_up(dxa, down.T, choice=_choice(adapter), dropout=adapter.dropout))
-        elif index in fused:
-            inside[index] = (dxa, down)
+        adapter = _adapter(linears, index)
+        if index in fused and _is_plain(adapter):
+            inside[index] = (dxa, adapter.a.to(dxa.dtype))
         else:
-            plain.append((dxa, down))
-    if plain:
-        add(skinny_up(_side_by_side([dxa for dxa, _ in plain]), _stacked([a for _, a in plain]).T))
+            apart.append(index)
+    for group in _groups(linears, apart):
+        adapters, together = [_adapter(linears, index) for index in group], _side_by_side([dxas[i] for i in group])
+        down = _joined_down(adapters, together.dtype)
+        add(skinny_up(together, down.T, choice=_joined_choice(adapters), dropout=adapters[0].dropout))
     for index, dy in through_dropout.items():
         weight, adapter = linears[index].weight, linears[index].adapter
         assert adapter is not None
@@ -209,40 +207,77 @@ def _input_gradient(
 def _add_down_gradients(
     gradients: Gradients, x: Tensor, linears: Sequence[Linear], dxas: dict[int, Tensor], needs: Needs
 ) -> None:
-    """dA of each linear; x is read once for those that see all of it."""
-    plain = []
-    for index in (index for index in dxas if needs.a[index]):
-        adapter = linears[index].adapter
-        assert adapter is not None
-        if _is_plain(adapter):
-            plain.append((index, adapter.a.dtype))
-        else:
-            da = skinny_grad(dxas[index], x, choice=_choice(adapter), dropout=adapter.dropout)
-            gradients.a[index] = da.to(adapter.a.dtype)
-    if plain:
-        stacked = skinny_grad(_side_by_side([dxas[index] for index, _ in plain]), x)
-        parts = stacked.split([dxas[index].shape[1] for index, _ in plain])
-        for (index, dtype), da in zip(plain, parts, strict=True):
-            gradients.a[index] = da.to(dtype)
+    """dA of each linear; x is read once for those of a group."""
+    for group in _groups(linears, [index for index in dxas if needs.a[index]]):
+        adapters, together = [_adapter(linears, index) for index in group], _side_by_side([dxas[i] for i in group])
+        choice = _joined_choice(adapters)
+        da = skinny_grad(together, x, choice=choice, dropout=adapters[0].dropout)
+        parts = [da]
+        if len(group) > 1:
+            of_adapters = da.unflatten(0, (1 if choice is None else len(choice.ranks), -1))
+            widths = [_width(adapter) for adapter in adapters]
+            parts = [part.flatten(0, 1) for part in of_adapters.split(widths, dim=1)]
+        for index, adapter, part in zip(group, adapters, parts, strict=True):
+            gradients.a[index] = part.to(adapter.a.dtype)
 
 
 def _project_down(x: Tensor, linears: Sequence[Linear]) -> list[Tensor | None]:
-    """x A^T of each linear (M, R); x is read once for those that see all of it."""
+    """x A^T of each linear (M, R); x is read once for those of a group."""
     kept: list[Tensor | None] = [None] * len(linears)
-    plain = []
-    for index, linear in enumerate(linears):
-        if (adapter := linear.adapter) is None:
-            continue
-        down = adapter.a.to(x.dtype)
-        if _is_plain(adapter):
-            plain.append((index, down))
-        else:
-            kept[index] = skinny_down(x, down, choice=_choice(adapter), dropout=adapter.dropout)
-    if plain:
-        together = skinny_down(x, _stacked([down for _, down in plain]))
-        for (index, _), xa in zip(plain, together.split([down.shape[0] for _, down in plain], dim=1), strict=True):
+    for group in _groups(linears, [index for index, linear in enumerate(linears) if linear.adapter is not None]):
+        adapters = [_adapter(linears, index) for index in group]
+        down, choice = _joined_down(adapters, x.dtype), _joined_choice(adapters)
+        together = skinny_down(x, down, choice=choice, dropout=adapters[0].dropout)
+        widths = [_width(adapter) for adapter in adapters]
+        for index, xa in zip(group, together.split(widths, dim=1), strict=True):
             kept[index] = xa
     return kept
+
+
+def _adapter(linears: Sequence[Linear], index: int) -> Adapter:
+    adapter = linears[index].adapter
+    assert adapter is not None
+    return adapter
+
+
+def _width(adapter: Adapter) -> int:
+    """Columns of x A^T."""
+    return max(adapter.scale.ranks) if isinstance(adapter.scale, RowChoice) else adapter.a.shape[0]
+
+
+def _groups(linears: Sequence[Linear], indices: Sequence[int]) -> list[list[int]]:
+    """Linears whose products with their input are joined: those whose adapters see all of it, for all rows, or by one
+    choice of theirs among adapters of equal ranks. Each of the others is a group.
+    """
+    groups: dict[object, list[int]] = {}
+    for index in indices:
+        adapter = _adapter(linears, index)
+        key: object = f"linear {index}"
+        if _is_plain(adapter):
+            key = "all rows"
+        elif adapter.dropout is None and isinstance(adapter.scale, RowChoice) and len(set(adapter.scale.ranks)) == 1:
+            key = id(adapter.scale.rows)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _joined_down(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    """The A of a group in `dtype` as those of one linear: of each adapter that rows choose, the linears' ranks are
+    neighbours.
+    """
+    downs, scale = [adapter.a.to(dtype) for adapter in adapters], adapters[0].scale
+    if len(downs) == 1:
+        return downs[0]
+    if not isinstance(scale, RowChoice):
+        return torch.cat(downs)
+    return torch.cat([down.unflatten(0, (len(scale.ranks), -1)) for down in downs], dim=1).flatten(0, 1)
+
+
+def _joined_choice(adapters: Sequence[Adapter]) -> RowChoice | None:
+    choice = _choice(adapters[0])
+    if choice is None or len(adapters) == 1:
+        return choice
+    return choice._replace(ranks=(sum(map(_width, adapters)),) * len(choice.ranks))
 
 
 def _is_plain(adapter: Adapter) -> bool:
@@ -272,10 +307,6 @@ def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     if (choice := _choice(adapter)) is not None:
         scale = per_column(tuple(scale * own for own in choice.scales), choice.ranks, adapter.b.dtype, adapter.b.device)
     return torch.mul(adapter.b, scale, out=torch.empty_like(adapter.b, dtype=dtype))
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -106,7 +106,7 @@ class LoRAPair(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        slot: int,
+        slot: int = 0,
         rank: int,
         scaling: float,
         dropout: Stream = NO_DROPOUT,

@@ -34,7 +34,7 @@ class ExpertPair(LoRAPair):
         in_features: int,
         out_features: int,
         *,
-        slot: int,
+        slot: int = 0,
         num_experts: int,
         rank: int,
         scaling: float,

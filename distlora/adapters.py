@@ -216,9 +216,9 @@ class AdaptedLinear(Adapted, FrozenLinear):
         """
         assert name not in self.adapters, f"{path} has an adapter {name} already"
         dora = config.use_dora
-        assert all((pair.magnitude is not None) == dora for pair in self.pairs), "DoRA's adapters and LoRA's do not mix"
-        if dora:
+        if dora and not self.pairs:
             self.expect_magnitudes()
+        assert dora == (self.row_norms_squared is not None), "DoRA's adapters and LoRA's do not mix"
         pair = LoRAPair(
             self.in_features,
             self.out_features,

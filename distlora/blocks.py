@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.context = context
         """What the layer's linears read; holds the slice that is running."""
         self.adapter_rows: Tensor | None = None
-        """(B,) index of each row's adapter, -1 for none; None: all rows use the only one."""
+        """(B,) slot of each row's adapter, -1 for none; None: all rows use the only one."""
         self.step_rows: StepRows | None = None
         """The rows' places in training, (B,); None: outside of training, where nothing is dropped."""
         self.balanced: Tensor | None = None

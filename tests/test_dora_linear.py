@@ -173,6 +173,38 @@ def test_outputs_and_gradients_on_the_gpus_path(
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_what_is_not_finite_in_one_adapter_reaches_no_other(
+    path: str, dropout: bool, request: pytest.FixtureRequest
+) -> None:
+    """Row 0 uses the second adapter, row 2 the first: what is not finite in the second, its magnitude too, and in its
+    row changes no bit of the first's gradients and outputs.
+    """
+    device = torch.device("cpu") if path == "torch" else request.getfixturevalue("triton_device")
+    x, linears, dys = problem(torch.bfloat16, device, packed=True, dropout=dropout, choice=True)
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    firsts = [own.scale.ranks[0] for own in adapters if isinstance(own.scale, RowChoice)]
+    masters = [own.magnitude.masters for own in adapters if own.magnitude is not None]
+    results = []
+    for spoiled in (1.0, float("nan"), float("inf")):
+        with torch.no_grad():
+            x[0, 1], dys[0][0, 2] = spoiled, spoiled
+            for own, rank in zip(adapters, firsts, strict=True):
+                own.a[rank], own.b[:, rank] = spoiled, spoiled
+            for own_masters in masters:
+                own_masters[1, ::3] = spoiled
+        leaf = x.clone().requires_grad_()
+        ys = lora_linears(leaf, linears)
+        dx, *gradients = torch.autograd.grad(ys, [leaf, *trained(linears)], dys)
+        count = 2 * len(adapters)
+        own_a = [da[:rank] for da, rank in zip(gradients[:count:2], firsts, strict=True)]
+        own_b = [db[:, :rank] for db, rank in zip(gradients[1:count:2], firsts, strict=True)]
+        results.append([*(y[1:] for y in ys), dx[1:], *own_a, *own_b, *(dm[0] for dm in gradients[count:])])
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(dropout: bool, choice: bool, dtype: torch.dtype) -> None:

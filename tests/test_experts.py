@@ -110,6 +110,29 @@ def test_forward_and_gradients_are_the_references(path: Any, quantized: bool, tr
         assert gradients.a[3].count_nonzero() == gradients.b[3].count_nonzero() == 0, "no row chose it"
 
 
+@pytest.mark.parametrize("path", [experts_torch, experts_grouped], ids=["loop", "grouped"])
+def test_what_is_not_finite_in_one_trials_rows_reaches_no_other(path: Any) -> None:
+    """Nor what is in its own A and B."""
+    users = torch.arange(23) % 4 - 1
+    routing = routing_of(23, users)
+    own = users[routing.tokens] == 1
+    weight = packed(random(EXPERTS, 40, 24, seed=2))
+    x, dy = random(len(own), 24, seed=4).bfloat16(), random(len(own), 40, seed=5).bfloat16()
+    a, b = random(EXPERTS, 8, 24, seed=6), random(EXPERTS, 40, 8, seed=7)
+    adapter = ExpertAdapter(a, b, ExpertChoice((0, 1, 2), (2.0, 0.5, 1.0), (2, 3, 3)))
+    linear, results = ExpertLinear(weight, False, adapter, None), []
+    for spoiled in (1.0, float("nan"), float("inf")):
+        x[own], dy[own] = spoiled, spoiled
+        a[:, 2:5], b[:, :, 2:5] = spoiled, spoiled
+        weights = DenseWeights(1)
+        y, kept = path.forward(x, linear, routing, weights)
+        gradients = path.backward(x, linear, routing, weights, kept, dy, (True, True, True))
+        others = [0, 1, 5, 6, 7]
+        results.append([y[~own], gradients.x[~own], gradients.a[:, others], gradients.b[:, :, others]])
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 def test_autograd_takes_what_the_path_gives_and_asks_for_no_more(on_host: bool) -> None:
     """Without bounds on the host the grouped product runs, in bf16."""

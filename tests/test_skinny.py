@@ -225,6 +225,49 @@ def test_large_ranks_that_rows_choose(device: torch.device) -> None:
     assert not dxa[40:].any()
 
 
+def test_many_adapters_take_no_more_parts_than_their_rows_have(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of dB are as wide as one adapter; what is stacked of the others does not count."""
+    from distlora_kernels import skinny_launch
+
+    ranks, (m, o) = (8,) * 16, (64, 48)
+    choice = RowChoice(torch.arange(4, device=triton_device), (1.0,) * 16, ranks)
+    _, _, b, dy, *_ = operands((m, 64, o, 128), torch.float32, triton_device).values()
+    xa = normal(m, 8, dtype=torch.float32, device=triton_device, seed=9)
+    monkeypatch.setattr(skinny_launch, "MOST_PARTS_BYTES", 4 * o * 8 * 4)
+    monkeypatch.setattr(skinny_launch, "grad_kernel", None)
+    skinny_dy(dy, b, xa, scale=0.5, choice=choice)
+    monkeypatch.setattr(skinny_launch, "MOST_PARTS_BYTES", 4 * o * 8 * 4 - 1)
+    with pytest.raises(TypeError):
+        skinny_dy(dy, b, xa, scale=0.5, choice=choice)
+
+
+@pytest.mark.parametrize("ranks", [(8, 5), (40, 24)], ids=str)
+def test_what_is_not_finite_stays_in_its_adapters_rows(ranks: tuple[int, int], device: torch.device) -> None:
+    """In every operand of the first adapter: rows of x, dY, x A^T and dY B, and its own A and B; beyond rank 32 too,
+    where dY is read twice. All of the second's is the same bits.
+    """
+    rank, tokens = sum(ranks), 20
+    choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
+    x, a, b, dy, *_ = operands((3 * tokens, 64, 80, rank), torch.bfloat16, device).values()
+    xa = normal(3 * tokens, max(ranks), dtype=torch.bfloat16, device=device, seed=9)
+    results = []
+    for spoiled in (1.0, float("nan"), float("inf")):
+        for tensor in (x, dy, xa):
+            tensor[tokens : 2 * tokens : 3] = spoiled
+        a[: ranks[0] : 2], b[:, : ranks[0] : 2] = spoiled, spoiled
+        dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
+        da = skinny_grad(xa, x, choice=choice)
+        down, up = skinny_down(x, a, choice=choice), skinny_up(xa, b, choice=choice)
+        dx = skinny_up(xa, a.T, choice=choice)
+        rows = [tensor[part] for tensor in (dxa, down, up, dx) for part in (slice(tokens), slice(2 * tokens, None))]
+        results.append([*rows, da[ranks[0] :], db[:, ranks[0] :]])
+        assert all(torch.isfinite(own).all() == (spoiled == 1) for own in (da[: ranks[0]], db[:, : ranks[0]]))
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
 def test_many_rows_read_dy_twice_instead_of_keeping_parts(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

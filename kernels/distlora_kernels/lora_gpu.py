@@ -187,11 +187,10 @@ def _input_gradient(
         down = _joined_down(adapters, together.dtype)
         add(skinny_up(together, down.T, choice=_joined_choice(adapters), dropout=adapters[0].dropout))
     for index, dy in through_dropout.items():
-        weight, adapter = linears[index].weight, linears[index].adapter
-        assert adapter is not None
-        assert adapter.dropout is not None
+        weight, dropout = linears[index].weight, _adapter(linears, index).dropout
+        assert dropout is not None
         dx = fused_linear_dx(dy, weight) if index in fused else dy @ weights.take(index, weight, dy.dtype)
-        add(seen_of(dx, adapter.dropout))
+        add(seen_of(dx, dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
         if index in fused:

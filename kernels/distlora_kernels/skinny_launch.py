@@ -190,7 +190,7 @@ def dy(
     tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
     stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
     stripes = by.batch * stripes_of_a_row
-    if by.rank > _LARGEST_RANK_READ_ONCE or stripes * b.numel() * 4 > MOST_PARTS_BYTES:
+    if by.rank > _LARGEST_RANK_READ_ONCE or stripes * num_columns * by.rank * 4 > MOST_PARTS_BYTES:
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, rows, ranks, None, scale, scales)
         return down(dy, b.T, rows, ranks, None), db, None

@@ -511,6 +511,20 @@ def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_grid_of_real_runs_packed_has_the_losses_of_the_same_grid_one_after_the_other(folders: Path, tmp_path: Path):
+    words = ("optim.lr=1e-3,2e-3", "adapter.r=4,8", "train.max_steps=4")
+    found = {}
+    for name, packed in (("alone", "1"), ("packed", "4")):
+        command = sweep_command(folders, tmp_path / name, tmp_path / "cache", *words, f"sweep.packed={packed}")
+        assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+        found[name] = read_results(tmp_path / name)
+    alone, packed_ones = found["alone"], found["packed"]
+    assert [trial.values for trial in packed_ones] == [trial.values for trial in alone]
+    assert [trial.value for trial in packed_ones] == pytest.approx([trial.value for trial in alone], rel=1e-6)
+    assert len({trial.value for trial in alone}) == 4
+
+
+@pytest.mark.slow
 def test_a_sweep_of_real_runs_that_was_stopped_and_killed_comes_to_the_same(folders: Path, tmp_path: Path):
     words = ("optim.lr=1e-3,2e-3,4e-3", "train.max_steps=12", "train.save_every=2", "train.eval_every=4")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -30,6 +30,8 @@ SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.j
 IMPORTANCE_RECORD = "importance.json"
 """How much of the differences each setting makes, once the sweep is over: what importance.png shows."""
 TRIALS, PACKS = "trials", "packs"
+CANCELLED_NAME = "cancelled"
+"""In a trial's run folder: `distlora cancel` has asked it alone to stop, so that it does not go on with the sweep."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
 STATES = (WAITING, RUNNING, COMPLETE, PRUNED, FAILED)
@@ -71,6 +73,12 @@ class TrialRecord:
 def trial_folder(sweep: Path, number: int) -> Path:
     """The run folder of a trial."""
     return sweep / TRIALS / f"{number:04d}"
+
+
+def sweep_of(run_dir: Path) -> Path | None:
+    """The sweep that a run folder is a trial of; None of a run of its own."""
+    folder = run_dir.parent.parent
+    return folder if run_dir.parent.name == TRIALS and is_sweep_folder(folder) else None
 
 
 def is_sweep_folder(folder: Path) -> bool:

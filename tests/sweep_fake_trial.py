@@ -1,6 +1,7 @@
 """Stands in for `distlora train` and `distlora resume` as a trial of a sweep: writes what a run writes, without torch.
 
-Its held-out loss falls by steps to |log10(optim.lr) + 3| + 1. `name` says how it behaves otherwise.
+Its held-out loss falls by steps to |log10(optim.lr) + 3| + 1; with one above 2.5 it waits to be pruned.
+`name` says how it behaves otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ def main() -> int:
     signals: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _: signals.append(number))
+    if Path("broken_machine").exists():
+        print("error: no CUDA-capable device is detected", file=sys.stderr)
+        return 1
     if sys.argv[1] == "resume":
         run_dir = Path(sys.argv[2])
         settings = json.loads((run_dir / "config.yaml").read_text())
@@ -51,7 +55,8 @@ def train(run_dir: Path, settings: dict[str, str], signals: list[int]) -> int:
         if behaviour == "is_killed" and step == 2:
             signal.raise_signal(signal.SIGKILL)
         # Long enough to be read, judged and told to stop in between; a trial that waits does so for the next start.
-        until = time.monotonic() + (60 if behaviour == "waits" and begun == 0 and step == 2 else 0.3)
+        waits = (behaviour == "waits" and begun == 0) or best > 2.5
+        until = time.monotonic() + (60 if waits and step == 2 else 0.3)
         while time.monotonic() < until and not signals and not (run_dir.parent / "go").exists():
             time.sleep(0.02)
         if signals:

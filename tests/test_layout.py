@@ -112,7 +112,11 @@ HOMES = {
     "liger_kernel": ("distlora.liger",),
     "flash_attn": ("distlora.attention",),
     "matplotlib": ("distlora.analysis.plots", "distlora_launcher.sweeps.plots"),
-    "optuna": ("distlora_launcher.sweeps.study", "distlora_launcher.sweeps.plots"),
+    "optuna": (
+        "distlora_launcher.sweeps.study",
+        "distlora_launcher.sweeps.drawing",
+        "distlora_launcher.sweeps.journal",
+    ),
 }
 
 WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}

@@ -25,10 +25,11 @@ from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, ranked, read_results
 from distlora_launcher.cli import main
-from distlora_launcher.holding import holders, worker_place
+from distlora_launcher.holding import holders, running, worker_place
 from distlora_launcher.signals import Forwarder
 from distlora_launcher.sweeps import command, local, runner
 from distlora_launcher.sweeps.command import ask
+from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects
 from distlora_launcher.sweeps.plots import scale_of
@@ -208,6 +209,156 @@ def test_a_damaged_sweep_yaml_is_refused_by_name(tmp_path: Path, content: bytes)
         load_sweep(tmp_path / "s")
 
 
+def test_a_draw_that_a_kill_interrupts_leaves_no_trial_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for method in ("random", "optuna"):
+        sweep = sweep_at(tmp_path / method, Interval("optim.lr", 1e-5, 1e-3), method=method, trials=2)
+        with monkeypatch.context() as killed:
+            killed.setattr(Study, "_own", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+            with pytest.raises(OSError, match="no space left"):
+                study_of(sweep).ask()
+        trial = asked(study_of(sweep))
+        assert trial.number == 0
+        assert 1e-5 <= trial.values["optim.lr"] <= 1e-3
+
+
+def test_a_trial_that_was_never_drawn_is_none(tmp_path: Path):
+    """Of CMA-ES alone: its state is with the trial, which must be made first."""
+    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 1e-5, 1e-3), method="optuna", sampler="tpe", trials=2)
+    study = study_of(sweep)
+    study._study.enqueue_trial({})
+    study._study.ask()
+    assert asked(study).number == 1
+    assert [(trial.state, trial.reason) for trial in study.records()] == [
+        (FAILED, "its worker was killed before its values were drawn"),
+        (RUNNING, None),
+    ]
+
+
+def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp_path: Path):
+    """NFS shows a file that is written and kept open as empty to others for a while."""
+    sweep = sweep_at(tmp_path / "s")
+    with worker_place(sweep.folder, "worker_0"):
+        first = Study(sweep, search_of(sweep), place="worker_0")
+        assert asked(first).number == 0
+        os.truncate(sweep.folder / "machines" / "worker_0.json", 0)
+        assert asked(study_of(sweep)).number == 1
+    assert asked(study_of(sweep)).number == 0
+
+
+def test_a_place_that_is_looked_at_can_be_taken(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            holders(sweep.folder)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(50):
+            with worker_place(sweep.folder, "worker_0"):
+                pass
+    finally:
+        ended.set()
+        looking.join()
+
+
+def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
+    trial = asked(Study(sweep, search_of(sweep), place="worker_9"))
+    trial.run_dir.mkdir(parents=True)
+    (trial.run_dir / "config.yaml").write_text("")
+    study = Study(sweep, search_of(sweep), place="worker_0")
+    with worker_place(sweep.folder, "worker_0"):
+        with running(trial.run_dir):
+            assert asked(study).number == 1
+            assert study.ask() is Due.WAIT
+        assert asked(study).number == 0
+
+
+def test_what_came_of_a_trial_is_told_once(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    study = study_of(sweep)
+    trial = asked(study)
+    complete(study, trial, 2.0)
+    study_of(sweep).tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="too late"), None, {})
+    assert [(record.state, record.value) for record in study.records()][:1] == [(COMPLETE, 2.0)]
+
+
+def test_half_a_line_of_another_worker_harms_nobody(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    first, second = study_of(sweep), study_of(sweep)
+    asked(first)
+    with (sweep.folder / "journal.log").open("ab") as file:
+        file.write(b'{"op_code":8,"wor')
+    assert asked(second).number in (0, 1)
+    assert len(study_of(sweep).records()) == 4
+
+
+@pytest.mark.parametrize(("sampler", "package"), [("gp", "scipy"), ("cmaes", "cmaes")])
+def test_a_sampler_without_its_package_is_refused(sampler: Any, package: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    with pytest.raises(UserError, match=f"needs {package}"):
+        check_sampler(SweepConfig(method="optuna", sampler=sampler))
+    check_sampler(SweepConfig(method="optuna"))
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_machine_on_which_nothing_starts_does_not_use_up_the_trials(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("train.seed", tuple(range(6))))
+    (tmp_path / "broken_machine").touch()
+    assert work(sweep) == 1
+    states = [trial.state for trial in read_results(sweep.folder)]
+    assert states == [FAILED, FAILED, RUNNING, WAITING, WAITING, WAITING]
+    (tmp_path / "broken_machine").unlink()
+    assert work(sweep) == 0
+    assert [trial.state for trial in read_results(sweep.folder)] == [FAILED, FAILED, *[COMPLETE] * 4]
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_trial_that_is_cancelled_alone_is_pruned_and_one_whose_machine_is_taken_away_goes_on(
+    tmp_path: Path, cancels: bool
+):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
+    worker = start_worker(sweep)
+    run_dir = sweep.run_dir(0)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    if cancels:
+        (run_dir / "cancelled").touch()  # As `distlora cancel` does before its signal.
+    (pid,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(pid), signal.SIGTERM)
+    assert worker.wait(60) == (0 if cancels else 75)
+    first, second = read_results(sweep.folder)
+    assert (first.state, second.state) == ((PRUNED, COMPLETE) if cancels else (RUNNING, WAITING))
+    assert first.reason == ("it was cancelled (`distlora cancel`)" if cancels else None)
+
+
+def test_cancel_marks_a_trial_of_a_sweep_and_refuses_one_of_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = sweep_at(tmp_path / "s")
+    run_dir = sweep.run_dir(0)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("")
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with running(run_dir):
+            assert main(["cancel", str(run_dir)]) == 0
+            assert (run_dir / "cancelled").exists()
+            (run_dir / "cancelled").unlink()
+            with worker_place(sweep.folder, "worker_0"):
+                assert main(["cancel", str(run_dir)]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert "is trained in a pack with other trials" in capsys.readouterr().err
+    assert not (run_dir / "cancelled").exists()
+
+
+def test_the_folder_of_the_command_that_is_gone_is_named(tmp_path: Path):
+    sweep = dataclasses.replace(sweep_at(tmp_path / "s"), cwd=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"gone is gone, where .* was started"):
+        sweep.compose(0, {})
+
+
 def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_its_end(tmp_path: Path):
     trials = [
         TrialRecord(number=0, state=COMPLETE, values={}, value=2.0),
@@ -236,6 +387,9 @@ def test_a_follower_reads_whole_lines_once_and_again_what_a_resume_cut_off(tmp_p
     assert list(follower.read()) == [(4, None)]
     metrics.write_text('{"step": 2, "eval_loss": 5.0}\n')
     assert list(follower.read()) == [(2, 5.0)]
+    # Cut off, and written on beyond where it was.
+    metrics.write_text('{"step": 2, "eval_loss": 6.0}\n{"step": 4, "eval_loss": 4.0}\n')
+    assert list(follower.read()) == [(2, 6.0), (4, 4.0)]
 
 
 def work(sweep: Sweep) -> int:
@@ -444,6 +598,8 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
             ["cluster=torchrun", "cluster.nodes=2", "cluster.rdzv_endpoint=localhost:29500", "optim.lr=1,2"],
             "not stay in step",
         ),
+        (["sweep.metric=eval_los", "optim.lr=1,2"], "did you mean 'eval_loss'?"),
+        (["sweep.space.optim.lr=1e-4"], "sweep.space.optim.lr=0.0001 is one value"),
         (["sweep=grid,random", "optim.lr=1,2"], "one sweep has one value of it"),
         (["sweep=gird", "optim.lr=1,2"], "did you mean 'grid'?"),
         (["sweep.trails=3", "optim.lr=1,2"], "did you mean 'sweep.trials'?"),

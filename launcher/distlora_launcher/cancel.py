@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora.sweep_folder import is_sweep_folder
+from distlora.sweep_folder import CANCELLED_NAME, is_sweep_folder, sweep_of
 from distlora_launcher.arguments import Parser
 from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
@@ -16,7 +16,7 @@ from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
 from distlora_launcher.processes import Process
-from distlora_launcher.status import describe, statuses
+from distlora_launcher.status import Status, describe, statuses
 from distlora_launcher.sweeps.agents import is_agents_folder
 from distlora_launcher.sweeps.arrays import jobs_of
 
@@ -68,7 +68,21 @@ def cancel(folder: Path, *, now: bool) -> None:
     except SchedulerError as error:
         raise UserError(f"SLURM refuses: {error}") from error
     for status in here:
+        note_cancelled(status)
         cancel_processes(status.run_dir, status.holders, now=now)
+
+
+def note_cancelled(status: Status) -> None:
+    """Have the worker of a sweep know that a trial of its own was to end, and not all that runs on the machine."""
+    sweep = sweep_of(status.run_dir)
+    if sweep is None:
+        return
+    if any(process in holders(sweep) for process in status.holders):
+        raise UserError(
+            f"{shown(status.run_dir)} is trained in a pack with other trials, which would end with it; end all of them "
+            f"with `distlora cancel {shown(sweep)}`"
+        )
+    (status.run_dir / CANCELLED_NAME).touch()
 
 
 def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:

@@ -36,6 +36,9 @@ LEASE_SECONDS = 120
 """How long to wait for a lock that the same run's last machines may still seem to hold: a network file system learns of
 a machine that is gone only after a while (NFS: 90 s)."""
 
+LOOK_SECONDS = 5
+"""How long whoever looks at a place may seem to hold it."""
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -82,13 +85,41 @@ def worker_place(sweep: Path, name: str) -> Iterator[None]:
     """Be the worker `name` of a sweep for the duration, as `holders` then says. Raises UserError where another is."""
     folder = sweep / MACHINES
     folder.mkdir(exist_ok=True)
-    with (folder / f"{name}.json").open("a+") as file:
-        if not _lock(file, fcntl.LOCK_EX):
-            raise UserError(f"{sweep} has a {name} already, which lives; wait for it or `distlora cancel {sweep}`")
+    path = folder / f"{name}.json"
+    with path.open("a+") as file:
+        began = time.monotonic()
+        while not _lock(file, fcntl.LOCK_EX):
+            # Somebody who looks whether it is held holds it for a moment, too; and the lock of a machine that is gone
+            # stays for a while on a network file system.
+            before = from_record(object_or_empty(path))
+            lives = before is not None and before.has_ended is False
+            if time.monotonic() > began + (LOOK_SECONDS if lives else LEASE_SECONDS):
+                raise UserError(f"{sweep} has a {name} already, which lives; wait for it or `distlora cancel {sweep}`")
+            time.sleep(0.05)
         file.truncate(0)
         file.write(json.dumps(asdict(this_process())))
         file.flush()
+        os.fsync(file.fileno())  # Other machines would find it empty for as long as NFS keeps it here.
         yield
+
+
+def is_alive(sweep: Path, name: str | None, process: Process) -> bool:
+    """Whether the worker of a sweep that was `process`, under this name, lives: its place is held, and by no other that
+    is known."""
+    if name is None:
+        return process in holders(sweep)
+    path = sweep / MACHINES / f"{name}.json"
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return from_record(object_or_empty(path)) in (None, process)
+            except OSError:
+                return process.has_ended is not True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def leave(run_dir: Path) -> None:

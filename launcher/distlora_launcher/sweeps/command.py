@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.command_line import DONE
-from distlora.config import Config, UserError, require
+from distlora.config import Config, UserError, nearest, require
+from distlora.config.errors import short
 from distlora.config.places import is_hub_name
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
@@ -32,12 +33,13 @@ from distlora_launcher.holding import holders
 from distlora_launcher.hub import locate
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.planning import decide
+from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local import run_workers_here, shares, show_results
 from distlora_launcher.sweeps.packing import checked_pack
 from distlora_launcher.sweeps.search import Cells, Search, search_of
 from distlora_launcher.sweeps.space import first_cell, flat, split
-from distlora_launcher.sweeps.study import Study, check_sampler
+from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.worker import conclude
 
 USAGE = """usage: distlora sweep [sweep=grid|random|optuna|rank_search] [setting=a,b ...] [setting=value ...]
@@ -60,6 +62,11 @@ know it, `distlora report SWEEP` makes one page of it.
 --config-dir FOLDER    with groups of your own beside distlora's, as of `distlora train`"""
 
 WANDB = ("create", "agent")
+
+FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
+"""What a run logs that can be compared (RUN/metrics.jsonl)."""
+PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+"""With train.objective=dpo, of training and with eval_ before it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -97,7 +104,14 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         )
     values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
     require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
-    settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
+    of_space = flat(values.get("space") or {})
+    for setting, value in of_space.items():
+        require(
+            isinstance(value, str),
+            f"sweep.space.{setting}={short(value)} is one value; write several, in quotes: "
+            f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
+        )
+    settings = build(SweepConfig, values | {"space": of_space}, prefix="sweep.")
     own = [word for word in words if _section(word) != "sweep"]
     space, shared = split(own, settings.space, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
@@ -193,6 +207,10 @@ def pinned(sweep: Sweep, config: Config) -> Sweep:
 
 def check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse to compare by the held-out loss where nothing is held out, and to prune without evaluations."""
+    figures = [*FIGURES, *(f"{kind}{name}" for name in PREFERENCE_FIGURES for kind in ("", "eval_"))]
+    metric = sweep.settings.metric
+    known = figures if config.train.objective == "dpo" else list(FIGURES)
+    require(metric in known, f"no run logs {metric} (sweep.metric){nearest(metric, known)}; set sweep.metric=eval_loss")
     held_out = config.data.held_out_source is not None or config.data.eval_fraction > 0
     require(
         held_out or not sweep.settings.metric.startswith("eval_"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build, parse_yaml
 from distlora.json_files import Shape, check_shape
@@ -66,12 +67,13 @@ class Sweep:
 
     def compose(self, number: int, values: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Composed:
         """The settings of a trial. Raises UserError as `distlora train` does."""
-        here = os.getcwd()
-        os.chdir(self.cwd)
-        try:
+        require(
+            Path(self.cwd).is_dir(),
+            f"{self.cwd} is gone, where {self.folder} was started and from where its relative paths go; make it again, "
+            f"or write the paths in {self.folder / SWEEP_NAME} from / on and set cwd there to another folder",
+        )
+        with contextlib.chdir(self.cwd):
             return compose_run(self.trial_words(number, values, extra), config_dir=self.config_dir)
-        finally:
-            os.chdir(here)
 
 
 def make_sweep(sweep: Sweep) -> None:

@@ -46,8 +46,13 @@ def shares(workers: int, processes: int) -> list[str | None]:
 
 
 def run_workers_here(sweep: Sweep, config: Config) -> int:
-    """Run the workers to their end, and show the results. Returns the exit code."""
-    cards = shares(sweep.settings.workers, config.cluster.gpus_per_node)
+    """Run the workers to their end, and show the results; on a machine with fewer cards than the sweep was made for, as
+    many as it has cards for. Returns the exit code."""
+    wanted, processes, available = sweep.settings.workers, config.cluster.gpus_per_node, gpu_count()
+    workers_here = wanted if available == 0 else max(1, min(wanted, available // processes))
+    if workers_here < wanted:
+        say(f"{workers_here} of {wanted} workers (sweep.workers), as this machine shows {available} GPUs")
+    cards = shares(workers_here, processes)
     with forwarding() as forwarder:
         workers = [_start(sweep.folder, index, share) for index, share in enumerate(cards)]
         heard = None

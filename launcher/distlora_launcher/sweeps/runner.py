@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distlora.command_line import BAD_INPUT, DONE, STOPPED
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED
 from distlora.wandb_agent import VARIABLES
 from distlora_launcher.holding import CONFIG_NAME, holders
-from distlora_launcher.jobs.step import in_job
 from distlora_launcher.run_state import read_ending, read_figures
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.worker_entry import PARENT
@@ -55,6 +54,8 @@ class Outcome:
     step: int | None = None
     reason: str | None = None
     """Why it failed or was pruned."""
+    is_refused: bool = False
+    """Whether it failed as its settings cannot be (bad input), before anything was tried."""
 
 
 class Runner(Protocol):
@@ -100,6 +101,7 @@ class Alone:
     def begin(self, trial: Asked) -> None:
         log = trial_log(self._sweep, trial.number)
         log.parent.mkdir(parents=True, exist_ok=True)
+        (trial.run_dir / CANCELLED_NAME).unlink(missing_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
             wait_until_free(trial.run_dir)
             words = ["resume", str(trial.run_dir)]
@@ -134,7 +136,10 @@ class Alone:
         state, reason = self._ending(trial, code)
         figures = read_figures(trial.run_dir)
         step = None if figures.time is None else figures.step
-        return [Outcome(number=trial.number, state=state, seconds=seconds, step=step, reason=reason)]
+        refused = code == BAD_INPUT
+        return [
+            Outcome(number=trial.number, state=state, seconds=seconds, step=step, reason=reason, is_refused=refused)
+        ]
 
     def close(self) -> None:
         """Nothing is kept between trials."""
@@ -155,11 +160,13 @@ class Alone:
         if self._stops and code in (STOPPED, -signal.SIGTERM):
             return SAVED, None
         if code == STOPPED:
-            if in_job() and not self._prunes:
-                # SLURM tells the processes of a step that it takes their machines away, and not always its script.
-                os.kill(os.getpid(), signal.SIGTERM)
-                return SAVED, None
-            return PRUNED, None if self._prunes else "it was stopped from outside, as `distlora cancel` does it"
+            if self._prunes:
+                return PRUNED, None
+            if (trial.run_dir / CANCELLED_NAME).exists():
+                return PRUNED, "it was cancelled (`distlora cancel`)"
+            # Whoever takes the machine away (SLURM, systemd) tells the processes on it, and not always this one.
+            os.kill(os.getpid(), signal.SIGTERM)
+            return SAVED, None
         if code == BAD_INPUT:
             return FAILED, last_error(trial_log(self._sweep, trial.number), self._log_start) or "bad input"
         error = read_ending(trial.run_dir).error

@@ -1,4 +1,4 @@
-"""The trials of a sweep, in Optuna's journal: the only module that knows Optuna, beside the plots.
+"""The trials of a sweep, in Optuna's journal: who has which, and what came of it.
 
 SWEEP/journal.log is the truth, and appended to by all workers. Whoever asks for a trial, or says what came of one,
 holds SWEEP/.lock meanwhile (flock, which ends with its holder), so a decision is made on what is written and no two
@@ -10,49 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import itertools
-import json
-import random
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from distlora.config import UserError
-from distlora.config.sweep import SweepConfig
 from distlora.sweep_folder import (
     COMPLETE,
     FAILED,
-    JOURNAL_NAME,
     PRUNED,
     RUNNING,
     WAITING,
     TrialRecord,
     write_results,
 )
-from distlora_launcher.holding import holders
+from distlora_launcher.holding import holders, is_alive
 from distlora_launcher.processes import Process, this_process
+from distlora_launcher.sweeps.drawing import choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.journal import Lock, open_journal
 from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, Search
-from distlora_launcher.sweeps.space import Dimension, Interval, Values, cells, is_finite
 
 NAME = "sweep"
-LOCK_NAME = ".lock"
-
-MOST_STARTUP_TRIALS = 5
-"""Finished trials before the median prunes; Optuna's default. Of short sweeps a quarter of the trials."""
-
-PROPOSALS = 10
-"""Questions to Optuna for a combination that was not tried."""
 
 LEAST_JUDGED = 8
 """Finished trials before it is said which settings made the difference."""
@@ -69,44 +51,37 @@ _STATES = {
 class Study:
     """The trials of a sweep, as one worker sees them."""
 
-    def __init__(self, sweep: Sweep, search: Search) -> None:
-        self._sweep, self._search = sweep, search
-        self._lock = _Lock(sweep.folder / LOCK_NAME)
+    def __init__(self, sweep: Sweep, search: Search, *, place: str | None = None) -> None:
+        """`place`: the name under which this process is a worker of the sweep (`worker_place`)."""
+        self._sweep, self._search, self._place = sweep, search, place
+        self._lock = Lock(sweep.folder)
         self._space = {dimension.setting: dimension for dimension in sweep.space}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        path = sweep.folder / JOURNAL_NAME
         with self._lock.held():
-            _mend(path)
-            storage = _open(path, self._lock)
+            storage = open_journal(sweep.folder, self._lock)
             if not storage.get_all_studies():
                 optuna.create_study(storage=storage, study_name=NAME, direction=sweep.settings.direction)
-            self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=_pruner(sweep.settings))
+            self._study = optuna.load_study(storage=storage, study_name=NAME, pruner=pruner_of(sweep.settings))
 
     def ask(self) -> Asked | Due:
         """A trial for this process: one that a worker left behind, one that waits, or the next of the search."""
         with self._lock.held():
-            left = self._left_behind()
+            left, is_busy = self._left_behind()
             if left is not None:
-                self._set(left, owner=dataclasses.asdict(this_process()))
+                self._own(left)
                 return self._asked(left, begun=True)
-            waiting = self._trials(TrialState.WAITING)
-            if not waiting:
+            if not self._trials(TrialState.WAITING):
                 due = self._search.next(self.records())
-                if due is Due.SAMPLE and not is_finite(self._sweep.space):
-                    return self._sample()
                 if due is Due.SAMPLE:
-                    due = [self._untried()]
-                if isinstance(due, Due):
-                    return due
-                for values in due:
-                    self._enqueue(values)
-                waiting = self._trials(TrialState.WAITING)
-            names = waiting[0].system_attrs["fixed_params"]
-            trial = self._study.ask({name: _distribution(self._space[name]) for name in names})
-            frozen = self._trial(trial.number)
-            self._set(frozen, owner=dataclasses.asdict(this_process()))
+                    self._draw()
+                elif isinstance(due, Due):
+                    return Due.WAIT if is_busy else due
+                else:
+                    for values in due:
+                        self._enqueue(values)
+            taken = self._take(self._trials(TrialState.WAITING)[0])
             self._write()
-            return self._asked(frozen, begun=False)
+            return self._asked(taken, begun=False)
 
     def enqueue(self) -> None:
         """Note the trials that are known now, so that they are seen to wait."""
@@ -136,6 +111,8 @@ class Study:
         """How a trial ended: its value, and what of TrialRecord its run says (`figures`)."""
         with self._lock.held():
             frozen = self._trial(outcome.number)
+            if frozen.state.is_finished():  # By another, who took this process for dead.
+                return
             seconds = frozen.user_attrs.get("seconds", 0.0) + outcome.seconds
             self._set(frozen, seconds=seconds, step=outcome.step, owner=None, **figures)
             if outcome.reason is not None:
@@ -189,15 +166,23 @@ class Study:
         for name, value in values.items():
             self._study._storage.set_trial_user_attr(trial._trial_id, name, value)
 
-    def _left_behind(self) -> FrozenTrial | None:
-        """The first trial that is said to run, and whose worker does not live."""
+    def _left_behind(self) -> tuple[FrozenTrial | None, bool]:
+        """The first trial that is said to run, and whose worker does not live; and whether there is one that somebody
+        goes on with by hand, which is left to him until he has ended."""
         running = self._trials(TrialState.RUNNING)
-        alive = holders(self._sweep.folder) if running else []
+        is_busy = False
         for trial in running:
-            owner = trial.user_attrs.get("owner")
-            if owner is None or Process(**owner) not in alive:
-                return trial
-        return None
+            owner, place = trial.user_attrs.get("owner"), trial.user_attrs.get("place")
+            if owner is not None and is_alive(self._sweep.folder, place, Process(**owner)):
+                continue
+            if "values" not in trial.user_attrs:
+                self._set(trial, reason="its worker was killed before its values were drawn")
+                self._study.tell(trial.number, state=TrialState.FAIL)
+            elif holders(self._sweep.run_dir(trial.number)):
+                is_busy = True
+            else:
+                return trial, is_busy
+        return None, is_busy
 
     def _asked(self, trial: FrozenTrial, *, begun: bool) -> Asked:
         values = _values(self._trial(trial.number))
@@ -210,38 +195,35 @@ class Study:
         )
 
     def _enqueue(self, values: Mapping[str, Any]) -> None:
-        params = {name: _choice(self._space[name], value) for name, value in values.items() if name in self._space}
+        params = {name: choice_of(self._space[name], value) for name, value in values.items() if name in self._space}
         self._study.enqueue_trial(params, user_attrs={"values": dict(values)})
 
-    def _untried(self) -> dict[str, Any]:
-        """What Optuna proposes of a finite space, but nothing twice: the first of some proposals that is new, else the
-        first combination that is."""
+    def _draw(self) -> None:
+        """Have Optuna draw the next trial, which then waits with its values: one line of the journal, so that a kill
+        leaves all of it or nothing. Only CMA-ES, which keeps its state with the trial, draws once that is made."""
+        settings = self._sweep.settings
+        if settings.method == "optuna" and settings.sampler == "cmaes":
+            self._study.enqueue_trial({})
+            return
         tried = [_values(trial) for trial in self._study.get_trials(deepcopy=False)]
-        trial = optuna.trial.create_trial(state=TrialState.RUNNING)
-        trial.number = len(tried)
-        for attempt in range(PROPOSALS):
-            sampler = _sampler(self._sweep.settings, len(tried), attempt)
-            kinds = {name: _distribution(dimension) for name, dimension in self._space.items()}
-            together = sampler.infer_relative_search_space(self._study, trial)
-            found = sampler.sample_relative(self._study, trial, together)
-            values = {}
-            for name, kind in kinds.items():
-                if name not in found:
-                    found[name] = sampler.sample_independent(self._study, trial, name, kind)
-                values[name] = _chosen(self._space[name], found[name])
-            if values not in tried:
-                return values
-        return next(values for values in cells(self._sweep.space) if values not in tried)
+        self._enqueue(draw(settings, self._space, self._study, tried))
 
-    def _sample(self) -> Asked:
-        number = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = _sampler(self._sweep.settings, number)
-        trial = self._study.ask({name: _distribution(dimension) for name, dimension in self._space.items()})
-        values = {name: _chosen(self._space[name], choice) for name, choice in trial.params.items()}
+    def _take(self, waiting: FrozenTrial) -> FrozenTrial:
+        """A trial that waits, as this process's."""
+        is_drawn = "values" in waiting.user_attrs
+        names = waiting.system_attrs["fixed_params"] if is_drawn else self._space
+        if not is_drawn:
+            self._study.sampler = sampler_of(self._sweep.settings, waiting.number)
+        trial = self._study.ask({name: distribution(self._space[name]) for name in names})
         frozen = self._trial(trial.number)
-        self._set(frozen, values=values, owner=dataclasses.asdict(this_process()))
-        self._write()
-        return self._asked(frozen, begun=False)
+        if not is_drawn:
+            self._set(frozen, values={name: chosen(self._space[name], found) for name, found in trial.params.items()})
+        self._own(frozen)
+        return frozen
+
+    def _own(self, trial: FrozenTrial) -> None:
+        """Note that this process has a trial."""
+        self._set(trial, owner=dataclasses.asdict(this_process()), place=self._place)
 
 
 def _values(trial: FrozenTrial) -> dict[str, Any]:
@@ -266,125 +248,3 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         peak_memory_bytes=attributes.get("peak_memory_bytes"),
         evaluations=evaluations,
     )
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    """A setting for Optuna: whole numbers at equal distances are numbers, other values have no order."""
-    if isinstance(dimension, Interval):
-        if dimension.integer:
-            return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    values = dimension.values
-    whole = all(type(value) is int for value in values)
-    steps = {b - a for a, b in itertools.pairwise(values)} if whole else set()
-    if len(steps) == 1 and min(steps) > 0:
-        return IntDistribution(values[0], values[-1], step=steps.pop())
-    return CategoricalDistribution([_choice(dimension, value) for value in values])
-
-
-def _choice(dimension: Dimension, value: Any) -> Any:
-    """A value as Optuna's journal can hold it: lists and mappings as text."""
-    return json.dumps(value) if isinstance(dimension, Values) and isinstance(value, (list, dict)) else value
-
-
-def _chosen(dimension: Dimension, choice: Any) -> Any:
-    """The value that `_choice` made a choice of."""
-    if isinstance(dimension, Values):
-        return next(value for value in dimension.values if _choice(dimension, value) == choice)
-    return choice
-
-
-def _sampler(settings: SweepConfig, number: int, attempt: int = 0) -> BaseSampler:
-    """What draws trial `number`, with a seed of its own."""
-    seed = random.Random(f"{settings.seed}/{number}/{attempt}").randrange(2**32)
-    if settings.method == "random":
-        return optuna.samplers.RandomSampler(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of what Optuna calls experimental.
-        try:
-            if settings.sampler == "gp":
-                return optuna.samplers.GPSampler(seed=seed)
-            if settings.sampler == "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed)
-        except ImportError as error:
-            package = "scipy" if settings.sampler == "gp" else "cmaes"
-            raise UserError(
-                f"sweep.sampler={settings.sampler} needs {package}, which is not installed; `pip install {package}`, "
-                "or set sweep.sampler=tpe"
-            ) from error
-        # The liar counts trials that still run as bad ones, so that workers do not all propose the same.
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=settings.workers > 1 or settings.packed != 1)
-
-
-def _pruner(settings: SweepConfig) -> optuna.pruners.BasePruner:
-    if settings.pruner == "none":
-        return optuna.pruners.NopPruner()
-    if settings.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner()
-    quarter = MOST_STARTUP_TRIALS if settings.trials is None else max(1, settings.trials // 4)
-    return optuna.pruners.MedianPruner(n_startup_trials=min(MOST_STARTUP_TRIALS, quarter))
-
-
-def check_sampler(settings: SweepConfig) -> None:
-    """Refuse a sampler whose packages are missing."""
-    _sampler(settings, 0)
-
-
-def _open(journal: Path, lock: _Lock) -> JournalStorage:
-    """The journal, read to its end. Raises UserError for a damaged one."""
-    try:
-        return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
-    # Optuna replays the lines as they are: of one that is no JSON, lacks a field or names another trial.
-    except (ValueError, LookupError, TypeError, AssertionError, AttributeError, optuna.exceptions.OptunaError) as error:
-        raise UserError(
-            f"{journal} is damaged ({type(error).__name__}: {error}); put a whole copy in its place, or start the "
-            "sweep again in another folder"
-        ) from error
-
-
-def _mend(journal: Path) -> None:
-    """Take off a last line that a kill or a full disk has cut: Optuna cannot read past it."""
-    if not journal.is_file():
-        return
-    content = journal.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with journal.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-class _Lock:
-    """SWEEP/.lock, which a process may take again while it has it; in Optuna's form of a lock, too."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._depth = 0
-        self._file: IO[bytes] | None = None
-
-    def acquire(self) -> bool:
-        if self._depth == 0:
-            file = self._path.open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                file.close()
-                raise UserError(
-                    f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers of a "
-                    "sweep share its trials by; set run_dir to a folder on another"
-                ) from error
-            self._file = file
-        self._depth += 1
-        return True
-
-    def release(self) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()

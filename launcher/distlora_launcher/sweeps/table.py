@@ -30,7 +30,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
     lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
     best = best_of(sweep, trials)
     for trial in ranked(trials, sweep.settings.direction):
-        note = "best" if trial == best else (trial.reason or "")
+        note = "best" if trial == best else " ".join((trial.reason or "").split())
         lines.append(
             [
                 str(trial.number),

@@ -8,6 +8,7 @@ nothing else. Exit code 0: nothing is left for it, 75: its trials are saved, as 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -19,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from distlora.command_line import DONE, STOPPED, run_to_exit_code
+from distlora.command_line import FAILED as FAILURE
 from distlora.config import UserError
 from distlora.json_files import object_or_empty
 from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, words_of, write_importance
 from distlora_launcher.arguments import Parser
+from distlora_launcher.failures import would_repeat
 from distlora_launcher.holding import worker_place
-from distlora_launcher.output import say, shown
+from distlora_launcher.output import say, shown, warn
 from distlora_launcher.run_state import duration
 from distlora_launcher.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
@@ -35,6 +38,10 @@ from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
 
 POLL_SECONDS = 0.2
+TAIL_BYTES = 200
+"""More than a line of an evaluation has, whose time no other line has."""
+STRANGE_FAILURES = 3
+"""Trials in a row that fail without a step, and not by their settings: then something is wrong with the machine."""
 ASK_SECONDS = 2.0
 """Between two questions for a trial, where the answer was to wait for another."""
 
@@ -45,20 +52,25 @@ class Follower:
     def __init__(self, run_dir: Path, metric: str) -> None:
         self._path, self._metric = run_dir / METRICS_NAME, metric
         self._offset = 0
+        self._before = b""
+        """The last bytes before the offset: where they are others, a resume has cut off what came after its checkpoint
+        and written on."""
 
     def read(self) -> Iterator[tuple[int, float | None]]:
         """(step, metric) of the lines that are new and whole; None for a figure that is not finite. The base's, before
         the first step, is none of the trial's."""
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:  # A resume has cut off what came after its checkpoint.
-                    self._offset = 0
+                file.seek(self._offset - len(self._before))
+                if file.read(len(self._before)) != self._before:
+                    self._offset, self._before = 0, b""
                 file.seek(self._offset)
                 lines = file.read()
         except FileNotFoundError:
             return
         whole = lines[: lines.rfind(b"\n") + 1]
         self._offset += len(whole)
+        self._before = (self._before + whole)[-TAIL_BYTES:]
         for line in whole.splitlines():
             try:
                 figures = json.loads(line)
@@ -89,11 +101,16 @@ class Worker:
         self._trials: dict[int, Followed] = {}
         self._ask_at = 0.0
         self._ended = self._saved = False
+        self._strange = 0
 
     def work(self, forwarder: Forwarder) -> int:
         """Take and train trials until none is due. Returns the exit code."""
         stopping = False
         while True:
+            if self._strange >= STRANGE_FAILURES and not stopping:
+                warn(f"{STRANGE_FAILURES} trials in a row have failed without a step: this worker takes no others")
+                stopping = True
+                self._runner.stop()
             if forwarder.received is not None and not stopping:
                 stopping = True
                 self._runner.stop()
@@ -104,6 +121,8 @@ class Worker:
                 self._end(outcome)
             self._follow()
             if not self._trials and (stopping or self._ended):
+                if self._strange >= STRANGE_FAILURES:
+                    return FAILURE
                 return DONE if self._ended and not self._saved else STOPPED
             time.sleep(POLL_SECONDS)
 
@@ -128,7 +147,8 @@ class Worker:
         try:
             self._runner.begin(trial)
         except UserError as error:
-            self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=str(error)))
+            reason = str(error)
+            self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=reason, is_refused=True))
 
     def _follow(self) -> None:
         """Pass on what the trials have measured, and to them what the pruner says."""
@@ -146,6 +166,9 @@ class Worker:
         followed = self._trials.pop(outcome.number)
         self._saved |= outcome.state == SAVED
         outcome = self._judged(outcome, followed)
+        self._strange = self._strange + 1 if is_strange(outcome, followed.trial.run_dir) else 0
+        if self._strange >= STRANGE_FAILURES:  # Likely none of its own: whoever asks next tries it again.
+            outcome = dataclasses.replace(outcome, state=SAVED)
         self._study.tell(outcome, followed.last, figures_of(followed.trial.run_dir))
         say(self._sentence(outcome, followed))
 
@@ -159,7 +182,7 @@ class Worker:
             if followed.has_value
             else f"it logged no {metric} (sweep.metric) in {shown(followed.trial.run_dir / METRICS_NAME)}"
         )
-        return Outcome(number=outcome.number, state=FAILED, seconds=outcome.seconds, step=outcome.step, reason=reason)
+        return dataclasses.replace(outcome, state=FAILED, reason=reason)
 
     def _sentence(self, outcome: Outcome, followed: Followed) -> str:
         metric, step = self._sweep.settings.metric, "" if outcome.step is None else f" after step {outcome.step:,}"
@@ -168,6 +191,14 @@ class Worker:
         how = {COMPLETE: "done", PRUNED: "pruned", FAILED: "failed", SAVED: "saved"}[outcome.state]
         lasted = f" ({duration(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
         return f"trial {outcome.number}: {how}{step}{value}{lasted}{why}"
+
+
+def is_strange(outcome: Outcome, run_dir: Path) -> bool:
+    """Whether a trial failed before its first step by nothing that its settings explain: those are refused, diverge, or
+    take too much memory."""
+    if outcome.state != FAILED or outcome.step or outcome.is_refused or would_repeat(run_dir / "logs"):
+        return False
+    return "out of memory" not in (outcome.reason or "").lower() and "OutOfMemory" not in (outcome.reason or "")
 
 
 def figures_of(run_dir: Path) -> Mapping[str, Any]:
@@ -193,10 +224,14 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     """Write what a sweep came to."""
     from distlora_launcher.sweeps.table import write_table
 
-    with study.held():
-        write_table(sweep, study.records(), search)
+    try:
+        with study.held():
+            write_table(sweep, study.records(), search)
+        if study.is_over():
+            write_plots(sweep, study)
+    except OSError as error:  # The trials are what they are without it.
+        warn(f"{shown(sweep.folder)}: its table and plots cannot be written ({error})")
     if study.is_over():
-        write_plots(sweep, study)
         from distlora_launcher.sweeps.page import write_at_end
 
         write_at_end(sweep.folder)
@@ -221,8 +256,9 @@ def run(folder: Path, index: int) -> int:
     """Be worker `index` of the sweep in a folder. Returns the exit code."""
     sweep = load_sweep(folder)
     search = search_of(sweep)
-    with worker_place(folder, f"worker_{index}"), forwarding() as forwarder:
-        study = Study(sweep, search)
+    place = f"worker_{index}"
+    with worker_place(folder, place), forwarding() as forwarder:
+        study = Study(sweep, search, place=place)
         code = Worker(sweep, study, runner_of(sweep, index)).work(forwarder)
         conclude(sweep, study, search)
     return code

@@ -18,13 +18,18 @@ from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.eval_documents import DocumentRecord, read_documents, write_documents
 from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
+from distlora_launcher.holding import worker_place
+from distlora_launcher.processes import this_process
 from distlora_launcher.sweeps import rank_setup
-from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps import study as study_module
+from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.packing import planned_pack
 from distlora_launcher.sweeps.rank_search import RankSearch
 from distlora_launcher.sweeps.ranks import FULL, Gains, Size, Tried, ladder, ranks_due, recommended, sentences, table
-from distlora_launcher.sweeps.search import Due
+from distlora_launcher.sweeps.runner import Asked, Outcome
+from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Values
+from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import CONCLUSION_NAME
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
@@ -359,6 +364,48 @@ def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
     space = (Values(setting="optim.lr", values=(1e-3, 2e-3)),)
     with pytest.raises(UserError, match=r"searches adapter\.r alone, and optim\.lr has several values"):
         RankSearch(dataclasses.replace(searched, space=space))
+
+
+def test_a_search_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the journal: the trial that its worker left behind is gone on with, and the decisions are those of a search
+    that nobody killed."""
+    losses: dict[Size, float | None] = {8: 0.0, 16: -0.1, 32: -0.1, FULL: -0.2}
+    sweep = sweep_of(tmp_path / "sweep", folders, full="always")
+    make_sweep(sweep)
+
+    def asked_by(study: Study) -> Asked:
+        trial = study.ask()
+        assert isinstance(trial, Asked)
+        return trial
+
+    def end(study: Study, trial: Asked) -> None:
+        loss = losses[FULL if "adapter" in trial.values else trial.values["adapter.r"]]
+        assert loss is not None
+        trial.run_dir.mkdir(parents=True)
+        write_documents(trial.run_dir, documents(loss, trial.number))
+        study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=5), loss, {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "this_process", lambda: dataclasses.replace(this_process(), pid=1, started=0))
+        killed = Study(sweep, search_of(sweep))
+        end(killed, asked_by(killed))
+        left = asked_by(killed)
+    with worker_place(sweep.folder, "worker_1"):
+        study = Study(sweep, search_of(sweep))
+        trial = asked_by(study)
+        assert (trial.number, trial.words, trial.begun) == (left.number, left.words, True)
+        values = []
+        while isinstance(trial, Asked):
+            values.append(dict(trial.values))
+            end(study, trial)
+            trial = study.ask()  # type: ignore[assignment]
+        assert trial is Due.END
+        assert values[:2] == [{"adapter.r": 16}, {"adapter.r": 32}]
+        assert [value.get("adapter") for value in values] == [None, None, "full"]
+        assert study.is_over()
+    assert RankSearch(sweep).figures(study.records())["recommended"] == 16
 
 
 def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path, folders: Path) -> None:

@@ -162,7 +162,7 @@ class RankSearch:
                 "larger rank gains nothing may be due to that. Leave it out."
             )
         if self._settings.packed != 1:
-            yield "The memory of a run is that of its pack."
+            yield "The memory of a run is that of its pack: of all that is in the process, where the CPU is the device."
 
 
 def size_of(trial: TrialRecord) -> Size:

@@ -11,6 +11,8 @@ What else is one run's (figures, what is due, early stopping) is in trial.py.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -46,6 +48,7 @@ class Trainer:
             while not trial.has_ended:
                 self.advance()
         except Stopped:
+            self._log([trial])
             trial.save_whole_steps()
             raise
 
@@ -89,8 +92,17 @@ class Trainer:
                 trial.hooks.sample(trial.done)
 
     def _log(self, trials: Sequence[Trial]) -> None:
-        for trial in trials:
-            self._do(trial, trial.log)
+        """Read the figures of all steps of these that are not logged, at once: the one host sync of training."""
+        unread = {trial: found for trial in trials if (found := trial.unread()) is not None}
+        if not unread:
+            return
+        watch.at(next(iter(unread)).done, "reading figures")
+        sums = self.backend.sum_over_ranks(torch.cat([own.flatten() for own, _ in unread.values()]))
+        values = torch.cat([sums, *(norms for _, norms in unread.values())]).tolist()
+        of_sums, of_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
+        for trial, (own, norms) in unread.items():
+            rows = [list(itertools.islice(of_sums, own.shape[1])) for _ in range(own.shape[0])]
+            self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
         """What may end this trial."""

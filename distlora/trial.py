@@ -1,7 +1,7 @@
 """One run's side of training: which rows are next, the figures of its steps, what is due after them, whether it goes
 on. The trainer (trainer.py) runs the steps of one of these, or of several that share a base.
 
-Losses and norms stay on the device until the next log, the one host sync of training.
+Losses and norms stay on the device until the next log.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
@@ -28,7 +28,7 @@ from distlora.memory_check import MemoryCheck
 from distlora.model import CausalLM
 from distlora.objectives import objective_of
 from distlora.optim import Optimizer, learning_rate
-from distlora.parallel import Backend, Gradients, watch
+from distlora.parallel import Backend, Gradients
 from distlora.parallel.control import Control
 from distlora.parallel.traffic import Traffic
 from distlora.reached import WATCHED, Reached, sentence
@@ -266,25 +266,24 @@ class Trial:
         (self.hooks.save_last if self.has_ended else self.hooks.save)(self.progress)
 
     def save_whole_steps(self) -> None:
-        """Before the run stops. What was begun is dropped, a step or an evaluation: a resume does it from its start."""
-        self.log()
+        """Before the run stops, when all is logged. What was begun is dropped: a resume does it from its start."""
         if self.progress.step > 0:
             self.hooks.save_last(self.progress)
 
-    def log(self) -> None:
-        """Read the interval's device scalars, write a line for each of its steps, and begin the next. The one host sync
-        of training. Raises NonFiniteError, on every rank alike, where a step was not finite."""
+    def unread(self) -> tuple[Tensor, Tensor] | None:
+        """(S, 1 + F) fp32 sums of this rank's losses and figures in the S steps since the last log, and (S,) fp32 norms
+        of their gradients, on the device; None where there is no step."""
+        if not self._interval.steps:
+            return None
+        sums = torch.stack([torch.cat([step.row_losses.sum()[None], step.figures]) for step in self._interval.steps])
+        return sums, torch.stack(self._interval.grad_norms)
+
+    def log(self, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
+        """Write a line for each step of the interval, and begin the next: `sums` over all ranks and `norms` of what
+        `unread` gave. Raises NonFiniteError, on every rank alike, where a step was not finite."""
         interval = self._interval
-        if not interval.steps:
-            return
-        watch.at(self.done, "reading figures")
         self._interval = _Interval(self.done)
-        sums = torch.stack([torch.cat([step.row_losses.sum()[None], step.figures]) for step in interval.steps])
-        means = [
-            [total / step.units for total in totals]
-            for totals, step in zip(self.backend.sum_over_ranks(sums).tolist(), interval.steps, strict=True)
-        ]
-        norms = torch.stack(interval.grad_norms).tolist()
+        means = [[total / step.units for total in totals] for totals, step in zip(sums, interval.steps, strict=True)]
         seconds = time.monotonic() - interval.began
         finite = [math.isfinite(mean[0]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
         updates = finite.index(False) if False in finite else len(finite)

@@ -246,12 +246,13 @@ class Pack(Trainer):
         """Asked to stop: save every trial in a slot, which a start of the pack goes on with. Raises SaveError, after
         all, where the state of some could not be saved."""
         unsaved: SaveError | None = None
+        self._log(self.trials)
         for seat in list(self._seats.values()):
+            if seat.failure is not None:
+                self._end(seat)
+                continue
             try:
                 seat.trial.save_whole_steps()
-            except NonFiniteError as error:
-                seat.trial.has_failed, seat.failure = True, error
-                self._end(seat)
             except SaveError as error:
                 unsaved = unsaved or error
                 self._leave(seat, error)

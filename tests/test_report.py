@@ -135,6 +135,9 @@ def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
     assert "Nothing has been trained yet" in page.text
     assert page.charts == []
     assert "No step is measured yet" in page.text
+    run = make_folder(tmp_path / "unmeasured")
+    write(run / "summary.json", {"train_seconds": 1.0})
+    assert "What a step of this run takes was not measured" in reported(run).text
 
 
 def test_a_run_that_was_killed_in_the_middle(tmp_path: Path) -> None:

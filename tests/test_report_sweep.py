@@ -89,9 +89,9 @@ def test_a_finished_sweep(tmp_path: Path) -> None:
     page = reported(folder)
     assert page.row("adapter.r")[1] == "75%"
     table = table_of(page)
-    assert table[0] == ["trial", "state", "optim.lr", "adapter.r", "eval_loss", "steps", "time", "trained"]
+    assert table[0] == ["trial", "state", "eval_loss", "optim.lr", "adapter.r", "steps", "time", "trained"]
     assert [row[0] for row in table[1:]] == ["1", "0", "3", "2"], "the best first, then the pruned, the failed last"
-    assert table[1] == ["1", "complete", "0.002", "8", "2.2500", "20", "30 s", "18,720"]
+    assert table[1] == ["1", "complete", "2.2500", "0.002", "8", "20", "30 s", "18,720"]
     assert "The best of eval_loss is 2.2500: trial 1, optim.lr=0.002, adapter.r=8." in page.text, "a pruned one is not"
     assert "4 trials: 2 complete, 1 pruned, 1 failed" in page.text
     assert REASON in page.text

@@ -87,7 +87,9 @@ def _memory(run: RunRecords) -> Html:
         tag("span", tag("span", cls=f"bar {name}"), f" {name} ", cls="key")
         for name in (("planned", "measured") if here else ("planned",))
     ]
-    said = "Memory of one step at its peak, on the rank that had most. " if here else "No step is measured yet. "
+    said = "Memory of one step at its peak, on the rank that had most."
+    if not here:
+        said = "What a step of this run takes was not measured." if run.summary else "No step is measured yet."
     heads = [
         tag("th", "memory", scope="col"),
         *(tag("th", name, scope="col", cls="n") for name in ("planned", "measured", "difference")),

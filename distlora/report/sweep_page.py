@@ -193,7 +193,7 @@ def _table(sweep: SweepRecords) -> Html:
     if not sweep.trials:
         return Html("")
     searched = {name: "n" if sweep.is_numeric(name) else "" for name in sweep.searched}
-    columns: dict[str, str] = {"trial": "n", "state": "", **searched, sweep.metric: "n"}
+    columns: dict[str, str] = {"trial": "n", "state": "", sweep.metric: "n", **searched}
     columns |= {"steps": "n", "time": "n", "trained": "n", "memory": "n"}
     rows = [list(_cells(sweep, trial)) for trial in ranked(sweep.trials, sweep.direction)]
     # A column in which no trial has anything says nothing.
@@ -228,13 +228,13 @@ def _cells(sweep: SweepRecords, trial: TrialRecord) -> Iterator[tuple[Any, Conte
         name = tag("a", name, href=f"{trial.folder(Path()).as_posix()}/report.html")
     yield trial.number, name
     yield trial.state, state_badge(trial.state, STATE_KINDS.get(trial.state, "idle"))
+    yield trial.value, _value(trial)
     for setting in sweep.searched:
         value = trial.values.get(setting)
         yield (
             value if is_number(value) or value is None else as_text(value),
             None if value is None else tag("code", in_short(value)),
         )
-    yield trial.value, _value(trial)
     yield trial.step, None if trial.step is None else f"{trial.step:,}"
     yield trial.seconds, None if trial.seconds is None else length(trial.seconds)
     trained, memory = trial.trainable_parameters, trial.peak_memory_bytes

@@ -363,6 +363,7 @@ def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
     assert child.exitcode == -signal.SIGKILL
     ended = sorted(path.name for path in (tmp_path / "pack" / "outcomes").iterdir())
     assert ended == ["0000.json", "0001.json"]
+    assert json.loads((tmp_path / "pack" / "seats.json").read_text()) == {"numbers": [2]}
     worker.run(tmp_path / "pack", SINGLE)
     for run_dir, number in zip(runs, order, strict=True):
         losses, adapter = outcome(run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,20 @@ from distlora.adapters import MOST_SLOTS
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
 from distlora.packed.agreement import number_of_rank_0, path_of_rank_0, together
-from distlora.packed.protocol import CLOSED_NAME, INBOX, OUTCOMES, PACK_NAME, inbox_file, outcome_file, verdict_file
+from distlora.packed.protocol import (
+    CLOSED_NAME,
+    INBOX,
+    OUTCOMES,
+    PACK_NAME,
+    SEATS_NAME,
+    inbox_file,
+    outcome_file,
+    verdict_file,
+)
 from distlora.parallel import Ranks
 
 LOOK_SECONDS = 0.2
 """Between looks, while there is nothing to train or a verdict is waited for."""
-
-COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 
 _REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
 _PACK: Shape = {"slots": int, "verdicts?": bool}
@@ -99,6 +107,11 @@ class Inbox:
             path = outcome_file(self._pack, number)
             path.parent.mkdir(exist_ok=True)
             durable.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
+
+    def seated(self, numbers: Sequence[int]) -> None:
+        """Write who is in the slots now, in the order of entering."""
+        if self._reads:
+            durable.write_json(self._pack / SEATS_NAME, {"numbers": list(numbers)})
 
     @property
     def _reads(self) -> bool:

@@ -20,7 +20,7 @@ from distlora.loading.weights import Loaded
 from distlora.model import CausalLM
 from distlora.optim import build_optimizer
 from distlora.packed.agreement import together
-from distlora.packed.inbox import COMPLETE, FAILED, PRUNED, Inbox, PackSettings, pause
+from distlora.packed.inbox import Inbox, PackSettings, pause
 from distlora.packed.settings import check_beside, check_trial
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
@@ -29,6 +29,7 @@ from distlora.results import restore
 from distlora.runs import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.slots import put_trial, remove_trial
 from distlora.stopping import Stopped
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
 from distlora.trainer import Trainer
 from distlora.trial import NonFiniteError, Trial
 
@@ -119,6 +120,7 @@ class Pack(Trainer):
         """Take a trial into a free slot; None where that cannot be, which is its outcome then."""
         self._log(self.trials)
         watch.at(None, f"trial {number} enters", long=True)
+        self._say_seats(number)
         began, run_dir = time.monotonic(), None
         try:
             run_dir = self._inbox.run_dir(number)
@@ -127,6 +129,7 @@ class Pack(Trainer):
             if run_dir is not None:
                 self._report_failure(run_dir, error)
             self._inbox.end(number, FAILED, reason=str(error), step=0, seconds=time.monotonic() - began)
+            self._say_seats()
             print(f"trial {number} cannot start: {error}", flush=True)
             return None
         self._seats[seat.trial] = seat
@@ -240,6 +243,7 @@ class Pack(Trainer):
     def _leave(self, seat: Seat, error: BaseException | None) -> None:
         del self._seats[seat.trial]
         self.trials.remove(seat.trial)
+        self._say_seats()
         seat.closing.__exit__(None if error is None else type(error), error, None)
 
     def _save_all(self, signum: int) -> None:
@@ -261,6 +265,9 @@ class Pack(Trainer):
                 self._leave(seat, Stopped(signum))
         if unsaved is not None:
             raise unsaved
+
+    def _say_seats(self, *entering: int) -> None:
+        self._inbox.seated([*(seat.number for seat in self._seats.values()), *entering])
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
         """As a run alone leaves its error for the launcher."""

@@ -156,6 +156,17 @@ def test_agents_of_wandb_are_tasks_of_an_array(cluster: SlurmCluster, folders: P
             assert (tmp_path / run / "adapter").is_dir()
 
 
+@pytest.mark.slow
+def test_a_pack_is_trained_in_a_task(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = ("cluster=slurm", "sweep.packed=2", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")
+    distlora(cluster, "sweep", *settings(cluster, folders), *words)
+    ended = cluster.wait(f"{job_of(sweep)}_0", *ENDED, seconds=START_SECONDS)
+    assert ended["JobState"] == "COMPLETED", said(sweep)
+    assert [trial["state"] for trial in results(sweep)] == ["complete", "complete"]
+    assert len(list((sweep / "packs").iterdir())) == 1
+
+
 def test_what_slurm_refuses_makes_no_sweep(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     words = ("cluster=slurm", "cluster.partition=absent", "optim.lr=1e-3,2e-3", "tracker=none", f"run_dir={sweep}")

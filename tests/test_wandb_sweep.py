@@ -338,3 +338,16 @@ def test_runs_that_fail_end_no_agent_and_one_that_is_stopped_goes_on(
     kept = AgentRun.of_run(run)
     assert kept is not None
     assert kept.values == {"adapter.r": 4}
+
+
+@pytest.mark.slow
+def test_a_run_that_wandb_ends_early_saves_and_stays_ended(server: WandbServer, folders: Path, tmp_path: Path) -> None:
+    server.stop_runs.add("sweep0run0")
+    words = [word for word in settings(folders, tmp_path) if not word.startswith("train.max_steps")]
+    distlora(server, tmp_path, "sweep", "create", *words, "train.max_steps=2000,2", "run_dir=made")
+    distlora(server, tmp_path, "sweep", "agent", "sweep0")
+    ended, whole = (tmp_path / "runs" / "sweep0" / f"sweep0run{number}" for number in (0, 1))
+    assert json.loads((ended / "stopped.json").read_text())["signal"] == "SIGTERM"
+    assert not (ended / "adapter").exists()
+    assert (whole / "adapter").is_dir()
+    assert "goes on" not in distlora(server, tmp_path, "resume", "runs/sweep0")

@@ -19,6 +19,9 @@ SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_P
 VARIABLES = (SWEEP_ID, RUN_ID, VALUES_PATH)
 """What an agent sets for one run: a process that starts many runs takes them out of their environment."""
 
+ASKED = "DISTLORA_AGENTS_ASKED"
+"""Environment variable: a file that is there once it was not wandb who asked a run to stop."""
+
 _RECORD = Path("wandb") / "sweep.json"
 """In RUN: of which sweep it is, for a resume that no agent starts."""
 

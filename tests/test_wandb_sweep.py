@@ -20,7 +20,8 @@ import yaml
 from distlora.wandb_agent import VARIABLES, AgentRun, agrees
 from distlora_launcher.cli import main
 from distlora_launcher.compose import parse_overrides
-from distlora_launcher.sweeps.agents import ask
+from distlora_launcher.sweeps import wandb_trial
+from distlora_launcher.sweeps.agents import ask, unfinished
 from distlora_launcher.sweeps.space import split
 from distlora_launcher.sweeps.wandb_sweep import parameter
 from small_models import read_metrics
@@ -62,10 +63,11 @@ def test_a_grid_is_registered_with_a_command_that_runs_it(
 ) -> None:
     monkeypatch.chdir(folders)
     words = [f"run_dir={tmp_path / 'sweep'}", "tracker.project=p", "tracker.entity=team", "name=n"]
-    words += ["model.path=llama", "data.path=text.jsonl", "optim.lr=1e-4,2e-4", "train.save_every=null,5"]
+    words += ["model.path=llama", "data.path=text.jsonl,./text.jsonl", "optim.lr=1e-4,2e-4", "train.save_every=null,5"]
     words += ["data.sequence_length=64"]
     found = printed(capsys, words)
     assert found["parameters"] == {
+        "data.path": {"values": [str(folders / "text.jsonl")] * 2},
         "optim.lr": {"values": [1e-4, 2e-4]},
         "train.save_every": {"values": ["null", 5]},  # An agent would write None, which Hydra takes for a text.
     }
@@ -76,6 +78,7 @@ def test_a_grid_is_registered_with_a_command_that_runs_it(
     assert command[:3] == ["${env}", "distlora", "train"]
     assert command[-1] == "${args_no_hyphens}"
     assert f"model.path={folders / 'llama'}" in command  # An agent may be started elsewhere.
+    assert "name=n" in command
     assert not any(word.startswith("run_dir=") for word in command)
     assert not (tmp_path / "sweep").exists()
 
@@ -140,6 +143,7 @@ def test_without_a_server_the_file_stays_and_the_command_is_told(
         "adapter.target_modules=[q_proj,v_proj],all-linear",
         r"name='a, b','it\'s'",
         "train.sample_prompts=[],[a]",
+        "adapter.rank_pattern={q_proj:8},{q_proj:16,v_proj:4}",
     ],
 )
 def test_hydra_reads_what_an_agent_writes_as_the_value_that_was_meant(word: str) -> None:
@@ -149,8 +153,8 @@ def test_hydra_reads_what_an_agent_writes_as_the_value_that_was_meant(word: str)
         (override,) = parse_overrides([f"{dimension.setting}={value}"])  # As an agent's f-string.
         read = override.value()
         assert (read if not hasattr(read, "text") else read.text) == meant
-        assert agrees(value, meant)
-        assert not agrees(value, "something else")
+        assert agrees(wandb_trial.read(dimension.setting, value), meant)
+        assert not agrees(wandb_trial.read(dimension.setting, value), "something else")
 
 
 def start_as_agent(monkeypatch: pytest.MonkeyPatch, place: Path, values: dict[str, Any], text: str = "") -> None:
@@ -215,6 +219,24 @@ def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
     assert request.folder == tmp_path / "two words"
     assert ask(request.words())[0] == request
     assert ask([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
+
+
+def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
+    request, _, _ = ask(["team/p/s1", f"run_dir={tmp_path}"])
+    for name in ("stopped", "killed", "failed", "done", "ended-early", "of-another", "by-hand"):
+        run = tmp_path / name
+        (run / "logs").mkdir(parents=True)
+        (run / "config.yaml").write_text("name: x\n")
+        if name != "by-hand":
+            sweep = "s2" if name == "of-another" else "s1"
+            AgentRun(sweep_id=sweep, run_id=name, values={}).keep(run)
+    (tmp_path / "stopped" / "stopped.json").write_text('{"step": 3, "checkpoint": "x", "signal": "SIGTERM", "time": 2}')
+    error = {"type": "NonFiniteError", "message": "no number", "bad_input": False, "time": 1.0, "traceback": ""}
+    (tmp_path / "failed" / "logs" / "rank_0.error.json").write_text(json.dumps(error))
+    (tmp_path / "done" / "adapter").mkdir()
+    (tmp_path / "done" / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "ended-early" / "wandb" / "ended_early").touch()
+    assert [run.name for run in unfinished(request)] == ["killed", "stopped"]
 
 
 def environment(server: WandbServer, place: Path) -> dict[str, str]:

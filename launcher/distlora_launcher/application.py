@@ -40,7 +40,7 @@ from distlora_launcher.machines import start_together
 from distlora_launcher.output import say, shown
 from distlora_launcher.planning import decide, say_choice
 from distlora_launcher.resume import resume
-from distlora_launcher.sweeps.wandb_trial import begun, check_agent, words_under_agent
+from distlora_launcher.sweeps.wandb_trial import begun, check_agent, note_end, words_under_agent
 
 PROGRAM = "distlora train"
 DRY_RUN = "--dry-run"
@@ -73,7 +73,9 @@ def main(arguments: list[str]) -> int:
             have_judged(script)
             if dry_run:
                 return DONE
-        return run_hydra(ordered(arguments, flags.overrides))
+        code = run_hydra(ordered(arguments, flags.overrides))
+        note_end(first, code)
+        return code
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)
     try:

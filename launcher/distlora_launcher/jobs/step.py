@@ -12,6 +12,7 @@ from pathlib import Path
 from distlora.command_line import DONE, STOPPED
 from distlora.config import Config
 from distlora.run_folder import find_result
+from distlora.wandb_agent import ASKED
 from distlora_launcher.jobs.submit import make_ready
 from distlora_launcher.local import make_run, say_how_to_go_on
 from distlora_launcher.output import say, shown
@@ -19,6 +20,9 @@ from distlora_launcher.signals import forwarding
 
 STEP = "DISTLORA_STEP"
 """Environment variable: what bash runs to start RUN on all machines."""
+
+OWN_TRIALS = "OWN_TRIALS"
+"""Environment variable: a file of the run folders that this task has begun, for its script."""
 
 LOST_SECONDS = 0.2
 """A signal to a process that bash has just started is lost before it is srun."""
@@ -52,6 +56,9 @@ def run_step(run_dir: Path) -> int:
     logs.mkdir(exist_ok=True)
     start = f"{os.environ.get('START', '0')}.{run_dir.name}.{int(time.time())}"
     stopped = logs / f"slurm_stopped_{start}"
+    if OWN_TRIALS in os.environ:
+        with open(os.environ[OWN_TRIALS], "a") as file:
+            file.write(f"{run_dir}\n")
     environment = os.environ | {"RUN": str(run_dir), "START": start, "STOPPED": str(stopped)}
     with forwarding() as requests:
         process = subprocess.Popen(["bash", "-c", os.environ[STEP]], env=environment, start_new_session=True)
@@ -65,6 +72,8 @@ def run_step(run_dir: Path) -> int:
     # 138: the signal came before there was a Python to take it, so nothing was trained.
     early = requests.received is not None and code in (128 + signal.SIGUSR1, -signal.SIGUSR1)
     if (code == DONE and has_stopped) or early:
+        if requests.received is None and ASKED in os.environ:  # SLURM has asked the processes of the step alone.
+            Path(os.environ[ASKED]).touch()
         return STOPPED
     if code == DONE:
         say(f"done: {shown(find_result(run_dir) or run_dir)}")

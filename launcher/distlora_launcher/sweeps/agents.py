@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ from typing import Any
 from distlora import durable
 from distlora.command_line import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import UserError, require
-from distlora.json_files import object_or_empty, read_object
+from distlora.json_files import read_object
 from distlora.run_folder import find_result
-from distlora.stopping import STOPPED_NAME
 from distlora.sweep_folder import words_of
-from distlora.wandb_agent import VARIABLES, AgentRun
+from distlora.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import holders, worker_place
+from distlora_launcher.holding import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.jobs.step import in_job
 from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
+from distlora_launcher.run_state import read_ending
 from distlora_launcher.signals import Forwarder, forwarding
-from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of
+from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of, was_ended_early
 from distlora_launcher.worker_entry import PARENT
 
 USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
@@ -41,7 +41,8 @@ USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FO
 Start agents of wandb for the sweep that `distlora sweep create`, or `wandb sweep`, has registered: each asks for
 values, trains with them, and asks again, until the sweep is done. Its runs' folders are FOLDER/<id of the run>, by
 default runs/<ID>/<id of the run>. sweep.workers=N starts N agents, here with an equal share of the cards each, with
-cluster=slurm as the tasks of an array, each with cluster.nodes machines.
+cluster=slurm as the tasks of an array, each with cluster.nodes machines. What one alone prints is shown here, what
+several print is in FOLDER/logs.
 
 A request to stop (Ctrl-C, SIGTERM, `distlora cancel FOLDER`) has the runs save. `distlora resume FOLDER`, or the same
 command, goes on with them.
@@ -111,7 +112,9 @@ def main(arguments: list[str]) -> int:
     with worker_place(request.folder, name), forwarding() as forwarder:
         if index is None:
             request.keep()
-        return Agents(request, [index] if index is not None else range(request.workers), cluster).run(forwarder)
+        code = Agents(request, [index] if index is not None else range(request.workers), cluster).run(forwarder)
+    (request.folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
+    return code
 
 
 def is_agents_folder(folder: Path) -> bool:
@@ -170,97 +173,117 @@ def compose_cluster(values: dict[str, Any]) -> Any:
     return build(ClusterConfig, values, prefix="cluster.")
 
 
+@dataclass(slots=True)
+class Slot:
+    """One agent's place on this machine."""
+
+    index: int
+    cards: str | None
+    """CUDA_VISIBLE_DEVICES; None: as it is here."""
+    process: subprocess.Popen[bytes] | None = None
+    is_agent: bool = False
+    """Whether that process is the agent, and not a run that it goes on with before."""
+    code: int | None = None
+    """Of the agent, once it has ended."""
+
+
 class Agents:
-    """The agents of one command on this machine."""
+    """The agents of one command on this machine. Before each starts, runs that others have left unfinished go on."""
 
     def __init__(self, request: Request, indices: Sequence[int], cluster: Any) -> None:
         from distlora_launcher.sweeps.local import shares
 
-        self._request, self._indices = request, indices
-        # A task of an array has its cards from SLURM.
-        own = len(indices) == 1
-        self._cards = [None] if own else shares(len(indices), cluster.gpus_per_node)
-        self._asked_at: float | None = None
+        self._request = request
+        # One alone, as a task of an array is, has what it sees.
+        cards = [None] if len(indices) == 1 else shares(len(indices), cluster.gpus_per_node)
+        self._slots = [Slot(index, share) for index, share in zip(indices, cards, strict=True)]
+        self._pending = unfinished(request)
+        first = indices[0] % max(1, len(self._pending))
+        self._pending = self._pending[first:] + self._pending[:first]  # Tasks of an array begin with different ones.
+        self._asked = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
 
     def run(self, forwarder: Forwarder) -> int:
         """To the end of all of them. Returns the exit code."""
-        self._go_on(forwarder)
-        if forwarder.received is not None:
-            return STOPPED
-        processes = [self._start(index, cards) for index, cards in zip(self._indices, self._cards, strict=True)]
-        forwarder.attach(processes[0], lambda _: None)
-        while any(process.poll() is None for process in processes):
-            if forwarder.received is not None and self._asked_at is None:
-                self._asked_at = time.time()
-                for process in processes:
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGTERM)
+        self._asked.unlink(missing_ok=True)
+        heard = None
+        while True:
+            for slot in self._slots:
+                self._advance(slot, stopping=forwarder.received is not None)
+            alive = [slot.process for slot in self._slots if slot.process is not None and slot.process.poll() is None]
+            if not alive and (forwarder.received is not None or all(slot.code is not None for slot in self._slots)):
+                break
+            if alive and alive[0] is not heard:  # Any that lives will do: it stands for all of them.
+                heard = alive[0]
+                forwarder.attach(heard, lambda _: self._ask_to_stop())
             if forwarder.killed:
-                for process in processes:
+                for process in alive:
                     process.kill()
             time.sleep(POLL_SECONDS)
         forwarder.detach()
-        if self._asked_at is not None:
-            self._note_saved()
+        self._asked.unlink(missing_ok=True)
+        if forwarder.received is not None:
             if not in_job():  # There the script queues the task again.
                 say(f"asked to stop; go on with: distlora resume {shown(self._request.folder)}")
             return INTERRUPTED if forwarder.killed else STOPPED
-        return DONE if all(process.returncode == 0 for process in processes) else FAILED
+        return DONE if all(slot.code == 0 for slot in self._slots) else FAILED
 
-    def _start(self, index: int, cards: str | None) -> subprocess.Popen[bytes]:
+    def _ask_to_stop(self) -> None:
+        self._asked.touch()  # Before a run ends by it, which else would take it for wandb's early termination.
+        for slot in self._slots:
+            if slot.process is not None and slot.process.poll() is None:
+                slot.process.send_signal(signal.SIGTERM)
+
+    def _advance(self, slot: Slot, *, stopping: bool) -> None:
+        """Start what is next in a slot whose process has ended."""
+        if slot.code is not None or (slot.process is not None and slot.process.poll() is None):
+            return
+        if slot.is_agent and slot.process is not None:
+            slot.code = slot.process.returncode
+        elif not stopping:
+            run = next(iter(self._unfinished()), None)
+            slot.is_agent = run is None
+            slot.process = self._start(slot, self._agent() if run is None else ["distlora_launcher.cli", "resume", run])
+
+    def _unfinished(self) -> Iterator[str]:
+        """Runs that go on first, while nobody else has taken them."""
+        while self._pending:
+            run = self._pending.pop(0)
+            if find_result(run) is None and not holders(run):
+                say(f"{shown(run)} goes on")
+                yield str(run)
+
+    def _agent(self) -> list[str]:
+        count = [] if self._request.count is None else ["--count", str(self._request.count)]
+        return ["wandb", "agent", "--forward-signals", *count, self._request.sweep]
+
+    def _start(self, slot: Slot, words: Sequence[str]) -> subprocess.Popen[bytes]:
         request = self._request
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
-        environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment}
+        environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(self._asked)}
         # The sweep's command says `distlora`: this one.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-        if cards is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = cards
-        count = [] if request.count is None else ["--count", str(request.count)]
-        command = [sys.executable, "-m", "distlora_launcher.bound", "wandb"]
-        command += ["agent", "--forward-signals", *count, request.sweep]
-        if len(self._indices) == 1:
-            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        log = request.folder / "logs" / f"agent_{index}.log"
-        say(f"agent {index}: {shown(log)}")
+        if slot.cards is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.cards
+        command = [sys.executable, "-m", "distlora_launcher.bound", *words]
+        options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        if len(self._slots) == 1:
+            return subprocess.Popen(command, **options)
+        log = request.folder / "logs" / f"agent_{slot.index}.log"
+        say(f"agent {slot.index}: {shown(log)}")
         with log.open("ab") as file:
-            return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
+            return subprocess.Popen(command, stdout=file, stderr=file, **options)
 
-    def _go_on(self, forwarder: Forwarder) -> None:
-        """Go on with what the agents of these numbers have saved when they were asked to stop."""
-        for index in self._indices:
-            record = self._record(index)
-            for name in object_or_empty(record).get("saved", []):
-                run = self._request.folder / str(name)
-                if forwarder.received is not None:
-                    return  # The record stays.
-                if find_result(run) is None and not holders(run):
-                    say(f"{shown(run)} goes on")
-                    command = [sys.executable, "-m", "distlora_launcher.bound", "distlora_launcher.cli", "resume"]
-                    process = subprocess.Popen(
-                        [*command, str(run)],
-                        env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
-                        start_new_session=True,
-                    )
-                    forwarder.attach(process)
-                    process.wait()
-                    forwarder.detach()
-            if forwarder.received is None:
-                record.unlink(missing_ok=True)
 
-    def _note_saved(self) -> None:
-        """Leave the names of the runs that have stopped since they were asked to; those that wandb itself has ended
-        early are not among them."""
-        assert self._asked_at is not None
-        saved = []
-        for marker in sorted(self._request.folder.glob(f"*/{STOPPED_NAME}")):
-            run = marker.parent
-            of_sweep = AgentRun.of_run(run)
-            if of_sweep is not None and of_sweep.sweep_id == self._request.sweep_id and find_result(run) is None:
-                saved += [run.name] if marker.stat().st_mtime >= self._asked_at - 1 else []
-        durable.write_json(self._record(self._indices[0]), {"saved": saved})
-
-    def _record(self, index: int) -> Path:
-        return self._request.folder / "logs" / f"agent_{index}.json"
+def unfinished(request: Request) -> list[Path]:
+    """Runs of the sweep that were stopped, or killed with their machine: wandb's server has given them out, and gives
+    none out twice. Not those that wandb has ended early, nor those that failed."""
+    found = []
+    for record in sorted(request.folder.glob(f"*/{CONFIG_NAME}")):
+        run = record.parent
+        of_sweep = AgentRun.of_run(run)
+        if of_sweep is None or of_sweep.sweep_id != request.sweep_id or was_ended_early(run):
+            continue
+        if find_result(run) is None and read_ending(run).error is None:
+            found.append(run)
+    return found

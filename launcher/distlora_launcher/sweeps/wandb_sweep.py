@@ -19,6 +19,7 @@ import yaml
 from distlora import durable
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, require
+from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import as_mapping
 from distlora.sweep_folder import words_of
@@ -50,6 +51,7 @@ PATHS = (
     "quant.cache_dir",
     "adapter.init_from",
     "parallel.deepspeed_config",
+    "data.sources",
 )
 """Settings that mean a place: an agent may be started in another folder than this."""
 
@@ -75,6 +77,8 @@ def create(arguments: list[str]) -> int:
     check_trials(sweep, search_of(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
     words = [*options, *placed(sweep.words, first.config)]
+    if sweep.name is not None:
+        words += words_of({"name": sweep.name})
     text = yaml.safe_dump(described(sweep.settings, sweep.space, words, first.config), sort_keys=False, width=1000)
     for line in differences(sweep.settings, sweep.space):
         warn(line)
@@ -142,7 +146,7 @@ def parameter(dimension: Dimension, *, numbers: bool) -> dict[str, Any]:
         whole = all(type(value) is int for value in values)
         if numbers and len(values) > 1 and whole and all(b - a == 1 for a, b in itertools.pairwise(values)):
             return {"distribution": "int_uniform", "min": values[0], "max": values[-1]}
-        return {"values": [_value(value) for value in values]}
+        return {"values": [_value(place(dimension.setting, value)) for value in values]}
     low, high = dimension.low, dimension.high
     if dimension.integer and dimension.log:
         return {"values": doublings(int(low), int(high))}
@@ -155,6 +159,12 @@ def parameter(dimension: Dimension, *, numbers: bool) -> dict[str, Any]:
 def _value(value: Any) -> Any:
     """As an agent writes it on the command line by Python's str, Hydra must read the value again."""
     return value if isinstance(value, (bool, int, float)) else words_of({"x": value})[0].partition("=")[2]
+
+
+def place(setting: str, value: Any) -> Any:
+    """A path as it is from anywhere; another value as it is."""
+    is_path = setting in PATHS and isinstance(value, str) and not means_hub(value)
+    return str(Path(value).expanduser().absolute()) if is_path else value
 
 
 def doublings(low: int, high: int) -> list[int]:

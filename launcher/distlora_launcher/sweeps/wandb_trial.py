@@ -3,18 +3,28 @@ goes on, and that it has the values which wandb records for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from hydra.core.override_parser.types import Override
+
+from distlora.command_line import STOPPED
 from distlora.config import Config, UserError, require
 from distlora.config_file import as_mapping
-from distlora.wandb_agent import AgentRun
+from distlora.sweep_folder import words_of
+from distlora.wandb_agent import ASKED, AgentRun
+from distlora_launcher.compose import parse_overrides
 from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.jobs.step import in_job
 
 FOLDER = "DISTLORA_SWEEP_FOLDER"
 """Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""
+
+_ENDED_EARLY = Path("wandb") / "ended_early"
+"""In RUN."""
 
 
 def words_under_agent(words: Sequence[str]) -> list[str]:
@@ -23,7 +33,7 @@ def words_under_agent(words: Sequence[str]) -> list[str]:
     agent = AgentRun.started()
     if agent is None or any(word.lstrip("+").startswith(("run_dir=", "hydra.run.dir=")) for word in words):
         return list(words)
-    return [*words, f"run_dir={folder_of(agent.sweep_id) / agent.run_id}"]
+    return [*words, *words_of({"run_dir": str(folder_of(agent.sweep_id) / agent.run_id)})]
 
 
 def folder_of(sweep_id: str) -> Path:
@@ -55,6 +65,34 @@ def check_agent(configs: Sequence[Config]) -> None:
         f"cluster=slurm would submit a run of the sweep {agent.sweep_id}, which its agent would take for done at once; "
         "start the agents themselves in SLURM: distlora sweep agent ENTITY/PROJECT/ID cluster=slurm",
     )
+    agent = dataclasses.replace(agent, values={name: read(name, value) for name, value in agent.values.items()})
     refused = agent.disagreements(as_mapping(configs[0]))
     if refused:
         raise UserError(*refused)
+
+
+def note_end(config: Config, code: int) -> None:
+    """Mark a run that was asked to stop by wandb (early termination): it is over, and is not to go on with the others
+    that were stopped."""
+    asked = os.environ.get(ASKED)
+    if code == STOPPED and asked is not None and not Path(asked).exists() and AgentRun.started() is not None:
+        mark = Path(config.run_dir) / _ENDED_EARLY
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+
+
+def was_ended_early(run_dir: Path) -> bool:
+    """Whether wandb has ended a run before its last step."""
+    return (run_dir / _ENDED_EARLY).exists()
+
+
+def read(name: str, value: Any) -> Any:
+    """A value as Hydra reads it: an agent writes it on the command line by Python's str."""
+    if not isinstance(value, str):
+        return value
+    try:
+        (override,) = parse_overrides([f"{name}={value}"])
+    except UserError:
+        return value  # As it stands; the run was composed without it.
+    found: Any = override.value()
+    return value if override.is_sweep_override() else Override._convert_value(found)

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.wandb_agent import VARIABLES, AgentRun, agrees
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
 from distlora_launcher.cli import main
 from distlora_launcher.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_trial
@@ -221,6 +223,22 @@ def test_agents_can_be_started_again_by_their_folder(tmp_path: Path) -> None:
     assert ask([*request.one(), "--index", "1"])[:2] == (replace(request, workers=1, cluster=()), 1)
 
 
+@pytest.mark.parametrize("by", ["wandb", "the command"])
+def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    start_as_agent(monkeypatch, tmp_path, {"adapter.r": 4})
+    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
+    config = build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": str(tmp_path)})
+    wandb_trial.note_end(config, 1)
+    assert AgentRun.of_run(tmp_path) is None
+    if by == "the command":
+        (tmp_path / "asked").touch()
+    wandb_trial.note_end(config, 75)
+    kept = AgentRun.of_run(tmp_path)
+    assert kept is not None
+    assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
+    assert wandb_trial.was_ended_early(tmp_path) == (by == "wandb")
+
+
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
     request, _, _ = ask(["team/p/s1", f"run_dir={tmp_path}"])
     for name in ("stopped", "killed", "failed", "done", "ended-early", "of-another", "by-hand"):
@@ -369,7 +387,7 @@ def test_a_run_that_wandb_ends_early_saves_and_stays_ended(server: WandbServer, 
     distlora(server, tmp_path, "sweep", "create", *words, "train.max_steps=2000,2", "run_dir=made")
     distlora(server, tmp_path, "sweep", "agent", "sweep0")
     ended, whole = (tmp_path / "runs" / "sweep0" / f"sweep0run{number}" for number in (0, 1))
-    assert json.loads((ended / "stopped.json").read_text())["signal"] == "SIGTERM"
+    assert wandb_trial.was_ended_early(ended)
     assert not (ended / "adapter").exists()
     assert (whole / "adapter").is_dir()
     assert "goes on" not in distlora(server, tmp_path, "resume", "runs/sweep0")

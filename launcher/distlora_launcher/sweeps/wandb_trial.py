@@ -72,13 +72,15 @@ def check_agent(configs: Sequence[Config]) -> None:
 
 
 def note_end(config: Config, code: int) -> None:
-    """Mark a run that was asked to stop by wandb (early termination): it is over, and is not to go on with the others
-    that were stopped."""
-    asked = os.environ.get(ASKED)
-    if code == STOPPED and asked is not None and not Path(asked).exists() and AgentRun.started() is not None:
-        mark = Path(config.run_dir) / _ENDED_EARLY
-        mark.parent.mkdir(exist_ok=True)
-        mark.touch()
+    """Leave in a run that was asked to stop of which sweep it is, which its workers may not have come to; and a mark
+    where it was wandb who asked (early termination): then it is over, and does not go on with the others."""
+    run_dir, agent, asked = Path(config.run_dir), AgentRun.started(), os.environ.get(ASKED)
+    if code != STOPPED or agent is None or not run_dir.is_dir():
+        return
+    if AgentRun.of_run(run_dir) is None:
+        agent.keep(run_dir)
+    if asked is not None and not Path(asked).exists():
+        (run_dir / _ENDED_EARLY).touch()
 
 
 def was_ended_early(run_dir: Path) -> bool:

@@ -25,6 +25,7 @@ LONGEST = (
     "test_methods",
     "test_end_to_end",
     "test_parity",
+    "test_packed",
     "test_families",
     "test_zero3",
     "test_resume",

@@ -9,16 +9,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.buffers import materialize_buffers
-from distlora.config import Config
+from distlora.config import AdapterConfig, Config
 from distlora.config_file import build
 from distlora.flops import count_flops, peak_flops
 from distlora.model import CausalLM, build_model
 from distlora.operations import ModelFlops
+from distlora.slots import put_trial
 
 TOKENS, ROWS = 48, 2
 
 
-def make_model(folder: Path) -> CausalLM:
+def make_model(folder: Path, *, for_slots: bool = False) -> CausalLM:
     sections = {
         "model": {"path": str(folder)},
         "data": {"path": "unused", "sequence_length": TOKENS},
@@ -26,7 +27,7 @@ def make_model(folder: Path) -> CausalLM:
         "quant": {"method": "none"},
         "train": {"dtype": "fp32", "checkpointing": "none"},
     }
-    model = build_model(build(Config, {**sections, "run_dir": "unused"}))
+    model = build_model(build(Config, {**sections, "run_dir": "unused"}), for_slots=for_slots)
     model.to_empty(device="cpu")
     materialize_buffers(model, torch.device("cpu"))
     for parameter in model.parameters():
@@ -53,6 +54,16 @@ def test_counted_operations_are_those_that_run(folders: Path, name: str) -> None
     unneeded = 2 * config.hidden_size * (projected + 3 * 8) * ROWS * TOKENS
     pairs = sum(operations for operations, _ in flops.per_pair) * ROWS * TOKENS**2
     assert counter.get_total_flops() == flops.per_token * ROWS * TOKENS - unneeded + pairs
+
+
+def test_the_operations_of_a_trial_in_a_pack_are_its_own(folders: Path) -> None:
+    model = make_model(folders / "llama", for_slots=True)
+    for slot, rank in enumerate((8, 32)):
+        config = AdapterConfig(target_modules="all-linear", r=rank)
+        put_trial(model, slot, config, seed=0, device=torch.device("cpu"))
+    alone = count_flops(make_model(folders / "llama")).per_token
+    assert count_flops(model, slot=0).per_token == alone
+    assert count_flops(model, slot=1).per_token > alone
 
 
 def test_attention_counts_the_pairs_within_documents_and_windows() -> None:

@@ -71,6 +71,10 @@ def assert_same_trial(run_dir: Path, alone: Path) -> None:
     of_documents, expected = read_documents(run_dir), read_documents(alone)
     check_paired(of_documents, expected, (str(run_dir), str(alone)))
     assert_losses_close(*([loss or 0.0 for loss in record.losses] for record in (of_documents, expected)))
+    summary, of_alone = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, alone))
+    assert of_alone.keys() <= summary.keys()
+    for name in ("trainable_parameters", "adapter_bytes", "bits_per_parameter"):
+        assert summary[name] == of_alone[name]
     configs = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (run_dir, alone)]
     assert configs[0] == configs[1]
 

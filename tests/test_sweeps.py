@@ -443,6 +443,12 @@ class TwoAtOnce:
     def __init__(self) -> None:
         self.running: list[int] = []
         self.stopped = self.closed = False
+        self.leaves = 2
+
+    @property
+    def is_idle(self) -> bool:
+        self.leaves -= 1
+        return self.leaves < 0
 
     def begin(self, trial: Asked) -> None:
         self.running.append(trial.number)
@@ -472,6 +478,7 @@ def test_a_worker_whose_last_trials_were_saved_is_not_done(tmp_path: Path):
         stop.start()
         assert Worker(sweep, study_of(sweep), two).work(forwarder) == 75
     assert two.closed
+    assert two.leaves < 0  # It was waited for.
     assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING]
     # The next one to ask goes on with it, and its times add up.
     study = study_of(sweep)
@@ -598,6 +605,9 @@ def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
             ["cluster=torchrun", "cluster.nodes=2", "cluster.rdzv_endpoint=localhost:29500", "optim.lr=1,2"],
             "not stay in step",
         ),
+        (["sweep.sampler=gp", "optim.lr=1,2"], "sweep.sampler=gp is of sweep=optuna; add that"),
+        (["sweep.seed=3", "optim.lr=1,2"], "sweep.seed has no effect with sweep=grid"),
+        (["sweep.pruner_warmup=3", "optim.lr=1,2"], "sweep.pruner_warmup has no effect without a pruner"),
         (["sweep.metric=eval_los", "optim.lr=1,2"], "did you mean 'eval_loss'?"),
         (["sweep.space.optim.lr=1e-4"], "sweep.space.optim.lr=0.0001 is one value"),
         (["sweep=grid,random", "optim.lr=1,2"], "one sweep has one value of it"),

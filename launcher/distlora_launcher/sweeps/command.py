@@ -14,7 +14,7 @@ from distlora.command_line import DONE
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import short
 from distlora.config.places import is_hub_name
-from distlora.config.sweep import SweepConfig
+from distlora.config.sweep import METHODS, SweepConfig
 from distlora.config_file import build
 from distlora.packed.settings import check_trial
 from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
@@ -63,6 +63,11 @@ know it, `distlora report SWEEP` makes one page of it.
 
 WANDB = ("create", "agent")
 
+OWNERS = {"sampler": "optuna"} | dict.fromkeys(
+    ("rank_start", "rank_most", "confidence", "bootstrap", "full", "full_lr"), "rank_search"
+)
+"""Settings of the section sweep that one method alone has."""
+
 FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
 """What a run logs that can be compared (RUN/metrics.jsonl)."""
 PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -102,6 +107,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
             not _has_several(word),
             f"{word}: one sweep has one value of it; start another sweep for the other",
         )
+    refuse_of_other_methods(of_sweep)
     values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
     require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
     of_space = flat(values.get("space") or {})
@@ -131,6 +137,27 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         name=None if "name" in searched else probe.config.name,
     )
     return sweep, probe
+
+
+def refuse_of_other_methods(of_sweep: Sequence[str]) -> None:
+    """Refuse settings that distlora's own option of the group does not have, or that say nothing with it."""
+    method = next(word for word in of_sweep if word.startswith("sweep=")).partition("=")[2]
+    given = {word.partition("=")[0].lstrip("+"): word for word in of_sweep}
+    for name, owner in OWNERS.items():
+        word = given.get(f"sweep.{name}", "")
+        require(
+            method not in METHODS or owner == method or not word,
+            f"{word} is of sweep={owner}; add that, or leave it out",
+        )
+    if method == "grid":
+        require(
+            "sweep.seed" not in given, "sweep.seed has no effect with sweep=grid, which draws nothing; leave it out"
+        )
+    pruner = given.get("sweep.pruner", "sweep.pruner=median" if method == "optuna" else "sweep.pruner=none")
+    require(
+        pruner != "sweep.pruner=none" or "sweep.pruner_warmup" not in given or method not in METHODS,
+        "sweep.pruner_warmup has no effect without a pruner; set sweep.pruner=median, or leave it out",
+    )
 
 
 def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -68,6 +68,10 @@ class PackRunner:
         """RUN/data.json by all that it depends on."""
         self._closed = self._stops = False
 
+    @property
+    def is_idle(self) -> bool:
+        return self._pack is None or not self._pack.was_started or self._pack.ended() is not None
+
     def begin(self, trial: Asked) -> None:
         wait_until_free(trial.run_dir)
         config = self._config_of(trial)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distlora.command_line import BAD_INPUT, DONE, STOPPED
+from distlora.run_folder import find_result
 from distlora.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED
 from distlora.wandb_agent import VARIABLES
 from distlora_launcher.holding import CONFIG_NAME, holders
@@ -64,6 +65,11 @@ class Runner(Protocol):
     slots: int
     """How many trials at once."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no process of it is left: those of the last trial may leave a little after they said how it ended."""
+        ...
+
     def begin(self, trial: Asked) -> None:
         """Start a trial, or go on with it. Raises UserError for one that cannot run."""
         ...
@@ -97,6 +103,10 @@ class Alone:
         self._started = 0.0
         self._log_start = 0
         self._prunes = self._stops = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self._process is None
 
     def begin(self, trial: Asked) -> None:
         log = trial_log(self._sweep, trial.number)
@@ -154,12 +164,12 @@ class Alone:
 
     def _ending(self, trial: Asked, code: int) -> tuple[str, str | None]:
         """(state, reason) of a trial whose process ended with `code`."""
-        if code == DONE:
+        if code == DONE or find_result(trial.run_dir) is not None:  # Whatever reached it after that.
             return COMPLETE, None
         # A launcher that is still importing ends by the signal itself, and loses nothing by it.
-        if self._stops and code in (STOPPED, -signal.SIGTERM):
-            return SAVED, None
-        if code == STOPPED:
+        if code in (STOPPED, -signal.SIGTERM):
+            if self._stops:
+                return SAVED, None
             if self._prunes:
                 return PRUNED, None
             if (trial.run_dir / CANCELLED_NAME).exists():

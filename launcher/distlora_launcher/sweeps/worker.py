@@ -42,6 +42,8 @@ TAIL_BYTES = 200
 """More than a line of an evaluation has, whose time no other line has."""
 STRANGE_FAILURES = 3
 """Trials in a row that fail without a step, and not by their settings: then something is wrong with the machine."""
+LEAVE_SECONDS = 30.0
+"""How long processes may take to end after their last trial has."""
 ASK_SECONDS = 2.0
 """Between two questions for a trial, where the answer was to wait for another."""
 
@@ -102,6 +104,7 @@ class Worker:
         self._ask_at = 0.0
         self._ended = self._saved = False
         self._strange = 0
+        self._leave_by: float | None = None
 
     def work(self, forwarder: Forwarder) -> int:
         """Take and train trials until none is due. Returns the exit code."""
@@ -120,11 +123,16 @@ class Worker:
                 self._follow()
                 self._end(outcome)
             self._follow()
-            if not self._trials and (stopping or self._ended):
+            if not self._trials and (stopping or self._ended) and self._has_left():
                 if self._strange >= STRANGE_FAILURES:
                     return FAILURE
                 return DONE if self._ended and not self._saved else STOPPED
             time.sleep(POLL_SECONDS)
+
+    def _has_left(self) -> bool:
+        """Whether nothing of the runner is left; what does not leave in time ends with this process."""
+        self._leave_by = self._leave_by or time.monotonic() + LEAVE_SECONDS
+        return self._runner.is_idle or time.monotonic() > self._leave_by
 
     def _take(self) -> None:
         """Fill the runner's free slots."""

@@ -52,9 +52,12 @@ def labels_of(rows: Tensor) -> Tensor:
     return rows.roll(-1, dims=1)
 
 
-def alone(folder: Path, trial: Trial, batch: Tensor, **sections: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+def alone(
+    folder: Path, trial: Trial, batch: Tensor, *, mlp_tile: int | None = None
+) -> tuple[Tensor, dict[str, Tensor], Any]:
     """Losses of its rows, gradients by the adapters' names, and what is saved of it."""
-    config = config_for(folder, adapter=trial.adapter, train={"seed": trial.seed, "dtype": "fp32"}, **sections)
+    train = {"seed": trial.seed, "dtype": "fp32", "mlp_tile": mlp_tile}
+    config = config_for(folder, adapter=trial.adapter, train=train)
     model, _, _ = start_model(config, SINGLE)
     parameters = adapter_parameters(model)
     filled(parameters, trial.seed)
@@ -65,8 +68,9 @@ def alone(folder: Path, trial: Trial, batch: Tensor, **sections: Any) -> tuple[T
     return losses.detach(), dict(zip(parameters, gradients, strict=True)), saved
 
 
-def pack_model(folder: Path, **adapter: Any) -> CausalLM:
-    config = config_for(folder, adapter={"target_modules": "qv", **adapter}, train={"dtype": "fp32"})
+def pack_model(folder: Path, *, mlp_tile: int | None = None, **adapter: Any) -> CausalLM:
+    train = {"dtype": "fp32", "mlp_tile": mlp_tile}
+    config = config_for(folder, adapter={"target_modules": "qv", **adapter}, train=train)
     return start_model(config, SINGLE, for_slots=True)[0]
 
 
@@ -97,10 +101,13 @@ def together(
     return {slot: losses[chosen == slot].detach() for slot in slots}, found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "mlp_tile"), [(False, None), (True, None), (True, 16)])
+def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(
+    tmp_path: Path, checkpointing: bool, mlp_tile: int | None
+) -> None:
+    """Of MLPs that run 16 of 40 tokens at once, too."""
     write_family_folder(tmp_path, "qwen3")
-    model = pack_model(tmp_path)
+    model = pack_model(tmp_path, mlp_tile=mlp_tile)
     for block in model.blocks:
         block.checkpointing = checkpointing
     slots = dict(zip((5, 0, 2), TRIALS, strict=True))
@@ -109,7 +116,7 @@ def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(tmp_p
         put(model, slot, trial)
     losses, gradients = together(model, slots, batches)
     for slot, trial in slots.items():
-        own_losses, own_gradients, _ = alone(tmp_path, trial, batches[slot])
+        own_losses, own_gradients, _ = alone(tmp_path, trial, batches[slot], mlp_tile=mlp_tile)
         assert_close(losses[slot], own_losses, ulps=8)
         assert list(gradients[slot]) == list(own_gradients), "the same names, in the same order"
         for name, gradient in own_gradients.items():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.operands import FrozenWeight, columns_of
 
 
 class Users(NamedTuple):
@@ -113,9 +113,7 @@ class ExpertChoice(NamedTuple):
     ranks: tuple[int, ...]
 
     def columns(self, adapter: int) -> slice:
-        """Where an adapter lies."""
-        first = sum(self.ranks[:adapter])
-        return slice(first, first + self.ranks[adapter])
+        return columns_of(adapter, self.ranks)
 
 
 class ExpertAdapter(NamedTuple):

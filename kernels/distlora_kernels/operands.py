@@ -48,6 +48,12 @@ def per_column(values: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.d
     return torch.tensor(columns, dtype=dtype, device=device)
 
 
+def columns_of(adapter: int, ranks: tuple[int, ...]) -> slice:
+    """Where one of several adapters lies that are side by side: in the columns of b, and the rows of a."""
+    first = sum(ranks[:adapter])
+    return slice(first, first + ranks[adapter])
+
+
 class RowChoice(NamedTuple):
     """Which adapter each row of the batch uses, of several that lie side by side: columns of b, rows of a."""
 
@@ -59,9 +65,7 @@ class RowChoice(NamedTuple):
     """The rank of each adapter."""
 
     def columns(self, adapter: int) -> slice:
-        """Where an adapter lies."""
-        first = sum(self.ranks[:adapter])
-        return slice(first, first + self.ranks[adapter])
+        return columns_of(adapter, self.ranks)
 
 
 class Magnitude(NamedTuple):

@@ -1,0 +1,92 @@
+"""Training steps of a run alone and of a pack, as the trainer runs them, over random tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from distlora.bench.traffic import random_tokens
+from distlora.config import Config
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.stacking import Share, stacks
+from distlora.objectives import objective_of
+from distlora.optim import Optimizer, build_optimizer, learning_rate
+from distlora.parallel import Ranks, whole_shape
+from distlora.slots import put_trial
+from distlora.startup import start_adapters, start_model
+from distlora.trainer import mean_losses
+
+STEPS = 2
+"""Of the schedule of the learning rate."""
+
+
+class PackStep:
+    """A model with all of these trials in its slots; of one trial, without slots, as a run alone has it. Every rank
+    makes one alike."""
+
+    def __init__(self, trials: Sequence[Config], ranks: Ranks, *, in_slots: bool = True, documents: int = 4) -> None:
+        assert in_slots or len(trials) == 1, "several trials need slots"
+        self.trials, self.ranks = trials, ranks
+        first = trials[0]
+        self.model, self.backend, _ = start_model(first, ranks, for_slots=in_slots)
+        self.optimizers: list[Optimizer] = []
+        for slot, trial in enumerate(trials):
+            if in_slots:
+                trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)
+            else:
+                trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.backend.reduce_gradients_of(trained.values(), trial.parallel.bucket_mb)
+            self.optimizers.append(build_optimizer(self.backend.updated(trained), trial.optim))
+        if not in_slots:
+            start_adapters(self.model, first, self.backend, restores=False, say=lambda text: None)
+        vocabulary = whole_shape(self.model.head.weight)[0]
+        self._batches = [step_batch(own_micro_batches(trial, ranks, vocabulary, documents)) for trial in trials]
+        self._slots = range(len(trials)) if in_slots else [None]
+        self._whole = first.train.accumulate == "block"
+        self._objective = objective_of(first.train)
+        self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
+        self.model.set_num_micro(len(self._batches[0].micro_batches) if self._whole else 1)
+
+    def run(self, number: int) -> None:
+        """One step of all trials, `number` of STEPS."""
+        backend, trials = self.backend, self.trials
+        backend.zero_gradients()
+        shares = [Share(batch, slot, number) for batch, slot in zip(self._batches, self._slots, strict=True)]
+        units = [self.ranks.world * batch.global_targets for batch in self._batches]
+        parts = stacks(shares, whole=self._whole)
+        for index, part in enumerate(parts):
+            losses = self._objective.losses(self.model, part.batch, self.ranks.device, part.step)
+            backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+        backend.finish_gradients()
+        for gradients, trial in zip(backend.gradients, trials, strict=True):
+            gradients.clip(trial.optim.max_grad_norm)
+        for optimizer, trial in zip(self.optimizers, trials, strict=True):
+            optimizer.step(learning_rate(number, STEPS, trial.optim), self._ok)
+
+
+def step_batch(micro_batches: list[MicroBatch]) -> StepBatch:
+    """This rank's share of a step whose rows are all full."""
+    rows = torch.cat([batch.rows for batch in micro_batches])
+    targets = sum(batch.labels.numel() for batch in micro_batches)
+    return StepBatch(micro_batches, targets, 0, len(rows), tuple(rows.tolist()))
+
+
+def own_micro_batches(config: Config, ranks: Ranks, vocabulary: int, documents: int) -> list[MicroBatch]:
+    """Of one trial, one by one: a pack stacks them with those of the others."""
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate="step"))
+    return micro_batches_of(alone, ranks, vocabulary, documents)
+
+
+def micro_batches_of(config: Config, ranks: Ranks, vocabulary: int, documents: int) -> list[MicroBatch]:
+    """As the trainer hands them to the model: one of all rows with train.accumulate=block."""
+    rows, length = config.train.micro_batch, config.data.sequence_length
+    number = config.accumulation(ranks.world)
+    ids = random_tokens(rows * number, length, vocabulary, ranks.rank)
+    positions = (torch.arange(length) % -(-length // documents)).expand_as(ids)
+    labels = ids.roll(-1, dims=1)
+    size = rows * config.slices(ranks.world)
+    places = torch.arange(len(ids)) * ranks.world + ranks.rank
+    cut = (each.split(size) for each in (ids, labels, positions, places))
+    return [MicroBatch(*parts) for parts in zip(*cut, strict=True)]

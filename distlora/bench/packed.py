@@ -1,0 +1,212 @@
+"""Trials of a sweep on one base, packed and one after the other: how long a step takes and what it gathers.
+
+    python -m distlora.bench.packed BASE [--trials 1,2,4,8] [--lengths 32,64] [--ranks 1,2] [--repeats 20]
+                                                                                (`distlora bench packed`)
+
+Each trial has micro-batches of one row and an adapter of rank 16 on every linear of the 4-bit base in BASE. A step of
+one trial alone, one of each of k trials, and one of the pack take turns. On a CPU seconds are this process' own, which
+other work on the machine changes less than the clock's. Beside them stands what the planner's counts say before: bytes
+and operations of a pack's step over one trial's, at rates that are measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora.bench.machine import found_by
+from distlora.bench.pack_step import PackStep
+from distlora.bench.processes import free_port, own_stdout, run_each
+from distlora.bench.step_time import Rates, copy, product, seconds
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.parallel import join_ranks, leave_ranks
+from distlora.plan.machine import Machine, machine_of
+from distlora.plan.model import PlannedModel, model_in
+from distlora.plan.packed import together
+from distlora.plan.speed.step_work import step_work
+from distlora.plan.speed.timing import step_time
+
+RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A pack beside its trials, of the rank that took longest."""
+
+    trials: int
+    ranks: int
+    tokens: int
+    """Of a micro-batch of one trial."""
+    alone: float
+    """Seconds of a step of one trial."""
+    sequential: float
+    """Of a step of each, one after the other."""
+    packed: float
+    predicted: float
+    """packed / alone, by the plan."""
+    operations: float
+    """Of the pack over those of one trial, counted."""
+    moved: float
+    """The same of bytes of memory."""
+    gathered: tuple[int, int]
+    """Bytes a step of one trial and of the pack, as the backend counts them."""
+
+    @property
+    def ratio(self) -> float:
+        return self.packed / self.alone
+
+
+def config_of(base: Path, *, length: int, ranks: int, seed: int) -> Config:
+    sections: dict[str, Any] = {
+        "model": {"path": str(base)},
+        "data": {"path": "none", "sequence_length": length},
+        "adapter": {"r": RANK, "target_modules": "all-linear"},
+        "quant": {"cache": False},
+        "train": {"micro_batch": 1, "global_batch": ranks, "seed": seed},
+        "cluster": {"gpus_per_node": ranks},
+        "run_dir": "none",
+    }
+    return build(Config, sections)
+
+
+def rank_main(
+    rank: int, world: int, port: int, base: Path, cells: Sequence[tuple[int, int]], repeats: int, results: Any
+) -> None:
+    """One rank's process: every (trials, length)."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    ranks, rows = join_ranks(), []
+    for number, length in cells:
+        if rank == 0:
+            print(f"{number} trials of rows of {length} tokens on {world} ranks", file=sys.stderr, flush=True)
+        trials = [config_of(base, length=length, ranks=world, seed=seed) for seed in range(number)]
+        alone, pack = PackStep(trials[:1], ranks, in_slots=False), PackStep(trials, ranks)
+        rows.append(_measure(alone, pack, base, repeats))
+    results.put((rank, rows))
+    leave_ranks(ranks)
+
+
+def _measure(alone: PackStep, pack: PackStep, base: Path, repeats: int) -> Row:
+    """Medians of steps that take turns."""
+    config, ranks, number = pack.trials[0], pack.ranks, len(pack.trials)
+    sizes = json.loads((base / "config.json").read_text())
+    gathered = tuple(_gathered(each) for each in (alone, pack))
+    products, operations = product(config, sizes, ranks.device)
+    copies, nbytes = copy(ranks.device)
+
+    def one_after_the_other() -> None:
+        for _ in range(number):
+            alone.run(1)
+
+    runs: list[Callable[[], object]] = [lambda: alone.run(1), one_after_the_other, lambda: pack.run(1)]
+    if ranks.world == 1:  # Else others would wait meanwhile.
+        runs += [products, copies]
+    for run in runs:  # Kernels are chosen, memory is taken.
+        run()
+    turns = [[seconds(run, ranks.device) for run in runs] for _ in range(repeats)]
+    times = [statistics.median(column) for column in zip(*turns, strict=True)]
+    rates = Rates(operations / times[3], nbytes / times[4]) if ranks.world == 1 else None
+    machine = machine_of(config, found=found_by(ranks.device, ranks=ranks.world))
+    return Row(
+        trials=number,
+        ranks=ranks.world,
+        tokens=config.tokens_at_once,
+        alone=times[0],
+        sequential=times[1],
+        packed=times[2],
+        gathered=(gathered[0], gathered[1]),
+        **predicted(pack.trials, model_in(base), machine, rates),
+    )
+
+
+def _gathered(steps: PackStep) -> int:
+    """By the second step: the first checks the base."""
+    steps.run(0)
+    steps.backend.traffic.take()
+    steps.run(1)
+    return steps.backend.traffic.take().gathered_bytes
+
+
+def predicted(trials: Sequence[Config], model: PlannedModel, machine: Machine, rates: Rates | None) -> dict[str, float]:
+    """What the plan says of a pack over one of its trials."""
+    configs = [trials[0], together(trials)]
+    works = [step_work(config, model, machine) for config in configs]
+    times = []
+    for config in configs if rates is not None else ():
+        card = dataclasses.replace(config.card, tflops=rates.products / 1e12, memory_gb_per_second=rates.copies / 1e9)
+        given = dataclasses.replace(config, card=card)
+        times.append(step_time(given, model, machine_of(given, found=found_by(torch.device("cpu")))))
+    ratio = float("nan")
+    if len(times) == 2 and times[0] is not None and times[1] is not None:
+        ratio = times[1].seconds / times[0].seconds
+    return {
+        "predicted": ratio,
+        "operations": works[1].flops / works[0].flops,
+        "moved": sum(works[1].moved.values()) / sum(works[0].moved.values()),
+    }
+
+
+def measure(base: Path, ranks: Sequence[int], cells: Sequence[tuple[int, int]], repeats: int) -> Iterator[Row]:
+    """Each cell on each number of ranks, in processes of their own. RuntimeError where one fails."""
+    for world in ranks:
+        port = free_port()
+        of_ranks = run_each(rank_main, [(rank, world, port, base, cells, repeats) for rank in range(world)])
+        for rows in zip(*of_ranks, strict=True):
+            yield max(rows, key=lambda row: row.packed)
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Markdown; milliseconds."""
+    yield (
+        "| trials | ranks | tokens of each | one alone, ms | one after the other | packed | packed / one alone | "
+        "planned | operations | bytes of memory | gathered, of one alone |"
+    )
+    yield "|---" * 11 + "|"
+    for row in rows:
+        times = [f"{1e3 * each:.1f}" for each in (row.alone, row.sequential, row.packed)]
+        gathered = f"{row.gathered[1] / row.gathered[0]:.2f} x" if row.gathered[0] else "nothing"
+        planned = "" if row.predicted != row.predicted else f"{row.predicted:.2f}"
+        cells = [str(row.trials), str(row.ranks), str(row.tokens), times[0]]
+        cells += [f"{times[1]} ({row.sequential / row.alone:.2f} x)", times[2], f"{row.ratio:.2f} x", planned]
+        cells += [f"{row.operations:.2f} x", f"{row.moved:.2f} x", gathered]
+        yield f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--trials", default="1,2,4,8")
+    parser.add_argument("--lengths", default="32,128")
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    numbers, lengths, ranks = (
+        [int(each) for each in getattr(options, name).split(",")] for name in ("trials", "lengths", "ranks")
+    )
+    cells = [(number, length) for length in lengths for number in numbers]
+    with own_stdout():
+        rows = list(measure(options.base, ranks, cells, options.repeats))
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    print("\n".join(table(rows)), f"\n\n{datetime.date.today()}, {device}, torch {torch.__version__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -192,6 +192,9 @@ class AdaptedRanks:
     rank of one."""
 
     by_name: Mapping[str, int] = field(default_factory=dict)
+    """Of a pack, added up over its trials."""
+    of_one: Mapping[str, int] | None = None
+    """Of a pack: the largest of one trial."""
 
     @classmethod
     def of(cls, ranks: Mapping[str, int]) -> AdaptedRanks:
@@ -201,6 +204,10 @@ class AdaptedRanks:
     def rank(self, name: str) -> int:
         """Of one linear; 0: it has no adapter."""
         return self.by_name.get(name, 0)
+
+    def largest(self, name: str) -> int:
+        """Of one linear and one trial."""
+        return (self.by_name if self.of_one is None else self.of_one).get(name, 0)
 
     @property
     def qkv(self) -> int:

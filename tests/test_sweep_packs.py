@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from distlora_launcher.signals import Forwarder
 from distlora_launcher.sweeps import pack_folder
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
+from distlora_launcher.sweeps.pack_folder import PackFolder
 from distlora_launcher.sweeps.packs import PackRunner
 from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
 from distlora_launcher.sweeps.search import search_of
@@ -134,6 +137,70 @@ def test_a_pack_that_dies_goes_on_with_half_and_one_that_dies_alone_was_killed_b
     assert records[3].reason == "out of memory"
     assert starts(sweep)[:2] == [4, 2]
     assert 1 in starts(sweep)[2:]
+
+
+def test_one_that_came_later_with_a_lower_number_is_not_blamed(make: Make) -> None:
+    """A trial that another worker has left behind comes into a pack of one slot while another is in it."""
+    sweep = make(RATES, fake={"kills": [4], "most": 1}, packed=1)
+    runner = PackRunner(sweep, 0)
+    runner.slots = 1
+    runner.begin(asked(sweep, 4, optim__lr=5e-4))
+    runner.begin(asked(sweep, 0, optim__lr=1e-4))
+    found = {each.number: each for each in until(runner, 2)}
+    assert (found[4].state, found[4].reason, found[0].state) == (FAILED, "out of memory", COMPLETE)
+    runner.stop()
+
+
+def test_an_outcome_that_appears_as_its_pack_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = make(RATES)
+    runner = PackRunner(sweep, 0)
+    runner.begin(asked(sweep, 0, optim__lr=1e-4))
+    runner.poll()
+    ended = PackFolder.ended
+
+    def late(pack: PackFolder) -> int | None:
+        """Its process writes and ends, just before it is asked whether it has."""
+        pack.close()
+        deadline = time.monotonic() + 60
+        while (code := ended(pack)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return code
+
+    monkeypatch.setattr(PackFolder, "ended", late)
+    assert [(each.number, each.state) for each in runner.poll()] == [(0, COMPLETE)]
+
+
+def test_a_pack_that_others_stop_is_saved_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    sweep = make(RATES, fake={"hangs": True})
+    runner = PackRunner(sweep, 0)
+    runner.begin(asked(sweep, 0, optim__lr=1e-4))
+    deadline = time.monotonic() + 60
+    while not (sweep.run_dir(0) / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        runner.poll()
+        time.sleep(0.02)
+    assert runner._pack is not None
+    runner._pack.ask_to_stop()  # As SLURM does it.
+    monkeypatch.setattr("distlora_launcher.sweeps.packs.os.kill", lambda *each: sent.append(each))
+    assert [each.state for each in until(runner, 1)] == [SAVED]
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_each_pack_has_the_plan_of_its_own_largest_trial(make: Make) -> None:
+    ranks = Values("adapter.r", (2, 4, 8))
+    targets = Values(
+        "adapter.target_modules", tuple(["q_proj", "v_proj", "k_proj", "o_proj"][: n + 1] for n in range(4))
+    )
+    sweep = make(Values("data.sequence_length", (32, 64)), targets, ranks, packed=3)
+    runner = PackRunner(sweep, 0)
+    assert {(adapter.r, len(adapter.target_modules)) for adapter in runner._sizes} == {(8, n) for n in range(1, 5)}
+    runner.begin(asked(sweep, 0, data__sequence_length=64, adapter__r=2))
+    plan = json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
+    assert plan["settings"]["data"]["sequence_length"] == 64
+    assert (plan["trials"], plan["settings"]["adapter"]["r"]) == (3, 8)
+    runner.stop()
 
 
 def test_a_stop_saves_every_trial_and_the_next_worker_goes_on_in_a_clean_pack(make: Make) -> None:

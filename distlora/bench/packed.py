@@ -146,7 +146,9 @@ def predicted(trials: Sequence[Config], model: PlannedModel, machine: Machine, r
     configs = [trials[0], together(trials)]
     works = [step_work(config, model, machine) for config in configs]
     times = []
-    for config in configs if rates is not None else ():
+    for config in configs:
+        if rates is None:
+            break
         card = dataclasses.replace(config.card, tflops=rates.products / 1e12, memory_gb_per_second=rates.copies / 1e9)
         given = dataclasses.replace(config, card=card)
         times.append(step_time(given, model, machine_of(given, found=found_by(torch.device("cpu")))))

@@ -26,9 +26,11 @@ def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, 
 def _side_by_side(trials: Sequence[AdaptedRanks]) -> AdaptedRanks:
     """Of one block, of several trials: the ranks of a linear's adapters add up."""
     ranks: Counter[str] = Counter()
+    largest: dict[str, int] = {}
     for each in trials:
         ranks.update(each.by_name)
-    return AdaptedRanks(by_name=ranks)
+        largest |= {name: max(rank, largest.get(name, 0)) for name, rank in each.by_name.items()}
+    return AdaptedRanks(by_name=ranks, of_one=largest)
 
 
 @functools.lru_cache(maxsize=16)

@@ -205,15 +205,18 @@ class BlockRun:
         if self.trains_base:
             return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
-        # On the CPU a row has the columns of its own trial's adapter.
-        columns = sum(ranks.values()) / (self.trials if self.device == "cpu" else 1)
+        # Of a pack a row has the columns of its own trial's adapter; on a GPU all have as many.
+        largest = sum(self.ranks.largest(linear.name) for linear in outputs)
+        columns = sum(ranks.values()) / self.trials if self.device == "cpu" else largest
         keeps = b * (inputs + columns) if any(ranks.values()) else 0
         if self.dora:
             # Of v + bias and of v beside x W^T backward reads v, a tensor of its own; else y itself.
             own = [each for each in outputs if ranks[each.name] and not self._keeps_output(each)]
             keeps += b * sum(linear.columns for linear in own)
-        make = self._on_cpu if self.device == "cpu" else self._on_gpu
-        moments = make(inputs, outputs, ranks)
+        if self.device == "cpu":
+            moments = self._on_cpu(inputs, outputs, ranks)
+        else:  # Products over tokens are made in parts of one adapter's columns.
+            moments = self._on_gpu(inputs, outputs, {name: self.ranks.largest(name) for name in ranks})
         # dA and dB of all of them, in fp32.
         fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
         stacks = joins = 0.0

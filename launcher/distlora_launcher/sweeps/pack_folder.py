@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class PackFolder:
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._inside: set[int] = set()
+        self._given: dict[int, Path] = {}
+        """Run folders of those that are in the inbox."""
+        self._later: dict[int, Path] = {}
+        """Of those that a pack of one slot is given when it has an outcome of the one before."""
         wait_until_free(folder)
         for name in (INBOX, VERDICTS, OUTCOMES):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -75,10 +79,23 @@ class PackFolder:
         """Trials that were put in and have no outcome that was read."""
         return frozenset(self._inside)
 
+    @property
+    def given(self) -> list[int]:
+        """Of those the ones that its process may take: of a pack of one slot the one that is in it."""
+        return sorted(self._given)
+
     def put(self, number: int, run_dir: Path) -> None:
-        """A trial that is prepared."""
-        durable.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
+        """A trial that is prepared. A pack of one slot is given one after the other: the one that it has is known then,
+        should it die."""
         self._inside.add(number)
+        if self.slots == 1 and len(self._inside) > 1:
+            self._later[number] = run_dir
+        else:
+            self._give(number, run_dir)
+
+    def _give(self, number: int, run_dir: Path) -> None:
+        durable.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
+        self._given[number] = run_dir
 
     def say(self, number: int, step: int, *, prune: bool) -> None:
         """The verdict on a trial's evaluation."""
@@ -86,9 +103,10 @@ class PackFolder:
             durable.write_json(verdict_file(self.folder, number, step), {"prune": prune})
 
     def fail(self, number: int, reason: str) -> None:
-        """Write the outcome of a trial that its pack cannot write itself."""
-        outcome = {"state": FAILED, "reason": reason, "step": None, "seconds": None}
-        durable.write_json(outcome_file(self.folder, number), outcome)
+        """Write the outcome of a trial that its pack did not live to write."""
+        path = outcome_file(self.folder, number)
+        if not path.exists():
+            durable.write_json(path, {"state": FAILED, "reason": reason, "step": None, "seconds": None})
 
     def close(self) -> None:
         """No more trials come."""
@@ -105,6 +123,10 @@ class PackFolder:
             if values.get("state") not in (COMPLETE, PRUNED, FAILED):
                 values = {"state": FAILED, "reason": f"{path} is damaged, so what came of it is not known"}
             self._inside.remove(number)
+            self._given.pop(number, None)
+            if self._later and not self._given:
+                following = min(self._later)
+                self._give(following, self._later.pop(following))
             yield Ended(
                 number,
                 values["state"],
@@ -116,6 +138,14 @@ class PackFolder:
     def start(self, slots: int) -> None:
         """Start its workers; a pack that has died goes on with what has no outcome."""
         self.slots = slots
+        waiting = {**self._later, **self._given}
+        self._given, self._later = {}, {}
+        for number in sorted(waiting):
+            if slots == 1 and self._given:
+                self._later[number] = waiting[number]
+                inbox_file(self.folder, number).unlink(missing_ok=True)
+            else:
+                self._give(number, waiting[number])
         durable.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
@@ -152,11 +182,6 @@ class PackFolder:
         """Have it save every trial and end."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-
-
-def first_of(numbers: Iterable[int]) -> int:
-    """The trial that a pack of one slot has in it: trials are taken in the order of their numbers."""
-    return min(numbers)
 
 
 def _whole(value: object) -> int | None:

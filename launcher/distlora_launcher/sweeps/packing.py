@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from distlora.config import UserError
+from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
 from distlora.config_file import build
 from distlora.packed.settings import check_trial
@@ -14,7 +15,8 @@ from distlora.plan.choice.packing import MOST, Packing, largest, packing
 from distlora.plan.pages.report import packed_trials
 from distlora.sweep_folder import words_of
 from distlora_launcher.compose import Composed, compose_run, compose_section
-from distlora_launcher.planning import choices
+from distlora_launcher.here import planned_model
+from distlora_launcher.planning import choices, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Values, count_cells, flat, is_finite, split
 
@@ -51,16 +53,18 @@ AT_ONCE = 2
 
 
 def sizes(space: Sequence[Dimension], settings: SweepConfig) -> Iterator[Mapping[str, Any]]:
-    """The combinations that may take most memory: every value of what a trial's size depends on, an interval's upper
-    end, the first of what else is searched. Of a rank search the larger of the two ranks that run at once; the others
-    run alone."""
+    """The combinations that may take most memory: the largest of numbers that a trial's size depends on and every other
+    value of such, the first of what else is searched. Of a rank search the larger of the two ranks that run at once;
+    the others run alone."""
     if settings.method == "rank_search":
         yield {"adapter.r": 2 * settings.rank_start}
         return
     lists: list[tuple[Any, ...]] = []
     for dimension in space:
         values = dimension.values if isinstance(dimension, Values) else (dimension.high,)
-        lists.append(values if dimension.setting.partition(".")[0] in _OF_SIZE else values[:1])
+        is_of_size = dimension.setting.partition(".")[0] in _OF_SIZE
+        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        lists.append(values[:1] if not is_of_size else (max(values),) if are_numbers else values)
     names = [dimension.setting for dimension in space]
     for combination in itertools.product(*lists):
         yield dict(zip(names, combination, strict=True))
@@ -76,9 +80,8 @@ def packing_of(settings: SweepConfig, trials: Sequence[Composed], *, most: int =
     return packing(trial, model, machine, asked, most=most)
 
 
-def planned_pack(sweep: Sweep) -> Packing:
-    """The packs of this sweep, with as many trials at once as are asked for or fit, and as there are. Raises UserError
-    where none of its trials can be in a pack."""
+def valid_sizes(sweep: Sweep) -> list[Composed]:
+    """The trials that may take most memory, of those that can be in a pack. Raises UserError where none can."""
     trials = []
     refused: UserError | None = None
     for values in itertools.islice(sizes(sweep.space, sweep.settings), MOST_SIZES):
@@ -92,10 +95,30 @@ def planned_pack(sweep: Sweep) -> Packing:
     if not trials:
         assert refused is not None, "a sweep has a trial"
         raise refused
-    most = count_cells(sweep.space) if is_finite(sweep.space) else MOST
+    return trials
+
+
+def number_of(sweep: Sweep) -> int:
+    """Trials that may be in one pack, at the most."""
     if sweep.settings.method == "rank_search":
-        most = AT_ONCE
-    return packing_of(sweep.settings, trials, most=most)
+        return AT_ONCE
+    return count_cells(sweep.space) if is_finite(sweep.space) else MOST
+
+
+def planned_pack(sweep: Sweep) -> Packing:
+    """The first packs of this sweep, with as many trials at once as are asked for or fit, and as there are. Raises
+    UserError where none of its trials can be in a pack."""
+    return packing_of(sweep.settings, valid_sizes(sweep), most=number_of(sweep))
+
+
+def packing_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -> Packing:
+    """Packs of trials that share what a pack has to share with this one, and may have any of these adapters."""
+    model, machine = planned_model(config), machine_here(config)
+    adapters = [adapter for adapter in others if adapter.use_dora == config.adapter.use_dora]
+    trial = largest([config, *(dataclasses.replace(config, adapter=adapter) for adapter in adapters)], model, machine)
+    most = min(MOST, number_of(sweep), sweep.settings.trials or MOST)
+    asked = sweep.settings.packed if sweep.settings.packed == "auto" else min(sweep.settings.packed, most)
+    return packing(trial, model, machine, asked, most=most)
 
 
 def checked_pack(sweep: Sweep) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from distlora.config_file import load_config
 from distlora.packed.settings import check_beside, check_trial
 from distlora.plan.choice.space import value_of, with_settings
 from distlora.run_folder import DATA_NAME, PLAN_NAME, find_result
-from distlora.sweep_folder import COMPLETE, FAILED, PACKS, PRUNED
+from distlora.sweep_folder import COMPLETE, FAILED, PACKS
 from distlora_launcher.checks import check
 from distlora_launcher.compose import compose_run
 from distlora_launcher.holding import CONFIG_NAME, running
@@ -33,8 +35,8 @@ from distlora_launcher.local import create_run, forget_run, is_prepared
 from distlora_launcher.output import say
 from distlora_launcher.planning import choices
 from distlora_launcher.sweeps.folder import LOGS, Sweep
-from distlora_launcher.sweeps.pack_folder import Ended, PackFolder, first_of
-from distlora_launcher.sweeps.packing import planned_pack
+from distlora_launcher.sweeps.pack_folder import Ended, PackFolder
+from distlora_launcher.sweeps.packing import number_of, packing_beside, packing_of, valid_sizes
 from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome, environment, last_error, trial_log, wait_until_free
 
 
@@ -54,8 +56,10 @@ class PackRunner:
 
     def __init__(self, sweep: Sweep, index: int) -> None:
         self._sweep, self._index = sweep, index
-        self._plan = planned_pack(sweep)
-        self.slots = self._plan.trials
+        sizes = valid_sizes(sweep)
+        self._sizes = [trial.config.adapter for trial in sizes]
+        """Of the trials that may take most memory."""
+        self.slots = packing_of(sweep.settings, sizes, most=number_of(sweep)).trials
         self._trials: dict[int, _Trial] = {}
         self._waiting: list[int] = []
         """Trials for a later pack, in the order in which they came."""
@@ -98,9 +102,9 @@ class PackRunner:
 
     def _look(self, pack: PackFolder) -> None:
         """What the pack has written, and whether it is over."""
+        code = pack.ended()  # First: what it wrote before its end is then there to be read.
         for ended in pack.outcomes():
             self._end(ended.number, ended.state, ended)
-        code = pack.ended()
         if code is not None:
             self._after(pack, code)
         elif not self._to_prepare and self._preparing is None:
@@ -171,6 +175,8 @@ class PackRunner:
         name = f"{self._index}" if self._packs == 0 else f"{self._index}_{self._packs}"
         self._packs += 1
         folder = self._sweep.folder / PACKS / name
+        planned = packing_beside(self._sweep, config, self._sizes)
+        self.slots = planned.trials
         self._pack = PackFolder(
             folder,
             self._sweep.folder / LOGS / f"pack_{name}.log",
@@ -178,7 +184,7 @@ class PackRunner:
             slots=self.slots,
             verdicts=self._sweep.settings.pruner != "none",
         )
-        self._pack.keep_plan(self._plan.plan.as_json())
+        self._pack.keep_plan(planned.plan.as_json())
 
     def _prepare(self) -> None:
         """Go on with the preparation of trials' data, one after the other: most share it."""
@@ -206,7 +212,7 @@ class PackRunner:
             self._end(preparing.number, SAVED)
         else:
             reason = last_error(preparing.log, preparing.log_start) or f"its preparation ended with code {code}"
-            self._end(preparing.number, FAILED, reason=reason)
+            self._end(preparing.number, FAILED, reason=reason, is_refused=code == BAD_INPUT)
             forget_run(trial.asked.run_dir)
 
     def _put(self, trial: _Trial) -> None:
@@ -223,12 +229,14 @@ class PackRunner:
         """The pack's process has ended, and what it wrote of its trials was read."""
         left = pack.inside
         if self._stops or code == STOPPED:
-            reason = None if self._stops else "its pack was stopped from outside, as `distlora cancel` does it"
             for number in left:
-                self._end(number, SAVED if self._stops else PRUNED, reason=reason)
+                self._end(number, SAVED)
+            if not self._stops:
+                # Whoever takes the machine away (SLURM, systemd) tells the processes on it, and not always this one.
+                os.kill(os.getpid(), signal.SIGTERM)
         elif code == BAD_INPUT:
             for number in left:
-                self._end(number, FAILED, reason=pack.why(code))
+                self._end(number, FAILED, reason=pack.why(code), is_refused=True)
         elif left:
             self._again(pack, pack.why(code))
             return
@@ -248,8 +256,8 @@ class PackRunner:
             slots = max(1, min(pack.slots, len(pack.inside)) // 2)
             say(f"the pack of {len(pack.inside)} trials died ({reason}); going on with {slots} at once")
         else:
-            number = first_of(pack.inside)
-            pack.fail(number, reason)
+            for number in pack.given:
+                pack.fail(number, reason)
             for ended in pack.outcomes():
                 self._end(ended.number, ended.state, ended)
             slots = self.slots
@@ -258,7 +266,15 @@ class PackRunner:
                 return
         pack.start(slots)
 
-    def _end(self, number: int, state: str, ended: Ended | None = None, *, reason: str | None = None) -> None:
+    def _end(
+        self,
+        number: int,
+        state: str,
+        ended: Ended | None = None,
+        *,
+        reason: str | None = None,
+        is_refused: bool = False,
+    ) -> None:
         """Note the outcome of a trial, and let go of its folder."""
         trial = self._trials.pop(number)
         trial.hold.close()
@@ -267,7 +283,9 @@ class PackRunner:
         if ended is not None:
             reason, step = ended.reason, ended.step
             seconds = seconds if ended.seconds is None else ended.seconds
-        self._done.append(Outcome(number=number, state=state, seconds=seconds, step=step, reason=reason))
+        self._done.append(
+            Outcome(number=number, state=state, seconds=seconds, step=step, reason=reason, is_refused=is_refused)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def rank_main(
     """One rank's process: every (trials, length)."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    torch.set_num_threads(1)  # Of several the ones that wait would count.
     ranks, rows = join_ranks(), []
     for number, length in cells:
         if rank == 0:

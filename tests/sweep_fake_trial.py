@@ -52,6 +52,14 @@ def train(run_dir: Path, settings: dict[str, str], signals: list[int]) -> int:
             error = {"type": "NonFiniteError", "message": "the loss is nan in step 2", "bad_input": False}
             (run_dir / "logs" / "rank_0.error.json").write_text(json.dumps(error | {"time": time.time()}))
             return 1
+        if behaviour == "takes_too_much":
+            error = {
+                "type": "OutOfMemoryError",
+                "message": "CUDA out of memory. Tried to allocate 2 GiB",
+                "bad_input": False,
+            }
+            (run_dir / "logs" / "rank_0.error.json").write_text(json.dumps(error | {"time": time.time()}))
+            return 1
         if behaviour == "is_killed" and step == 2:
             signal.raise_signal(signal.SIGKILL)
         # Long enough to be read, judged and told to stop in between; a trial that waits does so for the next start.

@@ -307,6 +307,7 @@ def test_a_sampler_without_its_package_is_refused(sampler: Any, package: str, mo
 @pytest.mark.usefixtures("fake_trials")
 def test_a_machine_on_which_nothing_starts_does_not_use_up_the_trials(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("train.seed", tuple(range(6))))
+    let_go(sweep)
     (tmp_path / "broken_machine").touch()
     assert work(sweep) == 1
     states = [trial.state for trial in read_results(sweep.folder)]
@@ -392,6 +393,13 @@ def test_a_follower_reads_whole_lines_once_and_again_what_a_resume_cut_off(tmp_p
     assert list(follower.read()) == [(2, 6.0), (4, 4.0)]
 
 
+def let_go(sweep: Sweep) -> None:
+    """From now on no trial waits between its steps."""
+    go = sweep.run_dir(0).parent / "go"
+    go.parent.mkdir(exist_ok=True)
+    go.touch()
+
+
 def work(sweep: Sweep) -> int:
     with worker_place(sweep.folder, "worker_0"):
         study = study_of(sweep)
@@ -401,12 +409,14 @@ def work(sweep: Sweep) -> int:
 
 @pytest.mark.usefixtures("fake_trials")
 def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_path: Path):
-    names = ("fine", "diverges", "refused", "is_killed", "diverges_at_the_end", "again")
+    names = ("fine", "takes_too_much", "diverges", "refused", "is_killed", "diverges_at_the_end", "again")
     sweep = sweep_at(tmp_path / "s", Values("name", names))
+    let_go(sweep)
     assert work(sweep) == 0
     trials = {str(trial.values["name"]): trial for trial in read_results(sweep.folder)}
     assert {name: trial.state for name, trial in trials.items()} == {
         "fine": COMPLETE,
+        "takes_too_much": FAILED,
         "diverges": FAILED,
         "refused": FAILED,
         "is_killed": FAILED,
@@ -418,6 +428,7 @@ def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_
     assert fine.evaluations == pytest.approx({1: 1.3, 2: 1.2, 3: 1.1, 4: 1.0})
     assert (fine.step, fine.trainable_parameters, fine.peak_memory_bytes) == (4, 12, 34)
     assert "the loss is nan in step 2" in str(trials["diverges"].reason)
+    assert "CUDA out of memory" in str(trials["takes_too_much"].reason)
     assert trials["refused"].reason == "adapter.r=0 is not a rank; set adapter.r=1"
     assert trials["is_killed"].reason == "its launcher was killed by SIGKILL"
     assert trials["diverges_at_the_end"].reason == "its last eval_loss is not finite"
@@ -492,8 +503,7 @@ def test_a_worker_whose_last_trials_were_saved_is_not_done(tmp_path: Path):
 def test_hyperband_ends_trials_too(tmp_path: Path):
     rates = tuple(10.0 ** -(3 - power / 4) for power in range(6))
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", rates), pruner="hyperband")
-    (tmp_path / "s" / "trials").mkdir()
-    (tmp_path / "s" / "trials" / "go").touch()
+    let_go(sweep)
     assert work(sweep) == 0
     trials = read_results(sweep.folder)
     assert {trial.state for trial in trials} <= {COMPLETE, PRUNED}
@@ -548,6 +558,39 @@ def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
         4,
     ]
     assert (sweep.folder / "results.md").read_text().count("complete") >= 2
+
+
+def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """What `distlora sweep` does once the folder is made: its workers are processes of their own."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from distlora_launcher.sweeps import runner\nrunner.MODULE = 'sweep_fake_trial'\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from types import SimpleNamespace as Values; "
+        "from distlora_launcher.sweeps import folder, local; sweep = folder.load_sweep(Path(sys.argv[1])); "
+        "sys.exit(local.run_workers_here(sweep, Values(cluster=Values(gpus_per_node=1))))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_of_a_sweep_end_together_and_go_on_with_what_they_had(tmp_path: Path, signum: signal.Signals):
+    sweep = sweep_at(tmp_path / "s", RATES, Values("train.seed", (0, 1)), words=("name=waits",), workers=2)
+    run_dirs = [sweep.run_dir(number) for number in range(4)]
+    command = start_sweep(sweep, tmp_path)
+    wait_for(lambda: all((run_dir / "starts").is_file() for run_dir in run_dirs[:2]))
+    command.send_signal(signum)
+    assert command.wait(60) == (75 if signum == signal.SIGTERM else -signal.SIGKILL)
+    wait_for(lambda: not holders(sweep.folder))
+    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING, RUNNING, WAITING, WAITING]
+    let_go(sweep)
+    assert start_sweep(sweep, tmp_path).wait(60) == 0
+    assert [trial.state for trial in read_results(sweep.folder)] == [COMPLETE] * 4
+    assert [(run_dir / "starts").read_text().split() for run_dir in run_dirs] == [
+        *[["train", "resume"]] * 2,
+        *[["train"]] * 2,
+    ]
 
 
 def test_cancel_has_the_workers_stop(tmp_path: Path):

@@ -22,6 +22,8 @@ from worlds import World, start_world
 
 LONGEST = (
     "test_slurm_cluster",
+    "test_sweep_arrays",
+    "test_wandb_sweep",
     "test_methods",
     "test_end_to_end",
     "test_parity",

@@ -7,6 +7,7 @@ word and what to type instead (`explain.py`).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ def with_new_keys(word: str) -> str:
     """`adapter.rank_pattern={down_proj:32}` with Hydra's mark for keys that conf/ does not have; others as they are."""
     key = word.partition("=")[0]
     return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
+
+
+def section_of(word: str) -> str:
+    """The section, or the group, that a word is of: `adapter` of adapter=full, +adapter.r=8 and ~adapter.r."""
+    return re.split(r"[.@/]", word.lstrip("+~").partition("=")[0], maxsplit=1)[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

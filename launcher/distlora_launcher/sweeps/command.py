@@ -27,6 +27,7 @@ from distlora_launcher.compose import (
     compose_run,
     compose_section,
     parse_overrides,
+    section_of,
     with_new_keys,
 )
 from distlora_launcher.holding import holders
@@ -99,7 +100,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     """The sweep that a command line describes, and the settings of one of its trials. Nothing is made yet."""
     options, words = read_words(arguments)
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
-    of_sweep = [word for word in words if _section(word) == "sweep"]
+    of_sweep = [word for word in words if section_of(word) == "sweep"]
     if not any(word.startswith("sweep=") for word in of_sweep):
         of_sweep.insert(0, "sweep=grid")
     for word in of_sweep:
@@ -118,7 +119,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
             f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
         )
     settings = build(SweepConfig, values | {"space": of_space}, prefix="sweep.")
-    own = [word for word in words if _section(word) != "sweep"]
+    own = [word for word in words if section_of(word) != "sweep"]
     space, shared = split(own, settings.space, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
@@ -170,7 +171,7 @@ def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("words", nargs="*")
     parser.add_argument("--config-dir")
     options = parser.parse_args([expand_home(word) for word in arguments])
-    return options, [with_new_keys(word) if _section(word) == "sweep" else word for word in options.words]
+    return options, [with_new_keys(word) if section_of(word) == "sweep" else word for word in options.words]
 
 
 def check_folder(folder: Path) -> None:
@@ -225,7 +226,7 @@ def check_place(sweep: Sweep, config: Config) -> None:
 
 def pinned(sweep: Sweep, config: Config) -> Sweep:
     """The sweep with its model on the hub at one commit: a branch may move between two trials."""
-    searched = {_section(dimension.setting) for dimension in sweep.space}
+    searched = {section_of(dimension.setting) for dimension in sweep.space}
     if not is_hub_name(config.model.path) or "model" in searched or "recipe" in searched:
         return sweep
     commit = locate(config.model.path, config.model.revision).commit
@@ -282,10 +283,6 @@ def start(sweep: Sweep, config: Config) -> int:
         code: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit(sweep, config)
         return code
     return run_workers_here(sweep, config)
-
-
-def _section(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
 
 
 def _has_several(word: str) -> bool:

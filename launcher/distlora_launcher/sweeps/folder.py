@@ -18,7 +18,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.config_file import build, parse_yaml
 from distlora.json_files import Shape, check_shape
 from distlora.sweep_folder import SWEEP_NAME, trial_folder, words_of
-from distlora_launcher.compose import Composed, compose_run
+from distlora_launcher.compose import Composed, compose_run, section_of
 from distlora_launcher.sweeps.space import Dimension, as_records, from_records
 
 LOGS = "logs"
@@ -60,7 +60,7 @@ class Sweep:
         unused = (
             ("adapter", "quant") if values.get("adapter") == "full" and self.settings.method == "rank_search" else ()
         )
-        shared = [word for word in self.words if word.lstrip("+~").partition("=")[0].partition(".")[0] not in unused]
+        shared = [word for word in self.words if section_of(word) not in unused]
         own = {} if self.name is None else {"name": f"{self.name}-{number:04d}"}
         own["run_dir"] = str(self.run_dir(number))
         return [*extra, *shared, *words_of(values), *words_of(own)]

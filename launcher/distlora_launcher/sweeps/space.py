@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from distlora.config import Config, UserError, require
-from distlora_launcher.compose import parse_overrides
+from distlora_launcher.compose import parse_overrides, section_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,8 @@ def _setting(override: Override) -> str:
 
 def _dimension(override: Override) -> Dimension:
     setting, value = _setting(override), override.value()
-    section = setting.partition(".")[0].partition("/")[0]
     require(
-        section not in ("sweep", "hydra") and setting != "run_dir",
+        section_of(setting) not in ("sweep", "hydra") and setting != "run_dir",
         f"{override.input_line}: {setting} is of the sweep and not of its trials; give it one value",
     )
     if isinstance(value, IntervalSweep):

@@ -33,9 +33,12 @@ from distlora_launcher.run_state import duration
 from distlora_launcher.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.importance import effects
+from distlora_launcher.sweeps.page import write_at_end
+from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
 from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome, Runner
 from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
+from distlora_launcher.sweeps.table import write_table
 
 POLL_SECONDS = 0.2
 TAIL_BYTES = 200
@@ -230,8 +233,6 @@ def runner_of(sweep: Sweep, index: int) -> Runner:
 
 def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     """Write what a sweep came to."""
-    from distlora_launcher.sweeps.table import write_table
-
     try:
         with study.held():
             write_table(sweep, study.records(), search)
@@ -240,15 +241,11 @@ def conclude(sweep: Sweep, study: Study, search: Search) -> None:
     except OSError as error:  # The trials are what they are without it.
         warn(f"{shown(sweep.folder)}: its table and plots cannot be written ({error})")
     if study.is_over():
-        from distlora_launcher.sweeps.page import write_at_end
-
         write_at_end(sweep.folder)
 
 
 def write_plots(sweep: Sweep, study: Study) -> None:
     """SWEEP/parallel_coordinates.png and SWEEP/importance.png, where there is something to show."""
-    from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
-
     with study.held():
         trials = study.records()
         plot_coordinates(sweep, trials)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from distlora import host_memory
-from distlora_launcher import local
+from distlora_launcher import holding, local
 from distlora_launcher.cli import COMMANDS, main
 from distlora_launcher.demo.base import base_folder
 from distlora_launcher.demo.corpus import Corpus
@@ -260,7 +260,10 @@ def test_a_run_that_fits_no_more_is_not_resumed_before_its_settings_say_so(
     assert steps.trained == [run_dir] * 2
 
 
-def test_a_run_that_is_going_on_is_not_started_twice(place: Path, steps: Steps, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_is_going_on_is_not_started_twice(
+    place: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(holding, "LEAVE_SECONDS", 0.2)
     run_dir = stopped_run(place)
     with (run_dir / "config.yaml").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

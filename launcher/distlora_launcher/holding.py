@@ -37,7 +37,10 @@ LEASE_SECONDS = 120
 a machine that is gone only after a while (NFS: 90 s)."""
 
 LOOK_SECONDS = 5
-"""How long whoever looks at a place may seem to hold it."""
+"""How long others may go on looking at a place (`holders`) that somebody takes."""
+
+LEAVE_SECONDS = 2
+"""How long a launcher that has given up its place may still hold the run."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -69,8 +72,7 @@ def running(run_dir: Path) -> Iterator[None]:
     the duration who has it (`holders`).
     """
     with (run_dir / CONFIG_NAME).open("r+") as file:
-        if not _lock(file, fcntl.LOCK_EX):
-            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
+        _take_run(file, run_dir)
         place = _take_place(run_dir, 1, lambda: False, shares_machine=True)
         assert place is not None, "it gives up only when it is told to"
         try:
@@ -87,19 +89,16 @@ def worker_place(sweep: Path, name: str) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     with path.open("a+") as file:
-        began = time.monotonic()
-        while not _lock(file, fcntl.LOCK_EX):
-            # Somebody who looks whether it is held holds it for a moment, too; and the lock of a machine that is gone
-            # stays for a while on a network file system.
-            before = from_record(object_or_empty(path))
-            lives = before is not None and before.has_ended is False
-            if time.monotonic() > began + (LOOK_SECONDS if lives else LEASE_SECONDS):
+        deadline, said = time.monotonic() + LEASE_SECONDS, False
+        while not _seize(file):
+            holder = from_record(object_or_empty(path))
+            if (holder is not None and holder.has_ended is False) or time.monotonic() > deadline:
                 raise UserError(f"{sweep} has a {name} already, which lives; wait for it or `distlora cancel {sweep}`")
-            time.sleep(0.05)
-        file.truncate(0)
-        file.write(json.dumps(asdict(this_process())))
-        file.flush()
-        os.fsync(file.fileno())  # Other machines would find it empty for as long as NFS keeps it here.
+            if not said:
+                show(f"waiting for {holder.host if holder else 'another process'} to leave {sweep} as its {name}\n")
+                said = True
+            time.sleep(0.5)
+        _sign(file)
         yield
 
 
@@ -125,7 +124,7 @@ def is_alive(sweep: Path, name: str | None, process: Process) -> bool:
 def leave(run_dir: Path) -> None:
     """Remove the places in a run that nobody holds any more."""
     # Whatever is left of it, a half-written record or an open file on NFS, is no failure of the run.
-    for path in (run_dir / MACHINES).glob("*.json"):
+    for path in _records(run_dir):
         with contextlib.suppress(OSError):
             path.unlink()
     with contextlib.suppress(OSError):
@@ -135,12 +134,19 @@ def leave(run_dir: Path) -> None:
 def holders(run_dir: Path) -> list[Process]:
     """The launchers that hold a run now, on whatever machines: each locks the record that names it while it lives."""
     found = []
-    for path in sorted((run_dir / MACHINES).glob("*.json")):
+    for path in _records(run_dir):
         process = from_record(object_or_empty(path))
         with contextlib.suppress(OSError):
             if process is not None and _is_held(path, process):
                 found.append(process)
     return found
+
+
+def _records(run_dir: Path) -> list[Path]:
+    """The places in a run. Their folder comes and goes with whoever holds it."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in (run_dir / MACHINES).iterdir() if path.suffix == ".json")
+    return []
 
 
 def _is_held(path: Path, process: Process) -> bool:
@@ -261,19 +267,53 @@ def _free_place(folder: Path, nodes: int) -> IO[str] | None:
     for number in range(nodes):
         file = (folder / f"{number}.json").open("a+")
         try:
-            is_free = _lock(file, fcntl.LOCK_EX, strict=True)
+            is_free = _seize(file, strict=True)
         except OSError as error:
             file.close()
             if error.errno not in _NO_LOCKS:
                 raise
             file, is_free = (folder / f"{host_name()}.json").open("a+"), True
         if is_free:
-            file.truncate(0)
-            file.write(json.dumps(asdict(this_process())))
-            file.flush()
+            _sign(file)
             return file
         file.close()
     return None
+
+
+def _take_run(config: IO[str], run_dir: Path) -> None:
+    """Lock a run for this launcher alone. Raises UserError where another has it: at once where that one is known to
+    live, else once whoever has it can have neither gone nor died unnoticed."""
+    began, said = time.monotonic(), False
+    while not _lock(config, fcntl.LOCK_EX):
+        held = holders(run_dir)
+        lives = any(place.has_ended is False for place in held)
+        if lives or time.monotonic() > began + (LEASE_SECONDS if held else LEAVE_SECONDS):
+            raise UserError(f"{run_dir} is running in another process; wait for it or stop it first")
+        if held and not said:
+            show(f"waiting for {held[0].host} to leave {run_dir}\n")
+            said = True
+        time.sleep(0.1)
+
+
+def _seize(file: IO[str], *, strict: bool = False) -> bool:
+    """Lock a place; False when another holds it. Who only looks (`holders`) shares it for a moment, which no holder
+    does, and is waited for."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not _lock(file, fcntl.LOCK_EX, strict=strict):
+        if not _lock(file, fcntl.LOCK_SH, strict=strict) or time.monotonic() > deadline:
+            return False
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(0.01)
+    return True
+
+
+def _sign(place: IO[str]) -> None:
+    """Write this process's name into its place, for other machines too: NFS would show them an empty record for as long
+    as it keeps the text here."""
+    place.truncate(0)
+    place.write(json.dumps(asdict(this_process())))
+    place.flush()
+    os.fsync(place.fileno())
 
 
 def _lock(file: IO[str], kind: int, *, strict: bool = False) -> bool:

@@ -1,0 +1,132 @@
+"""Who holds a run or is a worker of a sweep: what a newcomer waits for, and what it is refused by."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from distlora.config import UserError
+from distlora_launcher import holding
+from distlora_launcher.processes import this_process
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder, as far as it matters here."""
+    (tmp_path / "config.yaml").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def looked_at(run: Path) -> Iterator[None]:
+    """Somebody asks all the time who holds the run."""
+    ended = threading.Event()
+    looks: list[int] = []
+    errors: list[OSError] = []
+
+    def look() -> None:
+        while not ended.is_set():
+            try:
+                looks.append(len(holding.holders(run)))
+            except OSError as error:
+                errors.append(error)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    yield
+    ended.set()
+    looking.join()
+    assert errors == []
+    assert {0, 1} <= set(looks)
+
+
+@pytest.mark.usefixtures("looked_at")
+def test_a_run_that_is_looked_at_can_be_taken_at_once(run: Path, capsys: pytest.CaptureFixture[str]):
+    for _ in range(50):
+        with holding.running(run):
+            pass
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_a_run_whose_launcher_is_just_leaving_can_be_taken(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """It gives up its place first, so that nobody holds the run any more by `holders`, and then the run."""
+    left, end = threading.Event(), threading.Event()
+
+    def leave(run_dir: Path) -> None:
+        real_leave(run_dir)
+        left.set()
+        end.wait(0.5)
+
+    def hold_and_leave() -> None:
+        with holding.running(run):
+            pass
+
+    real_leave = holding.leave
+    monkeypatch.setattr(holding, "leave", leave)
+    leaving = threading.Thread(target=hold_and_leave)
+    leaving.start()
+    assert left.wait(60)
+    assert holding.holders(run) == []
+    with holding.running(run):
+        leaving.join()
+
+
+def let_go(*files: IO[str]) -> None:
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """NFS holds them for its lease."""
+    (run / "machines").mkdir()
+    record = run / "machines" / "0.json"
+    gone = dataclasses.replace(this_process(), host="node7", boot="another")
+    record.write_text(json.dumps(dataclasses.asdict(gone)))
+    with (run / "config.yaml").open() as config, record.open() as place:
+        fcntl.flock(config, fcntl.LOCK_EX)
+        fcntl.flock(place, fcntl.LOCK_EX)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(holding, "LEASE_SECONDS", 0.2)
+            with pytest.raises(UserError, match="is running in another process"), holding.running(run):
+                pass
+        assert "waiting for node7 to leave" in capsys.readouterr().out
+        lease = threading.Timer(0.5, let_go, (config, place))
+        lease.start()
+        with holding.running(run):
+            pass
+        lease.join()
+
+
+def test_the_name_of_a_holder_is_on_disk_before_it_counts(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS keeps what is not synced from other machines."""
+    synced: list[int] = []
+    real_sync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        real_sync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(holding.os, "fsync", sync)
+    with holding.running(run):
+        assert (run / "machines" / "0.json").stat().st_ino in synced
+    with holding.worker_place(run, "worker_3"):
+        assert (run / "machines" / "worker_3.json").stat().st_ino in synced
+
+
+def test_a_worker_that_lives_here_keeps_its_place(run: Path):
+    with holding.worker_place(run, "worker_0"):
+        began = time.monotonic()
+        with pytest.raises(UserError, match="has a worker_0 already"), holding.worker_place(run, "worker_0"):
+            pass
+        assert time.monotonic() - began < 1

@@ -6,6 +6,7 @@ Trials are stand-ins (sweep_fake_trial.py) but in the last test, which is `distl
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, Tr
 from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, running, worker_place
 from distlora_launcher.signals import Forwarder
-from distlora_launcher.sweeps import command, local, runner
+from distlora_launcher.sweeps import command, journal, local, runner, study
 from distlora_launcher.sweeps.command import ask
 from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
@@ -234,6 +235,15 @@ def test_a_trial_that_was_never_drawn_is_none(tmp_path: Path):
     ]
 
 
+def test_that_a_trial_was_never_drawn_is_in_the_results_at_once(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 1e-5, 1e-3), method="optuna", trials=1)
+    own = study_of(sweep)
+    own._study.enqueue_trial({})
+    own._study.ask()
+    assert own.ask() is Due.END
+    assert [trial.state for trial in read_results(sweep.folder)] == [FAILED]
+
+
 def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp_path: Path):
     """NFS shows a file that is written and kept open as empty to others for a while."""
     sweep = sweep_at(tmp_path / "s")
@@ -286,6 +296,64 @@ def test_what_came_of_a_trial_is_told_once(tmp_path: Path):
     assert [(record.state, record.value) for record in study.records()][:1] == [(COMPLETE, 2.0)]
 
 
+def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As on NFS where the locks of a machine were lost for a while."""
+    sweep = sweep_at(tmp_path / "s")
+    first, second = study_of(sweep), study_of(sweep)
+    trial = asked(first)
+    there = dataclasses.replace(study.this_process(), host="other", boot="other")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(study, "this_process", lambda: there)
+        assert asked(second) == dataclasses.replace(trial, begun=True)
+    first.report(0, 1, 5.0)
+    first.tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="it is running in another process"), None, {})
+    assert "trial 0 is another worker's by now" in capsys.readouterr().err
+    assert [(record.state, record.evaluations) for record in second.records()][:1] == [(RUNNING, {})]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(study, "this_process", lambda: there)
+        second.report(0, 2, 4.0)
+        complete(second, trial, 4.0)
+    first.report(0, 3, 5.0)
+    assert [(record.state, record.evaluations) for record in first.records()][:1] == [(COMPLETE, {2: 4.0})]
+
+
+def test_what_trials_measure_is_written_once_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = sweep_at(tmp_path / "s")
+    with worker_place(sweep.folder, "worker_0"):
+        own = study_of(sweep)
+        trials = [asked(own), asked(own)]
+        written: list[Path] = []
+        real_write = study.write_results
+
+        def write(folder: Path, records: list[TrialRecord]) -> None:
+            real_write(folder, records)
+            written.append(folder)
+
+        monkeypatch.setattr(study, "write_results", write)
+        for step in range(1, 6):
+            for trial in trials:
+                own.report(trial.number, step, 1.0 / step)
+        assert written == []
+        own.publish()
+        own.publish()
+    assert written == [sweep.folder]
+    assert [len(record.evaluations) for record in read_results(sweep.folder)[:2]] == [5, 5]
+
+
+def test_a_lock_is_let_go_where_the_journal_cannot_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = sweep_at(tmp_path / "s")
+    own = study_of(sweep)
+    with monkeypatch.context() as broken:
+        broken.setattr(journal, "mend", lambda _: (_ for _ in ()).throw(OSError("input/output error")))
+        with pytest.raises(OSError, match="input/output"):
+            own.ask()
+    with (sweep.folder / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert asked(own).number == 0
+
+
 def test_half_a_line_of_another_worker_harms_nobody(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s")
     first, second = study_of(sweep), study_of(sweep)
@@ -302,6 +370,15 @@ def test_a_sampler_without_its_package_is_refused(sampler: Any, package: str, mo
     with pytest.raises(UserError, match=f"needs {package}"):
         check_sampler(SweepConfig(method="optuna", sampler=sampler))
     check_sampler(SweepConfig(method="optuna"))
+
+
+def test_a_sweep_that_goes_on_without_the_package_of_its_sampler_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 1e-5, 1e-3), method="optuna", sampler="cmaes", trials=2)
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    with pytest.raises(UserError, match="needs cmaes"):
+        study_of(sweep)
 
 
 @pytest.mark.usefixtures("fake_trials")

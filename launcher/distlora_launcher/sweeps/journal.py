@@ -31,17 +31,18 @@ class Lock:
 
     def acquire(self) -> bool:
         if self._depth == 0:
-            file = self._path.open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                file.close()
-                raise UserError(
-                    f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers of a "
-                    "sweep share its trials by; set run_dir to a folder on another"
-                ) from error
+            with contextlib.ExitStack() as stack:  # Which lets go of the lock where the journal cannot be mended.
+                file = stack.enter_context(self._path.open("ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    raise UserError(
+                        f"{self._path.parent} is on a file system without locks ({error.strerror}), which the workers "
+                        "of a sweep share its trials by; set run_dir to a folder on another"
+                    ) from error
+                mend(self._journal)
+                stack.pop_all()
             self._file = file
-            mend(self._journal)
         self._depth += 1
         return True
 

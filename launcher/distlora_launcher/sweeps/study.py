@@ -27,8 +27,9 @@ from distlora.sweep_folder import (
     write_results,
 )
 from distlora_launcher.holding import holders, is_alive
+from distlora_launcher.output import warn
 from distlora_launcher.processes import Process, this_process
-from distlora_launcher.sweeps.drawing import choice_of, chosen, distribution, draw, pruner_of, sampler_of
+from distlora_launcher.sweeps.drawing import check_sampler, choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.journal import Lock, open_journal
 from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
@@ -54,7 +55,9 @@ class Study:
     def __init__(self, sweep: Sweep, search: Search, *, place: str | None = None) -> None:
         """`place`: the name under which this process is a worker of the sweep (`worker_place`)."""
         self._sweep, self._search, self._place = sweep, search, place
+        check_sampler(sweep.settings)  # A resume may be elsewhere than the start.
         self._lock = Lock(sweep.folder)
+        self._is_behind = False
         self._space = {dimension.setting: dimension for dimension in sweep.space}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with self._lock.held():
@@ -93,11 +96,18 @@ class Study:
             self._write()
 
     def report(self, number: int, step: int, value: float) -> None:
-        """An evaluation of a trial."""
+        """An evaluation of a trial; `publish` brings it into the results."""
         with self._lock.held():
             frozen = self._trial(number)
-            if step not in frozen.intermediate_values:
+            if self._is_own(frozen) and step not in frozen.intermediate_values:
                 optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
+                self._is_behind = True
+
+    def publish(self) -> None:
+        """Write results.json where something was reported since: once for all that was, as it takes longer than that
+        itself."""
+        if self._is_behind:
+            with self._lock.held():
                 self._write()
 
     def should_prune(self, number: int) -> bool:
@@ -111,7 +121,8 @@ class Study:
         """How a trial ended: its value, and what of TrialRecord its run says (`figures`)."""
         with self._lock.held():
             frozen = self._trial(outcome.number)
-            if frozen.state.is_finished():  # By another, who took this process for dead.
+            if not self._is_own(frozen):
+                warn(f"trial {outcome.number} is another worker's by now; what came of it here does not count")
                 return
             seconds = frozen.user_attrs.get("seconds", 0.0) + outcome.seconds
             self._set(frozen, seconds=seconds, step=outcome.step, owner=None, **figures)
@@ -155,6 +166,7 @@ class Study:
 
     def _write(self) -> None:
         write_results(self._sweep.folder, self.records())
+        self._is_behind = False
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states)
@@ -178,6 +190,7 @@ class Study:
             if "values" not in trial.user_attrs:
                 self._set(trial, reason="its worker was killed before its values were drawn")
                 self._study.tell(trial.number, state=TrialState.FAIL)
+                self._write()
             elif holders(self._sweep.run_dir(trial.number)):
                 is_busy = True
             else:
@@ -224,6 +237,11 @@ class Study:
     def _own(self, trial: FrozenTrial) -> None:
         """Note that this process has a trial."""
         self._set(trial, owner=dataclasses.asdict(this_process()), place=self._place)
+
+    @staticmethod
+    def _is_own(trial: FrozenTrial) -> bool:
+        """Whether this process has a trial still: another may have taken it for dead, when its locks were lost."""
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == dataclasses.asdict(this_process())
 
 
 def _values(trial: FrozenTrial) -> dict[str, Any]:

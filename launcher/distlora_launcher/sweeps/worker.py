@@ -172,6 +172,7 @@ class Worker:
                 if prunes:
                     prune = value is not None and self._study.should_prune(number)
                     self._runner.verdict(number, step, prune=prune)
+        self._study.publish()
 
     def _end(self, outcome: Outcome) -> None:
         followed = self._trials.pop(outcome.number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,12 @@ def test_the_command_needs_no_torch() -> None:
     code = "import sys, distlora_launcher.bench as b; b.main(['--help']); print({'torch', 'triton'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
     assert bench.usage().startswith("usage: distlora bench kernels")
+
+
+def test_packs_are_measured_on_a_base_that_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(BecameError) as became:
+        cli.main(["bench", "packed", "--base", str(tmp_path), "--trials", "4", "--json"])
+    assert became.value.module == "distlora.bench.packed"
+    assert became.value.arguments == [str(tmp_path), "--trials=4", "--lengths=16,64", "--ranks=1,2", "--json"]
+    assert "holds no model" in error_of(capsys, "packed", "--base", str(tmp_path / "none"))

@@ -1,6 +1,6 @@
 """Trials of a sweep on one base, packed and one after the other: how long a step takes and what it gathers.
 
-    python -m distlora.bench.packed BASE [--trials 1,2,4,8] [--lengths 32,64] [--ranks 1,2] [--repeats 20]
+    python -m distlora.bench.packed BASE [--trials 1,2,4,8] [--lengths 16,64] [--ranks 1,2] [--repeats 20]
                                                                                 (`distlora bench packed`)
 
 Each trial has micro-batches of one row and an adapter of rank 16 on every linear of the 4-bit base in BASE. A step of
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("--trials", default="1,2,4,8")
-    parser.add_argument("--lengths", default="32,128")
+    parser.add_argument("--lengths", default="16,64")
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")

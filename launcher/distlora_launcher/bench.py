@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from distlora.command_line import DONE
@@ -17,10 +18,12 @@ from distlora.config import UserError, nearest
 from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.checks import gpu_count
+from distlora_launcher.demo.run import made_base
 
-SUBJECTS = ("kernels", "methods", "comm", "load", "memory")
+SUBJECTS = ("kernels", "methods", "comm", "load", "memory", "packed")
 MEASURE, COMPILE, LOAD = "distlora_kernels.bench", "distlora_kernels.offline", "distlora.bench.load"
 MEMORY = "distlora.bench.against_plan"
+PACKED = "distlora.bench.packed"
 MODELS = ("10M", "100M", "0.5B", "1.5B")
 """Sizes of the random Llamas whose memory is measured."""
 
@@ -30,6 +33,7 @@ USAGE = """usage: distlora bench kernels [options of the benchmark]
        distlora bench comm [setting=value ...] [--ranks N,N] [--measure] ...
        distlora bench load [--layers N]
        distlora bench memory [--models 10M,100M] [--ranks 1,2] [--json]
+       distlora bench packed [--base FOLDER] [--trials 1,2,4,8] [--lengths 16,64] [--ranks 1,2] [--json]
 
 methods: compare adapter methods on the demo's base and data; `distlora bench methods --help` says more.
 
@@ -40,6 +44,10 @@ its checkpoint, keeping the shards, and reading them again, beside transformers 
 
 memory: what a training step has in memory, planned and measured by kind, of random Llamas of 10M, 100M, 0.5B and 1.5B
 parameters on so many ranks of this machine, in each mode; from a minute for the smallest on a CPU to half an hour.
+
+packed: a step of so many trials of a sweep on one base, with micro-batches of one row of so many tokens, beside one
+trial's and all of them one after the other: time, bytes gathered; on the demo's base, or on the model in FOLDER. A few
+minutes.
 
 kernels: measure the GPU kernels on this machine's GPU, beside the plain bf16 product and what other libraries do;
 `python -m distlora_kernels.bench --help` shows the options.
@@ -74,6 +82,8 @@ def main(arguments: list[str]) -> int:
         become(LOAD, [] if layers is None else [f"--layers={layers}"])
     if arguments[0] == "memory":
         become(MEMORY, memory_arguments(arguments[1:]))
+    if arguments[0] == "packed":
+        become(PACKED, packed_arguments(arguments[1:]))
     if arguments[0] != "kernels":
         raise UserError(
             f"distlora bench: there is nothing named {arguments[0]!r} to measure"
@@ -131,6 +141,25 @@ def memory_arguments(arguments: Sequence[str]) -> list[str]:
         f"--ranks={','.join(map(str, ranks))}",
         *(["--json"] if options.json else []),
     ]
+
+
+def packed_arguments(arguments: Sequence[str]) -> list[str]:
+    """The options of `distlora bench packed`, for the process that measures. UserError for what is no number, and where
+    there is no base."""
+    parser = Parser("distlora bench packed", help="distlora bench --help")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--trials", default="1,2,4,8")
+    parser.add_argument("--lengths", default="16,64")
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    base = made_base() if options.base is None else options.base.expanduser()
+    if not (base / "config.json").is_file():
+        parser.error(f"--base {base} holds no model (no config.json); leave it out for the demo's")
+    words = [str(base)]
+    for name in ("trials", "lengths", "ranks"):
+        words.append(f"--{name}={','.join(map(str, numbers(f'--{name}', getattr(options, name))))}")
+    return [*words, *(["--json"] if options.json else [])]
 
 
 def become(module: str, arguments: Sequence[str]) -> NoReturn:

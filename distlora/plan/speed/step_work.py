@@ -175,7 +175,14 @@ def block_sizes(config: Config, decoder: Decoder, block: Sequence[Weight], ranks
         if count:
             assert experts is not None
             return Linear(out, features, ranks.rank(name), experts.count, experts.chosen)
-        return Linear(out, features, ranks.rank(name), is_dora=config.adapter.use_dora)
+        return Linear(
+            out,
+            features,
+            ranks.largest(name),
+            is_dora=config.adapter.use_dora,
+            trials=len(config.adapters),
+            stacked=ranks.rank(name),
+        )
 
     packed = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight for weight in block if weight.packs}
     groups = {

@@ -77,6 +77,15 @@ class Linear:
     chosen: int = 1
     """Experts that a token goes through."""
     is_dora: bool = False
+    trials: int = 1
+    """Of a pack: each row goes through the adapter of its own trial, of so many; `rank` is that of one,"""
+    stacked: int = 0
+    """and this of all together."""
+
+    @property
+    def others(self) -> int:
+        """Columns of other trials' adapters."""
+        return max(0, self.stacked - self.rank)
 
     @property
     def numel(self) -> int:
@@ -103,6 +112,7 @@ def forward(group: Sequence[Linear], m: int, how: How, *, adapted: bool = True) 
         return
     with_adapter = [linear for linear in group if linear.rank and adapted]
     yield from _casts(with_adapter, how)
+    yield from _other_trials(with_adapter, 1, how)
     if with_adapter:
         yield gemm("adapters", m, sum(linear.rank for linear in with_adapter), group[0].features, how)
     for linear in group:
@@ -127,6 +137,7 @@ def backward(group: Sequence[Linear], m: int, how: How) -> Iterator[Work]:
     features, ranks = group[0].features, sum(linear.rank for linear in group)
     decodes = how.quantized and m <= how.few_rows
     yield from _casts([linear for linear in group if linear.rank], how)
+    yield from _other_trials([linear for linear in group if linear.rank], 2, how)
     for index, linear in enumerate(group):
         if linear.rank:
             yield gemm("adapters", m, linear.rank, linear.out, how)
@@ -158,6 +169,19 @@ def _casts(adapted: Sequence[Linear], how: How) -> Iterator[Work]:
         yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
         yield Work("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
         yield Work("adapters", 2 * FP32 * linear.rank * linear.out)
+
+
+def _other_trials(adapted: Sequence[Linear], products: int, how: How) -> Iterator[Work]:
+    """What the adapters of a pack's other trials add to the products with A and B, `products` each: their own weights,
+    cast and read, and launches. Their rows are among the M of these products."""
+    for linear in adapted:
+        if linear.trials > 1:
+            weights = linear.others * (linear.out + linear.features)
+            yield Work(
+                "adapters",
+                (FP32 + (1 + products) * how.itemsize) * weights,
+                launches=2 * products * (linear.trials - 1),
+            )
 
 
 def _dequantize(linear: Linear, how: How) -> Work:

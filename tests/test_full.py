@@ -20,6 +20,7 @@ from distlora.checkpoints.folder import steps
 from distlora.config import Config
 from distlora.config_file import load_config
 from distlora.parallel import Backend, Ranks, Shards
+from distlora.results import trainer_tensors
 from distlora.tensor_files import write_model
 from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
@@ -168,7 +169,7 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, 
     with pytest.MonkeyPatch.context() as patch, whole_folder(target, backend) as folder:
         patch.setattr("distlora.parallel.backend.PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
-        files = {"trainer.safetensors": train.trainer_tensors(optimizer, trained, backend)}
+        files = {"trainer.safetensors": trainer_tensors(optimizer, trained, backend)}
         sums = write_files(folder, files, backend)
         read = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if backend.writes}
         assert sums == read

@@ -28,6 +28,7 @@ from distlora.optim import Optimizer
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.traffic import Traffic
 from distlora.quant import FrozenLinear
+from distlora.results import trainer_tensors, weight_files
 from distlora_kernels import scratch
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run
@@ -203,8 +204,8 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
         backend.finish_gradients()
         optimizer.step(1e-3, torch.tensor(True, device=device))
     files = {
-        **train.weight_files(model, config),
-        TRAINER_NAME: train.trainer_tensors(optimizer, trained, backend),
+        **weight_files(model, config),
+        TRAINER_NAME: trainer_tensors(optimizer, trained, backend),
     }
     write_files(tmp_path, files, backend)
     saved = {path: state.cpu().clone() for path, state in optimizer.state_tensors().items()}

@@ -20,6 +20,7 @@ import yaml
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
+from distlora_launcher import application
 from distlora_launcher.cli import main
 from distlora_launcher.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_trial
@@ -237,6 +238,23 @@ def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: 
     assert kept is not None
     assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
     assert wandb_trial.was_ended_early(tmp_path) == (by == "wandb")
+
+
+def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start_as_agent(monkeypatch, tmp_path, {"adapter.r": 16})
+    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
+
+    def start(config: Config) -> int:
+        (Path(config.run_dir) / "logs").mkdir(parents=True)
+        return 75
+
+    monkeypatch.setattr(application, "start", start)
+    with pytest.raises(SystemExit, match="75"):  # Hydra hands a code on by this alone.
+        main(["train", *settings(folders, tmp_path)])
+    assert wandb_trial.was_ended_early(tmp_path / "runs" / "s1" / "run1")
 
 
 def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:

@@ -73,9 +73,7 @@ def main(arguments: list[str]) -> int:
             have_judged(script)
             if dry_run:
                 return DONE
-        code = run_hydra(ordered(arguments, flags.overrides))
-        note_end(first, code)
-        return code
+        return run_hydra(ordered(arguments, flags.overrides))
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)
     try:
@@ -226,11 +224,13 @@ def run_job(settings: DictConfig, number: int, sweep: Sweep) -> int:
         choice = decide(config, fixed_settings(config, words))
         say_choice(choice)
         config = choice.config
-        if is_job(config) and in_job():
-            return start_in_job(config)
-        if is_job(config):
+        if is_job(config) and not in_job():
             return sweep.add(config, number) if sweeps else submit_run(config)
-        code = start_together(config) if config.cluster.on_each_machine else start(config)
+        if is_job(config):
+            code = start_in_job(config)
+        else:
+            code = start_together(config) if config.cluster.on_each_machine else start(config)
+        note_end(config, code)
         if code == DONE and not sweeps:
             say(f"try it with: distlora generate {shown(run_dir)}")
         return code

@@ -7,6 +7,7 @@ on with when the same command is given again, before new ones are asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import signal

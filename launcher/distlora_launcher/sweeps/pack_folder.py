@@ -111,7 +111,12 @@ class PackFolder:
     def close(self) -> None:
         """No more trials come."""
         self.closed = True
-        durable.write_text(self.folder / CLOSED_NAME, "")
+        self._say_closed()
+
+    def _say_closed(self) -> None:
+        """Once all trials are in the inbox: its process ends when they are done."""
+        if self.closed and not self._later:
+            durable.write_text(self.folder / CLOSED_NAME, "")
 
     def outcomes(self) -> Iterator[Ended]:
         """Those that are new, in the order of their numbers."""
@@ -127,6 +132,7 @@ class PackFolder:
             if self._later and not self._given:
                 following = min(self._later)
                 self._give(following, self._later.pop(following))
+                self._say_closed()
             yield Ended(
                 number,
                 values["state"],
@@ -146,6 +152,8 @@ class PackFolder:
                 inbox_file(self.folder, number).unlink(missing_ok=True)
             else:
                 self._give(number, waiting[number])
+        (self.folder / CLOSED_NAME).unlink(missing_ok=True)
+        self._say_closed()
         durable.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:

@@ -16,6 +16,7 @@ from distlora.plan.pages.report import packed_trials
 from distlora.sweep_folder import words_of
 from distlora_launcher.compose import Composed, compose_run, compose_section
 from distlora_launcher.here import planned_model
+from distlora_launcher.jobs.step import in_job
 from distlora_launcher.planning import choices, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Values, count_cells, flat, is_finite, split
@@ -113,7 +114,7 @@ def planned_pack(sweep: Sweep) -> Packing:
 
 def packing_beside(sweep: Sweep, config: Config, others: Iterable[AdapterConfig]) -> Packing:
     """Packs of trials that share what a pack has to share with this one, and may have any of these adapters."""
-    model, machine = planned_model(config), machine_here(config)
+    model, machine = planned_model(config), machine_here(config, runs_here=in_job())
     adapters = [adapter for adapter in others if adapter.use_dora == config.adapter.use_dora]
     trial = largest([config, *(dataclasses.replace(config, adapter=adapter) for adapter in adapters)], model, machine)
     most = min(MOST, number_of(sweep), sweep.settings.trials or MOST)

@@ -414,6 +414,7 @@ def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path
     assert found.plan.config.adapter.r == 16
 
 
+@pytest.mark.slow
 def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
     """Each rank's run is a process of `distlora train`."""
     sweep = tmp_path / "sweep"

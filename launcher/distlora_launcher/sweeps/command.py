@@ -8,14 +8,10 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from distlora.command_line import DONE
 from distlora.config import Config, UserError, nearest, require
-from distlora.config.errors import short
 from distlora.config.places import is_hub_name
-from distlora.config.sweep import METHODS, SweepConfig
-from distlora.config_file import build
 from distlora.packed.settings import check_trial
 from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora_launcher.application import expand_home
@@ -25,10 +21,7 @@ from distlora_launcher.compose import (
     MOST_JOBS_CHECKED,
     Composed,
     compose_run,
-    compose_section,
-    parse_overrides,
     section_of,
-    with_new_keys,
 )
 from distlora_launcher.holding import holders
 from distlora_launcher.hub import locate
@@ -39,7 +32,8 @@ from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local import run_workers_here, shares, show_results
 from distlora_launcher.sweeps.packing import checked_pack
 from distlora_launcher.sweeps.search import Cells, Search, search_of
-from distlora_launcher.sweeps.space import first_cell, flat, split
+from distlora_launcher.sweeps.section import read_section
+from distlora_launcher.sweeps.space import first_cell
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.worker import conclude
 
@@ -63,11 +57,6 @@ know it, `distlora report SWEEP` makes one page of it.
 --config-dir FOLDER    with groups of your own beside distlora's, as of `distlora train`"""
 
 WANDB = ("create", "agent")
-
-OWNERS = {"sampler": "optuna"} | dict.fromkeys(
-    ("rank_start", "rank_most", "confidence", "bootstrap", "full", "full_lr"), "rank_search"
-)
-"""Settings of the section sweep that one method alone has."""
 
 FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
 """What a run logs that can be compared (RUN/metrics.jsonl)."""
@@ -100,27 +89,7 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     """The sweep that a command line describes, and the settings of one of its trials. Nothing is made yet."""
     options, words = read_words(arguments)
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
-    of_sweep = [word for word in words if section_of(word) == "sweep"]
-    if not any(word.startswith("sweep=") for word in of_sweep):
-        of_sweep.insert(0, "sweep=grid")
-    for word in of_sweep:
-        require(
-            not _has_several(word),
-            f"{word}: one sweep has one value of it; start another sweep for the other",
-        )
-    refuse_of_other_methods(of_sweep)
-    values: Any = compose_section("sweep", of_sweep, config_dir=config_dir)
-    require(isinstance(values, dict), "sweep=null is no sweep; write sweep=grid, or `distlora train`")
-    of_space = flat(values.get("space") or {})
-    for setting, value in of_space.items():
-        require(
-            isinstance(value, str),
-            f"sweep.space.{setting}={short(value)} is one value; write several, in quotes: "
-            f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
-        )
-    settings = build(SweepConfig, values | {"space": of_space}, prefix="sweep.")
-    own = [word for word in words if section_of(word) != "sweep"]
-    space, shared = split(own, settings.space, config_dir=config_dir)
+    settings, space, shared = read_section(words, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)
     check_folder(folder)
@@ -140,27 +109,6 @@ def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     return sweep, probe
 
 
-def refuse_of_other_methods(of_sweep: Sequence[str]) -> None:
-    """Refuse settings that distlora's own option of the group does not have, or that say nothing with it."""
-    method = next(word for word in of_sweep if word.startswith("sweep=")).partition("=")[2]
-    given = {word.partition("=")[0].lstrip("+"): word for word in of_sweep}
-    for name, owner in OWNERS.items():
-        word = given.get(f"sweep.{name}", "")
-        require(
-            method not in METHODS or owner == method or not word,
-            f"{word} is of sweep={owner}; add that, or leave it out",
-        )
-    if method == "grid":
-        require(
-            "sweep.seed" not in given, "sweep.seed has no effect with sweep=grid, which draws nothing; leave it out"
-        )
-    pruner = given.get("sweep.pruner", "sweep.pruner=median" if method == "optuna" else "sweep.pruner=none")
-    require(
-        pruner != "sweep.pruner=none" or "sweep.pruner_warmup" not in given or method not in METHODS,
-        "sweep.pruner_warmup has no effect without a pruner; set sweep.pruner=median, or leave it out",
-    )
-
-
 def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the words in Hydra's grammar."""
     require(
@@ -171,7 +119,7 @@ def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("words", nargs="*")
     parser.add_argument("--config-dir")
     options = parser.parse_args([expand_home(word) for word in arguments])
-    return options, [with_new_keys(word) if section_of(word) == "sweep" else word for word in options.words]
+    return options, options.words
 
 
 def check_folder(folder: Path) -> None:
@@ -283,7 +231,3 @@ def start(sweep: Sweep, config: Config) -> int:
         code: int = importlib.import_module("distlora_launcher.sweeps.arrays").submit(sweep, config)
         return code
     return run_workers_here(sweep, config)
-
-
-def _has_several(word: str) -> bool:
-    return parse_overrides([word])[0].is_sweep_override()

@@ -9,46 +9,22 @@ from typing import Any
 
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
-from distlora.config_file import build
 from distlora.packed.settings import check_trial
 from distlora.plan.choice.packing import MOST, Packing, largest, packing
 from distlora.plan.pages.report import packed_trials
 from distlora.sweep_folder import words_of
-from distlora_launcher.compose import Composed, compose_run, compose_section
+from distlora_launcher.compose import Composed, compose_run, section_of
 from distlora_launcher.here import planned_model
 from distlora_launcher.jobs.step import in_job
 from distlora_launcher.planning import choices, machine_here
 from distlora_launcher.sweeps.folder import Sweep
-from distlora_launcher.sweeps.space import Dimension, Values, count_cells, flat, is_finite, split
+from distlora_launcher.sweeps.section import read_section
+from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite
 
 _OF_SIZE = ("adapter", "recipe")
 """Sections whose values change what a trial takes in memory; those of others that do so may not differ in a pack."""
 MOST_SIZES = 16
 """Trials that are looked at for the largest."""
-
-
-def is_of_sweep(word: str) -> bool:
-    """Whether a word sets something of section `sweep`."""
-    return word.lstrip("+~").partition("=")[0].partition(".")[0] == "sweep"
-
-
-def asked_of_plan(
-    words: Sequence[str], *, config_dir: str | None = None
-) -> tuple[SweepConfig | None, Iterator[list[str]]]:
-    """The section `sweep` of a command line that plans, None where it says nothing of one; and the words of the trials
-    that may be the largest."""
-    of_sweep = [word for word in words if is_of_sweep(word)]
-    if not of_sweep:
-        return None, iter([list(words)])
-    if not any(word.startswith("sweep=") for word in of_sweep):
-        of_sweep.insert(0, "sweep=grid")
-    values = compose_section("sweep", of_sweep, config_dir=config_dir)
-    settings = build(SweepConfig, values | {"space": flat(values.get("space") or {})}, prefix="sweep.")
-    own = [word for word in words if not is_of_sweep(word)]
-    space, shared = split(own, settings.space, config_dir=config_dir)
-    return settings, ([*shared, *words_of(values)] for values in sizes(space, settings))
-
-
 AT_ONCE = 2
 """Trials of a rank search that are due at once: its first two ranks."""
 
@@ -139,8 +115,11 @@ def composed_for_plan(
     words: Sequence[str], *, config_dir: str | None = None
 ) -> tuple[SweepConfig | None, list[Composed]]:
     """The sweep that a plan is of, None where it is of a run, and its trials that may be the largest."""
-    settings, trials = asked_of_plan(words, config_dir=config_dir)
-    composed = [
-        compose_run(trial, config_dir=config_dir, may_lack_paths=True) for trial in itertools.islice(trials, MOST_SIZES)
+    if all(section_of(word) != "sweep" for word in words):
+        return None, [compose_run(words, config_dir=config_dir, may_lack_paths=True)]
+    settings, space, shared = read_section(words, config_dir=config_dir)
+    trials = [
+        compose_run([*shared, *words_of(values)], config_dir=config_dir, may_lack_paths=True)
+        for values in itertools.islice(sizes(space, settings), MOST_SIZES)
     ]
-    return settings, composed
+    return settings, trials

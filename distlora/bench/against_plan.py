@@ -11,23 +11,20 @@ within 5 %.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import importlib.util
-import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from distlora.bench.checkpoints import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
-from distlora.bench.machine import found_by
+from distlora.bench.machine import found_by, print_rows
 from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
@@ -200,11 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = list(cells(options.models.split(","), [int(count) for count in options.ranks.split(",")]))
     with own_stdout():
         rows = list(measure(chosen))
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    print("\n".join(table(rows)), f"\n\n{datetime.date.today()}, {device}, torch {torch.__version__}", flush=True)
+    print_rows(rows, table, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distlora.bench.machine import found_by
+from distlora.bench.machine import found_by, print_rows
 from distlora.bench.pack_step import PackStep
 from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_time import Rates, copy, product, seconds
@@ -203,11 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [(number, length) for length in lengths for number in numbers]
     with own_stdout():
         rows = list(measure(options.base, ranks, cells, options.repeats))
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    print("\n".join(table(rows)), f"\n\n{datetime.date.today()}, {device}, torch {torch.__version__}", flush=True)
+    print_rows(rows, table, as_json=options.json)
 
 
 if __name__ == "__main__":

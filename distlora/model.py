@@ -371,18 +371,17 @@ def _replace_weights(
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         replaced: dict[str, FrozenLinear] = {}
         for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-            sizes = (linear.in_features, linear.out_features)
-            stored = packed.get(f"{prefix}{index}.{path}.weight")
+            name, sizes = f"{prefix}{index}.{path}", (linear.in_features, linear.out_features)
+            stored = packed.get(f"{name}.weight")
             bias = linear.bias is not None
             quantized = config.quant.is_nf4 and (not packed or stored is not None)
             new: FrozenLinear
-            if for_slots:
+            if for_slots or name in targets:
                 new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
-                if config.adapter.use_dora:
+                if not for_slots:
+                    new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=name, seed=config.train.seed)
+                elif config.adapter.use_dora:
                     new.expect_magnitudes()
-            elif f"{prefix}{index}.{path}" in targets:
-                new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
-                new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=f"{prefix}{index}.{path}", seed=config.train.seed)
             else:
                 new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
             if stored is not None and not stored.nested:
@@ -395,5 +394,5 @@ def _replace_weights(
             quantized = config.quant.is_nf4
             fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
             for path, weight in fused.items():
-                if not for_slots and (path := f"{prefix}{index}.{path}") in targets:
+                if (path := f"{prefix}{index}.{path}") in targets:
                     weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)

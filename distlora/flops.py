@@ -6,9 +6,11 @@ trained. Recomputation under checkpointing and dequantization are the implementa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from distlora.adapters import AdaptedLinear
+from distlora.adapters import AdaptedLinear, LoRAPair
 from distlora.cards import card_named
 from distlora.experts import ExpertWeight
 from distlora.model import CausalLM
@@ -38,15 +40,11 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
         if isinstance(module, FrozenLinear):
             linears += module.in_features * module.out_features
             if isinstance(module, AdaptedLinear):
-                ranks = sum(pair.rank for pair in module.pairs if slot in (None, pair.slot))
-                adapters += ranks * (module.in_features + module.out_features)
+                adapters += _ranks(module.pairs, slot) * (module.in_features + module.out_features)
         elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
-            chosen, ranks = (
-                config.num_experts_per_tok,
-                sum(pair.rank for pair in module.pairs if slot in (None, pair.slot)),
-            )
+            chosen = config.num_experts_per_tok
             linears += chosen * module.in_features * module.out_features
-            adapters += chosen * ranks * (module.in_features + module.out_features)
+            adapters += chosen * _ranks(module.pairs, slot) * (module.in_features + module.out_features)
         elif isinstance(module, torch.nn.Linear):
             trained += module.in_features * module.out_features
     assert linears == 0 or trained == 0, "linears are frozen, or all of them are trained"
@@ -61,6 +59,11 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
         head_rows=0 if rows is None else rows.rows.numel(),
         queries=queries_by_window(config.num_attention_heads * head_dim, _windows(config, len(model.blocks))),
     )
+
+
+def _ranks(pairs: Iterable[LoRAPair], slot: int | None) -> int:
+    """Of the adapters that are counted, added up."""
+    return sum(pair.rank for pair in pairs if slot in (None, pair.slot))
 
 
 def _windows(config: object, layers: int) -> list[int | None]:

@@ -20,7 +20,13 @@ def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, 
     if len(found) == 1:
         return found[0]
     kinds: dict[tuple[int, ...], AdaptedRanks] = {}
-    return tuple(kinds.setdefault(tuple(map(id, block)), _side_by_side(block)) for block in zip(*found, strict=True))
+    blocks = []
+    for block in zip(*found, strict=True):
+        key = tuple(map(id, block))
+        if key not in kinds:
+            kinds[key] = _side_by_side(block)
+        blocks.append(kinds[key])
+    return tuple(blocks)
 
 
 def _side_by_side(trials: Sequence[AdaptedRanks]) -> AdaptedRanks:

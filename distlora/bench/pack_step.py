@@ -1,8 +1,7 @@
-"""Training steps of a run alone and of a pack, as the trainer runs them, over random tokens."""
+"""Training steps of a run alone and of a pack, as the trainer runs them, over rows of random tokens."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -16,17 +15,20 @@ from distlora.optim import Optimizer, build_optimizer, learning_rate
 from distlora.parallel import Ranks, whole_shape
 from distlora.slots import put_trial
 from distlora.startup import start_adapters, start_model
+from distlora.train import trained_parameters
 from distlora.trainer import mean_losses
 
 STEPS = 2
 """Of the schedule of the learning rate."""
+DOCUMENTS = 4
+"""Of each row, of one length."""
 
 
 class PackStep:
     """A model with all of these trials in its slots; of one trial, without slots, as a run alone has it. Every rank
     makes one alike."""
 
-    def __init__(self, trials: Sequence[Config], ranks: Ranks, *, in_slots: bool = True, documents: int = 4) -> None:
+    def __init__(self, trials: Sequence[Config], ranks: Ranks, *, in_slots: bool = True) -> None:
         assert in_slots or len(trials) == 1, "several trials need slots"
         self.trials, self.ranks = trials, ranks
         first = trials[0]
@@ -36,25 +38,25 @@ class PackStep:
             if in_slots:
                 trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)
             else:
-                trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+                trained = trained_parameters(self.model)
             self.backend.reduce_gradients_of(trained.values(), trial.parallel.bucket_mb)
             self.optimizers.append(build_optimizer(self.backend.updated(trained), trial.optim))
         if not in_slots:
             start_adapters(self.model, first, self.backend, restores=False, say=lambda text: None)
         vocabulary = whole_shape(self.model.head.weight)[0]
-        self._batches = [step_batch(own_micro_batches(trial, ranks, vocabulary, documents)) for trial in trials]
+        self._batches = [step_batch(trial, ranks, vocabulary) for trial in trials]
         self._slots = range(len(trials)) if in_slots else [None]
         self._whole = first.train.accumulate == "block"
         self._objective = objective_of(first.train)
         self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
-        self.model.set_num_micro(len(self._batches[0].micro_batches) if self._whole else 1)
+        self.model.set_num_micro(first.slices(ranks.world))
 
     def run(self, number: int) -> None:
         """One step of all trials, `number` of STEPS."""
         backend, trials = self.backend, self.trials
         backend.zero_gradients()
         shares = [Share(batch, slot, number) for batch, slot in zip(self._batches, self._slots, strict=True)]
-        units = [self.ranks.world * batch.global_targets for batch in self._batches]
+        units = [batch.global_targets for batch in self._batches]
         parts = stacks(shares, whole=self._whole)
         for index, part in enumerate(parts):
             losses = self._objective.losses(self.model, part.batch, self.ranks.device, part.step)
@@ -66,27 +68,14 @@ class PackStep:
             optimizer.step(learning_rate(number, STEPS, trial.optim), self._ok)
 
 
-def step_batch(micro_batches: list[MicroBatch]) -> StepBatch:
-    """This rank's share of a step whose rows are all full."""
-    rows = torch.cat([batch.rows for batch in micro_batches])
-    targets = sum(batch.labels.numel() for batch in micro_batches)
-    return StepBatch(micro_batches, targets, 0, len(rows), tuple(rows.tolist()))
-
-
-def own_micro_batches(config: Config, ranks: Ranks, vocabulary: int, documents: int) -> list[MicroBatch]:
-    """Of one trial, one by one: a pack stacks them with those of the others."""
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate="step"))
-    return micro_batches_of(alone, ranks, vocabulary, documents)
-
-
-def micro_batches_of(config: Config, ranks: Ranks, vocabulary: int, documents: int) -> list[MicroBatch]:
-    """As the trainer hands them to the model: one of all rows with train.accumulate=block."""
-    rows, length = config.train.micro_batch, config.data.sequence_length
-    number = config.accumulation(ranks.world)
-    ids = random_tokens(rows * number, length, vocabulary, ranks.rank)
-    positions = (torch.arange(length) % -(-length // documents)).expand_as(ids)
+def step_batch(config: Config, ranks: Ranks, vocabulary: int) -> StepBatch:
+    """This rank's share of a trial's step, whose rows are all full: its loss is the mean over their tokens, with DPO
+    too."""
+    rows, length, world = config.train.micro_batch, config.data.sequence_length, ranks.world
+    ids = random_tokens(rows * config.accumulation(world), length, vocabulary, ranks.rank)
+    positions = (torch.arange(length) % -(-length // DOCUMENTS)).expand_as(ids)
     labels = ids.roll(-1, dims=1)
-    size = rows * config.slices(ranks.world)
-    places = torch.arange(len(ids)) * ranks.world + ranks.rank
-    cut = (each.split(size) for each in (ids, labels, positions, places))
-    return [MicroBatch(*parts) for parts in zip(*cut, strict=True)]
+    places = torch.arange(len(ids)) * world + ranks.rank
+    cut = (each.split(rows) for each in (ids, labels, positions, places))
+    micro_batches = [MicroBatch(*parts) for parts in zip(*cut, strict=True)]
+    return StepBatch(micro_batches, world * labels.numel(), 0, world * len(ids), tuple(places.tolist()))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.philox import MASK, philox
+from distlora_kernels.tables import on_device
 
 COLUMNS_PER_CALL = 8
 _HALF = 2**16
@@ -141,11 +142,5 @@ def seen_of(x: Tensor, dropout: Dropout | ChosenDropout) -> Tensor:
     x = x.masked_fill(dropped(dropout, *x.shape), 0)
     if isinstance(dropout, Dropout):
         return x.mul_(dropout.scale)
-    of_adapters = scale_table(dropout.scales, x.device)[dropout.chosen]
+    of_adapters = on_device((*dropout.scales, 1.0), x.device)[dropout.chosen]  # In the end of none (-1).
     return x.unflatten(0, (of_adapters.shape[0], -1)).mul_(of_adapters[:, None, None]).flatten(0, 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def scale_table(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    """(N + 1,) fp32: of each adapter, and in the end of none."""
-    return torch.tensor((*scales, 1.0), dtype=torch.float32, device=device)

@@ -12,14 +12,13 @@ experts. Rows of one adapter are added to nothing of another's.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.scratch import DenseWeights
+from distlora_kernels.tables import on_device
 
 _RANK_MULTIPLE = 8
 
@@ -136,10 +135,5 @@ def _gated(xa: Tensor, adapter: ExpertAdapter, routing: Routing) -> Tensor:
         return (xa * choice).to(xa.dtype)
     assert routing.users is not None
     of_users = tuple(0.0 if number < 0 else choice.scales[number] for number in choice.of_users)
-    return (xa * _scales(of_users, xa.device)[routing.users.of_rows][:, None]).to(xa.dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _scales(of_users: tuple[float, ...], device: torch.device) -> Tensor:
-    """(N + 1,) fp32: of each user, and in the end of none."""
-    return torch.tensor((*of_users, 0.0), dtype=torch.float32, device=device)
+    of_rows = on_device((*of_users, 0.0), xa.device)[routing.users.of_rows]  # In the end of none (-1).
+    return (xa * of_rows[:, None]).to(xa.dtype)

@@ -48,7 +48,7 @@ def per_column(values: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.d
     return torch.tensor(columns, dtype=dtype, device=device)
 
 
-def columns_of(adapter: int, ranks: tuple[int, ...]) -> slice:
+def columns_of(adapter: int, ranks: Sequence[int]) -> slice:
     """Where one of several adapters lies that are side by side: in the columns of b, and the rows of a."""
     first = sum(ranks[:adapter])
     return slice(first, first + ranks[adapter])

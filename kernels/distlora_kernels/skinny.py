@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distlora_kernels.dispatch import check, register, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
-from distlora_kernels.operands import RowChoice, per_column
+from distlora_kernels.operands import RowChoice, columns_of, per_column
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -310,5 +310,4 @@ def _own_parts(rows: Tensor, ranks: Sequence[int], num_rows: int) -> Iterator[tu
     for row, adapter in enumerate(rows.tolist()):
         assert -1 <= adapter < len(ranks), f"row {row} asks for adapter {adapter} of {len(ranks)}"
         if adapter >= 0:
-            first = sum(ranks[:adapter])
-            yield slice(row * tokens, (row + 1) * tokens), slice(first, first + ranks[adapter]), ranks[adapter]
+            yield slice(row * tokens, (row + 1) * tokens), columns_of(adapter, ranks), ranks[adapter]

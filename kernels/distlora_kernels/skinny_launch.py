@@ -37,6 +37,7 @@ from distlora_kernels.skinny_triton import (
     tile_of,
     up_kernel,
 )
+from distlora_kernels.tables import on_device
 
 _PROGRAMS = 128
 """Programs that a sum is split into where the rows alone give fewer: about one a processor of an H100, each with
@@ -90,11 +91,6 @@ def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """(R, 2) int32: the adapter of each column, and the column's place in it."""
     places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
     return torch.tensor(places, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def _alignment(ranks: tuple[int, ...]) -> int:
@@ -273,7 +269,7 @@ def _add(
     width, rank = (0, 2) if rank_is_last else (1, 1)
     add_partials[(triton.cdiv(size, 512),)](
         partials, out, rows, None if rows is None else _owners(ranks, out.device),
-        _scales(scales, out.device) if scales else None,
+        on_device(scales, out.device) if scales else None,
         size=size, num_partials=count, partial_size=partials.stride(0),
         partials_of_a_row=1 if rows is None else count // rows.shape[0], scale=scale,
         width=out.shape[width], all_ranks=sum(ranks), max_rank=partials.shape[rank],

@@ -1,6 +1,7 @@
 """Constants that kernels read from memory, one small buffer of each a device, made at its first use and kept.
 
-Making one copies from the host, which waits for the device: once a process, never in a step.
+Making one copies from the host, which waits for the device: once a process, or once for each set of adapters, not in
+each step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
+
+
+@functools.lru_cache(maxsize=1024)
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """(N,) fp32: these, as the scales of adapters that rows choose."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @functools.cache

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from distlora.checkpoints.folder import MANIFEST_NAME, STATE_NAME, step_of
 from distlora.config import Config, UserError
@@ -27,7 +28,6 @@ from distlora.run_folder import (
 )
 
 SAMPLES_NAME = "samples.jsonl"
-Value = TypeVar("Value")
 
 _NUMBER = (float, type(None))
 _BYTES: Shape = {"*": int}
@@ -146,40 +146,44 @@ def read_run(folder: Path) -> RunRecords:
     """Everything of a run. Raises nothing for what is missing or damaged."""
     found = RunRecords(folder=folder)
     problems = found.problems
-    found.config = _tried(lambda: load_config(folder), None, problems)
-    found.metrics = _tried(lambda: read_metrics(folder / METRICS_NAME), Metrics(), problems)
+    with noted(problems):
+        found.config = load_config(folder)
+    with noted(problems):
+        found.metrics = read_metrics(folder / METRICS_NAME)
     if found.metrics.damaged:
         lines = "a line is" if found.metrics.damaged == 1 else f"{found.metrics.damaged:,} lines are"
         problems.append(f"{METRICS_NAME}: {lines} no record of a step, and left out")
     found.plan = _record(folder / PLAN_NAME, _PLAN, problems)
     found.summary = _record(folder / SUMMARY_NAME, _SUMMARY, problems)
     found.data = _record(folder / DATA_NAME, _DATA, problems)
-    found.samples = _tried(lambda: _samples(folder / SAMPLES_NAME, problems), [], problems)
-    found.saved = _tried(lambda: _saved(folder, problems), [], problems)
-    found.state = _tried(lambda: _newest_state(folder, problems), {}, problems)
+    with noted(problems):
+        found.samples = _samples(folder / SAMPLES_NAME, problems)
+    with noted(problems):
+        found.saved = _saved(folder, problems)
+    with noted(problems):
+        found.state = _newest_state(folder, problems)
     return found
 
 
-def _tried(read: Callable[[], Value], otherwise: Value, problems: list[str]) -> Value:
-    """What `read` gives, or `otherwise` where it cannot be read, which is noted."""
+@contextlib.contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """What cannot be read is a problem to be said, and the rest of the page is made."""
     try:
-        return read()
+        yield
     except UserError as error:
         problems.append(str(error))
     except OSError as error:
         problems.append(in_one_line(f"{error.filename or 'a file'}: {error.strerror or error}"))
-    return otherwise
 
 
 def _record(path: Path, shape: Shape, problems: list[str]) -> dict[str, Any]:
-    def read() -> dict[str, Any]:
-        if not path.exists() and not path.is_symlink():
-            return {}
-        values = read_object(path, "it is left out of this report")
-        check_shape(values, shape, path, "it is left out of this report")
-        return values
-
-    return _tried(read, {}, problems)
+    """The object in a file; empty where there is none, or none that can be read."""
+    with noted(problems):
+        if path.exists() or path.is_symlink():
+            values = read_object(path, "it is left out of this report")
+            check_shape(values, shape, path, "it is left out of this report")
+            return values
+    return {}
 
 
 def _samples(path: Path, problems: list[str]) -> list[Sample]:

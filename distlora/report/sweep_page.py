@@ -17,7 +17,7 @@ from distlora.report.markup import Content, Html, tag, text
 from distlora.report.parallel import Traced, parallel
 from distlora.report.run_page import STATES as RUN_STATES
 from distlora.report.run_page import commands_part
-from distlora.report.run_records import Standing, as_text, in_short
+from distlora.report.run_records import Standing, as_text, in_short, noted
 from distlora.report.series import Series, is_number, read_metrics, series_of, smoothed, thinned, window_of
 from distlora.report.words import count, length, loss, number, size
 from distlora.run_folder import METRICS_NAME
@@ -95,13 +95,11 @@ def training_losses(sweep: Path, trials: Sequence[TrialRecord], problems: list[s
         return {}
     found = {}
     for trial, path in paths.items():
-        try:
+        with noted(problems):
             series = read_metrics(path).training.get("loss")
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror or error}")
-            continue
-        if series is not None:
-            found[trial] = thinned(smoothed(series, window_of(series)) if len(series) > 12 else series, CURVE_POINTS)
+            if series is not None:
+                drawn = smoothed(series, window_of(series)) if len(series) > 12 else series
+                found[trial] = thinned(drawn, CURVE_POINTS)
     return found
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from distlora import durable
-from distlora.config import UserError
-from distlora.config.errors import in_one_line
-from distlora.report.run_records import Standing
+from distlora.report.run_records import Standing, noted
 from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora.run_folder import REPORT_NAME
 from distlora.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, read_importance, read_results
@@ -32,33 +29,22 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
     """The page of a sweep, as far as its folder can be read. `has_ended`: its last worker asks."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
     is_over = True  # Of a search that cannot be read the trials alone tell.
-    with _noted(found.problems):
+    with noted(found.problems):
         if (folder / RESULTS_NAME).exists():
             found.trials = read_results(folder)
-    with _noted(found.problems):
+    with noted(found.problems):
         sweep = load_sweep(folder)
         found.settings, found.shared = sweep.settings, sweep.words
         search = search_of(sweep)
         found.conclusion = search.conclusion(found.trials)
         is_over = search.next(found.trials) is Due.END
-    with _noted(found.problems):
+    with noted(found.problems):
         found.importance, found.importance_by = read_importance(folder)
-    with _noted(found.problems):
+    with noted(found.problems):
         found.losses = training_losses(folder, found.trials, found.problems, most=most)
         linked = [trial.number for trial in found.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
         found.links = frozenset(linked)
     return sweep_report(found, standing(folder, found.trials, is_over=is_over, has_ended=has_ended))
-
-
-@contextlib.contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """What cannot be read is a problem to be said, and the rest of the page is made."""
-    try:
-        yield
-    except UserError as error:
-        problems.append(str(error))
-    except OSError as error:
-        problems.append(in_one_line(f"{error.filename}: {error.strerror or error}"))
 
 
 def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> Standing:

@@ -7,7 +7,7 @@ or the arrow keys show; without it everything is there but that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -59,6 +59,12 @@ class Chart:
     from_zero: bool = False
     reach: float = 1.5
     """How far a level may be from the values to be drawn, in spans of theirs: it takes their room."""
+
+
+def charts_part(charts: Iterable[Chart]) -> Html:
+    """Those that have a point, beside each other where there is room."""
+    drawn = [found for chart in charts if (found := draw(chart))]
+    return tag("div", drawn, cls="charts") if drawn else Html("")
 
 
 def draw(chart: Chart) -> Html:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distlora.report.chart import Chart, Level, Line, draw
-from distlora.report.markup import Html, tag
+from distlora.report.chart import Chart, Level, Line, charts_part
+from distlora.report.markup import Html
 from distlora.report.run_records import RunRecords
 from distlora.report.series import Series, smoothed, window_of
 from distlora.report.words import count
@@ -36,8 +36,7 @@ _NAMES = {
 
 def curves_part(run: RunRecords) -> Html:
     """Every figure that changes over the steps."""
-    drawn = [found for chart in _charts(run) if (found := draw(chart))]
-    return tag("div", drawn, cls="charts") if drawn else Html("")
+    return charts_part(_charts(run))
 
 
 def _charts(run: RunRecords) -> Iterator[Chart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 
@@ -57,6 +57,21 @@ def page(*, kind: str, title: str, state: Content, lead: Sequence[Content], part
 def state_badge(state: str, kind: str) -> Html:
     """How it stands: a word, a shape and a colour. `kind`: good, busy, bad, or idle."""
     return tag("span", state, cls=f"state {kind}")
+
+
+def table(heads: Sequence[Html], rows: Sequence[Html], *, cls: str | None = None) -> Html:
+    """A table that scrolls by itself where the page is narrower. `heads`: its th's, if it has any."""
+    head = tag("thead", tag("tr", heads)) if heads else None
+    return tag("div", tag("table", head, tag("tbody", rows), cls=cls), cls="scroll")
+
+
+def tiles(values: Iterable[tuple[str, Content, Content]]) -> Html:
+    """The figures that matter most, each as (its name, what it is, what belongs to it or None); nothing of none."""
+    boxes = [
+        tag("div", tag("dt", name), tag("dd", value, None if more is None else tag("small", more)))
+        for name, value, more in values
+    ]
+    return tag("dl", boxes, cls="tiles") if boxes else Html("")
 
 
 def _id(part: Html) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 
 _RULE = re.compile(r"\s*:?-+:?\s*")
@@ -49,8 +50,7 @@ def _table(lines: Sequence[str]) -> Html:
             for index, cell in enumerate(row)
         ]
 
-    heads = tag("thead", tag("tr", cells("th", head))) if has_head else None
-    return tag("div", tag("table", heads, tag("tbody", [tag("tr", cells("td", row)) for row in body])), cls="scroll")
+    return table(cells("th", head), [tag("tr", cells("td", row)) for row in body])
 
 
 def _inline(line: str) -> Html:

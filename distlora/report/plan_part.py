@@ -8,6 +8,7 @@ from typing import Any, cast
 from distlora.plan.memory.kinds import Kind
 from distlora.plan.memory.measured import grouped
 from distlora.plan.pages.words import KINDS, MOMENTS
+from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import RunRecords
 from distlora.report.words import difference, number, size
@@ -95,8 +96,7 @@ def _memory(run: RunRecords) -> Html:
         *(tag("th", name, scope="col", cls="n") for name in ("planned", "measured", "difference")),
         tag("th", keys, scope="col"),
     ]
-    table = tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows), cls="full")
-    return text([tag("p", said, cls="note"), tag("div", table, cls="scroll")])
+    return text([tag("p", said, cls="note"), table(heads, rows, cls="full")])
 
 
 def _figures(run: RunRecords) -> Html:
@@ -114,9 +114,7 @@ def _figures(run: RunRecords) -> Html:
         return Html("")
     heads = [tag("th", "of the run", scope="col")]
     heads += [tag("th", name, scope="col", cls="n") for name in ("planned", "measured", "difference")]
-    return tag(
-        "div", tag("h3", "The run"), tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows)), cls="scroll"
-    )
+    return text([tag("h3", "The run"), table(heads, rows)])
 
 
 def _compared(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:

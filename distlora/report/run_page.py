@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distlora.report.curves import curves_part
-from distlora.report.document import page, section, state_badge
+from distlora.report.document import page, section, state_badge, table, tiles
 from distlora.report.markup import Content, Html, tag, text
 from distlora.report.plan_part import plan_part
 from distlora.report.run_records import RunRecords, Sample, Standing, as_text
@@ -37,7 +37,7 @@ def run_report(run: RunRecords, standing: Standing) -> str:
         lead=lead,
         parts=[
             ("Notes", section("notes", "Notes", _notes(run, standing))),
-            ("Figures", section("figures", "Figures", figures_part(run))),
+            ("Figures", section("figures", "Figures", tiles(_figures(run)))),
             ("Curves", section("curves", "Curves", curves_part(run))),
             ("Plan and measurement", section("plan", "Plan and measurement", plan_part(run))),
             ("Samples", section("samples", "Samples", samples_part(run.samples), note=_SAMPLES_NOTE)),
@@ -79,14 +79,6 @@ def _notes(run: RunRecords, standing: Standing) -> Content:
         yield tag("div", tag("ul", [tag("li", line) for line in said]), cls="box")
     if run.metrics.step == 0 and not run.metrics.training:
         yield tag("p", "Nothing has been trained yet, so there are no curves.", cls="note")
-
-
-def figures_part(run: RunRecords) -> Html:
-    tiles = [
-        tag("div", tag("dt", name), tag("dd", value, None if more is None else tag("small", more)))
-        for name, value, more in _figures(run)
-    ]
-    return tag("dl", tiles, cls="tiles") if tiles else Html("")
 
 
 def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
@@ -184,7 +176,7 @@ def data_part(run: RunRecords) -> Html:
     heads.append(tag("th", "from", scope="col"))
     digest = run.data.get("content")
     note = tag("p", "SHA-256 of the packed rows: ", tag("code", digest), cls="note") if digest else None
-    return text([_table(heads, rows), note])
+    return text([table(heads, rows), note])
 
 
 def _source(source: dict[str, object]) -> str:
@@ -215,7 +207,7 @@ def saved_part(run: RunRecords) -> Html:
         )
     heads = [tag("th", "folder", scope="col"), tag("th", "", scope="col")]
     heads += [tag("th", name, scope="col", cls="n") for name in ("step", "held-out loss", "size")]
-    return _table(heads, rows) if rows else Html("")
+    return table(heads, rows) if rows else Html("")
 
 
 def environment_part(run: RunRecords) -> Html:
@@ -248,7 +240,3 @@ def _pairs(values: dict[str, Content]) -> Html:
 def commands_part(commands: Sequence[tuple[str, str]]) -> Html:
     rows = [text([tag("dt", tag("code", command)), tag("dd", said)]) for command, said in commands]
     return tag("dl", rows, cls="commands") if rows else Html("")
-
-
-def _table(heads: Sequence[Html], rows: Sequence[Html]) -> Html:
-    return tag("div", tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows)), cls="scroll")

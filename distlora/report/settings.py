@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from distlora.config import Config
 from distlora.config_file import as_mapping
+from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import as_text
 
@@ -47,10 +48,9 @@ def settings_part(config: Config) -> Html:
         tag("tr", _cell("th", name), _cell("td", value), _cell("td", usual.get(name), soft=True))
         for name, value in changed.items()
     ]
-    heads = tag("tr", [tag("th", name, scope="col") for name in ("setting", "value", "default")])
-    table = tag("div", tag("table", tag("thead", heads), tag("tbody", rows)), cls="scroll")
+    heads = [tag("th", name, scope="col") for name in ("setting", "value", "default")]
     same = {name: value for name, value in own.items() if name not in changed}
-    return text([table, _folded(same)])
+    return text([table(heads, rows), _folded(same)])
 
 
 def _folded(same: Mapping[str, Any]) -> Html:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import SweepConfig
-from distlora.report.chart import PALETTE, Chart, Level, Line, draw
-from distlora.report.document import page, section, state_badge
+from distlora.report.chart import PALETTE, Chart, Level, Line, charts_part
+from distlora.report.document import page, section, state_badge, table, tiles
 from distlora.report.markdown import markdown
 from distlora.report.markup import Content, Html, tag, text
 from distlora.report.parallel import Traced, parallel
@@ -162,20 +162,19 @@ def _ranks(sweep: SweepRecords) -> Html:
     chart = Chart(
         title=f"{sweep.metric} by rank", unit="", lines=[line], levels=whole, x_name="r", x_words=words, reach=20
     )
-    return tag("div", draw(chart), cls="charts")
+    return charts_part([chart])
 
 
 def _best(sweep: SweepRecords) -> Html:
     best = sweep.best
     if best is None:
         return Html("")
-    tiles: dict[str, Content] = {sweep.metric: _value(best)}
-    tiles |= {name: in_short(value) for name, value in best.values.items()}
+    figures: dict[str, Content] = {sweep.metric: _value(best)}
+    figures |= {name: in_short(value) for name, value in best.values.items()}
     if best.step is not None:
-        tiles["steps"] = f"{best.step:,}"
+        figures["steps"] = f"{best.step:,}"
     if best.trainable_parameters is not None:
-        tiles["trained parameters"] = count(best.trainable_parameters)
-    boxes = [tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles.items()]
+        figures["trained parameters"] = count(best.trainable_parameters)
     folder = best.folder(sweep.folder)
     words = shlex.join(words_of(best.values))
     commands = [
@@ -183,7 +182,7 @@ def _best(sweep: SweepRecords) -> Html:
         (f"distlora report {shlex.quote(str(folder))}", "its own report"),
         (f"distlora train ... {words}", "its settings in another run"),
     ]
-    return text([tag("dl", boxes, cls="tiles"), commands_part(commands)])
+    return text([tiles((name, value, None) for name, value in figures.items()), commands_part(commands)])
 
 
 def _table(sweep: SweepRecords) -> Html:
@@ -215,8 +214,7 @@ def _table(sweep: SweepRecords) -> Html:
         ]
         cls = "best" if best is not None and trial.number == best.number else None
         body.append(tag("tr", cells, cls=cls, data_trial=trial.number))
-    table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), cls="full sortable")
-    return tag("div", table, cls="scroll")
+    return table(head, body, cls="full sortable")
 
 
 def _cells(sweep: SweepRecords, trial: TrialRecord) -> Iterator[tuple[Any, Content]]:
@@ -245,19 +243,13 @@ def _curves(sweep: SweepRecords) -> Html:
     if all(len(series) < 2 for series in held_out.values()):
         held_out = {}  # The table has what there is.
     best = "; the best is the strong one" if len(sweep.trials) > PALETTE else ""
-    charts = [
-        Chart(
-            title=sweep.metric, unit=f"of each trial{best}", lines=_lines(sweep, held_out, points=True), is_wide=True
-        ),
-        Chart(
-            title="Training loss",
-            unit=f"of each trial, smoothed{best}",
-            lines=_lines(sweep, sweep.losses),
-            is_wide=True,
-        ),
-    ]
-    drawn = [found for chart in charts if (found := draw(chart))]
-    return tag("div", drawn, cls="charts") if drawn else Html("")
+    lines, smooth = _lines(sweep, held_out, points=True), _lines(sweep, sweep.losses)
+    return charts_part(
+        [
+            Chart(title=sweep.metric, unit=f"of each trial{best}", lines=lines, is_wide=True),
+            Chart(title="Training loss", unit=f"of each trial, smoothed{best}", lines=smooth, is_wide=True),
+        ]
+    )
 
 
 def _lines(sweep: SweepRecords, series: Mapping[int, Series], *, points: bool = False) -> list[Line]:
@@ -334,8 +326,8 @@ def _failures(sweep: SweepRecords) -> Html:
         for trial in sweep.trials
         if trial.state in (FAILED, PRUNED)
     ]
-    heads = tag("tr", [tag("th", name, scope="col") for name in ("trial", "state", "values", "why")])
-    return tag("div", tag("table", tag("thead", heads), tag("tbody", rows)), cls="scroll") if rows else Html("")
+    heads = [tag("th", name, scope="col") for name in ("trial", "state", "values", "why")]
+    return table(heads, rows) if rows else Html("")
 
 
 def _settings(sweep: SweepRecords) -> Html:
@@ -348,11 +340,10 @@ def _settings(sweep: SweepRecords) -> Html:
         tag("tr", tag("th", tag("code", name), scope="row"), tag("td", tag("code", as_text(value)), cls="long"))
         for name, value in values.items()
     ]
-    table = tag("table", tag("tbody", rows)) if rows else None
     shared = (
         [tag("h3", "What all trials share"), tag("p", tag("code", shlex.join(sweep.shared)))] if sweep.shared else None
     )
-    return text([shared, table])
+    return text([shared, tag("table", tag("tbody", rows)) if rows else None])
 
 
 def _values(trial: TrialRecord) -> str:

@@ -189,20 +189,20 @@ def _table(sweep: SweepRecords) -> Html:
     """The trials, the best first; those without a value last."""
     if not sweep.trials:
         return Html("")
+    best, trials = sweep.best, ranked(sweep.trials, sweep.direction)
     searched = {name: "n" if sweep.is_numeric(name) else "" for name in sweep.searched}
     columns: dict[str, str] = {"trial": "n", "state": "", sweep.metric: "n", **searched}
     columns |= {"steps": "n", "time": "n", "trained": "n", "memory": "n"}
-    rows = [list(_cells(sweep, trial)) for trial in ranked(sweep.trials, sweep.direction)]
+    rows = [list(_cells(sweep, trial)) for trial in trials]
     # A column in which no trial has anything says nothing.
     kept = [index for index in range(len(columns)) if any(row[index][0] is not None for row in rows)]
     heads = list(columns.items())
-    best = sweep.best
     head = [
         tag("th", tag("button", heads[index][0], type="button"), cls=heads[index][1] or None, scope="col")
         for index in kept
     ]
     body = []
-    for trial, row in zip(ranked(sweep.trials, sweep.direction), rows, strict=True):
+    for trial, row in zip(trials, rows, strict=True):
         cells = [
             tag(
                 "td",
@@ -212,8 +212,7 @@ def _table(sweep: SweepRecords) -> Html:
             )
             for index in kept
         ]
-        cls = "best" if best is not None and trial.number == best.number else None
-        body.append(tag("tr", cells, cls=cls, data_trial=trial.number))
+        body.append(tag("tr", cells, cls="best" if trial == best else None, data_trial=trial.number))
     return table(head, body, cls="full sortable")
 
 
@@ -258,7 +257,7 @@ def _lines(sweep: SweepRecords, series: Mapping[int, Series], *, points: bool = 
     best, few = sweep.best, len(with_points) <= PALETTE
     lines = []
     for place, trial in enumerate(with_points):
-        is_best = best is not None and trial.number == best.number
+        is_best = trial == best
         style: Any = "muted" if not few and not is_best else "line points" if points else "line"
         lines.append(
             Line(
@@ -286,7 +285,7 @@ def _parallel(sweep: SweepRecords) -> Html:
         Traced(
             trial=trial.number,
             values=[*(trial.values.get(name) for name in names), trial.value],
-            is_best=best is not None and trial.number == best.number,
+            is_best=trial == best,
         )
         for trial in sweep.trials
         if trial.state != WAITING

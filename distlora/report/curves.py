@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from distlora.report.chart import Chart, Level, Line, charts_part
 from distlora.report.markup import Html
 from distlora.report.run_records import RunRecords
-from distlora.report.series import Series, smoothed, window_of
+from distlora.report.series import SMOOTHED_FROM, Series, smoothed, window_of
 from distlora.report.words import count
 
-SMOOTHED_FROM = 12
-"""Values of which a mean says more than they do themselves."""
 _KNOWN = (
     "loss",
     "lr",

@@ -14,6 +14,8 @@ from distlora.json_files import parse_object
 
 MOST_POINTS = 600
 """Of a drawn line: more than a screen has columns for it."""
+SMOOTHED_FROM = 12
+"""Values of which a mean says more than they do themselves."""
 _OF_A_LINE = ("step", "time")
 _BEYOND = 1e200
 

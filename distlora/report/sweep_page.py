@@ -18,7 +18,16 @@ from distlora.report.parallel import Traced, parallel
 from distlora.report.run_page import STATES as RUN_STATES
 from distlora.report.run_page import commands_part
 from distlora.report.run_records import Standing, as_text, in_short, noted
-from distlora.report.series import Series, is_number, read_metrics, series_of, smoothed, thinned, window_of
+from distlora.report.series import (
+    SMOOTHED_FROM,
+    Series,
+    is_number,
+    read_metrics,
+    series_of,
+    smoothed,
+    thinned,
+    window_of,
+)
 from distlora.report.words import count, length, loss, number, size
 from distlora.run_folder import METRICS_NAME
 from distlora.sweep_folder import (
@@ -98,7 +107,7 @@ def training_losses(sweep: Path, trials: Sequence[TrialRecord], problems: list[s
         with noted(problems):
             series = read_metrics(path).training.get("loss")
             if series is not None:
-                drawn = smoothed(series, window_of(series)) if len(series) > 12 else series
+                drawn = smoothed(series, window_of(series)) if len(series) >= SMOOTHED_FROM else series
                 found[trial] = thinned(drawn, CURVE_POINTS)
     return found
 

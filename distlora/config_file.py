@@ -111,10 +111,12 @@ def parse_yaml(content: bytes) -> Any:
 
 def as_mapping(config: Config) -> dict[str, Any]:
     """The config as nested plain values (tuples become lists), as written to RUN/config.yaml and sent to wandb."""
+    values: dict[str, Any] = as_plain(dataclasses.asdict(config))
+    return values
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(dataclasses.asdict(config))
+def as_plain(value: Any) -> Any:
+    """A setting's value as YAML has it: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from distlora.config import Config
-from distlora.config_file import as_mapping
+from distlora.config_file import as_mapping, as_plain
 from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import as_text
@@ -76,10 +76,4 @@ def _default(item: dataclasses.Field[Any]) -> Any:
         value = item.default_factory()
     else:
         return NONE
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return as_plain(value)

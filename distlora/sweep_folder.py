@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ CANCELLED_NAME = "cancelled"
 """In a trial's run folder: `distlora cancel` has asked it alone to stop, so that it does not go on with the sweep."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
-STATES = (WAITING, RUNNING, COMPLETE, PRUNED, FAILED)
+STATES = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
+"""In the order of a table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,8 +143,10 @@ def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
     return values["shares"], values["how"]
 
 
-BY_ENDING = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
-"""STATES in the order of a table."""
+def counted(trials: Sequence[TrialRecord]) -> str:
+    """`2 complete, 1 failed`: how many are in each state."""
+    found = Counter(trial.state for trial in trials)
+    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
 
 
 def best_of(trials: Sequence[TrialRecord], direction: str) -> TrialRecord | None:
@@ -154,7 +158,7 @@ def best_of(trials: Sequence[TrialRecord], direction: str) -> TrialRecord | None
 
 def ranked(trials: Sequence[TrialRecord], direction: str) -> list[TrialRecord]:
     """The best first; then those that were pruned, run, wait, failed."""
-    return sorted(trials, key=lambda trial: (BY_ENDING.index(trial.state), _place(trial, direction)))
+    return sorted(trials, key=lambda trial: (STATES.index(trial.state), _place(trial, direction)))
 
 
 def _place(trial: TrialRecord, direction: str) -> tuple[float, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +34,10 @@ from distlora.sweep_folder import (
     FAILED,
     PRUNED,
     RUNNING,
-    STATES,
     WAITING,
     TrialRecord,
     best_of,
+    counted,
     ranked,
     words_of,
 )
@@ -114,9 +113,7 @@ def training_losses(sweep: Path, trials: Sequence[TrialRecord], problems: list[s
 
 def sweep_report(sweep: SweepRecords, standing: Standing) -> str:
     """The page of a sweep, in whatever state it is."""
-    states = Counter(trial.state for trial in sweep.trials)
-    counted = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
-    trials = f"{len(sweep.trials)} trials: {counted}" if sweep.trials else "No trial has been begun"
+    trials = f"{len(sweep.trials)} trials: {counted(sweep.trials)}" if sweep.trials else "No trial has been begun"
     lead: list[Content] = [tag("code", str(sweep.folder)), f"{sweep.folder.name} {standing.said}. {trials}."]
     if (best := sweep.best) is not None:
         lead.append(f"The best of {sweep.metric} is {_value(best)}: trial {best.number}, {_values(best)}.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distlora import durable, sweep_folder
-from distlora.sweep_folder import BY_ENDING, TrialRecord, ranked
+from distlora.sweep_folder import TrialRecord, counted, ranked
 from distlora_launcher.output import shown
 from distlora_launcher.run_state import duration
 from distlora_launcher.sweeps.folder import Sweep
@@ -56,12 +56,7 @@ def text(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
 
 def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
     """Sentences under the table: how many of what, the best and how to go on with it."""
-    counts = [
-        f"{sum(trial.state == state for trial in trials)} {state}"
-        for state in BY_ENDING
-        if any(trial.state == state for trial in trials)
-    ]
-    lines = [f"{len(trials)} trials: {', '.join(counts)}"] if trials else ["no trial yet"]
+    lines = [f"{len(trials)} trials: {counted(trials)}"] if trials else ["no trial yet"]
     best = best_of(sweep, trials)
     if best is not None:
         run = shown(sweep.run_dir(best.number))

@@ -11,6 +11,7 @@ import select
 import shutil
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -93,6 +94,12 @@ def warn(text: str) -> None:
 def shown(path: Path) -> str:
     """A path as the user would type it: relative where it lies under the working folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -18,7 +18,7 @@ from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
 from distlora_launcher.logs import SLURM
-from distlora_launcher.output import shown
+from distlora_launcher.output import aligned, shown
 from distlora_launcher.processes import Process
 from distlora_launcher.run_state import (
     Ending,
@@ -238,8 +238,7 @@ def table(folder: Path, found: list[Status]) -> str:
                 _where(status),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
     lines += [f"SLURM does not answer ({unknown}), so this is what the folders say"] if unknown is not None else []

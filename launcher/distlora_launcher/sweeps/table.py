@@ -7,7 +7,7 @@ from typing import Any
 
 from distlora import durable, sweep_folder
 from distlora.sweep_folder import TrialRecord, counted, ranked
-from distlora_launcher.output import shown
+from distlora_launcher.output import aligned, shown
 from distlora_launcher.run_state import duration
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search
@@ -47,11 +47,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
 
 def text(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
     """The table for a terminal."""
-    lines = rows(sweep, trials, longest=LONGEST_REASON)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join(aligned(rows(sweep, trials, longest=LONGEST_REASON)))
 
 
 def closing(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:

@@ -12,10 +12,8 @@ and operations of a pack's step over one trial's, at rates that are measured her
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +25,14 @@ import torch
 from distlora.bench.machine import found_by, print_rows
 from distlora.bench.pack_step import PackStep
 from distlora.bench.processes import free_port, own_stdout, run_each
-from distlora.bench.step_time import Rates, copy, product, seconds
+from distlora.bench.step_time import Rates, copy, medians, planned, product
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.parallel import join_ranks, leave_ranks
-from distlora.plan.machine import Machine, machine_of
+from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import PlannedModel, model_in
 from distlora.plan.packed import together
 from distlora.plan.speed.step_work import step_work
-from distlora.plan.speed.timing import step_time
 
 RANK = 16
 
@@ -113,12 +110,8 @@ def _measure(alone: PackStep, pack: PackStep, base: Path, repeats: int) -> Row:
     runs: list[Callable[[], object]] = [lambda: alone.run(1), one_after_the_other, lambda: pack.run(1)]
     if ranks.world == 1:  # Else others would wait meanwhile.
         runs += [products, copies]
-    for run in runs:  # Kernels are chosen, memory is taken.
-        run()
-    turns = [[seconds(run, ranks.device) for run in runs] for _ in range(repeats)]
-    times = [statistics.median(column) for column in zip(*turns, strict=True)]
+    times = medians(runs, ranks.device, repeats)
     rates = Rates(operations / times[3], nbytes / times[4]) if ranks.world == 1 else None
-    machine = machine_of(config, found=found_by(ranks.device, ranks=ranks.world))
     return Row(
         trials=number,
         ranks=ranks.world,
@@ -127,7 +120,7 @@ def _measure(alone: PackStep, pack: PackStep, base: Path, repeats: int) -> Row:
         sequential=times[1],
         packed=times[2],
         gathered=(gathered[0], gathered[1]),
-        **predicted(pack.trials, model_in(base), machine, rates),
+        **predicted(pack.trials, model_in(base), found_by(ranks.device, ranks=ranks.world), rates),
     )
 
 
@@ -139,20 +132,14 @@ def _gathered(steps: PackStep) -> int:
     return steps.backend.traffic.take().gathered_bytes
 
 
-def predicted(trials: Sequence[Config], model: PlannedModel, machine: Machine, rates: Rates | None) -> dict[str, float]:
+def predicted(trials: Sequence[Config], model: PlannedModel, here: Found, rates: Rates | None) -> dict[str, float]:
     """What the plan says of a pack over one of its trials."""
     configs = [trials[0], together(trials)]
-    works = [step_work(config, model, machine) for config in configs]
-    times = []
-    for config in configs:
-        if rates is None:
-            break
-        card = dataclasses.replace(config.card, tflops=rates.products / 1e12, memory_gb_per_second=rates.copies / 1e9)
-        given = dataclasses.replace(config, card=card)
-        times.append(step_time(given, model, machine_of(given, found=found_by(torch.device("cpu")))))
+    works = [step_work(config, model, machine_of(config, found=here)) for config in configs]
     ratio = float("nan")
-    if len(times) == 2 and times[0] is not None and times[1] is not None:
-        ratio = times[1].seconds / times[0].seconds
+    if rates is not None:
+        alone, pack = (planned(config, model, here, rates).seconds for config in configs)
+        ratio = pack / alone
     return {
         "predicted": ratio,
         "operations": works[1].flops / works[0].flops,

@@ -31,7 +31,7 @@ from distlora.model import DTYPES
 from distlora.optim import build_optimizer
 from distlora.parallel import Ranks
 from distlora.plan.machine import Found, machine_of
-from distlora.plan.model import model_in
+from distlora.plan.model import PlannedModel, model_in
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.startup import start_model
 
@@ -120,21 +120,25 @@ def measure(config: Config, sizes: dict[str, Any], device: torch.device, repeats
 
     products, operations = product(config, sizes, device)
     copies, nbytes = copy(device)
-    runs = (products, copies, step)
-    for run in runs:  # Kernels are chosen, memory is taken.
-        run()
-    turns = [[seconds(run, device) for run in runs] for _ in range(repeats)]
-    of_products, of_copies, of_step = (statistics.median(times) for times in zip(*turns, strict=True))
+    of_products, of_copies, of_step = medians((products, copies, step), device, repeats)
     return Rates(operations / of_products, nbytes / of_copies), of_step
 
 
-def planned(config: Config, folder: Path, here: Found, rates: Rates | None) -> StepTime:
+def medians(runs: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each, which take turns, after one turn in which kernels are chosen and memory is taken."""
+    for run in runs:
+        run()
+    turns = [[seconds(run, device) for run in runs] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def planned(config: Config, model: PlannedModel, here: Found, rates: Rates | None) -> StepTime:
     """At these rates, or at those that the card's maker says."""
     if rates is not None:
         products, copies = rates.products / 1e12, rates.copies / 1e9
         given = dataclasses.replace(config.card, tflops=products, memory_gb_per_second=copies)
         config = dataclasses.replace(config, card=given)
-    found = step_time(config, model_in(folder), machine_of(config, found=here))
+    found = step_time(config, model, machine_of(config, found=here))
     assert found is not None, "every rate is given"
     return found
 
@@ -166,11 +170,11 @@ def report(device: torch.device, *, blocks: int, repeats: int) -> Iterator[str]:
         folder = Path(temporary) / "model"
         write_random_checkpoint(folder, sizes, num_shards=1)
         for case in CASES[device.type]:
-            config = config_of(folder, case)
+            config, model = config_of(folder, case), model_in(folder)
             rates, measured = measure(config, sizes, device, repeats)
             cells = [f"{rates.products / 1e12:,.3g}", f"{rates.copies / 1e9:,.0f}", f"{measured:.3f}"]
             for each in (rates, None) if by_sheet else (rates,):
-                predicted = planned(config, folder, here, each).seconds
+                predicted = planned(config, model, here, each).seconds
                 cells += [f"{predicted:.3f}", f"{predicted / measured:.2f}"]
             dtype, base, checkpointing, length, rows = case
             yield f"| {dtype}, {base}, {checkpointing}, {rows} x {length} | {' | '.join(cells)} |"

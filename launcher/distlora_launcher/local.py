@@ -28,7 +28,6 @@ from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import say, shown
 from distlora_launcher.planning import keep, planned
-from distlora_launcher.report import write_at_end
 from distlora_launcher.signals import Forwarder, forwarding
 from distlora_launcher.worker_entry import PARENT
 from distlora_launcher.workers import run_workers
@@ -110,6 +109,8 @@ def train(
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
+        from distlora_launcher.report import write_at_end  # A page of an end, which a start need not import.
+
         write_at_end(run_dir)
     elif code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs"):
         pass  # What was refused once is refused again, and what has ended has ended.

@@ -120,3 +120,14 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_plain(item) for key, item in value.items()}
     return [as_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def settings_by_name(config: Config) -> dict[str, Any]:
+    """The settings as plain values, by the names by which one sets them: section.name."""
+    found: dict[str, Any] = {}
+    for section, values in as_mapping(config).items():
+        if isinstance(values, dict):
+            found |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            found[section] = values
+    return found

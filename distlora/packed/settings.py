@@ -4,10 +4,9 @@ torch: the launcher refuses before it starts a worker."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping
+from distlora.config_file import settings_by_name
 
 MAY_DIFFER = (
     "name",
@@ -62,18 +61,17 @@ def check_pack(configs: Sequence[Config]) -> None:
     """Refuse runs that cannot be trials of one pack, naming the setting, and both values where they differ."""
     for config in configs:
         check_trial(config)
-    first = _settings(configs[0])
     for config in configs[1:]:
-        check_beside(config, first=first)
+        check_beside(config, first=configs[0])
 
 
-def check_beside(config: Config, *, first: Config | dict[str, Any]) -> None:
-    """Refuse a run that cannot share a base with the run `first` (or with its settings), naming the setting."""
-    own, others = _settings(config), first if isinstance(first, dict) else _settings(first)
+def check_beside(config: Config, *, first: Config) -> None:
+    """Refuse a run that cannot share a base with the run `first`, naming the setting."""
+    own, others = settings_by_name(config), settings_by_name(first)
     for setting in (name for name in own if name not in MAY_DIFFER):
-        if own[setting] != others.get(setting):
+        if own[setting] != others[setting]:
             raise UserError(
-                f"{setting}={own[setting]} beside {setting}={others.get(setting)}: trials of a pack run as one batch "
+                f"{setting}={own[setting]} beside {setting}={others[setting]}: trials of a pack run as one batch "
                 "over one copy of the base, in which this cannot differ; give it one value, or set sweep.packed=1, "
                 "where every trial trains by itself"
             )
@@ -121,14 +119,3 @@ def _refused(config: Config) -> Iterator[tuple[str, str]]:
             f"train.sample_every={train.sample_every}",
             "generates with one adapter while others train, which packs cannot",
         )
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings as plain values, by their whole names."""
-    values: dict[str, Any] = {}
-    for section, content in as_mapping(config).items():
-        if isinstance(content, dict):
-            values |= {f"{section}.{name}": value for name, value in content.items()}
-        else:
-            values[section] = content
-    return values

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from distlora.config import Config
-from distlora.config_file import as_mapping, as_plain
+from distlora.config_file import as_plain, settings_by_name
 from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import as_text
@@ -31,13 +31,7 @@ def default_settings() -> dict[str, Any]:
 
 def own_settings(config: Config) -> dict[str, Any]:
     """Those of a run, as plain values by whole names; without run_dir, which the report says by itself."""
-    found: dict[str, Any] = {}
-    for section, values in as_mapping(config).items():
-        if isinstance(values, dict):
-            found |= {f"{section}.{name}": value for name, value in values.items()}
-        elif section != "run_dir":
-            found[section] = values
-    return found
+    return {name: value for name, value in settings_by_name(config).items() if name != "run_dir"}
 
 
 def settings_part(config: Config) -> Html:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(slots=True)
@@ -16,14 +16,14 @@ class Traffic:
     between_copies_bytes: int = 0
     """Of all these, the ones in groups where ranks of several copies of the base meet (`Shards.crosses`)."""
 
-    def take(self, num_steps: int = 1) -> Traffic:
-        """The bytes so far, a step; starts again from zero."""
-        counts = self.per_step(num_steps)
+    def take(self) -> Traffic:
+        """The bytes so far; starts again from zero."""
+        counts = replace(self)
         self.restore(Traffic())
         return counts
 
     def per_step(self, num_steps: int) -> Traffic:
-        """The bytes so far, a step."""
+        """A step's share of the bytes of so many."""
         return Traffic(**{name: count // num_steps for name, count in asdict(self).items()})
 
     def add(self, counts: Traffic) -> None:

@@ -75,6 +75,7 @@ class Due(NamedTuple):
     """What is due after a step. Not all of it is in a checkpoint of that step, so a resume asks again."""
 
     logging: bool
+    """For its own sake: what takes long logs all before it."""
     evaluating: bool
     saving: bool
     sampling: bool
@@ -217,13 +218,11 @@ class Trial:
             return number is not None and done > 0 and done % number == 0
 
         evaluating = self.eval_loader is not None and (done == 0 or is_last or every(settings.eval_every))
-        saving = done > self.first_step and (every(settings.save_every) or control.save_is_due)
-        sampling = every(settings.sample_every)
         return Due(
-            logging=evaluating or saving or sampling or is_last or every(settings.log_every),
+            logging=every(settings.log_every),
             evaluating=evaluating and done not in self.progress.evaluations,
-            saving=saving,
-            sampling=sampling and self.hooks.sample is not None,
+            saving=done > self.first_step and (every(settings.save_every) or control.save_is_due),
+            sampling=every(settings.sample_every),
             is_last=is_last,
         )
 

@@ -74,13 +74,13 @@ class Trainer:
             self._log(self.trials)  # Before what takes long, which is no part of anybody's steps.
         else:
             self._log([trial for trial in trials if due[trial].logging])
-        evaluating = [trial for trial in trials if due[trial].evaluating and not trial.has_failed]
+        evaluating = [trial for trial in trials if due[trial].evaluating and trial.failure is None]
         if evaluating:
             self.evaluate(evaluating)
         for trial in evaluating:
             trial.keep_best()
         self._judge(evaluating)
-        saving = [trial for trial in trials if (due[trial].saving or trial.has_ended) and not trial.has_failed]
+        saving = [trial for trial in trials if (due[trial].saving or trial.has_ended) and trial.failure is None]
         for trial in saving:
             self._do(trial, trial.save)
         if len(saving) == len(self.trials):

@@ -155,8 +155,8 @@ class Trial:
             DocumentLosses(eval_loader.rows) if eval_loader is not None and config.train.eval_documents else None
         )
         """What an evaluation that is under way has seen of each held-out document; None: it need not."""
-        self.has_failed = False
-        """Whether it has ended by a fault of its own, where that does not end others."""
+        self.failure: NonFiniteError | SaveError | None = None
+        """The fault of its own by which it has ended, where that does not end others."""
         self.unreached: list[str] | None = None
         """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
         self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
@@ -229,7 +229,7 @@ class Trial:
     @property
     def has_ended(self) -> bool:
         """Whether no step follows those that are done."""
-        return self.has_failed or self.done >= self.total_steps or self.is_exhausted()
+        return self.failure is not None or self.done >= self.total_steps or self.is_exhausted()
 
     def is_exhausted(self) -> bool:
         """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""

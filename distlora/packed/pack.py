@@ -24,7 +24,6 @@ from distlora.packed.inbox import Inbox, PackSettings, pause
 from distlora.packed.settings import check_beside, check_trial
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
-from distlora.reporting import Reporter
 from distlora.results import restore
 from distlora.runs import OpenRun, open_data, open_run, record_stop, trial_of
 from distlora.slots import put_trial, remove_trial
@@ -44,11 +43,9 @@ class Seat:
     trained: dict[str, nn.Parameter]
     """By the names of a run alone."""
     trial: Trial
-    reporter: Reporter
     closing: contextlib.ExitStack
     began: float
     pruned_at: int | None = None
-    failure: NonFiniteError | SaveError | None = None
 
     @property
     def is_over(self) -> bool:
@@ -175,7 +172,7 @@ class Pack(Trainer):
             )
             closing.enter_context(saver)
             kept = closing.pop_all()
-        return Seat(number, slot, run, trained, trial, reporter, kept, began)
+        return Seat(number, slot, run, trained, trial, kept, began)
 
     def _read(self, run_dir: Path) -> Config:
         """The trial's settings, once all that it needs is found to be there: what a rank cannot read, on a network file
@@ -191,7 +188,7 @@ class Pack(Trainer):
         try:
             action()
         except (NonFiniteError, SaveError) as error:
-            trial.has_failed, self._seats[trial].failure = True, error
+            trial.failure = error
 
     def _judge(self, trials: Sequence[Trial]) -> None:
         """After these were evaluated: wait for the verdicts on those that would go on."""
@@ -223,22 +220,23 @@ class Pack(Trainer):
 
     def _end(self, seat: Seat) -> None:
         watch.at(None, f"trial {seat.number} leaves", long=True)
-        if seat.failure is None and seat.pruned_at is not None:
-            self._do(seat.trial, lambda: seat.trial.hooks.save_last(seat.trial.progress))
+        trial = seat.trial
+        if trial.failure is None and seat.pruned_at is not None:
+            self._do(trial, lambda: trial.hooks.save_last(trial.progress))
         state, reason = COMPLETE, None
-        if seat.failure is not None:
-            state, reason = FAILED, str(seat.failure)
-            self._report_failure(seat.run.folder, seat.failure)
-            seat.reporter.event(f"failed: {reason}")
+        if trial.failure is not None:
+            state, reason = FAILED, str(trial.failure)
+            self._report_failure(seat.run.folder, trial.failure)
+            trial.reporter.event(f"failed: {reason}")
         elif seat.pruned_at is not None:
             state, reason = PRUNED, f"pruned by its held-out loss after step {seat.pruned_at}"
-            seat.reporter.event(reason)
+            trial.reporter.event(reason)
         else:
-            summarize(seat.trial, self.model, self._loaded, seat.trained)
-            seat.run.publish(self.model, self.backend, seat.reporter, slot_name(seat.slot))
-        self._leave(seat, seat.failure)
+            summarize(trial, self.model, self._loaded, seat.trained)
+            seat.run.publish(self.model, self.backend, trial.reporter, slot_name(seat.slot))
+        self._leave(seat, trial.failure)
         seconds = time.monotonic() - seat.began
-        self._inbox.end(seat.number, state, reason=reason, step=seat.trial.progress.step, seconds=seconds)
+        self._inbox.end(seat.number, state, reason=reason, step=trial.progress.step, seconds=seconds)
 
     def _leave(self, seat: Seat, error: BaseException | None) -> None:
         del self._seats[seat.trial]
@@ -252,7 +250,7 @@ class Pack(Trainer):
         unsaved: SaveError | None = None
         self._log(self.trials)
         for seat in list(self._seats.values()):
-            if seat.failure is not None:
+            if seat.trial.failure is not None:
                 self._end(seat)
                 continue
             try:
@@ -261,7 +259,7 @@ class Pack(Trainer):
                 unsaved = unsaved or error
                 self._leave(seat, error)
             else:
-                record_stop(seat.reporter, seat.trial.progress, signum)
+                record_stop(seat.trial.reporter, seat.trial.progress, signum)
                 self._leave(seat, Stopped(signum))
         if unsaved is not None:
             raise unsaved

@@ -53,8 +53,7 @@ class Launches:
 
     def remove(self, buckets: Sequence[_Bucket]) -> None:
         """Between steps: send these no longer."""
-        gone = set(map(id, buckets))
-        self._buckets = [bucket for bucket in self._buckets if id(bucket) not in gone]
+        self._buckets = [bucket for bucket in self._buckets if bucket not in buckets]
 
     def launch_complete(self) -> None:
         """Send what is complete and has nothing before it that is not."""

@@ -222,9 +222,8 @@ def _open(run_dir: Path, config: Config, world: int, say: Callable[[str], None])
     if online and not _service.is_offline and wandb.login(prompt=False, verify=False):
         try:
             return _init(run_dir, config, world, "online")
-        except (
-            wandb.Error
-        ) as error:  # A run that waited in a queue for hours should not end for want of a plotting server.
+        except wandb.Error as error:
+            # A run that waited in a queue for hours should not end for want of a plotting server.
             say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
             if _service.has_runs:  # Those that are online stay so.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlora.adapters import DEFAULT_ADAPTER
+from distlora.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.environment import environment
 from distlora.checkpoints.folder import TRAINER_NAME, step_folder
@@ -108,12 +108,12 @@ def trial_of(
     optimizer: Optimizer,
     trained: Mapping[str, nn.Parameter],
     memory: MemoryCheck | None = None,
-    adapter: str = DEFAULT_ADAPTER,
     slot: int | None = None,
 ) -> tuple[Trial, Saver]:
-    """The run's side of training, and what saves it; `trained` by the names in a checkpoint. `adapter` and `slot`: its
-    name in the model and the number by which rows choose it, where the model has others."""
+    """The run's side of training, and what saves it; `trained` by the names in a checkpoint. `slot`: where its adapter
+    is in a model that has those of others, too."""
     config, settings = run.config, run.config.train
+    adapter = DEFAULT_ADAPTER if slot is None else slot_name(slot)
     identity = identity_of(config, run.data)
 
     def state_files() -> dict[str, Any]:

@@ -167,7 +167,6 @@ class Pack(Trainer):
                 gradients=gradients,
                 optimizer=optimizer,
                 trained=trained,
-                adapter=adapter,
                 slot=slot,
             )
             closing.enter_context(saver)

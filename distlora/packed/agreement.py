@@ -1,4 +1,4 @@
-"""What the ranks of a pack find out between steps, told to all: what rank 0 read, and whether some rank failed.
+"""What the ranks of a pack find out between steps, told to all: a path that rank 0 read, and whether some rank failed.
 
 In the group of the ranks' words: from NCCL a number is read by waiting for the device.
 """
@@ -19,15 +19,6 @@ from distlora.parallel import Ranks
 Made = TypeVar("Made")
 
 _LONGEST_PATH = 4096
-
-
-def number_of_rank_0(number: int, ranks: Ranks) -> int:
-    """Rank 0's number on every rank, whatever the others were given."""
-    if ranks.control is None:
-        return number
-    word = torch.tensor(number, dtype=torch.int64)
-    dist.broadcast(word, group=ranks.control, group_src=0)
-    return int(word)
 
 
 def path_of_rank_0(path: Path, ranks: Ranks) -> Path:

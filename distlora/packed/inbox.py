@@ -11,7 +11,7 @@ from distlora import durable
 from distlora.adapters import MOST_SLOTS
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
-from distlora.packed.agreement import number_of_rank_0, path_of_rank_0, together
+from distlora.packed.agreement import path_of_rank_0, together
 from distlora.packed.protocol import (
     CLOSED_NAME,
     INBOX,
@@ -22,7 +22,7 @@ from distlora.packed.protocol import (
     outcome_file,
     verdict_file,
 )
-from distlora.parallel import Ranks
+from distlora.parallel import Ranks, from_rank_0
 
 LOOK_SECONDS = 0.2
 """Between looks, while there is nothing to train or a verdict is waited for."""
@@ -68,7 +68,7 @@ class Inbox:
         waiting = (
             sorted(_numbers(self._pack / INBOX) - _numbers(self._pack / OUTCOMES) - self._taken) if self._reads else []
         )
-        number = number_of_rank_0(waiting[0] if waiting else -1, self._ranks)
+        number = from_rank_0(waiting[0] if waiting else -1, self._ranks)
         if number < 0:
             return None
         self._taken.add(number)
@@ -89,7 +89,7 @@ class Inbox:
 
     def is_closed(self) -> bool:
         """Whether no more trials will come. Ask before `next`: what came before it is then seen."""
-        return bool(number_of_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
+        return bool(from_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
 
     def prunes(self, number: int, step: int) -> bool | None:
         """The verdict on a trial's evaluation at `step`; None while there is none."""
@@ -98,7 +98,7 @@ class Inbox:
             values = read_object(path, _REMEDY)
             check_shape(values, _VERDICT, path, _REMEDY)
             verdict = int(values["prune"])
-        verdict = number_of_rank_0(verdict, self._ranks)
+        verdict = from_rank_0(verdict, self._ranks)
         return None if verdict < 0 else bool(verdict)
 
     def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:

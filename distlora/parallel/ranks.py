@@ -88,9 +88,13 @@ def leave_ranks(ranks: Ranks) -> None:
 
 
 def from_rank_0(number: int, ranks: Ranks) -> int:
-    """Rank 0's number on every rank, whatever the others were given. For what one rank finds out before the start."""
-    if ranks.group is None:
+    """Rank 0's number on every rank, whatever the others were given. For what one rank finds out, not for a step.
+
+    In the group of the ranks' words: from NCCL a number is read by waiting for the device.
+    """
+    assert (ranks.control is None) == (ranks.world == 1), "the words of several ranks need a group of their own"
+    if ranks.control is None:
         return number
-    shared = torch.tensor(number, dtype=torch.int64, device=ranks.device)
-    dist.broadcast(shared, group=ranks.group, group_src=0)
+    shared = torch.tensor(number, dtype=torch.int64)
+    dist.broadcast(shared, group=ranks.control, group_src=0)
     return int(shared)

@@ -18,21 +18,23 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora.analysis import int4, perplexity, report
-from distlora.analysis.perplexity import Readings, compare, evenly, measure_formats, put_through
-from distlora.analysis.references import measure_references
-from distlora.analysis.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
-from distlora.analysis.roundtrip import FORMATS, SecondLevel, Sums, measure, round_trip
-from distlora.analysis.weights import block_weights, find_weights
-from distlora.analysis.worker import read_rows
-from distlora.analysis.worker import run as analyse
+from distlora.analysis.quantization import int4, perplexity, report
+from distlora.analysis.quantization.perplexity import measure_formats, put_through
+from distlora.analysis.quantization.references import measure_references
+from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.quantization.roundtrip import FORMATS, Sums, measure, round_trip
+from distlora.analysis.quantization.weights import block_weights, find_weights
+from distlora.analysis.quantization.worker import read_rows
+from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
 from distlora.loading.reader import Reader
+from distlora.loading.second_level import SecondLevel
 from distlora.parallel import Ranks
 from distlora.quant import FrozenLinear
+from distlora.readings import Readings, compare, evenly
 from distlora.startup import start_model
 from distlora_kernels import nf4, reference
-from distlora_launcher import analyze
+from distlora_launcher.analyses import quantization as analyze
 from distlora_launcher.cli import main
 from distlora_launcher.demo.corpus import Corpus
 from family_models import write_family_folder
@@ -305,7 +307,10 @@ def test_mistakes_are_named_before_torch_is_imported(
 
 
 def test_the_command_needs_no_torch_and_help_says_what_it_does() -> None:
-    code = "import sys, distlora_launcher.analyze as a; a.main(['--help']); print({'torch'} & set(sys.modules))"
+    code = (
+        "import sys, distlora_launcher.analyses.quantization as a; a.main(['--help']); "
+        "print({'torch'} & set(sys.modules))"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert output.startswith("usage: distlora analyze quantization MODEL")
     assert output.endswith("set()\n")

@@ -23,7 +23,6 @@ from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.data.loader import MicroBatch
 from distlora.flops import count_flops
-from distlora.generation import worker
 from distlora.loading.start_file import START_NAME
 from distlora.model import CausalLM
 from distlora.objectives import Preference, most_pairs, pair_sides
@@ -31,6 +30,7 @@ from distlora.parallel import Ranks
 from distlora.peft_format import adapter_tensors
 from distlora.runs import open_data
 from distlora.startup import start_model
+from distlora.trained_model import load_model
 from distlora_launcher.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import config_with, make_run, read_metrics
@@ -376,9 +376,9 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     prepare(run_dir, folders, preferences, train=settings, adapter={"init": "loftq"})
     run_until(SINGLE, run_dir=run_dir, stop_before=2)
     config, weights = load_config(run_dir), str(run_dir / "checkpoints")
-    before, _ = worker.load_model(config, weights, SINGLE)
+    before, _ = load_model(config, weights, SINGLE)
     (run_dir / START_NAME).unlink()
-    after, _ = worker.load_model(config, weights, SINGLE)
+    after, _ = load_model(config, weights, SINGLE)
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     for start in (lambda: train.run(run_dir, SINGLE), lambda: check(config, new_run=False)):

@@ -34,11 +34,11 @@ from distlora.generation import worker
 from distlora.generation.encoding import PromptEncoder, greedy, sampling
 from distlora.generation.generator import Completion, Generator, aside, context_limit, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, read_prompts
-from distlora.generation.worker import load_model
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
 from distlora.reporting import Reporter
+from distlora.trained_model import load_model
 from distlora_launcher.cli import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder
@@ -414,7 +414,7 @@ def test_lines_of_a_pipe_are_answered_as_text(
 
 def test_which_weights_are_meant(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The result; the base; a step; the newest whole checkpoint of a run that is not finished."""
-    from distlora_launcher.generate import find_weights
+    from distlora.trained import find_weights
 
     config = load_config(trained)
     assert find_weights(trained, config, None, None) == trained / "adapter"

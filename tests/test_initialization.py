@@ -23,7 +23,6 @@ from closeness import assert_losses_close, relative_error
 from distlora import pissa_format, randomness, train
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config_file import load_config
-from distlora.generation import worker
 from distlora.initial_adapter import read_initial_adapter
 from distlora.loading import decompose, initialize, start_file
 from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
@@ -33,11 +32,12 @@ from distlora.parallel import Ranks, watch
 from distlora.peft_format import adapter_tensors
 from distlora.results import publish_result
 from distlora.startup import start_model
+from distlora.trained import find_weights
+from distlora.trained_model import load_model
 from distlora_kernels import nf4
 from distlora_launcher.checks import check, check_model
 from distlora_launcher.cli import main
 from distlora_launcher.compose import compose_config
-from distlora_launcher.generate import find_weights
 from family_models import SINGLE, config_for, tokens, write_family_folder
 from planned import assert_disk_as_planned
 from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
@@ -343,7 +343,7 @@ def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     others = [name for name in published if name.endswith(beside)]
     assert others
     assert all(torch.equal(published[name], saved[name]) for name in others)
-    models = [worker.load_model(load_config(run_dir), str(folder), SINGLE)[0] for folder in (run_dir / "adapter", step)]
+    models = [load_model(load_config(run_dir), str(folder), SINGLE)[0] for folder in (run_dir / "adapter", step)]
     assert torch.equal(*(our_logits(model, PROBE) for model in models))
     assert_disk_as_planned(run_dir)
 
@@ -414,7 +414,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
     code = card.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("org/base", str(folders / "llama")).replace("org/name", str(out / "result")), names)
-    ours, _ = worker.load_model(load_config(run_dir), str(run_dir / "adapter"), SINGLE)
+    ours, _ = load_model(load_config(run_dir), str(run_dir / "adapter"), SINGLE)
     with torch.no_grad():
         # Of a model in evaluation bitsandbytes computes in bf16 on a CPU.
         theirs, expected = names["model"].train()(PROBE).logits, our_logits(ours, PROBE)
@@ -433,7 +433,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
     plain = make_run(tmp_path / "plain", folders, quant={"method": "none"})
     for generates in (
         lambda: find_weights(tmp_path / "plain", plain, published, None),
-        lambda: worker.load_model(plain, published, SINGLE, foreign=True),
+        lambda: load_model(plain, published, SINGLE, foreign=True),
     ):
         with pytest.raises(UserError, match=r"--adapter=.* started by LoftQ"):
             generates()
@@ -449,7 +449,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
     """The trained model of a run of PiSSA, and the Hugging Face model of its dequantized W_res + s B0 A0."""
     config = load_config(run_dir)
-    ours, _ = worker.load_model(config, str(run_dir / "adapter"), SINGLE)
+    ours, _ = load_model(config, str(run_dir / "adapter"), SINGLE)
     base, start = dequantized_hf_model(folders / "llama", ours), initialize.read_start(config)
     with torch.no_grad():
         for path, linear in ours.adapted_linears():
@@ -495,17 +495,17 @@ def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
     assert "base_eval_loss" not in summary
     best = summary["best_step"]
     for folder in ("adapter", "best", f"checkpoints/step_{best:08d}"):
-        other, _ = worker.load_model(load_config(run_dir), str(run_dir / folder), SINGLE)
+        other, _ = load_model(load_config(run_dir), str(run_dir / folder), SINGLE)
         assert torch.equal(our_logits(other, PROBE), our_logits(ours, PROBE)), folder
     checkpointed = safetensors.torch.load_file(run_dir / f"checkpoints/step_{best:08d}" / "adapter_model.safetensors")
     assert checkpointed["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (6, 200)
 
     # The base alone is the checkpoint's, and the plain adapter is another run's start.
-    alone, _ = worker.load_model(load_config(run_dir), None, SINGLE)
+    alone, _ = load_model(load_config(run_dir), None, SINGLE)
     make_run(tmp_path / "plain", folders, quant=quant)
     unchanged, _, _ = start_model(load_config(tmp_path / "plain"), SINGLE)
     assert torch.equal(our_logits(alone, PROBE), our_logits(unchanged, PROBE))
-    foreign, _ = worker.load_model(load_config(tmp_path / "plain"), str(run_dir / "adapter"), SINGLE, foreign=True)
+    foreign, _ = load_model(load_config(tmp_path / "plain"), str(run_dir / "adapter"), SINGLE, foreign=True)
     if quant["method"] == "none":  # NF4(W) is another base than NF4(W_res) + s B0 A0.
         assert (our_logits(foreign, PROBE) - our_logits(ours, PROBE)).abs().max() <= 1e-4
 
@@ -555,7 +555,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
             with pytest.raises(UserError, match=match):
                 check(load_config(run_dir), new_run=False)
         with pytest.raises(UserError, match=match):
-            worker.load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
+            load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
 
     path.unlink()
     refuses(f"{START_NAME} is gone")

@@ -19,7 +19,7 @@ from distlora import wire
 from distlora.checkpoints.folder import steps
 from distlora.config import UserError, check_ranks
 from distlora.config_file import load_config
-from distlora.generation.worker import load_model
+from distlora.trained_model import load_model
 from family_models import SINGLE, config_for, dequantized, tokens
 from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics

@@ -1,1 +1,1 @@
-"""What a base is like before it is trained: what 4 bits cost it (`distlora analyze quantization`)."""
+"""What can be learned of a base and of an adapter by looking at them: `distlora analyze ...`."""

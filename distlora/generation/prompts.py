@@ -5,12 +5,9 @@ Imports no torch: the command refuses a broken file, or a flag out of range, bef
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +72,6 @@ def _from_json(place: str, line: str) -> Prompt:
     last = chat["messages"][-1]["role"]
     require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
     return Prompt(place=place, messages=tuple(chat["messages"]), tools=tuple(chat.get("tools", ())))
-
-
-@contextlib.contextmanager
-def named_by_flag() -> Iterator[None]:
-    """What is refused of an adapter is refused of --adapter here, and not of the setting that a run starts from."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"(adapter\.)?init_from", "--adapter", str(error))) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

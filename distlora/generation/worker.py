@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
-from distlora.checkpoints.folder import STATE_NAME, newest, steps
-from distlora.checkpoints.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.command_line import DONE, FAILED, run_to_exit_code
-from distlora.config import Config, UserError
 from distlora.config_file import load_config
 from distlora.generation.chat import Chat, Printer
 from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
-from distlora.generation.prompts import Prompt, Request, named_by_flag, read_prompts
-from distlora.initial_adapter import read_initial_adapter
-from distlora.loading.initialize import read_start
-from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
-from distlora.loading.start_file import base_identity
-from distlora.model import CausalLM
-from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
-from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
-from distlora.results import load_weights
-from distlora.run_folder import CHECKPOINTS, DATA_NAME, read_record
-from distlora.startup import start_model
-
-STILL_LOADING_SECONDS = 10.0
-PROGRESS_SECONDS = 3.0
+from distlora.generation.prompts import Prompt, Request, read_prompts
+from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.run_folder import DATA_NAME, read_record
+from distlora.saying import PROGRESS_SECONDS, quieten, say, still_loading
+from distlora.trained_model import load_model
 
 
 def run(request: Request, ranks: Ranks) -> None:
@@ -75,62 +59,6 @@ def run(request: Request, ranks: Ranks) -> None:
         Chat(generator, encoder, choice, system=request.system).run()
     else:
         answer_lines(sys.stdin, generator, encoder, choice, system=request.system)
-
-
-def load_model(config: Config, weights: str | None, ranks: Ranks, *, foreign: bool = False) -> tuple[CausalLM, Backend]:
-    """The base of a run and what it trained: a folder of weights, a folder of checkpoints, or None for the base alone.
-    A `foreign` adapter brings its own rank, scale and targets.
-
-    Raises UserError for damaged checkpoints, and for weights that are another model's.
-    """
-    # Nothing is recomputed here, and all processes, however many these are, share one copy of the base.
-    train, parallel = (
-        replace(config.train, keep_dequantized=False),
-        replace(config.parallel, shard_degree=None),
-    )
-    config = replace(config, train=train, parallel=parallel)
-    if foreign or weights is None:  # On the base as its checkpoint has it, whatever this run took out of it.
-        config = replace(config, adapter=replace(config.adapter, init="kaiming"))
-    if foreign:
-        assert weights is not None
-        with named_by_flag():
-            settings = read_initial_adapter(weights).settings
-        own: dict[str, Any] = {"init_from": weights, "trainable_token_indices": None, "modules_to_save": ()}
-        config = replace(config, adapter=replace(config.adapter, **own | settings))
-    # Without weights B is zero: the base, exactly.
-    model, backend, _ = start_model(config, ranks, training=False, restores=weights is not None)
-    if foreign:
-        with named_by_flag():
-            load_initial_adapter(model, config, backend)
-    elif weights is not None:
-        folder = weights_in(Path(weights))
-        check_base(folder, config)
-        load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
-    return model, backend
-
-
-def check_base(weights: Path, config: Config) -> None:
-    """Raises UserError where the base is another than the one that a run's weights were trained on.
-
-    A checkpoint names its base; what a run published has the run's checkpoints beside it.
-    """
-    states = [weights] if (weights / STATE_NAME).is_file() else steps(weights.parent / CHECKPOINTS)
-    if states and load_state(states[-1]).identity.base_fingerprint != base_identity(config):
-        taken = OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
-        raise UserError(
-            f"{weights} was trained on another base: the weights at {config.model.path}{taken} have changed since; "
-            "restore them"
-        )
-
-
-def weights_in(folder: Path) -> Path:
-    """The folder itself if it holds weights, else the newest whole checkpoint in it."""
-    if any((folder / name).is_file() for name in (WEIGHTS_NAME, SINGLE_NAME, INDEX_NAME)):
-        return folder
-    whole, damaged = newest(folder)
-    if whole is None:
-        raise UserError(f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter base for the base")
-    return whole
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
@@ -199,40 +127,9 @@ def answer_lines(
             generate(generator, [tokens], settings, streamer=Printer(encoder.tokenizer, settings))
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def still_loading() -> Iterator[None]:
-    """A sign of life every few seconds."""
-    done = threading.Event()
-    began = time.monotonic()
-
-    def tell() -> None:
-        while not done.wait(STILL_LOADING_SECONDS):
-            say(f"still loading ({time.monotonic() - began:.0f} s)")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def read_request(argument: str) -> Request:
     """A request as JSON, or the folder that holds it as request.json."""
     return Request.read(argument if argument.startswith("{") else (Path(argument) / "request.json").read_text("utf-8"))
-
-
-def quieten() -> None:
-    """No word of libraries between the answers, that the user could do nothing about."""
-    # bitsandbytes asks for a package with a matrix product that we do not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # transformers remarks on settings of generation_config.json that have no effect.
-    transformers_logging.set_verbosity_error()
 
 
 def main(argument: str) -> int:

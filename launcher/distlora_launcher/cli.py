@@ -82,7 +82,7 @@ COMMANDS = {
     "analyze": Command(
         "quantization MODEL [--text FILE] [--no-perplexity] [--out FOLDER]",
         "what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
-        "distlora_launcher.analyze",
+        "distlora_launcher.analyses",
     ),
     "bench": Command(
         "kernels [--offline] | methods [--quick] | comm [--measure] | load",

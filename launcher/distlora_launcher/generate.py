@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.command_line import DONE
-from distlora.config import Config, UserError, require
+from distlora.config import UserError, require
 from distlora.config_file import load_config
-from distlora.generation.prompts import Request, named_by_flag, read_prompts
-from distlora.initial_adapter import check_quantization, read_initial_adapter
-from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
+from distlora.generation.prompts import Request, read_prompts
+from distlora.trained import find_weights
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.hub import restore
@@ -125,32 +124,6 @@ def check_no_adapter(folder: Path) -> None:
     run_dir = folder.parent
     if (folder / "adapter_config.json").is_file() and (run_dir / "config.yaml").is_file():
         raise UserError(f"{shown(folder)} is the adapter of {shown(run_dir)}; write distlora generate {shown(run_dir)}")
-
-
-def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint: str | None) -> Path | None:
-    """The folder of the weights that are meant; the run's checkpoints where it is unfinished; None for the base."""
-    if adapter == "base":
-        return None
-    if adapter is not None:
-        folder = Path(adapter).expanduser().absolute()
-        require(
-            config.adapter.method == "lora",
-            f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter",
-        )
-        with named_by_flag():
-            check_quantization(read_initial_adapter(folder), config.quant.method)
-        return folder
-    if checkpoint is not None:
-        return read_result(run_dir, checkpoint).folder
-    result = find_result(run_dir)
-    if result is not None:
-        return result
-    require(
-        bool(checkpoint_folders(run_dir)),
-        f"{shown(run_dir)} has nothing trained yet: neither a result nor a checkpoint (train.save_every); wait for it, "
-        "or write --adapter base for the base alone",
-    )
-    return run_dir / CHECKPOINTS
 
 
 def check_files(prompts: str | None, out: str | None) -> None:

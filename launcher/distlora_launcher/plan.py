@@ -298,7 +298,7 @@ def show_scaling(options: argparse.Namespace) -> None:
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
     """A bar for each."""
-    from distlora.analysis.plots import MemoryBar, plot_memory
+    from distlora.plan.pages.memory_plot import MemoryBar, plot_memory
 
     bars = [
         MemoryBar(name=name, kinds=named(plan.device.by_kind), usable=plan.machine.usable_bytes)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from distlora.analysis.report import Table
+from distlora.tables import Table
 from distlora_launcher.methods.grid import METHODS, Method, Planned, best_rate, rates_of
 
 Summaries = Mapping[Planned, Mapping[str, Any]]

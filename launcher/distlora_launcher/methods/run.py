@@ -186,7 +186,7 @@ def candidates(setup: Setup) -> Iterator[Planned]:
 
 def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
     """Write and print what there is. Returns 1 where runs do not agree on their base, after saying so."""
-    from distlora.analysis.plots import plot_methods
+    from distlora_launcher.methods.plots import plot_methods
 
     base_weights, quantizable = count_weights(Path(setup.base) / "model")
     failed = diverged(setup, out)

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distlora.analysis.report import Table
 from distlora.config.sweep import SweepConfig
 from distlora.eval_documents import DocumentRecord
+from distlora.tables import Table
 from distlora_launcher.sweeps.bootstrap import Gain, gain
 
 FULL = "full"

@@ -8,14 +8,15 @@ the absmax of a block, and with it the whole second level.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distlora.analysis import int4
+from distlora.analysis.quantization import int4
+from distlora.loading.second_level import SecondLevel
 from distlora_kernels import nf4
 
 CHUNK = 64 * nf4.GROUP
@@ -38,43 +39,6 @@ FORMATS = {
     "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
     "int4": FourBit(int4.quantize_blocks, int4.dequantize),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SecondLevel:
-    """The absmax of a tensor in 8 bits, which both formats have alike. G groups."""
-
-    scales: Tensor
-    """(G, 256) uint8."""
-    group_scale: Tensor
-    """(G,) fp32."""
-    offset: Tensor
-    """() fp32."""
-
-    @classmethod
-    def of(cls, chunks: Iterable[Tensor], numel: int) -> SecondLevel:
-        """From flat chunks that are `numel` weights together, each of whole groups but the last.
-
-        Raises ValueError for NaN and Inf.
-        """
-        absmax = torch.cat([_absmax(chunk) for chunk in chunks])
-        if not bool(torch.isfinite(absmax).all()):
-            raise ValueError("NaN or Inf weights")
-        num_blocks = -(-numel // nf4.BLOCK)
-        mean = nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks)
-        offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
-        return cls(*nf4.quantize_absmax(absmax, offset, num_blocks), offset)
-
-    def groups(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(scales, group_scale, offset) of some groups."""
-        return self.scales[first : first + count], self.group_scale[first : first + count], self.offset
-
-
-def _absmax(chunk: Tensor) -> Tensor:
-    """(n,) -> (G, 256) fp32: the largest magnitude of each block of 64, 0 in the padding."""
-    padded = torch.zeros(nf4.num_groups(chunk.numel()) * nf4.GROUP, dtype=torch.float32, device=chunk.device)
-    padded[: chunk.numel()] = chunk
-    return padded.view(-1, nf4.BLOCK).abs().amax(dim=1).view(-1, nf4.BLOCKS_PER_GROUP)
 
 
 def round_trip(

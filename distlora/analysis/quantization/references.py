@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distlora.analysis.roundtrip import CHUNK, Sums, measure
+from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
 
 SIZE = 2 * CHUNK
 """Two million weights: the figures are good to three digits."""

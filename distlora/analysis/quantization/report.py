@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distlora.analysis.request import PLOT_NAME
+from distlora.analysis.quantization.request import PLOT_NAME
+from distlora.tables import Table
 
 QLORA_TABLE_2 = {"Int4": 34.34, "Float4 (E2M1)": 31.07, "Float4 (E3M0)": 29.48, "NFloat4 + DQ": 27.41}
 """Mean perplexity on Pile Common Crawl of OPT, BLOOM, LLaMA and Pythia models of 125M to 13B (arXiv 2305.14314)."""
 
 MOST_ROWS = 40
 """Layers that a table shows; of more, the middle is left to quantization.json."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A heading and rows of cells, the first row being the names of the columns."""
-
-    heading: str
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        head, *rest = (f"| {' | '.join(row)} |" for row in self.rows)
-        return "\n".join([f"**{self.heading}**\n", head, "|---" * len(self.rows[0]) + "|", *rest])
-
-    def text(self) -> str:
-        """Aligned columns, the first to the left and numbers to the right."""
-        widths = [max(len(row[column]) for row in self.rows) for column in range(len(self.rows[0]))]
-        lines = []
-        for row in self.rows:
-            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            cells[0] = row[0].ljust(widths[0])
-            lines.append("  " + "  ".join(cells).rstrip())
-        return "\n".join([self.heading, *lines])
 
 
 def tables(figures: Mapping[str, Any]) -> Iterator[Table]:

@@ -6,8 +6,6 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,20 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from distlora import durable
-from distlora.analysis import figures, report
-from distlora.analysis.perplexity import evenly, measure_formats
-from distlora.analysis.plots import plot_quantization
-from distlora.analysis.references import measure_references
-from distlora.analysis.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request, named_by_argument
-from distlora.analysis.roundtrip import Sums
-from distlora.analysis.weights import Weight, find_weights
+from distlora.analysis.quantization import figures, report
+from distlora.analysis.quantization.perplexity import measure_formats
+from distlora.analysis.quantization.plots import plot_quantization
+from distlora.analysis.quantization.references import measure_references
+from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.quantization.roundtrip import Sums
+from distlora.analysis.quantization.weights import Weight, find_weights
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.loading.reader import Reader
 from distlora.parallel import Ranks, join_ranks
-
-PROGRESS_SECONDS = 3.0
+from distlora.readings import evenly
+from distlora.saying import Progress
 
 
 def run(request: Request) -> None:
@@ -92,21 +90,6 @@ def write(request: Request, found: dict[str, Any]) -> None:
     durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
     print(report.terminal(found))
     print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
-
-
-class Progress:
-    """Lines on stderr: called often, it writes every few seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last >= PROGRESS_SECONDS:
-            self.line(text)
-
-    def line(self, text: str) -> None:
-        self._last = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
 
 
 def main(argument: str) -> int:

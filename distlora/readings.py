@@ -1,15 +1,14 @@
-"""One base in several formats on the same rows: its loss, and how far what it predicts is from the dense base's.
+"""What models make of the same rows of text: each one's loss, and how far what it predicts is from the first one's.
 
-A difference of losses on a text says little of a format where it is small: rounding pushes the loss up or down at first
+A difference of losses on a text says little where it is small: what a change does pushes the loss up or down at first
 order, one way for a whole model, and the rows' own noise does not show that. The divergence of the predictions has no
-first order: it can only grow with what quantization changes.
+first order: it can only grow with what was changed.
 
 N rows; what is summed of a row is over its target tokens. H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.analysis.request import Request
-from distlora.analysis.roundtrip import FORMATS, FourBit, SecondLevel, round_trip
-from distlora.analysis.weights import Weight, block_weights
 from distlora.attention import Documents
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.head import IGNORED_LABEL, LOGITS_PER_CHUNK
-from distlora.loading.reader import Reader
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
-from distlora.startup import start_model
-from distlora_kernels.nf4 import GROUP
 
 TOKENS_AT_ONCE = 4096
 
@@ -57,63 +50,6 @@ def evenly(rows: PackedRows, most: int) -> PackedRows:
     if len(rows) <= most:
         return rows
     return rows.take(np.arange(most) * len(rows) // most)
-
-
-def measure_formats(
-    request: Request, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
-) -> dict[str, Loss]:
-    """The loss of every format by its name: `request.dtype`, then the 4-bit ones.
-
-    Of the two models, dense and packed, one is in memory at a time.
-    """
-    dense, int4 = _of_dense_model(request, rows, weights, ranks, say)
-    # A model is in cycles (its modules know each other), so the last name that goes frees nothing yet.
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-    found = {request.dtype: dense, "nf4": _of_packed_model(request, dense, say), "int4": int4}
-    targets = torch.from_numpy(rows.targets.astype(np.float64))
-    return {
-        name: compare(readings.losses, dense.losses, readings.divergences, targets) for name, readings in found.items()
-    }
-
-
-def _of_dense_model(
-    request: Request, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
-) -> tuple[Readings, Readings]:
-    """(the base's, int4's). int4 has no packed path: a dense model holds what int4 gives back."""
-    say(f"perplexity: loading the base in {request.dtype}")
-    model, _, _ = start_model(request.config("none"), ranks)
-    dense = Readings(rows, ranks, say)
-    dense.take(model, request.dtype)
-    by_name = {weight.name: weight for weight in weights}
-    with Reader() as reader, torch.no_grad():
-        for name, module in block_weights(model):
-            if name in by_name:  # A router stays as it is.
-                put_through(by_name[name], FORMATS["int4"], module.weight, reader)
-    int4 = Readings(rows, ranks, say, dense)
-    int4.take(model, "int4")
-    return dense, int4
-
-
-def _of_packed_model(request: Request, dense: Readings, say: Callable[[str], None]) -> Readings:
-    """NF4's, which runs as in training."""
-    say("perplexity: loading the base in nf4")
-    model, _, _ = start_model(request.config("nf4"), dense.ranks)
-    nf4 = Readings(dense.rows, dense.ranks, say, dense)
-    nf4.take(model, "nf4")
-    return nf4
-
-
-@torch.no_grad()
-def put_through(weight: Weight, format: FourBit, into: Tensor, reader: Reader) -> None:
-    """Fill `into` (the weight's shape, fp32 or bf16) with what `format` gives back of the weight on disk."""
-    second = SecondLevel.of(weight.chunks(reader, into.device), weight.numel)
-    flat, first = into.view(-1), 0
-    for chunk in weight.chunks(reader, into.device):
-        restored, _ = round_trip(chunk, format, second, first // GROUP, into.dtype)
-        flat[first : first + chunk.numel()] = restored
-        first += chunk.numel()
 
 
 class Readings:

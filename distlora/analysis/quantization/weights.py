@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.analysis.roundtrip import CHUNK, Sums, measure
+from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
 from distlora.config import Config, UserError
 from distlora.loading.conversion import Source
 from distlora.loading.reader import Reader

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distlora.analysis.perplexity import Loss
-from distlora.analysis.roundtrip import Sums
-from distlora.analysis.weights import Weight
+from distlora.analysis.quantization.perplexity import Loss
+from distlora.analysis.quantization.roundtrip import Sums
+from distlora.analysis.quantization.weights import Weight
 
 
 def of_weights(measured: Iterable[tuple[Weight, Sums]], total_parameters: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`distlora analyze quantization MODEL`: what NF4 and int4 cost a base, in its weights and in its perplexity.
 
 Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
-(`python -m distlora.analysis`).
+(`python -m distlora.analysis.quantization`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.analysis.request import REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request, named_by_argument
 from distlora.command_line import DONE
-from distlora.config import UserError, nearest, require
+from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub
 from distlora.families import family_of, read_config, text_settings
 from distlora.loading.prequantized import read_packed_weights
@@ -29,7 +29,7 @@ from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.output import shown
 from distlora_launcher.workers import worker_environment
 
-WORKER = "distlora.analysis"
+WORKER = "distlora.analysis.quantization"
 TEXT_NAME = "text.jsonl"
 """In the result's folder: the documents that perplexity is measured on where the user names none."""
 ROW_TOKENS = 1024
@@ -55,15 +55,10 @@ after the other and never held together; perplexity is measured on a model of on
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    if arguments[0] != "quantization":
-        raise UserError(
-            f"distlora analyze: there is nothing named {arguments[0]!r} to analyse"
-            f"{nearest(arguments[0], ['quantization'])}; write distlora analyze quantization MODEL"
-        )
-    options = parse(arguments[1:])
+    options = parse(arguments)
     with named_by_argument():
         request = checked(options)
     if options.text is None and request.text is not None:
@@ -76,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
-    parser = Parser("distlora analyze quantization", help="distlora analyze --help")
+    parser = Parser("distlora analyze quantization", help="distlora analyze quantization --help")
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text")
     parser.add_argument("--no-perplexity", action="store_true")

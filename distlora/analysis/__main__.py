@@ -1,8 +1,0 @@
-"""`python -m distlora.analysis REQUEST`: the worker."""
-
-import sys
-
-from distlora.command_line import run_worker
-
-if __name__ == "__main__":
-    sys.exit(run_worker("distlora.analysis.worker"))

@@ -1,0 +1,1 @@
+"""An adapter and its base as weights on disk: read, added and written one at a time, never a model."""

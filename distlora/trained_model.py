@@ -1,0 +1,81 @@
+"""A model as it was trained, on these ranks: its base as in training, and what belongs on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from distlora.checkpoints.folder import STATE_NAME, newest, steps
+from distlora.checkpoints.state import OR_WHAT_PISSA_TOOK, load_state
+from distlora.config import Config, UserError
+from distlora.loading.initialize import read_start
+from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
+from distlora.loading.start_file import base_identity
+from distlora.model import CausalLM
+from distlora.parallel import Backend, Ranks
+from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
+from distlora.results import load_weights
+from distlora.run_folder import CHECKPOINTS
+from distlora.startup import start_model
+from distlora.trained import BASE_ALONE, Trained, named_by_flag, with_adapter
+
+
+def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
+    """The model that `trained` names; every rank calls it. Raises UserError as `load_model`."""
+    return load_model(trained.config, trained.weights, ranks, foreign=trained.foreign)
+
+
+def load_model(
+    config: Config, weights: str | Path | None, ranks: Ranks, *, foreign: bool = False
+) -> tuple[CausalLM, Backend]:
+    """The base of a run and what it trained: a folder of weights, a folder of checkpoints, or None for the base alone,
+    exactly. A `foreign` adapter brings its own rank, scale and targets.
+
+    Raises UserError for damaged checkpoints, and for weights that are another model's.
+    """
+    place = None if weights is None else Path(weights)
+    if foreign or place is None:
+        with named_by_flag():
+            config = with_adapter(config, place)
+    # Nothing is recomputed here, and all processes, however many these are, share one copy of the base.
+    config = replace(
+        config,
+        train=replace(config.train, keep_dequantized=False),
+        parallel=replace(config.parallel, shard_degree=None),
+    )
+    # Without weights B is zero.
+    model, backend, _ = start_model(config, ranks, training=False, restores=place is not None)
+    if foreign:
+        with named_by_flag():
+            load_initial_adapter(model, config, backend)
+    elif place is not None:
+        folder = weights_in(place)
+        check_base(folder, config)
+        load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
+    return model, backend
+
+
+def check_base(weights: Path, config: Config) -> None:
+    """Raises UserError where the base is another than the one that a run's weights were trained on.
+
+    A checkpoint names its base; what a run published has the run's checkpoints beside it.
+    """
+    states = [weights] if (weights / STATE_NAME).is_file() else steps(weights.parent / CHECKPOINTS)
+    if states and load_state(states[-1]).identity.base_fingerprint != base_identity(config):
+        taken = OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
+        raise UserError(
+            f"{weights} was trained on another base: the weights at {config.model.path}{taken} have changed since; "
+            "restore them"
+        )
+
+
+def weights_in(folder: Path) -> Path:
+    """The folder itself if it holds weights, else the newest whole checkpoint in it."""
+    if any((folder / name).is_file() for name in (WEIGHTS_NAME, SINGLE_NAME, INDEX_NAME)):
+        return folder
+    whole, damaged = newest(folder)
+    if whole is None:
+        raise UserError(
+            f"{folder} holds no whole checkpoint ({'; '.join(damaged)}); write --adapter {BASE_ALONE} for the base"
+        )
+    return whole

@@ -1,0 +1,58 @@
+"""How the commands after training are told what they work on: a run, or an adapter and its base."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+from distlora.config import require
+from distlora.trained import Name, Trained
+from distlora_launcher.arguments import Parser
+from distlora_launcher.hub import localize, restore
+from distlora_launcher.output import shown
+
+ARGUMENTS = """  RUN                  a run's folder; or an adapter in PEFT's format, with --model
+  --checkpoint NAME    of a run: a saved step (step_100), or the best by held-out loss (best)
+  --adapter PATH|base  of a run: another LoRA adapter of its base, or the base alone
+  --model BASE         of an adapter without a run: its base, a folder or a name on the hub
+  --quant nf4|none     and how that is held (nf4)"""
+"""For a command's usage."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """RUN, and the flags that say which of it."""
+    parser.add_argument("run", metavar="RUN")
+    for name in ("--checkpoint", "--adapter", "--model"):
+        parser.add_argument(name)
+    parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
+
+
+def named(options: argparse.Namespace) -> tuple[Name, Trained]:
+    """What the arguments name, with its base on this machine: for the worker's request, and read.
+
+    Raises UserError for what is not there or does not belong together.
+    """
+    if options.adapter is not None:
+        require(options.checkpoint is None, "--adapter and --checkpoint both say which weights; give one of them")
+    name = Name(
+        place=str(Path(options.run).expanduser().absolute()),
+        adapter=options.adapter,
+        checkpoint=options.checkpoint,
+        base=options.model,
+        quant=options.quant,
+    )
+    trained = name.read()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
+        if trained.run_dir is None:
+            base = localize(trained.config).model.path
+            name = dataclasses.replace(name, base=str(Path(base).expanduser().absolute()))
+            trained = name.read()
+        else:
+            restore(trained.config)
+    folder = Path(trained.config.model.path)
+    where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
+    require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")
+    return name, trained

@@ -1,0 +1,51 @@
+"""A base's weights and an adapter's factors, read from disk one at a time, equal what a model loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distlora.config import Config
+from distlora.config_file import build
+from distlora.deltas.base import open_base
+from distlora.loading.reader import Reader
+from distlora.quant import FrozenTensor
+from distlora.startup import start_model
+from family_models import SINGLE, write_family_folder
+
+
+def config_of(folder: Path, quant: str) -> Config:
+    return build(
+        Config,
+        {
+            "model": {"path": str(folder)},
+            "data": {"path": str(folder), "sequence_length": 64},
+            "adapter": {"target_modules": "attention"},
+            "quant": {"method": quant, "cache": False},
+            "train": {"dtype": "fp32"},
+            "run_dir": "none",
+        },
+    )
+
+
+@pytest.mark.parametrize("variant", ["llama3-tied", "gemma3", "mixtral", "gpt-oss"])
+def test_the_weights_are_those_that_a_model_loads(variant: str, tmp_path: Path) -> None:
+    folder = tmp_path / variant
+    write_family_folder(folder, variant)
+    for quant in ("nf4", "none"):
+        config = config_of(folder, quant)
+        model, _, _ = start_model(config, SINGLE, training=False)
+        base = open_base(config)
+        checked = 0
+        with Reader() as reader:
+            for path, module in model.named_modules():
+                if isinstance(module, FrozenTensor):
+                    weight = base.weights[model.hf_name(f"{path}.weight")]
+                    assert weight.quantized == module.quantized
+                    assert torch.equal(weight.whole(reader), module.frozen_weight.dense(torch.float32))
+                    rows = [part for _, part in weight.rows(reader)]
+                    assert torch.equal(torch.cat(rows), weight.whole(reader).view(-1, weight.shape[-1]))
+                    checked += 1
+        assert checked

@@ -114,7 +114,7 @@ HOMES = {
     "bitsandbytes": ("distlora_kernels.nf4_cpu", "distlora_kernels.bench", "distlora.optim"),
     "datasets": ("distlora.data",),
     "huggingface_hub": ("distlora_launcher", "distlora.hub_errors", "distlora.data.hub", "distlora.hf_config"),
-    "peft": ("distlora_launcher.demo", "distlora_kernels.bench", "distlora.bench"),
+    "peft": ("distlora_launcher.demo", "distlora_kernels.bench", "distlora.bench", "distlora.exporting"),
     "accelerate": ("distlora.bench",),
     "liger_kernel": ("distlora.liger",),
     "flash_attn": ("distlora.attention",),

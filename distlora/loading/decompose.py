@@ -153,7 +153,7 @@ class Residual:
     """W - s B A by flat ranges of W, which may begin and end inside a row. The same bits however W is cut."""
 
     def __init__(self, start: Start, scaling: float) -> None:
-        self._start, self._scaling = start, scaling
+        self.start, self.scaling = start, scaling
         self._width = start.A.shape[1]
         self._rows = max(1, BLOCK_ELEMENTS // self._width)
 
@@ -161,7 +161,7 @@ class Residual:
     def of(self, chunk: Tensor, first: int) -> Tensor:
         """The elements of a flat `chunk` of W that begins with element `first`, less those of s B A; fp32, on the
         start's device."""
-        chunk = chunk.to(self._start.A.device, torch.float32)
+        chunk = chunk.to(self.start.A.device, torch.float32)
         rest = torch.empty_like(chunk)
         done, per_block = 0, self._rows * self._width
         while done < chunk.numel():
@@ -175,4 +175,4 @@ class Residual:
         """Some rows of s B A, flat: always the same rows in one product, on one thread."""
         rows = slice(block * self._rows, (block + 1) * self._rows)
         with one_thread():
-            return ((self._scaling * self._start.B[rows]) @ self._start.A).view(-1)
+            return ((self.scaling * self.start.B[rows]) @ self.start.A).view(-1)

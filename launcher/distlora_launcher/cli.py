@@ -74,6 +74,11 @@ COMMANDS = {
         "upload the result to the Hugging Face hub, with a model card",
         "distlora_launcher.push",
     ),
+    "export": Command(
+        "RUN --format peft|... [--out PLACE] [--dtype DTYPE] [--no-check]",
+        "write what a run trained in formats that others load, each loaded again by its client",
+        "distlora_launcher.results.export",
+    ),
     "import": Command(
         "axolotl FILE.yaml [--out FOLDER/recipe/NAME.yaml]",
         "turn an Axolotl configuration into a recipe, naming what has no equal",

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distlora.config import UserError, nearest
-from distlora.config.initialization import is_pissa
-from distlora.data.cache import TOKENIZER_FILES
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
-from distlora.loading.start_file import require_start, start_path
-from distlora.model_card import model_card, read_metadata
-from distlora.run_folder import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record, read_result
-from distlora.tokens import tokenizer_files
+from distlora.exporting.repository import Files, as_plain_adapter, collect, write_files
+from distlora.run_folder import read_result
 from distlora_launcher.arguments import Parser
 
 USAGE = """usage: distlora push RUN ORG/NAME [--private] [--revision BRANCH] [--checkpoint best|step_N]
@@ -35,9 +24,6 @@ data, settings and figures. The repository is made if it does not exist.
   --checkpoint NAME     upload the best by held-out loss (best) or a saved step (step_100) instead of the final result
   --base-model NAME     name of the base on the hub, for a run whose model.path was a folder
   --dry-run [FOLDER]    upload nothing: print the card, or write all files into FOLDER"""
-
-Files = Mapping[str, bytes | Path]
-"""What is uploaded: content, or the file that holds it, by path in the repository."""
 
 
 def main(arguments: list[str]) -> int:
@@ -93,59 +79,6 @@ def parse(arguments: list[str]) -> Options:
     return options
 
 
-@contextlib.contextmanager
-def as_plain_adapter(result: Result) -> Iterator[Result]:
-    """The result itself; for a saved step of PiSSA, which belongs to a base that others do not have, what the run would
-    publish of it."""
-    if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
-        yield result
-        return
-    require_start(result.config, with_base=False)
-    from distlora.pissa_format import write_plain  # Imports torch, which other results need not.
-
-    with tempfile.TemporaryDirectory(prefix="distlora-push-") as place:
-        write_plain(result.folder, start_path(result.config), Path(place))
-        yield dataclasses.replace(result, folder=Path(place), adapter=read_record(Path(place) / CONFIG_NAME))
-
-
-def collect(result: Result, *, repository: str, base: str | None) -> dict[str, bytes | Path]:
-    """The files of the repository. adapter_config.json names the base by its name on the hub, never by a folder."""
-    own_card = read_metadata(Path(result.config.model.path) / "README.md")
-    inherited: dict[str, Any] = {
-        key: own_card[key] for key in ("license", "license_name", "license_link") if key in own_card
-    }
-    card = model_card(result, repository=repository, base=base, license_of_base=inherited)
-    files: dict[str, bytes | Path] = {"README.md": card.encode()}
-    if result.adapter is None:
-        paths = sorted(path for path in result.folder.iterdir() if path.is_file() and path.name != BEST_STEP_NAME)
-        files |= {path.name: path for path in paths}
-        return _own_files(files)
-    same_base = base is not None and base == result.config.model.name
-    adapter = dict(result.adapter) | {
-        "base_model_name_or_path": base,
-        "revision": result.config.model.revision if same_base else None,
-    }
-    files[CONFIG_NAME] = (json.dumps(adapter, indent=2) + "\n").encode()
-    files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
-    if result.config.model.new_tokens:
-        published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
-        files |= published or tokenizer_files(result.config)  # A saved step has none.
-    if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
-        files[TEMPLATE_NAME] = result.chat_template.encode()
-    return _own_files(files)
-
-
-def _own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
-    """`files`; UserError for a link, which could publish any file of this machine. A run writes none."""
-    for path in files.values():
-        if isinstance(path, Path) and path.is_symlink():
-            raise UserError(
-                f"{path} is a link to {path.readlink()}, and a run writes no links; put a copy of the file in its "
-                "place if it is to be published"
-            )
-    return files
-
-
 def dry_run(files: Files, folder: str) -> None:
     """Print the card and what would be uploaded beside it, or write everything into an empty or new folder."""
     if folder:
@@ -153,11 +86,7 @@ def dry_run(files: Files, folder: str) -> None:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"--dry-run {folder} is not an empty folder; name one that does not exist yet")
         place.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            if isinstance(content, Path):
-                shutil.copyfile(content, place / name)
-            else:
-                (place / name).write_bytes(content)
+        write_files(files, place)
         print(f"wrote {len(files)} files to {folder}")
         return
     card = files["README.md"]

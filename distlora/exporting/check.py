@@ -1,0 +1,48 @@
+"""`python -m distlora.exporting.check REQUEST`: loads an export with its real client, as whoever gets it would.
+
+A process of its own, so that nothing of how it was written is left. Its last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distlora.command_line import DONE, run_to_exit_code, run_worker
+from distlora.exporting.formats import FORMATS
+from distlora.exporting.probe import our_logits
+from distlora.exporting.request import Export, Request
+from distlora.saying import quieten, say
+
+
+def run(request: Request) -> dict[str, Any]:
+    """The readings of the format's client."""
+    assert request.place is not None
+    trained = request.name.read()
+    ours = our_logits(trained)
+    export = Export(request=request, trained=trained, place=Path(request.place), say=say)
+    module: Any = importlib.import_module(FORMATS[request.format].module)
+    readings = module.check(export, ours)
+    return {
+        "tokens": ours.tokens.shape[1],
+        "moved": ours.moved,
+        "readings": [dataclasses.asdict(reading) for reading in readings],
+    }
+
+
+def main(argument: str) -> int:
+    quieten()
+
+    def work() -> int:
+        print(json.dumps(run(Request.read(argument))))
+        return DONE
+
+    return run_to_exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker("distlora.exporting.check"))

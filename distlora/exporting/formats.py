@@ -1,0 +1,84 @@
+"""The formats of `distlora export`, and what can be refused of each before anything is loaded. Imports no torch.
+
+A format is a row of FORMATS. Its module, imported by the worker alone, has
+    write(export: Export) -> None                       makes `export.place`
+    check(export: Export, ours: Ours) -> list[Reading]  loads it with its real client, in a process of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distlora.config import UserError, require
+from distlora.exporting.request import DTYPES, Request
+from distlora.trained import Trained
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """One way to write what was trained."""
+
+    summary: str
+    """A line of --help."""
+    module: str
+    """Its worker."""
+    clients: tuple[str, ...]
+    """Packages that its check imports, by the names that they are imported by."""
+    dtypes: tuple[str, ...] = ()
+    """What --dtype may be; empty: there is no choice."""
+    merged: bool = False
+    """Whether weights with dW in them are written, so that --onto has a meaning."""
+    suffix: str = ""
+    """Of the file that is made; "": a folder."""
+    refuse: Callable[[Trained, Request], None]
+    """Raises UserError for what the format cannot say."""
+
+
+def check(trained: Trained, request: Request) -> None:
+    """Refuse a request that its format cannot meet. Raises UserError."""
+    form = FORMATS[request.format]
+    if request.dtype is not None:
+        require(
+            request.dtype in form.dtypes,
+            f"--dtype={request.dtype}: {request.format} "
+            + (f"is written in {', '.join(form.dtypes)}" if form.dtypes else "keeps the dtypes that there are")
+            + ("; write one of them" if form.dtypes else "; leave --dtype out"),
+        )
+    if not form.merged:
+        require(
+            request.onto == "trained",
+            f"--onto={request.onto}: {request.format} holds no merged weights; leave --onto out, or write --format hf",
+        )
+    form.refuse(trained, request)
+
+
+def refuse_whole_models(trained: Trained, request: Request) -> None:
+    """What has no adapter. Raises UserError."""
+    if trained.config.adapter.method == "full":
+        raise UserError(
+            f"--format={request.format}: {trained.place} trained the whole model (adapter=full), and has no adapter; "
+            f"{trained.place}/model is a Hugging Face folder already"
+        )
+    require(
+        trained.weights is not None,
+        f"--format={request.format}: the base alone has nothing trained to export; leave --adapter base out",
+    )
+
+
+def refuse_peft(trained: Trained, request: Request) -> None:
+    refuse_whole_models(trained, request)
+    if trained.foreign:
+        raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
+
+
+FORMATS: dict[str, Format] = {
+    "peft": Format(
+        summary="the adapter in PEFT's format with a model card, for the base as it is",
+        module="distlora.exporting.peft_folder",
+        clients=("peft",),
+        refuse=refuse_peft,
+    ),
+}
+
+__all__ = ["DTYPES", "FORMATS", "Format", "check", "refuse_whole_models"]

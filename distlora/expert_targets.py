@@ -5,11 +5,11 @@ targets.py, and as pure: the launcher asks before anything starts, model surgery
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
-from distlora.families import Family
+from distlora.families import ExpertLayout, Family
 from distlora.targets import match_ending, select_targets, written
 
 EXPERT_PRESETS = ("mlp", "all-linear")
@@ -79,17 +79,16 @@ def check_router_loss(weight: float | None, family: Family) -> None:
         )
 
 
-def peft_paths(adapted: Sequence[str], family: Family) -> dict[str, str]:
+def peft_paths(adapted: Collection[str]) -> dict[str, str]:
     """Name of an adapted fused weight -> path of the module that holds its adapter in PEFT.
 
     PEFT wraps the experts module once for each of its weights, in their order; what is wrapped first is the
     `base_layer` of what is wrapped next, and the last has the module's own path.
     """
-    paths = {}
+    paths, weights = {}, ExpertLayout().weights
     for name in adapted:
         module, _, weight = name.rpartition(".")
-        assert family.experts is not None
-        later = family.experts.weights[family.experts.weights.index(weight) + 1 :]
+        later = weights[weights.index(weight) + 1 :]
         paths[name] = module + ".base_layer" * sum(f"{module}.{other}" in adapted for other in later)
     return paths
 

@@ -89,6 +89,19 @@ class InitialAdapter:
     modules: dict[str, InitialModule]
     """What was trained whole, by last name."""
 
+    @property
+    def own(self) -> AdapterConfig:
+        """Rank, scale and targets: its own."""
+        return AdapterConfig(**{key: self.settings[key] for key in self.settings if key in _FIELDS})
+
+    @property
+    def paths(self) -> list[str]:
+        """The adapted linears and fused weights of experts, in order."""
+        return sorted({path for path, _ in self.tensors})
+
+
+_FIELDS = AdapterConfig.__dataclass_fields__
+
 
 def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     """Raises UserError for a folder that is not there, is damaged, or holds what an adapter of ours cannot mean."""

@@ -42,7 +42,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     are trained whole as <path>.weight.
     """
     tensors: dict[str, nn.Parameter] = {}
-    paths = peft_paths([path for path, _ in model.adapted_experts(adapter)], model.family)
+    paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
     for path, weight in model.adapted_weights(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)

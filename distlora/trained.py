@@ -83,17 +83,22 @@ def _alone(folder: Path, place: str, *, base: str | None, quant: Literal["nf4", 
             f"{place} is an adapter without its run, so its base must be named: add --model "
             f"{says or 'FOLDER'} (a folder in Hugging Face format{', or a name on the hub' if says is None else ''})"
         )
-    config = Config(
-        model=ModelConfig(path=base),
-        data=DataConfig(path=base, sequence_length=2),  # A config without data is none; nothing reads this.
-        adapter=AdapterConfig(r=1),
-        quant=QuantConfig(method=quant),
-        run_dir=str(folder),
-    )
+    config = base_alone(base, quant, run_dir=str(folder))
     with named_by_place(place):
         check_quantization(read_initial_adapter(folder), quant)
         config = with_adapter(config, folder)
     return Trained(place=place, config=config, weights=folder, foreign=True)
+
+
+def base_alone(base: str, quant: Literal["nf4", "none"], *, run_dir: str) -> Config:
+    """The settings of a run on a base that there is no run of: what our own model path is built from."""
+    return Config(
+        model=ModelConfig(path=base),
+        data=DataConfig(path=base, sequence_length=2),  # A config without data is none; nothing reads this.
+        adapter=AdapterConfig(r=1),
+        quant=QuantConfig(method=quant),
+        run_dir=run_dir,
+    )
 
 
 def with_adapter(config: Config, weights: Path | None) -> Config:

@@ -56,9 +56,7 @@ class AdapterFile:
     def open(cls, folder: Path) -> AdapterFile:
         """Raises UserError for what `read_initial_adapter` refuses: damaged, a pickle, another kind of adapter."""
         read = read_initial_adapter(folder)
-        settings = {key: value for key, value in read.settings.items() if key in AdapterConfig.__dataclass_fields__}
-        paths = tuple(sorted({path for path, _ in read.tensors}))
-        return cls(read=read, settings=AdapterConfig(**settings), paths=paths)
+        return cls(read=read, settings=read.own, paths=tuple(read.paths))
 
     @property
     def token_rows(self) -> Mapping[str, InitialRows]:

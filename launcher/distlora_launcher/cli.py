@@ -69,6 +69,11 @@ COMMANDS = {
         "chat with what a run trained, or have it answer a file of prompts",
         "distlora_launcher.generate",
     ),
+    "combine": Command(
+        "A=0.6 B=-0.4 --out FOLDER [--method METHOD] [--rank R]",
+        "one adapter of several of a base: weighted sum, difference, cut to a rank, TIES, DARE",
+        "distlora_launcher.results.combine",
+    ),
     "push": Command(
         "RUN ORG/NAME [--private] [--checkpoint best] [--dry-run]",
         "upload the result to the Hugging Face hub, with a model card",

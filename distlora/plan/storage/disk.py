@@ -122,7 +122,7 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
     blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
     adapters = [each for block in blocks for each in block]
     of_experts = [each.path for each in adapters if each.path.endswith(fused)] if fused else []
-    places = peft_paths(of_experts, shapes.family)
+    places = peft_paths(of_experts)
     for each in adapters:
         path = prefix + places.get(each.path, each.path)
         yield Tensor(f"{path}.lora_A.weight", each.down)

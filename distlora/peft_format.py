@@ -29,7 +29,14 @@ from distlora.targets import match_ending, select_targets
 from distlora.token_rows import TokenRows
 from distlora.tokens import EMBEDDING, HEAD
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_config", "adapter_tensors", "load_initial_adapter"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "adaptable_shapes",
+    "adapter_config",
+    "adapter_tensors",
+    "load_initial_adapter",
+]
 
 _PREFIX = "base_model.model."
 
@@ -76,7 +83,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
     assert config.adapter.init_from is not None
     initial = read_initial_adapter(config.adapter.init_from)
     check_quantization(initial, config.quant.method)
-    check_fits(initial, config.adapter, _shapes(model))
+    check_fits(initial, config.adapter, adaptable_shapes(model))
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
@@ -116,7 +123,7 @@ def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) ->
             local[: len(own)] = own
 
 
-def _shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
     """(out, in) of the linears of the blocks, (experts, out, in) of their experts, by Hugging Face name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():

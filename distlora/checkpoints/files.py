@@ -57,6 +57,20 @@ def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
         raise refused
 
 
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """`whole_folder` of a process without ranks: it stops where the place cannot be made."""
+    temporary = temporary_of(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished temporary folder its name; the name stands for a whole folder, on the disk, from then on."""
     for path in temporary.rglob("*"):

@@ -68,11 +68,26 @@ def mean_row(segments: Sequence[Segment], num_rows: int, width: int, reader: Rea
     starts = range(0, num_rows, ROWS_PER_SUM)
     sums = torch.zeros(len(starts), width, dtype=torch.float64, device=device)
     for index in range(rank, len(starts), world):
-        stop = min(starts[index] + ROWS_PER_SUM, num_rows)
-        rows = reader.read(segments, starts[index] * width, stop * width).view(-1, width)
-        sums[index] = rows.to(device, torch.float64).sum(dim=0)
+        sums[index] = _sum_of(segments, starts[index], num_rows, width, reader).to(device)
     backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
-    total = torch.zeros(width, dtype=torch.float64, device=device)
-    for part in sums:  # In order.
+    return _in_order(sums) / num_rows
+
+
+def mean_row_alone(segments: Sequence[Segment], num_rows: int, width: int, reader: Reader) -> Tensor:
+    """`mean_row` of one process without a model, the same bits on the CPU."""
+    sums = [_sum_of(segments, start, num_rows, width, reader) for start in range(0, num_rows, ROWS_PER_SUM)]
+    return _in_order(torch.stack(sums)) / num_rows
+
+
+def _sum_of(segments: Sequence[Segment], start: int, num_rows: int, width: int, reader: Reader) -> Tensor:
+    """(width,) fp64: the sum of ROWS_PER_SUM rows from `start` on, or of those before `num_rows`."""
+    stop = min(start + ROWS_PER_SUM, num_rows)
+    return reader.read(segments, start * width, stop * width).view(-1, width).double().sum(dim=0)
+
+
+def _in_order(sums: Tensor) -> Tensor:
+    """(n, width) -> (width,): one after the other, so that the order is known."""
+    total = torch.zeros_like(sums[0])
+    for part in sums:
         total += part
-    return total / num_rows
+    return total

@@ -79,6 +79,11 @@ COMMANDS = {
         "upload the result to the Hugging Face hub, with a model card",
         "distlora_launcher.push",
     ),
+    "merge": Command(
+        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]",
+        "base and adapter as one model in Hugging Face format, with a receipt of what that kept",
+        "distlora_launcher.results.merge",
+    ),
     "export": Command(
         "RUN --format peft|... [--out PLACE] [--dtype DTYPE] [--no-check]",
         "write what a run trained in formats that others load, each loaded again by its client",

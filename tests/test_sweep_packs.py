@@ -16,7 +16,7 @@ from distlora.config import SweepConfig, UserError
 from distlora.config_file import load_config
 from distlora.packed import protocol
 from distlora.run_folder import PLAN_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED
 from distlora_launcher.holding import holders, worker_place
 from distlora_launcher.signals import Forwarder
 from distlora_launcher.sweeps import pack_folder
@@ -24,7 +24,7 @@ from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.pack_folder import PackFolder
 from distlora_launcher.sweeps.packs import PackRunner
-from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
+from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import search_of
 from distlora_launcher.sweeps.space import Dimension, Values
 from distlora_launcher.sweeps.study import Study

@@ -24,7 +24,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, TrialRecord, ranked, read_results
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, SAVED, WAITING, TrialRecord, ranked, read_results
 from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, running, worker_place
 from distlora_launcher.signals import Forwarder
@@ -34,7 +34,7 @@ from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects
 from distlora_launcher.sweeps.plots import scale_of
-from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome
+from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 from distlora_launcher.sweeps.study import Study
@@ -620,6 +620,7 @@ def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
     assert main(["status", str(sweep.folder), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["state"] == "stopped"
+    assert [trial["state"] for trial in status["trials"]] == ["saved", "waiting"]
     assert status["next"].startswith("distlora resume ")
 
     assert start_worker(sweep).wait(60) == 0

@@ -34,6 +34,7 @@ from distlora.sweep_folder import (
     FAILED,
     PRUNED,
     RUNNING,
+    SAVED,
     WAITING,
     TrialRecord,
     best_of,
@@ -42,7 +43,7 @@ from distlora.sweep_folder import (
     words_of,
 )
 
-STATE_KINDS = {COMPLETE: "good", RUNNING: "busy", FAILED: "bad", PRUNED: "idle", WAITING: "idle"}
+STATE_KINDS = {COMPLETE: "good", RUNNING: "busy", SAVED: "idle", FAILED: "bad", PRUNED: "idle", WAITING: "idle"}
 CURVE_POINTS = 150
 """Of a trial's training loss."""
 

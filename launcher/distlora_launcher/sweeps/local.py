@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distlora.command_line import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import Config, require
-from distlora.sweep_folder import COMPLETE
+from distlora.sweep_folder import COMPLETE, at_rest
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.output import say, shown
 from distlora_launcher.signals import forwarding
@@ -84,7 +84,7 @@ def _report(sweep: Sweep, codes: Sequence[int], *, killed: bool) -> int:
 
 def show_results(sweep: Sweep, study: Study, search: Search) -> int:
     """Print the table. Returns 1 where no trial came to its end, else 0."""
-    trials = study.records()
+    trials = at_rest(study.records())  # Its workers have ended.
     say(f"\n{text(sweep, trials)}\n")
     for line in [*closing(sweep, trials), *search.conclusion(trials)]:
         say(line)

@@ -26,7 +26,7 @@ from distlora.config_file import load_config
 from distlora.packed.settings import check_beside, check_trial
 from distlora.plan.choice.space import value_of, with_settings
 from distlora.run_folder import DATA_NAME, PLAN_NAME, find_result
-from distlora.sweep_folder import COMPLETE, FAILED, PACKS
+from distlora.sweep_folder import COMPLETE, FAILED, PACKS, SAVED
 from distlora_launcher.checks import check
 from distlora_launcher.compose import compose_run
 from distlora_launcher.holding import CONFIG_NAME, running
@@ -37,7 +37,7 @@ from distlora_launcher.planning import choices
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.pack_folder import Ended, PackFolder
 from distlora_launcher.sweeps.packing import number_of, packing_beside, packing_of, valid_sizes
-from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome, environment, last_error, trial_log, wait_until_free
+from distlora_launcher.sweeps.runner import Asked, Outcome, environment, last_error, trial_log, wait_until_free
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from distlora import durable
 from distlora.report.run_records import Standing, noted
 from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora.run_folder import REPORT_NAME
-from distlora.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, read_importance, read_results
+from distlora.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, read_importance, read_results
 from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.report import write_done
@@ -44,7 +44,10 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
         found.losses = training_losses(folder, found.trials, found.problems, most=most)
         linked = [trial.number for trial in found.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
         found.links = frozenset(linked)
-    return sweep_report(found, standing(folder, found.trials, is_over=is_over, has_ended=has_ended))
+    stands = standing(folder, found.trials, is_over=is_over, has_ended=has_ended)
+    if stands.state == "stopped":
+        found.trials = at_rest(found.trials)
+    return sweep_report(found, stands)
 
 
 def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> Standing:

@@ -14,14 +14,13 @@ from typing import Any, Protocol
 
 from distlora.command_line import BAD_INPUT, DONE, STOPPED
 from distlora.run_folder import find_result
-from distlora.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED
+from distlora.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
 from distlora.wandb_agent import VARIABLES
 from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.run_state import read_ending, read_figures
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.worker_entry import PARENT
 
-SAVED = "saved"
 """State of a trial that was asked to save and stop: it goes on with the sweep."""
 
 MODULE = "distlora_launcher.cli"

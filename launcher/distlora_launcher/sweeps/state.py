@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.sweep_folder import RESULTS_NAME, RUNNING, TrialRecord, read_results
+from distlora.sweep_folder import RESULTS_NAME, RUNNING, TrialRecord, at_rest, read_results
 from distlora_launcher.holding import holders
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.output import shown
@@ -53,6 +53,8 @@ def sweep_status(folder: Path) -> SweepStatus:
     is_over = not any(trial.is_open for trial in trials) and search_of(sweep).next(trials) is Due.END
     jobs = jobs_now(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
+    if state == "stopped":
+        trials = at_rest(trials)
     return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
 
 

@@ -22,6 +22,7 @@ from distlora.sweep_folder import (
     FAILED,
     PRUNED,
     RUNNING,
+    SAVED,
     WAITING,
     TrialRecord,
     write_results,
@@ -32,7 +33,7 @@ from distlora_launcher.processes import Process, this_process
 from distlora_launcher.sweeps.drawing import check_sampler, choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.journal import Lock, open_journal
-from distlora_launcher.sweeps.runner import SAVED, Asked, Outcome
+from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import Due, Search
 
 NAME = "sweep"

@@ -24,7 +24,7 @@ from distlora.command_line import FAILED as FAILURE
 from distlora.config import UserError
 from distlora.json_files import object_or_empty
 from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, words_of, write_importance
+from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora_launcher.arguments import Parser
 from distlora_launcher.failures import would_repeat
 from distlora_launcher.holding import worker_place
@@ -35,7 +35,7 @@ from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.importance import effects
 from distlora_launcher.sweeps.page import write_at_end
 from distlora_launcher.sweeps.plots import plot_coordinates, plot_importance
-from distlora_launcher.sweeps.runner import SAVED, Alone, Asked, Outcome, Runner
+from distlora_launcher.sweeps.runner import Alone, Asked, Outcome, Runner
 from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import write_table

@@ -280,6 +280,18 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
     assert [member["quant"] for member in record["members"]] == ["none", "none"]
 
 
+def test_a_merged_model_is_the_base_with_the_sum(folders: Path, one: Path, two: Path, tmp_path: Path) -> None:
+    words = (f"{one}=0.6", f"{two}=-0.4", "--out")
+    adapter, _ = combine(*words, tmp_path / "adapter")
+    model, _ = combine(*words, tmp_path / "model", "--merged", "--quant", "none")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = in_peft(adapter, folders / "llama").merge_and_unload()
+    weights = dict(expected.named_parameters())
+    for name, weight in merged.named_parameters():
+        assert relative_error(weight, weights[name]) < EXACT
+    assert {"merge.json", "combine.json", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+
+
 def test_what_has_no_meaning_is_refused(
     folders: Path, one: Path, two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +315,7 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{two}=1", "--seed", "4"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--density", "0.5"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--quant", "nf4"], "no effect"),
+        ([f"{one}=1", f"{two}=1", "--dtype", "bf16"], "add --merged"),
         ([f"{one}=1", f"{dora}=1"], "--method svd"),
         ([f"{tmp_path / 'gone'}=1"], "does not exist"),
     ]

@@ -86,7 +86,7 @@ class Request:
 
     members: tuple[Member, ...]
     out: str
-    """A new folder for the adapter."""
+    """A new folder for the result."""
     method: str = "cat"
     rank: int | None = None
     """Most columns of B, of a method that truncates."""
@@ -97,6 +97,10 @@ class Request:
     """Where the base is; None where nothing of it is needed."""
     quant: Literal["nf4", "none"] = "nf4"
     """And how it is held."""
+    onto: Literal["trained", "original"] | None = None
+    """Of a merged model in place of an adapter: the form of the base that it is made of."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """And of its weights."""
     command: str = ""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distlora import durable
-from distlora.checkpoints.files import whole_folder, write_files
+from distlora.checkpoints.files import appearing, write_files
 from distlora.checkpoints.folder import sha256
 from distlora.combining.checks import needs_base
 from distlora.combining.methods import Combined, Part, combine
@@ -29,13 +30,15 @@ from distlora.initial_adapter import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.json_files import read_object
 from distlora.loading.reader import Reader
 from distlora.loading.segments import read_header
+from distlora.merging.kept import DTYPES
+from distlora.merging.merge import merge_to
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.saying import Progress
 from distlora.tables import Table
 from distlora.targets import match_ending
 from distlora.tensor_files import Unmade
 from distlora.tokens import EMBEDDING
-from distlora.trained import base_alone
+from distlora.trained import Name, base_alone
 
 _SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -192,15 +195,29 @@ def header_of(folder: str) -> Mapping[str, Any]:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """Write the adapter; returns its record."""
+    """Write the adapter, or the base with it; returns its record."""
     say = Progress()
     out = Path(request.out)
+    if request.onto is None:
+        return write_adapter(request, out, say)
+    assert request.base_folder is not None
+    with tempfile.TemporaryDirectory(prefix="distlora-combine-", dir=out.parent) as scratch:
+        folder = Path(scratch) / "adapter"
+        found = write_adapter(request, folder, say)
+        trained = Name(place=str(folder), base=request.base_folder, quant=request.quant).read()
+        merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
+    durable.write_json(out / RECORD_NAME, found)
+    return found
+
+
+def write_adapter(request: Request, out: Path, say: Progress) -> dict[str, Any]:
+    """The folder in PEFT's format, whole or not at all; returns its record."""
     backend = Backend(_SINGLE, Shards.over(_SINGLE, 1))
     with Reader() as reader:
         made = Combination(request, reader, say)
         say.line(f"combining {len(made.members)} adapters, {len(made.paths):,} weights, by {request.method}")
         for_nf4 = any(member.file.read.settings["init_from_loftq"] for member in made.members)
-        with whole_folder(out, backend) as folder:
+        with appearing(out) as folder:
             files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors()}
             write_files(folder, files, backend, metadata=NF4_MARK if for_nf4 else {})
             owner = None if made.base is None else new_token_owner(made.members, made.base)
@@ -284,7 +301,8 @@ def main(argument: str) -> int:
         request = Request.read(argument)
         found = run(request)
         print(told(request, found))
-        print(f"wrote {request.out} ({WEIGHTS_NAME}, {CONFIG_NAME}, {RECORD_NAME})")
+        what = "an adapter in PEFT's format" if request.onto is None else f"the merged model in {request.dtype}"
+        print(f"wrote {request.out}: {what}, and {RECORD_NAME}")
         return DONE
 
     return run_to_exit_code(work)

@@ -22,7 +22,9 @@ from distlora.combining.members import check_one_base, find_member, fingerprint_
 from distlora.combining.request import METHODS, Member, Request
 from distlora.command_line import DONE
 from distlora.config import UserError, require
-from distlora.trained import base_alone
+from distlora.initial_adapter import InitialAdapter, check_quantization
+from distlora.merging.request import Onto, check_mergeable
+from distlora.trained import Trained, base_alone, with_adapter
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
 from distlora_launcher.hub import localize
@@ -33,7 +35,7 @@ WORKER = "distlora.combining"
 
 USAGE = """usage: distlora combine A=WEIGHT [B=WEIGHT ...] --out FOLDER [--method METHOD] [--rank R] [--density D]
                         [--majority-sign-method total|frequency] [--seed S] [--model BASE] [--quant nf4|none]
-                        [--same-base]
+                        [--same-base] [--merged [--onto trained|original] [--dtype fp32|bf16|fp16]]
 
 Make one adapter of several of the same base: their weighted sum (a weight may be negative), that sum cut to a rank,
 TIES, DARE. Ranks, scales and targets may differ. FOLDER holds an adapter in PEFT's format, which `distlora generate
@@ -51,8 +53,9 @@ one base: a run's records have its hash, another adapter names its base.
                     how TIES elects a sign: by the sum (total), or by counting (frequency)
   --seed S          of what DARE draws (0)
   --model BASE      the base of adapters that name none on this machine; a folder or a name on the hub
-  --quant nf4|none  how the base is held, where DoRA is combined (as the runs' was)
-  --same-base       take adapters without a known base for adapters of the same one"""
+  --quant nf4|none  how the base is held, where DoRA is combined or a model is merged (as the runs' was)
+  --same-base       take adapters without a known base for adapters of the same one
+  --merged          FOLDER is the base with the result in it, as `distlora merge` makes it; --onto, --dtype as there"""
 
 
 def main(arguments: list[str]) -> int:
@@ -86,6 +89,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--quant", choices=("nf4", "none"))
     parser.add_argument("--same-base", action="store_true")
+    parser.add_argument("--merged", action="store_true")
+    parser.add_argument("--onto", choices=("trained", "original"))
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"))
     return parser.parse_args(arguments)
 
 
@@ -113,19 +119,40 @@ def checked(options: argparse.Namespace, command: str) -> Request:
     for flag, value, counts in (("majority-sign-method", options.majority_sign_method, method.elects),
                                 ("seed", options.seed, method.draws)):  # fmt: skip
         require(value is None or counts, f"--{flag}={value} has no effect with --method {request.method}; leave it out")
+    for flag in ("onto", "dtype"):
+        value = getattr(options, flag)
+        require(
+            value is None or options.merged, f"--{flag}={value} is of a merged model; add --merged, or leave it out"
+        )
     adapters = open_adapters(request)
-    if needs_base(adapters):
+    if options.merged or needs_base(adapters):
         folder = base or next((member.base_folder for member in members if member.base_folder is not None), None)
         check_unchanged(folder, known)
         request = dataclasses.replace(request, base_folder=folder, quant=quant_of(members, options.quant))
+        require(folder is not None or not options.merged, "--merged needs the base; name it with --model FOLDER")
     else:
         require(options.quant is None, "--quant has no effect: these adapters add the same to any form of the base")
     check(request, adapters)
+    if options.merged:
+        check_form(adapters, request, options.onto or "trained")
+        request = dataclasses.replace(request, onto=options.onto or "trained", dtype=options.dtype or "fp32")
     if method.function and importlib.util.find_spec("peft") is None:
         raise UserError(
             f"--method {request.method} is PEFT's own function, and peft is not installed; pip install peft"
         )
     return request
+
+
+def check_form(adapters: Sequence[InitialAdapter], request: Request, onto: Onto) -> None:
+    """Refuse a form of the base that the adapters do not belong to."""
+    assert request.base_folder is not None
+    for adapter in adapters:
+        check_quantization(adapter, request.quant)
+        config = with_adapter(
+            base_alone(request.base_folder, request.quant, run_dir=str(adapter.folder)), adapter.folder
+        )
+        name = str(adapter.folder)
+        check_mergeable(Trained(place=name, config=config, weights=adapter.folder, foreign=True), onto)
 
 
 def split(word: str) -> tuple[str, float]:

@@ -36,6 +36,18 @@ def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def trained_config(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of the trained one, from that of the plain LoRA."""
+    growth = 2**0.5 if plain["use_rslora"] else 2.0
+    return {
+        **plain,
+        "r": plain["r"] // 2,
+        "lora_alpha": plain["lora_alpha"] / growth,
+        "rank_pattern": {key: rank // 2 for key, rank in plain["rank_pattern"].items()},
+        "alpha_pattern": {key: alpha / growth for key, alpha in plain["alpha_pattern"].items()},
+    }
+
+
 def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | Unmade]:
     """A' and B' by PEFT's names, from A and B and from A0 and B0, which are read from `start_file` as each is made.
 

@@ -95,13 +95,20 @@ class BaseWeight:
             chunk = chunk if self.residual is None else self.residual.of(chunk, first)
             yield self._finite(chunk)
 
-    def _through_nf4(self, reader: Reader) -> Iterator[Tensor]:
-        second = SecondLevel.of(self._before_quantization(reader), self.numel)
-        group = 0
+    def second_level(self, reader: Reader) -> SecondLevel:
+        """The absmax of a weight that training quantizes."""
+        return SecondLevel.of(self._before_quantization(reader), self.numel)
+
+    def codes(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
+        """(weights, (groups, GROUP_BYTES) uint8): and its codes, as many in a piece as in one of `chunks`."""
         for chunk in self._before_quantization(reader):
-            codes, _ = nf4.quantize_blocks(chunk)
+            yield len(chunk), nf4.quantize_blocks(chunk)[0]
+
+    def _through_nf4(self, reader: Reader) -> Iterator[Tensor]:
+        second, group = self.second_level(reader), 0
+        for size, codes in self.codes(reader):
             parts = second.groups(group, len(codes))
-            yield nf4.nf4_dequantize(codes, *parts, shape=(len(chunk),), dtype=torch.float32)
+            yield nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32)
             group += len(codes)
 
     def _unpacked(self, reader: Reader) -> Iterator[Tensor]:

@@ -9,14 +9,17 @@ import dataclasses
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from distlora.command_line import DONE, run_to_exit_code, run_worker
 from distlora.exporting.formats import FORMATS
 from distlora.exporting.probe import our_logits
 from distlora.exporting.request import Export, Request
-from distlora.saying import quieten, say
+from distlora.saying import Progress, quieten, say
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -24,7 +27,7 @@ def run(request: Request) -> dict[str, Any]:
     assert request.place is not None
     trained = request.name.read()
     ours = our_logits(trained)
-    export = Export(request=request, trained=trained, place=Path(request.place), say=say)
+    export = Export(request=request, trained=trained, place=Path(request.place), say=say, progress=Progress())
     module: Any = importlib.import_module(FORMATS[request.format].module)
     readings = module.check(export, ours)
     return {
@@ -36,6 +39,8 @@ def run(request: Request) -> dict[str, Any]:
 
 def main(argument: str) -> int:
     quieten()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # Between PEFT and transformers.
 
     def work() -> int:
         print(json.dumps(run(Request.read(argument))))

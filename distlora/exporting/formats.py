@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.exporting.request import DTYPES, Request
+from distlora.families import family_of, read_config
 from distlora.trained import Trained
 
 
@@ -72,12 +74,36 @@ def refuse_peft(trained: Trained, request: Request) -> None:
         raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
 
 
+def refuse_bnb(trained: Trained, request: Request) -> None:
+    refuse_whole_models(trained, request)
+    config = trained.config
+    if not config.quant.is_nf4:
+        raise UserError(
+            f"--format=bnb: {trained.place} was trained on a base of quant={config.quant.method}, and in NF4 that is "
+            "another; write --format peft, and let whoever loads it quantize"
+        )
+    folder = Path(config.model.path)
+    family = family_of(read_config(folder), folder / "config.json")
+    if family.experts is not None:
+        raise UserError(
+            f"--format=bnb: {family.model_type} has fused experts, which bitsandbytes leaves in 16 bits, and the run "
+            "trained on theirs in NF4; write --format hf or peft"
+        )
+
+
 FORMATS: dict[str, Format] = {
     "peft": Format(
         summary="the adapter in PEFT's format with a model card, for the base as it is",
         module="distlora.exporting.peft_folder",
         clients=("peft",),
         refuse=refuse_peft,
+    ),
+    "bnb": Format(
+        summary="the base in the NF4 that was trained on, as bitsandbytes stores it, with the adapter beside it",
+        module="distlora.exporting.bnb_folder",
+        clients=("peft", "bitsandbytes", "accelerate"),
+        dtypes=DTYPES,
+        refuse=refuse_bnb,
     ),
 }
 

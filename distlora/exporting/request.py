@@ -49,19 +49,22 @@ class Export:
     place: Path
     """To be written: nothing is there yet. It gets the name in the request when it was checked."""
     say: Callable[[str], None]
+    """A line now."""
+    progress: Callable[[str], None]
+    """A line now and then, of those it is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A client's logits on the probe text beside those of the model as it was trained, in fp32."""
+    """A client's logits on the probe text, or its weights, beside those of the model as it was trained, in fp32."""
 
     what: str
     """Which client, on what, computing in what."""
     difference: float
     """The largest of all."""
-    kl: float
-    """Nats a token, from ours to theirs."""
-    same_top: float
+    kl: float | None = None
+    """Nats a token, from ours to theirs; None of weights."""
+    same_top: float | None = None
     """Share of positions whose likeliest token is the same."""
     bound: float | None = None
     """Of `difference`; None where nothing is promised: what the format itself changes."""

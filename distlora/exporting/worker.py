@@ -22,7 +22,7 @@ from distlora.command_line import BAD_INPUT, DONE, FAILED, run_to_exit_code
 from distlora.config import UserError
 from distlora.exporting.formats import FORMATS
 from distlora.exporting.request import Export, Reading, Request
-from distlora.saying import quieten, say, still_loading
+from distlora.saying import Progress, quieten, say, still_loading
 
 CHECK = "distlora.exporting.check"
 
@@ -35,7 +35,7 @@ def run(request: Request) -> int:
     _remove(place)
     began = time.monotonic()
     try:
-        export = Export(request=request, trained=request.name.read(), place=place, say=say)
+        export = Export(request=request, trained=request.name.read(), place=place, say=say, progress=Progress())
         module: Any = importlib.import_module(FORMATS[request.format].module)
         module.write(export)
         say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
@@ -76,10 +76,10 @@ def table(readings: list[Reading], moved: float | None, tokens: int) -> list[str
         bound = ""
         if reading.bound is not None:
             bound = f" (bound {reading.bound:.1e}: {'met' if reading.within else 'NOT MET'})"
-        lines.append(
-            f"  {reading.what}: at most {reading.difference:.1e} apart{bound}, KL {reading.kl:.1e} nats a token, "
-            f"{reading.same_top:.0%} the same likeliest token"
-        )
+        line = f"  {reading.what}: at most {reading.difference:.1e} apart{bound}"
+        if reading.kl is not None and reading.same_top is not None:
+            line += f", KL {reading.kl:.1e} nats a token, {reading.same_top:.0%} the same likeliest token"
+        lines.append(line)
     if moved is not None:
         lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
     return lines

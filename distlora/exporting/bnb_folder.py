@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from distlora import durable
 from distlora.checkpoints.folder import STATE_NAME
+from distlora.config import UserError
 from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.exporting.bnb_layout import name_of, parts_of, write_weight
 from distlora.exporting.probe import EXACT, Ours
@@ -33,6 +34,7 @@ from distlora.pissa_format import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in
+from distlora_kernels import nf4
 
 ADAPTER = "adapter"
 """The folder of the adapter in that of the base."""
@@ -45,7 +47,10 @@ def write(export: Export) -> None:
     source = Path(trained.config.model.path)
     base = open_base(trained.config)
     quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
-    dtype = _TORCH_NAMES[export.request.dtype or trained.config.train.dtype]
+    assert export.request.dtype is not None
+    dtype = _TORCH_NAMES[export.request.dtype]
+    if export.request.check:
+        check_rows(base.weights.values())
     plan = plan_files(base, quantized)
     check_space(place, sum(plan.sizes.values()))
     place.mkdir()
@@ -74,6 +79,16 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     for name, segment in base.headers.items():
         tables[segment.file.name] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
     return lay_out_files(tables, copied)
+
+
+def check_rows(weights: Iterable[BaseWeight]) -> None:
+    """Refuse to check what bitsandbytes (0.50) would get wrong on this CPU. Raises UserError."""
+    odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % nf4.BLOCK), None)
+    if odd is not None:
+        raise UserError(
+            f"{odd.name} has rows of {odd.shape[-1]:,} weights, no whole blocks of {nf4.BLOCK}: bitsandbytes takes "
+            "wrong scales for such rows on a CPU, so the export cannot be checked here; add --no-check"
+        )
 
 
 def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.exporting.request import DTYPES, Request
-from distlora.families import family_of, read_config
+from distlora.families import family_of, read_config, text_settings
+from distlora.merging.request import check_mergeable
 from distlora.trained import Trained
 
 
@@ -29,12 +30,32 @@ class Format:
     """Packages that its check imports, by the names that they are imported by."""
     dtypes: tuple[str, ...] = ()
     """What --dtype may be; empty: there is no choice."""
+    default: Callable[[Trained], str] | None = None
+    """Which of them without --dtype; None: the first, where there is a choice."""
     merged: bool = False
     """Whether weights with dW in them are written, so that --onto has a meaning."""
     suffix: str = ""
     """Of the file that is made; "": a folder."""
     refuse: Callable[[Trained, Request], None]
     """Raises UserError for what the format cannot say."""
+
+    def dtype_for(self, trained: Trained, asked: str | None) -> str | None:
+        """The dtype that is meant; None where there is no choice."""
+        if asked is not None or not self.dtypes:
+            return asked
+        return self.dtypes[0] if self.default is None else self.default(trained)
+
+
+def dtype_of_base(trained: Trained) -> str:
+    """As config.json says it; fp32 where it says another or none."""
+    folder = Path(trained.config.model.path)
+    model = read_config(folder)
+    settings = text_settings(model, family_of(model, folder / "config.json"))
+    names = (of.get(key) for of in (model, settings) for key in ("dtype", "torch_dtype"))
+    return next((_DTYPES[name] for name in names if name in _DTYPES), "fp32")
+
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def check(trained: Trained, request: Request) -> None:
@@ -91,7 +112,21 @@ def refuse_bnb(trained: Trained, request: Request) -> None:
         )
 
 
+def refuse_hf(trained: Trained, request: Request) -> None:
+    refuse_whole_models(trained, request)
+    check_mergeable(trained, request.onto)
+
+
 FORMATS: dict[str, Format] = {
+    "hf": Format(
+        summary="the merged model as a Hugging Face folder, with its receipt (`distlora merge`)",
+        module="distlora.exporting.hf_folder",
+        clients=("transformers",),
+        dtypes=DTYPES,
+        default=dtype_of_base,
+        merged=True,
+        refuse=refuse_hf,
+    ),
     "peft": Format(
         summary="the adapter in PEFT's format with a model card, for the base as it is",
         module="distlora.exporting.peft_folder",
@@ -103,6 +138,7 @@ FORMATS: dict[str, Format] = {
         module="distlora.exporting.bnb_folder",
         clients=("peft", "bitsandbytes", "accelerate"),
         dtypes=DTYPES,
+        default=lambda trained: trained.config.train.dtype,
         refuse=refuse_bnb,
     ),
 }

@@ -21,6 +21,13 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> None:
     """Beside the weights; `dtype` as config.json has it."""
+    copy_companions(folder, trained)
+    source = Path(trained.config.model.path)
+    durable.write_json(folder / "config.json", merged_config(read_config(source), base, dtype))
+
+
+def copy_companions(folder: Path, trained: Trained) -> None:
+    """All of them but config.json."""
     source = Path(trained.config.model.path)
     for path in sorted(source.iterdir()):
         if path.suffix in COMPANIONS and path.name not in (INDEX_NAME, "config.json") and path.is_file():
@@ -29,7 +36,6 @@ def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> 
         (folder / name).write_bytes(content)
     if (template := chat_template(trained)) is not None:
         durable.write_text(folder / TEMPLATE_NAME, template)
-    durable.write_json(folder / "config.json", merged_config(read_config(source), base, dtype))
 
 
 def chat_template(trained: Trained) -> str | None:

@@ -66,6 +66,11 @@ def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], 
         tables[home[name]][name] = (_NAMES[dtype], shape)
     for name, segment in copied.items():
         tables[segment.file.name][name] = (segment.dtype, segment.shape)
+    return lay_out_files(tables, copied)
+
+
+def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], copied: Mapping[str, Segment]) -> Plan:
+    """From the tensors of each file, by its name: dtype as safetensors has it, and shape."""
     headers, places = {}, {}
     for file, tensors in tables.items():
         table = lay_out(tensors)

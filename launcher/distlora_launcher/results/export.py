@@ -105,7 +105,7 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
         name=name,
         format=options.format,
         out=str(out),
-        dtype=options.dtype,
+        dtype=FORMATS[options.format].dtype_for(trained, options.dtype),
         onto=options.onto,
         check=not options.no_check,
     )

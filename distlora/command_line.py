@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from distlora.config import UserError
 from distlora.config.errors import in_one_line
@@ -41,6 +42,12 @@ def run_worker(module: str) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: int = main(sys.argv[1])
     return code
+
+
+def request_text(argument: str) -> str:
+    """A worker's request as JSON: the argument itself, or request.json in the folder that it names, as several ranks
+    get it."""
+    return argument if argument.startswith("{") else (Path(argument) / "request.json").read_text(encoding="utf-8")
 
 
 def run_to_exit_code(work: Callable[[], int], *, full_disk: str = "free some space") -> int:

@@ -9,6 +9,8 @@ A trained head computes its logits again in backward, chunk by chunk, and adds u
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +48,17 @@ class LossHead(nn.Module):
         self.logit_scale = logit_scale
         # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
         self._token_rows: tuple[TokenRows, ...] = ()
+        self._reader: Callable[[Tensor], None] | None = None
+
+    @contextlib.contextmanager
+    def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
+        """Forward gives `reader` the hidden states (B, T, H) in place of computing losses, while the weight is whole:
+        a sharded one is gathered for forward alone. What forward then returns is zeros."""
+        self._reader = reader
+        try:
+            yield
+        finally:
+            self._reader = None
 
     @property
     def token_rows(self) -> TokenRows | None:
@@ -59,6 +72,9 @@ class LossHead(nn.Module):
     def forward(
         self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None, *, by_token: bool = False
     ) -> Tensor:
+        if self._reader is not None:
+            self._reader(hidden)
+            return hidden.new_zeros(hidden.shape[:2] if by_token else hidden.shape[:1], dtype=torch.float32)
         if labels is None:
             return self.logits(hidden)
         losses = self._losses(hidden, labels)
@@ -92,6 +108,16 @@ class LossHead(nn.Module):
     def own_columns(self, hidden: Tensor) -> Tensor | None:
         """(..., H) -> (..., trained rows) fp32: their logits, neither scaled nor capped; None where there are none."""
         return None if self.token_rows is None else self.token_rows.columns(hidden)
+
+    def copied(self) -> LossHead:
+        """This head as it is now, whole, in memory of its own: where the weight is sharded, within forward alone."""
+        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        head = LossHead(weight, logit_softcap=self.logit_softcap, logit_scale=self.logit_scale)
+        if (rows := self.token_rows) is not None:
+            own = TokenRows(rows.ids, weight.shape[1])
+            own.rows = nn.Parameter(rows.rows.detach().clone(), requires_grad=False)
+            head.train_rows(own)
+        return head
 
     def logits(self, hidden: Tensor, own: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., vocabulary) fp32, scaled and capped as the model's config says. `own`: from own_columns;

@@ -48,10 +48,12 @@ def load_model(
     if foreign:
         with named_by_flag():
             load_initial_adapter(model, config, backend)
+            backend.watch_weights(model)  # What was trained whole is frozen here, and has come since.
     elif place is not None:
         folder = weights_in(place)
         check_base(folder, config)
         load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
+        backend.watch_weights(model)
     return model, backend
 
 

@@ -32,6 +32,7 @@ LAYERS = [
         "distlora.deepspeed_file",
         "distlora.drawing",
         "distlora.saying",
+        "distlora.wording",
         "distlora.tables",
         "distlora.randomness",
         "distlora.progress",

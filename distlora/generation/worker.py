@@ -17,7 +17,7 @@ from typing import TextIO
 import torch
 from transformers import GenerationConfig
 
-from distlora.command_line import DONE, FAILED, run_to_exit_code
+from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
 from distlora.config_file import load_config
 from distlora.generation.chat import Chat, Printer
 from distlora.generation.encoding import PromptEncoder, sampling
@@ -127,14 +127,9 @@ def answer_lines(
             generate(generator, [tokens], settings, streamer=Printer(encoder.tokenizer, settings))
 
 
-def read_request(argument: str) -> Request:
-    """A request as JSON, or the folder that holds it as request.json."""
-    return Request.read(argument if argument.startswith("{") else (Path(argument) / "request.json").read_text("utf-8"))
-
-
 def main(argument: str) -> int:
     """Answer; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Of several ranks, errors go to torchrun."""
-    request = read_request(argument)
+    request = Request.read(request_text(argument))
     quieten()
     ranks = join_ranks()
     if ranks.world > 1:

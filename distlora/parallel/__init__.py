@@ -14,7 +14,7 @@ from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.compute_copies import ComputeCopies
 from distlora.parallel.gradients import Gradients
-from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks
+from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, sum_over_ranks
 from distlora.parallel.residency import Residency
 from distlora.parallel.shards import Shards, whole_shape
 
@@ -27,6 +27,7 @@ __all__ = [
     "join_ranks",
     "leave_ranks",
     "parallelize",
+    "sum_over_ranks",
     "whole_shape",
 ]
 

@@ -153,8 +153,11 @@ class Backend:
                     torch.cuda.current_stream(piece.device).synchronize()
 
     def watch_weights(self, model: CausalLM) -> None:
-        """After loading: remember what the frozen base is on every rank, and check it where the next forward gathers
-        it. Does nothing where all of it is trained. Raises DamagedWeightsError (`integrity`)."""
+        """After loading, the base and what then takes the place of its weights: remember what is frozen on every rank,
+        and check it where the next forward gathers it. Does nothing where all of it is trained. Raises
+        DamagedWeightsError (`integrity`)."""
+        if self._frozen is not None:
+            self._frozen.forget_next_forward()
         if any(not parameter.requires_grad for parameter in model.parameters()):
             self._frozen = FrozenWeights(model, self)
             self._frozen.check_next_forward()

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distlora.parallel import watch
 
@@ -98,3 +99,10 @@ def from_rank_0(number: int, ranks: Ranks) -> int:
     shared = torch.tensor(number, dtype=torch.int64)
     dist.broadcast(shared, group=ranks.control, group_src=0)
     return int(shared)
+
+
+def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The elementwise sum over all ranks of a tensor in host memory, in place. As `from_rank_0`, not for a step."""
+    if ranks.control is not None:
+        dist.all_reduce(tensor, group=ranks.control)
+    return tensor

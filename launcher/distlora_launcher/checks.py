@@ -46,6 +46,9 @@ from distlora_launcher.meeting import resolve, split
 HEAD_LINES = 1000
 """Documents of each source that are read here; the preparation process reads them all."""
 
+ROW_TOKENS = 1024
+"""Of a text that a command reads outside of a run."""
+
 _BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
 """A weight of a decoder block, by transformers' names."""
 
@@ -206,6 +209,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     model = read_config(folder)
     family_of(model, folder / "config.json")
     return model
+
+
+def row_tokens(folder: Path) -> int:
+    """ROW_TOKENS, or what the model has positions for."""
+    model = read_model_config(folder)
+    limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
+    return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
 
 
 def has_tokenizer(folder: Path) -> bool:

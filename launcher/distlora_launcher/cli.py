@@ -74,6 +74,11 @@ COMMANDS = {
         "one adapter of several of a base: weighted sum, difference, cut to a rank, TIES, DARE",
         "distlora_launcher.results.combine",
     ),
+    "eval": Command(
+        "RUN|MODEL ... [--text FILE] [--processes N] [--json]",
+        "loss and perplexity on a text: adapted, base and merged models side by side",
+        "distlora_launcher.results.evaluate",
+    ),
     "push": Command(
         "RUN ORG/NAME [--private] [--checkpoint best] [--dry-run]",
         "upload the result to the Hugging Face hub, with a model card",

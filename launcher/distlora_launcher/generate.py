@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +19,9 @@ from distlora.config_file import load_config
 from distlora.generation.prompts import Request, read_prompts
 from distlora.trained import find_weights
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import gpu_count
+from distlora_launcher.handover import become, check_processes, run_several
 from distlora_launcher.hub import restore
 from distlora_launcher.output import shown
-from distlora_launcher.workers import run_workers, worker_environment
 
 WORKER = "distlora.generation"
 
@@ -78,7 +74,8 @@ def main(arguments: list[str]) -> int:
         as_chat=options.as_chat,
     )
     check_files(options.prompts, options.out)
-    check_processes(options.processes, options.prompts)
+    check_processes(options.processes)
+    check_terminal(options.processes, options.prompts)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers.
         restore(config)
     require(
@@ -89,10 +86,8 @@ def main(arguments: list[str]) -> int:
     what = "the base alone" if weights is None else shown(weights)
     print(f"loading {config.model.path} with {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if options.processes > 1:
-        return run_several(request, options.processes)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+        return run_several(WORKER, request.as_json(), options.processes)
+    become(WORKER, request.as_json())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -138,26 +133,9 @@ def check_files(prompts: str | None, out: str | None) -> None:
     require(place.parent.is_dir(), f"--out={out}: there is no folder {place.parent}; make it first")
 
 
-def check_processes(processes: int, prompts: str | None) -> None:
-    require(processes > 0, f"--processes={processes} is no number of processes; write 1 or more")
-    available = gpu_count()
-    require(
-        available == 0 or processes <= available,
-        f"--processes={processes}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
-        f"write --processes {available}",
-    )
+def check_terminal(processes: int, prompts: str | None) -> None:
     require(
         processes == 1 or prompts is not None,
         f"--processes={processes} answers the prompts of a file, as several processes cannot share a terminal; add "
         "--prompts FILE",
     )
-
-
-def run_several(request: Request, processes: int) -> int:
-    """Run the ranks to the end. Their logs stay if they fail."""
-    folder = Path(tempfile.mkdtemp(prefix="distlora-generate-"))
-    (folder / "request.json").write_text(request.as_json(), encoding="utf-8")
-    code = run_workers(folder, processes=processes, worker_module=WORKER, saves=False)
-    if code == DONE:
-        shutil.rmtree(folder)
-    return code

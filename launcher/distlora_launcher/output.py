@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from distlora.config.places import is_hub_name
+
 
 class Output:
     """Our end of rank 0's stdout. `child_end` is what the workers inherit; close it once they are started."""
@@ -94,6 +96,14 @@ def warn(text: str) -> None:
 def shown(path: Path) -> str:
     """A path as the user would type it: relative where it lies under the working folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def name_of(place: str) -> str:
+    """What a report calls it: the folder's or file's name; with the folder above where it is `model`, as in a run."""
+    if is_hub_name(place):
+        return place
+    path = Path(place)
+    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

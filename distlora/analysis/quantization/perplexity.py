@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +15,7 @@ from distlora.data.rows import PackedRows
 from distlora.loading.reader import Reader
 from distlora.loading.second_level import SecondLevel
 from distlora.parallel import Ranks
-from distlora.readings import Loss, Readings, compare
+from distlora.readings import Loss, Readings, compare, let_go
 from distlora.startup import start_model
 from distlora_kernels.nf4 import GROUP
 
@@ -29,10 +28,7 @@ def measure_formats(
     Of the two models, dense and packed, one is in memory at a time.
     """
     dense, int4 = _of_dense_model(request, rows, weights, ranks, say)
-    # A model is in cycles (its modules know each other), so the last name that goes frees nothing yet.
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
+    let_go(ranks.device)
     found = {request.dtype: dense, "nf4": _of_packed_model(request, dense, say), "int4": int4}
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     return {

@@ -18,7 +18,7 @@ from distlora.analysis.quantization import figures, report
 from distlora.analysis.quantization.perplexity import measure_formats
 from distlora.analysis.quantization.plots import plot_quantization
 from distlora.analysis.quantization.references import measure_references
-from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.quantization.roundtrip import Sums
 from distlora.analysis.quantization.weights import Weight, find_weights
 from distlora.command_line import DONE, run_to_exit_code
@@ -28,6 +28,7 @@ from distlora.loading.reader import Reader
 from distlora.parallel import Ranks, join_ranks
 from distlora.readings import evenly
 from distlora.saying import Progress
+from distlora.wording import named_by_argument
 
 
 def run(request: Request) -> None:

@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
 from distlora.command_line import DONE
 from distlora.config import UserError, require
-from distlora.config.places import is_hub_name, means_hub
-from distlora.families import family_of, read_config, text_settings
+from distlora.config.places import means_hub
+from distlora.families import read_config
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
+from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_data, check_model, check_writable
+from distlora_launcher.checks import ROW_TOKENS, check_data, check_model, check_writable, row_tokens
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.corpus import build_corpus, write_jsonl
+from distlora_launcher.handover import become
 from distlora_launcher.hub import localize
 from distlora_launcher.hub_preview import with_small_files
-from distlora_launcher.output import shown
-from distlora_launcher.workers import worker_environment
+from distlora_launcher.output import name_of, shown
 
 WORKER = "distlora.analysis.quantization"
 TEXT_NAME = "text.jsonl"
 """In the result's folder: the documents that perplexity is measured on where the user names none."""
-ROW_TOKENS = 1024
-
 USAGE = """usage: distlora analyze quantization MODEL [--text FILE | --no-perplexity] [--out FOLDER] [--dtype bf16|fp32]
                          [--rows N] [--sequence-length N]
 
@@ -64,9 +62,7 @@ def main(arguments: list[str]) -> int:
     if options.text is None and request.text is not None:
         write_default_text(Path(request.text))
     print(f"analysing {request.model_name} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+    become(WORKER, request.as_json())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -109,7 +105,7 @@ def checked(options: argparse.Namespace) -> Request:
     with with_small_files(request.config("nf4")) as config:
         folder = Path(config.model.path)
         if folder.is_dir() and options.sequence_length is None:
-            request = dataclasses.replace(request, sequence_length=min(ROW_TOKENS, positions(folder)))
+            request = dataclasses.replace(request, sequence_length=row_tokens(folder))
         check_model(dataclasses.replace(config, data=request.config("nf4").data))
         packed = read_packed_weights(folder, read_config(folder), read_headers(folder))
         require(
@@ -127,21 +123,6 @@ def checked(options: argparse.Namespace) -> Request:
 def place_of(path: str) -> str:
     """A path as the worker needs it; a name on the hub as it is."""
     return path if means_hub(path) else str(Path(path).expanduser().absolute())
-
-
-def name_of(place: str) -> str:
-    """What a report calls it: the folder's or file's name; with the folder above where it is `model`, as in a run."""
-    if is_hub_name(place):
-        return place
-    path = Path(place)
-    return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
-
-
-def positions(folder: Path) -> int:
-    """Tokens that the model has positions for."""
-    model = read_config(folder)
-    limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
-    return limit if isinstance(limit, int) and limit > 1 else ROW_TOKENS
 
 
 def write_default_text(path: Path) -> None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,9 +26,9 @@ from distlora.merging.request import Onto, check_mergeable
 from distlora.trained import Trained, base_alone, with_adapter
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
+from distlora_launcher.handover import become
 from distlora_launcher.hub import localize
 from distlora_launcher.output import shown
-from distlora_launcher.workers import worker_environment
 
 WORKER = "distlora.combining"
 
@@ -66,9 +65,7 @@ def main(arguments: list[str]) -> int:
     request = checked(parse(arguments), shlex.join(["distlora", "combine", *arguments]))
     names = " and ".join(member.place for member in request.members)
     print(f"combining {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+    become(WORKER, request.as_json())
 
 
 def usage() -> str:

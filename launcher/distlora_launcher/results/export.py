@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from distlora.loading.segments import read_headers
 from distlora.trained import Trained
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
+from distlora_launcher.handover import become
 from distlora_launcher.output import shown
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
-from distlora_launcher.workers import worker_environment
 
 WORKER = "distlora.exporting"
 
@@ -55,9 +54,7 @@ def main(arguments: list[str]) -> int:
     require_client(request, trained)
     place = shown(Path(trained.place))
     print(f"exporting {place} as {request.format} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+    become(WORKER, request.as_json())
 
 
 def usage() -> str:

@@ -1,0 +1,1 @@
+"""What models make of a text: base, adapted and merged, side by side."""

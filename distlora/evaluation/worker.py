@@ -1,0 +1,109 @@
+"""The worker of `distlora eval`: every model on the same rows, then a table and the figures.
+
+One process, or the ranks that torchrun started.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora import durable
+from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
+from distlora.evaluation import report
+from distlora.evaluation.measure import Measured, measure
+from distlora.evaluation.request import Request
+from distlora.evaluation.rows import check_same_tokens, open_rows
+from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.saying import Progress, quieten, say
+from distlora.wording import named_by_argument
+
+
+def run(request: Request, ranks: Ranks) -> dict[str, Any]:
+    """The figures of everything that the request asks for; progress on stderr. Every rank must call it alike."""
+    tell = Progress() if ranks.rank == 0 else lambda text: None
+    configs = [subject.found()[0] for subject in request.subjects]
+    rows, rows_in_all = open_rows(request.text, configs[0], ranks)
+    for config, subject in zip(configs, request.subjects, strict=True):
+        check_same_tokens(rows, configs[0], config, subject.label)
+    measured = measure(request.subjects, request.dtype, rows, ranks, tell)
+    text = {
+        "name": request.text.name,
+        "rows": len(rows),
+        "rows_in_all": rows_in_all,
+        "sequence_length": rows.sequence_length,
+        "targets": int(rows.targets.sum()),
+    }
+    return {"text": text, "dtype": request.dtype} | figures(measured) | describe(ranks)
+
+
+def figures(measured: list[Measured]) -> dict[str, Any]:
+    """Of each model, by the names that evaluation.json has."""
+    return {
+        "compared_with": measured[0].subject.label,
+        "models": [
+            {
+                "label": of.subject.label,
+                "kind": of.subject.kind,
+                "loss": of.loss.loss,
+                "perplexity": of.loss.perplexity,
+                "loss_difference": of.loss.difference,
+                "loss_standard_error": of.loss.standard_error,
+                "divergence": of.loss.divergence,
+                "largest_logit_difference": of.largest_logit_difference,
+                "changed_tokens": of.changed_tokens,
+            }
+            for of in measured
+        ],
+    }
+
+
+def describe(ranks: Ranks) -> dict[str, Any]:
+    """Where the figures come from."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
+    return {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "device": f"{ranks.device.type} ({device})",
+        "ranks": ranks.world,
+        "versions": {name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
+    }
+
+
+def deliver(request: Request, found: dict[str, Any]) -> None:
+    """The table or the JSON on stdout, and the file."""
+    text = json.dumps(found, indent=1)
+    print(text if request.as_json else report.table(found).text(), flush=True)
+    if request.out is not None:
+        durable.write_text(Path(request.out), text + "\n")
+        say(f"wrote {request.out}")
+
+
+def main(argument: str) -> int:
+    """Evaluate; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Errors of several ranks go to torchrun."""
+    request = Request.read(request_text(argument))
+    quieten()
+    ranks = join_ranks()
+    if ranks.world > 1:
+        with named_by_argument():
+            found = run(request, ranks)
+        if ranks.rank == 0:
+            deliver(request, found)
+        leave_ranks(ranks)
+        return DONE
+
+    def work() -> int:
+        try:
+            with named_by_argument():
+                deliver(request, run(request, ranks))
+        except torch.OutOfMemoryError as error:
+            say(f"error: {str(error).partition('. ')[0]}; share the models among several GPUs with --processes N")
+            return FAILED
+        return DONE
+
+    return run_to_exit_code(work)

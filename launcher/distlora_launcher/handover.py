@@ -1,0 +1,44 @@
+"""From a command that has checked everything to its worker: this process becomes it, or torchrun starts several."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from distlora.command_line import DONE
+from distlora.config import require
+from distlora_launcher.checks import gpu_count
+from distlora_launcher.workers import run_workers, worker_environment
+
+
+def become(worker: str, request: str) -> NoReturn:
+    """Be `python -m worker REQUEST` from here on, so that the terminal and its signals are the worker's own."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", worker, request]
+    os.execve(command[0], command, worker_environment(processes=1))
+
+
+def run_several(worker: str, request: str, processes: int) -> int:
+    """Run the ranks to the end, each with a folder that holds request.json; the exit code. Their logs stay if they
+    fail."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{worker.replace('.', '-')}-"))
+    (folder / "request.json").write_text(request, encoding="utf-8")
+    code = run_workers(folder, processes=processes, worker_module=worker, saves=False)
+    if code == DONE:
+        shutil.rmtree(folder)
+    return code
+
+
+def check_processes(processes: int) -> None:
+    """Refuse a number of processes that this machine has no GPUs for."""
+    require(processes > 0, f"--processes={processes} is no number of processes; write 1 or more")
+    available = gpu_count()
+    require(
+        available == 0 or processes <= available,
+        f"--processes={processes}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
+        f"write --processes {available}",
+    )

@@ -1,0 +1,247 @@
+"""`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side.
+
+Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
+(`python -m distlora.evaluation`); with --processes torchrun starts several, which share each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from distlora.command_line import DONE
+from distlora.config import UserError, require
+from distlora.config.places import is_hub_name, means_hub
+from distlora.data.formats import DATA_FORMATS
+from distlora.evaluation.request import Request, Subject, Text, check_out, held_out
+from distlora.families import read_config
+from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
+from distlora.loading.prequantized import read_packed_weights
+from distlora.loading.segments import read_headers
+from distlora.trained import BASE_ALONE, Trained, base_alone
+from distlora.wording import named_by_argument
+from distlora_launcher.arguments import Parser
+from distlora_launcher.checks import HEAD_LINES, ROW_TOKENS, check_data, check_model, gpu_count, row_tokens
+from distlora_launcher.handover import become, check_processes, run_several
+from distlora_launcher.hub import localize
+from distlora_launcher.hub_preview import with_small_files
+from distlora_launcher.output import name_of, shown
+from distlora_launcher.results import named
+
+WORKER = "distlora.evaluation"
+MERGE_RECEIPT = "merge.json"
+"""What `distlora merge` leaves in a model's folder."""
+
+USAGE = f"""usage: distlora eval RUN|MODEL ... [--text FILE] [--rows N] [--sequence-length N] [--dtype bf16|fp32]
+                     [--checkpoint NAME] [--adapter PATH|base] [--model BASE] [--quant nf4|none] [--no-base]
+                     [--processes N] [--json] [--out FILE]
+
+The loss and the perplexity of each on the same rows of text, how they differ from the first one named, with the
+standard error of that, and how far their predictions are apart. The base of every run is put beside it.
+
+{named.ARGUMENTS}
+  MODEL                a model in Hugging Face format, a merged one too: a folder or a name on the hub; as it is stored,
+                       or in NF4 with --quant nf4
+  --text FILE          documents: anything that data.path of `distlora train` takes; without it, what the first RUN held
+                       out of its own, as it was trained on (of chats, the answers)
+  --rows N             rows of it, taken at even distances where there are more (128)
+  --sequence-length N  tokens in a row of --text (that of the run; for models alone {ROW_TOKENS:,}, or what they have
+                       positions for)
+  --dtype DTYPE        what is computed in: bf16 or fp32 (that of the first run; for models alone fp32 without a GPU)
+  --no-base            without the bases of the runs
+  --processes N        share each model among N processes, one a GPU
+  --json               the figures as JSON on stdout, in place of the table
+  --out FILE           the figures as JSON in a new file
+
+--checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter without a run."""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    options = parse(arguments)
+    check_out(options.out)
+    check_processes(options.processes)
+    with named_by_argument():
+        request = checked(options)
+    names = ", ".join(subject.label for subject in request.subjects)
+    print(
+        f"evaluating {names} on {request.text.name} (importing torch takes a few seconds)", file=sys.stderr, flush=True
+    )
+    if options.processes > 1:
+        return run_several(WORKER, request.written(), options.processes)
+    become(WORKER, request.written())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    parser = Parser("distlora eval")
+    parser.add_argument("places", metavar="RUN|MODEL", nargs="+")
+    for name in ("--text", "--out", "--checkpoint", "--adapter", "--model"):
+        parser.add_argument(name)
+    parser.add_argument("--quant", choices=("nf4", "none"))
+    parser.add_argument("--dtype", choices=("bf16", "fp32"))
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--processes", type=int, default=1)
+    for name in ("--no-base", "--json"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_args(arguments)
+
+
+def checked(options: argparse.Namespace) -> Request:
+    """The request, its models on this machine. Raises UserError for whatever can be told here."""
+    subjects: list[Subject] = []
+    runs: list[Trained] = []
+    for place in options.places:
+        if is_trained(place):
+            subject, trained = trained_subject(place, options)
+            runs.append(trained)
+        else:
+            subject = model_subject(place, options.quant)
+        if subject in subjects:
+            raise UserError(f"{place} is named twice; name each model once")
+        subjects.append(subject)
+    for flag, named_for in (("checkpoint", "RUN"), ("adapter", "RUN"), ("model", "adapter without its run")):
+        value = getattr(options, flag)
+        require(
+            value is None or any((trained.run_dir is None) == (flag == "model") for trained in runs),
+            f"--{flag}={value} says something of each {named_for}, and none is named; leave it out",
+        )
+    if not options.no_base and options.adapter != BASE_ALONE:
+        for trained, subject in zip(runs, [s for s in subjects if s.name is not None], strict=True):
+            base = base_of(trained, subject)
+            if base.label not in (subject.label for subject in subjects):
+                subjects.append(base)
+    dtype = options.dtype or (runs[0].config.train.dtype if runs else "bf16" if gpu_count() else "fp32")
+    return Request(
+        subjects=tuple(subjects),
+        text=text_of(options, subjects[0], runs),
+        dtype=dtype,
+        out=None if options.out is None else str(Path(options.out).absolute()),
+        as_json=options.json,
+    )
+
+
+def is_trained(place: str) -> bool:
+    """Whether a folder is a run or an adapter, and not a model."""
+    folder = Path(place).expanduser()
+    return (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, Trained]:
+    """What a run or an adapter names."""
+    is_adapter = (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
+    flags = argparse.Namespace(
+        run=place,
+        checkpoint=None if is_adapter else options.checkpoint,
+        adapter=None if is_adapter else options.adapter,
+        model=options.model if is_adapter else None,
+        quant=options.quant or "nf4",
+    )
+    name, trained = named.named(flags)
+    own = trained.config.quant.method
+    require(
+        is_adapter or options.quant in (None, own),
+        f"--quant={options.quant}: {place} was trained with quant={own}, which is what its adapter belongs to; leave "
+        "--quant out, or evaluate what `distlora merge` makes of it",
+    )
+    label = shown(Path(place).expanduser().absolute())
+    if flags.checkpoint is not None:
+        label += f" ({flags.checkpoint})"
+    if flags.adapter is not None:
+        label = base_label(trained) if flags.adapter == BASE_ALONE else f"{label} with {flags.adapter}"
+    return Subject(label=label, kind="base" if trained.weights is None else "adapted", name=name), trained
+
+
+def base_of(trained: Trained, subject: Subject) -> Subject:
+    """The base of what was trained, held as it was held then."""
+    assert subject.name is not None
+    if trained.run_dir is not None:
+        name = dataclasses.replace(subject.name, adapter=BASE_ALONE, checkpoint=None)
+        return Subject(label=base_label(trained), kind="base", name=name)
+    model, held = trained.config.model.path, trained.config.quant
+    return Subject(label=base_label(trained), kind="base", model=model, quant="nf4" if held.is_nf4 else "none")
+
+
+def base_label(trained: Trained) -> str:
+    model = trained.config.model
+    held = "nf4" if trained.config.quant.is_nf4 else trained.config.train.dtype
+    return f"base {model.name or name_of(model.path)} in {held}"
+
+
+def model_subject(place: str, quant: str | None) -> Subject:
+    """A model's folder, or a name on the hub, which is downloaded."""
+    folder = Path(place).expanduser().absolute()
+    path = place if means_hub(place) else str(folder)
+    if not is_hub_name(path) and not (folder / "config.json").is_file():
+        what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
+        raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
+    config = base_alone(path, "nf4", run_dir=path)
+    with with_small_files(config) as here:
+        small = Path(here.model.path)
+        packed = read_packed_weights(small, read_config(small), read_headers(small))
+        require(
+            quant != "none" or not packed,
+            f"--quant=none: {place} is stored in NF4; leave --quant out",
+        )
+        held: Literal["nf4", "none"] = "nf4" if packed or quant == "nf4" else "none"
+        check_model(dataclasses.replace(here, quant=dataclasses.replace(here.quant, method=held)))
+    local = localize(config).model.path
+    merged = (Path(local) / MERGE_RECEIPT).is_file()
+    label = place if is_hub_name(path) else shown(folder)
+    return Subject(
+        label=f"{label} in nf4" if held == "nf4" else label,
+        kind="merged" if merged else "model",
+        model=local,
+        quant=held,
+    )
+
+
+def text_of(options: argparse.Namespace, first: Subject, runs: Sequence[Trained]) -> Text:
+    """What --text names, or what the first run held out. Raises UserError where neither is there."""
+    run = next((trained for trained in runs if trained.run_dir is not None), None)
+    if options.text is None:
+        require(
+            run is not None,
+            "the text to evaluate on must be named where no run is: add --text FILE (text, jsonl, or anything else "
+            "that data.path takes)",
+        )
+        assert run is not None
+        assert run.run_dir is not None
+        require(
+            options.sequence_length is None,
+            f"--sequence-length={options.sequence_length} is of --text; held-out rows are as the run cut them",
+        )
+        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=options.rows)
+    path = options.text if means_hub(options.text) else str(Path(options.text).expanduser().absolute())
+    length = options.sequence_length
+    if length is None:
+        folder = first.model if first.model is not None else runs[0].config.model.path
+        length = run.config.data.sequence_length if run else row_tokens(Path(folder))
+    text = Text(
+        name=path if is_hub_name(path) else shown(Path(path)),
+        path=path,
+        sequence_length=length,
+        most_rows=options.rows,
+        **({} if run is None else {"cache_dir": run.config.data.cache_dir}),
+    )
+    if run is not None and run.config.data.template is not None and holds_chats(text):
+        text = dataclasses.replace(text, template=run.config.data.template)
+    check_data(dataclasses.replace(base_alone(path, "none", run_dir=path), data=text.data()))
+    return text
+
+
+def holds_chats(text: Text) -> bool:
+    """Whether a chat template has a say in how a text is read."""
+    from distlora.data.sources import check_sources
+
+    plain = {"text", "prompt_completion", None}
+    assert plain - {None} < set(DATA_FORMATS)
+    return bool(set(check_sources(text.data(), limit=HEAD_LINES)) - plain)

@@ -1,0 +1,205 @@
+"""`distlora eval`: the losses of a run's own evaluation, divergences as from whole logits, any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distlora import train
+from distlora.config import UserError
+from distlora.data.loader import StepLoader
+from distlora.evaluation import report, worker
+from distlora.evaluation.measure import load, round_to
+from distlora.evaluation.request import Request, Subject, Text, held_out
+from distlora.evaluation.rows import open_rows
+from distlora.head import IGNORED_LABEL
+from distlora.parallel import Ranks
+from distlora.trained import Name
+from distlora_launcher.cli import main as command
+from family_models import SINGLE
+from small_models import make_run, read_metrics, write_model_folder, write_text_file
+from worlds import World
+
+
+@pytest.fixture(scope="module")
+def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps, with a row of the vocabulary and the head trained beside an adapter."""
+    place = tmp_path_factory.mktemp("evaluation") / "run"
+    adapter = {"target_modules": "all-linear", "r": 4, "modules_to_save": ["lm_head"]}
+    make_run(place, folders, adapter=adapter, train={"max_steps": 4, "global_batch": 12, "dtype": "fp32"})
+    train.run(place, SINGLE)
+    return place
+
+
+def request_for(run_dir: Path, *more: Subject, **settings: Any) -> Request:
+    name = Name(place=str(run_dir))
+    text = held_out(run_dir, name.read().config, "the run")
+    adapted = Subject(label="adapted", kind="adapted", name=name)
+    base = Subject(label="base", kind="base", name=replace(name, adapter="base"))
+    return Request(subjects=(adapted, base, *more), text=text, dtype="fp32", **settings)
+
+
+def whole_logits(subject: Subject, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits (targets, V) in fp64, targets, the row of each): what no evaluation ever holds."""
+    model = load(subject, "fp32", SINGLE)
+    rows, _ = open_rows(request.text, subject.found()[0], SINGLE)
+    loader = StepLoader(rows, global_batch=len(rows), micro_batch=len(rows), rank=0, world=1, seed=0, shuffle=False)
+    (batch,) = loader.batch(0).micro_batches
+    at = batch.labels != IGNORED_LABEL
+    with torch.no_grad():
+        hidden = model.hidden_states(batch.input_ids, batch.position_ids)
+        logits = model.head.logits(hidden[at]).double()
+    return logits, batch.labels[at], batch.rows[:, None].expand_as(batch.labels)[at]
+
+
+def test_the_figures_are_those_of_whole_logits_and_of_the_runs_own_evaluation(run_dir: Path) -> None:
+    """Heads differ here: what the others are compared with brings its own."""
+    request = request_for(run_dir)
+    found = worker.run(request, SINGLE)
+    adapted, base = found["models"]
+    assert adapted["loss"] == pytest.approx(read_metrics(run_dir)[-1]["eval_loss"], rel=1e-6)
+    ours, targets, row_of = whole_logits(request.subjects[0], request)
+    theirs, _, _ = whole_logits(request.subjects[1], request)
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    losses = [-log.gather(1, targets[:, None]).squeeze(1) for log in (log_p, log_q)]
+    assert base["loss_difference"] == pytest.approx(float((losses[1] - losses[0]).mean()), rel=1e-6)
+    assert base["divergence"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()), rel=1e-6)
+    assert base["largest_logit_difference"] == pytest.approx(float((ours - theirs).abs().max()), rel=1e-5)
+    assert base["changed_tokens"] == pytest.approx(float((ours.argmax(1) != theirs.argmax(1)).double().mean()))
+    assert base["loss_standard_error"] > 0
+    assert (adapted["loss_difference"], adapted["divergence"], adapted["largest_logit_difference"]) == (0, 0, 0)
+    assert found["text"]["targets"] == len(targets)
+    assert len(row_of.unique()) == found["text"]["rows"]
+    table = report.table(found).text()
+    assert "adapted" in table
+    assert f"{base['perplexity']:,.3f}" in table
+
+
+def evaluate(ranks: Ranks, run_dir: Path) -> dict[str, Any]:
+    return worker.run(request_for(run_dir), ranks)
+
+
+def test_sharded_ranks_find_what_one_finds(world: World, run_dir: Path) -> None:
+    alone = worker.run(request_for(run_dir), SINGLE)["models"]
+    for found in world.run(3, evaluate, run_dir=run_dir):
+        for ours, theirs in zip(found["models"], alone, strict=True):
+            for key in ("loss", "perplexity", "loss_difference", "divergence"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-9), key
+            assert ours["largest_logit_difference"] == pytest.approx(theirs["largest_logit_difference"], rel=1e-4)
+            assert ours["changed_tokens"] == theirs["changed_tokens"]
+
+
+def test_rounded_weights_are_what_a_checkpoint_in_16_bits_would_hold(folders: Path) -> None:
+    plain = Subject(label="plain", kind="model", model=str(folders / "llama"))
+    model, rounded = load(plain, "fp32", SINGLE), load(replace(plain, rounded="fp16"), "fp32", SINGLE)
+    pairs = list(zip(model.parameters(), rounded.parameters(), strict=True))
+    assert all(torch.equal(ours.half().float(), theirs) for ours, theirs in pairs)
+    assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+    round_to(model, torch.float16)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests of the processes that a command would become."""
+    requests: list[Request] = []
+
+    def become(executable: str, arguments: list[str], environment: dict[str, str]) -> None:
+        requests.append(Request.read(arguments[-1]))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", become)
+    return requests
+
+
+def ask(requests: list[Request], *words: str) -> Request:
+    with pytest.raises(SystemExit):
+        command(["eval", *words])
+    return requests.pop()
+
+
+def test_the_command_asks_for_a_run_its_base_and_models(
+    asked: list[Request], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    request = ask(asked, "run", str(folders / "llama"), "--rows", "7")
+    labels = [subject.label for subject in request.subjects]
+    assert labels == ["run", str(folders / "llama"), "base llama in nf4"]
+    assert [subject.kind for subject in request.subjects] == ["adapted", "model", "base"]
+    assert (request.text.run, request.text.most_rows, request.dtype) == (str(run_dir), 7, "fp32")
+    adapter = run_dir.parent / "elsewhere"
+    adapter.symlink_to(run_dir / "adapter")
+    request = ask(
+        asked,
+        *("elsewhere", "--model", str(folders / "llama"), "--quant", "none", "--no-base"),
+        *("--text", str(folders / "text.jsonl"), "--dtype", "bf16"),
+    )
+    assert [subject.label for subject in request.subjects] == ["elsewhere"]
+    assert (request.text.sequence_length, request.dtype) == (512, "bf16")
+    config, weights, foreign = request.subjects[0].found()
+    assert (config.quant.method, weights, foreign) == ("none", str(adapter), True)
+
+
+def test_a_text_is_read_once_for_all_and_written_down(
+    asked: list[Request], folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model against itself: no difference; in NF4: some."""
+    words = [str(folders / "qwen3"), "--text", str(folders / "text.jsonl"), "--sequence-length", "64", "--rows", "6"]
+    request = ask(asked, *words, "--out", str(tmp_path / "figures.json"), "--dtype", "fp32")
+    plain = request.subjects[0]
+    others = (replace(plain, label="again"), replace(plain, label="nf4", quant="nf4"))
+    request = replace(request, subjects=(plain, *others), text=replace(request.text, cache_dir=str(tmp_path / "cache")))
+    worker.deliver(request, worker.run(request, SINGLE))
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["text"]["rows"] == 6 < found["text"]["rows_in_all"]
+    again, nf4 = found["models"][1:]
+    assert (again["divergence"], again["changed_tokens"], again["loss_difference"]) == (0, 0, 0)
+    assert nf4["divergence"] > 1e-6
+    assert "6 of" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_refused(
+    run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    llama, text = str(folders / "llama"), str(folders / "text.jsonl")
+    make_run(tmp_path / "untrained", folders)
+    for words, reason in (
+        ([llama], "add --text FILE"),
+        (["nowhere", "--text", text], "nowhere is no folder"),
+        (["empty", "--text", text], "neither a run, an adapter nor a model"),
+        (["untrained"], "nothing trained yet"),
+        ([str(run_dir), "--quant", "none"], "was trained with quant=nf4"),
+        ([str(run_dir), "--sequence-length", "9"], "is of --text"),
+        ([str(run_dir), str(run_dir)], "named twice"),
+        ([llama, "--text", text, "--checkpoint", "best"], "and none is named"),
+        ([llama, "--text", "gone.jsonl"], "gone.jsonl"),
+        ([llama, "--text", text, "--rows", "0"], "--rows=0"),
+        ([llama, "--text", text, "--out", llama], "exists already"),
+        ([str(run_dir / "adapter")], "write"),
+        ([llama, "--text", text, "--rowz", "1"], "--rows"),
+    ):
+        assert command(["eval", *words]) == 2, words
+        assert reason in capsys.readouterr().err, words
+
+
+def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
+    """Bytes alone are tokens of the other: the same ids would mean something else."""
+    write_model_folder(tmp_path / "other", "llama")
+    place = tmp_path / "other" / "tokenizer.json"
+    values = json.loads(place.read_text())
+    values["model"]["merges"] = values["model"]["merges"][:100]
+    place.write_text(json.dumps(values))
+    write_text_file(tmp_path / "text.jsonl", 12)
+    text = Text(name="text", path=str(tmp_path / "text.jsonl"), sequence_length=64, cache_dir=str(tmp_path / "cache"))
+    subjects = tuple(Subject(label=str(p), kind="model", model=str(p)) for p in (folders / "llama", tmp_path / "other"))
+    with pytest.raises(UserError, match="another tokenizer"):
+        worker.run(Request(subjects=subjects, text=text, dtype="fp32"), SINGLE)

@@ -6,7 +6,6 @@ Everything that can be refused is refused here, before torch is imported. Then t
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from distlora.merging.request import Request, check_mergeable
 from distlora.trained import Trained
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
+from distlora_launcher.handover import become
 from distlora_launcher.output import shown
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
-from distlora_launcher.workers import worker_environment
 
 WORKER = "distlora.merging"
 
@@ -43,9 +42,7 @@ def main(arguments: list[str]) -> int:
         return DONE
     request = checked(arguments)
     print(f"merging into {shown(Path(request.out))} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+    become(WORKER, request.as_json())
 
 
 def checked(arguments: list[str]) -> Request:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from distlora import randomness
+from distlora.loading import fp64
 from distlora_kernels import nf4
 
-FP64_ELEMENTS = 2**22
-"""Of a weight, widened to fp64 at once: 32 MiB."""
 BLOCK_ELEMENTS = 2**17
 """Of s B A, computed at once: rows that are whole and always the same, so that a product never depends on the cut."""
 
@@ -84,11 +83,8 @@ def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sket
 def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(T, R), (R,), (N, R) fp64: the largest singular values, falling, and their vectors."""
     columns = tall_TN.shape[1]
-    gram_NN = torch.zeros(columns, columns, dtype=torch.float64, device=tall_TN.device)
-    for part_cN in _in_fp64(tall_TN):
-        gram_NN.addmm_(part_cN.T, part_cN)
-    right_NR = torch.linalg.eigh(gram_NN).eigenvectors[:, columns - rank :].flip(1).contiguous()
-    left_TR = _times(tall_TN, right_NR)
+    right_NR = torch.linalg.eigh(fp64.gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
+    left_TR = fp64.times(tall_TN, right_NR)
     values_R = left_TR.norm(dim=0)
     # Of a weight of a lower rank the rest is zero, and so are A and B there.
     return left_TR / values_R.clamp_min(torch.finfo(torch.float64).tiny), values_R, right_NR
@@ -98,33 +94,12 @@ def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Ten
     """As `_exact`, to the accuracy of the sketch."""
     shape = (tall_TN.shape[1], rank)
     start_NR = randomness.normal(shape, seed=sketch.seed, name=sketch.name).to(tall_TN.device)
-    basis_TR = torch.linalg.qr(_times(tall_TN, start_NR)).Q
+    basis_TR = torch.linalg.qr(fp64.times(tall_TN, start_NR)).Q
     for _ in range(sketch.iterations):
-        other_NR = torch.linalg.qr(_transposed_times(tall_TN, basis_TR)).Q
-        basis_TR = torch.linalg.qr(_times(tall_TN, other_NR)).Q
-    inside_RR, values_R, right_RN = torch.linalg.svd(_transposed_times(tall_TN, basis_TR).T, full_matrices=False)
+        other_NR = torch.linalg.qr(fp64.transposed_times(tall_TN, basis_TR)).Q
+        basis_TR = torch.linalg.qr(fp64.times(tall_TN, other_NR)).Q
+    inside_RR, values_R, right_RN = torch.linalg.svd(fp64.transposed_times(tall_TN, basis_TR).T, full_matrices=False)
     return basis_TR @ inside_RR, values_R, right_RN.T
-
-
-def _in_fp64(tall_TN: Tensor) -> Iterator[Tensor]:
-    rows = max(1, FP64_ELEMENTS // tall_TN.shape[1])
-    for part_cN in tall_TN.split(rows):
-        yield part_cN.double()
-
-
-def _times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
-    """X other: (T, R) fp64."""
-    return torch.cat([part_cN @ other_NR for part_cN in _in_fp64(tall_TN)])
-
-
-def _transposed_times(tall_TN: Tensor, other_TR: Tensor) -> Tensor:
-    """X^T other: (N, R) fp64."""
-    product_NR = torch.zeros(tall_TN.shape[1], other_TR.shape[1], dtype=torch.float64, device=tall_TN.device)
-    first = 0
-    for part_cN in _in_fp64(tall_TN):
-        product_NR.addmm_(part_cN.T, other_TR[first : first + len(part_cN)])
-        first += len(part_cN)
-    return product_NR
 
 
 @torch.no_grad()

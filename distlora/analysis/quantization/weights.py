@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.analysis.naming import layer_of, linear_of
 from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
 from distlora.config import Config, UserError
 from distlora.loading.conversion import Source
@@ -18,8 +18,6 @@ from distlora.loading.segments import SOURCE_DTYPES, read_headers
 from distlora.loading.weights import find_base
 from distlora.model import CausalLM, build_model
 from distlora.quant import FrozenTensor
-
-_PLACE = re.compile(r"layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +38,12 @@ class Weight:
 
     @property
     def layer(self) -> int:
-        return int(self._place[1])
+        return layer_of(self.name)
 
     @property
     def linear(self) -> str:
         """Its path in the block: mlp.up_proj; mlp.experts.up_proj is of all experts."""
-        return self._place[2]
-
-    @property
-    def _place(self) -> re.Match[str]:
-        match = _PLACE.search(self.name)
-        assert match is not None, f"{self.name} is not in a decoder block"
-        return match
+        return linear_of(self.name)
 
     def chunks(self, reader: Reader, device: torch.device) -> Iterator[Tensor]:
         """The weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""

@@ -1,0 +1,27 @@
+"""Where a weight is in its model, by its Hugging Face name. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+
+_PLACE = re.compile(r"layers\.(\d+)\.(.+?)(?:\.weight)?$")
+
+
+def in_a_block(name: str) -> bool:
+    """Whether it is a decoder block's."""
+    return _PLACE.search(name) is not None
+
+
+def layer_of(name: str) -> int:
+    return int(_place(name)[1])
+
+
+def linear_of(name: str) -> str:
+    """Its path in the block: mlp.up_proj; mlp.experts.up_proj is of all experts."""
+    return _place(name)[2]
+
+
+def _place(name: str) -> re.Match[str]:
+    match = _PLACE.search(name)
+    assert match is not None, f"{name} is not in a decoder block"
+    return match

@@ -1,0 +1,188 @@
+"""What training made of each weight of the decoder blocks: the matrix before and after, from disk, one at a time.
+
+Before is what the model began with: the base as training holds it (through NF4), for a run of PiSSA with its start put
+back. After is that with the adapter, or what full fine-tuning saved. Letters: O out features, I in features, R rank,
+E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.analysis.naming import in_a_block, layer_of, linear_of
+from distlora.checkpoints.folder import STATE_NAME, newest, step_of
+from distlora.config import UserError
+from distlora.deltas.apply import adapted_rows
+from distlora.deltas.base import BaseWeight, open_base
+from distlora.deltas.factors import AdapterFile, Factors
+from distlora.experts import ExpertWeight
+from distlora.loading.initialize import read_start
+from distlora.loading.reader import Reader
+from distlora.loading.segments import Segment, read_headers
+from distlora.loading.weights import find_base
+from distlora.run_folder import CHECKPOINTS, read_result
+from distlora.trained import Trained
+from distlora.trained_model import check_base, weights_in
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One matrix, fp32."""
+
+    name: str
+    """That of the weight; of an expert's with its number: model.layers.0.mlp.experts.down_proj[3]."""
+    layer: int
+    linear: str
+    before: Tensor
+    """(O, I)."""
+    after: Tensor
+    """(O, I)."""
+    factors: Factors | None
+    """Where after - before is exactly scaling * B A."""
+
+    def delta(self) -> Tensor:
+        """after - before, (O, I) fp32."""
+        return self.after - self.before if self.factors is None else self.factors.delta()
+
+    def to(self, device: torch.device) -> Change:
+        moved = None
+        if self.factors is not None:
+            moved = dataclasses.replace(self.factors, A=self.factors.A.to(device), B=self.factors.B.to(device))
+        return dataclasses.replace(self, before=self.before.to(device), after=self.after.to(device), factors=moved)
+
+
+class Changes:
+    """Those of one run or adapter, from headers alone until a matrix is asked for.
+
+    Raises UserError for weights that are another base's, and for damaged ones.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        config = trained.config
+        assert trained.weights is not None, f"{trained.place}: a base alone has not changed"
+        self.method = "full" if config.adapter.method == "full" else "DoRA" if config.adapter.use_dora else "LoRA"
+        self.folder = weights_in(trained.weights)
+        """Where what was trained is read from."""
+        if not trained.foreign:
+            check_base(self.folder, config)
+        self._config = config
+        base = open_base(config)
+        self._before = base.weights
+        self._transposed = {
+            base.model.hf_name(f"{path}.weight")
+            for path, module in base.model.named_modules()
+            if isinstance(module, ExpertWeight) and module.transposed
+        }
+        self._saved: dict[str, tuple[Segment, ...]] = {}
+        self._adapter: AdapterFile | None = None
+        self._start: dict[str, Tensor] = {}
+        if self.method == "full":
+            self.folder = masters(trained, self.folder)
+            headers = read_headers(self.folder)
+            sources = find_base(base.model, headers)
+            self._saved = {name: source.segments for name, source in sources.items()}
+            self._paths = {name: name for name in self._before if in_a_block(name) and name in self._saved}
+            self._paths = {name: name for name in self._paths if len(self._before[name].shape) > 1}
+        else:
+            self._adapter = AdapterFile.open(self.folder)
+            names = {path: path if path in self._before else f"{path}.weight" for path in self._adapter.paths}
+            strays = sorted(path for path, name in names.items() if name not in self._before)
+            if strays:
+                raise UserError(f"{self.folder} adapts {strays[0]}, which is no weight of {config.model.path}")
+            found = {name: path for path, name in names.items()}
+            self._paths = {name: found[name] for name in self._before if name in found}
+            if config.adapter.pissa:
+                self._start = dict(read_start(config))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the weights, in the model's order."""
+        return tuple(self._paths)
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The 16-bit type that full fine-tuning's weights are read in, which dW then has the rounding of."""
+        kinds = {segment.dtype for segments in self._saved.values() for segment in segments} - {"F32"}
+        return min(kinds) if kinds else None
+
+    def numel(self, name: str) -> int:
+        return self._before[name].numel
+
+    def of(self, name: str, reader: Reader) -> Iterator[Change]:
+        """A weight's matrix, or those of its experts one after the other."""
+        weight = self._before[name]
+        factors = None
+        if self._adapter is not None:
+            experts = weight.shape[0] if len(weight.shape) == 3 else None
+            factors = self._adapter.factors(self._paths[name], reader, experts=experts)
+        saved = None if self._adapter is not None else self._after(weight)
+        both = zip(_matrices(weight, reader), _matrices(saved or weight, reader) if saved else _endless(), strict=False)
+        for number, (before, after) in enumerate(both):
+            label = name if len(weight.shape) == 2 else f"{name}[{number}]"
+            if name in self._transposed:
+                before, after = before.T.contiguous(), None if after is None else after.T.contiguous()
+            kept = None
+            if factors is not None:
+                own = factors if len(weight.shape) == 2 else _of_expert(factors, number)
+                before, own = self._from_start(self._paths[name], before, own)
+                after = adapted_rows(before, 0, own)
+                kept = own if own.magnitude is None else None
+            assert after is not None
+            yield Change(
+                name=label, layer=layer_of(name), linear=linear_of(name), before=before, after=after, factors=kept
+            )
+
+    def _after(self, weight: BaseWeight) -> BaseWeight:
+        """What full fine-tuning saved of a weight, as one of a base."""
+        source = dataclasses.replace(weight.source, segments=self._saved[weight.name])
+        return BaseWeight(name=weight.name, shape=weight.shape, source=source, quantized=False)
+
+    def _from_start(self, path: str, before: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
+        """Of a run of PiSSA: the weight with its start put back, and what was learned on top: s (B A - B0 A0)."""
+        if not self._start:
+            return before, factors
+        a, b = (self._start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        scaling = self._config.adapter.scaling_of(path)
+        if (self.folder / STATE_NAME).is_file():  # A published one is that plain LoRA already (pissa_format.py).
+            factors = dataclasses.replace(
+                factors, A=torch.cat([factors.A, a]), B=torch.cat([factors.B, -b], dim=1), scaling=scaling
+            )
+        return torch.addmm(before, b, a, alpha=scaling), factors
+
+
+def masters(trained: Trained, published: Path) -> Path:
+    """The last checkpoint of full fine-tuning, whose weights are the fp32 masters, where it is what was published: that
+    is rounded to the base's dtype, which a small dW does not survive unchanged."""
+    if trained.run_dir is None or (published / STATE_NAME).is_file():
+        return published
+    found, _ = newest(trained.run_dir / CHECKPOINTS)
+    step = None if found is None else step_of(found)
+    return published if found is None or step != read_result(trained.run_dir).step else found
+
+
+def _matrices(weight: BaseWeight, reader: Reader) -> Iterator[Tensor]:
+    """(rows, columns) fp32: the weight, or each of its experts."""
+    matrix, filled = torch.empty(weight.shape[-2:]), 0
+    for _, rows in weight.rows(reader):
+        while len(rows):
+            taken = rows[: len(matrix) - filled]
+            matrix[filled : filled + len(taken)] = taken
+            filled, rows = filled + len(taken), rows[len(taken) :]
+            if filled == len(matrix):
+                yield matrix
+                matrix, filled = torch.empty(weight.shape[-2:]), 0
+
+
+def _endless() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def _of_expert(factors: Factors, number: int) -> Factors:
+    return dataclasses.replace(factors, A=factors.A[number], B=factors.B[number])

@@ -1,0 +1,195 @@
+"""Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228): left singular vectors of W' = W + dW, among the
+first K, whose largest |cosine| with any left singular vector of W is below a threshold.
+
+Where W is decomposed whole, that is a product of two bases. Where only the first of its vectors are known, the cosine
+with each of these is known, and what is left is bounded without the others. Let y be what remains of a unit vector
+outside of the known ones. m Lanczos steps of W W^T from y give the polynomials p_0 .. p_m that are orthonormal in y's
+spectral measure, which puts the mass (u_i^T y)^2 / ||y||^2 on s_i^2; and the mass on one point x is at most the
+Christoffel number 1 / sum p_k(x)^2 (Akhiezer 1965, The Classical Moment Problem, chapter 2). A vector that is spread
+over the base's spectrum, as an intruder is, is seen to be one after a few steps; so every count comes with a proof, or
+as undecided.
+
+Letters: O out features, I in features, R known vectors of W, K vectors of W'; m Lanczos steps, G points of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distlora.analysis.spectrum.decomposed import MORE, SMALLEST, Singular, largest, whole
+from distlora.loading import fp64
+
+STEPS = 64
+"""Of Lanczos, at most."""
+POINTS_A_STEP = 64
+"""Of the grid on which the Christoffel numbers are compared; Chebyshev's, on which a polynomial of degree m changes
+by a fraction of 1 / 64 from one to the next."""
+GRID_MARGIN = 1.01
+GRADIENTS = 300
+"""Steps of conjugate gradients, at most."""
+MISSED = 1e-2
+"""Of a component: what they may leave out."""
+GOOD = 1e-2
+"""Sine of the error up to which a vector of W from a Krylov space is taken for one of the known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Similarity:
+    """Of each of W's first K: the largest |cosine| with a left singular vector of W lies in [lower, upper]."""
+
+    values: Tensor
+    """(K,) fp64: the singular values of W'."""
+    lower: Tensor
+    upper: Tensor
+    """(K,) each. Where W was decomposed whole they are equal."""
+    own: Tensor
+    """(K,): the index of the vector of W that the lower one is with."""
+
+    def counts(self, threshold: float) -> tuple[int, int]:
+        """(intruders for certain, undecided)."""
+        certain = int((self.upper < threshold).sum())
+        return certain, int((self.lower < threshold).sum()) - certain
+
+
+def exactly(before: Singular, after: Singular) -> Similarity:
+    """With every vector of W at hand."""
+    cosines = (before.left.T @ after.left).abs()
+    top = cosines.max(dim=0)
+    return Similarity(after.values, top.values, top.values, top.indices)
+
+
+def bounded(before_OI: Tensor, known: Singular, after: Singular, thresholds: Sequence[float]) -> Similarity:
+    """With the first vectors of W at hand: Lanczos goes on until each threshold is decided, or for STEPS."""
+    good = known.errors <= GOOD
+    base_OR, index = known.left[:, good], torch.nonzero(good).flatten()
+    cosines = base_OR.T @ after.left
+    top = cosines.abs().max(dim=0)
+    error = after.errors + known.errors[good].max()
+    rest_OK = _without(base_OR, after.left)
+    lower = (top.values - error).clamp_min(0)
+    upper = (torch.maximum(top.values, torch.linalg.vector_norm(rest_OK, dim=0)) + error).clamp_max(1)
+
+    def undecided(columns: Tensor) -> Tensor:
+        return torch.stack([(lower < t) & (upper >= t) for t in thresholds]).any(dim=0)[columns]
+
+    asked = torch.arange(len(lower), device=lower.device)
+    asked = asked[undecided(asked)]
+    if len(asked):
+        # What is outside of the known vectors: of those that were not taken, too.
+        most = float(known.values[-1] if bool(good.all()) else known.values[0]) ** 2
+        spread = Spread(before_OI, base_OR, *in_range(before_OI, base_OR, rest_OK[:, asked], known.values[0]), most)
+        while spread.steps < STEPS and bool(undecided(asked).any()):
+            spread.go_on(2 * spread.steps or 8)
+            remaining = torch.maximum(top.values[asked], spread.largest_component())
+            upper[asked] = torch.minimum(upper[asked], remaining + error[asked])
+    return Similarity(after.values, lower, upper, index[top.indices])
+
+
+def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value: Tensor) -> tuple[Tensor, Tensor]:
+    """What of each vector lies in the space of W's left singular vectors, and (K,) how much of one's component can be
+    missing there. Where O <= I that is everything.
+
+    X (X^T X)^-1 X^T y by conjugate gradients: with the residual r of the normal equations, what is missing along u_i
+    is at most |r| / s_i, and s_i is not below SMALLEST. A vector whose r stays too large for that is left as it is:
+    its bound is then weaker, and still one.
+    """
+    norms = torch.linalg.vector_norm(rest_OK, dim=0)
+    nothing = torch.zeros_like(norms)
+    if before_OI.shape[0] <= before_OI.shape[1]:
+        return rest_OK, nothing
+    solution = torch.zeros(before_OI.shape[1], rest_OK.shape[1], dtype=torch.float64, device=rest_OK.device)
+    residual = fp64.transposed_times(before_OI, rest_OK)
+    direction, square = residual, (residual**2).sum(dim=0)
+    least = float(SMALLEST * largest_value)
+    for _ in range(GRADIENTS):
+        if bool((square.sqrt() <= MISSED * least).all()):
+            break
+        image = fp64.times(before_OI, direction)
+        step = square / (image**2).sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        solution = solution + step * direction
+        residual = residual - step * fp64.transposed_times(before_OI, image)
+        following = (residual**2).sum(dim=0)
+        direction = residual + following / square.clamp_min(torch.finfo(torch.float64).tiny) * direction
+        square = following
+    inside = _without(base_OR, fp64.times(before_OI, solution))
+    # The residual as it is, not as it was carried along.
+    missing = torch.linalg.vector_norm(fp64.transposed_times(before_OI, rest_OK - inside), dim=0) / least
+    is_good = missing <= 0.1
+    return torch.where(is_good, inside, rest_OK), torch.where(is_good, missing, nothing)
+
+
+class Spread:
+    """How some vectors are spread over the left singular vectors of W that are orthogonal to `base_OR`, by Lanczos from
+    each of them, one beside the other, orthogonalized against all earlier steps."""
+
+    def __init__(self, before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, missed: Tensor, most: float) -> None:
+        """`missed`: what a component can be larger than `rest_OK` tells; `most`: the largest squared singular value of
+        those vectors."""
+        self._before_OI, self._base_OR, self._missed, self._most = before_OI, base_OR, missed, most
+        self._norms = torch.linalg.vector_norm(rest_OK, dim=0)
+        self._vectors = [rest_OK / self._norms.clamp_min(torch.finfo(torch.float64).tiny)]
+        self._alphas: list[Tensor] = []
+        self._betas: list[Tensor] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self._alphas)
+
+    def go_on(self, steps: int) -> None:
+        """Until so many are made."""
+        is_tall = self._before_OI.shape[0] >= self._before_OI.shape[1]
+        tall_TN = self._before_OI if is_tall else self._before_OI.T
+        while self.steps < steps:
+            last = self._vectors[-1]
+            if is_tall:
+                product = fp64.times(tall_TN, fp64.transposed_times(tall_TN, last))
+            else:
+                product = fp64.transposed_times(tall_TN, fp64.times(tall_TN, last))
+            self._alphas.append((last * product).sum(dim=0))
+            for _ in range(2):
+                product = _without(self._base_OR, product)
+                for earlier in self._vectors:
+                    product = product - earlier * (earlier * product).sum(dim=0)
+            beta = torch.linalg.vector_norm(product, dim=0)
+            self._betas.append(beta)
+            self._vectors.append(product / beta.clamp_min(torch.finfo(torch.float64).tiny))
+
+    def largest_component(self) -> Tensor:
+        """(K,): what the |component| along one singular vector is at most."""
+        most, like = self._most, self._norms
+        angles = torch.linspace(0, math.pi, POINTS_A_STEP * self.steps + 1, dtype=torch.float64, device=like.device)
+        grid = most * (1 - torch.cos(angles[:, None])) / 2
+        previous, current = torch.zeros_like(grid), torch.ones_like(grid)
+        total, below = torch.ones(len(grid), len(like), dtype=torch.float64, device=like.device), torch.zeros_like(like)
+        ended = torch.zeros_like(like, dtype=torch.bool)
+        for alpha, beta in zip(self._alphas, self._betas, strict=True):
+            # A measure that ends here lies on as many points as there were steps.
+            ended = ended | (beta <= 1e-10 * most)
+            following = ((grid - alpha) * current - below * previous) / beta.clamp_min(1e-10 * most)
+            total += torch.where(ended, 0.0, following**2)
+            previous, current, below = current, following, beta
+        return self._norms * (GRID_MARGIN / total.min(dim=0).values).clamp_max(1.0).sqrt() + self._missed
+
+
+def _without(base_OR: Tensor, vectors_OK: Tensor) -> Tensor:
+    """Less their parts in the base, twice: once leaves rounding."""
+    for _ in range(2):
+        vectors_OK = vectors_OK - base_OR @ (base_OR.T @ vectors_OK)
+    return vectors_OK
+
+
+@torch.no_grad()
+def similarity(
+    before_OI: Tensor, after_OI: Tensor, top: int, thresholds: Sequence[float], *, exact_up_to: int
+) -> tuple[Similarity, Singular, Singular]:
+    """How the first `top` left singular vectors of W' lie to all of W's; with what is known of W and of W'."""
+    if min(before_OI.shape) <= exact_up_to:
+        before, after = whole(before_OI), whole(after_OI).first(top)
+        return exactly(before, after), before, after
+    before, after = largest(before_OI, top + MORE), largest(after_OI, top).first(top)
+    return bounded(before_OI, before, after, thresholds), before, after

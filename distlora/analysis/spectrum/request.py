@@ -1,0 +1,50 @@
+"""What `distlora analyze spectrum` is asked to do: the request that the command hands to its worker. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from distlora.config import require
+from distlora.trained import Name
+
+RESULT_NAME, REPORT_NAME, PLOT_NAME = "spectrum.json", "report.md", "spectrum.png"
+"""What the command leaves in its folder."""
+
+TOP, THRESHOLDS, EXACT_UP_TO = 10, (0.3, 0.5, 0.7, 0.9), 2048
+"""Shuttleworth et al. take the first 10 and 0.5."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
+
+    first: Name
+    first_name: str
+    """What the report calls it."""
+    against: Name | None = None
+    against_name: str | None = None
+    out: str
+    """An existing folder for the results."""
+    top: int = TOP
+    """Singular vectors of W + dW that are looked at."""
+    thresholds: tuple[float, ...] = THRESHOLDS
+    """Cosines, rising."""
+    exact_up_to: int = EXACT_UP_TO
+    """Smaller side of a matrix up to which it is decomposed whole."""
+
+    def __post_init__(self) -> None:
+        require(self.top > 0, f"--top={self.top} is no number of singular vectors; write 1 or more")
+        require(self.exact_up_to >= 0, f"--exact-up-to={self.exact_up_to} is no size; write 0 or more")
+        for value in self.thresholds:
+            require(0 < value < 1, f"--threshold={value:g} is no cosine between 0 and 1; write --threshold 0.5")
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        values = json.loads(text)
+        names = {key: None if values[key] is None else Name(**values[key]) for key in ("first", "against")}
+        return cls(**values | names | {"thresholds": tuple(values["thresholds"])})

@@ -1,0 +1,136 @@
+"""The worker of `distlora analyze spectrum`: weight after weight, then the files and the tables."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora import durable
+from distlora.analysis.spectrum import figures, report
+from distlora.analysis.spectrum.changes import Change, Changes
+from distlora.analysis.spectrum.decomposed import largest
+from distlora.analysis.spectrum.plots import plot_spectrum
+from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.command_line import DONE, run_to_exit_code
+from distlora.config import UserError
+from distlora.loading.reader import Reader
+from distlora.saying import Progress, quieten
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Everything that the request asks for; tables on stdout, progress on stderr."""
+    say = Progress()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = Changes(request.first.read())
+    against = None if request.against is None else Changes(request.against.read())
+    names = [name for name in first.names if against is None or name in against.names]
+    if not names:
+        raise UserError(
+            f"{request.first_name} and {request.against_name} changed no weight in common, so there is nothing to "
+            "compare; leave out --against, or name another run"
+        )
+    say.line(f"{len(names):,} weights of {first.folder}" + (f" and {against.folder}" if against else ""))
+    found = describe(request, first, against, device) | {"left_out": len(first.names) - len(names)}
+    found["weights"] = list(measured(names, first, against, request, device, say))
+    found["first"] = together(found["weights"])
+    if against is not None:
+        found["against"] = together([weight["against"] for weight in found["weights"]])
+    write(request, found)
+    return found
+
+
+def measured(
+    names: list[str], first: Changes, against: Changes | None, request: Request, device: torch.device, say: Progress
+) -> Iterator[dict[str, Any]]:
+    """An entry for each matrix."""
+    began, total, done = time.monotonic(), sum(map(first.numel, names)), 0
+    with Reader() as reader, Reader() as other_reader:
+        for number, name in enumerate(names, start=1):
+            others = iter(()) if against is None else against.of(name, other_reader)
+            for change in first.of(name, reader):
+                moved = change.to(device)
+                entry, delta = figures.measure(moved, request)
+                other = next(others, None)
+                if other is not None:
+                    entry["against"], theirs = figures.measure(other.to(device), request)
+                    entry["angles"] = compared(entry, moved, delta, other.to(device), theirs, request)
+                yield entry
+            done += first.numel(name)
+            left = (time.monotonic() - began) * (total - done) / done
+            say(f"{number:,}/{len(names):,} weights, {name}; {left / 60:,.0f} min left")
+
+
+def compared(
+    entry: dict[str, Any], change: Change, delta: Any, other: Change, theirs: Any, request: Request
+) -> dict[str, Any] | None:
+    """Principal angles between the two dW: over the smaller of their ranks, or `top` where neither has a low one."""
+    ranks = [e["delta"]["rank"] for e in (entry, entry["against"]) if e["delta"]["rank"] is not None]
+    rank = min([r for r in ranks if r < min(change.before.shape)] or [request.top])
+    if rank == 0 or not len(delta.values) or not len(theirs.values):
+        return None
+    # Of a large dense dW only the first few were found so far.
+    if len(delta.values) < rank:
+        delta = largest(change.delta(), rank)
+    if len(theirs.values) < rank:
+        theirs = largest(other.delta(), rank)
+    return figures.angles(delta, theirs, rank)
+
+
+def together(weights: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of one run."""
+    return {
+        "overall": figures.summed(weights),
+        "layers": figures.grouped(weights, lambda weight: weight["layer"]),
+        "linears": figures.grouped(weights, lambda weight: weight["linear"]),
+    }
+
+
+def describe(request: Request, first: Changes, against: Changes | None, device: torch.device) -> dict[str, Any]:
+    """Where the figures come from."""
+    runs = {"first": (request.first_name, first), "against": (request.against_name, against)}
+    command = f"distlora analyze spectrum {request.first_name}"
+    if against is not None:
+        command += f" --against {request.against_name}"
+    return {
+        "command": command,
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "device": f"{device.type} ({platform.machine()})",
+        "versions": {"torch": importlib.metadata.version("torch")},
+        "top": request.top,
+        "thresholds": list(request.thresholds),
+        "exact_up_to": request.exact_up_to,
+        "runs": {
+            key: {"name": name, "method": changes.method, "weights": changes.folder.name, "rounded": changes.rounded_to}
+            for key, (name, changes) in runs.items()
+            if changes is not None
+        },
+    }
+
+
+def write(request: Request, found: dict[str, Any]) -> None:
+    """The three files, and the tables on stdout."""
+    out = Path(request.out)
+    plot_spectrum(found, out / PLOT_NAME)
+    durable.write_text(out / REPORT_NAME, report.markdown(found))
+    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
+    print(report.terminal(found))
+    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
+
+
+def main(argument: str) -> int:
+    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    quieten()
+
+    def work() -> int:
+        run(Request.read(argument))
+        return DONE
+
+    return run_to_exit_code(work)

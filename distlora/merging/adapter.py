@@ -48,6 +48,10 @@ class Adapter:
         half = factors.rank // 2
         return replace(factors, A=factors.A[..., :half, :], B=factors.B[..., :half].contiguous())
 
+    def has(self, matrix: str) -> bool:
+        """Whether rows of the embedding or head were trained, or all of it."""
+        return matrix in self.file.token_rows or matrix in self.file.modules
+
     def rows(self, matrix: str, reader: Reader) -> dict[int, Tensor]:
         """The trained rows of the embedding or head, (H,) fp32 by id."""
         of = self.file.token_rows.get(matrix)

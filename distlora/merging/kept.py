@@ -67,7 +67,7 @@ class Measure:
     """Takes the pieces of one tensor, in flat order."""
 
     numel: int
-    quantized: bool
+    quantized: bool = field(kw_only=True)
     """Whether it would be quantized to NF4 again."""
     _base: float = 0.0
     _delta: float = 0.0

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,22 @@ from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
 from distlora.deltas.base import Base, open_base
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.loading.decompose import one_thread
 from distlora.loading.reader import Reader
 from distlora.loading.segments import fingerprint
 from distlora.merging.adapter import Adapter, open_adapter
 from distlora.merging.companions import write_companions
 from distlora.merging.folder import Cursor, Files, Plan, check_space, plan_files, write_index
 from distlora.merging.kept import AGAIN, DTYPES, Change, Measure, sum_of
-from distlora.merging.parameters import Parameter, parameters_of, pieces
+from distlora.merging.parameters import Parameter, is_changed, parameters_of, pieces
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Onto, check_mergeable
 from distlora.trained import Trained
 
 Say = Callable[[str], None]
 """Called often; it says something now and then."""
+WORKERS = min(4, len(os.sched_getaffinity(0)))
+"""Tensors at once; each has a few pieces of 4 MiB in memory."""
 
 
 def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
@@ -51,7 +57,9 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
         sources = hashing.submit(_sums, sorted({segment.file for segment in base.headers.values()}))
         with appearing(out) as temporary:
             with Files(temporary, plan) as files:
-                changes = _fill(files, plan, parameters, base, adapter, onto, dtype, say)
+                clock = Clock(sum(parameter.numel for parameter in parameters), say)
+                filling = Filling(files=files, base=base, adapter=adapter, onto=onto, dtype=dtype, clock=clock)
+                changes = _fill(filling, parameters, plan)
             write_index(temporary, plan, folder)
             write_companions(temporary, trained, base, str(dtype).removeprefix("torch."))
             say("SHA-256 of what was written")
@@ -62,8 +70,8 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
                 base={"path": str(folder), "fingerprint": fingerprint(folder), "files": sources.result()},
                 adapter=None if adapter is None else _named(adapter, trained),
-                weights={name: change.as_json() for name, (change, _) in changes.items()},
-                total=_total([change for change, _ in changes.values()]),
+                weights={name: change.as_json() for name, change in changes.items()},
+                total=_total(list(changes.values())),
                 files=_sums(sorted(path for path in temporary.iterdir())),
                 seconds=time.monotonic() - began,
             )
@@ -71,36 +79,49 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
     return receipt
 
 
-def _fill(
-    files: Files,
-    plan: Plan,
-    parameters: Sequence[Parameter],
-    base: Base,
-    adapter: Adapter | None,
-    onto: Onto,
-    dtype: torch.dtype,
-    say: Say,
-) -> dict[str, tuple[Change, bool]]:
-    """Write every tensor. Returns what was changed, by name, and whether training holds it in NF4."""
-    changes: dict[str, tuple[Change, bool]] = {}
-    clock = Clock(sum(parameter.numel for parameter in parameters), say)
-    with Reader() as reader:
-        for parameter in parameters:
-            cursor = Cursor(files, parameter, dtype)
-            measure = Measure(parameter.numel, parameter.path is not None)
-            changed = False
-            for piece in pieces(parameter, base, adapter, reader, original=onto == "original"):
-                cursor.write(piece.merged)
-                if parameter.path is not None or parameter.matrix is not None:
-                    changed = changed or piece.merged is not piece.base
-                    measure.add(piece.base, piece.merged)
-                clock.passed(piece.merged.numel(), parameter.weight.name)
-            cursor.close()
-            if changed:
-                changes[parameter.weight.name] = (measure.result(), parameter.path is not None)
+def _fill(filling: Filling, parameters: Sequence[Parameter], plan: Plan) -> dict[str, Change]:
+    """Write every tensor, several at once. Returns what was changed, by name."""
+    # A thread a tensor, and not threads within one: those wait for each other at every operation.
+    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            changes = list(pool.map(filling.fill, parameters))
+        except BaseException:
+            filling.stop()
+            raise
     for name in plan.copied:
-        files.copy(name)
-    return changes
+        filling.files.copy(name)
+    named = zip((parameter.weight.name for parameter in parameters), changes, strict=True)
+    return {name: change for name, change in named if change is not None}
+
+
+@dataclass(kw_only=True)
+class Filling:
+    """What the threads share."""
+
+    files: Files
+    base: Base
+    adapter: Adapter | None
+    onto: Onto
+    dtype: torch.dtype
+    clock: Clock
+
+    def fill(self, parameter: Parameter) -> Change | None:
+        """Write one parameter; returns what was done to it, None for nothing."""
+        cursor = Cursor(self.files, parameter, self.dtype)
+        changed = is_changed(parameter, self.base, self.adapter)
+        measure = Measure(parameter.numel, quantized=parameter.path is not None)
+        with Reader() as reader:
+            for piece in pieces(parameter, self.base, self.adapter, reader, original=self.onto == "original"):
+                cursor.write(piece.merged)
+                if changed:
+                    measure.add(piece.base, piece.merged)
+                self.clock.passed(piece.merged.numel(), parameter.weight.name)
+        cursor.close()
+        return measure.result() if changed else None
+
+    def stop(self) -> None:
+        """Have every thread end at its next piece."""
+        self.clock.stopped = True
 
 
 class Clock:
@@ -108,12 +129,18 @@ class Clock:
 
     def __init__(self, total: int, say: Say) -> None:
         self._total, self._say, self._done, self._began = total, say, 0, time.monotonic()
+        self._lock = threading.Lock()
+        self.stopped = False
 
     def passed(self, numel: int, name: str) -> None:
-        self._done += numel
-        share = self._done / self._total
-        left = (time.monotonic() - self._began) * (1 / share - 1)
-        self._say(f"merging: {share:.0%} of {self._total:,} weights, {left / 60:.0f}:{left % 60:02.0f} left, {name}")
+        if self.stopped:
+            raise CancelledError
+        with self._lock:
+            self._done += numel
+            share = self._done / self._total
+            left = (time.monotonic() - self._began) * (1 / share - 1)
+            of = f"{share:.0%} of {self._total:,} weights"
+            self._say(f"merging: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
 
 
 def _total(changes: list[Change]) -> dict[str, Any]:

@@ -54,11 +54,6 @@ class Parameter:
         """Values that are written."""
         return sum(torch.Size(shape).numel() for shape in self.outputs.values())
 
-    @property
-    def quantized(self) -> bool:
-        """Whether training holds it in NF4."""
-        return self.weight.quantized or self.weight.packed is not None
-
 
 def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Parameter]:
     """All of them: those of the decoder and head in the model's order, then packed weights beside it (a vision
@@ -122,6 +117,14 @@ def _packed_beside(base: Base, folder: Path, found: list[Parameter]) -> list[Par
             weight = BaseWeight(name=name, shape=packed.shape, source=source, quantized=False, packed=packed)
             beside.append(Parameter(weight=weight, outputs={name: packed.shape}))
     return beside
+
+
+def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> bool:
+    """Whether something was trained of it."""
+    if parameter.matrix is None:
+        return parameter.path is not None
+    grown = bool(base.model.vocabulary.new)
+    return grown or (adapter is not None and adapter.has(parameter.matrix))
 
 
 def pieces(

@@ -34,7 +34,6 @@ from distlora.pissa_format import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in
-from distlora_kernels import nf4
 
 ADAPTER = "adapter"
 """The folder of the adapter in that of the base."""
@@ -83,11 +82,11 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
 
 def check_rows(weights: Iterable[BaseWeight]) -> None:
     """Refuse to check what bitsandbytes (0.50) would get wrong on this CPU. Raises UserError."""
-    odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % nf4.BLOCK), None)
+    odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % 64 == 32), None)
     if odd is not None:
         raise UserError(
-            f"{odd.name} has rows of {odd.shape[-1]:,} weights, no whole blocks of {nf4.BLOCK}: bitsandbytes takes "
-            "wrong scales for such rows on a CPU, so the export cannot be checked here; add --no-check"
+            f"{odd.name} has rows of {odd.shape[-1]:,} weights: of 32, 96, 160... bitsandbytes takes wrong scales on a "
+            "CPU, so the export cannot be checked here; add --no-check"
         )
 
 
@@ -188,7 +187,10 @@ def taken_back(trained: Trained, place: Path) -> Reading:
     """The weights that a run on the export would train on, beside those that this run trained on."""
     config = trained.config
     again = replace(
-        config, model=replace(config.model, path=str(place)), adapter=replace(config.adapter, init="kaiming")
+        config,
+        # Its tokenizer has the new tokens already.
+        model=replace(config.model, path=str(place), new_tokens=()),
+        adapter=replace(config.adapter, init="kaiming"),
     )
     base, back = open_base(config).weights, open_base(again).weights
     difference = 0.0 if base.keys() == back.keys() else float("inf")

@@ -6,12 +6,15 @@ What is on stdout are the figures and the place; progress goes to stderr.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from distlora.exporting.request import Export, Reading, Request
 from distlora.saying import Progress, quieten, say, still_loading
 
 CHECK = "distlora.exporting.check"
+RECORD_NAME = "export.json"
+"""In an exported folder."""
 
 
 def run(request: Request) -> int:
@@ -39,12 +44,16 @@ def run(request: Request) -> int:
         module: Any = importlib.import_module(FORMATS[request.format].module)
         module.write(export)
         say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
+        found: dict[str, Any] | None = None
         if request.check:
-            if not checked(request, place):
+            found = checked(request, place)
+            if found is None or not all(reading.within for reading in found["readings"]):
                 say(f"nothing is left at {out}; --no-check writes it all the same")
                 return FAILED
         else:
             say("not loaded by a client: --no-check")
+        if place.is_dir():
+            durable.write_json(place / RECORD_NAME, record(request, found))
         _publish(place, out)
     finally:
         _remove(place)
@@ -52,8 +61,23 @@ def run(request: Request) -> int:
     return DONE
 
 
-def checked(request: Request, place: Path) -> bool:
-    """Whether the format's client, in a process of its own, computes what was trained; prints the figures."""
+def record(request: Request, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What stands in the folder: made from what, with which packages, and what its client computed."""
+    packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
+    return {
+        "format": request.format,
+        "from": Path(request.name.place).name,
+        "dtype": request.dtype,
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "versions": {name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
+        "check": None
+        if found is None
+        else {**found, "readings": [dataclasses.asdict(reading) for reading in found["readings"]]},
+    }
+
+
+def checked(request: Request, place: Path) -> dict[str, Any] | None:
+    """What the format's client computes, in a process of its own; printed, too. None where it could not load it."""
     say("loading it with its client")
     argument = dataclasses.replace(request, place=str(place)).as_json()
     with still_loading():
@@ -62,11 +86,11 @@ def checked(request: Request, place: Path) -> bool:
         raise UserError("the export could not be checked; the line above says why")
     if child.returncode != DONE:
         say(f"the client could not load it: exit code {child.returncode}")
-        return False
-    found = json.loads(child.stdout.splitlines()[-1])
-    readings = [Reading(**reading) for reading in found["readings"]]
-    print("\n".join(table(readings, found["moved"], found["tokens"])))
-    return all(reading.within for reading in readings)
+        return None
+    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    found["readings"] = [Reading(**reading) for reading in found["readings"]]
+    print("\n".join(table(found["readings"], found["moved"], found["tokens"])))
+    return found
 
 
 def table(readings: list[Reading], moved: float | None, tokens: int) -> list[str]:

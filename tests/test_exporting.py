@@ -1,0 +1,310 @@
+"""What is exported is loaded by its real clients, and computes what was trained; what differs is not left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from distlora import train
+from distlora.config import UserError
+from distlora.deltas.base import open_base
+from distlora.exporting import bnb_folder, check, hf_folder, worker
+from distlora.exporting.formats import FORMATS
+from distlora.exporting.formats import check as refuse
+from distlora.exporting.request import Request
+from distlora.loading.prequantized import read_packed_weights
+from distlora.loading.segments import read_headers
+from distlora.parallel import Ranks
+from distlora.trained import Name
+from distlora_launcher.cli import main
+from family_models import hf_config, write_family_folder
+from small_models import make_run, tokenizer, write_model_folder, write_text_file
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+# Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
+EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"r": 4, "use_rslora": True}},
+    "dora": {"adapter": {"r": 4, "use_dora": True, "lora_dropout": 0.1}, "new_tokens": ["<|im_start|>", "kettle"]},
+    "pissa": {"adapter": {"r": 4, "init": "pissa"}, "train": {"save_every": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and a run of each kind."""
+    root = tmp_path_factory.mktemp("exporting")
+    write_model_folder(root / "llama", "llama", **EVEN)
+    write_text_file(root / "text.jsonl")
+    for name, sections in RUNS.items():
+        run(root, name, **sections)
+    return root
+
+
+def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sections: Any) -> Path:
+    sections["train"] = {"max_steps": 3, "global_batch": 3} | sections.get("train", {})
+    make_run(root / name, root, model, new_tokens, optim={"lr": 2e-2}, **sections)
+    train.run(root / name, SINGLE)
+    return root / name
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's process is a call: it costs seconds to start. One test starts it really."""
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        found = check.run(Request.read(command[-1]))
+        return SimpleNamespace(returncode=0, stdout=f"of a library\n{json.dumps(found)}\n")
+
+    monkeypatch.setattr(worker.subprocess, "run", run)
+
+
+def exported(place: Path, run: str, form: str, out: Path, dtype: str | None = None, **name: Any) -> dict[str, Any]:
+    """Export as the command does; returns export.json."""
+    named = Name(place=str(place / run), **name)
+    trained = named.read()
+    request = Request(
+        name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto="trained"
+    )
+    refuse(trained, request)
+    assert worker.run(request) == 0
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    record: dict[str, Any] = json.loads((out / "export.json").read_text())
+    return record
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("form", ["peft", "bnb", "hf"])
+def test_the_real_client_computes_what_was_trained(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str
+) -> None:
+    """PEFT, bitsandbytes and transformers: 1e-4 in fp32, a thousandth of what the adapter does."""
+    record = exported(place, name, form, tmp_path / "out", "fp32" if form == "hf" else None)
+    readings = record["check"]["readings"]
+    logits = [reading for reading in readings if reading["bound"] == 1e-4]
+    assert len(logits) == 1
+    assert logits[0]["difference"] <= 1e-4
+    assert logits[0]["same_top"] == 1
+    if name != "dora":
+        assert record["check"]["moved"] > 0.1
+    printed = capsys.readouterr().out
+    assert "bound 1.0e-04: met" in printed
+    assert printed.endswith(f"wrote {tmp_path / 'out'}\n")
+    if form == "bnb":  # Also what a new run would train on: the very weights.
+        assert readings[0]["what"] == "our own loader: weights"
+        assert readings[0]["difference"] == 0
+    if form == "peft":  # What NF4 took of the base is more than that.
+        assert readings[1]["difference"] > 1e-3
+
+
+@pytest.mark.usefixtures("in_process")
+def test_pissa_in_bitsandbytes_form_is_the_adapter_of_its_own_rank(place: Path, tmp_path: Path) -> None:
+    """Of a saved step and of what is published alike: W less the start in NF4, and A and B as they were trained."""
+    exported(place, "pissa", "bnb", tmp_path / "published")
+    step = sorted((place / "pissa" / "checkpoints").iterdir())[-1]
+    exported(place, "pissa", "bnb", tmp_path / "saved", checkpoint=step.name)
+    trained = safetensors.torch.load_file(step / "adapter_model.safetensors")
+    for out in ("published", "saved"):
+        settings = json.loads((tmp_path / out / "adapter" / "adapter_config.json").read_text())
+        assert (settings["r"], settings["init_lora_weights"]) == (4, True)
+        tensors = safetensors.torch.load_file(tmp_path / out / "adapter" / "adapter_model.safetensors")
+        assert tensors.keys() == trained.keys()
+        assert all(torch.equal(tensors[name], trained[name]) for name in trained)
+
+
+def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_path: Path) -> None:
+    """Parts, sizes and quant_state are those of bitsandbytes' own QuantState; what it would add is nothing."""
+    import bitsandbytes.functional as bnb
+
+    named = Name(place=str(place / "lora"))
+    request = Request(name=named, format="bnb", out=str(tmp_path / "out"), dtype="bf16", check=False)
+    assert worker.run(request) == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["check"] is None
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = next(w for w in open_base(named.read().config).weights.values() if w.name == name)
+    source = safetensors.torch.load_file(place / "llama" / "model.safetensors")[name]
+    codes, state = bnb.quantize_4bit(source, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()} | {name: codes}
+    ours = {key: tensor for key, tensor in tensors.items() if key.startswith(name)}
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        if "quant_state" not in key:
+            assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
+    assert torch.equal(ours[name], codes)
+    mine, their = (json.loads(bytes(of[f"{name}.quant_state.bitsandbytes__nf4"].tolist())) for of in (ours, theirs))
+    assert mine.keys() == their.keys()
+    assert mine["dtype"] == "bfloat16"
+    assert list(weight.shape) == mine["shape"] == their["shape"]
+    dense = [key for key in tensors if key.endswith("norm.weight") or "embed" in key or key == "lm_head.weight"]
+    stored = safetensors.torch.load_file(place / "llama" / "model.safetensors")
+    assert dense
+    assert all(torch.equal(tensors[key], stored[key]) and tensors[key].dtype == stored[key].dtype for key in dense)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_base_that_is_packed_already_is_copied(place: Path, tmp_path: Path) -> None:
+    """A run on an export is exported again: the base's files are the same bytes, and the client's check holds."""
+    exported(place, "lora", "bnb", tmp_path / "packed")
+    shutil.copy(place / "text.jsonl", tmp_path)
+    run(tmp_path, "run", "packed", adapter={"r": 4})
+    again = exported(tmp_path, "run", "bnb", tmp_path / "again")
+    assert again["check"]["readings"][1]["difference"] <= 1e-4
+    files = ("model.safetensors", "config.json")
+    assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes() for name in files)
+    exported(tmp_path, "run", "peft", tmp_path / "adapter")
+    exported(tmp_path, "run", "hf", tmp_path / "merged", "fp32")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
+    config = hf_config("gemma3")
+    for key, value in EVEN.items():
+        setattr(config.text_config, key, value)
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma")
+    tokenizer().save_pretrained(tmp_path / "gemma")
+    write_text_file(tmp_path / "text.jsonl")
+    run(tmp_path, "run", "gemma", adapter={"r": 4})
+    record = exported(tmp_path, "run", "bnb", tmp_path / "out")
+    assert record["check"]["readings"][1]["difference"] <= 1e-4
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in settings["llm_int8_skip_modules"]
+    assert any("vision_tower" in name for name in settings["llm_int8_skip_modules"])
+    out = tmp_path / "out"
+    packed = read_packed_weights(out, json.loads((out / "config.json").read_text()), read_headers(out))
+    assert packed
+    assert not any("vision" in name for name in packed)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("variant", ["qwen3-moe", "gpt-oss"])
+def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str) -> None:
+    """And not to bitsandbytes, which leaves them in 16 bits."""
+    write_family_folder(tmp_path / variant, variant)
+    tokenizer().save_pretrained(tmp_path / variant)
+    write_text_file(tmp_path / "text.jsonl")
+    run(tmp_path, "run", variant, adapter={"r": 4})
+    exported(tmp_path, "run", "peft", tmp_path / "peft")
+    exported(tmp_path, "run", "hf", tmp_path / "merged", "fp32")
+    with pytest.raises(
+        UserError, match=r"has fused experts, which bitsandbytes leaves in 16 bits.*--format hf or peft"
+    ):
+        exported(tmp_path, "run", "bnb", tmp_path / "bnb")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_the_client_computes_otherwise_is_not_left_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One tensor of a merged model is damaged after it was written: in 16 bits, too, that is beyond the bound."""
+    write = hf_folder.write
+
+    def damaged(export: Any) -> None:
+        write(export)
+        file = export.place / "model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"] *= -1
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(hf_folder, "write", damaged)
+    for dtype in ("fp32", "bf16"):
+        request = Request(name=Name(place=str(place / "lora")), format="hf", out=str(tmp_path / dtype), dtype=dtype)
+        assert worker.run(request) == 1
+        said = capsys.readouterr()
+        assert "NOT MET" in said.out
+        assert "nothing is left" in said.err
+        assert [*tmp_path.iterdir()] == []
+
+
+def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path, tmp_path: Path) -> None:
+    """With the processes that a user has: the launcher, the worker, the check."""
+    shutil.copytree(place / "pissa", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    command = [sys.executable, "-m", "distlora_launcher.cli", "export", "run", "--format", "peft"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "bound 1.0e-04: met" in ended.stdout
+    out = tmp_path / "exports" / "run-peft"
+    assert ended.stdout.endswith(f"wrote {out}\n")
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
+    assert "rank 4, and published with that start taken off" in (out / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    run_dir = str(place / "lora")
+    words: list[tuple[list[str], str]] = [
+        ([run_dir], "say which format with --format: hf, peft"),
+        ([run_dir, "--format", "gptq"], "--format=gptq is not known (did you mean 'peft'?); write one of hf, peft"),
+        ([run_dir, "--format", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
+        ([run_dir, "--format", "hf", "--dtype", "int8"], "hf is written in fp32, bf16, fp16"),
+        ([run_dir, "--format", "bnb", "--onto", "original"], "bnb holds no merged weights"),
+        ([run_dir, "--format", "bnb", "--out", "there"], "--out=there exists already"),
+        ([run_dir, "--format", "peft", "--adapter", "base"], "the base alone has nothing trained"),
+        ([run_dir, "--format", "peft", "--adapter", f"{run_dir}/adapter"], "is an adapter in PEFT's format already"),
+        (["nowhere", "--format", "peft"], "nowhere"),
+    ]
+    for arguments, says in words:
+        assert main(["export", *arguments]) == 2, arguments
+        assert says in capsys.readouterr().err, arguments
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["export", run_dir, "--format", "bnb"]) == 2
+    assert (
+        "loaded again by peft, which is not installed: `pip install peft`, or add --no-check" in capsys.readouterr().err
+    )
+
+
+def test_a_check_that_does_not_fit_is_refused_before_anything_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distlora_launcher.results.export.available_bytes", lambda: 10**8)
+    assert main(["export", str(place / "lora"), "--format", "hf"]) == 2
+    assert "about 1.0 GB, the model in fp32, and 0.1 GB can be had here; add --no-check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "sections", "says"),
+    [
+        (
+            "llama",
+            {"adapter": {"method": "full"}, "quant": {"method": "none"}},
+            "has no adapter; .*/model is a Hugging",
+        ),
+        ("llama", {"quant": {"method": "none"}}, "a base of quant=none, and in NF4 that is another"),
+    ],
+)
+def test_runs_that_bitsandbytes_cannot_hold_are_refused(
+    place: Path, tmp_path: Path, model: str, sections: dict[str, Any], says: str
+) -> None:
+    make_run(tmp_path / "run", place, model, **sections)
+    (tmp_path / "run" / ("model" if "adapter" in sections else "adapter")).mkdir()
+    name = Name(place=str(tmp_path / "run"))
+    request = Request(name=name, format="bnb", out="out", dtype="bf16")
+    with pytest.raises(UserError, match=says):
+        refuse(name.read(), request)
+
+
+def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Path, tmp_path: Path) -> None:
+    run(tmp_path, "run", str(folders / "llama"), adapter={"r": 4}, data={"path": str(folders / "text.jsonl")})
+    name = Name(place=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"rows of 96 weights: of 32, 96, 160.*add --no-check"):
+        worker.run(Request(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
+    assert worker.run(Request(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", check=False)) == 0
+    assert bnb_folder.taken_back(name.read(), tmp_path / "out").difference == 0

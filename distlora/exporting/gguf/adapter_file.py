@@ -1,0 +1,49 @@
+"""A LoRA adapter as GGUF, for llama.cpp to add to a model's GGUF as it computes (--lora).
+
+llama.cpp adds (alpha / R) B (A x), R from B's shape and one alpha for the whole file. Ours may differ by weight, and
+with rsLoRA is alpha / sqrt(R): the file's alpha is the scale times R of most weights, and B of the others is multiplied
+by what theirs lacks. llama.cpp's convert_lora_to_gguf.py writes lora_alpha alone, whatever use_rslora, alpha_pattern
+and rank_pattern say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import GGUFWriter
+
+from distlora.deltas.factors import Factors
+from distlora.exporting.gguf.file import write_file
+from distlora.exporting.gguf.tensors import TYPES, Names, Planned
+
+Factory = Callable[[], Factors]
+
+
+def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dtype: str, name: str) -> None:
+    """`factors` by Hugging Face path, each read when it is written; `config` is transformers' own, of the base.
+
+    Raises UserError for a weight that llama.cpp's architecture has not.
+    """
+    names = Names.of(config)
+    alphas = {path: (own := read()).scaling * own.rank for path, read in factors.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    tensors = []
+    for place, read in factors.items():
+        own = read()
+        base = names.gguf_name(f"{place}.weight")
+        missing = alphas[place] / alpha
+        b = names.in_order(f"{place}.weight", lambda read=read, missing=missing: iter([read().B * missing]))
+        for part, shape, rows in (("a", own.A.shape, lambda read=read: iter([read().A])), ("b", own.B.shape, b)):
+            tensors.append(Planned(name=f"{base}.lora_{part}", shape=tuple(shape), type=TYPES[dtype], rows=rows))
+
+    def describe(writer: GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(name)
+
+    write_file(path, names.arch, describe, tensors)

@@ -1,0 +1,214 @@
+"""GGUF files: transformers loads them and computes what it computes from the folder; tokenizers are told apart by what
+they do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from distlora.config import UserError
+from distlora.deltas.base import open_base
+from distlora.deltas.factors import Factors
+from distlora.exporting.gguf.adapter_file import write_adapter
+from distlora.exporting.gguf.model_file import write_model
+from distlora.exporting.gguf.pieces import merges_of, scores_of, tokenize
+from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, find_pre_tokenizer
+from distlora.exporting.gguf.supported import check_model
+from distlora.exporting.gguf.tensors import Weight
+from distlora.loading.reader import Reader
+from family_models import WINDOW, config_for, tokens, write_family_folder
+from small_models import tokenizer
+
+VARIANTS = ["llama-biases", "llama3-tied", "llama-yarn", "mistral-window", "qwen2-tied-window", "qwen3"]
+"""Every architecture and every rotary embedding."""
+
+# The expressions of known tokenizer.json files, which llama.cpp has in other words.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_gguf(folder: Path, path: Path, dtype: str, tokenizer: Any, say: Callable[[str], object] = print) -> None:
+    """The model of a folder as it is on disk."""
+    base = open_base(config_for(folder, quant={"method": "none"}))
+    with Reader() as reader:
+        weights = {
+            name: Weight(
+                name=name, shape=weight.shape, rows=lambda weight=weight: (part for _, part in weight.rows(reader))
+            )
+            for name, weight in base.weights.items()
+        }
+        write_model(path, base.model.hf_config, weights, tokenizer, dtype=dtype, name="tiny", say=say)
+
+
+@torch.no_grad()
+def logits_of(folder: Path, input_ids: torch.Tensor, **how: Any) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    logits: torch.Tensor = model(input_ids).logits
+    return logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Path) -> None:
+    """It puts the rows of q and k back and reads every tensor; its rotary embedding it takes from config.json here,
+    as it reads none but the plain one from GGUF (test_llama_cpp.py has llama.cpp's own)."""
+    write_family_folder(tmp_path, variant)
+    said: list[str] = []
+    write_gguf(tmp_path, tmp_path / "model.gguf", "fp32", tokenizer(), said.append)
+    input_ids = tokens(2, 40)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = logits_of(tmp_path, input_ids, gguf_file="model.gguf", config=config)
+    assert torch.equal(theirs, logits_of(tmp_path, input_ids))
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    context = next(field for name, field in fields.items() if name.endswith(".context_length")).contents()
+    windowed = "window" in variant
+    assert context == (WINDOW if windowed else 512)
+    assert any("window of 16" in line for line in said) == windowed
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "q8_0"])
+def test_types_are_those_of_llama_cpps_converter(dtype: str, tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "llama")
+    write_gguf(tmp_path, tmp_path / "model.gguf", dtype, tokenizer())
+    kinds = {"bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert read["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    assert read["token_embd.weight"].tensor_type.name == kinds[dtype]
+    # 200 columns are no blocks of 32.
+    assert read["blk.0.ffn_down.weight"].tensor_type.name == ("F16" if dtype == "q8_0" else kinds[dtype])
+    weight = open_base(config_for(tmp_path, quant={"method": "none"})).weights["model.layers.0.mlp.up_proj.weight"]
+    with Reader() as reader:
+        exact = weight.whole(reader).numpy()
+    up = read["blk.0.ffn_up.weight"]
+    error = np.abs(gguf.quants.dequantize(up.data, up.tensor_type) - exact)
+    # Half a step: of 8 bits of mantissa, of 11, of a block's largest / 127 with a scale in fp16.
+    bound = {"bf16": 2**-9, "fp16": 2**-12, "q8_0": 0.51 / 127}[dtype]
+    assert (error <= 2 * bound * np.abs(exact).max()).all()
+
+
+def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "qwen3")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight has a weight of 1e\+05.*--dtype bf16"):
+        write_gguf(tmp_path, tmp_path / "model.gguf", "fp16", tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("expected", "expressions", "regex", "ignores"),
+    [
+        ("gpt-2", (), True, False),
+        ("llama-bpe", (_LLAMA3,), False, True),
+        ("qwen2", (_QWEN2,), False, False),
+        ("tekken", (_TEKKEN,), False, True),
+        ("smollm", (r"\p{N}",), True, False),
+    ],
+)
+def test_a_pre_tokenizer_is_known_by_what_it_does(
+    expected: str, expressions: Sequence[str], regex: bool, ignores: bool
+) -> None:
+    """The vocabulary is of this project's own, whose hash no table has."""
+    match = find_pre_tokenizer(spec_with(expressions, regex=regex, ignores=ignores))
+    assert match.name == expected
+    # llama.cpp's expression for Mistral Nemo's tokenizer lets no combining mark into a word.
+    assert bool(match.unlike) == (expected == "tekken")
+
+
+def spec_with(expressions: Sequence[str], *, regex: bool, ignores: bool = False, **more: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(tokenizer().backend_tokenizer.to_str())
+    splits = [
+        {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False} for text in expressions
+    ]
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex, **more}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}
+    spec["model"]["ignore_merges"] = ignores
+    return spec
+
+
+def test_a_pre_tokenizer_that_llama_cpp_has_not_is_refused() -> None:
+    with pytest.raises(UserError, match=r"none of llama\.cpp's pre-tokenizers"):
+        find_pre_tokenizer(spec_with((), regex=True, add_prefix_space=True))
+
+
+def sentencepiece_spec() -> dict[str, Any]:
+    """A tokenizer.json as transformers makes it of a SentencePiece model: every way to join two tokens is a merge."""
+    words = ["the", "value", "of", "an", "expression", "statement", "is", "not", "in", "import", "return", "function"]
+    texts = list(dict.fromkeys("▁" + word[:end] for word in words for end in range(1, len(word) + 1)))
+    texts += list(dict.fromkeys(word[a:b] for word in words for a in range(len(word)) for b in range(a + 2, a + 5)))
+    texts = [text for text in dict.fromkeys(texts) if len(text) > 1]
+    letters = sorted(set("".join(texts)))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for text in (*texts, *letters):
+        vocabulary.setdefault(text, len(vocabulary))
+    merges = [
+        (text[:cut], text[cut:])
+        for text in texts
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    ]
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    spec: dict[str, Any] = json.loads(made.to_str())
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    return spec
+
+
+def test_sentencepieces_scores_lead_llama_cpp_to_the_same_tokens() -> None:
+    spec = sentencepiece_spec()
+    original, vocabulary = Tokenizer.from_str(json.dumps(spec)), spec["model"]["vocab"]
+    scores = scores_of(vocabulary, merges_of(spec["model"]))
+    assert scores["▁t"] == 0 > scores["▁th"] > scores["e"]
+    for text in (LLAMA_CPP_TEXT, *MORE_TEXTS, "the statement returns importance"):
+        same = tokenize(text, vocabulary, scores, prefix=True) == original.encode(text).ids
+        assert same == (not text.startswith(" "))  # Where there is a space, tokenizers adds none; SentencePiece does.
+
+
+def test_a_scale_for_each_weight_becomes_one_for_the_file(tmp_path: Path) -> None:
+    """llama.cpp adds (alpha / R) B A."""
+    write_family_folder(tmp_path, "qwen2-tied-window")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    parts = {
+        f"model.layers.{layer}.mlp.up_proj": Factors(A=torch.randn(rank, 96), B=torch.randn(200, rank), scaling=scaling)
+        for layer, (rank, scaling) in enumerate([(4, 4.0), (4, 4.0), (8, 0.3)])
+    }
+    factors = {path: lambda own=own: own for path, own in parts.items()}
+    write_adapter(tmp_path / "adapter.gguf", config, factors, dtype="fp32", name="tiny")
+    file = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert file.fields["adapter.lora.alpha"].contents() == 16
+    read = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
+    for layer, own in enumerate(parts.values()):
+        a, b = (read[f"blk.{layer}.ffn_up.weight.lora_{part}"] for part in "ab")
+        np.testing.assert_allclose(16 / own.rank * (b @ a), own.delta().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ({"model_type": "gemma3_text"}, r"'gemma3_text' is not written as GGUF.*convert_hf_to_gguf\.py"),
+        ({"model_type": "mixtral"}, "no test compares experts"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "computes silu"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}}, "'longrope', which GGUF has no word for"),
+        ({"model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "truncate": False}}, "always truncates"),
+        ({"model_type": "qwen3", "attention_bias": True}, "no bias on o_proj"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(model: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        check_model(model, "config.json")

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow chaos fuzz lint format bench-load bench-dora bench-save bench-step-time slurm-shell clean
+.PHONY: demo test test-slow test-llama-cpp chaos fuzz lint format bench-load bench-dora bench-save bench-step-time slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -16,6 +16,11 @@ test: $(READY)
 # What takes minutes each: whole commands as a user runs them, larger models. Not in CI.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# GGUF files in llama.cpp itself, built from source: about three minutes the first time on two quiet cores. Not in CI.
+test-llama-cpp: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
+	$(BIN)/python -m pytest -m llama_cpp
 
 # 50 kills at random moments of two-rank runs, each then resumed; ends with what each kind cost (20 minutes when quiet).
 chaos: $(READY)

@@ -4,7 +4,7 @@ they do."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
 from distlora.exporting.gguf.adapter_file import write_adapter
-from distlora.exporting.gguf.model_file import write_model
+from distlora.exporting.gguf.clients import transformers_logits
 from distlora.exporting.gguf.pieces import merges_of, scores_of, tokenize
 from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, find_pre_tokenizer
 from distlora.exporting.gguf.supported import check_model
-from distlora.exporting.gguf.tensors import Weight
 from distlora.loading.reader import Reader
 from family_models import WINDOW, config_for, tokens, write_family_folder
+from gguf_files import VARIANTS, logits_of, sentencepiece_spec, write_gguf
 from small_models import tokenizer
-
-VARIANTS = ["llama-biases", "llama3-tied", "llama-yarn", "mistral-window", "qwen2-tied-window", "qwen3"]
-"""Every architecture and every rotary embedding."""
 
 # The expressions of known tokenizer.json files, which llama.cpp has in other words.
 _LLAMA3 = (
@@ -44,26 +41,6 @@ _TEKKEN = (
 )
 
 
-def write_gguf(folder: Path, path: Path, dtype: str, tokenizer: Any, say: Callable[[str], object] = print) -> None:
-    """The model of a folder as it is on disk."""
-    base = open_base(config_for(folder, quant={"method": "none"}))
-    with Reader() as reader:
-        weights = {
-            name: Weight(
-                name=name, shape=weight.shape, rows=lambda weight=weight: (part for _, part in weight.rows(reader))
-            )
-            for name, weight in base.weights.items()
-        }
-        write_model(path, base.model.hf_config, weights, tokenizer, dtype=dtype, name="tiny", say=say)
-
-
-@torch.no_grad()
-def logits_of(folder: Path, input_ids: torch.Tensor, **how: Any) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-    logits: torch.Tensor = model(input_ids).logits
-    return logits
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Path) -> None:
     """It puts the rows of q and k back and reads every tensor; its rotary embedding it takes from config.json here,
@@ -71,13 +48,12 @@ def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Pa
     write_family_folder(tmp_path, variant)
     said: list[str] = []
     write_gguf(tmp_path, tmp_path / "model.gguf", "fp32", tokenizer(), said.append)
-    input_ids = tokens(2, 40)
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    theirs = logits_of(tmp_path, input_ids, gguf_file="model.gguf", config=config)
+    windowed = "window" in variant
+    input_ids = tokens(1, WINDOW if windowed else 40)
+    theirs = transformers_logits(tmp_path / "model.gguf", transformers.AutoConfig.from_pretrained(tmp_path), input_ids)
     assert torch.equal(theirs, logits_of(tmp_path, input_ids))
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     context = next(field for name, field in fields.items() if name.endswith(".context_length")).contents()
-    windowed = "window" in variant
     assert context == (WINDOW if windowed else 512)
     assert any("window of 16" in line for line in said) == windowed
 
@@ -145,29 +121,6 @@ def spec_with(expressions: Sequence[str], *, regex: bool, ignores: bool = False,
 def test_a_pre_tokenizer_that_llama_cpp_has_not_is_refused() -> None:
     with pytest.raises(UserError, match=r"none of llama\.cpp's pre-tokenizers"):
         find_pre_tokenizer(spec_with((), regex=True, add_prefix_space=True))
-
-
-def sentencepiece_spec() -> dict[str, Any]:
-    """A tokenizer.json as transformers makes it of a SentencePiece model: every way to join two tokens is a merge."""
-    words = ["the", "value", "of", "an", "expression", "statement", "is", "not", "in", "import", "return", "function"]
-    texts = list(dict.fromkeys("▁" + word[:end] for word in words for end in range(1, len(word) + 1)))
-    texts += list(dict.fromkeys(word[a:b] for word in words for a in range(len(word)) for b in range(a + 2, a + 5)))
-    texts = [text for text in dict.fromkeys(texts) if len(text) > 1]
-    letters = sorted(set("".join(texts)))
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for text in (*texts, *letters):
-        vocabulary.setdefault(text, len(vocabulary))
-    merges = [
-        (text[:cut], text[cut:])
-        for text in texts
-        for cut in range(1, len(text))
-        if text[:cut] in vocabulary and text[cut:] in vocabulary
-    ]
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    spec: dict[str, Any] = json.loads(made.to_str())
-    spec["normalizer"] = None
-    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    return spec
 
 
 def test_sentencepieces_scores_lead_llama_cpp_to_the_same_tokens() -> None:

@@ -124,6 +124,8 @@ HOMES = {
     ),
     "accelerate": ("distlora.bench",),
     "liger_kernel": ("distlora.liger",),
+    "gguf": ("distlora.exporting.gguf",),
+    "llama_cpp": ("distlora.exporting.gguf.clients",),
     "flash_attn": ("distlora.attention",),
     "matplotlib": (
         "distlora.drawing",

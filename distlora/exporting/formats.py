@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.config import UserError, require
+from distlora.exporting.gguf.supported import check_adapter, check_model
 from distlora.exporting.request import DTYPES, Request
 from distlora.families import family_of, read_config, text_settings
 from distlora.merging.request import check_mergeable
@@ -117,6 +118,19 @@ def refuse_hf(trained: Trained, request: Request) -> None:
     check_mergeable(trained, request.onto)
 
 
+def refuse_gguf(trained: Trained, request: Request) -> None:
+    folder = Path(trained.config.model.path)
+    check_model(read_config(folder), folder / "config.json")
+    if trained.config.adapter.method == "lora":
+        check_mergeable(trained, request.onto)
+
+
+def refuse_gguf_lora(trained: Trained, request: Request) -> None:
+    refuse_whole_models(trained, request)
+    refuse_gguf(trained, request)
+    check_adapter(trained.config)
+
+
 FORMATS: dict[str, Format] = {
     "hf": Format(
         summary="the merged model as a Hugging Face folder, with its receipt (`distlora merge`)",
@@ -140,6 +154,23 @@ FORMATS: dict[str, Format] = {
         dtypes=DTYPES,
         default=lambda trained: trained.config.train.dtype,
         refuse=refuse_bnb,
+    ),
+    "gguf": Format(
+        summary="one file for llama.cpp: Llama, Mistral, Qwen 2 and 3, merged; also q8_0",
+        module="distlora.exporting.gguf.model_format",
+        clients=("gguf",),
+        dtypes=(*DTYPES, "q8_0"),
+        merged=True,
+        suffix=".gguf",
+        refuse=refuse_gguf,
+    ),
+    "gguf-lora": Format(
+        summary="the adapter alone for llama.cpp, beside a GGUF file of the base",
+        module="distlora.exporting.gguf.adapter_format",
+        clients=("gguf",),
+        dtypes=DTYPES,
+        suffix=".gguf",
+        refuse=refuse_gguf_lora,
     ),
 }
 

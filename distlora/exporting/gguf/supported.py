@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distlora.config import UserError
+from distlora.config import Config, UserError
 from distlora.families import FAMILIES
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -36,6 +36,23 @@ def check_model(model: Mapping[str, Any], place: object) -> None:
         _check_rope(rope if isinstance(rope, Mapping) else {}, model_type, place)
     if model_type == "qwen3" and model.get("attention_bias"):
         raise UserError(f"{place}: attention_bias=true, and llama.cpp's qwen3 has no bias on o_proj; write --format hf")
+
+
+def check_adapter(config: Config) -> None:
+    """Refuse what llama.cpp's adapters have no tensors for. Raises UserError."""
+    adapter = config.adapter
+    beyond = {
+        "use_dora=true": adapter.use_dora,
+        "trainable_token_indices": bool(adapter.trainable_token_indices),
+        "modules_to_save": bool(adapter.modules_to_save),
+        "model.new_tokens": bool(config.model.new_tokens),
+    }
+    for what, is_there in beyond.items():
+        if is_there:
+            raise UserError(
+                f"--format=gguf-lora: the adapter has {what}, and llama.cpp adds B A to weights, nothing else; "
+                "write --format gguf, which merges it"
+            )
 
 
 def _check_rope(rope: Mapping[str, Any], model_type: str, place: object) -> None:

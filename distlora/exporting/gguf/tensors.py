@@ -1,9 +1,8 @@
 """Which tensors a GGUF file has of a model, in which type, and their rows as llama.cpp wants them.
 
-Letters: H heads, D the size of one.
-
 Llama rotates the pairs (2 i, 2 i + 1) of a head in llama.cpp (its arch `llama`, Mistral too) and (i, i + D / 2) in
-transformers: row h D + j D/2 + i of q_proj and k_proj there is row h D + 2 i + j here. Qwen's stay as they are.
+transformers, D being its size: row h D + j D/2 + i of q_proj and k_proj there is row h D + 2 i + j here. Qwen's stay
+as they are.
 """
 
 from __future__ import annotations
@@ -110,8 +109,10 @@ class Names:
         projection = re.search(r"\.([qk])_proj\.", name)
         if self.arch != "llama" or projection is None:
             return rows
-        heads = self.config.num_attention_heads if projection[1] == "q" else self.config.num_key_value_heads
-        return lambda: _rotated(rows(), heads, head_size(self.config))
+        size = head_size(self.config)
+        if name.endswith(".bias"):  # Its elements are the rows.
+            return lambda: (part.view(1, -1) for part in _rotated((part.view(-1, 1) for part in rows()), size))
+        return lambda: _rotated(rows(), size)
 
 
 def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planned]:
@@ -135,14 +136,11 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
     return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
-def _rotated(rows: Rows, heads: int, size: int) -> Rows:
+def _rotated(rows: Rows, size: int) -> Rows:
     """Whole heads at a time, the rows of each in llama.cpp's order."""
     order = torch.arange(size).view(2, size // 2).T.reshape(-1)
     kept = torch.empty(0)
     for part in rows:
-        if part.shape == (1, heads * size):  # A bias: its elements are the rows.
-            yield part.view(heads, size)[:, order].reshape(1, -1)
-            return
         kept = torch.cat([kept, part]) if len(kept) else part
         if whole := len(kept) // size:
             yield kept[: whole * size].view(whole, size, -1)[:, order].reshape(whole * size, -1)

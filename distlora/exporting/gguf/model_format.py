@@ -1,0 +1,134 @@
+"""`--format gguf`: what a run trained as one model in one file, a few rows at a time.
+
+transformers and llama.cpp load it again. In fp32 both must give our logits; in a smaller type they differ by what it
+rounds, which is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distlora.config import AdapterConfig, QuantConfig, UserError
+from distlora.deltas.base import Base, open_base
+from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, transformers_logits
+from distlora.exporting.gguf.model_file import write_model
+from distlora.exporting.gguf.tensors import Rows, Weight
+from distlora.exporting.probe import EXACT, TEXT, Ours
+from distlora.exporting.request import Export, Reading
+from distlora.loading.reader import Reader
+from distlora.merging.adapter import Onto, open_adapter
+from distlora.merging.parameters import HEAD_NAME, Parameter, parameters_of, pieces
+from distlora.tokens import load_tokenizer
+from distlora.trained import Trained
+from distlora.trained_model import weights_in
+
+_STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is written."""
+
+    base: Base
+    weights: Mapping[str, Weight]
+    """By Hugging Face name; read while `opened` is entered."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' own, as large as the vocabulary has grown."""
+        return self.base.model.hf_config
+
+    @property
+    def dtype(self) -> str:
+        """--dtype where nobody says: that of the base's embedding on disk."""
+        segment = next(iter(self.base.weights.values())).source.segments[0]
+        return _STORED.get(segment.dtype, "bf16")
+
+
+def write(export: Export) -> None:
+    """The file."""
+    request, trained = export.request, export.trained
+    with opened(trained, request.onto) as found:
+        write_model(
+            export.place,
+            found.config,
+            found.weights,
+            tokenizer_of(trained),
+            dtype=request.dtype or found.dtype,
+            name=name_of(trained),
+            say=export.say,
+        )
+
+
+def check(export: Export, ours: Ours) -> list[Reading]:
+    """transformers, and llama.cpp where it is installed."""
+    with opened(export.trained, export.request.onto) as found:
+        config, dtype = found.config, export.request.dtype or found.dtype
+    bound = EXACT if dtype == "fp32" and export.request.onto == "trained" else None
+    theirs = transformers_logits(export.place, config, ours.tokens)
+    readings = [ours.reading(f"transformers, weights in {dtype}", theirs, bound)]
+    if not has_llama_cpp():
+        export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")
+        return readings
+    client = LlamaCpp(export.place, context=ours.tokens.shape[1])
+    readings.append(ours.reading(f"llama.cpp, weights in {dtype}", client.logits(ours.tokens), bound))
+    if client.tokenize(TEXT) != tokenizer_of(export.trained)(TEXT, add_special_tokens=False)["input_ids"]:
+        export.say("warning: llama.cpp makes other tokens of the probe text than the model's tokenizer does")
+    return readings
+
+
+@contextlib.contextmanager
+def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
+    """What a run trained, as weights that are read when they are asked for."""
+    if trained.config.adapter.method == "full":
+        trained = _as_base(trained)
+    base = open_base(trained.config)
+    folder = Path(trained.config.model.path)
+    with open_adapter(trained, base, onto) as adapter, Reader() as reader:
+
+        def rows_of(parameter: Parameter) -> Callable[[], Rows]:
+            return lambda: (p.merged for p in pieces(parameter, base, adapter, reader, original=onto == "original"))
+
+        weights = {}
+        for parameter in parameters_of(base, folder, adapter):
+            name = parameter.weight.name
+            # Of a tied head there is none in GGUF, also where the checkpoint has a copy; a vision tower is no model's.
+            if name not in base.weights and not (name == HEAD_NAME and not base.model.tied):
+                continue
+            shape = next(iter(parameter.outputs.values())) if parameter.matrix else parameter.weight.shape
+            weights[name] = Weight(name=name, shape=shape, rows=rows_of(parameter))
+        yield Opened(base, weights)
+
+
+def _as_base(trained: Trained) -> Trained:
+    """A model that was trained whole is a folder like a base's. Raises UserError for a saved step, which is not."""
+    assert trained.weights is not None
+    folder = weights_in(trained.weights)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a saved step of the whole model, without its config.json; leave --checkpoint out, or finish "
+            "the run (distlora resume)"
+        )
+    config = trained.config
+    whole = replace(
+        config,
+        model=replace(config.model, path=str(folder), new_tokens=()),
+        adapter=AdapterConfig(r=1),
+        quant=QuantConfig(method="none"),
+    )
+    return replace(trained, config=whole, weights=None)
+
+
+def tokenizer_of(trained: Trained) -> Any:
+    model = trained.config.model
+    return load_tokenizer(Path(model.path), model.new_tokens)
+
+
+def name_of(trained: Trained) -> str:
+    """For people."""
+    base = (trained.config.model.name or Path(trained.config.model.path).name).rpartition("/")[2]
+    return base if trained.weights is None else f"{base} {Path(trained.place).name}"

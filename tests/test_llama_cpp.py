@@ -61,7 +61,7 @@ def test_a_smaller_type_moves_logits_by_what_it_rounds(tmp_path: Path) -> None:
         moved[dtype] = float((logits - theirs).norm() / theirs.norm())
     # 2**-9 and 2**-12 of each weight, and 1/254 of a block's largest, times about sqrt(3 blocks * 3 matrices).
     assert BOUND < moved["fp16"] < moved["bf16"] < 0.02
-    assert moved["q8_0"] < 0.03
+    assert moved["q8_0"] < 0.05  # Activations are rounded to 8 bits too.
 
 
 def test_a_lora_on_the_bases_file_is_what_we_add(tmp_path: Path) -> None:

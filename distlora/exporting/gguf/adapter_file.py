@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 from gguf import GGUFWriter
 
 from distlora.deltas.factors import Factors
 from distlora.exporting.gguf.file import write_file
-from distlora.exporting.gguf.tensors import TYPES, Names, Planned
+from distlora.exporting.gguf.tensors import TYPES, Names, Planned, Rows
 
 Factory = Callable[[], Factors]
 
@@ -35,9 +35,8 @@ def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dt
     for place, read in factors.items():
         own = read()
         base = names.gguf_name(f"{place}.weight")
-        missing = alphas[place] / alpha
-        b = names.in_order(f"{place}.weight", lambda read=read, missing=missing: iter([read().B * missing]))
-        for part, shape, rows in (("a", own.A.shape, lambda read=read: iter([read().A])), ("b", own.B.shape, b)):
+        b = names.in_order(f"{place}.weight", _rows_of(read, "B", alphas[place] / alpha))
+        for part, shape, rows in (("a", own.A.shape, _rows_of(read, "A")), ("b", own.B.shape, b)):
             tensors.append(Planned(name=f"{base}.lora_{part}", shape=tuple(shape), type=TYPES[dtype], rows=rows))
 
     def describe(writer: GGUFWriter) -> None:
@@ -47,3 +46,7 @@ def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dt
         writer.add_name(name)
 
     write_file(path, names.arch, describe, tensors)
+
+
+def _rows_of(read: Factory, part: Literal["A", "B"], times: float = 1.0) -> Callable[[], Rows]:
+    return lambda: iter([getattr(read(), part) * times])

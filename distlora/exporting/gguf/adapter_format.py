@@ -6,6 +6,7 @@ is on disk it meets weights that NF4 has not rounded. Loaded with the former, in
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def write(export: Export) -> None:
     base = open_base(trained.config)
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
-        factors = {path: lambda path=path: adapter.factors(path, reader) for path in adapter.file.paths}
+        factors = {path: functools.partial(adapter.factors, path, reader) for path in adapter.file.paths}
         write_adapter(
             export.place,
             base.model.hf_config,
@@ -57,7 +58,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".distlora-gguf-") as folder, Reader() as reader:
         path = Path(folder) / "base.gguf"
         weights = {
-            name: Weight(name=name, shape=weight.shape, rows=lambda weight=weight: _trained_on(weight, reader))
+            name: Weight(name=name, shape=weight.shape, rows=functools.partial(_trained_on, weight, reader))
             for name, weight in base.weights.items()
         }
         write_model(path, base.model.hf_config, weights, tokenizer_of(trained), dtype="fp32", name="base", say=_nothing)
@@ -85,7 +86,7 @@ def _added(model: Any, base: Base, path: Path, input_ids: Tensor) -> Tensor:
         if not name.endswith(".weight") or (b := read.get(f"{names.gguf_name(name)}.lora_b")) is None:
             continue
         places = torch.arange(len(b), dtype=torch.float32)[:, None]
-        order = torch.cat(list(names.in_order(name, lambda places=places: iter([places]))())).long().flatten()
+        order = torch.cat(list(names.in_order(name, functools.partial(iter, [places]))())).long().flatten()
         back = torch.empty_like(b)
         back[order] = b
         parameter += alpha / b.shape[1] * back @ read[f"{names.gguf_name(name)}.lora_a"]

@@ -160,6 +160,7 @@ FORMATS: dict[str, Format] = {
         module="distlora.exporting.gguf.model_format",
         clients=("gguf",),
         dtypes=(*DTYPES, "q8_0"),
+        default=dtype_of_base,
         merged=True,
         suffix=".gguf",
         refuse=refuse_gguf,

@@ -30,7 +30,8 @@ from distlora.merging.adapter import open_adapter
 
 def write(export: Export) -> None:
     """The file; of PiSSA the plain LoRA of twice the rank, which belongs to the unchanged base."""
-    trained = export.trained
+    trained, dtype = export.trained, export.request.dtype
+    assert dtype is not None
     base = open_base(trained.config)
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
@@ -39,7 +40,7 @@ def write(export: Export) -> None:
             export.place,
             base.model.hf_config,
             factors,
-            dtype=export.request.dtype or "fp32",
+            dtype=dtype,
             name=name_of(trained),
         )
 
@@ -47,7 +48,7 @@ def write(export: Export) -> None:
 def check(export: Export, ours: Ours) -> list[Reading]:
     """transformers' model of the base with what the file holds added to its weights; and llama.cpp, where it is
     installed, with a GGUF file of the base that is made for it."""
-    trained, dtype = export.trained, export.request.dtype or "fp32"
+    trained, dtype = export.trained, export.request.dtype
     base = open_base(trained.config)
     bound = EXACT if dtype == "fp32" else None
     theirs = _added(dense_model(trained), base, export.place, ours.tokens)

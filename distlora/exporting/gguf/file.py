@@ -34,7 +34,7 @@ def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], te
         for part in tensor.encoded():
             stream.write(part.data)
             written += part.nbytes
-            progress(f"{path.name}: {(done + written) / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tensor.name}")
+            progress(f"{(done + written) / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tensor.name}")
         assert written == tensor.num_bytes, f"{tensor.name}: {written} of {tensor.num_bytes} bytes"
         writer.write_padding(stream, written)
         done += written

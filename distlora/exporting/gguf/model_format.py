@@ -26,8 +26,6 @@ from distlora.tokens import load_tokenizer
 from distlora.trained import Trained
 from distlora.trained_model import weights_in
 
-_STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -42,23 +40,18 @@ class Opened:
         """transformers' own, as large as the vocabulary has grown."""
         return self.base.model.hf_config
 
-    @property
-    def dtype(self) -> str:
-        """--dtype where nobody says: that of the base's embedding on disk."""
-        segment = next(iter(self.base.weights.values())).source.segments[0]
-        return _STORED.get(segment.dtype, "bf16")
-
 
 def write(export: Export) -> None:
     """The file."""
     request, trained = export.request, export.trained
+    assert request.dtype is not None
     with opened(trained, request.onto) as found:
         write_model(
             export.place,
             found.config,
             found.weights,
             tokenizer_of(trained),
-            dtype=request.dtype or found.dtype,
+            dtype=request.dtype,
             name=name_of(trained),
             say=export.say,
         )
@@ -67,7 +60,7 @@ def write(export: Export) -> None:
 def check(export: Export, ours: Ours) -> list[Reading]:
     """transformers, and llama.cpp where it is installed."""
     with opened(export.trained, export.request.onto) as found:
-        config, dtype = found.config, export.request.dtype or found.dtype
+        config, dtype = found.config, export.request.dtype
     bound = EXACT if dtype == "fp32" and export.request.onto == "trained" else None
     theirs = transformers_logits(export.place, config, ours.tokens)
     readings = [ours.reading(f"transformers, weights in {dtype}", theirs, bound)]

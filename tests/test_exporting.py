@@ -169,15 +169,34 @@ def test_a_base_that_is_packed_already_is_copied(place: Path, tmp_path: Path) ->
     exported(tmp_path, "run", "hf", tmp_path / "merged", "fp32")
 
 
+def write_even_folder(folder: Path, variant: str) -> None:
+    """A variant of tests/family_models.py whose rows are whole blocks."""
+    config = hf_config(variant)
+    for key, value in EVEN.items():
+        setattr(getattr(config, "text_config", config), key, value)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    write_text_file(folder.parent / "text.jsonl")
+
+
+FAMILIES = ["llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "phi3"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("init", ["kaiming", "loftq"])
+def test_every_family_goes_through_bitsandbytes_and_peft(tmp_path: Path, variant: str, init: str) -> None:
+    write_even_folder(tmp_path / variant, variant)
+    run(tmp_path, "run", variant, adapter={"r": 4, "init": init, "modules_to_save": ["embed_tokens"]})
+    for form in ("bnb", "peft"):
+        exported(tmp_path, "run", form, tmp_path / form)
+
+
 @pytest.mark.usefixtures("in_process")
 def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
-    config = hf_config("gemma3")
-    for key, value in EVEN.items():
-        setattr(config.text_config, key, value)
-    torch.manual_seed(0)
-    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma")
-    tokenizer().save_pretrained(tmp_path / "gemma")
-    write_text_file(tmp_path / "text.jsonl")
+    write_even_folder(tmp_path / "gemma", "gemma3")
     run(tmp_path, "run", "gemma", adapter={"r": 4})
     record = exported(tmp_path, "run", "bnb", tmp_path / "out")
     assert record["check"]["readings"][1]["difference"] <= 1e-4

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.request import Export, Reading
 from distlora.families import read_config
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.loading.decompose import one_thread
 from distlora.loading.initialize import read_start
 from distlora.loading.reader import Reader
 from distlora.merging.companions import copy_companions
 from distlora.merging.folder import Files, Plan, check_space, lay_out_files, write_index
+from distlora.merging.merge import WORKERS
 from distlora.pissa_format import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained
@@ -53,10 +57,8 @@ def write(export: Export) -> None:
     plan = plan_files(base, quantized)
     check_space(place, sum(plan.sizes.values()))
     place.mkdir()
-    with Reader() as reader, Files(place, plan) as files:
-        for number, weight in enumerate(quantized, start=1):
-            write_weight(weight, reader, files.write, dtype)
-            export.progress(f"quantized {number:,}/{len(quantized):,} weights, {weight.name}")
+    with Files(place, plan) as files:
+        write_quantized(quantized, files, dtype, export.progress)
         for name in plan.copied:
             files.copy(name)
     write_index(place, plan, source)
@@ -68,6 +70,20 @@ def write(export: Export) -> None:
     (place / ADAPTER).mkdir()
     write_adapter(trained, place / ADAPTER, base_name=export.request.out)
     (place / "README.md").write_text(card(export, base), encoding="utf-8")
+
+
+def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, progress: Callable[[str], None]) -> None:
+    """A thread a weight, each on one core: pieces of 4 MiB are too small to share one."""
+
+    def write(weight: BaseWeight) -> str:
+        with Reader() as reader:
+            write_weight(weight, reader, files.write, dtype)
+        return weight.name
+
+    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = pool.map(write, weights)
+        for number, name in enumerate(done, start=1):
+            progress(f"quantized {number:,}/{len(weights):,} weights, {name}")
 
 
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
@@ -126,12 +142,11 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     assert trained.weights is not None
     weights = weights_in(trained.weights)
     settings = json.loads((weights / CONFIG_NAME).read_text(encoding="utf-8"))
-    content = (weights / WEIGHTS_NAME).read_bytes()
     settings |= {"base_model_name_or_path": base_name, "revision": None}
     if not trained.foreign:
         check_base(weights, trained.config)
     if not trained.config.adapter.pissa:
-        (folder / WEIGHTS_NAME).write_bytes(content)
+        shutil.copyfile(weights / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     else:
         tensors = load_file(weights / WEIGHTS_NAME)
         if not (weights / STATE_NAME).is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 from distlora.config import Config, UserError
 from distlora.exporting.request import Reading
 from distlora.model import CausalLM
-from distlora.parallel import join_ranks
+from distlora.parallel import Ranks
 from distlora.tokens import load_tokenizer
 from distlora.trained import Trained
 from distlora.trained_model import load_trained
@@ -59,10 +59,10 @@ class Ours:
 
 @torch.no_grad()
 def our_logits(trained: Trained) -> Ours:
-    """The model that was trained, computed in fp32 on this process alone, and gone when this returns."""
+    """The model that was trained, computed in fp32 on the CPU, as the clients are, and gone when this returns."""
     config = trained.config
     exact = replace(trained, config=replace(config, train=replace(config.train, dtype="fp32")))
-    model, _ = load_trained(exact, join_ranks())
+    model, _ = load_trained(exact, Ranks(0, 1, torch.device("cpu"), None))
     tokens = probe_tokens(config, model)
     logits = _logits(model, tokens)
     moved = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from torch import Tensor
 from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
-from distlora.evaluation import report, worker
+from distlora.evaluation import worker
 from distlora.evaluation.measure import load, round_to
 from distlora.evaluation.request import Request, Subject, Text, held_out
 from distlora.evaluation.rows import open_rows
 from distlora.head import IGNORED_LABEL
+from distlora.merging.merge import merge_to
+from distlora.merging.page import measured_table
+from distlora.merging.receipt import Receipt
 from distlora.parallel import Ranks
 from distlora.trained import Name
 from distlora_launcher.cli import main as command
-from family_models import SINGLE
-from small_models import make_run, read_metrics, write_model_folder, write_text_file
+from distlora_launcher.results import measuring
+from distlora_launcher.results.measuring import to_measure
+from family_models import SINGLE, write_family_folder
+from small_models import make_run, read_metrics, tokenizer, write_model_folder, write_text_file
 from worlds import World
 
 
@@ -77,7 +83,7 @@ def test_the_figures_are_those_of_whole_logits_and_of_the_runs_own_evaluation(ru
     assert (adapted["loss_difference"], adapted["divergence"], adapted["largest_logit_difference"]) == (0, 0, 0)
     assert found["text"]["targets"] == len(targets)
     assert len(row_of.unique()) == found["text"]["rows"]
-    table = report.table(found).text()
+    table = measured_table(found).text()
     assert "adapted" in table
     assert f"{base['perplexity']:,.3f}" in table
 
@@ -203,3 +209,88 @@ def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     subjects = tuple(Subject(label=str(p), kind="model", model=str(p)) for p in (folders / "llama", tmp_path / "other"))
     with pytest.raises(UserError, match="another tokenizer"):
         worker.run(Request(subjects=subjects, text=text, dtype="fp32"), SINGLE)
+
+
+MERGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gemma3": ("gemma3-text", {}),
+    "qwen3-moe": ("qwen3-moe", {}),
+    "dora": ("qwen3", {"use_dora": True}),
+    "pissa": ("llama3-tied", {"init": "pissa"}),
+}
+"""name -> (family_models.VARIANTS, of the adapter)."""
+
+
+def merge(run: Path, out: Path, **settings: Any) -> Request:
+    """What `distlora merge` writes, and what it then asks for."""
+    name = Name(place=str(run))
+    trained = name.read()
+    merge_to(trained, out, **{"onto": "trained", "dtype": torch.float32, "say": print, **settings})
+    options = Namespace(no_measure=False, text=None, rows=None, compare=False, processes=1)
+    request, _ = to_measure(options, name, trained, out, "fp32")
+    assert request is not None
+    return request
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_no_logit_of_an_exact_merge_is_further_than_1e_4_from_the_adapted_model(name: str, tmp_path: Path) -> None:
+    variant, adapter = MERGED[name]
+    write_family_folder(tmp_path / "base", variant)
+    tokenizer().save_pretrained(tmp_path / "base")
+    write_text_file(tmp_path / "text.jsonl")
+    run, out = tmp_path / "run", tmp_path / "merged"
+    make_run(run, tmp_path, "base", adapter=adapter, train={"max_steps": 2, "global_batch": 6})
+    train.run(run, SINGLE)
+    request = merge(run, out)
+    worker.deliver(request, worker.run(request, SINGLE))
+    measured = Receipt.read(out).measured
+    merged, base = measured["models"][1:]
+    assert (merged["kind"], base["kind"]) == ("merged", "base")
+    assert 0 < merged["largest_logit_difference"] <= 1e-4
+    assert 0 <= merged["divergence"] < 1e-9 < base["divergence"]
+    assert "no logit is further than" in (out / "merge.md").read_text()
+
+
+def test_the_other_forms_are_measured_and_leave_nothing_behind(run_dir: Path, tmp_path: Path) -> None:
+    """Of a merge in bf16: its own form is not measured twice, and each rounding is further off than a finer one."""
+    request = merge(run_dir, tmp_path / "merged", dtype=torch.bfloat16)
+    assert request.merged is not None
+    request = replace(request, merged=replace(request.merged, compares=True))
+    found = worker.run(request, SINGLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    models = {model["label"]: model for model in found["models"]}
+    assert list(models) == [
+        "as trained",
+        "merged (fp32)",
+        "base llama in nf4",
+        "exact sum in fp32",
+        "exact sum in fp16",
+        "exact sum in NF4 again",
+        "sum on the base on disk, fp32",
+        "as trained, computed in bf16",
+    ]
+    order = ["exact sum in fp32", "exact sum in fp16", "merged (fp32)", "exact sum in NF4 again"]
+    divergences = [models[label]["divergence"] for label in order]
+    assert divergences == sorted(divergences)
+    assert divergences[1] * 10 < divergences[2]
+    assert models["sum on the base on disk, fp32"]["divergence"] > divergences[2]
+
+
+def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
+    run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "merged")
+    adapter = tmp_path / "adapter"
+    adapter.symlink_to(run_dir / "adapter")
+    became: list[str] = []
+    monkeypatch.setattr("distlora_launcher.results.merge.become", lambda worker, request: became.append(worker))
+    foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
+    assert command([*foreign, "--compare"]) == 2
+    assert "add --text FILE" in capsys.readouterr().err
+    assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--rows", "3"]) == 2
+    assert "--rows=3 says what is measured" in capsys.readouterr().err
+    monkeypatch.setattr(measuring, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(measuring, "gpu_count", lambda: 0)
+    assert command(["merge", str(run_dir), "--out", out, "--rows", "3"]) == 2
+    assert "GiB of host memory for the model in fp32" in capsys.readouterr().err
+    assert became == []

@@ -22,7 +22,7 @@ class Subject:
 
     label: str
     """What the table calls it."""
-    kind: Literal["adapted", "base", "model", "merged"]
+    kind: Literal["adapted", "base", "model", "merged", "form"]
     name: Name | None = None
     model: str | None = None
     """A folder in Hugging Face format."""
@@ -96,6 +96,17 @@ def held_out(run_dir: Path, config: Config, label: str, **settings: Any) -> Text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Merged:
+    """The merge whose receipt gets the figures."""
+
+    folder: str
+    name: Name
+    """What it was made of."""
+    compares: bool
+    """Whether the other forms that it could have been stored in are measured too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One evaluation. Everything is resolved: folders are absolute, defaults filled in."""
 
@@ -108,6 +119,7 @@ class Request:
     """A file for the figures as JSON."""
     as_json: bool = False
     """Whether stdout gets the JSON in place of the table."""
+    merged: Merged | None = None
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "fp32"), f"--dtype={self.dtype} is not known; write bf16 or fp32")
@@ -122,7 +134,10 @@ class Request:
             Subject(**{**subject, "name": None if subject["name"] is None else Name(**subject["name"])})
             for subject in values.pop("subjects")
         )
-        return cls(subjects=subjects, text=Text(**values.pop("text")), **values)
+        merged = values.pop("merged")
+        if merged is not None:
+            merged = Merged(**{**merged, "name": Name(**merged["name"])})
+        return cls(subjects=subjects, text=Text(**values.pop("text")), merged=merged, **values)
 
 
 def check_out(out: str | None) -> None:

@@ -16,10 +16,11 @@ import torch
 
 from distlora import durable
 from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
-from distlora.evaluation import report
 from distlora.evaluation.measure import Measured, measure
+from distlora.evaluation.receipt import add_to_receipt, other_forms
 from distlora.evaluation.request import Request
 from distlora.evaluation.rows import check_same_tokens, open_rows
+from distlora.merging.page import measured_table
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.saying import Progress, quieten, say
 from distlora.wording import named_by_argument
@@ -32,7 +33,8 @@ def run(request: Request, ranks: Ranks) -> dict[str, Any]:
     rows, rows_in_all = open_rows(request.text, configs[0], ranks)
     for config, subject in zip(configs, request.subjects, strict=True):
         check_same_tokens(rows, configs[0], config, subject.label)
-    measured = measure(request.subjects, request.dtype, rows, ranks, tell)
+    with other_forms(request.merged, ranks, tell) as forms:
+        measured = measure((*request.subjects, *forms), request.dtype, rows, ranks, tell)
     text = {
         "name": request.text.name,
         "rows": len(rows),
@@ -76,9 +78,11 @@ def describe(ranks: Ranks) -> dict[str, Any]:
 
 
 def deliver(request: Request, found: dict[str, Any]) -> None:
-    """The table or the JSON on stdout, and the file."""
+    """The table or the JSON on stdout, and the file or the receipt."""
     text = json.dumps(found, indent=1)
-    print(text if request.as_json else report.table(found).text(), flush=True)
+    print(text if request.as_json else measured_table(found).text(), flush=True)
+    if request.merged is not None:
+        add_to_receipt(request.merged, found)
     if request.out is not None:
         durable.write_text(Path(request.out), text + "\n")
         say(f"wrote {request.out}")

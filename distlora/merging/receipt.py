@@ -9,6 +9,7 @@ from typing import Any
 
 from distlora import durable
 from distlora.json_files import check_shape, read_object
+from distlora.merging.page import PAGE_NAME, markdown
 
 RECEIPT_NAME = "merge.json"
 FORMAT = 1
@@ -34,7 +35,7 @@ class Receipt:
     total: dict[str, Any]
     """The same of all of them together; `kept.nf4` is of those alone that would be quantized."""
     files: dict[str, str]
-    """The SHA-256 of each file of the folder but this one."""
+    """The SHA-256 of each file of the folder but this one and its page."""
     seconds: float
     measured: dict[str, Any] = field(default_factory=dict)
     """What the merged model was measured to compute (distlora/evaluation)."""
@@ -42,8 +43,9 @@ class Receipt:
     """What `distlora unmerge` needs (residual.py); empty where it was not kept."""
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's merge.json."""
+        """Replace the folder's merge.json, and merge.md, which says the same to people."""
         durable.write_json(folder / RECEIPT_NAME, {"format": FORMAT, **dataclasses.asdict(self)})
+        durable.write_text(folder / PAGE_NAME, markdown(self))
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,14 @@ def become(worker: str, request: str) -> NoReturn:
     sys.stdout.flush()
     command = [sys.executable, "-m", worker, request]
     os.execve(command[0], command, worker_environment(processes=1))
+
+
+def run_alone(worker: str, request: str) -> int:
+    """Run `python -m worker REQUEST` to its end, for a command that has more to do; its exit code."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", worker, request]
+    code = subprocess.run(command, env=worker_environment(processes=1)).returncode
+    return code if code >= 0 else 128 - code
 
 
 def run_several(worker: str, request: str, processes: int) -> int:

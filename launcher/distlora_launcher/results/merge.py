@@ -1,7 +1,7 @@
 """`distlora merge RUN`: a base and what was trained on it as one model, in Hugging Face format.
 
-Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
-(`python -m distlora.merging`).
+Everything that can be refused is refused here, before torch is imported. Then the worker (`python -m distlora.merging`)
+writes the folder, and this process becomes the one that measures it (`python -m distlora.evaluation`).
 """
 
 from __future__ import annotations
@@ -11,28 +11,34 @@ from pathlib import Path
 
 from distlora.command_line import DONE
 from distlora.config import require
+from distlora.evaluation import request as evaluation
 from distlora.merging.request import Request, check_mergeable
 from distlora.trained import Trained
+from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
-from distlora_launcher.handover import become
+from distlora_launcher.handover import become, run_alone, run_several
 from distlora_launcher.output import shown
+from distlora_launcher.results import measuring
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
 
-WORKER = "distlora.merging"
+WORKER, MEASURER = "distlora.merging", "distlora.evaluation"
 
 USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]
+                      [--text FILE] [--rows N] [--compare] [--processes N] [--no-measure]
 
 Write the base with what was trained on it as one model in Hugging Face format, a few rows at a time on the CPU, and
 merge.json: what it was made from, SHA-256 of everything, and how much of the adapter's change was kept, tensor by
-tensor. Works on an unfinished run too (its newest checkpoint).
+tensor. Then the merged model is measured beside the model as it was trained: loss, divergence and the largest
+difference of a logit go into merge.json and merge.md. Works on an unfinished run too (its newest checkpoint).
 
 {ARGUMENTS}
 
   --out FOLDER         where it goes: a new folder (RUN/merged, or ADAPTER-merged beside an adapter)
   --onto trained       the base as it was trained on, dequantized: computes what training computed (the default)
   --onto original      the base as it is on disk: other outputs than in training by what NF4 loses
-  --dtype DTYPE        of the weights: fp32, which loses nothing; bf16 or fp16, which round (fp32)"""
+  --dtype DTYPE        of the weights: fp32, which loses nothing; bf16 or fp16, which round (fp32)
+{measuring.ARGUMENTS}"""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,25 +46,41 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    request = checked(arguments)
+    request, measured, processes = checked(arguments)
     print(f"merging into {shown(Path(request.out))} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    if measured is None:
+        become(WORKER, request.as_json())
+    code = run_alone(WORKER, request.as_json())
+    if code != DONE:
+        return code
+    print(f"measuring on {measured.text.name}", file=sys.stderr, flush=True)
+    if processes > 1:
+        return run_several(MEASURER, measured.written(), processes)
+    become(MEASURER, measured.written())
 
 
-def checked(arguments: list[str]) -> Request:
-    """The request. Raises UserError for whatever can be told here."""
+def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, int]:
+    """(the request, what is measured afterwards, by how many processes).
+
+    Raises UserError for whatever can be told here.
+    """
     parser = Parser("distlora merge")
     add_arguments(parser)
     parser.add_argument("--out")
     parser.add_argument("--onto", choices=("trained", "original"), default="trained")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    measuring.add_arguments(parser)
     options = parser.parse_args(arguments)
     name, trained = named(options)
     check_mergeable(trained, options.onto)
     out = default_out(trained) if options.out is None else Path(options.out).expanduser().absolute()
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
-    return Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
+    with named_by_argument():
+        measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
+    if measured is None and not options.no_measure:
+        print(f"not measured: {why_not}", file=sys.stderr, flush=True)
+    return Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype), measured, options.processes
 
 
 def default_out(trained: Trained) -> Path:

@@ -1,0 +1,92 @@
+"""What `distlora merge` measures of the model that it wrote, decided before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distlora.config import UserError, require
+from distlora.evaluation.request import Merged, Request, Subject
+from distlora.host_memory import available_bytes
+from distlora.loading.segments import read_headers
+from distlora.trained import Name, Trained
+from distlora_launcher.arguments import Parser
+from distlora_launcher.checks import gpu_count
+from distlora_launcher.handover import check_processes
+from distlora_launcher.results.evaluate import base_of, text_of
+
+ARGUMENTS = """\
+  --text FILE          what it is measured on: anything that data.path of `distlora train` takes; without it, what the
+                       run held out
+  --rows N             rows of that, at even distances where there are more (128; without a GPU as many as take some
+                       ten minutes)
+  --compare            measure the other forms too: bf16, fp16, NF4 again, the sum on the base on disk
+  --processes N        share each measured model among N processes, one a GPU
+  --no-measure         write the folder alone, without a model in memory"""
+"""For the command's usage."""
+
+SPARE_BYTES = 2**30
+"""Beside a model's weights: torch, hidden states, logits."""
+HOST_OPERATIONS = 3e13
+"""That a CPU of some 50 GFLOP/s does in ten minutes."""
+MOST_ROWS = 128
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--text")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--processes", type=int, default=1)
+    for name in ("--compare", "--no-measure"):
+        parser.add_argument(name, action="store_true")
+
+
+def to_measure(
+    options: argparse.Namespace, name: Name, trained: Trained, out: Path, dtype: str
+) -> tuple[Request | None, str]:
+    """(what is measured, or None; why not). Raises UserError where it was asked for and cannot be."""
+    asked = next((flag for flag in ("text", "rows", "compare") if getattr(options, flag)), None)
+    if options.no_measure:
+        value = "" if asked == "compare" else f"={getattr(options, asked or 'text')}"
+        require(asked is None, f"--{asked}{value} says what is measured; leave it out, or --no-measure")
+        return None, "--no-measure"
+    check_processes(options.processes)
+    try:
+        require_memory(trained)
+        adapted = Subject(label="as trained", kind="adapted", name=name)
+        base = base_of(trained, adapted)
+        options.sequence_length = None
+        options.rows = options.rows if options.rows is not None else rows_in_time(trained)
+        text = text_of(options, adapted, [trained])
+    except UserError as error:
+        if asked is not None:
+            raise
+        return None, str(error)
+    merged = Subject(label=f"merged ({dtype})", kind="merged", model=str(out))
+    receipt = Merged(folder=str(out), name=name, compares=options.compare)
+    # In fp32, so that what differs is the weights and no rounding of what is computed with them.
+    return Request(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt), ""
+
+
+def parameters(trained: Trained) -> int:
+    """About; of packed codes two a byte."""
+    tensors = read_headers(Path(trained.config.model.path)).values()
+    return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
+
+
+def require_memory(trained: Trained) -> None:
+    """A whole model in fp32 on the host; what a GPU has, its process finds out."""
+    needed, available = 4 * parameters(trained) + SPARE_BYTES, available_bytes()
+    require(
+        gpu_count() > 0 or available is None or needed <= available,
+        f"measuring takes {needed / 2**30:,.1f} GiB of host memory for the model in fp32, and "
+        f"{(available or 0) / 2**30:,.1f} GiB are left; write --no-measure, and measure elsewhere with "
+        "`distlora eval RUN MERGED`",
+    )
+
+
+def rows_in_time(trained: Trained) -> int:
+    """Rows that a receipt is measured on where nobody says how many: of two models, 2 operations a weight and token."""
+    if gpu_count() > 0:
+        return MOST_ROWS
+    of_row = 2 * 2 * parameters(trained) * max(trained.config.data.sequence_length, 256)
+    return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / of_row)))

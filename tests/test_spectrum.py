@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.spectrum import decomposed, intruders
-from distlora.analysis.spectrum.changes import Change
-from distlora.analysis.spectrum.request import Request
+from closeness import relative_error
+from distlora import train
+from distlora.analysis.spectrum import decomposed, figures, intruders, worker
+from distlora.analysis.spectrum.changes import Change, Changes
+from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
-from distlora.trained import Name
+from distlora.experts import ExpertWeight
+from distlora.loading.reader import Reader
+from distlora.trained import Name, Trained
+from distlora.trained_model import load_trained
+from distlora_launcher.analyses.spectrum import checked, parse
+from distlora_launcher.cli import main
+from family_models import SINGLE
+from small_models import make_run, write_model_folder
+from test_merging import adapted
 
 TIGHT = 1e-5
 
@@ -99,3 +112,169 @@ def test_intruders_are_those_of_every_cosine_and_bounds_decide_them(shape: tuple
     assert bool((bounds.upper >= cosines - 1e-9).all())
     for threshold in (0.5, 0.7):
         assert bounds.counts(threshold) == exact.counts(threshold)
+
+
+def changes_of(trained: Trained) -> dict[str, Change]:
+    changes = Changes(trained)
+    with Reader() as reader:
+        return {change.name: change for name in changes.names for change in changes.of(name, reader)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dora"),
+    [("llama3-tied", False), ("qwen2", True), ("gemma3", False), ("mixtral", False), ("gpt-oss", False)],
+)
+def test_changes_are_what_a_model_on_nf4_computes_with(variant: str, dora: bool, tmp_path: Path) -> None:
+    adapter = {"target_modules": "all-linear", "r": 4, "use_dora": dora}
+    model, trained = adapted(tmp_path, variant, adapter=adapter, quant={"method": "nf4", "cache": False})
+    found, checked_matrices = changes_of(trained), 0
+    for path, weight in model.adapted_weights():
+        dense, (pair,) = weight.frozen_weight.dense(torch.float32), weight.pairs
+        if isinstance(weight, ExpertWeight):
+            dense = dense.mT if weight.transposed else dense
+            befores, downs, ups = dense, pair.down(), pair.up()  # type: ignore[union-attr]
+            names = [f"{path}[{expert}]" for expert in range(len(dense))]
+        else:
+            befores, downs, ups, names = dense[None], pair.A[None], pair.B[None], [f"{path}.weight"]
+        for name, before, down, up in zip(names, befores, downs, ups, strict=True):
+            after = before + pair.scaling * (up @ down)
+            if pair.magnitude is not None:
+                after = after * (pair.magnitude / torch.linalg.vector_norm(after, dim=1))[:, None]
+            assert torch.equal(found[name].before, before)
+            assert relative_error(found[name].after, after) < 1e-6
+            assert relative_error(found[name].delta(), after - before) < 1e-5
+            assert (found[name].factors is None) == dora
+            checked_matrices += 1
+    assert checked_matrices == len(found)
+
+
+@pytest.fixture(scope="module")
+def pissa(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pissa") / "run"
+    adapter = {"target_modules": "attention", "r": 4, "init": "pissa"}
+    make_run(run_dir, folders, adapter=adapter, quant={"method": "nf4", "cache": False}, train={"max_steps": 3})
+    train.run(run_dir, SINGLE)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def full(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("full") / "run"
+    make_run(run_dir, folders, adapter={"method": "full"}, quant={"method": "none"}, train={"max_steps": 3})
+    train.run(run_dir, SINGLE)
+    return run_dir
+
+
+def test_a_run_of_pissa_changed_the_weights_that_it_began_with(pissa: Path) -> None:
+    """By what it published (a plain LoRA of twice the rank) and by its checkpoint alike."""
+    published = Name(place=str(pissa)).read()
+    step = Name(place=str(pissa), checkpoint="step_3").read()
+    model, _ = load_trained(step, SINGLE)
+    found = {source: changes_of(trained) for source, trained in (("published", published), ("step", step))}
+    for path, linear in model.adapted_linears():
+        name, (pair,) = f"{path}.weight", linear.pairs
+        after = linear.frozen_weight.dense(torch.float32) + pair.scaling * (pair.B @ pair.A)
+        for changes in found.values():
+            assert relative_error(changes[name].after, after) < 1e-6
+            assert changes[name].factors is not None
+            assert relative_error(changes[name].before + changes[name].delta(), after) < 1e-6
+        assert 0 < relative_error(found["step"][name].before, after) < 0.2
+        delta = found["step"][name].delta()
+        assert relative_error(found["published"][name].delta(), delta) < 1e-4
+
+
+def test_the_command_equals_dense_svds(pissa: Path, full: Path, tmp_path: Path, capsys: Any) -> None:
+    """Values to 1e-5 of the largest, ranks and cosines too; the report names what stands in the JSON."""
+    words = [
+        str(pissa),
+        "--against",
+        str(full),
+        "--out",
+        str(tmp_path / "out"),
+        "--top",
+        "6",
+        "--threshold",
+        "0.5,0.99",
+    ]
+    asked = checked(parse(words))
+    found = worker.run(Request.read(asked.as_json()))
+    assert json.loads((tmp_path / "out" / RESULT_NAME).read_text()) == found
+    sides = {"first": changes_of(asked.first.read()), "against": changes_of(Name(place=str(full)).read())}
+    assert [weight["name"] for weight in found["weights"]] == list(sides["first"])
+    for weight in found["weights"]:
+        spaces = {}
+        for side, changes in sides.items():
+            entry, own = weight if side == "first" else weight["against"], changes[weight["name"]]
+            left, values, _ = torch.linalg.svd(own.delta().double(), full_matrices=False)
+            told = torch.tensor(entry["delta"]["values"], dtype=torch.float64)
+            assert (told - values[: len(told)]).abs().max() < TIGHT * values[0]
+            assert entry["delta"]["rank"] == (8 if side == "first" else len(values))
+            shares = values[: len(told)] / values[: len(told)].sum()
+            expected = float(torch.exp(-(shares * shares.log()).sum()))
+            assert entry["delta"]["effective_rank"] == pytest.approx(expected, rel=TIGHT)
+            stable = float(own.delta().norm() / values[0]) ** 2
+            assert entry["delta"]["stable_rank"] == pytest.approx(stable, rel=TIGHT)
+            base, first = (torch.linalg.svd(part.double())[0] for part in (own.before, own.after))
+            cosines = (base[:, : min(own.before.shape)].T @ first[:, :6]).abs().max(dim=0).values
+            assert torch.allclose(torch.tensor(entry["intruders"]["cosines"])[:, 0].double(), cosines, atol=TIGHT)
+            spaces[side] = left[:, :8]
+        principal = torch.linalg.svdvals(spaces["first"].T @ spaces["against"])
+        told = torch.tensor(weight["angles"]["left"]["cosines"], dtype=torch.float64)
+        assert torch.allclose(told, principal, atol=TIGHT)
+    shares = [values["energy_share"] for values in found["first"]["linears"].values()]
+    assert sum(shares) == pytest.approx(1)
+    report = (tmp_path / "out" / REPORT_NAME).read_text()
+    assert "Do they change the same directions?" in report
+    assert (tmp_path / "out" / PLOT_NAME).stat().st_size > 20_000
+    assert "intruders are" in capsys.readouterr().out
+    assert main(["analyze", "spectrum", str(pissa), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_a_large_matrix_has_the_figures_of_a_small_one(full: Path) -> None:
+    """Krylov spaces and bounds in place of whole decompositions: what both know is the same."""
+    for change_ in list(changes_of(Name(place=str(full)).read()).values())[:3]:
+        whole, _ = figures.measure(change_, request(top=4, thresholds=(0.5,)))
+        parts, _ = figures.measure(change_, request(top=4, thresholds=(0.5,), exact_up_to=8))
+        assert parts["whole"] is False
+        assert parts["delta"]["effective_rank"] is None
+        for key in ("norm", "relative_spectral_norm", "stable_rank"):
+            assert parts["delta"][key] == pytest.approx(whole["delta"][key], rel=TIGHT)
+        assert parts["after"]["values"] == pytest.approx(whole["after"]["values"], rel=TIGHT)
+        assert parts["intruders"]["counts"] == whole["intruders"]["counts"]
+
+
+def test_full_fine_tuning_is_read_from_its_fp32_masters(full: Path, folders: Path) -> None:
+    changes = Changes(Name(place=str(full)).read())
+    assert changes.folder.parent.name == "checkpoints"
+    assert changes.rounded_to is None
+    base = open_base(Name(place=str(full)).read().config)
+    with Reader() as reader:
+        (change_,) = changes.of("model.layers.0.mlp.up_proj.weight", reader)
+        assert torch.equal(change_.before, base.weights[change_.name].whole(reader))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["RUN", "--top", "0"], "--top=0"),
+        (["RUN", "--threshold", "half"], "--threshold 0.5,0.7"),
+        (["RUN", "--threshold", "1.5"], "no cosine between 0 and 1"),
+        (["RUN", "--adapter", "base"], "changed nothing"),
+        (["RUN", "--agianst", "RUN"], "did you mean '--against'?"),
+        (["RUN", "--against", "OTHER"], "whose weights differ"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_mistakes_are_refused(
+    words: list[str], said: str, pissa: Path, folders: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "OTHER" in words:
+        write_model_folder(tmp_path / "models" / "llama", "llama", initializer_range=0.07)
+        (tmp_path / "models" / "text.jsonl").write_bytes((folders / "text.jsonl").read_bytes())
+        make_run(tmp_path / "other", tmp_path / "models", train={"max_steps": 1})
+        train.run(tmp_path / "other", SINGLE)
+    named = {"RUN": str(pissa), "OTHER": str(tmp_path / "other")}
+    assert main(["analyze", "spectrum", *(named.get(word, word) for word in words)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()

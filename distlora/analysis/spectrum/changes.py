@@ -8,6 +8,8 @@ E experts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,11 @@ from distlora.deltas.apply import adapted_rows
 from distlora.deltas.base import BaseWeight, open_base
 from distlora.deltas.factors import AdapterFile, Factors
 from distlora.experts import ExpertWeight
-from distlora.loading.initialize import read_start
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment, read_headers
+from distlora.loading.start_file import start_path
 from distlora.loading.weights import find_base
+from distlora.pissa_format import write_plain
 from distlora.run_folder import CHECKPOINTS, read_result
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in
@@ -71,7 +74,6 @@ class Changes:
         """Where what was trained is read from."""
         if not trained.foreign:
             check_base(self.folder, config)
-        self._config = config
         base = open_base(config)
         self._before = base.weights
         self._transposed = {
@@ -81,7 +83,6 @@ class Changes:
         }
         self._saved: dict[str, tuple[Segment, ...]] = {}
         self._adapter: AdapterFile | None = None
-        self._start: dict[str, Tensor] = {}
         if self.method == "full":
             self.folder = masters(trained, self.folder)
             headers = read_headers(self.folder)
@@ -90,15 +91,13 @@ class Changes:
             self._paths = {name: name for name in self._before if in_a_block(name) and name in self._saved}
             self._paths = {name: name for name in self._paths if len(self._before[name].shape) > 1}
         else:
-            self._adapter = AdapterFile.open(self.folder)
+            self._adapter = AdapterFile.open(self._plain_adapter(trained))
             names = {path: path if path in self._before else f"{path}.weight" for path in self._adapter.paths}
             strays = sorted(path for path, name in names.items() if name not in self._before)
             if strays:
                 raise UserError(f"{self.folder} adapts {strays[0]}, which is no weight of {config.model.path}")
             found = {name: path for path, name in names.items()}
             self._paths = {name: found[name] for name in self._before if name in found}
-            if config.adapter.pissa:
-                self._start = dict(read_start(config))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,7 +121,8 @@ class Changes:
             experts = weight.shape[0] if len(weight.shape) == 3 else None
             factors = self._adapter.factors(self._paths[name], reader, experts=experts)
         saved = None if self._adapter is not None else self._after(weight)
-        both = zip(_matrices(weight, reader), _matrices(saved or weight, reader) if saved else _endless(), strict=False)
+        others = itertools.repeat(None) if saved is None else _matrices(saved, reader)
+        both = zip(_matrices(weight, reader), others, strict=False)
         for number, (before, after) in enumerate(both):
             label = name if len(weight.shape) == 2 else f"{name}[{number}]"
             if name in self._transposed:
@@ -130,7 +130,7 @@ class Changes:
             kept = None
             if factors is not None:
                 own = factors if len(weight.shape) == 2 else _of_expert(factors, number)
-                before, own = self._from_start(self._paths[name], before, own)
+                before = _with_start(weight, before)
                 after = adapted_rows(before, 0, own)
                 kept = own if own.magnitude is None else None
             assert after is not None
@@ -143,17 +143,22 @@ class Changes:
         source = dataclasses.replace(weight.source, segments=self._saved[weight.name])
         return BaseWeight(name=weight.name, shape=weight.shape, source=source, quantized=False)
 
-    def _from_start(self, path: str, before: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
-        """Of a run of PiSSA: the weight with its start put back, and what was learned on top: s (B A - B0 A0)."""
-        if not self._start:
-            return before, factors
-        a, b = (self._start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
-        scaling = self._config.adapter.scaling_of(path)
-        if (self.folder / STATE_NAME).is_file():  # A published one is that plain LoRA already (pissa_format.py).
-            factors = dataclasses.replace(
-                factors, A=torch.cat([factors.A, a]), B=torch.cat([factors.B, -b], dim=1), scaling=scaling
-            )
-        return torch.addmm(before, b, a, alpha=scaling), factors
+    def _plain_adapter(self, trained: Trained) -> Path:
+        """The folder of a LoRA for the unchanged base: of a saved step of PiSSA what the run would publish of it."""
+        if not trained.config.adapter.pissa or not (self.folder / STATE_NAME).is_file():
+            return self.folder
+        self._scratch = tempfile.TemporaryDirectory(prefix="distlora-spectrum-")
+        plain = Path(self._scratch.name)
+        write_plain(self.folder, start_path(trained.config), plain)
+        return plain
+
+
+def _with_start(weight: BaseWeight, before: Tensor) -> Tensor:
+    """What a run of PiSSA began with: the base less its start, with the start put back."""
+    if weight.residual is None:
+        return before
+    (a, b), scaling = weight.residual.start, weight.residual.scaling
+    return torch.addmm(before, b, a, alpha=scaling)
 
 
 def masters(trained: Trained, published: Path) -> Path:
@@ -177,11 +182,6 @@ def _matrices(weight: BaseWeight, reader: Reader) -> Iterator[Tensor]:
             if filled == len(matrix):
                 yield matrix
                 matrix, filled = torch.empty(weight.shape[-2:]), 0
-
-
-def _endless() -> Iterator[None]:
-    while True:
-        yield None
 
 
 def _of_expert(factors: Factors, number: int) -> Factors:

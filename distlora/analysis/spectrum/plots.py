@@ -25,7 +25,9 @@ def plot_spectrum(found: Mapping[str, Any], path: Path) -> None:
         _plot_energy(panels[1], found[side], found["runs"][side]["name"], side)
         _plot_intruders(panels[2], weights, found["runs"][side]["name"], side)
     panels[0].set(xlabel="singular value of dW", ylabel="over the largest of W", yscale="log", xscale="log")
-    panels[0].set_title("- first, -- against" if len(sides) > 1 else "", fontsize=8)
+    if len(sides) > 1:
+        first, against = (found["runs"][side]["name"] for side in sides)
+        panels[0].set_title(f"{first} (lines), {against} (dashed)", fontsize=8)
     panels[0].legend(frameon=False, fontsize=7)
     panels[1].set(ylabel="||dW|| / ||W||, %")
     panels[1].set_ylim(bottom=0)

@@ -19,7 +19,7 @@ from distlora.analysis.spectrum.changes import Change, Changes
 from distlora.analysis.spectrum.decomposed import largest
 from distlora.analysis.spectrum.plots import plot_spectrum
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
-from distlora.command_line import DONE, run_to_exit_code
+from distlora.command_line import DONE, request_text, run_to_exit_code
 from distlora.config import UserError
 from distlora.loading.reader import Reader
 from distlora.saying import Progress, quieten
@@ -130,7 +130,7 @@ def main(argument: str) -> int:
     quieten()
 
     def work() -> int:
-        run(Request.read(argument))
+        run(Request.read(request_text(argument)))
         return DONE
 
     return run_to_exit_code(work)

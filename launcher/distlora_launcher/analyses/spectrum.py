@@ -7,7 +7,6 @@ Everything that can be refused is refused here, before torch is imported. Then t
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +25,9 @@ from distlora.loading.segments import fingerprint
 from distlora.trained import BASE_ALONE
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
+from distlora_launcher.handover import become
 from distlora_launcher.output import shown
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
-from distlora_launcher.workers import worker_environment
 
 WORKER = "distlora.analysis.spectrum"
 
@@ -58,9 +57,7 @@ def main(arguments: list[str]) -> int:
     request = checked(parse(arguments))
     what = request.first_name + (f" against {request.against_name}" if request.against else "")
     print(f"analysing {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", WORKER, request.as_json()]
-    os.execve(command[0], command, worker_environment(processes=1))
+    become(WORKER, request.as_json())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

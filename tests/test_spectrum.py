@@ -13,8 +13,9 @@ from torch import Tensor
 from closeness import relative_error
 from distlora import train
 from distlora.analysis.spectrum import decomposed, figures, intruders, worker
-from distlora.analysis.spectrum.changes import Change, Changes
+from distlora.analysis.spectrum.changes import Change, open_changes
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
 from distlora.experts import ExpertWeight
@@ -115,8 +116,7 @@ def test_intruders_are_those_of_every_cosine_and_bounds_decide_them(shape: tuple
 
 
 def changes_of(trained: Trained) -> dict[str, Change]:
-    changes = Changes(trained)
-    with Reader() as reader:
+    with open_changes(trained) as changes, Reader() as reader:
         return {change.name: change for name in changes.names for change in changes.of(name, reader)}
 
 
@@ -146,6 +146,14 @@ def test_changes_are_what_a_model_on_nf4_computes_with(variant: str, dora: bool,
             assert (found[name].factors is None) == dora
             checked_matrices += 1
     assert checked_matrices == len(found)
+
+
+def test_an_adapter_of_another_model_is_refused_by_its_name(tmp_path: Path) -> None:
+    _, trained = adapted(tmp_path, "llama3-tied")
+    write_model_folder(tmp_path / "other", "llama", num_hidden_layers=2)
+    other = Name(place=trained.place, base=str(tmp_path / "other")).read()
+    with pytest.raises(UserError, match="no linear in the decoder blocks"), open_changes(other):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +252,12 @@ def test_a_large_matrix_has_the_figures_of_a_small_one(full: Path) -> None:
 
 
 def test_full_fine_tuning_is_read_from_its_fp32_masters(full: Path, folders: Path) -> None:
-    changes = Changes(Name(place=str(full)).read())
+    with open_changes(Name(place=str(full)).read()) as changes, Reader() as reader:
+        (change_,) = changes.of("model.layers.0.mlp.up_proj.weight", reader)
     assert changes.folder.parent.name == "checkpoints"
     assert changes.rounded_to is None
     base = open_base(Name(place=str(full)).read().config)
     with Reader() as reader:
-        (change_,) = changes.of("model.layers.0.mlp.up_proj.weight", reader)
         assert torch.equal(change_.before, base.weights[change_.name].whole(reader))
 
 

@@ -7,10 +7,10 @@ E experts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,17 @@ from torch import Tensor
 
 from distlora.analysis.naming import in_a_block, layer_of, linear_of
 from distlora.checkpoints.folder import STATE_NAME, newest, step_of
-from distlora.config import UserError
 from distlora.deltas.apply import adapted_rows
-from distlora.deltas.base import BaseWeight, open_base
+from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.deltas.factors import AdapterFile, Factors
 from distlora.experts import ExpertWeight
+from distlora.loading.conversion import Source
 from distlora.loading.reader import Reader
-from distlora.loading.segments import Segment, read_headers
-from distlora.loading.start_file import start_path
+from distlora.loading.segments import read_headers
 from distlora.loading.weights import find_base
-from distlora.pissa_format import write_plain
+from distlora.merging.adapter import open_adapter
 from distlora.run_folder import CHECKPOINTS, read_result
-from distlora.trained import Trained
+from distlora.trained import Trained, named_by_place
 from distlora.trained_model import check_base, weights_in
 
 
@@ -61,43 +60,28 @@ class Change:
 
 
 class Changes:
-    """Those of one run or adapter, from headers alone until a matrix is asked for.
+    """Those of one run or adapter, from headers alone until a matrix is asked for."""
 
-    Raises UserError for weights that are another base's, and for damaged ones.
-    """
-
-    def __init__(self, trained: Trained) -> None:
-        config = trained.config
-        assert trained.weights is not None, f"{trained.place}: a base alone has not changed"
-        self.method = "full" if config.adapter.method == "full" else "DoRA" if config.adapter.use_dora else "LoRA"
-        self.folder = weights_in(trained.weights)
+    def __init__(
+        self, method: str, folder: Path, base: Base, *, adapter: AdapterFile | None, saved: Mapping[str, Source]
+    ) -> None:
+        """`adapter` is one for the unchanged base; without one, `saved` says where each weight lies."""
+        self.method = method
+        self.folder = folder
         """Where what was trained is read from."""
-        if not trained.foreign:
-            check_base(self.folder, config)
-        base = open_base(config)
+        self._adapter, self._saved = adapter, saved
         self._before = base.weights
+        if adapter is None:
+            weights = {name for name, weight in base.weights.items() if in_a_block(name) and len(weight.shape) > 1}
+            paths = {name: name for name in weights & saved.keys()}
+        else:
+            paths = {path if path in base.weights else f"{path}.weight": path for path in adapter.paths}
+        self._paths = {name: paths[name] for name in base.weights if name in paths}
         self._transposed = {
             base.model.hf_name(f"{path}.weight")
             for path, module in base.model.named_modules()
             if isinstance(module, ExpertWeight) and module.transposed
         }
-        self._saved: dict[str, tuple[Segment, ...]] = {}
-        self._adapter: AdapterFile | None = None
-        if self.method == "full":
-            self.folder = masters(trained, self.folder)
-            headers = read_headers(self.folder)
-            sources = find_base(base.model, headers)
-            self._saved = {name: source.segments for name, source in sources.items()}
-            self._paths = {name: name for name in self._before if in_a_block(name) and name in self._saved}
-            self._paths = {name: name for name in self._paths if len(self._before[name].shape) > 1}
-        else:
-            self._adapter = AdapterFile.open(self._plain_adapter(trained))
-            names = {path: path if path in self._before else f"{path}.weight" for path in self._adapter.paths}
-            strays = sorted(path for path, name in names.items() if name not in self._before)
-            if strays:
-                raise UserError(f"{self.folder} adapts {strays[0]}, which is no weight of {config.model.path}")
-            found = {name: path for path, name in names.items()}
-            self._paths = {name: found[name] for name in self._before if name in found}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,7 +91,7 @@ class Changes:
     @property
     def rounded_to(self) -> str | None:
         """The 16-bit type that full fine-tuning's weights are read in, which dW then has the rounding of."""
-        kinds = {segment.dtype for segments in self._saved.values() for segment in segments} - {"F32"}
+        kinds = {segment.dtype for source in self._saved.values() for segment in source.segments} - {"F32"}
         return min(kinds) if kinds else None
 
     def numel(self, name: str) -> int:
@@ -120,8 +104,10 @@ class Changes:
         if self._adapter is not None:
             experts = weight.shape[0] if len(weight.shape) == 3 else None
             factors = self._adapter.factors(self._paths[name], reader, experts=experts)
-        saved = None if self._adapter is not None else self._after(weight)
-        others = itertools.repeat(None) if saved is None else _matrices(saved, reader)
+        others: Iterable[Tensor | None] = itertools.repeat(None)
+        if self._adapter is None:
+            saved = BaseWeight(name=name, shape=weight.shape, source=self._saved[name], quantized=False)
+            others = _matrices(saved, reader)
         both = zip(_matrices(weight, reader), others, strict=False)
         for number, (before, after) in enumerate(both):
             label = name if len(weight.shape) == 2 else f"{name}[{number}]"
@@ -138,19 +124,24 @@ class Changes:
                 name=label, layer=layer_of(name), linear=linear_of(name), before=before, after=after, factors=kept
             )
 
-    def _after(self, weight: BaseWeight) -> BaseWeight:
-        """What full fine-tuning saved of a weight, as one of a base."""
-        source = dataclasses.replace(weight.source, segments=self._saved[weight.name])
-        return BaseWeight(name=weight.name, shape=weight.shape, source=source, quantized=False)
 
-    def _plain_adapter(self, trained: Trained) -> Path:
-        """The folder of a LoRA for the unchanged base: of a saved step of PiSSA what the run would publish of it."""
-        if not trained.config.adapter.pissa or not (self.folder / STATE_NAME).is_file():
-            return self.folder
-        self._scratch = tempfile.TemporaryDirectory(prefix="distlora-spectrum-")
-        plain = Path(self._scratch.name)
-        write_plain(self.folder, start_path(trained.config), plain)
-        return plain
+@contextlib.contextmanager
+def open_changes(trained: Trained) -> Iterator[Changes]:
+    """What `trained` names. Raises UserError for weights that are another base's, and for damaged ones."""
+    config = trained.config
+    assert trained.weights is not None, f"{trained.place}: a base alone has not changed"
+    base = open_base(config)
+    if config.adapter.method == "full":
+        folder = weights_in(trained.weights)
+        check_base(folder, config)
+        folder = masters(trained, folder)
+        yield Changes("full", folder, base, adapter=None, saved=find_base(base.model, read_headers(folder)))
+        return
+    # Onto the original: as a plain LoRA for the unchanged base, whatever it began as.
+    with named_by_place(trained.place), open_adapter(trained, base, "original") as adapter:
+        assert adapter is not None
+        method = "DoRA" if config.adapter.use_dora else "LoRA"
+        yield Changes(method, adapter.folder, base, adapter=adapter.file, saved={})
 
 
 def _with_start(weight: BaseWeight, before: Tensor) -> Tensor:

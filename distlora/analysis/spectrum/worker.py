@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import torch
 
 from distlora import durable
 from distlora.analysis.spectrum import figures, report
-from distlora.analysis.spectrum.changes import Change, Changes
+from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.decomposed import largest
 from distlora.analysis.spectrum.plots import plot_spectrum
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
@@ -29,8 +30,18 @@ def run(request: Request) -> dict[str, Any]:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
     say = Progress()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = Changes(request.first.read())
-    against = None if request.against is None else Changes(request.against.read())
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(open_changes(request.first.read()))
+        against = None if request.against is None else stack.enter_context(open_changes(request.against.read()))
+        found = analysed(request, first, against, device, say)
+    write(request, found)
+    return found
+
+
+def analysed(
+    request: Request, first: Changes, against: Changes | None, device: torch.device, say: Progress
+) -> dict[str, Any]:
+    """spectrum.json."""
     names = [name for name in first.names if against is None or name in against.names]
     if not names:
         raise UserError(
@@ -43,7 +54,6 @@ def run(request: Request) -> dict[str, Any]:
     found["first"] = together(found["weights"])
     if against is not None:
         found["against"] = together([weight["against"] for weight in found["weights"]])
-    write(request, found)
     return found
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from distlora import train
+from distlora.checkpoints.folder import sha256
+from distlora.config import UserError
+from distlora.deltas.base import open_base
+from distlora.deltas.factors import AdapterFile
+from distlora.loading.reader import Reader
+from distlora.loading.segments import read_headers
 from distlora.merging.merge import merge_to
 from distlora.merging.receipt import Receipt
+from distlora.merging.unmerge import unmerge
 from distlora.model import CausalLM
 from distlora.results import publish_result
 from distlora.trained import Name, Trained
 from distlora.trained_model import load_trained
-from family_models import SINGLE, config_for, load_ours, our_logits, tokens, write_family_folder
-from small_models import NEW_TOKENS, make_run
+from distlora_kernels import nf4
+from distlora_launcher.cli import main
+from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens, write_family_folder
+from small_models import NEW_TOKENS, make_run, write_model_folder
+from test_prequantized import quantize
 
 TRAINED: dict[str, Any] = {"train": {"max_steps": 4, "save_every": 2}, "optim": {"lr": 2e-2}}
 
@@ -88,3 +102,107 @@ def test_so_does_that_of_a_run_and_of_its_checkpoint(name: str, folders: Path, t
             merge_to(trained, out, onto=onto, dtype=torch.float32, say=quiet)
             difference = float((ours - their_logits(out, ids, model.family.attention)).abs().max())
             assert difference <= 1e-4 if onto == "trained" else difference > 1e-3, (checkpoint, onto)
+
+
+def test_a_base_in_nf4_on_disk_becomes_dense_and_comes_back(folders: Path, tmp_path: Path) -> None:
+    base, merged, back = tmp_path / "packed", tmp_path / "merged", tmp_path / "back"
+    write_model_folder(tmp_path / "dense", "llama", hidden_size=128, intermediate_size=320, head_dim=32)
+    quantize(tmp_path / "dense", base, bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head", "k_proj"])
+    model, backend = load_ours(base)
+    publish_result(tmp_path / "adapter", model, config_for(base), None, backend)
+    trained = Name(place=str(tmp_path / "adapter"), base=str(base)).read()
+    receipt = merge_to(trained, merged, onto="trained", dtype=torch.float32, say=quiet, residual=True)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    ids = tokens(2, 24)
+    assert (our_logits(model, ids) - their_logits(merged, ids, "sdpa")).abs().max() <= 1e-4
+    assert receipt.residual["bytes"] < receipt.residual["base_bytes"]
+    files = unmerge(merged, back, say=quiet)
+    assert filecmp.cmpfiles(back, base, files, shallow=False)[0] == list(files)
+    with pytest.raises(UserError, match=r"--onto=original: .* is quantized on disk"):
+        merge_to(trained, tmp_path / "never", onto="original", dtype=torch.float32, say=quiet)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("onto", ["trained", "original"])
+def test_the_receipt_counts_what_each_type_keeps(onto: str, tmp_path: Path) -> None:
+    """Against whole matrices, in fp64."""
+    _, trained = adapted(tmp_path, "llama-biases")
+    receipt = merge_to(trained, tmp_path / "merged", onto=onto, dtype=torch.bfloat16, say=quiet)  # type: ignore[arg-type]
+    base, adapter = open_base(trained.config), AdapterFile.open(tmp_path / "adapter")
+    assert receipt.weights.keys() == {f"{path}.weight" for path in adapter.paths}
+    lost, delta_square = dict.fromkeys(("bf16", "fp16", "nf4"), 0.0), 0.0
+    with Reader() as reader:
+        for path in adapter.paths:
+            weight = base.weights[f"{path}.weight"].whole(reader, original=onto == "original")
+            delta = adapter.factors(path, reader).delta()
+            merged = weight + delta
+            again = nf4.nf4_dequantize(*nf4.nf4_quantize(merged), shape=tuple(merged.shape), dtype=torch.float32)
+            forms = {"bf16": merged.bfloat16(), "fp16": merged.half(), "nf4": again}
+            found = receipt.weights[f"{path}.weight"]
+            assert found["ratio"] == pytest.approx(float(delta.double().norm() / weight.double().norm()), rel=1e-5)
+            for name, form in forms.items():
+                left = (merged.double() - form.double()).norm()
+                assert found["kept"][name] == pytest.approx(float(1 - left / delta.double().norm()), abs=1e-4), name
+                lost[name] += float(left) ** 2
+            delta_square += float(delta.double().norm()) ** 2
+    for name, square in lost.items():
+        assert receipt.total["kept"][name] == pytest.approx(1 - (square / delta_square) ** 0.5, abs=1e-4)
+    for name, expected in receipt.files.items():
+        assert sha256(tmp_path / "merged" / name) == expected
+    assert receipt.base["files"] == {"model.safetensors": sha256(tmp_path / "base" / "model.safetensors")}
+
+
+def test_shards_names_and_what_is_no_parameter_stay_those_of_the_base(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    hf_model("gemma3").save_pretrained(base, max_shard_size="200KB")
+    model, backend = load_ours(base)
+    publish_result(tmp_path / "adapter", model, config_for(base), None, backend)
+    trained = Name(place=str(tmp_path / "adapter"), base=str(base)).read()
+    merge_to(trained, out, onto="trained", dtype=torch.bfloat16, say=quiet)
+    before, after = read_headers(base), read_headers(out)
+    assert len({segment.file for segment in before.values()}) > 3
+    assert {(name, segment.file.name, segment.shape) for name, segment in before.items()} == {
+        (name, segment.file.name, segment.shape) for name, segment in after.items()
+    }
+    vision = [name for name in before if "vision" in name]
+    assert vision
+    with Reader() as reader:
+        for name in vision:
+            was, now = (reader.read([where[name]], 0, where[name].numel) for where in (before, after))
+            assert torch.equal(was, now)
+    assert {after[name].dtype for name in after if name not in vision and "projector" not in name} == {"BF16"}
+
+
+def test_what_cannot_be_merged_is_refused_before_torch(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, loftq = tmp_path / "full", tmp_path / "loftq"
+    make_run(full, folders, adapter={"method": "full"}, quant={"method": "none"}, **TRAINED)
+    make_run(loftq, folders, adapter={"init": "loftq"}, **TRAINED)
+    for run in (full, loftq):
+        (run / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    for words, reason in (
+        ([full], "trained the whole model (adapter=full)"),
+        ([loftq, "--onto", "original"], "started by LoftQ"),
+        ([loftq, "--out", tmp_path / "there"], "exists already"),
+        ([loftq, "--dtype", "fp8"], "fp32"),
+    ):
+        assert main(["merge", *map(str, words)]) == 2
+        assert reason in capsys.readouterr().err
+    assert main(["unmerge", str(tmp_path / "there"), "--out", str(tmp_path / "new")]) == 2
+    assert "holds no merge.json" in capsys.readouterr().err
+
+
+def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trained = adapted(tmp_path, "llama3-tied")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match=r"the merged model takes .* and the disk there has"):
+        merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
+    monkeypatch.undo()
+    weights = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,000,000"):
+        merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float16, say=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

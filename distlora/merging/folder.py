@@ -110,7 +110,12 @@ class Files:
         """Elements of a tensor from `first` on, in its dtype."""
         place = self._plan.places[name]
         content = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        _write_all(self._open[place.file.name], content, place.offset + first * DTYPE_BYTES[place.dtype])
+        self.write_bytes(name, first * DTYPE_BYTES[place.dtype], content)
+
+    def write_bytes(self, name: str, first: int, content: bytes | memoryview) -> None:
+        """Bytes of a tensor from `first` on."""
+        place = self._plan.places[name]
+        _write_all(self._open[place.file.name], content, place.offset + first)
 
     def copy(self, name: str) -> None:
         """A tensor as the base has it."""
@@ -127,15 +132,15 @@ class Files:
 class Cursor:
     """Writes a parameter's values, which come in flat order, to the tensors that it becomes."""
 
-    def __init__(self, files: Files, parameter: Parameter, dtype: torch.dtype) -> None:
-        self._files, self._name, self._dtype = files, parameter.weight.name, dtype
-        self._left = [(name, torch.Size(shape).numel()) for name, shape in [*parameter.outputs.items()][::-1]]
+    def __init__(self, files: Files, name: str, outputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._files, self._name, self._dtype = files, name, dtype
+        self._left = [(output, torch.Size(shape).numel()) for output, shape in [*outputs.items()][::-1]]
         self._first = 0
 
-    def write(self, values: Tensor) -> None:
-        """fp32, rounded here. Raises UserError for what the dtype cannot hold."""
+    def write(self, values: Tensor) -> Tensor:
+        """Rounded here; returns that, flat. Raises UserError for what the dtype cannot hold."""
         flat = values.reshape(-1)
-        rounded = flat.to(self._dtype)
+        written = rounded = flat.to(self._dtype)
         if self._dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
             largest = float(flat.abs().max())
             raise UserError(
@@ -149,6 +154,7 @@ class Cursor:
             if self._first == numel:
                 self._left.pop()
                 self._first = 0
+        return written
 
     def close(self) -> None:
         assert not self._left, f"{self._name} ended early"

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,46 +21,49 @@ from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
 from distlora.deltas.base import Base, open_base
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
-from distlora.loading.decompose import one_thread
 from distlora.loading.reader import Reader
 from distlora.loading.segments import fingerprint
 from distlora.merging.adapter import Adapter, open_adapter
 from distlora.merging.companions import write_companions
-from distlora.merging.folder import Cursor, Files, Plan, check_space, plan_files, write_index
+from distlora.merging.folder import Cursor, Files, check_space, plan_files, write_index
 from distlora.merging.kept import AGAIN, DTYPES, Change, Measure, sum_of
 from distlora.merging.parameters import Parameter, is_changed, parameters_of, pieces
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Onto, check_mergeable
+from distlora.merging.residual import FOLDER, Keeper
+from distlora.merging.threads import Clock, Say, each
 from distlora.trained import Trained
 
-Say = Callable[[str], None]
-"""Called often; it says something now and then."""
-WORKERS = min(4, len(os.sched_getaffinity(0)))
-"""Tensors at once; each has a few pieces of 4 MiB in memory."""
 
-
-def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
-    """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt.
+def merge_to(
+    trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say, residual: bool = False
+) -> Receipt:
+    """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt, and with what gives the base
+    back from it (`residual`).
 
     Raises UserError for what cannot be merged, and before anything is written where the disk is too small.
     """
-    began, config = time.monotonic(), trained.config
+    began, folder = time.monotonic(), Path(trained.config.model.path)
     check_mergeable(trained, onto)
-    folder = Path(config.model.path)
-    base = open_base(config)
+    base = open_base(trained.config)
     with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
         parameters = parameters_of(base, folder, adapter)
         plan = plan_files(parameters, base.headers, dtype)
-        check_space(out, sum(plan.sizes.values()))
-        sources = hashing.submit(_sums, sorted({segment.file for segment in base.headers.values()}))
+        of_base = sum(segment.num_bytes for segment in base.headers.values()) if residual else 0
+        check_space(out, sum(plan.sizes.values()) + of_base)
+        sources = hashing.submit(_sums, folder, sorted({segment.file for segment in base.headers.values()}))
         with appearing(out) as temporary:
+            keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
             with Files(temporary, plan) as files:
-                clock = Clock(sum(parameter.numel for parameter in parameters), say)
-                filling = Filling(files=files, base=base, adapter=adapter, onto=onto, dtype=dtype, clock=clock)
-                changes = _fill(filling, parameters, plan)
+                clock = Clock("merging", sum(parameter.numel for parameter in parameters), say)
+                filling = Filling(files, base, adapter, onto, dtype, clock, keeper)
+                changes = each(filling.fill, parameters, clock)
+                for name in plan.copied:
+                    files.copy(name)
             write_index(temporary, plan, folder)
             write_companions(temporary, trained, base, str(dtype).removeprefix("torch."))
             say("SHA-256 of what was written")
+            found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
                 onto=onto,
                 dtype=next(name for name, known in DTYPES.items() if known is dtype),
@@ -70,31 +71,17 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
                 base={"path": str(folder), "fingerprint": fingerprint(folder), "files": sources.result()},
                 adapter=None if adapter is None else _named(adapter, trained),
-                weights={name: change.as_json() for name, change in changes.items()},
-                total=_total(list(changes.values())),
-                files=_sums(sorted(path for path in temporary.iterdir())),
+                weights={name: change.as_json() for name, change in found.items()},
+                total=_total(list(found.values())),
+                residual={} if keeper is None else keeper.close(temporary, plan, sources.result()),
+                files=_sums(temporary, sorted(path for path in temporary.rglob("*") if path.is_file())),
                 seconds=time.monotonic() - began,
             )
             receipt.write(temporary)
     return receipt
 
 
-def _fill(filling: Filling, parameters: Sequence[Parameter], plan: Plan) -> dict[str, Change]:
-    """Write every tensor, several at once. Returns what was changed, by name."""
-    # A thread a tensor, and not threads within one: those wait for each other at every operation.
-    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            changes = list(pool.map(filling.fill, parameters))
-        except BaseException:
-            filling.stop()
-            raise
-    for name in plan.copied:
-        filling.files.copy(name)
-    named = zip((parameter.weight.name for parameter in parameters), changes, strict=True)
-    return {name: change for name, change in named if change is not None}
-
-
-@dataclass(kw_only=True)
+@dataclass
 class Filling:
     """What the threads share."""
 
@@ -104,43 +91,24 @@ class Filling:
     onto: Onto
     dtype: torch.dtype
     clock: Clock
+    keeper: Keeper | None
 
     def fill(self, parameter: Parameter) -> Change | None:
         """Write one parameter; returns what was done to it, None for nothing."""
-        cursor = Cursor(self.files, parameter, self.dtype)
+        cursor = Cursor(self.files, parameter.weight.name, parameter.outputs, self.dtype)
         changed = is_changed(parameter, self.base, self.adapter)
         measure = Measure(parameter.numel, quantized=parameter.path is not None)
         with Reader() as reader:
+            keep = None if self.keeper is None else self.keeper.begin(parameter, reader)
             for piece in pieces(parameter, self.base, self.adapter, reader, original=self.onto == "original"):
-                cursor.write(piece.merged)
+                written = cursor.write(piece.merged)
+                if keep is not None:
+                    keep(piece, written)
                 if changed:
                     measure.add(piece.base, piece.merged)
                 self.clock.passed(piece.merged.numel(), parameter.weight.name)
         cursor.close()
         return measure.result() if changed else None
-
-    def stop(self) -> None:
-        """Have every thread end at its next piece."""
-        self.clock.stopped = True
-
-
-class Clock:
-    """How far it is, and how long it will take."""
-
-    def __init__(self, total: int, say: Say) -> None:
-        self._total, self._say, self._done, self._began = total, say, 0, time.monotonic()
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def passed(self, numel: int, name: str) -> None:
-        if self.stopped:
-            raise CancelledError
-        with self._lock:
-            self._done += numel
-            share = self._done / self._total
-            left = (time.monotonic() - self._began) * (1 / share - 1)
-            of = f"{share:.0%} of {self._total:,} weights"
-            self._say(f"merging: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
 
 
 def _total(changes: list[Change]) -> dict[str, Any]:
@@ -156,9 +124,9 @@ def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
     return {
         "place": trained.place,
         "folder": str(folder),
-        "files": _sums([folder / CONFIG_NAME, folder / WEIGHTS_NAME]),
+        "files": _sums(folder, [folder / CONFIG_NAME, folder / WEIGHTS_NAME]),
     }
 
 
-def _sums(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: sha256(path) for path in files}
+def _sums(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

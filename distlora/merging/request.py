@@ -29,6 +29,8 @@ class Request:
     onto: Onto = "trained"
     dtype: Dtype = "fp32"
     """Of the merged weights."""
+    residual: bool = False
+    """Whether to keep what gives the base back."""
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -37,6 +39,18 @@ class Request:
     def read(cls, text: str) -> Request:
         values: dict[str, Any] = json.loads(text)
         return cls(**(values | {"name": Name(**values["name"])}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnmergeRequest:
+    """One way back; folders are absolute."""
+
+    merged: str
+    out: str
+    """The folder that appears."""
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:

@@ -1,14 +1,16 @@
-"""The worker of `distlora merge`: the folder, then what the receipt says of it."""
+"""The worker of `distlora merge`: the folder, then what the receipt says of it; and of `distlora unmerge`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.merging.kept import DTYPES
 from distlora.merging.merge import merge_to
 from distlora.merging.receipt import Receipt
-from distlora.merging.request import Request
+from distlora.merging.request import Request, UnmergeRequest
+from distlora.merging.unmerge import unmerge
 from distlora.saying import Progress, quieten
 from distlora.tables import Table
 
@@ -16,14 +18,21 @@ from distlora.tables import Table
 def run(request: Request) -> Receipt:
     """Everything that the request asks for; the result on stdout, progress on stderr."""
     out = Path(request.out)
-    receipt = merge_to(request.name.read(), out, onto=request.onto, dtype=DTYPES[request.dtype], say=Progress())
+    receipt = merge_to(
+        request.name.read(),
+        out,
+        onto=request.onto,
+        dtype=DTYPES[request.dtype],
+        say=Progress(),
+        residual=request.residual,
+    )
     print(summary(receipt, out))
     return receipt
 
 
 def summary(receipt: Receipt, out: Path) -> str:
     """What a terminal shows."""
-    size = sum(path.stat().st_size for path in out.iterdir())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     lines = [f"wrote {out}: {size / 1e9:,.2f} GB in {receipt.dtype}, merge.json says what from, with hashes"]
     if receipt.weights:
         kept = receipt.total["kept"]
@@ -31,7 +40,16 @@ def summary(receipt: Receipt, out: Path) -> str:
         rows += [[name if name != receipt.dtype else f"{name} (this)", f"{kept[name]:.2%}"] for name in kept]
         heading = f"{len(receipt.weights)} tensors changed, ||dW||/||W|| = {receipt.total['ratio']:.2e}"
         lines.append(Table(heading, rows).text())
+    if receipt.residual:
+        kept, of = receipt.residual["bytes"], receipt.residual["base_bytes"]
+        lines.append(f"{kept / 1e9:,.2f} GB of it give the base back ({kept / of:.0%} of its {of / 1e9:,.2f} GB)")
     return "\n".join(lines)
+
+
+def run_back(request: UnmergeRequest) -> None:
+    """The way back."""
+    files = unmerge(Path(request.merged), Path(request.out), say=Progress())
+    print(f"wrote {request.out}: the base, {len(files)} files, each as it was by its SHA-256")
 
 
 def main(argument: str) -> int:
@@ -39,7 +57,11 @@ def main(argument: str) -> int:
     quieten()
 
     def work() -> int:
-        run(Request.read(argument))
+        values = json.loads(argument)
+        if "merged" in values:
+            run_back(UnmergeRequest(**values))
+        else:
+            run(Request.read(argument))
         return DONE
 
     return run_to_exit_code(work)

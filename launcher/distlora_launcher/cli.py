@@ -85,9 +85,14 @@ COMMANDS = {
         "distlora_launcher.push",
     ),
     "merge": Command(
-        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]",
+        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16] [--residual]",
         "base and adapter as one model in Hugging Face format, with a receipt of what that kept",
         "distlora_launcher.results.merge",
+    ),
+    "unmerge": Command(
+        "MERGED --out FOLDER",
+        "the base back, bit for bit, from what was merged with --residual",
+        "distlora_launcher.results.unmerge",
     ),
     "export": Command(
         "RUN --format peft|... [--out PLACE] [--dtype DTYPE] [--no-check]",

@@ -1,0 +1,56 @@
+"""Several tensors at once, and how far they are."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from distlora.loading.decompose import one_thread
+
+Say = Callable[[str], None]
+"""Called often; it says something now and then."""
+WORKERS = min(4, len(os.sched_getaffinity(0)))
+"""Tensors at once; each has a few pieces of 4 MiB in memory."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Clock:
+    """How far it is, and how long it will take. Every thread passes here with each piece."""
+
+    def __init__(self, what: str, total: int, say: Say) -> None:
+        self._what, self._total, self._say, self._done, self._began = what, total, say, 0, time.monotonic()
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def passed(self, numel: int, name: str) -> None:
+        """Raises CancelledError once it is stopped."""
+        if self.stopped:
+            raise CancelledError
+        with self._lock:
+            self._done += numel
+            share = self._done / self._total
+            left = (time.monotonic() - self._began) * (1 / share - 1)
+            of = f"{share:.0%} of {self._total:,} weights"
+            self._say(f"{self._what}: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
+
+
+def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> list[Found]:
+    """`work` of every item, in their order. What one raises stops the others at their next piece.
+
+    A thread a tensor, and not threads within one: those wait for each other at every operation, and the bits would
+    depend on their number.
+    """
+    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            clock.stopped = True
+            raise

@@ -33,7 +33,7 @@ from distlora.loading.initialize import read_start
 from distlora.loading.reader import Reader
 from distlora.merging.companions import copy_companions
 from distlora.merging.folder import Files, Plan, check_space, lay_out_files, write_index
-from distlora.merging.merge import WORKERS
+from distlora.merging.threads import WORKERS
 from distlora.pissa_format import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained

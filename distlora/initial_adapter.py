@@ -92,7 +92,8 @@ class InitialAdapter:
     @property
     def own(self) -> AdapterConfig:
         """Rank, scale and targets: its own."""
-        return AdapterConfig(**{key: self.settings[key] for key in self.settings if key in _FIELDS})
+        found = {key: value for key, value in self.settings.items() if key in _FIELDS}
+        return AdapterConfig(**found | {"init_from": str(self.folder)})
 
     @property
     def paths(self) -> list[str]:

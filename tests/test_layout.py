@@ -123,6 +123,7 @@ HOMES = {
         "distlora_launcher.demo",
     ),
     "accelerate": ("distlora.bench",),
+    "lm_eval": ("distlora.evaluation",),
     "liger_kernel": ("distlora.liger",),
     "gguf": ("distlora.exporting.gguf",),
     "llama_cpp": ("distlora.exporting.gguf.clients",),

@@ -22,7 +22,7 @@ from distlora.combining.checks import needs_base
 from distlora.combining.methods import Combined, Part, combine
 from distlora.combining.request import RECORD_NAME, Request
 from distlora.combining.whole import Weighted, combined_modules, combined_rows, new_token_owner, row_ids
-from distlora.command_line import DONE, run_to_exit_code
+from distlora.command_line import DONE, request_text, run_to_exit_code
 from distlora.deltas.base import Base, open_base
 from distlora.deltas.factors import AdapterFile, Factors
 from distlora.expert_targets import peft_paths
@@ -33,7 +33,7 @@ from distlora.loading.segments import read_header
 from distlora.merging.kept import DTYPES
 from distlora.merging.merge import merge_to
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.saying import Progress
+from distlora.saying import Progress, quieten
 from distlora.tables import Table
 from distlora.targets import match_ending
 from distlora.tensor_files import Unmade
@@ -296,9 +296,10 @@ def told(request: Request, found: Mapping[str, Any]) -> str:
 
 def main(argument: str) -> int:
     """Combine; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    quieten()
 
     def work() -> int:
-        request = Request.read(argument)
+        request = Request.read(request_text(argument))
         found = run(request)
         print(told(request, found))
         what = "an adapter in PEFT's format" if request.onto is None else f"the merged model in {request.dtype}"

@@ -13,7 +13,7 @@ from distlora.config import Config
 from distlora.data.rows import PackedRows
 from distlora.evaluation.request import Dtype, Subject
 from distlora.model import CausalLM
-from distlora.parallel import Ranks
+from distlora.parallel import Backend, Ranks
 from distlora.readings import Loss, Readings, compare, let_go
 from distlora.saying import still_loading
 from distlora.trained_model import load_model
@@ -62,11 +62,16 @@ def measure(
 
 def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> CausalLM:
     """The model of a subject, on these ranks."""
+    return load_shared(subject, dtype, ranks)[0]
+
+
+def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
+    """The same, and what the ranks share it by."""
     config, weights, foreign = subject.found()
-    model, _ = load_model(in_dtype(config, subject.dtype or dtype), weights, ranks, foreign=foreign)
+    model, backend = load_model(in_dtype(config, subject.dtype or dtype), weights, ranks, foreign=foreign)
     if subject.rounded is not None:
         round_to(model, ROUNDED[subject.rounded])
-    return model
+    return model, backend
 
 
 def in_dtype(config: Config, dtype: Dtype) -> Config:

@@ -14,6 +14,8 @@ from distlora.run_folder import DATA_NAME, read_record
 from distlora.trained import Name, base_alone
 
 Dtype = Literal["bf16", "fp32"]
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+"""Of each prompt that a draft helps to continue, and of each answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,14 +109,56 @@ class Merged:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tasks:
+    """Tasks of lm-evaluation-harness."""
+
+    names: tuple[str, ...]
+    folder: str | None = None
+    """Where YAML files describe them; None: the harness's own."""
+    fewshot: int | None = None
+    """Examples before each question; None: as the task says."""
+    limit: int | None = None
+    """Most questions of a task."""
+    as_chat: bool = False
+    """Whether questions go through the chat template."""
+
+    def __post_init__(self) -> None:
+        require(all(self.names), f"--tasks={','.join(self.names)} has an empty name; write --tasks NAME,NAME")
+        require(
+            self.limit is None or self.limit > 0, f"--limit={self.limit} is no number of questions; write 1 or more"
+        )
+        require(
+            self.fewshot is None or self.fewshot >= 0,
+            f"--fewshot={self.fewshot} is no number of examples; write 0 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A smaller model that proposes what the evaluated one then checks."""
+
+    model: str
+    """Its folder, in Hugging Face format."""
+    prompt_tokens: int = PROMPT_TOKENS
+    """Of each row of the text, what is continued."""
+    new_tokens: int = NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        require(self.new_tokens > 0, f"--max-new-tokens={self.new_tokens} is no number of tokens; write 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One evaluation. Everything is resolved: folders are absolute, defaults filled in."""
 
     subjects: tuple[Subject, ...]
     """The first is what the others are compared with."""
-    text: Text
+    text: Text | None
+    """None: tasks alone."""
     dtype: Dtype
     """What they compute in."""
+    tasks: Tasks | None = None
+    draft: Draft | None = None
     out: str | None = None
     """A file for the figures as JSON."""
     as_json: bool = False
@@ -137,7 +181,9 @@ class Request:
         merged = values.pop("merged")
         if merged is not None:
             merged = Merged(**{**merged, "name": Name(**merged["name"])})
-        return cls(subjects=subjects, text=Text(**values.pop("text")), merged=merged, **values)
+        kinds: dict[str, Any] = {"text": Text, "tasks": Tasks, "draft": Draft}
+        parts = {name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()}
+        return cls(subjects=subjects, merged=merged, **values | parts)
 
 
 def check_out(out: str | None) -> None:

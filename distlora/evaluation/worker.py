@@ -16,11 +16,11 @@ import torch
 
 from distlora import durable
 from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
+from distlora.evaluation import report
 from distlora.evaluation.measure import Measured, measure
 from distlora.evaluation.receipt import add_to_receipt, other_forms
 from distlora.evaluation.request import Request
 from distlora.evaluation.rows import check_same_tokens, open_rows
-from distlora.merging.page import measured_table
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.saying import Progress, quieten, say
 from distlora.wording import named_by_argument
@@ -29,8 +29,18 @@ from distlora.wording import named_by_argument
 def run(request: Request, ranks: Ranks) -> dict[str, Any]:
     """The figures of everything that the request asks for; progress on stderr. Every rank must call it alike."""
     tell = Progress() if ranks.rank == 0 else lambda text: None
+    if request.tasks is not None:
+        # Imported here, as it imports lm-evaluation-harness.
+        from distlora.evaluation.tasks import run_tasks
+
+        return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | describe(ranks)
+    assert request.text is not None
     configs = [subject.found()[0] for subject in request.subjects]
     rows, rows_in_all = open_rows(request.text, configs[0], ranks)
+    if request.draft is not None:
+        from distlora.evaluation.speculation import run_draft
+
+        return run_draft(request, request.draft, rows, tell) | describe(ranks)
     for config, subject in zip(configs, request.subjects, strict=True):
         check_same_tokens(rows, configs[0], config, subject.label)
     with other_forms(request.merged, ranks, tell) as forms:
@@ -80,7 +90,7 @@ def describe(ranks: Ranks) -> dict[str, Any]:
 def deliver(request: Request, found: dict[str, Any]) -> None:
     """The table or the JSON on stdout, and the file or the receipt."""
     text = json.dumps(found, indent=1)
-    print(text if request.as_json else measured_table(found).text(), flush=True)
+    print(text if request.as_json else report.shown(found).text(), flush=True)
     if request.merged is not None:
         add_to_receipt(request.merged, found)
     if request.out is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,17 @@ from distlora.command_line import DONE
 from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub
 from distlora.data.formats import DATA_FORMATS
-from distlora.evaluation.request import Request, Subject, Text, check_out, held_out
+from distlora.evaluation.request import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Draft,
+    Request,
+    Subject,
+    Tasks,
+    Text,
+    check_out,
+    held_out,
+)
 from distlora.families import read_config
 from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.loading.prequantized import read_packed_weights
@@ -35,10 +46,14 @@ from distlora_launcher.results import named
 WORKER = "distlora.evaluation"
 MERGE_RECEIPT = "merge.json"
 """What `distlora merge` leaves in a model's folder."""
+ROWS, DRAFT_ROWS = 128, 8
+"""Of the text: what is read, and what is continued."""
 
 USAGE = f"""usage: distlora eval RUN|MODEL ... [--text FILE] [--rows N] [--sequence-length N] [--dtype bf16|fp32]
                      [--checkpoint NAME] [--adapter PATH|base] [--model BASE] [--quant nf4|none] [--no-base]
                      [--processes N] [--json] [--out FILE]
+       distlora eval RUN|MODEL ... --tasks NAME,NAME [--tasks-folder FOLDER] [--fewshot N] [--limit N] [--chat]
+       distlora eval RUN|MODEL --draft MODEL [--text FILE] [--max-new-tokens N]
 
 The loss and the perplexity of each on the same rows of text, how they differ from the first one named, with the
 standard error of that, and how far their predictions are apart. The base of every run is put beside it.
@@ -57,6 +72,18 @@ standard error of that, and how far their predictions are apart. The base of eve
   --json               the figures as JSON on stdout, in place of the table
   --out FILE           the figures as JSON in a new file
 
+  --tasks NAME,NAME    tasks of lm-evaluation-harness in place of a text: each model on the same questions, and how it
+                       differs from the first, question by question
+  --tasks-folder DIR   where YAML files describe them (the harness's own); such a file may name Python code, which runs
+  --fewshot N          examples before each question (as the task says)
+  --limit N            the first N questions of each task
+  --chat               questions go through the chat template
+
+  --draft MODEL        speculative decoding: RUN merged (or MODEL as it is) checks what this smaller model of the same
+                       vocabulary proposes; answers beside greedy decoding's, forwards, tokens/s. Of --rows rows (8)
+                       of the text the first {PROMPT_TOKENS} tokens are continued
+  --max-new-tokens N   tokens of each answer ({NEW_TOKENS})
+
 --checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter without a run."""
 
 
@@ -71,9 +98,8 @@ def main(arguments: list[str]) -> int:
     with named_by_argument():
         request = checked(options)
     names = ", ".join(subject.label for subject in request.subjects)
-    print(
-        f"evaluating {names} on {request.text.name} (importing torch takes a few seconds)", file=sys.stderr, flush=True
-    )
+    on = ", ".join(request.tasks.names) if request.tasks is not None else request.text.name if request.text else ""
+    print(f"evaluating {names} on {on} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if options.processes > 1:
         return run_several(WORKER, request.written(), options.processes)
     become(WORKER, request.written())
@@ -87,10 +113,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(name)
     parser.add_argument("--quant", choices=("nf4", "none"))
     parser.add_argument("--dtype", choices=("bf16", "fp32"))
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int)
+    for name in ("--tasks", "--tasks-folder", "--draft"):
+        parser.add_argument(name)
+    for name in ("--rows", "--sequence-length", "--fewshot", "--limit", "--max-new-tokens"):
+        parser.add_argument(name, type=int)
     parser.add_argument("--processes", type=int, default=1)
-    for name in ("--no-base", "--json"):
+    for name in ("--no-base", "--json", "--chat"):
         parser.add_argument(name, action="store_true")
     return parser.parse_args(arguments)
 
@@ -114,19 +142,78 @@ def checked(options: argparse.Namespace) -> Request:
             value is None or any((trained.run_dir is None) == (flag == "model") for trained in runs),
             f"--{flag}={value} says something of each {named_for}, and none is named; leave it out",
         )
-    if not options.no_base and options.adapter != BASE_ALONE:
+    if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
         for trained, subject in zip(runs, [s for s in subjects if s.name is not None], strict=True):
             base = base_of(trained, subject)
             if base.label not in (subject.label for subject in subjects):
                 subjects.append(base)
     dtype = options.dtype or (runs[0].config.train.dtype if runs else "bf16" if gpu_count() else "fp32")
+    tasks, draft = checked_tasks(options), checked_draft(options, subjects)
     return Request(
         subjects=tuple(subjects),
-        text=text_of(options, subjects[0], runs),
+        text=None if tasks is not None else text_of(options, subjects[0], runs),
         dtype=dtype,
+        tasks=tasks,
+        draft=draft,
         out=None if options.out is None else str(Path(options.out).absolute()),
         as_json=options.json,
     )
+
+
+def checked_tasks(options: argparse.Namespace) -> Tasks | None:
+    """What --tasks asks for. Raises UserError for flags without it, and where the harness is not installed."""
+    if options.tasks is None:
+        for flag in ("tasks_folder", "fewshot", "limit"):
+            value = getattr(options, flag)
+            require(
+                value is None, f"--{flag.replace('_', '-')}={value} is of --tasks; add --tasks NAME, or leave it out"
+            )
+        require(not options.chat, "--chat is of --tasks; add --tasks NAME, or leave it out")
+        return None
+    for flag in ("text", "rows", "sequence_length", "draft"):
+        value = getattr(options, flag)
+        require(
+            value is None,
+            f"--{flag.replace('_', '-')}={value} has no effect with --tasks, which have their own text; leave one out",
+        )
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "--tasks needs lm-evaluation-harness, which is not installed; `pip install lm_eval`, or distlora with [eval]",
+    )
+    folder = None if options.tasks_folder is None else Path(options.tasks_folder).expanduser().absolute()
+    require(
+        folder is None or any(folder.rglob("*.yaml")),
+        f"--tasks-folder={options.tasks_folder} holds no YAML file of a task; name the folder that does",
+    )
+    return Tasks(
+        names=tuple(options.tasks.split(",")),
+        folder=None if folder is None else str(folder),
+        fewshot=options.fewshot,
+        limit=options.limit,
+        as_chat=options.chat,
+    )
+
+
+def checked_draft(options: argparse.Namespace, subjects: Sequence[Subject]) -> Draft | None:
+    """What --draft asks for. Raises UserError for flags without it, and where it has no one target."""
+    new_tokens = options.max_new_tokens
+    if options.draft is None:
+        require(
+            new_tokens is None,
+            f"--max-new-tokens={new_tokens} is of --draft; add --draft MODEL, or leave it out",
+        )
+        return None
+    require(len(subjects) == 1, f"--draft={options.draft} helps one model, and {len(subjects)} are named; name one")
+    require(options.processes == 1, "--draft runs a merged model in one process; leave --processes out")
+    (subject,) = subjects
+    require(
+        subject.quant == "none" or subject.name is not None,
+        f"--draft={options.draft} helps a model whose weights are not quantized; name the run, which is merged for it",
+    )
+    draft = model_subject(options.draft, None)
+    assert draft.model is not None
+    require(draft.quant == "none", f"--draft={options.draft} is stored in NF4; name a model with 16- or 32-bit weights")
+    return Draft(model=draft.model, new_tokens=NEW_TOKENS if new_tokens is None else new_tokens)
 
 
 def is_trained(place: str) -> bool:
@@ -219,7 +306,7 @@ def text_of(options: argparse.Namespace, first: Subject, runs: Sequence[Trained]
             options.sequence_length is None,
             f"--sequence-length={options.sequence_length} is of --text; held-out rows are as the run cut them",
         )
-        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=options.rows)
+        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows_of(options))
     path = options.text if means_hub(options.text) else str(Path(options.text).expanduser().absolute())
     length = options.sequence_length
     if length is None:
@@ -229,13 +316,19 @@ def text_of(options: argparse.Namespace, first: Subject, runs: Sequence[Trained]
         name=path if is_hub_name(path) else shown(Path(path)),
         path=path,
         sequence_length=length,
-        most_rows=options.rows,
+        most_rows=rows_of(options),
         **({} if run is None else {"cache_dir": run.config.data.cache_dir}),
     )
     if run is not None and run.config.data.template is not None and holds_chats(text):
         text = dataclasses.replace(text, template=run.config.data.template)
     check_data(dataclasses.replace(base_alone(path, "none", run_dir=path), data=text.data()))
     return text
+
+
+def rows_of(options: argparse.Namespace) -> int:
+    """--rows, or what is usual for what is measured."""
+    usual = ROWS if options.draft is None else DRAFT_ROWS
+    return usual if options.rows is None else int(options.rows)
 
 
 def holds_chats(text: Text) -> bool:

@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
     code = run_alone(WORKER, request.as_json())
     if code != DONE:
         return code
+    assert measured.text is not None
     print(f"measuring on {measured.text.name}", file=sys.stderr, flush=True)
     if processes > 1:
         return run_several(MEASURER, measured.written(), processes)

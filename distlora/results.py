@@ -268,9 +268,21 @@ def publish_result(
                 durable.write_text(temporary / TEMPLATE_NAME, chat_template)
 
 
+def companions_of(base: Path) -> list[Path]:
+    """The files of a base's folder that whatever is made of it has too; not its index of weights, nor what a command
+    recorded there of how the base itself was made."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json") and path.name not in _RECORDS
+    ]
+
+
+_RECORDS = ("merge.json", "combine.json", "export.json")
+
+
 def _write_companions(folder: Path, model: CausalLM, config: Config) -> None:
     """What makes a folder of weights a model: the config, and the base's tokenizer and generation config."""
-    for path in Path(config.model.path).iterdir():
-        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
-            shutil.copy2(path, folder / path.name)
+    for path in companions_of(Path(config.model.path)):
+        shutil.copy2(path, folder / path.name)
     model.hf_config.save_pretrained(folder)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from distlora import train
+from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
 from distlora.config import UserError
 from distlora.deltas.base import open_base
@@ -22,6 +23,7 @@ from distlora.loading.segments import read_headers
 from distlora.merging.merge import merge_to
 from distlora.merging.receipt import Receipt
 from distlora.merging.unmerge import unmerge
+from distlora.merging.worker import summary
 from distlora.model import CausalLM
 from distlora.results import publish_result
 from distlora.trained import Name, Trained
@@ -75,6 +77,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(variant: str, quant
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"adapter": {"use_dora": True}}),
     "pissa": ("qwen3", {"adapter": {"init": "pissa", "use_rslora": True}}),
+    "loftq": ("llama", {"adapter": {"init": "loftq"}}),
     "rows": ("llama-tied", {"adapter": {"trainable_token_indices": [3, 700]}}),
     "new-tokens": ("llama", {"new_tokens": NEW_TOKENS}),
     "new-tokens-tied": ("llama-tied", {"new_tokens": NEW_TOKENS}),
@@ -98,6 +101,8 @@ def test_so_does_that_of_a_run_and_of_its_checkpoint(name: str, folders: Path, t
             ids[:, :3] = torch.tensor(sorted(model.vocabulary.new.values()))
         ours = our_logits(model, ids)
         for onto in ("trained", "original"):
+            if name == "loftq" and onto == "original":
+                continue
             out = tmp_path / f"{checkpoint}-{onto}"
             merge_to(trained, out, onto=onto, dtype=torch.float32, say=quiet)
             difference = float((ours - their_logits(out, ids, model.family.attention)).abs().max())
@@ -206,3 +211,36 @@ def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,000,000"):
         merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float16, say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.tmp" / "left").mkdir(parents=True)
+    with appearing(out) as place:
+        assert list(place.iterdir()) == [], "what a killed process left is gone"
+        with pytest.raises(UserError, match="another process is writing"), appearing(out):
+            pass
+        (place / "file").write_text("ours")
+    assert (out / "file").read_text() == "ours"
+    with pytest.raises(UserError, match="has appeared"), appearing(out) as place:
+        (place / "file").write_text("another's")
+    assert (out / "file").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:
+    """Where B is zero nothing was added, and a weight beyond fp16 is not kept in it."""
+    _, trained = adapted(tmp_path, "llama3-tied", adapter={"target_modules": "qv", "r": 4})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        if "lora_B" in name:
+            tensor.mul_(1e8 if number == 1 else 0)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "base" / "combine.json").write_text("{}")
+    receipt = merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
+    assert sorted(receipt.total["kept"]) == ["bf16", "fp32", "nf4"]
+    assert sum(not found["kept"] for found in receipt.weights.values()) == len(receipt.weights) - 1
+    json.loads((tmp_path / "merged" / "merge.json").read_text(), parse_constant=pytest.fail)
+    assert not (tmp_path / "merged" / "combine.json").exists()
+    summary(receipt, tmp_path / "merged")

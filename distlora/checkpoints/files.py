@@ -6,6 +6,8 @@ Tensors are whole in the files, whatever number of ranks has cut them, so any nu
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from distlora import durable
 from distlora.checkpoints.folder import replaced_of, sha256, temporary_of
+from distlora.config import UserError
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
 from distlora.tensor_files import Unmade, write_tensors
@@ -59,23 +62,49 @@ def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """`whole_folder` of a process without ranks: it stops where the place cannot be made."""
+    """A place to write what then appears as `folder`, a new one, complete or not at all: of a process without ranks.
+
+    The place is this process's while it writes; what a killed one left there is removed. Raises UserError where another
+    process writes it, and where there is such a folder by then, which stays as it is.
+    """
     temporary = temporary_of(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        yield temporary
-        publish(temporary, folder)
+        _own(descriptor, temporary, folder)
+        try:
+            yield temporary
+            _sync(temporary)
+            if folder.exists():
+                raise UserError(f"{folder} has appeared since this began; name another folder with --out")
+            temporary.rename(folder)
+            durable.sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _own(descriptor: int, temporary: Path, folder: Path) -> None:
+    """Make an open folder this process's alone, and empty it."""
+    with contextlib.suppress(OSError):  # Some network disks know no locks.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {folder}; wait for it, or name another folder with --out"
+            ) from None
+    # Its owner may have given it its name, or removed it, between our two calls.
+    if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(descriptor)):
+        raise UserError(f"another process has just written {folder}; name another folder with --out")
+    for left in temporary.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished temporary folder its name; the name stands for a whole folder, on the disk, from then on."""
-    for path in temporary.rglob("*"):
-        durable.sync(path)
-    durable.sync(temporary)
+    _sync(temporary)
     replaced = replaced_of(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -88,6 +117,12 @@ def publish(temporary: Path, folder: Path) -> None:
         raise
     durable.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        durable.sync(path)
+    durable.sync(folder)
 
 
 def write_files(

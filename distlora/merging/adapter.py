@@ -18,6 +18,7 @@ from distlora.deltas.factors import AdapterFile, Factors
 from distlora.initial_adapter import WEIGHTS_NAME, check_fits
 from distlora.initial_modules import check_modules
 from distlora.initial_rows import check_rows
+from distlora.loading.decompose import Start
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment, read_header
 from distlora.loading.start_file import start_path
@@ -36,16 +37,21 @@ class Adapter:
     """Where it was read from; of a run's folder of checkpoints, the newest whole one."""
     file: AdapterFile
     header: Mapping[str, Segment]
-    less_start: bool = False
-    """Whether the base lacks PiSSA's start: then the file, a plain LoRA of twice the rank, has in its first half what
-    was trained, and in its second what the base lacks."""
+    starts: Mapping[str, Start]
+    """Where the base lacks PiSSA's start: that, by path. The file, a plain LoRA of twice the rank, has in its first
+    half what was trained, and in its second what the base lacks. Else empty."""
 
     def factors(self, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
         """Of one weight, for the form of the base that this is merged onto."""
         factors = self.file.factors(path, reader, experts=experts)
-        if not self.less_start:
+        if not self.starts:
             return factors
-        half = factors.rank // 2
+        half, start = factors.rank // 2, self.starts[path]
+        if not (torch.equal(factors.A[half:], start.A) and torch.equal(factors.B[:, half:], -start.B)):
+            raise UserError(
+                f"{self.folder} was trained from another start: the second half of {path} is not that of this run; put "
+                "back the folder that this run made"
+            )
         return replace(factors, A=factors.A[..., :half, :], B=factors.B[..., :half].contiguous())
 
     def has(self, matrix: str) -> bool:
@@ -94,12 +100,14 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
             file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distlora-merge-")))
             write_plain(folder, start_path(config), file)
         adapter = AdapterFile.open(file)
+        residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
+        starts = {path: residual.start for path, residual in residuals.items() if residual is not None}
         _check_belongs(adapter, base)
         yield Adapter(
             folder=folder,
             file=adapter,
             header=read_header(file / WEIGHTS_NAME),
-            less_start=config.adapter.pissa and onto == "trained",
+            starts=starts if onto == "trained" else {},
         )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from distlora import durable
 from distlora.deltas.base import Base
 from distlora.families import read_config
-from distlora.loading.segments import INDEX_NAME
-from distlora.results import COMPANIONS
+from distlora.results import companions_of
 from distlora.run_folder import DATA_NAME, TEMPLATE_NAME, read_record
 from distlora.tokens import tokenizer_files
 from distlora.trained import Trained
@@ -28,9 +27,8 @@ def write_companions(folder: Path, trained: Trained, base: Base, dtype: str) -> 
 
 def copy_companions(folder: Path, trained: Trained) -> None:
     """All of them but config.json."""
-    source = Path(trained.config.model.path)
-    for path in sorted(source.iterdir()):
-        if path.suffix in COMPANIONS and path.name not in (INDEX_NAME, "config.json") and path.is_file():
+    for path in companions_of(Path(trained.config.model.path)):
+        if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
     for name, content in tokenizer_files(trained.config).items():
         (folder / name).write_bytes(content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,8 +117,8 @@ class Files:
         place = self._plan.places[name]
         _write_all(self._open[place.file.name], content, place.offset + first)
 
-    def copy(self, name: str) -> None:
-        """A tensor as the base has it."""
+    def copy(self, name: str, passed: Callable[[int, str], None] | None = None) -> None:
+        """A tensor as the base has it; `passed` is told of each part of it."""
         source, place = self._plan.copied[name], self._plan.places[name]
         with source.file.open("rb") as stream:
             stream.seek(source.offset)
@@ -127,6 +127,8 @@ class Files:
                 if not content:
                     raise OSError(f"{source.file} ended while it was read; it was changed since the start")
                 _write_all(self._open[place.file.name], content, place.offset + done)
+                if passed is not None:
+                    passed(len(content), name)
 
 
 class Cursor:

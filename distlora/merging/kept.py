@@ -40,8 +40,11 @@ class Change:
 
     @property
     def kept(self) -> dict[str, float]:
-        """By form; empty where nothing was added."""
-        return {name: 1 - math.sqrt(lost / self.delta) for name, lost in self.lost.items()} if self.delta else {}
+        """By form; without those that cannot hold the weights (fp16 ends at 65,504), empty where nothing was added."""
+        if not self.delta:
+            return {}
+        finite = {name: lost for name, lost in self.lost.items() if math.isfinite(lost)}
+        return {name: 1 - math.sqrt(lost / self.delta) for name, lost in finite.items()}
 
     def as_json(self) -> dict[str, object]:
         return {"ratio": self.ratio, "kept": self.kept, "base_norm": math.sqrt(self.base)}

@@ -6,10 +6,11 @@ counts it). The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,30 +52,32 @@ def merge_to(
         plan = plan_files(parameters, base.headers, dtype)
         of_base = sum(segment.num_bytes for segment in base.headers.values()) if residual else 0
         check_space(out, sum(plan.sizes.values()) + of_base)
-        sources = hashing.submit(_sums, folder, sorted({segment.file for segment in base.headers.values()}))
-        with appearing(out) as temporary:
+        clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
+        sources = [
+            (file.name, hashing.submit(clock.digest, file, counted=False))
+            for file in sorted({segment.file for segment in base.headers.values()})
+        ]
+        with _stopping(clock), appearing(out) as temporary:
             keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
             with Files(temporary, plan) as files:
-                clock = Clock("merging", sum(parameter.numel for parameter in parameters), say)
                 filling = Filling(files, base, adapter, onto, dtype, clock, keeper)
                 changes = each(filling.fill, parameters, clock)
-                for name in plan.copied:
-                    files.copy(name)
+                each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
             write_index(temporary, plan, folder)
             write_companions(temporary, trained, base, str(dtype).removeprefix("torch."))
-            say("SHA-256 of what was written")
+            of_base_files = {name: digest.result() for name, digest in sources}
             found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
                 onto=onto,
                 dtype=next(name for name, known in DTYPES.items() if known is dtype),
                 date=f"{datetime.date.today():%Y-%m-%d}",
                 versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
-                base={"path": str(folder), "fingerprint": fingerprint(folder), "files": sources.result()},
+                base={"path": str(folder), "fingerprint": fingerprint(folder), "files": of_base_files},
                 adapter=None if adapter is None else _named(adapter, trained),
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),
-                residual={} if keeper is None else keeper.close(temporary, plan, sources.result()),
-                files=_sums(temporary, sorted(path for path in temporary.rglob("*") if path.is_file())),
+                residual={} if keeper is None else keeper.close(temporary, plan, of_base_files),
+                files=_digests(temporary, say),
                 seconds=time.monotonic() - began,
             )
             receipt.write(temporary)
@@ -106,16 +109,34 @@ class Filling:
                     keep(piece, written)
                 if changed:
                     measure.add(piece.base, piece.merged)
-                self.clock.passed(piece.merged.numel(), parameter.weight.name)
+                self.clock.passed(written.nbytes, parameter.weight.name)
         cursor.close()
         return measure.result() if changed else None
+
+
+@contextlib.contextmanager
+def _stopping(clock: Clock) -> Iterator[None]:
+    """What the block raises stops what goes by the clock."""
+    try:
+        yield
+    except BaseException:
+        clock.stopped = True
+        raise
+
+
+def _digests(folder: Path, say: Say) -> dict[str, str]:
+    """The SHA-256 of each file of a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    clock = Clock("SHA-256", sum(path.stat().st_size for path in files), say)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return dict(zip(names, each(clock.digest, files, clock), strict=True))
 
 
 def _total(changes: list[Change]) -> dict[str, Any]:
     total = sum_of(changes).as_json()
     in_nf4 = [change for change in changes if AGAIN in change.lost]
     if in_nf4 and isinstance(total["kept"], dict):
-        total["kept"][AGAIN] = sum_of(in_nf4).kept.get(AGAIN)
+        total["kept"] |= {name: value for name, value in sum_of(in_nf4).kept.items() if name == AGAIN}
     return total
 
 
@@ -124,9 +145,5 @@ def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
     return {
         "place": trained.place,
         "folder": str(folder),
-        "files": _sums(folder, [folder / CONFIG_NAME, folder / WEIGHTS_NAME]),
+        "files": {name: sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
     }
-
-
-def _sums(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

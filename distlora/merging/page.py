@@ -45,7 +45,7 @@ def _what(receipt: Receipt) -> Iterator[str]:
 
 def _kept(receipt: Receipt) -> Table:
     total = receipt.total
-    heading = f"{len(receipt.weights):,} tensors changed, ||dW||/||W|| = {total['ratio']:.2e}; kept of dW by storing in"
+    heading = f"{len(receipt.weights):,} tensors changed, ||dW||/||W|| = {total['ratio']:.3g}; kept of dW by storing in"
     kept = {name: value for name, value in total["kept"].items() if value is not None}
     return Table(heading, [[f"{name} (this)" if name == receipt.dtype else name for name in kept], percents(kept)])
 

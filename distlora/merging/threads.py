@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,9 @@ Say = Callable[[str], None]
 """Called often; it says something now and then."""
 WORKERS = min(4, len(os.sched_getaffinity(0)))
 """Tensors at once; each has a few pieces of 4 MiB in memory."""
+
+HASHED_BYTES = 2**22
+"""Of a file, at once."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -30,16 +35,27 @@ class Clock:
         self._lock = threading.Lock()
         self.stopped = False
 
-    def passed(self, numel: int, name: str) -> None:
+    def passed(self, num_bytes: int, name: str) -> None:
         """Raises CancelledError once it is stopped."""
         if self.stopped:
             raise CancelledError
+        if not num_bytes:
+            return
         with self._lock:
-            self._done += numel
+            self._done += num_bytes
             share = self._done / self._total
             left = (time.monotonic() - self._began) * (1 / share - 1)
-            of = f"{share:.0%} of {self._total:,} weights"
+            of = f"{share:.0%} of {self._total / 1e9:,.2f} GB"
             self._say(f"{self._what}: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
+
+    def digest(self, file: Path, *, counted: bool = True) -> str:
+        """SHA-256 of a file, in hexadecimal; it can be stopped. `counted`: its bytes are among the total's."""
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while content := stream.read(HASHED_BYTES):
+                digest.update(content)
+                self.passed(len(content) if counted else 0, file.name)
+        return digest.hexdigest()
 
 
 def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> list[Found]:

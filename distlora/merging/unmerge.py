@@ -44,9 +44,10 @@ def unmerge(merged: Path, out: Path, *, say: Say) -> dict[str, str]:
         for name in sorted(table.files.keys() - plan.headers.keys()):
             kept = folder / BASE_NAME / name
             shutil.copyfile(kept if kept.is_file() else merged / name, temporary / name)
-        say("SHA-256 of what was written")
-        for name, expected in table.files.items():
-            if sha256(temporary / name) != expected:
+        clock = Clock("SHA-256", sum(path.stat().st_size for path in temporary.iterdir()), say)
+        sums = each(lambda name: clock.digest(temporary / name), list(table.files), clock)
+        for (name, expected), found in zip(table.files.items(), sums, strict=True):
+            if found != expected:
                 raise ValueError(f"{name} did not become what it was")
     return table.files
 
@@ -97,7 +98,7 @@ def _plan(table: Table, frames: Frames, merged: Mapping[str, Segment]) -> Plan:
 def _fill(files: Files, plan: Plan, merged: Path, table: Table, frames: Frames, say: Say) -> None:
     written = read_headers(merged)
     adapter = AdapterFile.open(merged / FOLDER) if (merged / FOLDER / CONFIG_NAME).is_file() else None
-    clock = Clock("unmerging", sum(frame[1] for one in table.predicted for frame in one.frames), say)
+    clock = Clock("unmerging", sum(segment.num_bytes for segment in plan.places.values()), say)
 
     def fill(one: Predicted) -> None:
         shapes = {name: plan.places[name].shape for name in one.names}
@@ -111,7 +112,7 @@ def _fill(files: Files, plan: Plan, merged: Path, table: Table, frames: Frames, 
                 before = undo.rows(values.view(-1, one.columns), done // one.columns).view(-1)
                 cursor.write(decode(frames.contents(frame), before.to(dtype)))
                 done += count
-                clock.passed(count, one.names[0])
+                clock.passed(count * dtype.itemsize, one.names[0])
         cursor.close()
 
     each(fill, table.predicted, clock)
@@ -121,8 +122,8 @@ def _fill(files: Files, plan: Plan, merged: Path, table: Table, frames: Frames, 
             content = frames.plain(frame)
             files.write_bytes(name, done, content.numpy().data)
             done += len(content)
-    for name in plan.copied:
-        files.copy(name)
+            clock.passed(len(content), name)
+    each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
 
 
 def _undo(one: Predicted, adapter: AdapterFile | None, frames: Frames, reader: Reader) -> Undo:

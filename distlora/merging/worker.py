@@ -38,7 +38,7 @@ def summary(receipt: Receipt, out: Path) -> str:
         kept = receipt.total["kept"]
         rows = [["stored in", "of the adapter's change kept"]]
         rows += [[name if name != receipt.dtype else f"{name} (this)", f"{kept[name]:.2%}"] for name in kept]
-        heading = f"{len(receipt.weights)} tensors changed, ||dW||/||W|| = {receipt.total['ratio']:.2e}"
+        heading = f"{len(receipt.weights)} tensors changed, ||dW||/||W|| = {receipt.total['ratio']:.3g}"
         lines.append(Table(heading, rows).text())
     if receipt.residual:
         kept, of = receipt.residual["bytes"], receipt.residual["base_bytes"]

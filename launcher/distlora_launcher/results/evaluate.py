@@ -230,7 +230,7 @@ def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, T
         checkpoint=None if is_adapter else options.checkpoint,
         adapter=None if is_adapter else options.adapter,
         model=options.model if is_adapter else None,
-        quant=options.quant or "nf4",
+        quant=options.quant if is_adapter else None,
     )
     name, trained = named.named(flags)
     own = trained.config.quant.method

@@ -6,6 +6,7 @@ writes the folder, and this process becomes the one that measures it (`python -m
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -34,10 +35,11 @@ difference of a logit go into merge.json and merge.md. Works on an unfinished ru
 
 {ARGUMENTS}
 
-  --out FOLDER         where it goes: a new folder (RUN/merged, or ADAPTER-merged beside an adapter)
+  --out FOLDER         where it goes: a new folder (RUN/merged, RUN/merged-CHECKPOINT, or ADAPTER-merged)
   --onto trained       the base as it was trained on, dequantized: computes what training computed (the default)
   --onto original      the base as it is on disk: other outputs than in training by what NF4 loses
-  --dtype DTYPE        of the weights: fp32, which loses nothing; bf16 or fp16, which round (fp32)
+  --dtype DTYPE        of the weights: fp32, which loses nothing of what was added, nor of the base as it is on disk
+                       (train.dtype is what training computed in); bf16 or fp16, which round (fp32)
   --residual           keep what `distlora unmerge` needs to give the base's files back, bit for bit: 6 to 50 % of
                        their size where they are in 16 bits
 {measuring.ARGUMENTS}"""
@@ -77,7 +79,7 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     options = parser.parse_args(arguments)
     name, trained = named(options)
     check_mergeable(trained, options.onto)
-    out = default_out(trained) if options.out is None else Path(options.out).expanduser().absolute()
+    out = default_out(trained, options) if options.out is None else Path(options.out).expanduser().absolute()
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
     with named_by_argument():
@@ -88,9 +90,10 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     return request, measured, options.processes
 
 
-def default_out(trained: Trained) -> Path:
+def default_out(trained: Trained, options: argparse.Namespace) -> Path:
     """In the run's folder, or beside an adapter that has none."""
     if trained.run_dir is not None:
-        return trained.run_dir / "merged"
+        which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
+        return trained.run_dir / ("merged" if which is None else f"merged-{which}")
     place = Path(trained.place).expanduser().absolute()
     return place.with_name(f"{place.name}-merged")

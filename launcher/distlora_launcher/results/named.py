@@ -18,7 +18,7 @@ ARGUMENTS = """  RUN                  a run's folder; or an adapter in PEFT's fo
   --checkpoint NAME    of a run: a saved step (step_100), or the best by held-out loss (best)
   --adapter PATH|base  of a run: another LoRA adapter of its base, or the base alone
   --model BASE         of an adapter without a run: its base, a folder or a name on the hub
-  --quant nf4|none     and how that is held (nf4)"""
+  --quant nf4|none     and how that was held when the adapter was trained (nf4, as QLoRA holds it)"""
 """For a command's usage."""
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
     for name in ("--checkpoint", "--adapter", "--model"):
         parser.add_argument(name)
-    parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--quant", choices=("nf4", "none"))
 
 
 def named(options: argparse.Namespace) -> tuple[Name, Trained]:
@@ -42,9 +42,27 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
         adapter=options.adapter,
         checkpoint=options.checkpoint,
         base=options.model,
-        quant=options.quant,
+        quant=options.quant or "nf4",
     )
     trained = name.read()
+    if trained.run_dir is None:
+        unused = [flag for flag in ("checkpoint", "adapter") if getattr(options, flag) is not None]
+        require(
+            not unused,
+            f"{options.run} is an adapter, and --{unused[0] if unused else ''} says which of a run; leave it out",
+        )
+        if options.quant is None and trained.config.quant.is_nf4:
+            print(
+                f"{options.run}: taken as trained on its base in NF4; if the base was in 16 bits, say --quant none",
+                file=sys.stderr,
+                flush=True,
+            )
+    own = trained.config.quant.method
+    require(
+        options.quant in (None, own),
+        f"--quant={options.quant}: {options.run} was trained with quant={own}, which is what its adapter belongs to; "
+        "leave --quant out",
+    )
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
         if trained.run_dir is None:
             base = localize(trained.config).model.path

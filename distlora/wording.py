@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from distlora.config import UserError
 
 _WORDS = (
-    (r"data\.path \(or data\.eval_path\)", "--text"),
-    (r"data\.path=", "--text "),
-    (r"data\.path", "--text"),
+    (r"data\.path \(or data\.eval_path\)", "{data}"),
+    (r"data\.eval_path=", "{held_out} "),
+    (r"data\.eval_path", "{held_out}"),
+    (r"data\.path=", "{data} "),
+    (r"data\.path", "{data}"),
     (r"data\.sequence_length=", "--sequence-length "),
     (r"data\.sequence_length", "--sequence-length"),
     (r"(?<=set )model\.path to", "MODEL to"),
@@ -23,12 +25,13 @@ _WORDS = (
 
 
 @contextlib.contextmanager
-def named_by_argument() -> Iterator[None]:
-    """UserErrors that the block raises name this command's arguments in place of a run's settings."""
+def named_by_argument(*, data: str = "--text", held_out: str = "--text") -> Iterator[None]:
+    """UserErrors that the block raises name this command's arguments in place of a run's settings: `data` and
+    `held_out` are those for documents."""
     try:
         yield
     except UserError as error:
         text = str(error)
         for setting, argument in _WORDS:
-            text = re.sub(setting, argument, text)
+            text = re.sub(setting, argument.format(data=data, held_out=held_out), text)
         raise UserError(text) from error

@@ -10,6 +10,7 @@ from distlora.config import UserError, nearest
 ANALYSES = {
     "quantization": "MODEL: what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
     "spectrum": "RUN: singular values of dW, its rank by layer, intruder dimensions; against full fine-tuning",
+    "intrinsic": "MODEL ...: how many dimensions fine-tuning needs, pretrained and random, by training in subspaces",
 }
 """A module of this package each: its main(arguments) -> exit code does the work, --help included."""
 

@@ -1,0 +1,8 @@
+"""`python -m distlora.analysis.intrinsic REQUEST`: the worker."""
+
+import sys
+
+from distlora.command_line import run_worker
+
+if __name__ == "__main__":
+    sys.exit(run_worker("distlora.analysis.intrinsic.worker"))

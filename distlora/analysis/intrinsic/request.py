@@ -1,0 +1,126 @@
+"""What `distlora analyze intrinsic` is asked to do: the request that the command hands to its worker. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from distlora import wording
+from distlora.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    TrainConfig,
+    require,
+)
+
+REQUEST_NAME, TRAININGS_NAME = "request.json", "trainings.jsonl"
+"""What a folder that is not finished holds: what was asked, and a line for each training that has ended."""
+RESULT_NAME, REPORT_NAME, PLOT_NAME = "intrinsic.json", "report.md", "intrinsic.png"
+SCALINGS = ("none", "layers")
+"""DID and SAID."""
+MOST_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
+
+    models: tuple[tuple[str, str], ...]
+    """(the model's folder, what the report calls it)."""
+    data: str
+    """Documents to train on: a file or a folder."""
+    eval_data: str | None
+    """Held-out documents; None: a tenth of `data`."""
+    out: str
+    """An existing folder for the results."""
+    cache_dir: str
+    """Where tokenized rows are kept."""
+    random: bool = False
+    """Whether each model is also trained from random weights."""
+    scalings: tuple[str, ...] = SCALINGS
+    """Ways to put the subspace into the model."""
+    share: float = 0.9
+    """Of full fine-tuning's gain: what the dimension that is searched must reach."""
+    start: int = 1024
+    """Dimension that the search begins with."""
+    most: int = 100_000
+    """The largest that it tries."""
+    resolution: float = 2.0
+    """It ends where the dimension is known to this factor."""
+    steps: int = 100
+    """Optimizer steps of a training."""
+    batch: int = 8
+    """Rows of a step."""
+    sequence_length: int = 128
+    """Tokens in a row."""
+    lr: float = 1e-3
+    """The learning rate that is tried first; others are this one times powers of 3."""
+    seeds: int = 2
+    """Trainings of each dimension that decides, and of full fine-tuning."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < 1, f"--share={self.share} is no share of a gain; write a number between 0 and 1")
+        require(
+            1.05 <= self.resolution <= 100,
+            f"--resolution={self.resolution} is no factor to know a dimension to; write 1.05 to 100",
+        )
+        for name in ("start", "most", "steps", "batch", "seeds"):
+            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)} is no number; write 1 or more")
+        require(
+            self.start <= self.most,
+            f"--start={self.start:,} is beyond --most={self.most:,}, the largest dimension to try; lower --start",
+        )
+        require(0 < self.lr < 1, f"--lr={self.lr} is no learning rate; write a number between 0 and 1")
+        require(
+            self.sequence_length >= 2,
+            f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",
+        )
+        require(
+            bool(self.scalings) and set(self.scalings) <= set(SCALINGS),
+            f"--scaling={','.join(self.scalings)} is not known; write none, layers or none,layers",
+        )
+
+    def config(self, model: str, *, lr: float | None = None, seed: int = 0) -> Config:
+        """The settings of a run that would train all of this model on this data: what our own paths are built from."""
+        return Config(
+            model=ModelConfig(path=model),
+            data=DataConfig(
+                path=self.data,
+                eval_path=self.eval_data,
+                eval_fraction=0.1 if self.eval_data is None else 0.0,
+                sequence_length=self.sequence_length,
+                cache_dir=self.cache_dir,
+            ),
+            adapter=AdapterConfig(method="full"),
+            quant=QuantConfig(method="none"),
+            optim=OptimConfig(lr=self.lr if lr is None else lr, warmup_ratio=0.1),
+            train=TrainConfig(
+                dtype="fp32",
+                max_steps=self.steps,
+                global_batch=self.batch,
+                micro_batch=max(1, min(self.batch, MOST_TOKENS_AT_ONCE // self.sequence_length)),
+                checkpointing="none",
+                seed=seed,
+            ),
+            run_dir=self.out,
+        )
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        values = json.loads(text)
+        models = tuple((folder, name) for folder, name in values["models"])
+        return cls(**values | {"models": models, "scalings": tuple(values["scalings"])})
+
+
+def named_by_argument() -> AbstractContextManager[None]:
+    """UserErrors that the block raises name this command's arguments in place of a run's settings."""
+    return wording.named_by_argument(data="--data", held_out="--eval-data")

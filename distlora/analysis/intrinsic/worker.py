@@ -1,0 +1,234 @@
+"""The worker of `distlora analyze intrinsic`: trainings, each kept as it ends, then the files and the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from distlora import durable
+from distlora.analysis.intrinsic import report, search
+from distlora.analysis.intrinsic.plots import plot_intrinsic
+from distlora.analysis.intrinsic.request import (
+    PLOT_NAME,
+    REPORT_NAME,
+    RESULT_NAME,
+    TRAININGS_NAME,
+    Request,
+    named_by_argument,
+)
+from distlora.analysis.intrinsic.training import Bench, Outcome, Training
+from distlora.command_line import DONE, run_to_exit_code
+from distlora.parallel import Ranks, join_ranks
+from distlora.saying import Progress
+
+
+class Trainings:
+    """Those that have ended, by what was trained; a killed analysis goes on from them."""
+
+    def __init__(self, path: Path) -> None:
+        self._done: dict[Training, Outcome] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    found = json.loads(line)
+                except ValueError:  # Of a process that was killed while it wrote.
+                    continue
+                self._done[Training(**found["training"])] = Outcome(**found["outcome"])
+        self._file = durable.AppendedFile(path)
+        self.number = len(self._done)
+
+    def get(self, training: Training) -> Outcome | None:
+        return self._done.get(training)
+
+    def add(self, training: Training, outcome: Outcome) -> None:
+        self._done[training] = outcome
+        self.number += 1
+        found = {"training": dataclasses.asdict(training), "outcome": dataclasses.asdict(outcome)}
+        # In a line of its own, whatever the line before was cut by.
+        self._file.append(("\n" if self.number == 1 else "") + json.dumps(found) + "\n")
+
+    def seconds(self, model: str) -> float:
+        return sum(outcome.seconds for training, outcome in self._done.items() if training.model == model)
+
+
+class Arm:
+    """A model from one start: its full fine-tuning, and its subspaces."""
+
+    def __init__(self, request: Request, bench: Bench, name: str, trainings: Trainings, say: Progress, *, random: bool):
+        self.request, self.bench, self.name, self.random = request, bench, name, random
+        self.trainings, self.say = trainings, say
+        self.rates = search.Rates(lambda dimension, power: self.loss("full", dimension, power, 0))
+        self.rates.loss(bench.size)
+        self.power = self.rates.best[bench.size]
+        self.untrained = [
+            self.outcome("untrained", 0, 0, seed).loss for seed in (range(request.seeds) if random else [0])
+        ]
+        self.full = [self.loss("full", bench.size, self.power, seed) for seed in range(request.seeds)]
+        self.before, self.after = mean(self.untrained), mean(self.full)
+
+    def loss(self, scaling: str, dimension: int, power: int, seed: int) -> float:
+        loss = self.outcome(scaling, dimension, power, seed).loss
+        return float("inf") if loss is None else loss
+
+    def outcome(self, scaling: str, dimension: int, power: int, seed: int) -> Outcome:
+        """Of a training that has ended, or is done now."""
+        training = Training(
+            model=self.name,
+            random=self.random,
+            scaling=scaling,
+            dimension=dimension,
+            lr=0.0 if scaling == "untrained" else float(f"{self.request.lr * search.RATE_STEP**power:.4g}"),
+            seed=seed,
+        )
+        outcome = self.trainings.get(training)
+        if outcome is None:
+            self.say.line(report.what(training))
+            outcome = self.bench.run(training)
+            self.trainings.add(training, outcome)
+            loss = "not finite" if outcome.loss is None else f"{outcome.loss:.4f}"
+            self.say.line(
+                f"  held-out loss {loss} ({outcome.seconds:.0f} s of processor; {self.trainings.number} done)"
+            )
+        return outcome
+
+    def search(self, scaling: str) -> dict[str, Any]:
+        """The dimension that reaches the share, and every one that was tried."""
+        request = self.request
+        rates = search.Rates(lambda dimension, power: self.loss(scaling, dimension, power, 0))
+
+        def reaches(dimension: int) -> bool:
+            share = self.share_of(rates.loss(dimension))
+            self.say.line(f"  d={dimension:,}: {share:.1%} of full fine-tuning's gain")
+            return share >= request.share
+
+        least = 1 + (len(self.bench.flat.layers) if scaling == "layers" else 0)
+        most = max(least, min(request.most, self.bench.size // 2))
+        ends = search.bracket(reaches, start=request.start, least=least, most=most, resolution=request.resolution)
+        seeds: dict[int, list[int]] = {dimension: [0] for dimension in rates.best}
+        for dimension in (ends.low, ends.high):
+            if dimension is not None:
+                seeds[dimension] = list(range(request.seeds))
+        outcomes = {
+            dimension: [self.outcome(scaling, dimension, rates.best[dimension], seed) for seed in seeds[dimension]]
+            for dimension in sorted(rates.best)
+        }
+        losses = {d: [float("inf") if o.loss is None else o.loss for o in found] for d, found in outcomes.items()}
+        shares = {dimension: [self.share_of(loss) for loss in found] for dimension, found in losses.items()}
+        noise = search.deviation(list(shares.values()))
+        found = search.crossing(shares, request.share)
+        return {
+            "dimension": found,
+            "at_most": least if ends.low is None else None,
+            "above": most if ends.high is None else None,
+            "noise": noise,
+            "range": None
+            if noise is None
+            else [search.crossing(shares, request.share, shift=shift) for shift in (noise, -noise)],
+            "least": least,
+            "most": most,
+            "points": [
+                {
+                    "dimension": dimension,
+                    "lr": float(f"{request.lr * search.RATE_STEP ** rates.best[dimension]:.4g}"),
+                    "losses": losses[dimension],
+                    "shares": shares[dimension],
+                    "distance": outcomes[dimension][0].distance,
+                }
+                for dimension in sorted(rates.best)
+            ],
+        }
+
+    def share_of(self, loss: float) -> float:
+        """Of full fine-tuning's gain; far below 0 for a training that came to nothing."""
+        return max((self.before - loss) / (self.before - self.after), -9.0)
+
+    def found(self) -> dict[str, Any]:
+        """The arm's figures without its subspaces."""
+        noise = search.deviation([self.full])
+        return {
+            "model": self.name,
+            "start": "random" if self.random else "pretrained",
+            "parameters": self.bench.size,
+            "untrained": self.before,
+            "full": self.after,
+            "full_losses": self.full,
+            "full_noise": noise,
+            "full_lr": float(f"{self.request.lr * search.RATE_STEP**self.power:.4g}"),
+            "full_distance": self.outcome("full", self.bench.size, self.power, 0).distance,
+            "layers": list(self.bench.flat.layers),
+            "subspaces": {},
+        }
+
+
+def mean(values: list[Any]) -> float:
+    return sum(values) / len(values)
+
+
+def run(request: Request, ranks: Ranks | None = None) -> None:
+    """Everything that the request asks for; tables on stdout, progress on stderr."""
+    ranks = ranks or join_ranks()
+    say = Progress()
+    out = Path(request.out)
+    trainings = Trainings(out / TRAININGS_NAME)
+    if trainings.number:
+        say.line(f"{trainings.number} trainings are done already, {out / TRAININGS_NAME}")
+    found: dict[str, Any] = describe(request, ranks)
+    for folder, name in request.models:
+        say.line(f"{name}: reading it and its data")
+        bench = Bench(request, folder, ranks, say)
+        for random in (False, True) if request.random else (False,):
+            arm = Arm(request, bench, name, trainings, say, random=random)
+            figures = arm.found()
+            found["arms"].append(figures)
+            if figures["full"] >= figures["untrained"]:
+                say.line(report.nothing_gained(figures))
+                continue
+            for scaling in request.scalings:
+                figures["subspaces"][scaling] = arm.search(scaling)
+                write(out, found)  # What is known so far can be looked at.
+        del bench
+    write(out, found)
+    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
+    print(report.terminal(found))
+    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
+
+
+def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
+    """Where the figures come from."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
+    names = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "resolution", "random")
+    return {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "data": Path(request.data).name,
+        "eval_data": None if request.eval_data is None else Path(request.eval_data).name,
+        "device": f"{ranks.device.type} ({device})",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "settings": {name: getattr(request, name) for name in names},
+        "arms": [],
+    }
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """The report and the plot; intrinsic.json is written at the end alone, and says that it is."""
+    plot_intrinsic(found, out / PLOT_NAME)
+    durable.write_text(out / REPORT_NAME, report.markdown(found))
+
+
+def main(argument: str) -> int:
+    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    transformers_logging.set_verbosity_error()
+
+    def work() -> int:
+        with named_by_argument():
+            run(Request.read(argument))
+        return DONE
+
+    return run_to_exit_code(work)

@@ -155,8 +155,8 @@ def _noise(found: Mapping[str, Any]) -> Iterator[str]:
     if noises:
         yield (
             f"Between seeds (of the subspace, the order of the rows, and random weights) the share differs by a "
-            f"standard deviation of {min(noises):.1%} to {max(noises):.1%}; a range is where the share crosses with one of it "
-            "added or taken away."
+            f"standard deviation of {min(noises):.1%} to {max(noises):.1%}; a range is where the share "
+            "crosses with one of it added or taken away."
         )
 
 

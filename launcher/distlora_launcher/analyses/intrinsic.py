@@ -7,9 +7,10 @@ Everything that can be refused is refused here, before torch is imported. Then t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distlora import durable
@@ -113,13 +114,27 @@ def checked(options: argparse.Namespace) -> Request:
     )
     check_writable(out, "--out")
     for model in models:
-        with with_small_files(request.config(model)) as config:
+        with with_small_files(request.config(model)) as config, for_full_fine_tuning():
             check_model(dataclasses.replace(config, data=request.config(model).data))
     check_data(request.config(models[0]))
     local = tuple((localize(request.config(model)).model.path, name) for model, name in request.models)
     request = dataclasses.replace(request, models=local)
     settle(request, out)
     return request
+
+
+@contextlib.contextmanager
+def for_full_fine_tuning() -> Iterator[None]:
+    """What adapter=full cannot be done with is no model for this command, which has no setting to do otherwise."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error)
+        if not reason.startswith("adapter=full"):
+            raise
+        raise UserError(
+            f"all parameters are trained here, and {reason.partition(';')[0]}; name a dense model of text alone"
+        ) from error
 
 
 def settle(request: Request, out: Path) -> None:

@@ -266,7 +266,7 @@ def test_the_crossing_is_interpolated_in_log_d_over_pooled_shares() -> None:
 def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = request_for(folders, tmp_path / "whole", random=True)
+    whole = request_for(folders, tmp_path / "whole", random=True, also=(40,))
     analyse(whole, SINGLE)
     found = json.loads((tmp_path / "whole" / RESULT_NAME).read_text())
     shown = capsys.readouterr().out
@@ -282,12 +282,13 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     for arm in found["arms"]:
         for scaling, subspace in arm["subspaces"].items():
             assert subspace["least"] == (6 if scaling == "layers" else 1)
+            assert 40 in [point["dimension"] for point in subspace["points"]]
             for point in subspace["points"]:
                 gains = [(arm["untrained"] - loss) / (arm["untrained"] - arm["full"]) for loss in point["losses"]]
                 assert point["shares"] == pytest.approx(gains)
 
     done = (tmp_path / "whole" / TRAININGS_NAME).read_text().splitlines()
-    cut = request_for(folders, tmp_path / "cut", random=True)
+    cut = request_for(folders, tmp_path / "cut", random=True, also=(40,))
     half = "\n".join(done[: len(done) // 2])
     (tmp_path / "cut" / TRAININGS_NAME).write_text(half + "\n" + done[len(done) // 2][:40])
     trained = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distlora.analysis.intrinsic.report import SCALING_WORDS
+from distlora.analysis.intrinsic.report import SCALING_WORDS, mean
 from distlora.drawing import COLOURS, new_figure, save
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def plot_intrinsic(found: Mapping[str, Any], path: Path) -> None:
 
 def _draw(panel: Axes, subspace: Mapping[str, Any], key: str, colour: str, line: str, label: str) -> None:
     """Means over seeds joined by a line, and each seed's dot."""
-    points = [point for point in subspace["points"] if all(abs(value) < 1e6 for value in point[key])]
+    points = [point for point in subspace["points"] if None not in point["losses"]]
     x = [point["dimension"] for point in points]
-    panel.plot(x, [sum(point[key]) / len(point[key]) for point in points], line, color=colour, label=label)
+    panel.plot(x, [mean(point[key]) for point in points], line, color=colour, label=label)
     for point in points:
         panel.plot([point["dimension"]] * len(point[key]), point[key], ".", color=colour, alpha=0.7)

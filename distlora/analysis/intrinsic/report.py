@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.intrinsic.request import PLOT_NAME
+from distlora.analysis.intrinsic.search import crossing
 from distlora.tables import Table
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ def what(training: Training) -> str:
         return f"{training.model}, {start}: untrained"
     kind = "full" if training.scaling == "full" else f"d={training.dimension:,}, {SCALING_WORDS[training.scaling]}"
     return f"{training.model}, {start}: {kind}, lr {training.lr:g}, seed {training.seed}"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def nothing_gained(arm: Mapping[str, Any]) -> str:
@@ -76,14 +81,13 @@ def _range(subspace: Mapping[str, Any]) -> str:
 def _points(heading: str, subspace: Mapping[str, Any]) -> Table:
     rows = [["dimensions", "lr", "held-out loss", "share of the gain", "seeds", "moved"]]
     for point in subspace["points"]:
-        count = len(point["losses"])
         rows.append(
             [
                 f"{point['dimension']:,}",
                 f"{point['lr']:g}",
-                f"{sum(point['losses']) / count:.4f}",
-                f"{sum(point['shares']) / count:.1%}",
-                f"{count}",
+                "not finite" if None in point["losses"] else f"{mean(point['losses']):.4f}",
+                f"{mean(point['shares']):.1%}",
+                f"{len(point['losses'])}",
                 f"{point['distance']:.1%}",
             ]
         )
@@ -117,7 +121,7 @@ def _by_start(found: Mapping[str, Any]) -> Iterator[str]:
             of_words = f"{model}, {SCALING_WORDS[scaling]}: pretrained {dimension(ours)}, random {dimension(theirs)}"
             if ours["dimension"] and theirs["dimension"]:
                 of_words += f": random weights need {_times(ours['dimension'], theirs['dimension'])} dimensions"
-            reached = min(min(point["losses"]) for point in theirs["points"])
+            reached = min(loss for point in theirs["points"] for loss in point["losses"] if loss is not None)
             yield (
                 f"{of_words}, each for the same share of its own gain. Random weights end at a held-out loss of "
                 f"{reached:.2f} in a subspace at best and {random['full']:.2f} in full; the pretrained ones begin at "
@@ -141,6 +145,7 @@ def _by_size(found: Mapping[str, Any]) -> Iterator[str]:
         if len(arms) < 2:
             continue
         small, large = arms[0], arms[-1]
+        yield from _same_loss(small, large)
         for scaling in SCALING_WORDS:
             a, b = (arm["subspaces"].get(scaling, {"dimension": None})["dimension"] for arm in (small, large))
             if a and b:
@@ -148,6 +153,26 @@ def _by_size(found: Mapping[str, Any]) -> Iterator[str]:
                     f"{start}, {SCALING_WORDS[scaling]}: {large['model']} with {large['parameters']:,} parameters "
                     f"needs {b:,.0f}, {small['model']} with {small['parameters']:,} {a:,.0f}."
                 )
+
+
+def _same_loss(small: Mapping[str, Any], large: Mapping[str, Any]) -> Iterator[str]:
+    """What the larger model needs for the loss that the smaller one ends at in full."""
+    target = small["full"]
+    for scaling, subspace in large["subspaces"].items():
+        points = {p["dimension"]: p["losses"] for p in subspace["points"] if None not in p["losses"]}
+        found = crossing({d: [-loss for loss in losses] for d, losses in points.items()}, -target)
+        if large["untrained"] <= target:
+            needs = "is there untrained"
+        elif found is not None:
+            needs = f"needs {found:,.0f} dimensions"
+        elif points and mean(points[min(points)]) <= target:
+            needs = f"needs fewer than {min(points):,} dimensions"
+        else:
+            continue
+        yield (
+            f"{large['start']}, {SCALING_WORDS[scaling]}: for the {target:.2f} nats that {small['model']} ends at in "
+            f"full, {large['model']} {needs}."
+        )
 
 
 def _noise(found: Mapping[str, Any]) -> Iterator[str]:

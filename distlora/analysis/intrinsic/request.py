@@ -53,6 +53,8 @@ class Request:
     """The largest that it tries."""
     resolution: float = 2.0
     """It ends where the dimension is known to this factor."""
+    also: tuple[int, ...] = ()
+    """Dimensions that are tried besides, for the curves."""
     steps: int = 100
     """Optimizer steps of a training."""
     batch: int = 8
@@ -118,7 +120,7 @@ class Request:
     def read(cls, text: str) -> Request:
         values = json.loads(text)
         models = tuple((folder, name) for folder, name in values["models"])
-        return cls(**values | {"models": models, "scalings": tuple(values["scalings"])})
+        return cls(**values | {"models": models, "scalings": tuple(values["scalings"]), "also": tuple(values["also"])})
 
 
 def named_by_argument() -> AbstractContextManager[None]:

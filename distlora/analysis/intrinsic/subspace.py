@@ -6,12 +6,12 @@ Letters: D parameters, d dimensions, M layers.
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distlora.analysis import naming
 from distlora.analysis.intrinsic.projection import Projection
 from distlora.model import CausalLM
 
@@ -45,8 +45,9 @@ class FlatParameters:
 
 def layer_of(name: str) -> str:
     """decoder.layers.3.inner.mlp.up_proj.weight -> layers.3; decoder.embed_tokens.weight -> embed_tokens."""
-    found = re.match(r"decoder\.(layers\.\d+|\w+)\.", name)
-    return found[1] if found else name.partition(".")[0]
+    if naming.in_a_block(name):
+        return f"layers.{naming.layer_of(name)}"
+    return name.removeprefix("decoder.").partition(".")[0]
 
 
 class Trainable(Protocol):

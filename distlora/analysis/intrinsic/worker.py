@@ -27,7 +27,11 @@ from distlora.analysis.intrinsic.request import (
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.parallel import Ranks, join_ranks
+from distlora.readings import let_go
 from distlora.saying import Progress
+
+LOST = -9.0
+"""The share of a training that destroyed the model: no mean of it with others reaches anything."""
 
 
 class Trainings:
@@ -68,11 +72,10 @@ class Arm:
         self.rates = search.Rates(lambda dimension, power: self.loss("full", dimension, power, 0))
         self.rates.loss(bench.size)
         self.power = self.rates.best[bench.size]
-        self.untrained = [
-            self.outcome("untrained", 0, 0, seed).loss for seed in (range(request.seeds) if random else [0])
-        ]
+        starts = range(request.seeds) if random else [0]
+        self.untrained = [self.loss("untrained", 0, 0, seed) for seed in starts]
         self.full = [self.loss("full", bench.size, self.power, seed) for seed in range(request.seeds)]
-        self.before, self.after = mean(self.untrained), mean(self.full)
+        self.before, self.after = report.mean(self.untrained), report.mean(self.full)
 
     def loss(self, scaling: str, dimension: int, power: int, seed: int) -> float:
         loss = self.outcome(scaling, dimension, power, seed).loss
@@ -112,6 +115,9 @@ class Arm:
         least = 1 + (len(self.bench.flat.layers) if scaling == "layers" else 0)
         most = max(least, min(request.most, self.bench.size // 2))
         ends = search.bracket(reaches, start=request.start, least=least, most=most, resolution=request.resolution)
+        for besides in request.also:
+            if least <= besides <= most and besides not in rates.best:
+                reaches(besides)
         seeds: dict[int, list[int]] = {dimension: [0] for dimension in rates.best}
         for dimension in (ends.low, ends.high):
             if dimension is not None:
@@ -120,7 +126,7 @@ class Arm:
             dimension: [self.outcome(scaling, dimension, rates.best[dimension], seed) for seed in seeds[dimension]]
             for dimension in sorted(rates.best)
         }
-        losses = {d: [float("inf") if o.loss is None else o.loss for o in found] for d, found in outcomes.items()}
+        losses = {dimension: [outcome.loss for outcome in found] for dimension, found in outcomes.items()}
         shares = {dimension: [self.share_of(loss) for loss in found] for dimension, found in losses.items()}
         noise = search.deviation(list(shares.values()))
         found = search.crossing(shares, request.share)
@@ -146,9 +152,9 @@ class Arm:
             ],
         }
 
-    def share_of(self, loss: float) -> float:
+    def share_of(self, loss: float | None) -> float:
         """Of full fine-tuning's gain; far below 0 for a training that came to nothing."""
-        return max((self.before - loss) / (self.before - self.after), -9.0)
+        return LOST if loss is None else max((self.before - loss) / (self.before - self.after), LOST)
 
     def found(self) -> dict[str, Any]:
         """The arm's figures without its subspaces."""
@@ -166,10 +172,6 @@ class Arm:
             "layers": list(self.bench.flat.layers),
             "subspaces": {},
         }
-
-
-def mean(values: list[Any]) -> float:
-    return sum(values) / len(values)
 
 
 def run(request: Request, ranks: Ranks | None = None) -> None:
@@ -194,7 +196,8 @@ def run(request: Request, ranks: Ranks | None = None) -> None:
             for scaling in request.scalings:
                 figures["subspaces"][scaling] = arm.search(scaling)
                 write(out, found)  # What is known so far can be looked at.
-        del bench
+        del bench, arm
+        let_go(ranks.device)
     write(out, found)
     durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
     print(report.terminal(found))

@@ -18,7 +18,7 @@ from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Reque
 from distlora.command_line import DONE
 from distlora.config import UserError, require
 from distlora_launcher.analyses.quantization import place_of
-from distlora_launcher.arguments import Parser
+from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.checks import check_data, check_model, check_writable
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.handover import become
@@ -50,6 +50,7 @@ MODEL is a folder in Hugging Face format with 16- or 32-bit weights, or a model 
   --start D            the first dimension to try (1024)
   --most D             the largest dimension to try (100000, or half of the parameters)
   --resolution X       the search ends where d is known to this factor (2)
+  --also D,D           dimensions to try besides, for the curves
   --out FOLDER         where the results go (analysis/MODEL-intrinsic)"""
 
 
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "resolution": float,
     }.items():
         parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--also")
     parser.add_argument("--out")
     options = parser.parse_args(arguments)
     if options.data is None:
@@ -110,6 +112,7 @@ def checked(options: argparse.Namespace) -> Request:
         cache_dir=str(cache_root() / "data"),
         random=options.random,
         scalings=tuple(options.scaling.split(",")),
+        also=() if options.also is None else tuple(numbers("--also", options.also)),
         **{key: value for key in given if (value := getattr(options, key)) is not None},
     )
     check_writable(out, "--out")

@@ -19,7 +19,7 @@ from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
 from distlora.exporting.gguf.adapter_file import write_adapter
-from distlora.exporting.gguf.clients import transformers_logits
+from distlora.exporting.gguf.clients import transformers_model
 from distlora.exporting.gguf.pieces import merges_of, scores_of, tokenize
 from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, find_pre_tokenizer
 from distlora.exporting.gguf.supported import check_model
@@ -50,7 +50,9 @@ def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Pa
     write_gguf(tmp_path, tmp_path / "model.gguf", "fp32", tokenizer(), said.append)
     windowed = "window" in variant
     input_ids = tokens(1, WINDOW if windowed else 40)
-    theirs = transformers_logits(tmp_path / "model.gguf", transformers.AutoConfig.from_pretrained(tmp_path), input_ids)
+    model = transformers_model(tmp_path / "model.gguf", transformers.AutoConfig.from_pretrained(tmp_path))
+    with torch.no_grad():
+        theirs = model(input_ids).logits
     assert torch.equal(theirs, logits_of(tmp_path, input_ids))
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     context = next(field for name, field in fields.items() if name.endswith(".context_length")).contents()

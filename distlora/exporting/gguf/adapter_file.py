@@ -2,8 +2,8 @@
 
 llama.cpp adds (alpha / R) B (A x), R from B's shape and one alpha for the whole file. Ours may differ by weight, and
 with rsLoRA is alpha / sqrt(R): the file's alpha is the scale times R of most weights, and B of the others is multiplied
-by what theirs lacks. llama.cpp's convert_lora_to_gguf.py writes lora_alpha alone, whatever use_rslora, alpha_pattern
-and rank_pattern say.
+by what theirs lacks, before it is rounded to --dtype. llama.cpp's convert_lora_to_gguf.py writes lora_alpha alone,
+whatever use_rslora, alpha_pattern and rank_pattern say.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from torch import Tensor
 from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.exporting.clients import dense_model
 from distlora.exporting.gguf.adapter_file import write_adapter
-from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp
+from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of
 from distlora.exporting.gguf.model_file import write_model
 from distlora.exporting.gguf.model_format import name_of, tokenizer_of
-from distlora.exporting.gguf.tensors import Names, Rows, Weight
+from distlora.exporting.gguf.tensors import TYPES, Names, Rows, Weight, half_steps
 from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.request import Export, Reading
 from distlora.loading.reader import Reader
@@ -49,10 +51,16 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """transformers' model of the base with what the file holds added to its weights; and llama.cpp, where it is
     installed, with a GGUF file of the base that is made for it."""
     trained, dtype = export.trained, export.request.dtype
+    assert dtype is not None
     base = open_base(trained.config)
     bound = EXACT if dtype == "fp32" else None
-    theirs = _added(dense_model(trained), base, export.place, ours.tokens)
-    readings = [ours.reading(f"transformers with what the file adds, in {dtype}", theirs, bound)]
+    read = _read(export.place, base)
+    readings = []
+    if dtype != "fp32":
+        what = f"the file's B and A beside the adapter's, in what rounding to {dtype} may move each"
+        readings.append(Reading(what=what, difference=_apart(export, base, read, dtype), bound=1.0))
+    theirs = _added(dense_model(trained), read, ours.tokens)
+    readings.append(ours.reading(f"transformers with what the file adds, in {dtype}", theirs, bound))
     if not has_llama_cpp():
         export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")
         return readings
@@ -77,22 +85,54 @@ def _trained_on(weight: BaseWeight, reader: Reader) -> Rows:
         )
 
 
-@torch.no_grad()
-def _added(model: Any, base: Base, path: Path, input_ids: Tensor) -> Tensor:
-    """Logits of transformers' model, its weights W + (alpha / R) B A with what the package reads from the file."""
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Of one weight, as the file has it; rows of B put back."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    """alpha / R, which llama.cpp multiplies by."""
+
+
+def _read(path: Path, base: Base) -> dict[str, _Pair]:
+    """By Hugging Face path, with the package's own reader."""
     file, names = gguf.GGUFReader(path), Names.of(base.model.hf_config)
     alpha = file.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
     read = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in file.tensors}
-    for name, parameter in model.named_parameters():
+    pairs = {}
+    for name in base.weights:
         if not name.endswith(".weight") or (b := read.get(f"{names.gguf_name(name)}.lora_b")) is None:
             continue
         places = torch.arange(len(b), dtype=torch.float32)[:, None]
         order = torch.cat(list(names.in_order(name, functools.partial(iter, [places]))())).long().flatten()
         back = torch.empty_like(b)
         back[order] = b
-        parameter += alpha / b.shape[1] * back @ read[f"{names.gguf_name(name)}.lora_a"]
-    logits: Tensor = model(input_ids=input_ids).logits
-    return logits
+        a = read[f"{names.gguf_name(name)}.lora_a"]
+        pairs[name.removesuffix(".weight")] = _Pair(a, back, alpha / b.shape[1])
+    return pairs
+
+
+@torch.no_grad()
+def _added(model: Any, read: Mapping[str, _Pair], input_ids: Tensor) -> Tensor:
+    """Logits of transformers' model, its weights W + (alpha / R) B A."""
+    for path, pair in read.items():
+        model.get_parameter(f"{path}.weight").add_(pair.B @ pair.A, alpha=pair.scale)
+    return logits_of(model, input_ids)
+
+
+def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) -> float:
+    """The most that an element of A or B is from the adapter's, in what rounding may move it."""
+    most = 0.0
+    with open_adapter(export.trained, base, "original") as adapter, Reader() as reader:
+        assert adapter is not None
+        if set(adapter.file.paths) != set(read):
+            return float("inf")
+        for path, pair in read.items():
+            own = adapter.factors(path, reader)
+            b = own.B * (own.scaling / pair.scale)
+            most = max(most, half_steps(own.A, pair.A, TYPES[dtype]), half_steps(b, pair.B, TYPES[dtype]))
+    return most
 
 
 def _nothing(text: str) -> None:

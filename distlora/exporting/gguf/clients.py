@@ -14,10 +14,9 @@ LLAMA_CPP = "llama_cpp"
 HOW_TO_GET_IT = "`pip install llama-cpp-python` builds it, in some minutes, with a C++ compiler"
 
 
-@torch.no_grad()
-def transformers_logits(path: Path, config: Any, input_ids: Tensor) -> Tensor:
-    """(1, T, V) fp32. `config`: transformers' own, as it takes neither every rotary embedding nor the size of a head
-    from a GGUF file."""
+def transformers_model(path: Path, config: Any) -> Any:
+    """In fp32. `config`: transformers' own, as it takes neither every rotary embedding nor the size of a head from a
+    GGUF file."""
     import transformers
 
     if config.model_type == "mistral":  # GGUF has it as a Llama, and so has transformers' reader.
@@ -26,7 +25,13 @@ def transformers_logits(path: Path, config: Any, input_ids: Tensor) -> Tensor:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True
     )
-    logits: Tensor = model.eval()(input_ids=input_ids).logits
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any, input_ids: Tensor) -> Tensor:
+    """(1, T, V) fp32, of a model of transformers."""
+    logits: Tensor = model(input_ids=input_ids).logits
     return logits
 
 

@@ -10,13 +10,16 @@ import numpy as np
 from gguf import GGUFWriter
 
 from distlora.exporting.gguf.tensors import Planned
+from distlora.merging.folder import check_space
 from distlora.saying import Progress
 
 
 def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], tensors: Sequence[Planned]) -> None:
     """`describe` adds the metadata. In memory are a few rows; on stderr, how far it is. Raises UserError for a weight
-    that its type cannot hold.
+    that its type cannot hold, and where the disk is too small.
     """
+    total = sum(tensor.num_bytes for tensor in tensors)
+    check_space(path, total)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
     writer = GGUFWriter(path, arch)
     describe(writer)
@@ -27,7 +30,7 @@ def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], te
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     stream = writer.fout[0]
-    progress, done, total = Progress(), 0, sum(tensor.num_bytes for tensor in tensors)
+    progress, done = Progress(), 0
     writer.write_padding(stream, stream.tell())
     for tensor in tensors:
         written = 0

@@ -1,22 +1,25 @@
 """`--format gguf`: what a run trained as one model in one file, a few rows at a time.
 
-transformers and llama.cpp load it again. In fp32 both must give our logits; in a smaller type they differ by what it
-rounds, which is printed.
+transformers and llama.cpp load it again. In fp32 both must give our logits; in a smaller type its weights must be those
+that were trained, rounded, and what that does to logits is printed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distlora.config import AdapterConfig, QuantConfig, UserError
 from distlora.deltas.base import Base, open_base
-from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, transformers_logits
+from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of, transformers_model
 from distlora.exporting.gguf.model_file import write_model
-from distlora.exporting.gguf.tensors import Rows, Weight
+from distlora.exporting.gguf.tensors import Names, Rows, Weight, half_steps, plan
 from distlora.exporting.probe import EXACT, TEXT, Ours
 from distlora.exporting.request import Export, Reading
 from distlora.loading.reader import Reader
@@ -58,20 +61,65 @@ def write(export: Export) -> None:
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
-    """transformers, and llama.cpp where it is installed."""
-    with opened(export.trained, export.request.onto) as found:
-        config, dtype = found.config, export.request.dtype
-    bound = EXACT if dtype == "fp32" and export.request.onto == "trained" else None
-    theirs = transformers_logits(export.place, config, ours.tokens)
-    readings = [ours.reading(f"transformers, weights in {dtype}", theirs, bound)]
+    """transformers, and llama.cpp where it is installed.
+
+    Logits of rounded weights have no bound that an adapter which is missing would not meet, if it does little. So the
+    weights themselves are held to what was trained, by the rounding of the type, after transformers has put names and
+    rows back; and what was trained, before it is rounded, to our logits.
+    """
+    request = export.request
+    assert request.dtype is not None
+    bound, place = EXACT if request.onto == "trained" else None, export.place
+    with opened(export.trained, request.onto) as found:
+        readings = []
+        if request.dtype != "fp32":
+            exact = logits_of(_in_fp32(found), ours.tokens)
+            readings.append(ours.reading(f"transformers, before weights are {request.dtype}", exact, bound))
+        model = transformers_model(place, found.config)
+        apart = apart_of(model, found, request.dtype)
+    what = f"transformers: weights, in what rounding to {request.dtype} may move each"
+    readings.append(Reading(what=what, difference=apart, bound=1.0))
+    bound = bound if request.dtype == "fp32" else None
+    readings.append(ours.reading(f"transformers, weights in {request.dtype}", logits_of(model, ours.tokens), bound))
+    del model
     if not has_llama_cpp():
         export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")
         return readings
-    client = LlamaCpp(export.place, context=ours.tokens.shape[1])
-    readings.append(ours.reading(f"llama.cpp, weights in {dtype}", client.logits(ours.tokens), bound))
+    client = LlamaCpp(place, context=ours.tokens.shape[1])
+    readings.append(ours.reading(f"llama.cpp, weights in {request.dtype}", client.logits(ours.tokens), bound))
     if client.tokenize(TEXT) != tokenizer_of(export.trained)(TEXT, add_special_tokens=False)["input_ids"]:
         export.say("warning: llama.cpp makes other tokens of the probe text than the model's tokenizer does")
     return readings
+
+
+@torch.no_grad()
+def _in_fp32(found: Opened) -> Any:
+    """transformers' model of what was trained, nothing rounded."""
+    import transformers
+
+    config = copy.deepcopy(found.config)
+    config.tie_word_embeddings = HEAD_NAME not in found.weights
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, weight in found.weights.items():
+        place, first = model.get_parameter(name).data.view(-1, weight.shape[-1]), 0
+        for rows in weight.rows():
+            place[first : first + len(rows)] = rows
+            first += len(rows)
+    return model
+
+
+@torch.no_grad()
+def apart_of(model: Any, found: Opened, dtype: str) -> float:
+    """The most that a weight of the file is from what was trained, in what rounding may move it."""
+    most = 0.0
+    tensors = plan(Names.of(found.config), found.weights, dtype)
+    for weight, tensor in zip(found.weights.values(), tensors, strict=True):
+        read, first = model.get_parameter(weight.name).view(-1, weight.shape[-1]), 0
+        for rows in weight.rows():
+            most = max(most, half_steps(rows, read[first : first + len(rows)], tensor.type))
+            first += len(rows)
+        assert first == len(read), weight.name
+    return most
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ TYPES = {
 """--dtype -> the type of what is a matrix."""
 
 _FP16_MAX = float(np.finfo(np.float16).max)
+_ROUNDING = {GGMLQuantizationType.BF16: 2**-8, GGMLQuantizationType.F16: 2**-11}
 _LARGEST = {GGMLQuantizationType.F16: _FP16_MAX, GGMLQuantizationType.Q8_0: 127 * _FP16_MAX}
 """Of what a type can hold; a block of q8_0 has an fp16 scale."""
 
@@ -145,3 +146,16 @@ def _rotated(rows: Rows, size: int) -> Rows:
         if whole := len(kept) // size:
             yield kept[: whole * size].view(whole, size, -1)[:, order].reshape(whole * size, -1)
             kept = kept[whole * size :]
+
+
+def half_steps(exact: Tensor, read: Tensor, type: GGMLQuantizationType) -> float:
+    """How far `read` is from `exact` (n, columns), in the most that rounding to the type may move each weight."""
+    if torch.equal(exact, read):
+        return 0.0
+    size = exact.abs()
+    if type == GGMLQuantizationType.Q8_0:  # Half of a 127th of the block's largest, by a scale that is rounded to fp16.
+        largest = size.view(len(size), -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).reshape(size.shape)
+        step = largest / 127 * (0.5 + 127 * 2**-11) + 2**-18
+    else:
+        step = size * _ROUNDING.get(type, 0.0) + (2**-25 if type == GGMLQuantizationType.F16 else 0.0)
+    return float(((read - exact).abs() / step).nan_to_num(0.0, posinf=float("inf")).max())

@@ -24,6 +24,7 @@ from distlora.config import UserError
 from distlora.deltas.apply import adapted_rows
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import AdapterFile
+from distlora.initial_adapter import NF4_MARK, read_initial_adapter
 from distlora.loading.reader import Reader
 from distlora.parallel import Ranks
 from distlora.randomness import key_of
@@ -190,6 +191,19 @@ def test_every_method_is_pefts(method: str, tuned_pair: Any, pair: tuple[Path, P
             assert torch.equal(our_b, b)
 
 
+def test_peft_scales_a_sum_that_begins_with_rslora_by_its_rank(tuned_pair: Any, pair: tuple[Path, Path]) -> None:
+    """What README says of PEFT's `cat`: right behind a LoRA, sqrt(r) too large behind an rsLoRA."""
+    path = paths_of(pair[0])[0]
+    exact = 0.7 * delta(pair[0], path) - 0.5 * delta(pair[1], path)
+    target = tuned_pair.get_submodule(f"base_model.model.{path}")
+    for name, order, factor in (("plain", (0, 1), 1.0), ("rslora", (1, 0), math.sqrt(8))):
+        names, weights = (["default", "b"], [0.7, -0.5])
+        tuned_pair.add_weighted_adapter(
+            [names[at] for at in order], [weights[at] for at in order], name, combination_type="cat"
+        )
+        assert relative_error(target.get_delta_weight(name), factor * exact) < 1e-5
+
+
 def test_experts_are_summed_each(tmp_path: Path) -> None:
     """Ranks 2 and 3 of fused weights; real PEFT loads the sum, which is per expert."""
     base = tmp_path / "moe"
@@ -268,7 +282,9 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
     """A run of PiSSA, whose checkpoints belong to another base than its result, and one of LoRA."""
     for name, init in (("pissa", "pissa"), ("lora", "kaiming")):
         adapter = {"target_modules": ["q_proj"], "r": 4, "init": init}
-        make_run(tmp_path / name, folders, adapter=adapter, train={"max_steps": 2}, quant={"method": "none"})
+        make_run(
+            tmp_path / name, folders, adapter=adapter, train={"max_steps": 2, "save_every": 2}, quant={"method": "none"}
+        )
         train.run(tmp_path / name, SINGLE)
     out, record = combine(
         f"{tmp_path / 'pissa'}=0.5", f"{tmp_path / 'lora' / 'adapter'}=0.5", "--out", tmp_path / "out"
@@ -278,18 +294,54 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
         assert relative_error(delta(out, path), mine) < EXACT
     assert record["ranks"] == {"smallest": 12, "largest": 12}
     assert [member["quant"] for member in record["members"]] == ["none", "none"]
+    for place in (tmp_path / "lora" / "checkpoints").glob("step_*"):
+        again, _ = combine(f"{place}=1", "--out", tmp_path / "again")
+        assert relative_error(delta(again, path), delta(tmp_path / "lora" / "adapter", path)) < EXACT
+    words = (f"{tmp_path / 'pissa'}=1", "--out", tmp_path / "merged", "--merged", "--quant", "nf4")
+    with pytest.raises(UserError, match="--onto original"):
+        combine(*words)
+    shutil.rmtree(tmp_path / "lora" / "adapter")
+    with pytest.raises(UserError, match=r"checkpoints/step_0+2=0\.5"):
+        combine(f"{tmp_path / 'lora'}=0.5", "--out", tmp_path / "unfinished")
 
 
 def test_a_merged_model_is_the_base_with_the_sum(folders: Path, one: Path, two: Path, tmp_path: Path) -> None:
     words = (f"{one}=0.6", f"{two}=-0.4", "--out")
     adapter, _ = combine(*words, tmp_path / "adapter")
-    model, _ = combine(*words, tmp_path / "model", "--merged", "--quant", "none")
+    model, _ = combine(*words, tmp_path / "new" / "model", "--merged", "--quant", "none")
     merged = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = in_peft(adapter, folders / "llama").merge_and_unload()
     weights = dict(expected.named_parameters())
     for name, weight in merged.named_parameters():
         assert relative_error(weight, weights[name]) < EXACT
-    assert {"merge.json", "combine.json", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+    receipt = json.loads((model / "merge.json").read_text())
+    assert receipt["adapter"]["place"] == "combine.json"
+    files = {path.name for path in model.iterdir()} - {"merge.json", "merge.md"}
+    assert files == set(receipt["files"])
+    assert {"combine.json", "tokenizer.json"} <= files
+    assert not list(tmp_path.glob(".distlora*"))
+
+
+def test_what_belongs_to_nf4_says_so_in_the_sum(folders: Path, one: Path, two: Path, tmp_path: Path) -> None:
+    """LoftQ's A and B hold a correction of what NF4 loses, which goes into the sum with the adapter's weight."""
+    loftq = shutil.copytree(one, tmp_path / "loftq")
+    tensors = safetensors.torch.load_file(loftq / WEIGHTS)
+    safetensors.torch.save_file(tensors, loftq / WEIGHTS, metadata={"format": "pt"} | NF4_MARK)
+    out, _ = combine(f"{loftq}=0.5", f"{two}=0.5", "--out", tmp_path / "out")
+    assert read_initial_adapter(out).settings["init_from_loftq"]
+    for path in paths_of(out):
+        assert relative_error(delta(out, path), 0.5 * delta(loftq, path) + 0.5 * delta(two, path)) < EXACT
+    with pytest.raises(UserError, match="quant=none loses nothing"):
+        combine(f"{loftq}=1", "--out", tmp_path / "merged", "--merged", "--quant", "none")
+
+
+def test_rows_of_a_tied_matrix_and_the_whole_of_the_other_are_refused(folders: Path, tmp_path: Path) -> None:
+    """Rows of a tied embedding are the head's as well, so a head trained whole would lose them."""
+    base, common = folders / "llama-tied", {"r": 2, "target_modules": ["q_proj"]}
+    head = write_adapter(tmp_path / "head", base, modules_to_save=["lm_head"], **common)
+    rows = write_adapter(tmp_path / "rows", base, trainable_token_indices=[7], **common)
+    with pytest.raises(UserError, match="as the base ties them"):
+        combine(f"{head}=0.5", f"{rows}=0.5", "--out", tmp_path / "out")
 
 
 def test_what_has_no_meaning_is_refused(
@@ -317,7 +369,7 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{two}=1", "--quant", "nf4"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--dtype", "bf16"], "add --merged"),
         ([f"{one}=1", f"{dora}=1"], "--method svd"),
-        ([f"{tmp_path / 'gone'}=1"], "does not exist"),
+        ([f"{tmp_path / 'gone'}=1"], "is no folder"),
     ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from distlora.combining.request import Member, Request
 from distlora.config import UserError
+from distlora.families import family_of, is_tied, read_config
 from distlora.initial_adapter import InitialAdapter, read_initial_adapter
+from distlora.merging.request import Onto
+from distlora.tokens import stored_rows
 
 
 def open_adapters(request: Request) -> list[InitialAdapter]:
@@ -29,7 +33,7 @@ def check(request: Request, adapters: Sequence[InitialAdapter]) -> None:
         raise UserError(f"{what} cannot be combined without the base's own values; add --model FOLDER, the base")
     if request.how.on == "factors":
         _check_ranks(request, adapters)
-    _check_whole(members, adapters)
+    _check_whole(members, adapters, tied=request.base_folder is not None and ties(Path(request.base_folder)))
 
 
 def _check_alone(request: Request, member: Member, adapter: InitialAdapter) -> None:
@@ -64,13 +68,41 @@ def _check_ranks(request: Request, adapters: Sequence[InitialAdapter]) -> None:
                 )
 
 
-def _check_whole(members: Sequence[Member], adapters: Sequence[InitialAdapter]) -> None:
+def ties(base: Path) -> bool:
+    """Whether the base's head is its embedding."""
+    model = read_config(base)
+    return is_tied(model, family_of(model, base / "config.json"))
+
+
+def check_merged(request: Request, adapters: Sequence[InitialAdapter], onto: Onto) -> None:
+    """Refuse what an adapter can hold and a model merged here cannot: rows of new tokens, and PiSSA's change of a base
+    that was in NF4."""
+    assert request.base_folder is not None
+    pissa = next((member for member in request.members if member.pissa), None)
+    if pissa is not None and onto == "trained" and request.quant == "nf4":
+        raise UserError(
+            f"--merged: {pissa.place} trained with PiSSA on NF4 of the base without its start, and a sum has no such "
+            "base: NF4 of the whole base loses something else; write --onto original, where the sum is exact"
+        )
+    base = Path(request.base_folder)
+    model = read_config(base)
+    stored = stored_rows(base, model, family_of(model, base / "config.json"))
+    for member, adapter in zip(request.members, adapters, strict=True):
+        if any(max(rows.ids) >= stored for rows in adapter.token_rows.values()):
+            raise UserError(
+                f"--merged: {member.place} trained new tokens, whose tokenizer its run makes; leave --merged out, then "
+                f"write distlora merge {member.place} --adapter {request.out}"
+            )
+
+
+def _check_whole(members: Sequence[Member], adapters: Sequence[InitialAdapter], *, tied: bool) -> None:
     """What is trained beside the adapters: rows of a matrix, or all of it."""
     for member, adapter in zip(members, adapters, strict=True):
         for other, theirs in zip(members, adapters, strict=True):
-            both = sorted(set(adapter.modules) & set(theirs.token_rows))
-            if both:
+            both = sorted(set(adapter.modules) if tied else set(adapter.modules) & set(theirs.token_rows))
+            if both and theirs.token_rows:
+                shared = ", which are the head's too, as the base ties them," if tied else ""
                 raise UserError(
-                    f"{member.place} trained the whole {both[0]} and {other.place} rows of it; such a sum is not made "
-                    "here, so leave one of them out"
+                    f"{member.place} trained the whole {both[0]} and {other.place} rows of "
+                    f"{min(theirs.token_rows)}{shared} and such a sum is not made here; leave one of them out"
                 )

@@ -12,7 +12,7 @@ from distlora.initial_adapter import CONFIG_NAME, read_initial_adapter
 from distlora.json_files import read_object
 from distlora.loading.segments import fingerprint
 from distlora.loading.start_file import read_start_record
-from distlora.run_folder import CHECKPOINTS, checkpoint_folders, read_result
+from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.trained import named_by_place
 
 
@@ -23,8 +23,9 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
     Raises UserError for a folder that is neither, has nothing trained yet, or holds no plain LoRA or DoRA.
     """
     folder = Path(place).expanduser().absolute()
+    require(folder.is_dir(), f"{place} is no folder; name a run's, or one that holds an adapter in PEFT's format")
     run_dir = run_of(folder)
-    if run_dir is None and not (folder / CONFIG_NAME).is_file() and folder.is_dir():
+    if run_dir is None and not (folder / CONFIG_NAME).is_file():
         run_dir = folder
     if run_dir is None:
         with named_by_place(place):
@@ -36,6 +37,12 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         f"{place} trained the whole model (adapter=full), which is no adapter; combine adapters alone",
     )
     if folder == run_dir:
+        saved = [f"{place}/{CHECKPOINTS}/{step.name}" for step in checkpoint_folders(run_dir)[-1:]]
+        require(
+            find_result(run_dir) is not None,
+            f"{place} is not finished; continue it with `distlora resume {place}`"
+            + (f", or write {saved[0]}={weight:g} for its newest checkpoint" if saved else ""),
+        )
         folder = read_result(run_dir).folder
     with named_by_place(place):
         read_initial_adapter(folder)
@@ -47,6 +54,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         base=base_of_run(run_dir, config),
         base_folder=str(base_folder) if base_folder.is_dir() else None,
         quant=config.quant.method,
+        pissa=config.adapter.pissa,
     )
 
 

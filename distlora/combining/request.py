@@ -71,6 +71,8 @@ class Member:
     base_folder: str | None = None
     quant: str | None = None
     """How its base was held in training; None where it is no run's."""
+    pissa: bool = False
+    """Whether its run trained on the base without PiSSA's start."""
 
     def __post_init__(self) -> None:
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -201,12 +202,17 @@ def run(request: Request) -> dict[str, Any]:
     if request.onto is None:
         return write_adapter(request, out, say)
     assert request.base_folder is not None
-    with tempfile.TemporaryDirectory(prefix="distlora-combine-", dir=out.parent) as scratch:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".distlora-combine-", dir=out.parent) as scratch:
         folder = Path(scratch) / "adapter"
         found = write_adapter(request, folder, say)
         trained = Name(place=str(folder), base=request.base_folder, quant=request.quant).read()
-        merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
+        receipt = merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
     durable.write_json(out / RECORD_NAME, found)
+    # The adapter is gone: what it was made of is in the record.
+    made_of = {**(receipt.adapter or {}), "place": RECORD_NAME, "folder": RECORD_NAME}
+    files = receipt.files | {RECORD_NAME: sha256(out / RECORD_NAME)}
+    dataclasses.replace(receipt, adapter=made_of, files=files).write(out)
     return found
 
 

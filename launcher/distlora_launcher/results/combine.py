@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from distlora.combining.checks import check, needs_base, open_adapters
+from distlora.combining.checks import check, check_merged, needs_base, open_adapters
 from distlora.combining.members import check_one_base, find_member, fingerprint_of
 from distlora.combining.request import METHODS, Member, Request
 from distlora.command_line import DONE
@@ -132,6 +132,7 @@ def checked(options: argparse.Namespace, command: str) -> Request:
     check(request, adapters)
     if options.merged:
         check_form(adapters, request, options.onto or "trained")
+        check_merged(request, adapters, options.onto or "trained")
         request = dataclasses.replace(request, onto=options.onto or "trained", dtype=options.dtype or "fp32")
     if method.function and importlib.util.find_spec("peft") is None:
         raise UserError(

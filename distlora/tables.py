@@ -14,7 +14,8 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        head, *rest = (f"| {' | '.join(row)} |" for row in self.rows)
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
+        head, *rest = (f"| {' | '.join(row)} |" for row in rows)
         return "\n".join([f"**{self.heading}**\n", head, "|---" * len(self.rows[0]) + "|", *rest])
 
     def text(self) -> str:

@@ -17,7 +17,7 @@ from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
 from distlora.evaluation import worker
-from distlora.evaluation.measure import load, round_to
+from distlora.evaluation.measure import hold_as_trained, load, round_to
 from distlora.evaluation.request import Request, Subject, Text, held_out
 from distlora.evaluation.rows import open_rows
 from distlora.head import IGNORED_LABEL
@@ -110,6 +110,19 @@ def test_rounded_weights_are_what_a_checkpoint_in_16_bits_would_hold(folders: Pa
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
     round_to(model, torch.float16)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_run_in_bf16_is_measured_with_the_dense_weights_that_it_held(run_dir: Path, folders: Path) -> None:
+    """The base is fp32 on disk. The head was trained, in fp32 masters, and stays; so do packed weights."""
+    subject = Subject(label="base", kind="adapted", name=Name(place=str(run_dir)))
+    model = load(subject, "fp32", SINGLE)
+    exact = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = subject.found()[0]
+    hold_as_trained(model, replace(config, train=replace(config.train, dtype="bf16")))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, exact[name])}
+    assert torch.equal(model.embedding.weight, exact["decoder.embed_tokens.weight"].bfloat16().float())
+    assert {name.rpartition(".")[2] for name in changed} == {"weight"}
+    assert {name for name in changed if "norm" not in name} == {"decoder.embed_tokens.weight"}
 
 
 @pytest.fixture
@@ -284,6 +297,10 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     adapter.symlink_to(run_dir / "adapter")
     became: list[str] = []
     monkeypatch.setattr("distlora_launcher.results.merge.become", lambda worker, request: became.append(worker))
+    monkeypatch.setattr("distlora_launcher.results.merge.run_alone", lambda worker, request: became.append(worker) or 0)
+    assert command(["merge", str(run_dir), "--out", out]) is None
+    assert became == ["distlora.merging", "distlora.evaluation"]
+    became.clear()
     foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
     assert command([*foreign, "--compare"]) == 2
     assert "add --text FILE" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def _tensors(receipt: Receipt) -> Table:
     rows = [["tensor", "||dW||/||W||", *forms]]
     for name, values in by_loss[:_SHOWN]:
         kept = values["kept"]
-        rows.append([name, f"{values['ratio']:.2e}", *(f"{kept[form]:.2%}" if form in kept else "" for form in forms)])
+        rows.append([name, f"{values['ratio']:.3g}", *(f"{kept[form]:.2%}" if form in kept else "" for form in forms)])
     of = f", {_SHOWN} of {len(by_loss):,}" if len(by_loss) > _SHOWN else ""
     return Table(f"Kept of dW by tensor, those first of which {receipt.dtype} keeps least{of}", rows)
 

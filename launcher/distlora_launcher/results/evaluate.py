@@ -151,7 +151,9 @@ def checked(options: argparse.Namespace) -> Request:
     tasks, draft = checked_tasks(options), checked_draft(options, subjects)
     return Request(
         subjects=tuple(subjects),
-        text=None if tasks is not None else text_of(options, subjects[0], runs),
+        text=None
+        if tasks is not None
+        else text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length),
         dtype=dtype,
         tasks=tasks,
         draft=draft,
@@ -291,10 +293,12 @@ def model_subject(place: str, quant: str | None) -> Subject:
     )
 
 
-def text_of(options: argparse.Namespace, first: Subject, runs: Sequence[Trained]) -> Text:
+def text_of(
+    place: str | None, first: Subject, runs: Sequence[Trained], *, rows: int, sequence_length: int | None = None
+) -> Text:
     """What --text names, or what the first run held out. Raises UserError where neither is there."""
     run = next((trained for trained in runs if trained.run_dir is not None), None)
-    if options.text is None:
+    if place is None:
         require(
             run is not None,
             "the text to evaluate on must be named where no run is: add --text FILE (text, jsonl, or anything else "
@@ -303,20 +307,19 @@ def text_of(options: argparse.Namespace, first: Subject, runs: Sequence[Trained]
         assert run is not None
         assert run.run_dir is not None
         require(
-            options.sequence_length is None,
-            f"--sequence-length={options.sequence_length} is of --text; held-out rows are as the run cut them",
+            sequence_length is None,
+            f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them",
         )
-        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows_of(options))
-    path = options.text if means_hub(options.text) else str(Path(options.text).expanduser().absolute())
-    length = options.sequence_length
-    if length is None:
+        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows)
+    path = place if means_hub(place) else str(Path(place).expanduser().absolute())
+    if sequence_length is None:
         folder = first.model if first.model is not None else runs[0].config.model.path
-        length = run.config.data.sequence_length if run else row_tokens(Path(folder))
+        sequence_length = run.config.data.sequence_length if run else row_tokens(Path(folder))
     text = Text(
         name=path if is_hub_name(path) else shown(Path(path)),
         path=path,
-        sequence_length=length,
-        most_rows=rows_of(options),
+        sequence_length=sequence_length,
+        most_rows=rows,
         **({} if run is None else {"cache_dir": run.config.data.cache_dir}),
     )
     if run is not None and run.config.data.template is not None and holds_chats(text):

@@ -54,9 +54,8 @@ def to_measure(
         require_memory(trained)
         adapted = Subject(label="as trained", kind="adapted", name=name)
         base = base_of(trained, adapted)
-        options.sequence_length = None
-        options.rows = options.rows if options.rows is not None else rows_in_time(trained)
-        text = text_of(options, adapted, [trained])
+        rows = rows_in_time(trained) if options.rows is None else options.rows
+        text = text_of(options.text, adapted, [trained], rows=rows)
     except UserError as error:
         if asked is not None:
             raise

@@ -244,3 +244,31 @@ def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> N
     json.loads((tmp_path / "merged" / "merge.json").read_text(), parse_constant=pytest.fail)
     assert not (tmp_path / "merged" / "combine.json").exists()
     summary(receipt, tmp_path / "merged")
+
+
+def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tmp_path: Path) -> None:
+    """transformers unties two that differ: both get the trained rows."""
+    base, out = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(folders / "llama-tied", base)
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folders / "text.jsonl", tmp_path)
+    make_run(
+        tmp_path / "run",
+        tmp_path,
+        "base",
+        adapter={"trainable_token_indices": [3, 700], "target_modules": "qv"},
+        **TRAINED,
+    )
+    train.run(tmp_path / "run", SINGLE)
+    trained = Name(place=str(tmp_path / "run")).read()
+    merge_to(trained, out, onto="trained", dtype=torch.float32, say=quiet)
+    merged = safetensors.torch.load_file(out / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    changed = (merged["lm_head.weight"] != weights["lm_head.weight"]).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [3, 700]
+    ids = tokens(2, 24)
+    ids[0, :2] = torch.tensor([3, 700])
+    model, _ = load_trained(trained, SINGLE)
+    assert (our_logits(model, ids) - their_logits(out, ids, "sdpa")).abs().max() <= 1e-4

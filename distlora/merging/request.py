@@ -54,8 +54,8 @@ class UnmergeRequest:
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:
-    """Refuse what has no adapter, and an adapter on a form of the base that it does not belong to, or that is not
-    there. Raises UserError."""
+    """Refuse a whole model, and an adapter on a form of the base that it does not belong to, or that is not there. The
+    base alone is taken: what training held, as a dense model. Raises UserError."""
     config, place = trained.config, trained.place
     require(
         config.adapter.method == "lora",

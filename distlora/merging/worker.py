@@ -33,7 +33,7 @@ def run(request: Request) -> Receipt:
 def summary(receipt: Receipt, out: Path) -> str:
     """What a terminal shows."""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    lines = [f"wrote {out}: {size / 1e9:,.2f} GB in {receipt.dtype}, merge.json says what from, with hashes"]
+    lines = [f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json says what from, with hashes"]
     if receipt.weights:
         kept = receipt.total["kept"]
         rows = [["stored in", "of the adapter's change kept"]]
@@ -42,7 +42,7 @@ def summary(receipt: Receipt, out: Path) -> str:
         lines.append(Table(heading, rows).text())
     if receipt.residual:
         kept, of = receipt.residual["bytes"], receipt.residual["base_bytes"]
-        lines.append(f"{kept / 1e9:,.2f} GB of it give the base back ({kept / of:.0%} of its {of / 1e9:,.2f} GB)")
+        lines.append(f"{kept / 1e6:,.1f} MB of it give the base back ({kept / of:.0%} of its {of / 1e6:,.1f} MB)")
     return "\n".join(lines)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from distlora.checkpoints.folder import STATE_NAME, newest, steps
 from distlora.checkpoints.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.config import Config, UserError
 from distlora.loading.initialize import read_start
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
 from distlora.loading.start_file import base_identity
-from distlora.model import CausalLM
+from distlora.model import CausalLM, build_model
 from distlora.parallel import Backend, Ranks
-from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter
+from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter, whole_modules
 from distlora.results import load_weights
 from distlora.run_folder import CHECKPOINTS
 from distlora.startup import start_model
@@ -54,6 +56,23 @@ def load_model(
         check_base(folder, config)
         load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
         backend.watch_weights(model)
+    return model, backend
+
+
+@torch.no_grad()
+def load_in_fp32(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
+    """`load_trained`, computing in fp32 with the very weights of training: what that rounds to train.dtype is rounded,
+    and what was trained is not. Raises UserError as `load_model`."""
+    config = trained.config
+    held = {name: weight.dtype for name, weight in build_model(config, training=False).named_parameters()}
+    exact = replace(config, train=replace(config.train, dtype="fp32"))
+    model, backend = load_trained(replace(trained, config=exact), ranks)
+    whole = set(map(id, whole_modules(model).values()))
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and id(weight) not in whole and held[name] is not weight.dtype:
+            local, _ = backend.local_rows(weight)
+            local.copy_(local.to(held[name]))
+    backend.watch_weights(model)
     return model, backend
 
 

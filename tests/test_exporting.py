@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ import torch
 import transformers
 
 from distlora import train
+from distlora.checkpoints.files import appearing
 from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.exporting import bnb_folder, check, hf_folder, worker
-from distlora.exporting.formats import FORMATS
-from distlora.exporting.formats import check as refuse
+from distlora.exporting.formats import FORMATS, refuse
 from distlora.exporting.request import Request
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
@@ -37,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"r": 4, "use_rslora": True}},
     "dora": {"adapter": {"r": 4, "use_dora": True, "lora_dropout": 0.1}, "new_tokens": ["<|im_start|>", "kettle"]},
     "pissa": {"adapter": {"r": 4, "init": "pissa"}, "train": {"save_every": 2}},
+    # What training holds of an fp32 base in bf16 is rounded, and so must be what is exported.
+    "loftq-bf16": {"adapter": {"r": 4, "init": "loftq"}, "train": {"dtype": "bf16"}},
 }
 
 
@@ -62,20 +63,19 @@ def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sec
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's process is a call: it costs seconds to start. One test starts it really."""
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
-        found = check.run(Request.read(command[-1]))
-        return SimpleNamespace(returncode=0, stdout=f"of a library\n{json.dumps(found)}\n")
+    def run(request: Request) -> tuple[int, str]:
+        return 0, f"of a library\n{json.dumps(check.run(request))}\n"
 
-    monkeypatch.setattr(worker.subprocess, "run", run)
+    monkeypatch.setattr(worker, "in_own_process", run)
 
 
-def exported(place: Path, run: str, form: str, out: Path, dtype: str | None = None, **name: Any) -> dict[str, Any]:
+def exported(
+    place: Path, run: str, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any
+) -> dict[str, Any]:
     """Export as the command does; returns export.json."""
     named = Name(place=str(place / run), **name)
     trained = named.read()
-    request = Request(
-        name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto="trained"
-    )
+    request = Request(name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto)
     refuse(trained, request)
     assert worker.run(request) == 0
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
@@ -104,7 +104,7 @@ def test_the_real_client_computes_what_was_trained(
     if form == "bnb":  # Also what a new run would train on: the very weights.
         assert readings[0]["what"] == "our own loader: weights"
         assert readings[0]["difference"] == 0
-    if form == "peft":  # What NF4 took of the base is more than that.
+    if form == "peft" and name != "loftq-bf16":  # What NF4 took of the base is more than that.
         assert readings[1]["difference"] > 1e-3
 
 
@@ -210,6 +210,41 @@ def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path, tmp_path: Path) -> None:
+    """Without --dtype it is the base's, fp32 here. On the other base it is that model which the client is held to."""
+    (rounded,) = exported(place, "lora", "hf", tmp_path / "bf16", "bf16")["check"]["readings"]
+    assert 1e-4 < rounded["difference"] < rounded["bound"] / 2
+    step = sorted((place / "pissa" / "checkpoints").iterdir())[-1].name
+    for name in ({}, {"checkpoint": step}):
+        record = exported(place, "pissa", "hf", tmp_path / f"original{len(name)}", onto="original", **name)
+        assert record["check"]["readings"][0]["bound"] == 1e-4
+        assert (record["dtype"], record["onto"]) == ("fp32", "original")
+        assert record["adapter"]["folder"] == (step if name else "adapter")
+
+
+def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.tmp").mkdir()  # Of a process that was killed.
+    (tmp_path / ".out.tmp" / "half").touch()
+    with appearing(out) as folder:
+        assert [*folder.iterdir()] == []
+        (folder / "whole").touch()
+        with pytest.raises(UserError, match="another process is writing"), appearing(out):
+            pass
+        assert (folder / "whole").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def late() -> None:
+        with appearing(tmp_path / "file", inside=True) as file:
+            file.touch()
+            (tmp_path / "file").write_text("another's")
+
+    with pytest.raises(UserError, match="has appeared since this began"):
+        late()
+    assert (tmp_path / "file").read_text() == "another's"
+
+
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("variant", ["qwen3-moe", "gpt-oss"])
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str) -> None:
     """And not to bitsandbytes, which leaves them in 16 bits."""
@@ -257,7 +292,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "bound 1.0e-04: met" in ended.stdout
-    out = tmp_path / "exports" / "run-peft"
+    out = tmp_path / "run" / "exports" / "peft"
     assert ended.stdout.endswith(f"wrote {out}\n")
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     assert "rank 4, and published with that start taken off" in (out / "README.md").read_text()

@@ -61,8 +61,9 @@ def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path, *, inside: bool = False) -> Iterator[Path]:
     """A place to write what then appears as `folder`, a new one, complete or not at all: of a process without ranks.
+    `inside`: nothing is at that place yet, and the block makes a folder or a file there.
 
     The place is this process's while it writes; what a killed one left there is removed. Raises UserError where another
     process writes it, and where there is such a folder by then, which stays as it is.
@@ -73,12 +74,13 @@ def appearing(folder: Path) -> Iterator[Path]:
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         _own(descriptor, temporary, folder)
+        made = temporary / folder.name if inside else temporary
         try:
-            yield temporary
-            _sync(temporary)
+            yield made
+            _sync(made)
             if folder.exists():
-                raise UserError(f"{folder} has appeared since this began; name another folder with --out")
-            temporary.rename(folder)
+                raise UserError(f"{folder} has appeared since this began; name another place with --out")
+            made.rename(folder)
             durable.sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,11 +95,11 @@ def _own(descriptor: int, temporary: Path, folder: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process is writing {folder}; wait for it, or name another folder with --out"
+                f"another process is writing {folder}; wait for it, or name another place with --out"
             ) from None
     # Its owner may have given it its name, or removed it, between our two calls.
     if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(descriptor)):
-        raise UserError(f"another process has just written {folder}; name another folder with --out")
+        raise UserError(f"another process has just written {folder}; name another place with --out")
     for left in temporary.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 

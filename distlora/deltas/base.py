@@ -50,6 +50,8 @@ class BaseWeight:
     """Where it is NF4 on disk already."""
     residual: Residual | None = None
     """What PiSSA took out of it before it was quantized."""
+    held: torch.dtype = torch.float32
+    """What training rounds a weight to that it does not quantize (train.dtype)."""
 
     @property
     def numel(self) -> int:
@@ -63,11 +65,12 @@ class BaseWeight:
         `original`, as it is on disk. Raises UserError for NaN and Inf."""
         if self.packed is not None:
             yield from self._unpacked(reader)
-        elif original or (not self.quantized and self.residual is None):
+        elif original:
             for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
                 yield self._finite(chunk.float())
         elif not self.quantized:
-            yield from self._before_quantization(reader)
+            for chunk in self._before_quantization(reader):
+                yield chunk.to(self.held).float()
         else:
             yield from self._through_nf4(reader)
 
@@ -167,6 +170,7 @@ def open_base(config: Config) -> Base:
     packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
     residuals = _residuals(model, config) if config.adapter.pissa else {}
+    held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
     weights = {}
     for name, source in sources.items():
         if name == "lm_head.weight" and model.tied_in_base:
@@ -179,6 +183,7 @@ def open_base(config: Config) -> Base:
             quantized=module is not None and module.quantized,
             packed=packed.get(name),
             residual=residuals.get(name),
+            held=held.get(name, torch.float32),
         )
     return Base(model=model, weights=weights, headers=headers)
 

@@ -11,13 +11,13 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from distlora import durable
 from distlora.checkpoints.folder import STATE_NAME
@@ -28,12 +28,11 @@ from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.request import Export, Reading
 from distlora.families import read_config
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
-from distlora.loading.decompose import one_thread
 from distlora.loading.initialize import read_start
-from distlora.loading.reader import Reader
+from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.merging.companions import copy_companions
 from distlora.merging.folder import Files, Plan, check_space, lay_out_files, write_index
-from distlora.merging.threads import WORKERS
+from distlora.merging.threads import Clock, each
 from distlora.pissa_format import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained
@@ -45,13 +44,12 @@ _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def write(export: Export) -> None:
-    """Weights a few rows at a time; what is not quantized in training is copied byte for byte."""
+    """Weights a few rows at a time; what training leaves as it is, is copied byte for byte."""
     trained, place = export.trained, export.place
     source = Path(trained.config.model.path)
     base = open_base(trained.config)
     quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
-    assert export.request.dtype is not None
-    dtype = _TORCH_NAMES[export.request.dtype]
+    dtype = _TORCH_NAMES[export.request.dtype or "fp32"]
     if export.request.check:
         check_rows(base.weights.values())
     plan = plan_files(base, quantized)
@@ -59,7 +57,8 @@ def write(export: Export) -> None:
     place.mkdir()
     with Files(place, plan) as files:
         write_quantized(quantized, files, dtype, export.progress)
-        for name in plan.copied:
+        rounded = write_rounded(base, files)
+        for name in plan.copied.keys() - rounded:
             files.copy(name)
     write_index(place, plan, source)
     copy_companions(place, trained)
@@ -68,22 +67,42 @@ def write(export: Export) -> None:
         config["quantization_config"] = quantization(dtype, skipped(base, quantized))
     durable.write_json(place / "config.json", config)
     (place / ADAPTER).mkdir()
-    write_adapter(trained, place / ADAPTER, base_name=export.request.out)
+    write_adapter(trained, place / ADAPTER, base_name=Path(export.request.out).name)
     (place / "README.md").write_text(card(export, base), encoding="utf-8")
 
 
-def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, progress: Callable[[str], None]) -> None:
+def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say: Callable[[str], None]) -> None:
     """A thread a weight, each on one core: pieces of 4 MiB are too small to share one."""
+    clock = Clock("quantizing", sum(4 * weight.numel for weight in weights), say)
 
-    def write(weight: BaseWeight) -> str:
+    def write(weight: BaseWeight) -> None:
         with Reader() as reader:
-            write_weight(weight, reader, files.write, dtype)
-        return weight.name
 
-    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = pool.map(write, weights)
-        for number, name in enumerate(done, start=1):
-            progress(f"quantized {number:,}/{len(weights):,} weights, {name}")
+            def piece(name: str, first: int, values: Tensor) -> None:
+                files.write(name, first, values)
+                # A byte of the codes is two weights; the other parts are small.
+                clock.passed(8 * values.numel() if name == name_of(weight) else 0, weight.name)
+
+            write_weight(weight, reader, piece, dtype)
+
+    each(write, weights, clock)
+
+
+def write_rounded(base: Base, files: Files) -> set[str]:
+    """Weights that training rounds to its own dtype and does not quantize, in the dtype that they have on disk. Returns
+    their names there."""
+    done = set()
+    with Reader() as reader:
+        for weight in base.weights.values():
+            stored = weight.source.segments[0].dtype
+            if weight.quantized or weight.packed is not None or weight.held in (torch.float32, TORCH_DTYPES[stored]):
+                continue
+            (name,), first = weight.source.names, 0
+            for chunk in weight.chunks(reader):
+                files.write(name, first, chunk.to(TORCH_DTYPES[stored]))
+                first += len(chunk)
+            done.add(name)
+    return done
 
 
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:

@@ -5,6 +5,7 @@ A process of its own, so that nothing of how it was written is left. Its last li
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from distlora.command_line import DONE, run_to_exit_code, run_worker
 from distlora.exporting.formats import FORMATS
-from distlora.exporting.probe import our_logits
+from distlora.exporting.probe import onto_original, our_logits
 from distlora.exporting.request import Export, Request
 from distlora.saying import Progress, quieten, say
 
@@ -26,7 +27,8 @@ def run(request: Request) -> dict[str, Any]:
     """The readings of the format's client."""
     assert request.place is not None
     trained = request.name.read()
-    ours = our_logits(trained)
+    with onto_original(trained) if request.onto == "original" else contextlib.nullcontext(trained) as meant:
+        ours = our_logits(meant)
     export = Export(request=request, trained=trained, place=Path(request.place), say=say, progress=Progress())
     module: Any = importlib.import_module(FORMATS[request.format].module)
     readings = module.check(export, ours)

@@ -31,7 +31,7 @@ class Format:
     """Packages that its check imports, by the names that they are imported by."""
     dtypes: tuple[str, ...] = ()
     """What --dtype may be; empty: there is no choice."""
-    default: Callable[[Trained], str] | None = None
+    default: Callable[[Trained], str | None] | None = None
     """Which of them without --dtype; None: the first, where there is a choice."""
     merged: bool = False
     """Whether weights with dW in them are written, so that --onto has a meaning."""
@@ -59,7 +59,7 @@ def dtype_of_base(trained: Trained) -> str:
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def check(trained: Trained, request: Request) -> None:
+def refuse(trained: Trained, request: Request) -> None:
     """Refuse a request that its format cannot meet. Raises UserError."""
     form = FORMATS[request.format]
     if request.dtype is not None:
@@ -96,9 +96,18 @@ def refuse_peft(trained: Trained, request: Request) -> None:
         raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
 
 
+def is_packed(trained: Trained) -> bool:
+    """Whether the base is NF4 on disk already."""
+    return "quantization_config" in read_config(Path(trained.config.model.path))
+
+
 def refuse_bnb(trained: Trained, request: Request) -> None:
     refuse_whole_models(trained, request)
     config = trained.config
+    require(
+        request.dtype is None or not is_packed(trained),
+        f"--dtype={request.dtype}: {config.model.path} is NF4 on disk and is copied as it is; leave --dtype out",
+    )
     if not config.quant.is_nf4:
         raise UserError(
             f"--format=bnb: {trained.place} was trained on a base of quant={config.quant.method}, and in NF4 that is "
@@ -152,7 +161,7 @@ FORMATS: dict[str, Format] = {
         module="distlora.exporting.bnb_folder",
         clients=("peft", "bitsandbytes", "accelerate"),
         dtypes=DTYPES,
-        default=lambda trained: trained.config.train.dtype,
+        default=lambda trained: None if is_packed(trained) else trained.config.train.dtype,
         refuse=refuse_bnb,
     ),
     "gguf": Format(
@@ -175,4 +184,4 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-__all__ = ["DTYPES", "FORMATS", "Format", "check", "refuse_whole_models"]
+__all__ = ["DTYPES", "FORMATS", "Format", "refuse", "refuse_whole_models"]

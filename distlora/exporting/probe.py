@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distlora.config import Config, UserError
+from distlora.checkpoints.folder import STATE_NAME
+from distlora.config import Config, QuantConfig, UserError
 from distlora.exporting.request import Reading
+from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
+from distlora.pissa_format import write_plain
 from distlora.tokens import load_tokenizer
-from distlora.trained import Trained
-from distlora.trained_model import load_trained
+from distlora.trained import Trained, with_adapter
+from distlora.trained_model import load_in_fp32, weights_in
 
 TOKENS = 128
 EXACT = 1e-4
@@ -60,10 +66,8 @@ class Ours:
 @torch.no_grad()
 def our_logits(trained: Trained) -> Ours:
     """The model that was trained, computed in fp32 on the CPU, as the clients are, and gone when this returns."""
-    config = trained.config
-    exact = replace(trained, config=replace(config, train=replace(config.train, dtype="fp32")))
-    model, _ = load_trained(exact, Ranks(0, 1, torch.device("cpu"), None))
-    tokens = probe_tokens(config, model)
+    model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
+    tokens = probe_tokens(trained.config, model)
     logits = _logits(model, tokens)
     moved = None
     if not model.token_rows:
@@ -72,6 +76,21 @@ def our_logits(trained: Trained) -> Ours:
     del model
     gc.collect()
     return Ours(tokens=tokens, logits=logits, moved=moved)
+
+
+@contextlib.contextmanager
+def onto_original(trained: Trained) -> Iterator[Trained]:
+    """The same adapter on the base as it is on disk, unquantized: what `--onto original` merges."""
+    assert trained.weights is not None
+    with contextlib.ExitStack() as stack:
+        folder = weights_in(trained.weights)
+        if trained.config.adapter.pissa and (folder / STATE_NAME).is_file():
+            plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distlora-export-")))
+            write_plain(folder, start_path(trained.config), plain)
+            folder = plain
+        config = trained.config
+        dense = replace(config, quant=QuantConfig(method="none"), train=replace(config.train, dtype="fp32"))
+        yield replace(trained, config=with_adapter(dense, folder), weights=folder, foreign=True)
 
 
 def _logits(model: CausalLM, tokens: Tensor, adapter_rows: Tensor | None = None) -> Tensor:

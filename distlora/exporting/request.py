@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,4 +72,4 @@ class Reading:
 
     @property
     def within(self) -> bool:
-        return self.bound is None or self.difference <= self.bound  # False for NaN, too.
+        return math.isfinite(self.difference) and (self.bound is None or self.difference <= self.bound)

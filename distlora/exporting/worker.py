@@ -10,7 +10,6 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
-from distlora.checkpoints.files import publish
-from distlora.checkpoints.folder import temporary_of
+from distlora.checkpoints.files import appearing
+from distlora.checkpoints.folder import sha256
 from distlora.command_line import BAD_INPUT, DONE, FAILED, run_to_exit_code
 from distlora.config import UserError
 from distlora.exporting.formats import FORMATS
 from distlora.exporting.request import Export, Reading, Request
+from distlora.initial_adapter import WEIGHTS_NAME
+from distlora.loading.segments import fingerprint
 from distlora.saying import Progress, quieten, say, still_loading
+from distlora.trained import Trained
+from distlora.trained_model import weights_in
 
 CHECK = "distlora.exporting.check"
 RECORD_NAME = "export.json"
@@ -34,68 +37,77 @@ RECORD_NAME = "export.json"
 
 def run(request: Request) -> int:
     """Write, check, publish; returns the exit code."""
-    out = Path(request.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = temporary_of(out)
-    _remove(place)
-    began = time.monotonic()
+    out, began = Path(request.out), time.monotonic()
+    trained = request.name.read()
+    module: Any = importlib.import_module(FORMATS[request.format].module)
     try:
-        export = Export(request=request, trained=request.name.read(), place=place, say=say, progress=Progress())
-        module: Any = importlib.import_module(FORMATS[request.format].module)
-        module.write(export)
-        say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
-        found: dict[str, Any] | None = None
-        if request.check:
-            found = checked(request, place)
-            if found is None or not all(reading.within for reading in found["readings"]):
-                say(f"nothing is left at {out}; --no-check writes it all the same")
-                return FAILED
-        else:
-            say("not loaded by a client: --no-check")
-        if place.is_dir():
-            durable.write_json(place / RECORD_NAME, record(request, found))
-        _publish(place, out)
-    finally:
-        _remove(place)
+        with appearing(out, inside=True) as place:
+            module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
+            say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
+            found = checked(request, place) if request.check else None
+            if found is None:
+                say("not loaded by a client: --no-check")
+            if place.is_dir():
+                durable.write_json(place / RECORD_NAME, record(request, trained, found))
+    except Differs as error:
+        say(f"{error}; nothing is left at {out}; --no-check writes it all the same")
+        return FAILED
     print(f"wrote {out}")
     return DONE
 
 
-def record(request: Request, found: Mapping[str, Any] | None) -> dict[str, Any]:
+class Differs(Exception):
+    """The client computes something else, or nothing; its text says what."""
+
+
+def record(request: Request, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
     """What stands in the folder: made from what, with which packages, and what its client computed."""
     packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
+    assert trained.weights is not None
+    adapter, base = weights_in(trained.weights), Path(trained.config.model.path)
     return {
         "format": request.format,
         "from": Path(request.name.place).name,
+        "adapter": {"folder": adapter.name, "sha256": sha256(adapter / WEIGHTS_NAME)},
+        "base": {"name": trained.config.model.name or base.name, "fingerprint": fingerprint(base)},
+        "onto": request.onto if FORMATS[request.format].merged else None,
         "dtype": request.dtype,
         "date": f"{datetime.date.today():%Y-%m-%d}",
         "versions": {name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
-        "check": None
-        if found is None
-        else {**found, "readings": [dataclasses.asdict(reading) for reading in found["readings"]]},
+        "check": found,
     }
 
 
-def checked(request: Request, place: Path) -> dict[str, Any] | None:
-    """What the format's client computes, in a process of its own; printed, too. None where it could not load it."""
+def checked(request: Request, place: Path) -> dict[str, Any]:
+    """What the format's client computes, in a process of its own; printed, too. Raises Differs."""
     say("loading it with its client")
-    argument = dataclasses.replace(request, place=str(place)).as_json()
     with still_loading():
-        child = subprocess.run([sys.executable, "-m", CHECK, argument], stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode == BAD_INPUT:
-        raise UserError("the export could not be checked; the line above says why")
-    if child.returncode != DONE:
-        say(f"the client could not load it: exit code {child.returncode}")
-        return None
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    found["readings"] = [Reading(**reading) for reading in found["readings"]]
-    print("\n".join(table(found["readings"], found["moved"], found["tokens"])))
+        code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
+    if code == BAD_INPUT:
+        raise UserError("the export could not be checked; the line above says why, and --no-check leaves it out")
+    if code < 0:
+        raise Differs(f"the client was killed by signal {-code} (is memory short? `distlora export --help`)")
+    if code != DONE:
+        raise Differs(f"the client could not load it (exit code {code})")
+    found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    readings = [Reading(**reading) for reading in found["readings"]]
+    print("\n".join(table(readings, request, found["moved"], found["tokens"])))
+    if not all(reading.within for reading in readings):
+        raise Differs("the client computes something else")
     return found
 
 
-def table(readings: list[Reading], moved: float | None, tokens: int) -> list[str]:
+def in_own_process(request: Request) -> tuple[int, str]:
+    """(exit code, stdout) of the check."""
+    command = [sys.executable, "-m", CHECK, request.as_json()]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return child.returncode, child.stdout
+
+
+def table(readings: list[Reading], request: Request, moved: float | None, tokens: int) -> list[str]:
     """What the user is told."""
-    lines = [f"logits of {tokens} tokens beside those of the model as it was trained, in fp32:"]
+    ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
+    lines = [f"logits of {tokens} tokens beside those of {ours}, in fp32:"]
     for reading in readings:
         bound = ""
         if reading.bound is not None:
@@ -107,23 +119,6 @@ def table(readings: list[Reading], moved: float | None, tokens: int) -> list[str
     if moved is not None:
         lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
     return lines
-
-
-def _publish(place: Path, out: Path) -> None:
-    if place.is_dir():
-        publish(place, out)
-        return
-    durable.sync(place)
-    place.rename(out)
-    durable.sync(out.parent)
-
-
-def _remove(place: Path) -> None:
-    """What an export that was killed has left, or one that is not to be."""
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _size(place: Path) -> int:

@@ -69,7 +69,8 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """
     request = export.request
     assert request.dtype is not None
-    bound, place = EXACT if request.onto == "trained" else None, export.place
+    bound: float | None = EXACT
+    place = export.place
     with opened(export.trained, request.onto) as found:
         readings = []
         if request.dtype != "fp32":

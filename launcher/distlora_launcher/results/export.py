@@ -14,7 +14,7 @@ from pathlib import Path
 
 from distlora.command_line import DONE
 from distlora.config import UserError, nearest, require
-from distlora.exporting.formats import DTYPES, FORMATS, check
+from distlora.exporting.formats import DTYPES, FORMATS, refuse
 from distlora.exporting.request import Request
 from distlora.host_memory import available_bytes
 from distlora.loading.segments import read_headers
@@ -38,7 +38,7 @@ and load it again with its real client, in another process, on the CPU: what the
 model as it was trained, and nothing is left behind that differs by more than the bound that is printed.
 
 {arguments}
-  --out PLACE          a folder or file that does not exist yet (exports/RUN-FORMAT)
+  --out PLACE          a folder or file that does not exist yet (RUN/exports/FORMAT, or ADAPTER-FORMAT)
   --dtype DTYPE        of the weights that are written, or what the client is to compute in; what the base has
   --onto BASE          of a merged format: the base as it was trained on (trained), or as it is on disk (original)
   --no-check           do not load it again; the client's packages are not needed then, nor memory for a whole model"""
@@ -90,14 +90,14 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
     """The request. Raises UserError for whatever can be told here."""
     name, trained = named(options)
     suffix = FORMATS[options.format].suffix
-    out = Path(options.out or f"exports/{Path(trained.place).name}-{options.format}{suffix}").expanduser().absolute()
+    out = default_out(trained, options) if options.out is None else Path(options.out).expanduser().absolute()
     if out.exists():
         raise UserError(f"--out={shown(out)} exists already; remove it, or name another place with --out")
     if suffix and out.suffix != suffix:
         raise UserError(
             f"--out={shown(out)}: {options.format} is a file that ends in {suffix}; name it {out.name}{suffix}"
         )
-    check_writable(out.parent, "--out")
+    check_writable(out, "--out")
     request = Request(
         name=name,
         format=options.format,
@@ -106,8 +106,16 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
         onto=options.onto,
         check=not options.no_check,
     )
-    check(trained, request)
+    refuse(trained, request)
     return request, trained
+
+
+def default_out(trained: Trained, options: argparse.Namespace) -> Path:
+    """In the run's folder, or beside an adapter that has none; its name says what it is of."""
+    place = Path(trained.place).expanduser().absolute()
+    words = [options.format, options.checkpoint, None if options.adapter is None else Path(options.adapter).name]
+    name = "-".join(word for word in words if word) + FORMATS[options.format].suffix
+    return place.with_name(f"{place.name}-{name}") if trained.run_dir is None else trained.run_dir / "exports" / name
 
 
 def require_client(request: Request, trained: Trained) -> None:

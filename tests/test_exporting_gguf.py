@@ -15,8 +15,7 @@ import torch
 from distlora import train
 from distlora.config import UserError
 from distlora.exporting import check, worker
-from distlora.exporting.formats import FORMATS
-from distlora.exporting.formats import check as refuse
+from distlora.exporting.formats import FORMATS, refuse
 from distlora.exporting.gguf import clients, model_format
 from distlora.exporting.request import Request
 from distlora.parallel import Ranks

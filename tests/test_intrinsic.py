@@ -288,6 +288,7 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
                 assert point["shares"] == pytest.approx(gains)
 
     done = (tmp_path / "whole" / TRAININGS_NAME).read_text().splitlines()
+    assert len(done) == len(set(done))
     cut = request_for(folders, tmp_path / "cut", random=True, also=(40,))
     half = "\n".join(done[: len(done) // 2])
     (tmp_path / "cut" / TRAININGS_NAME).write_text(half + "\n" + done[len(done) // 2][:40])
@@ -295,8 +296,11 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     train_one = Bench.run
     monkeypatch.setattr(Bench, "run", lambda self, training: trained.append(training) or train_one(self, training))
     analyse(cut, SINGLE)
-    assert len(trained) == len([line for line in done if line]) - len([line for line in half.split("\n") if line])
+    assert len(trained) == len(done) - len(done) // 2
     assert json.loads((tmp_path / "cut" / RESULT_NAME).read_text()) == found
+    trained.clear()
+    analyse(cut, SINGLE)  # The line that was cut has cost no other.
+    assert trained == []
 
 
 def test_what_cannot_be_is_refused_by_name(

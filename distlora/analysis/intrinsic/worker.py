@@ -39,28 +39,28 @@ class Trainings:
 
     def __init__(self, path: Path) -> None:
         self._done: dict[Training, Outcome] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    found = json.loads(line)
-                except ValueError:  # Of a process that was killed while it wrote.
-                    continue
-                self._done[Training(**found["training"])] = Outcome(**found["outcome"])
         self._file = durable.AppendedFile(path)
-        self.number = len(self._done)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in text.splitlines():
+            try:
+                found = json.loads(line)
+                self._done[Training(**found["training"])] = Outcome(**found["outcome"])
+            except (ValueError, KeyError, TypeError):  # Of a process that was killed while it wrote: it is done again.
+                continue
+        if text and not text.endswith("\n"):
+            self._file.append("\n")
+
+    @property
+    def number(self) -> int:
+        return len(self._done)
 
     def get(self, training: Training) -> Outcome | None:
         return self._done.get(training)
 
     def add(self, training: Training, outcome: Outcome) -> None:
         self._done[training] = outcome
-        self.number += 1
         found = {"training": dataclasses.asdict(training), "outcome": dataclasses.asdict(outcome)}
-        # In a line of its own, whatever the line before was cut by.
-        self._file.append(("\n" if self.number == 1 else "") + json.dumps(found) + "\n")
-
-    def seconds(self, model: str) -> float:
-        return sum(outcome.seconds for training, outcome in self._done.items() if training.model == model)
+        self._file.append(json.dumps(found) + "\n")
 
 
 class Arm:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distlora.analysis.spectrum.decomposed import MORE, SMALLEST, Singular, largest, whole
+from distlora.analysis.spectrum.decomposed import SMALLEST, Singular, largest, whole
 from distlora.loading import fp64
 
 STEPS = 64
@@ -191,5 +191,5 @@ def similarity(
     if min(before_OI.shape) <= exact_up_to:
         before, after = whole(before_OI), whole(after_OI).first(top)
         return exactly(before, after), before, after
-    before, after = largest(before_OI, top + MORE), largest(after_OI, top).first(top)
+    before, after = largest(before_OI, top), largest(after_OI, top).first(top)
     return bounded(before_OI, before, after, thresholds), before, after

@@ -81,7 +81,7 @@ def checked(options: argparse.Namespace) -> Request:
     name, trained = named(options)
     other = None
     if options.against is not None:
-        also = argparse.Namespace(run=options.against, checkpoint=None, adapter=None, model=None, quant="nf4")
+        also = argparse.Namespace(run=options.against, checkpoint=None, adapter=None, model=None, quant=None)
         other, second = named(also)
         bases = [Path(each.config.model.path) for each in (trained, second)]
         require(

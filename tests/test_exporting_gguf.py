@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -47,19 +46,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's process is a call, which costs no seconds to start; without llama.cpp, which CI lacks."""
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(returncode=0, stdout=json.dumps(check.run(Request.read(command[-1]))) + "\n")
+    def run(request: Request) -> tuple[int, str]:
+        return 0, json.dumps(check.run(request))
 
-    monkeypatch.setattr(worker.subprocess, "run", run)
+    monkeypatch.setattr(worker, "in_own_process", run)
     for module in ("model_format", "adapter_format"):
         monkeypatch.setattr(f"distlora.exporting.gguf.{module}.has_llama_cpp", lambda: False)
 
 
-def exported(run: Path, form: str, out: Path, dtype: str | None = None, **name: Any) -> int:
+def exported(run: Path, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any) -> int:
     """The exit code of the worker, as the command starts it."""
     named = Name(place=str(run), **name)
     trained = named.read()
-    request = Request(name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype))
+    request = Request(name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto)
     refuse(trained, request)
     return worker.run(request)
 
@@ -73,6 +72,7 @@ def exported(run: Path, form: str, out: Path, dtype: str | None = None, **name: 
         ("pissa", "gguf-lora", None, {"checkpoint": "step_2"}),
         ("pissa", "gguf-lora", "fp16", {}),
         ("pissa", "gguf", "fp16", {"adapter": "base"}),
+        ("pissa", "gguf", "bf16", {"onto": "original"}),
         ("full", "gguf", None, {}),
     ],
 )

@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from distlora.adapters import adapter_parameters
 from distlora.config import Config
 from distlora.data.rows import PackedRows
 from distlora.evaluation.request import Dtype, Subject
-from distlora.model import DTYPES, CausalLM
+from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.quant import PACKED_PARTS
 from distlora.readings import Loss, Readings, compare, let_go
 from distlora.saying import still_loading
-from distlora.tokens import EMBEDDING, HEAD
-from distlora.trained_model import load_model
+from distlora.trained_model import load_in_fp32, load_model
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,31 +67,19 @@ def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> CausalLM:
 
 def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
     """The same, and what the ranks share it by."""
+    computes_in = subject.dtype or dtype
+    if subject.name is not None and computes_in == "fp32":
+        return load_in_fp32(subject.name.read(), ranks)
     config, weights, foreign = subject.found()
-    model, backend = load_model(in_dtype(config, subject.dtype or dtype), weights, ranks, foreign=foreign)
-    if subject.name is not None:
-        hold_as_trained(model, config)
+    model, backend = load_model(in_dtype(config, computes_in), weights, ranks, foreign=foreign)
     if subject.rounded is not None:
         round_to(model, ROUNDED[subject.rounded])
+        backend.watch_weights(model)  # As they are now.
     return model, backend
 
 
 def in_dtype(config: Config, dtype: Dtype) -> Config:
     return replace(config, train=replace(config.train, dtype=dtype))
-
-
-@torch.no_grad()
-def hold_as_trained(model: CausalLM, config: Config) -> None:
-    """A run in bf16 on a base in another dtype holds what is dense of it in bf16: so does a model that computes in
-    fp32 what was trained. What was trained is fp32 in both, and NF4 the same codes."""
-    if config.adapter.method == "full":
-        return
-    trained = set(adapter_parameters(model).values())
-    trained |= {model.embedding.get_parameter("weight")} if EMBEDDING in model.modules_to_save else set()
-    trained |= {model.head.weight} if HEAD in model.modules_to_save else set()
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] not in PACKED_PARTS and parameter not in trained:
-            parameter.copy_(parameter.to(DTYPES[config.train.dtype]))
 
 
 @torch.no_grad()

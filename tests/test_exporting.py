@@ -212,8 +212,11 @@ def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path, tmp_path: Path) -> None:
     """Without --dtype it is the base's, fp32 here. On the other base it is that model which the client is held to."""
-    (rounded,) = exported(place, "lora", "hf", tmp_path / "bf16", "bf16")["check"]["readings"]
-    assert 1e-4 < rounded["difference"] < rounded["bound"] / 2
+    for dtype in ("bf16", "fp16"):
+        rounded, weights, before = exported(place, "dora", "hf", tmp_path / dtype, dtype)["check"]["readings"]
+        assert 1e-4 < rounded["difference"] < 0.5
+        assert weights["difference"] == 0
+        assert before["difference"] <= before["bound"] == 1e-4
     step = sorted((place / "pissa" / "checkpoints").iterdir())[-1].name
     for name in ({}, {"checkpoint": step}):
         record = exported(place, "pissa", "hf", tmp_path / f"original{len(name)}", onto="original", **name)
@@ -264,14 +267,17 @@ def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str)
 def test_what_the_client_computes_otherwise_is_not_left_behind(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One tensor of a merged model is damaged after it was written: in 16 bits, too, that is beyond the bound."""
+    """A merged model is damaged after it was written: in fp32 a tensor, which its logits tell, in 16 bits one weight by
+    a fiftieth, which they would not."""
     write = hf_folder.write
 
     def damaged(export: Any) -> None:
         write(export)
         file = export.place / "model.safetensors"
         tensors = safetensors.torch.load_file(file)
-        tensors["model.layers.1.mlp.down_proj.weight"] *= -1
+        tensors["model.layers.1.mlp.down_proj.weight"][:1, :1] *= 1.02
+        if export.request.dtype == "fp32":
+            tensors["model.layers.1.mlp.down_proj.weight"] *= -1
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(hf_folder, "write", damaged)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,25 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     stored = safetensors.torch.load_file(place / "llama" / "model.safetensors")
     assert dense
     assert all(torch.equal(tensors[key], stored[key]) and tensors[key].dtype == stored[key].dtype for key in dense)
+
+
+def test_what_ends_an_export_ends_it_at_the_next_pieces(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, a full disk: no thread goes on to the last weight, and nothing is left."""
+    begun = []
+
+    def stopped(weight: Any, *_: Any) -> None:
+        begun.append(weight.name)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bnb_folder, "write_weight", stopped)
+    request = Request(name=Name(place=str(place / "lora")), format="bnb", out=str(tmp_path / "out"), dtype="bf16")
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(request)
+    assert [*tmp_path.iterdir()] == []
+    assert len(begun) < 21  # Of 21 weights.
 
 
 @pytest.mark.usefixtures("in_process")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distlora.exporting.clients import dense_model
+from distlora.exporting.formats import is_packed
 from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.repository import as_plain_adapter, collect, write_files
 from distlora.exporting.request import Export, Reading
@@ -55,7 +56,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     """PEFT on what was trained on, and on the base as it is on disk where that is another."""
     readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), EXACT)]
     config = export.trained.config
-    if config.quant.is_nf4 and not config.adapter.for_nf4 and not _is_packed(Path(config.model.path)):
+    if config.quant.is_nf4 and not config.adapter.for_nf4 and not is_packed(export.trained):
         gc.collect()
         readings.append(ours.reading("PEFT on the base without NF4, fp32", _logits(export, ours, original=True)))
     return readings
@@ -68,7 +69,3 @@ def _logits(export: Export, ours: Ours, *, original: bool = False) -> torch.Tens
     model: Any = PeftModel.from_pretrained(dense_model(export.trained, original=original), export.place)
     logits: torch.Tensor = model.eval()(input_ids=ours.tokens).logits
     return logits
-
-
-def _is_packed(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))

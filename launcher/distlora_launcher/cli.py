@@ -95,7 +95,7 @@ COMMANDS = {
         "distlora_launcher.results.unmerge",
     ),
     "export": Command(
-        "RUN --format peft|... [--out PLACE] [--dtype DTYPE] [--no-check]",
+        "RUN --format hf|peft|bnb|gguf|gguf-lora [--out PLACE] [--dtype DTYPE] [--no-check]",
         "write what a run trained in formats that others load, each loaded again by its client",
         "distlora_launcher.results.export",
     ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.combining.request import Member, Request
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.families import family_of, is_tied, read_config
 from distlora.initial_adapter import InitialAdapter, read_initial_adapter
 from distlora.merging.request import Onto
@@ -33,6 +33,8 @@ def check(request: Request, adapters: Sequence[InitialAdapter]) -> None:
         raise UserError(f"{what} cannot be combined without the base's own values; add --model FOLDER, the base")
     if request.how.on == "factors":
         _check_ranks(request, adapters)
+    if request.method == "svd" and request.rank is not None:
+        _check_cut(request.rank, adapters)
     _check_whole(members, adapters, tied=request.base_folder is not None and ties(Path(request.base_folder)))
 
 
@@ -50,6 +52,22 @@ def _check_alone(request: Request, member: Member, adapter: InitialAdapter) -> N
                 f"{member.place} has {what} ({', '.join(sorted(found))}), which --method {request.method} says nothing "
                 "of; write --method cat or svd, which sum them as they sum the rest"
             )
+
+
+def _check_cut(rank: int, adapters: Sequence[InitialAdapter]) -> None:
+    """Refuse a rank that cuts nothing: the sum of the adapters' is as much as there is, but for DoRA's."""
+    if any(adapter.settings["use_dora"] for adapter in adapters):
+        return
+    sums: dict[str, int] = {}
+    for adapter in adapters:
+        for path in adapter.paths:
+            sums[path] = sums.get(path, 0) + adapter.own.rank_of(path)
+    most = max(sums.values())
+    require(
+        rank < most,
+        f"--rank={rank} cuts nothing: the sum has rank {most}; write --rank {most - 1} or less, or --method cat, which "
+        "keeps it as it is",
+    )
 
 
 def _check_ranks(request: Request, adapters: Sequence[InitialAdapter]) -> None:

@@ -54,6 +54,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         base=base_of_run(run_dir, config),
         base_folder=str(base_folder) if base_folder.is_dir() else None,
         quant=config.quant.method,
+        dtype=config.train.dtype,
         pissa=config.adapter.pissa,
     )
 

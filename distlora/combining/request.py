@@ -71,6 +71,8 @@ class Member:
     base_folder: str | None = None
     quant: str | None = None
     """How its base was held in training; None where it is no run's."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """What its run computed in, which the base's weights that are not in NF4 were rounded to."""
     pissa: bool = False
     """Whether its run trained on the base without PiSSA's start."""
 
@@ -99,6 +101,8 @@ class Request:
     """Where the base is; None where nothing of it is needed."""
     quant: Literal["nf4", "none"] = "nf4"
     """And how it is held."""
+    held: Literal["bf16", "fp32"] = "fp32"
+    """What of it is not in NF4 is rounded to this, as training did; fp32: as it is on disk."""
     onto: Literal["trained", "original"] | None = None
     """Of a merged model in place of an adapter: the form of the base that it is made of."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

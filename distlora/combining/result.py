@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distlora.combining.checks import needs_base
 from distlora.combining.methods import Combined, Part, combine
 from distlora.combining.request import Request
 from distlora.combining.whole import Weighted, combined_modules, combined_rows, row_ids
+from distlora.config import Config
 from distlora.deltas.base import Base, open_base
 from distlora.deltas.factors import AdapterFile, Factors
 from distlora.expert_targets import peft_paths
@@ -25,6 +27,11 @@ from distlora.targets import match_ending
 from distlora.tensor_files import Unmade
 from distlora.tokens import EMBEDDING
 from distlora.trained import base_alone
+
+
+def held(config: Config, request: Request) -> Config:
+    """A base's settings with its weights rounded as the members' runs had them."""
+    return replace(config, train=replace(config.train, dtype=request.held))
 
 
 class Combination:
@@ -40,7 +47,7 @@ class Combination:
         self.base: Base | None = None
         if needs_base([file.read for file in files]):
             assert request.base_folder is not None
-            self.base = open_base(base_alone(request.base_folder, request.quant, run_dir=request.out))
+            self.base = open_base(held(base_alone(request.base_folder, request.quant, run_dir=request.out), request))
         self.paths = sorted({path for file in files for path in file.paths})
         self.fused = {
             path for file in files for path in match_ending(file.settings.target_parameters, list(file.paths))

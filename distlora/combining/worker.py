@@ -15,7 +15,7 @@ from distlora.checkpoints.files import appearing, write_files
 from distlora.checkpoints.folder import sha256
 from distlora.combining.record import record, told
 from distlora.combining.request import RECORD_NAME, Request
-from distlora.combining.result import Combination
+from distlora.combining.result import Combination, held
 from distlora.combining.whole import new_token_owner
 from distlora.command_line import DONE, request_text, run_to_exit_code
 from distlora.initial_adapter import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
@@ -41,6 +41,7 @@ def run(request: Request) -> dict[str, Any]:
         folder = Path(scratch) / "adapter"
         found = write_adapter(request, folder, say)
         trained = Name(place=str(folder), base=request.base_folder, quant=request.quant).read()
+        trained = dataclasses.replace(trained, config=held(trained.config, request))
         receipt = merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
     durable.write_json(out / RECORD_NAME, found)
     # The adapter is gone: what it was made of is in the record.

@@ -38,6 +38,13 @@ def run_draft(request: Request, draft: Draft, rows: PackedRows, say: Say) -> dic
     with static_folder(subject, dtype, say) as folder:
         check_vocabulary(folder, Path(draft.model))
         target, helper = (load(place, dtype) for place in (folder, Path(draft.model)))
+    for model, name in ((target, subject.label), (helper, draft.model)):
+        room = model.config.get_text_config().max_position_embeddings - draft.prompt_tokens
+        if draft.new_tokens > room:
+            raise UserError(
+                f"--max-new-tokens={draft.new_tokens:,}: {name} has positions for {room:,} behind a prompt of "
+                f"{draft.prompt_tokens}; write --max-new-tokens {room} or less"
+            )
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[list[int]]] = {}
     for name, assistant in (("alone", None), ("with draft", helper)):
@@ -87,9 +94,17 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def prompts_of(rows: PackedRows, length: int) -> list[Tensor]:
-    """The beginning of each row's first document, (1, tokens); of a document shorter than two tokens none."""
-    found = [pieces(rows, row)[0][:length] for row in range(len(rows))]
-    return [torch.tensor([tokens]) for tokens in found if len(tokens) > 1]
+    """(1, length): the beginning of the first document of each row that goes on behind it.
+
+    Raises UserError where no document does."""
+    found = [next((piece for piece in pieces(rows, row) if len(piece) > length), None) for row in range(len(rows))]
+    prompts = [torch.tensor([piece[:length]]) for piece in found if piece is not None]
+    if not prompts:
+        raise UserError(
+            f"no document in these {len(rows):,} rows has more than {length} tokens, whose first {length} are "
+            "continued; name longer ones with --text FILE, or more with --rows N"
+        )
+    return prompts
 
 
 def generate(target: Any, assistant: Any | None, prompt: Tensor, new_tokens: int) -> list[int]:

@@ -125,7 +125,9 @@ def checked(options: argparse.Namespace, command: str) -> Request:
     if options.merged or needs_base(adapters):
         folder = base or next((member.base_folder for member in members if member.base_folder is not None), None)
         check_unchanged(folder, known)
-        request = dataclasses.replace(request, base_folder=folder, quant=quant_of(members, options.quant))
+        request = dataclasses.replace(
+            request, base_folder=folder, quant=quant_of(members, options.quant), held=held_by(members)
+        )
         require(folder is not None or not options.merged, "--merged needs the base; name it with --model FOLDER")
     else:
         require(options.quant is None, "--quant has no effect: these adapters add the same to any form of the base")
@@ -179,6 +181,12 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
             f"the adapters belong to the base {known[:12]}, and {shown(Path(folder))} holds another; name it with "
             "--model FOLDER"
         )
+
+
+def held_by(members: Sequence[Member]) -> Literal["bf16", "fp32"]:
+    """What the runs rounded the rest of the base to, where they all did alike."""
+    dtypes = {member.dtype for member in members if member.dtype is not None}
+    return "bf16" if dtypes == {"bf16"} else "fp32"
 
 
 def quant_of(members: Sequence[Member], asked: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:

@@ -263,6 +263,28 @@ def test_the_crossing_is_interpolated_in_log_d_over_pooled_shares() -> None:
     assert search.deviation([[0.8]]) is None
 
 
+def test_ends_that_seed_0_chose_move_out_until_the_means_are_on_both_sides() -> None:
+    means = {256: 0.8, 512: 0.91, 1024: 0.88, 2048: 0.93}
+    asked = search.settle(search.Bracket(512, 1024), means.__getitem__, 0.9, least=1, most=4096, factor=2)
+    assert asked == [1024, 2048, 512, 256]
+    assert search.settle(search.Bracket(2, 3), lambda d: 0.95, 0.9, least=1, most=3, factor=2) == [3, 2, 1]
+    assert search.settle(search.Bracket(2, 3), lambda d: 0.1, 0.9, least=1, most=3, factor=2) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({512: [0.8], 1024: [0.91, 0.85]}, "above 1,024"),
+        ({512: [0.89, 0.95], 1024: [0.93, 0.97]}, "at most 512"),
+        ({512: [0.8], 2048: [1.0]}, "1,024"),
+    ],
+)
+def test_where_nothing_crosses_the_side_is_said(shares: dict[int, list[float]], words: str) -> None:
+    found = search.crossing(shares, 0.9)
+    subspace = {"dimension": found, "side": search.side(shares, 0.9), "points": [{"dimension": d} for d in shares]}
+    assert report.dimension(subspace) == words
+
+
 def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +339,8 @@ def test_what_cannot_be_is_refused_by_name(
         ([model, "--data", data, "--scaling", "said"], "--scaling=said is not known; write none, layers"),
         ([model, "--data", data, "--start", "2000", "--most", "10"], "--start=2,000 is beyond --most=10"),
         ([model, "--data", data, "--sequence-length", "4096"], "--sequence-length 4,096"),
+        ([model, "--data", data, "--scaling", "none,none"], "--scaling=none,none is not known"),
+        ([model, "--data", data, "--also", "64,1000000"], "--also=1,000,000 is beyond --most=100,000"),
         (["nowhere", "--data", data], "nowhere does not exist"),
         ([str(folders / "mixtral"), "--data", data], "and adapter=full on a mixture of experts (mixtral) is covered"),
         ([model, model, "--data", data], "two models are called llama-tied"),

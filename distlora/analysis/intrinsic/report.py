@@ -62,12 +62,11 @@ def _dimensions(found: Mapping[str, Any]) -> Table:
 
 
 def dimension(subspace: Mapping[str, Any]) -> str:
-    """`1,234`, `at most 5`, `above 100,000`."""
+    """`1,234`; `at most 5`, `above 16,384`: the least and the largest that were tried."""
     if subspace["dimension"] is not None:
         return f"{subspace['dimension']:,.0f}"
-    if subspace["at_most"] is not None:
-        return f"at most {subspace['at_most']:,}"
-    return f"above {subspace['above'] or subspace['most']:,}"
+    tried = [point["dimension"] for point in subspace["points"]]
+    return f"{subspace['side']} {(min if subspace['side'] == 'at most' else max)(tried):,}"
 
 
 def _range(subspace: Mapping[str, Any]) -> str:
@@ -121,10 +120,11 @@ def _by_start(found: Mapping[str, Any]) -> Iterator[str]:
             of_words = f"{model}, {SCALING_WORDS[scaling]}: pretrained {dimension(ours)}, random {dimension(theirs)}"
             if ours["dimension"] and theirs["dimension"]:
                 of_words += f": random weights need {_times(ours['dimension'], theirs['dimension'])} dimensions"
-            reached = min(loss for point in theirs["points"] for loss in point["losses"] if loss is not None)
+            losses = [loss for point in theirs["points"] for loss in point["losses"] if loss is not None]
+            reached = f"{min(losses):.2f}" if losses else "no number"
             yield (
                 f"{of_words}, each for the same share of its own gain. Random weights end at a held-out loss of "
-                f"{reached:.2f} in a subspace at best and {random['full']:.2f} in full; the pretrained ones begin at "
+                f"{reached} in a subspace at best and {random['full']:.2f} in full; the pretrained ones begin at "
                 f"{pretrained['untrained']:.2f}."
             )
 
@@ -181,7 +181,7 @@ def _noise(found: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Between seeds (of the subspace, the order of the rows, and random weights) the share differs by a "
             f"standard deviation of {min(noises):.1%} to {max(noises):.1%}; a range is where the share "
-            "crosses with one of it added or taken away."
+            "crosses with one of it, that of a single training, added or taken away."
         )
 
 
@@ -189,6 +189,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     """report.md."""
     settings = found["settings"]
     held_out = found["eval_data"] or f"a tenth of {found['data']}"
+    if found["arms"]:
+        held_out += f" ({found['arms'][0]['held_out_rows']} rows, {found['arms'][0]['held_out_targets']:,} tokens)"
     parts = [
         "# How many dimensions fine-tuning needs",
         f"`distlora analyze intrinsic` on {found['data']}, held out {held_out}; {settings['steps']} steps of "

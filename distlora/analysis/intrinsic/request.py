@@ -78,13 +78,20 @@ class Request:
             self.start <= self.most,
             f"--start={self.start:,} is beyond --most={self.most:,}, the largest dimension to try; lower --start",
         )
+        for dimension in self.also:
+            require(
+                0 < dimension <= self.most,
+                f"--also={dimension:,} is beyond --most={self.most:,}, the largest dimension to try; leave it out",
+            )
         require(0 < self.lr < 1, f"--lr={self.lr} is no learning rate; write a number between 0 and 1")
         require(
             self.sequence_length >= 2,
             f"--sequence-length={self.sequence_length} leaves no token to predict; write 2 or more",
         )
         require(
-            bool(self.scalings) and set(self.scalings) <= set(SCALINGS),
+            bool(self.scalings)
+            and set(self.scalings) <= set(SCALINGS)
+            and len(set(self.scalings)) == len(self.scalings),
             f"--scaling={','.join(self.scalings)} is not known; write none, layers or none,layers",
         )
 

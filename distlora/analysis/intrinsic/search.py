@@ -80,6 +80,29 @@ def bracket(reaches: Callable[[int], bool], *, start: int, least: int, most: int
     return Bracket(low, high)
 
 
+def settle(
+    ends: Bracket, mean_share: Callable[[int], float], share: float, *, least: int, most: int, factor: float
+) -> list[int]:
+    """Move the ends out until their mean shares are on both sides of `share`, or there is nothing further out: every
+    dimension whose mean was asked for."""
+    asked = []
+    high, low = ends.high, ends.low
+    for outwards, limit, dimension in ((factor, most, high), (1 / factor, least, low)):
+        while dimension is not None:
+            asked.append(dimension)
+            if (mean_share(dimension) >= share) == (outwards > 1) or dimension == limit:
+                break
+            moved = max(round(dimension * outwards), dimension + 1) if outwards > 1 else int(dimension * outwards)
+            dimension = min(max(moved, least), most)
+    return asked
+
+
+def side(shares: Mapping[int, Sequence[float]], share: float) -> str:
+    """What is known where nothing crosses: `above` the largest that was tried, or `at most` the least."""
+    means = _pooled(shares)
+    return "at most" if means[0] >= share else "above"
+
+
 def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: float = 0.0) -> float | None:
     """Where the mean shares of the dimensions, with `shift` added to each, cross `share`: between two of them linear in
     log d, after neighbours that fall where they should rise are made equal (isotonic regression, weighted by their
@@ -96,6 +119,12 @@ def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: floa
             part = (share - below) / (above - below)
             return math.exp(math.log(low) + part * math.log(high / low))
     return None
+
+
+def _pooled(shares: Mapping[int, Sequence[float]]) -> list[float]:
+    """Mean shares in the order of the dimensions, rising."""
+    groups = [shares[dimension] for dimension in sorted(shares)]
+    return isotonic([sum(group) / len(group) for group in groups], [len(group) for group in groups])
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -112,28 +112,41 @@ class Arm:
             self.say.line(f"  d={dimension:,}: {share:.1%} of full fine-tuning's gain")
             return share >= request.share
 
+        def mean_share(dimension: int) -> float:
+            if dimension not in rates.best:
+                reaches(dimension)
+            power = rates.best[dimension]
+            outcomes = [self.outcome(scaling, dimension, power, seed) for seed in range(request.seeds)]
+            return report.mean([self.share_of(outcome.loss) for outcome in outcomes])
+
         least = 1 + (len(self.bench.flat.layers) if scaling == "layers" else 0)
         most = max(least, min(request.most, self.bench.size // 2))
         ends = search.bracket(reaches, start=request.start, least=least, most=most, resolution=request.resolution)
         for besides in request.also:
-            if least <= besides <= most and besides not in rates.best:
+            if not least <= besides <= most:
+                self.say.line(
+                    f"  d={besides:,} is left out: {report.SCALING_WORDS[scaling]} can have {least:,} to {most:,}"
+                )
+            elif besides not in rates.best:
                 reaches(besides)
-        seeds: dict[int, list[int]] = {dimension: [0] for dimension in rates.best}
-        for dimension in (ends.low, ends.high):
-            if dimension is not None:
-                seeds[dimension] = list(range(request.seeds))
+        # By the mean of all seeds the ends may not be on both sides: seed 0 alone has chosen them.
+        everywhere = set(
+            search.settle(ends, mean_share, request.share, least=least, most=most, factor=request.resolution)
+        )
         outcomes = {
-            dimension: [self.outcome(scaling, dimension, rates.best[dimension], seed) for seed in seeds[dimension]]
+            dimension: [
+                self.outcome(scaling, dimension, rates.best[dimension], seed)
+                for seed in range(request.seeds if dimension in everywhere else 1)
+            ]
             for dimension in sorted(rates.best)
         }
         losses = {dimension: [outcome.loss for outcome in found] for dimension, found in outcomes.items()}
         shares = {dimension: [self.share_of(loss) for loss in found] for dimension, found in losses.items()}
-        noise = search.deviation(list(shares.values()))
+        noise = search.deviation([found for found in shares.values() if LOST not in found])
         found = search.crossing(shares, request.share)
         return {
             "dimension": found,
-            "at_most": least if ends.low is None else None,
-            "above": most if ends.high is None else None,
+            "side": None if found is not None else search.side(shares, request.share),
             "noise": noise,
             "range": None
             if noise is None
@@ -170,6 +183,8 @@ class Arm:
             "full_lr": float(f"{self.request.lr * search.RATE_STEP**self.power:.4g}"),
             "full_distance": self.outcome("full", self.bench.size, self.power, 0).distance,
             "layers": list(self.bench.flat.layers),
+            "held_out_rows": len(self.bench.held_out),
+            "held_out_targets": int(self.bench.held_out.targets.sum()),
             "subspaces": {},
         }
 

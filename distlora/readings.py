@@ -31,9 +31,13 @@ LOGITS_AT_ONCE = 2**22
 """In fp64, a handful of times: where two models are nearly one, a divergence in fp32 is the noise of its sum."""
 
 
+LARGEST_EXPONENT = 709
+"""e^709 is the last power that a float holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What one format's model makes of the text, and how it differs from the dense one's on the same rows."""
+    """What one model makes of the text, and how it differs from the first, the dense one, on the same rows."""
 
     loss: float
     """Mean -log p over every target token, nats."""
@@ -46,7 +50,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
 
 
 def evenly(rows: PackedRows, most: int) -> PackedRows:
@@ -159,7 +163,7 @@ def let_go(device: torch.device) -> None:
 
 
 def compare(sums: Tensor, dense: Tensor, divergences: Tensor, targets: Tensor) -> Loss:
-    """Row sums of one format against the dense model's, (N,) each: a ratio of sums, its error by the delta method.
+    """Row sums of one model against the dense model's, (N,) each: a ratio of sums, its error by the delta method.
 
     The rows are paired, so what makes a text hard for both is no noise.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,15 @@ from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
 from distlora.evaluation import worker
-from distlora.evaluation.measure import load, round_to
+from distlora.evaluation.measure import Measured, load, round_to
 from distlora.evaluation.request import Request, Subject, Text, held_out
 from distlora.evaluation.rows import open_rows
 from distlora.head import IGNORED_LABEL
 from distlora.merging.merge import merge_to
-from distlora.merging.page import measured_table
+from distlora.merging.page import measured_in_words, measured_table
 from distlora.merging.receipt import Receipt
 from distlora.parallel import Ranks
+from distlora.readings import Loss
 from distlora.trained import Name
 from distlora_launcher.cli import main as command
 from distlora_launcher.results import measuring
@@ -155,6 +157,32 @@ def test_the_command_asks_for_a_run_its_base_and_models(
     assert (config.quant.method, weights, foreign) == ("none", str(adapter), True)
 
 
+def test_bases_are_told_apart_by_what_they_are(
+    asked: list[Request], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one base, and one of another of the same name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "llama", tmp_path / "other" / "llama")
+    for name, base in (("a", folders / "llama"), ("b", tmp_path / "other" / "llama"), ("c", folders / "llama")):
+        shutil.copytree(run_dir, tmp_path / name)
+        config = tmp_path / name / "config.yaml"
+        config.write_text(config.read_text().replace(str(folders / "llama"), str(base)))
+    labels = [subject.label for subject in ask(asked, "a", "b", "c").subjects]
+    assert labels == ["a", "b", "c", "base llama in nf4", "base llama in nf4, of b"]
+
+
+def test_figures_that_are_not_finite_are_null_and_a_dash() -> None:
+    loss = Loss(float("nan"), float("inf"), None, float("nan"))
+    subject = Subject(label="fp16", kind="form", model="m")
+    broken = Measured(subject=subject, loss=loss, largest_logit_difference=float("inf"), changed_tokens=1.0)
+    found = {**worker.figures([broken, broken]), "dtype": "fp32", "compared_with": "another"}
+    found["text"] = {"name": "text", "rows": 1, "rows_in_all": 1, "targets": 5}
+    json.dumps(found, allow_nan=False)
+    assert measured_table(found).rows[1] == ["fp16", "-", "-", "-", "-", "-", "-", "100.00%"]
+    assert "of no use" in "".join(measured_in_words(found))
+    assert Loss(800.0, 0.0, None, 0.0).perplexity == float("inf")
+
+
 def test_a_text_is_read_once_for_all_and_written_down(
     asked: list[Request], folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +216,9 @@ def test_what_cannot_be_evaluated_is_refused(
         ([str(run_dir), "--quant", "none"], "was trained with quant=nf4"),
         ([str(run_dir), "--sequence-length", "9"], "is of --text"),
         ([str(run_dir), str(run_dir)], "named twice"),
+        ([str(run_dir), str(run_dir / "adapter" / "..")], "named twice"),
+        ([llama, "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
+        ([str(run_dir), "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
         ([llama, "--text", text, "--checkpoint", "best"], "and none is named"),
         ([llama, "--text", "gone.jsonl"], "gone.jsonl"),
         ([llama, "--text", text, "--rows", "0"], "--rows=0"),
@@ -299,6 +330,10 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     assert "add --text FILE" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--rows", "3"]) == 2
     assert "--rows=3 says what is measured" in capsys.readouterr().err
+    assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--processes", "2"]) == 2
+    assert "--processes=2 says" in capsys.readouterr().err
+    assert command(["merge", str(run_dir), "--out", out, "--rows", "0"]) == 2
+    assert "--rows=0" in capsys.readouterr().err
     monkeypatch.setattr(measuring, "available_bytes", lambda: 2**20)
     monkeypatch.setattr(measuring, "gpu_count", lambda: 0)
     assert command(["merge", str(run_dir), "--out", out, "--rows", "3"]) == 2

@@ -16,6 +16,7 @@ import torch
 from distlora.config import UserError
 from distlora.evaluation.request import Merged, Subject
 from distlora.merging.merge import merge_to
+from distlora.merging.page import written
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Onto, check_mergeable
 from distlora.parallel import Ranks, from_rank_0
@@ -95,8 +96,8 @@ def add_to_receipt(merged: Merged, figures: dict[str, Any]) -> None:
     dataclasses.replace(receipt, measured=figures).write(folder)
     (own,) = (model for model in figures["models"] if model["kind"] == "merged")
     furthest = own["largest_logit_difference"]
-    if (receipt.onto, receipt.dtype) == ("trained", "fp32") and furthest > TOO_FAR:
+    if (receipt.onto, receipt.dtype) == ("trained", "fp32") and (furthest is None or furthest > TOO_FAR):
         say(
-            f"WARNING: a logit of {merged.folder} is {furthest:.2g} from the model as it was trained, more than "
-            "rounding explains; do not use it, and report this"
+            f"WARNING: a logit of {merged.folder} is {written(furthest, '.2g')} from the model as it was trained, more "
+            "than rounding explains; do not use it, and report this"
         )

@@ -94,7 +94,8 @@ def held_out(run_dir: Path, config: Config, label: str, **settings: Any) -> Text
         "eval" in read_record(run_dir / DATA_NAME).get("splits", {}),
         f"{label} held no documents out (data.eval_fraction=0); name a text with --text FILE",
     )
-    return Text(name=f"the documents that {label} held out", run=str(run_dir), **settings)
+    length = config.data.sequence_length
+    return Text(name=f"the documents that {label} held out", run=str(run_dir), sequence_length=length, **settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,25 @@ def run(request: Request, ranks: Ranks) -> dict[str, Any]:
 
 
 def figures(measured: list[Measured]) -> dict[str, Any]:
-    """Of each model, by the names that evaluation.json has."""
+    """Of each model, by the names that the JSON has; what is not finite, as in a form that overflows, is null."""
     return {
         "compared_with": measured[0].subject.label,
         "models": [
             {
                 "label": of.subject.label,
                 "kind": of.subject.kind,
-                "loss": of.loss.loss,
-                "perplexity": of.loss.perplexity,
-                "loss_difference": of.loss.difference,
-                "loss_standard_error": of.loss.standard_error,
-                "divergence": of.loss.divergence,
-                "largest_logit_difference": of.largest_logit_difference,
-                "changed_tokens": of.changed_tokens,
+                **{
+                    name: value if value is None or math.isfinite(value) else None
+                    for name, value in {
+                        "loss": of.loss.loss,
+                        "perplexity": of.loss.perplexity,
+                        "loss_difference": of.loss.difference,
+                        "loss_standard_error": of.loss.standard_error,
+                        "divergence": of.loss.divergence,
+                        "largest_logit_difference": of.largest_logit_difference,
+                        "changed_tokens": of.changed_tokens,
+                    }.items()
+                },
             }
             for of in measured
         ],

@@ -60,24 +60,30 @@ def measured_table(figures: Mapping[str, Any]) -> Table:
     for model in figures["models"]:
         is_first = model["label"] == figures["compared_with"]
         cells = ["", "", "", "", ""] if is_first else compared_cells(model)
-        rows.append([model["label"], f"{model['loss']:.4f}", f"{model['perplexity']:,.3f}", *cells])
+        rows.append([model["label"], written(model["loss"], ".4f"), written(model["perplexity"], ",.3f"), *cells])
     return Table(_heading(figures), rows)
 
 
 def compared_cells(model: Mapping[str, Any]) -> list[str]:
     """How a model differs from the first."""
-    error = model["loss_standard_error"]
     return [
         signed(model["loss_difference"]),
-        "-" if error is None else f"{error:.1g}",
-        f"{model['divergence']:.2g}",
-        f"{model['largest_logit_difference']:.2g}",
-        f"{model['changed_tokens']:.2%}",
+        written(model["loss_standard_error"], ".1g"),
+        written(model["divergence"], ".2g"),
+        written(model["largest_logit_difference"], ".2g"),
+        written(model["changed_tokens"], ".2%"),
     ]
 
 
-def signed(value: float) -> str:
+def written(value: float | None, form: str) -> str:
+    """A figure; one that is not there, or not finite, as a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def signed(value: float | None) -> str:
     """A difference of losses: four decimals where that says something, else the first digits."""
+    if value is None:
+        return "-"
     return f"{value:+.4f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
 
 
@@ -97,11 +103,14 @@ def measured_in_words(figures: Mapping[str, Any]) -> Iterator[str]:
     for model in models[1:]:
         if model["kind"] not in ("merged", "form"):
             continue
+        if model["divergence"] is None:
+            yield f"- {model['label']}: its figures are not finite; this model is of no use."
+            continue
         text = (
             f"- {model['label']}: no logit is further than {model['largest_logit_difference']:.2g} from the model as "
         )
         text += f"it was trained, {model['divergence']:.2g} nats a token of divergence"
-        if base is not None and base["divergence"] > 0:
+        if base is not None and base["divergence"]:
             text += f" ({model['divergence'] / base['divergence']:.2g} of what the adapter itself moves)"
         yield text + f", the loss {signed(model['loss_difference'])}."
 

@@ -29,7 +29,7 @@ from distlora.evaluation.request import (
     check_out,
     held_out,
 )
-from distlora.families import read_config
+from distlora.families import check_config, read_config
 from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
@@ -127,14 +127,16 @@ def checked(options: argparse.Namespace) -> Request:
     """The request, its models on this machine. Raises UserError for whatever can be told here."""
     subjects: list[Subject] = []
     runs: list[Trained] = []
+    places: set[str] = set()
     for place in options.places:
         if is_trained(place):
             subject, trained = trained_subject(place, options)
             runs.append(trained)
         else:
             subject = model_subject(place, options.quant)
-        if subject in subjects:
-            raise UserError(f"{place} is named twice; name each model once")
+        same = place if means_hub(place) else str(Path(place).expanduser().resolve())
+        require(same not in places, f"{place} is named twice; name each model once")
+        places.add(same)
         subjects.append(subject)
     for flag, named_for in (("checkpoint", "RUN"), ("adapter", "RUN"), ("model", "adapter without its run")):
         value = getattr(options, flag)
@@ -143,17 +145,16 @@ def checked(options: argparse.Namespace) -> Request:
             f"--{flag}={value} says something of each {named_for}, and none is named; leave it out",
         )
     if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
-        for trained, subject in zip(runs, [s for s in subjects if s.name is not None], strict=True):
-            base = base_of(trained, subject)
-            if base.label not in (subject.label for subject in subjects):
-                subjects.append(base)
+        subjects += bases_of(runs, [subject for subject in subjects if subject.name is not None])
     dtype = options.dtype or (runs[0].config.train.dtype if runs else "bf16" if gpu_count() else "fp32")
     tasks, draft = checked_tasks(options), checked_draft(options, subjects)
+    text = None
+    if tasks is None:
+        text = text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length)
+        check_positions(subjects, text)
     return Request(
         subjects=tuple(subjects),
-        text=None
-        if tasks is not None
-        else text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length),
+        text=text,
         dtype=dtype,
         tasks=tasks,
         draft=draft,
@@ -257,6 +258,28 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
         return Subject(label=base_label(trained), kind="base", name=name)
     model, held = trained.config.model.path, trained.config.quant
     return Subject(label=base_label(trained), kind="base", model=model, quant="nf4" if held.is_nf4 else "none")
+
+
+def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subject]:
+    """The base of each, those that are the same once."""
+    found: dict[tuple[object, ...], Subject] = {}
+    for trained, subject in zip(runs, subjects, strict=True):
+        config = trained.config
+        held = "nf4" if config.quant.is_nf4 else config.train.dtype
+        key = (str(Path(config.model.path).resolve()), held, config.model.new_tokens)
+        if key not in found:
+            base = base_of(trained, subject)
+            labels = [other.label for other in found.values()]
+            label = f"{base.label}, of {subject.label}" if base.label in labels else base.label
+            found[key] = dataclasses.replace(base, label=label)
+    return list(found.values())
+
+
+def check_positions(subjects: Sequence[Subject], text: Text) -> None:
+    """Refuse rows that are longer than a model has positions for."""
+    for subject in subjects:
+        folder = Path(subject.found()[0].model.path)
+        check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
 
 
 def base_label(trained: Trained) -> str:

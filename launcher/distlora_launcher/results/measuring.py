@@ -44,8 +44,11 @@ def to_measure(
     options: argparse.Namespace, name: Name, trained: Trained, out: Path, dtype: str
 ) -> tuple[Request | None, str]:
     """(what is measured, or None; why not). Raises UserError where it was asked for and cannot be."""
-    asked = next((flag for flag in ("text", "rows", "compare") if getattr(options, flag)), None)
+    given = {"text": options.text is not None, "rows": options.rows is not None, "compare": options.compare}
+    asked = next((flag for flag, is_given in given.items() if is_given), None)
     if options.no_measure:
+        if asked is None and options.processes != 1:
+            asked = "processes"
         value = "" if asked == "compare" else f"={getattr(options, asked or 'text')}"
         require(asked is None, f"--{asked}{value} says what is measured; leave it out, or --no-measure")
         return None, "--no-measure"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,20 @@ def test_the_weights_are_those_that_a_model_loads(variant: str, tmp_path: Path) 
                     assert torch.equal(torch.cat(rows), weight.whole(reader).view(-1, weight.shape[-1]))
                     checked += 1
         assert checked
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_what_training_rounds_to_its_dtype_is_rounded(quant: str, tmp_path: Path) -> None:
+    """An fp32 base in a run of bf16: embedding, norms and what is not quantized are held in bf16."""
+    write_family_folder(tmp_path / "llama", "llama")
+    config = config_of(tmp_path / "llama", quant)
+    config = replace(config, train=replace(config.train, dtype="bf16"))
+    model, _, _ = start_model(config, SINGLE, training=False)
+    held = {model.hf_name(name): parameter for name, parameter in model.named_parameters()}
+    checked = 0
+    with Reader() as reader:
+        for name, weight in open_base(config).weights.items():
+            if name in held and not weight.quantized:
+                assert torch.equal(weight.whole(reader), held[name].detach().float()), name
+                checked += not torch.equal(weight.whole(reader), weight.whole(reader, original=True))
+    assert checked > (20 if quant == "none" else 2)

@@ -268,7 +268,7 @@ def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("variant", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("variant", ["qwen3-moe", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path, variant: str) -> None:
     """And not to bitsandbytes, which leaves them in 16 bits."""
     write_family_folder(tmp_path / variant, variant)

@@ -19,10 +19,12 @@ from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
 from distlora.exporting.gguf.adapter_file import write_adapter
+from distlora.exporting.gguf.adapter_format import check_paths
 from distlora.exporting.gguf.clients import transformers_model
 from distlora.exporting.gguf.pieces import merges_of, scores_of, tokenize
-from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, find_pre_tokenizer
+from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, Match, find_pre_tokenizer
 from distlora.exporting.gguf.supported import check_model
+from distlora.exporting.gguf.tensors import TYPES, Planned
 from distlora.loading.reader import Reader
 from family_models import WINDOW, config_for, tokens, write_family_folder
 from gguf_files import VARIANTS, logits_of, sentencepiece_spec, write_gguf
@@ -89,6 +91,16 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
         write_gguf(tmp_path, tmp_path / "model.gguf", "fp16", tokenizer())
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_in_every_type(dtype: str, weight: float) -> None:
+    rows = torch.zeros(2, 32)
+    rows[1, 5] = weight
+    tensor = Planned(name="blk.0.ffn_up.weight", shape=(2, 32), type=TYPES[dtype], rows=lambda: iter([rows]))
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight holds NaN or Inf"):
+        list(tensor.encoded())
+
+
 @pytest.mark.parametrize(
     ("expected", "expressions", "regex", "ignores"),
     [
@@ -107,6 +119,18 @@ def test_a_pre_tokenizer_is_known_by_what_it_does(
     assert match.name == expected
     # llama.cpp's expression for Mistral Nemo's tokenizer lets no combining mark into a word.
     assert bool(match.unlike) == (expected == "tekken")
+
+
+def test_ignored_merges_are_told_by_the_vocabulary() -> None:
+    """No text need hold the word that tells: llama-bpe takes it whole, and these merges do not make it."""
+    spec = spec_with((_LLAMA3,), regex=False)
+    assert find_pre_tokenizer(spec).name == "dbrx"
+    spec["model"]["ignore_merges"] = True
+    assert find_pre_tokenizer(spec).name == "llama-bpe"
+    spec = spec_with((_QWEN2,), regex=False, ignores=True)
+    assert find_pre_tokenizer(spec) == Match("qwen2", "")  # Merges make every token: it does not matter.
+    spec["model"]["vocab"]["zzqx"] = len(spec["model"]["vocab"])
+    assert "no merges make" in find_pre_tokenizer(spec).unlike
 
 
 def spec_with(expressions: Sequence[str], *, regex: bool, ignores: bool = False, **more: Any) -> dict[str, Any]:
@@ -133,6 +157,26 @@ def test_sentencepieces_scores_lead_llama_cpp_to_the_same_tokens() -> None:
     for text in (LLAMA_CPP_TEXT, *MORE_TEXTS, "the statement returns importance"):
         same = tokenize(text, vocabulary, scores, prefix=True) == original.encode(text).ids
         assert same == (not text.startswith(" "))  # Where there is a space, tokenizers adds none; SentencePiece does.
+
+
+def test_an_adapter_without_effect_has_none(tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "qwen3")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    own = Factors(A=torch.ones(4, 96), B=torch.ones(200, 4), scaling=0.0)
+    factors = {"model.layers.0.mlp.up_proj": lambda: own}
+    write_adapter(tmp_path / "adapter.gguf", config, factors, dtype="fp32", name="tiny")
+    file = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert file.fields["adapter.lora.alpha"].contents() == 1
+    assert not next(tensor for tensor in file.tensors if tensor.name.endswith("b")).data.any()
+
+
+def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
+    """llama.cpp has no tensor for it, and would not load the adapter."""
+    write_family_folder(tmp_path, "llama3-tied")
+    base = open_base(config_for(tmp_path))
+    check_paths(["model.layers.0.mlp.up_proj"], base)
+    with pytest.raises(UserError, match="lm_head, which is no tensor of the base's GGUF"):
+        check_paths(["model.layers.0.mlp.up_proj", "lm_head"], base)
 
 
 def test_a_scale_for_each_weight_becomes_one_for_the_file(tmp_path: Path) -> None:

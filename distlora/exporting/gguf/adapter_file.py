@@ -29,15 +29,18 @@ def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dt
     Raises UserError for a weight that llama.cpp's architecture has not.
     """
     names = Names.of(config)
-    alphas = {path: (own := read()).scaling * own.rank for path, read in factors.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    tensors = []
+    alphas, shapes = dict[str, float](), dict[str, tuple[tuple[int, ...], tuple[int, ...]]]()
     for place, read in factors.items():
         own = read()
+        alphas[place], shapes[place] = own.scaling * own.rank, (tuple(own.A.shape), tuple(own.B.shape))
+    # llama.cpp takes an alpha of 0 for none at all.
+    alpha = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)[0][0] if any(alphas.values()) else 1.0
+    tensors = []
+    for place, read in factors.items():
         base = names.gguf_name(f"{place}.weight")
         b = names.in_order(f"{place}.weight", _rows_of(read, "B", alphas[place] / alpha))
-        for part, shape, rows in (("a", own.A.shape, _rows_of(read, "A")), ("b", own.B.shape, b)):
-            tensors.append(Planned(name=f"{base}.lora_{part}", shape=tuple(shape), type=TYPES[dtype], rows=rows))
+        for part, shape, rows in zip("ab", shapes[place], (_rows_of(read, "A"), b), strict=True):
+            tensors.append(Planned(name=f"{base}.lora_{part}", shape=shape, type=TYPES[dtype], rows=rows))
 
     def describe(writer: GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)

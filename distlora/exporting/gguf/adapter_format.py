@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from distlora.config import UserError
 from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.exporting.clients import dense_model
 from distlora.exporting.gguf.adapter_file import write_adapter
@@ -37,6 +38,7 @@ def write(export: Export) -> None:
     base = open_base(trained.config)
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
+        check_paths(adapter.file.paths, base)
         factors = {path: functools.partial(adapter.factors, path, reader) for path in adapter.file.paths}
         write_adapter(
             export.place,
@@ -44,6 +46,16 @@ def write(export: Export) -> None:
             factors,
             dtype=dtype,
             name=name_of(trained),
+        )
+
+
+def check_paths(paths: Sequence[str], base: Base) -> None:
+    """Refuse a weight that the base's own file has not. Raises UserError."""
+    absent = [path for path in paths if f"{path}.weight" not in base.weights]
+    if absent:
+        raise UserError(
+            f"--format=gguf-lora: the adapter has {absent[0]}, which is no tensor of the base's GGUF (its head is the "
+            "embedding); write --format gguf, which merges it"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
+from distlora import durable
 from distlora.exporting.gguf.tensors import Planned
 from distlora.merging.folder import check_space
 from distlora.saying import Progress
@@ -42,3 +43,4 @@ def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], te
         writer.write_padding(stream, written)
         done += written
     writer.close()
+    durable.sync(path)

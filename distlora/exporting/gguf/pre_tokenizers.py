@@ -96,11 +96,16 @@ def find_pre_tokenizer(spec: Mapping[str, Any]) -> Match:
     original, imitation = _tokenizer(spec), _tokenizer(_without_rules(spec))
     ignores = bool(spec["model"].get("ignore_merges"))
     found: list[tuple[int, bool, int, Match]] = []
+    reached: bool | None = None
     for place, candidate in enumerate(PRE_TOKENIZERS):
         _follow(imitation, candidate)
         if _ids(original, LLAMA_CPP_TEXT) != _ids(imitation, LLAMA_CPP_TEXT):
             continue
         unlike = [part for text in (LLAMA_CPP_TEXT, *MORE_TEXTS) if (part := _difference(original, imitation, text))]
+        if candidate.ignore_merges != ignores:
+            reached = _all_reached(imitation, spec) if reached is None else reached
+        if candidate.ignore_merges != ignores and not reached:
+            unlike.append("a word that is a token which no merges make")
         match = Match(candidate.name, unlike[0] if unlike else "")
         found.append((len(unlike), candidate.ignore_merges != ignores, place, match))
     if not found:
@@ -127,6 +132,15 @@ def _follow(imitation: Any, candidate: PreTokenizer) -> None:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     imitation.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     imitation.model.ignore_merges = candidate.ignore_merges
+
+
+def _all_reached(imitation: Any, spec: Mapping[str, Any]) -> bool:
+    """Whether merges make every token, so that it does not matter if they are ignored where they need not be asked."""
+    ignores, imitation.model.ignore_merges = imitation.model.ignore_merges, False
+    added = {token["content"] for token in spec["added_tokens"]}
+    reached = all(len(imitation.model.tokenize(word)) == 1 for word in spec["model"]["vocab"] if word not in added)
+    imitation.model.ignore_merges = ignores
+    return reached
 
 
 def _tokenizer(spec: Mapping[str, Any]) -> Any:

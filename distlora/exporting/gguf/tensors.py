@@ -7,6 +7,7 @@ as they are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,10 +74,15 @@ class Planned:
         return int(np.prod(self.shape)) // block * size
 
     def encoded(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Its bytes, a few rows at a time. Raises UserError for a weight that the type cannot hold."""
-        largest = _LARGEST.get(self.type)
+        """Its bytes, a few rows at a time. Raises UserError for a weight that the type cannot hold, and NaN and Inf."""
+        largest = _LARGEST.get(self.type, math.inf)
         for rows in self.rows():
-            if largest is not None and (most := float(rows.abs().max())) > largest:
+            most = float(rows.abs().max())
+            if not math.isfinite(most):
+                raise UserError(
+                    f"{self.name} holds NaN or Inf weights, which no type of GGUF is to have; train it again"
+                )
+            if most > largest:
                 raise UserError(
                     f"{self.name} has a weight of {most:.4g}, and {self.type.name} ends at {largest:.4g}; "
                     "write --dtype bf16"

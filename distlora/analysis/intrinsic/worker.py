@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from distlora import durable
@@ -25,6 +21,7 @@ from distlora.analysis.intrinsic.request import (
     named_by_argument,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
+from distlora.analysis.written import Written, made_on
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.parallel import Ranks, join_ranks
 from distlora.readings import let_go
@@ -189,6 +186,16 @@ class Arm:
         }
 
 
+WRITTEN = Written(
+    result=RESULT_NAME,
+    report=REPORT_NAME,
+    plot=PLOT_NAME,
+    markdown=report.markdown,
+    terminal=report.terminal,
+    draw=plot_intrinsic,
+)
+
+
 def run(request: Request, ranks: Ranks | None = None) -> None:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
     ranks = ranks or join_ranks()
@@ -210,34 +217,21 @@ def run(request: Request, ranks: Ranks | None = None) -> None:
                 continue
             for scaling in request.scalings:
                 figures["subspaces"][scaling] = arm.search(scaling)
-                write(out, found)  # What is known so far can be looked at.
+                WRITTEN.show(out, found)
         del bench, arm
         let_go(ranks.device)
-    write(out, found)
-    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
-    print(report.terminal(found))
-    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
+    WRITTEN.write(out, found)
 
 
 def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
     """Where the figures come from."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
     names = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "resolution", "random")
-    return {
-        "date": f"{datetime.date.today():%Y-%m-%d}",
+    return made_on(ranks.device, "torch", "transformers") | {
         "data": Path(request.data).name,
         "eval_data": None if request.eval_data is None else Path(request.eval_data).name,
-        "device": f"{ranks.device.type} ({device})",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "settings": {name: getattr(request, name) for name in names},
         "arms": [],
     }
-
-
-def write(out: Path, found: dict[str, Any]) -> None:
-    """The report and the plot; intrinsic.json is written at the end alone, and says that it is."""
-    plot_intrinsic(found, out / PLOT_NAME)
-    durable.write_text(out / REPORT_NAME, report.markdown(found))
 
 
 def main(argument: str) -> int:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from distlora import durable
 from distlora.analysis.quantization import figures, report
 from distlora.analysis.quantization.perplexity import measure_formats
 from distlora.analysis.quantization.plots import plot_quantization
@@ -21,6 +15,7 @@ from distlora.analysis.quantization.references import measure_references
 from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.quantization.roundtrip import Sums
 from distlora.analysis.quantization.weights import Weight, find_weights
+from distlora.analysis.written import Written, made_on
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
@@ -29,6 +24,15 @@ from distlora.parallel import Ranks, join_ranks
 from distlora.readings import evenly
 from distlora.saying import Progress
 from distlora.wording import named_by_argument
+
+WRITTEN = Written(
+    result=RESULT_NAME,
+    report=REPORT_NAME,
+    plot=PLOT_NAME,
+    markdown=report.markdown,
+    terminal=report.terminal,
+    draw=plot_quantization,
+)
 
 
 def run(request: Request) -> None:
@@ -54,7 +58,7 @@ def run(request: Request) -> None:
             "targets": int(chosen.targets.sum()),
             "formats": figures.of_losses(losses),
         }
-    write(request, found)
+    WRITTEN.write(Path(request.out), found)
 
 
 def read_rows(request: Request) -> PackedRows:
@@ -72,25 +76,11 @@ def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tup
 
 def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
     """Where the figures come from."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
-    return {
+    return made_on(ranks.device, "torch", "transformers") | {
         "model_name": request.model_name,
         "command": f"distlora analyze quantization {request.model_name}",
-        "date": f"{datetime.date.today():%Y-%m-%d}",
         "dtype": request.dtype,
-        "device": f"{ranks.device.type} ({device})",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-
-
-def write(request: Request, found: dict[str, Any]) -> None:
-    """The three files, and the tables on stdout."""
-    out = Path(request.out)
-    plot_quantization(found, out / PLOT_NAME)
-    durable.write_text(out / REPORT_NAME, report.markdown(found))
-    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
-    print(report.terminal(found))
-    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
 
 
 def main(argument: str) -> int:

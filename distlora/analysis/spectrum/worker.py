@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
-import json
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +10,25 @@ from typing import Any
 
 import torch
 
-from distlora import durable
 from distlora.analysis.spectrum import figures, report
 from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.decomposed import largest
 from distlora.analysis.spectrum.plots import plot_spectrum
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.written import Written, made_on
 from distlora.command_line import DONE, request_text, run_to_exit_code
 from distlora.config import UserError
 from distlora.loading.reader import Reader
 from distlora.saying import Progress, quieten
+
+WRITTEN = Written(
+    result=RESULT_NAME,
+    report=REPORT_NAME,
+    plot=PLOT_NAME,
+    markdown=report.markdown,
+    terminal=report.terminal,
+    draw=plot_spectrum,
+)
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def run(request: Request) -> dict[str, Any]:
         first = stack.enter_context(open_changes(request.first.read()))
         against = None if request.against is None else stack.enter_context(open_changes(request.against.read()))
         found = analysed(request, first, against, device, say)
-    write(request, found)
+    WRITTEN.write(Path(request.out), found)
     return found
 
 
@@ -109,11 +114,8 @@ def describe(request: Request, first: Changes, against: Changes | None, device: 
     command = f"distlora analyze spectrum {request.first_name}"
     if against is not None:
         command += f" --against {request.against_name}"
-    return {
+    return made_on(device, "torch") | {
         "command": command,
-        "date": f"{datetime.date.today():%Y-%m-%d}",
-        "device": f"{device.type} ({platform.machine()})",
-        "versions": {"torch": importlib.metadata.version("torch")},
         "top": request.top,
         "thresholds": list(request.thresholds),
         "exact_up_to": request.exact_up_to,
@@ -123,16 +125,6 @@ def describe(request: Request, first: Changes, against: Changes | None, device: 
             if changes is not None
         },
     }
-
-
-def write(request: Request, found: dict[str, Any]) -> None:
-    """The three files, and the tables on stdout."""
-    out = Path(request.out)
-    plot_spectrum(found, out / PLOT_NAME)
-    durable.write_text(out / REPORT_NAME, report.markdown(found))
-    durable.write_text(out / RESULT_NAME, json.dumps(found, indent=1) + "\n")
-    print(report.terminal(found))
-    print(f"\nwrote {', '.join(str(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
 
 
 def main(argument: str) -> int:

@@ -16,6 +16,7 @@ from distlora.analysis.spectrum.changes import Change
 from distlora.analysis.spectrum.decomposed import Singular, largest, of_factors, whole
 from distlora.analysis.spectrum.intruders import Similarity, similarity
 from distlora.analysis.spectrum.request import Request
+from distlora.loading import fp64
 
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""
@@ -83,20 +84,24 @@ def of_similarity(found: Similarity, thresholds: Sequence[float]) -> dict[str, A
     }
 
 
-def angles(first: Singular, second: Singular, rank: int) -> dict[str, Any]:
+def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: Tensor | None) -> dict[str, Any]:
     """Cosines of the principal angles between the spaces of the first `rank` singular vectors of two dW (Bjorck and
     Golub 1973), beside what two random spaces of these sizes share, and how much of the second's energy lies in the
-    first's spaces."""
+    first's spaces. `norm` is that of the whole second dW, which is `dense_OI` where `second` holds the first of its
+    triples alone."""
     sides = {}
     for side in ("left", "right"):
         mine, theirs = getattr(first, side)[:, :rank], getattr(second, side)
         cosines = torch.linalg.svdvals(mine.T @ theirs[:, :rank])
-        energy = ((mine.T @ theirs) * second.values).square().sum() / second.values.square().sum()
+        if dense_OI is None:
+            inside = (mine.T @ theirs) * second.values
+        else:
+            inside = fp64.times(dense_OI, mine) if side == "right" else fp64.transposed_times(dense_OI, mine)
         sides[side] = {
             "cosines": _listed(cosines.clamp_max(1)),
             "shared": float(cosines.square().mean()),
             "by_chance": min(1.0, cosines.shape[0] / len(mine)),
-            "energy": float(energy),
+            "energy": float(inside.square().sum()) / norm**2,
         }
     return {"rank": rank, **sides}
 

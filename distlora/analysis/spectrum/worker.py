@@ -96,7 +96,9 @@ def compared(
         delta = largest(change.delta(), rank)
     if len(theirs.values) < rank:
         theirs = largest(other.delta(), rank)
-    return figures.angles(delta, theirs, rank)
+    of_theirs = entry["against"]["delta"]
+    dense = other.delta() if of_theirs["rank"] is None else None
+    return figures.angles(delta, theirs, rank, of_theirs["norm"], dense)
 
 
 def together(weights: list[dict[str, Any]]) -> dict[str, Any]:

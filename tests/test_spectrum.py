@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,79 @@ def test_intruders_are_those_of_every_cosine_and_bounds_decide_them(shape: tuple
     assert bool((bounds.upper >= cosines - 1e-9).all())
     for threshold in (0.5, 0.7):
         assert bounds.counts(threshold) == exact.counts(threshold)
+
+
+def first_cosines(base: Tensor, after: Tensor, top: int) -> Tensor:
+    """Of each of W's first: the largest |cosine| with any left singular vector of W, by dense SVDs."""
+    left, first = (torch.linalg.svd(each.double(), full_matrices=False)[0] for each in (base, after))
+    return (left.T @ first[:, :top]).abs().max(dim=0).values
+
+
+def test_a_vector_much_like_one_of_the_unknown_ones_is_no_intruder_for_certain() -> None:
+    """W's values fall as k^-0.7, as those of trained weights do; W's first vector is 0.8 of W's 27th."""
+    values = torch.arange(1, 161, dtype=torch.float64) ** -0.7
+    left, base = with_values(160, 160, values)
+    other = left[:, 100:].mean(dim=1)
+    output = 0.8 * left[:, 26] + 0.6 * other / other.norm()
+    after = (base + 2 * torch.outer(output, orthonormal(160, 160, 1)[:, 150])).float()
+    assert first_cosines(base, after, 1) == pytest.approx(0.8, abs=1e-3)
+    found, _, _ = intruders.similarity(base, after, 4, (0.5, 0.7), exact_up_to=0)
+    assert 0.8 - 1e-3 < found.upper[0] < 0.9
+    assert found.counts(0.7) == (0, 1)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (80, 80)])
+@pytest.mark.parametrize("spectrum", ["flat", "falling", "two clusters", "steep"])
+def test_bounds_hold_whatever_the_spectrum(shape: tuple[int, int], spectrum: str) -> None:
+    size = min(shape)
+    noise, numbers = torch.rand(size, generator=generator(), dtype=torch.float64), torch.arange(size).double()
+    values = {
+        "flat": 1 + 0.02 * noise,
+        "falling": torch.exp(-0.04 * numbers),
+        "two clusters": torch.where(numbers < 20, 2.0, 1.0) + 1e-3 * noise,
+        "steep": torch.logspace(0, -4, size, dtype=torch.float64),
+    }[spectrum]
+    _, base = with_values(*shape, values)
+    change_ = torch.randn(shape[0], 3, generator=generator(3)) @ torch.randn(3, shape[1], generator=generator(4))
+    after = base + change_ * (1.05 * float(values.max()) / torch.linalg.matrix_norm(change_, 2))
+    found, _, _ = intruders.similarity(base, after, 4, (0.3, 0.5, 0.7), exact_up_to=0)
+    cosines = first_cosines(base, after, 4)
+    assert bool((found.lower <= cosines + 1e-6).all())
+    assert bool((found.upper >= cosines - 1e-6).all())
+
+
+@pytest.mark.parametrize("exact_up_to", [100, 8])
+def test_a_base_that_is_zero_has_no_vector_to_be_like(exact_up_to: int) -> None:
+    after = torch.randn(40, 60, generator=generator())
+    entry, _ = figures.measure(change(torch.zeros(40, 60), after), request(exact_up_to=exact_up_to))
+    assert entry["intruders"]["counts"]["0.3"] == {"intruders": 10, "undecided": 0}
+    assert entry["intruders"]["nearest"] == [-1] * 10
+
+
+def test_where_no_vector_of_a_large_base_is_found_nothing_is_decided() -> None:
+    base, after = intruding((90, 150))
+    known, first = decomposed.largest(base, 4), decomposed.largest(after, 4).first(4)
+    lost = dataclasses.replace(known, errors=torch.ones_like(known.errors))
+    assert intruders.bounded(base, known, first, (0.5,)).counts(0.5)[0] > 0
+    assert intruders.bounded(base, lost, first, (0.5,)).counts(0.5) == (0, 4)
+
+
+@pytest.mark.parametrize("exact_up_to", [200, 8])
+def test_energy_inside_is_a_share_of_all_of_the_others(exact_up_to: int) -> None:
+    """The two dW share their first ten directions; the second has as much again beside them."""
+    left, right, base = orthonormal(80, 30, 1), orthonormal(120, 30, 2), torch.randn(80, 120, generator=generator())
+    values = torch.linspace(1.1, 1, 10, dtype=torch.float64)
+    shared = (left[:, :10] * values) @ right[:, :10].T
+    rest = (left[:, 10:] * float((values.square().sum() / 20).sqrt())) @ right[:, 10:].T
+    # A dense dW of a rank that is not told: full fine-tuning's.
+    first, second = (change(base, base + part.float()) for part in (shared, shared + rest))
+    asked = request(top=10, exact_up_to=exact_up_to)
+    entry, delta = figures.measure(first, asked)
+    entry["against"], theirs = figures.measure(second, asked)
+    found = worker.compared(entry, first, delta, second, theirs, asked)
+    assert found is not None
+    for side in ("left", "right"):
+        assert found[side]["energy"] == pytest.approx(0.5, rel=1e-3)
 
 
 def changes_of(trained: Trained) -> dict[str, Change]:
@@ -267,6 +341,7 @@ def test_full_fine_tuning_is_read_from_its_fp32_masters(full: Path, folders: Pat
         (["RUN", "--top", "0"], "--top=0"),
         (["RUN", "--threshold", "half"], "--threshold 0.5,0.7"),
         (["RUN", "--threshold", "1.5"], "no cosine between 0 and 1"),
+        (["RUN", "--threshold", "0.5,0.5000001"], "the same in six digits"),
         (["RUN", "--adapter", "base"], "changed nothing"),
         (["RUN", "--agianst", "RUN"], "did you mean '--against'?"),
         (["RUN", "--against", "OTHER"], "whose weights differ"),

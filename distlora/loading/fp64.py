@@ -25,7 +25,12 @@ def gram(tall_TN: Tensor) -> Tensor:
 
 def times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
     """X other: (T, R) fp64."""
-    return torch.cat([part_cN @ other_NR for part_cN in _parts(tall_TN)])
+    product_TR = torch.empty(tall_TN.shape[0], other_NR.shape[1], dtype=torch.float64, device=tall_TN.device)
+    first = 0
+    for part_cN in _parts(tall_TN):
+        torch.mm(part_cN, other_NR, out=product_TR[first : first + len(part_cN)])
+        first += len(part_cN)
+    return product_TR
 
 
 def transposed_times(tall_TN: Tensor, other_TR: Tensor) -> Tensor:

@@ -67,15 +67,19 @@ def values_of(matrix_OI: Tensor) -> Tensor:
     return torch.where(values > SMALLEST * values[0], values, 0.0)
 
 
-def whole(matrix_OI: Tensor) -> Singular:
-    """Every triple, by the eigenvectors of X^T X, (N, N). Singular values of 0 have no vectors of their own and are
-    left out."""
+def whole(matrix_OI: Tensor, count: int | None = None) -> Singular:
+    """Every triple, or the first `count`, by the eigenvectors of X^T X, (N, N). Singular values of 0 have no vectors of
+    their own and are left out.
+
+    Beside X at most 4 N^2 numbers in fp64 at once (the square, its eigenvectors, and what LAPACK's dsyevd works in), or
+    N (T + N) where these are more (the vectors)."""
     tall_TN = _tall(matrix_OI)
     square, vectors = torch.linalg.eigh(fp64.gram(tall_TN))
     values = square.clamp_min(0).sqrt().flip(0)
-    values = values[values > SMALLEST * values[0]]
-    right_NR = vectors.flip(1)[:, : len(values)]
-    left_TR = fp64.times(tall_TN, right_NR) / values
+    values = values[values > SMALLEST * values[0]][:count]
+    right_NR = vectors[:, len(square) - len(values) :].flip(1)
+    del vectors
+    left_TR = fp64.times(tall_TN, right_NR).div_(values)
     return _placed(matrix_OI, left_TR, values, right_NR, torch.zeros_like(values), 1)
 
 
@@ -137,6 +141,8 @@ def _orthonormal(block: Tensor, against: Tensor) -> Tensor:
 
 def _angles(values: Tensor, residuals: Tensor, below: Tensor) -> Tensor:
     """(R,): sines of the angles that the residuals allow."""
+    if not len(values):
+        return values
     others = torch.cat([values, below]) ** 2
     gaps = (values[:, None] ** 2 - others[None, :]).abs()
     gaps[torch.arange(len(values)), torch.arange(len(values))] = torch.inf

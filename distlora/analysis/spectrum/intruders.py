@@ -3,18 +3,20 @@ first K, whose largest |cosine| with any left singular vector of W is below a th
 
 Where W is decomposed whole, that is a product of two bases. Where only the first of its vectors are known, the cosine
 with each of these is known, and what is left is bounded without the others. Let y be what remains of a unit vector
-outside of the known ones. m Lanczos steps of W W^T from y give the polynomials p_0 .. p_m that are orthonormal in y's
-spectral measure, which puts the mass (u_i^T y)^2 / ||y||^2 on s_i^2; and the mass on one point x is at most the
-Christoffel number 1 / sum p_k(x)^2 (Akhiezer 1965, The Classical Moment Problem, chapter 2). A vector that is spread
-over the base's spectrum, as an intruder is, is seen to be one after a few steps; so every count comes with a proof, or
-as undecided.
+outside of the known ones. Its spectral measure puts the mass (u_i^T y)^2 / ||y||^2 on s_i^2. m Lanczos steps of W W^T
+from y give the Jacobi matrix of that measure, and with it the nodes and weights of Gauss's quadrature; and the mass on
+one point is at most the weights of the nodes on both sides of it (Chebyshev, Markov, Stieltjes; Akhiezer 1965, The
+Classical Moment Problem, chapter 2). A vector that is spread over the base's spectrum, as an intruder is, is seen to be
+one after some steps; what is not decided is said to be undecided.
 
-Letters: O out features, I in features, R known vectors of W, K vectors of W'; m Lanczos steps, G points of a grid.
+That presumes that the Krylov spaces missed no vector of W or W' before the last that they found: the errors of the
+known ones are by gaps to what was found.
+
+Letters: O out features, I in features, R known vectors of W, K vectors of W'; m Lanczos steps.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +28,8 @@ from distlora.loading import fp64
 
 STEPS = 64
 """Of Lanczos, at most."""
-POINTS_A_STEP = 64
-"""Of the grid on which the Christoffel numbers are compared; Chebyshev's, on which a polynomial of degree m changes
-by a fraction of 1 / 64 from one to the next."""
-GRID_MARGIN = 1.01
+ENDED = 1e-10
+"""Of s_1^2: Lanczos's last coefficient below which what follows is rounding."""
 GRADIENTS = 300
 """Steps of conjugate gradients, at most."""
 MISSED = 1e-2
@@ -48,7 +48,7 @@ class Similarity:
     upper: Tensor
     """(K,) each. Where W was decomposed whole they are equal."""
     own: Tensor
-    """(K,): the index of the vector of W that the lower one is with."""
+    """(K,): the index of the vector of W that the lower one is with; -1: none is known."""
 
     def counts(self, threshold: float) -> tuple[int, int]:
         """(intruders for certain, undecided)."""
@@ -58,6 +58,8 @@ class Similarity:
 
 def exactly(before: Singular, after: Singular) -> Similarity:
     """With every vector of W at hand."""
+    if not len(before.values):
+        return _none_known(after, 0.0)
     cosines = (before.left.T @ after.left).abs()
     top = cosines.max(dim=0)
     return Similarity(after.values, top.values, top.values, top.indices)
@@ -65,11 +67,16 @@ def exactly(before: Singular, after: Singular) -> Similarity:
 
 def bounded(before_OI: Tensor, known: Singular, after: Singular, thresholds: Sequence[float]) -> Similarity:
     """With the first vectors of W at hand: Lanczos goes on until each threshold is decided, or for STEPS."""
+    if not len(known.values):
+        return _none_known(after, 0.0)
     good = known.errors <= GOOD
+    if not bool(good.any()):
+        return _none_known(after, 1.0)
     base_OR, index = known.left[:, good], torch.nonzero(good).flatten()
     cosines = base_OR.T @ after.left
     top = cosines.abs().max(dim=0)
-    error = after.errors + known.errors[good].max()
+    # A vector of W outside of the known space lies in it by the root of the sum of its vectors' squared errors at most.
+    error = after.errors + torch.linalg.vector_norm(known.errors[good])
     rest_OK = _without(base_OR, after.left)
     lower = (top.values - error).clamp_min(0)
     upper = (torch.maximum(top.values, torch.linalg.vector_norm(rest_OK, dim=0)) + error).clamp_max(1)
@@ -80,14 +87,19 @@ def bounded(before_OI: Tensor, known: Singular, after: Singular, thresholds: Seq
     asked = torch.arange(len(lower), device=lower.device)
     asked = asked[undecided(asked)]
     if len(asked):
-        # What is outside of the known vectors: of those that were not taken, too.
-        most = float(known.values[-1] if bool(good.all()) else known.values[0]) ** 2
-        spread = Spread(before_OI, base_OR, *in_range(before_OI, base_OR, rest_OK[:, asked], known.values[0]), most)
+        start_OK, missed = in_range(before_OI, base_OR, rest_OK[:, asked], known.values[0])
+        spread = Spread(before_OI, base_OR, start_OK, missed, ended=ENDED * float(known.values[0]) ** 2)
         while spread.steps < STEPS and bool(undecided(asked).any()):
             spread.go_on(2 * spread.steps or 8)
             remaining = torch.maximum(top.values[asked], spread.largest_component())
             upper[asked] = torch.minimum(upper[asked], remaining + error[asked])
     return Similarity(after.values, lower, upper, index[top.indices])
+
+
+def _none_known(after: Singular, upper: float) -> Similarity:
+    """W has no singular vector (it is 0: nothing is like any, 0), or none was found well enough (1)."""
+    zeros = torch.zeros_like(after.values)
+    return Similarity(after.values, zeros, torch.full_like(zeros, upper), torch.full_like(zeros, -1, dtype=torch.long))
 
 
 def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +139,10 @@ class Spread:
     """How some vectors are spread over the left singular vectors of W that are orthogonal to `base_OR`, by Lanczos from
     each of them, one beside the other, orthogonalized against all earlier steps."""
 
-    def __init__(self, before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, missed: Tensor, most: float) -> None:
-        """`missed`: what a component can be larger than `rest_OK` tells; `most`: the largest squared singular value of
-        those vectors."""
-        self._before_OI, self._base_OR, self._missed, self._most = before_OI, base_OR, missed, most
+    def __init__(self, before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, missed: Tensor, *, ended: float) -> None:
+        """`missed`: what a component can be larger than `rest_OK` tells; `ended`: the coefficient below which all that
+        a vector reaches has been reached."""
+        self._before_OI, self._base_OR, self._missed, self._ended = before_OI, base_OR, missed, ended
         self._norms = torch.linalg.vector_norm(rest_OK, dim=0)
         self._vectors = [rest_OK / self._norms.clamp_min(torch.finfo(torch.float64).tiny)]
         self._alphas: list[Tensor] = []
@@ -161,19 +173,23 @@ class Spread:
 
     def largest_component(self) -> Tensor:
         """(K,): what the |component| along one singular vector is at most."""
-        most, like = self._most, self._norms
-        angles = torch.linspace(0, math.pi, POINTS_A_STEP * self.steps + 1, dtype=torch.float64, device=like.device)
-        grid = most * (1 - torch.cos(angles[:, None])) / 2
-        previous, current = torch.zeros_like(grid), torch.ones_like(grid)
-        total, below = torch.ones(len(grid), len(like), dtype=torch.float64, device=like.device), torch.zeros_like(like)
-        ended = torch.zeros_like(like, dtype=torch.bool)
-        for alpha, beta in zip(self._alphas, self._betas, strict=True):
-            # A measure that ends here lies on as many points as there were steps.
-            ended = ended | (beta <= 1e-10 * most)
-            following = ((grid - alpha) * current - below * previous) / beta.clamp_min(1e-10 * most)
-            total += torch.where(ended, 0.0, following**2)
-            previous, current, below = current, following, beta
-        return self._norms * (GRID_MARGIN / total.min(dim=0).values).clamp_max(1.0).sqrt() + self._missed
+        masses = [
+            _largest_mass(alphas_m, betas_m, self._ended)
+            for alphas_m, betas_m in zip(torch.stack(self._alphas, 1), torch.stack(self._betas, 1), strict=True)
+        ]
+        return self._norms * torch.stack(masses).sqrt() + self._missed
+
+
+def _largest_mass(alphas_m: Tensor, betas_m: Tensor, ended: float) -> Tensor:
+    """What a measure of mass 1 has on one point at most, by Gauss's weights: the squared first components of the
+    eigenvectors of its Jacobi matrix. Holds for as many of the steps as one likes, so also for those before the end."""
+    over = torch.nonzero(betas_m <= ended).flatten()
+    steps = len(alphas_m) if not len(over) else int(over[0]) + 1
+    beside = betas_m[: steps - 1]
+    jacobi = torch.diag(alphas_m[:steps]) + torch.diag(beside, 1) + torch.diag(beside, -1)
+    weights = torch.linalg.eigh(jacobi).eigenvectors[0] ** 2
+    outside = weights.new_zeros(1)
+    return (torch.cat([weights, outside]) + torch.cat([outside, weights])).max().clamp_max(1.0)
 
 
 def _without(base_OR: Tensor, vectors_OK: Tensor) -> Tensor:
@@ -189,7 +205,7 @@ def similarity(
 ) -> tuple[Similarity, Singular, Singular]:
     """How the first `top` left singular vectors of W' lie to all of W's; with what is known of W and of W'."""
     if min(before_OI.shape) <= exact_up_to:
-        before, after = whole(before_OI), whole(after_OI).first(top)
+        after, before = whole(after_OI, top), whole(before_OI)
         return exactly(before, after), before, after
     before, after = largest(before_OI, top), largest(after_OI, top).first(top)
     return bounded(before_OI, before, after, thresholds), before, after

@@ -12,7 +12,7 @@ from distlora.trained import Name
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "spectrum.json", "report.md", "spectrum.png"
 """What the command leaves in its folder."""
 
-TOP, THRESHOLDS, EXACT_UP_TO = 10, (0.3, 0.5, 0.7, 0.9), 2048
+TOP, THRESHOLDS, EXACT_UP_TO = 10, (0.3, 0.5, 0.7, 0.9), 4096
 """Shuttleworth et al. take the first 10 and 0.5."""
 
 
@@ -39,6 +39,11 @@ class Request:
         require(self.exact_up_to >= 0, f"--exact-up-to={self.exact_up_to} is no size; write 0 or more")
         for value in self.thresholds:
             require(0 < value < 1, f"--threshold={value:g} is no cosine between 0 and 1; write --threshold 0.5")
+        printed = [f"{value:g}" for value in self.thresholds]
+        require(
+            len(set(printed)) == len(printed),
+            f"--threshold={','.join(map(str, self.thresholds))}: two of them are the same in six digits; leave one out",
+        )
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -37,7 +37,9 @@ USAGE = f"""usage: distlora analyze spectrum RUN [--against RUN] [--top K] [--th
 What an adapter, or full fine-tuning, did to the weights of a base: singular values of dW, its effective rank, how much
 of it is in each layer and linear, and intruder dimensions (arXiv 2410.21228): singular vectors among the first K of
 W + dW that are like none of W's. Tables on the terminal; a report, a plot and JSON in FOLDER. Weights are read one at
-a time and never held together: memory is that of a few fp32 copies of the largest.
+a time and never held together. With N the smaller side of the largest and T the other, memory is two fp32 copies of
+it and N^2 x 8 x 4 bytes (512 MiB at 4096), or N (T + N) x 8 bytes where that is more; a dense dW, of full fine-tuning
+and of DoRA, takes as much again.
 
 {ARGUMENTS}
   --against RUN        a second run of the same base, as one of full fine-tuning (adapter=full): the same of it, and the
@@ -45,7 +47,7 @@ a time and never held together: memory is that of a few fp32 copies of the large
   --top K              singular vectors of W + dW that are looked at ({TOP})
   --threshold T,...    cosines below which such a vector is an intruder ({",".join(f"{t:g}" for t in THRESHOLDS)})
   --exact-up-to N      decompose matrices whole whose smaller side is at most N ({EXACT_UP_TO}); of larger ones the
-                       first K vectors by a Krylov space, and intruders with proved bounds
+                       first K vectors by a Krylov space, and bounds of each cosine: some counts may stay undecided
   --out FOLDER         where the results go (analysis/RUN-spectrum); must not hold an earlier one"""
 
 

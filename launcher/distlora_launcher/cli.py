@@ -105,8 +105,8 @@ COMMANDS = {
         "distlora_launcher.importing",
     ),
     "analyze": Command(
-        "quantization MODEL [--text FILE] [--no-perplexity] [--out FOLDER]",
-        "what NF4 and int4 cost a model: errors by layer, bits, perplexity, with plots",
+        "quantization MODEL | spectrum RUN [--against RUN] | intrinsic MODEL ... --data FILE",
+        "what 4 bits cost a model; what training did to its weights; how many dimensions that needs: tables, plots",
         "distlora_launcher.analyses",
     ),
     "bench": Command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from distlora.deltas.base import open_base
 from distlora.deltas.factors import AdapterFile
 from distlora.loading.reader import Reader
 from distlora.loading.segments import read_headers
-from distlora.merging.merge import merge_to
+from distlora.merging.folder import Files, Plan
+from distlora.merging.merge import Filling, merge_to
+from distlora.merging.parameters import parameters_of
 from distlora.merging.receipt import Receipt
+from distlora.merging.threads import Clock
 from distlora.merging.unmerge import unmerge
 from distlora.merging.worker import summary
 from distlora.model import CausalLM
@@ -206,9 +210,9 @@ def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monk
         merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
     monkeypatch.undo()
     weights = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
-    weights["model.norm.weight"][3] = 1e6
+    weights["model.norm.weight"][3] = 2**20  # Which bf16, that a run computes in, holds.
     safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,000,000"):
+    with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,048,576"):
         merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float16, say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -226,6 +230,17 @@ def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Pat
         (place / "file").write_text("another's")
     assert (out / "file").read_text() == "ours"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stopped_merge_begins_with_no_other_tensor(tmp_path: Path) -> None:
+    """Ctrl-C waits for the pieces that are read, and not for the first of every tensor that is still to come."""
+    _, trained = adapted(tmp_path, "llama3-tied")
+    base, clock = open_base(trained.config), Clock("merging", 1, quiet)
+    clock.stopped = True
+    with pytest.raises(CancelledError), Files(tmp_path, Plan(headers={}, places={}, copied={})) as files:
+        Filling(files, base, None, "trained", torch.float32, clock, None).fill(
+            parameters_of(base, Path(trained.config.model.path), None)[0]
+        )
 
 
 def test_a_receipt_is_json_and_leaves_out_what_says_nothing(tmp_path: Path) -> None:

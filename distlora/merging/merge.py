@@ -98,6 +98,7 @@ class Filling:
 
     def fill(self, parameter: Parameter) -> Change | None:
         """Write one parameter; returns what was done to it, None for nothing."""
+        self.clock.passed(0, parameter.weight.name)  # Of what waited while it was stopped, nothing is read.
         cursor = Cursor(self.files, parameter.weight.name, parameter.outputs, self.dtype)
         changed = is_changed(parameter, self.base, self.adapter)
         measure = Measure(parameter.numel, quantized=parameter.path is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError, require
 from distlora.config_file import load_config
 from distlora.initial_adapter import CONFIG_NAME, check_quantization, read_initial_adapter
+from distlora.loading.segments import read_headers
 from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
 
 BASE_ALONE = "base"
@@ -84,10 +86,20 @@ def _alone(folder: Path, place: str, *, base: str | None, quant: Literal["nf4", 
             f"{says or 'FOLDER'} (a folder in Hugging Face format{', or a name on the hub' if says is None else ''})"
         )
     config = base_alone(base, quant, run_dir=str(folder))
+    config = replace(config, train=replace(config.train, dtype=_held(Path(base))))
     with named_by_place(place):
         check_quantization(read_initial_adapter(folder), quant)
         config = with_adapter(config, folder)
     return Trained(place=place, config=config, weights=folder, foreign=True)
+
+
+def _held(base: Path) -> Literal["bf16", "fp32"]:
+    """What a base is held in that no run says it of: in what loses nothing of most of its numbers."""
+    numbers: Counter[str] = Counter()
+    with contextlib.suppress(UserError):  # Not on this machine yet, or broken, which is refused where it is read.
+        for segment in read_headers(base.expanduser()).values():
+            numbers[segment.dtype] += segment.numel
+    return "fp32" if numbers["F32"] + numbers["F16"] > numbers["BF16"] else "bf16"
 
 
 def base_alone(base: str, quant: Literal["nf4", "none"], *, run_dir: str) -> Config:

@@ -232,6 +232,15 @@ def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_adapter_without_a_run_is_merged_onto_its_base_as_it_is_on_disk(tmp_path: Path) -> None:
+    """No train.dtype is known that an fp32 base should be rounded to."""
+    _, trained = adapted(tmp_path, "llama3-tied")
+    assert trained.config.train.dtype == "fp32"
+    merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=quiet)
+    before, after = (safetensors.torch.load_file(tmp_path / d / "model.safetensors") for d in ("base", "merged"))
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
 def test_a_stopped_merge_begins_with_no_other_tensor(tmp_path: Path) -> None:
     """Ctrl-C waits for the pieces that are read, and not for the first of every tensor that is still to come."""
     _, trained = adapted(tmp_path, "llama3-tied")

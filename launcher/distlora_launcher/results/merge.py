@@ -38,8 +38,9 @@ difference of a logit go into merge.json and merge.md. Works on an unfinished ru
   --out FOLDER         where it goes: a new folder (RUN/merged, RUN/merged-CHECKPOINT, or ADAPTER-merged)
   --onto trained       the base as it was trained on, dequantized: computes what training computed (the default)
   --onto original      the base as it is on disk: other outputs than in training by what NF4 loses
-  --dtype DTYPE        of the weights: fp32, which loses nothing of what was added, nor of the base as it is on disk
-                       (train.dtype is what training computed in); bf16 or fp16, which round (fp32)
+  --dtype DTYPE        of the weights: fp32, which loses nothing of what was added, nor of the base as training held it
+                       (NF4's values; what is not in NF4 rounded to train.dtype, of an adapter without a run as it is
+                       on disk); bf16 or fp16, which round (fp32)
   --residual           keep what `distlora unmerge` needs to give the base's files back, bit for bit: 6 to 50 % of
                        their size where they are in 16 bits
 {measuring.ARGUMENTS}"""

@@ -14,8 +14,8 @@ import pytest
 from distlora.config import SourceConfig, UserError
 from distlora.data.chat import ChatTemplate
 from distlora.data.hub import SavedDataset
+from distlora.exporting.repository import own_files
 from distlora.tokens import load_tokenizer
-from distlora_launcher.push import _own_files
 from small_models import tokenizer
 from test_layout import MODULES
 
@@ -177,4 +177,4 @@ def test_a_link_in_a_result_is_not_published(tmp_path: Path) -> None:
     link = tmp_path / "tokenizer.json"
     link.symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"tokenizer.json is a link to .*secret, and a run writes no links"):
-        _own_files({"README.md": b"", "tokenizer.json": link})
+        own_files({"README.md": b"", "tokenizer.json": link})

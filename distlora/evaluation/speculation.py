@@ -88,9 +88,10 @@ def check_vocabulary(target: Path, draft: Path) -> None:
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.generation_config.eos_token_id = None  # It ends nothing, so that every answer has as many tokens.
-    return model.to(device).eval()
+    model.eval()
+    return model.to(device)
 
 
 def prompts_of(rows: PackedRows, length: int) -> list[Tensor]:

@@ -242,7 +242,7 @@ def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, *, dense: boo
     from peft import PeftModel
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, device_map="cpu", local_files_only=True
+        place, dtype=dtype, device_map="cpu", local_files_only=True, trust_remote_code=False
     )
     if dense:
         for module in model.modules():

@@ -23,13 +23,14 @@ def dense_model(trained: Trained, *, original: bool = False) -> Any:
 
     base = open_base(trained.config)
     family, folder = base.model.family, trained.config.model.path
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):  # The weights come from us, dense.
         del config.quantization_config
     how: dict[str, Any] = {"attn_implementation": family.attention}
     if family.experts is not None:
         how["experts_implementation"] = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False, **how)
+    model.eval()
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with Reader() as reader:
         for name, weight in base.weights.items():

@@ -44,8 +44,14 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     family = family_of(read_config(export.place), export.place / "config.json")
     how: dict[str, Any] = {"experts_implementation": "eager"} if family.experts is not None else {}
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        export.place, dtype=torch.float32, attn_implementation=family.attention, local_files_only=True, **how
-    ).eval()
+        export.place,
+        dtype=torch.float32,
+        attn_implementation=family.attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        **how,
+    )
+    model.eval()
     exact = request.dtype == "fp32"
     readings = [
         ours.reading(

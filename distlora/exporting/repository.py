@@ -53,7 +53,7 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
     if result.adapter is None:
         paths = sorted(path for path in result.folder.iterdir() if path.is_file() and path.name != BEST_STEP_NAME)
         files |= {path.name: path for path in paths}
-        return _own_files(files)
+        return own_files(files)
     same_base = base is not None and base == result.config.model.name
     adapter = dict(result.adapter) | {
         "base_model_name_or_path": base,
@@ -66,10 +66,10 @@ def collect(result: Result, *, repository: str, base: str | None) -> dict[str, b
         files |= published or tokenizer_files(result.config)  # A saved step has none.
     if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
         files[TEMPLATE_NAME] = result.chat_template.encode()
-    return _own_files(files)
+    return own_files(files)
 
 
-def _own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
+def own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
     """`files`; UserError for a link, which could publish any file of this machine. A run writes none."""
     for path in files.values():
         if isinstance(path, Path) and path.is_symlink():

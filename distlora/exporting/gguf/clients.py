@@ -23,7 +23,12 @@ def transformers_model(path: Path, config: Any) -> Any:
         values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         config = transformers.LlamaConfig(**values)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True
+        path.parent,
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     return model.eval()
 

@@ -100,7 +100,8 @@ def _in_fp32(found: Opened) -> Any:
 
     config = copy.deepcopy(found.config)
     config.tie_word_embeddings = HEAD_NAME not in found.weights
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.eval()
     for name, weight in found.weights.items():
         place, first = model.get_parameter(name).data.view(-1, weight.shape[-1]), 0
         for rows in weight.rows():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -27,3 +27,23 @@ class Table:
             cells[0] = row[0].ljust(widths[0])
             lines.append("  " + "  ".join(cells).rstrip())
         return "\n".join([self.heading, *lines])
+
+
+def as_markdown(
+    heading: str, made_by: str, sentences: Sequence[str], picture: tuple[str, str], tables: Iterable[Table], notes: str
+) -> str:
+    """A report: what made it, its reading, a picture (what it shows, its file), tables, what was measured how."""
+    parts = [
+        f"# {heading}",
+        made_by,
+        "\n".join(f"- {sentence}" for sentence in sentences),
+        f"![{picture[0]}]({picture[1]})",
+        *(table.markdown() for table in tables),
+        notes,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_text(tables: Iterable[Table], sentences: Sequence[str]) -> str:
+    """The same for a terminal: the tables, then their reading."""
+    return "\n\n".join([*(table.text() for table in tables), "\n".join(sentences)])

@@ -9,36 +9,42 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from distlora import durable
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class Report(Protocol):
+    """An analysis' report.py."""
+
+    def markdown(self, found: Mapping[str, Any], /) -> str: ...
+
+    def terminal(self, found: Mapping[str, Any], /) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """The files of one kind of analysis, and what makes them of its figures."""
 
-    result: str
-    """File names."""
-    report: str
-    plot: str
-    markdown: Callable[[Mapping[str, Any]], str]
-    terminal: Callable[[Mapping[str, Any]], str]
+    result_name: str
+    report_name: str
+    plot_name: str
+    report: Report
     draw: Callable[[Mapping[str, Any], Path], None]
 
     def show(self, out: Path, found: Mapping[str, Any]) -> None:
         """The report and the plot of what is known so far, in the folder `out`."""
-        self.draw(found, out / self.plot)
-        durable.write_text(out / self.report, self.markdown(found))
+        self.draw(found, out / self.plot_name)
+        durable.write_text(out / self.report_name, self.report.markdown(found))
 
     def write(self, out: Path, found: Mapping[str, Any]) -> None:
         """All three files, the figures last: they say that the analysis is done. The tables go to stdout."""
         self.show(out, found)
-        durable.write_text(out / self.result, json.dumps(found, indent=1) + "\n")
-        print(self.terminal(found))
-        print(f"\nwrote {', '.join(str(out / name) for name in (self.report, self.plot, self.result))}")
+        durable.write_text(out / self.result_name, json.dumps(found, indent=1) + "\n")
+        print(self.report.terminal(found))
+        print(f"\nwrote {', '.join(str(out / name) for name in (self.report_name, self.plot_name, self.result_name))}")
 
 
 def made_on(device: torch.device, *packages: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ A weight of E experts goes by as (E x rows, columns), expert after expert, as it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,7 @@ class BaseWeight:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     def chunks(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
         """The weight in flat order in pieces of CHUNK (the last is smaller), fp32: as a run trains on it, or

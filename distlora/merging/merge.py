@@ -6,11 +6,9 @@ counts it). The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +55,7 @@ def merge_to(
             (file.name, hashing.submit(clock.digest, file, counted=False))
             for file in sorted({segment.file for segment in base.headers.values()})
         ]
-        with _stopping(clock), appearing(out) as temporary:
+        with clock.stopping(), appearing(out) as temporary:
             keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
             with Files(temporary, plan) as files:
                 filling = Filling(files, base, adapter, onto, dtype, clock, keeper)
@@ -113,16 +111,6 @@ class Filling:
                 self.clock.passed(written.nbytes, parameter.weight.name)
         cursor.close()
         return measure.result() if changed else None
-
-
-@contextlib.contextmanager
-def _stopping(clock: Clock) -> Iterator[None]:
-    """What the block raises stops what goes by the clock."""
-    try:
-        yield
-    except BaseException:
-        clock.stopped = True
-        raise
 
 
 def _digests(folder: Path, say: Say) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +49,15 @@ class Clock:
             of = f"{share:.0%} of {self._total / 1e9:,.2f} GB"
             self._say(f"{self._what}: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
 
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """What the block raises, Ctrl-C too, stops the other threads at their next piece."""
+        try:
+            yield
+        except BaseException:
+            self.stopped = True
+            raise
+
     def digest(self, file: Path, *, counted: bool = True) -> str:
         """SHA-256 of a file, in hexadecimal; it can be stopped. `counted`: its bytes are among the total's."""
         digest = hashlib.sha256()
@@ -64,9 +74,6 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> 
     A thread a tensor, and not threads within one: those wait for each other at every operation, and the bits would
     depend on their number.
     """
-    with one_thread(), ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            return list(pool.map(work, items))
-        except BaseException:
-            clock.stopped = True
-            raise
+    pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread(), pool, clock.stopping():
+        return list(pool.map(work, items))

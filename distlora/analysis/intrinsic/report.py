@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.intrinsic.request import PLOT_NAME
 from distlora.analysis.intrinsic.search import crossing
-from distlora.tables import Table
+from distlora.tables import Table, as_markdown, as_text
 
 if TYPE_CHECKING:
     from distlora.analysis.intrinsic.training import Training
@@ -191,17 +191,16 @@ def markdown(found: Mapping[str, Any]) -> str:
     held_out = found["eval_data"] or f"a tenth of {found['data']}"
     if found["arms"]:
         held_out += f" ({found['arms'][0]['held_out_rows']} rows, {found['arms'][0]['held_out_targets']:,} tokens)"
-    parts = [
-        "# How many dimensions fine-tuning needs",
+    return as_markdown(
+        "How many dimensions fine-tuning needs",
         f"`distlora analyze intrinsic` on {found['data']}, held out {held_out}; {settings['steps']} steps of "
         f"{settings['batch']} rows of {settings['sequence_length']} tokens; {found['date']}, torch "
         f"{found['versions']['torch']}, {found['device']}.",
-        "\n".join(f"- {sentence}" for sentence in reading(found)),
-        f"![share of the gain and held-out loss by dimension]({PLOT_NAME})",
-        *(table.markdown() for table in tables(found)),
+        reading(found),
+        ("share of the gain and held-out loss by dimension", PLOT_NAME),
+        tables(found),
         NOTES,
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
 NOTES = """**What is measured.** theta = theta_0 + P u over all parameters, u of d numbers and P a random subspace with
@@ -213,4 +212,4 @@ rates are powers of 3 apart, the best of those that were tried at each dimension
 
 def terminal(found: Mapping[str, Any]) -> str:
     """What the command prints: the tables, then their reading."""
-    return "\n\n".join([*(table.text() for table in tables(found)), "\n".join(reading(found))])
+    return as_text(tables(found), reading(found))

@@ -186,14 +186,7 @@ class Arm:
         }
 
 
-WRITTEN = Written(
-    result=RESULT_NAME,
-    report=REPORT_NAME,
-    plot=PLOT_NAME,
-    markdown=report.markdown,
-    terminal=report.terminal,
-    draw=plot_intrinsic,
-)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_intrinsic)
 
 
 def run(request: Request, ranks: Ranks | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distlora.analysis.quantization.request import PLOT_NAME
-from distlora.tables import Table
+from distlora.tables import Table, as_markdown, as_text
 
 QLORA_TABLE_2 = {"Int4": 34.34, "Float4 (E2M1)": 31.07, "Float4 (E3M0)": 29.48, "NFloat4 + DQ": 27.41}
 """Mean perplexity on Pile Common Crawl of OPT, BLOOM, LLaMA and Pythia models of 125M to 13B (arXiv 2305.14314)."""
@@ -150,15 +150,14 @@ def points(values: Mapping[str, Any]) -> str:
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """report.md."""
-    parts = [
-        f"# What 4 bits cost {figures['model_name']}",
+    return as_markdown(
+        f"What 4 bits cost {figures['model_name']}",
         f"`{figures['command']}`, {figures['date']}, torch {figures['versions']['torch']}, {figures['device']}.",
-        "\n".join(f"- {sentence}" for sentence in reading(figures)),
-        f"![errors by layer, gain by kurtosis, perplexity]({PLOT_NAME})",
-        *(table.markdown() for table in tables(figures)),
+        reading(figures),
+        ("errors by layer, gain by kurtosis, perplexity", PLOT_NAME),
+        tables(figures),
         NOTES,
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 NOTES = """**What is measured.** Relative error is ||w - w'|| / ||w|| (Frobenius), SNR 10 log10 of its inverse square,
@@ -170,8 +169,7 @@ mean of KL(unquantized model's prediction || this one's); for int4 a dense model
 
 def terminal(figures: Mapping[str, Any]) -> str:
     """What the command prints: the tables, then their reading."""
-    shown = [table.text() for table in tables(figures)]
-    return "\n\n".join([*shown, "\n".join(reading(figures))])
+    return as_text(tables(figures), reading(figures))
 
 
 def _db(value: float | None) -> str:

@@ -25,14 +25,7 @@ from distlora.readings import evenly
 from distlora.saying import Progress
 from distlora.wording import named_by_argument
 
-WRITTEN = Written(
-    result=RESULT_NAME,
-    report=REPORT_NAME,
-    plot=PLOT_NAME,
-    markdown=report.markdown,
-    terminal=report.terminal,
-    draw=plot_quantization,
-)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_quantization)
 
 
 def run(request: Request) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distlora.analysis.spectrum.request import PLOT_NAME
-from distlora.tables import Table
+from distlora.tables import Table, as_markdown, as_text
 
 MOST_ROWS = 40
 """Lines of a table; of more, the rest is left to spectrum.json."""
@@ -127,20 +127,19 @@ threshold (Shuttleworth et al. 2024, arXiv 2410.21228). Shared is the mean squar
 def markdown(found: Mapping[str, Any]) -> str:
     """report.md."""
     names = " against ".join(found["runs"][side]["name"] for side in SIDES if side in found)
-    parts = [
-        f"# What {names} learned, in singular values",
+    return as_markdown(
+        f"What {names} learned, in singular values",
         f"`{found['command']}`, {found['date']}, torch {found['versions']['torch']}, {found['device']}.",
-        "\n".join(f"- {sentence}" for sentence in reading(found)),
-        f"![singular values of dW, where it is, intruders, angles]({PLOT_NAME})",
-        *(table.markdown() for table in tables(found)),
+        reading(found),
+        ("singular values of dW, where it is, intruders, angles", PLOT_NAME),
+        tables(found),
         NOTES,
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def terminal(found: Mapping[str, Any]) -> str:
     """What the command prints: the tables, then their reading."""
-    return "\n\n".join([*(table.text() for table in tables(found)), "\n".join(reading(found))])
+    return as_text(tables(found), reading(found))
 
 
 def short(weight: Mapping[str, Any]) -> str:

@@ -21,14 +21,7 @@ from distlora.config import UserError
 from distlora.loading.reader import Reader
 from distlora.saying import Progress, quieten
 
-WRITTEN = Written(
-    result=RESULT_NAME,
-    report=REPORT_NAME,
-    plot=PLOT_NAME,
-    markdown=report.markdown,
-    terminal=report.terminal,
-    draw=plot_spectrum,
-)
+WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_spectrum)
 
 
 def run(request: Request) -> dict[str, Any]:

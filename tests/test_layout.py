@@ -94,7 +94,7 @@ LAYERS = [
     {"distlora.document_losses"},
     {"distlora.memory_meter"},
     {"distlora.memory_check"},
-    {"distlora.trained_model", "distlora.deltas", "distlora.readings"},
+    {"distlora.trained_model", "distlora.deltas", "distlora.readings", "distlora.work"},
     {"distlora.generation"},
     {"distlora.merging"},
     {"distlora.evaluation", "distlora.combining", "distlora.exporting", "distlora.analysis"},

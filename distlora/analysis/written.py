@@ -1,17 +1,12 @@
-"""What an analysis leaves in its folder: figures as JSON, a report, a plot; and where its figures come from."""
+"""What an analysis leaves in its folder: figures as JSON, a report, a plot. Imports no torch."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from distlora import durable
 
@@ -45,13 +40,3 @@ class Written:
         durable.write_text(out / self.result_name, json.dumps(found, indent=1) + "\n")
         print(self.report.terminal(found))
         print(f"\nwrote {', '.join(str(out / name) for name in (self.report_name, self.plot_name, self.result_name))}")
-
-
-def made_on(device: torch.device, *packages: str) -> dict[str, Any]:
-    """The day, the device and the versions behind figures."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "date": f"{datetime.date.today():%Y-%m-%d}",
-        "device": f"{device.type} ({name})",
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }

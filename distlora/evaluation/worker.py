@@ -5,26 +5,22 @@ One process, or the ranks that torchrun started.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distlora import durable
-from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
+from distlora.command_line import request_text
 from distlora.evaluation import report
 from distlora.evaluation.measure import Measured, measure
 from distlora.evaluation.receipt import add_to_receipt, other_forms
 from distlora.evaluation.request import Request
 from distlora.evaluation.rows import check_same_tokens, open_rows
-from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.parallel import Ranks
 from distlora.saying import Progress, quieten, say
 from distlora.wording import named_by_argument
+from distlora.work import made_on, run_on_ranks
 
 
 def run(request: Request, ranks: Ranks) -> dict[str, Any]:
@@ -84,13 +80,7 @@ def figures(measured: list[Measured]) -> dict[str, Any]:
 
 def describe(ranks: Ranks) -> dict[str, Any]:
     """Where the figures come from."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
-    return {
-        "date": f"{datetime.date.today():%Y-%m-%d}",
-        "device": f"{ranks.device.type} ({device})",
-        "ranks": ranks.world,
-        "versions": {name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
-    }
+    return made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
 
 
 def deliver(request: Request, found: dict[str, Any]) -> None:
@@ -108,22 +98,11 @@ def main(argument: str) -> int:
     """Evaluate; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Errors of several ranks go to torchrun."""
     request = Request.read(request_text(argument))
     quieten()
-    ranks = join_ranks()
-    if ranks.world > 1:
+
+    def work(ranks: Ranks) -> None:
         with named_by_argument():
             found = run(request, ranks)
-        if ranks.rank == 0:
-            deliver(request, found)
-        leave_ranks(ranks)
-        return DONE
+            if ranks.rank == 0:
+                deliver(request, found)
 
-    def work() -> int:
-        try:
-            with named_by_argument():
-                deliver(request, run(request, ranks))
-        except torch.OutOfMemoryError as error:
-            say(f"error: {str(error).partition('. ')[0]}; share the models among several GPUs with --processes N")
-            return FAILED
-        return DONE
-
-    return run_to_exit_code(work)
+    return run_on_ranks(work, when_memory_is_out="share the models among several GPUs with --processes N")

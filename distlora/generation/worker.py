@@ -17,16 +17,17 @@ from typing import TextIO
 import torch
 from transformers import GenerationConfig
 
-from distlora.command_line import DONE, FAILED, request_text, run_to_exit_code
+from distlora.command_line import request_text
 from distlora.config_file import load_config
 from distlora.generation.chat import Chat, Printer
 from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, read_prompts
-from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.parallel import Ranks
 from distlora.run_folder import DATA_NAME, read_record
 from distlora.saying import PROGRESS_SECONDS, quieten, say, still_loading
 from distlora.trained_model import load_model
+from distlora.work import run_on_ranks
 
 
 def run(request: Request, ranks: Ranks) -> None:
@@ -131,19 +132,7 @@ def main(argument: str) -> int:
     """Answer; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Of several ranks, errors go to torchrun."""
     request = Request.read(request_text(argument))
     quieten()
-    ranks = join_ranks()
-    if ranks.world > 1:
-        run(request, ranks)
-        leave_ranks(ranks)
-        return 0
-
-    def work() -> int:
-        try:
-            run(request, ranks)
-        except torch.OutOfMemoryError as error:
-            first = str(error).partition(". ")[0]
-            say(f"error: {first}; share the model among several GPUs with --processes N, or ask for fewer tokens")
-            return FAILED
-        return DONE
-
-    return run_to_exit_code(work)
+    return run_on_ranks(
+        lambda ranks: run(request, ranks),
+        when_memory_is_out="share the model among several GPUs with --processes N, or ask for fewer tokens",
+    )

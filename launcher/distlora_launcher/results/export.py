@@ -17,13 +17,12 @@ from distlora.config import UserError, nearest, require
 from distlora.exporting.formats import DTYPES, FORMATS, refuse
 from distlora.exporting.request import Request
 from distlora.host_memory import available_bytes
-from distlora.loading.segments import read_headers
 from distlora.trained import Trained
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become
 from distlora_launcher.output import shown
-from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
+from distlora_launcher.results.named import ARGUMENTS, add_arguments, default_place, named, num_weights
 
 WORKER = "distlora.exporting"
 
@@ -90,7 +89,9 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
     """The request. Raises UserError for whatever can be told here."""
     name, trained = named(options)
     suffix = FORMATS[options.format].suffix
-    out = default_out(trained, options) if options.out is None else Path(options.out).expanduser().absolute()
+    out = default_place(trained, options, options.format, inside="exports", suffix=suffix)
+    if options.out is not None:
+        out = Path(options.out).expanduser().absolute()
     if out.exists():
         raise UserError(f"--out={shown(out)} exists already; remove it, or name another place with --out")
     if suffix and out.suffix != suffix:
@@ -110,14 +111,6 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
     return request, trained
 
 
-def default_out(trained: Trained, options: argparse.Namespace) -> Path:
-    """In the run's folder, or beside an adapter that has none; its name says what it is of."""
-    place = Path(trained.place).expanduser().absolute()
-    words = [options.format, options.checkpoint, None if options.adapter is None else Path(options.adapter).name]
-    name = "-".join(word for word in words if word) + FORMATS[options.format].suffix
-    return place.with_name(f"{place.name}-{name}") if trained.run_dir is None else trained.run_dir / "exports" / name
-
-
 def require_client(request: Request, trained: Trained) -> None:
     """Refuse a check that this machine cannot do. Raises UserError."""
     if not request.check:
@@ -128,16 +121,10 @@ def require_client(request: Request, trained: Trained) -> None:
             f"--format={request.format} is loaded again by {package}, which is not installed: `pip install "
             f"{package.replace('_', '-')}`, or add --no-check",
         )
-    needed = check_bytes(Path(trained.config.model.path))
-    available = available_bytes()
+    # The client's model in fp32, and what is beside it.
+    needed, available = 4 * num_weights(trained) + 10**9, available_bytes()
     require(
         available is None or needed <= available,
         f"loading it again takes about {needed / 1e9:.1f} GB, the model in fp32, and {(available or 0) / 1e9:.1f} GB "
         "can be had here; add --no-check, or export on a larger machine",
     )
-
-
-def check_bytes(folder: Path) -> int:
-    """The client's model in fp32, and what is beside it; codes of a packed base hold two weights each."""
-    weights = sum(part.numel * (2 if part.dtype == "U8" else 1) for part in read_headers(folder).values())
-    return 4 * weights + 10**9

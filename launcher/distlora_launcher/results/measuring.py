@@ -8,12 +8,12 @@ from pathlib import Path
 from distlora.config import UserError, require
 from distlora.evaluation.request import Merged, Request, Subject
 from distlora.host_memory import available_bytes
-from distlora.loading.segments import read_headers
 from distlora.trained import Name, Trained
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.handover import check_processes
 from distlora_launcher.results.evaluate import base_of, text_of
+from distlora_launcher.results.named import num_weights
 
 ARGUMENTS = """\
   --text FILE          what it is measured on: anything that data.path of `distlora train` takes; without it, what the
@@ -69,15 +69,9 @@ def to_measure(
     return Request(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt), ""
 
 
-def parameters(trained: Trained) -> int:
-    """About; of packed codes two a byte."""
-    tensors = read_headers(Path(trained.config.model.path)).values()
-    return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
-
-
 def require_memory(trained: Trained) -> None:
     """A whole model in fp32 on the host; what a GPU has, its process finds out."""
-    needed, available = 4 * parameters(trained) + SPARE_BYTES, available_bytes()
+    needed, available = 4 * num_weights(trained) + SPARE_BYTES, available_bytes()
     require(
         gpu_count() > 0 or available is None or needed <= available,
         f"measuring takes {needed / 2**30:,.1f} GiB of host memory for the model in fp32, and "
@@ -90,5 +84,5 @@ def rows_in_time(trained: Trained) -> int:
     """Rows that a receipt is measured on where nobody says how many: of two models, 2 operations a weight and token."""
     if gpu_count() > 0:
         return MOST_ROWS
-    of_row = 2 * 2 * parameters(trained) * max(trained.config.data.sequence_length, 256)
+    of_row = 2 * 2 * num_weights(trained) * max(trained.config.data.sequence_length, 256)
     return max(1, min(MOST_ROWS, int(HOST_OPERATIONS / of_row)))

@@ -6,7 +6,6 @@ writes the folder, and this process becomes the one that measures it (`python -m
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,14 +13,13 @@ from distlora.command_line import DONE
 from distlora.config import require
 from distlora.evaluation import request as evaluation
 from distlora.merging.request import Request, check_mergeable
-from distlora.trained import Trained
 from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become, run_alone, run_several
 from distlora_launcher.output import shown
 from distlora_launcher.results import measuring
-from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
+from distlora_launcher.results.named import ARGUMENTS, add_arguments, default_place, named
 
 WORKER, MEASURER = "distlora.merging", "distlora.evaluation"
 
@@ -80,7 +78,9 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     options = parser.parse_args(arguments)
     name, trained = named(options)
     check_mergeable(trained, options.onto)
-    out = default_out(trained, options) if options.out is None else Path(options.out).expanduser().absolute()
+    out = (
+        default_place(trained, options, "merged") if options.out is None else Path(options.out).expanduser().absolute()
+    )
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
     with named_by_argument():
@@ -89,12 +89,3 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
         print(f"not measured: {why_not}", file=sys.stderr, flush=True)
     request = Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype, residual=options.residual)
     return request, measured, options.processes
-
-
-def default_out(trained: Trained, options: argparse.Namespace) -> Path:
-    """In the run's folder, or beside an adapter that has none."""
-    if trained.run_dir is not None:
-        which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
-        return trained.run_dir / ("merged" if which is None else f"merged-{which}")
-    place = Path(trained.place).expanduser().absolute()
-    return place.with_name(f"{place.name}-merged")

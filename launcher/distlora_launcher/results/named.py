@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from distlora.config import require
+from distlora.loading.segments import read_headers
 from distlora.trained import Name, Trained
 from distlora_launcher.arguments import Parser
 from distlora_launcher.hub import localize, restore
@@ -74,3 +75,22 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
     where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
     require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")
     return name, trained
+
+
+def default_place(
+    trained: Trained, options: argparse.Namespace, name: str, *, inside: str = ".", suffix: str = ""
+) -> Path:
+    """Where a result called `name` goes: into the run's folder (`inside` it), or beside an adapter that has none; with
+    what it is of in its name."""
+    which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
+    full = "-".join(word for word in (name, which) if word) + suffix
+    if trained.run_dir is not None:
+        return trained.run_dir / inside / full
+    place = Path(trained.place).expanduser().absolute()
+    return place.with_name(f"{place.name}-{full}")
+
+
+def num_weights(trained: Trained) -> int:
+    """Of the base, about; packed codes hold two a byte."""
+    tensors = read_headers(Path(trained.config.model.path)).values()
+    return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)

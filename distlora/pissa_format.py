@@ -7,8 +7,10 @@ as large, and lora_alpha so much larger that s is what it was, for every entry o
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora import durable
-from distlora.config import UserError
+from distlora.config import Config, UserError
+from distlora.config.initialization import is_pissa
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.json_files import read_object
+from distlora.loading.start_file import start_path
 from distlora.tensor_files import Unmade
 
 
@@ -79,6 +84,20 @@ def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
     tensors = {name: tensor.make() if isinstance(tensor, Unmade) else tensor for name, tensor in plain.items()}
     save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
     durable.write_json(target / CONFIG_NAME, plain_config(json.loads((checkpoint / CONFIG_NAME).read_text("utf-8"))))
+
+
+@contextlib.contextmanager
+def plain_form(folder: Path, config: Config) -> Iterator[Path]:
+    """The folder of an adapter of the unchanged base: `folder` itself, or of a saved step of PiSSA, which belongs to
+    the base without the run's start, one with what the run would publish of it, for as long as the block runs.
+    """
+    says = read_object(folder / CONFIG_NAME, "save the adapter again") if config.adapter.pissa else {}
+    if not is_pissa(str(says.get("init_lora_weights"))):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="distlora-plain-") as place:
+        write_plain(folder, start_path(config), Path(place))
+        yield Path(place)
 
 
 def trained_part(name: str, plain: Tensor, start: Tensor, folder: Path) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distlora.config import UserError
-from distlora.deltas.base import Base, BaseWeight
+from distlora.deltas.base import HEAD_NAME, Base, BaseWeight
 from distlora.deltas.factors import AdapterFile
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
@@ -34,8 +34,8 @@ class Weighted:
 
 def matrix_of(base: Base, matrix: str) -> BaseWeight:
     """The embedding or head as the base has it: a tied head is the embedding."""
-    embedding = base.weights[f"{base.model.family.decoder}.{EMBEDDING}.weight"]
-    return embedding if matrix == EMBEDDING else base.weights.get("lm_head.weight", embedding)
+    embedding = base.weights[base.embedding_name]
+    return embedding if matrix == EMBEDDING else base.weights.get(HEAD_NAME, embedding)
 
 
 def _path(base: Base, matrix: str) -> str:

@@ -30,8 +30,10 @@ from distlora.loading.segments import Segment, read_headers
 from distlora.loading.weights import find_base
 from distlora.model import CausalLM, build_model
 from distlora.quant import FrozenTensor
+from distlora.tokens import EMBEDDING, HEAD
 from distlora_kernels import nf4, reference
 
+HEAD_NAME = f"{HEAD}.weight"
 CHUNK = 64 * nf4.GROUP
 """Weights read at once: whole groups, 4 MiB in fp32."""
 
@@ -154,6 +156,10 @@ class Base:
     headers: Mapping[str, Segment]
     """Every tensor on disk by its name there, those too that the model does not take."""
 
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.model.family.decoder}.{EMBEDDING}.weight"
+
 
 def open_base(config: Config) -> Base:
     """The base of a run, from headers alone.
@@ -171,7 +177,7 @@ def open_base(config: Config) -> Base:
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
     weights = {}
     for name, source in sources.items():
-        if name == "lm_head.weight" and model.tied_in_base:
+        if name == HEAD_NAME and model.tied_in_base:
             continue
         module = frozen.get(name)
         weights[name] = BaseWeight(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.checkpoints.folder import STATE_NAME
 from distlora.config import Config, QuantConfig, UserError
 from distlora.exporting.request import Reading
-from distlora.loading.start_file import start_path
 from distlora.model import CausalLM
 from distlora.parallel import Ranks
-from distlora.pissa_format import write_plain
+from distlora.pissa_format import plain_form
 from distlora.tokens import load_tokenizer
 from distlora.trained import Trained, with_adapter
 from distlora.trained_model import load_in_fp32, weights_in
@@ -82,12 +79,7 @@ def our_logits(trained: Trained) -> Ours:
 def onto_original(trained: Trained) -> Iterator[Trained]:
     """The same adapter on the base as it is on disk, unquantized: what `--onto original` merges."""
     assert trained.weights is not None
-    with contextlib.ExitStack() as stack:
-        folder = weights_in(trained.weights)
-        if trained.config.adapter.pissa and (folder / STATE_NAME).is_file():
-            plain = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distlora-export-")))
-            write_plain(folder, start_path(trained.config), plain)
-            folder = plain
+    with plain_form(weights_in(trained.weights), trained.config) as folder:
         config = trained.config
         dense = replace(config, quant=QuantConfig(method="none"), train=replace(config.train, dtype="fp32"))
         yield replace(trained, config=with_adapter(dense, folder), weights=folder, foreign=True)

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from distlora.config import UserError
 from distlora.config.initialization import is_pissa
 from distlora.data.cache import TOKENIZER_FILES
 from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
-from distlora.loading.start_file import require_start, start_path
+from distlora.loading.start_file import require_start
 from distlora.model_card import model_card, read_metadata
 from distlora.run_folder import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record
 from distlora.tokens import tokenizer_files
@@ -35,11 +34,10 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
         yield result
         return
     require_start(result.config, with_base=False)
-    from distlora.pissa_format import write_plain  # Imports torch, which other results need not.
+    from distlora.pissa_format import plain_form  # Imports torch, which other results need not.
 
-    with tempfile.TemporaryDirectory(prefix="distlora-push-") as place:
-        write_plain(result.folder, start_path(result.config), Path(place))
-        yield dataclasses.replace(result, folder=Path(place), adapter=read_record(Path(place) / CONFIG_NAME))
+    with plain_form(result.folder, result.config) as place:
+        yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))
 
 
 def collect(result: Result, *, repository: str, base: str | None) -> dict[str, bytes | Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.checkpoints.folder import STATE_NAME
 from distlora.config import UserError
 from distlora.deltas.base import Base
 from distlora.deltas.factors import AdapterFile, Factors
@@ -21,10 +19,9 @@ from distlora.initial_rows import check_rows
 from distlora.loading.decompose import Start
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment, read_header
-from distlora.loading.start_file import start_path
 from distlora.merging.request import Onto
 from distlora.peft_format import adaptable_shapes
-from distlora.pissa_format import write_plain
+from distlora.pissa_format import plain_form
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in
 
@@ -94,11 +91,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
     folder = weights_in(place)
     if not trained.foreign:
         check_base(folder, config)
-    with contextlib.ExitStack() as stack:
-        file = folder
-        if config.adapter.pissa and (folder / STATE_NAME).is_file():
-            file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distlora-merge-")))
-            write_plain(folder, start_path(config), file)
+    with plain_form(folder, config) as file:
         adapter = AdapterFile.open(file)
         residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
         starts = {path: residual.start for path, residual in residuals.items() if residual is not None}

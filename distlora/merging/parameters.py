@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distlora.deltas.apply import adapted_expert_rows, adapted_rows
-from distlora.deltas.base import Base, BaseWeight, tensors_of
+from distlora.deltas.base import HEAD_NAME, Base, BaseWeight, tensors_of
 from distlora.experts import ExpertWeight
 from distlora.families import read_config
 from distlora.loading.conversion import Source, find_sources
@@ -20,8 +20,6 @@ from distlora.loading.reader import Reader
 from distlora.loading.vocabulary import mean_row_alone
 from distlora.merging.adapter import Adapter
 from distlora.tokens import EMBEDDING, HEAD
-
-HEAD_NAME = "lm_head.weight"
 
 
 class Piece(NamedTuple):
@@ -86,7 +84,7 @@ def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Par
 
 
 def _matrix_of(base: Base, name: str) -> str | None:
-    matrices = {f"{base.model.family.decoder}.{EMBEDDING}.weight": EMBEDDING, HEAD_NAME: HEAD}
+    matrices = {base.embedding_name: EMBEDDING, HEAD_NAME: HEAD}
     return matrices.get(name)
 
 
@@ -94,7 +92,7 @@ def _tied_head(base: Base) -> list[Parameter]:
     """The head of a base that ties it to the embedding, where it is written apart: with modules trained whole, and
     where the checkpoint holds a copy."""
     model = base.model
-    weight = base.weights[f"{model.family.decoder}.{EMBEDDING}.weight"]
+    weight = base.weights[base.embedding_name]
     copy = find_sources(model.layout, base.headers, {HEAD_NAME}).get(HEAD_NAME)
     if copy is None and model.tied:
         return []

@@ -15,7 +15,8 @@ from distlora.architectures import ARCHITECTURES
 from distlora.bench.comm import MODELS, Counted, StepBytes, agreement, counted_table, size
 from distlora.config import AdapterConfig
 from distlora.shapes import shapes_of
-from distlora_launcher import cli, comm
+from distlora_launcher import cli
+from distlora_launcher.benches import comm
 from family_models import edit_config
 
 
@@ -125,7 +126,7 @@ def test_a_config_that_lacks_a_size_is_refused_by_its_name(
 
 def test_the_command_needs_no_torch() -> None:
     code = (
-        "import sys, distlora_launcher.comm as c; c.main(['--ranks', '8']); "
+        "import sys, distlora_launcher.benches.comm as c; c.main(['--ranks', '8']); "
         "print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")

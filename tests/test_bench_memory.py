@@ -8,11 +8,11 @@ from distlora.bench import against_plan
 from distlora.bench.against_plan import Cell, Row
 from distlora.config import UserError
 from distlora.shapes import shapes_of
-from distlora_launcher import bench
+from distlora_launcher.benches import memory
 
 
 def test_models_are_of_the_size_that_they_are_named_by() -> None:
-    assert tuple(against_plan.MODELS) == bench.MODELS
+    assert tuple(against_plan.MODELS) == memory.MODELS
     units = {"M": 1e6, "B": 1e9}
     for name, settings in against_plan.MODELS.items():
         numel = shapes_of({"model_type": "llama", **settings}, name).numel
@@ -21,13 +21,13 @@ def test_models_are_of_the_size_that_they_are_named_by() -> None:
 
 def test_what_cannot_be_measured_is_refused_and_the_rest_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--models=12M is no size that is known \(did you mean '10M'\?\); write 10M, "):
-        bench.memory_arguments(["--models=12M"])
+        memory.checked(["--models=12M"])
     with pytest.raises(UserError, match="--ranks=0 are no positive numbers"):
-        bench.memory_arguments(["--ranks=0"])
-    assert bench.memory_arguments(["--ranks=2,1", "--json"]) == ["--models=10M,100M", "--ranks=1,2", "--json"]
-    monkeypatch.setattr(bench, "gpu_count", lambda: 2)
+        memory.checked(["--ranks=0"])
+    assert memory.checked(["--ranks=2,1", "--json"]) == ["--models=10M,100M", "--ranks=1,2", "--json"]
+    monkeypatch.setattr(memory, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match="--ranks=4 are more than the 2 GPUs that this machine shows"):
-        bench.memory_arguments(["--ranks=1,4"])
+        memory.checked(["--ranks=1,4"])
 
 
 def test_a_row_names_the_kind_that_is_furthest_off() -> None:
@@ -40,9 +40,10 @@ def test_a_row_names_the_kind_that_is_furthest_off() -> None:
         held=(2_000_000, 2_000_000),
         peak=(11_000_000, 10_000_000),
     )
-    assert list(against_plan.table([row]))[2] == (
-        "| 10M | 2 | fsdp2 | block | step | 2.0 | 2.0 | +0.0% | 11.0 | 10.0 | -9.1% | head, planned block "
-        "| logits: 9.0, 0.0 |"
+    (table,) = against_plan.results([row]).tables
+    assert " | ".join(table.rows[1]) == (
+        "10M | 2 | fsdp2 | block | step | 2.0 | 2.0 | +0.0% | 11.0 | 10.0 | -9.1% | head, planned block "
+        "| logits: 9.0, 0.0"
     )
 
 

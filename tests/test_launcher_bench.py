@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distlora_launcher import bench, cli
+from distlora_launcher import cli
+from distlora_launcher.benches import BENCHES
 
 
 class BecameError(Exception):
@@ -86,18 +87,32 @@ def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.Capture
     assert message.count("\n") == 1
 
 
-def test_help_names_both(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["--help"], ["kernels", "--help"]):
-        assert cli.main(["bench", *words]) == 0
-        text = capsys.readouterr().out
-        assert "--offline" in text
-        assert "90 (H100, H200)" in text
+def test_each_subject_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    subjects = capsys.readouterr().out
+    for name in BENCHES:
+        assert f"\n  {name} " in subjects
+        assert cli.main(["bench", name, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: distlora bench {name}")
+    assert cli.main(["bench", "kernels", "--help"]) == 0
+    assert "90 (H100, H200)" in capsys.readouterr().out
+    assert cli.main(["bench"]) == 2
 
 
 def test_the_command_needs_no_torch() -> None:
-    code = "import sys, distlora_launcher.bench as b; b.main(['--help']); print({'torch', 'triton'} & set(sys.modules))"
+    code = (
+        "import sys, distlora_launcher.benches as b; [b.main([name, '--help']) for name in b.BENCHES]; "
+        "print({'torch', 'triton'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
-    assert bench.usage().startswith("usage: distlora bench kernels")
+
+
+def test_results_go_to_a_folder_that_can_be_written_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(BecameError) as became:
+        cli.main(["bench", "load", "--out", str(tmp_path / "new"), "--json"])
+    assert became.value.arguments == ["--json", f"--out={tmp_path / 'new'}"]
+    (tmp_path / "file").touch()
+    assert "is a file; set another --out" in error_of(capsys, "load", "--out", str(tmp_path / "file"))
 
 
 def test_packs_are_measured_on_a_base_that_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ within 5 %.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import os
@@ -24,11 +25,14 @@ from typing import Any, Literal
 import torch
 
 from distlora.bench.checkpoints import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
-from distlora.bench.machine import found_by, print_rows
+from distlora.bench.machine import found_by, made_here
 from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build
+from distlora.pages.drawing import draw_bars
+from distlora.pages.tables import Table
+from distlora.pages.written import Results
 from distlora.parallel import join_ranks, leave_ranks
 from distlora.plan.machine import machine_of
 from distlora.plan.memory.device import device_bytes
@@ -162,22 +166,46 @@ def measure(chosen: Sequence[Cell]) -> Iterator[Row]:
                 yield max(rows, key=lambda row: row.peak[0])
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Markdown, in MB of 1e6 bytes."""
-    yield (
-        "| model | ranks | backend | checkpointing | accumulate | stays: measured | planned | | peak: measured | "
-        "planned | | in | furthest off: measured, planned |"
-    )
-    yield "|---" * 13 + "|"
+def results(rows: Sequence[Row]) -> Results:
+    """In MB of 1e6 bytes."""
+    head = ["model", "ranks", "backend", "checkpointing", "accumulate", "stays: measured", "planned", ""]
+    lines = [[*head, "peak: measured", "planned", "", "in", "furthest off: measured, planned"]]
     for row in rows:
         cell = row.cell
-        backend = "" if cell.ranks == 1 else cell.backend
         worst = f"{row.worst}: {_mb(row.measured.get(row.worst, 0))}, {_mb(row.planned.get(row.worst, 0))}"
+        backend = "" if cell.ranks == 1 else cell.backend
         cells = [cell.model, str(cell.ranks), backend, cell.checkpointing, cell.accumulate]
         cells += [_mb(row.held[0]), _mb(row.held[1]), _off(*row.held)]
         cells += [_mb(row.peak[0]), _mb(row.peak[1]), _off(*row.peak)]
-        cells += [row.part if row.part == row.moment else f"{row.part}, planned {row.moment}", worst]
-        yield f"| {' | '.join(cells)} |"
+        lines.append([*cells, row.part if row.part == row.moment else f"{row.part}, planned {row.moment}", worst])
+    off = {
+        " ".join([cell.model, str(cell.ranks), cell.backend, cell.checkpointing, cell.accumulate]): row
+        for row in rows
+        for cell in (row.cell,)
+    }
+    panels = [
+        ("peak, MB", {name: row.peak[0] / 1e6 for name, row in off.items()}),
+        ("planned over it, %", {name: 100 * (row.peak[1] / row.peak[0] - 1) for name, row in off.items()}),
+    ]
+    return Results(
+        name="memory",
+        heading="The memory of a training step, planned and measured",
+        notes=made_here("transformers"),
+        tables=[Table("MB of the rank that has most", lines)],
+        rows=[flat(row) for row in rows],
+        draw=lambda path: draw_bars("The memory of a training step", panels, path),
+    )
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """Bytes; of each kind where it was measured and where it is planned."""
+    values = dataclasses.asdict(row.cell) | {"part": row.part, "moment": row.moment}
+    for name, (measured, planned) in {"held": row.held, "peak": row.peak}.items():
+        values |= {f"{name}_measured": measured, f"{name}_planned": planned}
+    for kind in KINDS:
+        if kind in row.measured or kind in row.planned:
+            values |= {f"{kind}_measured": row.measured.get(kind, 0), f"{kind}_planned": row.planned.get(kind, 0)}
+    return values
 
 
 def _mb(nbytes: int) -> str:
@@ -192,12 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="10M,100M")
     parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     chosen = list(cells(options.models.split(","), [int(count) for count in options.ranks.split(",")]))
     with own_stdout():
         rows = list(measure(chosen))
-    print_rows(rows, table, as_json=options.json)
+    results(rows).show(out=options.out, as_json=options.json)
 
 
 if __name__ == "__main__":

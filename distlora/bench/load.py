@@ -1,7 +1,7 @@
 """Loading a checkpoint into 4-bit: ours on two ranks, without the cache of quantized shards, filling it and from it,
 beside transformers + bitsandbytes, in one run.
 
-    python -m distlora.bench.load [--layers N]        (make bench-load)
+    python -m distlora.bench.load [--layers N] [--out FOLDER] [--json]        (`distlora bench load`)
 
 Each side loads the same bf16 folder on the CPU with two threads in all; the page cache is warm for all.
 """
@@ -9,9 +9,11 @@ Each side loads the same bf16 folder on the CPU with two threads in all; the pag
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ import torch
 import torch.distributed as dist
 
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
+from distlora.bench.machine import made_here
 from distlora.bench.memory import PeakMemory
-from distlora.bench.processes import free_port, run_each
+from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.config import Config
 from distlora.config_file import build
+from distlora.pages.drawing import draw_bars
+from distlora.pages.tables import Table
+from distlora.pages.written import Results
 
-RANKS = 2
+RANKS, MIB = 2, 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +126,61 @@ def measure_peer(folder: Path) -> Figures:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--layers", type=int, default=LLAMA_700M["num_hidden_layers"], help="decoder blocks of the model"
-    )
-    layers = parser.parse_args().layers
+def run(layers: int) -> Results:
+    """Every start, one after the other."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         parameters = write_random_checkpoint(folder, LLAMA_700M | {"num_hidden_layers": layers}, num_shards=4)
-        print(
-            f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization, on {RANKS} threads.\n"
-        )
-        cache, rows = Path(temporary) / "cache", {}
-        rows[f"distlora, {RANKS} ranks, no cache"] = slowest(measure(folder, world=RANKS))
-        rows["first start, which fills the cache"] = slowest(measure(folder, world=RANKS, cache=cache))
-        second = slowest(measure(folder, world=RANKS, cache=cache))
-        rows["second start, from the cache"] = second
-        peer = measure_peer(folder)
-        rows["transformers + bitsandbytes, one process"] = peer
+        cache, found = Path(temporary) / "cache", {}
+        found["distlora, no cache"] = cold = slowest(measure(folder, world=RANKS))
+        found["distlora, filling the cache"] = slowest(measure(folder, world=RANKS, cache=cache))
+        found["distlora, from the cache"] = second = slowest(measure(folder, world=RANKS, cache=cache))
+        found["transformers + bitsandbytes"] = peer = measure_peer(folder)
     assert second.from_cache, "the second start did not find what the first one kept"
-    mib = 2**20
-    print("| | seconds | CPU seconds | MiB read | peak anonymous MiB | of the model, MiB | (a process)")
-    print("|--|--|--|--|--|--|--|")
-    for name, row in rows.items():
-        read = f"{row.read_bytes / mib:.0f}" if row.read_bytes else ""
-        memory = f"{row.peak_bytes / mib:.0f} | {row.kept_bytes / mib:.0f}"
-        print(f"| {name} | {row.seconds:.2f} | {row.cpu_seconds:.2f} | {read} | {memory} | |")
-    mine = next(iter(rows.values()))
-    for name, row in (("Beside ours without the cache", mine), ("Beside ours from the cache", second)):
-        time_ratio, memory_ratio = peer.seconds / row.seconds, peer.peak_bytes / row.peak_bytes
-        print(
-            f"\n{name}: theirs takes {time_ratio:.1f} times as long and {memory_ratio:.1f} times the memory a process."
-        )
     beside = second.read_bytes / second.base_bytes - 1
     assert beside <= 0.02, f"the second start read {beside:.1%} beside its own bytes of the base"
-    print(f"The second start read its {second.base_bytes / mib:.0f} MiB of the base and {beside:.2%} beside them.")
+    return results(found, parameters, cold=cold, second=second, peer=peer)
+
+
+def results(found: Mapping[str, Figures], parameters: int, *, cold: Figures, second: Figures, peer: Figures) -> Results:
+    lines = [["", "seconds", "CPU seconds", "MiB read", "peak anonymous MiB", "of the model, MiB"]]
+    for name, row in found.items():
+        read = f"{row.read_bytes / MIB:.0f}" if row.read_bytes else ""
+        cells = [f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}", read]
+        lines.append([name, *cells, f"{row.peak_bytes / MIB:.0f}", f"{row.kept_bytes / MIB:.0f}"])
+    reading = [
+        f"Beside ours {name}: theirs takes {peer.seconds / row.seconds:.1f} times as long and "
+        f"{peer.peak_bytes / row.peak_bytes:.1f} times the memory a process."
+        for name, row in (("without the cache", cold), ("from the cache", second))
+    ]
+    reading.append(
+        f"The second start read its {second.base_bytes / MIB:.0f} MiB of the base and "
+        f"{second.read_bytes / second.base_bytes - 1:.2%} beside them."
+    )
+    panels = [
+        ("seconds", {name: row.seconds for name, row in found.items()}),
+        ("peak anonymous MiB of a process", {name: row.peak_bytes / MIB for name, row in found.items()}),
+    ]
+    return Results(
+        name="load",
+        heading=f"Loading {parameters / 1e6:.0f}M parameters, bf16 to NF4 with double quantization",
+        notes=made_here("transformers", "bitsandbytes"),
+        tables=[Table(f"On {RANKS} threads in all; memory and CPU seconds of the process that needs most", lines)],
+        rows=[{"start": name, "parameters": parameters} | dataclasses.asdict(row) for name, row in found.items()],
+        reading=reading,
+        draw=lambda path: draw_bars("Loading into 4 bits", panels, path),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=LLAMA_700M["num_hidden_layers"], help="blocks of the model")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    with own_stdout():
+        found = run(options.layers)
+    found.show(out=options.out, as_json=options.json)
 
 
 def slowest(by_rank: list[Figures]) -> Figures:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import importlib.util
-import json
+import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -23,10 +22,21 @@ def found_by(device: torch.device, *, ranks: int = 1) -> Found:
     return Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
 
 
-def print_rows(rows: Sequence[Any], table: Callable[[Sequence[Any]], Iterable[str]], *, as_json: bool) -> None:
-    """The rows (dataclasses) of a measurement: for programs, or as a table with the day and the machine."""
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    print("\n".join(table(rows)), f"\n\n{datetime.date.today()}, {device}, torch {torch.__version__}", flush=True)
+def made_here(*packages: str) -> str:
+    """The day, the device, the threads of this process and the versions behind figures; and how busy the machine is."""
+    named = ("torch", *(name for name in packages if name != "torch"))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in named)
+    threads = f"{torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "1 thread"
+    load = f"{os.getloadavg()[0]:.1f}"
+    return f"{datetime.date.today()}, {device_name()}, {os.cpu_count()} cores, {threads} here, load {load}; {versions}"
+
+
+def device_name() -> str:
+    """The GPU; without one the CPU, with what makes its products of bf16 fast."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
+    return " ".join([values.get("model name", platform.machine()), *flags])

@@ -12,6 +12,7 @@ and operations of a pack's step over one trial's, at rates that are measured her
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -22,12 +23,15 @@ from typing import Any
 
 import torch
 
-from distlora.bench.machine import found_by, print_rows
+from distlora.bench.machine import found_by, made_here
 from distlora.bench.pack_step import PackStep
 from distlora.bench.processes import free_port, own_stdout, run_each
 from distlora.bench.step_time import Rates, copy, medians, planned, product
 from distlora.config import Config
 from distlora.config_file import build
+from distlora.pages.drawing import draw_bars
+from distlora.pages.tables import Table
+from distlora.pages.written import Results
 from distlora.parallel import join_ranks, leave_ranks
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import PlannedModel, model_in
@@ -156,21 +160,35 @@ def measure(base: Path, ranks: Sequence[int], cells: Sequence[tuple[int, int]], 
             yield max(rows, key=lambda row: row.packed)
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Markdown; milliseconds."""
-    yield (
-        "| trials | ranks | tokens of each | one alone, ms | one after the other | packed | packed / one alone | "
-        "planned | operations | bytes of memory | gathered, of one alone |"
-    )
-    yield "|---" * 11 + "|"
+def results(rows: Sequence[Row]) -> Results:
+    head = ["trials", "ranks", "tokens of each", "one alone, ms", "one after the other", "packed", "packed / one alone"]
+    lines = [[*head, "planned", "operations", "bytes of memory", "gathered, of one alone"]]
     for row in rows:
         times = [f"{1e3 * each:.1f}" for each in (row.alone, row.sequential, row.packed)]
         gathered = f"{row.gathered[1] / row.gathered[0]:.2f} x" if row.gathered[0] else "nothing"
         planned = "" if row.predicted != row.predicted else f"{row.predicted:.2f}"
         cells = [str(row.trials), str(row.ranks), str(row.tokens), times[0]]
         cells += [f"{times[1]} ({row.sequential / row.alone:.2f} x)", times[2], f"{row.ratio:.2f} x", planned]
-        cells += [f"{row.operations:.2f} x", f"{row.moved:.2f} x", gathered]
-        yield f"| {' | '.join(cells)} |"
+        lines.append([*cells, f"{row.operations:.2f} x", f"{row.moved:.2f} x", gathered])
+    bars = {f"{row.trials} trials, {row.ranks} ranks, {row.tokens} tokens": row for row in rows}
+    panels = [
+        ("packed / one alone", {name: row.ratio for name, row in bars.items()}),
+        ("one after the other / packed", {name: row.sequential / row.packed for name, row in bars.items()}),
+    ]
+    return Results(
+        name="packed",
+        heading="Trials of a sweep on one base, packed and one after the other",
+        notes=made_here("transformers"),
+        tables=[Table("Seconds of this process' CPU where there is no GPU", lines)],
+        rows=[flat(row) for row in rows],
+        draw=lambda path: draw_bars("A step of a pack", panels, path),
+    )
+
+
+def flat(row: Row) -> dict[str, Any]:
+    values = dataclasses.asdict(row)
+    one, pack = values.pop("gathered")
+    return values | {"gathered_alone": one, "gathered_packed": pack}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", default="16,64")
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     numbers, lengths, ranks = (
@@ -188,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [(number, length) for length in lengths for number in numbers]
     with own_stdout():
         rows = list(measure(options.base, ranks, cells, options.repeats))
-    print_rows(rows, table, as_json=options.json)
+    results(rows).show(out=options.out, as_json=options.json)
 
 
 if __name__ == "__main__":

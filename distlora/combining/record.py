@@ -13,7 +13,7 @@ from distlora.checkpoints.folder import sha256
 from distlora.combining.request import Request
 from distlora.combining.result import Combination
 from distlora.initial_adapter import WEIGHTS_NAME
-from distlora.tables import Table
+from distlora.pages.tables import Table
 
 
 def record(request: Request, made: Combination, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distlora.merging.page import measured_table
-from distlora.tables import Table
+from distlora.pages.tables import Table
 
 
 def shown(figures: Mapping[str, Any]) -> Table:

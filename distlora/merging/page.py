@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from distlora.tables import Table
+from distlora.pages.tables import Table
 
 if TYPE_CHECKING:
     from distlora.merging.receipt import Receipt

@@ -11,8 +11,8 @@ from distlora.merging.merge import merge_to
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Request, UnmergeRequest
 from distlora.merging.unmerge import unmerge
+from distlora.pages.tables import Table
 from distlora.saying import Progress, quieten
-from distlora.tables import Table
 
 
 def run(request: Request) -> Receipt:

@@ -110,9 +110,9 @@ COMMANDS = {
         "distlora_launcher.analyses",
     ),
     "bench": Command(
-        "kernels [--offline] | methods [--quick] | comm [--measure] | load",
-        "measure the GPU kernels (--offline: what they compile to); compare adapter methods; traffic; starts",
-        "distlora_launcher.bench",
+        "load | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
+        "what this machine does, beside what the plan says and what the peers do: tables, CSV, plots",
+        "distlora_launcher.benches",
     ),
     "cache": Command(
         "list [--json] | clear [ENTRY ...] [--older-than DAYS] [--all]",

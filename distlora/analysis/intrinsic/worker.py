@@ -21,8 +21,8 @@ from distlora.analysis.intrinsic.request import (
     named_by_argument,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
-from distlora.analysis.written import Written
 from distlora.command_line import DONE, run_to_exit_code
+from distlora.pages.written import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.readings import let_go
 from distlora.saying import Progress

@@ -15,11 +15,11 @@ from distlora.analysis.quantization.references import measure_references
 from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.quantization.roundtrip import Sums
 from distlora.analysis.quantization.weights import Weight, find_weights
-from distlora.analysis.written import Written
 from distlora.command_line import DONE, run_to_exit_code
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.loading.reader import Reader
+from distlora.pages.written import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.readings import evenly
 from distlora.saying import Progress

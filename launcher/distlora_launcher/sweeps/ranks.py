@@ -15,7 +15,7 @@ from typing import Any
 
 from distlora.config.sweep import SweepConfig
 from distlora.eval_documents import DocumentRecord
-from distlora.tables import Table
+from distlora.pages.tables import Table
 from distlora_launcher.sweeps.bootstrap import Gain, gain
 
 FULL = "full"

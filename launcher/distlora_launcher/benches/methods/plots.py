@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.drawing import COLOURS, new_figure, save
+from distlora.pages.drawing import COLOURS, new_figure, save
 
 
 def plot_methods(rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], path: Path) -> None:

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from distlora.tables import Table
-from distlora_launcher.methods.grid import METHODS, Method, Planned, best_rate, rates_of
+from distlora.pages.tables import Table
+from distlora_launcher.benches.methods.grid import METHODS, Method, Planned, best_rate, rates_of
 
 Summaries = Mapping[Planned, Mapping[str, Any]]
 """summary.json of each finished run."""

@@ -30,14 +30,19 @@ class Table:
 
 
 def as_markdown(
-    heading: str, made_by: str, sentences: Sequence[str], picture: tuple[str, str], tables: Iterable[Table], notes: str
+    heading: str,
+    made_by: str,
+    sentences: Sequence[str],
+    picture: tuple[str, str] | None,
+    tables: Iterable[Table],
+    notes: str,
 ) -> str:
     """A report: what made it, its reading, a picture (what it shows, its file), tables, what was measured how."""
     parts = [
         f"# {heading}",
         made_by,
         "\n".join(f"- {sentence}" for sentence in sentences),
-        f"![{picture[0]}]({picture[1]})",
+        "" if picture is None else f"![{picture[0]}]({picture[1]})",
         *(table.markdown() for table in tables),
         notes,
     ]

@@ -21,13 +21,8 @@ from distlora.families import family_of, read_config
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.run_folder import SUMMARY_NAME, read_record
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable, gpu_count, linear_names
-from distlora_launcher.demo.base import cache_root
-from distlora_launcher.demo.run import made_base
-from distlora_launcher.failures import would_repeat
-from distlora_launcher.holding import CONFIG_NAME
-from distlora_launcher.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
-from distlora_launcher.methods.results import (
+from distlora_launcher.benches.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
+from distlora_launcher.benches.methods.results import (
     BaseDiffersError,
     check_base,
     divergences,
@@ -36,6 +31,11 @@ from distlora_launcher.methods.results import (
     reading,
     table,
 )
+from distlora_launcher.checks import check_writable, gpu_count, linear_names
+from distlora_launcher.demo.base import cache_root
+from distlora_launcher.demo.run import made_base
+from distlora_launcher.failures import would_repeat
+from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.output import shown
 from distlora_launcher.signals import forwarding
 
@@ -186,7 +186,7 @@ def candidates(setup: Setup) -> Iterator[Planned]:
 
 def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
     """Write and print what there is. Returns 1 where runs do not agree on their base, after saying so."""
-    from distlora_launcher.methods.plots import plot_methods
+    from distlora_launcher.benches.methods.plots import plot_methods
 
     base_weights, quantizable = count_weights(Path(setup.base) / "model")
     failed = diverged(setup, out)

@@ -1,0 +1,1 @@
+"""Reports of analyses and benchmarks: tables, plots, and the files that hold them. Imports no torch."""

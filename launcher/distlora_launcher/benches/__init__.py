@@ -1,0 +1,16 @@
+"""`distlora bench WHAT ...`: what this machine does, beside what the plan says and what the peers do."""
+
+from __future__ import annotations
+
+from distlora_launcher.subjects import Subjects
+
+BENCHES = {
+    "load": "reading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
+    "comm": "what a step moves between ranks, calculated and counted, beside PEFT with accelerate's FSDP2",
+    "memory": "what a step has in memory, by kind, planned and measured",
+    "packed": "trials of a sweep packed on one base, beside one after the other",
+    "methods": "adapter methods and full fine-tuning on the demo's base and data: losses, memory, time",
+    "kernels": "the GPU kernels; with --offline what they compile to, without a GPU",
+}
+
+main = Subjects("bench", "measure", __name__, BENCHES).run

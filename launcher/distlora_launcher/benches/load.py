@@ -1,0 +1,32 @@
+"""`distlora bench load`: what a start takes, with and without the cache of quantized shards, beside the peers."""
+
+from __future__ import annotations
+
+from distlora.command_line import DONE
+from distlora_launcher.arguments import Parser
+from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
+
+LOAD = "distlora.bench.load"
+
+USAGE = f"""usage: distlora bench load [--layers N] [--out FOLDER] [--json]
+
+What a start takes on this machine's CPU, for a random model of 0.76 billion parameters on two ranks: quantizing its
+checkpoint, keeping the shards, and reading them again, beside transformers + bitsandbytes.
+
+  --layers N         decoder blocks of the model (14)
+{OUTPUT}"""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments, then become the process that measures. Returns for --help alone."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    parser = Parser("distlora bench load")
+    parser.add_argument("--layers", type=int)
+    add_output(parser)
+    options = parser.parse_args(arguments)
+    if options.layers is not None and options.layers < 1:
+        parser.error(f"--layers={options.layers} is no number of blocks; write 1 or more")
+    words = [] if options.layers is None else [f"--layers={options.layers}"]
+    become(LOAD, [*words, *output_words(options)])

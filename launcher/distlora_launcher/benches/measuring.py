@@ -1,0 +1,40 @@
+"""From a bench's command to the process that measures."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from distlora_launcher.arguments import Parser
+from distlora_launcher.checks import check_writable
+
+OUTPUT = """  --out FOLDER       keep the results there as Markdown, CSV and a plot
+  --json             every figure, for a program to read"""
+"""Of a usage: the options that every bench has whose results distlora/pages/written.py shows."""
+
+
+def add_output(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true")
+
+
+def output_words(options: Namespace) -> list[str]:
+    """--out and --json for the process that measures. UserError for a folder that cannot be written to."""
+    words = ["--json"] if options.json else []
+    if options.out is not None:
+        out = options.out.expanduser().absolute()
+        check_writable(out, "--out")
+        words.append(f"--out={out}")
+    return words
+
+
+def become(module: str, words: Sequence[str]) -> NoReturn:
+    """Replace this process by `python -m module words`, in the environment that the user has."""
+    sys.stdout.flush()
+    # In Triton's interpreter there would be nothing to compile or to measure.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    os.execve(sys.executable, [sys.executable, "-m", module, *words], environment | {"PYTHONSAFEPATH": "1"})

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-llama-cpp chaos fuzz lint format bench-load bench-dora bench-save bench-step-time slurm-shell clean
+.PHONY: demo test test-slow test-llama-cpp chaos fuzz lint format messages bench-load bench-dora bench-save bench-step-time slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -38,6 +38,10 @@ lint: $(READY)
 # Damaged inputs with new seeds each time, ten times as many as in `make test`: about ten minutes.
 fuzz: $(READY)
 	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz*.py
+
+# docs/messages.md from the source, after a message of an error has changed.
+messages: $(READY)
+	$(BIN)/python tests/messages.py
 
 format: $(READY)
 	$(BIN)/ruff format .

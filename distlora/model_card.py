@@ -15,6 +15,7 @@ from distlora.config import AdapterConfig, SourceConfig, UserError
 from distlora.config.places import is_hub_name
 from distlora.config_file import parse_yaml
 from distlora.initial_adapter import WEIGHTS_NAME
+from distlora.pages.words import length
 from distlora.run_folder import DATA_NAME, TEMPLATE_NAME, Result
 
 HUB = "https://huggingface.co"
@@ -207,7 +208,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     if "tokens_per_second" in summary:
         yield "tokens a second", f"{summary['tokens_per_second']:,.0f}"
     if "train_seconds" in summary:
-        yield "training time", _duration(summary["train_seconds"])
+        yield "training time", length(summary["train_seconds"])
     if {"ranks", "device"} <= environment.keys():
         device = str(environment["device"])
         yield "processes", f"{environment['ranks']} x {f'CPU ({device})' if _CPU.fullmatch(device) else device}"
@@ -310,9 +311,3 @@ def _joined(values: Any) -> str:
 def _shown(path: str) -> str:
     """A file or folder without its place on this machine; a name on the hub whole."""
     return path if is_hub_name(path) else PurePath(path).name
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -25,9 +25,6 @@ from distlora.progress import display
 from distlora.stopping import STOPPED_NAME, Stopped, name_of
 from distlora.tracker import Tracker, start_tracker
 
-SHOWN_CHARACTERS = 100
-"""Of a sample, on the terminal; samples.jsonl has it whole."""
-
 
 class Reporter:
     """The sink of one run's figures. A context manager: leaving it closes wandb with the exit code of the way out.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distlora import durable
-from distlora.loading.reader import TORCH_DTYPES, Reader
+from distlora.loading.reader import DTYPE_NAMES, Reader
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, Segment, header_bytes, lay_out
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
@@ -27,8 +27,6 @@ SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
 READ_ELEMENTS = 2**22
 """Elements that are read at once."""
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +56,7 @@ def write_tensors(
     has been streamed.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
-    table = lay_out({name: (_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
+    table = lay_out({name: (DTYPE_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
     file = _HashedFile(path) if backend.writes else None
     if file is not None:
         file.write(header_bytes(table, {"format": "pt", **(metadata or {})}))

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from distlora.config import Config
 from distlora.families import read_config
@@ -38,7 +38,6 @@ DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
 """How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
-STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

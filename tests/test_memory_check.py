@@ -47,23 +47,23 @@ def test_a_peak_within_5_percent_is_no_miss_and_a_kind_that_makes_it_one_is_name
     assert measured.warning(rank("block", **BLOCK | {"kept": 249_000_000}), PLAN) is None
     assert measured.warning(rank("block", **BLOCK | {"kept": 300_000_000}), PLAN) == (
         "WARNING: a step took 1.1 GB at its peak on rank 3, 9.1% more than the 1 GB that were planned; most of it is "
-        "kept: 0.3 GB measured, 0.2 GB planned"
+        "kept: 300 MB measured, 200 MB planned"
     )
     # Scratch and what a block works with are one in a measurement; the codes are not what is off.
     less = measured.warning(rank("block", kept=190_000_000, working=120_000_000), PLAN)
     assert less is not None
     assert "9.9% less" in less
-    assert less.endswith("most of it is working, logits, scratch, gradients: 0.12 GB measured, 0.2 GB planned")
+    assert less.endswith("most of it is working, logits, scratch, gradients: 120 MB measured, 200 MB planned")
 
 
 def test_kinds_are_held_to_those_of_the_moment_that_was_the_peak() -> None:
     said = measured.warning(rank("head", kept=200_000_000, logits=500_000_000), PLAN)
     assert said is not None
-    assert said.endswith("working, logits, scratch, gradients: 0.5 GB measured, 0.1 GB planned")
+    assert said.endswith("working, logits, scratch, gradients: 500 MB measured, 100 MB planned")
     # There the plan has no moment: what it has at its own peak.
     said = measured.warning(rank("forward", gathered=700_000_000), PLAN)
     assert said is not None
-    assert said.endswith("most of it is gathered, communication: 0.7 GB measured, 0 MB planned")
+    assert said.endswith("most of it is gathered, communication: 700 MB measured, 0 B planned")
 
 
 def test_what_a_plan_took_for_granted_of_a_card_it_did_not_know_is_no_miss() -> None:

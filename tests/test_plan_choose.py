@@ -14,6 +14,7 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
+from distlora.pages.words import size
 from distlora.plan import Machine, Plan, PlannedModel, plan_of
 from distlora.plan.choice.choose import (
     RESERVE,
@@ -30,7 +31,6 @@ from distlora.plan.choice.nearest import given_up, moves, nearest, sacrifices, w
 from distlora.plan.choice.space import changed, if_valid, value_of, with_settings
 from distlora.plan.machine import machine_of as machine_asked_for
 from distlora.plan.pages.report import needs
-from distlora.plan.pages.words import size
 from plan_inputs import cpu_machine, machine_of, model_of
 from small_models import config_with
 

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distlora.pages.words import length, number
 from distlora.report.chart import Chart, Level, Line, draw
 from distlora.report.markup import data, tag, text, visible
 from distlora.report.scales import Scale, scale_of
 from distlora.report.series import Series, smoothed, thinned, window_of
-from distlora.report.words import difference, length, number, tick
+from distlora.report.words import difference, tick
 from report_folders import Page
 
 VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=60)

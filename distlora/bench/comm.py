@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from distlora import wire
 from distlora.config import Config, require
-from distlora.plan.pages import words
+from distlora.pages import words
 from distlora.shapes import ModelShapes
 from distlora.wire import StepBytes
 

@@ -23,6 +23,7 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class Reader:

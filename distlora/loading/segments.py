@@ -28,7 +28,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
+"""Bytes; safetensors' own limit: a longer one is damage."""
 _METADATA = "__metadata__"
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from distlora import durable
 from distlora.config import UserError
-from distlora.loading.reader import TORCH_DTYPES
+from distlora.loading.reader import DTYPE_NAMES
 from distlora.loading.segments import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
 from distlora.merging.parameters import Parameter
 
 COPIED_BYTES = 2**24
 """Of a tensor that is copied, read at once."""
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +62,7 @@ def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], 
     copied = {name: segment for name, segment in on_disk.items() if name not in written and name not in dropped}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in on_disk.values()}
     for name, shape in written.items():
-        tables[home[name]][name] = (_NAMES[dtype], shape)
+        tables[home[name]][name] = (DTYPE_NAMES[dtype], shape)
     for name, segment in copied.items():
         tables[segment.file.name][name] = (segment.dtype, segment.shape)
     return lay_out_files(tables, copied)

@@ -1,1 +1,1 @@
-"""Reports of analyses and benchmarks: tables, plots, and the files that hold them. Imports no torch."""
+"""What results are written with: tables, plots, words for numbers, the files in a folder. Imports no torch."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distlora.pages.words import count
 from distlora.report.chart import Chart, Level, Line, charts_part
 from distlora.report.markup import Html
 from distlora.report.run_records import RunRecords
 from distlora.report.series import SMOOTHED_FROM, Series, smoothed, window_of
-from distlora.report.words import count
 
 _KNOWN = (
     "loss",

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 
+from distlora.pages.words import moment
 from distlora.report.markup import Content, Html, raw, tag, text
-from distlora.report.words import moment
 
 
 def section(name: str, title: str, *content: Content, note: Content = None) -> Html:

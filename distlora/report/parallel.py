@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distlora.pages.words import number
 from distlora.report.chart import SIDE
 from distlora.report.markup import Html, tag
 from distlora.report.run_records import as_text
 from distlora.report.scales import Scale
 from distlora.report.series import is_number
-from distlora.report.words import number
 
 MOST_NAMED = 7
 """Values of an axis that are named each."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from distlora.pages.words import number, size
 from distlora.plan.memory.kinds import Kind
 from distlora.plan.memory.measured import grouped
 from distlora.plan.pages.words import KINDS, MOMENTS
 from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import RunRecords
-from distlora.report.words import difference, number, size
+from distlora.report.words import difference
 
 _TOGETHER = {"gathered": "gathered, and buffers of collectives", "working": "working: activations, logits, scratch"}
 """Names of what a measurement does not tell apart."""

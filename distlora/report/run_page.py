@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from distlora.pages.words import count, length, moment, number, size
 from distlora.report.curves import curves_part
 from distlora.report.document import page, section, state_badge, table, tiles
 from distlora.report.markup import Content, Html, tag, text
 from distlora.report.plan_part import plan_part
 from distlora.report.run_records import RunRecords, Sample, Standing, as_text
 from distlora.report.settings import settings_part
-from distlora.report.words import count, difference, length, loss, moment, number, size
+from distlora.report.words import difference, loss
 
 STATES = {
     "done": "good",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import SweepConfig
+from distlora.pages.words import count, length, number, size
 from distlora.report.chart import PALETTE, Chart, Level, Line, charts_part
 from distlora.report.document import page, section, state_badge, table, tiles
 from distlora.report.markdown import markdown
@@ -27,7 +28,7 @@ from distlora.report.series import (
     thinned,
     window_of,
 )
-from distlora.report.words import count, length, loss, number, size
+from distlora.report.words import loss
 from distlora.run_folder import METRICS_NAME
 from distlora.sweep_folder import (
     COMPLETE,

@@ -15,6 +15,7 @@ from distlora.config.errors import in_one_line
 from distlora.config.places import cache_place
 from distlora.loading import cache_folder
 from distlora.loading.cache_folder import Entry, EntryFigures, entries, figures_of
+from distlora.pages.words import size
 from distlora_launcher.arguments import Parser
 
 ACTIONS = ("list", "clear")
@@ -109,11 +110,6 @@ def line_of(figures: EntryFigures) -> str:
     return (
         f"{figures.key[:SHOWN_DIGITS]}  {size(figures.num_bytes):>10}  {share:>5}  {used}  {in_one_line(figures.base)}"
     )
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people, in the units of quant.cache_gb."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def clear(folder: Path, names: Sequence[str], *, older_than: float | None, everything: bool) -> None:

@@ -23,12 +23,11 @@ from pathlib import Path
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.hub_errors import explained
+from distlora.loading.segments import LONGEST_HEADER
 from distlora_launcher.hub import HubModel, locate
 
 HEADER_GUESS = 100_000
 """Bytes of a safetensors file that are asked for first; most headers fit (huggingface_hub: 97 % of the top 1000)."""
-LONGEST_HEADER = 100_000_000
-"""safetensors' own limit: a longer header is damage."""
 PARALLEL_REQUESTS = 16
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from distlora.checkpoints.folder import MANIFEST_NAME, step_of, steps
 from distlora.config import Config, UserError
 from distlora.json_files import object_or_empty, parse_object
+from distlora.pages.words import roughly
 from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME
 from distlora.stopping import STOPPED_NAME
 from distlora_launcher.failures import first_failure, read_errors
@@ -133,18 +134,7 @@ def was_started(run_dir: Path) -> bool:
 
 def age(moment: float) -> str:
     """`12 s`, `3 min`, `2 h`, `5 days` since a moment (seconds since 1970)."""
-    return duration(max(0.0, time.time() - moment))
-
-
-def duration(seconds: float) -> str:
-    """A length of time in its largest units: `12 s`, `3 min`, `2 h 05 min`, `5 days`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.0f} days"
+    return roughly(max(0.0, time.time() - moment))
 
 
 def _tail(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from distlora.config import UserError
 from distlora.config_file import load_config
+from distlora.pages.words import roughly
 from distlora.run_folder import find_result
 from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
@@ -25,7 +26,6 @@ from distlora_launcher.run_state import (
     Figures,
     Saved,
     age,
-    duration,
     newest_saved,
     read_ending,
     read_figures,
@@ -205,7 +205,7 @@ def describe(status: Status) -> str:
         lines.append(f"SLURM does not answer ({status.unknown}), so this is what the folder says")
     if figures.step > 0 or status.total_steps is not None:
         total = f" of {status.total_steps:,} ({figures.step / status.total_steps:.0%})" if status.total_steps else ""
-        left = f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+        left = f", {roughly(status.seconds_left)} left" if status.seconds_left is not None else ""
         written = f", logged {age(figures.time)} ago" if figures.time is not None and status.state != "done" else ""
         lines.append(f"step      {figures.step:,}{total}{left}{written}")
     if shown_figures(figures):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distlora.config import Config
+from distlora.pages.words import size
 from distlora.plan import plan_of
 from distlora.plan.choice.choose import Choice, choose
 from distlora.plan.choice.space import Settings, if_valid, micro_batches, typed, with_settings
 from distlora.plan.model import PlannedModel
-from distlora.plan.pages.words import size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

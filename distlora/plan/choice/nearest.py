@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from distlora.cards import CARDS
 from distlora.config import Config
 from distlora.config.plan import CHOSEN
+from distlora.pages.words import size
 from distlora.plan import Plan, plan_of
 from distlora.plan.choice.choose import choose, cost_of, has_room, on_cards, plans
 from distlora.plan.choice.space import RECOMPUTES, TILE, Settings, changed, if_valid, micro_batches, typed, value_of
 from distlora.plan.machine import Machine, machine_of
 from distlora.plan.model import PlannedModel
-from distlora.plan.pages.words import size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4
 """What a row and a rank are not shortened below."""

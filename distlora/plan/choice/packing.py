@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distlora.config import Config
 from distlora.plan import Plan, plan_of
-from distlora.plan.choice.choose import has_room
+from distlora.plan.choice.choose import RESERVE, has_room
 from distlora.plan.machine import Machine
 from distlora.plan.memory.kinds import Kind
 from distlora.plan.model import PlannedModel
@@ -18,8 +18,6 @@ from distlora.plan.packed import together
 
 MOST = 64
 """Trials that are looked at, at the most."""
-RESERVE = 0.05
-"""Share of what a pack needs that `auto` leaves free beside it, as `plan=auto` does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

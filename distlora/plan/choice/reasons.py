@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora.config import Config
+from distlora.pages.words import size
 from distlora.plan import Plan, plan_of
 from distlora.plan.choice.space import Settings, changed, if_valid, typed, value_of
-from distlora.plan.pages.words import size
 
 _TOGETHER = ("parallel.backend", "parallel.offload_base")
 """DeepSpeed alone keeps the base in host memory."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distlora.json_files import Shape
+from distlora.pages.words import size
 from distlora.plan.memory.kinds import Kind
 
 MISS = 0.05
@@ -68,9 +69,9 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
     named = ", ".join(_TOGETHER.get(worst, (worst,)))
     share = abs(planned / measured.peak - 1)
     return (
-        f"WARNING: a step took {_gb(measured.peak)} at its peak on rank {measured.rank}, {share:.1%} "
-        f"{'more' if more else 'less'} than the {_gb(planned)} that were planned; most of it is {named}: "
-        f"{_gb(here.get(worst, 0))} measured, {_gb(there.get(worst, 0))} planned"
+        f"WARNING: a step took {size(measured.peak)} at its peak on rank {measured.rank}, {share:.1%} "
+        f"{'more' if more else 'less'} than the {size(planned)} that were planned; most of it is {named}: "
+        f"{size(here.get(worst, 0))} measured, {size(there.get(worst, 0))} planned"
     )
 
 
@@ -94,7 +95,3 @@ def grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:
         group = group_of.get(kind, kind)
         sums[group] = sums.get(group, 0) + nbytes
     return sums
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from distlora.pages.words import count, size
 from distlora.plan import Plan
 from distlora.plan.choice.larger import Room
 from distlora.plan.choice.nearest import Nearest
@@ -16,7 +17,7 @@ from distlora.plan.choice.packing import Packing
 from distlora.plan.choice.reasons import Change
 from distlora.plan.choice.space import typed
 from distlora.plan.packed import one_of
-from distlora.plan.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, count, largest, rounded, shares, size
+from distlora.plan.pages.words import KINDS, MOMENTS, SOURCES, WAITS, WORK, largest, rounded, shares
 from distlora.plan.speed.rates import missing_rates
 from distlora.plan.storage.disk import trained_tensors
 

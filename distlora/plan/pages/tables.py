@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from distlora.pages.words import size
 from distlora.plan import Plan
-from distlora.plan.pages.words import BASES, RECOMPUTED, WAITS, size
+from distlora.plan.pages.words import BASES, RECOMPUTED, WAITS
 from distlora.plan.speed.scaling import OWN, ScalingRow
 
 LEGEND = (

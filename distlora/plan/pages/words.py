@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from distlora.pages.words import size
 from distlora.plan.memory.kinds import Kind, Moment
 from distlora.plan.speed.compute import FlopsKind
 from distlora.plan.speed.seconds import Term
@@ -82,22 +83,6 @@ def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
     """`4-bit weights of the base 17.1 GB, ...`: what takes most."""
     kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
     return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
-
-
-def size(nbytes: float) -> str:
-    """Three digits and a unit of 1000s: `57.8 GB`."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def count(number: float) -> str:
-    """`70.6 billion`."""
-    for name, unit in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
-        if number >= 0.9995 * unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:,.0f}"
 
 
 def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:

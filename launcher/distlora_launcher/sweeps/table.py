@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from distlora import durable, sweep_folder
+from distlora.pages.words import roughly
 from distlora.sweep_folder import TrialRecord, counted, ranked
 from distlora_launcher.output import aligned, shown
-from distlora_launcher.run_state import duration
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search
 
@@ -37,7 +37,7 @@ def rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = N
                 *(shown_value(trial.values[name]) if name in trial.values else "" for name in settings),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
-                "" if trial.seconds is None else duration(trial.seconds),
+                "" if trial.seconds is None else roughly(trial.seconds),
                 trial.state,
                 note if longest is None or len(note) <= longest else note[: longest - 4] + " ...",
             ]

@@ -23,13 +23,13 @@ from distlora.command_line import DONE, STOPPED, run_to_exit_code
 from distlora.command_line import FAILED as FAILURE
 from distlora.config import UserError
 from distlora.json_files import object_or_empty
+from distlora.pages.words import roughly
 from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
 from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora_launcher.arguments import Parser
 from distlora_launcher.failures import would_repeat
 from distlora_launcher.holding import worker_place
 from distlora_launcher.output import say, shown, warn
-from distlora_launcher.run_state import duration
 from distlora_launcher.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.importance import effects
@@ -201,7 +201,7 @@ class Worker:
         value = "" if followed.last is None else f", {metric} {followed.last:.4f}"
         why = "" if outcome.reason is None else f": {outcome.reason}"
         how = {COMPLETE: "done", PRUNED: "pruned", FAILED: "failed", SAVED: "saved"}[outcome.state]
-        lasted = f" ({duration(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
+        lasted = f" ({roughly(outcome.seconds)})" if outcome.state in (COMPLETE, PRUNED) else ""
         return f"trial {outcome.number}: {how}{step}{value}{lasted}{why}"
 
 

@@ -103,9 +103,7 @@ SUBJECTS = {
         "distlora.analysis",
         "distlora.bench",
         "distlora_launcher.analyses",
-        "distlora_launcher.bench",
-        "distlora_launcher.comm",
-        "distlora_launcher.methods",
+        "distlora_launcher.benches",
     ],
 }
 """Which modules' messages stand under which heading; of several that are prefixes of a module, the longest counts."""

@@ -328,6 +328,10 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
     assert command([*foreign, "--compare"]) == 2
     assert "add --text FILE" in capsys.readouterr().err
+    monkeypatch.chdir(folders.parent)
+    foreign[3] = f"{folders.name}/llama"  # Here, so it is no name on the hub.
+    assert command([*foreign, "--compare"]) == 2
+    assert "add --text FILE" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--rows", "3"]) == 2
     assert "--rows=3 says what is measured" in capsys.readouterr().err
     assert command(["merge", str(run_dir), "--out", out, "--no-measure", "--processes", "2"]) == 2

@@ -63,16 +63,16 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("name", PROMISED)
 def test_the_pages_that_were_promised(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Word for word, and every figure within 1 % (or a point of a share): what they are held to stands in other tests.
-    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and the README's page and plot with it."""
+    Where a change is meant: distlora plan ... > tests/golden/plan/NAME.txt, and docs/planning.md with it."""
     expected, found = (GOLDEN / f"{name}.txt").read_text(), printed(capsys, *PROMISED[name])
     assert words_of(found) == words_of(expected), f"distlora plan {' '.join(PROMISED[name])}"
     for (figure, unit), (other, _) in zip(figures_of(found), figures_of(expected), strict=True):
         assert figure == pytest.approx(other, rel=0.01, abs=1 if unit else 0.02), f"{figure}{unit}, not {other}{unit}"
 
 
-def test_the_first_page_shows_what_the_command_prints() -> None:
+def test_the_page_on_planning_shows_what_the_command_prints() -> None:
     page = (GOLDEN / "llama3_70b_2_rtx4090.txt").read_text()
-    assert f"```\n{page}```\n" in (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"```text\n{page}```\n" in (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
 
 
 def words_of(page: str) -> list[str]:

@@ -25,6 +25,11 @@ def means_hub(path: str) -> bool:
     return is_hub_name(path) and not Path(path).exists() and not Path(path).parent.is_dir()
 
 
+def place_of(path: str) -> str:
+    """A path that a user typed as it is named from here on, wherever a process runs; a name on the hub as it is."""
+    return path if means_hub(path) else str(Path(path).expanduser().absolute())
+
+
 def is_hub_name(path: str) -> bool:
     """Whether a path of composed settings is org/name: all local ones are absolute there, wherever a process runs."""
     return _HUB_NAME.fullmatch(path) is not None and not path.endswith(FILE_SUFFIXES)

@@ -17,7 +17,7 @@ from distlora import durable
 from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Request, named_by_argument
 from distlora.command_line import DONE
 from distlora.config import UserError, require
-from distlora_launcher.analyses.quantization import place_of
+from distlora.config.places import place_of
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.checks import check_data, check_model, check_writable
 from distlora_launcher.demo.base import cache_root

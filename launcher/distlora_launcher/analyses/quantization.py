@@ -15,7 +15,7 @@ from pathlib import Path
 from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
 from distlora.command_line import DONE
 from distlora.config import UserError, require
-from distlora.config.places import means_hub
+from distlora.config.places import place_of
 from distlora.families import read_config
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
@@ -118,11 +118,6 @@ def checked(options: argparse.Namespace) -> Request:
     local = localize(request.config("nf4"))
     out.mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(request, model=local.model.path)
-
-
-def place_of(path: str) -> str:
-    """A path as the worker needs it; a name on the hub as it is."""
-    return path if means_hub(path) else str(Path(path).expanduser().absolute())
 
 
 def write_default_text(path: Path) -> None:

@@ -21,6 +21,7 @@ from distlora.combining.members import check_one_base, find_member, fingerprint_
 from distlora.combining.request import METHODS, Member, Request
 from distlora.command_line import DONE
 from distlora.config import UserError, require
+from distlora.config.places import place_of
 from distlora.initial_adapter import InitialAdapter, check_quantization
 from distlora.merging.request import Onto, check_mergeable
 from distlora.trained import Trained, base_alone, with_adapter
@@ -169,7 +170,7 @@ def split(word: str) -> tuple[str, float]:
 def local_base(model: str) -> str:
     """--model, on this machine."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
-        path = Path(localize(base_alone(model, "none", run_dir="none")).model.path).expanduser().absolute()
+        path = Path(localize(base_alone(place_of(model), "none", run_dir="none")).model.path).expanduser().absolute()
     require(path.is_dir(), f"--model={model} is no folder; name one in Hugging Face format, or a model on the hub")
     return str(path)
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from distlora.command_line import DONE
 from distlora.config import UserError, require
-from distlora.config.places import is_hub_name, means_hub
+from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
 from distlora.evaluation.request import (
     NEW_TOKENS,
@@ -291,7 +291,7 @@ def base_label(trained: Trained) -> str:
 def model_subject(place: str, quant: str | None) -> Subject:
     """A model's folder, or a name on the hub, which is downloaded."""
     folder = Path(place).expanduser().absolute()
-    path = place if means_hub(place) else str(folder)
+    path = place_of(place)
     if not is_hub_name(path) and not (folder / "config.json").is_file():
         what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
         raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
@@ -334,7 +334,7 @@ def text_of(
             f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them",
         )
         return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows)
-    path = place if means_hub(place) else str(Path(place).expanduser().absolute())
+    path = place_of(place)
     if sequence_length is None:
         folder = first.model if first.model is not None else runs[0].config.model.path
         sequence_length = run.config.data.sequence_length if run else row_tokens(Path(folder))

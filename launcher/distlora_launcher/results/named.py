@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from distlora.config import require
+from distlora.config.places import place_of
 from distlora.loading.segments import read_headers
 from distlora.trained import Name, Trained
 from distlora_launcher.arguments import Parser
@@ -42,7 +43,7 @@ def named(options: argparse.Namespace) -> tuple[Name, Trained]:
         place=str(Path(options.run).expanduser().absolute()),
         adapter=options.adapter,
         checkpoint=options.checkpoint,
-        base=options.model,
+        base=None if options.model is None else place_of(options.model),
         quant=options.quant or "nf4",
     )
     trained = name.read()

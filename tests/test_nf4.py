@@ -125,6 +125,32 @@ def test_a_weight_on_a_midpoint_goes_to_the_lower_level(quantize) -> None:
     assert index[1:16].tolist() == list(range(15))
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0371, 1e-40])
+def test_the_weights_around_midpoints_and_ends_of_bins_have_the_codes_of_the_reference(scale: float) -> None:
+    ends = torch.arange(-nf4_cpu.BINS, nf4_cpu.BINS + 1) / nf4_cpu.BINS
+    above = below = torch.cat((torch.tensor(reference.nf4_midpoints()), ends))
+    points = [above]
+    for _ in range(4):
+        above, below = (torch.nextafter(each, torch.tensor(end)) for each, end in ((above, 2.0), (below, -2.0)))
+        points += [above, below]
+    blocks = torch.zeros(-(-sum(map(len, points)) // 63), 64)
+    blocks[:, 0] = 1.0
+    flat = torch.nn.functional.pad(torch.cat(points).clamp(-1, 1), (0, blocks[:, 1:].numel() - sum(map(len, points))))
+    blocks[:, 1:] = flat.view(-1, 63)
+    own, expected = (
+        quantize(blocks.flatten() * scale) for quantize in (nf4_cpu.quantize_blocks, reference.quantize_blocks)
+    )
+    assert torch.equal(own[0], expected[0])
+    assert torch.equal(own[1], expected[1])
+
+
+def test_pieces_of_a_weight_are_quantized_as_the_whole_is() -> None:
+    """Longer than what is quantized at once, and of no whole groups."""
+    weight = random_weight((nf4_cpu.PIECE_GROUPS + 2, nf4.GROUP + 1), torch.bfloat16).flatten()
+    for own, expected in zip(nf4_cpu.quantize_blocks(weight), reference.quantize_blocks(weight), strict=True):
+        assert torch.equal(own, expected)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])
 def test_quantizing_slices_of_groups_equals_slices_of_the_whole(cut: int) -> None:
     weight = random_weight((129, 640), torch.bfloat16).flatten()

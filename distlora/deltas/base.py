@@ -22,6 +22,7 @@ from distlora.config import Config, UserError
 from distlora.families import read_config
 from distlora.loading.conversion import Source
 from distlora.loading.decompose import Residual, Start
+from distlora.loading.finite import all_finite
 from distlora.loading.initialize import read_start
 from distlora.loading.prequantized import PackedWeight, packed_parameters, read_packed_weights
 from distlora.loading.reader import Reader
@@ -140,7 +141,7 @@ class BaseWeight:
             yield self._finite(nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32))
 
     def _finite(self, chunk: Tensor) -> Tensor:
-        if not bool(torch.isfinite(chunk).all()):
+        if not all_finite(chunk):
             raise UserError(f"{self.name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
         return chunk
 

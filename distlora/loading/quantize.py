@@ -14,6 +14,7 @@ from torch import nn
 
 from distlora.config import UserError
 from distlora.loading.decompose import Residual
+from distlora.loading.finite import all_finite
 from distlora.loading.prequantized import PackedWeight
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
@@ -145,7 +146,7 @@ def copy_into(
         stop = max(min(stop, sum(segment.numel for segment in segments)), start)
         flat[stop - start :] = padding
     for first, chunk in reader.chunks(segments, start, stop, CHUNK_ELEMENTS):
-        if not bool(torch.isfinite(chunk).all()):
+        if not all_finite(chunk):
             raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
         if residual is not None:
             chunk = residual.of(chunk, first)

@@ -1,6 +1,6 @@
 """NF4 on the CPU: the same bytes as reference.py, sooner. Measured figures are in README.md.
 
-Quantizing counts the decision levels below each weight (15 vectorized comparisons) instead of searching them.
+Quantizing looks up the one decision level that a weight may be above, by the weight itself, instead of searching it.
 Dequantizing uses bitsandbytes' C kernel through its registered op where it is installed, else a table of byte values.
 """
 
@@ -19,29 +19,71 @@ from torch import Tensor
 from distlora_kernels import reference
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, NF4_LEVELS, num_groups
 
-_MIDPOINTS = reference.nf4_midpoints()
+PIECE_GROUPS = 16
+"""Groups that are quantized at once: 262,144 weights, whose work of 3.5 MiB stays in a core's cache and is used again
+for the next; with fresh memory for each million weights half of the time went into page faults (2026-11-26)."""
+BINS = 32
+"""Of each half of [-1, 1]. They are narrower than the least distance of two midpoints, 0.08."""
 
 
 def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """reference.quantize_blocks, about 2.5 times as fast as torch.bucketize or bitsandbytes on one core."""
+    """reference.quantize_blocks, bit for bit, about 4 times as fast as 15 comparisons with all midpoints."""
     groups = num_groups(flat.numel())
-    if flat.numel() == groups * GROUP:
-        blocks = flat.view(-1, BLOCK).float()
-    else:
-        padded = torch.zeros(groups * GROUP, dtype=torch.float32)
-        padded[: flat.numel()] = flat
-        blocks = padded.view(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1, keepdim=True)
-    # A zero block divided by 1 stays zero, whose code is 7 as it must be.
-    normalized = blocks / torch.where(absmax > 0, absmax, 1.0)
-    index = torch.zeros(normalized.shape, dtype=torch.uint8)
-    above = torch.empty(normalized.shape, dtype=torch.bool)
-    for midpoint in _MIDPOINTS:
-        torch.gt(normalized, midpoint, out=above)
-        index += above.view(torch.uint8)
-    pairs = index.view(-1, 2)
-    codes = torch.add(pairs[:, 1], pairs[:, 0], alpha=16)
-    return codes.view(groups, GROUP_BYTES), absmax.view(groups, BLOCKS_PER_GROUP)
+    codes = torch.empty(groups, GROUP_BYTES, dtype=torch.uint8)
+    absmax = torch.empty(groups, BLOCKS_PER_GROUP)
+    work = _Work(min(groups, PIECE_GROUPS))
+    for first in range(0, groups, PIECE_GROUPS):
+        piece = slice(first, min(first + PIECE_GROUPS, groups))
+        work.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
+    return codes, absmax
+
+
+class _Work:
+    """Memory to quantize some groups in, again and again."""
+
+    def __init__(self, groups: int) -> None:
+        numel = groups * GROUP
+        self.values, self.other = torch.empty(numel), torch.empty(numel)
+        self.bins = torch.empty(numel, dtype=torch.int32)
+        self.index, self.above = torch.empty(numel, dtype=torch.uint8), torch.empty(numel, dtype=torch.bool)
+        self.divisors = torch.empty(groups, BLOCKS_PER_GROUP)
+        self.one = torch.ones(())
+
+    def quantize(self, flat: Tensor, codes: Tensor, absmax: Tensor) -> None:
+        """Fill `codes` (G, 8192) and `absmax` (G, 256); the last group may lack weights.
+
+        A bin has one midpoint and the code below it. Every other midpoint is further from the bin's ends than rounding
+        can move a weight, so one comparison decides.
+        """
+        numel = codes.numel() * 2
+        values, other, bins = self.values[:numel], self.other[:numel], self.bins[:numel]
+        index, above, divisors = self.index[:numel], self.above[:numel], self.divisors[: len(codes)]
+        values[: flat.numel()] = flat
+        values[flat.numel() :] = 0.0
+        torch.abs(values, out=other)
+        torch.amax(other.view(len(codes), -1, BLOCK), dim=2, out=absmax)
+        # A zero block divided by 1 stays zero, whose code is 7 as it must be.
+        torch.where(absmax > 0, absmax, self.one, out=divisors)
+        values.view(-1, BLOCK).div_(divisors.view(-1, 1))
+        codes_below, midpoints = _bins()
+        torch.mul(values, BINS, out=other)
+        bins.copy_(other)  # Towards zero; a NaN becomes any number, and its block is refused by its absmax.
+        bins.clamp_(-BINS, BINS).add_(BINS)
+        torch.index_select(codes_below, 0, bins, out=index)
+        torch.index_select(midpoints, 0, bins, out=other)
+        index += torch.gt(values, other, out=above).view(torch.uint8)
+        pairs = index.view(-1, 2)
+        torch.add(pairs[:, 1], pairs[:, 0], alpha=16, out=codes.view(-1))
+
+
+@functools.cache
+def _bins() -> tuple[Tensor, Tensor]:
+    """(2 BINS + 1,) uint8 and fp32: the midpoint that is nearest to a bin's middle, and the code of what is not above
+    it. The bin of zero is two wide."""
+    number = torch.arange(-BINS, BINS + 1, dtype=torch.float64)
+    midpoints = torch.tensor(reference.nf4_midpoints(), dtype=torch.float32)
+    nearest = ((number + number.sign() / 2)[:, None] / BINS - midpoints.double()).abs().argmin(dim=1)
+    return nearest.to(torch.uint8), midpoints[nearest]
 
 
 def dequantize(

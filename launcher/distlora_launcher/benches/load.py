@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from distlora.command_line import DONE
-from distlora_launcher.arguments import Parser
+from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
 
 LOAD = "distlora.bench.load"
 
-USAGE = f"""usage: distlora bench load [--layers N] [--out FOLDER] [--json]
+USAGE = f"""usage: distlora bench load [--layers N] [--ranks 1,2] [--rounds N] [--out FOLDER] [--json]
 
-What a start takes on this machine's CPU, for a random model of 0.76 billion parameters on two ranks: quantizing its
-checkpoint, keeping the shards, and reading them again, beside transformers + bitsandbytes.
+What a start takes on this machine's CPU, for a random model of 0.76 billion parameters: quantizing its checkpoint,
+keeping the shards, and reading them again, on each number of ranks, beside transformers + bitsandbytes. All take turns;
+five minutes on two idle cores.
 
   --layers N         decoder blocks of the model (14)
+  --ranks N,N        processes that share two threads (1,2)
+  --rounds N         turns of each (3)
 {OUTPUT}"""
 
 
@@ -24,9 +27,14 @@ def main(arguments: list[str]) -> int:
         return DONE
     parser = Parser("distlora bench load")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--rounds", type=int, default=3)
     add_output(parser)
     options = parser.parse_args(arguments)
     if options.layers is not None and options.layers < 1:
         parser.error(f"--layers={options.layers} is no number of blocks; write 1 or more")
+    if options.rounds < 1:
+        parser.error(f"--rounds={options.rounds} is no number of rounds; write 1 or more")
+    ranks = ",".join(map(str, numbers("--ranks", options.ranks)))
     words = [] if options.layers is None else [f"--layers={options.layers}"]
-    become(LOAD, [*words, *output_words(options)])
+    become(LOAD, [*words, f"--ranks={ranks}", f"--rounds={options.rounds}", *output_words(options)])

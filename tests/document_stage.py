@@ -160,7 +160,7 @@ class Shell:
         if assignment is not None:
             self._variables[assignment[0]] = " ".join(shlex.split(assignment[1]))
             return None
-        words = shlex.split(text.replace("/shared/", "shared/"))
+        words = shlex.split(text.rpartition(" | ")[2].replace("/shared/", "shared/"))
         while "=" in words[0]:  # NAME=value before a command.
             words = words[1:]
         program, rest = words[0].removeprefix(".venv/bin/"), words[1:]

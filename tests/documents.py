@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("distlora", "make", "python", "pip", "source", "cd", "git", "sbatch", "export")
+PROGRAMS = ("distlora", "make", "python", "pip", "source", "cd", "git", "sbatch", "export", "echo")
 MARKS = ("GPU", "hub", "SLURM", "wandb", "machines")
 SHOWN_AS_TEXT = ("text", "python", "yaml", "json", "mermaid")
 """Info strings of blocks without commands."""
@@ -100,6 +100,18 @@ def prose(document: str) -> Iterator[tuple[int, str]]:
             inside = not inside
         elif not inside:
             yield number, line
+
+
+def strangers(block: Block) -> Iterator[str]:
+    """Lines of a command block that are neither a command, nor what one goes on with, nor a comment."""
+    if block.info in SHOWN_AS_TEXT:
+        return
+    goes_on = False
+    for number, line in enumerate(block.lines, start=block.line):
+        text = line.strip()
+        if text and not goes_on and not is_command(text) and not is_assignment(text) and not text.startswith("#"):
+            yield f"{block.document}:{number}: {text}"
+        goes_on = text.endswith("\\")
 
 
 def is_command(line: str) -> bool:

@@ -7,22 +7,33 @@ whole, in a process each, with `make test-documents`: its output is the promised
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import typing
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from distlora.config import Config
+from distlora.config.sweep import SweepConfig
 from distlora_launcher.cli import COMMANDS
 from document_stage import Shell, make_stage, make_sweep, no_process_starts
-from documents import ROOT, anchors, blocks, commands, documents, links, named
+from documents import ROOT, anchors, blocks, commands, documents, links, named, strangers
 
 FOLDERS = ("distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs")
 NAMES = {str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
 DOCUMENTS = documents()
+PAGES = [name for name in DOCUMENTS if name == "README.md" or name.startswith("docs/")]
 SHOWING = [document for document in DOCUMENTS if commands(document)]
 THEIRS = frozenset({"utils.py", "convert_hf_to_gguf.py"})
 """Files of others that documents speak of, and one that there must not be."""
+
+
+HINTS = {**typing.get_type_hints(Config), "sweep": SweepConfig}
+SECTIONS = {name: hint for name, hint in HINTS.items() if dataclasses.is_dataclass(hint)}
+SETTINGS = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
+SUFFIXES = (".py", ".json", ".jsonl", ".yaml", ".md", ".txt", ".png", ".safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,21 @@ def test_every_command_that_is_shown_runs(
             if reason is not None:
                 wrong.append(f"{command.place}\n    {reason}: {output.err.strip()}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_a_page_for_users_shows_commands_as_commands_and_output_as_text(document: str) -> None:
+    """So that no command of theirs is overlooked here."""
+    odd = [line for block in blocks(document) for line in strangers(block)]
+    assert not odd, "\n".join(odd)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_settings_that_are_named_exist(document: str) -> None:
+    for line, text in named(document):
+        for name in re.findall(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.[a-z]\w*(?![\w.(])", text):
+            if not name.endswith(SUFFIXES):
+                assert name in SETTINGS, f"{document}:{line} names {name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -80,12 +106,19 @@ def test_files_in_a_tree_exist(document: str) -> None:
     """The files in the blocks of a folder's README."""
     below = {path.name for path in (ROOT / document).parent.rglob("*.py")}
     for block in blocks(document):
-        if block.info:
+        if block.info not in ("", "text"):
             continue
         for number, text in enumerate(block.lines, start=block.line):
             first = re.match(r"^ *((?:[\w/]+\.py(?:, )?)+)  ", text)
             for path in re.findall(r"[\w/]+\.py", first[1]) if first else []:
                 assert Path(path).name in below, f"{document}:{number} names {path}"
+
+
+def test_files_in_a_picture_exist() -> None:
+    for document in PAGES:
+        for block in blocks(document):
+            for path in re.findall(r"[\w/]+\.py", "\n".join(block.lines)) if block.info == "mermaid" else []:
+                assert (ROOT / path).exists(), f"{document}: the picture names {path}"
 
 
 def test_commands_in_the_prose_are_commands() -> None:

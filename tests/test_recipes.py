@@ -13,9 +13,11 @@ from distlora.config import Config
 from distlora.plan import Plan, plan_of
 from distlora.plan.machine import machine_of
 from distlora.plan.model import find_model
+from distlora.plan.pages import report
 from distlora.plan.pages.report import MOMENTS
 from distlora.plan.pages.words import KINDS
 from distlora_launcher.compose import compose_config
+from distlora_launcher.planning import check_planned
 
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = CONF / "recipe"
@@ -120,13 +122,22 @@ def test_a_recipe_fits_its_card_by_the_plan_that_it_states(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_in_a_recipe_composes(name: str) -> None:
+def test_the_command_in_a_recipe_composes_suits_its_model_and_plans(name: str) -> None:
+    """One that names no model is planned for a well-known one."""
     text = (RECIPES / f"{name}.yaml").read_text()
     found = re.search(r"^#   distlora train (.+)$", text, re.MULTILINE)
     assert found is not None, f"{name} states no command"
     words = found[1].split()
     assert words[0] == f"recipe={name}"
-    assert isinstance(compose_config(words), Config)
+    card = f"card={card_of(name)}" if name in NAMED else "card=rtx4090"
+    if name in MODEL_FREE:
+        words = [word if word != "model.path=FOLDER" else "model=llama3_8b" for word in words]
+    config = compose_config([*words, card])
+    model = find_model(config)
+    check_planned(config, model)
+    plan = plan_of(config, model, machine_of(config))
+    assert plan.fits
+    assert report.page(plan)
 
 
 def test_llama3_70b_does_not_fit_two_24_gb_cards_and_fits_two_of_32() -> None:

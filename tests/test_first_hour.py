@@ -1,0 +1,91 @@
+"""The README from its first command to the last of its first hour, as a stranger types it, in an empty folder.
+
+What it promises in a block of text stands in the output of the commands before it, line by line and in order. Figures
+stand for any of their form, since machines and Pythons differ; `...` stands for anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from documents import Block, blocks, commands_of, text_of
+
+CACHE = os.environ.get("DISTLORA_CACHE")
+"""Of whoever started the tests: the base that a demo has made there is used again."""
+SECTIONS = ("## Two commands", "## The first hour")
+INSTALLED = {"make demo": "distlora demo", "make test": None, "source .venv/bin/activate": None}
+"""What is done before (the environment), or elsewhere."""
+SECONDS = 900
+_FIGURE = r"\d[\d,.:]*"
+
+
+def first_hour() -> list[Block]:
+    lines = text_of("README.md").splitlines()
+    starts = [lines.index(section) + 1 for section in SECTIONS]
+    end = next(number for number, line in enumerate(lines, start=1) if number > starts[-1] and line.startswith("## "))
+    return [block for block in blocks("README.md") if starts[0] < block.line < end]
+
+
+def pattern(promised: str) -> str:
+    """What a promised line stands for."""
+    parts = [re.escape(part) for part in promised.strip().split("...")]
+    text = ".*".join(re.sub(r"\d[\d,.:]*", lambda _: _FIGURE, part) for part in parts)
+    return re.sub(r"(?:\\ )+", r"\\s+", text)
+
+
+def test_patterns_stand_for_what_differs_between_machines() -> None:
+    assert re.fullmatch(pattern("step  1/34  loss 4.7197  ..."), "step   2/117  loss 3.1  lr 1e-3")
+    assert not re.fullmatch(pattern("step  1/34  loss 4.7197"), "step  1/34  loss unknown")
+    assert re.fullmatch(pattern("wrote ...runs/first/merged: 5.3 MB"), "wrote /tmp/a/runs/first/merged: 12.0 MB")
+
+
+@pytest.mark.slow
+def test_every_line_of_the_first_hour_is_as_promised(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["DISTLORA_CACHE"] = CACHE or str(tmp_path / "cache")
+    (tmp_path / "hour").mkdir()
+    output: list[str] = []
+    for block in first_hour():
+        if block.info == "text":
+            assert_promised(block, output)
+            continue
+        output = []
+        for command in commands_of(block):
+            text = INSTALLED.get(command.text, command.text)
+            if text is None:
+                continue
+            name, _, value = text.partition("=")
+            if re.fullmatch(r"[a-z]+", name):
+                text = f"printf %s {value}"
+            finished = subprocess.run(
+                ["bash", "-c", text],
+                cwd=tmp_path / "hour",
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if text.startswith("printf") else subprocess.STDOUT,
+                text=True,
+                timeout=SECONDS,
+            )
+            assert finished.returncode == 0, f"{command.place}\n{finished.stdout}"
+            assert not re.search("Traceback|Warning", finished.stdout), f"{command.place}\n{finished.stdout}"
+            if text.startswith("printf"):
+                environment[name] = shlex.split(finished.stdout)[0]
+            else:
+                output += re.split(r"[\n\r]+", finished.stdout)
+
+
+def assert_promised(block: Block, output: list[str]) -> None:
+    """Each line of a block of text is in what its commands said, after the line before it."""
+    rest = iter(output)
+    for number, promised in enumerate(block.lines, start=block.line):
+        wanted = re.compile(pattern(promised))
+        said = "\n".join(output)
+        assert any(wanted.fullmatch(line.strip()) for line in rest), f"README.md:{number}: {promised}\nnot in\n{said}"

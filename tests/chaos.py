@@ -96,7 +96,7 @@ class Life:
 
     def __init__(self, command: Sequence[str], output: Path, scratch: Path) -> None:
         self.began = time.time()
-        self._output = output
+        self._output, self._scratch = output, scratch
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
         with output.open("wb") as file:
@@ -115,19 +115,19 @@ class Life:
         return [self.process, *(process for process in self._family if is_alive(process))]
 
     def workers(self) -> dict[int, psutil.Process]:
-        """By rank."""
-        found = {}
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                rank = process.environ().get("RANK")
-                if rank is not None and any("worker_entry" in part for part in process.cmdline()):
-                    found[int(rank)] = process
+        """By rank; those that have said that they are there."""
+        alive, found = {process.pid: process for process in self.family()}, {}
+        for path in self._scratch.glob("distlora-torchrun-*/pids/rank_*.pid"):
+            with contextlib.suppress(FileNotFoundError):  # The start has ended.
+                process = alive.get(int(path.read_text()))
+                if process is not None:
+                    found[int(path.stem.removeprefix("rank_"))] = process
         return found
 
     def torchrun(self) -> psutil.Process | None:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if any("torchrun_entry" in part for part in process.cmdline()):
+                if process.ppid() == self.process.pid and "distlora_launcher.torchrun_entry" in process.cmdline():
                     return process
         return None
 

@@ -27,6 +27,8 @@ def main() -> None:
         case "environment":
             for name in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
                 print(f"{name}={os.environ.get(name)}")
+        case "imports":
+            print(", ".join(f"{name}: {name in sys.modules}" for name in ("wave", "no_such_module")))
         case "terminal":
             print(f"is a terminal: {sys.stdout.isatty()}")
         case "success":

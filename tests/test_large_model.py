@@ -5,7 +5,6 @@ those that the launcher gives CPU workers and a user therefore has.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -40,7 +39,8 @@ it for speed."""
 WORKER_IMPORTS = 400 * MIB
 """Anonymous memory of a worker before it has built anything: torch, transformers, gloo and its threads."""
 LAUNCHER = 400 * MIB
-"""The launcher and torchrun's agent, which imports torch."""
+"""The launcher and torchrun, of which workers are forks."""
+TORCHRUN = "distlora_launcher.torchrun_entry"
 
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
@@ -63,8 +63,8 @@ class Sampled:
         for process in [root, *root.children(recursive=True)]:
             try:
                 nbytes = anonymous_bytes(process.pid)
-                words = process.cmdline()
-                is_worker = ("-m", "distlora_launcher.worker_entry") in itertools.pairwise(words)
+                parent = process.parent()
+                is_worker = parent is not None and parent.ppid() == root.pid and TORCHRUN in parent.cmdline()
             except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
                 continue
             total += nbytes

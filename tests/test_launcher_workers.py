@@ -18,7 +18,7 @@ import pytest
 from distlora_launcher.failures import first_failure, read_errors
 from distlora_launcher.logs import set_aside_logs
 from distlora_launcher.worker_entry import set_aside_attempt
-from distlora_launcher.workers import run_workers, worker_environment
+from distlora_launcher.workers import run_workers, starting_workers, worker_environment
 from small_disks import small_disk
 
 HERE = Path(__file__).parent
@@ -264,3 +264,23 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     process.stdout.close()
     assert process.wait(timeout=120) == 10
     assert "hello from rank 0 of 1" in (run_dir / "logs" / "rank_0.log").read_text()
+
+
+def test_torchrun_that_was_there_early_goes_where_nothing_is_started(run_dir: Path):
+    with starting_workers(run_dir, processes=2, worker_module=WORKER, max_restarts=0) as starting:
+        early = psutil.Process().children()[-1]
+        assert starting.pid_dir.is_dir()
+        assert not (run_dir / "logs").exists()
+    assert not early.is_running()
+    assert not starting.pid_dir.exists()
+
+
+def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
+    """Theirs by a fork, so of two ranks none imports it again."""
+    (run_dir / "behaviour").write_text("imports")
+    starting = starting_workers(
+        run_dir, processes=2, worker_module=WORKER, max_restarts=0, imports=["wave", "no_such_module"]
+    )
+    assert run_workers(run_dir, processes=2, worker_module=WORKER, starting=starting) == 0
+    for rank in (0, 1):
+        assert "wave: True, no_such_module: False" in (run_dir / "logs" / f"rank_{rank}.log").read_text()

@@ -71,7 +71,8 @@ class Machine:
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if child.cmdline()[2:4] == ["-m", "distlora_launcher.worker_entry"]:
+                parent = child.parent()
+                if parent is not None and "distlora_launcher.torchrun_entry" in parent.cmdline():
                     found.append(child)
         return found
 

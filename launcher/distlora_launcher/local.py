@@ -29,19 +29,38 @@ from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import say, shown
 from distlora_launcher.planning import keep, planned
 from distlora_launcher.signals import Forwarder, forwarding
+from distlora_launcher.starting import Starting
 from distlora_launcher.worker_entry import PARENT
-from distlora_launcher.workers import run_workers
+from distlora_launcher.workers import run_workers, starting_workers
+
+WORKER = "distlora.train"
 
 
 def start(config: Config) -> int:
     """Make the run folder, prepare the data, run the workers to the end. Returns the exit code."""
-    code, config = make_run(config)
     run_dir = Path(config.run_dir)
-    if code != DONE:
-        say_how_to_go_on(run_dir, code)
-        return code
-    with running(run_dir):
-        return train(run_dir, config)
+    with early(run_dir, config) as starting:
+        code, config = make_run(config)
+        if code != DONE:
+            say_how_to_go_on(run_dir, code)
+            return code
+        with running(run_dir):
+            return train(run_dir, config, starting=starting)
+
+
+def early(run_dir: Path, config: Config) -> Starting:
+    """torchrun for the workers of a run, which imports what they need while the data is prepared."""
+    family = object_or_empty(Path(config.model.path) / "config.json").get("model_type")
+    return starting_workers(
+        run_dir,
+        processes=config.cluster.gpus_per_node,
+        worker_module=WORKER,
+        max_restarts=config.cluster.max_restarts,
+        imports=[
+            *(["wandb"] if config.tracker.name == "wandb" else []),
+            *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
+        ],
+    )
 
 
 def make_run(config: Config) -> tuple[int, Config]:
@@ -74,8 +93,8 @@ def resume_here(run_dir: Path, config: Config) -> int:
     """Continue a run from its newest checkpoint, or from the start where it has none. Returns the exit code."""
     restore(config)
     check(config, new_run=False)
-    plan = planned(config, run_dir=run_dir)
-    with running(run_dir):
+    with early(run_dir, config) as starting, running(run_dir):
+        plan = planned(config, run_dir=run_dir)
         say(f"run folder {shown(run_dir)}")
         keep(run_dir, plan)
         if not is_prepared(run_dir):
@@ -83,18 +102,19 @@ def resume_here(run_dir: Path, config: Config) -> int:
             if code != DONE:
                 say_how_to_go_on(run_dir, code)
                 return code
-        return train(run_dir, config)
+        return train(run_dir, config, starting=starting)
 
 
 def train(
     run_dir: Path,
     config: Config,
-    worker_module: str = "distlora.train",
+    worker_module: str = WORKER,
     *,
     forwarder: Forwarder | None = None,
     meeting: Meeting | None = None,
+    starting: Starting | None = None,
 ) -> int:
-    """Run this machine's workers of a prepared run."""
+    """Run this machine's workers of a prepared run. `starting`: as `early` has it."""
     processes = config.cluster.gpus_per_node
     say(f"starting {processes} worker{'s' if processes > 1 else ''} (importing torch takes a few seconds)")
     started = time.monotonic()
@@ -105,6 +125,7 @@ def train(
         max_restarts=config.cluster.max_restarts,
         meeting=meeting,
         forwarder=forwarder,
+        starting=starting,
     )
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)

@@ -1,7 +1,7 @@
 """The first code of a worker process: signals become requests to stop (`distlora/stopping.py`), its output goes into
 its log, then the module that does the work is run as `__main__`.
 
-    python -m distlora_launcher.worker_entry LOG_DIR MODULE [ARGUMENTS]      (torchrun sets RANK)
+    python -m distlora_launcher.worker_entry LOG_DIR MODULE [ARGUMENTS]      (torchrun sets RANK; or runs it in a fork)
 
 Rank 0 keeps its stdout, which the launcher shows and copies into rank_0.log; everything else that a rank writes goes
 to LOG_DIR/rank_<k>.log alone. An exception is left in LOG_DIR/rank_<k>.error.json as well
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import runpy
 import signal
@@ -26,6 +27,8 @@ from distlora_launcher.logs import ATTEMPT, last_number
 PARENT = "DISTLORA_PARENT_PID"
 """Environment variable: the process that starts this one, and ends it by its own end."""
 
+LOOK_SECONDS = 1.0
+"""The launcher looks every half a second at what became of an attempt, and a fork has nothing to import meanwhile."""
 LONGEST_LOOK_SECONDS = 60.0
 """A launcher that has not ended torchrun by then never will."""
 
@@ -103,6 +106,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     end_with_parent()
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        time.sleep(LOOK_SECONDS)
         wait_for_the_end(Path(log_dir), rank)
     set_aside_attempt(Path(log_dir), rank)
     redirect_output(Path(log_dir) / f"rank_{rank}.log", keep_stdout=rank == 0)
@@ -116,12 +120,14 @@ def main() -> None:
             traceback.print_exc()  # First: once the error file is there, the launcher may end this process.
         error_file.leave(error)
         sys.exit(1)
-    # The work is done and its files are closed. A thread that some library left running can abort the interpreter's own
-    # shutdown ("terminate called without an active exception", 2 of 18 runs), which would make a failure of it.
     sys.stdout.flush()
     sys.stderr.flush()
     leave_done(rank)
-    os._exit(0)
+    # The work is done and its files are closed. A thread that some library left running can abort the interpreter's own
+    # shutdown ("terminate called without an active exception", 2 of 18 runs), which would make a failure of it. A fork
+    # of torchrun has none, and torchrun waits for it to return.
+    if multiprocessing.parent_process() is None:
+        os._exit(0)
 
 
 if __name__ == "__main__":

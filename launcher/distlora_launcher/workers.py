@@ -11,22 +11,23 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.command_line import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.run_folder import find_result
-from distlora.stopping import PID_DIR, STOPPED_NAME
+from distlora.stopping import STOPPED_NAME
+from distlora_launcher import worker_entry
 from distlora_launcher.attempts import Attempts, identity
 from distlora_launcher.checks import gpu_count
 from distlora_launcher.failures import Failure, start_failure, write_gave_up
-from distlora_launcher.logs import host_name, machine_log, set_aside_logs
+from distlora_launcher.logs import host_name, set_aside_logs
 from distlora_launcher.meeting import Meeting
 from distlora_launcher.output import Output, warn
 from distlora_launcher.signals import Forwarder, forwarding
-from distlora_launcher.worker_entry import PARENT
+from distlora_launcher.starting import Starting
 
 KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -36,6 +37,17 @@ KEEP_PAGES = {
 """glibc's malloc told to keep freed pages: a fresh 32 MiB tensor costs 5x the work in page faults, 3-6 % of a step.
 Pages between tensors that are still in use are kept, too: with 1.5 billion parameters on 2 ranks a worker held 2.3 to
 3.3 GB in its second step, and 1.4 with glibc's own settings (2026-11-25). A variable that the user set stays."""
+
+IMPORTS = (
+    "distlora.startup",
+    "distlora.runs",
+    "transformers.models.auto.modeling_auto",
+    "transformers.masking_utils",
+    "transformers.modeling_layers",
+    "bitsandbytes",  # It has the CPU's dequantization; where it is not installed, the import that fails costs nothing.
+)
+"""What workers of ours import before their first step, in CPU seconds: 1.3 torch, 1.1 ours and FSDP2, 2.3 transformers,
+1.1 bitsandbytes (2026-11-26)."""
 
 OUTCOME_SECONDS = 60
 """NFS keeps what it knows of a folder for as long, unless it is told otherwise."""
@@ -57,6 +69,7 @@ def run_workers(
     meeting: Meeting | None = None,
     forwarder: Forwarder | None = None,
     saves: bool = True,
+    starting: Starting | None = None,
 ) -> int:
     """Run `python -m worker_module run_dir` in `processes` ranks to the end; print why it failed; return our exit code.
 
@@ -64,6 +77,7 @@ def run_workers(
     meeting: where this machine meets the others of the run; None: there are no others.
     forwarder: takes signals already; None: for the duration.
     saves: whether the workers answer a request to stop; else it ends them at once.
+    starting: torchrun, where it is there already.
 
     0 when every rank ended well, 2 when the first failure is a UserError, 75 when the workers left the stop marker, or
     none was there that could, 128 + n when signal n ended them without one, else 1.
@@ -74,31 +88,24 @@ def run_workers(
     marker = run_dir / STOPPED_NAME
     earlier = identity(marker)
     with (
-        tempfile.TemporaryDirectory(prefix="distlora-torchrun-") as scratch,
+        starting
+        or starting_workers(
+            run_dir, processes=processes, worker_module=worker_module, max_restarts=max_restarts, meeting=meeting
+        ) as starting,
         contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests,
     ):
-        torchrun_log = machine_log(log_dir, alone=meeting is None)
-        pid_dir = Path(scratch) / "pids"
-        pid_dir.mkdir()
-        arguments = torchrun_arguments(
-            processes, Path(scratch), log_dir, worker_module, run_dir, max_restarts=max_restarts, meeting=meeting
-        )
-        output = Output(log_dir / "rank_0.log")
-        with torchrun_log.open("ab") as noise:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "distlora_launcher.torchrun_entry", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output.child_end,
-                stderr=noise,
-                env=worker_environment(processes, meeting) | {PID_DIR: str(pid_dir), PARENT: str(os.getpid())},
-                start_new_session=True,  # Ctrl-C then reaches the workers once, through us.
-            )
-        os.close(output.child_end)
+        process, torchrun_log = starting.begin()
         attempts = Attempts(
-            run_dir, pid_dir, torchrun_log, process.pid, processes=processes, max_restarts=max_restarts, meeting=meeting
+            run_dir,
+            starting.pid_dir,
+            torchrun_log,
+            process.pid,
+            processes=processes,
+            max_restarts=max_restarts,
+            meeting=meeting,
         )
         requests.attach(process, attempts.request_stop if saves else lambda _: process.kill())
-        final = watch(process, output, attempts)
+        final = watch(process, starting.output, attempts)
         requests.detach()
         # After a failure that was told already, no worker came: what kept them from coming is the reason.
         failed = None if attempts.restarting else attempts.failure()
@@ -163,31 +170,40 @@ def watch(process: subprocess.Popen[bytes], output: Output, attempts: Attempts) 
     return final or attempts.look()
 
 
-def torchrun_arguments(
-    processes: int,
-    scratch: Path,
-    log_dir: Path,
-    worker_module: str,
+def starting_workers(
     run_dir: Path,
     *,
+    processes: int,
+    worker_module: str,
     max_restarts: int,
-    meeting: Meeting | None,
-) -> list[str]:
-    """torchrun's options, then `--`: without it, torchrun takes a worker's option for an abbreviation of its own."""
-    alone = ["--standalone", "--local-addr=127.0.0.1"]  # Else the host's name, which laptops often cannot resolve.
-    return [
-        *(alone if meeting is None else meeting.torchrun_arguments()),
+    meeting: Meeting | None = None,
+    imports: Sequence[str] = (),
+) -> Starting:
+    """torchrun for `run_workers` with the same arguments, already now. Meanwhile it imports what workers need: what all
+    of ours do, and `imports`.
+
+    With GPUs workers are processes of their own: a fork can use nothing of CUDA once its parent has touched it, and
+    that no import does is not shown there.
+    """
+    log_dir, scratch = run_dir / "logs", Path(tempfile.mkdtemp(prefix="distlora-torchrun-"))
+    forks = gpu_count() == 0
+    ours = worker_module.partition(".")[0] == "distlora"
+    names = [*(IMPORTS if ours else ()), *imports] if forks else []
+    words = [
+        *(f"--import={name}" for name in names),
+        "--",
+        # Else the host's name, which laptops often cannot resolve.
+        *(["--standalone", "--local-addr=127.0.0.1"] if meeting is None else meeting.torchrun_arguments()),
         f"--nproc-per-node={processes}",
         f"--max-restarts={max_restarts}",
         "--signals-to-handle=SIGQUIT",  # It has to handle one; those that ask to stop are blocked in torchrun_entry.
         f"--log-dir={scratch}",
-        "--module",
-        "--",
-        "distlora_launcher.worker_entry",
-        str(log_dir),
-        worker_module,
-        str(run_dir),
+        *(["--start-method=fork", "--run-path"] if forks else ["--module"]),
+        "--",  # Without it, torchrun takes a worker's option for an abbreviation of its own.
+        worker_entry.__file__ if forks else worker_entry.__name__,
+        *(str(log_dir), worker_module, str(run_dir)),
     ]
+    return Starting(words, log_dir, scratch, environment=worker_environment(processes, meeting), alone=meeting is None)
 
 
 def worker_environment(processes: int, meeting: Meeting | None = None) -> dict[str, str]:

@@ -26,7 +26,8 @@ import torch
 
 from distlora.bench.checkpoints import LLAMA_1B5, LLAMA_700M, write_random_checkpoint
 from distlora.bench.machine import found_by, made_here
-from distlora.bench.processes import free_port, own_stdout, run_each
+from distlora.bench.network import free_port
+from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config_file import build

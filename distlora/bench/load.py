@@ -27,7 +27,8 @@ import torch.distributed as dist
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.machine import made_here
 from distlora.bench.memory import PeakMemory
-from distlora.bench.processes import free_port, own_stdout, run_each
+from distlora.bench.network import free_port
+from distlora.bench.processes import own_stdout, run_each
 from distlora.config import Config
 from distlora.config_file import build
 from distlora.loading.segments import read_headers
@@ -103,20 +104,12 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
 
 def transformers_and_bitsandbytes(rank: int, threads: int, folder: Path, results: Any) -> None:
     """The peer: from_pretrained with a BitsAndBytesConfig, the whole model."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from distlora.bench.peer_models import load_base  # Imports do not count.
 
     torch.set_num_threads(threads)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     with PeakMemory() as memory:
         began, cpu = time.monotonic(), time.process_time()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16, trust_remote_code=False
-        )
+        model = load_base(folder, device=torch.device("cpu"))
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]
     assert packed, "the peer did not quantize: is bitsandbytes installed?"

@@ -8,14 +8,9 @@ As root on Linux the ranks have a network of their own, whose bytes are read too
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import fcntl
 import json
 import os
-import socket
-import struct
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +22,8 @@ import torch.distributed as dist
 
 from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.comm import PEERS, SMALL, Counted, our_name
-from distlora.bench.processes import free_port, own_stdout, run_each
+from distlora.bench.network import free_port, take_own_network
+from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.traffic import Counts, measure_ours, measure_peer
 from distlora.config import Config
 from distlora.config_file import build
@@ -97,19 +93,6 @@ def run(accumulations: Sequence[int], *, own_network: bool, tied: bool) -> list[
     if any(rows != without_network[0] for rows in without_network):
         raise RuntimeError("the ranks carried different numbers of bytes")
     return first if own_network else without_network[0]
-
-
-def take_own_network() -> bool:
-    """Move this process, and those that it starts, into a network of their own that is but a loopback interface.
-
-    False where the system does not let it: only root on Linux may.
-    """
-    new_network, set_flags, up = 0x40000000, 0x8914, 0x1  # CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP
-    if sys.platform != "linux" or ctypes.CDLL(None).unshare(new_network) != 0:
-        return False
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", up))
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,13 +11,13 @@ from types import TracebackType
 _PERIOD_SECONDS = 0.002
 
 
-def anonymous_bytes() -> int:
-    """RssAnon of this process (Linux)."""
-    with open("/proc/self/status") as status:
+def anonymous_bytes(process: int | str = "self") -> int:
+    """RssAnon of this process, or of the one with that id (Linux)."""
+    with open(f"/proc/{process}/status") as status:
         for line in status:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; this measurement needs Linux 4.5 or newer")
+    raise RuntimeError(f"/proc/{process}/status has no RssAnon; this measurement needs Linux 4.5 or newer")
 
 
 class PeakMemory:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from distlora.bench.machine import found_by, made_here
+from distlora.bench.network import free_port
 from distlora.bench.pack_step import PackStep
-from distlora.bench.processes import free_port, own_stdout, run_each
+from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_time import Rates, copy, medians, planned, product
 from distlora.config import Config
 from distlora.config_file import build

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,11 +46,3 @@ def own_stdout() -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
-
-
-def free_port() -> int:
-    """Of this machine's loopback interface, where ranks can meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -1,8 +1,7 @@
 """One training step of ours and of the peers on this rank, its collectives counted as torch issues them.
 
 The peers are PEFT adapters on a base that accelerate's FSDP2 shards: 4-bit by bitsandbytes with either storage, and
-bf16. On a CPU accelerate takes its FSDP2 plugin without a word and trains with DistributedDataParallel instead, so the
-state that its device check would have set on a GPU is set here; all that follows is accelerate's own code.
+bf16; peer_models.py says how it is one on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora.bench.collectives import counted
+from distlora.bench.network import loopback_bytes
+from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
 from distlora.config import Config
 from distlora.model import CausalLM
 from distlora.parallel import Backend, Ranks
@@ -51,13 +52,6 @@ class Counts:
         assert collectives.of("broadcast") == 0, "a step broadcasts nothing"
         gathered, scattered, reduced = (collectives.of(kind) for kind in ("gathered", "scattered", "reduced"))
         return cls(gathered, scattered, reduced, sum(collectives.calls.values()), received)
-
-
-def loopback_bytes() -> int:
-    """Bytes that have come in over the loopback interface of this process' network; 0 where Linux does not say."""
-    table = Path("/proc/self/net/dev")
-    lines = table.read_text().splitlines() if table.exists() else []
-    return next((int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:")), 0)
 
 
 def random_tokens(rows: int, length: int, vocabulary: int, rank: int) -> Tensor:
@@ -113,34 +107,10 @@ def measure_peer(
 
 def prepare_peer(folder: Path, storage: Storage, *, r: int) -> tuple[Any, Any, Any]:
     """(accelerator, model, optimizer) as a user of the three libraries has them, but for the device check."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16", fsdp_plugin=plugin)
-    # accelerate/state.py does this where it finds a GPU, or another accelerator that it knows.
-    plugin.set_mixed_precision("bf16")
-    accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-
-    quantization = None
-    if storage != "bf16":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=torch.bfloat16 if storage == "nf4 in bf16" else torch.uint8,
-        )
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization, trust_remote_code=False
-    )
+    accelerator = fsdp2_accelerator(forced=True)
+    base = load_base(folder, storage)
     model: Any = get_peft_model(base, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     with warnings.catch_warnings():  # That 4-bit weights in uint8 are left out of the sharding, which the table shows.
@@ -157,12 +127,3 @@ def peer_step(accelerator: Any, model: Any, optimizer: Any, *, length: int, accu
         last = index == accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             accelerator.backward(model(input_ids=row, labels=row).loss / accumulation)
-
-
-def describe(model: Any) -> str:
-    """The class that accelerate made of the model, and how many of its parameters are cut over the ranks."""
-    from torch.distributed.tensor import DTensor
-
-    parameters = list(model.parameters())
-    cut = sum(isinstance(parameter, DTensor) for parameter in parameters)
-    return f"{type(model).__name__}, {cut} of {len(parameters)} tensors sharded"

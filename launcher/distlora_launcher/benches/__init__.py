@@ -5,6 +5,7 @@ from __future__ import annotations
 from distlora_launcher.subjects import Subjects
 
 BENCHES = {
+    "step": "a training step beside PEFT + bitsandbytes, Trainer and accelerate's FSDP2: speed, memory, bytes, losses",
     "load": "reading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
     "comm": "what a step moves between ranks, calculated and counted, beside PEFT with accelerate's FSDP2",
     "memory": "what a step has in memory, by kind, planned and measured",

@@ -22,14 +22,19 @@ def add_output(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def check_output(options: Namespace) -> Path | None:
+    """The folder that --out names. UserError for one that cannot be written to."""
+    if options.out is None:
+        return None
+    out: Path = options.out.expanduser().absolute()
+    check_writable(out, "--out")
+    return out
+
+
 def output_words(options: Namespace) -> list[str]:
     """--out and --json for the process that measures. UserError for a folder that cannot be written to."""
-    words = ["--json"] if options.json else []
-    if options.out is not None:
-        out = options.out.expanduser().absolute()
-        check_writable(out, "--out")
-        words.append(f"--out={out}")
-    return words
+    out = check_output(options)
+    return [*(["--json"] if options.json else []), *([] if out is None else [f"--out={out}"])]
 
 
 def become(module: str, words: Sequence[str]) -> NoReturn:

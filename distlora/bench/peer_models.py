@@ -1,0 +1,67 @@
+"""The peers' models as their users make them, and what accelerate's FSDP2 needs to be one on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from distlora.wire import Storage
+
+
+def four_bit(storage: Storage = "nf4 in uint8") -> Any:
+    """The BitsAndBytesConfig of NF4 with double quantization; None where the base stays in bf16."""
+    if storage == "bf16":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if storage == "nf4 in bf16" else torch.uint8,
+    )
+
+
+def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:
+    """transformers' model of a folder. `device`: all of it there."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=four_bit(storage),
+        device_map=None if device is None else {"": device},
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
+    )
+
+
+def fsdp2_accelerator(*, forced: bool) -> Any:
+    """An Accelerator in bf16 with the FSDP2 plugin. `forced`: as it would be on a GPU.
+
+    On a CPU accelerate takes its FSDP2 plugin without a word and trains with DistributedDataParallel instead; forced,
+    the state that its device check would have set is set here, and all that follows is accelerate's own code.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16", fsdp_plugin=plugin)
+    if forced:
+        # accelerate/state.py does this where it finds a GPU, or another accelerator that it knows.
+        plugin.set_mixed_precision("bf16")
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def describe(model: Any) -> str:
+    """The class that was made of the model, and how many of its parameters are cut over the ranks."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = list(model.parameters())
+    cut = sum(isinstance(parameter, DTensor) for parameter in parameters)
+    return f"{type(model).__name__}, {cut} of {len(parameters)} tensors sharded"

@@ -1,0 +1,175 @@
+"""What is compared: models, ways to train, and the cells of a run of the bench. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from distlora.architectures import ARCHITECTURES
+from distlora.config import TrainConfig
+
+Checkpointing = Literal["none", "block"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "block")
+RANK, LEARNING_RATE = 16, 2e-4
+"""Of the adapters, on every linear."""
+OURS = "ours"
+"""What the others are compared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A random Llama, and the step that it is measured with."""
+
+    settings: dict[str, Any]
+    """Of its config.json."""
+    rows: int
+    """Of a step, over all processes."""
+    lengths: tuple[int, ...]
+    """Tokens of a row: a measurement for each."""
+    checkpointing: tuple[Checkpointing, ...] = ("block",)
+
+
+def _small(hidden: int, inner: int, layers: int) -> dict[str, Any]:
+    heads = hidden // 64
+    return {
+        "vocab_size": 4096,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }
+
+
+def _slice(name: str) -> dict[str, Any]:
+    settings = {key: value for key, value in ARCHITECTURES[name].items() if key != "model_type"}
+    return settings | {"num_hidden_layers": 4}
+
+
+SIZES: dict[str, dict[str, Size]] = {
+    "cpu": {
+        "8M": Size(settings=_small(256, 704, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
+        "100M": Size(settings=_small(1024, 2816, 8), rows=4, lengths=(512,), checkpointing=CHECKPOINTING),
+        "560M": Size(settings=_small(2048, 5632, 12), rows=2, lengths=(512,)),
+    },
+    "cuda": {
+        "8B/4": Size(settings=_slice("meta-llama/Llama-3.1-8B"), rows=2, lengths=(2048, 8192)),
+        "70B/4": Size(settings=_slice("meta-llama/Llama-3.1-70B"), rows=2, lengths=(2048, 8192)),
+    },
+}
+"""By what computes. On a GPU: four blocks of the models whose sizes they are named by."""
+DEFAULT_SIZES = {"cpu": ("100M", "560M"), "cuda": ("8B/4", "70B/4")}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to train."""
+
+    title: str
+    needs: tuple[str, ...] = ()
+    """Packages beside our own dependencies."""
+    processes: tuple[int, ...] = (1, 2)
+    """On how many it is measured by default; more than 1 stands for any number."""
+    by_default: bool = True
+
+    def runs_on(self, processes: int) -> bool:
+        return min(processes, 2) in self.processes
+
+
+PEFT = ("peft", "bitsandbytes")
+WAYS: dict[str, Way] = {
+    OURS: Way("distlora, NF4"),
+    "ours-compiled": Way("distlora, NF4, train.compile=true"),
+    "ours-bf16": Way("distlora, bf16 base", processes=(1,)),
+    "peft-documented": Way("PEFT + bitsandbytes, documented recipe", PEFT),
+    "peft-bf16": Way("PEFT + bitsandbytes, all in bf16", PEFT),
+    "trainer": Way("Trainer + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(1,)),
+    "fsdp2": Way("accelerate FSDP2 + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(2,)),
+    "fsdp2-forced": Way(
+        "accelerate FSDP2, its check of the device bypassed", (*PEFT, "accelerate"), processes=(2,), by_default=False
+    ),
+}
+"""documented: fp32 norms, embeddings and head (prepare_model_for_kbit_training), fp32 adapters, bf16 autocast; all in
+bf16: adapters too, no autocast."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One way to train one model on so many processes."""
+
+    size: str
+    length: int
+    rows: int
+    """Of a step, over all processes."""
+    processes: int
+    checkpointing: Checkpointing
+    way: str
+    seed: int = 0
+    """Of the adapter that it starts from."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.length
+
+    @property
+    def title(self) -> str:
+        return WAYS[self.way].title
+
+    @property
+    def group(self) -> Cell:
+        """What the cells that are compared with each other have in common."""
+        return dataclasses.replace(self, way=OURS, seed=0)
+
+    @property
+    def problem(self) -> str:
+        """What a group is called: the model and the step."""
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.size}, {self.rows} x {self.length} tokens, {processes}, checkpointing {self.checkpointing}"
+
+
+def reason_against(way: str) -> str | None:
+    """Why a way cannot be measured here; None where it can."""
+    missing = [package for package in WAYS[way].needs if not installed(package)]
+    if missing:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    if way == "ours-compiled" and "compile" not in TrainConfig.__dataclass_fields__:
+        return "train.compile is no setting yet"
+    return None
+
+
+def installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def cells_of(
+    sizes: dict[str, Size],
+    ways: Sequence[str],
+    *,
+    processes: Sequence[int],
+    checkpointing: Sequence[Checkpointing] | None,
+) -> Iterator[Cell]:
+    """Every cell, those of a group one after the other. `checkpointing`: None for what each size has."""
+    for name, size in sizes.items():
+        for length in size.lengths:
+            for mode in checkpointing or size.checkpointing:
+                for world in processes:
+                    for way in ways:
+                        if WAYS[way].runs_on(world):
+                            yield Cell(
+                                size=name,
+                                length=length,
+                                rows=size.rows,
+                                processes=world,
+                                checkpointing=mode,
+                                way=way,
+                            )

@@ -1,0 +1,200 @@
+"""The peers' side: PEFT on bitsandbytes' NF4, in a loop as its documentation has it, in transformers' Trainer, and with
+accelerate's FSDP2; over the rows and from the adapter that ours has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
+from distlora.bench.step.turns import EndedError, Turns
+from distlora.data.loader import IGNORED, MicroBatch, PackedRows, StepLoader
+from distlora.parallel import Ranks
+from distlora.wire import Storage
+
+Inputs = dict[str, Tensor]
+MAX_GRAD_NORM = 1.0
+RECOMPUTES = {"use_reentrant": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """This rank's rows of each step, as transformers takes them."""
+
+    rows: PackedRows
+    loader: StepLoader
+
+    @classmethod
+    def of(cls, rows: PackedRows, count: int, ranks: Ranks) -> Batches:
+        """`count` rows of a step, over all ranks."""
+        own = count // ranks.world
+        loader = StepLoader(
+            rows, global_batch=count, micro_batch=own, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
+        )
+        return cls(rows, loader)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        step = 0
+        while True:
+            (batch,) = self.loader.batch(step).micro_batches
+            yield as_inputs(batch)
+            step += 1
+
+    def __len__(self) -> int:
+        """Of rows: a map-style dataset, as Trainer takes it."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Inputs:
+        alone = StepLoader(self.rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
+        (batch,) = alone.batch(index).micro_batches
+        return {name: tensor[0] for name, tensor in as_inputs(batch).items()}
+
+
+def as_inputs(batch: MicroBatch) -> Inputs:
+    """transformers shifts labels itself, and sees documents in a row by their positions; a row of one needs none."""
+    labels = torch.full_like(batch.labels, IGNORED)
+    labels[:, 1:] = batch.labels[:, :-1]
+    inputs = {"input_ids": batch.input_ids, "labels": labels}
+    if bool((batch.position_ids[:, 1:] == 0).any()):
+        inputs["position_ids"] = batch.position_ids
+    return inputs
+
+
+def start(job: Mapping[str, Any], device: torch.device, *, documented: bool, storage: Storage = "nf4 in uint8") -> Any:
+    """PEFT's model as its users make it, with the given adapter."""
+    model = load_base(job["model"], storage, device=device)
+    recomputes = job["checkpointing"] == "block"
+    if documented:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=recomputes, gradient_checkpointing_kwargs=RECOMPUTES
+        )
+    elif recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTES)
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+    if not documented:
+        for parameter in trained(model):
+            parameter.data = parameter.data.bfloat16()
+    model.train()
+    return model
+
+
+def trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adamw(model: Any, job: Mapping[str, Any]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained(model), lr=job["lr"], weight_decay=0.0)
+
+
+def loop(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """A plain loop; DistributedDataParallel on several ranks."""
+    documented = job["recipe"] == "documented"
+    model = start(job, ranks.device, documented=documented)
+    if ranks.group is not None:
+        model = DistributedDataParallel(model)
+    optimizer = adamw(model, job)
+
+    def step(inputs: Inputs) -> Tensor:
+        with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=documented):
+            loss: Tensor = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained(model), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    turns.tell(ran=type(model).__name__)
+    run(step, rows, job, ranks, turns)
+
+
+def fsdp2(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """accelerate's loop, with its FSDP2 plugin; storage in bf16, which alone it shards."""
+    accelerator = fsdp2_accelerator(forced=job["recipe"] == "forced")
+    model = start(job, ranks.device, documented=True, storage="nf4 in bf16")
+    model, optimizer = accelerator.prepare(model, adamw(model, job))
+
+    def step(inputs: Inputs) -> Tensor:
+        loss: Tensor = model(**inputs).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained(model), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    turns.tell(ran=describe(model))
+    run(step, rows, job, ranks, turns)
+
+
+def run(step: Callable[[Inputs], Tensor], rows: PackedRows, job: Mapping[str, Any], ranks: Ranks, turns: Turns) -> None:
+    batches = iter(Batches.of(rows, job["rows"], ranks))
+    for _ in turns:
+        turns.note(step({name: tensor.to(ranks.device) for name, tensor in next(batches).items()}))
+
+
+class TakesTurns(TrainerCallback):
+    """Each of Trainer's steps is one of a turn."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_step_begin(self, *arguments: Any, **rest: Any) -> None:
+        self.turns.begin()
+
+    def on_step_end(self, *arguments: Any, **rest: Any) -> None:
+        self.turns.end()
+
+
+class NotingTrainer(Trainer):
+    """Tells the turns each step's loss."""
+
+    turns: Turns
+
+    def training_step(self, *arguments: Any, **rest: Any) -> Tensor:
+        loss: Tensor = super().training_step(*arguments, **rest)
+        self.turns.note(loss)
+        return loss
+
+
+def trainer(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """transformers' Trainer with the documented recipe."""
+    with tempfile.TemporaryDirectory() as out:
+        settings = TrainingArguments(
+            output_dir=out,
+            per_device_train_batch_size=job["rows"] // ranks.world,
+            max_steps=10**6,
+            learning_rate=job["lr"],
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=MAX_GRAD_NORM,
+            bf16=True,
+            use_cpu=ranks.device.type == "cpu",
+            gradient_checkpointing=job["checkpointing"] == "block",
+            gradient_checkpointing_kwargs=RECOMPUTES,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        model = start(job, ranks.device, documented=True)
+        training = NotingTrainer(
+            model, settings, train_dataset=Batches.of(rows, job["rows"], ranks), callbacks=[TakesTurns(turns)]
+        )
+        training.turns = turns
+        turns.tell(ran=type(training).__mro__[1].__name__)
+        try:
+            training.train()
+        except EndedError:
+            return

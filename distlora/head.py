@@ -22,11 +22,23 @@ from distlora.token_rows import TokenRows, weighted_sum
 
 LOGITS_PER_CHUNK = 2**24
 """fp32 logits that exist at once (64 MiB); the tokens of a chunk are this over the vocabulary, 16 or more."""
+LOGITS_PER_CHUNK_ON_CPU = 2**20
+"""There what a chunk has at once, five times its logits, stays in the caches; but for no fewer tokens than
+FEWEST_ON_CPU, since every chunk reads the whole weight."""
+FEWEST_ON_CPU = 128
 
 ADDED_AT_ONCE = 2**22
 """Numbers of a trained head's gradient in bf16 that are added to its sum in fp32 at once: a CPU widens them before."""
 
 IGNORED_LABEL = -100
+
+
+def tokens_per_chunk(vocabulary: int, *, on_cpu: bool) -> int:
+    """Tokens whose logits exist at once."""
+    tokens = LOGITS_PER_CHUNK // vocabulary
+    if on_cpu:
+        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_PER_CHUNK_ON_CPU // vocabulary))
+    return max(16, tokens)
 
 
 class LossHead(nn.Module):
@@ -49,6 +61,15 @@ class LossHead(nn.Module):
         # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
         self._token_rows: tuple[TokenRows, ...] = ()
         self._reader: Callable[[Tensor], None] | None = None
+        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(logits (N, vocabulary), labels (N,)) -> (N,) fp32 losses, whose gradient it writes over the logits: in the
+        place of torch's where the head is frozen and these are its logits (takes_cross_entropy)."""
+
+    @property
+    def takes_cross_entropy(self) -> bool:
+        """Whether the logits are the product with the frozen weight and nothing else."""
+        plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
+        return plain and not self.weight.requires_grad
 
     @contextlib.contextmanager
     def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
@@ -87,15 +108,17 @@ class LossHead(nn.Module):
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """(B, T) fp32: the loss of each token, 0 where there is no label."""
         flat, targets = hidden.flatten(0, 1), labels.flatten()
-        tokens_per_chunk = max(16, LOGITS_PER_CHUNK // self.weight.shape[0])
+        tokens = tokens_per_chunk(self.weight.shape[0], on_cpu=flat.device.type == "cpu")
         if not torch.is_grad_enabled():
-            chunks = zip(flat.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True)
+            chunks = zip(flat.split(tokens), targets.split(tokens), strict=True)
             losses = torch.cat([self.token_losses(part, target) for part, target in chunks])
         elif self.weight.requires_grad:
-            losses = _TrainedHeadLoss.apply(flat, targets, self.weight, self, tokens_per_chunk)
+            losses = _TrainedHeadLoss.apply(flat, targets, self.weight, self, tokens)
+        elif self.cross_entropy is not None and self.takes_cross_entropy:
+            losses = _PlainHeadLoss.apply(flat, targets, self, tokens)
         else:
             rows = None if self.token_rows is None else self.token_rows.rows
-            losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens_per_chunk)
+            losses = _FrozenHeadLoss.apply(flat, targets, rows, self, tokens)
         return losses.view(labels.shape)
 
     def token_losses(
@@ -167,6 +190,27 @@ class _FrozenHeadLoss(torch.autograd.Function):
             hidden, of_columns = of_rows
             rows = weighted_sum(of_columns * weights, hidden)
         return (gradient * weights).to(gradient.dtype), None, rows, None, None
+
+
+class _PlainHeadLoss(torch.autograd.Function):
+    """The same of a head that has a `cross_entropy`: of a chunk there are its logits in the compute dtype, once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: LossHead, tokens_per_chunk: int) -> Tensor:
+        assert head.cross_entropy is not None
+        gradient, losses = torch.empty_like(hidden), []
+        for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
+            logits = F.linear(part, head.weight)
+            losses.append(head.cross_entropy(logits, target))
+            torch.mm(logits, head.weight, out=out)
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None
 
 
 class _TrainedHeadLoss(torch.autograd.Function):

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from distlora import attention, host_memory, liger
+from distlora import attention, compiled, host_memory, liger
 from distlora.adapters import reset_adapters
 from distlora.buffers import materialize_buffers
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.loading import initialize
 from distlora.loading.shard_cache import CacheSettings
 from distlora.loading.start_file import base_identity, needs_start
@@ -192,13 +192,18 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     """Exchange what the device has better kernels for, and have split GEMMs sum in fp32; what was exchanged, and what
     was not and why, in `model.notes`.
 
-    Nothing on the CPU, where transformers' own modules are the reference.
+    On the CPU, where transformers' own modules are the reference, only what is asked for.
     """
     if device.type != "cuda":
+        if config.train.compile:
+            kept = config.adapter.use_dora
+            model.notes.append(compiled.apply(model.decoder, model.family, model.head, outputs_are_kept=kept))
         return
     # Sums of split GEMMs in fp32, as everything else here; torch's default lets the library round them to bf16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     settings = config.train
+    if settings.compile:
+        raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
     choice = attention.choose(
         model.family,
         model.decoder.config,

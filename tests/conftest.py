@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
 
-from distlora import liger
+from distlora import fused_modules
 from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
@@ -58,16 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _rotary_embeddings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """liger-kernel's is put in for the whole process (distlora/liger.py); a test on the CPU that follows needs the
-    family's own."""
-    apply = liger.apply
+    """One is put in for the whole process (distlora/fused_modules.py); a test that follows needs the family's own."""
+    exchange = fused_modules.exchange
 
-    def undone_later(decoder: Any, family: Any, **options: Any) -> str:
+    def undone_later(decoder: Any, *arguments: Any, **options: Any) -> str:
         module = sys.modules[type(decoder).__module__]
         monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
-        return apply(decoder, family, **options)
+        return exchange(decoder, *arguments, **options)
 
-    monkeypatch.setattr(liger, "apply", undone_later)
+    monkeypatch.setattr(fused_modules, "exchange", undone_later)
 
 
 @pytest.fixture

@@ -104,7 +104,10 @@ def test_what_a_linear_without_an_adapter_reads_is_not_kept(tmp_path: Path) -> N
 
 
 def test_the_head_has_as_many_logits_at_once_as_is_calculated() -> None:
-    assert activations.LOGITS_AT_ONCE == head.LOGITS_PER_CHUNK
+    for vocabulary in (37, 4096, 128_256, 2**21):
+        for on_cpu in (False, True):
+            planned = activations.tokens_at_once(vocabulary, is_gpu=not on_cpu)
+            assert planned == head.tokens_per_chunk(vocabulary, on_cpu=on_cpu)
     assert activations.ADDED_AT_ONCE == head.ADDED_AT_ONCE
 
 

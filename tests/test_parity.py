@@ -14,6 +14,7 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora import startup, train, wire
 from distlora.config import Config
 from distlora.parallel import Ranks
+from distlora_kernels import native
 from small_models import make_run, read_metrics
 from worlds import World
 
@@ -124,6 +125,31 @@ def test_adapters_are_bit_identical_on_every_rank(world: World, folders: Path, t
     first, *others = world.run(size, adapters_after, run_dir=tmp_path / "run")
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
+    """`adapters_after`, and behind it this process has transformers' rotary embedding again."""
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.apply_rotary_pos_emb
+    try:
+        adapters = adapters_after(ranks, run_dir=run_dir)
+        assert modeling_llama.apply_rotary_pos_emb is not own, "nothing was exchanged"
+        return adapters
+    finally:
+        modeling_llama.apply_rotary_pos_emb = own
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+def test_compiled_ranks_have_one_adapter_and_the_losses_of_one_rank_that_is_not(
+    world: World, folders: Path, tmp_path: Path, references: dict[str, Any]
+) -> None:
+    settings = {"micro_batch": 2, "accumulate": "block", "compile": True}
+    make_run(tmp_path / "run", folders, train=settings, cluster={"gpus_per_node": 3})
+    first, *others = world.run(3, compiled_run, run_dir=tmp_path / "run")
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert_losses_close(result_of(tmp_path / "run")[0], references["llama"][0])
 
 
 def test_bf16_runs_on_two_ranks_equal_one_rank_within_bf16_rounding(

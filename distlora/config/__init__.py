@@ -127,6 +127,11 @@ class Config:
             "leave it out, or set quant=nf4",
         )
         require(
+            not self.train.compile or self.adapter.method != "full",
+            "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "
+            "out, or set adapter=lora",
+        )
+        require(
             not self.data.streaming or self.train.max_steps is not None,
             "data.streaming=true reads as many documents as the steps need, so their number must be known; "
             "set train.max_steps",

@@ -112,6 +112,10 @@ class TrainConfig:
     needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""
     liger: bool = True
     """On CUDA, use liger-kernel's RMSNorm, gated MLP and rotary embedding, if it is installed (`distlora[cuda]`)."""
+    compile: bool = False
+    """On the CPU, compute norms, gated MLPs, rotary embeddings and losses in one pass over memory each, by code that
+    every worker compiles when it starts (it needs a C++ compiler, and takes 1.4 CPU seconds). Less is kept for
+    backward; results differ by rounding alone."""
     router_aux_loss: float | None = None
     """Weight of the load-balancing loss of a mixture of experts' routers in the training loss; null: as config.json
     says (router_aux_loss_coef where output_router_logits is true, else 0). Routers are frozen: it reaches the adapters

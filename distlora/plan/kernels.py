@@ -16,6 +16,9 @@ def attends_by_documents(config: Config, family: Family, decoder: Decoder, *, is
     return is_gpu and family.attention == "sdpa" and config.train.dtype == "bf16" and takes_heads
 
 
-def takes_liger(config: Config, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
-    """Whether norms are liger-kernel's (liger.py); so are MLPs and rotary embeddings where there is no DoRA."""
-    return is_gpu and has_liger and config.train.liger and config.adapter.method != "full" and family.experts is None
+def fuses(config: Config, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
+    """Whether norms are liger-kernel's (liger.py) or compiled (compiled.py); so are MLPs and rotary embeddings where
+    there is no DoRA."""
+    if config.adapter.method == "full" or family.experts is not None:
+        return False
+    return config.train.liger and has_liger if is_gpu else config.train.compile

@@ -40,6 +40,7 @@ from distlora.loading.start_file import check_ranks, needs_start, require_start
 from distlora.run_folder import CHECKPOINTS, checkpoint_folders
 from distlora.targets import check_patterns
 from distlora.tokens import check_before_tokenizer
+from distlora_kernels import native
 from distlora_launcher.initial_adapter import check_initial_adapter
 from distlora_launcher.meeting import resolve, split
 
@@ -125,6 +126,16 @@ def check_machine(config: Config) -> None:
             f"optim.name={config.optim.name} pages moments between a GPU and the host, and this machine shows no GPU; "
             f"set optim.name={same}"
         )
+    if config.train.compile:
+        require(
+            available == 0,
+            "train.compile=true is for the CPU, and this machine has a GPU, where train.liger=true does the same; "
+            "set train.compile=false",
+        )
+        reason = native.why_not()
+        require(
+            reason is None, f"train.compile=true compiles for this machine, but {reason}, or set train.compile=false"
+        )
 
 
 def check_parallel(config: Config) -> None:
@@ -192,6 +203,11 @@ def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> 
     config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
     check_router_loss(config.train.router_aux_loss, family)
     check_tiles(config.train.mlp_tile, family)
+    require(
+        not config.train.compile or family.experts is None,
+        f"train.compile=true: what it compiles is not tested on mixtures of experts ({family.model_type}); set "
+        "train.compile=false",
+    )
 
 
 def _no_folder(folder: Path) -> str:

@@ -18,7 +18,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.adapted import ranks_of_blocks
-from distlora.plan.kernels import attends_by_documents, takes_liger
+from distlora.plan.kernels import attends_by_documents, fuses
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.block_memory import (
     BY_DOCUMENTS,
@@ -38,6 +38,9 @@ Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24
 """What distlora.head has of fp32 logits at a time."""
+LOGITS_AT_ONCE_ON_CPU = 2**20
+FEWEST_ON_CPU = 128
+"""Tokens for which it has more."""
 ADDED_AT_ONCE = 2**22
 """Numbers of a chunk's gradient of a trained head that it adds at a time to those of the chunks before."""
 _LOGIT_BYTES = 12
@@ -95,7 +98,7 @@ class Costs:
     dtype_bytes: int = 2
     """Of the run's dtype."""
     fused: bool = False
-    """Whether norms and MLPs are liger-kernel's."""
+    """Whether norms and MLPs are liger-kernel's, or compiled on the CPU, where the head's losses then are too."""
     is_gpu: bool = True
     attention: Attention = BY_DOCUMENTS
     dora: bool = False
@@ -157,7 +160,7 @@ class Costs:
             decoder=decoder,
             ranks=ranks_of_blocks(config, shapes)[0],
             dtype_bytes=2 if sixteen_bits else 4,
-            fused=takes_liger(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger),
+            fused=fuses(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger),
             is_gpu=device.is_gpu,
             attention=attention,
             dora=adapter.use_dora,
@@ -302,11 +305,13 @@ class Costs:
 
     def _chunk(self, tokens: int) -> int:
         """Logits at once."""
-        return min(tokens, tokens_at_once(self.decoder.vocabulary)) * self.decoder.vocabulary
+        return min(tokens, tokens_at_once(self.decoder.vocabulary, is_gpu=self.is_gpu)) * self.decoder.vocabulary
 
     @property
     def _logit_bytes(self) -> int:
-        """A cap keeps its tanh, fp32."""
+        """A cap keeps its tanh, fp32. Where losses are compiled, a logit in the run's dtype becomes its gradient."""
+        if self.fused and not (self.is_gpu or self.trains_head or self.trained_columns or self.decoder.caps_logits):
+            return self.dtype_bytes
         return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
 
     def head_forward(self, tokens: int) -> float:
@@ -379,6 +384,9 @@ class Costs:
         return sizes.layers * again / whole
 
 
-def tokens_at_once(vocabulary: int) -> int:
+def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:
     """Tokens of a chunk of the head's (distlora.head)."""
-    return max(16, LOGITS_AT_ONCE // vocabulary)
+    tokens = LOGITS_AT_ONCE // vocabulary
+    if not is_gpu:
+        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_AT_ONCE_ON_CPU // vocabulary))
+    return max(16, tokens)

@@ -164,7 +164,7 @@ class BlockRun:
     row: int = 1
     """Tokens of a row: what dense masks and scores grow with."""
     fused: bool = False
-    """Whether norms are liger-kernel's; MLPs and the rotary embedding too where there is no DoRA."""
+    """Whether norms are liger-kernel's or compiled (the same is kept); MLPs and rotary embeddings where no DoRA is."""
     dora: bool = False
     dropout: bool = False
     quantized: bool = False

@@ -15,7 +15,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.plan.adapted import ranks_of_blocks
 from distlora.plan.machine import Machine
-from distlora.plan.memory.activations import LOGITS_AT_ONCE, Activations, Costs, Device
+from distlora.plan.memory.activations import Activations, Costs, Device, tokens_at_once
 from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.memory.block_memory import Operation, Peak
 from distlora.plan.memory.gathered import Copied, copied_of, gathered_of
@@ -97,7 +97,8 @@ class Step:
         """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
         sizes = self.costs.decoder
         inner = self.at_once * self.costs.dtype_bytes * sizes.mlp_columns
-        return max(inner, 4 * min(LOGITS_AT_ONCE, self.at_once * sizes.vocabulary))
+        tokens = min(self.at_once, tokens_at_once(sizes.vocabulary, is_gpu=self.costs.is_gpu))
+        return max(inner, 4 * tokens * sizes.vocabulary)
 
     @property
     def costs(self) -> Costs:

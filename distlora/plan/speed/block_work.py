@@ -216,7 +216,7 @@ def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterato
     casts = 0 if e == FP32 else e + FP32
     cap = 24 if sizes.capped else 0
     of_loss, of_gradient = casts + 3 * FP32 + cap, casts + 5 * FP32 + (28 if sizes.capped else 0)
-    for tokens, times in chunks(m, vocabulary):
+    for tokens, times in chunks(m, tokens_at_once(vocabulary, is_gpu=how.is_gpu)):
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
@@ -238,9 +238,8 @@ def head_work(sizes: HeadSizes, how: How, *, m: int, reference: bool) -> Iterato
     yield Work("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
 
 
-def chunks(m: int, vocabulary: int) -> Iterable[tuple[int, int]]:
-    """(tokens of a chunk, how many chunks have so many)."""
-    size = tokens_at_once(vocabulary)
+def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:
+    """(tokens of a chunk, how many chunks have so many), where one has up to `size`."""
     whole, rest = divmod(m, size)
     return [(tokens, times) for tokens, times in ((size, whole), (rest, 1)) if tokens and times]
 

@@ -11,7 +11,7 @@ from distlora.config import Config
 from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.operations import pairs
 from distlora.plan.adapted import ranks_of_blocks
-from distlora.plan.kernels import attends_by_documents, takes_liger
+from distlora.plan.kernels import attends_by_documents, fuses
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
@@ -116,7 +116,7 @@ def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
 
 def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
     family = model.shapes.family
-    has_liger = takes_liger(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    fused = fuses(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
     decodes = machine.is_gpu and config.train.dtype == "bf16"
     return How(
         itemsize=wire.DTYPE_BYTES[config.train.dtype],
@@ -124,8 +124,9 @@ def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
         few_rows=most_rows(machine.capability) if decodes else 0,
         keeps_dequantized=config.train.keep_dequantized,
         trains_base=config.adapter.method == "full",
-        fused_norms=has_liger,
-        fused=has_liger and not config.adapter.use_dora,
+        fused_norms=fused,
+        fused=fused and not config.adapter.use_dora,
+        is_gpu=machine.is_gpu,
         scores=family.attention == "eager",
     )
 

@@ -58,9 +58,11 @@ class How:
     trains_base: bool = False
     """Whether the weights of the blocks have gradients (adapter=full)."""
     fused_norms: bool = False
-    """Whether norms are liger-kernel's."""
+    """Whether norms are liger-kernel's, or compiled."""
     fused: bool = False
     """Whether gated MLPs and rotary embeddings are."""
+    is_gpu: bool = True
+    """Else the head takes fewer tokens at once."""
     scores: bool = False
     """Whether attention's scores exist in memory (eager attention)."""
 

@@ -147,8 +147,11 @@ ROWS: tuple[Row, ...] = (
         "layer_offloading",
     ),
     ("unsupported", "leave train.micro_batch out and add plan=auto, which calculates it", "auto_find_batch_size"),
-    ("unsupported", "torch.compile is not used yet; results do not depend on it", "torch_compile"),
-    ("idle", "torch.compile is not used", "torch_compile_* deepcompile"),
+    (
+        "idle",
+        "what it fuses is liger-kernel's or one kernel on a GPU already; on a CPU add train.compile=true",
+        "torch_compile torch_compile_* deepcompile",
+    ),
     ("idle", "the MLP that is run in tiles is the model's own", "tiled_mlp_use_original_mlp"),
     ("idle", "belongs to tiled_mlp", "tiled_mlp_*"),
     ("unsupported", "attention is the model's own", "scaling_softmax* s2_attention"),

@@ -1,0 +1,187 @@
+"""The elementwise operations of a decoder block, and a frozen head's losses with their gradient, each one pass over
+memory: RMSNorm, act(gate) * up, the rotary embedding, cross-entropy. elementwise.cpp computes them, on the CPU.
+
+What each keeps for backward: a norm its input and a number a row, in fp32; the product gate and up; the rotary
+embedding nothing. The product's backward writes over gate and up, the rotary embedding over what it is given and its
+backward over its gradient: whoever gives them keeps them for nothing else.
+
+The functions named `reference_*` are the definitions, as transformers' modules compute them: the same roundings to the
+dtype, the sums and exp in another order.
+
+Letters: M rows, N columns, B rows of the batch, K heads, T tokens, E size of a head, R of it that is rotated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distlora_kernels import native
+
+Activation = Literal["silu", "gelu_tanh"]
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Tensors as pointers, floats as C's, other numbers as 64 bits."""
+    function = getattr(native.library(), f"{name}_{_NAMES[dtype]}")
+    function(*(_as_c(argument) for argument in arguments))
+
+
+def _as_c(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_size_t(argument)
+
+
+def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """x (..., N), weight (N,) -> (..., N): x / rms(x) in fp32, rounded, times weight; with `plus_one` times 1 + weight
+    in fp32, rounded."""
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normal * (1.0 + weight.float())).type_as(x) if plus_one else weight * normal.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """`reference_rms_norm`; the gradient is x's alone, the weight is frozen."""
+    assert not weight.requires_grad, "the gradient of a norm's weight is not computed"
+    if weight.dtype != x.dtype:
+        return reference_rms_norm(x, weight, eps, plus_one=plus_one)
+    output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one)
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        x = x.contiguous()
+        y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+        _call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.plus_one = plus_one
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        rows, columns = inverse.numel(), x.shape[-1]
+        _call("norm_backward", x.dtype, dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
+        return dx, None, None, None
+
+
+def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """gate, up (..., N) -> act(gate) * up (..., N)."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """`reference_gated`. Both may be halves of one tensor."""
+    output: Tensor = _Gated.apply(gate, up, activation == "gelu_tanh")
+    return output
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        if not _rows_alike(gate, up):
+            gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        columns = gate.shape[-1]
+        _call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dy, columns = dy.contiguous(), gate.shape[-1]
+        _call("gate_backward", dy.dtype, dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
+        return gate, up, None
+
+
+def _stride(matrix: Tensor) -> int:
+    """Numbers from one row of the last dimension to the next."""
+    return matrix.stride(-2) if matrix.dim() > 1 else matrix.shape[-1]
+
+
+def _rows_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether rows of both lie at one distance, through all leading dimensions."""
+
+    def is_matrix(tensor: Tensor) -> bool:
+        steps = [_stride(tensor)]
+        for size in reversed(tensor.shape[1:-1]):
+            steps.insert(0, steps[0] * size)
+        return tensor.stride(-1) == 1 and list(tensor.stride()[:-1]) == steps[-tensor.dim() + 1 :]
+
+    return first.stride() == second.stride() and is_matrix(first) and is_matrix(second)
+
+
+def reference_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, K, T, E), cos and sin (B or 1, T, R) -> (B, K, T, E): the two halves of its first R columns are turned by
+    the angles, the others stay."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
+    return torch.cat((turned, rest), dim=-1)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """`reference_rotated` of both, as transformers calls it, in the memory of q and k."""
+    assert unsqueeze_dim == 1, "tables are for (B, K, T, E)"
+    cos, sin = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
+    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(dx, cos, sin, back=True), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """In place, where its heads lie in rows and no two of them in one."""
+    if x.stride(-1) != 1 or 0 in x.stride():
+        x = x.contiguous()
+    batch, heads, tokens, _ = x.shape
+    of_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
+    sizes = (batch, heads, tokens, cos.shape[-1])
+    _call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), of_batch, back)
+    return x.view_as(x)
+
+
+def reference_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (M, N), labels (M,) int64 -> losses (M,) fp32 and the gradient of their sum (M, N) in the logits' dtype;
+    0 where the label is below 0."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = F.cross_entropy(leaf.float(), labels.where(labels >= 0, -100), ignore_index=-100, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """The losses of `reference_cross_entropy`; the gradient is written over the logits."""
+    logits_contiguous = logits.is_contiguous() and labels.is_contiguous()
+    assert logits_contiguous, "whole rows, one after the other"
+    losses = torch.empty(labels.shape, dtype=torch.float32)
+    _call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
+    return losses

@@ -1,0 +1,78 @@
+"""elementwise.cpp, compiled for the machine that it runs on and loaded into this process. Imports no torch.
+
+Each process compiles for itself (1.4 CPU seconds) into a folder that is gone once the library is loaded: no file that
+is executed lies where another user, or a machine with another processor, could have left it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("elementwise.cpp")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+WIDE = ("x86_64", "AMD64")
+"""Machines on which gcc takes half of a vector unless it is told."""
+
+
+class NotCompiledError(Exception):
+    """The compiler did not make a library of the source, or it cannot be loaded; the message says what it said."""
+
+
+def compiler() -> list[str] | None:
+    """The words of a C++ compiler: those of CXX, else c++ or g++; None where there is none."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named if shutil.which(named[0]) else None
+    return next(([found] for name in ("c++", "g++") if (found := shutil.which(name))), None)
+
+
+def why_not() -> str | None:
+    """Why this machine cannot compile; None where it can."""
+    if sys.platform != "linux":
+        return f"that is for Linux alone and this is {sys.platform}"
+    if compiler() is not None:
+        return None
+    if named := os.environ.get("CXX"):
+        return f"CXX={named} is no program here; name a C++ compiler"
+    return "there is no C++ compiler (c++ or g++); install one (apt-get install g++, `module load gcc`)"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compiled at the first call. Raises NotCompiledError."""
+    words = compiler()
+    if words is None:
+        raise NotCompiledError(str(why_not()))
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in WIDE else []
+    with tempfile.TemporaryDirectory(prefix="distlora-compiled-") as folder:
+        made, linked = Path(folder, "elementwise.o"), Path(folder, "elementwise.so")
+        _run([*words, *FLAGS, *wide, "-c", str(SOURCE), "-o", str(made)])
+        # Without -fopenmp, which would bring a second OpenMP beside torch's, with threads of its own.
+        _run([*words, "-shared", str(made), "-o", str(linked)])
+        try:
+            return ctypes.CDLL(str(linked))
+        except OSError as error:
+            raise NotCompiledError(f"what {shlex.join(words)} made cannot be loaded: {error}") from None
+
+
+def _run(words: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NotCompiledError(f"{words[0]} cannot be run: {error}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        first = next((line for line in said if "error" in line), said[0] if said else f"exit code {done.returncode}")
+        raise NotCompiledError(f"`{shlex.join(words[:1])}` failed: {first}")

@@ -1,0 +1,135 @@
+"""train.compile: a decoder and its head compute what they did, and keep what is calculated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import relative_error
+from distlora import compiled
+from distlora.compiled import CompiledRMSNorm
+from distlora.config import Config, UserError
+from distlora.config_file import build
+from distlora.families import family_of, read_config
+from distlora.mlp import place_mlps
+from distlora.model import CausalLM
+from distlora.parallel import Ranks
+from distlora_kernels import native
+from distlora_launcher.checks import check_machine, check_of_sizes
+from family_models import load_ours, tokens, write_family_folder
+from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
+
+needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+DORA = {"r": 4, "use_dora": True, "target_modules": "all-linear"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*ONE_EACH, PARTIAL_ROTARY])
+def test_a_decoder_that_is_compiled_computes_what_it_did(name: str, tmp_path: Path) -> None:
+    write_family_folder(tmp_path, name)
+    # With and without recomputation: what writes over its input may be computed anew.
+    train = {"dtype": "fp32", "checkpointing": "block" if name in ("llama-biases", "gemma2") else "none"}
+    input_ids = tokens(2, 24)
+    model, _ = load_ours(tmp_path, ALONE, train=train)
+    expected_losses, expected = run(model, input_ids)
+    before = dict(model.named_parameters())
+    said = compiled.apply(model.decoder, model.family, model.head)
+    gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
+    norms = {"gemma2": 13, "gemma3": 19, "gemma3-text": 19, "qwen3": 13}.get(name, 7)
+    assert f"RMSNorm ({norms}), {gated} (3), rotary embedding" in said
+    assert said.endswith("cross-entropy") == (model.head.logit_softcap is None)
+    assert all(before[path] is parameter for path, parameter in model.named_parameters())
+    check(model, input_ids, expected_losses, expected)
+    if name in ("gemma2", "phi3"):
+        place_mlps(model.blocks, model.family, tile=7)
+        check(model, input_ids, expected_losses, expected)
+
+
+def check(model: CausalLM, input_ids: Tensor, expected_losses: Tensor, expected: list[Tensor]) -> None:
+    """The bounds of what liger-kernel gives (test_liger.py): the order of sums and the last bit of exp."""
+    losses, gradients = run(model, input_ids)
+    assert relative_error(losses, expected_losses) <= 1e-6
+    for actual, gradient in zip(gradients, expected, strict=True):
+        assert relative_error(actual, gradient) <= 3e-6
+
+
+@needs_compiler
+def test_in_bf16_it_differs_by_less_than_bf16_itself_does(tmp_path: Path) -> None:
+    """A start as a run makes it; the errors of both against fp32, of losses and of all gradients together."""
+    write_family_folder(tmp_path, "llama")
+    input_ids = tokens(3, 48)
+
+    def gradients(**train: object) -> tuple[Tensor, Tensor]:
+        model, _ = load_ours(tmp_path, ALONE, quant={"method": "none"}, train=train)
+        norms = {type(module) is CompiledRMSNorm for module in model.modules() if "RMSNorm" in type(module).__name__}
+        assert norms == {bool(train.get("compile"))}
+        losses, found = run(model, input_ids)
+        return losses, torch.cat([gradient.flatten() for gradient in found])
+
+    exact, plain = gradients(dtype="fp32"), gradients(dtype="bf16")
+    for checkpointing in ("none", "block", "selective"):
+        own = gradients(dtype="bf16", compile=True, checkpointing=checkpointing)
+        for actual, other, wanted in zip(own, plain, exact, strict=True):
+            assert relative_error(actual, wanted) <= 1.1 * relative_error(other, wanted)
+    again = gradients(dtype="bf16", compile=True, checkpointing="selective")
+    assert all(torch.equal(a, b) for a, b in zip(own, again, strict=True)), "what a resume needs"
+
+
+@needs_compiler
+def test_what_a_block_keeps_with_it_is_calculated(tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "qwen3")
+    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "checkpointing": "none", "compile": True})
+    check_kept(model, tmp_path, is_gpu=False)
+
+
+@needs_compiler
+def test_what_linears_keep_is_not_written_over(tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "llama")
+    train = {"dtype": "fp32", "checkpointing": "none"}
+    input_ids = tokens(2, 24)
+    model, _ = load_ours(tmp_path, ALONE, train=train, adapter=DORA)
+    losses, gradients = run(model, input_ids)
+    model, _ = load_ours(tmp_path, ALONE, train=train | {"compile": True}, adapter=DORA)
+    assert "DoRA's gradients read" in model.notes[-1]
+    check(model, input_ids, losses, gradients)
+
+
+@needs_compiler
+def test_a_packed_document_has_the_loss_that_it_has_alone(tmp_path: Path) -> None:
+    write_family_folder(tmp_path, "llama")
+    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
+    ids = tokens(1, 40)
+    positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
+    labels = ids.roll(-1, dims=1)
+    labels[0, [14, 39]] = -100
+    packed = model(ids, positions, labels, by_token=True)[0]
+    alone = [
+        model(part, torch.arange(part.shape[1])[None], target, by_token=True)[0]
+        for part, target in zip(ids.split([15, 25], 1), labels.split([15, 25], 1), strict=True)
+    ]
+    assert relative_error(packed, torch.cat(alone)) <= 1e-6
+
+
+def config_of(**settings: object) -> Config:
+    return build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"} | settings)
+
+
+def test_where_it_cannot_be_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter=full trains"):
+        config_of(train={"compile": True}, adapter={"method": "full"}, quant={"method": "none"})
+    config = config_of(train={"compile": True})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler .* or set train.compile=false"):
+        check_machine(config)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="is for the CPU, and this machine has a GPU"):
+        check_machine(config)
+    write_family_folder(tmp_path, "mixtral")
+    model = read_config(tmp_path)
+    with pytest.raises(UserError, match="mixtures of experts"):
+        check_of_sizes(config, model, family_of(model, tmp_path / "config.json"))

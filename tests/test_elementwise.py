@@ -1,0 +1,163 @@
+"""elementwise.cpp: what transformers' formulas give, forward and gradient, whatever the rows, their number and the
+threads that share them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from closeness import assert_close
+from distlora_kernels import native
+from distlora_kernels.elementwise import (
+    Activation,
+    cross_entropy_,
+    gated,
+    reference_cross_entropy,
+    reference_gated,
+    reference_rms_norm,
+    reference_rotated,
+    rms_norm,
+    rotate,
+)
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+
+DTYPES = (torch.bfloat16, torch.float32)
+# Of what is rounded to bf16 in the same places, a value in some hundred lands on the other side: far below one ulp.
+ULPS = {torch.bfloat16: 0.25, torch.float32: 2.0}
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def check(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert_close(actual, expected, ulps=ULPS[actual.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 40, 1024)])
+def test_a_norm_is_transformers(dtype: torch.dtype, plus_one: bool, shape: tuple[int, ...]) -> None:
+    x, weight = drawn(*shape, dtype=dtype).requires_grad_(), drawn(shape[-1], dtype=dtype, seed=1)
+    dy = drawn(*shape, dtype=dtype, seed=2)
+    expected = reference_rms_norm(x, weight, 1e-6, plus_one=plus_one)
+    actual = rms_norm(x, weight, 1e-6, plus_one=plus_one)
+    check(actual, expected)
+    (wanted,) = torch.autograd.grad(expected, x, dy)
+    (found,) = torch.autograd.grad(actual, x, dy)
+    if shape[-1] > 1:  # Of one number the gradient is what rounding leaves of 0.
+        assert_close(found, wanted, ulps=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_gated_product_is_transformers(dtype: torch.dtype, activation: Activation, halves: bool) -> None:
+    both = drawn(3, 11, 2 * 37, dtype=dtype, scale=4.0)
+    both[0, 0, :4] = torch.tensor([60.0, -60.0, 0.0, -200.0])
+    dy = drawn(3, 11, 37, dtype=dtype, seed=1)
+    gate, up = (part.contiguous().requires_grad_() for part in both.chunk(2, dim=-1))
+    expected = reference_gated(gate, up, activation)
+    wanted = torch.autograd.grad(expected, (gate, up), dy)
+    whole = both.clone().requires_grad_()
+    own = whole.clone()  # Backward writes over what it is given.
+    parts = own.chunk(2, dim=-1) if halves else tuple(part.contiguous() for part in own.chunk(2, dim=-1))
+    actual = gated(*parts, activation)
+    check(actual, expected)
+    (found,) = torch.autograd.grad(actual, whole, dy)
+    check(found, torch.cat(wanted, dim=-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "turned"), [(64, 64), (24, 18)])
+@pytest.mark.parametrize("tables", [1, 2])
+def test_a_rotary_embedding_is_transformers_to_the_bit(dtype: torch.dtype, size: int, turned: int, tables: int) -> None:
+    q, k = (drawn(2, 9, heads * size, dtype=dtype, seed=heads).requires_grad_() for heads in (6, 2))
+    angles = drawn(tables, 9, turned, dtype=torch.float32, seed=5)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    as_heads = [x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k)]
+    expected = [reference_rotated(x, cos, sin) for x in as_heads]
+    dys = [drawn(*y.shape, dtype=dtype, seed=7) for y in expected]
+    wanted = torch.autograd.grad(expected, (q, k), dys)
+    own = [x.clone().unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k)]
+    actual = rotate(own[0], own[1], cos, sin)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.shape == b.shape
+    for a, b in zip(torch.autograd.grad(actual, (q, k), dys), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [3, 1000])
+def test_losses_and_their_gradient_are_torchs(dtype: torch.dtype, columns: int) -> None:
+    logits = drawn(50, columns, dtype=dtype, scale=6.0)
+    labels = torch.randint(0, columns, (50,), generator=torch.Generator().manual_seed(1))
+    labels[7] = -100
+    expected, gradient = reference_cross_entropy(logits, labels)
+    own = logits.clone()
+    assert_close(cross_entropy_(own, labels), expected, ulps=2.0)
+    check(own, gradient)
+    assert not own[7].any()
+
+
+def test_no_row_depends_on_the_others_or_on_threads() -> None:
+    x, weight = drawn(700, 96, dtype=torch.bfloat16), drawn(96, dtype=torch.bfloat16, seed=1)
+    labels = torch.arange(700) % 96
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            logits = x.clone()
+            losses = cross_entropy_(logits, labels)
+            found.append((rms_norm(x, weight, 1e-6, plus_one=False), gated(x, x, "silu"), losses, logits))
+    finally:
+        torch.set_num_threads(threads)
+    part = x[101:104].clone()
+    alone = (rms_norm(part, weight, 1e-6, plus_one=False), gated(part, part, "silu"))
+    logits = part.clone()
+    for one, three, own in zip(*found, (*alone, cross_entropy_(logits, labels[101:104]), logits), strict=True):
+        assert torch.equal(one, three)
+        assert torch.equal(one[101:104], own)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_lost(dtype: torch.dtype, bad: float) -> None:
+    """A run must notice it."""
+    x, weight = drawn(2, 40, dtype=dtype), torch.ones(40, dtype=dtype)
+    x[0, 3] = bad
+    assert not rms_norm(x, weight, 1e-6, plus_one=False)[0].isfinite().all()
+    assert not gated(x, torch.ones_like(x), "silu")[0, 3].isfinite() or bad < 0
+    assert rms_norm(x, weight, 1e-6, plus_one=False)[1].isfinite().all()
+    logits = x.clone()
+    losses = cross_entropy_(logits, torch.tensor([5, 5]))
+    assert losses.isfinite().tolist() == [bad < 0 and bad == bad, True]
+
+
+def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX=no-such-compiler is no program" in str(native.why_not())
+    failing = tmp_path / "cxx"
+    failing.write_text("#!/bin/sh\necho 'elementwise.cpp:1: error: unknown target' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    assert native.why_not() is None
+    with pytest.raises(native.NotCompiledError, match="unknown target"):
+        native.library.__wrapped__()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "apt-get install g++" in str(native.why_not())
+
+
+def test_finding_a_compiler_imports_no_torch() -> None:
+    code = "import sys; from distlora_kernels import native; native.why_not(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

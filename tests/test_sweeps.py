@@ -29,7 +29,7 @@ from distlora_launcher.cli import main
 from distlora_launcher.holding import holders, running, worker_place
 from distlora_launcher.signals import Forwarder
 from distlora_launcher.sweeps import command, journal, local, runner, study
-from distlora_launcher.sweeps.command import ask
+from distlora_launcher.sweeps.asked import ask
 from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects

@@ -28,6 +28,7 @@ from distlora_launcher.compose import (
     compose_run,
     compose_sweep,
     config_from_hydra,
+    expand_home,
     with_new_keys,
 )
 from distlora_launcher.fixed import fixed_settings
@@ -129,12 +130,6 @@ def refuse_dry_run(config: Config, flags: argparse.Namespace, dry_run: bool) -> 
 def ordered(arguments: list[str], overrides: list[str]) -> list[str]:
     """The flags, then the overrides: Hydra itself refuses a setting after a flag that follows a setting."""
     return [*(word for word in arguments if word not in overrides and word != "--"), "--", *overrides]
-
-
-def expand_home(word: str) -> str:
-    """`data.path=~/x` as zsh would pass it: bash leaves the ~ alone, and Hydra's grammar has no such character."""
-    key, _, value = word.partition("=")
-    return f"{key}={Path.home()}{value[1:]}" if value == "~" or value.startswith("~/") else word
 
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:

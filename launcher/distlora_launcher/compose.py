@@ -62,6 +62,12 @@ def with_new_keys(word: str) -> str:
     return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
 
 
+def expand_home(word: str) -> str:
+    """`data.path=~/x` as zsh would pass it: bash leaves the ~ alone, and Hydra's grammar has no such character."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path.home()}{value[1:]}" if value == "~" or value.startswith("~/") else word
+
+
 def section_of(word: str) -> str:
     """The section, or the group, that a word is of: `adapter` of adapter=full, +adapter.r=8 and ~adapter.r."""
     return re.split(r"[.@/]", word.lstrip("+~").partition("=")[0], maxsplit=1)[0]

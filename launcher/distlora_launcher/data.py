@@ -18,10 +18,9 @@ from pathlib import Path
 from distlora.command_line import DONE
 from distlora.config import UserError, nearest
 from distlora.config_file import load_config
-from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_data, check_model
-from distlora_launcher.compose import compose_config
+from distlora_launcher.compose import compose_config, expand_home
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.local import create_run
 

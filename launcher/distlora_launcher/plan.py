@@ -29,10 +29,9 @@ from distlora.plan.pages.report import assumptions, machines_of, page, settings
 from distlora.plan.pages.tables import matrix, scaling_tables
 from distlora.plan.pages.words import KINDS
 from distlora.plan.speed.scaling import FABRICS, Scaling, scaling
-from distlora_launcher.application import expand_home
 from distlora_launcher.arguments import Parser
 from distlora_launcher.checks import check_parallel, check_writable
-from distlora_launcher.compose import names_model
+from distlora_launcher.compose import expand_home, names_model
 from distlora_launcher.here import planned_model
 from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown

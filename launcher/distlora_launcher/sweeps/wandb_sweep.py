@@ -24,6 +24,8 @@ from distlora.config.sweep import SweepConfig
 from distlora.config_file import as_mapping
 from distlora.sweep_folder import words_of
 from distlora_launcher.output import say, shown, warn
+from distlora_launcher.sweeps.asked import ask, check_trials
+from distlora_launcher.sweeps.search import search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
 
 FILE_NAME = "wandb_sweep.yaml"
@@ -66,9 +68,6 @@ def main(arguments: list[str]) -> int:
 
 def create(arguments: list[str]) -> int:
     """Write and register a sweep. Returns the exit code."""
-    from distlora_launcher.sweeps.command import ask, check_trials
-    from distlora_launcher.sweeps.search import search_of
-
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE

@@ -26,7 +26,7 @@ from distlora.plan.choice.space import typed
 from distlora.plan.memory.kinds import Kind
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.report import assumptions, machines_of, page, settings
-from distlora.plan.pages.tables import matrix, scaling_tables
+from distlora.plan.pages.tables import leverage_table, matrix, scaling_tables
 from distlora.plan.pages.words import KINDS
 from distlora.plan.speed.scaling import FABRICS, Scaling, scaling
 from distlora_launcher.arguments import Parser
@@ -45,7 +45,7 @@ WORTH_SAYING = 20
 Value = TypeVar("Value")
 
 USAGE = """usage: distlora plan model=NAME [card=NAME] [setting=value ...] [--assumptions] [--json] [--plot FILE]
-       distlora plan model=NAME card=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json]
+       distlora plan model=NAME card=NAME [setting=value ...] --scaling [--strong] [--fabrics] [--json] [--plot FILE]
        distlora plan --table [--models NAME,...] [--cards NAMExNUMBER,...] [setting=value ...] [--json] [--plot FILE]
 
 What a run needs before it starts, calculated from the model's sizes alone: memory of a card by kind, host memory, disk,
@@ -61,11 +61,11 @@ what travels between cards, operations. Where it does not fit, what would. Nothi
   --table            many models on many machines, as Markdown, each with the fastest settings that fit
   --models, --cards  for --table: {table_models};
                      {table_machines}
-  --scaling          the same run on 1 to 1,024 cards: tokens/s, efficiency, what a step waits for; as many rows on
+  --scaling          the same run on 1 to 1,024 cards: tokens/s, of a card too, what a step waits for; as many rows on
                      each card, or with --strong in all; with --fabrics over usual links too
-  --assumptions      print what the time rests on too
+  --assumptions      print what the time rests on too; with --scaling what each of that decides
   --json             every figure, in bytes, for a program to read
-  --plot FILE.png    a bar of what takes the memory, or one for each model and machine
+  --plot FILE.png    a bar of what takes the memory, or one for each model and machine; with --scaling tokens/s
   --config-dir DIR   your own recipes
 
 models: {models}
@@ -179,7 +179,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("strong", "fabrics"):
         require(options.scaling or not getattr(options, flag), f"--{flag} belongs to --scaling; add --scaling")
     require(not (options.scaling and options.table), "--table and --scaling are two tables; leave one of them out")
-    require(not (options.scaling and options.plot), "--plot draws memory, and --scaling is of time; leave one out")
     options.models = MODELS if options.models is None else listed("--models", options.models)
     options.machines = MACHINES if options.cards is None else listed("--cards", options.cards)
     if options.plot is not None:
@@ -293,6 +292,12 @@ def show_scaling(options: argparse.Namespace) -> None:
         what = "as many rows in all" if options.strong else "as many rows on each card"
         print(f"{plan.model.name} on {plan.machine.name}, {what}; {settings(plan)}\n")
         print("\n".join(scaling_tables(rows)))
+        if options.assumptions:
+            print("\n".join(["", *leverage_table(rows)]))
+    if options.plot is not None:
+        from distlora.plan.pages.scaling_plot import plot_scaling
+
+        plot_scaling(rows, f"{plan.model.name} on {plan.machine.name}, calculated", options.plot)
 
 
 def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:

@@ -80,7 +80,7 @@ def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
         by_place = {(row.ranks, row.layout): row for row in found}
         header = ["GPUs", "machines", "rows a step"]
         for layout in layouts:
-            header += [f"{layout}: s a step", "tokens/s", "efficiency", "MFU", "waits for"]
+            header += [f"{layout}: s a step", "tokens/s", "of a card", "MFU", "waits for"]
         lines = []
         for ranks in dict.fromkeys(row.ranks for row in found):
             first = next(row for row in found if row.ranks == ranks)
@@ -96,14 +96,29 @@ def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
     yield from (f"- {said}" for said in dict.fromkeys(said for row in rows for said in row.assumptions))
 
 
+LEVERED = (1, 8, 64, 512)
+"""GPUs whose leverage a table shows."""
+
+
+def leverage_table(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """What of the tokens a second of one copy over the machine's own links is left where a rate is half of what is
+    assumed, that which matters most first: what to measure first."""
+    shown = [row for row in rows if row.fabric == OWN and row.layout == "one copy" and row.ranks in LEVERED]
+    levers = sorted(shown[0].if_half, key=lambda lever: min(row.if_half[lever] for row in shown))
+    header = ["half as fast", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]
+    yield "What is left of the tokens/s of one copy where one of these is half as fast as is assumed:"
+    yield ""
+    yield from markdown(header, [[lever, *(f"{row.if_half[lever]:.0%}" for row in shown)] for lever in levers])
+
+
 def _scaling_cells(row: ScalingRow | None) -> list[str]:
     if row is None:
         return [""] * 5
     fits = "" if row.fits is not False else " (does not fit)"
     return [
-        f"{row.seconds:.3g}{fits}",
+        f"{row.seconds:,.0f}{fits}" if row.seconds >= 100 else f"{row.seconds:.3g}{fits}",
         f"{row.tokens_per_second:,.0f}",
-        f"{row.efficiency:.0%}",
+        f"{row.tokens_of_a_rank:,.0f} ({row.efficiency:.0%})",
         f"{row.mfu:.0%}",
         WAITS[row.binds],
     ]

@@ -4,6 +4,7 @@ source. Imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,26 @@ class Rates:
     tree_step_across: float
     said: tuple[str, ...]
     """The assumptions, a sentence each."""
+
+
+LEVERS: dict[str, tuple[str, ...]] = {
+    "products of matrices": ("matrices", "decoding"),
+    "attention": ("attention",),
+    "the card's memory": ("bandwidth",),
+    "launches": ("launch",),
+    "links within a machine": ("link",),
+    "the network": ("network",),
+    "starts of collectives": ("base", "ring_step", "ring_step_across", "tree_step", "tree_step_across"),
+}
+"""What a step's time rests on, by what one measurement would settle."""
+_IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
+
+
+def half_as_fast(rates: Rates, lever: str) -> Rates:
+    """The same with twice the time for everything of this lever."""
+    factors = {name: 2.0 if name in _IN_SECONDS else 0.5 for name in LEVERS[lever]}
+    known = {name: factor * rate for name, factor in factors.items() if (rate := getattr(rates, name)) is not None}
+    return dataclasses.replace(rates, **known)
 
 
 def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ the rows that a rank runs. The efficiency of a number is its tokens a second and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
 from distlora.plan.machine import Machine
 from distlora.plan.memory.device import device_bytes
 from distlora.plan.model import PlannedModel
-from distlora.plan.speed.rates import missing_rates
+from distlora.plan.speed.rates import LEVERS, half_as_fast, missing_rates, rates_of
 from distlora.plan.speed.seconds import Term
 from distlora.plan.speed.timing import step_time
 
@@ -80,6 +80,14 @@ class ScalingRow:
     """Tokens a second and rank, over those of the first row of the same fabric."""
     binds: Term
     assumptions: tuple[str, ...]
+    if_half: Mapping[str, float]
+    """By what was not measured (`rates.LEVERS`): the share of its tokens a second that is left where that is half as
+    fast as is assumed."""
+
+    @property
+    def tokens_of_a_rank(self) -> float:
+        """A second."""
+        return self.tokens_per_second / self.ranks
 
 
 def scaling(
@@ -165,7 +173,9 @@ def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, f
                 + ", ".join(missing_rates(config, machine))
             )
         fewest = fewest or time.tokens_per_second_of_a_rank
-        usable = machine.usable_bytes
+        usable, rates = machine.usable_bytes, rates_of(config, machine)
+        assert rates is not None
+        slower = {lever: step_time(config, model, machine, rates=half_as_fast(rates, lever)) for lever in LEVERS}
         yield ScalingRow(
             ranks=machine.ranks,
             machines=machine.ranks // machine.ranks_per_machine,
@@ -180,4 +190,5 @@ def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, f
             efficiency=time.tokens_per_second_of_a_rank / fewest,
             binds=time.binds,
             assumptions=time.assumptions,
+            if_half={lever: time.seconds / each.seconds for lever, each in slower.items() if each is not None},
         )

@@ -108,10 +108,12 @@ class StepTime:
         }
 
 
-def step_time(config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepTime | None:
+def step_time(
+    config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None, rates: Rates | None = None
+) -> StepTime | None:
     """Of a step with these settings; None where the machine's rates are not known (`rates_of`). `document`: tokens of
-    each packed document; None: one a row."""
-    rates = rates_of(config, machine)
+    each packed document; None: one a row. `rates`: others than the machine's."""
+    rates = rates or rates_of(config, machine)
     if rates is None:
         return None
     work = step_work(config, model, machine, document=document)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora.config import Config
+from distlora.config import Config, DataConfig
 from distlora.config.sweep import SweepConfig
+from distlora.data.sources import check_sources
 from distlora_launcher.cli import COMMANDS
 from document_stage import Shell, make_stage, make_sweep, no_process_starts
 from documents import ROOT, anchors, blocks, commands, documents, links, named, strangers
@@ -66,6 +67,16 @@ def test_a_page_for_users_shows_commands_as_commands_and_output_as_text(document
     """So that no command of theirs is overlooked here."""
     odd = [line for block in blocks(document) for line in strangers(block)]
     assert not odd, "\n".join(odd)
+
+
+def test_the_records_that_the_page_on_data_shows_are_read_as_it_says(tmp_path: Path) -> None:
+    shown = [text for _, text in named("docs/data.md") if text.startswith("{")]
+    found = []
+    for number, record in enumerate(shown):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f"{record}\n" * 3)
+        found += check_sources(DataConfig(path=str(path)), limit=3)
+    assert found == ["chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -35,14 +35,22 @@ def first_hour() -> list[Block]:
 
 def pattern(promised: str) -> str:
     """What a promised line stands for."""
-    parts = [re.escape(part) for part in promised.strip().split("...")]
-    text = ".*".join(re.sub(r"\d[\d,.:]*", lambda _: _FIGURE, part) for part in parts)
-    return re.sub(r"(?:\\ )+", r"\\s+", text)
+    parts = re.split(rf"(\.\.\.| +|{_FIGURE})", promised.strip())
+
+    def stands_for(part: str) -> str:
+        if part == "...":
+            return ".*"
+        if part and not part.strip():
+            return r"\s+"
+        return _FIGURE if re.fullmatch(_FIGURE, part) else re.escape(part)
+
+    return "".join(map(stands_for, parts))
 
 
 def test_patterns_stand_for_what_differs_between_machines() -> None:
     assert re.fullmatch(pattern("step  1/34  loss 4.7197  ..."), "step   2/117  loss 3.1  lr 1e-3")
     assert not re.fullmatch(pattern("step  1/34  loss 4.7197"), "step  1/34  loss unknown")
+    assert re.fullmatch(pattern("8.26 GB a process"), "10 GB a process")
     assert re.fullmatch(pattern("wrote ...runs/first/merged: 5.3 MB"), "wrote /tmp/a/runs/first/merged: 12.0 MB")
 
 

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from distlora.bench.network import free_port
 from distlora.config import Config, UserError
 from distlora.config_file import as_mapping, build, load_config
 from distlora_launcher import holding, meeting, processes
@@ -34,12 +35,6 @@ from small_models import read_metrics
 
 HERE = Path(__file__).parent
 DISTLORA = [sys.executable, "-m", "distlora_launcher.cli"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Machine:

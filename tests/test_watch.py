@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from chaos import Life, read_lines, train_command, uninterrupted
 from distlora import error_file
+from distlora.bench.network import free_port
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
 from distlora_launcher.failures import first_failure, read_errors
@@ -95,12 +96,6 @@ def hang(case: str, rank: int, ended: threading.Event) -> None:
 def full_log() -> io.TextIOWrapper:
     """A log on a disk that is full."""
     return io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

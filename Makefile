@@ -4,16 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages bench-load bench-dora bench-save bench-step-time slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
 
-# Two at a time, each file in one process: a world of four ranks, a GPU's kernels, an interpreter hold what they use.
+# Each file in one process, which keeps its world of four ranks, its GPU's kernels, its runs that are compared with. Three at a
+# time on two cores: a third of their time waits for something (SLURM, a save, a process that starts).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-# What takes minutes each: whole commands as a user runs them, larger models. Not in CI.
+# What takes minutes each (CONTRIBUTING.md says what that is). Not in CI.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

@@ -22,29 +22,36 @@ from worlds import World, start_world
 
 LONGEST = (
     "test_slurm_cluster",
-    "test_sweep_arrays",
-    "test_wandb_sweep",
-    "test_methods",
+    "test_packed",
     "test_end_to_end",
     "test_parity",
-    "test_packed",
+    "test_sweep_arrays",
+    "test_offline",
+    "test_methods",
+    "test_wandb_sweep",
     "test_families",
     "test_zero3",
+    "test_sweeps",
     "test_resume",
-    "test_offline",
+    "test_dropout",
     "test_hsdp",
     "test_generation",
+    "test_messages",
+    "test_layout",
     "test_hub",
+    "test_loading_memory",
     "test_prequantized",
     "test_shard_cache",
+    "test_documents",
     "test_launcher_workers",
     "test_data_hub",
 )
-"""Files that take longest, in the order in which they begin: two processes share the files, and whichever has nothing
-left waits for the other's last one. Those of real commands, which mostly wait, beside those that compute."""
+"""Files that take longest, in the order in which they begin: three processes share the files, and whichever has nothing
+left waits for the others' last ones. Those of real commands, which mostly wait, beside those that compute."""
 
-# Small tensors gain nothing from threads, and on a busy machine two of them wait for each other.
+# Small tensors gain nothing from threads, and on a busy machine two of them wait for each other; in commands, too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts its background jobs (`make test &`) deaf to Ctrl-C, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

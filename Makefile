@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages bench-load bench-dora bench-save bench-step-time slurm-shell clean
+.PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages bench-load bench-dora bench-save bench-step-time bench-attention slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -67,6 +67,10 @@ bench-dora: $(READY)
 # What a training step takes here, beside what the planner says of it at the rates that this machine has.
 bench-step-time: $(READY)
 	$(BIN)/python -m distlora.bench.step_time
+
+# The CPU's attention in bf16 beside torch's.
+bench-attention: $(READY)
+	$(BIN)/python -m distlora.bench.attention
 
 # What saving at every step costs the thread that trains.
 bench-save: $(READY)

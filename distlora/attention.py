@@ -1,4 +1,5 @@
 """Variable-length attention over packed rows: every document by itself, without a mask and without a sync of the host.
+On the CPU the operation is attention_cpu.py's.
 
 transformers' decoders hand a 4-D attention_mask to every layer untouched (masking_utils._preprocess_mask_arguments), so
 the documents travel as that mask: `Documents.starts`, int32. The block wrapper cuts it by rows and recomputation sees
@@ -15,11 +16,12 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distlora import attention_cpu
 from distlora.families import Family
 
 NAME = "distlora_varlen"
@@ -260,10 +262,18 @@ class Choice(NamedTuple):
     said: str
 
 
-def choose(family: Family, hf_config: Any, *, device: torch.device, dtype: torch.dtype, deterministic: bool) -> Choice:
-    """Variable-length attention where this CUDA device, the dtype and the model allow it, or the reason why not.
+def choose(
+    family: Family,
+    hf_config: Any,
+    *,
+    wanted: Literal["auto", "sdpa"],
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool,
+) -> Choice:
+    """Variable-length attention where this device, the dtype and the model allow it, or the reason why not.
 
-    `hf_config` is the decoder's, dtype what it computes in.
+    `hf_config` is the decoder's, dtype what it computes in, `wanted` train.attention.
     """
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -271,6 +281,12 @@ def choose(family: Family, hf_config: Any, *, device: torch.device, dtype: torch
         return Choice(
             None, f"{dense}: {family.model_type} caps its scores or has attention sinks, which no such kernel here does"
         )
+    if wanted == "sdpa":
+        return Choice(None, f"{dense}: train.attention=sdpa")
+    if device.type == "cpu":
+        if dtype != torch.bfloat16:
+            return Choice(None, f"{dense}: on the CPU {dtype} is transformers' own, the reference")
+        return Choice(attention_cpu.attend, "attention runs over each document's length, in products of matrices")
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
     if head_size % 8 or head_size > 256:

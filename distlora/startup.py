@@ -189,36 +189,38 @@ def keep_inputs_on_host(model: CausalLM, config: Config, ranks: Ranks) -> None:
 
 
 def use_device_kernels(model: CausalLM, config: Config, device: torch.device) -> None:
-    """Exchange what the device has better kernels for, and have split GEMMs sum in fp32; what was exchanged, and what
-    was not and why, in `model.notes`.
+    """Exchange what the device has better kernels for, and have split GEMMs sum in fp32; what was exchanged, and on a
+    GPU what was not and why, in `model.notes`.
 
-    On the CPU, where transformers' own modules are the reference, only what is asked for.
+    On the CPU, where transformers' own modules are the reference, that is attention in bf16, and what is asked for.
     """
-    if device.type != "cuda":
-        if config.train.compile:
-            kept = config.adapter.use_dora
-            model.notes.append(compiled.apply(model.decoder, model.family, model.head, outputs_are_kept=kept))
-        return
-    # Sums of split GEMMs in fp32, as everything else here; torch's default lets the library round them to bf16.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     settings = config.train
-    if settings.compile:
-        raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        # Sums of split GEMMs in fp32, as everything else here; torch's default lets the library round them to bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if settings.compile:
+            raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
     choice = attention.choose(
         model.family,
         model.decoder.config,
+        wanted=settings.attention,
         device=device,
         dtype=DTYPES[settings.dtype],
         deterministic=settings.deterministic_attention,
     )
     if choice.op is not None:
         model.attend_by_documents(choice.op)
-    model.notes.append(choice.said)
-    if settings.liger:
+    if is_gpu or choice.op is not None:
+        model.notes.append(choice.said)
+    kept = config.adapter.use_dora
+    if settings.compile:
+        model.notes.append(compiled.apply(model.decoder, model.family, model.head, outputs_are_kept=kept))
+    if is_gpu and settings.liger:
         experts = model.family.experts is not None
         reason = liger.why_not(device=device, full=config.adapter.method == "full", experts=experts)
         model.notes.append(
-            liger.apply(model.decoder, model.family, outputs_are_kept=config.adapter.use_dora)
+            liger.apply(model.decoder, model.family, outputs_are_kept=kept)
             if reason is None
             else f"liger-kernel is not used: {reason}"
         )

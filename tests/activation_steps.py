@@ -15,21 +15,30 @@ from accounting import Kept, Made, flash_like
 from distlora import head
 from distlora.adapters import StepRows
 from distlora.attention import Documents
+from distlora.attention_cpu import attend
 from distlora.families import read_config
 from distlora.mlp import MLP, place_mlps
 from distlora.model import CausalLM
 from distlora.offload import HostInputs
+from distlora.plan.kernels import AttentionKind
 from distlora.plan.memory import activations
 from distlora.plan.memory.activations import Costs, Device, Mode
+from distlora.plan.memory.attention_memory import Attention
 from distlora.plan.memory.base import base_of
-from distlora.plan.memory.block_memory import Attention
 from distlora.plan.memory.gathered import Copied, copied_of
 from distlora.shapes import shapes_of
 from family_models import config_for, load_ours, tokens
 from small_models import write_model_folder
 
 TOKENS = 512
-POSITIONS = torch.arange(16).repeat(1, TOKENS // 16)
+
+
+def positions(document: int) -> Tensor:
+    """Of a row with documents of so many tokens."""
+    return torch.arange(document).repeat(1, TOKENS // document)
+
+
+POSITIONS = positions(16)
 """Documents so short that the scores of the attention that stands in are small."""
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
 NARROW = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6, "head_dim": 48}
@@ -54,21 +63,27 @@ def load(
     quant: str = "none",
     checkpointing: str = "block",
     keep_dequantized: bool = False,
-    by_documents: bool = True,
+    attention: AttentionKind = "documents",
+    document: int = 16,
     **adapter: Any,
 ) -> Loaded:
     """A random model, and what is calculated for it on the CPU; attention by documents as the CUDA kernel keeps it,
-    without what that kernel makes for itself, or as the CPU does it."""
+    without what that kernel makes for itself, or as the CPU does it, in `tiles` with documents of so many tokens."""
     write_model_folder(folder, family, **sizes)
     sections = {
         "data": {"path": "none.jsonl", "sequence_length": TOKENS},
         "adapter": adapter if "method" in adapter else {"target_modules": "all-linear", "r": 4, **adapter},
         "quant": {"method": quant, "cache": False},
-        "train": {"dtype": dtype, "checkpointing": checkpointing, "keep_dequantized": keep_dequantized},
+        "train": {
+            "dtype": dtype,
+            "checkpointing": checkpointing,
+            "keep_dequantized": keep_dequantized,
+            "attention": "sdpa" if attention == "sdpa" else "auto",
+        },
     }
     model, _ = load_ours(folder, **sections)
-    if by_documents:
-        model.attend_by_documents(flash_like)
+    if attention in ("documents", "tiles"):
+        model.attend_by_documents(flash_like if attention == "documents" else attend)
     # The first block's norm would keep nothing of an input without gradient; a leaf would be kept by its own node.
     weight = model.embedding.get_parameter("weight")
     if not weight.requires_grad:
@@ -80,7 +95,10 @@ def load(
     settings, config = read_config(folder), config_for(folder, **sections)
     shapes = shapes_of(settings, folder / "config.json")
     costs = Costs.of(config, shapes, settings, Device(is_gpu=False))
-    costs = replace(costs, attention=Attention()) if by_documents else costs
+    if attention == "documents":
+        costs = replace(costs, attention=Attention())
+    assert costs.attention.kind == attention
+    costs = replace(costs, attention=replace(costs.attention, document=document))
     return Loaded(model, costs, copied_of(config, base_of(config, shapes), 1))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from activation_steps import NARROW, WIDE, check_steps, load, small_chunks
+import activation_steps
+from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
 from distlora import experts
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.activations import Mode
@@ -28,7 +29,7 @@ SCORES = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, 
 """Scores are most of what attention makes."""
 SHALLOW = {"num_hidden_layers": 2}
 QWEN3_MOE = {"moe_intermediate_size": 160}
-ON_CPU = {"by_documents": False}
+MASKS, EAGER = {"attention": "sdpa"}, {"attention": "eager"}
 DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.1}
 BOTH = DORA | DROPOUT
 
@@ -39,21 +40,21 @@ CASES: list[tuple[str, str, dict[str, int], dict[str, Any]]] = [
     ("qwen3_moe, narrow", "qwen3_moe", NARROW | QWEN3_MOE | SHALLOW, {}),
     ("qwen3_moe, wide", "qwen3_moe", WIDE | QWEN3_MOE, {}),
     ("qwen3_moe, adapters in attention", "qwen3_moe", WIDE | QWEN3_MOE, {"target_modules": ["q_proj", "v_proj"]}),
-    ("gpt_oss, narrow", "gpt_oss", NARROW, ON_CPU),
-    ("gpt_oss, wide", "gpt_oss", WIDE, ON_CPU),
-    ("gpt_oss, scores", "gpt_oss", SCORES, ON_CPU),
-    ("gemma2, narrow", "gemma2", NARROW, ON_CPU),
-    ("gemma2, wide", "gemma2", WIDE, ON_CPU),
-    ("gemma2, scores", "gemma2", SCORES, ON_CPU),
-    ("gemma2 in fp32", "gemma2", SCORES, ON_CPU | {"dtype": "fp32"}),
+    ("gpt_oss, narrow", "gpt_oss", NARROW, EAGER),
+    ("gpt_oss, wide", "gpt_oss", WIDE, EAGER),
+    ("gpt_oss, scores", "gpt_oss", SCORES, EAGER),
+    ("gemma2, narrow", "gemma2", NARROW, EAGER),
+    ("gemma2, wide", "gemma2", WIDE, EAGER),
+    ("gemma2, scores", "gemma2", SCORES, EAGER),
+    ("gemma2 in fp32", "gemma2", SCORES, EAGER | {"dtype": "fp32"}),
     ("phi3, narrow", "phi3", NARROW, {}),
     ("phi3, wide", "phi3", WIDE, {}),
     ("qwen2", "qwen2", NARROW, {}),
-    ("llama with masks", "llama", WIDE, ON_CPU),
-    ("llama with masks in fp32", "llama", NARROW, ON_CPU | {"dtype": "fp32"}),
-    ("llama with masks in NF4", "llama", NARROW, ON_CPU | {"quant": "nf4"}),
-    ("qwen3 with masks in NF4 and fp32", "qwen3", WIDE, ON_CPU | {"quant": "nf4", "dtype": "fp32"}),
-    ("gemma3 with masks", "gemma3", WIDE, ON_CPU),
+    ("llama with masks", "llama", WIDE, MASKS),
+    ("llama with masks in fp32", "llama", NARROW, MASKS | {"dtype": "fp32"}),
+    ("llama with masks in NF4", "llama", NARROW, MASKS | {"quant": "nf4"}),
+    ("qwen3 with masks in NF4 and fp32", "qwen3", WIDE, MASKS | {"quant": "nf4", "dtype": "fp32"}),
+    ("gemma3 with masks", "gemma3", WIDE, MASKS),
     ("llama, DoRA, wide", "llama", WIDE, DORA),
     ("llama, DoRA, narrow", "llama", NARROW, DORA),
     ("llama, dropout", "llama", WIDE, DROPOUT),
@@ -61,7 +62,7 @@ CASES: list[tuple[str, str, dict[str, int], dict[str, Any]]] = [
     ("qwen3, DoRA and dropout", "qwen3", WIDE, BOTH),
     ("qwen2, DoRA beside biases", "qwen2", NARROW, DORA),
     ("phi3, DoRA", "phi3", NARROW, DORA),
-    ("llama with masks, DoRA in NF4", "llama", NARROW, ON_CPU | DORA | {"quant": "nf4"}),
+    ("llama with masks, DoRA in NF4", "llama", NARROW, MASKS | DORA | {"quant": "nf4"}),
 ]
 DEFAULT = ("qwen3_moe, narrow", "gpt_oss, scores", "llama, DoRA and dropout")
 
@@ -82,6 +83,37 @@ def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
     # What an operation makes within itself, nothing sees that looks at operations (tests/test_plan_memory.py does).
     monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
     check_steps(load(tmp_path, family, sizes, **settings), FEW if name in DEFAULT else ALL)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("family", "sizes", "document", "settings"),
+    [
+        ("llama", WIDE, 512, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", NARROW, 512, {"quant": "nf4"}),
+                ("llama", WIDE, 64, {}),
+                ("qwen3", WIDE, 256, DORA),
+                ("gemma3", WIDE, 512, {}),
+                ("phi3", NARROW, 512, {}),
+            )
+        ),
+    ],
+)
+def test_tiles_of_attention_are_calculated_within_5_percent(
+    family: str,
+    sizes: dict[str, int],
+    document: int,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_memory, "STRIPE_BYTES", 0)
+    monkeypatch.setattr(activation_steps, "POSITIONS", positions(document))
+    loaded = load(tmp_path, family, sizes, attention="tiles", document=document, **settings)
+    check_steps(loaded, FEW if family == "llama" and sizes is WIDE else ALL)
 
 
 FULL = {"method": "full"}

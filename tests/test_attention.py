@@ -297,7 +297,9 @@ def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest
     def choice(family: str = "llama", dtype: torch.dtype = torch.bfloat16, head_dim: int | None = None) -> Any:
         sizes = Sizes()
         sizes.head_dim = head_dim
-        return attention.choose(FAMILIES[family], sizes, device=torch.device("cuda"), dtype=dtype, deterministic=True)
+        return attention.choose(
+            FAMILIES[family], sizes, wanted="auto", device=torch.device("cuda"), dtype=dtype, deterministic=True
+        )
 
     assert choice().op is not None
     assert "torch.nn.attention.varlen" in choice().said
@@ -375,14 +377,22 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     write_family_folder(tmp_path, "llama")
-    for device, dtype, chosen in (("cuda", "bf16", True), ("cuda", "fp32", False), ("cpu", "bf16", False)):
-        config = config_for(tmp_path, train={"dtype": dtype, "liger": False, "deterministic_attention": False})
+    for device, dtype, wanted, said in (
+        ("cuda", "bf16", "auto", "in no fixed order"),
+        ("cuda", "fp32", "auto", None),
+        ("cuda", "bf16", "sdpa", None),
+        ("cpu", "bf16", "auto", "products of matrices"),
+        ("cpu", "fp32", "auto", None),
+        ("cpu", "bf16", "sdpa", None),
+    ):
+        settings = {"dtype": dtype, "liger": False, "deterministic_attention": False, "attention": wanted}
+        config = config_for(tmp_path, train=settings)
         model = build_model(config)
         startup.use_device_kernels(model, config, torch.device(device))
-        assert model.attends_by_documents == chosen
-        assert model.decoder.config._attn_implementation == (attention.NAME if chosen else "sdpa")
-        assert len(model.notes) == (device == "cuda")
-        assert all(("in no fixed order" in note) == chosen for note in model.notes)
+        assert model.attends_by_documents == (said is not None)
+        assert model.decoder.config._attn_implementation == ("sdpa" if said is None else attention.NAME)
+        assert len(model.notes) == (device == "cuda" or said is not None)
+        assert all((said or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
     monkeypatch.setattr(liger, "why_not", lambda **_: "it is not installed")
     startup.use_device_kernels(model, config, torch.device("cuda"))

@@ -24,6 +24,7 @@ PACKAGES = {
 LAYERS = [
     {"distlora_kernels"},
     {
+        "distlora.attention_tiles",
         "distlora.config",
         "distlora.config_file",
         "distlora.command_line",
@@ -46,6 +47,7 @@ LAYERS = [
         "distlora.error_file",
     },
     {
+        "distlora.attention_cpu",
         "distlora.families",
         "distlora.hf_config",
         "distlora.reporting",

@@ -23,7 +23,7 @@ from distlora.parallel import Ranks
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.memory import measured as beside_plan
-from distlora.plan.memory.block_memory import flash_accumulators
+from distlora.plan.memory.attention_memory import flash_accumulators
 from distlora.plan.memory.device import DeviceBytes, device_bytes
 from distlora.plan.memory.kinds import Moment
 from distlora.plan.model import find_model, model_in

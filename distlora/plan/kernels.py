@@ -4,16 +4,45 @@ no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+from distlora.attention_tiles import computed_pairs
 from distlora.config import Config
 from distlora.decoder_sizes import Decoder
 from distlora.families import Family
+from distlora.operations import pairs
+
+AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
+"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py).
+`sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the scores of a row are tensors."""
 
 
-def attends_by_documents(config: Config, family: Family, decoder: Decoder, *, is_gpu: bool) -> bool:
-    """Whether attention is flash attention within each document, or computes all pairs of a row and hides some by a
-    mask (attention.py, `choose`)."""
-    takes_heads = decoder.head_size % 8 == 0 and decoder.head_size <= 256
-    return is_gpu and family.attention == "sdpa" and config.train.dtype == "bf16" and takes_heads
+def attention_kind(config: Config, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
+    """What attention.py chooses (`choose`), where a GPU has the kernels."""
+    if family.attention == "eager":
+        return "eager"
+    if config.train.attention == "sdpa" or config.train.dtype != "bf16":
+        return "sdpa"
+    if not is_gpu:
+        return "tiles"
+    return "documents" if decoder.head_size % 8 == 0 and decoder.head_size <= 256 else "sdpa"
+
+
+def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
+    """Of queries and keys in one layer of a row with documents of so many tokens, seen or not. `groups`: query heads a
+    head of keys."""
+    if kind == "documents":
+        return sum(pairs(length, window) for length in documents)
+    if kind == "tiles":
+        return sum(computed_pairs(length, max(documents), groups, window) for length in documents)
+    return sum(documents) ** 2
+
+
+def scores_again(kind: AttentionKind) -> tuple[int, int]:
+    """How often forward and backward make the scores beside the once that the maths asks for: flash attention's
+    backward makes them again, as does that of tiles, whose forward makes them twice."""
+    return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
 
 
 def fuses(config: Config, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:

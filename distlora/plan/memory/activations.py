@@ -18,18 +18,10 @@ from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.adapted import ranks_of_blocks
-from distlora.plan.kernels import attends_by_documents, fuses
+from distlora.plan.kernels import attention_kind, fuses
 from distlora.plan.memory import block_memory
-from distlora.plan.memory.block_memory import (
-    BY_DOCUMENTS,
-    Attention,
-    BlockRun,
-    Operation,
-    Peak,
-    attention_half,
-    flash_accumulators,
-    mlp_half,
-)
+from distlora.plan.memory.attention_memory import BY_DOCUMENTS, Attention, flash_accumulators
+from distlora.plan.memory.block_memory import BlockRun, Operation, Peak, attention_half, mlp_half
 from distlora.plan.memory.expert_memory import INDEX_BYTES, expert_half
 from distlora.shapes import ModelShapes
 from distlora.tokens import EMBEDDING, HEAD
@@ -138,9 +130,8 @@ class Costs:
         decoder = Decoder.of(settings, family)
         sixteen_bits = train.dtype == "bf16"
         full, rows = adapter.method == "full", wire.trained_rows(config, shapes)
-        if family.attention == "eager":
-            attention = Attention(kind="eager")
-        elif attends_by_documents(config, family, decoder, is_gpu=device.is_gpu):
+        attention = Attention(kind=attention_kind(config, family, decoder, is_gpu=device.is_gpu))
+        if attention.kind == "documents":
             attention = Attention(
                 accumulators=flash_accumulators(
                     device.processors,
@@ -151,8 +142,6 @@ class Costs:
                 ),
                 expands_keys=True,
             )
-        else:
-            attention = Attention(kind="sdpa")
         balanced = train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
@@ -257,7 +246,7 @@ class Costs:
     def masks(self, row: int) -> int:
         """The masks of all blocks together, as large as one head's scores: true or false for `sdpa`, to be added to the
         scores for `eager`. They are there while blocks run, and blocks that attend again keep them."""
-        if self.attention.kind == "documents":
+        if self.attention.kind in ("documents", "tiles"):
             return 0
         return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
 

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.memory.attention_memory import BY_DOCUMENTS, Attention, tiles_make
 from distlora.plan.memory.parts import parts_of_db, parts_over_rows
 
 _COUNTERS = {"cpu": 2**15, "cuda": 2**22}
 """What distlora_kernels.dropout has of counters at once, by device."""
 _COUNTER_BYTES = 8 * 8
 """Of one in philox: eight int64. Each makes the words of eight inputs."""
-_ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
-"""Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
 STRIPE_BYTES = 3 * 4 * 2**20
 """Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
@@ -105,37 +104,6 @@ def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
         held, incoming, beside = held - operation.keeps, operation.leaves, beside - operation.stacks
         dense, gradients = dense - operation.keeps_dense, gradients + operation.gradients
     return max(peaks)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """What an attention implementation keeps and makes."""
-
-    kind: Literal["documents", "sdpa", "eager"] = "documents"
-    """`documents`: flash attention over each document's length. `sdpa`: torch's with a dense mask. `eager`: the scores
-    of a row are tensors."""
-    accumulators: float = 0
-    """fp32 copies of the queries' gradient that the backward of `documents` has (`flash_accumulators`)."""
-    expands_keys: bool = False
-    """Whether that backward makes gradients of keys and values for each head of the queries."""
-
-
-BY_DOCUMENTS = Attention()
-"""Attention by documents, without what a kernel makes for itself."""
-
-
-def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, deterministic: bool) -> float:
-    """fp32 copies of dQ in the backward of flash attention 2 (flash_api.cpp, mha_varlen_bwd, in flash-attn and in
-    torch), over so many tokens of so many rows: one that is added to by atomics, or one for each program that walks
-    over the same queries; with 128 rows more a document. The most of one document a row and of such of 256 tokens: what
-    data has is not known, and shorter ones take more."""
-    fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.attention.cu_seqlens).
-
-    def copies(documents: int) -> float:
-        programs = -(-processors // (documents * heads)) if deterministic else 1
-        return programs * (1 + _ROWS_A_DOCUMENT * documents / tokens)
-
-    return max(copies(documents) for documents in (fewest, max(fewest, tokens // _DOCUMENT)))
 
 
 class Linear(NamedTuple):
@@ -321,14 +289,17 @@ class BlockRun:
         """The attention proper: queries, keys, values and the output; a number a head (log-sum-exp)."""
         b, sizes = self.itemsize, self.decoder
         leaves = b * (sizes.queries + 2 * sizes.keys)
+        # Values that are a part of what one linear gives keep all of it.
+        values = sizes.queries + 2 * sizes.keys if sizes.fused_linears else sizes.keys
+        keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
+        if self.attention.kind == "tiles":
+            of_tiles = tiles_make(sizes, self.attention.document or self.row)
+            return Operation(keeps, (Moment(leaves, of_tiles.backward),), leaves, of_tiles.forward / self.tokens)
         if self.attention.kind == "documents":
             rounded = -(-sizes.head_size // 32) * 32
             made = leaves + 4 * self.attention.accumulators * sizes.heads * rounded
             if self.attention.expands_keys and sizes.keys < sizes.queries:
                 made += 2 * b * sizes.queries
-            # Values that are a part of what one linear gives keep all of it.
-            values = sizes.queries + 2 * sizes.keys if sizes.fused_linears else sizes.keys
-            keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
             return Operation(keeps, (Moment(made),), leaves)
         # Keys and values are repeated for each head of the queries.
         if self.attention.kind == "sdpa":
@@ -367,7 +338,7 @@ def attention_half(run: BlockRun) -> list[Operation]:
     """From the input of a block to what is added to it."""
     sizes = run.decoder
     # Values go to attention as the linear gives them, queries and keys rotated.
-    as_given = run.attention.kind == "documents" or sizes.keys == sizes.queries
+    as_given = run.attention.kind in ("documents", "tiles") or sizes.keys == sizes.queries
     if sizes.fused_linears:
         columns = sizes.queries + 2 * sizes.keys
         qkv = [Linear("qkv_proj", columns, sizes.qkv_bias, as_given)]

@@ -162,12 +162,20 @@ def rotary(numel: int, how: How, *, backward: bool = False) -> Work:
 
 def attention(sizes: BlockSizes, how: How, m: int, pairs: int, *, backward: bool) -> Iterator[Work]:
     """Flash attention reads queries, keys and values and writes the output and a number a head; its backward makes the
-    scores again. Eager attention's scores exist, in `dtype` and in fp32, and each step of a softmax passes over them.
+    scores again. Eager attention's scores exist, in `dtype` and in fp32, and each step of a softmax passes over them;
+    those of tiles exist in `dtype`.
     """
-    e, columns = how.itemsize, sizes.queries
+    e, columns, kind = how.itemsize, sizes.queries, how.attention
     nbytes = (4 if backward else 2) * e * (sizes.queries + sizes.keys) * m + FP32 * sizes.heads * m
     flops = (PAIR_BACKWARD if backward else PAIR_FORWARD) * columns * pairs
-    if not how.scores:
+    if kind == "tiles":  # Forward makes them twice, backward once.
+        again = SCORES_AGAIN * columns * pairs
+        yield Work("attention", nbytes, flops + again, launches=5 if backward else 3)
+        # Forward: written twice, read for the largest, their powers, the sum, the output. Backward: weights and their
+        # gradients, two products of each but the one, the softmax's.
+        yield Work("attention", (9 if backward else 7) * e * sizes.heads * pairs, launches=4)
+        return
+    if kind != "eager":
         again = SCORES_AGAIN * columns * pairs if backward else 0
         yield Work("attention", nbytes, flops + again, "attention", launches=3 if backward else 1)
         return

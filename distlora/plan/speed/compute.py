@@ -16,7 +16,7 @@ from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import Decoder, ExpertSizes, windows_of
 from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
-from distlora.plan.kernels import attends_by_documents
+from distlora.plan.kernels import attention_kind, pairs_computed, scores_again
 from distlora.plan.model import PlannedModel
 from distlora.shapes import attention_columns, expert_paths, sizes_of
 from distlora.tokens import EMBEDDING, HEAD
@@ -30,13 +30,13 @@ FlopsKind = Literal[
     "head",  # forward and the gradient of its input
     "reference",  # DPO's: a forward of the base
     "recomputation",  # what checkpointing, and a trained head, compute again in backward
-    "scores",  # what attention's backward makes again of the forward's scores, where they are not kept
-    "masked",  # pairs that a dense mask hides, computed all the same
+    "scores",  # made again: in attention's backward where they are not kept, and in the forward of tiles
+    "masked",  # pairs that a mask hides, computed all the same
 ]
 NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
 
 SCORES_AGAIN = 2
-"""Operations a pair and column by which flash attention's backward makes the scores again, in place of keeping them."""
+"""Operations a pair and column by which scores are made again, in place of keeping them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +72,15 @@ def step_flops(
     active, mlp = active_weights(config, model), weights_within(config, model, "mlp.")
     seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
     family = model.shapes.family
-    by_documents = attends_by_documents(config, family, Decoder.of(model.settings, family), is_gpu=is_gpu)
-    every = seen if by_documents else rows * length**2 * sum(columns for columns, _ in active.queries)
+    decoder = Decoder.of(model.settings, family)
+    kind = attention_kind(config, family, decoder, is_gpu=is_gpu)
+    groups = decoder.heads // decoder.key_heads
+    every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
     reference = config.train.objective == "dpo"
     again = _recomputed(config, active, mlp)
-    of_pairs = PAIR_FORWARD * again.attention + PAIR_BACKWARD + PAIR_FORWARD * (2 if reference else 1)
+    of_forward, of_backward = scores_again(kind)
+    forwards = 1 + again.attention + (1 if reference else 0)
+    of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
     by_kind: dict[FlopsKind, int] = {
         "forward": PRODUCT * active.linears * tokens,
         "input_gradients": PRODUCT * active.linears * tokens,
@@ -86,7 +90,7 @@ def step_flops(
         "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
         "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
         "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
-        "scores": 0 if family.attention == "eager" else SCORES_AGAIN * every,
+        "scores": SCORES_AGAIN * (forwards * of_forward + of_backward) * every,
         "masked": of_pairs * (every - seen),
     }
     return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from distlora import wire
 from distlora.config import Config
 from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
-from distlora.operations import pairs
 from distlora.plan.adapted import ranks_of_blocks
-from distlora.plan.kernels import attends_by_documents, fuses
+from distlora.plan.kernels import attention_kind, fuses, pairs_computed
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
@@ -127,7 +126,7 @@ def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
         fused_norms=fused,
         fused=fused and not config.adapter.use_dora,
         is_gpu=machine.is_gpu,
-        scores=family.attention == "eager",
+        attention=attention_kind(config, family, Decoder.of(model.settings, family), is_gpu=machine.is_gpu),
     )
 
 
@@ -147,14 +146,13 @@ def _blocks(
     train, length, shapes = config.train, config.data.sequence_length, model.shapes
     rows, tile = train.micro_batch, train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
-    by_documents = attends_by_documents(config, shapes.family, decoder, is_gpu=machine.is_gpu)
     adapters, windows = ranks_of_blocks(config, shapes), windows_of(model.settings, shapes.family)
     found: dict[tuple[int, int | None], BlockWork] = {}
     blocks = []
     for ranks, window in zip(adapters, windows, strict=True):
         key = (id(ranks), window)
         if key not in found:
-            seen = sum(pairs(part, window) for part in cut(length, document)) if by_documents else length**2
+            seen = pairs_computed(how.attention, cut(length, document), window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
                 block_sizes(config, decoder, shapes.block, ranks),
                 how,

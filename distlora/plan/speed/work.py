@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from distlora.plan.kernels import AttentionKind
 from distlora.wire import packed_bytes
 
 MovedKind = Literal[
@@ -63,8 +64,7 @@ class How:
     """Whether gated MLPs and rotary embeddings are."""
     is_gpu: bool = True
     """Else the head takes fewer tokens at once."""
-    scores: bool = False
-    """Whether attention's scores exist in memory (eager attention)."""
+    attention: AttentionKind = "documents"
 
 
 @dataclass(frozen=True, slots=True)

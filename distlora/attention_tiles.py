@@ -1,0 +1,41 @@
+"""How attention_cpu.py cuts a document into products of matrices, for it and for the planner. Imports no torch.
+
+A tile is so many queries of a document, of all query heads that share a head of keys, and the keys that they see
+between them. Letters: L tokens of the longest document, G query heads a head of keys, n queries of a tile, N its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+EXTRA = 2
+"""Columns beside a head's, for what is subtracted within a product: its bf16, and the rest."""
+_LONGEST, _FEWEST_ROWS = 128, 64
+"""Queries of a tile at the most; G n at the least, where there are as many."""
+_SCORES = 2**20
+"""Of one head's tile at the most, and so many of several heads are made at once: 2 MiB, as large as a cache."""
+
+
+def tile_length(longest: int, groups: int) -> int:
+    """n."""
+    fits = max(_SCORES // (groups * longest), -(-_FEWEST_ROWS // groups))
+    return min(_LONGEST, fits, longest)
+
+
+def scores_at_once(longest: int, groups: int, key_heads: int) -> int:
+    """Scores that there is memory for: of as many heads of keys as fit, of one at the least."""
+    of_head = groups * tile_length(longest, groups) * longest
+    return max(of_head, min(_SCORES, of_head * key_heads))
+
+
+def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, int]]:
+    """(first query, behind the last query and key, first key) of each, in a document of so many tokens. A token sees
+    `left` tokens before it, all for None."""
+    for start in range(0, length, tile):
+        yield start, min(length, start + tile), 0 if left is None else max(0, start - left)
+
+
+def computed_pairs(length: int, longest: int, groups: int, window: int | None) -> int:
+    """Of queries and keys in the tiles of a document, seen or not: sums of n N."""
+    left = None if window is None or window >= longest else window - 1
+    return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(longest, groups), left))

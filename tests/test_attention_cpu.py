@@ -1,0 +1,172 @@
+"""Attention on the CPU in bf16 against its contract in fp64: forward and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from closeness import assert_close, relative_error
+from distlora import attention, attention_cpu, attention_tiles
+from distlora.attention_cpu import attend
+
+LENGTHS = [[300], [1, 1, 37, 261], [128, 129, 43], [2, 298]]
+"""Of documents: one tile and a part, one token, a tile to the token and one more."""
+HEADS = [(4, 4, 32), (6, 2, 24), (8, 1, 40)]
+"""Of queries and of keys, and their size: alone, in groups of three, all on one."""
+
+
+def inputs_of(length: int, heads: tuple[int, int, int], *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
+    """query, key, value, and the output's gradient; scores before the scale have this spread times sqrt(E)."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys, size = heads
+    query, key, value, gradient = (
+        torch.randn(length, number, size, generator=generator) for number in (queries, keys, keys, queries)
+    )
+    return [(query * spread).bfloat16(), key.bfloat16(), value.bfloat16(), gradient.bfloat16()]
+
+
+def bounds_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def results(op: Any, inputs: list[Tensor], bounds: Tensor, left: int | None = None) -> list[Tensor]:
+    """The output and the gradients of query, key and value."""
+    *tensors, gradient = inputs
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = op(*leaves, bounds, int(bounds.diff().max()), leaves[0].shape[-1] ** -0.5, left)
+    return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+
+def exact(inputs: list[Tensor], bounds: Tensor, left: int | None = None) -> list[Tensor]:
+    def in_fp64(*arguments: Any) -> Tensor:
+        *_, size = arguments[0].shape
+        outputs = []
+        for start, end in itertools.pairwise(bounds.tolist()):
+            query, key, value = (tensor[start:end].transpose(0, 1) for tensor in arguments[:3])
+            groups = query.shape[0] // key.shape[0]
+            key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
+            far = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            seen = (far >= 0) & (far <= (end if left is None else left))
+            scores = (query @ key.transpose(1, 2) * size**-0.5).masked_fill(~seen, -torch.inf)
+            outputs.append((torch.softmax(scores, dim=-1) @ value).transpose(0, 1))
+        return torch.cat(outputs)
+
+    return results(in_fp64, [tensor.double() for tensor in inputs], bounds, left)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("left", [None, 0, 63, 200])
+def test_it_is_its_contract_to_three_roundings(heads: tuple[int, int, int], left: int | None) -> None:
+    """Of the weights, of the product and of what becomes of it; gradients have one more of the output's."""
+    for lengths in LENGTHS:
+        inputs, bounds = inputs_of(sum(lengths), heads), bounds_of(lengths)
+        actual, expected = results(attend, inputs, bounds, left), exact(inputs, bounds, left)
+        for ours, wanted in zip(actual, expected, strict=True):
+            if left == 0 and not wanted.any():  # A token that sees itself alone: queries and keys have no gradient.
+                assert ours.abs().max() < 1e-2
+            else:
+                assert_close(ours, wanted, ulps=1.5)
+
+
+def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, bounds = (6, 3, 32), bounds_of([211])
+    inputs = inputs_of(211, heads)
+    expected = results(attend, inputs, bounds)
+    monkeypatch.setattr(attention_tiles, "_LONGEST", 17)
+    monkeypatch.setattr(attention_tiles, "_SCORES", 2 * 2 * 17 * 150)
+    for ours, wanted in zip(results(attend, inputs, bounds), expected, strict=True):
+        assert_close(ours, wanted, ulps=2)
+
+
+def test_large_scores_are_rounded_less_than_products_round_them() -> None:
+    """Scores of up to 50, whose bf16 is 1/8 off: eager attention in bf16 is far off, as flash attention with its fp32
+    scores is not."""
+    heads, bounds = (4, 2, 64), bounds_of([256])
+    inputs = inputs_of(256, heads, spread=12)
+    expected = exact(inputs, bounds)
+    ours, eager = (
+        [relative_error(a, e) for a, e in zip(results(op, inputs, bounds), expected, strict=True)]
+        for op in (attend, attention.reference)
+    )
+    assert max(ours) < 1.5 * 2**-8
+    assert all(theirs > 2 * error for error, theirs in zip(ours[:3], eager[:3], strict=True))
+
+
+def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right() -> None:
+    """An attention sink: D cancels the sink's dO.v but for its rounding, which the others' gradients would drown in."""
+    heads, bounds = (4, 4, 64), bounds_of([256])
+    query, key, value, gradient = inputs_of(256, heads)
+    direction = torch.nn.functional.normalize(torch.ones(64), dim=0)
+    query = (query.float() + 11 * direction).bfloat16()
+    key[0] = (12 * direction).bfloat16()
+    inputs = [query, key, value, gradient]
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        return scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
+
+    expected = exact(inputs, bounds)
+    ours, theirs = results(attend, inputs, bounds), results(flash, inputs, bounds)
+    for index in (1, 2):
+        assert_close(ours[index], expected[index], ulps=3)
+        assert relative_error(theirs[index], expected[index]) > 4 * 3 * 2**-8
+
+
+def test_documents_are_the_same_to_the_bit_wherever_they_are_packed() -> None:
+    heads, lengths = (4, 2, 32), [300, 5, 129, 300]
+    bounds = bounds_of(lengths)
+    inputs = inputs_of(sum(lengths), heads)
+    packed = results(attend, inputs, bounds)
+    order = [2, 0, 3, 1]
+    pieces = [slice(start, end) for start, end in itertools.pairwise(bounds.tolist())]
+    moved = [torch.cat([tensor[pieces[index]] for index in order]) for tensor in inputs]
+    again = results(attend, moved, bounds_of([lengths[index] for index in order]))
+    for first, second in zip(packed, again, strict=True):
+        assert torch.equal(torch.cat([first[pieces[index]] for index in order]), second)
+    for piece, length in zip(pieces, lengths, strict=True):
+        alone = results(attend, [tensor[piece] for tensor in inputs], bounds_of([length]))
+        assert all(torch.equal(whole[piece], one) for whole, one in zip(packed, alone, strict=True))
+
+
+def test_layouts_in_memory_change_nothing() -> None:
+    """Rotary embeddings leave queries and keys in either order of heads and tokens."""
+    inputs, bounds = inputs_of(160, (4, 2, 32)), bounds_of([100, 60])
+    other = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in inputs]
+    for first, second in zip(results(attend, inputs, bounds), results(attend, other, bounds), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_what_is_not_finite_is_seen() -> None:
+    for place in range(3):
+        inputs, bounds = inputs_of(40, (2, 1, 32)), bounds_of([40])
+        inputs[place][7] = torch.nan
+        assert results(attend, inputs, bounds)[0][7].isnan().all()
+
+
+def test_the_largest_of_bf16_is_amax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(200, 33, generator=generator).bfloat16()
+    scores[:50] = -scores[:50].abs()
+    scores[25:75, 4:] = -torch.inf
+    scores[100, 3], scores[101], scores[102] = torch.inf, 0.0, -0.0
+    assert torch.equal(attention_cpu._largest(scores), scores.amax(-1))
+
+
+def test_tiles_cover_what_is_seen_and_little_more() -> None:
+    for length, groups, window in ((1, 1, None), (300, 4, None), (2048, 4, None), (2048, 1, 256), (40_000, 8, None)):
+        tile = attention_tiles.tile_length(length, groups)
+        left = None if window is None else window - 1
+        found = list(attention_tiles.tiles(length, tile, left))
+        assert [start for start, _, _ in found] == [0, *(end for _, end, _ in found[:-1])]
+        assert found[-1][1] == length
+        seen = sum(min(at + 1, window or length) for at in range(length))
+        computed = attention_tiles.computed_pairs(length, length, groups, window)
+        assert computed == sum((end - start) * (end - key) for start, end, key in found)
+        assert seen <= computed <= seen + length * tile
+        scores = attention_tiles.scores_at_once(length, groups, 8)
+        assert all(groups * (end - start) * (end - key) <= scores for start, end, key in found)

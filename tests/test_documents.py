@@ -69,6 +69,17 @@ def test_a_page_for_users_shows_commands_as_commands_and_output_as_text(document
     assert not odd, "\n".join(odd)
 
 
+def test_every_page_is_reached_from_readme() -> None:
+    seen, due = set(), ["README.md"]
+    while due:
+        page = due.pop()
+        seen.add(page)
+        targets = {target.partition("#")[0] for _, target in links(page) if target.partition("#")[0].endswith(".md")}
+        found = {str(((ROOT / page).parent / target).resolve().relative_to(ROOT)) for target in targets}
+        due += found & set(PAGES) - seen
+    assert set(PAGES) == seen
+
+
 def test_the_records_that_the_page_on_data_shows_are_read_as_it_says(tmp_path: Path) -> None:
     shown = [text for _, text in named("docs/data.md") if text.startswith("{")]
     found = []

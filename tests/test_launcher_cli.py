@@ -293,4 +293,7 @@ def test_the_base_of_the_demo_can_be_named_in_a_command(
     model.mkdir(parents=True)
     assert main(["demo", "--base"]) == 0
     assert capsys.readouterr().out == f"{model}\n"
+    monkeypatch.setattr("distlora_launcher.demo.run.build_corpus", lambda: pytest.fail("the text is not read again"))
+    assert main(["demo", "--base"]) == 0
+    assert capsys.readouterr().out == f"{model}\n"
     assert main(["demo", "--bsae"]) == 2

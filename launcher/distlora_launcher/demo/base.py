@@ -7,9 +7,11 @@ makes another base.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from distlora.config import UserError
@@ -34,6 +36,8 @@ PRETRAINING = (
     "optim.warmup_ratio=0.05",
 )
 """What learns most in two minutes of two cores (README.md has the measurements)."""
+MAKER = "made_by"
+"""In a base's folder: the hash of what made it."""
 
 
 def cache_root() -> Path:
@@ -47,6 +51,33 @@ def base_folder(corpus: Corpus) -> Path:
     """Where the base for this corpus is kept."""
     recipe = "\n".join([corpus.digest, *PRETRAINING, Path(__file__).with_name("initial_model.py").read_text()])
     return cache_root() / "demo" / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def base_made_here() -> Path | None:
+    """The base that a demo of this Python and this recipe has made; None where that cannot be told without the text,
+    which takes seconds to read."""
+    folders = sorted((cache_root() / "demo").glob("base-*"))
+    return next((folder for folder in folders if _maker_of(folder) == _maker()), None)
+
+
+def note_maker(folder: Path) -> None:
+    """Have `base_made_here` find this base."""
+    with contextlib.suppress(OSError):  # Another user's cache: it is found by its text.
+        (folder / MAKER).write_text(_maker())
+
+
+def _maker_of(folder: Path) -> str | None:
+    try:
+        return (folder / MAKER).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _maker() -> str:
+    """What a base follows from: the Python whose documentation it reads, and the code that makes it of that."""
+    here = Path(__file__)
+    code = [here.with_name(name).read_text() for name in ("corpus.py", "initial_model.py")]
+    return hashlib.sha256("\n".join([sys.version, *PRETRAINING, *code]).encode()).hexdigest()
 
 
 def make_base(corpus: Corpus, folder: Path, processes: int) -> int:
@@ -72,6 +103,7 @@ def make_base(corpus: Corpus, folder: Path, processes: int) -> int:
         code = run_settings([*settings, *PRETRAINING])
     if code == 0:
         (run_dir / "model").rename(finished / "model")
+        note_maker(finished)
         finished.rename(folder)
         shutil.rmtree(scratch)
     return code

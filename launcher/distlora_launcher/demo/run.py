@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distlora.config import UserError
 from distlora_launcher.checks import gpu_count
-from distlora_launcher.demo.base import base_folder, cache_root, make_base
+from distlora_launcher.demo.base import base_folder, base_made_here, cache_root, make_base, note_maker
 from distlora_launcher.demo.corpus import build_corpus
 from distlora_launcher.demo.report import Sample, next_commands, read_summary, sample_text, table, verdict
 from distlora_launcher.demo.runs import run_module, run_settings
@@ -99,7 +99,11 @@ def main(arguments: list[str]) -> int:
 
 def made_base() -> Path:
     """The model folder of the base that a demo here has made. Raises UserError where there is none."""
-    model = base_folder(build_corpus()) / "model"
+    base = base_made_here()
+    if base is None:
+        base = base_folder(build_corpus())
+        note_maker(base)
+    model = base / "model"
     if not model.is_dir():
         raise UserError(f"the demo's base is not made yet ({model} does not exist); run `distlora demo` first")
     return model

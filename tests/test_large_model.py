@@ -43,7 +43,9 @@ LAUNCHER = 400 * MIB
 TORCHRUN = "distlora_launcher.torchrun_entry"
 
 
-needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
+needs_linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux: reads Pss_Anon from /proc"
+)
 
 
 @dataclass(slots=True)
@@ -74,9 +76,10 @@ class Sampled:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon; 0 for a process that is gone but not yet forgotten."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    """A process's part of anonymous pages: of those that forks share, its share, so that a sum counts each once; 0 for
+    a process that is gone but not yet forgotten."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")), 0)
 
 
 def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:

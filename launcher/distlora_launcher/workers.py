@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -183,10 +184,10 @@ def starting_workers(
     of ours do, and `imports`.
 
     With GPUs workers are processes of their own: a fork can use nothing of CUDA once its parent has touched it, and
-    that no import does is not shown there.
+    that no import does is not shown there. So they are on macOS, whose libraries refuse to work in a fork.
     """
     log_dir, scratch = run_dir / "logs", Path(tempfile.mkdtemp(prefix="distlora-torchrun-"))
-    forks = gpu_count() == 0
+    forks = gpu_count() == 0 and sys.platform == "linux"
     ours = worker_module.partition(".")[0] == "distlora"
     names = [*(IMPORTS if ours else ()), *imports] if forks else []
     words = [

@@ -28,7 +28,7 @@ class Turns:
 
     def __init__(self, device: torch.device, answers: TextIO) -> None:
         self._device, self._answers = device, answers
-        self._left = 0
+        self._left = self._untimed = 0
         self._losses: list[Tensor | float] = []
         self._times: list[tuple[float, float]] = []
         self._counting: Collectives | None = None
@@ -60,7 +60,10 @@ class Turns:
         """After a step."""
         self._synchronize()
         now = time.perf_counter(), time.process_time()
-        self._times.append((now[0] - self._began[0], now[1] - self._began[1]))
+        if self._untimed > 0:
+            self._untimed -= 1
+        else:
+            self._times.append((now[0] - self._began[0], now[1] - self._began[1]))
         self._left -= 1
         if self._left == 0:
             self._answer()
@@ -73,12 +76,14 @@ class Turns:
         self._left = turn["steps"]
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self._untimed = 0 if turn["count"] else 1  # It takes the memory again that was given back after the last.
+            self._left += self._untimed
         self._counting = self._counts.enter_context(Collectives()) if turn["count"] else None
 
     def _answer(self) -> None:
         self._counts.close()
         losses = [float(loss) for loss in self._losses]
-        assert len(losses) == len(self._times), "a step without a loss"
+        assert len(losses) >= len(self._times), "a step without a loss"
         seconds, cpu_seconds = zip(*self._times, strict=True)
         counting, peak = self._counting, None
         if self._device.type == "cuda":

@@ -257,6 +257,9 @@ def environment_of(cell: Cell) -> Mapping[str, str]:
     environment = worker_environment(cell.processes)
     if not cell.way.startswith(OURS):
         environment = {name: text for name, text in environment.items() if name in os.environ or name not in KEEP_PAGES}
+    shown = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu_count())))).split(",")
+    if len(shown) > cell.processes:  # Trainer takes all that it sees.
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(shown[: cell.processes])}
     return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | environment
 
 

@@ -73,7 +73,7 @@ def test_sizes_are_what_they_are_called() -> None:
 
 
 def test_by_default_both_modes_of_the_smaller_model_are_compared_on_one_process_and_on_two() -> None:
-    options = step.checked([])
+    options = step.checked(["--sizes=100M,560M"])
     cells = list(cells_of(options.sizes, options.ways, processes=options.ranks, checkpointing=options.checkpointing))
     problems = list(dict.fromkeys((c.size, c.checkpointing, c.processes) for c in cells))
     small = [("100M", mode, processes) for mode in CHECKPOINTING for processes in (1, 2)]
@@ -126,6 +126,19 @@ def test_cells_take_turns_and_one_that_fails_is_out(fake: dict[str, str], tmp_pa
     assert broken.failed == "RuntimeError: it broke"
     assert not dead.turns
     assert not broken.turns
+
+
+def test_a_curve_has_a_loss_for_each_step(
+    monkeypatch: pytest.MonkeyPatch, fake: dict[str, str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compare, "job_of", lambda cell, problem, lr: {"way": cell.way})
+    problem = Problem(made_here="", model=tmp_path, rows=tmp_path, adapters=tmp_path)
+    said: list[str] = []
+    (curve,) = compare.train_alone(
+        [CELL], problem, steps=60, environment=lambda cell: fake, log=tmp_path / "log", lr=1e-3, say=said.append
+    )
+    assert len(curve.losses) == 60
+    assert said[-1] == "  distlora, NF4, seed 0: step 60 of 60, loss 2.0000"
 
 
 def test_a_cell_that_is_killed_says_so(fake: dict[str, str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from distlora.architectures import ARCHITECTURES
-from distlora.config import TrainConfig
+from distlora_kernels import native
 
 Checkpointing = Literal["none", "block"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "block")
@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, Size]] = {
     },
 }
 """By what computes. On a GPU: four blocks of the models whose sizes they are named by."""
-DEFAULT_SIZES = {"cpu": ("100M", "560M"), "cuda": ("8B/4", "70B/4")}
+DEFAULT_SIZES = {"cpu": ("100M",), "cuda": ("8B/4", "70B/4")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +133,13 @@ class Cell:
         return f"{self.size}, {self.rows} x {self.length} tokens, {processes}, checkpointing {self.checkpointing}"
 
 
-def reason_against(way: str) -> str | None:
-    """Why a way cannot be measured here; None where it can."""
+def reason_against(way: str, device: str) -> str | None:
+    """Why a way cannot be measured here, on a "cpu" or on "cuda"; None where it can."""
     missing = [package for package in WAYS[way].needs if not installed(package)]
     if missing:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
-    if way == "ours-compiled" and "compile" not in TrainConfig.__dataclass_fields__:
-        return "train.compile is no setting yet"
+    if way == "ours-compiled":
+        return "that is for CPUs; on a GPU liger-kernel does the same" if device == "cuda" else native.why_not()
     return None
 
 

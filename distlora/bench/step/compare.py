@@ -20,6 +20,8 @@ from distlora.bench.step.cells import LEARNING_RATE, OURS, RANK, Cell
 from distlora.bench.step.running import CellFailedError, Processes, Turn
 
 PREPARE = "distlora.bench.step.rows"
+TOLD_STEPS = 25
+"""Of a curve, between words of how far it is."""
 Environment = Callable[[Cell], Mapping[str, str]]
 Say = Callable[[str], None]
 
@@ -250,7 +252,9 @@ def train_alone(
             job = job_of(cell, problem, lr=lr)
             with Processes(job, count=cell.processes, environment=environment(cell), log=log) as own:
                 measured.imported, measured.ran = own.start()
-                measured.turns.append(own.turn(steps))
-                measured.add(measured.turns[-1])
-            say(f"  {cell.title}, seed {cell.seed}: loss {measured.losses[0]:.4f} -> {measured.losses[-1]:.4f}")
+                while (left := steps - len(measured.losses)) > 0:
+                    measured.turns.append(own.turn(min(TOLD_STEPS, left)))
+                    measured.add(measured.turns[-1])
+                    done, loss = len(measured.losses), measured.losses[-1]
+                    say(f"  {cell.title}, seed {cell.seed}: step {done} of {steps}, loss {loss:.4f}")
     return found

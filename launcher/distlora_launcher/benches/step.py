@@ -39,14 +39,15 @@ ROUNDS = 3
 CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
 """Of a step on the demo's base, and its learning rate."""
 
-USAGE = f"""usage: distlora bench step [--sizes 100M,560M] [--ranks 1,2] [--checkpointing none,block] [--steps N] ...
+USAGE = f"""usage: distlora bench step [--sizes 100M] [--ranks 1,2] [--checkpointing none,block] [--steps N] ...
        distlora bench step --curve 200 [--ranks 1] [--ways NAME,NAME] [--out FOLDER] [--json]
 
 One training step of distlora beside PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16),
 transformers' Trainer, and accelerate's FSDP2: the same random model, rows and adapter, in processes that take turns, so
 that what disturbs the machine meets all of them. Tokens/s and their ratios by round, memory of a step, bytes between
 ranks, losses, and what ran: on a CPU accelerate makes DistributedDataParallel of FSDP2. Peers that are not installed
-are left out, by name. On two quiet cores about a quarter of an hour; on a GPU, slices of Llama 3 8B and 70B.
+are left out, by name. About twelve minutes on two quiet cores, half an hour with --sizes 100M,560M; on a GPU, slices of
+Llama 3 8B and 70B.
 
   --sizes N,N        models: {", ".join(SIZES["cpu"])} on a CPU;
                      {", ".join(SIZES["cuda"])}, four blocks of each, on a GPU
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         print(usage())
         return DONE
     options = checked(arguments)
-    reasons = {way: reason for way in options.ways if (reason := reason_against(way)) is not None}
+    reasons = {way: reason for way in options.ways if (reason := reason_against(way, options.device)) is not None}
     for way, reason in reasons.items():
         say(f"left out: {WAYS[way].title}: {reason}")
     ways = [way for way in options.ways if way not in reasons]
@@ -115,7 +116,8 @@ def checked(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("sizes", "steps", "rounds", "tokens", "rows", "checkpointing"):
         if options.curve is not None and getattr(options, name) is not None:
             parser.error(f"--{name} has no effect with --curve, whose model and rows are the demo's; leave it out")
-    device, gpus = ("cuda", gpu_count()) if gpu_count() else ("cpu", 0)
+    gpus = gpu_count()
+    options.device = device = "cuda" if gpus else "cpu"
     options.ways = one_of(parser, "ways", options.ways, list(WAYS)) or [n for n, way in WAYS.items() if way.by_default]
     options.checkpointing = one_of(parser, "checkpointing", options.checkpointing, CHECKPOINTING)
     names = one_of(parser, "sizes", options.sizes, list(SIZES[device])) or list(DEFAULT_SIZES[device])

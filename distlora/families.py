@@ -257,14 +257,14 @@ def check_config(
     _check_class(model, place, family)
     if settings.get("use_bidirectional_attention"):
         raise UserError(
-            f"{place}: use_bidirectional_attention lets tokens see those after them; a causal model is needed"
+            f"{place}: use_bidirectional_attention lets tokens see those after them; set model.path to a causal model"
         )
     known = ("full_attention", "sliding_attention")
     unknown = [name for name in settings.get("layer_types") or () if name not in known]
     if family.layer_types and unknown:
         raise UserError(
             f"{place}: layer_types has {unknown[0]!r}, which {family.model_type} does not know; "
-            f"it takes {' and '.join(known)}"
+            f"it takes {' and '.join(known)}; {_AGAIN}"
         )
     for rope in _ropes(settings):
         _check_rope(rope, settings, place, family, sequence_length)

@@ -208,7 +208,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refuse_fields(values: dict[str, Any], path: Path) -> None:
     """Raises UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type={values.get('peft_type')!r}; adapter.init_from takes LORA adapters alone")
+        raise UserError(
+            f"{path}: peft_type={values.get('peft_type')!r} is not LORA, which alone can be continued; set another "
+            "adapter.init_from"
+        )
     init = values.get("init_lora_weights")
     if init not in _KEEPS_THE_BASE:
         raise UserError(

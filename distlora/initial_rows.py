@@ -57,7 +57,10 @@ def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], 
     for path, ids in indices.items():
         matrix = path.rpartition(".")[2]
         if matrix not in (EMBEDDING, HEAD):
-            raise UserError(f"{place} names {path}; rows of {EMBEDDING} and {HEAD} alone can be trained here")
+            raise UserError(
+                f"{place} names {path}, and rows of {EMBEDDING} and {HEAD} alone can be trained here; set another "
+                "init_from"
+            )
         if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
             raise UserError(f"{place} has {ids!r} for {matrix}, which are not ids, each once; save the adapter again")
         if (matrix, False) not in tensors:

@@ -83,7 +83,8 @@ def load_weights(
     if odd:
         raise UserError(
             f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or type, or no place "
-            f"({len(odd)} such tensors); was it trained on another model?"
+            f"({len(odd)} such tensors); was it trained on another model? Name that model, or put back the "
+            "folder that the run wrote"
         )
     with Reader() as reader:
         for name, segment in stored.items():

@@ -134,7 +134,8 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
         folder = Path(adapter).expanduser().absolute()
         require(
             config.adapter.method == "lora",
-            f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter",
+            f"--adapter={adapter}: the run trained the whole model (adapter=full), which takes no adapter; leave "
+            "--adapter out",
         )
         with named_by_flag():
             check_quantization(read_initial_adapter(folder), config.quant.method)

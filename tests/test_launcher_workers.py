@@ -249,6 +249,31 @@ def test_the_earliest_error_wins(tmp_path: Path):
     assert failure.message.startswith("rank 1 failed first: E1\n")
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "OutOfMemoryError",
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB of which 1.2 GiB "
+            "is free. Including non-PyTorch memory, this process has 22.4 GiB memory in use. See documentation",
+        ),
+        (
+            "RuntimeError",
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)",
+        ),
+    ],
+)
+def test_who_has_too_little_memory_is_told_what_takes_less(tmp_path: Path, kind: str, said: str):
+    record = {"type": kind, "message": said, "bad_input": False, "time": 1.0}
+    (tmp_path / "rank_0.error.json").write_text(json.dumps(record))
+    failure = first_failure(tmp_path, {}, [error for _, error in read_errors(tmp_path)])
+    assert failure is not None
+    assert "llocate" in failure.reason
+    assert "See documentation" not in failure.reason
+    assert failure.reason.partition("; a run with ")[2].startswith("train.checkpointing=block, train.micro_batch=1")
+
+
 def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     """`distlora train ... | head -1`: the run goes on, and its logs have the rest."""
     (run_dir / "behaviour").write_text("success")

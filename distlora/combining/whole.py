@@ -117,7 +117,10 @@ def _maker(members: Sequence[Weighted], matrix: str, weight: BaseWeight, reader:
                 segment = member.header[member.file.modules[matrix].name]
                 whole[first:stop] += member.weight * (reader.read([segment], first, stop).float() - start)
         if not bool(torch.isfinite(whole).all()):
-            raise UserError(f"{matrix} holds NaN or Inf in the base or in {', '.join(m.place for m in members)}")
+            raise UserError(
+                f"{matrix} holds NaN or Inf in the base or in {', '.join(m.place for m in members)}; leave it out "
+                "(`distlora verify` finds it in a run)"
+            )
         return whole.view(weight.shape)
 
     return make

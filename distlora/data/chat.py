@@ -179,7 +179,10 @@ class ChatTemplate:
         try:
             yield
         except jinja2.TemplateError as error:
-            raise UserError(f"{place}: {self.name} refuses this conversation: {error}") from error
+            raise UserError(
+                f"{place}: {self.name} refuses this conversation: {error}; correct the document, or choose "
+                "another data.template"
+            ) from error
         except Exception as error:
             # What runs there is the template's own code, in a sandbox: an index, a division, a filter's argument.
             raise UserError(

@@ -104,7 +104,10 @@ class SavedDataset:
         try:
             saved = datasets.load_from_disk(str(self.folder))
         except Exception as error:
-            raise UserError(f"{self.folder} holds no data set that can be loaded: {_first_line(error)}") from error
+            raise UserError(
+                f"{self.folder} holds no data set that can be loaded: {_first_line(error)}; save it again "
+                "(save_to_disk), or set data.path to files"
+            ) from error
         if isinstance(saved, datasets.DatasetDict):
             if self.source.split not in saved:
                 raise UserError(
@@ -224,7 +227,8 @@ def _explained(source: SourceConfig) -> Iterator[None]:
         if not is_theirs:
             raise
         raise UserError(
-            f"the data set {source.path} cannot be loaded: {_first_line(error.__cause__ or error)}"
+            f"the data set {source.path} cannot be loaded: {_first_line(error.__cause__ or error)}; download "
+            "its files and set data.path to their folder"
         ) from error
 
 

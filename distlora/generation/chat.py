@@ -110,7 +110,7 @@ class Chat:
             print("(a new conversation)")
         elif name == "/system":
             if self._encoder.template is None:
-                raise UserError("/system needs a chat template, and the model has none")
+                raise UserError("/system needs a chat template, and the model has none; begin your text with it")
             self._system = rest
             self._messages.clear()
             print(f"(a new conversation, {'with this system message' if rest else 'without a system message'})")

@@ -77,6 +77,7 @@ class Reader:
             got = os.preadv(self._files[file], [view], offset)
             if got == 0:
                 raise OSError(
-                    f"{file} ended at byte {offset:,} while it was read; it was changed after the run started"
+                    f"{file} ended at byte {offset:,} while it was read, so it was changed after the run began; start "
+                    "again once nobody writes it"
                 )
             view, offset = view[got:], offset + got

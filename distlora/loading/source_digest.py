@@ -120,7 +120,10 @@ def _hash_part(part: Part) -> bytes:
         while at < part.stop:
             got = os.preadv(stream.fileno(), [memoryview(buffer)[: part.stop - at]], at)
             if got == 0:
-                raise OSError(f"{part.file} ended at byte {at:,} while it was read; it was changed after the run began")
+                raise OSError(
+                    f"{part.file} ended at byte {at:,} while it was read, so it was changed after the run began; start "
+                    "again once nobody writes it"
+                )
             digest.update(memoryview(buffer)[:got])
             at += got
     return digest.digest()

@@ -154,7 +154,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
     if strays:
         raise UserError(
             f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), for which config.json has no place, so "
-            "the model would run without it; is config.json another model's?"
+            "the model would run without it; is config.json another model's? Download the folder again"
         )
     head, embedding = "lm_head.weight", f"{scope}.embed_tokens.weight"
     wanted = {name for name in layout.names if name.startswith(f"{scope}.")} | {head}
@@ -187,12 +187,16 @@ def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]
     source = sources.get(name)
     if source is None:
         raise UserError(
-            f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's folder?"
+            f"the checkpoint has no tensor {name}, which config.json asks for; is it another model's "
+            "folder? Download it again"
         )
     _check_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
     if dtype not in SOURCE_DTYPES:
-        raise UserError(f"{name} is stored as {dtype}; weights are read from {', '.join(SOURCE_DTYPES)}")
+        raise UserError(
+            f"{name} is stored as {dtype}; weights are read from {', '.join(SOURCE_DTYPES)}: set "
+            "model.path to such a copy"
+        )
     return source.segments
 
 
@@ -200,7 +204,7 @@ def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) ->
     if on_disk != shape:
         raise UserError(
             f"{name} has shape {list(on_disk)} on disk and {list(shape)} by config.json; "
-            "they belong to different models"
+            "they belong to different models: download the folder again"
         )
 
 

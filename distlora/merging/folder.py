@@ -124,7 +124,10 @@ class Files:
             for done in range(0, source.num_bytes, COPIED_BYTES):
                 content = stream.read(min(COPIED_BYTES, source.num_bytes - done))
                 if not content:
-                    raise OSError(f"{source.file} ended while it was read; it was changed since the start")
+                    raise OSError(
+                        f"{source.file} ended while it was read, so it was changed since the start; start again once "
+                        "nobody writes it"
+                    )
                 _write_all(self._open[place.file.name], content, place.offset + done)
                 if passed is not None:
                     passed(len(content), name)

@@ -89,7 +89,7 @@ class FrozenWeights:
             if any(flags):
                 raise DamagedWeightsError(
                     f"{names[flags.index(True)]} differs between rank 0 and rank {rank} after loading, though both "
-                    f"computed it from the same numbers; {_NEXT}"
+                    f"computed it from the same numbers. {_NEXT}"
                 )
 
     def _check_copies(self, sums: Tensor) -> None:

@@ -217,6 +217,7 @@ def _no_folder(folder: Path) -> str:
     hint = nearest(folder.name, siblings, cutoff=FILES)
     if not hint and not folder.parent.exists():
         hint = "; a model on the Hugging Face hub is named by its owner and its name, model.path=org/name"
+    hint = hint or "; set model.path to a model's folder in Hugging Face format, or to its name on the hub (org/name)"
     return f"model.path={folder} does not exist{hint}"
 
 

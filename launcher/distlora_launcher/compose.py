@@ -210,7 +210,9 @@ def _initialized(config_dir: str | None) -> Iterator[list[str]]:
     prefix = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir {config_dir} is not a folder")
+            raise UserError(
+                f"--config-dir {config_dir} is not a folder; name the one that holds your groups, as recipe/NAME.yaml"
+            )
         prefix = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
         yield prefix

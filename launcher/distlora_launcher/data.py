@@ -67,7 +67,10 @@ def show_rows(arguments: list[str]) -> int:
     """Run the process that prints rows of a run. Returns its exit code."""
     words = [word for word in arguments if word != "--no-color"]
     if len(words) < 2 or not all(word.isdecimal() for word in words[1:]):
-        raise UserError(f"distlora data row takes a run folder and row numbers, not {' '.join(words) or 'nothing'!r}")
+        raise UserError(
+            f"distlora data row takes a run folder and row numbers, not "
+            f"{' '.join(words) or 'nothing'!r}; write distlora data row RUN 0"
+        )
     load_config(words[0])
     return _run("distlora.data.show_row", *arguments)
 

@@ -24,6 +24,14 @@ REPEATING = ("NonFiniteError", "SaveError", "ImportError", "ModuleNotFoundError"
 _FULL_DISK = tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 """How the message of an OSError begins that another attempt meets again."""
 
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""In the RuntimeError of a tensor on the CPU."""
+MEMORY_SENTENCES = 3
+LESS_MEMORY = (
+    "a run with train.checkpointing=block, train.micro_batch=1, shorter data.sequence_length or more processes takes "
+    "less, and `distlora plan` with its settings says of what (is something else on the device? `nvidia-smi`)"
+)
+
 GAVE_UP = "gave_up.json"
 """In RUN/logs of several machines: why the first of them ended for good."""
 
@@ -136,12 +144,19 @@ def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
         about = rank if error.get("about") is None else error["about"]
         return Failure(f"the run hung: {error['message']}", _see(log_dir, about, "its stacks are in"))
     text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
+    if _is_of_memory(error):  # What was asked for and what there is; torch goes on with its allocator's statistics.
+        text = f"{'. '.join(text.split('. ')[:MEMORY_SENTENCES])}; {LESS_MEMORY}"
     shown = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
     return Failure(
         f"rank {rank} failed first: {shown}",
         _see(log_dir, rank, "its traceback is in"),
         repeats=is_final(error),
     )
+
+
+def _is_of_memory(error: Mapping[str, Any]) -> bool:
+    """Whether torch could not have the memory that it asked a GPU or the host for."""
+    return error["type"] == "OutOfMemoryError" or _NO_HOST_MEMORY in error["message"]
 
 
 def is_final(error: Mapping[str, Any]) -> bool:
@@ -234,7 +249,8 @@ def _name(signum: int) -> str:
 
 def _reason(signum: int) -> str:
     return {
-        "SIGKILL": "; usually the machine ran out of memory (`dmesg | tail` tells), or somebody sent kill -9",
+        "SIGKILL": "; usually the machine ran out of memory (`dmesg | tail` tells), of which fewer processes "
+        "(cluster.gpus_per_node) take less, or somebody sent kill -9",
         "SIGSEGV": ", a crash in native code",
         "SIGABRT": ", an abort in native code",
         "SIGBUS": "; usually /dev/shm or a disk is full",

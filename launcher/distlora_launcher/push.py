@@ -179,7 +179,9 @@ def _check_name(option: str, name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{option} {name} is no name on the hub ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{option} {name} is no name on the hub ({str(error).splitlines()[0]}); write USER/NAME or ORG/NAME"
+        ) from error
     if "/" not in name:
         raise UserError(f"{option} {name} has no owner; write USER/{name} or ORG/{name}")
 

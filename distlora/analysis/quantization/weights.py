@@ -81,10 +81,12 @@ def find_weights(config: Config) -> tuple[list[Weight], int]:
             found = "no tensor" if source is None else f"shape {list(source.shape)}"
             raise UserError(
                 f"the checkpoint has {found} for {name}, which config.json describes as {list(module.shape)}; they "
-                "belong to different models"
+                "belong to different models: download the folder again"
             )
         if source.segments[0].dtype not in SOURCE_DTYPES:
-            raise UserError(f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}")
+            raise UserError(
+                f"{name} is stored as {source.segments[0].dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy"
+            )
         weights.append(Weight(name, source))
     tied = {"lm_head.weight"} if model.tied else set()
     total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)

@@ -131,7 +131,10 @@ def checked(options: argparse.Namespace, command: str) -> Request:
         )
         require(folder is not None or not options.merged, "--merged needs the base; name it with --model FOLDER")
     else:
-        require(options.quant is None, "--quant has no effect: these adapters add the same to any form of the base")
+        require(
+            options.quant is None,
+            "--quant has no effect: these adapters add the same to any form of the base; leave it out",
+        )
     check(request, adapters)
     if options.merged:
         check_form(adapters, request, options.onto or "trained")

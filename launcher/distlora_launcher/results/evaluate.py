@@ -331,7 +331,7 @@ def text_of(
         assert run.run_dir is not None
         require(
             sequence_length is None,
-            f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them",
+            f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them: leave it out",
         )
         return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows)
     path = place_of(place)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from distlora.pages.words import size
+
 
 class Display(Protocol):
     """The terminal: a progress line that follows the steps, and lines that stay."""
@@ -39,14 +41,15 @@ class Pace:
         self._first: tuple[int, float] | None = None
 
     def left(self, step: int) -> str:
-        """`h:mm:ss` to the last step, or `?` while only one step is known."""
+        """`  h:mm:ss left` to the last step; nothing while only one step is known."""
         now = time.monotonic()
         if self._first is None or step <= self._first[0]:
             self._first = self._first or (step, now)
-            return "0:00" if step == self._total else "?"
+            return "  0:00 left" if step == self._total else ""
         seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
         minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+        time_left = f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+        return f"  {time_left} left"
 
 
 DISPENSABLE = ("lr", "peak_memory_bytes", "eval_loss", "mfu")
@@ -54,14 +57,14 @@ DISPENSABLE = ("lr", "peak_memory_bytes", "eval_loss", "mfu")
 
 
 def figures(metrics: Mapping[str, float], width: int | None = None) -> str:
-    """`loss 3.2140  held-out 3.3012  lr 1.9e-04  12,345 tok/s  MFU 41%  1.23 GiB`, of what there is."""
+    """`loss 3.2140  held-out 3.3012  lr 1.9e-04  12,345 tok/s  MFU 41%  memory 1.23 GB`, of what there is."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.4f}",
         "eval_loss": lambda value: f"held-out {value:.4f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
         "mfu": lambda value: f"MFU {value:.0%}",
-        "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
+        "peak_memory_bytes": lambda value: f"memory {size(value)}",
     }
     parts = {name: shown(metrics[name]) for name, shown in formats.items() if name in metrics}
     for name in DISPENSABLE:
@@ -85,7 +88,7 @@ class Lines:
         if now - self._shown >= self.SECONDS or step == self._total:
             self._shown = now
             width = len(str(self._total))
-            self.say(f"step {step:{width}}/{self._total}  {figures(metrics)}  {left} left")
+            self.say(f"step {step:{width}}/{self._total}  {figures(metrics)}{left}")
 
     def say(self, text: str) -> None:
         print(f"{self._label}{text}", flush=True)
@@ -117,8 +120,8 @@ class Bar:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         left = self._pace.left(step)
         beside = 2 * len(str(self._total)) + 1 + BAR_WIDTH + 2  # The count and the bar, each with a space.
-        width = self._progress.console.width - beside - len(f"  {left} left")
-        description = f"{figures(metrics, width)}  {left} left"
+        width = self._progress.console.width - beside - len(left)
+        description = f"{figures(metrics, width)}{left}"
         self._progress.update(self._task, completed=step, description=description)
         if time.monotonic() - self._drawn >= self.SECONDS or step == self._total:
             self._drawn = time.monotonic()

@@ -296,3 +296,14 @@ def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tm
     ids[0, :2] = torch.tensor([3, 700])
     model, _ = load_trained(trained, SINGLE)
     assert (our_logits(model, ids) - their_logits(out, ids, "sdpa")).abs().max() <= 1e-4
+
+
+def test_how_long_a_merge_takes_is_said_once_it_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first piece waits for threads and disks: of two cores that others use it made ten minutes of two seconds."""
+    said: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr("distlora.merging.threads.time.monotonic", lambda: now[0])
+    clock = Clock("merging", 10_000_000, said.append)
+    for now[0] in (0.6, 4.0):
+        clock.passed(1_000_000, "a.weight")
+    assert said == ["merging: 10% of 10 MB, a.weight", "merging: 20% of 10 MB, 0:16 left, a.weight"]

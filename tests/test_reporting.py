@@ -74,7 +74,7 @@ def test_each_step_is_one_line_and_an_evaluation_another(tmp_path, capsys):
     assert entries[5] == {"step": 4, "eval_loss": 3.0}
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "held-out documents after step 0: eval_loss 5.0000"
-    assert shown[1] == "step 1/4  loss 4.0000  lr 1.0e-04  12,346 tok/s  ? left"  # the first step ...
+    assert shown[1] == "step 1/4  loss 4.0000  lr 1.0e-04  12,346 tok/s"  # the first step ...
     assert shown[2] == "step 4/4  loss 1.0000  lr 1.0e-04  12,346 tok/s  0:00 left"  # ... and the last; no flood
     assert shown[3:] == ["saved", "held-out documents after step 4: eval_loss 3.0000"]
 
@@ -444,6 +444,7 @@ def test_a_narrow_terminal_goes_without_the_figures_that_matter_least(width: int
     assert len(shown) <= width - 35
     assert "loss 12.3456" in shown
     assert "123,457 tok/s" in shown
+    assert ("memory 75.2 GB" in shown) == (width == 200)
     assert ("lr" in shown, "MFU 41%" in shown) == {80: (False, True), 100: (False, True), 200: (True, True)}[width]
 
 

@@ -15,11 +15,15 @@ from typing import TypeVar
 import torch
 
 from distlora.loading.decompose import one_thread
+from distlora.pages.words import size
 
 Say = Callable[[str], None]
 """Called often; it says something now and then."""
 WORKERS = min(4, len(os.sched_getaffinity(0)))
 """Tensors at once; each has a few pieces of 4 MiB in memory."""
+
+SETTLED_SECONDS = 2.0
+"""Before it is said how long the rest takes."""
 
 HASHED_BYTES = 2**22
 """Of a file, at once."""
@@ -45,9 +49,11 @@ class Clock:
         with self._lock:
             self._done += num_bytes
             share = self._done / self._total
-            left = (time.monotonic() - self._began) * (1 / share - 1)
-            of = f"{share:.0%} of {self._total / 1e9:,.2f} GB"
-            self._say(f"{self._what}: {of}, {left // 60:.0f}:{left % 60:02.0f} left, {name}")
+            passed = time.monotonic() - self._began
+            left = passed * (1 / share - 1)
+            # The first pieces wait for threads and disks: what they took says nothing of the rest.
+            how_long = f", {left // 60:.0f}:{left % 60:02.0f} left" if passed > SETTLED_SECONDS else ""
+            self._say(f"{self._what}: {share:.0%} of {size(self._total)}{how_long}, {name}")
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:

@@ -36,11 +36,13 @@ def lines(plan: Plan) -> list[str]:
         False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
         None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
     }[plan.fits]
+    # What a CPU's process shows of itself while it trains has them in it.
+    beside = "" if plan.machine.is_gpu else ", beside Python and its libraries"
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
     moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
     time = None if plan.time is None else time_of(plan)
     found = [
-        f"plan: {size(device.total)}{there_is} a {card} at its peak, {MOMENTS[device.worst]}{fits}",
+        f"plan: {size(device.total)}{there_is} a {card} at its peak{beside}, {MOMENTS[device.worst]}{fits}",
         f"  most of it: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
     ]

@@ -1,7 +1,7 @@
 """The model card that states on the Hugging Face hub what a run trained.
 
-Every fact comes from the run folder (distlora.run_folder). Files of this machine are named without their folders.
-Needs no torch.
+Every fact comes from the run folder (distlora.folders.run_folder). Files of this machine are named without their
+folders. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distlora.config import AdapterConfig, SourceConfig, UserError
+from distlora.config.file import parse_yaml
 from distlora.config.places import is_hub_name
-from distlora.config_file import parse_yaml
-from distlora.initial_adapter import WEIGHTS_NAME
+from distlora.folders.run_folder import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.pages.words import length
-from distlora.run_folder import DATA_NAME, TEMPLATE_NAME, Result
+from distlora.peft_files.folder import WEIGHTS_NAME
 
 HUB = "https://huggingface.co"
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.attention import Documents
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
-from distlora.head import IGNORED_LABEL, LossHead
-from distlora.model import CausalLM
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+from distlora.model.head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks, sum_over_ranks
 
 TOKENS_AT_ONCE = 4096

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from distlora import durable
-from distlora.adapters import DEFAULT_ADAPTER
+from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoints.files import whole_folder, write_files
 from distlora.checkpoints.folder import STATE_NAME, TRAINER_NAME
 from distlora.checkpoints.state import Progress
 from distlora.config import Config, UserError
-from distlora.initial_adapter import NF4_MARK
+from distlora.folders.run_folder import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEMPLATE_NAME
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.loading.start_file import start_path
-from distlora.model import CausalLM
-from distlora.optim import Optimizer
+from distlora.model.adapters import DEFAULT_ADAPTER
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, from_rank_0, watch
-from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora.pissa_format import plain_config, plain_tensors, trained_part
-from distlora.run_folder import BEST_NAME, BEST_STEP_NAME, PUBLISHED, TEMPLATE_NAME
+from distlora.peft_files.folder import NF4_MARK
+from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.peft_files.pissa import plain_config, plain_tensors, trained_part
 from distlora.tensor_files import read_into, read_rows, write_model
-from distlora.tokens import tokenizer_files
+from distlora.training.optim import Optimizer
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""

@@ -19,20 +19,21 @@ from pathlib import Path
 
 import torch
 
-from distlora import attention, compiled, host_memory, liger
-from distlora.adapters import reset_adapters
-from distlora.buffers import materialize_buffers
+from distlora import host_memory
 from distlora.config import Config, UserError
 from distlora.loading import initialize
 from distlora.loading.shard_cache import CacheSettings
 from distlora.loading.start_file import base_identity, needs_start
 from distlora.loading.weights import Loaded, load_base
-from distlora.mlp import place_mlps
-from distlora.model import DTYPES, CausalLM, build_model
-from distlora.offload import HostInputs
+from distlora.model import attention, compiled, liger
+from distlora.model.adapters import reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import DTYPES, CausalLM, build_model
+from distlora.model.mlp import place_mlps
+from distlora.model.offload import HostInputs
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Backend, Ranks, parallelize, watch
-from distlora.peft_format import load_initial_adapter
-from distlora.quant import FrozenTensor
+from distlora.peft_files.format import load_initial_adapter
 from distlora_kernels import scratch
 
 

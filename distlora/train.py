@@ -13,18 +13,18 @@ from pathlib import Path
 from torch import nn
 
 from distlora.config import Config, UserError, check_ranks
-from distlora.config_file import load_config
-from distlora.figures import describe, describe_steps, summarize
-from distlora.memory_check import memory_check, read_plan
-from distlora.model import CausalLM
-from distlora.optim import build_optimizer
+from distlora.config.file import load_config
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
 from distlora.parallel.control import Control
 from distlora.results import restore
-from distlora.runs import open_run, recording_a_stop, trial_of
 from distlora.startup import start_adapters, start_model
 from distlora.stopping import Stopped
-from distlora.trainer import Trainer
+from distlora.training.figures import describe, describe_steps, summarize
+from distlora.training.memory_check import memory_check, read_plan
+from distlora.training.optim import build_optimizer
+from distlora.training.runs import open_run, recording_a_stop, trial_of
+from distlora.training.trainer import Trainer
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError, require
-from distlora.config_file import load_config
-from distlora.initial_adapter import CONFIG_NAME, check_quantization, read_initial_adapter
+from distlora.config.file import load_config
+from distlora.folders.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.loading.segments import read_headers
-from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
+from distlora.peft_files.folder import CONFIG_NAME, check_quantization, read_initial_adapter
 
 BASE_ALONE = "base"
 """As --adapter: the base without anything trained."""

@@ -10,14 +10,14 @@ import torch
 from distlora.checkpoints.folder import STATE_NAME, newest, steps
 from distlora.checkpoints.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.config import Config, UserError
+from distlora.folders.run_folder import CHECKPOINTS
 from distlora.loading.initialize import read_start
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME
 from distlora.loading.start_file import base_identity
-from distlora.model import CausalLM, build_model
+from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks
-from distlora.peft_format import WEIGHTS_NAME, load_initial_adapter, whole_modules
+from distlora.peft_files.format import WEIGHTS_NAME, load_initial_adapter, whole_modules
 from distlora.results import load_weights
-from distlora.run_folder import CHECKPOINTS
 from distlora.startup import start_model
 from distlora.trained import BASE_ALONE, Trained, named_by_flag, with_adapter
 

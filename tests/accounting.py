@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distlora import attention
+from distlora.model import attention
 
 
 class FlashLike(torch.autograd.Function):

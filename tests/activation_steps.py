@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from accounting import Kept, Made, flash_like
-from distlora import head
-from distlora.adapters import StepRows
-from distlora.attention import Documents
-from distlora.attention_cpu import attend
-from distlora.families import read_config
-from distlora.mlp import MLP, place_mlps
-from distlora.model import CausalLM
-from distlora.offload import HostInputs
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import shapes_of
+from distlora.model import head
+from distlora.model.adapters import StepRows
+from distlora.model.attention import Documents
+from distlora.model.attention_cpu import attend
+from distlora.model.build import CausalLM
+from distlora.model.mlp import MLP, place_mlps
+from distlora.model.offload import HostInputs
 from distlora.plan.kernels import AttentionKind
 from distlora.plan.memory import activations
 from distlora.plan.memory.activations import Costs, Device, Mode
 from distlora.plan.memory.attention_memory import Attention
 from distlora.plan.memory.base import base_of
 from distlora.plan.memory.gathered import Copied, copied_of
-from distlora.shapes import shapes_of
 from family_models import config_for, load_ours, tokens
 from small_models import write_model_folder
 

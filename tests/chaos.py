@@ -127,7 +127,10 @@ class Life:
     def torchrun(self) -> psutil.Process | None:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if process.ppid() == self.process.pid and "distlora_launcher.torchrun_entry" in process.cmdline():
+                if (
+                    process.ppid() == self.process.pid
+                    and "distlora_launcher.running.torchrun_entry" in process.cmdline()
+                ):
                     return process
         return None
 

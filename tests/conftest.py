@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
 
-from distlora import fused_modules
+from distlora.model import fused_modules
 from distlora_kernels import dispatch
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
@@ -65,7 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _rotary_embeddings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is put in for the whole process (distlora/fused_modules.py); a test that follows needs the family's own."""
+    """One is put in for the whole process (distlora/model/fused_modules.py); a test that follows needs the family's
+    own."""
     exchange = fused_modules.exchange
 
     def undone_later(decoder: Any, *arguments: Any, **options: Any) -> str:

@@ -24,7 +24,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distlora.command_line import run_to_exit_code
+from distlora.commands.ending import run_to_exit_code
 from distlora.config import UserError
 
 CPU_SECONDS, WALL_SECONDS, MEGABYTES = 2.0, 20.0, 200

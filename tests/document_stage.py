@@ -2,7 +2,7 @@
 
 A command runs in this process as a user's would, up to the first process that it starts for its work: a worker, the
 preparation of data, torchrun. What a machine for tests has not is put in: GPUs by number, a model by name by its sizes
-(`distlora/architectures.py`), SLURM by --dry-run.
+(`distlora/architecture/known.py`), SLURM by --dry-run.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from distlora.config import Config
 from distlora.config.places import is_hub_name
 from distlora.merging.merge import merge_to
 from distlora.trained import Name
-from distlora_launcher import application, checks, cli
+from distlora_launcher import application, cli
 from distlora_launcher import cancel as cancelling
 from distlora_launcher.analyses import quantization
+from distlora_launcher.settings import checks
 from distlora_launcher.status import run_folders
 from distlora_launcher.sweeps import command as sweeps
 from documents import ROOT, Command, assigned, expanded

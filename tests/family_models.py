@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.adapters import LoRAPair
 from distlora.config import Config
-from distlora.config_file import build
-from distlora.model import CausalLM
+from distlora.config.file import build
+from distlora.model.adapters import LoRAPair
+from distlora.model.build import CausalLM
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Backend, Ranks
-from distlora.quant import FrozenTensor
 from distlora.startup import start_model
 from small_models import SHAPES
 

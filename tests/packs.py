@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from distlora.config_file import as_mapping
+from distlora.config.file import as_mapping
 from distlora.packed.protocol import CLOSED_NAME, INBOX, PACK_NAME, VERDICTS, inbox_file, outcome_file, verdict_file
 from small_models import make_run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from distlora.architectures import ARCHITECTURES
+from distlora.architecture.known import ARCHITECTURES
 from distlora.cards import CARDS
 from distlora.config import Config
 from distlora.plan import Machine

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from distlora.config import Config
-from distlora.config_file import as_mapping, build
+from distlora.config.file import as_mapping, build
 
 MOMENT = 1_795_655_700.0
 VOID = {"meta", "br", "img", "col", "link", "input", "base"}

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from distlora.config import Config
-from distlora.config_file import as_mapping, build
+from distlora.config.file import as_mapping, build
 
 VOCABULARY = 1001
 """Prime to every number of ranks, so that the embedding is cut unevenly."""

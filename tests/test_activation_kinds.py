@@ -11,7 +11,7 @@ import pytest
 
 import activation_steps
 from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
-from distlora import experts
+from distlora.model import experts
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.activations import Mode
 

@@ -10,9 +10,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from closeness import assert_close
-from distlora.adapters import AdaptedLinear, BlockContext, reset_adapters
 from distlora.config import AdapterConfig
-from distlora.quant import FrozenLinear, link_shared_inputs
+from distlora.model.adapters import AdaptedLinear, BlockContext, reset_adapters
+from distlora.model.quant import FrozenLinear, link_shared_inputs
 
 
 def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:

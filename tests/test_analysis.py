@@ -29,8 +29,8 @@ from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
 from distlora.loading.reader import Reader
 from distlora.loading.second_level import SecondLevel
+from distlora.model.quant import FrozenLinear
 from distlora.parallel import Ranks
-from distlora.quant import FrozenLinear
 from distlora.readings import Readings, compare, evenly
 from distlora.startup import start_model
 from distlora_kernels import nf4, reference

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig
 
 from closeness import assert_close, assert_losses_close, relative_error
-from distlora import attention, liger, startup, train
-from distlora.attention import LONGEST, Documents
-from distlora.families import FAMILIES
+from distlora import startup, train
+from distlora.architecture.families import FAMILIES
 from distlora.generation.generator import Generator, generate_all
-from distlora.model import CausalLM, build_model
+from distlora.model import attention, liger
+from distlora.model.attention import LONGEST, Documents
+from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Ranks
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
 from small_models import make_run, read_metrics

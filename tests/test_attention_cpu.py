@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from closeness import assert_close, relative_error
-from distlora import attention, attention_cpu, attention_tiles
-from distlora.attention_cpu import attend
+from distlora.model import attention, attention_cpu, attention_tiles
+from distlora.model.attention_cpu import attend
 
 LENGTHS = [[300], [1, 1, 37, 261], [128, 129, 43], [2, 298]]
 """Of documents: one tile and a part, one token, a tile to the token and one more."""

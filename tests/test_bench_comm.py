@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from distlora import wire
-from distlora.architectures import ARCHITECTURES
+from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import shapes_of
 from distlora.bench.comm import MODELS, Counted, StepBytes, agreement, counted_table, size
 from distlora.config import AdapterConfig
-from distlora.shapes import shapes_of
+from distlora.plan import wire
 from distlora_launcher import cli
 from distlora_launcher.benches import comm
 from family_models import edit_config

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from distlora.architecture.shapes import shapes_of
 from distlora.bench import against_plan
 from distlora.bench.against_plan import Cell, Row
 from distlora.config import UserError
-from distlora.shapes import shapes_of
 from distlora_launcher.benches import memory
 
 

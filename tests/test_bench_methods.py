@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from distlora import error_file
 from distlora.config import Config, UserError
-from distlora.run_folder import read_record
-from distlora.trial import NonFiniteError
+from distlora.folders import error_file
+from distlora.folders.run_folder import read_record
+from distlora.training.trial import NonFiniteError
 from distlora_launcher.benches.methods import grid, run
 from distlora_launcher.benches.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
 from distlora_launcher.benches.methods.results import BaseDiffersError, check_base, figures, reading, state_bytes, table
-from distlora_launcher.checks import check
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config
 from distlora_launcher.demo.corpus import write_jsonl
+from distlora_launcher.settings.checks import check
+from distlora_launcher.settings.compose import compose_config
 from small_models import write_model_folder
 
 BY_NAME = {method.name: method for method in METHODS}

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from distlora.architecture.shapes import shapes_of
 from distlora.bench.step import compare, curves, report, running
 from distlora.bench.step.cells import CHECKPOINTING, OURS, SIZES, WAYS, Cell, cells_of
 from distlora.bench.step.compare import JOBS, Measured, Problem
 from distlora.bench.step.running import CellFailedError, Turn
 from distlora.bench.step.turns import Turns
 from distlora.config import UserError
-from distlora.shapes import shapes_of
 from distlora_launcher.benches import step
 
 CELL = Cell(size="100M", length=512, rows=4, processes=1, checkpointing="none", way=OURS)

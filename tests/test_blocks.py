@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import BlockContext, StepRows
-from distlora.blocks import Block
+from distlora.model.adapters import BlockContext, StepRows
+from distlora.model.blocks import Block
 
 
 class Layer(nn.Module):

@@ -20,7 +20,7 @@ from distlora.checkpoints.state import (
     load_state,
 )
 from distlora.config import Config, UserError
-from distlora.config_file import build
+from distlora.config.file import build
 
 SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"}
 

@@ -24,9 +24,9 @@ from distlora.config import UserError
 from distlora.deltas.apply import adapted_rows
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import AdapterFile
-from distlora.initial_adapter import NF4_MARK, read_initial_adapter
 from distlora.loading.reader import Reader
 from distlora.parallel import Ranks
+from distlora.peft_files.folder import NF4_MARK, read_initial_adapter
 from distlora.randomness import key_of
 from distlora.trained import base_alone
 from distlora_launcher.cli import main

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from closeness import relative_error
-from distlora import compiled
-from distlora.compiled import CompiledRMSNorm
+from distlora.architecture.families import family_of, read_config
 from distlora.config import Config, UserError
-from distlora.config_file import build
-from distlora.families import family_of, read_config
-from distlora.mlp import place_mlps
-from distlora.model import CausalLM
+from distlora.config.file import build
+from distlora.model import compiled
+from distlora.model.build import CausalLM
+from distlora.model.compiled import CompiledRMSNorm
+from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora_kernels import native
-from distlora_launcher.checks import check_machine, check_of_sizes
+from distlora_launcher.settings.checks import check_machine, check_of_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 

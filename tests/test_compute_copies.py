@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from closeness import relative_error
 from distlora import startup, train
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.parallel import Ranks
 from small_models import VOCABULARY
 from test_full import SINGLE, prepare

@@ -14,8 +14,8 @@ import transformers
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from closeness import relative_error
+from distlora.architecture.families import names_on_disk
 from distlora.config import UserError
-from distlora.families import names_on_disk
 from distlora.loading.conversion import CheckpointLayout, Source, find_sources, layout_of
 from distlora.loading.reader import Reader
 from distlora.loading.segments import read_headers

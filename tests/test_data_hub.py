@@ -13,7 +13,7 @@ import yaml
 
 from data_folders import CHATML, chat, write_model
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
-from distlora.config_file import as_mapping
+from distlora.config.file import as_mapping
 from distlora.data.hub import HubDataset
 from hub_server import start_hub
 
@@ -41,7 +41,7 @@ for settings in json.loads(sys.argv[1]):
 PREPARE = """
 import sys
 from distlora.data.__main__ import main
-from distlora.tokens import tokenize_alone
+from distlora.architecture.tokens import tokenize_alone
 tokenize_alone()
 sys.exit(max(main([run]) for run in sys.argv[1:]))
 """
@@ -228,7 +228,7 @@ def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatc
 
 
 def test_an_error_of_the_system_that_names_no_file_is_said_as_it_is(monkeypatch, tmp_path):
-    from distlora_launcher import checks
+    from distlora_launcher.settings import checks
 
     def fail(config):
         raise ConnectionError("the connection was lost")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from data_folders import MARKED, write_lines, write_model
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.data import preview, show_row
 from distlora.data.formats import Record, check_objective, resolve_format, to_document
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split, prepare
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
 from distlora.data.turn_tokens import Encoded
-from distlora.tokens import load_tokenizer
 from small_models import make_run
 
 

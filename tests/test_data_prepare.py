@@ -13,7 +13,7 @@ import yaml
 
 from data_folders import CHATML, chat, write_lines, write_model
 from distlora.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
-from distlora.config_file import as_mapping
+from distlora.config.file import as_mapping
 from distlora.data import prepare as prepare_module
 from distlora.data.__main__ import main
 from distlora.data.loader import StepLoader

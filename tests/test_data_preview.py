@@ -9,7 +9,7 @@ import yaml
 from chat_tokenizers import chat_tokenizer
 from data_folders import chat, write_lines
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping, build
+from distlora.config.file import as_mapping, build
 from distlora.data import preview
 from distlora.data.prepare import prepare_run
 from distlora_launcher import data as command

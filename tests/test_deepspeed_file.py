@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from distlora import deepspeed_file
-from distlora.config import UserError
+from distlora.config import UserError, deepspeed_file
+from distlora.config.deepspeed_file import Gathering, read_gathering
 from distlora.config.parallel import ParallelConfig
-from distlora.deepspeed_file import Gathering, read_gathering
 
 
 def written(tmp_path: Path, **settings: Any) -> ParallelConfig:

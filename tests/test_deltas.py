@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.deltas.base import open_base
 from distlora.loading.reader import Reader
-from distlora.quant import FrozenTensor
+from distlora.model.quant import FrozenTensor
 from distlora.startup import start_model
 from family_models import SINGLE, write_family_folder
 

@@ -14,14 +14,14 @@ from distlora_kernels.bench.rates import ASSUMED, predicted_seconds
 from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
 from distlora.bench import dora as bench
-from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
 from distlora.loading.row_norms import halved
-from distlora.model import CausalLM
-from distlora.optim import parameter_groups
+from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, StepRows, reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
+from distlora.training.optim import parameter_groups
 from planned import assert_disk_as_planned
 from small_models import make_run, write_model_folder
 from test_dropout import OurDropout

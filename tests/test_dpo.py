@@ -17,21 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora import train, wire
-from distlora.adapters import StepRows, adapter_parameters
+from distlora import train
 from distlora.config import Config, UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.data.loader import MicroBatch
-from distlora.flops import count_flops
 from distlora.loading.start_file import START_NAME
-from distlora.model import CausalLM
-from distlora.objectives import Preference, most_pairs, pair_sides
+from distlora.model.adapters import StepRows, adapter_parameters
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.peft_format import adapter_tensors
-from distlora.runs import open_data
+from distlora.peft_files.format import adapter_tensors
+from distlora.plan import wire
 from distlora.startup import start_model
 from distlora.trained_model import load_model
-from distlora_launcher.checks import check, check_model
+from distlora.training.flops import count_flops
+from distlora.training.objectives import Preference, most_pairs, pair_sides
+from distlora.training.runs import open_data
+from distlora_launcher.settings.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import config_with, make_run, read_metrics
 from test_packing_isolation import model_with_adapters

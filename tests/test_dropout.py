@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora.adapters import AdaptedLinear, BlockContext, StepRows
 from distlora.config import AdapterConfig
-from distlora.model import CausalLM
-from distlora.quant import link_shared_inputs
-from distlora.runs import open_data
+from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows
+from distlora.model.build import CausalLM
+from distlora.model.quant import link_shared_inputs
+from distlora.training.runs import open_data
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels import nf4
 from distlora_kernels.dropout import Dropout, Stream, dropped, threshold_of

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from chaos import KINDS, Campaign, Kill, draw, table, train_command
-from distlora.config_file import as_mapping, load_config
+from distlora.config.file import as_mapping, load_config
 from planned import assert_disk_as_planned
 from small_models import read_metrics
 from wandb_logs import read_wandb_log

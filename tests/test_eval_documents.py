@@ -18,8 +18,7 @@ from distlora.data.loader import StepLoader
 from distlora.data.packing import pack
 from distlora.data.prepare import open_split
 from distlora.data.stacking import Share, stacks
-from distlora.document_losses import DocumentLosses, pieces_of_rows
-from distlora.eval_documents import (
+from distlora.folders.eval_documents import (
     EVAL_DOCUMENTS_NAME,
     DocumentRecord,
     check_paired,
@@ -27,6 +26,7 @@ from distlora.eval_documents import (
     write_documents,
 )
 from distlora.parallel import Ranks
+from distlora.training.document_losses import DocumentLosses, pieces_of_rows
 from small_models import config_with, make_run, read_metrics, tokenizer
 from test_dpo import preferences  # noqa: F401 - a fixture
 from worlds import World

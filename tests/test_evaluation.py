@@ -21,10 +21,10 @@ from distlora.evaluation import worker
 from distlora.evaluation.measure import Measured, load, round_to
 from distlora.evaluation.request import Request, Subject, Text, held_out
 from distlora.evaluation.rows import open_rows
-from distlora.head import IGNORED_LABEL
 from distlora.merging.merge import merge_to
 from distlora.merging.page import measured_in_words, measured_table
 from distlora.merging.receipt import Receipt
+from distlora.model.head import IGNORED_LABEL
 from distlora.parallel import Ranks
 from distlora.readings import Loss
 from distlora.trained import Name

@@ -1,6 +1,6 @@
 """Every family and variant: our model is transformers', trains as PEFT would, packs, shards, and saves what PEFT loads.
 
-The table in distlora/README.md names these tests, a column each.
+The table in distlora/model/README.md names these tests, a column each.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora import train
-from distlora.adapters import adapter_parameters
+from distlora.architecture.expert_targets import select_adapted
+from distlora.architecture.families import check_config, names_on_disk, read_config
 from distlora.config import UserError
-from distlora.expert_targets import select_adapted
-from distlora.families import check_config, names_on_disk, read_config
 from distlora.loading.segments import read_headers
-from distlora.model import DTYPES, CausalLM, build_model
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import DTYPES, CausalLM, build_model
 from distlora.parallel import Ranks
-from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora_launcher.checks import check_model, linear_names
+from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora_launcher.settings.checks import check_model, linear_names
 from family_models import (
     SINGLE,
     VARIANTS,

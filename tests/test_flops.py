@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig, Config
-from distlora.config_file import build
-from distlora.flops import count_flops, peak_flops
-from distlora.model import CausalLM, build_model
-from distlora.operations import ModelFlops
-from distlora.slots import put_trial
+from distlora.config.file import build
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.slots import put_trial
+from distlora.plan.speed.operations import ModelFlops
+from distlora.training.flops import count_flops, peak_flops
 
 TOKENS, ROWS = 48, 2
 

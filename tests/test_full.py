@@ -14,12 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train, wire
+from distlora import startup, train
 from distlora.checkpoints.files import whole_folder, write_files
 from distlora.checkpoints.folder import steps
 from distlora.config import Config
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.parallel import Backend, Ranks, Shards
+from distlora.plan import wire
 from distlora.results import trainer_tensors
 from distlora.tensor_files import write_model
 from planned import assert_disk_as_planned

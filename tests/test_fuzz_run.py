@@ -16,13 +16,13 @@ from distlora import train
 from distlora.checkpoints.folder import newest
 from distlora.checkpoints.identity import identity_of
 from distlora.checkpoints.state import check_matches, load_state
-from distlora.config_file import load_config
-from distlora.model import build_model
-from distlora.optim import build_optimizer
+from distlora.config.file import load_config
+from distlora.folders.run_folder import read_record
+from distlora.model.build import build_model
 from distlora.parallel import Ranks
 from distlora.results import restore
-from distlora.run_folder import read_record
 from distlora.startup import start_model
+from distlora.training.optim import build_optimizer
 from distlora.verification import Item, verify
 from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.status import as_object, describe, statuses, table

@@ -29,15 +29,15 @@ from transformers import DynamicCache, GenerationConfig
 
 from distlora import train
 from distlora.config import UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.generation import worker
 from distlora.generation.encoding import PromptEncoder, greedy, sampling
 from distlora.generation.generator import Completion, Generator, aside, context_limit, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, read_prompts
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora.reporting import Reporter
+from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
+from distlora.reporting.reporter import Reporter
 from distlora.trained_model import load_model
 from distlora_launcher.cli import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder

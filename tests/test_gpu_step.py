@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distlora import startup, train
-from distlora.adapters import adapter_parameters
-from distlora.attention import Documents
 from distlora.checkpoints.files import write_files
 from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.config import Config
-from distlora.model import CausalLM
-from distlora.offload import HostInputs
-from distlora.optim import Optimizer
+from distlora.model.adapters import adapter_parameters
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+from distlora.model.offload import HostInputs
+from distlora.model.quant import FrozenLinear
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.traffic import Traffic
-from distlora.quant import FrozenLinear
 from distlora.results import trainer_tensors, weight_files
+from distlora.training.optim import Optimizer
 from distlora_kernels import scratch
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run

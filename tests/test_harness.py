@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from distlora.adapters import LoRAPair
 from distlora.config import UserError
 from distlora.evaluation import worker
 from distlora.evaluation.report import shown
 from distlora.evaluation.request import Request
-from distlora.model import CausalLM
+from distlora.model.adapters import LoRAPair
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora_launcher.results.evaluate import checked, parse
 from family_models import SINGLE, dequantized, load_ours

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closeness import assert_close
-from distlora import head
-from distlora.head import LossHead
+from distlora.model import head
+from distlora.model.head import LossHead
 
 VOCABULARY, HIDDEN = 1001, 24
 

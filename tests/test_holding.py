@@ -15,8 +15,8 @@ from typing import IO
 import pytest
 
 from distlora.config import UserError
-from distlora_launcher import holding
-from distlora_launcher.processes import this_process
+from distlora_launcher.running import holding
+from distlora_launcher.running.processes import this_process
 
 
 @pytest.fixture

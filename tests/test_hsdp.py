@@ -17,18 +17,19 @@ import yaml
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train, wire
+from distlora import startup, train
 from distlora.bench.collectives import counted
 from distlora.bench.traffic import our_step
 from distlora.checkpoints.folder import step_of, steps
 from distlora.config import Config, UserError, check_ranks
-from distlora.config_file import as_mapping, load_config
-from distlora.model import CausalLM
+from distlora.config.file import as_mapping, load_config
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
-from distlora.runs import open_data
+from distlora.plan import wire
+from distlora.training.runs import open_data
 from family_models import config_for
 from small_models import make_run, read_metrics
 from test_parity import adapters_after, outcome, run_once

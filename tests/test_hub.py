@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping, build
+from distlora.config.file import as_mapping, build
 from distlora_launcher import hub as launcher_hub
 from distlora_launcher import hub_preview, push
 from distlora_launcher.cli import main
@@ -121,7 +121,7 @@ with model.disable_adapter():
 
 RESTORE = """
 import sys
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora_launcher.hub import restore
 restore(load_config(sys.argv[1]))
 """

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from distlora import train
 from distlora.config import Config, UserError
-from distlora.config_file import load_config
-from distlora.initial_adapter import read_initial_adapter
-from distlora.model import build_model
+from distlora.config.file import load_config
+from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_format import adapter_config, adapter_tensors, load_initial_adapter
+from distlora.peft_files.folder import read_initial_adapter
+from distlora.peft_files.format import adapter_config, adapter_tensors, load_initial_adapter
 from distlora.startup import start_model
-from distlora_launcher.checks import check_model
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config
+from distlora_launcher.settings.checks import check_model
+from distlora_launcher.settings.compose import compose_config
 from small_models import make_run, read_metrics
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import result, run_until

@@ -20,24 +20,25 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora import pissa_format, randomness, train
+from distlora import randomness, train
 from distlora.config import AdapterConfig, Config, UserError
-from distlora.config_file import load_config
-from distlora.initial_adapter import read_initial_adapter
+from distlora.config.file import load_config
 from distlora.loading import decompose, initialize, start_file
 from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
 from distlora.loading.start_file import START_NAME, base_identity, digest_of
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, watch
-from distlora.peft_format import adapter_tensors
+from distlora.peft_files import pissa as pissa_format
+from distlora.peft_files.folder import read_initial_adapter
+from distlora.peft_files.format import adapter_tensors
 from distlora.results import publish_result
 from distlora.startup import start_model
 from distlora.trained import find_weights
 from distlora.trained_model import load_model
 from distlora_kernels import nf4
-from distlora_launcher.checks import check, check_model
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config
+from distlora_launcher.settings.checks import check, check_model
+from distlora_launcher.settings.compose import compose_config
 from family_models import SINGLE, config_for, tokens, write_family_folder
 from planned import assert_disk_as_planned
 from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file

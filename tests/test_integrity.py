@@ -12,12 +12,12 @@ from torch import Tensor
 
 from distlora import startup, train
 from distlora.config import UserError
-from distlora.config_file import load_config
-from distlora.model import CausalLM
+from distlora.config.file import load_config
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
 from distlora.parallel.integrity import DamagedWeightsError, _batches
-from distlora.runs import open_data
+from distlora.training.runs import open_data
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
 from worlds import World

@@ -20,11 +20,11 @@ import psutil
 import pytest
 import safetensors.torch
 
-from distlora import wire
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.checkpoints import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
-from distlora.families import read_config
-from distlora.shapes import ModelShapes, shapes_of
+from distlora.plan import wire
 from small_models import read_metrics, tokenizer, write_text_file
 
 DISTLORA = Path(sys.executable).with_name("distlora")
@@ -40,7 +40,7 @@ WORKER_IMPORTS = 400 * MIB
 """Anonymous memory of a worker before it has built anything: torch, transformers, gloo and its threads."""
 LAUNCHER = 400 * MIB
 """The launcher and torchrun, of which workers are forks."""
-TORCHRUN = "distlora_launcher.torchrun_entry"
+TORCHRUN = "distlora_launcher.running.torchrun_entry"
 
 
 needs_linux = pytest.mark.skipif(

@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from distlora import host_memory
-from distlora_launcher import holding, local
 from distlora_launcher.cli import COMMANDS, main
 from distlora_launcher.demo.base import base_folder
 from distlora_launcher.demo.corpus import Corpus
+from distlora_launcher.running import holding, local
 from launcher_fakes import write_data, write_model, write_tokenizer
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_names
+from distlora.config.file import as_mapping
 from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import CHOSEN
-from distlora.config_file import as_mapping
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_config, compose_run, compose_sweep, expand_home
+from distlora_launcher.settings.compose import compose_config, compose_run, compose_sweep, expand_home
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
 CONF = Path(__file__).parent.parent / "conf"

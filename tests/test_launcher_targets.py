@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from distlora.architecture.targets import select_targets
 from distlora.config import TARGET_PRESETS, UserError
-from distlora.targets import select_targets
 
 NAMES = [
     f"model.layers.{layer}.{module}"

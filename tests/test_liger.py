@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from accounting import Kept, flash_like
 from closeness import relative_error
-from distlora import liger, startup
-from distlora.attention import Documents
-from distlora.decoder_sizes import AdaptedRanks, Decoder
-from distlora.families import read_config
-from distlora.mlp import place_mlps
-from distlora.model import CausalLM
+from distlora import startup
+from distlora.architecture.families import read_config
+from distlora.model import liger
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
+from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.memory.activations import Costs
 from family_models import VARIANTS, load_ours, tokens, write_family_folder
 

@@ -11,17 +11,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import distlora.model
+import distlora.model.build
 from distlora import train
-from distlora.adapters import reset_adapters
-from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig, Config, UserError
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model
+from distlora.model.adapters import reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.quant import FrozenLinear
 from distlora.parallel import Backend, Ranks, parallelize
-from distlora.quant import FrozenLinear
 from distlora_kernels import nf4
 from small_models import make_run, write_model_folder
 from worlds import World
@@ -189,7 +189,7 @@ def test_a_weight_that_stays_16_bit_is_noticed(folders: Path, monkeypatch: pytes
     def forgetful(*args: Any, quantized: bool, **kwargs: Any) -> FrozenLinear:
         return FrozenLinear(*args, quantized=False, **kwargs)
 
-    monkeypatch.setattr(distlora.model, "FrozenLinear", forgetful)
+    monkeypatch.setattr(distlora.model.build, "FrozenLinear", forgetful)
     with pytest.raises(AssertionError, match=r"stayed torch\.float32"):
         loaded(folders / "llama", adapter={"target_modules": "qv"})
 

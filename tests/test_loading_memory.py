@@ -9,7 +9,7 @@ import pytest
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.load import Figures, measure
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.loading.segments import read_headers
 from distlora.plan import plan_of
 from distlora.plan.model import model_in

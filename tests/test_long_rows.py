@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from accounting import Made, flash_like
-from distlora import head
-from distlora.attention import Documents
-from distlora.model import CausalLM
+from distlora.model import head
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
 from family_models import edit_config, load_ours, tokens, write_family_folder
 from small_models import VOCABULARY
 

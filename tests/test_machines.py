@@ -23,13 +23,13 @@ import yaml
 
 from distlora.bench.network import free_port
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping, build, load_config
-from distlora_launcher import holding, meeting, processes
+from distlora.config.file import as_mapping, build, load_config
 from distlora_launcher.cli import main
-from distlora_launcher.failures import read_gave_up
-from distlora_launcher.logs import host_name
-from distlora_launcher.machines import check_same, run_id, run_together, start_together
-from distlora_launcher.signals import Forwarder
+from distlora_launcher.running import holding, meeting, processes
+from distlora_launcher.running.failures import read_gave_up
+from distlora_launcher.running.logs import host_name
+from distlora_launcher.running.machines import check_same, run_id, run_together, start_together
+from distlora_launcher.running.signals import Forwarder
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
 
@@ -67,7 +67,7 @@ class Machine:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 parent = child.parent()
-                if parent is not None and "distlora_launcher.torchrun_entry" in parent.cmdline():
+                if parent is not None and "distlora_launcher.running.torchrun_entry" in parent.cmdline():
                     found.append(child)
         return found
 
@@ -109,9 +109,9 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 
 PART = (
-    "import sys; from pathlib import Path; from distlora.command_line import run_to_exit_code; "
-    "from distlora.config_file import load_config; from distlora_launcher.machines import run_by_hand; "
-    "from distlora_launcher import workers; from distlora_launcher.signals import forwarding\n"
+    "import sys; from pathlib import Path; from distlora.commands.ending import run_to_exit_code; "
+    "from distlora.config.file import load_config; from distlora_launcher.running.machines import run_by_hand; "
+    "from distlora_launcher import workers; from distlora_launcher.running.signals import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
@@ -207,7 +207,7 @@ def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for
     away = meeting.Meeting(
         nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=False, address="127.0.0.1"
     )
-    monkeypatch.setattr("distlora_launcher.machines.meet", lambda *_, **__: away)
+    monkeypatch.setattr("distlora_launcher.running.machines.meet", lambda *_, **__: away)
     monkeypatch.setattr(processes.Process, "has_ended", True)  # Of the places of this process, before.
     with pytest.raises(UserError, match="nobody listened"):
         run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
@@ -225,7 +225,7 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     (run_dir / "cache").rmdir()
     another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
     another.write_text("half of its sett")
-    monkeypatch.setattr("distlora_launcher.machines.prepare", lambda *_: 2)
+    monkeypatch.setattr("distlora_launcher.running.machines.prepare", lambda *_: 2)
     assert start_together(config) == 2
     assert [path.name for path in run_dir.iterdir()] == [another.name]
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from distlora import memory_meter, train
+from distlora import train
 from distlora.config import TrainConfig, UserError
-from distlora.memory_check import measured_step
 from distlora.parallel import Ranks
 from distlora.plan.memory import measured
 from distlora.plan.memory.measured import MeasuredRank
-from distlora.reporting import Reporter
-from distlora.trainer import Trainer
-from distlora.trial import Trial
+from distlora.reporting.reporter import Reporter
+from distlora.training import memory_meter
+from distlora.training.memory_check import measured_step
+from distlora.training.trainer import Trainer
+from distlora.training.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World, start_world
 

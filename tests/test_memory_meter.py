@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from distlora import wire
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import shapes_of
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
-from distlora.families import read_config
-from distlora.memory_meter import Event, Recorder, StepMemory, account, mark
 from distlora.parallel import Ranks
-from distlora.shapes import shapes_of
+from distlora.plan import wire
+from distlora.training.memory_meter import Event, Recorder, StepMemory, account, mark
 from small_models import config_with
 from worlds import World, start_world
 

@@ -28,7 +28,7 @@ from distlora.merging.receipt import Receipt
 from distlora.merging.threads import Clock
 from distlora.merging.unmerge import unmerge
 from distlora.merging.worker import summary
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.results import publish_result
 from distlora.trained import Name, Trained
 from distlora.trained_model import load_trained

@@ -1,4 +1,4 @@
-"""Every method is what PEFT trains: the table of distlora/README.md, a cell each.
+"""Every method is what PEFT trains: the table of distlora/model/README.md, a cell each.
 
 A cell is a real run on some ranks, over a base in NF4 or unquantized, in fp32. PEFT gets our dequantized base and the
 adapter that we start from, trains on the same packed rows with its own modules and optimizer, and must come to the same
@@ -25,14 +25,14 @@ from closeness import assert_adapters_close, assert_losses_close, relative_error
 from distlora import train
 from distlora.checkpoints.files import write_files
 from distlora.config import Config
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.data.loader import StepBatch
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME
 from distlora.results import load_weights, weight_files
-from distlora.runs import open_data
 from distlora.startup import start_model
+from distlora.training.runs import open_data
 from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World
@@ -254,7 +254,7 @@ def test_a_method_is_pefts_on_any_base_and_ranks(
 
 def test_the_table_in_the_readme_has_these_cells() -> None:
     rows = {}
-    for line in (Path(__file__).parents[1] / "distlora" / "README.md").read_text().splitlines():
+    for line in (Path(__file__).parents[1] / "distlora" / "model" / "README.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 4 and "1, 2, 3 ranks" in cells:
             rows[cells[0]] = tuple(base for base, cell in zip(("nf4", "none"), cells[2:], strict=True) if cell)

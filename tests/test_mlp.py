@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from closeness import relative_error
-from distlora.adapters import StepRows
-from distlora.balance import place_routers
 from distlora.config import UserError
-from distlora.mlp import MLP, parts_of, place_mlps
-from distlora.model import CausalLM, build_model
+from distlora.model.adapters import StepRows
+from distlora.model.balance import place_routers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.mlp import MLP, parts_of, place_mlps
 from family_models import config_for, load_ours, tokens, write_family_folder
 
 TILE = 24

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import wire
 from distlora.checkpoints.folder import steps
 from distlora.config import UserError, check_ranks
-from distlora.config_file import load_config
+from distlora.config.file import load_config
+from distlora.plan import wire
 from distlora.trained_model import load_model
 from family_models import SINGLE, config_for, dequantized, tokens
 from planned import assert_disk_as_planned

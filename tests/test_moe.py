@@ -16,23 +16,24 @@ import pytest
 import safetensors.torch
 import torch
 
-import distlora.experts
+import distlora.model.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
-from distlora import train, wire
-from distlora.adapters import adapter_parameters
+from distlora import train
 from distlora.config import AdapterConfig, Config, UserError
-from distlora.experts import ExpertPair, ExpertWeight
-from distlora.figures import active_parameters, count_parameters, experts_said
-from distlora.flops import count_flops
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM, build_model
+from distlora.model.experts import ExpertPair, ExpertWeight
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_format import adapter_config, adapter_tensors, load_initial_adapter
-from distlora.quant import FrozenTensor
+from distlora.peft_files.format import adapter_config, adapter_tensors, load_initial_adapter
+from distlora.plan import wire
 from distlora.startup import start_model
+from distlora.training.figures import active_parameters, count_parameters, experts_said
+from distlora.training.flops import count_flops
 from distlora_kernels import nf4
-from distlora_launcher.checks import check_model
-from distlora_launcher.compose import compose_config
+from distlora_launcher.settings.checks import check_model
+from distlora_launcher.settings.compose import compose_config
 from family_models import (
     SINGLE,
     config_for,
@@ -173,7 +174,7 @@ def test_an_expert_that_stayed_16_bit_is_noticed(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(folder_of("mixtral"))
-    monkeypatch.setattr(distlora.experts, "ExpertWeight", functools.partial(_dense, ExpertWeight))
+    monkeypatch.setattr(distlora.model.experts, "ExpertWeight", functools.partial(_dense, ExpertWeight))
     model = build_model(config)
     with pytest.raises(AssertionError, match=r"experts.*stayed torch.float32 under quant=nf4"):
         load_base(model, config.model.path, parallelize(model, SINGLE, config))

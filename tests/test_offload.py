@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from distlora import host_memory, startup, train
-from distlora.adapters import BlockContext
-from distlora.blocks import Block
+from distlora.architecture.families import FAMILIES, read_config
 from distlora.config import UserError
-from distlora.decoder_sizes import AdaptedRanks, Decoder
-from distlora.families import FAMILIES, read_config
-from distlora.offload import HostInputs
+from distlora.model.adapters import BlockContext
+from distlora.model.blocks import Block
+from distlora.model.offload import HostInputs
 from distlora.parallel import Ranks
+from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.memory.activations import Costs
 from small_models import make_run, read_metrics
 from test_parity import outcome

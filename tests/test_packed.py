@@ -19,16 +19,16 @@ from closeness import assert_adapters_close, assert_losses_close
 from distlora import stopping, train
 from distlora.checkpoints.folder import steps
 from distlora.config import Config, UserError
-from distlora.eval_documents import check_paired, read_documents
-from distlora.objectives import Losses, NextToken
+from distlora.folders.eval_documents import check_paired, read_documents
 from distlora.packed import pack as packed
 from distlora.packed import worker
 from distlora.packed.protocol import verdict_file
 from distlora.packed.settings import check_pack
 from distlora.parallel import Ranks
-from distlora.runs import OpenRun
-from distlora.trainer import Trainer
-from distlora.trial import Trial
+from distlora.training.objectives import Losses, NextToken
+from distlora.training.runs import OpenRun
+from distlora.training.trainer import Trainer
+from distlora.training.trial import Trial
 from distlora.verification import verify
 from packs import make_pack, outcomes, say_verdict
 from small_models import config_with, make_run, read_metrics

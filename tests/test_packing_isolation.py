@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from closeness import relative_error
-from distlora.buffers import materialize_buffers
 from distlora.config import AdapterConfig
-from distlora.model import CausalLM
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM
 from test_loading import loaded
 
 LENGTHS = (17, 1, 30, 9)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train, wire
+from distlora import startup, train
 from distlora.config import Config
 from distlora.parallel import Ranks
+from distlora.plan import wire
 from distlora_kernels import native
 from small_models import make_run, read_metrics
 from worlds import World

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora import train
-from distlora.adapters import reset_adapters
-from distlora.buffers import materialize_buffers
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.loading.weights import load_base
-from distlora.model import CausalLM, build_model
+from distlora.model.adapters import reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.quant import FrozenLinear
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_format import adapter_tensors
-from distlora.quant import FrozenLinear
+from distlora.peft_files.format import adapter_tensors
 from small_models import make_run
 from test_loading import config_for, loaded
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from distlora.architectures import ARCHITECTURES
+from distlora.architecture.known import ARCHITECTURES
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.memory import kinds
 from distlora.plan.model import built_in, find_model
 from distlora.plan.pages import report, tables, words
 from distlora_launcher import cli, plan_table
-from distlora_launcher.compose import compose_config
+from distlora_launcher.settings.compose import compose_config
 from launcher_fakes import write_model
 
 SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "card=rtx4090"]

@@ -15,9 +15,9 @@ import torch
 
 from distlora import host_memory
 from distlora.config import Config
-from distlora.model import build_model
+from distlora.model.build import build_model
 from distlora.parallel import Shards, zero3
-from distlora.peft_format import adapter_tensors
+from distlora.peft_files.format import adapter_tensors
 from distlora.plan import plan_of
 from distlora.plan.model import model_in
 from distlora.plan.storage.disk import Tensor, file_bytes, trained_tensors

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from distlora import host_memory
-from distlora.architectures import ARCHITECTURES
+from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import shapes_of
 from distlora.cards import CARDS, CONTEXT_BYTES
 from distlora.config import Config, UserError
 from distlora.plan.machine import Found, Machine, machine_of
 from distlora.plan.model import built_in, cached_snapshot, find_model
-from distlora.shapes import shapes_of
-from distlora_launcher import here
-from distlora_launcher.planning import choices
+from distlora_launcher.settings import here
+from distlora_launcher.settings.planning import choices
 from launcher_fakes import write_model
 from plan_inputs import composed
 

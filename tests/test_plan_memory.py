@@ -18,7 +18,6 @@ from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
 from distlora.cards import CARDS
 from distlora.config import Config
-from distlora.memory_meter import MemoryMeter, StepMemory
 from distlora.parallel import Ranks
 from distlora.plan import plan_of
 from distlora.plan.machine import Found, machine_of
@@ -27,7 +26,8 @@ from distlora.plan.memory.attention_memory import flash_accumulators
 from distlora.plan.memory.device import DeviceBytes, device_bytes
 from distlora.plan.memory.kinds import Moment
 from distlora.plan.model import find_model, model_in
-from distlora_launcher.compose import compose_config
+from distlora.training.memory_meter import MemoryMeter, StepMemory
+from distlora_launcher.settings.compose import compose_config
 from family_models import write_family_folder
 from plan_inputs import cpu_machine
 from small_models import config_with, write_model_folder

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from distlora import wire
-from distlora.architectures import ARCHITECTURES
-from distlora.plan import Plan, plan_of
+from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import ModelShapes
+from distlora.plan import Plan, plan_of, wire
 from distlora.plan.machine import machine_of
 from distlora.plan.memory.activations import Activations
 from distlora.plan.memory.step import blocks_of
 from distlora.plan.model import built_in, find_model
-from distlora.shapes import ModelShapes
 from plan_inputs import composed
 
 GB, MIB, GIB = 1e9, 2**20, 2**30

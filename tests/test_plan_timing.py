@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from distlora import wire
 from distlora.bench import step_time as bench
 from distlora.config import Config, UserError
-from distlora.plan import Machine, plan_of
+from distlora.plan import Machine, plan_of, wire
 from distlora.plan.speed.compute import step_flops
 from distlora.plan.speed.rates import missing_rates, rates_of
 from distlora.plan.speed.timing import StepTime, step_time

@@ -14,7 +14,7 @@ from distlora_kernels.bench.rates import Step
 from distlora_kernels.bench.shapes import Group
 
 from accounting import Moved
-from distlora.head import LossHead
+from distlora.model.head import LossHead
 from distlora.plan.model import model_in
 from distlora.plan.speed.block_work import HeadSizes, head_work, norm
 from distlora.plan.speed.compute import step_flops

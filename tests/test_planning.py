@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.plan.machine import Found
-from distlora_launcher import here, local, planning
 from distlora_launcher.cli import main
-from distlora_launcher.compose import compose_run
-from distlora_launcher.planning import keep, planned
+from distlora_launcher.running import local
+from distlora_launcher.settings import here, planning
+from distlora_launcher.settings.compose import compose_run
+from distlora_launcher.settings.planning import keep, planned
 from launcher_fakes import write_data, write_model
 
 GIB = 2**30

@@ -18,9 +18,9 @@ from distlora.checkpoints.folder import steps
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Progress
 from distlora.loading import initialize, weights
-from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
-from distlora.trial import Trial
+from distlora.training.objectives import Losses, NextToken
+from distlora.training.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World
 

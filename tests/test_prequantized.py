@@ -20,22 +20,22 @@ from torch import Tensor
 
 from closeness import assert_adapters_close
 from distlora import train
-from distlora.adapters import reset_adapters
-from distlora.buffers import materialize_buffers
+from distlora.architecture.families import read_config
 from distlora.config import Config, UserError
-from distlora.config_file import build
-from distlora.families import read_config
+from distlora.config.file import build
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import Loaded, load_base
-from distlora.model import CausalLM, build_model
+from distlora.model.adapters import reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, build_model
+from distlora.model.quant import FrozenLinear
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.plan import plan_of
 from distlora.plan.machine import machine_of
 from distlora.plan.model import find_model
-from distlora.quant import FrozenLinear
 from distlora_kernels import nf4, nf4_cpu, reference
-from distlora_launcher.checks import check_model
+from distlora_launcher.settings.checks import check_model
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
 from test_nf4 import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
 from test_peft import our_logits, our_trained_model

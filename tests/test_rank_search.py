@@ -16,10 +16,10 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.eval_documents import DocumentRecord, read_documents, write_documents
-from distlora.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
-from distlora_launcher.holding import worker_place
-from distlora_launcher.processes import this_process
+from distlora.folders.eval_documents import DocumentRecord, read_documents, write_documents
+from distlora.folders.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
+from distlora_launcher.running.holding import worker_place
+from distlora_launcher.running.processes import this_process
 from distlora_launcher.sweeps import rank_setup
 from distlora_launcher.sweeps import study as study_module
 from distlora_launcher.sweeps.folder import Sweep, make_sweep

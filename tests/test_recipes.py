@@ -16,8 +16,8 @@ from distlora.plan.model import find_model
 from distlora.plan.pages import report
 from distlora.plan.pages.report import MOMENTS
 from distlora.plan.pages.words import KINDS
-from distlora_launcher.compose import compose_config
-from distlora_launcher.planning import check_planned
+from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.settings.planning import check_planned
 
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = CONF / "recipe"

@@ -15,9 +15,9 @@ import pytest
 
 from damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from distlora.config import UserError
+from distlora.folders.run_folder import REPORT_NAME
 from distlora.report.run_page import run_report
 from distlora.report.run_records import Standing, read_run
-from distlora.run_folder import REPORT_NAME
 from distlora_launcher.cli import main
 from distlora_launcher.report import write_at_end
 from report_folders import PLAN, STATE, Page, make_folder, metrics, write, write_lines

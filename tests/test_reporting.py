@@ -11,11 +11,11 @@ import psutil
 import pytest
 import wandb
 
-from distlora import tracker
-from distlora.command_line import STOPPED
+from distlora.commands.ending import STOPPED
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
-from distlora.progress import figures
-from distlora.reporting import Reporter
+from distlora.reporting import tracker
+from distlora.reporting.progress import figures
+from distlora.reporting.reporter import Reporter
 from distlora.stopping import Stopped
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distlora import host_memory, train, wire
+from distlora import host_memory, train
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
-from distlora.families import read_config
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
-from distlora.reporting import Reporter
-from distlora.shapes import shapes_of
+from distlora.plan import wire
+from distlora.reporting.reporter import Reporter
 from small_models import make_run, read_metrics
 from test_integrity import started
 from test_parity import outcome, run_once

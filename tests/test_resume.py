@@ -22,7 +22,7 @@ from distlora.checkpoints import files
 from distlora.checkpoints.folder import TRAINER_NAME, newest, step_of, steps
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.trial import Trial
+from distlora.training.trial import Trial
 from planned import assert_disk_as_planned
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder

@@ -9,7 +9,7 @@ import pytest
 from distlora.plan import plan_of
 from distlora.plan.machine import machine_of
 from distlora.plan.model import find_model
-from distlora_launcher.compose import compose_config
+from distlora_launcher.settings.compose import compose_config
 from messages import ROOT
 
 ROWS = re.findall(

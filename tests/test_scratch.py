@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.adapters import AdaptedLinear, BlockContext
-from distlora.blocks import Block
 from distlora.config import AdapterConfig, UserError
-from distlora.quant import FrozenLinear, link_shared_inputs
+from distlora.model.adapters import AdaptedLinear, BlockContext
+from distlora.model.blocks import Block
+from distlora.model.quant import FrozenLinear, link_shared_inputs
 from distlora_kernels import nf4, scratch
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run

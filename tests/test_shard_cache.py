@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distlora.adapters import AdaptedLinear
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
-from distlora.config_file import build, load_config
+from distlora.config.file import build, load_config
 from distlora.loading import cache_folder, cache_pieces, piece_header, source_digest
 from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
 from distlora.loading.segments import read_header
 from distlora.loading.weights import Loaded
+from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
 from distlora.plan.model import model_in
 from distlora.plan.storage.disk import disk_bytes

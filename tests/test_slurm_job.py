@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora_launcher.jobs.script import render
 from fake_slurm import FakeSlurm
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.loading import source_digest
 from distlora.loading.source_content import Content, content_of
-from distlora.model import build_model
+from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.stopping import Stopped
 from worlds import World

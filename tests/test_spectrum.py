@@ -19,8 +19,8 @@ from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NA
 from distlora.config import UserError
 from distlora.deltas.base import open_base
 from distlora.deltas.factors import Factors
-from distlora.experts import ExpertWeight
 from distlora.loading.reader import Reader
+from distlora.model.experts import ExpertWeight
 from distlora.trained import Name, Trained
 from distlora.trained_model import load_trained
 from distlora_launcher.analyses.spectrum import checked, parse

@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from distlora.config import Config
-from distlora.config_file import as_mapping, build
-from distlora_launcher import holding
+from distlora.config.file import as_mapping, build
 from distlora_launcher.cli import main
-from distlora_launcher.logs import host_name
-from distlora_launcher.processes import from_record
+from distlora_launcher.running import holding
+from distlora_launcher.running.logs import host_name
+from distlora_launcher.running.processes import from_record
 from fake_slurm import FakeSlurm, job_record
 
 
@@ -95,7 +95,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from distlora_launcher.holding import running
+from distlora_launcher.running.holding import running
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with running(Path(sys.argv[1])):
     print("holds", flush=True)

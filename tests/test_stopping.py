@@ -18,9 +18,9 @@ from distlora import train
 from distlora.checkpoints.folder import TRAINER_NAME, newest, steps
 from distlora.checkpoints.state import Progress
 from distlora.generation.sampler import Sampler
-from distlora.objectives import Losses, NextToken
 from distlora.parallel import Ranks
-from distlora.trial import NonFiniteError, Trial
+from distlora.training.objectives import Losses, NextToken
+from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
 from worlds import World
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from distlora.config import SweepConfig, UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
+from distlora.folders.run_folder import PLAN_NAME
+from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED
 from distlora.packed import protocol
-from distlora.run_folder import PLAN_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED
-from distlora_launcher.holding import holders, worker_place
-from distlora_launcher.signals import Forwarder
+from distlora_launcher.running.holding import holders, worker_place
+from distlora_launcher.running.signals import Forwarder
 from distlora_launcher.sweeps import pack_folder
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep

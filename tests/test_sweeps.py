@@ -24,10 +24,20 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, RUNNING, SAVED, WAITING, TrialRecord, ranked, read_results
+from distlora.folders.sweep_folder import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    SAVED,
+    WAITING,
+    TrialRecord,
+    ranked,
+    read_results,
+)
 from distlora_launcher.cli import main
-from distlora_launcher.holding import holders, running, worker_place
-from distlora_launcher.signals import Forwarder
+from distlora_launcher.running.holding import holders, running, worker_place
+from distlora_launcher.running.signals import Forwarder
 from distlora_launcher.sweeps import command, journal, local, runner, study
 from distlora_launcher.sweeps.asked import ask
 from distlora_launcher.sweeps.drawing import check_sampler

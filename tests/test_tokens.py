@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora import train
+from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
+from distlora.folders.run_folder import read_record, read_result
 from distlora.generation.encoding import PromptEncoder
-from distlora.head import LossHead
+from distlora.model.head import LossHead
+from distlora.model.token_rows import TokenRows, sum_by_slot
 from distlora.parallel import Ranks
-from distlora.peft_format import adapter_tensors, load_initial_adapter
+from distlora.peft_files.format import adapter_tensors, load_initial_adapter
 from distlora.plan.model import find_model
 from distlora.results import load_weights, publish_result
-from distlora.run_folder import read_record, read_result
 from distlora.startup import start_model
-from distlora.token_rows import TokenRows, sum_by_slot
-from distlora.tokens import load_tokenizer, vocabulary_of
-from distlora_launcher.checks import check_model
-from distlora_launcher.compose import compose_config
 from distlora_launcher.push import collect
+from distlora_launcher.settings.checks import check_model
+from distlora_launcher.settings.compose import compose_config
 from family_models import (
     SINGLE,
     config_for,
@@ -158,8 +158,8 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against autograd through index_copy, token losses weighted unevenly; tied, so that both uses add up."""
-    monkeypatch.setattr("distlora.head.LOGITS_PER_CHUNK", 37 * 20)  # Chunks of 20 tokens, the last one shorter.
-    monkeypatch.setattr("distlora.token_rows.TOKENS_PER_PRODUCT", 16)
+    monkeypatch.setattr("distlora.model.head.LOGITS_PER_CHUNK", 37 * 20)  # Chunks of 20 tokens, the last one shorter.
+    monkeypatch.setattr("distlora.model.token_rows.TOKENS_PER_PRODUCT", 16)
     torch.manual_seed(0)
     embedding = nn.Embedding(37, 12, padding_idx=4)
     embedding.weight.requires_grad_(False)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import SourceConfig, UserError
 from distlora.data.chat import ChatTemplate
 from distlora.data.hub import SavedDataset
 from distlora.exporting.repository import own_files
-from distlora.tokens import load_tokenizer
 from small_models import tokenizer
 from test_layout import MODULES
 

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from distlora.config import Config
-from distlora.config_file import build
-from distlora.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
+from distlora.config.file import build
+from distlora.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
 from distlora_launcher import application
 from distlora_launcher.cli import main
-from distlora_launcher.compose import parse_overrides
+from distlora_launcher.settings.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_trial
 from distlora_launcher.sweeps.agents import ask, unfinished
 from distlora_launcher.sweeps.space import split

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 
 from chaos import Life, read_lines, train_command, uninterrupted
-from distlora import error_file
 from distlora.bench.network import free_port
+from distlora.folders import error_file
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
-from distlora_launcher.failures import first_failure, read_errors
-from distlora_launcher.workers import run_workers
+from distlora_launcher.running.failures import first_failure, read_errors
+from distlora_launcher.running.workers import run_workers
 from worlds import World
 
 TIMEOUT_SECONDS = 1.0

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import transformers
 
-from distlora import wire
-from distlora.adapters import adapter_parameters
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.traffic import Counts, measure_ours
 from distlora.config import Config
-from distlora.families import read_config
-from distlora.model import build_model
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import build_model
 from distlora.parallel import Ranks
 from distlora.parallel.traffic import Traffic
-from distlora.shapes import ModelShapes, shapes_of
+from distlora.plan import wire
 from distlora.startup import start_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config

@@ -17,16 +17,17 @@ import pytest
 import torch
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import host_memory, startup, train, wire
+from distlora import host_memory, startup, train
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
 from distlora.config import UserError
-from distlora.families import read_config
-from distlora.model import build_model
+from distlora.model.build import build_model
 from distlora.packed import worker
 from distlora.parallel import Ranks, Shards, parallelize, zero3
 from distlora.parallel.integrity import DamagedWeightsError
-from distlora.runs import open_data
-from distlora.shapes import shapes_of
+from distlora.plan import wire
+from distlora.training.runs import open_data
 from packs import make_pack
 from small_models import NEW_TOKENS, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)

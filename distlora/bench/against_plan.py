@@ -4,8 +4,8 @@ machine, its GPUs or processes of its CPU.
     python -m distlora.bench.against_plan [--models 10M,100M] [--ranks 1,2] [--json]      (`distlora bench memory`)
 
 Each step is real: random weights are written, loaded, cut over ranks and trained with an adapter on every linear; the
-second step is measured (distlora/memory_meter.py). What stays from step to step is to be planned within 1 %, the peak
-within 5 %.
+second step is measured (distlora/training/memory_meter.py). What stays from step to step is to be planned within 1 %,
+the peak within 5 %.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from distlora.bench.network import free_port
 from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.pages.drawing import draw_bars
 from distlora.pages.tables import Table
 from distlora.pages.written import Results

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from distlora.attention_cpu import attend
 from distlora.bench.machine import made_here
+from distlora.model.attention_cpu import attend
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes
 from distlora.config import Config, require
 from distlora.pages import words
-from distlora.shapes import ModelShapes
-from distlora.wire import StepBytes
+from distlora.plan import wire
+from distlora.plan.wire import StepBytes
 
 MODELS = {
     "Llama 3.1 8B": "meta-llama/Llama-3.1-8B",
     "Llama 3.1 70B": "meta-llama/Llama-3.1-70B",
     "Llama 3.1 405B": "meta-llama/Llama-3.1-405B",
 }
-"""What is calculated where no model is named, by its name in distlora.architectures."""
+"""What is calculated where no model is named, by its name in distlora.architecture.known."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 1001,

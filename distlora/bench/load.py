@@ -30,7 +30,7 @@ from distlora.bench.memory import PeakMemory
 from distlora.bench.network import free_port
 from distlora.bench.processes import own_stdout, run_each
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.loading.segments import read_headers
 from distlora.pages.drawing import draw_bars
 from distlora.pages.tables import Table
@@ -62,9 +62,9 @@ class Figures:
 
 def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, results: Any) -> None:
     """One rank's part of loading `folder`, on its share of the threads."""
-    from distlora.adapters import adapter_parameters
     from distlora.loading.weights import load_base
-    from distlora.model import build_model
+    from distlora.model.adapters import adapter_parameters
+    from distlora.model.build import build_model
     from distlora.parallel import Ranks, parallelize
     from distlora.startup import cache_settings
 

@@ -26,7 +26,7 @@ from distlora.bench.network import free_port, take_own_network
 from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.traffic import Counts, measure_ours, measure_peer
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.parallel import Ranks
 
 RANKS = 2

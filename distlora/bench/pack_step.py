@@ -10,13 +10,13 @@ from distlora.bench.traffic import random_tokens
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.data.stacking import Share, stacks
-from distlora.objectives import objective_of
-from distlora.optim import Optimizer, build_optimizer, learning_rate
+from distlora.model.slots import put_trial
 from distlora.parallel import Ranks, whole_shape
-from distlora.slots import put_trial
 from distlora.startup import start_adapters, start_model
 from distlora.train import trained_parameters
-from distlora.trainer import mean_losses
+from distlora.training.objectives import objective_of
+from distlora.training.optim import Optimizer, build_optimizer, learning_rate
+from distlora.training.trainer import mean_losses
 
 STEPS = 2
 """Of the schedule of the learning rate."""

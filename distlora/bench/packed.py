@@ -29,7 +29,7 @@ from distlora.bench.pack_step import PackStep
 from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_time import Rates, copy, medians, planned, product
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.pages.drawing import draw_bars
 from distlora.pages.tables import Table
 from distlora.pages.written import Results

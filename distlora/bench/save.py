@@ -28,17 +28,17 @@ from distlora.checkpoints.folder import TRAINER_NAME
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Identity, Progress, TrainState
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.rows import STARTS, TRAINED
-from distlora.optim import build_optimizer
 from distlora.parallel import Ranks
 from distlora.parallel.control import Control
-from distlora.reporting import Reporter
+from distlora.reporting.reporter import Reporter
 from distlora.results import trainer_tensors, weight_files
 from distlora.startup import start_model
-from distlora.trainer import Trainer
-from distlora.trial import Hooks, Trial
+from distlora.training.optim import build_optimizer
+from distlora.training.trainer import Trainer
+from distlora.training.trial import Hooks, Trial
 
 MODEL: dict[str, Any] = {
     "vocab_size": 4096,

@@ -1,4 +1,5 @@
-"""The memory of one training step on this rank, measured by kind (`distlora.memory_meter`), over random tokens."""
+"""The memory of one training step on this rank, measured by kind (`distlora.training.memory_meter`), over random
+tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from collections.abc import Sequence
 
 from distlora.bench.pack_step import PackStep
 from distlora.config import Config
-from distlora.memory_meter import MemoryMeter, StepMemory
 from distlora.parallel import Ranks
+from distlora.training.memory_meter import MemoryMeter, StepMemory
 
 
 def measure_step(config: Config, ranks: Ranks) -> StepMemory:

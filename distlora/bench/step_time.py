@@ -26,14 +26,14 @@ from distlora.bench.machine import found_by
 from distlora.bench.traffic import our_step
 from distlora.cards import card_named
 from distlora.config import Config
-from distlora.config_file import build
-from distlora.model import DTYPES
-from distlora.optim import build_optimizer
+from distlora.config.file import build
+from distlora.model.build import DTYPES
 from distlora.parallel import Ranks
 from distlora.plan.machine import Found, machine_of
 from distlora.plan.model import PlannedModel, model_in
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.startup import start_model
+from distlora.training.optim import build_optimizer
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816},

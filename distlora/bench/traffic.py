@@ -21,11 +21,11 @@ from distlora.bench.collectives import counted
 from distlora.bench.network import loopback_bytes
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
 from distlora.config import Config
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.traffic import Traffic
+from distlora.plan.wire import Storage
 from distlora.startup import start_model
-from distlora.wire import Storage
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from typing import Any
 from distlora.checkpoints.state import Progress
 from distlora.config import Config
 from distlora.data.loader import PackedRows, StepLoader
-from distlora.optim import build_optimizer
 from distlora.parallel import Ranks
 from distlora.parallel.control import Control
-from distlora.reporting import Reporter
+from distlora.reporting.reporter import Reporter
 from distlora.startup import start_adapters, start_model
 from distlora.train import trained_parameters
-from distlora.trainer import Trainer
-from distlora.trial import Hooks, Trial
+from distlora.training.optim import build_optimizer
+from distlora.training.trainer import Trainer
+from distlora.training.trial import Hooks, Trial
 
 
 def _nothing(*arguments: Any) -> None:

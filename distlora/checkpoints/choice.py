@@ -6,8 +6,8 @@ from pathlib import Path
 
 from distlora.checkpoints.folder import newest, set_aside, step_folder, step_of, steps, tidy
 from distlora.config import UserError
+from distlora.folders.run_folder import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
 from distlora.parallel import Ranks, from_rank_0
-from distlora.run_folder import BEST_NAME, CHECKPOINT_PATTERN, PUBLISHED
 
 _NONE, _NONE_WHOLE = -1, -2
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from distlora.checkpoints.state import Identity, fixed_settings
 from distlora.config import Config
-from distlora.initial_adapter import weights_digest
 from distlora.loading.start_file import base_identity, needs_start
+from distlora.peft_files.folder import weights_digest
 
 
 def identity_of(config: Config, data: Mapping[str, Any], *, base: str | None = None) -> Identity:

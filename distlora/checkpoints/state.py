@@ -11,7 +11,7 @@ from typing import Any
 
 from distlora.checkpoints.folder import STATE_NAME, steps
 from distlora.config import Config, UserError
-from distlora.config_file import as_mapping
+from distlora.config.file import as_mapping
 
 OR_WHAT_PISSA_TOOK = (
     ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.architecture.families import family_of, is_tied, read_config
+from distlora.architecture.tokens import stored_rows
 from distlora.combining.request import Member, Request
 from distlora.config import UserError, require
-from distlora.families import family_of, is_tied, read_config
-from distlora.initial_adapter import InitialAdapter, read_initial_adapter
 from distlora.merging.request import Onto
-from distlora.tokens import stored_rows
+from distlora.peft_files.folder import InitialAdapter, read_initial_adapter
 
 
 def open_adapters(request: Request) -> list[InitialAdapter]:

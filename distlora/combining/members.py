@@ -7,12 +7,12 @@ from pathlib import Path
 from distlora.checkpoints.state import load_state
 from distlora.combining.request import RECORD_NAME, Member
 from distlora.config import Config, UserError, require
-from distlora.config_file import load_config
-from distlora.initial_adapter import CONFIG_NAME, read_initial_adapter
+from distlora.config.file import load_config
+from distlora.folders.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.json_files import read_object
 from distlora.loading.segments import fingerprint
 from distlora.loading.start_file import read_start_record
-from distlora.run_folder import CHECKPOINTS, checkpoint_folders, find_result, read_result
+from distlora.peft_files.folder import CONFIG_NAME, read_initial_adapter
 from distlora.trained import named_by_place
 
 

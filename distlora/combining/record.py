@@ -12,8 +12,8 @@ from typing import Any
 from distlora.checkpoints.folder import sha256
 from distlora.combining.request import Request
 from distlora.combining.result import Combination
-from distlora.initial_adapter import WEIGHTS_NAME
 from distlora.pages.tables import Table
+from distlora.peft_files.folder import WEIGHTS_NAME
 
 
 def record(request: Request, made: Combination, folder: Path) -> dict[str, Any]:

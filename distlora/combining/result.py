@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distlora.architecture.expert_targets import peft_paths
+from distlora.architecture.targets import match_ending
+from distlora.architecture.tokens import EMBEDDING
 from distlora.combining.checks import needs_base
 from distlora.combining.methods import Combined, Part, combine
 from distlora.combining.request import Request
@@ -18,14 +21,11 @@ from distlora.combining.whole import Weighted, combined_modules, combined_rows, 
 from distlora.config import Config
 from distlora.deltas.base import Base, open_base
 from distlora.deltas.factors import AdapterFile, Factors
-from distlora.expert_targets import peft_paths
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.json_files import read_object
 from distlora.loading.reader import Reader
 from distlora.loading.segments import read_header
-from distlora.targets import match_ending
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.tensor_files import Unmade
-from distlora.tokens import EMBEDDING
 from distlora.trained import base_alone
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.deltas.base import HEAD_NAME, Base, BaseWeight
 from distlora.deltas.factors import AdapterFile
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
 from distlora.tensor_files import READ_ELEMENTS, Unmade
-from distlora.tokens import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)

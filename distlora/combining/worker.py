@@ -17,13 +17,13 @@ from distlora.combining.record import record, told
 from distlora.combining.request import RECORD_NAME, Request
 from distlora.combining.result import Combination, held
 from distlora.combining.whole import new_token_owner
-from distlora.command_line import DONE, request_text, run_to_exit_code
-from distlora.initial_adapter import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
+from distlora.commands.ending import DONE, request_text, run_to_exit_code
+from distlora.commands.saying import Progress, quieten
 from distlora.loading.reader import Reader
 from distlora.merging.kept import DTYPES
 from distlora.merging.merge import merge_to
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.saying import Progress, quieten
+from distlora.peft_files.folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.trained import Name
 
 _SINGLE = Ranks(0, 1, torch.device("cpu"), None)

@@ -7,9 +7,9 @@ import os
 import sys
 from typing import Any
 
-from distlora.command_line import DONE, run_to_exit_code
+from distlora.architecture.tokens import tokenize_alone
+from distlora.commands.ending import DONE, run_to_exit_code
 from distlora.data.prepare import prepare_run
-from distlora.tokens import tokenize_alone
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import Config, DataConfig, UserError, require
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.data.cache import TEMPLATE_FILES, cache_key, content_digest, new_entry
 from distlora.data.chat import template_source
 from distlora.data.corpus import Corpus
@@ -23,9 +25,7 @@ from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
 from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
 from distlora.durable import write_json
-from distlora.families import read_config
-from distlora.run_folder import DATA_NAME, read_record
-from distlora.tokens import load_tokenizer, vocabulary_of
+from distlora.folders.run_folder import DATA_NAME, read_record
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.adapters import AdaptedLinear
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config, UserError
-from distlora.families import read_config
 from distlora.loading.conversion import Source
 from distlora.loading.decompose import Residual, Start
 from distlora.loading.finite import all_finite
@@ -29,9 +29,9 @@ from distlora.loading.reader import Reader
 from distlora.loading.second_level import SecondLevel
 from distlora.loading.segments import Segment, read_headers
 from distlora.loading.weights import find_base
-from distlora.model import CausalLM, build_model
-from distlora.quant import FrozenTensor
-from distlora.tokens import EMBEDDING, HEAD
+from distlora.model.adapters import AdaptedLinear
+from distlora.model.build import CausalLM, build_model
+from distlora.model.quant import FrozenTensor
 from distlora_kernels import nf4, reference
 
 HEAD_NAME = f"{HEAD}.weight"

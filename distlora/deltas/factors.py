@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from distlora.config import AdapterConfig, UserError
-from distlora.initial_adapter import InitialAdapter, read_initial_adapter
-from distlora.initial_modules import InitialModule
-from distlora.initial_rows import InitialRows
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
+from distlora.peft_files.folder import InitialAdapter, read_initial_adapter
+from distlora.peft_files.modules import InitialModule
+from distlora.peft_files.rows import InitialRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,11 +20,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
-from distlora.attention import Documents
 from distlora.config import UserError
 from distlora.data.chat import ChatTemplate, start_tokens
 from distlora.generation.generator import ROWS_AT_ONCE, Generator, context_limit, generate
-from distlora.model import CausalLM
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, sum_over_ranks
 from distlora.readings import LOGITS_AT_ONCE
 

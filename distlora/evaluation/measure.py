@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from distlora.commands.saying import still_loading
 from distlora.config import Config
 from distlora.data.rows import PackedRows
 from distlora.evaluation.request import Dtype, Subject
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.readings import Loss, Readings, compare, let_go
-from distlora.saying import still_loading
 from distlora.trained_model import load_in_fp32, load_model
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}

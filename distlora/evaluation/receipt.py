@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distlora.commands.saying import say
 from distlora.config import UserError
 from distlora.evaluation.request import Merged, Subject
 from distlora.merging.merge import merge_to
@@ -20,7 +21,6 @@ from distlora.merging.page import written
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Onto, check_mergeable
 from distlora.parallel import Ranks, from_rank_0
-from distlora.saying import say
 from distlora.trained import Trained
 
 TOO_FAR = 1e-2

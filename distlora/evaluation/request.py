@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distlora.config import Config, DataConfig, UserError, require
 from distlora.config.places import cache_place
-from distlora.run_folder import DATA_NAME, read_record
+from distlora.folders.run_folder import DATA_NAME, read_record
 from distlora.trained import Name, base_alone
 
 Dtype = Literal["bf16", "fp32"]

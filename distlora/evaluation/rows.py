@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.data.prepare import check_vocabulary, open_split, prepare
 from distlora.data.rows import STARTS, PackedRows
 from distlora.evaluation.request import Text
 from distlora.parallel import Ranks, from_rank_0
 from distlora.readings import evenly
-from distlora.tokens import load_tokenizer
 
 COMPARED_ROWS = 64
 """Rows of which two tokenizers must make the same tokens."""

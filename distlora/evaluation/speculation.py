@@ -19,13 +19,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError
 from distlora.data.rows import PackedRows
 from distlora.evaluation.request import Draft, Request, Subject
 from distlora.evaluation.rows import pieces
 from distlora.merging.kept import DTYPES
 from distlora.merging.merge import merge_to
-from distlora.tokens import load_tokenizer
 
 Say = Callable[[str], None]
 

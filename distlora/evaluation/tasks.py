@@ -16,16 +16,16 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
+from distlora.architecture.tokens import load_tokenizer
+from distlora.commands.saying import still_loading
 from distlora.config import UserError, nearest
 from distlora.data.chat import ChatTemplate
 from distlora.evaluation.harness import HarnessModel
 from distlora.evaluation.measure import load_shared
 from distlora.evaluation.request import Request, Subject, Tasks
+from distlora.folders.run_folder import DATA_NAME, read_record
 from distlora.parallel import Ranks
 from distlora.readings import let_go
-from distlora.run_folder import DATA_NAME, read_record
-from distlora.saying import still_loading
-from distlora.tokens import load_tokenizer
 
 BOOTSTRAPS = 1000
 """Resamplings behind the standard error of a metric that is no mean."""

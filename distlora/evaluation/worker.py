@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
-from distlora.command_line import request_text
+from distlora.commands.ending import request_text
+from distlora.commands.saying import Progress, quieten, say
+from distlora.commands.wording import named_by_argument
+from distlora.commands.work import made_on, run_on_ranks
 from distlora.evaluation import report
 from distlora.evaluation.measure import Measured, measure
 from distlora.evaluation.receipt import add_to_receipt, other_forms
 from distlora.evaluation.request import Request
 from distlora.evaluation.rows import check_same_tokens, open_rows
 from distlora.parallel import Ranks
-from distlora.saying import Progress, quieten, say
-from distlora.wording import named_by_argument
-from distlora.work import made_on, run_on_ranks
 
 
 def run(request: Request, ranks: Ranks) -> dict[str, Any]:

@@ -20,20 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora import durable
+from distlora.architecture.families import read_config
 from distlora.checkpoints.folder import STATE_NAME
 from distlora.config import UserError
 from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.exporting.bnb_layout import name_of, parts_of, write_weight
 from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.request import Export, Reading
-from distlora.families import read_config
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.loading.initialize import read_start
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.merging.companions import copy_companions
 from distlora.merging.folder import Files, Plan, check_space, lay_out_files, write_index
 from distlora.merging.threads import Clock, each
-from distlora.pissa_format import is_pair, trained_config, trained_part
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.peft_files.pissa import is_pair, trained_config, trained_part
 from distlora.results import marks
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in

@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from distlora.command_line import DONE, run_to_exit_code, run_worker
+from distlora.commands.ending import DONE, run_to_exit_code, run_worker
+from distlora.commands.saying import Progress, quieten, say
 from distlora.exporting.formats import FORMATS
 from distlora.exporting.probe import onto_original, our_logits
 from distlora.exporting.request import Export, Request
-from distlora.saying import Progress, quieten, say
 
 
 def run(request: Request) -> dict[str, Any]:

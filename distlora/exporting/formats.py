@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlora.architecture.families import family_of, read_config, text_settings
 from distlora.config import UserError, require
 from distlora.exporting.gguf.supported import check_adapter, check_model
 from distlora.exporting.request import DTYPES, Request
-from distlora.families import family_of, read_config, text_settings
 from distlora.merging.request import check_mergeable
 from distlora.trained import Trained
 

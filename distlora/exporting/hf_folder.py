@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from distlora.architecture.families import family_of, read_config
 from distlora.deltas.base import open_base
 from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.request import Export, Reading
-from distlora.families import family_of, read_config
 from distlora.loading.reader import Reader
 from distlora.merging.adapter import open_adapter
 from distlora.merging.kept import DTYPES

@@ -19,8 +19,8 @@ from distlora.exporting.formats import is_packed
 from distlora.exporting.probe import EXACT, Ours
 from distlora.exporting.repository import as_plain_adapter, collect, write_files
 from distlora.exporting.request import Export, Reading
-from distlora.initial_adapter import CONFIG_NAME
-from distlora.run_folder import BEST_NAME, Result, read_result
+from distlora.folders.run_folder import BEST_NAME, Result, read_result
+from distlora.peft_files.folder import CONFIG_NAME
 from distlora.trained import Trained
 from distlora.trained_model import weights_in
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, QuantConfig, UserError
 from distlora.exporting.request import Reading
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.pissa_format import plain_form
-from distlora.tokens import load_tokenizer
+from distlora.peft_files.pissa import plain_form
 from distlora.trained import Trained, with_adapter
 from distlora.trained_model import load_in_fp32, weights_in
 

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.tokens import tokenizer_files
 from distlora.config import UserError
 from distlora.config.initialization import is_pissa
 from distlora.data.cache import TOKENIZER_FILES
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.folders.run_folder import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record
 from distlora.loading.start_file import require_start
 from distlora.model_card import model_card, read_metadata
-from distlora.run_folder import BEST_STEP_NAME, TEMPLATE_NAME, Result, read_record
-from distlora.tokens import tokenizer_files
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
 
 Files = Mapping[str, bytes | Path]
 """Content, or the file that holds it, by path in the repository."""
@@ -34,7 +34,7 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
         yield result
         return
     require_start(result.config, with_base=False)
-    from distlora.pissa_format import plain_form  # Imports torch, which other results need not.
+    from distlora.peft_files.pissa import plain_form  # Imports torch, which other results need not.
 
     with plain_form(result.folder, result.config) as place:
         yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))

@@ -20,13 +20,13 @@ from typing import Any
 from distlora import durable
 from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
-from distlora.command_line import BAD_INPUT, DONE, FAILED, run_to_exit_code
+from distlora.commands.ending import BAD_INPUT, DONE, FAILED, run_to_exit_code
+from distlora.commands.saying import Progress, quieten, say, still_loading
 from distlora.config import UserError
 from distlora.exporting.formats import FORMATS
 from distlora.exporting.request import Export, Reading, Request
-from distlora.initial_adapter import WEIGHTS_NAME
 from distlora.loading.segments import fingerprint
-from distlora.saying import Progress, quieten, say, still_loading
+from distlora.peft_files.folder import WEIGHTS_NAME
 from distlora.trained import Trained
 from distlora.trained_model import weights_in
 

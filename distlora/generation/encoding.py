@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.data.chat import ChatTemplate, start_tokens
 from distlora.generation.generator import Completion, context_limit
 from distlora.generation.prompts import Prompt
-from distlora.model import CausalLM
-from distlora.tokens import load_tokenizer
+from distlora.model.build import CausalLM
 
 _WITHOUT_SAMPLING = ("repetition_penalty", "no_repeat_ngram_size")
 _WITH_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")

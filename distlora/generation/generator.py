@@ -18,7 +18,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedMod
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from distlora.model import CausalLM, Past
+from distlora.model.build import CausalLM, Past
 from distlora.parallel import Backend
 
 ROWS_AT_ONCE = 8

@@ -9,7 +9,7 @@ from distlora.config import Config
 from distlora.generation.encoding import PromptEncoder, greedy
 from distlora.generation.generator import Generator, aside, generate_all
 from distlora.generation.prompts import Prompt
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend
 
 

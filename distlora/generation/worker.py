@@ -17,17 +17,17 @@ from typing import TextIO
 import torch
 from transformers import GenerationConfig
 
-from distlora.command_line import request_text
-from distlora.config_file import load_config
+from distlora.commands.ending import request_text
+from distlora.commands.saying import PROGRESS_SECONDS, quieten, say, still_loading
+from distlora.commands.work import run_on_ranks
+from distlora.config.file import load_config
+from distlora.folders.run_folder import DATA_NAME, read_record
 from distlora.generation.chat import Chat, Printer
 from distlora.generation.encoding import PromptEncoder, sampling
 from distlora.generation.generator import Generator, generate, generate_all
 from distlora.generation.prompts import Prompt, Request, read_prompts
 from distlora.parallel import Ranks
-from distlora.run_folder import DATA_NAME, read_record
-from distlora.saying import PROGRESS_SECONDS, quieten, say, still_loading
 from distlora.trained_model import load_model
-from distlora.work import run_on_ranks
 
 
 def run(request: Request, ranks: Ranks) -> None:

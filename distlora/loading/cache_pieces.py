@@ -31,9 +31,9 @@ from distlora.loading.piece_header import (
     holes,
     read_piece,
 )
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Backend
 from distlora.parallel.checksums import checksums
-from distlora.quant import FrozenTensor
 
 CHUNK_GROUPS = 128
 """Groups that are read, checked or written at once: 1 MiB of codes, which stays in a core's cache."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from distlora import durable
-from distlora.adapters import AdaptedLinear
 from distlora.config import Config, UserError
 from distlora.config.initialization import subspace_iterations
 from distlora.loading.decompose import Sketch, principal_part, quantization_error
@@ -33,9 +32,10 @@ from distlora.loading.start_file import (
     start_path,
 )
 from distlora.loading.weights import find_base, segments_of
-from distlora.model import CausalLM
+from distlora.model.adapters import AdaptedLinear
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
-from distlora.peft_format import adapter_tensors
+from distlora.peft_files.format import adapter_tensors
 
 SAY_SECONDS = 5.0
 """Between two lines about a decomposition that goes on."""

@@ -18,8 +18,8 @@ from distlora.loading.finite import all_finite
 from distlora.loading.prequantized import PackedWeight
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Backend
-from distlora.quant import FrozenTensor
 from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distlora.adapters import AdaptedLinear
+from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Backend
 from distlora_kernels import nf4
 from distlora_kernels.operands import FrozenWeight

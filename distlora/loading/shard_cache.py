@@ -28,9 +28,9 @@ from distlora.loading.conversion import Source
 from distlora.loading.piece_header import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
 from distlora.loading.segments import Segment
 from distlora.loading.source_content import alike, content_of, number_of
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
+from distlora.model.quant import FrozenTensor
 from distlora.parallel import Backend, watch
-from distlora.quant import FrozenTensor
 from distlora_kernels import nf4
 
 QUANTIZATION = {

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.adapters import AdaptedLinear, adapter_parameters
+from distlora.architecture.families import ExpertLayout, read_config
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.families import ExpertLayout, read_config
 from distlora.loading.conversion import Source, find_sources, names_without_a_place
 from distlora.loading.decompose import Residual, Start
 from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
@@ -21,10 +21,10 @@ from distlora.loading.row_norms import fill_row_norms
 from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.shard_cache import CacheSettings, open_cache
 from distlora.loading.vocabulary import load_matrix
-from distlora.model import CausalLM
+from distlora.model.adapters import AdaptedLinear, adapter_parameters
+from distlora.model.build import CausalLM
+from distlora.model.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
-from distlora.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
-from distlora.tokens import EMBEDDING, HEAD
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
 """Parameters with a row for each token."""

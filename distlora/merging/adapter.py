@@ -13,15 +13,15 @@ from torch import Tensor
 from distlora.config import UserError
 from distlora.deltas.base import Base
 from distlora.deltas.factors import AdapterFile, Factors
-from distlora.initial_adapter import WEIGHTS_NAME, check_fits
-from distlora.initial_modules import check_modules
-from distlora.initial_rows import check_rows
 from distlora.loading.decompose import Start
 from distlora.loading.reader import Reader
 from distlora.loading.segments import Segment, read_header
 from distlora.merging.request import Onto
-from distlora.peft_format import adaptable_shapes
-from distlora.pissa_format import plain_form
+from distlora.peft_files.folder import WEIGHTS_NAME, check_fits
+from distlora.peft_files.format import adaptable_shapes
+from distlora.peft_files.modules import check_modules
+from distlora.peft_files.pissa import plain_form
+from distlora.peft_files.rows import check_rows
 from distlora.trained import Trained
 from distlora.trained_model import check_base, weights_in
 

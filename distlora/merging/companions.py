@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import tokenizer_files
 from distlora.deltas.base import Base
-from distlora.families import read_config
+from distlora.folders.run_folder import DATA_NAME, TEMPLATE_NAME, read_record
 from distlora.results import companions_of
-from distlora.run_folder import DATA_NAME, TEMPLATE_NAME, read_record
-from distlora.tokens import tokenizer_files
 from distlora.trained import Trained
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -19,7 +19,6 @@ import torch
 from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
 from distlora.deltas.base import Base, open_base
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.loading.reader import Reader
 from distlora.loading.segments import fingerprint
 from distlora.merging.adapter import Adapter, open_adapter
@@ -31,6 +30,7 @@ from distlora.merging.receipt import Receipt
 from distlora.merging.request import Onto, check_mergeable
 from distlora.merging.residual import FOLDER, Keeper
 from distlora.merging.threads import Clock, Say, each
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.trained import Trained
 
 

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.deltas.apply import adapted_expert_rows, adapted_rows
 from distlora.deltas.base import HEAD_NAME, Base, BaseWeight, tensors_of
-from distlora.experts import ExpertWeight
-from distlora.families import read_config
 from distlora.loading.conversion import Source, find_sources
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.reader import Reader
 from distlora.loading.vocabulary import mean_row_alone
 from distlora.merging.adapter import Adapter
-from distlora.tokens import EMBEDDING, HEAD
+from distlora.model.experts import ExpertWeight
 
 
 class Piece(NamedTuple):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distlora.architecture.families import read_config
 from distlora.config import require
-from distlora.families import read_config
 from distlora.trained import Name, Trained
 
 Onto = Literal["trained", "original"]

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from distlora import durable
 from distlora.checkpoints.folder import sha256
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
 from distlora.json_files import check_shape, read_object
 from distlora.loading.reader import Reader
 from distlora.loading.segments import INDEX_NAME, Segment
@@ -32,6 +31,7 @@ from distlora.merging.difference import encode, pack
 from distlora.merging.folder import Plan
 from distlora.merging.parameters import Parameter, Piece
 from distlora.merging.undo import Undo, dora_scale
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.results import COMPANIONS
 
 FOLDER, CONTENT_NAME, TABLE_NAME, BASE_NAME = "residual", "residual.bin", "residual.json", "base"

@@ -17,7 +17,6 @@ from distlora.checkpoints.files import appearing
 from distlora.checkpoints.folder import sha256
 from distlora.config import UserError
 from distlora.deltas.factors import AdapterFile
-from distlora.initial_adapter import CONFIG_NAME
 from distlora.loading.reader import TORCH_DTYPES, Reader
 from distlora.loading.segments import Segment, read_headers
 from distlora.merging.difference import decode, unpack
@@ -26,6 +25,7 @@ from distlora.merging.receipt import Receipt
 from distlora.merging.residual import BASE_NAME, CONTENT_NAME, FOLDER, Frame, Predicted, Table
 from distlora.merging.threads import Clock, Say, each
 from distlora.merging.undo import Undo
+from distlora.peft_files.folder import CONFIG_NAME
 
 
 def unmerge(merged: Path, out: Path, *, say: Say) -> dict[str, str]:

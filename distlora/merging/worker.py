@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distlora.command_line import DONE, run_to_exit_code
+from distlora.commands.ending import DONE, run_to_exit_code
+from distlora.commands.saying import Progress, quieten
 from distlora.merging.kept import DTYPES
 from distlora.merging.merge import merge_to
 from distlora.merging.receipt import Receipt
 from distlora.merging.request import Request, UnmergeRequest
 from distlora.merging.unmerge import unmerge
 from distlora.pages.tables import Table
-from distlora.saying import Progress, quieten
 
 
 def run(request: Request) -> Receipt:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora import durable
-from distlora.adapters import MOST_SLOTS
 from distlora.config import UserError
 from distlora.json_files import Shape, check_shape, read_object
+from distlora.model.adapters import MOST_SLOTS
 from distlora.packed.agreement import path_of_rank_0, together
 from distlora.packed.protocol import (
     CLOSED_NAME,

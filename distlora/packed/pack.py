@@ -10,27 +10,27 @@ from pathlib import Path
 
 from torch import nn
 
-from distlora import error_file
-from distlora.adapters import slot_name
 from distlora.checkpoints.saver import SaveError
 from distlora.config import Config, UserError
-from distlora.config_file import load_config
-from distlora.figures import describe_steps, summarize
+from distlora.config.file import load_config
+from distlora.folders import error_file
+from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED
 from distlora.loading.weights import Loaded
-from distlora.model import CausalLM
-from distlora.optim import build_optimizer
+from distlora.model.adapters import slot_name
+from distlora.model.build import CausalLM
+from distlora.model.slots import put_trial, remove_trial
 from distlora.packed.agreement import together
 from distlora.packed.inbox import Inbox, PackSettings, pause
 from distlora.packed.settings import check_beside, check_trial
 from distlora.parallel import Backend, watch
 from distlora.parallel.control import Control
 from distlora.results import restore
-from distlora.runs import OpenRun, open_data, open_run, record_stop, trial_of
-from distlora.slots import put_trial, remove_trial
 from distlora.stopping import Stopped
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
-from distlora.trainer import Trainer
-from distlora.trial import NonFiniteError, Trial
+from distlora.training.figures import describe_steps, summarize
+from distlora.training.optim import build_optimizer
+from distlora.training.runs import OpenRun, open_data, open_run, record_stop, trial_of
+from distlora.training.trainer import Trainer
+from distlora.training.trial import NonFiniteError, Trial
 
 
 @dataclass(slots=True, eq=False)

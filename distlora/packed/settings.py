@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distlora.config import Config, UserError
-from distlora.config_file import settings_by_name
+from distlora.config.file import settings_by_name
 
 MAY_DIFFER = (
     "name",

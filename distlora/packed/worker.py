@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distlora import durable
 from distlora.config import Config, UserError, check_ranks
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.packed.inbox import Inbox, read_settings
 from distlora.packed.pack import Pack
 from distlora.packed.settings import check_trial

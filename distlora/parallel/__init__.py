@@ -6,10 +6,10 @@ Model files never import torch.distributed, and the trainer never asks which bac
 
 from __future__ import annotations
 
-from distlora.adapters import adapter_parameters
 from distlora.config import Config
-from distlora.deepspeed_file import read_gathering
-from distlora.model import CausalLM
+from distlora.config.deepspeed_file import read_gathering
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
 from distlora.parallel.compute_copies import ComputeCopies

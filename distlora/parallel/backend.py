@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from distlora import host_memory
 from distlora.config import UserError
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
+from distlora.model.quant import FrozenTensor
 from distlora.parallel.adapter_sync import GradientReducer, Launches
 from distlora.parallel.gradients import Gradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
@@ -24,7 +25,6 @@ from distlora.parallel.shards import Shards, local_rows
 from distlora.parallel.streams import HostRows, stream_rows
 from distlora.parallel.traffic import Traffic
 from distlora.parallel.trained_shards import ShardedGradients
-from distlora.quant import FrozenTensor
 
 Collected = TypeVar("Collected")
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from distlora.adapters import adapter_parameters
 from distlora.config import UserError
-from distlora.model import CausalLM
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
 from distlora.parallel.shards import Shards
 from distlora.parallel.traffic import Traffic
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from distlora.adapters import adapter_parameters
-from distlora.model import CausalLM
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
+from distlora.model.quant import FrozenTensor
 from distlora.parallel.checksums import checksums
-from distlora.quant import FrozenTensor
 
 if TYPE_CHECKING:
     from distlora.parallel.backend import Backend

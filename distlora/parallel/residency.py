@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from distlora import host_memory
-from distlora.blocks import Block
 from distlora.config.parallel import RESIDENCY_RESERVE
+from distlora.model.blocks import Block
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards
-from distlora.wire import padded
+from distlora.plan.wire import padded
 
 
 @dataclass(slots=True)

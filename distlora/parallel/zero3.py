@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from distlora import host_memory
-from distlora.adapters import adapter_parameters
-from distlora.deepspeed_file import Gathering, check_deepspeed
-from distlora.model import CausalLM
+from distlora.config.deepspeed_file import Gathering, check_deepspeed
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
 from distlora.parallel.shards import Shards, whole_shape
 from distlora.parallel.traffic import Traffic
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora import wire
 from distlora.config import Config
-from distlora.config_file import as_mapping
+from distlora.config.file import as_mapping
+from distlora.plan import wire
 from distlora.plan.machine import Machine
 from distlora.plan.memory.device import DeviceBytes, device_bytes
 from distlora.plan.memory.step import costs_of
@@ -17,7 +17,7 @@ from distlora.plan.speed.compute import StepFlops, step_flops
 from distlora.plan.speed.timing import StepTime, step_time
 from distlora.plan.storage.disk import DiskBytes, disk_bytes, trained_tensors
 from distlora.plan.storage.host import HostBytes, host_bytes, keeps_on_host
-from distlora.wire import StepBytes
+from distlora.plan.wire import StepBytes
 
 __all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
 

@@ -7,9 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from distlora.architecture.shapes import Asked, ModelShapes
 from distlora.config import Config
-from distlora.decoder_sizes import AdaptedRanks
-from distlora.shapes import Asked, ModelShapes
+from distlora.plan.decoder_sizes import AdaptedRanks
 
 
 def ranks_of_blocks(config: Config, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from distlora.attention_tiles import computed_pairs
+from distlora.architecture.families import Family
 from distlora.config import Config
-from distlora.decoder_sizes import Decoder
-from distlora.families import Family
-from distlora.operations import pairs
+from distlora.model.attention_tiles import computed_pairs
+from distlora.plan.decoder_sizes import Decoder
+from distlora.plan.speed.operations import pairs
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
 """`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py).

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distlora.architectures import MXFP4_NAMES, architecture_named, nearest_architecture
+from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
+from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
+from distlora.architecture.shapes import ModelShapes, shapes_of
+from distlora.architecture.tokens import stored_rows
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
-from distlora.families import check_config, is_mxfp4, names_on_disk, read_config
 from distlora.json_files import read_object
 from distlora.loading.prequantized import check_quantization_config, read_packed_weights
 from distlora.loading.segments import INDEX_NAME, SINGLE_NAME, read_headers, read_index
-from distlora.shapes import ModelShapes, shapes_of
-from distlora.tokens import stored_rows
 
 Source = Literal["folder", "hub cache", "built in"]
 _AGAIN = "download it again"
@@ -37,7 +37,7 @@ class PlannedModel:
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     plain_absmax: bool = False
     """Whether its checkpoint is in NF4 without double quantization, whose scales stay as they are: 4 bytes for each
-    64 weights (distlora/quant.py)."""
+    64 weights (distlora/model/quant.py)."""
     left_dense: Mapping[str, int] = field(default_factory=dict)
     """Of a checkpoint in NF4: in how many blocks a weight, by its path in one, is not quantized, and stays so."""
     note: str | None = None
@@ -86,8 +86,8 @@ def find_model(
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
-    """A model by the sizes that distlora.architectures has. How many spare rows its embedding has, which new tokens
-    would take first, is not known there: each is counted as one more."""
+    """A model by the sizes that distlora.architecture.known has. How many spare rows its embedding has, which new
+    tokens would take first, is not known there: each is counted as one more."""
     stored = shapes_of(settings, name)
     copy = _copy_of(name)
     return PlannedModel(
@@ -169,8 +169,8 @@ def weights_size(folder: Path) -> int | None:
 
 def rows_with(new_tokens: int, stored: int, tokenizer: Path) -> int:
     """Rows of embedding and head with new tokens, which follow the tokenizer's last: rows that it does not use are
-    taken first, as in `distlora.tokens.vocabulary_of`, which loads the tokenizer. Without a tokenizer.json (its own
-    format is not read here) each counts as one more."""
+    taken first, as in `distlora.architecture.tokens.vocabulary_of`, which loads the tokenizer. Without a tokenizer.json
+    (its own format is not read here) each counts as one more."""
     if not new_tokens:
         return stored
     if not tokenizer.is_file():

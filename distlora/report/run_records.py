@@ -12,11 +12,8 @@ from typing import Any
 from distlora.checkpoints.folder import MANIFEST_NAME, STATE_NAME, step_of
 from distlora.config import Config, UserError
 from distlora.config.errors import in_one_line
-from distlora.config_file import load_config
-from distlora.json_files import Shape, check_shape, parse_object, read_object
-from distlora.plan.memory.measured import RECORDED
-from distlora.report.series import Metrics, read_metrics
-from distlora.run_folder import (
+from distlora.config.file import load_config
+from distlora.folders.run_folder import (
     BEST_NAME,
     BEST_STEP_NAME,
     DATA_NAME,
@@ -26,6 +23,9 @@ from distlora.run_folder import (
     checkpoint_folders,
     find_result,
 )
+from distlora.json_files import Shape, check_shape, parse_object, read_object
+from distlora.plan.memory.measured import RECORDED
+from distlora.report.series import Metrics, read_metrics
 
 SAMPLES_NAME = "samples.jsonl"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from distlora.config import Config
-from distlora.config_file import as_plain, settings_by_name
+from distlora.config.file import as_plain, settings_by_name
 from distlora.report.document import table
 from distlora.report.markup import Html, tag, text
 from distlora.report.run_records import as_text

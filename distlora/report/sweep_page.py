@@ -9,6 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import SweepConfig
+from distlora.folders.run_folder import METRICS_NAME
+from distlora.folders.sweep_folder import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    SAVED,
+    WAITING,
+    TrialRecord,
+    best_of,
+    counted,
+    ranked,
+    words_of,
+)
 from distlora.pages.words import count, length, number, size
 from distlora.report.chart import PALETTE, Chart, Level, Line, charts_part
 from distlora.report.document import page, section, state_badge, table, tiles
@@ -29,20 +43,6 @@ from distlora.report.series import (
     window_of,
 )
 from distlora.report.words import loss
-from distlora.run_folder import METRICS_NAME
-from distlora.sweep_folder import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    RUNNING,
-    SAVED,
-    WAITING,
-    TrialRecord,
-    best_of,
-    counted,
-    ranked,
-    words_of,
-)
 
 STATE_KINDS = {COMPLETE: "good", RUNNING: "busy", SAVED: "idle", FAILED: "bad", PRUNED: "idle", WAITING: "idle"}
 CURVE_POINTS = 150

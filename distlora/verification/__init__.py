@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distlora.config import Config, UserError, require
-from distlora.config_file import load_config
+from distlora.config.file import load_config
+from distlora.folders.run_folder import DATA_NAME, METRICS_NAME, SUMMARY_NAME
 from distlora.loading.start_file import START_NAME, read_start_record, start_path
-from distlora.run_folder import DATA_NAME, METRICS_NAME, SUMMARY_NAME
 from distlora.verification.items import Item, damaged, note, ok
 from distlora.verification.records import check_data, check_lines, check_summary, left_over
 from distlora.verification.saved import check_checkpoints, check_results
@@ -51,7 +51,8 @@ def _guarded(name: str, check: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 
 
 def _is_running(run_dir: Path) -> bool:
-    """Whether launchers hold the run: one exclusively, or several machines together (distlora_launcher/holding.py)."""
+    """Whether launchers hold the run: one exclusively, or several machines together
+    (distlora_launcher/running/holding.py)."""
     try:
         with (run_dir / "config.yaml").open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,8 +9,8 @@ from pathlib import Path
 from distlora.config import UserError
 from distlora.data.cache import content_digest
 from distlora.data.rows import PackedRows
+from distlora.folders.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME, PLAN_NAME, SUMMARY_NAME, read_record
 from distlora.json_files import Shape, check_shape, parse_object, read_object
-from distlora.run_folder import CHECKPOINTS, DATA_NAME, METRICS_NAME, PLAN_NAME, SUMMARY_NAME, read_record
 from distlora.verification.items import Item, damaged, note, ok
 
 _DATA: Shape = {"cache": str, "content": str, "splits": {"*": dict}}

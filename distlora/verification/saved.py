@@ -14,11 +14,11 @@ from distlora.checkpoints.folder import STATE_NAME, TRAINER_NAME, fault, step_of
 from distlora.checkpoints.identity import identity_of
 from distlora.checkpoints.state import check_matches, load_state
 from distlora.config import AdapterConfig, Config, UserError
-from distlora.initial_adapter import CONFIG_NAME, WEIGHTS_NAME
+from distlora.folders.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.json_files import check_shape, read_object
 from distlora.loading.segments import SINGLE_NAME, Segment, read_header, read_headers
 from distlora.loading.start_file import base_identity
-from distlora.run_folder import BEST_NAME, CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
+from distlora.peft_files.folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.verification.items import Item, damaged, note, ok
 
 READ_BYTES = 16 * 2**20

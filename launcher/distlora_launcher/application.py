@@ -18,10 +18,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distlora.command_line import BAD_INPUT, DONE, FAILED
+from distlora.commands.ending import BAD_INPUT, DONE, FAILED
 from distlora.config import Config, UserError, require
-from distlora_launcher.checks import check
-from distlora_launcher.compose import (
+from distlora_launcher.jobs.step import in_job, start_in_job
+from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
+from distlora_launcher.jobs.sweep import Sweep
+from distlora_launcher.output import say, shown
+from distlora_launcher.resume import resume
+from distlora_launcher.running.local import remove_if_empty, start
+from distlora_launcher.running.machines import start_together
+from distlora_launcher.settings.checks import check
+from distlora_launcher.settings.compose import (
     CONF_MODULE,
     VERSION_BASE,
     Composed,
@@ -31,16 +38,9 @@ from distlora_launcher.compose import (
     expand_home,
     with_new_keys,
 )
-from distlora_launcher.fixed import fixed_settings
-from distlora_launcher.initial_adapter import with_initial_adapter
-from distlora_launcher.jobs.step import in_job, start_in_job
-from distlora_launcher.jobs.submit import have_judged, is_job, script_of, submit_run
-from distlora_launcher.jobs.sweep import Sweep
-from distlora_launcher.local import remove_if_empty, start
-from distlora_launcher.machines import start_together
-from distlora_launcher.output import say, shown
-from distlora_launcher.planning import decide, say_choice
-from distlora_launcher.resume import resume
+from distlora_launcher.settings.fixed import fixed_settings
+from distlora_launcher.settings.initial_adapter import with_initial_adapter
+from distlora_launcher.settings.planning import decide, say_choice
 from distlora_launcher.sweeps.wandb_trial import begun, check_agent, note_end, words_under_agent
 
 PROGRAM = "distlora train"

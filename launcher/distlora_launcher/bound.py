@@ -8,7 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from distlora_launcher.worker_entry import end_with_parent
+from distlora_launcher.running.worker_entry import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()

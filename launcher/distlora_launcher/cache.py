@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, nearest, require
 from distlora.config.errors import in_one_line
 from distlora.config.places import cache_place

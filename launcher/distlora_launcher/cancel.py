@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora.sweep_folder import CANCELLED_NAME, is_sweep_folder, sweep_of
+from distlora.folders.sweep_folder import CANCELLED_NAME, is_sweep_folder, sweep_of
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
-from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
-from distlora_launcher.processes import Process
+from distlora_launcher.running.holding import CONFIG_NAME, holders
+from distlora_launcher.running.logs import host_name
+from distlora_launcher.running.processes import Process
 from distlora_launcher.status import Status, describe, statuses
 from distlora_launcher.sweeps.agents import is_agents_folder
 from distlora_launcher.sweeps.arrays import jobs_of

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distlora.command_line import BAD_INPUT, run_to_exit_code
+from distlora.commands.ending import BAD_INPUT, run_to_exit_code
 
 
 @dataclass(frozen=True, slots=True)

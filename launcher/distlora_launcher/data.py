@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, nearest
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_data, check_model
-from distlora_launcher.compose import compose_config, expand_home
 from distlora_launcher.hub_preview import with_small_files
-from distlora_launcher.local import create_run
+from distlora_launcher.running.local import create_run
+from distlora_launcher.settings.checks import check_data, check_model
+from distlora_launcher.settings.compose import compose_config, expand_home
 
 USAGE = """usage: distlora data preview model.path=FOLDER data.path=FILE [setting=value ...]
                              [--rows N] [--all] [--no-color] [--config-dir FOLDER]

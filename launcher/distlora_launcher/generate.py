@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, require
-from distlora.config_file import load_config
+from distlora.config.file import load_config
 from distlora.generation.prompts import Request, read_prompts
 from distlora.trained import find_weights
 from distlora_launcher.arguments import Parser

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import require
-from distlora_launcher.checks import gpu_count
-from distlora_launcher.workers import run_workers, worker_environment
+from distlora_launcher.running.workers import run_workers, worker_environment
+from distlora_launcher.settings.checks import gpu_count
 
 
 def become(worker: str, request: str) -> NoReturn:

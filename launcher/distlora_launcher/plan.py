@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
 from distlora.packed.settings import check_pack
 from distlora.plan import Plan
@@ -30,13 +30,13 @@ from distlora.plan.pages.tables import leverage_table, matrix, scaling_tables
 from distlora.plan.pages.words import KINDS
 from distlora.plan.speed.scaling import FABRICS, Scaling, scaling
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_parallel, check_writable
-from distlora_launcher.compose import expand_home, names_model
-from distlora_launcher.here import planned_model
-from distlora_launcher.listing import known_models, options_of
 from distlora_launcher.output import shown
 from distlora_launcher.plan_table import MACHINES, MODELS, path_named, plans, with_path
-from distlora_launcher.planning import choices
+from distlora_launcher.settings.checks import check_parallel, check_writable
+from distlora_launcher.settings.compose import expand_home, names_model
+from distlora_launcher.settings.here import planned_model
+from distlora_launcher.settings.listing import known_models, options_of
+from distlora_launcher.settings.planning import choices
 from distlora_launcher.sweeps.packing import composed_for_plan, packing_of
 
 PROGRAM = "distlora plan"

@@ -12,11 +12,11 @@ from distlora.config.places import is_hub_name
 from distlora.plan import Plan
 from distlora.plan.choice.choose import choose
 from distlora.plan.machine import machine_of
-from distlora_launcher.checks import check_parallel
-from distlora_launcher.compose import compose_run
-from distlora_launcher.here import planned_model
-from distlora_launcher.listing import known_models
-from distlora_launcher.planning import check_planned
+from distlora_launcher.settings.checks import check_parallel
+from distlora_launcher.settings.compose import compose_run
+from distlora_launcher.settings.here import planned_model
+from distlora_launcher.settings.listing import known_models
+from distlora_launcher.settings.planning import check_planned
 
 MODELS = (
     "mistral_7b",

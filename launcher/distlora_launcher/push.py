@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distlora.config import UserError, nearest
 from distlora.exporting.repository import Files, as_plain_adapter, collect, write_files
-from distlora.run_folder import read_result
+from distlora.folders.run_folder import read_result
 from distlora_launcher.arguments import Parser
 
 USAGE = """usage: distlora push RUN ORG/NAME [--private] [--revision BRANCH] [--checkpoint best|step_N]

@@ -7,16 +7,16 @@ import shlex
 from pathlib import Path
 
 from distlora import durable
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError
+from distlora.folders.run_folder import METRICS_NAME, REPORT_NAME
+from distlora.folders.sweep_folder import is_sweep_folder
 from distlora.report.run_page import run_report
 from distlora.report.run_records import Standing, read_run
-from distlora.run_folder import METRICS_NAME, REPORT_NAME
-from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.output import say, shown, warn
-from distlora_launcher.run_state import Ending
+from distlora_launcher.running.holding import CONFIG_NAME
+from distlora_launcher.running.run_state import Ending
 from distlora_launcher.status import Status, headline, status_of, statuses
 
 MOST_BYTES_AT_END = 4_000_000

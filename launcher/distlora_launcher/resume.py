@@ -30,14 +30,14 @@ def main(arguments: list[str]) -> int:
 
 def resume(folder: Path) -> int:
     """Continue the run in `folder`, or what is not done of a sweep there, as it was started. Returns the exit code."""
-    from distlora.command_line import DONE
-    from distlora.config_file import load_config
-    from distlora.sweep_folder import is_sweep_folder
+    from distlora.commands.ending import DONE
+    from distlora.config.file import load_config
+    from distlora.folders.sweep_folder import is_sweep_folder
     from distlora_launcher.jobs.step import in_job, resume_in_job
     from distlora_launcher.jobs.submit import is_job, resume_run
     from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
-    from distlora_launcher.local import is_complete, resume_here
-    from distlora_launcher.machines import resume_together
+    from distlora_launcher.running.local import is_complete, resume_here
+    from distlora_launcher.running.machines import resume_together
     from distlora_launcher.sweeps.agents import go_on as go_on_with_agents
     from distlora_launcher.sweeps.agents import is_agents_folder
 

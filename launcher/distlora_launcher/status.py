@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
-from distlora.config_file import load_config
+from distlora.config.file import load_config
+from distlora.folders.run_folder import find_result
+from distlora.folders.sweep_folder import is_sweep_folder
 from distlora.pages.words import roughly
-from distlora.run_folder import find_result
-from distlora.sweep_folder import is_sweep_folder
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME, holders
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import read_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
-from distlora_launcher.logs import SLURM
 from distlora_launcher.output import aligned, shown
-from distlora_launcher.processes import Process
-from distlora_launcher.run_state import (
+from distlora_launcher.running.holding import CONFIG_NAME, holders
+from distlora_launcher.running.logs import SLURM
+from distlora_launcher.running.processes import Process
+from distlora_launcher.running.run_state import (
     Ending,
     Figures,
     Saved,

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distlora.command_line import BAD_INPUT, DONE
+from distlora.commands.ending import BAD_INPUT, DONE
 from distlora.config import UserError, nearest
 
 USAGE = """usage: distlora {command} WHAT ...

@@ -7,7 +7,7 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from distlora import wording
+from distlora.commands import wording
 from distlora.config import (
     AdapterConfig,
     Config,

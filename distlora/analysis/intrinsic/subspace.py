@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distlora.analysis import naming
 from distlora.analysis.intrinsic.projection import Projection
-from distlora.model import CausalLM
+from distlora.model.build import CausalLM
 
 
 class FlatParameters:

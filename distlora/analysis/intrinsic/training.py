@@ -19,16 +19,16 @@ from torch.nn.utils import clip_grad_norm_
 
 from distlora.analysis.intrinsic.request import Request
 from distlora.analysis.intrinsic.subspace import Everything, FlatParameters, Subspace, Trainable
+from distlora.architecture.hf_config import read_hf_config
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
-from distlora.hf_config import read_hf_config
-from distlora.model import CausalLM
-from distlora.objectives import NextToken
-from distlora.optim import build_optimizer, learning_rate
+from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.readings import Readings, evenly
 from distlora.startup import start_model
+from distlora.training.objectives import NextToken
+from distlora.training.optim import build_optimizer, learning_rate
 
 MOST_EVAL_ROWS = 64
 

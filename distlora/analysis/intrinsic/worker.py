@@ -21,12 +21,12 @@ from distlora.analysis.intrinsic.request import (
     named_by_argument,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
-from distlora.command_line import DONE, run_to_exit_code
+from distlora.commands.ending import DONE, run_to_exit_code
+from distlora.commands.saying import Progress
+from distlora.commands.work import made_on
 from distlora.pages.written import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.readings import let_go
-from distlora.saying import Progress
-from distlora.work import made_on
 
 LOST = -9.0
 """The share of a training that destroyed the model: no mean of it with others reaches anything."""

@@ -16,8 +16,8 @@ from distlora.loading.conversion import Source
 from distlora.loading.reader import Reader
 from distlora.loading.segments import SOURCE_DTYPES, read_headers
 from distlora.loading.weights import find_base
-from distlora.model import CausalLM, build_model
-from distlora.quant import FrozenTensor
+from distlora.model.build import CausalLM, build_model
+from distlora.model.quant import FrozenTensor
 
 
 @dataclass(frozen=True, slots=True)

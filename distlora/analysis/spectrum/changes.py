@@ -22,13 +22,13 @@ from distlora.checkpoints.folder import STATE_NAME, newest, step_of
 from distlora.deltas.apply import adapted_rows
 from distlora.deltas.base import Base, BaseWeight, open_base
 from distlora.deltas.factors import AdapterFile, Factors
-from distlora.experts import ExpertWeight
+from distlora.folders.run_folder import CHECKPOINTS, read_result
 from distlora.loading.conversion import Source
 from distlora.loading.reader import Reader
 from distlora.loading.segments import read_headers
 from distlora.loading.weights import find_base
 from distlora.merging.adapter import open_adapter
-from distlora.run_folder import CHECKPOINTS, read_result
+from distlora.model.experts import ExpertWeight
 from distlora.trained import Trained, named_by_place
 from distlora.trained_model import check_base, weights_in
 

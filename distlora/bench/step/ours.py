@@ -10,11 +10,11 @@ from distlora.bench.peer_models import describe
 from distlora.bench.step.turns import Turns
 from distlora.bench.trial import start_trial
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.data.loader import PackedRows
-from distlora.initial_adapter import read_initial_adapter
 from distlora.parallel import Ranks
-from distlora.reporting import Reporter
+from distlora.peft_files.folder import read_initial_adapter
+from distlora.reporting.reporter import Reporter
 
 STEPS = 10**6
 """Of the run: more than anybody measures, at a constant learning rate."""

@@ -21,7 +21,7 @@ from distlora.bench.processes import own_stdout
 from distlora.bench.step.cells import installed
 from distlora.checkpoints.files import write_files
 from distlora.config import Config
-from distlora.config_file import build
+from distlora.config.file import build
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import STARTS, TRAINED

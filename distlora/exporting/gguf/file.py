@@ -10,9 +10,9 @@ import numpy as np
 from gguf import GGUFWriter
 
 from distlora import durable
+from distlora.commands.saying import Progress
 from distlora.exporting.gguf.tensors import Planned
 from distlora.merging.folder import check_space
-from distlora.saying import Progress
 
 
 def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], tensors: Sequence[Planned]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import AdapterConfig, QuantConfig, UserError
 from distlora.deltas.base import HEAD_NAME, Base, open_base
 from distlora.exporting.gguf.clients import HOW_TO_GET_IT, LlamaCpp, has_llama_cpp, logits_of, transformers_model
@@ -25,7 +26,6 @@ from distlora.exporting.request import Export, Reading
 from distlora.loading.reader import Reader
 from distlora.merging.adapter import Onto, open_adapter
 from distlora.merging.parameters import Parameter, parameters_of, pieces
-from distlora.tokens import load_tokenizer
 from distlora.trained import Trained
 from distlora.trained_model import weights_in
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distlora.architecture.families import FAMILIES
 from distlora.config import Config, UserError
-from distlora.families import FAMILIES
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type -> the architecture as GGUF names it."""

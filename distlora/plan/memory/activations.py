@@ -14,22 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config
-from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan import wire
 from distlora.plan.adapted import ranks_of_blocks
+from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.kernels import attention_kind, fuses
 from distlora.plan.memory import block_memory
 from distlora.plan.memory.attention_memory import BY_DOCUMENTS, Attention, flash_accumulators
 from distlora.plan.memory.block_memory import BlockRun, Operation, Peak, attention_half, mlp_half
 from distlora.plan.memory.expert_memory import INDEX_BYTES, expert_half
-from distlora.shapes import ModelShapes
-from distlora.tokens import EMBEDDING, HEAD
 
 Mode = Literal["none", "block", "selective", "offload"]
 
 LOGITS_AT_ONCE = 2**24
-"""What distlora.head has of fp32 logits at a time."""
+"""What distlora.model.head has of fp32 logits at a time."""
 LOGITS_AT_ONCE_ON_CPU = 2**20
 FEWEST_ON_CPU = 128
 """Tokens for which it has more."""
@@ -374,7 +374,7 @@ class Costs:
 
 
 def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:
-    """Tokens of a chunk of the head's (distlora.head)."""
+    """Tokens of a chunk of the head's (distlora.model.head)."""
     tokens = LOGITS_AT_ONCE // vocabulary
     if not is_gpu:
         tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_AT_ONCE_ON_CPU // vocabulary))

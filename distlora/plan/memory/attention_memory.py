@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distlora.attention_tiles import EXTRA, scores_at_once, tile_length
-from distlora.decoder_sizes import Decoder
+from distlora.model.attention_tiles import EXTRA, scores_at_once, tile_length
+from distlora.plan.decoder_sizes import Decoder
 from distlora.plan.kernels import AttentionKind
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
@@ -35,7 +35,7 @@ def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, d
     torch), over so many tokens of so many rows: one that is added to by atomics, or one for each program that walks
     over the same queries; with 128 rows more a document. The most of one document a row and of such of 256 tokens: what
     data has is not known, and shorter ones take more."""
-    fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.attention.cu_seqlens).
+    fewest = 2 * rows - 1  # Between rows stands an empty document (distlora.model.attention.cu_seqlens).
 
     def copies(documents: int) -> float:
         programs = -(-processors // (documents * heads)) if deterministic else 1

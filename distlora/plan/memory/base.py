@@ -1,9 +1,10 @@
 """The tensors of the base as a run keeps them: what each is stored as, what of it a rank has, and what it takes while
 its unit is gathered. Imports no torch.
 
-`distlora.quant.FrozenTensor` says what a packed weight consists of, `distlora.model.build_model` what is trained and in
-which dtype. Both backends cut dim 0 into ceil(rows / ranks) rows for each rank (`distlora.wire.padded`); FSDP2 fills up
-the last ranks' in its first forward (`FSDPParam.reset_sharded_param`), so every rank has as much as the first.
+`distlora.model.quant.FrozenTensor` says what a packed weight consists of, `distlora.model.build.build_model` what is
+trained and in which dtype. Both backends cut dim 0 into ceil(rows / ranks) rows for each rank
+(`distlora.plan.wire.padded`); FSDP2 fills up the last ranks' in its first forward (`FSDPParam.reset_sharded_param`), so
+every rank has as much as the first.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes, Weight
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config
+from distlora.plan import wire
 from distlora.plan.memory.kinds import Kind
 from distlora.plan.model import PlannedModel
-from distlora.shapes import ModelShapes, Weight
-from distlora.tokens import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)

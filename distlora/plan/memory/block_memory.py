@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from distlora.decoder_sizes import AdaptedRanks, Decoder
+from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
 from distlora.plan.memory.attention_memory import BY_DOCUMENTS, Attention, tiles_make
 from distlora.plan.memory.parts import parts_of_db, parts_over_rows
 

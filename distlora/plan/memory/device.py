@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes, head_size, sizes_of
 from distlora.config import Config
+from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.config.initialization import subspace_iterations
 from distlora.config.parallel import RESIDENCY_RESERVE
-from distlora.decoder_sizes import windows_of
-from distlora.deepspeed_file import offloads_base, read_gathering
+from distlora.plan import wire
+from distlora.plan.decoder_sizes import windows_of
 from distlora.plan.machine import Machine
 from distlora.plan.memory.base import planned_base, unit_bytes
 from distlora.plan.memory.kinds import KINDS, Kind, Moment
@@ -21,7 +22,6 @@ from distlora.plan.memory.step import Step
 from distlora.plan.memory.trained import Trained
 from distlora.plan.memory.zero3 import staying_bytes
 from distlora.plan.model import PlannedModel
-from distlora.shapes import ModelShapes, head_size, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

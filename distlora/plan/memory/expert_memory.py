@@ -11,7 +11,7 @@ balanced routing. Routers are frozen, and their inputs are not kept.
 from __future__ import annotations
 
 from distlora.plan.memory.block_memory import BlockRun, Moment, Operation
-from distlora.wire import GROUP_WEIGHTS
+from distlora.plan.wire import GROUP_WEIGHTS
 
 _BLOCK = 64
 """Weights of an NF4 block (kernels/distlora_kernels/reference.py)."""
@@ -41,7 +41,7 @@ def expert_half(run: BlockRun) -> list[Operation]:
 
 def _router(run: BlockRun) -> Operation:
     """Softmax, the chosen and their weights, divided by their sum; the Routing; the balance of the experts where a loss
-    asks for it (distlora/balance.py). Backward: the gradient of its input, added to that of the rows."""
+    asks for it (distlora/model/balance.py). Backward: the gradient of its input, added to that of the rows."""
     experts, b = run.decoder.experts, run.itemsize
     assert experts is not None
     chosen = experts.chosen

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distlora.config import Config
-from distlora.deepspeed_file import read_gathering
+from distlora.config.deepspeed_file import read_gathering
 from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
 from distlora.plan.memory.zero3 import coordinated
 

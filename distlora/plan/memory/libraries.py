@@ -7,7 +7,7 @@ usable bytes are without it (distlora/cards.py). No GPU has run it: figures are 
 from __future__ import annotations
 
 from distlora.config import Config
-from distlora.deepspeed_file import offloads_base
+from distlora.config.deepspeed_file import offloads_base
 from distlora.plan.machine import Machine
 from distlora.plan.memory.base import Base, unit_bytes
 from distlora.plan.memory.kinds import Kind

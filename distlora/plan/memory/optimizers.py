@@ -1,4 +1,4 @@
-"""Optimizers as they lay out their states (distlora/optim.py). Imports no torch.
+"""Optimizers as they lay out their states (distlora/training/optim.py). Imports no torch.
 
 torch's AdamW has two moments in fp32; bitsandbytes' have them in 8 bits or in fp32, on the device or paged.
 """

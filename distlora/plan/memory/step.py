@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distlora import wire
 from distlora.config import Config
+from distlora.plan import wire
 from distlora.plan.adapted import ranks_of_blocks
 from distlora.plan.machine import Machine
 from distlora.plan.memory.activations import Activations, Costs, Device, tokens_at_once

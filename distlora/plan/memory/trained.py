@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.tokens import EMBEDDING
 from distlora.config import Config
+from distlora.plan import wire
 from distlora.plan.memory.base import Base
 from distlora.plan.memory.optimizers import LEVELS_BYTES, PAGED_FROM, absmaxes, is_in_8_bits
-from distlora.shapes import ModelShapes
-from distlora.tokens import EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

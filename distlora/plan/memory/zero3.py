@@ -17,7 +17,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from distlora.deepspeed_file import Gathering
+from distlora.config.deepspeed_file import Gathering
 from distlora.plan.memory.base import Base, Gathered, Stored, unit_bytes
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD
 from distlora.plan.memory.activations import tokens_at_once
 from distlora.plan.memory.optimizers import UPDATE_BYTES
 from distlora.plan.speed.compute import SCORES_AGAIN
+from distlora.plan.speed.operations import PAIR_BACKWARD, PAIR_FORWARD
 from distlora.plan.speed.work import FP32, How, Linear, Work, backward, forward
 
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distlora import wire
+from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config
-from distlora.decoder_sizes import Decoder, ExpertSizes, windows_of
-from distlora.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
+from distlora.plan import wire
+from distlora.plan.decoder_sizes import Decoder, ExpertSizes, windows_of
 from distlora.plan.kernels import attention_kind, pairs_computed, scores_again
 from distlora.plan.model import PlannedModel
-from distlora.shapes import attention_columns, expert_paths, sizes_of
-from distlora.tokens import EMBEDDING, HEAD
+from distlora.plan.speed.operations import PAIR_BACKWARD, PAIR_FORWARD, PRODUCT, ActiveWeights, pairs, queries_by_window
 
 FlopsKind = Literal[
     "forward",  # of the blocks' linears, and of the experts that tokens choose

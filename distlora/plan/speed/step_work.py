@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distlora import wire
+from distlora.architecture.shapes import Weight
 from distlora.config import Config
-from distlora.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
+from distlora.plan import wire
 from distlora.plan.adapted import ranks_of_blocks
+from distlora.plan.decoder_sizes import INPUTS, AdaptedRanks, Decoder, windows_of
 from distlora.plan.kernels import attention_kind, fuses, pairs_computed
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.block_work import BlockSizes, BlockWork, HeadSizes, block_work, head_work, update_work
 from distlora.plan.speed.compute import active_weights, cut
 from distlora.plan.speed.work import FP32, How, Linear, MovedKind, Work
-from distlora.shapes import Weight
 from distlora_kernels.few_rows import most_rows
 
 

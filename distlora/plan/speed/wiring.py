@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from distlora import wire
+from distlora.architecture.shapes import ModelShapes
 from distlora.config import Config
-from distlora.deepspeed_file import offloads_base
+from distlora.config.deepspeed_file import offloads_base
+from distlora.plan import wire
 from distlora.plan.machine import Machine
 from distlora.plan.model import PlannedModel
 from distlora.plan.speed.rates import Rates
 from distlora.plan.speed.seconds import Seconds, plus
-from distlora.shapes import ModelShapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

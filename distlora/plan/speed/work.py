@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distlora.plan.kernels import AttentionKind
-from distlora.wire import packed_bytes
+from distlora.plan.wire import packed_bytes
 
 MovedKind = Literal[
     "dequantization",  # packed weights read, dense ones written

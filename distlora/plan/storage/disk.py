@@ -10,17 +10,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from distlora import wire
+from distlora.architecture.expert_targets import peft_paths
+from distlora.architecture.shapes import ModelShapes, expert_paths
+from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config
-from distlora.expert_targets import peft_paths
 from distlora.loading.piece_header import GROUP_BYTES, Extent, cut, header_of
 from distlora.loading.segments import DTYPE_BYTES, header_bytes, lay_out
+from distlora.plan import wire
 from distlora.plan.machine import Machine
 from distlora.plan.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.plan.model import PlannedModel
 from distlora.plan.packed import each_alone
-from distlora.shapes import ModelShapes, expert_paths
-from distlora.tokens import EMBEDDING, HEAD
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -106,8 +106,8 @@ def base_bytes(model: PlannedModel) -> int:
 
 
 def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
-    """What is trained, as fp32 masters, by PEFT's names (distlora/peft_format.py); with adapter=full by transformers'.
-    Of a pack that of all its trials."""
+    """What is trained, as fp32 masters, by PEFT's names (distlora/peft_files/format.py); with adapter=full by
+    transformers'. Of a pack that of all its trials."""
     decoder, matrix = shapes.family.decoder, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: f"{decoder}.{EMBEDDING}", HEAD: HEAD}
     if config.adapter.method == "full":
@@ -137,7 +137,8 @@ def trained_tensors(config: Config, shapes: ModelShapes) -> Iterator[Tensor]:
 
 
 def optimizer_tensors(config: Config, trained: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The optimizer's state (distlora/optim.py), by the names of ours that a checkpoint has (`exp_avg/decoder...`)."""
+    """The optimizer's state (distlora/training/optim.py), by the names of ours that a checkpoint has
+    (`exp_avg/decoder...`)."""
     pages_or_8bit = config.optim.name != "adamw"
     for tensor in trained:
         name = _parameter_name(tensor.name)
@@ -176,7 +177,7 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
 def _result_bytes(config: Config, model: PlannedModel, trained: Sequence[Tensor]) -> int:
     if config.adapter.method == "full":  # In the base's own dtype.
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
-    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/pissa_format.py).
+    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/peft_files/pissa.py).
         trained = [_doubled(each) for each in trained]
     return file_bytes(trained) + CONFIG_BYTES
 

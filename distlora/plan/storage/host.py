@@ -9,17 +9,18 @@ import functools
 import math
 from dataclasses import dataclass, field
 
-from distlora import host_memory, wire
+from distlora import host_memory
+from distlora.architecture.shapes import Asked
 from distlora.config import AdapterConfig, Config
+from distlora.config.deepspeed_file import offloads_base
 from distlora.config.initialization import PLAIN
-from distlora.deepspeed_file import offloads_base
+from distlora.plan import wire
 from distlora.plan.machine import Machine
 from distlora.plan.memory.base import Base, planned_base
 from distlora.plan.memory.device import DeviceBytes, decomposition_bytes
 from distlora.plan.memory.trained import Trained
 from distlora.plan.model import PlannedModel
 from distlora.plan.storage.disk import optimizer_tensors, trained_tensors
-from distlora.shapes import Asked
 
 PROCESS_BYTES = 390_000_000
 """A worker's Python, torch, transformers and gloo: RssAnon in a run of 0.4 million parameters (365 to 390 MB on 1 and 2

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from distlora import durable
 from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Request, named_by_argument
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora_launcher.arguments import Parser, numbers
-from distlora_launcher.checks import check_data, check_model, check_writable
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.handover import become
 from distlora_launcher.hub import localize
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.output import name_of, shown
+from distlora_launcher.settings.checks import check_data, check_model, check_writable
 
 WORKER = "distlora.analysis.intrinsic"
 

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
-from distlora.command_line import DONE
+from distlora.architecture.families import read_config
+from distlora.commands.ending import DONE
+from distlora.commands.wording import named_by_argument
 from distlora.config import UserError, require
 from distlora.config.places import place_of
-from distlora.families import read_config
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
-from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import ROW_TOKENS, check_data, check_model, check_writable, row_tokens
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.corpus import build_corpus, write_jsonl
 from distlora_launcher.handover import become
 from distlora_launcher.hub import localize
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.output import name_of, shown
+from distlora_launcher.settings.checks import ROW_TOKENS, check_data, check_model, check_writable, row_tokens
 
 WORKER = "distlora.analysis.quantization"
 TEXT_NAME = "text.jsonl"

@@ -19,15 +19,15 @@ from distlora.analysis.spectrum.request import (
     TOP,
     Request,
 )
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, require
 from distlora.loading.segments import fingerprint
 from distlora.trained import BASE_ALONE
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become
 from distlora_launcher.output import shown
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, named
+from distlora_launcher.settings.checks import check_writable
 
 WORKER = "distlora.analysis.spectrum"
 

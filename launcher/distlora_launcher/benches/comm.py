@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from distlora.architectures import ARCHITECTURES
+from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.comm import MACHINE, MODELS, SMALL, Counted, Row, counted_table, rows_of, tables
-from distlora.command_line import DONE, FAILED
+from distlora.commands.ending import DONE, FAILED
 from distlora.config import Config, UserError
-from distlora.shapes import ModelShapes, shapes_of
 from distlora_launcher.arguments import Parser, numbers
-from distlora_launcher.compose import compose_config, names_model
-from distlora_launcher.here import planned_model
-from distlora_launcher.workers import worker_environment
+from distlora_launcher.running.workers import worker_environment
+from distlora_launcher.settings.compose import compose_config, names_model
+from distlora_launcher.settings.here import planned_model
 
 MEASURE = "distlora.bench.measured"
 PACKAGES = ("torch", "accelerate", "peft", "bitsandbytes", "transformers")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError
 from distlora_kernels.offline import ARCHS
 from distlora_launcher.arguments import Parser
 from distlora_launcher.benches.measuring import become
-from distlora_launcher.checks import gpu_count
+from distlora_launcher.settings.checks import gpu_count
 
 MEASURE, COMPILE = "distlora_kernels.bench", "distlora_kernels.offline"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
 

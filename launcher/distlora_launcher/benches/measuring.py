@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
+from distlora_launcher.settings.checks import check_writable
 
 OUTPUT = """  --out FOLDER       keep the results there as Markdown, CSV and a plot
   --json             every figure, for a program to read"""

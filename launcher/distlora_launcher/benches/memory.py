@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import nearest
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
-from distlora_launcher.checks import gpu_count
+from distlora_launcher.settings.checks import gpu_count
 
 MEMORY = "distlora.bench.against_plan"
 MODELS = ("10M", "100M", "0.5B", "1.5B")

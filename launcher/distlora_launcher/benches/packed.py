@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
 from distlora_launcher.demo.run import made_base

@@ -25,15 +25,15 @@ from distlora.bench.step.cells import (
 )
 from distlora.bench.step.compare import Measured, Problem, compare, prepare, train_alone
 from distlora.bench.step.running import CellFailedError
-from distlora.command_line import DONE, FAILED
+from distlora.commands.ending import DONE, FAILED
 from distlora.config import nearest
 from distlora.pages.written import Results
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, check_output
-from distlora_launcher.checks import gpu_count
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
-from distlora_launcher.workers import KEEP_PAGES, worker_environment
+from distlora_launcher.running.workers import KEEP_PAGES, worker_environment
+from distlora_launcher.settings.checks import gpu_count
 
 ROUNDS = 3
 CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3

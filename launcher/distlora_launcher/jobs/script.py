@@ -16,7 +16,7 @@ from typing import Any
 from distlora import durable
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
-from distlora_launcher.logs import SLURM
+from distlora_launcher.running.logs import SLURM
 
 SCRIPT_NAME = "job.sbatch"
 """In the run folder, or in a sweep's."""

@@ -9,14 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from distlora.command_line import DONE, STOPPED
+from distlora.commands.ending import DONE, STOPPED
 from distlora.config import Config
-from distlora.run_folder import find_result
-from distlora.wandb_agent import ASKED
+from distlora.folders.run_folder import find_result
+from distlora.reporting.wandb_agent import ASKED
 from distlora_launcher.jobs.submit import make_ready
-from distlora_launcher.local import make_run, say_how_to_go_on
 from distlora_launcher.output import say, shown
-from distlora_launcher.signals import forwarding
+from distlora_launcher.running.local import make_run, say_how_to_go_on
+from distlora_launcher.running.signals import forwarding
 
 STEP = "DISTLORA_STEP"
 """Environment variable: what bash runs to start RUN on all machines."""

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
-from distlora.config_file import load_config
-from distlora.run_folder import find_result
-from distlora_launcher.holding import CONFIG_NAME
+from distlora.config.file import load_config
+from distlora.folders.run_folder import find_result
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.record import write_submission
 from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
 from distlora_launcher.jobs.submit import is_job, live_job, make_cache, make_ready, say_kept, submit_script
-from distlora_launcher.local import forget_run, make_run, remove_if_empty
 from distlora_launcher.output import say, shown
+from distlora_launcher.running.holding import CONFIG_NAME
+from distlora_launcher.running.local import forget_run, make_run, remove_if_empty
 
 
 class Sweep:

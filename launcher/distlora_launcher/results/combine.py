@@ -19,17 +19,17 @@ from typing import Literal
 from distlora.combining.checks import check, check_merged, needs_base, open_adapters
 from distlora.combining.members import check_one_base, find_member, fingerprint_of
 from distlora.combining.request import METHODS, Member, Request
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, require
 from distlora.config.places import place_of
-from distlora.initial_adapter import InitialAdapter, check_quantization
 from distlora.merging.request import Onto, check_mergeable
+from distlora.peft_files.folder import InitialAdapter, check_quantization
 from distlora.trained import Trained, base_alone, with_adapter
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become
 from distlora_launcher.hub import localize
 from distlora_launcher.output import shown
+from distlora_launcher.settings.checks import check_writable
 
 WORKER = "distlora.combining"
 

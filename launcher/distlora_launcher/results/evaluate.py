@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from distlora.command_line import DONE
+from distlora.architecture.families import check_config, read_config
+from distlora.commands.ending import DONE
+from distlora.commands.wording import named_by_argument
 from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -29,19 +31,17 @@ from distlora.evaluation.request import (
     check_out,
     held_out,
 )
-from distlora.families import check_config, read_config
-from distlora.initial_adapter import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.loading.prequantized import read_packed_weights
 from distlora.loading.segments import read_headers
+from distlora.peft_files.folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.trained import BASE_ALONE, Trained, base_alone
-from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import HEAD_LINES, ROW_TOKENS, check_data, check_model, gpu_count, row_tokens
 from distlora_launcher.handover import become, check_processes, run_several
 from distlora_launcher.hub import localize
 from distlora_launcher.hub_preview import with_small_files
 from distlora_launcher.output import name_of, shown
 from distlora_launcher.results import named
+from distlora_launcher.settings.checks import HEAD_LINES, ROW_TOKENS, check_data, check_model, gpu_count, row_tokens
 
 WORKER = "distlora.evaluation"
 MERGE_RECEIPT = "merge.json"

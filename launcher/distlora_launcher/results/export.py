@@ -12,17 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import UserError, nearest, require
 from distlora.exporting.formats import DTYPES, FORMATS, refuse
 from distlora.exporting.request import Request
 from distlora.host_memory import available_bytes
 from distlora.trained import Trained
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become
 from distlora_launcher.output import shown
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, default_place, named, num_weights
+from distlora_launcher.settings.checks import check_writable
 
 WORKER = "distlora.exporting"
 

@@ -10,10 +10,10 @@ from distlora.evaluation.request import Merged, Request, Subject
 from distlora.host_memory import available_bytes
 from distlora.trained import Name, Trained
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import gpu_count
 from distlora_launcher.handover import check_processes
 from distlora_launcher.results.evaluate import base_of, text_of
 from distlora_launcher.results.named import num_weights
+from distlora_launcher.settings.checks import gpu_count
 
 ARGUMENTS = """\
   --text FILE          what it is measured on: anything that data.path of `distlora train` takes; without it, what the

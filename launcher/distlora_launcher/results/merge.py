@@ -9,17 +9,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
+from distlora.commands.wording import named_by_argument
 from distlora.config import require
 from distlora.evaluation import request as evaluation
 from distlora.merging.request import Request, check_mergeable
-from distlora.wording import named_by_argument
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become, run_alone, run_several
 from distlora_launcher.output import shown
 from distlora_launcher.results import measuring
 from distlora_launcher.results.named import ARGUMENTS, add_arguments, default_place, named
+from distlora_launcher.settings.checks import check_writable
 
 WORKER, MEASURER = "distlora.merging", "distlora.evaluation"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import require
 from distlora.merging.receipt import RECEIPT_NAME, Receipt
 from distlora.merging.request import UnmergeRequest
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check_writable
 from distlora_launcher.handover import become
 from distlora_launcher.output import shown
+from distlora_launcher.settings.checks import check_writable
 
 WORKER = "distlora.merging"
 

@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
-from distlora.command_line import DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.commands.ending import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import UserError, require
+from distlora.folders.run_folder import find_result
+from distlora.folders.sweep_folder import words_of
 from distlora.json_files import read_object
-from distlora.run_folder import find_result
-from distlora.sweep_folder import words_of
-from distlora.wandb_agent import ASKED, VARIABLES, AgentRun
+from distlora.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.arguments import Parser
-from distlora_launcher.holding import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.jobs.step import in_job
-from distlora_launcher.logs import host_name
 from distlora_launcher.output import say, shown
-from distlora_launcher.run_state import read_ending
-from distlora_launcher.signals import Forwarder, forwarding
+from distlora_launcher.running.holding import CONFIG_NAME, MACHINES, holders, worker_place
+from distlora_launcher.running.logs import host_name
+from distlora_launcher.running.run_state import read_ending
+from distlora_launcher.running.signals import Forwarder, forwarding
+from distlora_launcher.running.worker_entry import PARENT
 from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of, was_ended_early
-from distlora_launcher.worker_entry import PARENT
 
 USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
                             [cluster=slurm ...]
@@ -133,7 +133,7 @@ def go_on(folder: Path) -> int:
 
 def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
     """What a command line asks for, the number of the one agent that a task of an array is, and the section cluster."""
-    from distlora_launcher.compose import compose_section, parse_overrides
+    from distlora_launcher.settings.compose import compose_section, parse_overrides
 
     parser = Parser("distlora sweep agent")
     parser.add_argument("words", nargs="*")
@@ -169,7 +169,7 @@ def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
 def compose_cluster(values: dict[str, Any]) -> Any:
     """The section cluster."""
     from distlora.config import ClusterConfig
-    from distlora.config_file import build
+    from distlora.config.file import build
 
     return build(ClusterConfig, values, prefix="cluster.")
 

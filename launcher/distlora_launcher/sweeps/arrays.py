@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import ClusterConfig, Config, UserError, require
 from distlora_launcher.hub import is_to_download, localize
 from distlora_launcher.jobs import scheduler
@@ -20,8 +20,8 @@ from distlora_launcher.jobs.record import read_submission, write_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
 from distlora_launcher.jobs.submit import have_judged, make_cache, say_kept, submit_script
-from distlora_launcher.local import create_run, prepare
 from distlora_launcher.output import say, shown
+from distlora_launcher.running.local import create_run, prepare
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.places import is_hub_name
+from distlora.folders.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora.packed.settings import check_trial
-from distlora.sweep_folder import JOURNAL_NAME, is_sweep_folder, words_of
 from distlora_launcher.arguments import Parser
-from distlora_launcher.checks import check, check_writable
-from distlora_launcher.compose import (
+from distlora_launcher.hub import locate
+from distlora_launcher.output import say, warn
+from distlora_launcher.settings.checks import check, check_writable
+from distlora_launcher.settings.compose import (
     MOST_JOBS_CHECKED,
     Composed,
     compose_run,
     expand_home,
     section_of,
 )
-from distlora_launcher.hub import locate
-from distlora_launcher.output import say, warn
-from distlora_launcher.planning import decide
+from distlora_launcher.settings.planning import decide
 from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.local import shares

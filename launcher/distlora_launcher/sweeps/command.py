@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import Config, require
-from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown
+from distlora_launcher.running.holding import holders
 from distlora_launcher.sweeps.asked import ask, check_place, check_trials, pinned
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.local import run_workers_here, show_results

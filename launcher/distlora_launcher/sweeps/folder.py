@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from distlora.config import UserError, require
+from distlora.config.file import build, parse_yaml
 from distlora.config.sweep import SweepConfig
-from distlora.config_file import build, parse_yaml
+from distlora.folders.sweep_folder import SWEEP_NAME, trial_folder, words_of
 from distlora.json_files import Shape, check_shape
-from distlora.sweep_folder import SWEEP_NAME, trial_folder, words_of
-from distlora_launcher.compose import Composed, compose_run, section_of
+from distlora_launcher.settings.compose import Composed, compose_run, section_of
 from distlora_launcher.sweeps.space import Dimension, as_records, from_records
 
 LOGS = "logs"

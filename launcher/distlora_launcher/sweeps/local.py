@@ -10,17 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.command_line import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.commands.ending import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import Config, require
-from distlora.sweep_folder import COMPLETE, at_rest
-from distlora_launcher.checks import gpu_count
+from distlora.folders.sweep_folder import COMPLETE, at_rest
 from distlora_launcher.output import say, shown
-from distlora_launcher.signals import forwarding
+from distlora_launcher.running.signals import forwarding
+from distlora_launcher.running.worker_entry import PARENT
+from distlora_launcher.settings.checks import gpu_count
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search, search_of
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import closing, text
-from distlora_launcher.worker_entry import PARENT
 
 POLL_SECONDS = 0.1
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from distlora import durable
 from distlora.config import Config
+from distlora.folders.run_folder import PLAN_NAME
+from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED
 from distlora.json_files import object_or_empty
 from distlora.packed.protocol import (
     CLOSED_NAME,
@@ -24,11 +26,9 @@ from distlora.packed.protocol import (
     outcome_file,
     verdict_file,
 )
-from distlora.run_folder import PLAN_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED
-from distlora_launcher.holding import CONFIG_NAME
-from distlora_launcher.local import create_run
-from distlora_launcher.run_state import read_ending
+from distlora_launcher.running.holding import CONFIG_NAME
+from distlora_launcher.running.local import create_run
+from distlora_launcher.running.run_state import read_ending
 from distlora_launcher.sweeps.runner import environment, last_error, wait_until_free
 
 MODULE = "distlora_launcher.sweeps.pack_process"

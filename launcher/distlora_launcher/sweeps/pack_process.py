@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distlora.command_line import run_to_exit_code
-from distlora.config_file import load_config
+from distlora.commands.ending import run_to_exit_code
+from distlora.config.file import load_config
 from distlora.json_files import read_object
 from distlora.packed.protocol import PACK_NAME
-from distlora_launcher.holding import running
-from distlora_launcher.signals import hold
-from distlora_launcher.workers import run_workers
+from distlora_launcher.running.holding import running
+from distlora_launcher.running.signals import hold
+from distlora_launcher.running.workers import run_workers
 
 WORKER = "distlora.packed"
 

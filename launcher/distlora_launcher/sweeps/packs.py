@@ -19,21 +19,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distlora.command_line import BAD_INPUT, DONE, STOPPED
+from distlora.commands.ending import BAD_INPUT, DONE, STOPPED
 from distlora.config import Config, UserError, require
+from distlora.config.file import load_config
 from distlora.config.plan import CHOSEN
-from distlora.config_file import load_config
+from distlora.folders.run_folder import DATA_NAME, PLAN_NAME, find_result
+from distlora.folders.sweep_folder import COMPLETE, FAILED, PACKS, SAVED
 from distlora.packed.settings import check_beside, check_trial
 from distlora.plan.choice.space import value_of, with_settings
-from distlora.run_folder import DATA_NAME, PLAN_NAME, find_result
-from distlora.sweep_folder import COMPLETE, FAILED, PACKS, SAVED
-from distlora_launcher.checks import check
-from distlora_launcher.compose import compose_run
-from distlora_launcher.holding import CONFIG_NAME, running
 from distlora_launcher.hub import localize, restore
-from distlora_launcher.local import create_run, forget_run, is_prepared
 from distlora_launcher.output import say
-from distlora_launcher.planning import choices
+from distlora_launcher.running.holding import CONFIG_NAME, running
+from distlora_launcher.running.local import create_run, forget_run, is_prepared
+from distlora_launcher.settings.checks import check
+from distlora_launcher.settings.compose import compose_run
+from distlora_launcher.settings.planning import choices
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.pack_folder import Ended, PackFolder
 from distlora_launcher.sweeps.packing import number_of, packing_beside, packing_of, valid_sizes

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora import durable
+from distlora.folders.run_folder import REPORT_NAME
+from distlora.folders.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, read_importance, read_results
 from distlora.report.run_records import Standing, noted
 from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora.run_folder import REPORT_NAME
-from distlora.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, read_importance, read_results
-from distlora_launcher.holding import holders
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.report import write_done
+from distlora_launcher.running.holding import holders
 from distlora_launcher.sweeps.folder import load_sweep
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.state import jobs_now

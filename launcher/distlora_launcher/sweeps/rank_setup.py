@@ -17,8 +17,8 @@ from distlora.json_files import Shape, check_shape, read_object
 from distlora.plan import plan_of
 from distlora.plan.model import PlannedModel
 from distlora.plan.pages.report import needs
-from distlora_launcher import here
-from distlora_launcher.planning import check_planned, machine_here
+from distlora_launcher.settings import here
+from distlora_launcher.settings.planning import check_planned, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distlora.config.sweep import SweepConfig
-from distlora.eval_documents import DocumentRecord
+from distlora.folders.eval_documents import DocumentRecord
 from distlora.pages.tables import Table
 from distlora_launcher.sweeps.bootstrap import Gain, gain
 

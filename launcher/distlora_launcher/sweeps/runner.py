@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from distlora.command_line import BAD_INPUT, DONE, STOPPED
-from distlora.run_folder import find_result
-from distlora.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
-from distlora.wandb_agent import VARIABLES
-from distlora_launcher.holding import CONFIG_NAME, holders
-from distlora_launcher.run_state import read_ending, read_figures
+from distlora.commands.ending import BAD_INPUT, DONE, STOPPED
+from distlora.folders.run_folder import find_result
+from distlora.folders.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
+from distlora.reporting.wandb_agent import VARIABLES
+from distlora_launcher.running.holding import CONFIG_NAME, holders
+from distlora_launcher.running.run_state import read_ending, read_figures
+from distlora_launcher.running.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import LOGS, Sweep
-from distlora_launcher.worker_entry import PARENT
 
 """State of a trial that was asked to save and stop: it goes on with the sweep."""
 
@@ -49,7 +49,7 @@ class Outcome:
 
     number: int
     state: str
-    """COMPLETE, PRUNED, FAILED (distlora/sweep_folder.py) or SAVED."""
+    """COMPLETE, PRUNED, FAILED (distlora/folders/sweep_folder.py) or SAVED."""
     seconds: float
     step: int | None = None
     reason: str | None = None

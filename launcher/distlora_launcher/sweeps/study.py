@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from distlora.sweep_folder import (
+from distlora.folders.sweep_folder import (
     COMPLETE,
     FAILED,
     PRUNED,
@@ -27,9 +27,9 @@ from distlora.sweep_folder import (
     TrialRecord,
     write_results,
 )
-from distlora_launcher.holding import holders, is_alive
 from distlora_launcher.output import warn
-from distlora_launcher.processes import Process, this_process
+from distlora_launcher.running.holding import holders, is_alive
+from distlora_launcher.running.processes import Process, this_process
 from distlora_launcher.sweeps.drawing import check_sampler, choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.journal import Lock, open_journal

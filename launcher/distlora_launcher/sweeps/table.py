@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distlora import durable, sweep_folder
+from distlora import durable
+from distlora.folders import sweep_folder
+from distlora.folders.sweep_folder import TrialRecord, counted, ranked
 from distlora.pages.words import roughly
-from distlora.sweep_folder import TrialRecord, counted, ranked
 from distlora_launcher.output import aligned, shown
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search

@@ -17,12 +17,12 @@ from typing import Any
 import yaml
 
 from distlora import durable
-from distlora.command_line import DONE
+from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
+from distlora.config.file import as_mapping
 from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
-from distlora.config_file import as_mapping
-from distlora.sweep_folder import words_of
+from distlora.folders.sweep_folder import words_of
 from distlora_launcher.output import say, shown, warn
 from distlora_launcher.sweeps.asked import ask, check_trials
 from distlora_launcher.sweeps.search import search_of

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.command_line import DONE, STOPPED, run_to_exit_code
-from distlora.command_line import FAILED as FAILURE
+from distlora.commands.ending import DONE, STOPPED, run_to_exit_code
+from distlora.commands.ending import FAILED as FAILURE
 from distlora.config import UserError
+from distlora.folders.run_folder import METRICS_NAME, SUMMARY_NAME
+from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora.json_files import object_or_empty
 from distlora.pages.words import roughly
-from distlora.run_folder import METRICS_NAME, SUMMARY_NAME
-from distlora.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora_launcher.arguments import Parser
-from distlora_launcher.failures import would_repeat
-from distlora_launcher.holding import worker_place
 from distlora_launcher.output import say, shown, warn
-from distlora_launcher.signals import Forwarder, forwarding, hold
+from distlora_launcher.running.failures import would_repeat
+from distlora_launcher.running.holding import worker_place
+from distlora_launcher.running.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.importance import effects
 from distlora_launcher.sweeps.page import write_at_end

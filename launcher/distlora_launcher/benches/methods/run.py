@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from distlora import durable
-from distlora.command_line import DONE, FAILED, STOPPED
+from distlora.architecture.families import family_of, read_config
+from distlora.commands.ending import DONE, FAILED, STOPPED
 from distlora.config import UserError, require
-from distlora.families import family_of, read_config
+from distlora.folders.run_folder import SUMMARY_NAME, read_record
 from distlora.loading.segments import fingerprint, read_headers
-from distlora.run_folder import SUMMARY_NAME, read_record
 from distlora_launcher.arguments import Parser
 from distlora_launcher.benches.methods.grid import FACTOR, METHODS, MOST_RATES, Planned, Setup, next_round
 from distlora_launcher.benches.methods.results import (
@@ -31,13 +31,13 @@ from distlora_launcher.benches.methods.results import (
     reading,
     table,
 )
-from distlora_launcher.checks import check_writable, gpu_count, linear_names
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
-from distlora_launcher.failures import would_repeat
-from distlora_launcher.holding import CONFIG_NAME
 from distlora_launcher.output import shown
-from distlora_launcher.signals import forwarding
+from distlora_launcher.running.failures import would_repeat
+from distlora_launcher.running.holding import CONFIG_NAME
+from distlora_launcher.running.signals import forwarding
+from distlora_launcher.settings.checks import check_writable, gpu_count, linear_names
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
 STEPS, QUICK_STEPS = 48, 16

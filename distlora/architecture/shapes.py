@@ -1,0 +1,297 @@
+"""The shapes of a model's weights from its config.json alone: what memory and traffic are calculated from before
+anything is downloaded or built. Imports no torch; tests/test_wire.py holds it to the models themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.expert_targets import expert_shapes, select_adapted
+from distlora.architecture.families import Family, family_of, is_tied, text_settings
+from distlora.config import AdapterConfig, UserError
+from distlora.config.errors import short
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"vocab_size": 256_000, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "gemma3": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    "qwen3": {"head_dim": 128},
+    "gpt_oss": {"head_dim": 64, "attention_bias": True},
+}
+"""What transformers takes for what a config.json does not say, where hub models leave it out."""
+
+
+_MOST = {"vocab_size": 2**31, "hidden_size": 2**31, "num_hidden_layers": 1000, "num_attention_heads": 2**31}
+"""Sizes that every config.json has to say, and what they are below: a plan goes through all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter of a decoder block, by its path in it."""
+
+    path: str
+    shape: tuple[int, ...]
+    packs: bool = False
+    """Whether quant=nf4 keeps it in 4 bits: linears and the fused weights of experts."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The adapter of one linear, or of all experts of a fused weight (E x r rows of A, columns of B)."""
+
+    path: str
+    """Hugging Face path of what it adapts."""
+    down: tuple[int, int]
+    """Shape of A."""
+    up: tuple[int, int]
+    """Shape of B."""
+    magnitude: int = 0
+    """Numbers of DoRA's magnitude."""
+
+    @property
+    def place(self) -> str:
+        """The path in its block."""
+        return self.path.partition(".layers.")[2].partition(".")[2]
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Of each of its parameters."""
+        own = (math.prod(self.down), math.prod(self.up))
+        return (*own, self.magnitude) if self.magnitude else own
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """A decoder whose blocks are all alike, as those of every supported family are."""
+
+    family: Family
+    vocabulary: int
+    """Rows of the embedding and of the head."""
+    hidden: int
+    num_layers: int
+    tied: bool
+    """Whether the head's weight is the embedding's."""
+    block: tuple[Weight, ...]
+
+    @property
+    def numel(self) -> int:
+        """Parameters, a tied matrix once."""
+        matrices = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return matrices + self.hidden + self.num_layers * sum(weight.numel for weight in self.block)
+
+    @property
+    def packed_numel(self) -> int:
+        """Parameters that quant=nf4 keeps in 4 bits."""
+        return self.num_layers * sum(weight.numel for weight in self.block if weight.packs)
+
+    def ties(self, config: AdapterConfig) -> bool:
+        """Whether a run has one matrix for embedding and head: where one of them is trained whole, each has its own."""
+        return self.tied and not config.modules_to_save
+
+    def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
+        """The adapters of each block. Raises UserError where the targets match nothing (`select_adapted`)."""
+        return _adapters(Asked(self, config))
+
+    def alike(self, config: AdapterConfig) -> tuple[tuple[Adapter, int], ...]:
+        """One of each kind of adapter, as the first block that has it does, and how many blocks have such. Raises as
+        `adapters`."""
+        return _alike(Asked(self, config))
+
+    def adapted_numel(self, config: AdapterConfig) -> int:
+        """Numbers of all adapters together. Raises as `adapters`."""
+        return sum(count * each.numel for each, count in self.alike(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Adapters of a model, and what else an answer depends on, as a key of what is remembered: settings have mappings,
+    which have no hash."""
+
+    shapes: ModelShapes
+    config: AdapterConfig
+    more: tuple[Any, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.shapes.num_layers, self.shapes.hidden, self.config.r, self.more))
+
+
+@functools.lru_cache(maxsize=16)
+def _adapters(asked: Asked) -> tuple[tuple[Adapter, ...], ...]:
+    """The adapters of each block. Kept, as a planner asks for the same ones again and again: choosing settings of a
+    405B model would match 882 paths for each of hundreds of plans."""
+    shapes, config = asked.shapes, asked.config
+    fused = expert_paths(shapes.family)
+    found = {
+        f"{shapes.family.decoder}.layers.{layer}.{weight.path.removesuffix('.weight')}": (layer, weight)
+        for layer in range(shapes.num_layers)
+        for weight in shapes.block
+        if weight.packs
+    }
+    linears = [path for path, (_, weight) in found.items() if weight.path not in fused]
+    blocks: list[list[Adapter]] = [[] for _ in range(shapes.num_layers)]
+    for path in select_adapted(config, linears, shapes.family, shapes.num_layers):
+        layer, weight = found[path]
+        blocks[layer].append(_adapter(config, path, weight))
+    return tuple(map(tuple, blocks))
+
+
+@functools.lru_cache(maxsize=16)
+def _alike(asked: Asked) -> tuple[tuple[Adapter, int], ...]:
+    kinds: dict[object, list[Adapter]] = {}
+    for block in _adapters(asked):
+        for each in block:
+            kinds.setdefault((each.place, each.down, each.up, each.magnitude), []).append(each)
+    return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
+
+
+def _adapter(config: AdapterConfig, path: str, weight: Weight) -> Adapter:
+    rank, (*experts, out, inner) = config.rank_of(path), weight.shape
+    rows = math.prod(experts) * rank
+    return Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0)
+
+
+def expert_paths(family: Family) -> tuple[str, ...]:
+    """Paths in a block of the fused weights of its experts."""
+    layout = family.experts
+    return () if layout is None else tuple(f"{layout.module}.{weight}" for weight in layout.weights)
+
+
+def shapes_of(model: Mapping[str, Any], place: Path | str, *, vocabulary: int | None = None) -> ModelShapes:
+    """The shapes of the model of a config.json (`read_config`); `place` is the file, for messages, `vocabulary` the
+    rows of embedding and head where tokens are added.
+
+    Raises UserError for a family that is not supported, and for a config.json that lacks a size.
+    """
+    family = family_of(model, place)
+    sizes = sizes_of(model, family)
+    for name, most in _MOST.items():
+        size = sizes.get(name)
+        if size is None:
+            raise UserError(f"{place} says no {name}, so the model's size cannot be calculated; download it again")
+        if type(size) is not int or not 0 < size < most:
+            raise UserError(f"{place} is damaged: {name}={short(size)} is none that a model has; download it again")
+    layers, kinds = sizes["num_hidden_layers"], sizes.get("layer_types")
+    if kinds is not None and len(kinds) != layers:
+        raise UserError(
+            f"{place} is damaged: layer_types has {len(kinds)} layers, num_hidden_layers={layers}; download it again"
+        )
+    heads, keys = sizes["num_attention_heads"], sizes.get("num_key_value_heads", sizes["num_attention_heads"])
+    if heads % keys or not head_size(sizes):
+        raise UserError(
+            f"{place} is damaged: {heads} heads of queries and {keys} of keys cannot share hidden_size="
+            f"{sizes['hidden_size']}; download it again"
+        )
+    return ModelShapes(
+        family=family,
+        vocabulary=sizes["vocab_size"] if vocabulary is None else vocabulary,
+        hidden=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        tied=is_tied(model, family),
+        block=(*_attention(family, sizes), *_feed_forward(family, sizes, place), *_norms(family, sizes["hidden_size"])),
+    )
+
+
+def sizes_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What the config.json of a model says of its decoder, and what transformers takes for what it leaves out."""
+    said = {name: value for name, value in text_settings(model, family).items() if value is not None}
+    return _DEFAULTS.get(family.model_type, {}) | said
+
+
+def head_size(sizes: Mapping[str, Any]) -> int:
+    """Columns of one head of attention, by `sizes_of`."""
+    size: int = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    return size
+
+
+def attention_columns(sizes: Mapping[str, Any]) -> tuple[int, int]:
+    """(columns of the queries, of the keys and of the values each), by `sizes_of`."""
+    heads, size = sizes["num_attention_heads"], head_size(sizes)
+    return heads * size, sizes.get("num_key_value_heads", heads) * size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Biases:
+    """Which linears of a block have one, experts' aside."""
+
+    qkv: bool
+    o: bool
+    mlp: bool
+
+    @classmethod
+    def of(cls, family: Family, sizes: Mapping[str, Any]) -> Biases:
+        """By `sizes_of`. Some families have none whatever their config.json says."""
+        kind = family.model_type
+        asked = bool(sizes.get("attention_bias")) and kind not in ("mistral", "mixtral", "phi3", "qwen2")
+        return cls(qkv=asked or kind == "qwen2", o=asked, mlp=kind == "llama" and bool(sizes.get("mlp_bias")))
+
+
+def _linear(path: str, out: int, inner: int, *, bias: bool) -> list[Weight]:
+    weights = [Weight(f"{path}.weight", (out, inner), packs=True)]
+    return [*weights, Weight(f"{path}.bias", (out,))] if bias else weights
+
+
+def _attention(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
+    kind, hidden, heads = family.model_type, sizes["hidden_size"], sizes["num_attention_heads"]
+    (queries, keys), biases = attention_columns(sizes), Biases.of(family, sizes)
+    if kind == "phi3":
+        found = _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias=False)
+    else:
+        found = []
+        for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            found += _linear(f"self_attn.{name}", out, hidden, bias=biases.qkv)
+    found += _linear("self_attn.o_proj", hidden, queries, bias=biases.o)
+    if family.head_norms:
+        found += [Weight(f"self_attn.{name}.weight", (head_size(sizes),)) for name in ("q_norm", "k_norm")]
+    if kind == "gpt_oss":
+        found.append(Weight("self_attn.sinks", (heads,)))
+    return found
+
+
+def _feed_forward(family: Family, sizes: Mapping[str, Any], place: Path | str) -> list[Weight]:
+    kind, hidden = family.model_type, sizes["hidden_size"]
+    if family.experts is not None:
+        return _experts(family, sizes)
+    inner = sizes.get("intermediate_size")
+    if not isinstance(inner, int):
+        raise UserError(
+            f"{place} says no intermediate_size, so the model's size cannot be calculated; download it again"
+        )
+    if kind == "phi3":
+        parts = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    else:
+        parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    bias = Biases.of(family, sizes).mlp
+    return [weight for name, shape in parts.items() for weight in _linear(f"mlp.{name}", *shape, bias=bias)]
+
+
+def _experts(family: Family, sizes: Mapping[str, Any]) -> list[Weight]:
+    layout = family.experts
+    assert layout is not None
+    count, hidden = layout.num_experts(sizes), sizes["hidden_size"]
+    shapes = expert_shapes(family, 1, sizes)
+    fused = {path: shapes[f"{family.decoder}.layers.0.{path}"] for path in expert_paths(family)}
+    has_biases = family.model_type == "gpt_oss"
+    found = [Weight(f"{layout.router}.weight", (count, hidden))]
+    found += [Weight(f"{layout.router}.bias", (count,))] if has_biases else []
+    for path, shape in fused.items():
+        found.append(Weight(path, shape, packs=True))
+        found += [Weight(f"{path}_bias", shape[:2])] if has_biases else []
+    return found
+
+
+def _norms(family: Family, hidden: int) -> list[Weight]:
+    names = ("input_layernorm", "post_attention_layernorm", *filter(None, family.mlp_norms))
+    return [Weight(f"{name}.weight", (hidden,)) for name in dict.fromkeys(names)]

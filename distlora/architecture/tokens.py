@@ -1,0 +1,263 @@
+"""New tokens, the vocabulary that they make, and which of its rows are trained. Imports no torch.
+
+The one place where a tokenizer is made: preparation, preview, generation and whatever is published read text through
+the same one, the base's with the texts of `model.new_tokens` added.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
+from distlora.config import Config, UserError
+from distlora.config.errors import short
+from distlora.json_files import read_object
+from distlora.loading.segments import read_headers
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+"""The two matrices with a row for each token, as PEFT and Hugging Face name their modules."""
+
+_CONTROL = re.compile(r"<\|.+\|>")
+"""Texts that are added as special tokens: control tokens as Llama 3, Qwen and Phi write theirs, which decoders leave
+out of text. Others (<think>, a word of a trade) are ordinary added tokens and stay in it."""
+
+_tokenizes_alone = False
+"""Whether this process needs no torch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The rows of embedding and head in training."""
+
+    stored: int
+    """Rows on disk."""
+    rows: int
+    """Rows in training: more than are stored where new tokens do not fit into spare ones."""
+    new: Mapping[str, int] = field(default_factory=dict)
+    """The id of each new token."""
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Ids whose rows alone are trained, ascending, by matrix. A head that is tied to the embedding has no entry: its
+    rows are the embedding's."""
+
+    @property
+    def has_grown(self) -> bool:
+        return self.rows > self.stored
+
+
+def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer in a model's folder, with new tokens added.
+
+    Raises UserError where there is none that can be loaded, for one that is code of its own, and for a new token that
+    it has already.
+    """
+    transformers = _import_transformers()
+    _refuse_code(model_dir / "tokenizer_config.json", known=transformers)
+    try:
+        # Without the word for code transformers asks on the terminal whether to run it.
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    # A damaged file shows as whatever its reader trips over, and tokenizers raises plain Exceptions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise UserError(
+            f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}; copy its files into it "
+            "again (tokenizer.save_pretrained writes them)"
+        ) from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # Every call compares with it.
+        raise UserError(
+            f"model.path={model_dir}: model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json is "
+            "no number of tokens; copy the tokenizer's files into it again"
+        )
+    if new_tokens:
+        _add(tokenizer, model_dir, new_tokens)
+    return tokenizer
+
+
+def tokenize_alone() -> None:
+    """Say that this process does no more with transformers than tokenize, and so needs no torch.
+
+    transformers imports torch and its DTensors for a tokenizer where they are installed: 2.0 of the 2.9 CPU seconds
+    that the preparation of a small run took (2026-11-25).
+    """
+    global _tokenizes_alone
+    assert "torch" not in sys.modules
+    _tokenizes_alone = True
+
+
+def _import_transformers() -> Any:
+    """Imported here, as it takes seconds that a reused cache does not pay."""
+    if _tokenizes_alone and "transformers" not in sys.modules:
+        # It looks for torch once, while it is imported. datasets looks again, and is not to find this None.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # To install torch.
+        try:
+            import transformers
+        finally:
+            del sys.modules["torch"]
+    else:
+        import transformers
+    return transformers
+
+
+def _refuse_code(config: Path, *, known: object) -> None:
+    """Refuse a tokenizer that is code which comes with the weights, unless `known` (transformers) has the very class.
+
+    transformers would take another class for it, and split texts otherwise than the model has learned.
+    """
+    if not config.is_file():
+        return
+    named = read_object(config, "download it again").get("auto_map")
+    classes = named.get("AutoTokenizer") if isinstance(named, Mapping) else named
+    for path in classes if isinstance(classes, list) else [classes]:
+        if isinstance(path, str) and not hasattr(known, path.rpartition(".")[2]):
+            raise UserError(
+                f"{config}: auto_map asks for code that comes with the weights ({path}), which distlora never runs; "
+                "use a copy of the model whose tokenizer is one of transformers' (a tokenizer.json without auto_map)"
+            )
+
+
+def _add(tokenizer: Any, model_dir: Path, new_tokens: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    for text in new_tokens:
+        if text in known:
+            raise UserError(
+                f"model.new_tokens: {text} is token {known[text]} of the tokenizer in {model_dir} already; leave it "
+                f"out, and to train its row add adapter.trainable_token_indices=[{known[text]}]"
+            )
+    for text in new_tokens:
+        is_control = _CONTROL.fullmatch(text) is not None
+        token = AddedToken(text, special=is_control, normalized=False)  # Matched as written, wherever it stands.
+        added = tokenizer.add_tokens([token], special_tokens=is_control)
+        if added != 1 or tokenizer(text, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(text)]:
+            raise UserError(f"model.new_tokens: the tokenizer in {model_dir} cannot take {text!r}; leave it out")
+
+
+def vocabulary_of(config: Config, model: Mapping[str, Any]) -> Vocabulary:
+    """What the run makes of the vocabulary of a config.json (`model`). Loads the tokenizer where there are new tokens.
+
+    Raises UserError for a new token that exists, a tokenizer of another model, and indices that are no rows.
+    """
+    path = Path(config.model.path) / "config.json"
+    family = family_of(model, path)
+    stored = stored_rows(path.parent, model, family)
+    new: dict[str, int] = {}
+    if config.model.new_tokens:
+        tokenizer = load_tokenizer(path.parent, config.model.new_tokens)
+        new = {text: tokenizer.convert_tokens_to_ids(text) for text in config.model.new_tokens}
+        last = min(new.values()) - 1
+        if last >= stored:
+            raise UserError(
+                f"the tokenizer in {path.parent} has the token {last}, beyond vocab_size={stored} in {path}, and new "
+                "tokens would follow it; put the tokenizer of this model into the folder"
+            )
+    rows = max(stored, *(id + 1 for id in new.values())) if new else stored
+    trained = trained_indices(config, tied=is_tied(model, family), new=tuple(new.values()))
+    check_indices(config, trained, rows, path)
+    return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
+
+
+def stored_rows(folder: Path, model: Mapping[str, Any], family: Family) -> int:
+    """Rows of the embedding: vocab_size of config.json (`model`), or what the weights have where it says nothing, as
+    Gemma 3's on the hub do.
+
+    Raises UserError for a vocab_size that is none, and where the weights have no embedding either.
+    """
+    rows = text_settings(model, family).get("vocab_size")
+    if rows is None:
+        on_disk = read_headers(folder)
+        name = names_on_disk(on_disk, family).get(f"{family.decoder}.{EMBEDDING}.weight")
+        if name is None:
+            raise UserError(f"{folder}: no embedding in its safetensors; download the checkpoint again")
+        rows = on_disk[name].shape[0]
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{folder / 'config.json'}: vocab_size={rows!r} is not a number of tokens; download it again")
+    return rows
+
+
+def trained_indices(config: Config, *, tied: bool, new: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Ids whose rows are trained, ascending, by matrix: the new tokens' in both, and those that the config names, a
+    list in the embedding alone, as PEFT has it.
+
+    A matrix that adapter.modules_to_save trains whole has none, and unties the two. Raises UserError for a head that is
+    trained apart from the embedding that it is tied to.
+    """
+    if config.adapter.method == "full":  # There every row is.
+        return {}
+    whole, named = config.adapter.modules_to_save, config.adapter.trainable_token_indices
+    chosen = dict(named) if isinstance(named, Mapping) else {EMBEDDING: named or ()}
+    if tied and len(whole) == 1 and (new or any(chosen.values())):
+        raise UserError(
+            f"adapter.modules_to_save=[{whole[0]}] takes apart the embedding and the head, which this model ties, and "
+            "tokens that are trained would then be trained in one of them alone; "
+            f"set adapter.modules_to_save=[{EMBEDDING},{HEAD}]"
+        )
+    if tied and not whole and HEAD in chosen:
+        if tuple(chosen[HEAD]) != tuple(chosen.get(EMBEDDING, ())):  # PEFT asks for the same order, too.
+            raise UserError(
+                f"adapter.trainable_token_indices.{HEAD}={list(chosen[HEAD])}: this model's head is its embedding, and "
+                f"its rows cannot be trained apart from {EMBEDDING}'s; write one list for both"
+            )
+        del chosen[HEAD]
+    matrices = (EMBEDDING,) if tied and not whole else (EMBEDDING, HEAD)
+    united = {matrix: tuple(sorted({*chosen.get(matrix, ()), *new})) for matrix in matrices if matrix not in whole}
+    return {matrix: ids for matrix, ids in united.items() if ids}
+
+
+def check_before_tokenizer(config: Config, model: Mapping[str, Any]) -> None:
+    """Refuse what `vocabulary_of` would, as far as config.json (`model`) tells alone."""
+    path = Path(config.model.path) / "config.json"
+    family = family_of(model, path)
+    rows = stored_rows(path.parent, model, family)
+    trained = trained_indices(config, tied=is_tied(model, family), new=())
+    check_indices(config, trained, rows + len(config.model.new_tokens), path)
+
+
+def check_indices(config: Config, trained: Mapping[str, tuple[int, ...]], rows: int, place: Path) -> None:
+    """Refuse ids that are no rows of the model."""
+    for ids in trained.values():
+        if ids[-1] >= rows:
+            initial = config.adapter.init_from
+            if initial is not None:
+                raise UserError(
+                    f"the adapter at adapter.init_from={initial} has trained the row {ids[-1]}, and the model has "
+                    f"{rows:,} tokens (vocab_size in {place}, and model.new_tokens); "
+                    f"{_new_tokens_hint(Path(initial), rows - len(config.model.new_tokens))}"
+                )
+            raise UserError(
+                f"adapter.trainable_token_indices has {ids[-1]}, and the model has {rows:,} tokens (vocab_size in "
+                f"{place}, and model.new_tokens); set ids from 0 to {rows - 1}"
+            )
+
+
+def _new_tokens_hint(folder: Path, stored: int) -> str:
+    """What to write where an adapter's ids lie beyond the base's rows: the end of a message."""
+    path = folder / "tokenizer.json"
+    added: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            added = json.loads(path.read_bytes()).get("added_tokens") or []
+        except ValueError:  # The fault that is being told is another one.
+            added = []
+    texts = [token["content"] for token in sorted(added, key=lambda token: token["id"]) if token["id"] >= stored]
+    listed = ",".join(json.dumps(text, ensure_ascii=False) for text in texts) or "..."
+    return f"its new tokens must be this run's, in their order: 'model.new_tokens=[{listed}]'"
+
+
+def tokenizer_files(config: Config) -> dict[str, bytes]:
+    """What a tokenizer with new tokens is published as, by file name; empty where the base's own serves."""
+    if not config.model.new_tokens:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="distlora-tokenizer-") as folder:
+        load_tokenizer(Path(config.model.path), config.model.new_tokens).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

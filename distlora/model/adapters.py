@@ -1,0 +1,306 @@
+"""LoRA and DoRA on a frozen linear: the adapter's parameters, their start, and their dropout.
+
+Seam 3 lives here: an adapted linear holds one (A, B) pair per adapter name and a reference to its block's
+`BlockContext`, which says which row of the batch uses which of them (-1 = none). With one adapter and no choice every
+row uses it.
+
+Rows choose by the adapters' *slots*, numbers that mean the same in every linear: in a pack of trials those of the
+trials, of which some have no adapter here (other targets) or are empty; their rows are then the base's.
+
+Letters: N adapters of a linear, R their ranks added up, M rows of the flattened input (batch x tokens).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distlora import randomness
+from distlora.config import AdapterConfig
+from distlora.model.quant import FrozenLinear
+from distlora.model.token_rows import TokenRows
+from distlora_kernels.dora import initial_magnitude
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, threshold_of
+from distlora_kernels.lora_linear import Adapter, Linear, Magnitude, RowChoice
+
+DEFAULT_ADAPTER = "default"
+
+NO_DROPOUT = Stream((0, 0), 0)
+
+MOST_SLOTS = 256
+"""Slots of a pack: what a table from slots to a linear's adapters has room for."""
+
+
+class StepRows(NamedTuple):
+    """Where a batch's rows are in training: what a dropout mask depends on beside its linear."""
+
+    step: int | Tensor
+    """The optimizer step, from 0; (B,) int64 on the device where the rows' differ: each trial of a pack has its own."""
+    rows: Tensor
+    """(B,) int64: the number of each row in the packed training data."""
+
+    def part(self, part: slice) -> StepRows:
+        return StepRows(self.step[part] if isinstance(self.step, Tensor) else self.step, self.rows[part])
+
+
+class BlockContext:
+    """What a block's linears must know of the rows of its current micro-batch beside their hidden states.
+
+    The block wrapper sets them before it runs its layer, in recomputation too.
+    """
+
+    def __init__(self) -> None:
+        self.adapter_rows: Tensor | None = None
+        """(B,) int64: the slot of the adapter that each row uses, -1 for none; None: all rows use the only adapter."""
+        self.step_rows: StepRows | None = None
+        """The rows' places in training; None: nothing is dropped (evaluation, generation)."""
+        self.balanced: Tensor | None = None
+        """(B, T) bool: the positions over which a router's choices are to be balanced; None: no loss asks for it."""
+        self.first_token = 0
+        """Which token of its row the first one is that the linears are given: not 0 in a tile of an MLP."""
+        self._balance: Tensor | None = None
+        self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
+
+    def chosen(self, slots: tuple[int, ...]) -> Tensor:
+        """(B,) int64: which of the adapters in `slots` each row uses, -1 for none of them. Nothing is read on the host,
+        and linears with the same slots share the result.
+        """
+        rows = self.adapter_rows
+        assert rows is not None
+        if self._chosen is None or self._chosen[0] is not rows:
+            self._chosen = (rows, {})
+        known = self._chosen[1]
+        if slots not in known:
+            known[slots] = _places(slots, rows.device)[rows]
+        return known[slots]
+
+    def leave_balance(self, balance: Tensor) -> None:
+        """What the router of the layer that runs says to `balanced`: (B, 2, experts) (balance.balance_of)."""
+        self._balance = balance
+
+    def take_balance(self) -> Tensor | None:
+        """What the router left, which is kept no longer: it holds a graph."""
+        balance, self._balance = self._balance, None
+        return balance
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(slots: tuple[int, ...], device: torch.device) -> Tensor:
+    """(MOST_SLOTS + 1,) int64: slot -> its place in `slots`, -1 where it is not there, and for slot -1."""
+    places = torch.full((MOST_SLOTS + 1,), -1, dtype=torch.int64)
+    places[list(slots)] = torch.arange(len(slots))
+    return places.to(device)
+
+
+class LoRAPair(nn.Module):
+    """One adapter of one linear: A (r, in), B (out, r) and with DoRA the magnitude (out,), fp32 masters."""
+
+    magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        slot: int = 0,
+        rank: int,
+        scaling: float,
+        dropout: Stream = NO_DROPOUT,
+        dora: bool = False,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.slot, self.rank, self.scaling = slot, rank, scaling
+        self.dropout = dropout
+        """Which of its inputs are dropped in training."""
+        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
+        magnitude = torch.empty(out_features, dtype=torch.float32, device=device)
+        self.register_parameter("magnitude", nn.Parameter(magnitude) if dora else None)
+
+    @torch.no_grad()
+    def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
+        """A as PEFT starts it, B zero: the adapted model begins as the base. `name` is the linear's path and adapter.
+
+        kaiming: uniform on +-1/sqrt(in) (kaiming_uniform_ with a = sqrt(5)); gaussian: std 1/r.
+        """
+        assert not config.decomposes, f"adapter.init={config.init} is distlora.loading.initialize's"
+        shape = (self.A.shape[0], self.A.shape[1])
+        if config.init == "gaussian":
+            start = randomness.normal(shape, seed=seed, name=name) / shape[0]
+        else:
+            start = (2 * randomness.uniform(shape, seed=seed, name=name) - 1) / shape[1] ** 0.5
+        self.A.copy_(start)
+        self.B.zero_()
+
+
+def slot_name(slot: int) -> str:
+    """The adapter's name in its linears."""
+    return f"slot{slot}"
+
+
+class Adapted:
+    """A frozen weight that may have adapters: a linear, or all experts' at once."""
+
+    adapters: nn.ModuleDict
+    context: BlockContext
+
+    def remove_adapter(self, slot: int) -> None:
+        """Let go of a slot's adapter, whose rows are the base's from now on."""
+        del self.adapters[slot_name(slot)]
+
+    def next_slot(self) -> int:
+        """That of an adapter that is added by its name."""
+        return len(self.adapters)
+
+    def check_alone(self) -> None:
+        """Rows that choose nothing use the only adapter."""
+        if len(self.adapters) > 1:
+            raise RuntimeError(f"{len(self.adapters)} adapters and no row choice: set CausalLM's adapter_rows")
+
+    def _scale(self, pairs: Sequence[LoRAPair]) -> float | RowChoice:
+        """The scale of the one adapter, or which adapter each row uses."""
+        if self.context.adapter_rows is None:
+            self.check_alone()
+            return pairs[0].scaling
+        rows = self.context.chosen(tuple(pair.slot for pair in pairs))
+        return RowChoice(rows, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs))
+
+
+class AdaptedLinear(Adapted, FrozenLinear):
+    """A frozen linear with adapters: y = x W^T + s (drop(x) A^T) B^T, s by the adapter that the row uses.
+
+    With DoRA the buffer `row_norms_squared` (out_features,) fp32 holds those of the frozen weight, rounded to `dtype`;
+    it is replicated, and filled by `distlora.loading`. kernels/distlora_kernels/dora_linear.py has the formula.
+    """
+
+    row_norms_squared: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quantized: bool,
+        dtype: torch.dtype,
+        context: BlockContext,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, quantized=quantized, dtype=dtype)
+        self.adapters = nn.ModuleDict()
+        self.register_buffer("row_norms_squared", None)
+        self.context = context
+        self.compute_dtype = dtype
+        """What the GEMMs see the weight in."""
+
+    @property
+    def pairs(self) -> list[LoRAPair]:
+        return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
+
+    def add_adapter(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        path: str,
+        seed: int,
+        slot: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> LoRAPair:
+        """One more adapter. `path` is the linear's Hugging Face path: by it patterns choose the rank and the scale, and
+        with the run's seed it names the stream of the dropout masks.
+        """
+        assert name not in self.adapters, f"{path} has an adapter {name} already"
+        dora = config.use_dora
+        if dora and not self.pairs:
+            self.expect_magnitudes()
+        assert dora == (self.row_norms_squared is not None), "DoRA's adapters and LoRA's do not mix"
+        pair = LoRAPair(
+            self.in_features,
+            self.out_features,
+            slot=self.next_slot() if slot is None else slot,
+            rank=config.rank_of(path),
+            scaling=config.scaling_of(path),
+            dropout=Stream(randomness.key_of(seed, f"{path}.dropout"), threshold_of(config.lora_dropout)),
+            dora=dora,
+            device=device,
+        )
+        self.adapters[name] = pair
+        return pair
+
+    def expect_magnitudes(self) -> None:
+        """Before loading: adapters here are DoRA's, now or later."""
+        if self.row_norms_squared is None:
+            self.row_norms_squared = torch.empty(self.out_features, dtype=torch.float32, device="meta")
+
+    def put_adapter(
+        self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
+    ) -> LoRAPair:
+        """Put an adapter into a free slot, started as that of a run alone with this config and seed."""
+        pair = self.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
+        start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+        return pair
+
+    def stacked_down(self) -> Tensor:
+        """(R, in): the A of all adapters, one below the other."""
+        pairs = self.pairs
+        return pairs[0].A if len(pairs) == 1 else torch.cat([pair.A for pair in pairs])
+
+    def operand(self) -> Linear:
+        """With the adapters that the block's rows use now, and the inputs that these do not see."""
+        pairs = self.pairs
+        if not pairs:
+            return super().operand()
+        up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
+        scale = self._scale(pairs)
+        adapter = Adapter(self.stacked_down(), up, scale, self._dropout(pairs, scale), self._magnitude(pairs))
+        return Linear(self.frozen_weight, adapter, self.bias)
+
+    def _magnitude(self, pairs: list[LoRAPair]) -> Magnitude | None:
+        if self.row_norms_squared is None:
+            return None
+        return Magnitude(torch.stack([pair.get_parameter("magnitude") for pair in pairs]), self.row_norms_squared)
+
+    def _dropout(self, pairs: list[LoRAPair], scale: float | RowChoice) -> Dropout | ChosenDropout | None:
+        at = self.context.step_rows
+        if at is None or not any(pair.dropout.threshold for pair in pairs):
+            return None
+        first = self.context.first_token
+        if isinstance(scale, RowChoice):
+            steps = at.step if isinstance(at.step, Tensor) else torch.full_like(at.rows, at.step)
+            return ChosenDropout(tuple(pair.dropout for pair in pairs), scale.rows, steps, at.rows, first)
+        assert isinstance(at.step, int), "rows of several steps have a choice of adapters"
+        return Dropout(*pairs[0].dropout, at.step, at.rows, first)
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every replicated, trained parameter by its path in `module`: the embedding's and the head's trained rows, then
+    adapters in forward order.
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, part in module.named_modules()
+        if isinstance(part, (LoRAPair, TokenRows))
+        for name, parameter in part.named_parameters()
+    }
+
+
+def reset_adapters(weights: Iterable[tuple[str, Adapted]], config: AdapterConfig, *, seed: int) -> None:
+    """Start every adapter. The random stream is named by the weight's Hugging Face path and the adapter's name."""
+    for path, weight in weights:
+        for name, pair in weight.adapters.items():
+            assert isinstance(pair, LoRAPair)
+            start_pair(pair, weight, config, seed=seed, name=f"{path}.{name}")
+
+
+def start_pair(pair: LoRAPair, weight: Adapted, config: AdapterConfig, *, seed: int, name: str) -> None:
+    """Start one adapter; a magnitude is the norm of the frozen row, which the loading must have computed."""
+    pair.reset(config, seed=seed, name=name)
+    if pair.magnitude is not None:
+        assert isinstance(weight, AdaptedLinear)
+        assert weight.row_norms_squared is not None
+        pair.magnitude.data.copy_(initial_magnitude(weight.row_norms_squared))

@@ -1,0 +1,308 @@
+"""Variable-length attention over packed rows: every document by itself, without a mask and without a sync of the host.
+On the CPU the operation is attention_cpu.py's.
+
+transformers' decoders hand a 4-D attention_mask to every layer untouched (masking_utils._preprocess_mask_arguments), so
+the documents travel as that mask: `Documents.starts`, int32. The block wrapper cuts it by rows and recomputation sees
+it again, like any mask. The attention function that is registered here tells the two by their dtype: int32 is
+documents, anything else (generation, whose masks transformers builds as for SDPA) is SDPA's.
+
+Letters: B rows, T tokens of a row, D starts of a row, H heads of the queries, K of keys and values, E head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distlora.architecture.families import Family
+from distlora.model import attention_cpu
+
+NAME = "distlora_varlen"
+"""The implementation's name in transformers' AttentionInterface."""
+LONGEST = "max_length_q"
+"""Keyword under which decoders pass the longest document down; transformers documents it (FlashAttentionKwargs)."""
+
+
+class Documents(NamedTuple):
+    """Where the packed documents of a batch lie."""
+
+    starts: Tensor
+    """(B, 1, 1, D) int32: the first position of each document of a row, then T as often as it takes: once at least."""
+    longest: int
+    """Tokens of the longest document: known to the host, as the launch of the attention depends on it."""
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> Documents:
+        """From positions (B, T) on the CPU that restart at 0 with each document."""
+        assert position_ids.device.type == "cpu", f"positions on {position_ids.device} would make the host wait"
+        num_rows, length = position_ids.shape
+        rows, starts = (position_ids == 0).nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=num_rows)
+        assert bool((position_ids[:, 0] == 0).all()), "a row begins within a document"
+        padded = torch.full((num_rows, int(counts.max()) + 1), length, dtype=torch.int32)
+        padded[rows, torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]] = starts.int()
+        return cls(padded[:, None, None, :], int(padded.diff(dim=1).max()))
+
+    def to(self, device: torch.device) -> Documents:
+        return Documents(self.starts.to(device, non_blocking=True), self.longest)
+
+
+def masks_by_layer_type(decoder: nn.Module, position_ids: Tensor) -> dict[str, Tensor | None]:
+    """What a decoder that makes its masks without the positions (B, T) is handed in their place: masks by layer type,
+    in which documents, told apart by their positions, do not see each other. Through transformers' own functions.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    config: Any = decoder.config
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    # Only its dtype, device and first two dimensions are read.
+    embeds = torch.empty((*position_ids.shape, 0), dtype=weight.dtype, device=position_ids.device)
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    return {
+        kind: makers[kind](
+            config=config, inputs_embeds=embeds, attention_mask=None, cache=None, position_ids=position_ids
+        )
+        for kind in sorted(set(config.layer_types))
+    }
+
+
+class VarlenOp(Protocol):
+    """Causal attention within each document of flattened rows."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        scale: float,
+        left: int | None,
+    ) -> Tensor:
+        """query (B T, H, E), key and value (B T, K, E), cu_seqlens (documents + 1,) int32 from 0 to B T, in which
+        documents may be empty -> (B T, H, E). A token sees itself and `left` tokens before it, all for None.
+        """
+        ...
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
+) -> Tensor:
+    """The contract of VarlenOp in plain torch, one document after the other; reads cu_seqlens on the host."""
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        assert 0 <= end - start <= longest, f"a document from {start} to {end}, the longest has {longest}"
+        parts = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+        one_query, one_key, one_value = parts
+        groups = query.shape[1] // key.shape[1]
+        one_key, one_value = (tensor.repeat_interleave(groups, dim=0) for tensor in (one_key, one_value))
+        at = torch.arange(end - start, device=query.device)
+        distance = at[:, None] - at[None, :]
+        seen = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
+        scores = (one_query @ one_key.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        outputs.append((weights @ one_value).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def from_torch(varlen_attn: Callable[..., Any], *, deterministic: bool) -> VarlenOp:
+    """torch.nn.attention.varlen's function (torch 2.11 and later) as a VarlenOp.
+
+    Its backward adds up dQ with atomics unless torch.use_deterministic_algorithms is on when it runs
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu: _flash_attention_backward); the forward has one order
+    (it splits keys for inference alone). The switch is turned on for that one node of the graph: on for all of a step
+    it would refuse operations that have nothing to do with attention, and want cuBLAS's workspace configured.
+    """
+    # torch 2.11 may lack the flag and then wants as many heads of keys as of queries.
+    groups_itself = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def op(
+        query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
+    ) -> Tensor:
+        options: dict[str, Any] = {}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and groups_itself:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        window = (-1 if left is None else left, 0)  # (-1, 0) is how torch says causal; a tuple, which it compares with.
+        output: Tensor = varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window, **options
+        )
+        if deterministic:
+            deterministic_backward(output)
+        return output
+
+    return op
+
+
+def from_flash_attn(flash_attn_varlen_func: Callable[..., Any], *, deterministic: bool) -> VarlenOp:
+    """The flash-attn package's function as a VarlenOp; it groups heads itself and has a flag for its backward."""
+
+    def op(
+        query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int | None
+    ) -> Tensor:
+        output: Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1 if left is None else left, -1 if left is None else 0),
+            deterministic=deterministic,
+        )
+        return output
+
+    return op
+
+
+def deterministic_backward(output: Tensor) -> None:
+    """Have the operation that made `output` run its backward under torch.use_deterministic_algorithms, and no other."""
+    node = output.grad_fn
+    if node is None:
+        return
+    settings: Any = torch.utils.deterministic
+    before: list[tuple[bool, bool, bool]] = []
+
+    def enter(_grads: Any) -> None:
+        enabled = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        before.append((enabled, warn_only, settings.fill_uninitialized_memory))
+        torch.use_deterministic_algorithms(True)
+        # The backward writes all that it allocates; filling it with NaN first is a debugging aid.
+        settings.fill_uninitialized_memory = False
+
+    def leave(_grad_inputs: Any, _grad_outputs: Any) -> None:
+        enabled, warn_only, settings.fill_uninitialized_memory = before.pop()
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+    node.register_prehook(enter)
+    node.register_hook(leave)
+
+
+def use(decoder: nn.Module, op: VarlenOp, *, name: str = NAME) -> None:
+    """Make a transformers decoder attend by documents, through `op`, wherever it is given them as its mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, _attention_function(op))
+    # Without documents masks are SDPA's; a 4-D mask, which documents are, never comes there.
+    AttentionMaskInterface.register(name, sdpa_mask)
+    decoder.set_attn_implementation(name)  # type: ignore[operator]
+
+
+def _attention_function(op: VarlenOp) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`op` as transformers' attention modules call it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        dropout: float = 0.0,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query (B, H, T, E), key and value (B, K, T, E) -> (B, T, H, E)."""
+        if attention_mask is None or attention_mask.dtype != torch.int32:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
+            )
+        assert softcap is None, f"softcap={softcap} is not computed here"
+        assert dropout == 0.0, f"dropout={dropout} is not computed here"
+        num_rows, length = query.shape[0], query.shape[2]
+        # Full fine-tuning computes under autocast, which leaves normalized and rotated queries and keys in fp32 and
+        # does not know this op. SDPA gets them all in the dtype of the values.
+        tensors = (query.to(value.dtype), key.to(value.dtype), value)
+        flat_query, flat_key, flat_value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors)
+        # 1 is how flash attention recognizes decoding, where it expects as many tokens as documents.
+        longest = max(2, kwargs.get(LONGEST, length))
+        # Where no document is longer than the window, plain causal attention, which has the faster kernel.
+        left = None if sliding_window is None or sliding_window >= longest else sliding_window - 1
+        bounds = cu_seqlens(attention_mask, length)
+        output = op(flat_query, flat_key, flat_value, bounds, longest, scaling, left)
+        return output.view(num_rows, length, *output.shape[1:]), None
+
+    return attend
+
+
+def cu_seqlens(starts: Tensor, length: int) -> Tensor:
+    """starts (B, 1, 1, D) of rows of T = `length` tokens -> (B D,) int32: the documents' bounds in the flattened rows.
+
+    The T that ends each row's starts is where the next row begins: an empty document stands between them.
+    """
+    if starts.shape[0] == 1:  # The usual micro-batch: nothing to launch.
+        return starts.flatten()
+    firsts = torch.arange(0, starts.shape[0] * length, length, dtype=torch.int32, device=starts.device)
+    return (starts[:, 0, 0] + firsts[:, None]).flatten()
+
+
+class Choice(NamedTuple):
+    """How a run attends, decided at its start."""
+
+    op: VarlenOp | None
+    """None: as the family does without documents (SDPA or eager, with masks)."""
+    said: str
+
+
+def choose(
+    family: Family,
+    hf_config: Any,
+    *,
+    wanted: Literal["auto", "sdpa"],
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool,
+) -> Choice:
+    """Variable-length attention where this device, the dtype and the model allow it, or the reason why not.
+
+    `hf_config` is the decoder's, dtype what it computes in, `wanted` train.attention.
+    """
+    dense = "attention goes through dense masks, whose memory grows with rows x length squared"
+    head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    if family.attention != "sdpa":
+        return Choice(
+            None, f"{dense}: {family.model_type} caps its scores or has attention sinks, which no such kernel here does"
+        )
+    if wanted == "sdpa":
+        return Choice(None, f"{dense}: train.attention=sdpa")
+    if device.type == "cpu":
+        if dtype != torch.bfloat16:
+            return Choice(None, f"{dense}: on the CPU {dtype} is transformers' own, the reference")
+        return Choice(attention_cpu.attend, "attention runs over each document's length, in products of matrices")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
+    if head_size % 8 or head_size > 256:
+        return Choice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, these have {head_size}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Choice(None, f"{dense}: flash attention needs compute capability 8.0, {device} is older")
+    order = "its backward in a fixed order" if deterministic else "its backward in no fixed order"
+    if importlib.util.find_spec("torch.nn.attention.varlen") and torch.backends.cuda.is_flash_attention_available():
+        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        if "window_size" in inspect.signature(varlen_attn).parameters:
+            op = from_torch(varlen_attn, deterministic=deterministic)
+            return Choice(op, f"attention runs over each document's length (torch.nn.attention.varlen), {order}")
+    if importlib.util.find_spec("flash_attn"):
+        flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
+        op = from_flash_attn(flash_attn_varlen_func, deterministic=deterministic)
+        return Choice(op, f"attention runs over each document's length (flash-attn), {order}")
+    return Choice(
+        None, f"{dense}: torch {torch.__version__} has no flash attention by documents, and flash-attn is not installed"
+    )

@@ -1,0 +1,398 @@
+"""From a Hugging Face config to our model on the meta device: surgery on transformers' own classes, no ranks, no
+weights.
+
+The decoder is the family's own module with three changes: the linears of its blocks are frozen (and adapted) ones, each
+block sits in a `Block`, and the head is a `LossHead`. What a family does beyond that is refused, by name, in
+`distlora.architecture.families`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distlora.architecture.expert_targets import check_router_loss, expert_names, select_adapted
+from distlora.architecture.families import Family, check_config, check_tiles, read_config
+from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
+from distlora.architecture.targets import check_patterns
+from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
+from distlora.config import Config
+from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
+from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
+from distlora.loading.segments import read_headers
+from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
+from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
+from distlora.model.balance import ask_for_balance, balance_sums, place_routers, weight_of
+from distlora.model.blocks import Block, Reference
+from distlora.model.experts import ExpertWeight, replace_experts
+from distlora.model.head import LossHead
+from distlora.model.quant import FrozenLinear, link_shared_inputs
+from distlora.model.token_rows import TokenRows
+from distlora.model.trained_modules import train_whole
+
+if TYPE_CHECKING:
+    from transformers import Cache, PretrainedConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What generation knows beside the tokens that it passes; training has none of it."""
+
+    attention_mask: Tensor | None
+    """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
+    cache: Cache | None
+    """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
+
+
+class CausalLM(nn.Module):
+    """A decoder and its loss head. forward(...) -> (B,) fp32 loss sums per row, or the next token's logits."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        head: LossHead,
+        blocks: list[Block],
+        *,
+        hf_config: PretrainedConfig,
+        family: Family,
+        layout: CheckpointLayout,
+        vocabulary: Vocabulary,
+        tied: bool,
+        modules_to_save: tuple[str, ...] = (),
+        outside_linears: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.token_rows = nn.ModuleDict(
+            {matrix: TokenRows(ids, head.weight.shape[1]) for matrix, ids in vocabulary.trained.items()}
+        )
+        """The trained rows of embed_tokens and lm_head; of a tied head they are the embedding's."""
+        self.decoder = decoder
+        self.head = head
+        self.tied_in_base = tied
+        """Whether config.json ties the head's weight to the embedding's."""
+        self.tied = tied and not modules_to_save
+        """Whether the head's weight is the embedding's."""
+        self.modules_to_save = modules_to_save
+        """Which of embed_tokens and lm_head are trained whole and saved beside the adapters."""
+        shared = EMBEDDING if self.tied else HEAD
+        if (rows := self.rows_of(shared)) is not None:
+            head.train_rows(rows)
+        self.blocks = blocks
+        """The blocks of the decoder, in order (the decoder owns them)."""
+        self.hf_config = hf_config
+        """The decoder's settings as transformers reads them: config.json, or its text_config."""
+        self.family = family
+        self.layout = layout
+        """Where the parameters lie in a checkpoint."""
+        self.outside_linears = outside_linears
+        """Paths of the linears that the Hugging Face model has and this one has not: the vision tower's."""
+        self.compute_dtype: torch.dtype | None = None
+        """Of the base's trained parameters, where it is not their own: in bf16 they are fp32 masters."""
+        self.attends_by_documents = False
+        """Whether a forward takes `documents`, and attends to each by its length."""
+        self.router_aux_loss = 0.0
+        """Weight of the routers' load-balancing loss in a training row's loss; 0: none is computed."""
+        self.notes: list[str] = []
+        """What a start says of how this model computes on its device."""
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.decoder.get_submodule("norm")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None,
+        adapter_rows: Tensor | None = None,
+        past: Past | None = None,
+        step_rows: StepRows | None = None,
+        documents: Documents | None = None,
+        with_reference: bool = False,
+        by_token: bool = False,
+    ) -> Tensor:
+        """input_ids, position_ids, labels (B, T) int64; adapter_rows (B,) int64 or None -> (B,) fp32 loss sums.
+
+        Positions restart at 0 with each packed document, which is how the decoder tells them apart; labels[t] is the
+        target at position t, -100 for none. labels=None (generation): the logits of what follows the last position,
+        (B, 1, vocabulary) fp32, in one document a row; `past` is what comes before its T tokens. `step_rows` says where
+        in training the rows are, and without it there is no dropout. `documents` are those of the positions, where
+        the model attends by documents; without them it attends through masks, made from the positions.
+        `with_reference`: the rows run a second time, through the model as it started (`keep_start`, or without any
+        adapter), without gradient and dropout, while each block is gathered: each token's loss in both, (2, B, T) fp32.
+        `by_token`: each token's loss, (B, T) fp32, without what balances routers.
+        """
+        reference = None
+        if with_reference:
+            reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
+        balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
+        balanced = ask_for_balance(self.blocks, labels if balancing else None)
+        hidden = self.hidden_states(input_ids, position_ids, adapter_rows, past, step_rows, documents, reference)
+        if reference is not None:
+            with torch.no_grad():
+                states = self.final_norm(reference.take())
+            return self.head(hidden, labels, states)
+        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
+        if balanced is None or labels is None or by_token:
+            return output
+        return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        adapter_rows: Tensor | None = None,
+        past: Past | None = None,
+        step_rows: StepRows | None = None,
+        documents: Documents | None = None,
+        reference: Reference | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, H): what the head reads. `reference` then holds what the last block gave its rows."""
+        assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
+        for block in self.blocks:
+            block.adapter_rows, block.step_rows, block.reference = adapter_rows, step_rows, reference
+        if past is None:
+            # With a cache transformers does not look for packed documents in the positions, and they leak into each
+            # other.
+            blind = self.family.blind_masks and documents is None
+            masks = masks_by_layer_type(self.decoder, position_ids) if blind else None
+            known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
+        else:
+            known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
+            known[self.cache_name] = past.cache
+        if documents is not None:
+            known |= {"attention_mask": documents.starts, LONGEST: documents.longest}
+        if (rows := self.rows_of(EMBEDDING)) is None:
+            known["input_ids"] = input_ids
+        else:
+            assert adapter_rows is None, "trained token rows know no choice of adapters"
+            known["inputs_embeds"] = rows.embed(self.embedding, input_ids)
+        output = self.decoder(position_ids=position_ids, **known)
+        return output.last_hidden_state
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache: transformers has been renaming past_key_values since 5.2x."""
+        return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+
+    def rows_of(self, matrix: str) -> TokenRows | None:
+        """The trained rows of embed_tokens or lm_head; None where there are none, or the head has the embedding's."""
+        if matrix not in self.token_rows:
+            return None
+        rows = self.token_rows[matrix]
+        assert isinstance(rows, TokenRows)
+        return rows
+
+    def attend_by_documents(self, op: VarlenOp) -> None:
+        """Compute attention with `op` wherever a forward is given documents."""
+        use(self.decoder, op)
+        self.attends_by_documents = True
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's Parameter again, after the model has been given memory."""
+        if self.tied:
+            self.head.weight = self.embedding.get_parameter("weight")
+
+    def hf_state_dict(self) -> dict[str, nn.Parameter]:
+        """Every parameter of an unquantized, unadapted model by its Hugging Face name, a tied one once."""
+        return {self.hf_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def keep_start(self) -> None:
+        """Keep the adapters as they are now: from here on this is what the reference of a forward has of them."""
+        for block in self.blocks:
+            block.started = {p: p.detach().clone() for p in adapter_parameters(block).values()}
+
+    def set_num_micro(self, num_micro: int) -> None:
+        """Run every block's batch in this many slices from now on."""
+        for block in self.blocks:
+            block.num_micro = num_micro
+
+    def adapted_linears(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear]]:
+        """(Hugging Face path, linear) of those that have the adapter, in forward order."""
+        for name, module in self.named_modules():
+            if isinstance(module, AdaptedLinear) and adapter in module.adapters:
+                yield self.hf_name(name), module
+
+    def adapted_experts(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, ExpertWeight]]:
+        """(Hugging Face name, fused weight of a layer's experts) of those that have the adapter, in forward order."""
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertWeight) and adapter in module.adapters:
+                yield self.hf_name(name), module
+
+    def adapted_weights(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
+        """(Hugging Face path, linear or fused weight) of those that have the adapter, linears first."""
+        return itertools.chain(self.adapted_linears(adapter), self.adapted_experts(adapter))
+
+    def hf_name(self, name: str) -> str:
+        """Our path of a module or parameter as the Hugging Face model of the same folder names it:
+        decoder.layers.0.inner.x -> model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight of
+        experts is a parameter there, and no module that owns a weight.
+        """
+        if name == "head.weight":
+            return "lm_head.weight"
+        name = re.sub(r"^decoder\.", f"{self.family.decoder}.", name).replace(".inner.", ".")
+        return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
+
+
+def build_model(config: Config, *, training: bool = True, for_slots: bool = False) -> CausalLM:
+    """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
+    where it is not `training`. `for_slots`: without an adapter, but every weight can have some (slots.put_trial).
+    Raises UserError for a model that cannot be trained as the config says, and when target_modules match nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, full = Path(config.model.path), config.adapter.method == "full"
+    place = folder / "config.json"
+    family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
+    check_router_loss(config.train.router_aux_loss, family)
+    check_tiles(config.train.mlp_tile, family)
+    hf_config = read_hf_config(folder)
+    text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
+    vocabulary = vocabulary_of(config, read_config(folder))
+    text_config.vocab_size = vocabulary.rows
+    # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
+    masters = full and training
+    dtype = torch.float32 if masters else DTYPES[config.train.dtype]
+    with torch.device("meta"), refused_by_transformers(folder):
+        # A copy, because from_config writes the dtype into the config that it is given.
+        hf_model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config),
+            dtype=dtype,
+            attn_implementation=family.attention,
+            experts_implementation="eager",  # Ours take their place.
+            trust_remote_code=False,
+        )
+    assert type(hf_model).__name__ == family.model_class, f"{family.model_type} became a {type(hf_model).__name__}"
+    # No module may draw from torch's generators (attention_dropout): recomputation and a resume would draw otherwise.
+    hf_model.eval()
+    decoder, layout = hf_model.get_submodule(family.decoder), layout_of(hf_model)
+    hf_model.requires_grad_(masters)
+    head = LossHead(hf_model.get_output_embeddings().weight, logit_softcap=_head_softcap(family, decoder))
+    # As transformers tied it: a composite model's own config and its text_config need not agree.
+    tied = head.weight is decoder.get_input_embeddings().weight
+    if whole := config.adapter.modules_to_save:
+        train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
+    inside = family.decoder + ".layers."
+    outside = tuple(
+        name
+        for name, module in hf_model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside) and name != "lm_head"
+    )
+    layers = decoder.layers
+    contexts = [BlockContext() for _ in layers]
+    packed = _packed_linears(config, layout, inside)
+    if not full:
+        _replace_weights(layers, contexts, config, dtype, inside, packed, family, for_slots=for_slots)
+    blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
+    for block in blocks:
+        block.checkpointing = config.train.checkpointing in ("block", "offload")
+        block.keep_dequantized = config.train.keep_dequantized
+    decoder.layers = nn.ModuleList(blocks)
+    model = CausalLM(
+        decoder,
+        head,
+        blocks,
+        hf_config=text_config,
+        family=family,
+        layout=layout,
+        vocabulary=vocabulary,
+        tied=tied,
+        modules_to_save=whole,
+        outside_linears=outside,
+    )
+    if family.experts is not None:
+        model.router_aux_loss = weight_of(config.train, model.hf_config)
+        if model.router_aux_loss > 0:
+            place_routers(blocks, family.experts, top_k=model.hf_config.num_experts_per_tok)
+    if training and (full or whole) and config.train.dtype != "fp32":
+        model.compute_dtype = DTYPES[config.train.dtype]
+    return model
+
+
+def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
+    """The cap that the family's head puts on logits, by its config."""
+    cap = decoder.config.final_logit_softcapping if family.head_softcap else None  # type: ignore[union-attr]
+    return None if cap is None else float(cap)  # type: ignore[arg-type]
+
+
+def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> dict[str, PackedWeight]:
+    """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
+
+    Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
+    """
+    folder = Path(config.model.path)
+    model = read_config(folder)
+    if "quantization_config" not in model:  # A model is built from its config.json alone.
+        return {}
+    headers = read_headers(folder)
+    stored = read_packed_weights(folder, model, headers)
+    check_keeps_packed(config, stored)
+    weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
+    sources = find_sources(layout, headers, weights)
+    return packed_parameters(stored, {name: source.names for name, source in sources.items()})
+
+
+def _replace_weights(
+    layers: nn.ModuleList,
+    contexts: list[BlockContext],
+    config: Config,
+    dtype: torch.dtype,
+    prefix: str,
+    packed: Mapping[str, PackedWeight],
+    family: Family,
+    *,
+    for_slots: bool,
+) -> None:
+    """Put a frozen or adapted linear in place of every nn.Linear of the blocks, and of their experts; `prefix` is what
+    Hugging Face's paths have before the block's index. Where the checkpoint is quantized, each is stored as it is
+    there. `for_slots`: all linears are adapted ones, none has an adapter yet.
+    """
+    paths = [f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    targets: set[str] = set()
+    if not for_slots:
+        targets = set(select_adapted(config.adapter, paths, family, len(layers)))
+        check_patterns(config.adapter, targets, [*paths, *expert_names(family, len(layers))])
+    for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
+        replaced: dict[str, FrozenLinear] = {}
+        for path, linear in [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            name, sizes = f"{prefix}{index}.{path}", (linear.in_features, linear.out_features)
+            stored = packed.get(f"{name}.weight")
+            bias = linear.bias is not None
+            quantized = config.quant.is_nf4 and (not packed or stored is not None)
+            new: FrozenLinear
+            if for_slots or name in targets:
+                new = AdaptedLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype, context=context)
+                if not for_slots:
+                    new.add_adapter(DEFAULT_ADAPTER, config.adapter, path=name, seed=config.train.seed)
+                elif config.adapter.use_dora:
+                    new.expect_magnitudes()
+            else:
+                new = FrozenLinear(*sizes, bias=bias, quantized=quantized, dtype=dtype)
+            if stored is not None and not stored.nested:
+                new.keep_absmax()
+            layer.set_submodule(path, new)
+            replaced[path] = new
+        link_shared_inputs(replaced)
+        if family.experts is not None:
+            # bitsandbytes leaves fused experts in 16 bits, in a checkpoint that it has quantized too.
+            quantized = config.quant.is_nf4
+            fused = replace_experts(layer, family.experts, quantized=quantized, dtype=dtype, context=context)
+            for path, weight in fused.items():
+                if (path := f"{prefix}{index}.{path}") in targets:
+                    weight.add_adapter(DEFAULT_ADAPTER, config.adapter, path=path)

@@ -1,0 +1,204 @@
+"""Mixtures of experts: their frozen fused weights, and per-expert adapters.
+
+transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj and down_proj, and calls them with the
+router's choice. `Experts` takes their place with the same arguments; the router and the rest of the layer stay the
+family's own. Adapters are PEFT's (`target_parameters`): A (E * r, in) with an expert's r rows next to each other, B
+(out, E * r) with the experts innermost, delta W_e = s B_e A_e.
+
+Letters: B rows of the batch, T tokens of all of them, K experts that a token chooses, S = K T, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distlora.architecture.families import ExpertLayout
+from distlora.config import AdapterConfig
+from distlora.model.adapters import DEFAULT_ADAPTER, Adapted, BlockContext, LoRAPair, slot_name, start_pair
+from distlora.model.quant import FrozenTensor
+from distlora_kernels.expert_operands import ExpertAdapter, ExpertChoice, Routing
+from distlora_kernels.experts import combine, dispatch, expert_linear, runs_grouped
+
+
+class ExpertPair(LoRAPair):
+    """One adapter of one fused weight, fp32 masters in PEFT's layout: row e * r + j of A (E * r, in) and column
+    j * E + e of B (out, E * r) are the j-th of expert e.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        slot: int = 0,
+        num_experts: int,
+        rank: int,
+        scaling: float,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(in_features, out_features, slot=slot, rank=num_experts * rank, scaling=scaling, device=device)
+        self.num_experts, self.rank = num_experts, rank  # That of one expert.
+
+    def down(self) -> Tensor:
+        """(E, r, in): a view of A."""
+        return self.A.view(self.num_experts, self.rank, -1)
+
+    def up(self) -> Tensor:
+        """(E, out, r): a view of B."""
+        return self.B.view(-1, self.rank, self.num_experts).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
+        """As a linear's, whose rank is that of one expert."""
+        super().reset(config, seed=seed, name=name)
+        if config.init == "gaussian":  # std 1 / r, not 1 / (E r).
+            self.A.mul_(self.num_experts)
+
+
+class ExpertWeight(Adapted, FrozenTensor):
+    """The fused weight of all experts, frozen, with adapters or none: (E, out, in), or (E, in, out) if `transposed`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool,
+        quantized: bool,
+        dtype: torch.dtype,
+        context: BlockContext,
+    ) -> None:
+        super().__init__(shape, quantized=quantized, dtype=dtype)
+        self.transposed = transposed
+        self.num_experts = shape[0]
+        self.out_features, self.in_features = reversed(shape[1:]) if transposed else shape[1:]
+        self.adapters = nn.ModuleDict()
+        self.context = context
+
+    @property
+    def pairs(self) -> list[ExpertPair]:
+        return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
+
+    def add_adapter(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        path: str,
+        slot: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> ExpertPair:
+        """One more adapter; by `path`, the weight's Hugging Face name, patterns choose the rank and the scale."""
+        assert name not in self.adapters, f"{path} has an adapter {name} already"
+        pair = ExpertPair(
+            self.in_features,
+            self.out_features,
+            slot=self.next_slot() if slot is None else slot,
+            num_experts=self.num_experts,
+            rank=config.rank_of(path),
+            scaling=config.scaling_of(path),
+            device=device,
+        )
+        self.adapters[name] = pair
+        return pair
+
+    def put_adapter(
+        self, slot: int, config: AdapterConfig, *, path: str, seed: int, device: torch.device | str
+    ) -> ExpertPair:
+        """As of an AdaptedLinear."""
+        pair = self.add_adapter(slot_name(slot), config, path=path, slot=slot, device=device)
+        start_pair(pair, self, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+        return pair
+
+    def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
+        """x (S, in), sorted by expert -> (S, out), with the adapters that the tokens' rows of the batch use;
+        `slots` are those among which the routing's users choose.
+        """
+        return expert_linear(
+            x, self.frozen_weight, routing, transposed=self.transposed, adapter=self._adapter(routing, slots), bias=bias
+        )
+
+    def _adapter(self, routing: Routing, slots: tuple[int, ...]) -> ExpertAdapter | None:
+        pairs = self.pairs
+        if not pairs:
+            return None
+        a = torch.cat([pair.down() for pair in pairs], dim=1) if len(pairs) > 1 else pairs[0].down()
+        b = torch.cat([pair.up() for pair in pairs], dim=2) if len(pairs) > 1 else pairs[0].up()
+        if routing.users is None:
+            self.check_alone()
+            return ExpertAdapter(a, b, pairs[0].scaling)
+        numbers = {pair.slot: number for number, pair in enumerate(pairs)}
+        of_users = tuple(numbers.get(slot, -1) for slot in slots)
+        choice = ExpertChoice(of_users, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs))
+        return ExpertAdapter(a, b, choice)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} x {self.in_features} -> {self.out_features}, {self.storage}"
+
+
+class Experts(nn.Module):
+    """In the place of a family's experts module, with its arguments: gate and up, the activation, down, each expert's
+    on the tokens that chose it, weighted and added up.
+    """
+
+    def __init__(
+        self,
+        gate_up_proj: ExpertWeight,
+        down_proj: ExpertWeight,
+        *,
+        biases: Sequence[nn.Parameter] | None,
+        activation: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.gate_up_proj_bias = None if biases is None else biases[0]
+        self.down_proj_bias = None if biases is None else biases[1]
+        self.activation = activation
+        """What the family makes of gate and up: (S, 2 * intermediate) -> (S, intermediate)."""
+
+    def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+        """hidden_states (T, H), choices (T, K) int64 and their weights (T, K) -> (T, H)."""
+        weights_of = (self.gate_up_proj, self.down_proj)
+        context, num_experts = self.gate_up_proj.context, self.gate_up_proj.num_experts
+        slots: tuple[int, ...] = ()
+        adapters = None
+        if context.adapter_rows is not None:
+            slots = tuple(sorted({pair.slot for weight in weights_of for pair in weight.pairs}))
+        if slots:
+            of_rows = context.chosen(slots)
+            adapters = (of_rows.repeat_interleave(hidden_states.shape[0] // of_rows.shape[0]), len(slots))
+        sizes = [size for weight in weights_of for size in weight.shape[1:]]
+        on_host = not runs_grouped(hidden_states, *sizes, num_groups=num_experts * (len(slots) + 1))
+        routing = Routing.of(choices, num_experts, on_host=on_host, adapters=adapters)
+        gate_up = self.gate_up_proj(dispatch(hidden_states, routing), routing, self.gate_up_proj_bias, slots)
+        output = self.down_proj(self.activation(gate_up), routing, self.down_proj_bias, slots)
+        weighted = output * weights.T.reshape(-1)[routing.order, None]
+        return combine(weighted.to(hidden_states.dtype), routing)
+
+
+def replace_experts(
+    layer: nn.Module, layout: ExpertLayout, *, quantized: bool, dtype: torch.dtype, context: BlockContext
+) -> dict[str, ExpertWeight]:
+    """Put `Experts` in the place of a decoder layer's own, on meta. Returns the fused weights by their names in it.
+
+    What the family makes of gate and up stays its own method; transformers marks the module with the rest (a bias, a
+    transposed weight).
+    """
+    module = layer.get_submodule(layout.module)
+    weights = {
+        name: ExpertWeight(
+            tuple(module.get_parameter(name).shape),
+            transposed=bool(module.is_transposed),
+            quantized=quantized,
+            dtype=dtype,
+            context=context,
+        )
+        for name in layout.weights
+    }
+    biases = [module.get_parameter(f"{name}_bias") for name in layout.weights] if module.has_bias else None
+    activation: Any = module._apply_gate
+    layer.set_submodule(layout.module, Experts(*weights.values(), biases=biases, activation=activation))
+    return {f"{layout.module}.{name}": weight for name, weight in weights.items()}

@@ -1,0 +1,117 @@
+"""Norms, gated MLPs and the rotary embedding of a transformers decoder exchanged for ones that pass over memory once.
+
+liger.py has those of CUDA, compiled.py those of the CPU; here is how they take their places. Norms and MLPs are
+exchanged module by module: the new ones hold the same Parameters and the same linears under the same names, so loading,
+sharding and checkpoints do not see it. The rotary embedding is a function that attention modules look up in their
+file, so it is exchanged there, for the whole process: liger-kernel's own apply_liger_kernel_to_* does that too, and
+nothing smaller exists. A worker runs one model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from distlora.architecture.families import Family
+
+_GELU = ("gelu_pytorch_tanh", "gelu_new")
+_SILU = ("silu", "swish")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fused:
+    """What takes the places of a decoder's own."""
+
+    name: str
+    """Of whose they are, in words."""
+    norm: Callable[[nn.Module, bool], nn.Module]
+    """(a norm of the decoder, whether it is of Gemma's kind) -> the new one, on meta, whose weight is set."""
+    silu: Callable[[Tensor, Tensor], Tensor]
+    """(gate, up) -> silu(gate) * up, same shapes. Backward writes over both: no LoRA here saves its output (and DoRA,
+    which does, goes without)."""
+    gelu: Callable[[Tensor, Tensor], Tensor]
+    """The same with the tanh approximation of GELU."""
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    """In the place of transformers' apply_rotary_pos_emb; writes over queries and keys."""
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) around a decoder's own linears."""
+
+    def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_proj = mlp.get_submodule("gate_proj")
+        self.up_proj = mlp.get_submodule("up_proj")
+        self.down_proj = mlp.get_submodule("down_proj")
+        self.multiply = multiply
+        """(gate, up) -> act(gate) * up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.multiply(self.gate_proj(x), self.up_proj(x)))
+
+
+class FusedGatedMLP(nn.Module):
+    """The same where gate and up are one linear (phi3)."""
+
+    def __init__(self, mlp: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up_proj = mlp.get_submodule("gate_up_proj")
+        self.down_proj = mlp.get_submodule("down_proj")
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.multiply(gate, up))
+
+
+def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bool = False) -> str:
+    """Put `fused` into a decoder (on meta or with memory). Returns what is used, a line.
+
+    - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
+      the input's dtype, SwiGLU;
+    - gemma2, gemma3: RMSNorm with 1 + weight, all in fp32, GEGLU with the tanh approximation;
+    - all of them: the rotary embedding, partial ones (phi3) included.
+    An MLP with another activation stays what it is. `outputs_are_kept`: linears read their outputs in backward, so
+    norms alone are exchanged: the rotary embedding writes over queries and keys, the MLP's backward over gate and up,
+    and autograd, which would notice torch doing that, sees neither.
+    """
+    norms = _replace_norms(decoder, family, fused)
+    if outputs_are_kept:
+        return f"{fused.name}: RMSNorm ({norms}); the others write over outputs that DoRA's gradients read"
+    config = decoder.config
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    used = [f"RMSNorm ({norms})"]
+    if activation in (*_SILU, *_GELU):
+        name, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
+        used.append(f"{name} ({_replace_mlps(decoder, multiply)})")
+    sys.modules[type(decoder).__module__].apply_rotary_pos_emb = fused.rotate  # type: ignore[attr-defined]
+    used.append("rotary embedding")
+    return f"{fused.name}: {', '.join(used)}"
+
+
+def _replace_norms(decoder: nn.Module, family: Family, fused: Fused) -> int:
+    gemma = family.model_type.startswith("gemma")
+    found = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
+    for path, norm in found:
+        new = fused.norm(norm, gemma)
+        new.weight = norm.get_parameter("weight")
+        decoder.set_submodule(path, new.train(norm.training))
+    return len(found)
+
+
+def _replace_mlps(decoder: nn.Module, multiply: Callable[[Tensor, Tensor], Tensor]) -> int:
+    found = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
+    for path, mlp in found:
+        fused = hasattr(mlp, "gate_up_proj")
+        new = FusedGatedMLP(mlp, multiply) if fused else GatedMLP(mlp, multiply)
+        decoder.set_submodule(path, new.train(mlp.training))
+    return len(found)
+
+
+def eps_of(norm: Any, gemma: bool) -> float:
+    """What a norm of transformers adds to the mean square."""
+    return float(norm.eps if gemma else norm.variance_epsilon)

@@ -1,0 +1,206 @@
+"""The MLP half of a decoder block, with the norms around it: recomputed in backward, whole or in tiles of tokens.
+
+An MLP and its norms see one token at a time, so any tiles of a row give what the row gives, and with tiles the largest
+thing that exists of an MLP (gate, up, their product, 8 bytes an inner column and token) is a tile's and not a row's.
+
+A family's own code calls norm, MLP, norm, one after the other, and stays as it is: `MLP` stands in the place of the
+MLP and runs all three, and the norms around it hand on what they are given. So the half's input is the one thing that
+is kept of it. A block without a setting that asks for this keeps its modules (README.md, Long rows).
+
+Letters: B rows of the batch, T tokens of a row, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from distlora.architecture.families import Family
+from distlora.model.adapters import BlockContext
+from distlora.model.blocks import Block
+
+
+class HandsOn(nn.Module):
+    """In the place of a norm beside the MLP, which runs it instead."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class MLP(nn.Module):
+    """A decoder layer's MLP between its norms. forward(hidden_states (B, T, H)) -> what the family's own gives, where
+    no norm follows; the norm's output where one does.
+
+    Where gradients are asked for, backward computes it again from hidden_states, whole without a `tile`.
+    """
+
+    def __init__(
+        self, inner: nn.Module, context: BlockContext, norms: Sequence[nn.Module | None], *, tile: int | None
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.context = context
+        # In a tuple, which hides them from nn.Module: the layer owns them, under their names.
+        self._norms = tuple(norms)
+        self.tile = tile
+        """Tokens of each row that run at once; None: all of them."""
+
+    def __getattr__(self, name: str) -> Any:
+        # As of a Block: some code reads plain attributes off what it wraps.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        tile = self.tile
+        if tile is None or tile >= hidden_states.shape[1]:
+            # What runs no gradient, and generation's few tokens, are as they would be without a wrapper.
+            return self._recomputed(hidden_states) if torch.is_grad_enabled() else self._run(hidden_states)
+        if not torch.is_grad_enabled():
+            return in_tiles(self._run_tile, hidden_states, tile)
+        parameters = [parameter for parameter in self._parameters_of_run() if parameter.requires_grad]
+        # Kept before the tiles run: a checkpoint around the block ends its recomputation with what is kept last, so
+        # none of its tiles runs for nothing.
+        kept = _Keep.apply(torch.empty(0, device=hidden_states.device, requires_grad=True), hidden_states)
+        return _Tiles.apply(hidden_states, kept.grad_fn, self._with_rows(self._run_tile), tile, *parameters)
+
+    def _parameters_of_run(self) -> Iterator[nn.Parameter]:
+        for module in (self.inner, *self._norms):
+            if module is not None:
+                yield from module.parameters()
+
+    def _run(self, hidden_states: Tensor) -> Any:
+        before, after = self._norms
+        output = self.inner(hidden_states if before is None else before(hidden_states))
+        return output if after is None else after(output)
+
+    def _run_tile(self, hidden_states: Tensor, first: int) -> Tensor:
+        """Tokens `first` and on of each row."""
+        self.context.first_token = first
+        try:
+            output: Tensor = self._run(hidden_states)
+        finally:
+            self.context.first_token = 0
+        return output
+
+    def _with_rows(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` for the rows of now, in backward too, when another slice's may be set."""
+        context = self.context
+        rows = (context.adapter_rows, context.step_rows, context.balanced)
+
+        def with_rows(*arguments: Any) -> Any:
+            context.adapter_rows, context.step_rows, context.balanced = rows
+            return run(*arguments)
+
+        return with_rows
+
+    def _recomputed(self, hidden_states: Tensor) -> Any:
+        """As a checkpoint: the graph, and with it every sum, is that of a run without one."""
+        run = self._with_rows(self._run)
+
+        def half(hidden: Tensor) -> tuple[Any, Tensor | None]:
+            try:
+                output = run(hidden)
+            finally:  # Recomputation leaves by an exception, and its router's word would stand for the next layer's.
+                balance = self.context.take_balance()
+            return output, balance
+
+        # Nothing in a block draws from torch's generators, so their state need not be kept.
+        output, balance = checkpoint(half, hidden_states, use_reentrant=False, preserve_rng_state=False)
+        if balance is not None:
+            self.context.leave_balance(balance)
+        return output
+
+
+def place_mlps(blocks: Sequence[Block], family: Family, *, tile: int | None) -> None:
+    """Put an `MLP` in each block, after whatever else takes the place of its modules (liger.py): it runs what it finds.
+
+    Tiles are for dense MLPs: experts are refused by `distlora.architecture.families`.
+    """
+    for block in blocks:
+        layer = block.inner
+        norms = [None if name is None else layer.get_submodule(name) for name in family.mlp_norms]
+        layer.set_submodule("mlp", MLP(layer.get_submodule("mlp"), block.context, norms, tile=tile))
+        for name, norm in zip(family.mlp_norms, norms, strict=True):
+            if name is not None and norm is not None:
+                layer.set_submodule(name, HandsOn(norm))
+
+
+def parts_of(length: int, tile: int) -> Iterator[slice]:
+    """The tiles of `length` tokens, front to back; the last has what is left."""
+    return (slice(start, min(start + tile, length)) for start in range(0, length, tile))
+
+
+def in_tiles(run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, tile: int) -> Tensor:
+    """run(tokens (B, tile, H), first) for each tile, side by side: (B, T, H)."""
+    output = torch.empty_like(hidden_states)
+    for part in parts_of(hidden_states.shape[1], tile):
+        output[:, part] = run(hidden_states[:, part], part.start)
+    return output
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps `tensor` as autograd keeps what a node needs: a checkpoint around it drops and recomputes it. The grad_fn
+    of the result, which is empty and in no graph, has the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return trigger.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        raise AssertionError("nothing is computed from what _Keep gives")
+
+
+class _Tiles(torch.autograd.Function):
+    """run(tokens, first) for each tile of hidden (B, T, H); backward runs each again and differentiates it at once.
+
+    `kept` has hidden, by _Keep. `parameters` are those that run's result depends on and that are trained: their
+    gradients are added up in their own dtype, fp32, front to back, and given to autograd once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        kept: Any,
+        run: Callable[[Tensor, int], Tensor],
+        tile: int,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        ctx.kept, ctx.run, ctx.tile, ctx.parameters = kept, run, tile, parameters
+        return in_tiles(run, hidden, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.kept.saved_tensors
+        ctx.kept = None  # Autograd runs no backward of _Keep's, which would let go of it.
+        needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        totals: list[Tensor] = []
+        for part in parts_of(hidden.shape[1], ctx.tile):
+            tokens = hidden[:, part].detach().requires_grad_(needs_hidden)
+            with torch.enable_grad():
+                output = ctx.run(tokens, part.start)
+            leaves = [tokens, *wanted] if needs_hidden else wanted
+            gradients = list(torch.autograd.grad(output, leaves, gradient[:, part]))
+            if of_hidden is not None:
+                of_hidden[:, part] = gradients.pop(0)
+            totals = (
+                gradients if not totals else [total.add_(own) for total, own in zip(totals, gradients, strict=True)]
+            )
+        remaining = iter(totals)
+        return (of_hidden, None, None, None, *(next(remaining) if need else None for need in needs))

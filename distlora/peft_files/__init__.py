@@ -1,0 +1,1 @@
+"""Adapters' folders in PEFT's format: read, judged, written. Without PEFT."""

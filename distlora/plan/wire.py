@@ -1,0 +1,249 @@
+"""What a training step moves between ranks, calculated from a model's shapes: ours, and what PEFT with accelerate's
+FSDP2 moves for the same model. Imports no torch: the planner and `distlora bench comm` ask before anything is built.
+
+Two measures, each of one rank and one optimizer step:
+
+- **carried**: the bytes that the backend counts (`parallel/traffic.py`): an all-gather's result, what every rank puts
+  into a reduce-scatter, the buffer of an all-reduce.
+- **received**: what of it comes in over this rank's links, by the ring algorithms that NCCL and gloo use for large
+  buffers (and no algorithm gets below it): of S bytes over W ranks an all-gather and a reduce-scatter
+  (W-1)/W S each, an all-reduce 2 (W-1)/W S.
+
+Both backends cut dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
+tests/test_wire.py holds every number of ours to collectives counted as torch issues them, tests/test_bench_comm.py the
+peers', of a Llama with a head of its own and of one with a tied one; a peer's experts are calculated alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distlora.architecture.families import read_config
+from distlora.architecture.shapes import Adapter, ModelShapes, Weight, shapes_of
+from distlora.architecture.tokens import trained_indices
+from distlora.config import Config
+
+GROUP_WEIGHTS = 16_384
+"""Weights of a group of NF4 with double quantization."""
+GROUP_CODES, GROUP_SCALES = 8192, 256
+"""Stored bytes of a group's codes and of its scales in 8 bits (kernels/README.md)."""
+GROUP_BYTES = GROUP_CODES + GROUP_SCALES + 4
+"""With group_scale in fp32."""
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+
+Storage = Literal["nf4 in bf16", "nf4 in uint8", "bf16"]
+"""How a peer keeps its base: bnb_4bit_quant_storage=bfloat16, bitsandbytes' default uint8, or not quantized."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBytes:
+    """What one rank's collectives carry in a step."""
+
+    gathered: int
+    """By all-gathers, over the ranks that cut a copy of the base."""
+    scattered: int = 0
+    """By reduce-scatters, over the same ranks."""
+    reduced: int = 0
+    """By all-reduces, over all ranks."""
+    reduced_rows: int = 0
+    """By all-reduces of what was scattered, over the ranks that own the same rows, one of each copy."""
+    shards: int
+    """Ranks that cut one copy of the base between them."""
+    world: int
+    """All ranks; shards x replicas."""
+
+    @property
+    def carried(self) -> int:
+        return self.gathered + self.scattered + self.reduced + self.reduced_rows
+
+    @property
+    def received(self) -> int:
+        cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
+        return cut + 2 * self.reduced * (self.world - 1) // self.world + self._received_rows
+
+    @property
+    def across_replicas(self) -> int:
+        """Of what is received: what ranks of other replicas have sent. All ranks send nothing but gradients there, once
+        summed within a replica: each of a replica's ranks brings 1/shards of them across."""
+        replicas = self.world // self.shards
+        return 2 * (self.reduced // self.shards) * (replicas - 1) // replicas + self._received_rows
+
+    def into_machine(self, ranks: int) -> int:
+        """What must come into a machine of so many ranks from the others, at the least; where machines differ (ranks
+        that do not divide the world, or a copy's ranks), into the one where it is most. Of each copy of the base that
+        it has ranks of, what the others' have, once for all of its own; and of what is all-reduced, summed within each
+        machine before."""
+        return max(
+            self._into(range(first, min(first + ranks, self.world)), ranks) for first in range(0, self.world, ranks)
+        )
+
+    def _into(self, machine: range, ranks: int) -> int:
+        """The same of one machine; all but the last have `ranks`."""
+        own = Counter(rank // self.shards for rank in machine)
+        cut = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
+        machines = -(-self.world // ranks)
+        summed = 2 * self.reduced * (machines - 1) // machines
+        if self.reduced_rows:
+            for place in {rank % self.shards for rank in machine}:
+                among = len({rank // ranks for rank in range(place, self.world, self.shards)})
+                summed += 2 * self.reduced_rows * (among - 1) // among
+        return cut + summed
+
+    @property
+    def _received_rows(self) -> int:
+        replicas = self.world // self.shards
+        return 2 * self.reduced_rows * (replicas - 1) // replicas
+
+
+def padded(shape: Sequence[int], ranks: int) -> int:
+    """Numbers in a tensor whose rows are filled up to a multiple of the ranks."""
+    return ranks * -(-shape[0] // ranks) * math.prod(shape[1:])
+
+
+def packed_bytes(numel: int, ranks: int) -> int:
+    """Bytes of a weight in NF4 as it is gathered: whole groups, a multiple of the ranks of them."""
+    return padded((-(-numel // GROUP_WEIGHTS),), ranks) * GROUP_BYTES
+
+
+def block_bytes(block: Iterable[Weight], ranks: int, *, quantized: bool, itemsize: int) -> int:
+    """What gathering one of our blocks carries. `itemsize`: of what is not packed."""
+    return sum(
+        packed_bytes(weight.numel, ranks) if quantized and weight.packs else itemsize * padded(weight.shape, ranks)
+        for weight in block
+    )
+
+
+def held_bytes(shapes: ModelShapes, shards: int, *, quantized: bool, itemsize: int) -> int:
+    """Bytes of the frozen base that a rank keeps, at the most: its rows of every tensor. Not counted are the offsets of
+    packed weights, 4 bytes each, which every rank has."""
+    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
+    rest = itemsize * (matrices + padded((shapes.hidden,), shards))
+    block = block_bytes(shapes.block, shards, quantized=quantized, itemsize=itemsize)
+    return (shapes.num_layers * block + rest) // shards
+
+
+def passes_of(config: Config, accumulation: int) -> int:
+    """How often a step runs the model, forward and backward."""
+    return accumulation if config.train.accumulate == "step" else 1
+
+
+def moved_blocks(config: Config, shapes: ModelShapes) -> int:
+    """Blocks that are gathered in each pass, forward and backward: all but those that stay gathered (auto, which memory
+    decides, counts as none)."""
+    resident = config.parallel.resident_blocks
+    return shapes.num_layers - (0 if resident == "auto" else resident)
+
+
+def ours(config: Config, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
+    """A step of ours: each block gathered in forward and in backward, embedding, head and final norm in forward alone;
+    adapter gradients all-reduced once.
+
+    What is trained of the base itself is gathered in `train.dtype` too, in backward as well where its gradient needs it
+    (an embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more.
+    Blocks that stay gathered are not gathered (`moved_blocks`; the step that gathers them for good moves them once).
+    With several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
+    them; where every rank has the base whole, those gradients are all-reduced like an adapter's.
+
+    ZeRO-3 with parallel.prefetch may gather the last block once a pass (parallel/README.md): then this is the most.
+    """
+    adapter, itemsize, shards = config.adapter, DTYPE_BYTES[config.train.dtype], config.shard_degree(world)
+    full, whole = adapter.method == "full", adapter.modules_to_save
+    tied = shapes.ties(adapter)
+    matrix = padded((shapes.vocabulary, shapes.hidden), shards)
+    norm = padded((shapes.hidden,), shards)
+    block = block_bytes(shapes.block, shards, quantized=config.quant.is_nf4, itemsize=itemsize)
+    head_is_trained = full or "lm_head" in whole
+    # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
+    together = tied and config.parallel.backend == "fsdp2"
+    elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
+    gathered = passes_of(config, accumulation) * (2 * moved_blocks(config, shapes) * block + itemsize * elements)
+    scattered = 4 * matrix * len(whole)
+    if full:
+        of_blocks = sum(padded(weight.shape, shards) for weight in shapes.block)
+        scattered = 4 * (shapes.num_layers * of_blocks + norm + (1 if tied else 2) * matrix)
+    reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, config.adapters))
+    reduced += 4 * shapes.hidden * token_rows(config, shapes) + (4 if scattered and shards > 1 else 0)
+    rows = scattered // shards if shards < world else 0
+    if shards == 1:
+        gathered, scattered, reduced, rows = 0, 0, reduced + rows, 0
+    if world == 1:
+        reduced = 0
+    return StepBytes(
+        gathered=gathered, scattered=scattered, reduced=reduced, reduced_rows=rows, shards=shards, world=world
+    )
+
+
+def trained_rows(config: Config, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+    """Ids whose rows of embedding and head are trained while the rest is frozen, by matrix; new tokens' are any that no
+    other token has."""
+    ids = range(shapes.vocabulary, shapes.vocabulary + len(config.model.new_tokens))
+    return trained_indices(config, tied=shapes.tied, new=tuple(ids))
+
+
+def token_rows(config: Config, shapes: ModelShapes) -> int:
+    """How many those are."""
+    return sum(map(len, trained_rows(config, shapes).values()))
+
+
+def of_run(config: Config, *, world: int, vocabulary: int | None = None) -> StepBytes:
+    """A step of this run, from its settings and its model's config.json; `vocabulary` as in `shapes_of`."""
+    folder = Path(config.model.path)
+    shapes = shapes_of(read_config(folder), folder / "config.json", vocabulary=vocabulary)
+    return ours(config, shapes, world=world, accumulation=config.accumulation(world))
+
+
+def peer(
+    shapes: ModelShapes, adapters: Sequence[Sequence[Adapter]], storage: Storage, *, world: int, accumulation: int
+) -> StepBytes:
+    """A step of PEFT with accelerate's FSDP2 (mixed_precision=bf16, blocks as units, gradients held back until the last
+    micro-batch), read in accelerate 1.15 and peft 0.21; counted for dense Llamas, not for experts.
+
+    Everything is gathered in bf16, adapters too, since they are cut like the base: blocks and the embedding in forward
+    and again in backward, the head (with a tied embedding) and the final norm once. In uint8 storage accelerate leaves
+    4-bit weights out of the sharding: every rank has them all. The scales of 4-bit weights are no parameters and lie on
+    every rank. Adapter gradients are reduce-scattered in bf16.
+    """
+    block = sum(
+        0 if replicated(weight, storage) else 2 * padded(_stored(weight, storage), world) for weight in shapes.block
+    )
+    of_adapters = sum(2 * (padded(each.down, world) + padded(each.up, world)) for blocks in adapters for each in blocks)
+    matrix = 2 * padded((shapes.vocabulary, shapes.hidden), world)
+    a_pass = 2 * (shapes.num_layers * block + of_adapters) + 2 * padded((shapes.hidden,), world)
+    a_pass += matrix if shapes.tied else 3 * matrix
+    return StepBytes(gathered=accumulation * a_pass, scattered=of_adapters, shards=world, world=world)
+
+
+def peer_held_bytes(shapes: ModelShapes, storage: Storage, *, world: int) -> int:
+    """Bytes of the base that a rank of the peer keeps: its rows, and what is not cut; 4-bit weights' scales in 8 bits
+    for each 64, with a scale in fp32 for each 256 of these, among it."""
+    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), world)
+    cut, whole = 2 * (matrices + padded((shapes.hidden,), world)), 0
+    for weight in shapes.block:
+        stored = 2 * padded(_stored(weight, storage), world)
+        if replicated(weight, storage):
+            whole += shapes.num_layers * stored
+        else:
+            cut += shapes.num_layers * stored
+        if _is_packed(weight, storage):
+            whole += shapes.num_layers * (-(-weight.numel // 64) + 4 * -(-weight.numel // GROUP_WEIGHTS))
+    return cut // world + whole
+
+
+def replicated(weight: Weight, storage: Storage) -> bool:
+    """Whether accelerate leaves it out of the sharding: 4-bit weights in uint8."""
+    return _is_packed(weight, storage) and storage == "nf4 in uint8"
+
+
+def _is_packed(weight: Weight, storage: Storage) -> bool:
+    """Whether bitsandbytes keeps it in 4 bits: linears, and no fused experts."""
+    return weight.packs and len(weight.shape) == 2 and storage != "bf16"
+
+
+def _stored(weight: Weight, storage: Storage) -> tuple[int, ...]:
+    """Its shape in numbers of 2 bytes; of a packed one a single column, four weights in each."""
+    return (-(-weight.numel // 4),) if _is_packed(weight, storage) else weight.shape

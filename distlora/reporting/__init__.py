@@ -1,0 +1,1 @@
+"""Where a run's figures go: metrics.jsonl, wandb, the terminal."""

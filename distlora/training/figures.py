@@ -1,0 +1,172 @@
+"""What a run says of itself: what was built, how many steps, and the figures that runs are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import HEAD
+from distlora.config import Config
+from distlora.data.loader import StepLoader
+from distlora.loading.weights import Loaded
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertWeight
+from distlora.model.quant import PACKED_PARTS, FrozenTensor
+from distlora.parallel import Backend, Shards, whole_shape
+from distlora.reporting.reporter import Reporter
+from distlora.training.trial import Trial, peak_memory_bytes
+
+
+def count_parameters(model: CausalLM) -> tuple[int, int]:
+    """(weights of the model without adapters, trained parameters), NF4 weights counted as what they stand for."""
+    adapters = adapter_parameters(model)
+    base = {name: p for name, p in model.named_parameters() if name not in adapters}
+    dense = sum(whole_shape(p).numel() for name, p in base.items() if name.rpartition(".")[2] not in PACKED_PARTS)
+    quantized = sum(m.numel for m in model.modules() if isinstance(m, FrozenTensor) and m.quantized)
+    return dense + quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe(reporter: Reporter, model: CausalLM, loaded: Loaded, config: Config, backend: Backend) -> None:
+    """What was built, on which ranks, and which kernels it runs."""
+    total, trainable = count_parameters(model)
+    active = f" ({active_parameters(model):,} active in a token)" if model.family.experts is not None else ""
+    reporter.event(
+        f"{model.hf_config.model_type}, {total:,} parameters in the base{active}, {trainable:,} trained "
+        f"({trainable / total:.2%}), {config.train.dtype}"
+    )
+    if loaded.bits_per_weight is not None:
+        reporter.event(
+            f"{loaded.quantized_weights:,} of them in NF4 at {loaded.bits_per_weight:.3f} bits each; "
+            f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
+            f"{loaded.how} in {loaded.seconds:.1f} s"
+        )
+    if backend.shards.copies > 1:
+        reporter.event(_copies(backend.shards))
+        split = backend.shards.split_copies(config.cluster.gpus_per_node)
+        if config.cluster.nodes > 1 and split:
+            reporter.event(
+                f"{len(split):,} of {backend.shards.copies:,} lie across machines, which have "
+                f"{config.cluster.gpus_per_node:,} processes each, so the base is gathered between these too; "
+                "parallel.shard_degree=node keeps it within each"
+            )
+    if "auto_map" in read_config(Path(config.model.path)):
+        reporter.event(f"code that comes with the weights is not run: this is transformers' {model.family.model_class}")
+    for line in (*_vocabulary(model), *experts_said(model)):
+        reporter.event(line)
+    for note in model.notes:
+        reporter.event(note)
+
+
+def _copies(shards: Shards) -> str:
+    """Which ranks have which part of the base, where there are several copies of it."""
+    if shards.count == 1:
+        return f"each of the {shards.copies:,} ranks has the base whole; only gradients travel between them"
+    ranks = [f"{shards.rank_of(0, copy)}-{shards.rank_of(shards.count - 1, copy)}" for copy in range(shards.copies)]
+    named = f"{', '.join(ranks)}" if shards.copies <= 4 else f"{', '.join(ranks[:3])}, ..., {ranks[-1]}"
+    return (
+        f"{shards.copies:,} copies of the base, each cut over {shards.count:,} ranks ({named}); only gradients travel "
+        "between copies"
+    )
+
+
+def _vocabulary(model: CausalLM) -> Iterator[str]:
+    """What new tokens made of the vocabulary, and which rows are trained."""
+    vocabulary = model.vocabulary
+    if vocabulary.new:
+        named = [f"{text} = {id}" for text, id in vocabulary.new.items()]
+        grown = "spare rows of embedding and head hold them"
+        if vocabulary.has_grown:
+            grown = f"embedding and head have grown from {vocabulary.stored:,} to {vocabulary.rows:,} rows"
+        yield f"{len(named)} new tokens: {', '.join(named[:8])}{', ...' if len(named) > 8 else ''}; {grown}"
+    for matrix, ids in vocabulary.trained.items():
+        name = "the head" if matrix == HEAD else "the embedding" + (" and the head tied to it" if model.tied else "")
+        yield f"{len(ids):,} rows of {name} are trained"
+    if model.modules_to_save:
+        yield (
+            f"{' and '.join(model.modules_to_save)} are trained whole"
+            + (", apart from each other: config.json ties them, the adapter does not" if model.tied_in_base else "")
+        )
+
+
+def experts_said(model: CausalLM) -> Iterator[str]:
+    """What of a mixture of experts is trained, and what balances its routers."""
+    if model.family.experts is None:
+        return
+    names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
+    adapted = f"the experts' {' and '.join(names)} have adapters" if names else "experts have no adapters"
+    yield f"{adapted}; routers have none and stay as they are, in the run's dtype (PEFT's all-linear adapts them)"
+    if model.router_aux_loss > 0:
+        yield (
+            f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "
+            "held-out losses do not"
+        )
+
+
+def active_parameters(model: CausalLM) -> int:
+    """Weights of the base that a token goes through: of experts, those that it chooses."""
+    chosen = getattr(model.hf_config, "num_experts_per_tok", 0)
+    experts = [module for module in model.modules() if isinstance(module, ExpertWeight)]
+    idle = sum(weight.numel // weight.num_experts * (weight.num_experts - chosen) for weight in experts)
+    return count_parameters(model)[0] - idle
+
+
+def describe_steps(reporter: Reporter, loader: StepLoader, total_steps: int) -> None:
+    """How many steps of how many rows, and whether ranks will compute rows that are not there."""
+    slots = loader.world * loader.micro_batch * loader.accumulation
+    rows = min(loader.global_batch, len(loader.rows))
+    line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} row{'s' if rows > 1 else ''}"
+    if rows < slots:
+        line += f"; each computes {slots - rows:,} empty rows beside them (global_batch {loader.global_batch:,}, "
+        line += f"{loader.world} ranks x micro_batch {loader.micro_batch} x {loader.accumulation}"
+        line += f", {len(loader.rows):,} rows in all)" if len(loader.rows) < loader.global_batch else ")"
+    reporter.event(line)
+
+
+def summarize(trial: Trial, model: CausalLM, loaded: Loaded, trained: dict[str, nn.Parameter]) -> None:
+    """RUN/summary.json: the figures that a person compares runs by. Every rank must call it."""
+    backend, progress, reporter = trial.backend, trial.progress, trial.reporter
+    peak = torch.tensor(peak_memory_bytes(backend.ranks.device), dtype=torch.float64, device=backend.ranks.device)
+    figures: dict[str, float | list[str]] = {
+        "peak_memory_bytes": int(backend.max_over_ranks(peak)),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "train_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
+    }
+    if trial.memory is not None:
+        figures |= trial.memory.figures
+    if model.family.experts is not None:
+        figures["active_parameters"] = active_parameters(model)
+    if trial.config.adapter.method == "lora":
+        figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
+    if trial.unreached is not None:
+        figures["parameters_without_gradient"] = trial.unreached
+    if loaded.bits_per_weight is not None:
+        figures["bits_per_parameter"] = loaded.bits_per_weight
+    if trial.step_traffic is not None:  # None: the checkpoint that was resumed is the last step's.
+        gathered = trial.step_traffic.gathered_bytes
+        extra = backend.unpacked_extra_bytes(model, trial.step_passes)
+        figures["gathered_bytes_per_step"] = gathered
+        figures["gathered_bytes_per_step_bf16"] = gathered + extra
+        figures["reduced_bytes_per_step"] = trial.step_traffic.reduced_bytes
+        figures["scattered_bytes_per_step"] = trial.step_traffic.scattered_bytes
+        if backend.shards.copies > 1:
+            between = trial.step_traffic.between_copies_bytes
+            figures["between_copies_bytes_per_step"] = between
+            reporter.event(
+                f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its copy of the base; between the "
+                f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were summed, nothing else"
+            )
+    if progress.evaluations:
+        first = "base_eval_loss" if trial.config.adapter.starts_as_base else "initial_eval_loss"
+        figures[first] = progress.evaluations[min(progress.evaluations)]
+        figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
+        figures |= trial.held_out  # Of the last evaluation, which was at that step.
+        if progress.best_step is not None:
+            figures["best_eval_loss"] = progress.evaluations[progress.best_step]
+            figures["best_step"] = progress.best_step
+    reporter.summary(figures)

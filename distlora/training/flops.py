@@ -1,0 +1,74 @@
+"""What a step must compute, counted from the model's shapes, which MFU divides by what a card can do.
+
+Counted are the operations that the maths asks for: forward, the gradient of every input, the gradients of what is
+trained. Recomputation under checkpointing and dequantization are the implementation's, so they lower MFU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from distlora.cards import card_named
+from distlora.model.adapters import AdaptedLinear, LoRAPair
+from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertWeight
+from distlora.model.quant import FrozenLinear
+from distlora.parallel import whole_shape
+from distlora.plan.speed.operations import ActiveWeights, ModelFlops, queries_by_window
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device; None for a CPU and for a card that is not in distlora/cards.py: no MFU is shown then."""
+    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else card.flops
+
+
+def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:
+    """The operations of a training step of this model (operations.py). `with_reference`: every row runs forward once
+    more, without an adapter (DPO). `slot`: of the adapters those of this slot, as of the trial alone.
+    """
+    return active_weights(model, slot).model_flops(with_reference=with_reference)
+
+
+def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
+    """What a token goes through in a model that is built, module by module; of the adapters all, or a slot's."""
+    config = model.hf_config
+    linears, trained, adapters = 0, 0, 0
+    for module in (module for block in model.blocks for module in block.modules()):
+        if isinstance(module, FrozenLinear):
+            linears += module.in_features * module.out_features
+            if isinstance(module, AdaptedLinear):
+                adapters += _ranks(module.pairs, slot) * (module.in_features + module.out_features)
+        elif isinstance(module, ExpertWeight):  # A token goes through the experts that it chooses.
+            chosen = config.num_experts_per_tok
+            linears += chosen * module.in_features * module.out_features
+            adapters += chosen * _ranks(module.pairs, slot) * (module.in_features + module.out_features)
+        elif isinstance(module, torch.nn.Linear):
+            trained += module.in_features * module.out_features
+    assert linears == 0 or trained == 0, "linears are frozen, or all of them are trained"
+    rows = model.head.token_rows
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ActiveWeights(
+        linears=linears + trained,
+        linears_are_trained=trained > 0,
+        adapters=adapters,
+        head=whole_shape(model.head.weight).numel(),
+        head_is_trained=any(parameter.requires_grad for parameter in model.head.parameters()),
+        head_rows=0 if rows is None else rows.rows.numel(),
+        queries=queries_by_window(config.num_attention_heads * head_dim, _windows(config, len(model.blocks))),
+    )
+
+
+def _ranks(pairs: Iterable[LoRAPair], slot: int | None) -> int:
+    """Of the adapters that are counted, added up."""
+    return sum(pair.rank for pair in pairs if slot in (None, pair.slot))
+
+
+def _windows(config: object, layers: int) -> list[int | None]:
+    """Of each layer, by layer_types where the family has them, else one for all; None: all tokens are seen."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if types is None:
+        return [window] * layers
+    return [window if kind == "sliding_attention" else None for kind in types]

@@ -1,0 +1,121 @@
+"""One early step of a run is measured, and what it took is held against what was planned for it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from distlora.config import Config, TrainConfig
+from distlora.folders.run_folder import PLAN_NAME, read_record
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend
+from distlora.plan.memory import measured
+from distlora.plan.memory.kinds import KINDS
+from distlora.plan.memory.measured import RECORDED, MeasuredRank
+from distlora.training.memory_meter import MemoryMeter, Part, StepMemory
+from distlora.training.optim import Optimizer
+
+_PARTS: tuple[Part, ...] = get_args(Part)
+_REASON_BYTES = 240
+"""Of what a rank says to the others of a measurement that failed."""
+
+
+def measured_step(first_step: int, settings: TrainConfig) -> int | None:
+    """Which step of a start that begins with `first_step` is measured, counted from 0.
+
+    The second: the first makes the optimizer's state, checks the base as it gathers it, shows DeepSpeed the order of
+    units, and decides by the memory that it leaves which blocks stay gathered. A later one, where an evaluation or
+    samples come before: they leave tensors behind that the step after them lets go. None: they come before every step.
+    """
+    between = [every for every in (settings.eval_every, settings.sample_every) if every is not None]
+    if 1 in between:
+        return None
+    return next(step for step in itertools.count(first_step + 1) if all(step % every for every in between))
+
+
+def read_plan(run_dir: Path, config: Config) -> dict[str, Any]:
+    """What a step is held against; empty where nothing is planned or measured. Raises UserError for a RUN/plan.json
+    that is damaged."""
+    return read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}
+
+
+def memory_check(
+    plan: Mapping[str, Any],
+    config: Config,
+    model: CausalLM,
+    optimizer: Optimizer,
+    backend: Backend,
+    *,
+    first_step: int,
+) -> MemoryCheck | None:
+    """Of a start that begins with `first_step` and has this plan; None where nothing is measured."""
+    step = measured_step(first_step, config.train)
+    if not config.plan.measure or step is None:
+        return None
+    return MemoryCheck(model, optimizer, backend, plan=plan, step=step)
+
+
+class MemoryCheck:
+    """Measures a step of a start. Make it when all is loaded and before the first step. Every rank must, and call it
+    alike."""
+
+    def __init__(
+        self, model: CausalLM, optimizer: Optimizer, backend: Backend, *, plan: Mapping[str, Any], step: int
+    ) -> None:
+        """`plan`: RUN/plan.json, empty where there is none; `step`: which is measured (`measured_step`)."""
+        self._meter, self._backend, self._plan = MemoryMeter(model, optimizer), backend, plan
+        self._step = step
+        self.figures: dict[str, int] = {}
+        """Of the rank that had most, in bytes; empty until they are known."""
+        self.warning: str | None = None
+        """A miss, or why nothing was measured."""
+
+    def measures(self, step: int) -> bool:
+        """Whether this one is to be measured, counted from 0."""
+        return step == self._step
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Around the step that is measured. Where the measurement fails on a rank, and not the step, there are no
+        figures, `warning` says why, and the run goes on."""
+        # What a former step has left is let go before: its size is not known.
+        self._backend.zero_gradients()
+        with self._meter.step():
+            yield
+        if (failed := self._failed(self._meter.failure)) is not None:
+            rank, reason = failed
+            self.warning = f"WARNING: what memory this step took was not measured on rank {rank}: {reason}"
+            return
+        assert self._meter.found is not None
+        of_worst = self._worst(self._meter.found)
+        self.figures, self.warning = measured.figures(of_worst, self._plan), measured.warning(of_worst, self._plan)
+
+    def of_step(self, step: int) -> dict[str, int]:
+        """The figures, if they are those of this step, counted from 0."""
+        return self.figures if step == self._step else {}
+
+    def _failed(self, own: str | None) -> tuple[int, str] | None:
+        """(rank, reason) of the first whose measurement failed; None: of none."""
+        said = (own or "").encode()[:_REASON_BYTES]
+        for rank, reason in enumerate(self._of_ranks(list(said.ljust(_REASON_BYTES, b"\0")))):
+            if text := bytes(reason).rstrip(b"\0").decode(errors="ignore"):
+                return rank, text
+        return None
+
+    def _of_ranks(self, own: list[int]) -> list[list[int]]:
+        found: list[list[int]] = self._backend.gather_ranks(
+            torch.tensor(own, device=self._backend.ranks.device)
+        ).tolist()
+        return found
+
+    def _worst(self, found: StepMemory) -> MeasuredRank:
+        ranks = self._of_ranks([found.peak, _PARTS.index(found.part), *(found.by_kind.get(kind, 0) for kind in KINDS)])
+        rank = max(range(len(ranks)), key=lambda index: ranks[index][0])
+        peak, part, *kinds = ranks[rank]
+        of_worst = {kind: nbytes for kind, nbytes in zip(KINDS, kinds, strict=True) if nbytes}
+        return MeasuredRank(rank=rank, peak=peak, by_kind=of_worst, part=_PARTS[part])

@@ -1,0 +1,67 @@
+"""What gradients have reached in the first steps of a run: a parameter, or a trained token's row, that none reaches
+stays as it started, whatever the settings say. A run says which.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend
+
+WATCHED = 5
+"""Steps that are looked at. In the first one A has no gradient, since B is zero."""
+
+
+class Reached:
+    """Remembers on the device which of `parameters` (as the optimizer has them) had a gradient other than 0."""
+
+    def __init__(self, model: CausalLM, parameters: dict[str, nn.Parameter]) -> None:
+        self._rows = {f"token_rows.{matrix}.rows": matrix for matrix in model.token_rows}
+        """Parameters that are looked at row by row, and the matrix that they belong to."""
+        self._model, self._parameters = model, parameters
+        self._seen: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def note(self) -> None:
+        """Look at the gradients of one step, after they have been summed over the ranks."""
+        self.steps += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                hit = parameter.grad != 0  # NaN is a gradient, too.
+                hit = hit.any(dim=1) if name in self._rows else hit.any()
+                if name in self._seen:
+                    self._seen[name] |= hit
+                else:
+                    self._seen[name] = hit
+
+    def missing(self, backend: Backend) -> list[str]:
+        """The names of what no rank's gradient has reached. Every rank must call it; reads the device."""
+        names = list(self._parameters)
+        sizes = [len(p) if name in self._rows else 1 for name, p in self._parameters.items()]
+        flags = torch.zeros(sum(sizes), device=backend.ranks.device)
+        for name, part in zip(names, flags.split(sizes), strict=True):
+            if name in self._seen:
+                part.copy_(self._seen[name].expand(len(part)))
+        found = backend.max_over_ranks(flags).tolist()
+        labels = [label for name in names for label in self._labels(name)]
+        return [label for label, is_reached in zip(labels, found, strict=True) if not is_reached]
+
+    def _labels(self, name: str) -> list[str]:
+        """What a parameter is called, or each of its rows."""
+        if name not in self._rows:
+            return [self._model.hf_name(name)]
+        rows = self._model.rows_of(self._rows[name])
+        texts = {id: f" ({text})" for text, id in self._model.vocabulary.new.items()}
+        assert rows is not None
+        return [f"row {id}{texts.get(id, '')} of {self._rows[name]}" for id in rows.ids]
+
+
+def sentence(missing: list[str], steps: int) -> str:
+    """What a run says of them."""
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    return (
+        f"no gradient has reached {', '.join(missing[:8])}{more} in the first {steps} steps: as long as none "
+        "does, they stay as they started"
+    )

@@ -1,0 +1,240 @@
+"""A run from its folder: the data, the checkpoint that it goes on from, and, once its adapters are in a model, the
+`Trial` that the trainer runs. The same for a run alone (train.py) and for one in a pack (packed/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distlora.checkpoints.choice import choose
+from distlora.checkpoints.environment import environment
+from distlora.checkpoints.folder import TRAINER_NAME, step_folder
+from distlora.checkpoints.identity import identity_of
+from distlora.checkpoints.saver import Saver
+from distlora.checkpoints.state import Progress, TrainState, check_matches, environment_line, load_state
+from distlora.config import Config, UserError
+from distlora.data.loader import StepLoader
+from distlora.data.prepare import open_split
+from distlora.folders.run_folder import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
+from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, Gradients, Ranks
+from distlora.reporting.reporter import Reporter
+from distlora.results import finish, marks, publish_best, trainer_tensors, weight_files
+from distlora.stopping import Stopped
+from distlora.training.memory_check import MemoryCheck
+from distlora.training.optim import Optimizer
+from distlora.training.trial import Hooks, Trial
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """What a run folder holds before there is a model."""
+
+    folder: Path
+    config: Config
+    loader: StepLoader
+    eval_loader: StepLoader | None
+    total_steps: int
+    data: Mapping[str, Any]
+    """data.json."""
+    made_on: dict[str, Any]
+    """What the bits of this start depend on."""
+    newest: Path | None
+    """The checkpoint that it goes on from."""
+    progress: Progress
+    notes: list[str]
+    """What there is to say of the checkpoints."""
+
+    @property
+    def chat_template(self) -> str | None:
+        template: str | None = self.data["chat_template"]
+        return template
+
+    def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
+        """`label`: what lines on the terminal begin with, where those of several runs come there."""
+        return Reporter(
+            self.folder,
+            self.config,
+            rank=ranks.rank,
+            world=ranks.world,
+            total_steps=self.total_steps,
+            start_step=self.progress.step,
+            label=label,
+        )
+
+    def publish(self, model: CausalLM, backend: Backend, reporter: Reporter, adapter: str = DEFAULT_ADAPTER) -> None:
+        """The last act of a run: its result, whole on the disk when this returns."""
+        saved = finish(self.folder, model, self.config, self.progress, self.chat_template, backend, adapter)
+        reporter.event(f"saved {saved}")
+        backend.barrier()
+        reporter.result(self.folder / PUBLISHED[self.config.adapter.method])
+
+
+def open_run(run_dir: Path, config: Config, ranks: Ranks) -> OpenRun:
+    """Every rank must call it alike. Raises UserError for records that are damaged, and for a checkpoint of another
+    run."""
+    loader, eval_loader = open_data(run_dir, config, ranks)
+    data, made_on = read_record(run_dir / DATA_NAME), environment_of(config, ranks)
+    newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, data, ranks, made_on)
+    return OpenRun(
+        folder=run_dir,
+        config=config,
+        loader=loader,
+        eval_loader=eval_loader,
+        total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
+        data=data,
+        made_on=made_on,
+        newest=newest,
+        progress=progress,
+        notes=notes,
+    )
+
+
+def trial_of(
+    run: OpenRun,
+    model: CausalLM,
+    backend: Backend,
+    reporter: Reporter,
+    *,
+    gradients: Gradients,
+    optimizer: Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    memory: MemoryCheck | None = None,
+    slot: int | None = None,
+) -> tuple[Trial, Saver]:
+    """The run's side of training, and what saves it; `trained` by the names in a checkpoint. `slot`: where its adapter
+    is in a model that has those of others, too."""
+    config, settings = run.config, run.config.train
+    adapter = DEFAULT_ADAPTER if slot is None else slot_name(slot)
+    identity = identity_of(config, run.data)
+
+    def state_files() -> dict[str, Any]:
+        state = trainer_tensors(optimizer, trained, backend)
+        return {**weight_files(model, config, adapter), TRAINER_NAME: state}
+
+    saver = Saver(
+        run.folder / CHECKPOINTS,
+        backend.verified(state_files) if settings.verify else state_files,
+        backend=backend,
+        state_of=lambda progress: TrainState(progress=progress, identity=identity, environment=run.made_on),
+        keep=settings.keep,
+        in_background=settings.save_in_background,
+        say=reporter.event,
+        metadata=marks(config),
+        saved_step=None if run.newest is None else run.progress.step,
+    )
+
+    def keep_best(progress: Progress) -> None:
+        publish_best(run.folder, model, config, progress, run.chat_template, backend, reporter.event, adapter)
+
+    trial = Trial(
+        model,
+        backend,
+        optimizer,
+        gradients,
+        loader=run.loader,
+        eval_loader=run.eval_loader,
+        progress=run.progress,
+        total_steps=run.total_steps,
+        reporter=reporter,
+        config=config,
+        hooks=Hooks(
+            save=saver.save,
+            save_last=saver.save_last,
+            publish_best=keep_best,
+            sample=sample_hook(model, backend, config, reporter, run.data),
+        ),
+        memory=memory,
+        slot=slot,
+    )
+    return trial, saver
+
+
+def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What this run's bits depend on. Gradients that are cut are summed in another order with several copies of the
+    base, adapters' are not."""
+    is_cut = config.adapter.trains_base is not None
+    degree = config.shard_degree(ranks.world)
+    return environment(ranks.world, ranks.device) | (
+        {"shard_degree": degree} if is_cut and degree < ranks.world else {}
+    )
+
+
+def find_checkpoint(
+    checkpoints: Path, config: Config, data: dict[str, Any], ranks: Ranks, made_on: dict[str, Any]
+) -> tuple[Path | None, Progress, list[str]]:
+    """What the run goes on from, how far that had come, and what there is to say of it. Raises UserError where it is of
+    another run."""
+    newest, notes = choose(checkpoints, ranks)
+    if newest is None:
+        return None, Progress(), notes
+    state = load_state(newest)
+    check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
+    line = environment_line(state.environment, made_on)
+    return newest, state.progress, notes if line is None else [*notes, line]
+
+
+@contextlib.contextmanager
+def recording_a_stop(reporter: Reporter, progress: Progress) -> Iterator[None]:
+    """Whoever asked the run to stop finds in RUN what continues it; `progress` is of what is saved by then."""
+    try:
+        yield
+    except Stopped as stop:
+        record_stop(reporter, progress, stop.signum)
+        raise
+
+
+def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
+    step = progress.step
+    reporter.stopped(signum, step, str(step_folder(Path(CHECKPOINTS), step)) if step > 0 else None)
+
+
+def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
+    """The loaders of the training rows and, if there are any, of the held-out rows."""
+    settings = config.train
+
+    def loader(split: str, *, shuffle: bool) -> StepLoader | None:
+        rows = open_split(run_dir, split)
+        if rows is None:
+            return None
+        return StepLoader(
+            rows,
+            global_batch=settings.global_batch,
+            micro_batch=settings.micro_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=settings.seed,
+            shuffle=shuffle,
+        )
+
+    train = loader("train", shuffle=True)
+    if train is None:
+        raise UserError(f"{run_dir} has no prepared training rows; start the run with `distlora train`")
+    return train, loader("eval", shuffle=False)
+
+
+def sample_hook(
+    model: CausalLM, backend: Backend, config: Config, reporter: Reporter, data: Mapping[str, Any]
+) -> Callable[[int], None] | None:
+    """Shows what the model writes, where the config asks for samples. UserError for a prompt that cannot be asked."""
+    if config.train.sample_every is None:
+        return None
+    # Here, as it imports much of transformers that other runs need not.
+    from distlora.generation.sampler import Sampler
+
+    sampler = Sampler(model, backend, config, dict(data))
+
+    def sample(step: int) -> None:
+        lacking = torch.tensor(reporter.lacks_samples(step), dtype=torch.int64, device=backend.ranks.device)
+        if backend.max_over_ranks(lacking) > 0:
+            reporter.samples(step, sampler())
+
+    return sample

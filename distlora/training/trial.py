@@ -1,0 +1,366 @@
+"""One run's side of training: which rows are next, the figures of its steps, what is due after them, whether it goes
+on. The trainer (trainer.py) runs the steps of one of these, or of several that share a base.
+
+Losses and norms stay on the device until the next log.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from distlora.checkpoints.saver import SaveError
+from distlora.checkpoints.state import Progress
+from distlora.config import Config
+from distlora.data.loader import StepLoader
+from distlora.data.stacking import Share
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, Gradients
+from distlora.parallel.control import Control
+from distlora.parallel.traffic import Traffic
+from distlora.reporting.reporter import Reporter
+from distlora.training.document_losses import DocumentLosses
+from distlora.training.flops import count_flops, peak_flops
+from distlora.training.memory_check import MemoryCheck
+from distlora.training.objectives import objective_of
+from distlora.training.optim import Optimizer, learning_rate
+from distlora.training.reached import WATCHED, Reached, sentence
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient was NaN or infinite. What was trained before that step is saved; the same step would fail
+    again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What is called at certain steps. Every rank calls each of them alike."""
+
+    save: Callable[[Progress], None]
+    """Save a checkpoint while training goes on; a disk that does not take it stops nothing."""
+    save_last: Callable[[Progress], None]
+    """Save a checkpoint, unless that step is saved already, and wait until it is on the disk. Raises SaveError."""
+    publish_best: Callable[[Progress], None]
+    """Keep what is trained now as the best by held-out loss."""
+    sample: Callable[[int], None] | None = None
+    """Show what the model writes after so many steps, unless an earlier start has."""
+
+
+class StepFigures(NamedTuple):
+    """Of one step, on this rank."""
+
+    row_losses: Tensor
+    """(rows of this rank,) loss sums, in the order of the micro-batches."""
+    figures: Tensor
+    """(F,) sums of the objective's figures."""
+    units: int
+    tokens: int
+    """Over all ranks."""
+    flops: int
+    began: float
+    traffic: Traffic
+    passes: int
+    """Forward and backward passes, which is how often the step gathered each block."""
+
+
+class Due(NamedTuple):
+    """What is due after a step. Not all of it is in a checkpoint of that step, so a resume asks again."""
+
+    logging: bool
+    """For its own sake: what takes long logs all before it."""
+    evaluating: bool
+    saving: bool
+    sampling: bool
+    is_last: bool
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether something is due that is none of the steps' time."""
+        return self.evaluating or self.saving or self.sampling or self.is_last
+
+
+@dataclass(slots=True)
+class _Interval:
+    """The whole steps since the last log: device scalars, read together."""
+
+    first_step: int
+    steps: list[StepFigures] = field(default_factory=list)
+    grad_norms: list[Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    measured: tuple[float, int, int] = (0.0, 0, 0)
+    """(seconds, tokens, flops) of the step whose memory was measured: it takes longer than others."""
+    began: float = 0.0
+    """When its first step began."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    def traffic(self) -> Traffic:
+        """What this rank moved, a step."""
+        total = Traffic()
+        for step in self.steps:
+            total.add(step.traffic)
+        return total.per_step(len(self.steps))
+
+
+class Trial:
+    """A run from wherever it stands: what is its own, whether it trains alone or beside others."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend,
+        optimizer: Optimizer,
+        gradients: Gradients,
+        *,
+        loader: StepLoader,
+        eval_loader: StepLoader | None,
+        progress: Progress,
+        total_steps: int,
+        reporter: Reporter,
+        config: Config,
+        hooks: Hooks,
+        memory: MemoryCheck | None = None,
+        slot: int | None = None,
+    ) -> None:
+        """`memory` measures one of the steps; `slot`: which adapter of a pack is this run's, None where it is the only
+        one."""
+        self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
+        self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
+        self.reporter, self.config, self.hooks = reporter, config, hooks
+        self.progress, self.memory = progress, memory
+        self.first_step = progress.step
+        """What this start goes on from, and so is saved."""
+        self.step_traffic: Traffic | None = None
+        """What the last logged interval moved on this rank, a step; None before the first."""
+        self.step_passes = 0
+        """Forward and backward passes of a step, of that interval."""
+        self.objective = objective_of(config.train)
+        self.held_out: dict[str, float] = {}
+        """The figures of the last evaluation, by name."""
+        self.documents = (
+            DocumentLosses(eval_loader.rows) if eval_loader is not None and config.train.eval_documents else None
+        )
+        """What an evaluation that is under way has seen of each held-out document; None: it need not."""
+        self.failure: NonFiniteError | SaveError | None = None
+        """The fault of its own by which it has ended, where that does not end others."""
+        self.unreached: list[str] | None = None
+        """What no gradient reached in the first steps; None where they were not looked at, or not yet."""
+        self._reached = Reached(model, optimizer.parameters) if progress.step == 0 else None
+        self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
+        self._peak_flops = peak_flops(backend.ranks.device)
+        self._interval = _Interval(progress.step)
+        self._ok = torch.ones((), dtype=torch.bool, device=backend.ranks.device)
+        """On the device: false from the first step with a non-finite loss or gradient on; nothing is updated then."""
+
+    @property
+    def done(self) -> int:
+        """Steps that are done, so the number of the next, counted from 0; `progress` is of those that are logged."""
+        return self._interval.first_step + len(self._interval.steps)
+
+    def next_share(self) -> Share:
+        """This rank's rows of the next step."""
+        return Share(self.loader.batch(self.done), self.slot, self.done)
+
+    @property
+    def held_out_batches(self) -> int:
+        """Of an evaluation, on each rank."""
+        return 0 if self.eval_loader is None else self.eval_loader.steps_per_epoch
+
+    def held_out_share(self, index: int) -> Share:
+        """This rank's rows of one of them."""
+        assert self.eval_loader is not None
+        return Share(self.eval_loader.batch(index), self.slot, None)
+
+    def update(self) -> None:
+        """Clip the sums of the gradients and update what is trained; `note` comes after it."""
+        if self._reached is not None and self._reached.steps < WATCHED:
+            self._reached.note()
+        grad_norm = self.gradients.clip(self.config.optim.max_grad_norm)
+        self._ok &= torch.isfinite(grad_norm)
+        rate = learning_rate(self.done, self.total_steps, self.config.optim)
+        self.optimizer.step(rate, self._ok)
+        self._interval.grad_norms.append(grad_norm)
+        self._interval.rates.append(rate)
+
+    def note(self, figures: StepFigures) -> None:
+        """The step is done."""
+        if not self._interval.steps:
+            self._interval.began = figures.began
+        self._interval.steps.append(figures)
+
+    def note_measured(self, began: float) -> None:
+        """The step that was noted last was one whose memory was measured, from `began` on."""
+        interval, step = self._interval, self._interval.steps[-1]
+        if len(interval.steps) == 1:
+            interval.began = began
+        interval.measured = (time.monotonic() - began, step.tokens, step.flops)
+
+    def due(self, control: Control) -> Due:
+        """After the steps that are done."""
+        settings, done = self.config.train, self.done
+        is_last = done == self.total_steps
+
+        def every(number: int | None) -> bool:
+            return number is not None and done > 0 and done % number == 0
+
+        evaluating = self.eval_loader is not None and (done == 0 or is_last or every(settings.eval_every))
+        return Due(
+            logging=every(settings.log_every),
+            evaluating=evaluating and done not in self.progress.evaluations,
+            saving=done > self.first_step and (every(settings.save_every) or control.save_is_due),
+            sampling=every(settings.sample_every),
+            is_last=is_last,
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step follows those that are done."""
+        return self.failure is not None or self.done >= self.total_steps or self.is_exhausted()
+
+    def is_exhausted(self) -> bool:
+        """Whether early stopping ends the run here; a function of the evaluations, so a resume decides the same."""
+        settings = self.config.train
+        if settings.early_stopping_patience is None:
+            return False
+        since_best = self.progress.evaluations_since_best(settings.early_stopping_threshold)
+        return since_best >= settings.early_stopping_patience
+
+    def evaluated(self, held_out: dict[str, float]) -> None:
+        """Record the figures of an evaluation of what has been trained so far."""
+        self.held_out = held_out
+        self.progress.evaluations[self.progress.step] = held_out["eval_loss"]
+        if self.documents is not None:
+            self.reporter.documents(self.documents.record(self.progress.step, self.backend))
+        self.reporter.evaluation(self.progress.step, held_out)
+
+    def keep_best(self) -> None:
+        """After an evaluation: keep what is trained where it is the best, and say so where it was the last."""
+        settings, progress = self.config.train, self.progress
+        if settings.eval_every is not None and progress.best_step == progress.step:
+            self.hooks.publish_best(progress)
+        if self.is_exhausted():
+            best = progress.best_step
+            lowest = "" if best is None else f"; the lowest was {progress.evaluations[best]:.4f} after step {best}"
+            self.reporter.event(
+                f"stopping early: the held-out loss has not fallen in {settings.early_stopping_patience} evaluations"
+                + lowest
+            )
+
+    def save(self) -> None:
+        """What is logged; the last state waits until it is on the disk."""
+        (self.hooks.save_last if self.has_ended else self.hooks.save)(self.progress)
+
+    def save_whole_steps(self) -> None:
+        """Before the run stops, when all is logged. What was begun is dropped: a resume does it from its start."""
+        if self.progress.step > 0:
+            self.hooks.save_last(self.progress)
+
+    def unread(self) -> tuple[Tensor, Tensor] | None:
+        """(S, 1 + F) fp32 sums of this rank's losses and figures in the S steps since the last log, and (S,) fp32 norms
+        of their gradients, on the device; None where there is no step."""
+        if not self._interval.steps:
+            return None
+        sums = torch.stack([torch.cat([step.row_losses.sum()[None], step.figures]) for step in self._interval.steps])
+        return sums, torch.stack(self._interval.grad_norms)
+
+    def log(self, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
+        """Write a line for each step of the interval, and begin the next: `sums` over all ranks and `norms` of what
+        `unread` gave. Raises NonFiniteError, on every rank alike, where a step was not finite."""
+        interval = self._interval
+        self._interval = _Interval(self.done)
+        means = [[total / step.units for total in totals] for totals, step in zip(sums, interval.steps, strict=True)]
+        seconds = time.monotonic() - interval.began
+        finite = [math.isfinite(mean[0]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
+        updates = finite.index(False) if False in finite else len(finite)
+        self.progress.step = interval.first_step + updates
+        aside, tokens, _ = interval.measured
+        self.progress.seconds += seconds - aside
+        self.progress.tokens += max(0, sum(step.tokens for step in interval.steps[:updates]) - tokens)
+        self.step_traffic, self.step_passes = interval.traffic(), interval.steps[-1].passes
+        shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
+        names = ("loss", *self.objective.figures)
+        for index in range(min(updates + 1, len(means))):
+            of_step = dict(zip(names, means[index], strict=True))
+            figures = {**of_step, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+            if self.memory is not None:
+                figures |= self.memory.of_step(interval.first_step + index)
+            self.reporter.log(interval.first_step + index + 1, figures)
+        if updates < len(means):
+            self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
+        self._say_unreached(is_last=self.progress.step == self.total_steps)
+
+    def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:
+        """What all steps of an interval have in common."""
+        yield "peak_memory_bytes", peak_memory_bytes(self.backend.ranks.device)
+        yield "gathered_bytes", traffic.gathered_bytes
+        yield "reduced_bytes", traffic.reduced_bytes
+        yield "scattered_bytes", traffic.scattered_bytes
+        if self.backend.shards.copies > 1:
+            yield "between_copies_bytes", traffic.between_copies_bytes
+        aside, tokens, flops = interval.measured
+        if interval.tokens > tokens:  # Else the only step was one that is slower than the others.
+            yield "tokens_per_second", (interval.tokens - tokens) / (seconds - aside)
+            if self._peak_flops is not None:
+                yield "mfu", (interval.flops - flops) / (seconds - aside) / self._peak_flops
+
+    def _say_unreached(self, *, is_last: bool) -> None:
+        """Once, after the first steps: which trained parameters had no gradient in them."""
+        reached = self._reached
+        if reached is None or not (reached.steps == WATCHED or (is_last and reached.steps > 1)):
+            return
+        self._reached = None
+        self.unreached = reached.missing(self.backend)
+        if self.unreached:
+            self.reporter.event(sentence(self.unreached, reached.steps))
+
+    def _stop_non_finite(self, row_losses: Tensor, loss: float, norm: float) -> NoReturn:
+        """Save the state before the step after `progress.step`, name that step and its rows, and raise."""
+        step = self.progress.step
+        places = self.loader.rows_of_ranks(step)
+        flags = torch.zeros(places.shape, dtype=torch.float64, device=row_losses.device)
+        own = flags[:, self.loader.rank]
+        own.copy_((~torch.isfinite(row_losses)).view(own.shape))
+        bad = self.backend.sum_over_ranks(flags).cpu().numpy() > 0
+        rows = sorted(places[bad & (places >= 0)].tolist())
+        culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"
+        among = "" if rows else f" of rows {_listed(sorted(places[places >= 0].tolist()))}"
+        saved = "nothing was trained before it"
+        if step > 0:
+            try:
+                self.hooks.save_last(self.progress)
+                saved = f"the state after step {step} is saved"
+            except SaveError as error:
+                saved = str(error)
+        raise NonFiniteError(
+            f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); {saved}. "
+            "Rows are counted from 0 in the packed training data (`distlora data row RUN N` prints one). A resume "
+            "meets the same step again: start a new run with a lower optim.lr, a longer optim.warmup_ratio, or without "
+            "those documents"
+        )
+
+
+def _listed(rows: list[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, rows[:most]))
+    return shown if len(rows) <= most else f"{shown} and {len(rows) - most} more"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held: of the allocator on a GPU; resident, file pages included, on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

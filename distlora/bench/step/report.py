@@ -142,7 +142,7 @@ def draw(groups: Sequence[Sequence[Measured]], path: Path) -> None:
     shown = [[each for each in group if each.turns] for group in groups]
     shown = [group for group in shown if group]
     ways = [way for way in WAYS if any(each.cell.way == way for group in shown for each in group)]
-    figure, panels = new_figure(2, width=13, height=1.5 + 0.9 * len(shown) * max(1.0, len(ways) / 5))
+    figure, panels = new_figure(2, width=13, height=1.5 + 0.16 * len(shown) * max(5, len(ways)))
     panel_values: tuple[tuple[str, Any], ...] = (
         ("tokens/s", tokens_per_second),
         ("memory of a step over imports, MiB a process", lambda each: each.over_imports / MIB),
@@ -163,7 +163,7 @@ def draw(groups: Sequence[Sequence[Measured]], path: Path) -> None:
         panel.invert_yaxis()
         panel.margins(x=0.1)
         panel.set(xlabel=label)
-    panels[1].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     save(figure, path)
 
 

@@ -15,7 +15,7 @@ from distlora.config.peer_names import peer_hint
 
 Section = TypeVar("Section")
 
-_EXAMPLES = {int: "1", float: "0.1", bool: "true or false"}
+_EXAMPLES = {int: "a whole number, such as 1", float: "a number, such as 0.1", bool: "true or false"}
 """What to write for a value of each type; a string is the value itself, in quotes for Hydra and for the shell."""
 
 

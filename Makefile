@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages bench-load bench-dora bench-save bench-step-time bench-attention slurm-shell clean
+.PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -55,26 +55,6 @@ messages: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-# Loading into 4-bit beside transformers + bitsandbytes, one run, one table.
-bench-load: $(READY)
-	$(BIN)/python -m distlora.bench.load
-
-# What DoRA costs beside LoRA: counted for a GPU, measured on this CPU.
-bench-dora: $(READY)
-	$(BIN)/python -m distlora.bench.dora
-
-# What a training step takes here, beside what the planner says of it at the rates that this machine has.
-bench-step-time: $(READY)
-	$(BIN)/python -m distlora.bench.step_time
-
-# The CPU's attention in bf16 beside torch's.
-bench-attention: $(READY)
-	$(BIN)/python -m distlora.bench.attention
-
-# What saving at every step costs the thread that trains.
-bench-save: $(READY)
-	$(BIN)/python -m distlora.bench.save
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

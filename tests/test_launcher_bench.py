@@ -62,9 +62,21 @@ def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPat
     assert (became.value.module, became.value.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
 
 
+def test_the_others_hand_their_options_on() -> None:
+    for words, module, arguments in (
+        (["checkpoint", "--r", "8,16"], "distlora.bench.checkpoint", ["--r=8,16", "--rounds=4"]),
+        (["dora"], "distlora.bench.dora", ["--sizes=1024,2048", "--rows=2048"]),
+        (["time"], "distlora.bench.step_time", ["--threads=1", "--repeats=6", "--blocks=2"]),
+    ):
+        with pytest.raises(BecameError) as became:
+            cli.main(["bench", *words])
+        assert became.value.module == module
+        assert became.value.arguments[: len(arguments)] == arguments
+
+
 def test_load_needs_no_gpu() -> None:
-    default = ["--ranks=1,2", "--rounds=3"]
-    for words, arguments in (([], default), (["--layers", "2"], ["--layers=2", *default])):
+    default = ["--rounds=3", "--ranks=1,2"]
+    for words, arguments in (([], ["--layers=14", *default]), (["--layers", "2"], ["--layers=2", *default])):
         with pytest.raises(BecameError) as became:
             cli.main(["bench", "load", *words])
         assert (became.value.module, became.value.arguments) == ("distlora.bench.load", arguments)
@@ -73,8 +85,12 @@ def test_load_needs_no_gpu() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["load", "--layers", "0"], "--layers=0 is no number of blocks"),
-        (["load", "--rounds", "0"], "--rounds=0 is no number of rounds"),
+        (["load", "--layers", "0"], "--layers=0 is no count; write --layers 1 or more"),
+        (["load", "--rounds", "0"], "--rounds=0 is no count"),
+        (["checkpoint", "--r", "0"], "--r=0 are no positive numbers"),
+        (["checkpoint", "--tokens", "0"], "--tokens=0 is no count"),
+        (["time", "--blocks", "0"], "--blocks=0 is no count"),
+        (["dora", "--sizes", "x"], "--sizes=x are no positive numbers"),
         (["load", "--ranks", "two"], "--ranks=two are no positive numbers"),
         (["kernel"], "did you mean 'kernels'"),
         (["kernels", "--offline", "--onyl", "x"], "--only"),

@@ -1,7 +1,7 @@
 """How long the CPU's attention in bf16 takes (attention_cpu.py), beside torch's flash attention with the same keys,
 repeated for each head of the queries, and the same documents, as a dense mask: what transformers does.
 
-    python -m distlora.bench.attention [--threads 1] [--rounds 7]                             (make bench-attention)
+    python -m distlora.bench.attention [--threads 1] [--rounds 7]                    (`distlora bench attention`)
 
 The two take turns; each's fastest round counts, forward and backward, by this process' CPU seconds and by the clock.
 """

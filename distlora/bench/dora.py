@@ -1,6 +1,6 @@
 """What DoRA costs beside LoRA: counted for a GPU, and measured here on the CPU, both in one run, taking turns.
 
-    python -m distlora.bench.dora [--rows 2048] [--sizes 1024,2048] [--threads 1] [--repeats 15]     (make bench-dora)
+    python -m distlora.bench.dora [--rows 2048] [--sizes 1024,2048] [--threads 1] ...     (`distlora bench dora`)
 
 Counted: bytes and flops of forward and backward of one adapted linear in bf16, from kernels/bench/costs.py, and the
 time that they predict. Measured: an adapted linear (size x size), forward and backward; the ratios are medians over

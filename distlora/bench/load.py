@@ -35,6 +35,7 @@ from distlora.loading.segments import read_headers
 from distlora.pages.drawing import draw_bars
 from distlora.pages.tables import Table
 from distlora.pages.written import Results
+from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 THREADS, MIB = 2, 2**20
 WANTED = {"cold": 1.5, "filling": 1.5, "cached": 5.0}
@@ -104,8 +105,11 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
 
 def transformers_and_bitsandbytes(rank: int, threads: int, folder: Path, results: Any) -> None:
     """The peer: from_pretrained with a BitsAndBytesConfig, the whole model."""
-    from distlora.bench.peer_models import load_base  # Imports do not count.
+    import transformers.models.llama.modeling_llama  # noqa: F401  Imports do not count.
 
+    from distlora.bench.peer_models import load_base
+
+    has_bitsandbytes()
     torch.set_num_threads(threads)
     with PeakMemory() as memory:
         began, cpu = time.monotonic(), time.process_time()

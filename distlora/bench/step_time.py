@@ -1,6 +1,6 @@
 """How long a training step takes on this machine, beside what the planner says of it at rates that are measured here.
 
-    python -m distlora.bench.step_time [--threads 1] [--repeats 6] [--blocks 2]               (make bench-step-time)
+    python -m distlora.bench.step_time [--threads 1] [--repeats 6] [--blocks 2]               (`distlora bench time`)
 
 A random Llama on one process, in fp32 and bf16 on a CPU, bf16 on a GPU. Rates and steps take turns: a product of
 matrices of the model's own shape, a copy, a step. On a CPU seconds are this process' own, which other work on the

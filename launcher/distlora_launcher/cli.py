@@ -110,7 +110,7 @@ COMMANDS = {
         "distlora_launcher.analyses",
     ),
     "bench": Command(
-        "load | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
+        "load | checkpoint | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
         "what this machine does, beside what the plan says and what the peers do: tables, CSV, plots",
         "distlora_launcher.benches",
     ),

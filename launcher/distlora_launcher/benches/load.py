@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distlora.commands.ending import DONE
 from distlora_launcher.arguments import Parser, numbers
-from distlora_launcher.benches.measuring import OUTPUT, add_output, become, output_words
+from distlora_launcher.benches.measuring import OUTPUT, add_output, become, check_counts, output_words
 
 LOAD = "distlora.bench.load"
 
@@ -26,15 +26,11 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return DONE
     parser = Parser("distlora bench load")
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--rounds", type=int, default=3)
     add_output(parser)
     options = parser.parse_args(arguments)
-    if options.layers is not None and options.layers < 1:
-        parser.error(f"--layers={options.layers} is no number of blocks; write 1 or more")
-    if options.rounds < 1:
-        parser.error(f"--rounds={options.rounds} is no number of rounds; write 1 or more")
     ranks = ",".join(map(str, numbers("--ranks", options.ranks)))
-    words = [] if options.layers is None else [f"--layers={options.layers}"]
-    become(LOAD, [*words, f"--ranks={ranks}", f"--rounds={options.rounds}", *output_words(options)])
+    words = check_counts(parser, options, "layers", "rounds")
+    become(LOAD, [*words, f"--ranks={ranks}", *output_words(options)])

@@ -37,6 +37,14 @@ def output_words(options: Namespace) -> list[str]:
     return [*(["--json"] if options.json else []), *([] if out is None else [f"--out={out}"])]
 
 
+def check_counts(parser: Parser, options: Namespace, *names: str) -> list[str]:
+    """These options for the process that measures. UserError for one below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)} is no count; write --{name} 1 or more")
+    return [f"--{name}={getattr(options, name)}" for name in names]
+
+
 def become(module: str, words: Sequence[str]) -> NoReturn:
     """Replace this process by `python -m module words`, in the environment that the user has."""
     sys.stdout.flush()

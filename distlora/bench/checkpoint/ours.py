@@ -1,0 +1,216 @@
+"""Ours: a run of the real trainer that saves at every step, and a start from what it saved.
+
+Rounds of steps take turns: none is saved, each is saved in the background, each is saved on the training thread. What a
+save takes of that thread is by the wall clock and by the thread's CPU seconds, which other work on the machine hardly
+changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distlora import train
+from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
+from distlora.checkpoints.choice import choose
+from distlora.checkpoints.environment import environment
+from distlora.checkpoints.folder import TRAINER_NAME
+from distlora.checkpoints.saver import Saver
+from distlora.checkpoints.state import Identity, Progress, TrainState
+from distlora.config import Config
+from distlora.config.file import build
+from distlora.data.loader import PackedRows, StepLoader
+from distlora.data.rows import STARTS, TRAINED
+from distlora.parallel import Ranks
+from distlora.parallel.control import Control
+from distlora.reporting.reporter import Reporter
+from distlora.results import restore, trainer_tensors, weight_files
+from distlora.startup import start_model
+from distlora.training.optim import build_optimizer
+from distlora.training.trainer import Trainer
+from distlora.training.trial import Hooks, Trial
+
+MODES = ("none", "background", "thread")
+STEPS = 3
+"""Of each mode in a round. The first of them does not count: a save of the mode before may still be under way."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One step and the save after it, as the training thread saw them."""
+
+    mode: str
+    step: Clock
+    save: Clock
+
+
+@dataclass(slots=True)
+class Turns:
+    """What is called after each step: saves it as the step's turn says, and notes the times."""
+
+    savers: dict[str, Saver]
+    found: list[Turn] = field(default_factory=list)
+    on_disk: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    """Seconds from the beginning of a save until it is on the disk."""
+    _last: Clock = field(default_factory=Clock.now)
+
+    def __call__(self, progress: Progress) -> None:
+        now = Clock.now()
+        mode = mode_of(progress.step)
+        if mode in self.savers:
+            self.savers[mode].save(progress)
+        end = Clock.now()
+        if (progress.step - 1) % STEPS > 0:
+            self.found.append(Turn(mode, now - self._last, end - now))
+        if mode in self.savers and progress.step % STEPS == 0:
+            self.savers[mode].wait()
+            self.on_disk[mode].append((Clock.now() - now).seconds)
+        self._last = Clock.now()
+
+    def of(self, mode: str, name: str) -> Clock:
+        """The median step or save."""
+        return median([getattr(turn, name) for turn in self.found if turn.mode == mode])
+
+
+def mode_of(step: int) -> str:
+    return MODES[(step - 1) // STEPS % len(MODES)]
+
+
+def random_rows(count: int, length: int, vocabulary: int) -> PackedRows:
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (count, length), dtype=np.int32)
+    flags = np.full((count, length), TRAINED, np.uint8)
+    flags[:, 0] |= STARTS
+    flags[:, -1] &= ~np.uint8(TRAINED)
+    targets = np.full(count, length - 1, np.int32)
+    return PackedRows(tokens, flags, targets, np.zeros(count, np.int32), 0, {})
+
+
+def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, rounds: int) -> list[Saved]:
+    """A run with adapters of rank r on every linear of the model in `folder`: its saves in the background and on the
+    training thread, and a start from the last of them, which is held to what was saved bit for bit."""
+    steps = rounds * len(MODES) * STEPS
+    sections: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": "none", "sequence_length": tokens},
+        "adapter": {"r": r, "target_modules": "all-linear"},
+        "quant": {"cache": False},
+        "train": {"max_steps": steps, "global_batch": ranks.world, "save_every": 1},
+        "tracker": {"name": "none"},
+        "cluster": {"gpus_per_node": ranks.world},
+        "run_dir": str(run_dir),
+    }
+    run = Run.start(build(Config, sections), ranks, run_dir)
+    run.fit(steps, random_rows(steps * ranks.world, tokens, run.model.head.weight.shape[0]))
+    newest, _ = choose(run_dir, ranks)
+    assert newest is not None
+    again, resume = Run.start(run.config, ranks, run_dir), Clock.now()
+    found, _ = choose(run_dir, ranks)  # Which reads every byte of it.
+    assert found == newest
+    restore(newest, again.model, again.optimizer, again.trained, again.backend)
+    resume = Clock.now() - resume
+    kept = again.tensors()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in run.tensors().items()), "what was saved came back"
+    return [
+        Saved(
+            way=name,
+            ranks=ranks.world,
+            r=r,
+            trained=sum(parameter.numel() for parameter in run.trained.values()),
+            nbytes=folder_bytes(newest),
+            save=run.turns.of(mode, "save"),
+            on_disk=sorted(run.turns.on_disk[mode])[len(run.turns.on_disk[mode]) // 2],
+            resume=resume,
+            step=run.turns.of("none", "step"),
+            slower=run.turns.of(mode, "step").cpu_seconds / run.turns.of("none", "step").cpu_seconds - 1,
+        )
+        for mode, name in {"background": "ours", "thread": "ours, train.save_in_background=false"}.items()
+    ]
+
+
+@dataclass(slots=True)
+class Run:
+    """What a start makes."""
+
+    config: Config
+    ranks: Ranks
+    run_dir: Path
+    model: Any
+    backend: Any
+    trained: dict[str, torch.nn.Parameter]
+    gradients: Any
+    optimizer: Any
+    turns: Turns = field(init=False)
+
+    @classmethod
+    def start(cls, config: Config, ranks: Ranks, run_dir: Path) -> Run:
+        model, backend, _ = start_model(config, ranks)
+        trained = train.trained_parameters(model)
+        gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+        return cls(
+            config,
+            ranks,
+            run_dir,
+            model,
+            backend,
+            trained,
+            gradients,
+            build_optimizer(backend.updated(trained), config.optim),
+        )
+
+    def files(self) -> dict[str, Any]:
+        return {
+            **weight_files(self.model, self.config),
+            TRAINER_NAME: trainer_tensors(self.optimizer, self.trained, self.backend),
+        }
+
+    def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
+        return {
+            (file, name): tensor.clone()
+            for file, content in self.files().items()
+            for name, tensor in content.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+
+    def saver(self, *, in_background: bool) -> Saver:
+        return Saver(
+            self.run_dir,
+            self.files,
+            backend=self.backend,
+            state_of=lambda progress: TrainState(
+                progress=progress,
+                identity=Identity(base_fingerprint="", data_digest="", settings={}),
+                environment=environment(self.ranks.world, self.ranks.device),
+            ),
+            keep=2,
+            in_background=in_background,
+            say=lambda line: None,  # A save that failed is raised by the `wait` after a round.
+        )
+
+    def fit(self, steps: int, rows: PackedRows) -> None:
+        ranks, config = self.ranks, self.config
+        self.turns = turns = Turns(
+            {"background": self.saver(in_background=True), "thread": self.saver(in_background=False)}
+        )
+        # Only rank 0 writes.
+        quiet = Reporter(self.run_dir, config, rank=1, world=2, total_steps=steps, start_step=0)
+        loader = StepLoader(
+            rows, global_batch=ranks.world, micro_batch=1, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
+        )
+        trial = Trial(
+            self.model,
+            self.backend,
+            self.optimizer,
+            self.gradients,
+            loader=loader,
+            eval_loader=None,
+            progress=Progress(),
+            total_steps=steps,
+            reporter=quiet,
+            config=config,
+            hooks=Hooks(save=turns, save_last=turns, publish_best=lambda progress: None),
+        )
+        Trainer(self.model, self.backend, Control(ranks, save_minutes=None), [trial]).fit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from distlora_launcher.running.failures import first_failure, read_errors
 from distlora_launcher.running.logs import set_aside_logs
 from distlora_launcher.running.worker_entry import set_aside_attempt
-from distlora_launcher.running.workers import run_workers, starting_workers, worker_environment
+from distlora_launcher.running.workers import IMPORTS, run_workers, starting_workers, worker_environment
 from small_disks import small_disk
 
 HERE = Path(__file__).parent
@@ -309,3 +310,9 @@ def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
     assert run_workers(run_dir, processes=2, worker_module=WORKER, starting=starting) == 0
     for rank in (0, 1):
         assert "wave: True, no_such_module: False" in (run_dir / "logs" / f"rank_{rank}.log").read_text()
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_torchrun_imports_for_workers_is_there(name: str):
+    """A name that is gone would only cost each worker its seconds again."""
+    assert name == "bitsandbytes" or importlib.util.find_spec(name) is not None

@@ -37,19 +37,21 @@ from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 STEPS = {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32", "eval_documents": True}
+IN_TWO = STEPS | {"micro_batch": 6}
+"""Micro-batches on one rank: of small rows each costs the same, however many they are."""
 OPTIM = {"lr": 2e-3, "eps": 1e-4}
 TRIALS: list[dict[str, dict[str, Any]]] = [
-    {"optim": OPTIM, "train": STEPS},
+    {"optim": OPTIM, "train": IN_TWO},
     {
         "optim": OPTIM | {"lr": 5e-4, "schedule": "constant", "max_grad_norm": 0.1},
         "adapter": {"target_modules": "all-linear", "r": 3, "lora_dropout": 0.2},
-        "train": STEPS | {"seed": 7, "eval_every": 4},
+        "train": IN_TWO | {"seed": 7, "eval_every": 4},
         "data": {"eval_fraction": 0.2},
     },
     {
         "optim": OPTIM,
         "adapter": {"target_modules": ["q_proj", "down_proj"], "r": 6, "use_rslora": True, "lora_dropout": 0.05},
-        "train": STEPS | {"global_batch": 6, "max_steps": 8},
+        "train": IN_TWO | {"global_batch": 6, "max_steps": 8},
     },
 ]
 """Other rates, ranks, scales, dropout, targets, seeds, data, batches and lengths."""
@@ -257,7 +259,7 @@ def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
 
 def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_path: Path, alone: list[Path]) -> None:
     """Infinite weights in one slot, by a rate that no model survives, and not a spoilt loss."""
-    wild = {"optim": OPTIM | {"lr": 1e30}, "train": STEPS}
+    wild = {"optim": OPTIM | {"lr": 1e30}, "train": IN_TWO}
     runs = make_pack(tmp_path / "pack", folders, [wild, TRIALS[0]])
     worker.run(tmp_path / "pack", SINGLE)
     assert outcomes(tmp_path / "pack", 0)["state"] == "failed"

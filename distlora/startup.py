@@ -217,6 +217,8 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     kept = config.adapter.use_dora
     if settings.compile:
         model.notes.append(compiled.apply(model.decoder, model.family, model.head, outputs_are_kept=kept))
+        for block in model.blocks:
+            block.remakes = settings.checkpointing == "none" and not kept
     if is_gpu and settings.liger:
         experts = model.family.experts is not None
         reason = liger.why_not(device=device, full=config.adapter.method == "full", experts=experts)

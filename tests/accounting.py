@@ -59,19 +59,19 @@ class Kept:
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._storages.values())
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._parameters:
+            self._storages.setdefault(place, tensor)
+        return tensor
+
     @contextlib.contextmanager
     def within(self, modules: list[nn.Module]) -> Iterator[None]:
-        def keep(tensor: Tensor) -> Tensor:
-            place = tensor.untyped_storage().data_ptr()
-            if place not in self._parameters:
-                self._storages.setdefault(place, tensor)
-            return tensor
-
         contexts: list[Any] = []
         self._parameters |= {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
 
         def enter(module: nn.Module, arguments: Any) -> None:
-            contexts.append(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+            contexts.append(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
             contexts[-1].__enter__()
 
         def leave(module: nn.Module, arguments: Any, output: Any) -> None:

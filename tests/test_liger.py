@@ -122,19 +122,19 @@ def test_what_a_block_keeps_with_it_is_calculated(tmp_path: Path, interpretable:
     write_family_folder(tmp_path, "qwen3")
     model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "liger": False})
     liger.apply(model.decoder, model.family)
-    check_kept(model, tmp_path, is_gpu=True)
+    check_kept(model, tmp_path, Kept(), remakes=False)
 
 
-def check_kept(model: CausalLM, folder: Path, *, is_gpu: bool) -> None:
+def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> None:
     model.attend_by_documents(flash_like)
     model.embedding.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
     ids, positions = tokens(1, 16).to(RANKS.device), torch.arange(16)[None]
-    kept = Kept()
     with kept.within(list(model.blocks)):
         model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
     ranks = {path: linear.pairs[0].rank for path, linear in model.adapted_linears() if ".layers.0." in path}
     decoder = Decoder.of(read_config(folder), model.family)
-    costs = Costs(decoder=decoder, ranks=AdaptedRanks.of(ranks), dtype_bytes=4, fused=True, is_gpu=is_gpu)
+    sizes = AdaptedRanks.of(ranks)
+    costs = Costs(decoder=decoder, ranks=sizes, dtype_bytes=4, fused=True, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)
 

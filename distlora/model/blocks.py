@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from distlora.model.adapters import BlockContext, StepRows
 from distlora.model.offload import HostInputs
-from distlora_kernels import scratch
+from distlora_kernels import elementwise, scratch
 
 _CACHES = ("cache", "past_key_values")
 """Names under which transformers hands a layer the keys and values of earlier tokens, one object for all rows."""
@@ -87,6 +87,9 @@ class Block(nn.Module):
         """Keep only the slices' inputs and recompute the rest in backward."""
         self.host_inputs: HostInputs | None = None
         """Where checkpointing keeps those inputs; None: on the device."""
+        self.remakes = False
+        """Without checkpointing: keep how outputs of compiled norms and gated products are made again, in their place.
+        """
         self.keep_dequantized = False
         """Keep what recomputation dequantizes until its slice's backward is done, with checkpointing."""
 
@@ -165,6 +168,9 @@ class Block(nn.Module):
                 return checkpoint(
                     layer, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=context
                 )
+        if self.remakes and torch.is_grad_enabled():
+            with elementwise.remaking():
+                return layer(hidden_states)
         return layer(hidden_states)
 
 

@@ -13,7 +13,10 @@ Letters: M rows, N columns, B rows of the batch, K heads, T tokens, E size of a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -42,6 +45,44 @@ def _as_c(argument: Any) -> Any:
     return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_size_t(argument)
 
 
+_makers: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] | None = None
+"""By address: the outputs of norms and gated products, while they are there, and what makes each again."""
+
+
+@contextlib.contextmanager
+def remaking() -> Iterator[None]:
+    """Within it autograd keeps of norms' and gated products' outputs how to make them again, of what is kept anyway:
+    one more pass over memory in backward for each."""
+    global _makers
+    outer, _makers = _makers, {}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+            yield
+    finally:
+        _makers = outer
+
+
+def _register(output: Tensor, make: Callable[[], Tensor]) -> None:
+    if _makers is not None:
+        _makers[output.data_ptr()] = (weakref.ref(output), make)
+
+
+def _packed(tensor: Tensor) -> Any:
+    known, make = (_makers or {}).get(tensor.data_ptr(), (None, None))
+    output = None if known is None else known()
+    if output is None or make is None or output.numel() != tensor.numel() or not tensor.is_contiguous():
+        return tensor
+    return make, tensor.shape
+
+
+def _unpacked(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    make, shape = packed
+    made: Tensor = make().view(shape)
+    return made
+
+
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
     """x (..., N), weight (N,) -> (..., N): x / rms(x) in fp32, rounded, times weight; with `plus_one` times 1 + weight
     in fp32, rounded."""
@@ -56,15 +97,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     if weight.dtype != x.dtype:
         return reference_rms_norm(x, weight, eps, plus_one=plus_one)
     output: Tensor = _RMSNorm.apply(x, weight, eps, plus_one)
+    x, frozen = x.detach(), weight.detach()
+    _register(output, lambda: _normalized(x.contiguous(), frozen, eps, plus_one)[0])
     return output
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms(x) in fp32."""
+    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    _call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
+    return y, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
         x = x.contiguous()
-        y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-        _call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
+        y, inverse = _normalized(x, weight, eps, plus_one)
         ctx.save_for_backward(x, weight, inverse)
         ctx.plus_one = plus_one
         return y
@@ -86,18 +135,25 @@ def reference_gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """`reference_gated`. Both may be halves of one tensor."""
-    output: Tensor = _Gated.apply(gate, up, activation == "gelu_tanh")
+    gelu = activation == "gelu_tanh"
+    if not _rows_alike(gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+    output: Tensor = _Gated.apply(gate, up, gelu)
+    gate, up = gate.detach(), up.detach()
+    _register(output, lambda: _product(gate, up, gelu))
     return output
+
+
+def _product(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    y, columns = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
+    _call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
+    return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-        if not _rows_alike(gate, up):
-            gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty(gate.shape, dtype=gate.dtype)
-        columns = gate.shape[-1]
-        _call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
+        y = _product(gate, up, gelu)
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         return y
@@ -161,6 +217,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """In place, where its heads lie in rows and no two of them in one."""
     if x.stride(-1) != 1 or 0 in x.stride():
         x = x.contiguous()
+    if _makers is not None:  # A norm's output that is written over is none any more.
+        _makers.pop(x.data_ptr(), None)
     batch, heads, tokens, _ = x.shape
     of_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     sizes = (batch, heads, tokens, cos.shape[-1])

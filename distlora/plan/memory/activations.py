@@ -91,6 +91,8 @@ class Costs:
     """Of the run's dtype."""
     fused: bool = False
     """Whether norms and MLPs are liger-kernel's, or compiled on the CPU, where the head's losses then are too."""
+    remakes: bool = False
+    """Whether what compiled norms and gated products give is made again in backward (blocks.py)."""
     is_gpu: bool = True
     attention: Attention = BY_DOCUMENTS
     dora: bool = False
@@ -145,11 +147,13 @@ class Costs:
         balanced = train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
+        fused = fuses(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger)
         return cls(
             decoder=decoder,
             ranks=ranks_of_blocks(config, shapes)[0],
             dtype_bytes=2 if sixteen_bits else 4,
-            fused=fuses(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger),
+            fused=fused,
+            remakes=fused and not (device.is_gpu or adapter.use_dora) and train.checkpointing == "none",
             is_gpu=device.is_gpu,
             attention=attention,
             dora=adapter.use_dora,
@@ -187,6 +191,7 @@ class Costs:
             tokens=tokens,
             row=row,
             fused=self.fused,
+            remakes=self.remakes,
             dora=self.dora,
             dropout=self.dropout,
             quantized=self.quantized,

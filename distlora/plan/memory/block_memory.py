@@ -133,6 +133,8 @@ class BlockRun:
     """Tokens of a row: what dense masks and scores grow with."""
     fused: bool = False
     """Whether norms are liger-kernel's or compiled (the same is kept); MLPs and rotary embeddings where no DoRA is."""
+    remakes: bool = False
+    """Whether what norms and gated products give is made again in backward, and not kept."""
     dora: bool = False
     dropout: bool = False
     quantized: bool = False
@@ -168,8 +170,9 @@ class BlockRun:
             4 * columns + 4 * rows + normalized, (Moment(20 * columns - b * columns - normalized),), b * columns
         )
 
-    def linears(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
-        """Those that read one tensor of `inputs` columns (lora_torch.py, lora_gpu.py)."""
+    def linears(self, inputs: int, outputs: Sequence[Linear], *, made: bool = False) -> Operation:
+        """Those that read one tensor of `inputs` columns, which was `made` by a norm or a gated product (lora_torch.py,
+        lora_gpu.py)."""
         if self.trains_base:
             return self._trained(inputs, outputs)
         b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
@@ -183,6 +186,9 @@ class BlockRun:
             keeps += b * sum(linear.columns for linear in own)
         if self.device == "cpu":
             moments = self._on_cpu(inputs, outputs, ranks)
+            if made and self.remakes and keeps:
+                keeps -= b * inputs
+                moments = [moment._replace(bytes=moment.bytes + b * inputs) for moment in moments]
         else:  # Products over tokens are made in parts of one adapter's columns.
             moments = self._on_gpu(inputs, outputs, {name: self.ranks.largest(name) for name in ranks})
         # dA and dB of all of them, in fp32.
@@ -345,7 +351,7 @@ def attention_half(run: BlockRun) -> list[Operation]:
     else:
         qkv = [Linear("q_proj", sizes.queries, sizes.qkv_bias), Linear("k_proj", sizes.keys, sizes.qkv_bias)]
         qkv.append(Linear("v_proj", sizes.keys, sizes.qkv_bias, as_given))
-    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, qkv)]
+    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, qkv, made=True)]
     if sizes.head_norms:
         # The gradients of queries, keys and values are there together.
         leaves = run.itemsize * (sizes.queries + 2 * sizes.keys)
@@ -366,6 +372,6 @@ def mlp_half(run: BlockRun) -> list[Operation]:
     else:
         names = ("gate_proj", "up_proj")
         read = [Linear(name, sizes.inner, sizes.mlp_bias, output_is_kept=True) for name in names]
-    down = run.linears(sizes.inner, [Linear("down_proj", sizes.hidden, sizes.mlp_bias)])
-    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, read), run.gates(), down]
+    down = run.linears(sizes.inner, [Linear("down_proj", sizes.hidden, sizes.mlp_bias)], made=True)
+    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, read, made=True), run.gates(), down]
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations

@@ -21,6 +21,7 @@ from distlora.bench.collectives import counted
 from distlora.bench.network import loopback_bytes
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
 from distlora.config import Config
+from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.traffic import Traffic
@@ -82,8 +83,10 @@ def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: in
     model.set_num_micro(accumulation if in_block else 1)
     parts = [ids] if in_block else list(ids.split(rows))
     for index, part in enumerate(parts):
-        positions = torch.arange(length, device=part.device).expand_as(part)
-        loss = model(part, positions, part).sum() / (ids.numel() * backend.ranks.world)
+        positions = torch.arange(length).expand_as(part)
+        documents = Documents.of(positions).to(part.device) if model.attends_by_documents else None
+        losses = model(part, positions.to(part.device), part, documents=documents)
+        loss = losses.sum() / (ids.numel() * backend.ranks.world)
         backend.backward(loss, last=index == len(parts) - 1)
     backend.finish_gradients()
     for gradients in backend.gradients:

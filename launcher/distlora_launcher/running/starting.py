@@ -1,4 +1,3 @@
-# LEAD, binding: read /tmp/brief/changes.md (LEAD to ci) NOW: torchrun stays; no starter of our own beside it.
 """torchrun as the launcher has it: a process that may be there before its time, its log, and rank 0's output."""
 
 from __future__ import annotations

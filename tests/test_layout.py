@@ -145,6 +145,24 @@ HOMES = {
     ),
 }
 
+AT_THE_ROOT = {
+    ".ci",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "conf",
+    "distlora",
+    "docs",
+    "kernels",
+    "launcher",
+    "pyproject.toml",
+    "slurm",
+    "tests",
+}
+
 WORKER_HEAVY = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"}
 
 
@@ -227,6 +245,36 @@ def test_top_level_folders_are_not_packages() -> None:
     """`import kernels` must find the PyPI package of that name (transformers uses it), never our folder."""
     for folder in ("kernels", "launcher", "tests"):
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_root_holds_what_belongs_there() -> None:
+    """A note or a result that someone left there would be the first thing that a stranger sees."""
+    listing = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listing.returncode:
+        pytest.skip("not a git repository")
+    assert {path.partition("/")[0] for path in listing.stdout.splitlines()} == AT_THE_ROOT
+
+
+def texts_with_imports() -> Iterator[tuple[Path, str, str]]:
+    """The imports of ours in strings (programs that tests hand to a Python of their own): file, module, name or ""."""
+    for folder in (*PACKAGES.values(), ROOT / "tests"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+                for module, names in re.findall(r"\bfrom (distlora[\w.]*) import ((?:\w+(?:, )?)+)", text):
+                    yield from ((path, module, name) for name in names.split(", "))
+                for module in re.findall(r"(?<!from )\bimport (distlora[\w.]*\w)", text):
+                    yield path, module, ""
+
+
+def test_imports_in_strings_name_what_exists() -> None:
+    """No linter and no import sees them: a module that moved would be missed when the program runs."""
+    found = set(texts_with_imports())
+    assert len(found) > 20
+    for path, module, name in found:
+        assert module in MODULES, f"{path.name} has a text that imports {module}"
+        known = not name or f"{module}.{name}" in MODULES or re.search(rf"\b{name}\b", MODULES[module].read_text())
+        assert known, f"{path.name} has a text that imports {name} from {module}"
 
 
 def test_importing_the_worker_starts_nothing_and_pulls_no_heavy_package() -> None:

@@ -111,7 +111,7 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 PART = (
     "import sys; from pathlib import Path; from distlora.commands.ending import run_to_exit_code; "
     "from distlora.config.file import load_config; from distlora_launcher.running.machines import run_by_hand; "
-    "from distlora_launcher import workers; from distlora_launcher.running.signals import forwarding\n"
+    "from distlora_launcher.running import workers; from distlora_launcher.running.signals import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"

@@ -201,9 +201,10 @@ def one_line(text: str) -> str:
 
 def errors(source: Source) -> set[str]:
     """The messages of what a module raises or requires, those that functions of its own make for it included."""
-    functions = {node.name: node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)}
+    scopes = [node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)]
+    functions = {scope.name: scope for scope in scopes}
     found: set[str] = set()
-    for scope in functions.values():
+    for scope in scopes:  # Of methods with one name, `functions` has the last.
         for call in ast.walk(scope):
             if isinstance(call, ast.Call) and _refuses(call):
                 for argument in call.args:

@@ -118,6 +118,8 @@ def test_files_that_are_named_exist(document: str) -> None:
         path = text.partition("::")[0]
         if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", path):
             assert (ROOT / path).exists() or (below / path).exists(), f"{document}:{line} names {path}"
+        elif path.startswith("../"):
+            assert (below / path).exists(), f"{document}:{line} names {path}"
         elif re.fullmatch(r"[\w/]+\.py", path) and path not in THEIRS:
             found = any(name.endswith(f"/{path}") for name in NAMES)
             assert found, f"{document}:{line} names {path}"

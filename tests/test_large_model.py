@@ -33,8 +33,8 @@ RANK, TOKENS, ROWS, STEPS = 8, 64, 4, 3
 """Of the adapters, of a row, of a step over all ranks, of the run."""
 
 GIVE_BACK = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"), "131072")
-"""glibc's own settings: what is freed is given back. The launcher's for CPU workers (KEEP_PAGES of its workers.py) keep
-it for speed."""
+"""glibc's own settings: what is freed is given back. The launcher's for CPU workers (KEEP_PAGES of its
+running/workers.py) keep it for speed."""
 
 WORKER_IMPORTS = 400 * MIB
 """Anonymous memory of a worker before it has built anything: torch, transformers, gloo and its threads."""

@@ -259,6 +259,8 @@ def texts_with_imports() -> Iterator[tuple[Path, str, str]]:
     """The imports of ours in strings (programs that tests hand to a Python of their own): file, module, name or ""."""
     for folder in (*PACKAGES.values(), ROOT / "tests"):
         for path in folder.rglob("*.py"):
+            if folder.name != "tests" and not re.search(r"(?m)^ *[^ \n].*(?:from|import) distlora", path.read_text()):
+                continue
             for node in ast.walk(ast.parse(path.read_text())):
                 text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
                 for module, names in re.findall(r"\bfrom (distlora[\w.]*) import ((?:\w+(?:, )?)+)", text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -60,8 +61,6 @@ def _has(pieces: list[str], text: str) -> bool:
 
 def test_a_message_is_found_in_whatever_form_the_code_has_it(tmp_path: Path) -> None:
     """A format, a sum of texts, one of two, a name, what a function returns; and a value that the source knows."""
-    import ast
-
     code = """
 def check(value, which):
     reason = f"{value} is no number of things"
@@ -80,3 +79,17 @@ def other(value):
         "one of several reasons",
         "another of the reasons, ...",
     }
+
+
+def test_methods_of_one_name_lose_no_message() -> None:
+    code = """
+class One:
+    def __post_init__(self):
+        require(self.a, "the first has no a of its own")
+
+class Other:
+    def __post_init__(self):
+        require(self.b, "the second has no b of its own")
+"""
+    source = messages.Source("m", ast.parse(code), {})
+    assert messages.errors(source) == {"the first has no a of its own", "the second has no b of its own"}

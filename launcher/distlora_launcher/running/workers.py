@@ -36,8 +36,8 @@ KEEP_PAGES = {
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
 """glibc's malloc told to keep freed pages: a fresh 32 MiB tensor costs 5x the work in page faults, 3-6 % of a step.
-Pages between tensors that are still in use are kept, too: with 1.5 billion parameters on 2 ranks a worker held 2.3 to
-3.3 GB in its second step, and 1.4 with glibc's own settings (2026-11-25). Where memory is short,
+Pages between tensors that are still in use are kept, too: with 1.5 billion parameters on 2 ranks a worker held 1.8
+to 2.0 GB, and 1.4 with glibc's own settings (2026-11-25). Where memory is short,
 MALLOC_MMAP_THRESHOLD_=262144 gives every tensor pages of its own: 195 MiB in the place of 237 at 0.1 billion, for 8 to
 13 % more CPU seconds (2026-11-26). A variable that the user set stays."""
 

@@ -25,7 +25,7 @@ from distlora.loading import initialize
 from distlora.loading.shard_cache import CacheSettings
 from distlora.loading.start_file import base_identity, needs_start
 from distlora.loading.weights import Loaded, load_base
-from distlora.model import attention, compiled, liger
+from distlora.model import attention, compiled, fused_modules, liger
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import DTYPES, CausalLM, build_model
@@ -197,6 +197,7 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
     """
     settings = config.train
     is_gpu = device.type == "cuda"
+    fused_modules.give_back(model.decoder)
     if is_gpu:
         # Sums of split GEMMs in fp32, as everything else here; torch's default lets the library round them to bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -39,10 +39,11 @@ def load_model(
     if foreign or place is None:
         with named_by_flag():
             config = with_adapter(config, place)
-    # Nothing is recomputed here, and all processes, however many these are, share one copy of the base.
+    # Nothing is recomputed here, all processes, however many these are, share one copy of the base, and the machine may
+    # be one that compiles nothing.
     config = replace(
         config,
-        train=replace(config.train, keep_dequantized=False),
+        train=replace(config.train, keep_dequantized=False, compile=False),
         parallel=replace(config.parallel, shard_degree=None),
     )
     # Without weights B is zero.

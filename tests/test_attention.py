@@ -5,6 +5,7 @@ The operation on the CPU is the reference of the contract, in the place of the o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,14 @@ from transformers import GenerationConfig
 from closeness import assert_close, assert_losses_close, relative_error
 from distlora import startup, train
 from distlora.architecture.families import FAMILIES
+from distlora.config import Config, UserError
+from distlora.config.file import build
 from distlora.generation.generator import Generator, generate_all
 from distlora.model import attention, liger
 from distlora.model.attention import LONGEST, Documents
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Ranks
+from distlora_launcher.settings.checks import check_of_sizes
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
 from small_models import make_run, read_metrics
 
@@ -319,6 +323,19 @@ def test_what_flash_attention_cannot_compute_keeps_its_masks(monkeypatch: pytest
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     assert choice().op is None
     assert "flash-attn is not installed" in choice().said
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "said"),
+    [("llama", {}, None), ("gemma2", {}, "on gemma2, whose"), ("llama", {"dtype": "fp32"}, r"train\.dtype=fp32")],
+)
+def test_asking_for_sdpa_where_nothing_else_is_done_is_refused(
+    name: str, train: dict[str, str], said: str | None
+) -> None:
+    sections = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r", "train": {"attention": "sdpa", **train}}
+    refused = contextlib.nullcontext() if said is None else pytest.raises(UserError, match=f"has no effect .*{said}")
+    with refused:
+        check_of_sizes(build(Config, sections), {"num_hidden_layers": 2}, FAMILIES[name])
 
 
 def test_queries_that_autocast_left_in_fp32_meet_values_in_16_bits() -> None:

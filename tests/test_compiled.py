@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from accounting import Kept
 from closeness import relative_error
@@ -19,6 +20,7 @@ from distlora.model.build import CausalLM
 from distlora.model.compiled import CompiledRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
+from distlora.trained_model import load_model
 from distlora_kernels import elementwise, native
 from distlora_launcher.settings.checks import check_machine, check_of_sizes
 from family_models import load_ours, tokens, write_family_folder
@@ -113,6 +115,28 @@ def test_what_linears_keep_is_not_written_over(tmp_path: Path) -> None:
     model, _ = load_ours(tmp_path, ALONE, train=train | {"compile": True}, adapter=DORA)
     assert "DoRA's gradients read" in model.notes[-1]
     check(model, input_ids, losses, gradients)
+
+
+@needs_compiler
+def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family_folder(tmp_path, "llama")
+    own = modeling_llama.apply_rotary_pos_emb
+    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
+    assert modeling_llama.apply_rotary_pos_emb is not own
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler .* or set train.compile=false"):
+        compiled.apply(model.decoder, model.family, model.head)
+    again, _ = load_model(
+        config_of(train={"compile": True}, model={"path": str(tmp_path)}, data={"path": "d", "sequence_length": 64}),
+        None,
+        ALONE,
+    )
+    assert modeling_llama.apply_rotary_pos_emb is own
+    assert not any(isinstance(module, CompiledRMSNorm) for module in again.modules())
 
 
 @needs_compiler

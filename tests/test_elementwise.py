@@ -3,6 +3,7 @@ threads that share them."""
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_losses_and_their_gradient_are_torchs(dtype: torch.dtype, columns: int) 
     assert not own[7].any()
 
 
+def test_a_label_that_is_no_column_is_nan_and_writes_nowhere_else() -> None:
+    whole = drawn(3, 40, dtype=torch.float32)
+    expected, gradient = reference_cross_entropy(whole, torch.tensor([1, -100, 2]))
+    for label in (40, 2**40):
+        own = whole.clone()
+        losses = cross_entropy_(own, torch.tensor([1, label, 2]))
+        assert losses.isnan().tolist() == own.isnan().all(1).tolist() == [False, True, False]
+        assert_close(losses[::2], expected[::2], ulps=2.0)
+        check(own[::2], gradient[::2])
+    with pytest.raises(AssertionError, match="int32"):
+        cross_entropy_(whole, torch.tensor([1, 2, 3], dtype=torch.int32))
+
+
 def test_no_row_depends_on_the_others_or_on_threads() -> None:
     x, weight = drawn(700, 96, dtype=torch.bfloat16), drawn(96, dtype=torch.bfloat16, seed=1)
     labels = torch.arange(700) % 96
@@ -143,15 +157,34 @@ def test_what_is_not_finite_is_not_lost(dtype: torch.dtype, bad: float) -> None:
     assert losses.isfinite().tolist() == [bad < 0 and bad == bad, True]
 
 
+def no_room(**options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler is no program" in str(native.why_not())
+    for wrong in ("no-such-compiler", "'g++"):
+        monkeypatch.setenv("CXX", wrong)
+        assert f"CXX={wrong} is no program" in str(native.why_not())
     failing = tmp_path / "cxx"
-    failing.write_text("#!/bin/sh\necho 'elementwise.cpp:1: error: unknown target' >&2\nexit 1\n")
-    failing.chmod(0o755)
     monkeypatch.setenv("CXX", str(failing))
-    assert native.why_not() is None
-    with pytest.raises(native.NotCompiledError, match="unknown target"):
+    for said, error, message in (
+        ("elementwise.cpp:1: error: unknown target", native.NotCompiledError, "unknown target; name another .* CXX="),
+        ("fatal error: x.o: No space left on device", native.NotCompiledError, "set TMPDIR to a folder with room"),
+        ("g++: fatal error: Killed signal terminated program cc1plus", MemoryError, "was killed"),
+    ):
+        failing.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        failing.chmod(0o755)
+        assert native.why_not() is None
+        with pytest.raises(error, match=message):
+            native.library.__wrapped__()
+    made = tmp_path / "makes_no_library"
+    made.write_text('#!/bin/sh\nfor last; do :; done\n: > "$last"\n')
+    made.chmod(0o755)
+    monkeypatch.setenv("CXX", str(made))
+    with pytest.raises(native.NotCompiledError, match=r"cannot be loaded: .*; set TMPDIR"):
+        native.library.__wrapped__()
+    monkeypatch.setattr(native.tempfile, "TemporaryDirectory", no_room)
+    with pytest.raises(native.NotCompiledError, match=r"No space left on device.*; set TMPDIR"):
         native.library.__wrapped__()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -38,7 +38,7 @@ def apply(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: boo
     try:
         native.library()
     except native.NotCompiledError as error:
-        raise UserError(f"train.compile=true: {error}; set train.compile=false") from error
+        raise UserError(f"train.compile=true: {error}, or set train.compile=false") from error
     fused = fused_modules.Fused(name="compiled for this processor", norm=_norm, silu=_silu, gelu=_gelu, rotate=rotate)
     used = fused_modules.exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
     if not head.takes_cross_entropy:

@@ -4,7 +4,7 @@ liger.py has those of CUDA, compiled.py those of the CPU; here is how they take 
 exchanged module by module: the new ones hold the same Parameters and the same linears under the same names, so loading,
 sharding and checkpoints do not see it. The rotary embedding is a function that attention modules look up in their
 file, so it is exchanged there, for the whole process: liger-kernel's own apply_liger_kernel_to_* does that too, and
-nothing smaller exists. A worker runs one model.
+nothing smaller exists. A process has models one after the other: each start first gives transformers' function back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from distlora.architecture.families import Family
 
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 _SILU = ("silu", "swish")
+
+
+_own: dict[str, Any] = {}
+"""transformers' rotary embedding, by the module where another one took its place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +90,23 @@ def exchange(decoder: Any, family: Family, fused: Fused, *, outputs_are_kept: bo
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     used = [f"RMSNorm ({norms})"]
     if activation in (*_SILU, *_GELU):
-        name, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
-        used.append(f"{name} ({_replace_mlps(decoder, multiply)})")
-    sys.modules[type(decoder).__module__].apply_rotary_pos_emb = fused.rotate  # type: ignore[attr-defined]
+        gated, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
+        used.append(f"{gated} ({_replace_mlps(decoder, multiply)})")
+    name = type(decoder).__module__
+    file: Any = sys.modules[name]
+    _own.setdefault(name, file.apply_rotary_pos_emb)
+    file.apply_rotary_pos_emb = fused.rotate
     used.append("rotary embedding")
     return f"{fused.name}: {', '.join(used)}"
+
+
+def give_back(decoder: nn.Module) -> None:
+    """What an earlier model of the process exchanged outside of itself is transformers' own again, for `decoder`: with
+    DoRA, or without kernels, queries and keys are not to be written over."""
+    name = type(decoder).__module__
+    if name in _own:
+        file: Any = sys.modules[name]
+        file.apply_rotary_pos_emb = _own.pop(name)
 
 
 def _replace_norms(decoder: nn.Module, family: Family, fused: Fused) -> int:

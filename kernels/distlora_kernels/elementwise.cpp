@@ -160,24 +160,25 @@ static void rotate(T *x, const T *cosines, const T *sines, size_t B, size_t H, s
         }
 }
 
-// losses (M,): -log softmax(logits)[label], and over the logits its gradient; both 0 where the label is below 0.
+// losses (M,): -log softmax(logits)[label], and over the logits its gradient; both 0 where the label is below 0, and NaN
+// where it is none of the N.
 template <typename T>
 static void cross_entropy(T *logits, const int64_t *labels, float *losses, size_t M, size_t N) {
 #pragma omp parallel for if (M * N > FEWEST)
     for (size_t m = 0; m < M; m++) {
         T *row = logits + m * N;
         int64_t label = labels[m];
+        if (label < 0 || (uint64_t)label >= N) {
+            losses[m] = label < 0 ? 0.f : NAN;
+            for (size_t n = 0; n < N; n++) row[n] = narrow<T>(losses[m]);
+            continue;
+        }
         float most = widen(row[0]), sum = 0;
 #pragma omp simd reduction(max : most)
         for (size_t n = 0; n < N; n++) most = widen(row[n]) > most ? widen(row[n]) : most;
 #pragma omp simd reduction(+ : sum)
         for (size_t n = 0; n < N; n++) sum += exponential(widen(row[n]) - most);
         float log_sum = std::log(sum);
-        if (label < 0) {
-            losses[m] = 0;
-            for (size_t n = 0; n < N; n++) row[n] = 0;
-            continue;
-        }
         float of_label = widen(row[label]) - most - log_sum;
         losses[m] = -of_label;
 #pragma omp simd

@@ -237,9 +237,11 @@ def reference_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
-    """The losses of `reference_cross_entropy`; the gradient is written over the logits."""
-    logits_contiguous = logits.is_contiguous() and labels.is_contiguous()
-    assert logits_contiguous, "whole rows, one after the other"
+    """The losses of `reference_cross_entropy`; the gradient is written over the logits. Both are NaN where a label is
+    none of the N, which torch refuses: a run ends at it."""
+    assert (labels.dtype, labels.shape) == (torch.int64, logits.shape[:1]), f"labels {labels.dtype} {labels.shape}"
+    contiguous = logits.is_contiguous() and labels.is_contiguous()
+    assert contiguous, "whole rows, one after the other"
     losses = torch.empty(labels.shape, dtype=torch.float32)
     _call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
     return losses

@@ -6,6 +6,7 @@ is executed lies where another user, or a machine with another processor, could 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -28,12 +29,17 @@ WIDE = ("x86_64", "AMD64")
 
 
 class NotCompiledError(Exception):
-    """The compiler did not make a library of the source, or it cannot be loaded; the message says what it said."""
+    """The compiler did not make a library of the source, or it cannot be loaded; the message says what it said and
+    what to set."""
 
 
 def compiler() -> list[str] | None:
     """The words of a C++ compiler: those of CXX, else c++ or g++; None where there is none."""
-    if named := shlex.split(os.environ.get("CXX", "")):
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # A quote that is not closed.
+        return None
+    if named:
         return named if shutil.which(named[0]) else None
     return next(([found] for name in ("c++", "g++") if (found := shutil.which(name))), None)
 
@@ -49,14 +55,26 @@ def why_not() -> str | None:
     return "there is no C++ compiler (c++ or g++); install one (apt-get install g++, `module load gcc`)"
 
 
+def says() -> str | None:
+    """The first line of the compiler's --version, which the bits of a library depend on beside the processor; None
+    where there is none."""
+    words = compiler()
+    if words is None:
+        return None
+    with contextlib.suppress(OSError):
+        said = subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return next(iter(said.stdout.splitlines()), None)
+    return None
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled at the first call. Raises NotCompiledError."""
+    """Compiled at the first call. Raises NotCompiledError, and MemoryError where the compiler had too little."""
     words = compiler()
     if words is None:
         raise NotCompiledError(str(why_not()))
     wide = ["-mprefer-vector-width=512"] if platform.machine() in WIDE else []
-    with tempfile.TemporaryDirectory(prefix="distlora-compiled-") as folder:
+    with _folder() as folder:
         made, linked = Path(folder, "elementwise.o"), Path(folder, "elementwise.so")
         _run([*words, *FLAGS, *wide, "-c", str(SOURCE), "-o", str(made)])
         # Without -fopenmp, which would bring a second OpenMP beside torch's, with threads of its own.
@@ -64,15 +82,38 @@ def library() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(linked))
         except OSError as error:
-            raise NotCompiledError(f"what {shlex.join(words)} made cannot be loaded: {error}") from None
+            raise NotCompiledError(
+                f"what {shlex.join(words)} made cannot be loaded: {error}; set TMPDIR to a folder whose files may be "
+                "executed, CXX=g++"
+            ) from None
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="distlora-compiled-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise NotCompiledError(
+            f"no file can be made to compile into: {error}; set TMPDIR to a folder with room"
+        ) from None
 
 
 def _run(words: Sequence[str]) -> None:
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},  # Its messages are read here.
+        )
     except OSError as error:
-        raise NotCompiledError(f"{words[0]} cannot be run: {error}") from None
+        raise NotCompiledError(f"{words[0]} cannot be run: {error}; name a C++ compiler by CXX=") from None
     if done.returncode:
         said = done.stderr.strip().splitlines()
         first = next((line for line in said if "error" in line), said[0] if said else f"exit code {done.returncode}")
-        raise NotCompiledError(f"`{shlex.join(words[:1])}` failed: {first}")
+        if done.returncode < 0 or "Killed" in first:
+            raise MemoryError(f"`{words[0]}` was killed, as the machine does where memory ends: {first}")
+        full = "No space left" in done.stderr
+        cure = "set TMPDIR to a folder with room" if full else "name another compiler by CXX="
+        raise NotCompiledError(f"`{words[0]}` failed: {first}; {cure}")

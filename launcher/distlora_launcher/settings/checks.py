@@ -203,6 +203,14 @@ def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> 
     config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
     check_router_loss(config.train.router_aux_loss, family)
     check_tiles(config.train.mlp_tile, family)
+    if config.train.attention == "sdpa":
+        without = "train.attention=sdpa has no effect"
+        why = f"{without} on {family.model_type}, whose attention goes through dense masks anyway; leave it out"
+        require(family.attention == "sdpa", why)
+        require(
+            config.train.dtype == "bf16",
+            f"{without} with train.dtype={config.train.dtype}, which has no other way; leave it out",
+        )
     require(
         not config.train.compile or family.experts is None,
         f"train.compile=true: what it compiles is not tested on mixtures of experts ({family.model_type}); set "

@@ -117,7 +117,10 @@ def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right() -
         assert relative_error(theirs[index], expected[index]) > 4 * 3 * 2**-8
 
 
-def test_documents_are_the_same_to_the_bit_wherever_they_are_packed() -> None:
+@pytest.mark.parametrize("room", [2**20, 12_000])
+def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """With little room for scores long documents have short tiles, and the others their own."""
+    monkeypatch.setattr(attention_tiles, "_SCORES", room)
     heads, lengths = (4, 2, 32), [300, 5, 129, 300]
     bounds = bounds_of(lengths)
     inputs = inputs_of(sum(lengths), heads)
@@ -165,7 +168,7 @@ def test_tiles_cover_what_is_seen_and_little_more() -> None:
         assert [start for start, _, _ in found] == [0, *(end for _, end, _ in found[:-1])]
         assert found[-1][1] == length
         seen = sum(min(at + 1, window or length) for at in range(length))
-        computed = attention_tiles.computed_pairs(length, length, groups, window)
+        computed = attention_tiles.computed_pairs(length, groups, window)
         assert computed == sum((end - start) * (end - key) for start, end, key in found)
         assert seen <= computed <= seen + length * tile
         scores = attention_tiles.scores_at_once(length, groups, 8)

@@ -301,6 +301,17 @@ def test_torchrun_that_was_there_early_goes_where_nothing_is_started(run_dir: Pa
     assert not starting.pid_dir.exists()
 
 
+def test_an_import_that_ends_torchrun_is_told_of(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "exits_at_import.py").write_text("raise SystemExit(3)")
+    (tmp_path / "dies_at_import.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{tmp_path}")
+    starting = starting_workers(
+        run_dir, processes=1, worker_module=WORKER, max_restarts=0, imports=["exits_at_import", "dies_at_import"]
+    )
+    assert run_workers(run_dir, processes=1, worker_module=WORKER, starting=starting) == 1
+    assert "dies_at_import.py" in (run_dir / "logs" / "torchrun.log").read_text()
+
+
 def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
     """Theirs by a fork, so of two ranks none imports it again."""
     (run_dir / "behaviour").write_text("imports")
@@ -315,4 +326,4 @@ def test_workers_find_imported_what_torchrun_was_told_to(run_dir: Path):
 @pytest.mark.parametrize("name", IMPORTS)
 def test_what_torchrun_imports_for_workers_is_there(name: str):
     """A name that is gone would only cost each worker its seconds again."""
-    assert name == "bitsandbytes" or importlib.util.find_spec(name) is not None
+    assert importlib.util.find_spec(name) is not None

@@ -212,9 +212,10 @@ def check_newest_settings(checkpoints: Path, config: Config) -> None:
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What a resume says of a checkpoint that was made on another machine, number of ranks or version; None where all
-    is the same.
-    """
+    """What a resume says of a checkpoint that was made on another machine, number of ranks or version, or with other
+    settings of how a step is computed; None where all is the same. A setting that was not there then counts for
+    nothing."""
+    now = {name: value for name, value in now.items() if name in then or "." not in name}
     differing = [f"{name} {before} (now {after})" for name, before, after in _differences(then, now)]
     if not differing:
         return None

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distlora.model.attention_tiles import EXTRA, scores_at_once, tile_length, tiles
 
@@ -87,6 +88,7 @@ class _Attend(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, sums = ctx.saved_tensors
         work, scale = _Work(query, key, ctx.bounds, ctx.left), ctx.scale
@@ -123,17 +125,18 @@ class _Work:
         self.keys, self.groups = key.shape[1], query.shape[1] // key.shape[1]
         self.documents = [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
         self.left = left
-        longest = max((document.stop - document.start for document in self.documents), default=1)
-        self.length = tile_length(longest, self.groups)
-        self.size = scores_at_once(longest, self.groups, self.keys)
+        lengths = [document.stop - document.start for document in self.documents]
+        self.size = scores_at_once(max(lengths, default=1), self.groups, self.keys)
         self._new = query.new_empty
         self._scores: dict[int, Tensor] = {}
-        self._hidden = torch.full((self.length, self.length), -torch.inf, dtype=query.dtype)
+        most = max((tile_length(length, self.groups) for length in set(lengths)), default=1)
+        self._hidden = torch.full((most, most), -torch.inf, dtype=query.dtype)
         self._later = self._hidden.triu(1)
 
     def tiles(self, document: slice) -> Iterator[tuple[Tile, slice]]:
         """Each with heads of keys, as many as fit."""
-        for start, end, first_key in tiles(document.stop - document.start, self.length, self.left):
+        length = document.stop - document.start
+        for start, end, first_key in tiles(length, tile_length(length, self.groups), self.left):
             tile = Tile(slice(start, end), slice(first_key, end))
             at_once = max(1, self.size // (self.groups * tile.num_queries * tile.num_keys))
             for head in range(0, self.keys, at_once):
@@ -179,7 +182,8 @@ class _Work:
         return torch.baddbmm(out, rows, columns, beta=0, alpha=scale, out=out)
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
-        """Make the scores (K, M, N) of keys that are not seen -inf."""
+        """Make the scores (K, M, N) of keys that are not seen -inf. One that is NaN stays it, in a half of the time of
+        writing over it: its value is NaN too in a run, and 0 times that as well."""
         n, by_group = tile.num_queries, self.by_group(scores)
         by_group[..., -n:].add_(self._later[:n, :n])
         if (before := self._before_window(tile)) is not None:

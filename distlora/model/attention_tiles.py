@@ -1,7 +1,8 @@
 """How attention_cpu.py cuts a document into products of matrices, for it and for the planner. Imports no torch.
 
 A tile is so many queries of a document, of all query heads that share a head of keys, and the keys that they see
-between them. Letters: L tokens of the longest document, G query heads a head of keys, n queries of a tile, N its keys.
+between them; its length is the document's matter alone, so that no document's bits depend on those beside it. Letters:
+L tokens of a document, G query heads a head of keys, n queries of a tile, N its keys.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ _SCORES = 2**20
 """Of one head's tile at the most, and so many of several heads are made at once: 2 MiB, as large as a cache."""
 
 
-def tile_length(longest: int, groups: int) -> int:
+def tile_length(length: int, groups: int) -> int:
     """n."""
-    fits = max(_SCORES // (groups * longest), -(-_FEWEST_ROWS // groups))
-    return min(_LONGEST, fits, longest)
+    fits = max(_SCORES // (groups * length), -(-_FEWEST_ROWS // groups))
+    return min(_LONGEST, fits, length)
 
 
 def scores_at_once(longest: int, groups: int, key_heads: int) -> int:
-    """Scores that there is memory for: of as many heads of keys as fit, of one at the least."""
+    """Scores that there is memory for where no document is longer: of as many heads of keys as fit, of one at the
+    least. Beyond _LONGEST tokens a shorter document can have as many as fit, where the longest has a few less."""
     of_head = groups * tile_length(longest, groups) * longest
-    return max(of_head, min(_SCORES, of_head * key_heads))
+    most = min(_SCORES, groups * min(_LONGEST, longest) * longest)
+    return max(of_head, most, min(_SCORES, of_head * key_heads))
 
 
 def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, int]]:
@@ -35,7 +38,7 @@ def tiles(length: int, tile: int, left: int | None) -> Iterator[tuple[int, int, 
         yield start, min(length, start + tile), 0 if left is None else max(0, start - left)
 
 
-def computed_pairs(length: int, longest: int, groups: int, window: int | None) -> int:
+def computed_pairs(length: int, groups: int, window: int | None) -> int:
     """Of queries and keys in the tiles of a document, seen or not: sums of n N."""
-    left = None if window is None or window >= longest else window - 1
-    return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(longest, groups), left))
+    left = None if window is None or window >= length else window - 1
+    return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(length, groups), left))

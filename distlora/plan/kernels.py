@@ -35,7 +35,7 @@ def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | 
     if kind == "documents":
         return sum(pairs(length, window) for length in documents)
     if kind == "tiles":
-        return sum(computed_pairs(length, max(documents), groups, window) for length in documents)
+        return sum(computed_pairs(length, groups, window) for length in documents)
     return sum(documents) ** 2
 
 

@@ -159,12 +159,15 @@ def trial_of(
 
 
 def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """What this run's bits depend on. Gradients that are cut are summed in another order with several copies of the
-    base, adapters' are not."""
+    """What this run's bits depend on, but for settings that a resume refuses to change. Gradients that are cut are
+    summed in another order with several copies of the base, adapters' are not."""
     is_cut = config.adapter.trains_base is not None
     degree = config.shard_degree(ranks.world)
-    return environment(ranks.world, ranks.device) | (
-        {"shard_degree": degree} if is_cut and degree < ranks.world else {}
+    train = config.train
+    return (
+        environment(ranks.world, ranks.device, compiles=train.compile)
+        | {f"train.{name}": getattr(train, name) for name in ("dtype", "micro_batch", "attention", "compile")}
+        | ({"shard_degree": degree} if is_cut and degree < ranks.world else {})
     )
 
 

@@ -29,7 +29,7 @@ from distlora_launcher.running.meeting import Meeting
 from distlora_launcher.running.signals import Forwarder, forwarding
 from distlora_launcher.running.starting import Starting
 from distlora_launcher.running.worker_entry import PARENT
-from distlora_launcher.running.workers import run_workers, starting_workers
+from distlora_launcher.running.workers import QUANTIZED, run_workers, starting_workers
 from distlora_launcher.settings.checks import check, check_run_dir
 from distlora_launcher.settings.planning import keep, planned
 
@@ -57,6 +57,7 @@ def early(run_dir: Path, config: Config) -> Starting:
         worker_module=WORKER,
         max_restarts=config.cluster.max_restarts,
         imports=[
+            *([QUANTIZED] if config.quant.is_nf4 else []),
             *(["wandb"] if config.tracker.name == "wandb" else []),
             *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
         ],

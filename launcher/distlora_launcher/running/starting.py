@@ -70,9 +70,19 @@ class Starting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
+            died = self._process.poll()
             self._process.kill()
             self._process.wait()
+            if died:
+                self._keep_early_words()
             if self._process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     self._process.stdin.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _keep_early_words(self) -> None:
+        """Of what ended by itself while it imported: what it said then is the reason that its log lacks."""
+        early, log = self._scratch / "early.log", machine_log(self._log_dir, alone=True)
+        if early.is_file() and log.is_file():
+            with log.open("ab") as end:
+                end.write(early.read_bytes())

@@ -14,7 +14,6 @@ one where nothing is to be started, and writes to FILE from then on.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import os
@@ -37,8 +36,12 @@ def main() -> None:
     from torch.distributed import run as torchrun
 
     for name in options.modules:
-        with contextlib.suppress(Exception):  # A worker meets it again, and tells of it.
+        try:
             importlib.import_module(name)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # A worker meets it again, and tells of it.
+            continue
     if options.log is not None:
         if not sys.stdin.buffer.readline():
             return

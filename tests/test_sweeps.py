@@ -38,8 +38,8 @@ from distlora.folders.sweep_folder import (
 from distlora_launcher.cli import main
 from distlora_launcher.running.holding import holders, running, worker_place
 from distlora_launcher.running.signals import Forwarder
-from distlora_launcher.sweeps import command, journal, local, runner, study
-from distlora_launcher.sweeps.asked import ask
+from distlora_launcher.sweeps import journal, local, runner, study
+from distlora_launcher.sweeps.asked import ask, pinned
 from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects
@@ -708,13 +708,13 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
 
 
 def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(command, "locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}"))
+    monkeypatch.setattr("distlora_launcher.sweeps.asked.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}"))
     words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
     sweep, first = ask([*words, "optim.lr=1e-4,2e-4"])
-    config = command.pinned(sweep, first.config).compose(1, {"optim.lr": 2e-4}).config
+    config = pinned(sweep, first.config).compose(1, {"optim.lr": 2e-4}).config
     assert (config.model.path, config.model.revision) == ("org/base", "org/base@main")
     sweep, first = ask([*words, "model.revision=main,v2"])
-    assert command.pinned(sweep, first.config) == sweep
+    assert pinned(sweep, first.config) == sweep
 
 
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):

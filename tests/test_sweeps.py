@@ -708,7 +708,9 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
 
 
 def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("distlora_launcher.sweeps.asked.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}"))
+    monkeypatch.setattr(
+        "distlora_launcher.sweeps.asked.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
+    )
     words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
     sweep, first = ask([*words, "optim.lr=1e-4,2e-4"])
     config = pinned(sweep, first.config).compose(1, {"optim.lr": 2e-4}).config

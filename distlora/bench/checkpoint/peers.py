@@ -5,6 +5,7 @@ All train PEFT's adapters on bitsandbytes' NF4, in fp32 as PEFT keeps them, by A
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,9 @@ def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves
         Trainer(model, arguments, train_dataset=rows, callbacks=[times]).train(resume_from_checkpoint=resume)
         return times.began - began
 
+    train(1)  # What is imported and built at the first start is no part of a resume.
+    shutil.rmtree(out / "checkpoint-1")
+    times.saves.clear()
     anew = train(saves)
     newest = out / f"checkpoint-{saves}"
     resumed = train(saves + 1, resume=str(newest))
@@ -131,7 +135,7 @@ def accelerate(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, sa
     try:
         resume = _timed(lambda: accelerator.load_state(str(out / str(saves - 1))))
     except RuntimeError as error:  # accelerate 1.15: its keys of 4-bit weights are none that the model takes.
-        fault = f"load_state: {str(error).strip().splitlines()[0]}"
+        fault = f"load_state raises {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     accelerator.wait_for_everyone()
     return [
         Saved(

@@ -33,6 +33,7 @@ from distlora.trained import Name
 from distlora_launcher import application, cli
 from distlora_launcher import cancel as cancelling
 from distlora_launcher.analyses import quantization
+from distlora_launcher.benches import step as bench_step
 from distlora_launcher.settings import checks
 from distlora_launcher.status import run_folders
 from distlora_launcher.sweeps import command as sweeps
@@ -127,6 +128,8 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
         patch.setattr(quantization, "write_default_text", lambda path: None)  # It reads the whole of Python's library.
+        patch.setattr(bench_step, "take_own_network", lambda: False)  # It would cut this process off for good.
+        patch.setattr(bench_step, "made_base", lambda: Path(BASE))
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:
             patch.delenv(name)

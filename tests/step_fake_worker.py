@@ -19,7 +19,9 @@ def main() -> None:
             sys.exit(3)
         else:
             answer = {"seconds": [1.0 + rank] * turn["steps"], "cpu_seconds": [0.5] * turn["steps"]}
-            answer |= {"losses": [2.0 + rank] * turn["steps"], "device_peak": None}
+            on_gpu = job["way"] == "ours-bf16"
+            answer |= {"losses": [2.0 + rank] * turn["steps"]}
+            answer |= {"device_peak": 500 if on_gpu else None, "device_left": 400 if on_gpu else None}
             print(json.dumps(answer | {"moved": {"reduced": 8} if turn["count"] else None}), flush=True)
 
 

@@ -36,8 +36,10 @@ def test_the_report_reads_the_figures_beside_each_other() -> None:
     own = saved("ours", step=Clock(1.0, 1.0), slower=0.02)
     peer = saved("transformers Trainer", save=Clock(0.1, 0.1), nbytes=25_000)
     adapter = saved("PEFT save_pretrained", nbytes=4_100, fault="no optimizer")
-    found = compare.results([own, peer, adapter])
+    found = compare.results([own, peer, adapter], parameters=75_600_000, threads=2)
     (table,) = found.tables
+    assert "Llama of 76M parameters" in table.heading
+    assert "2 threads here" in found.notes
     assert table.rows[1][:5] == ["ours", "1", "16", "0.0", "1.04"]
     assert table.rows[3][-1] == "no: no optimizer"
     text = "\n".join(found.reading)
@@ -49,10 +51,12 @@ def test_the_report_reads_the_figures_beside_each_other() -> None:
 
 def test_medians_are_of_each_clock_alone() -> None:
     assert median([Clock(1, 9), Clock(5, 1), Clock(3, 5)]) == Clock(3, 5)
+    assert median([Clock(1, 4), Clock(3, 2)]) == Clock(2, 3), "of an even number"
 
 
 @pytest.mark.slow
-def test_every_way_saves_and_resumes() -> None:
-    rows = list(compare.measure([4], layers=1, tokens=16, rounds=1, threads=2))
+def test_every_way_saves_and_resumes(tmp_path: Path) -> None:
+    compare.make_model(tmp_path / "model", layers=1)
+    rows = list(compare.measure(tmp_path / "model", [4], tokens=16, rounds=1, threads=2))
     assert len({row.way for row in rows}) == 6
     assert all(row.nbytes > 0 for row in rows)

@@ -15,7 +15,7 @@ import torch
 
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.step import compare, curves, report, running
-from distlora.bench.step.cells import CHECKPOINTING, OURS, SIZES, WAYS, Cell, cells_of
+from distlora.bench.step.cells import CHECKPOINTING, KEPT_PAGES, OURS, SIZES, WAYS, Cell, cells_of
 from distlora.bench.step.compare import JOBS, Measured, Problem
 from distlora.bench.step.running import CellFailedError, Turn
 from distlora.bench.step.turns import Turns
@@ -93,6 +93,8 @@ def test_only_ours_has_the_environment_of_workers(monkeypatch: pytest.MonkeyPatc
     assert "MALLOC_TOP_PAD_" in ours
     assert "MALLOC_TOP_PAD_" not in peer
     assert peer["MALLOC_TRIM_THRESHOLD_"] == "1", "the user's own"
+    kept = step.environment_of(dataclasses.replace(CELL, way=KEPT_PAGES))
+    assert kept["MALLOC_TOP_PAD_"] == ours["MALLOC_TOP_PAD_"]
     assert peer["OMP_NUM_THREADS"] == ours["OMP_NUM_THREADS"]
 
 
@@ -172,10 +174,59 @@ def test_ratios_are_of_the_same_round() -> None:
     assert dict(zip(head, other, strict=True))["memory"] == "0.50"
     assert failed[-1] == "failed: why"
     assert list(report.reading([[ours, peer]])) == [
-        "Beside PEFT + bitsandbytes, all in bf16: 1.50 times as fast, with 0.50 of the memory (1 problem)."
+        "distlora, NF4 beside PEFT + bitsandbytes, all in bf16: 1.50 times as fast, "
+        "with 0.50 of the memory (1 problem)."
     ]
     rows = list(report.rows([[ours, peer]]))
     assert rows[1]["ours_times_as_fast"] == pytest.approx(1.5)
+
+
+def test_each_way_of_ours_has_a_sentence_of_its_own() -> None:
+    group = [
+        measured(OURS, [1.0], peak=50),
+        measured("ours-compiled", [0.5], peak=80),
+        measured("peft-bf16", [1.5]),
+    ]
+    peer = "beside PEFT + bitsandbytes, all in bf16"
+    assert list(report.reading([group])) == [
+        f"distlora, NF4 {peer}: 1.50 times as fast, with 0.50 of the memory (1 problem).",
+        f"distlora, NF4, train.compile=true {peer}: 3.00 times as fast, with 0.80 of the memory (1 problem).",
+    ]
+
+
+def test_a_cell_that_fails_in_a_later_turn_is_no_success(tmp_path: Path) -> None:
+    failed = dataclasses.replace(measured("peft-bf16", [1.5]), failed="it broke")
+    group = [measured(OURS, [1.0, 1.0], peak=50), failed]
+    head, _, row = report.table(group).rows
+    assert dict(zip(head, row, strict=True))["what ran"] == "what; failed: it broke"
+    assert list(report.reading([group])) == []
+    assert [each["failed"] for each in report.rows([group])] == ["", "it broke"]
+    ours_failed = dataclasses.replace(group[0], failed="it broke")
+    assert "ours_memory" not in list(report.rows([[ours_failed, measured("peft-bf16", [1.5])]]))[1]
+    report.draw([[failed]], tmp_path / "step.png")
+
+
+def test_memory_of_nothing_is_no_division_by_zero() -> None:
+    nothing = measured("peft-bf16", [1.0], peak=0)
+    assert report.table([measured(OURS, [1.0]), nothing]).rows[2]
+
+
+def test_on_a_gpu_memory_is_the_devices(fake: dict[str, str], tmp_path: Path) -> None:
+    cells = [dataclasses.replace(CELL, way=way) for way in ("ours-bf16", OURS)]
+    (group,) = compare.compare(
+        cells,
+        lambda cell: Problem(made_here="", model=tmp_path, rows=tmp_path, adapters=tmp_path),
+        rounds=1,
+        steps=1,
+        environment=lambda cell: fake,
+        log=tmp_path / "log",
+        own_network=False,
+        say=lambda line: None,
+    )
+    on_gpu, after = group
+    assert (on_gpu.peak, on_gpu.over_imports) == (500, 500), "not less the host's imports"
+    assert after.failed is not None
+    assert after.failed.startswith("this GPU has 0.0 GB left"), "400 bytes, and a process took 500"
 
 
 def test_first_losses_that_differ_are_told() -> None:
@@ -194,8 +245,8 @@ def test_curves_agree_by_what_chance_does(tmp_path: Path) -> None:
         return dataclasses.replace(found, cell=dataclasses.replace(found.cell, seed=seed))
 
     found = [curve(OURS, 0.0), curve(OURS, 0.05, seed=1), curve("peft-documented", 0.01), curve("peft-bf16", 0.02)]
-    assert "within what chance and recipe do (0.0500 between seeds, 0.0100 between peers)" in next(
-        curves.reading(found)
+    assert next(curves.reading(found)).endswith(
+        "within what they differ between seeds (0.0500) and NOT within what they differ between peers (0.0100)."
     )
     far = [*found, curve("trainer", 0.2)]
     assert "NOT within" in next(
@@ -203,8 +254,21 @@ def test_curves_agree_by_what_chance_does(tmp_path: Path) -> None:
     )
     kinds = [difference.kind for difference in curves.differences(found)]
     assert sorted(kinds) == ["between peers", "between seeds", "ours and a peer", "ours and a peer"]
+    assert len(list(curves.reading(found))) == 1
+    on_two = [dataclasses.replace(each, cell=dataclasses.replace(each.cell, processes=2)) for each in found]
+    alone, together, why = curves.reading(found + on_two)
+    assert ("on 1 process differ" in alone, "on 2 processes differ" in together) == (True, True)
+    assert why.startswith("On several processes ours weighs a step's losses by their tokens")
     curves.draw(found, tmp_path / "curves.png")
     assert len(list(curves.rows(found))) == 80
+
+
+def test_curves_that_all_failed_say_why(tmp_path: Path) -> None:
+    found = [Measured(CELL, failed="it broke")]
+    losses, _ = curves.tables(found)
+    assert losses.rows[1][-1] == "failed: it broke"
+    assert list(curves.reading(found)) == []
+    curves.draw(found, tmp_path / "curves.png")
 
 
 @pytest.mark.slow

@@ -22,13 +22,15 @@ def found_by(device: torch.device, *, ranks: int = 1) -> Found:
     return Found(devices=devices, has_liger=importlib.util.find_spec("liger_kernel") is not None)
 
 
-def made_here(*packages: str) -> str:
-    """The day, the device, the threads of this process and the versions behind figures; and how busy the machine is."""
+def made_here(*packages: str, threads: int | None = None) -> str:
+    """The day, the device, the threads and the versions behind figures; and how busy the machine is. `threads`: of the
+    processes that were measured; None for those of this one."""
+    threads = threads or torch.get_num_threads()
     named = ("torch", *(name for name in packages if name != "torch"))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in named)
-    threads = f"{torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "1 thread"
+    used = f"{threads} threads" if threads > 1 else "1 thread"
     load = f"{os.getloadavg()[0]:.1f}"
-    return f"{datetime.date.today()}, {device_name()}, {os.cpu_count()} cores, {threads} here, load {load}; {versions}"
+    return f"{datetime.date.today()}, {device_name()}, {os.cpu_count()} cores, {used} here, load {load}; {versions}"
 
 
 def device_name() -> str:

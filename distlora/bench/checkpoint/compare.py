@@ -71,11 +71,9 @@ def rank_main(
     leave_ranks(ranks)
 
 
-def measure(adapter_ranks: Sequence[int], *, layers: int, **sizes: int) -> Iterator[Saved]:
-    """Every way, by the adapters' rank. `sizes`: tokens of a step, rounds, threads in all."""
+def measure(folder: Path, adapter_ranks: Sequence[int], **sizes: int) -> Iterator[Saved]:
+    """Every way on the model in `folder`, by the adapters' rank. `sizes`: tokens of a step, rounds, threads in all."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        write_random_checkpoint(folder, MODEL | {"num_hidden_layers": layers}, num_shards=1)
         for r in adapter_ranks:
             for number, ((way, world), name) in enumerate(WAYS.items()):
                 print(f"r={r}: {name}", file=sys.stderr, flush=True)
@@ -86,7 +84,13 @@ def measure(adapter_ranks: Sequence[int], *, layers: int, **sizes: int) -> Itera
                 yield from run_each(rank_main, arguments)[0]
 
 
-def results(rows: Sequence[Saved]) -> Results:
+def make_model(folder: Path, *, layers: int) -> int:
+    """Returns its parameters."""
+    return write_random_checkpoint(folder, MODEL | {"num_hidden_layers": layers}, num_shards=1)
+
+
+def results(rows: Sequence[Saved], *, parameters: int, threads: int) -> Results:
+    """`parameters`: of the model. `threads`: of all processes of a way."""
     head = ["", "ranks", "r", "MB", f"of {FLOOR} B a parameter", "training thread, ms", "CPU ms", "on the disk, ms"]
     lines = [[*head, "resume, ms", "CPU ms", "goes on"]]
     for row in rows:
@@ -101,11 +105,12 @@ def results(rows: Sequence[Saved]) -> Results:
         ("ms of the training thread a save", {name: 1e3 * row.save.seconds for name, row in names.items()}),
         ("ms of a resume", {name: 1e3 * row.resume.seconds for name, row in names.items() if row.resume is not None}),
     ]
+    heading = f"Adapters on every linear of a random Llama of {parameters / 1e6:.0f}M parameters; medians, on rank 0"
     return Results(
         name="checkpoint",
         heading="A save and a resume of a run",
-        notes=made_here("transformers", "peft", "accelerate", "bitsandbytes"),
-        tables=[Table("Adapters on every linear of a random Llama of hidden 1,024; medians, on rank 0", lines)],
+        notes=made_here("transformers", "peft", "accelerate", "bitsandbytes", threads=threads),
+        tables=[Table(heading, lines)],
         rows=[flat(row) for row in rows],
         reading=list(reading(rows)),
         draw=lambda path: draw_bars("A save and a resume", panels, path),
@@ -166,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    with own_stdout():
+    with own_stdout(), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        parameters = make_model(folder, layers=options.layers)
         sizes = {"tokens": options.tokens, "rounds": options.rounds, "threads": options.threads}
-        found = results(list(measure([int(rank) for rank in options.r.split(",")], layers=options.layers, **sizes)))
+        rows = list(measure(folder, [int(rank) for rank in options.r.split(",")], **sizes))
+    found = results(rows, parameters=parameters, threads=options.threads)
     found.show(out=options.out, as_json=options.json)

@@ -7,6 +7,7 @@ changes.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, r
             trained=sum(parameter.numel() for parameter in run.trained.values()),
             nbytes=folder_bytes(newest),
             save=run.turns.of(mode, "save"),
-            on_disk=sorted(run.turns.on_disk[mode])[len(run.turns.on_disk[mode]) // 2],
+            on_disk=statistics.median(run.turns.on_disk[mode]),
             resume=resume,
             step=run.turns.of("none", "step"),
             slower=run.turns.of(mode, "step").cpu_seconds / run.turns.of("none", "step").cpu_seconds - 1,

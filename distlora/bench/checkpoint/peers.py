@@ -58,7 +58,8 @@ def save_pretrained(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: in
 
 
 def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
-    """Between Trainer's callbacks around a save; a resume is what train() takes longer until its first step."""
+    """Between Trainer's callbacks around a save; a resume is what train() takes longer until it has its first step's
+    rows than a start anew does."""
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(saves + 1, tokens, 1000, 0)]
     model, times = adapted(folder, r), Times()
 
@@ -105,9 +106,14 @@ class Times(TrainerCallback):
     def __init__(self) -> None:
         self.saves: list[Clock] = []
         self.began = self.stepped = Clock.now()
+        self._starts = False
 
     def on_train_begin(self, *arguments: Any, **state: Any) -> None:
-        self.began = Clock.now()
+        self._starts = True
+
+    def on_step_begin(self, *arguments: Any, **state: Any) -> None:
+        if self._starts:  # After the generators' states, the rows that are skipped, and the first that is not.
+            self.began, self._starts = Clock.now(), False
 
     def on_step_end(self, *arguments: Any, **state: Any) -> None:
         self.stepped = Clock.now()

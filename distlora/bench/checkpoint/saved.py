@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,9 +58,8 @@ class Saved:
 
 def median(clocks: Sequence[Clock]) -> Clock:
     """Of the clock and of CPU seconds, each alone."""
-    middle = len(clocks) // 2
     return Clock(
-        sorted(clock.seconds for clock in clocks)[middle], sorted(clock.cpu_seconds for clock in clocks)[middle]
+        statistics.median(clock.seconds for clock in clocks), statistics.median(clock.cpu_seconds for clock in clocks)
     )
 
 

@@ -17,6 +17,8 @@ RANK, LEARNING_RATE = 16, 2e-4
 """Of the adapters, on every linear."""
 OURS = "ours"
 """What the others are compared with."""
+KEPT_PAGES = "peft-bf16-kept-pages"
+"""A peer in the environment of our own workers: how much of a ratio that is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,7 @@ WAYS: dict[str, Way] = {
     "ours-bf16": Way("distlora, bf16 base", processes=(1,)),
     "peft-documented": Way("PEFT + bitsandbytes, documented recipe", PEFT),
     "peft-bf16": Way("PEFT + bitsandbytes, all in bf16", PEFT),
+    KEPT_PAGES: Way("PEFT + bitsandbytes, all in bf16, malloc as ours has it", PEFT, by_default=False),
     "trainer": Way("Trainer + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(1,)),
     "fsdp2": Way("accelerate FSDP2 + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(2,)),
     "fsdp2-forced": Way(

@@ -16,7 +16,7 @@ from typing import Any
 
 from distlora import host_memory
 from distlora.bench.network import loopback_bytes
-from distlora.bench.step.cells import LEARNING_RATE, OURS, RANK, Cell
+from distlora.bench.step.cells import KEPT_PAGES, LEARNING_RATE, OURS, RANK, Cell
 from distlora.bench.step.running import CellFailedError, Processes, Turn
 
 PREPARE = "distlora.bench.step.rows"
@@ -31,6 +31,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "ours-bf16": {"runs": "ours", "base": "none", "compile": False},
     "peft-documented": {"runs": "loop", "recipe": "documented"},
     "peft-bf16": {"runs": "loop", "recipe": "bf16"},
+    KEPT_PAGES: {"runs": "loop", "recipe": "bf16"},
     "trainer": {"runs": "trainer"},
     "fsdp2": {"runs": "fsdp2", "recipe": "plain"},
     "fsdp2-forced": {"runs": "fsdp2", "recipe": "forced"},
@@ -58,13 +59,15 @@ class Measured:
     failed: str | None = None
     ran: str = ""
     imported: int = 0
-    """Anonymous memory of a process after its imports."""
+    """Anonymous memory of a process after its imports; 0 where memory is a GPU's."""
     turns: list[Turn] = field(default_factory=list)
     """Those that count, one a round."""
     losses: list[float] = field(default_factory=list)
     """Of every step from the first on."""
     peak: int = 0
     """Of all its turns, the first among them."""
+    device_left: int | None = None
+    """Bytes that its GPU had left when it waited for its next turn; None on a CPU."""
     moved: dict[str, int] | None = None
     loopback: int | None = None
     """Bytes that came in over the processes' own network in one step, for each of them."""
@@ -72,6 +75,8 @@ class Measured:
     def add(self, turn: Turn) -> None:
         self.losses += turn.losses
         self.peak = max(self.peak, turn.peak)
+        if turn.device_left is not None:
+            self.imported, self.device_left = 0, turn.device_left
 
     @property
     def over_imports(self) -> int:
@@ -205,12 +210,14 @@ def _group(
 
 
 def _require_room(before: Sequence[Measured], cell: Cell) -> None:
-    """Raises CellFailedError where this machine cannot hold one more beside those that wait for their turns."""
-    left, most = host_memory.available_bytes(), max((each.peak for each in before), default=0)
-    if left is not None and left < cell.processes * most:
+    """Raises CellFailedError where this machine, or its GPU, cannot hold one more beside those that wait for turns."""
+    most = max((each.peak for each in before), default=0)
+    on_device = [each.device_left for each in before if each.device_left is not None]
+    left, needed = (on_device[-1], most) if on_device else (host_memory.available_bytes(), cell.processes * most)
+    if left is not None and left < needed:
         raise CellFailedError(
-            f"this machine has {left / 1e9:.1f} GB left, and a process of the cells before it took {most / 1e9:.1f} GB "
-            "(--ways compares fewer at once)"
+            f"this {'GPU' if on_device else 'machine'} has {left / 1e9:.1f} GB left, and a process of the cells "
+            f"before it took {most / 1e9:.1f} GB (--ways compares fewer at once)"
         )
 
 

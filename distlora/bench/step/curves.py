@@ -67,6 +67,17 @@ def differences(found: Sequence[Measured]) -> list[Difference]:
 
 def reading(found: Sequence[Measured]) -> Iterator[str]:
     """Whether ours agrees with the peers, and by what measure."""
+    for processes in sorted({curve.cell.processes for curve in found}):
+        yield from _verdicts([curve for curve in found if curve.cell.processes == processes])
+    if any(curve.cell.processes > 1 for curve in found):
+        yield (
+            "On several processes ours weighs a step's losses by their tokens, and the peers take the mean of the "
+            "processes' means: packed rows have unequal counts of them, so the objectives differ there, too."
+        )
+
+
+def _verdicts(found: Sequence[Measured]) -> Iterator[str]:
+    """Of curves on as many processes: beside what seeds do, and beside what the peers' recipes do."""
     by_kind: dict[str, list[Difference]] = {}
     for difference in differences(found):
         by_kind.setdefault(difference.kind, []).append(difference)
@@ -79,11 +90,15 @@ def reading(found: Sequence[Measured]) -> Iterator[str]:
     if not beside or not chance:
         return
     furthest = max(beside, key=lambda each: each.mean_size)
-    said = ", ".join(f"{size:.4f} {kind}" for kind, size in chance.items())
-    verdict = "within" if furthest.mean_size <= max(chance.values()) else "NOT within"
+    said = " and ".join(
+        f"{'within' if furthest.mean_size <= size else 'NOT within'} what they differ {kind} ({size:.4f})"
+        for kind, size in chance.items()
+    )
+    processes = furthest.first.cell.processes
     yield (
-        f"The losses of ours and of a peer differ by {furthest.mean_size:.4f} a step in the mean of sizes at most "
-        f"({title(furthest.first)} and {title(furthest.second)}), {verdict} what chance and recipe do ({said})."
+        f"The losses of ours and of a peer on {processes} process{'es' if processes > 1 else ''} differ by "
+        f"{furthest.mean_size:.4f} a step in the mean of sizes at most ({title(furthest.first)} and "
+        f"{title(furthest.second)}): {said}."
     )
 
 
@@ -94,7 +109,7 @@ def title(curve: Measured) -> str:
 
 
 def tables(found: Sequence[Measured]) -> Iterator[Table]:
-    last = min(10, *(len(curve.losses) for curve in found if curve.failed is None))
+    last = min([10, *(len(curve.losses) for curve in found if curve.failed is None)])
     rows = [("", "processes", "first loss", f"mean of the last {last}", "what ran")]
     for curve in found:
         if curve.failed is None:
@@ -130,8 +145,9 @@ def draw(found: Sequence[Measured], path: Path) -> None:
             gaps = _running([a - b for a, b in zip(curve.losses, whole[0].losses, strict=True)])
             beside.plot(range(WINDOW, WINDOW + len(gaps)), gaps, **style)
     above.set(xlabel="step", ylabel="loss, nats a token")
-    beside.set(xlabel="step", ylabel=f"loss less that of {title(whole[0])}, mean of {WINDOW}")
-    above.legend(fontsize=7)
+    if whole:
+        beside.set(xlabel="step", ylabel=f"loss less that of {title(whole[0])}, mean of {WINDOW}")
+        above.legend(fontsize=7)
     save(figure, path)
 
 

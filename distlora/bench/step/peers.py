@@ -93,17 +93,17 @@ def trained(model: Any) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adamw(model: Any, job: Mapping[str, Any]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trained(model), lr=job["lr"], weight_decay=0.0)
+def adamw(model: Any, job: Mapping[str, Any], *, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained(model), lr=job["lr"], weight_decay=0.0, fused=fused)
 
 
 def loop(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
-    """A plain loop; DistributedDataParallel on several ranks."""
+    """A plain loop with the fused AdamW that ours and Trainer have; DistributedDataParallel on several ranks."""
     documented = job["recipe"] == "documented"
     model = start(job, ranks.device, documented=documented)
     if ranks.group is not None:
         model = DistributedDataParallel(model)
-    optimizer = adamw(model, job)
+    optimizer = adamw(model, job, fused=True)
 
     def step(inputs: Inputs) -> Tensor:
         with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=documented):
@@ -122,7 +122,7 @@ def fsdp2(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) 
     """accelerate's loop, with its FSDP2 plugin; storage in bf16, which alone it shards."""
     accelerator = fsdp2_accelerator(forced=job["recipe"] == "forced")
     model = start(job, ranks.device, documented=True, storage="nf4 in bf16")
-    model, optimizer = accelerator.prepare(model, adamw(model, job))
+    model, optimizer = accelerator.prepare(model, adamw(model, job, fused=False))
 
     def step(inputs: Inputs) -> Tensor:
         loss: Tensor = model(**inputs).loss

@@ -17,8 +17,8 @@ REFERENCES = (OURS, "ours-compiled")
 """Ways that the others are compared with."""
 HOW = (
     "ratios are of turns that follow each other; memory is the most anonymous memory of a process in its steps over "
-    "that after its imports (on a GPU what its allocator held); ours has the environment that the launcher gives to "
-    "workers, which keeps freed pages on a CPU, the peers that of the user, with as many threads"
+    "that after its imports (on a GPU the most that torch had allocated there); ours has the environment that the "
+    "launcher gives to workers, which keeps freed pages on a CPU, the peers that of the user, with as many threads"
 )
 """How it was measured."""
 AGREE = 0.02
@@ -34,6 +34,16 @@ def ratios(reference: Measured, other: Measured) -> list[float]:
     return [sum(theirs.seconds) / sum(own.seconds) for own, theirs in zip(reference.turns, other.turns, strict=False)]
 
 
+def share(reference: Measured, other: Measured) -> float:
+    """The reference's memory over the other's."""
+    return reference.over_imports / max(1, other.over_imports)
+
+
+def whole(group: Sequence[Measured]) -> list[Measured]:
+    """Those that had all their turns."""
+    return [each for each in group if each.turns and each.failed is None]
+
+
 def spread(values: Sequence[float]) -> str:
     """`median (least-most)`."""
     middle = f"{statistics.median(values):.2f}"
@@ -42,7 +52,7 @@ def spread(values: Sequence[float]) -> str:
 
 def table(group: Sequence[Measured]) -> Table:
     """Of one problem."""
-    references = [each for each in group if each.cell.way in REFERENCES and each.turns]
+    references = [each for each in whole(group) if each.cell.way in REFERENCES]
     several = group[0].cell.processes > 1
     head = ["", "tokens/s", "best", "CPU s a step", "memory, MiB", "with imports", "losses"]
     for reference in references:
@@ -59,10 +69,10 @@ def table(group: Sequence[Measured]) -> Table:
         cells += [f"{each.over_imports / MIB:,.0f}", f"{each.peak / MIB:,.0f}"]
         cells += [f"{each.losses[0]:.4f} -> {each.losses[-1]:.4f}"]
         for reference in references:
-            cells += [spread(ratios(reference, each)), f"{reference.over_imports / each.over_imports:.2f}"]
+            cells += [spread(ratios(reference, each)), f"{share(reference, each):.2f}"]
         if several:
             cells += [moved_in_words(each), "" if each.loopback is None else f"{each.loopback / MB:.1f}"]
-        rows.append((*cells, each.ran))
+        rows.append((*cells, each.ran if each.failed is None else f"{each.ran}; failed: {each.failed}"))
     return Table(group[0].cell.problem, rows)
 
 
@@ -75,7 +85,7 @@ def moved_in_words(measured: Measured) -> str:
 def rows(groups: Sequence[Sequence[Measured]]) -> Iterator[dict[str, Any]]:
     """Every figure, a row for each cell."""
     for group in groups:
-        own = next((each for each in group if each.cell.way == OURS and each.turns), None)
+        own = next((each for each in whole(group) if each.cell.way == OURS), None)
         for each in group:
             cell = each.cell
             row: dict[str, Any] = {
@@ -104,26 +114,25 @@ def rows(groups: Sequence[Sequence[Measured]]) -> Iterator[dict[str, Any]]:
                     each_round = ratios(own, each)
                     row |= {"ours_times_as_fast": statistics.median(each_round)}
                     row |= {"ours_least": min(each_round), "ours_most": max(each_round)}
-                    row |= {"ours_memory": own.over_imports / max(1, each.over_imports)}
+                    row |= {"ours_memory": share(own, each)}
             yield row
 
 
 def reading(groups: Sequence[Sequence[Measured]]) -> Iterator[str]:
-    """A sentence for each peer and the best of ours beside it, over all problems; and where first losses disagree."""
-    beside: dict[str, list[tuple[float, float]]] = {}
+    """A sentence for each peer and each way of ours beside it, over all problems; and where first losses disagree."""
+    beside: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for group in groups:
-        ours = [each for each in group if each.cell.way in REFERENCES and each.turns]
-        for each in group:
-            if each.turns and not each.cell.way.startswith(OURS) and ours:
-                faster = max(ours, key=tokens_per_second)
-                smaller = min(ours, key=lambda own: own.over_imports)
-                pair = (statistics.median(ratios(faster, each)), smaller.over_imports / max(1, each.over_imports))
-                beside.setdefault(each.cell.way, []).append(pair)
-    for way, pairs in beside.items():
+        ours = [each for each in whole(group) if each.cell.way in REFERENCES]
+        for each in whole(group):
+            if not each.cell.way.startswith(OURS):
+                for own in ours:
+                    pair = (statistics.median(ratios(own, each)), share(own, each))
+                    beside.setdefault((each.cell.way, own.cell.way), []).append(pair)
+    for (way, own_way), pairs in beside.items():
         speeds, memories = zip(*pairs, strict=True)
         yield (
-            f"Beside {WAYS[way].title}: {_range(speeds)} times as fast, with {_range(memories)} of the memory "
-            f"({len(pairs)} problem{'s' if len(pairs) > 1 else ''})."
+            f"{WAYS[own_way].title} beside {WAYS[way].title}: {_range(speeds)} times as fast, with "
+            f"{_range(memories)} of the memory ({len(pairs)} problem{'s' if len(pairs) > 1 else ''})."
         )
     for group in groups:
         first = {each.cell.title: each.losses[0] for each in group if each.losses}
@@ -139,7 +148,7 @@ def _range(values: Sequence[float]) -> str:
 
 def draw(groups: Sequence[Sequence[Measured]], path: Path) -> None:
     """Speed and memory of each way beside ours, a row of bars for each problem."""
-    shown = [[each for each in group if each.turns] for group in groups]
+    shown = [whole(group) for group in groups]
     shown = [group for group in shown if group]
     ways = [way for way in WAYS if any(each.cell.way == way for group in shown for each in group)]
     figure, panels = new_figure(2, width=13, height=1.5 + 0.16 * len(shown) * max(5, len(ways)))

@@ -39,9 +39,11 @@ class Turn:
     losses: list[float]
     """Of each step, the mean over the processes."""
     peak: int
-    """Most anonymous memory of a process; on a GPU what its allocator held."""
+    """Most anonymous memory of a process; on a GPU the most that torch had allocated there."""
     moved: dict[str, int] | None
     """Bytes of a process' collectives, by kind, where they were counted."""
+    device_left: int | None = None
+    """Bytes that its GPU has left afterwards; None on a CPU."""
 
 
 class Processes:
@@ -105,6 +107,7 @@ class Processes:
             losses=[total / len(answers) for total in _each(sum, answers, "losses")],
             peak=max(held or peaks.values(), default=0),
             moved=answers[0]["moved"],
+            device_left=min((answer["device_left"] for answer in answers if held), default=None),
         )
 
     def _answers(self) -> list[dict[str, Any]]:

@@ -85,16 +85,18 @@ class Turns:
         losses = [float(loss) for loss in self._losses]
         assert len(losses) >= len(self._times), "a step without a loss"
         seconds, cpu_seconds = zip(*self._times, strict=True)
-        counting, peak = self._counting, None
+        counting, peak, left = self._counting, None, None
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.empty_cache()  # For the cells whose turn is next.
+            left = torch.cuda.mem_get_info(self._device)[0]
         self._losses, self._times = [], []
         self.tell(
             seconds=seconds,
             cpu_seconds=cpu_seconds,
             losses=losses,
             device_peak=peak,
+            device_left=left,
             moved=None if counting is None else moved(counting),
         )
 

@@ -15,7 +15,7 @@ save_state, on one process and two ranks: bytes beside the 12 of a trained param
 save takes of the thread that trains, seconds until the files are there, seconds of a resume. Three minutes on two idle
 cores.
 
-  --r N,N            ranks of the adapters, on every linear of a random Llama of 76M parameters (16)
+  --r N,N            ranks of the adapters, on every linear of a random Llama, 76M parameters in six blocks (16)
   --rounds N         rounds of three steps that are saved in the background, three at once, three not at all (4)
   --tokens N         of a step (64)
   --layers N         decoder blocks of the model (6)

@@ -15,6 +15,7 @@ from distlora.bench.step import curves, report
 from distlora.bench.step.cells import (
     CHECKPOINTING,
     DEFAULT_SIZES,
+    KEPT_PAGES,
     OURS,
     SIZES,
     WAYS,
@@ -52,7 +53,7 @@ Llama 3 8B and 70B.
   --sizes N,N        models: {", ".join(SIZES["cpu"])} on a CPU;
                      {", ".join(SIZES["cuda"])}, four blocks of each, on a GPU
   --ranks N,N        on so many processes, which share the cores; a GPU each (1,2)
-  --checkpointing .. none, block, or both; else both for the smaller model and block for the larger
+  --checkpointing .. none, block, or none,block; else both for the smaller models and block for the larger
   --steps N          steps of each turn (1)
   --rounds N         turns of each ({ROUNDS})
   --tokens N         tokens of a row
@@ -254,10 +255,10 @@ def measure_curves(
 
 
 def environment_of(cell: Cell) -> Mapping[str, str]:
-    """Of a cell's processes: ours as the launcher gives it to workers, the peers' as the user has it, with as many
-    threads; neither asks the hub for anything."""
+    """Of a cell's processes: ours as the launcher gives it to workers, the peers' as the user has it, but for the one
+    that is to have ours, with as many threads; none asks the hub for anything."""
     environment = worker_environment(cell.processes)
-    if not cell.way.startswith(OURS):
+    if not cell.way.startswith(OURS) and cell.way != KEPT_PAGES:
         environment = {name: text for name, text in environment.items() if name in os.environ or name not in KEEP_PAGES}
     shown = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu_count())))).split(",")
     if len(shown) > cell.processes:  # Trainer takes all that it sees.

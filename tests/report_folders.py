@@ -55,7 +55,7 @@ DATA = {
 }
 STATE = {
     "identity": {"base_fingerprint": "cd" * 32},
-    "environment": {"ranks": 2, "device": "AVX512", "torch": "2.13.0"},
+    "environment": {"ranks": 2, "device": "AVX512", "torch": "2.13.0", "train.compile": False},
 }
 
 

@@ -50,7 +50,7 @@ _DATA: Shape = {
     "settings?": dict,
     "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "sources?": [_COUNTS]}},
 }
-_STATE: Shape = {"environment?": {"*": (int, str)}}
+_STATE: Shape = {"environment?": {"*": (int, str, bool)}}
 _ADAPTER: Shape = {
     "r": float,
     "lora_alpha": float,

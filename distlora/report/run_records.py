@@ -80,7 +80,7 @@ _DATA: Shape = {
     "splits?": {"*": {"documents?": int, "rows?": int, "tokens?": int, "targets?": int, "sources?": [_SOURCE]}},
 }
 _STATE: Shape = {
-    "environment?": {"*": (int, str)},
+    "environment?": {"*": (int, str, bool)},
     "identity?": {"base_fingerprint?": str, "data_digest?": str},
 }
 _SAMPLE: Shape = {"step": int, "prompt": str, "text": str}

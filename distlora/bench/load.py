@@ -33,7 +33,7 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.loading.segments import read_headers
 from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table
+from distlora.pages.tables import Table, spread
 from distlora.pages.written import Results
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
@@ -221,7 +221,7 @@ def results(starts: Sequence[Start], parameters: int, largest: int) -> Results:
                 str(ranks),
                 f"{_median(own, 'seconds'):.2f}",
                 f"{_median(own, 'cpu_seconds'):.2f}",
-                *("" if own is peers else _spread(each) for each in ratios),
+                *("" if own is peers else spread(each) for each in ratios),
                 f"{first.read_bytes / MIB:,.0f}" if first.read_bytes else "",
                 f"{first.peak_bytes / MIB:,.0f}",
                 f"{first.kept_bytes / MIB:,.0f}",
@@ -272,11 +272,6 @@ def reading(cells: Mapping[tuple[int, str], Sequence[Start]], peers: Sequence[St
 def _ratios(own: Sequence[Start], peers: Sequence[Start], name: str) -> list[float]:
     """The peer's over ours, round by round."""
     return [getattr(peer, name) / getattr(each, name) for each, peer in zip(own, peers, strict=True)]
-
-
-def _spread(ratios: Sequence[float]) -> str:
-    middle = f"{statistics.median(ratios):.2f}"
-    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def _median(own: Sequence[Start], name: str) -> float:

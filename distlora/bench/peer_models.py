@@ -58,6 +58,11 @@ def fsdp2_accelerator(*, forced: bool) -> Any:
     return accelerator
 
 
+def trained(model: Any) -> list[torch.Tensor]:
+    """Its parameters that have gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def describe(model: Any) -> str:
     """The class that was made of the model, and how many of its parameters are cut over the ranks."""
     from torch.distributed.tensor import DTensor

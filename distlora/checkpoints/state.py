@@ -12,6 +12,7 @@ from typing import Any
 from distlora.checkpoints.folder import STATE_NAME, steps
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping
+from distlora.json_files import Shape
 
 OR_WHAT_PISSA_TOOK = (
     ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "
@@ -25,6 +26,10 @@ What is at init_from counts by its digest."""
 _FIXED = ("model.new_tokens", "quant.method", "optim.name", "train.objective", "train.seed", "train.global_batch")
 """Settings outside of `adapter` with which the tensors of a checkpoint would mean something else, or a step other rows.
 """
+
+
+ENVIRONMENT: Shape = {"*": (int, str, bool)}
+"""Of `TrainState.environment` on disk, for who reads it without a run."""
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.checkpoints.folder import steps
+from distlora.checkpoints.state import ENVIRONMENT
 from distlora.config import Config, UserError, nearest
 from distlora.config.file import load_config
 from distlora.json_files import Shape, check_shape, parse_object, read_object
@@ -50,7 +51,7 @@ _DATA: Shape = {
     "settings?": dict,
     "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "sources?": [_COUNTS]}},
 }
-_STATE: Shape = {"environment?": {"*": (int, str, bool)}}
+_STATE: Shape = {"environment?": ENVIRONMENT}
 _ADAPTER: Shape = {
     "r": float,
     "lora_alpha": float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,3 +53,9 @@ def as_markdown(
 def as_text(tables: Iterable[Table], sentences: Sequence[str]) -> str:
     """The same for a terminal: the tables, then their reading."""
     return "\n\n".join([*(table.text() for table in tables), "\n".join(sentences)])
+
+
+def spread(values: Sequence[float]) -> str:
+    """A cell, `1.15 (1.14-1.30)`: the median, the least and the most; of one value itself."""
+    middle = f"{statistics.median(values):.2f}"
+    return f"{middle} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else middle

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.checkpoints.folder import MANIFEST_NAME, STATE_NAME, step_of
+from distlora.checkpoints.state import ENVIRONMENT
 from distlora.config import Config, UserError
 from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
@@ -80,7 +81,7 @@ _DATA: Shape = {
     "splits?": {"*": {"documents?": int, "rows?": int, "tokens?": int, "targets?": int, "sources?": [_SOURCE]}},
 }
 _STATE: Shape = {
-    "environment?": {"*": (int, str, bool)},
+    "environment?": ENVIRONMENT,
     "identity?": {"base_fingerprint?": str, "data_digest?": str},
 }
 _SAMPLE: Shape = {"step": int, "prompt": str, "text": str}

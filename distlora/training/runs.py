@@ -20,7 +20,7 @@ from distlora.checkpoints.identity import identity_of
 from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Progress, TrainState, check_matches, environment_line, load_state
 from distlora.config import Config, UserError
-from distlora.data.loader import StepLoader
+from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import open_split
 from distlora.folders.run_folder import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
@@ -202,26 +202,26 @@ def record_stop(reporter: Reporter, progress: Progress, signum: int) -> None:
 
 def open_data(run_dir: Path, config: Config, ranks: Ranks) -> tuple[StepLoader, StepLoader | None]:
     """The loaders of the training rows and, if there are any, of the held-out rows."""
-    settings = config.train
-
-    def loader(split: str, *, shuffle: bool) -> StepLoader | None:
-        rows = open_split(run_dir, split)
-        if rows is None:
-            return None
-        return StepLoader(
-            rows,
-            global_batch=settings.global_batch,
-            micro_batch=settings.micro_batch,
-            rank=ranks.rank,
-            world=ranks.world,
-            seed=settings.seed,
-            shuffle=shuffle,
-        )
-
-    train = loader("train", shuffle=True)
-    if train is None:
+    rows = open_split(run_dir, "train")
+    if rows is None:
         raise UserError(f"{run_dir} has no prepared training rows; start the run with `distlora train`")
-    return train, loader("eval", shuffle=False)
+    held_out = open_split(run_dir, "eval")
+    evaluation = None if held_out is None else step_loader(held_out, config, ranks, shuffle=False)
+    return step_loader(rows, config, ranks, shuffle=True), evaluation
+
+
+def step_loader(rows: PackedRows, config: Config, ranks: Ranks, *, shuffle: bool) -> StepLoader:
+    """This rank's part of each step over `rows`."""
+    settings = config.train
+    return StepLoader(
+        rows,
+        global_batch=settings.global_batch,
+        micro_batch=settings.micro_batch,
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=settings.seed,
+        shuffle=shuffle,
+    )
 
 
 def sample_hook(

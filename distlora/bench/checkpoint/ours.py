@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from distlora import train
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
+from distlora.bench.rows import random_rows
+from distlora.bench.trial import Started, nothing
 from distlora.checkpoints.choice import choose
 from distlora.checkpoints.environment import environment
 from distlora.checkpoints.folder import TRAINER_NAME
@@ -24,16 +24,11 @@ from distlora.checkpoints.saver import Saver
 from distlora.checkpoints.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.data.loader import PackedRows, StepLoader
-from distlora.data.rows import STARTS, TRAINED
+from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
-from distlora.parallel.control import Control
 from distlora.reporting.reporter import Reporter
 from distlora.results import restore, trainer_tensors, weight_files
-from distlora.startup import start_model
-from distlora.training.optim import build_optimizer
-from distlora.training.trainer import Trainer
-from distlora.training.trial import Hooks, Trial
+from distlora.training.trial import Hooks
 
 MODES = ("none", "background", "thread")
 STEPS = 3
@@ -81,15 +76,6 @@ def mode_of(step: int) -> str:
     return MODES[(step - 1) // STEPS % len(MODES)]
 
 
-def random_rows(count: int, length: int, vocabulary: int) -> PackedRows:
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (count, length), dtype=np.int32)
-    flags = np.full((count, length), TRAINED, np.uint8)
-    flags[:, 0] |= STARTS
-    flags[:, -1] &= ~np.uint8(TRAINED)
-    targets = np.full(count, length - 1, np.int32)
-    return PackedRows(tokens, flags, targets, np.zeros(count, np.int32), 0, {})
-
-
 def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, rounds: int) -> list[Saved]:
     """A run with adapters of rank r on every linear of the model in `folder`: its saves in the background and on the
     training thread, and a start from the last of them, which is held to what was saved bit for bit."""
@@ -104,11 +90,11 @@ def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, r
         "cluster": {"gpus_per_node": ranks.world},
         "run_dir": str(run_dir),
     }
-    run = Run.start(build(Config, sections), ranks, run_dir)
-    run.fit(steps, random_rows(steps * ranks.world, tokens, run.model.head.weight.shape[0]))
+    run = Run.of(build(Config, sections), ranks)
+    run.fit(random_rows(steps * ranks.world, tokens, run.model.head.weight.shape[0]))
     newest, _ = choose(run_dir, ranks)
     assert newest is not None
-    again, resume = Run.start(run.config, ranks, run_dir), Clock.now()
+    again, resume = Run.of(run.config, ranks), Clock.now()
     found, _ = choose(run_dir, ranks)  # Which reads every byte of it.
     assert found == newest
     restore(newest, again.model, again.optimizer, again.trained, again.backend)
@@ -132,35 +118,16 @@ def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, r
     ]
 
 
-@dataclass(slots=True)
-class Run:
-    """What a start makes."""
+class Run(Started):
+    """A run that saves."""
 
-    config: Config
-    ranks: Ranks
-    run_dir: Path
-    model: Any
-    backend: Any
-    trained: dict[str, torch.nn.Parameter]
-    gradients: Any
-    optimizer: Any
-    turns: Turns = field(init=False)
+    __slots__ = ("turns",)
 
-    @classmethod
-    def start(cls, config: Config, ranks: Ranks, run_dir: Path) -> Run:
-        model, backend, _ = start_model(config, ranks)
-        trained = train.trained_parameters(model)
-        gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
-        return cls(
-            config,
-            ranks,
-            run_dir,
-            model,
-            backend,
-            trained,
-            gradients,
-            build_optimizer(backend.updated(trained), config.optim),
-        )
+    turns: Turns
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
 
     def files(self) -> dict[str, Any]:
         return {
@@ -188,30 +155,16 @@ class Run:
             ),
             keep=2,
             in_background=in_background,
-            say=lambda line: None,  # A save that failed is raised by the `wait` after a round.
+            say=nothing,  # A save that failed is raised by the `wait` after a round.
         )
 
-    def fit(self, steps: int, rows: PackedRows) -> None:
-        ranks, config = self.ranks, self.config
-        self.turns = turns = Turns(
-            {"background": self.saver(in_background=True), "thread": self.saver(in_background=False)}
-        )
+    def fit(self, rows: PackedRows) -> None:
+        """To the end, in turns that `turns` has afterwards."""
+        self.turns = Turns({"background": self.saver(in_background=True), "thread": self.saver(in_background=False)})
+        steps = self.config.train.max_steps
+        assert steps is not None
         # Only rank 0 writes.
-        quiet = Reporter(self.run_dir, config, rank=1, world=2, total_steps=steps, start_step=0)
-        loader = StepLoader(
-            rows, global_batch=ranks.world, micro_batch=1, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
-        )
-        trial = Trial(
-            self.model,
-            self.backend,
-            self.optimizer,
-            self.gradients,
-            loader=loader,
-            eval_loader=None,
-            progress=Progress(),
-            total_steps=steps,
-            reporter=quiet,
-            config=config,
-            hooks=Hooks(save=turns, save_last=turns, publish_best=lambda progress: None),
-        )
-        Trainer(self.model, self.backend, Control(ranks, save_minutes=None), [trial]).fit()
+        quiet = Reporter(self.run_dir, self.config, rank=1, world=2, total_steps=steps, start_step=0)
+        hooks = Hooks(save=self.turns, save_last=self.turns, publish_best=nothing)
+        trainer, _ = self.trainer(rows, reporter=quiet, hooks=hooks)
+        trainer.fit()

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_s
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
-from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
+from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.traffic import random_tokens
 from distlora.parallel import Ranks
 from distlora.plan.wire import Storage
@@ -27,10 +27,6 @@ def adapted(folder: Path, r: int, storage: Storage = "nf4 in uint8") -> Any:
         load_base(folder, storage), LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     return model
-
-
-def trained(model: Any) -> list[torch.Tensor]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def numel(model: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distlora.bench.peer_models import describe
 from distlora.bench.step.turns import Turns
-from distlora.bench.trial import start_trial
+from distlora.bench.trial import Started
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows
@@ -43,7 +43,7 @@ def config_of(job: Mapping[str, Any], world: int) -> Config:
             "micro_batch": job["rows"] // world,
             "max_steps": STEPS,
             "save_minutes": None,
-            **({"compile": True} if job["compile"] else {}),
+            "compile": job["compile"],
         },
         "optim": {"lr": job["lr"], "schedule": "constant", "warmup_ratio": 0.0},
         "tracker": {"name": "none"},
@@ -56,7 +56,7 @@ def train(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) 
     """Until there are no more turns."""
     config = config_of(job, ranks.world)
     losses = Losses(config)
-    trainer, trial = start_trial(config, ranks, rows, reporter=losses)
+    trainer, trial = Started.of(config, ranks).trainer(rows, reporter=losses)
     trainer.begin([trial])
     turns.tell(ran=describe(trainer.model))
     for _ in turns:

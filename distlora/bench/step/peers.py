@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base
+from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.step.turns import EndedError, Turns
 from distlora.data.loader import IGNORED, MicroBatch, PackedRows, StepLoader
 from distlora.parallel import Ranks
@@ -87,10 +87,6 @@ def start(job: Mapping[str, Any], device: torch.device, *, documented: bool, sto
             parameter.data = parameter.data.bfloat16()
     model.train()
     return model
-
-
-def trained(model: Any) -> list[Tensor]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adamw(model: Any, job: Mapping[str, Any], *, fused: bool) -> torch.optim.AdamW:

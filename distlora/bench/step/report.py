@@ -10,7 +10,7 @@ from typing import Any
 from distlora.bench.step.cells import OURS, WAYS
 from distlora.bench.step.compare import Measured
 from distlora.pages.drawing import COLOURS, new_figure, save
-from distlora.pages.tables import Table
+from distlora.pages.tables import Table, spread
 
 MIB, MB = 2**20, 10**6
 REFERENCES = (OURS, "ours-compiled")
@@ -42,12 +42,6 @@ def share(reference: Measured, other: Measured) -> float:
 def whole(group: Sequence[Measured]) -> list[Measured]:
     """Those that had all their turns."""
     return [each for each in group if each.turns and each.failed is None]
-
-
-def spread(values: Sequence[float]) -> str:
-    """`median (least-most)`."""
-    middle = f"{statistics.median(values):.2f}"
-    return f"{middle} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else middle
 
 
 def table(group: Sequence[Measured]) -> Table:

@@ -18,30 +18,16 @@ import torch
 from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.machine import made_here
 from distlora.bench.processes import own_stdout
+from distlora.bench.rows import packed, random_rows
 from distlora.bench.step.cells import installed
 from distlora.checkpoints.files import write_files
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import prepare
-from distlora.data.rows import STARTS, TRAINED
 from distlora.parallel import Ranks
 from distlora.results import weight_files
 from distlora.startup import start_model
-
-
-def random_rows(count: int, length: int, vocabulary: int) -> PackedRows:
-    """Rows of one document each, with every token trained but the first."""
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (count, length), dtype=np.int32)
-    flags = np.full((count, length), TRAINED, np.uint8)
-    flags[:, 0] |= STARTS
-    flags[:, -1] &= ~np.uint8(TRAINED)
-    return packed(tokens, flags)
-
-
-def packed(tokens: np.ndarray, flags: np.ndarray) -> PackedRows:
-    targets = np.count_nonzero(flags & TRAINED, axis=1).astype(np.int32)
-    return PackedRows(tokens, flags, targets, np.zeros(len(tokens), np.int32), 0, {})
 
 
 def write_rows(rows: PackedRows, file: Path) -> None:

@@ -203,6 +203,8 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if settings.compile:
             raise UserError("train.compile=true is for the CPU, and this rank has a GPU; set train.compile=false")
+    if settings.compile:
+        compiled.require()
     choice = attention.choose(
         model.family,
         model.decoder.config,
@@ -210,6 +212,7 @@ def use_device_kernels(model: CausalLM, config: Config, device: torch.device) ->
         device=device,
         dtype=DTYPES[settings.dtype],
         deterministic=settings.deterministic_attention,
+        compiled=settings.compile,
     )
     if choice.op is not None:
         model.attend_by_documents(choice.op)

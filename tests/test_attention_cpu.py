@@ -1,8 +1,11 @@
-"""Attention on the CPU in bf16 against its contract in fp64: forward and gradients."""
+"""Attention on the CPU in bf16, by products of the library and by attention.cpp, against its contract in fp64: forward and
+gradients."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +14,27 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from closeness import assert_close, relative_error
+from distlora.architecture.families import FAMILIES
 from distlora.model import attention, attention_cpu, attention_tiles
-from distlora.model.attention_cpu import attend
+from distlora_kernels import attention as compiled_attention
+from distlora_kernels import native
 
 LENGTHS = [[300], [1, 1, 37, 261], [128, 129, 43], [2, 298]]
 """Of documents: one tile and a part, one token, a tile to the token and one more."""
-HEADS = [(4, 4, 32), (6, 2, 24), (8, 1, 40)]
+HEADS = [(4, 4, 32), (6, 2, 48), (8, 1, 80)]
 """Of queries and of keys, and their size: alone, in groups of three, all on one."""
+Attend = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[attention_cpu.attend, compiled_attention.attend], ids=["products", "compiled"])
+def attend(request: pytest.FixtureRequest) -> Attend:
+    chosen: Attend = request.param
+    if chosen is compiled_attention.attend:
+        torch.set_num_threads(1)
+        reason = native.why_not() or compiled_attention.why_not(1, 16)
+        if reason is not None:
+            pytest.skip(f"not compiled: {reason}")
+    return chosen
 
 
 def inputs_of(length: int, heads: tuple[int, int, int], *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
@@ -61,7 +78,7 @@ def exact(inputs: list[Tensor], bounds: Tensor, left: int | None = None) -> list
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("left", [None, 0, 63, 200])
-def test_it_is_its_contract_to_three_roundings(heads: tuple[int, int, int], left: int | None) -> None:
+def test_it_is_its_contract_to_three_roundings(attend: Attend, heads: tuple[int, int, int], left: int | None) -> None:
     """Of the weights, of the product and of what becomes of it; gradients have one more of the output's."""
     for lengths in LENGTHS:
         inputs, bounds = inputs_of(sum(lengths), heads), bounds_of(lengths)
@@ -76,14 +93,14 @@ def test_it_is_its_contract_to_three_roundings(heads: tuple[int, int, int], left
 def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, bounds = (6, 3, 32), bounds_of([211])
     inputs = inputs_of(211, heads)
-    expected = results(attend, inputs, bounds)
+    expected = results(attention_cpu.attend, inputs, bounds)
     monkeypatch.setattr(attention_tiles, "_LONGEST", 17)
     monkeypatch.setattr(attention_tiles, "_SCORES", 2 * 2 * 17 * 150)
-    for ours, wanted in zip(results(attend, inputs, bounds), expected, strict=True):
+    for ours, wanted in zip(results(attention_cpu.attend, inputs, bounds), expected, strict=True):
         assert_close(ours, wanted, ulps=2)
 
 
-def test_large_scores_are_rounded_less_than_products_round_them() -> None:
+def test_large_scores_are_rounded_less_than_products_round_them(attend: Attend) -> None:
     """Scores of up to 50, whose bf16 is 1/8 off: eager attention in bf16 is far off, as flash attention with its fp32
     scores is not."""
     heads, bounds = (4, 2, 64), bounds_of([256])
@@ -97,7 +114,7 @@ def test_large_scores_are_rounded_less_than_products_round_them() -> None:
     assert all(theirs > 2 * error for error, theirs in zip(ours[:3], eager[:3], strict=True))
 
 
-def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right() -> None:
+def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right(attend: Attend) -> None:
     """An attention sink: D cancels the sink's dO.v but for its rounding, which the others' gradients would drown in."""
     heads, bounds = (4, 4, 64), bounds_of([256])
     query, key, value, gradient = inputs_of(256, heads)
@@ -118,7 +135,9 @@ def test_a_token_that_takes_all_the_weight_leaves_the_others_gradients_right() -
 
 
 @pytest.mark.parametrize("room", [2**20, 12_000])
-def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(
+    attend: Attend, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
     """With little room for scores long documents have short tiles, and the others their own."""
     monkeypatch.setattr(attention_tiles, "_SCORES", room)
     heads, lengths = (4, 2, 32), [300, 5, 129, 300]
@@ -136,7 +155,7 @@ def test_documents_are_the_same_to_the_bit_wherever_they_are_packed(monkeypatch:
         assert all(torch.equal(whole[piece], one) for whole, one in zip(packed, alone, strict=True))
 
 
-def test_layouts_in_memory_change_nothing() -> None:
+def test_layouts_in_memory_change_nothing(attend: Attend) -> None:
     """Rotary embeddings leave queries and keys in either order of heads and tokens."""
     inputs, bounds = inputs_of(160, (4, 2, 32)), bounds_of([100, 60])
     other = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in inputs]
@@ -144,11 +163,54 @@ def test_layouts_in_memory_change_nothing() -> None:
         assert torch.equal(first, second)
 
 
-def test_what_is_not_finite_is_seen() -> None:
+def test_what_is_not_finite_is_seen(attend: Attend) -> None:
     for place in range(3):
         inputs, bounds = inputs_of(40, (2, 1, 32)), bounds_of([40])
         inputs[place][7] = torch.nan
         assert results(attend, inputs, bounds)[0][7].isnan().all()
+
+
+def test_threads_and_rows_apart_change_nothing(attend: Attend) -> None:
+    """Heads of a joined tensor, as some families have them, and as many threads as there are heads."""
+    inputs, bounds = inputs_of(210, (4, 2, 32)), bounds_of([150, 60])
+    expected = results(attend, inputs, bounds)
+    joined = torch.cat([tensor.flatten(1) for tensor in inputs[:3]], dim=1)
+    apart = [part.unflatten(1, (-1, 32)) for part in joined.split([128, 64, 64], dim=1)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        actual = results(attend, [*apart, inputs[3]], bounds)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=True))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = SimpleNamespace(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+
+    def chosen(**changed: Any) -> attention.Choice:
+        return attention.choose(
+            FAMILIES["llama"],
+            SimpleNamespace(**{**vars(sizes), **changed}),
+            wanted="auto",
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            deterministic=True,
+            compiled=True,
+        )
+
+    class Library:
+        attends = staticmethod(lambda: True)
+
+    monkeypatch.setattr(native, "library", Library)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert chosen().op is compiled_attention.attend
+    assert "in products of matrices; it is not compiled: heads of 24 columns" in chosen(head_dim=24).said
+    assert "1 heads of keys are fewer than 2 threads" in chosen(num_key_value_heads=1).said
+    Library.attends = staticmethod(lambda: False)
+    assert "no AVX512-BF16" in chosen().said
+    assert chosen().op is attention_cpu.attend
 
 
 def test_the_largest_of_bf16_is_amax() -> None:

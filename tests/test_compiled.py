@@ -129,7 +129,7 @@ def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.raises(UserError, match=r"no C\+\+ compiler .* or set train.compile=false"):
-        compiled.apply(model.decoder, model.family, model.head)
+        compiled.require()
     again, _ = load_model(
         config_of(train={"compile": True}, model={"path": str(tmp_path)}, data={"path": "d", "sequence_length": 64}),
         None,

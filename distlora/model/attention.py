@@ -1,5 +1,5 @@
 """Variable-length attention over packed rows: every document by itself, without a mask and without a sync of the host.
-On the CPU the operation is attention_cpu.py's.
+On the CPU the operation is attention_cpu.py's, or with train.compile attention.cpp's.
 
 transformers' decoders hand a 4-D attention_mask to every layer untouched (masking_utils._preprocess_mask_arguments), so
 the documents travel as that mask: `Documents.starts`, int32. The block wrapper cuts it by rows and recomputation sees
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.families import Family
 from distlora.model import attention_cpu
+from distlora_kernels import attention as compiled_attention
 
 NAME = "distlora_varlen"
 """The implementation's name in transformers' AttentionInterface."""
@@ -270,10 +271,11 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     deterministic: bool,
+    compiled: bool = False,
 ) -> Choice:
     """Variable-length attention where this device, the dtype and the model allow it, or the reason why not.
 
-    `hf_config` is the decoder's, dtype what it computes in, `wanted` train.attention.
+    `hf_config` is the decoder's, dtype what it computes in, `wanted` train.attention, `compiled` train.compile.
     """
     dense = "attention goes through dense masks, whose memory grows with rows x length squared"
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -286,7 +288,16 @@ def choose(
     if device.type == "cpu":
         if dtype != torch.bfloat16:
             return Choice(None, f"{dense}: on the CPU {dtype} is transformers' own, the reference")
-        return Choice(attention_cpu.attend, "attention runs over each document's length, in products of matrices")
+        by_products = "attention runs over each document's length, in products of matrices"
+        if not compiled:
+            return Choice(attention_cpu.attend, by_products)
+        key_heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+        reason = compiled_attention.why_not(key_heads, head_size)
+        if reason is not None:
+            return Choice(attention_cpu.attend, f"{by_products}; it is not compiled: {reason}")
+        return Choice(
+            compiled_attention.attend, "attention runs over each document's length, compiled for this processor"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
     if head_size % 8 or head_size > 256:

@@ -1,6 +1,7 @@
-"""train.compile: what elementwise.cpp computes in a transformers decoder and in the head, on the CPU.
+"""train.compile: what elementwise.cpp computes in a transformers decoder and in the head, on the CPU; attention.py chooses
+attention.cpp where it can.
 
-It is compiled when a worker starts, by the machine's C++ compiler, for its processor (distlora_kernels.native).
+Both are compiled when a worker starts, by the machine's C++ compiler, for its processor (distlora_kernels.native).
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ class CompiledRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-def apply(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: bool = False) -> str:
-    """Exchange what is compiled; returns what is used, a line. Raises UserError where nothing can be compiled."""
+def require() -> None:
+    """Compile. Raises UserError where nothing can be compiled."""
     try:
         native.library()
     except native.NotCompiledError as error:
         raise UserError(f"train.compile=true: {error}, or set train.compile=false") from error
+
+
+def apply(decoder: Any, family: Family, head: LossHead, *, outputs_are_kept: bool = False) -> str:
+    """Exchange what is compiled, once `require` has returned; returns what is used, a line."""
     fused = fused_modules.Fused(name="compiled for this processor", norm=_norm, silu=_silu, gelu=_gelu, rotate=rotate)
     used = fused_modules.exchange(decoder, family, fused, outputs_are_kept=outputs_are_kept)
     if not head.takes_cross_entropy:

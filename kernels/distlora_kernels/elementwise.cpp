@@ -7,46 +7,7 @@
 //
 // Letters: M rows, N columns, T the dtype (bf16 as its bits, or float).
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-
-using bf16 = uint16_t;
-
-constexpr size_t FEWEST = 1 << 15;  // Numbers for which other threads are woken.
-
-static inline float widen(float value) { return value; }
-static inline float widen(bf16 value) { return __builtin_bit_cast(float, (uint32_t)value << 16); }
-
-// To the nearest, ties to even, NaN stays one.
-template <typename T> static inline T narrow(float value);
-template <> inline float narrow<float>(float value) { return value; }
-template <> inline bf16 narrow<bf16>(float value) {
-    uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-template <typename T> static inline float rounded(float value) { return widen(narrow<T>(value)); }
-
-// Within 2 ulps; what lies outside of [-87.3, 88.3] is taken to be its bound. (Cephes' polynomial, netlib.org/cephes, expf.c.)
-static inline float exponential(float x) {
-    x = x < -87.3f ? -87.3f : x;
-    x = x > 88.3f ? 88.3f : x;
-    const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer.
-    float shifted = std::fma(x, 1.44269504f, magic);
-    float n = shifted - magic;
-    float r = std::fma(n, -0.693359375f, x);
-    r = std::fma(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = std::fma(p, r, 1.3981999507e-3f);
-    p = std::fma(p, r, 8.3334519073e-3f);
-    p = std::fma(p, r, 4.1665795894e-2f);
-    p = std::fma(p, r, 1.6666665459e-1f);
-    p = std::fma(p, r, 5.0000001201e-1f);
-    p = std::fma(p * r, r, r + 1.f);
-    uint32_t power = __builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, magic) + 127;
-    return p * __builtin_bit_cast(float, power << 23);
-}
+#include "numbers.h"
 
 static inline float tanh_of(float x) { return 1.f - 2.f / (exponential(2.f * x) + 1.f); }
 
@@ -187,29 +148,27 @@ static void cross_entropy(T *logits, const int64_t *labels, float *losses, size_
     }
 }
 
-#define EXPORTED extern "C" __attribute__((visibility("default"))) void
-
 #define WITH(T, NAME)                                                                                                  \
-    EXPORTED norm_forward_##NAME(const T *x, const T *w, T *y, float *inverse, size_t M, size_t N, float eps,          \
+    EXPORTED void norm_forward_##NAME(const T *x, const T *w, T *y, float *inverse, size_t M, size_t N, float eps,          \
                                  int plus_one) {                                                                       \
         (plus_one ? norm_forward<T, true> : norm_forward<T, false>)(x, w, y, inverse, M, N, eps);                      \
     }                                                                                                                  \
-    EXPORTED norm_backward_##NAME(const T *dy, const T *x, const T *w, const float *inverse, T *dx, size_t M,          \
+    EXPORTED void norm_backward_##NAME(const T *dy, const T *x, const T *w, const float *inverse, T *dx, size_t M,          \
                                   size_t N, int plus_one) {                                                            \
         (plus_one ? norm_backward<T, true> : norm_backward<T, false>)(dy, x, w, inverse, dx, M, N);                    \
     }                                                                                                                  \
-    EXPORTED gate_forward_##NAME(const T *gate, const T *up, T *y, size_t M, size_t N, size_t stride, int gelu) {      \
+    EXPORTED void gate_forward_##NAME(const T *gate, const T *up, T *y, size_t M, size_t N, size_t stride, int gelu) {      \
         (gelu ? gate_forward<T, Gelu> : gate_forward<T, Silu>)(gate, up, y, M, N, stride);                             \
     }                                                                                                                  \
-    EXPORTED gate_backward_##NAME(const T *dy, T *gate, T *up, size_t M, size_t N, size_t stride, int gelu) {          \
+    EXPORTED void gate_backward_##NAME(const T *dy, T *gate, T *up, size_t M, size_t N, size_t stride, int gelu) {          \
         (gelu ? gate_backward<T, Gelu> : gate_backward<T, Silu>)(dy, gate, up, M, N, stride);                          \
     }                                                                                                                  \
-    EXPORTED rotate_##NAME(T *x, const T *c, const T *s, size_t B, size_t H, size_t S, size_t turned, size_t of_batch, \
+    EXPORTED void rotate_##NAME(T *x, const T *c, const T *s, size_t B, size_t H, size_t S, size_t turned, size_t of_batch, \
                            size_t of_head, size_t of_token, size_t table_of_batch, int back) {                         \
         (back ? rotate<T, true> : rotate<T, false>)(x, c, s, B, H, S, turned, of_batch, of_head, of_token,             \
                                                     table_of_batch);                                                   \
     }                                                                                                                  \
-    EXPORTED cross_entropy_##NAME(T *logits, const int64_t *labels, float *losses, size_t M, size_t N) {               \
+    EXPORTED void cross_entropy_##NAME(T *logits, const int64_t *labels, float *losses, size_t M, size_t N) {               \
         cross_entropy<T>(logits, labels, losses, M, N);                                                                \
     }
 

@@ -32,17 +32,17 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Tensors as pointers, floats as C's, other numbers as 64 bits."""
     function = getattr(native.library(), f"{name}_{_NAMES[dtype]}")
-    function(*(_as_c(argument) for argument in arguments))
+    function(*(as_c(argument) for argument in arguments))
 
 
-def _as_c(argument: Any) -> Any:
+def as_c(argument: Any) -> Any:
+    """A tensor as a pointer, floats as C's, other numbers as 64 bits."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_size_t(argument)
+    return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_int64(argument)
 
 
 _makers: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] | None = None

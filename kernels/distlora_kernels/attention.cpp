@@ -1,0 +1,354 @@
+// Causal attention by documents in bf16, forward and backward, for processors with AVX512-BF16. attention_native.py has
+// the contract; native.py compiles this file.
+//
+// A task is a document and a head of keys, with all query heads that share it. Its queries go in blocks of ROWS, and a
+// block meets all keys that it may see at once: whole rows of scores, in fp32, stay in the caches. Every product is
+// one of `product`, whose operands hold pairs of bf16 along what is summed. What a task computes depends on its
+// document alone, and in its order.
+//
+// Letters: T tokens, n of a document, H heads of queries, K of keys, G = H / K, E head size, m queries of a block.
+// A panel is LANES columns of a right-hand side, row after row.
+
+#include "numbers.h"
+
+#ifdef __AVX512BF16__
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+#include <memory>
+
+constexpr size_t ROWS = 64, LANES = 64, VECTOR = 16;
+
+static inline size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
+
+// C (R, 16 V) = A (R, P) B (P, 16 V), or += it: of pairs, so the sum is over 2 P. B lies in a panel.
+template <size_t R, size_t V>
+static inline void product_of(const uint32_t *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t P, bool add) {
+    __m512 sums[R][V];
+    for (size_t r = 0; r < R; r++)
+        for (size_t v = 0; v < V; v++)
+            sums[r][v] = add ? _mm512_loadu_ps(C + r * ldc + v * VECTOR) : _mm512_setzero_ps();
+    for (size_t p = 0; p < P; p++) {
+        __m512bh b[V];
+        for (size_t v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(B + p * LANES + v * VECTOR);
+        for (size_t r = 0; r < R; r++) {
+            __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[r * lda + p]);
+            for (size_t v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, b[v]);
+        }
+    }
+    for (size_t r = 0; r < R; r++)
+        for (size_t v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + v * VECTOR, sums[r][v]);
+}
+
+template <size_t V>
+static void product_of_rows(const uint32_t *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t M, size_t P,
+                            bool add) {
+    size_t r = 0;
+    for (; r + 6 <= M; r += 6) product_of<6, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+    for (; r + 2 <= M; r += 2) product_of<2, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+    if (r < M) product_of<1, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
+}
+
+// C (M, N) = A (M, P) B (P, N) of pairs, or += it; N a multiple of VECTOR. From one panel of B to the next: `panel`.
+static void product(const uint32_t *A, size_t lda, const uint32_t *B, size_t panel, float *C, size_t ldc, size_t M, size_t N,
+                    size_t P, bool add = false) {
+    size_t n = 0;
+    for (; n + LANES <= N; n += LANES, B += panel) product_of_rows<4>(A, lda, B, C + n, ldc, M, P, add);
+    for (; n + 2 * VECTOR <= N; n += 2 * VECTOR, B += 2 * VECTOR) product_of_rows<2>(A, lda, B, C + n, ldc, M, P, add);
+    if (n < N) product_of_rows<1>(A, lda, B, C + n, ldc, M, P, add);
+}
+
+// A head of a tensor (T, heads, E), whose rows are `stride` apart.
+struct Head {
+    const bf16 *rows;
+    size_t stride;
+    const bf16 *row(size_t token) const { return rows + token * stride; }
+    const uint32_t *pairs(size_t token) const { return (const uint32_t *)row(token); }
+};
+
+// n rows -> panels of them as columns, pairs along E: (E / 2, n), zeros up to a multiple of VECTOR.
+static void pack_columns(Head x, size_t n, size_t E, uint32_t *out) {
+    size_t P = E / 2;
+    for (size_t k = 0; k < up(n, VECTOR); k++) {
+        uint32_t *column = out + k / LANES * P * LANES + k % LANES;
+        for (size_t p = 0; p < P; p++) column[p * LANES] = k < n ? x.pairs(k)[p] : 0;
+    }
+}
+
+static inline uint32_t pair(bf16 first, bf16 second) { return (uint32_t)first | (uint32_t)second << 16; }
+
+// n rows -> panels of E columns, pairs along the rows: (n / 2, E), zeros up to a multiple of VECTOR rows.
+static void pack_rows(Head x, size_t n, size_t E, uint32_t *out) {
+    size_t pairs = up(n, VECTOR) / 2;
+    for (size_t j = 0; j < pairs; j++) {
+        const bf16 *first = x.row(2 * j), *second = x.row(2 * j + 1);
+        for (size_t e = 0; e < E; e++) {
+            bf16 low = 2 * j < n ? first[e] : 0, high = 2 * j + 1 < n ? second[e] : 0;
+            out[(e / LANES * pairs + j) * LANES + e % LANES] = pair(low, high);
+        }
+    }
+}
+
+// m rows from `start` -> their transpose as a left-hand side, pairs along the rows: (E, ROWS / 2), zeros beyond m.
+static void transpose(Head x, size_t start, size_t m, size_t E, uint32_t *out) {
+    for (size_t j = 0; 2 * j < m; j++) {
+        const bf16 *first = x.row(start + 2 * j), *second = first + x.stride;
+        for (size_t e = 0; e < E; e++) out[e * (ROWS / 2) + j] = pair(first[e], 2 * j + 1 < m ? second[e] : 0);
+    }
+}
+
+// Queries of a document and the keys that they may see.
+struct Block {
+    size_t start, m;      // Its queries.
+    size_t first, width;  // Its keys: from a panel's first on, so many with those to fill a vector.
+    int64_t left;         // So many before its own a query sees; all where it is below 0.
+    Block(size_t start, size_t n, int64_t left) : start(start), m(n - start < ROWS ? n - start : ROWS), left(left) {
+        first = from(0, 0) / LANES * LANES;
+        width = up(start + m - first, VECTOR);
+    }
+    // Of its query r, the first key that it sees and the one behind the last, counted from `origin`.
+    size_t from(size_t r, size_t origin) const {
+        int64_t key = (int64_t)(start + r) - left;
+        return left < 0 || key < (int64_t)origin ? 0 : (size_t)key - origin;
+    }
+    size_t to(size_t r) const { return start + r + 1 - first; }
+};
+
+// Memory of a thread, for documents of n tokens.
+template <typename T> static inline T *taken(char *&memory, size_t count) {
+    T *here = (T *)memory;
+    memory += up(count * sizeof(T), 64);
+    return here;
+}
+
+struct Scratch {
+    uint32_t *keys, *values, *rows;  // Packed: keys and values as columns, and one of them as rows.
+    float *scores, *gradients, *of_keys, *of_values, *product;
+    bf16 *weights;
+    uint32_t *by_query, *gradients_by_query, *turned, *turned_output;
+
+    static size_t carve(Scratch &out, char *memory, size_t n, size_t E, bool backward) {
+        char *start = memory;
+        size_t N = up(n, LANES), packed = N * up(E, LANES) / 2;
+        out.keys = taken<uint32_t>(memory, packed);
+        out.rows = taken<uint32_t>(memory, packed);
+        out.scores = taken<float>(memory, ROWS * N);
+        out.weights = taken<bf16>(memory, ROWS * N);
+        out.product = taken<float>(memory, ROWS * E);
+        if (backward) {
+            out.values = taken<uint32_t>(memory, packed);
+            out.gradients = taken<float>(memory, ROWS * N);
+            out.of_keys = taken<float>(memory, E * N);
+            out.of_values = taken<float>(memory, E * N);
+            out.by_query = taken<uint32_t>(memory, ROWS / 2 * N);
+            out.gradients_by_query = taken<uint32_t>(memory, ROWS / 2 * N);
+            out.turned = taken<uint32_t>(memory, E * ROWS / 2);
+            out.turned_output = taken<uint32_t>(memory, E * ROWS / 2);
+        }
+        return (size_t)(memory - start);
+    }
+};
+
+struct Problem {
+    const bf16 *query, *key, *value;
+    size_t query_token, query_head, key_token, key_head, value_token, value_head;
+    const int64_t *bounds;
+    size_t documents, H, K, E;
+    float scale;  // Of scores in powers of 2.
+    int64_t left;
+
+    Head queries(size_t token, size_t h) const { return {query + token * query_token + h * query_head, query_token}; }
+    Head keys(size_t token, size_t h) const { return {key + token * key_token + h * key_head, key_token}; }
+    Head values(size_t token, size_t h) const { return {value + token * value_token + h * value_head, value_token}; }
+};
+
+// Scores (m, width) become weights in bf16, 0 where nothing is seen; `logs`: log2 of what they are to be divided by is
+// the largest score's, and `sums` their sums.
+static void softmax(const Block &block, const float *scores, size_t ld, float scale, bf16 *weights, float *logs, float *sums) {
+    for (size_t r = 0; r < block.m; r++) {
+        const float *row = scores + r * ld;
+        bf16 *out = weights + r * ld;
+        size_t start = block.from(r, block.first), end = block.to(r);
+        float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+        for (size_t k = start; k < end; k++) most = row[k] > most ? row[k] : most;
+        float shift = -most * scale;
+        memset(out, 0, start * sizeof(bf16));
+#pragma omp simd reduction(+ : sum)
+        for (size_t k = start; k < end; k++) {
+            bf16 weight = narrow<bf16>(power_of_2(std::fma(row[k], scale, shift)));
+            out[k] = weight;
+            sum += widen(weight);
+        }
+        memset(out + end, 0, (block.width - end) * sizeof(bf16));
+        sums[r] = sum;
+        logs[r] = std::log2(sum) - shift;
+    }
+}
+
+// Output (T, H, E), and of each query and head the log2 of its weights' sum (H, T).
+static void forward(const Problem &x, Scratch &own, size_t document, size_t h, bf16 *output, float *logs, size_t T) {
+    size_t start = (size_t)x.bounds[document], n = (size_t)x.bounds[document + 1] - start, E = x.E, G = x.H / x.K;
+    size_t ld = up(n, LANES), pairs = up(n, VECTOR) / 2;
+    pack_columns(x.keys(start, h), n, E, own.keys);
+    pack_rows(x.values(start, h), n, E, own.rows);
+    for (size_t g = h * G; g < (h + 1) * G; g++) {
+        Head queries = x.queries(start, g);
+        for (size_t q = 0; q < n; q += ROWS) {
+            Block block(q, n, x.left);
+            float sums[ROWS];
+            product(queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, E / 2 * LANES, own.scores, ld,
+                    block.m, block.width, E / 2);
+            softmax(block, own.scores, ld, x.scale, own.weights, logs + g * T + start + q, sums);
+            product((const uint32_t *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
+                    block.m, E, block.width / 2);
+            for (size_t r = 0; r < block.m; r++) {
+                bf16 *row = output + ((start + q + r) * x.H + g) * E;
+                for (size_t e = 0; e < E; e++) row[e] = narrow<bf16>(own.product[r * E + e] / sums[r]);
+            }
+        }
+    }
+}
+
+// Scores become the weights w, rounded, and 0 where nothing is seen; `out`, bf16, the gradients of the scores (but for
+// ln 2): w (d - D), with d those of the weights and D their mean by w. A token that takes nearly all the weight is left
+// with what d - D cancels to, so D is found twice: its fp32, and what that has lost.
+static void softmax_backward(const Block &block, float *scores, float *d, size_t ld, float scale, const float *logs,
+                             bf16 *out) {
+    for (size_t r = 0; r < block.m; r++) {
+        float *w = scores + r * ld, *dr = d + r * ld, shift = -logs[r], sum = 0, total = 0, rest = 0;
+        bf16 *of_row = out + r * ld;
+        size_t start = block.from(r, block.first), end = block.to(r);
+        memset(w, 0, start * sizeof(float));
+        memset(of_row, 0, start * sizeof(bf16));
+#pragma omp simd reduction(+ : sum, total)
+        for (size_t k = start; k < end; k++) {
+            w[k] = rounded<bf16>(power_of_2(std::fma(w[k], scale, shift)));
+            sum += w[k] * dr[k];
+            total += w[k];
+        }
+        float mean = sum / total;
+#pragma omp simd reduction(+ : rest)
+        for (size_t k = start; k < end; k++) {
+            dr[k] -= mean;
+            rest += w[k] * dr[k];
+        }
+        rest /= total;
+#pragma omp simd
+        for (size_t k = start; k < end; k++) of_row[k] = narrow<bf16>(w[k] * (dr[k] - rest));
+        memset(w + end, 0, (block.width - end) * sizeof(float));
+        memset(of_row + end, 0, (block.width - end) * sizeof(bf16));
+    }
+}
+
+// (m, width) -> panels of keys, pairs along the queries: of weights, rounded, in fp32 and of gradients in bf16.
+static void pack_by_query(const Block &block, const float *weights, const bf16 *gradients, size_t ld, uint32_t *of_weights,
+                          uint32_t *of_gradients) {
+    for (size_t j = 0; 2 * j < block.m; j++) {
+        bool whole = 2 * j + 1 < block.m;
+        const float *w = weights + 2 * j * ld, *w2 = w + ld;
+        const bf16 *d = gradients + 2 * j * ld, *d2 = d + ld;
+        for (size_t panel = 0; panel < block.width; panel += LANES) {
+            size_t to = (panel / LANES * (ROWS / 2) + j) * LANES, lanes = block.width - panel < LANES ? block.width - panel : LANES;
+            for (size_t k = 0; k < lanes; k++) {
+                uint32_t low = __builtin_bit_cast(uint32_t, w[panel + k]) >> 16;
+                uint32_t high = whole ? __builtin_bit_cast(uint32_t, w2[panel + k]) & 0xffff0000 : 0;
+                of_weights[to + k] = low | high;
+                of_gradients[to + k] = pair(d[panel + k], whole ? d2[panel + k] : 0);
+            }
+        }
+    }
+}
+
+static void backward(const Problem &x, Scratch &own, size_t document, size_t h, const bf16 *d_output, const float *logs,
+                     bf16 *d_query, bf16 *d_key, bf16 *d_value, size_t T) {
+    size_t start = (size_t)x.bounds[document], n = (size_t)x.bounds[document + 1] - start, E = x.E, G = x.H / x.K;
+    size_t ld = up(n, LANES), pairs = up(n, VECTOR) / 2;
+    float plain = x.scale * 0.6931471805599453f;
+    pack_columns(x.keys(start, h), n, E, own.keys);
+    pack_columns(x.values(start, h), n, E, own.values);
+    pack_rows(x.keys(start, h), n, E, own.rows);
+    memset(own.of_keys, 0, E * ld * sizeof(float));
+    memset(own.of_values, 0, E * ld * sizeof(float));
+    for (size_t g = h * G; g < (h + 1) * G; g++) {
+        Head queries = x.queries(start, g), outputs = {d_output + (start * x.H + g) * E, x.H * E};
+        for (size_t q = 0; q < n; q += ROWS) {
+            Block block(q, n, x.left);
+            size_t m = block.m, panel = E / 2 * LANES, by_query = ROWS / 2 * LANES;
+            product(queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, panel, own.scores, ld, m,
+                    block.width, E / 2);
+            product(outputs.pairs(q), outputs.stride / 2, own.values + block.first * E / 2, panel, own.gradients, ld, m,
+                    block.width, E / 2);
+            softmax_backward(block, own.scores, own.gradients, ld, x.scale, logs + g * T + start + q, own.weights);
+            product((const uint32_t *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
+                    m, E, block.width / 2);
+            for (size_t r = 0; r < m; r++) {
+                bf16 *row = d_query + ((start + q + r) * x.H + g) * E;
+                for (size_t e = 0; e < E; e++) row[e] = narrow<bf16>(own.product[r * E + e] * plain);
+            }
+            pack_by_query(block, own.scores, own.weights, ld, own.by_query, own.gradients_by_query);
+            transpose(outputs, q, m, E, own.turned_output);
+            transpose(queries, q, m, E, own.turned);
+            product(own.turned_output, ROWS / 2, own.by_query, by_query, own.of_values + block.first, ld, E, block.width,
+                    (m + 1) / 2, true);
+            product(own.turned, ROWS / 2, own.gradients_by_query, by_query, own.of_keys + block.first, ld, E, block.width,
+                    (m + 1) / 2, true);
+        }
+    }
+    for (size_t k = 0; k < n; k++) {
+        size_t row = ((start + k) * x.K + h) * E;
+        for (size_t e = 0; e < E; e++) {
+            d_key[row + e] = narrow<bf16>(own.of_keys[e * ld + k] * plain);
+            d_value[row + e] = narrow<bf16>(own.of_values[e * ld + k]);
+        }
+    }
+}
+
+// Every document and head of keys by itself. Returns whether there was memory.
+template <typename Task> static int each(const Problem &x, bool backwards, Task task) {
+    size_t longest = 0;
+    for (size_t d = 0; d < x.documents; d++) {
+        size_t n = (size_t)(x.bounds[d + 1] - x.bounds[d]);
+        longest = n > longest ? n : longest;
+    }
+    Scratch measured{};
+    size_t bytes = Scratch::carve(measured, nullptr, longest, x.E, backwards);
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        std::unique_ptr<char, void (*)(void *)> memory((char *)std::aligned_alloc(64, up(bytes, 64)), std::free);
+        failed = memory == nullptr;
+        Scratch own{};
+        if (!failed) Scratch::carve(own, memory.get(), longest, x.E, backwards);
+#pragma omp for schedule(dynamic)
+        for (size_t number = 0; number < x.documents * x.K; number++)
+            if (!failed && x.bounds[number / x.K + 1] > x.bounds[number / x.K]) task(own, number / x.K, number % x.K);
+    }
+    return !failed;
+}
+
+#define PROBLEM                                                                                                        \
+    const bf16 *query, const bf16 *key, const bf16 *value, size_t query_token, size_t query_head, size_t key_token,    \
+        size_t key_head, size_t value_token, size_t value_head, const int64_t *bounds, size_t documents, size_t H,     \
+        size_t K, size_t E, float scale, int64_t left
+#define THE_PROBLEM                                                                                                    \
+    {query, key, value, query_token, query_head, key_token, key_head, value_token, value_head, bounds, documents, H,   \
+     K,     E,   scale, left}
+
+EXPORTED int attends() { return 1; }
+
+EXPORTED int attention_forward(PROBLEM, bf16 *output, float *logs, size_t T) {
+    Problem x = THE_PROBLEM;
+    return each(x, false, [&](Scratch &own, size_t document, size_t h) { forward(x, own, document, h, output, logs, T); });
+}
+
+EXPORTED int attention_backward(PROBLEM, const bf16 *d_output, const float *logs, bf16 *d_query, bf16 *d_key, bf16 *d_value,
+                                size_t T) {
+    Problem x = THE_PROBLEM;
+    return each(x, true, [&](Scratch &own, size_t document, size_t h) {
+        backward(x, own, document, h, d_output, logs, d_query, d_key, d_value, T);
+    });
+}
+#else
+EXPORTED int attends() { return 0; }
+#endif

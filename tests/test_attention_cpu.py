@@ -1,5 +1,5 @@
-"""Attention on the CPU in bf16, by products of the library and by attention.cpp, against its contract in fp64: forward and
-gradients."""
+"""Attention on the CPU in bf16, by products of the library and by attention.cpp, against its contract in fp64: forward
+and gradients."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_what_it_trained_is_used_where_nothing_compiles_and_by_transformers_own(
 ) -> None:
     write_family_folder(tmp_path, "llama")
     own = modeling_llama.apply_rotary_pos_emb
-    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
+    load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
     assert modeling_llama.apply_rotary_pos_emb is not own
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

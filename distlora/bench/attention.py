@@ -1,9 +1,10 @@
-"""How long the CPU's attention in bf16 takes (attention_cpu.py), beside torch's flash attention with the same keys,
-repeated for each head of the queries, and the same documents, as a dense mask: what transformers does.
+"""How long the CPU's attention in bf16 takes, by products of the library (attention_cpu.py) and compiled
+(attention.cpp), beside torch's flash attention with the same keys, repeated for each head of the queries, and the same
+documents, as a dense mask: what transformers does.
 
     python -m distlora.bench.attention [--threads 1] [--rounds 7]                    (`distlora bench attention`)
 
-The two take turns; each's fastest round counts, forward and backward, by this process' CPU seconds and by the clock.
+All take turns; each's fastest round counts, forward and backward, by this process' CPU seconds and by the clock.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from distlora.bench.machine import made_here
-from distlora.model.attention_cpu import attend
+from distlora.model import attention_cpu
+from distlora.model.attention import VarlenOp
+from distlora_kernels import attention as compiled
+from distlora_kernels import native
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ CASES = (
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(case: Case) -> Op:
+def ours(case: Case, attend: VarlenOp) -> Op:
     bounds = torch.tensor(case.bounds, dtype=torch.int32)
 
     def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -101,7 +105,9 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
         forward, backward = ([b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(moments))
         return [forward[0], backward[0], forward[1] + backward[1]]
 
-    ops = {"flash": flash(case), "ours": ours(case)}
+    ops = {"flash": flash(case), "ours": ours(case, attention_cpu.attend)}
+    if why_not_compiled(case.key_heads, case.size) is None:
+        ops["compiled"] = ours(case, compiled.attend)
     best: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for name, op in ops.items():
@@ -111,14 +117,31 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return best
 
 
+def why_not_compiled(key_heads: int, size: int) -> str | None:
+    return native.why_not() or compiled.why_not(key_heads, size)
+
+
 def lines(threads: int, rounds: int) -> Iterator[str]:
-    yield f"| {threads} threads | flash, ms CPU (forward + backward) | ours | flash / ours: CPU | clock |"
-    yield "|--|--|--|--|--|"
+    ratios_of = "flash / ours: CPU | clock | flash / compiled: CPU | clock"
+    yield f"| {threads} threads | flash, ms CPU (forward + backward) | ours | compiled | {ratios_of} |"
+    yield "|--|--|--|--|--|--|--|--|"
     for case in CASES:
         found = measure(case, rounds)
-        cells = [f"{1e3 * forward:.0f} + {1e3 * backward:.0f}" for forward, backward, _ in found.values()]
-        ratios = [sum(found["flash"][part]) / sum(found["ours"][part]) for part in (slice(2), slice(2, 3))]
-        yield " | ".join([f"| {case}", *cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |"
+        times, ratios = [], []
+        for name in ("flash", "ours", "compiled"):
+            if name not in found:
+                times.append("-")
+                ratios += ["-", "-"]
+                continue
+            forward, backward, clock = found[name]
+            times.append(f"{1e3 * forward:.0f} + {1e3 * backward:.0f}")
+            if name != "flash":
+                of_flash = found["flash"]
+                ratios += [f"{sum(of_flash[:2]) / (forward + backward):.2f}", f"{of_flash[2] / clock:.2f}"]
+        yield " | ".join([f"| {case}", *times, *ratios]) + " |"
+    reasons = {why_not_compiled(case.key_heads, case.size): None for case in CASES}
+    for reason in filter(None, reasons):
+        yield f"Not compiled: {reason}."
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""train.compile: what elementwise.cpp computes in a transformers decoder and in the head, on the CPU; attention.py chooses
-attention.cpp where it can.
+"""train.compile: what elementwise.cpp computes in a transformers decoder and in the head, on the CPU; attention.py
+chooses attention.cpp where it can.
 
 Both are compiled when a worker starts, by the machine's C++ compiler, for its processor (distlora_kernels.native).
 """

@@ -1,7 +1,7 @@
 """Causal attention by documents on the CPU, by attention.cpp: for processors with AVX512-BF16.
 
-What is kept for backward is query, key, value and a number a query and head; the weights are made again. Scores are fp32,
-weights and the gradients of scores are rounded to bf16 for the products that they are in, whose sums are fp32.
+What is kept for backward is query, key, value and a number a query and head; the weights are made again. Scores are
+fp32, weights and the gradients of scores are rounded to bf16 for the products that they are in, whose sums are fp32.
 
 Letters: T tokens of all documents, H heads of queries, K of keys and values, E head size.
 """

@@ -1,7 +1,7 @@
 """elementwise.cpp and attention.cpp, compiled for the machine that they run on and loaded into this process. Imports no
 torch.
 
-Each process compiles for itself (2.2 CPU seconds) into a folder that is gone once the library is loaded: no file that
+Each process compiles for itself (2.3 CPU seconds) into a folder that is gone once the library is loaded: no file that
 is executed lies where another user, or a machine with another processor, could have left it.
 """
 

@@ -10,8 +10,8 @@ ATTENTION = "distlora.bench.attention"
 
 USAGE = """usage: distlora bench attention [--threads N] [--rounds N]
 
-How long the CPU's attention in bf16 takes, forward and backward, beside torch's flash attention on the same documents,
-in turns, as Markdown.
+How long the CPU's attention in bf16 takes, by products of matrices and compiled (train.compile), forward and backward,
+beside torch's flash attention on the same documents, in turns, as Markdown.
 
   --threads N        (1)
   --rounds N         of which the fastest counts (7)"""

@@ -19,9 +19,9 @@ from distlora.model import attention, attention_cpu, attention_tiles
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native
 
-LENGTHS = [[300], [1, 1, 37, 261], [128, 129, 43], [2, 298]]
-"""Of documents: one tile and a part, one token, a tile to the token and one more."""
-HEADS = [(4, 4, 32), (6, 2, 48), (8, 1, 80)]
+LENGTHS = [[300], [0, 1, 1, 37, 0, 261, 0], [128, 129, 43], [2, 298]]
+"""Of documents: one tile and a part, none and one token, a tile to the token and one more."""
+HEADS = [(4, 4, 32), (6, 2, 48), (8, 1, 80), (4, 2, 16), (2, 1, 256)]
 """Of queries and of keys, and their size: alone, in groups of three, all on one."""
 Attend = Callable[..., Tensor]
 
@@ -163,6 +163,16 @@ def test_layouts_in_memory_change_nothing(attend: Attend) -> None:
         assert torch.equal(first, second)
 
 
+def test_keys_of_no_memory_of_their_own_and_other_gradients(attend: Attend) -> None:
+    inputs, bounds = inputs_of(70, (4, 2, 32)), bounds_of([70])
+    query, key, value, gradient = inputs
+    one = key[:, :1]
+    turned = gradient.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    expected = results(attend, [query, one.repeat(1, 2, 1), value, gradient], bounds)
+    actual = results(attend, [query, one.expand(-1, 2, -1), value, turned], bounds)
+    assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=True))
+
+
 def test_what_is_not_finite_is_seen(attend: Attend) -> None:
     for place in range(3):
         inputs, bounds = inputs_of(40, (2, 1, 32)), bounds_of([40])
@@ -185,7 +195,15 @@ def test_threads_and_rows_apart_change_nothing(attend: Attend) -> None:
     assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=True))
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=f"not compiled: {native.why_not()}")
+def test_no_memory_for_scores_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        attention_forward = staticmethod(lambda *arguments: 0)
+
+    monkeypatch.setattr(native, "library", Library)
+    with pytest.raises(MemoryError, match="a document of 40 tokens"):
+        compiled_attention.attend(*inputs_of(60, (2, 1, 32))[:3], bounds_of([40, 20]), 40, 1.0, None)
+
+
 def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = SimpleNamespace(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
 

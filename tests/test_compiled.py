@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+import family_models
 from accounting import Kept
 from closeness import relative_error
 from distlora.architecture.families import family_of, read_config
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.model import compiled
+from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.compiled import CompiledRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.trained_model import load_model
+from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, native
 from distlora_launcher.settings.checks import check_machine, check_of_sizes
 from family_models import load_ours, tokens, write_family_folder
@@ -88,6 +91,34 @@ def test_in_bf16_it_differs_by_less_than_bf16_itself_does(name: str, tmp_path: P
         assert all(torch.equal(a, b) for a, b in zip(found, own, strict=True))
     again = gradients(dtype="bf16", compile=True, checkpointing="selective")
     assert all(torch.equal(a, b) for a, b in zip(own, again, strict=True)), "what a resume needs"
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_documents_are_attended_to_by_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors against fp32 are below those of what it takes the place of, however the blocks are recomputed."""
+    stem, settings = family_models.VARIANTS[name]
+    monkeypatch.setitem(family_models.VARIANTS, name, (stem, settings | {"head_dim": 32}))
+    write_family_folder(tmp_path, name)
+    input_ids, positions = tokens(2, 90), torch.cat([torch.arange(50), torch.arange(40)]).expand(2, -1)
+
+    def found(**train: object) -> tuple[CausalLM, Tensor]:
+        model, _ = load_ours(tmp_path, ALONE, quant={"method": "none"}, train=train)
+        documents = Documents.of(positions) if train["dtype"] == "bf16" else None
+        losses = model(input_ids, positions, input_ids.roll(-1, dims=1), documents=documents)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(losses.sum() / input_ids.numel(), parameters)
+        return model, torch.cat([losses.detach(), *(gradient.flatten() for gradient in gradients)])
+
+    (_, exact), (_, plain) = found(dtype="fp32"), found(dtype="bf16")
+    recomputed = []
+    for checkpointing in ("none", "block", "selective"):
+        model, own = found(dtype="bf16", compile=True, checkpointing=checkpointing)
+        compiles = compiled_attention.why_not(2, 32) is None
+        assert any("compiled for this processor" in note for note in model.notes if "attention" in note) == compiles
+        assert relative_error(own, exact) <= 1.1 * relative_error(plain, exact)
+        recomputed.append(own)
+    assert all(torch.equal(first, own) for first in recomputed)
 
 
 @needs_compiler

@@ -118,7 +118,10 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
 
 
 def why_not_compiled(key_heads: int, size: int) -> str | None:
-    return native.why_not() or compiled.why_not(key_heads, size)
+    try:
+        return native.why_not() or compiled.why_not(key_heads, size)
+    except native.NotCompiledError as error:
+        return str(error)
 
 
 def lines(threads: int, rounds: int) -> Iterator[str]:

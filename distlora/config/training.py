@@ -109,17 +109,17 @@ class TrainConfig:
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     attention: Literal["auto", "sdpa"] = "auto"
     """`auto`: attention goes through each packed document by itself where there is code for that: in bf16, on CUDA with
-    flash attention and on the CPU with products of matrices. `sdpa`: as transformers does it, through masks, whose
-    memory and time grow with the square of a row; so does `auto` elsewhere. Gemma 2 and GPT-OSS have their own."""
+    flash attention and on the CPU with products of matrices, or compiled. `sdpa`: as transformers does it, through masks,
+    whose memory and time grow with the square of a row; so does `auto` elsewhere. Gemma 2 and GPT-OSS have their own."""
     deterministic_attention: bool = True
     """On CUDA, add up variable-length attention's gradients in a fixed order, which a resume that is equal bit for bit
     needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""
     liger: bool = True
     """On CUDA, use liger-kernel's RMSNorm, gated MLP and rotary embedding, if it is installed (`distlora[cuda]`)."""
     compile: bool = False
-    """On the CPU, compute norms, gated MLPs, rotary embeddings and losses in one pass over memory each, by code that
-    every worker compiles when it starts (it needs a C++ compiler, and takes 1.4 CPU seconds). Less is kept for
-    backward; results differ by rounding alone."""
+    """On the CPU, compute norms, gated MLPs, rotary embeddings and losses in one pass over memory each, and attention
+    in bf16 where the processor has AVX512-BF16, by code that every worker compiles when it starts (it needs a C++
+    compiler, and takes 2.3 CPU seconds). Less is kept for backward; results differ by rounding alone."""
     router_aux_loss: float | None = None
     """Weight of the load-balancing loss of a mixture of experts' routers in the training loss; null: as config.json
     says (router_aux_loss_coef where output_router_logits is true, else 0). Routers are frozen: it reaches the adapters

@@ -14,8 +14,9 @@ from distlora.plan.decoder_sizes import Decoder
 from distlora.plan.speed.operations import pairs
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
-"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py).
-`sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the scores of a row are tensors."""
+"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py;
+attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the
+scores of a row are tensors."""
 
 
 def attention_kind(config: Config, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:

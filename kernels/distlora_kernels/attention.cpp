@@ -1,5 +1,5 @@
-// Causal attention by documents in bf16, forward and backward, for processors with AVX512-BF16. attention_native.py has
-// the contract; native.py compiles this file.
+// Causal attention by documents in bf16, forward and backward, for processors with AVX512-BF16. attention.py has the
+// contract; native.py compiles this file.
 //
 // A task is a document and a head of keys, with all query heads that share it. Its queries go in blocks of ROWS, and a
 // block meets all keys that it may see at once: whole rows of scores, in fp32, stay in the caches. Every product is
@@ -19,11 +19,14 @@
 
 constexpr size_t ROWS = 64, LANES = 64, VECTOR = 16;
 
+// Two bf16 as they lie in memory, wherever that is.
+typedef uint32_t Pair __attribute__((may_alias, aligned(2)));
+
 static inline size_t up(size_t count, size_t to) { return (count + to - 1) / to * to; }
 
 // C (R, 16 V) = A (R, P) B (P, 16 V), or += it: of pairs, so the sum is over 2 P. B lies in a panel.
 template <size_t R, size_t V>
-static inline void product_of(const uint32_t *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t P, bool add) {
+static inline void product_of(const Pair *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t P, bool add) {
     __m512 sums[R][V];
     for (size_t r = 0; r < R; r++)
         for (size_t v = 0; v < V; v++)
@@ -41,7 +44,7 @@ static inline void product_of(const uint32_t *A, size_t lda, const uint32_t *B, 
 }
 
 template <size_t V>
-static void product_of_rows(const uint32_t *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t M, size_t P,
+static void product_of_rows(const Pair *A, size_t lda, const uint32_t *B, float *C, size_t ldc, size_t M, size_t P,
                             bool add) {
     size_t r = 0;
     for (; r + 6 <= M; r += 6) product_of<6, V>(A + r * lda, lda, B, C + r * ldc, ldc, P, add);
@@ -50,7 +53,7 @@ static void product_of_rows(const uint32_t *A, size_t lda, const uint32_t *B, fl
 }
 
 // C (M, N) = A (M, P) B (P, N) of pairs, or += it; N a multiple of VECTOR. From one panel of B to the next: `panel`.
-static void product(const uint32_t *A, size_t lda, const uint32_t *B, size_t panel, float *C, size_t ldc, size_t M, size_t N,
+static void product(const Pair *A, size_t lda, const uint32_t *B, size_t panel, float *C, size_t ldc, size_t M, size_t N,
                     size_t P, bool add = false) {
     size_t n = 0;
     for (; n + LANES <= N; n += LANES, B += panel) product_of_rows<4>(A, lda, B, C + n, ldc, M, P, add);
@@ -63,7 +66,7 @@ struct Head {
     const bf16 *rows;
     size_t stride;
     const bf16 *row(size_t token) const { return rows + token * stride; }
-    const uint32_t *pairs(size_t token) const { return (const uint32_t *)row(token); }
+    const Pair *pairs(size_t token) const { return (const Pair *)row(token); }
 };
 
 // n rows -> panels of them as columns, pairs along E: (E / 2, n), zeros up to a multiple of VECTOR.
@@ -89,7 +92,8 @@ static void pack_rows(Head x, size_t n, size_t E, uint32_t *out) {
     }
 }
 
-// m rows from `start` -> their transpose as a left-hand side, pairs along the rows: (E, ROWS / 2), zeros beyond m.
+// m rows from `start` -> their transpose as a left-hand side, pairs along the rows: (E, ROWS / 2), of which (m + 1) / 2
+// are written, with a zero beside an odd last row.
 static void transpose(Head x, size_t start, size_t m, size_t E, uint32_t *out) {
     for (size_t j = 0; 2 * j < m; j++) {
         const bf16 *first = x.row(start + 2 * j), *second = first + x.stride;
@@ -114,38 +118,39 @@ struct Block {
     size_t to(size_t r) const { return start + r + 1 - first; }
 };
 
-// Memory of a thread, for documents of n tokens.
-template <typename T> static inline T *taken(char *&memory, size_t count) {
-    T *here = (T *)memory;
-    memory += up(count * sizeof(T), 64);
+// The next `count` in memory, on a line of the cache of their own.
+template <typename T> static inline T *taken(char *memory, size_t &bytes, size_t count) {
+    T *here = memory ? (T *)(memory + bytes) : nullptr;
+    bytes += up(count * sizeof(T), 64);
     return here;
 }
 
+// Memory of a thread, for documents of up to n tokens.
 struct Scratch {
     uint32_t *keys, *values, *rows;  // Packed: keys and values as columns, and one of them as rows.
     float *scores, *gradients, *of_keys, *of_values, *product;
     bf16 *weights;
     uint32_t *by_query, *gradients_by_query, *turned, *turned_output;
 
+    // Returns the bytes that it takes; with no memory nothing else.
     static size_t carve(Scratch &out, char *memory, size_t n, size_t E, bool backward) {
-        char *start = memory;
-        size_t N = up(n, LANES), packed = N * up(E, LANES) / 2;
-        out.keys = taken<uint32_t>(memory, packed);
-        out.rows = taken<uint32_t>(memory, packed);
-        out.scores = taken<float>(memory, ROWS * N);
-        out.weights = taken<bf16>(memory, ROWS * N);
-        out.product = taken<float>(memory, ROWS * E);
+        size_t bytes = 0, N = up(n, LANES), packed = N * up(E, LANES) / 2;
+        out.keys = taken<uint32_t>(memory, bytes, packed);
+        out.rows = taken<uint32_t>(memory, bytes, packed);
+        out.scores = taken<float>(memory, bytes, ROWS * N);
+        out.weights = taken<bf16>(memory, bytes, ROWS * N);
+        out.product = taken<float>(memory, bytes, ROWS * E);
         if (backward) {
-            out.values = taken<uint32_t>(memory, packed);
-            out.gradients = taken<float>(memory, ROWS * N);
-            out.of_keys = taken<float>(memory, E * N);
-            out.of_values = taken<float>(memory, E * N);
-            out.by_query = taken<uint32_t>(memory, ROWS / 2 * N);
-            out.gradients_by_query = taken<uint32_t>(memory, ROWS / 2 * N);
-            out.turned = taken<uint32_t>(memory, E * ROWS / 2);
-            out.turned_output = taken<uint32_t>(memory, E * ROWS / 2);
+            out.values = taken<uint32_t>(memory, bytes, packed);
+            out.gradients = taken<float>(memory, bytes, ROWS * N);
+            out.of_keys = taken<float>(memory, bytes, E * N);
+            out.of_values = taken<float>(memory, bytes, E * N);
+            out.by_query = taken<uint32_t>(memory, bytes, ROWS / 2 * N);
+            out.gradients_by_query = taken<uint32_t>(memory, bytes, ROWS / 2 * N);
+            out.turned = taken<uint32_t>(memory, bytes, E * ROWS / 2);
+            out.turned_output = taken<uint32_t>(memory, bytes, E * ROWS / 2);
         }
-        return (size_t)(memory - start);
+        return bytes;
     }
 };
 
@@ -162,8 +167,8 @@ struct Problem {
     Head values(size_t token, size_t h) const { return {value + token * value_token + h * value_head, value_token}; }
 };
 
-// Scores (m, width) become weights in bf16, 0 where nothing is seen; `logs`: log2 of what they are to be divided by is
-// the largest score's, and `sums` their sums.
+// Scores (m, width) -> weights in bf16, 0 where nothing is seen, and their `sums`, by which the output is divided; `logs`:
+// log2 of the sum of 2^(scale score), from which backward makes the weights again.
 static void softmax(const Block &block, const float *scores, size_t ld, float scale, bf16 *weights, float *logs, float *sums) {
     for (size_t r = 0; r < block.m; r++) {
         const float *row = scores + r * ld;
@@ -200,7 +205,7 @@ static void forward(const Problem &x, Scratch &own, size_t document, size_t h, b
             product(queries.pairs(q), queries.stride / 2, own.keys + block.first * E / 2, E / 2 * LANES, own.scores, ld,
                     block.m, block.width, E / 2);
             softmax(block, own.scores, ld, x.scale, own.weights, logs + g * T + start + q, sums);
-            product((const uint32_t *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
+            product((const Pair *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
                     block.m, E, block.width / 2);
             for (size_t r = 0; r < block.m; r++) {
                 bf16 *row = output + ((start + q + r) * x.H + g) * E;
@@ -280,7 +285,7 @@ static void backward(const Problem &x, Scratch &own, size_t document, size_t h, 
             product(outputs.pairs(q), outputs.stride / 2, own.values + block.first * E / 2, panel, own.gradients, ld, m,
                     block.width, E / 2);
             softmax_backward(block, own.scores, own.gradients, ld, x.scale, logs + g * T + start + q, own.weights);
-            product((const uint32_t *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
+            product((const Pair *)own.weights, ld / 2, own.rows + block.first / 2 * LANES, pairs * LANES, own.product, E,
                     m, E, block.width / 2);
             for (size_t r = 0; r < m; r++) {
                 bf16 *row = d_query + ((start + q + r) * x.H + g) * E;
@@ -289,9 +294,9 @@ static void backward(const Problem &x, Scratch &own, size_t document, size_t h, 
             pack_by_query(block, own.scores, own.weights, ld, own.by_query, own.gradients_by_query);
             transpose(outputs, q, m, E, own.turned_output);
             transpose(queries, q, m, E, own.turned);
-            product(own.turned_output, ROWS / 2, own.by_query, by_query, own.of_values + block.first, ld, E, block.width,
+            product((const Pair *)own.turned_output, ROWS / 2, own.by_query, by_query, own.of_values + block.first, ld, E, block.width,
                     (m + 1) / 2, true);
-            product(own.turned, ROWS / 2, own.gradients_by_query, by_query, own.of_keys + block.first, ld, E, block.width,
+            product((const Pair *)own.turned, ROWS / 2, own.gradients_by_query, by_query, own.of_keys + block.first, ld, E, block.width,
                     (m + 1) / 2, true);
         }
     }

@@ -2,6 +2,7 @@
 
 What is kept for backward is query, key, value and a number a query and head; the weights are made again. Scores are
 fp32, weights and the gradients of scores are rounded to bf16 for the products that they are in, whose sums are fp32.
+What is not finite reaches all of its document, what comes before it too, as 0 times it, and no other.
 
 Letters: T tokens of all documents, H heads of queries, K of keys and values, E head size.
 """
@@ -40,8 +41,13 @@ def attend(
     contiguous. A token sees itself and `left` tokens before it, all for None. Raises MemoryError where there is none
     for a document's scores."""
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16, f"{query.dtype}, {key.dtype}, {value.dtype}"
+    fits = key.shape == value.shape and query.shape[::2] == key.shape[::2] and query.shape[1] % key.shape[1] == 0
+    assert fits, f"{query.shape}, {key.shape}, {value.shape}"
     assert query.shape[2] % COLUMNS == 0, f"heads of {query.shape[2]}"
+    assert scale > 0, f"scores times {scale}"
     bounds = cu_seqlens.to(torch.int64).contiguous()
+    ordered = bool(bounds[0] == 0) and bool(bounds[-1] == len(query)) and bool((bounds.diff() >= 0).all())
+    assert ordered, f"documents from {bounds.tolist()} of {len(query)} tokens"
     output: Tensor = _Attend.apply(query, key, value, bounds, scale * math.log2(math.e), -1 if left is None else left)
     return output
 
@@ -64,6 +70,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bounds, logs = ctx.saved_tensors
         gradients = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value)]
+        assert d_output.dtype == query.dtype, f"gradients in {d_output.dtype}"
         d_output = d_output.contiguous()
         _call("attention_backward", query, key, value, bounds, ctx.scale, ctx.left, d_output, logs, *gradients)
         return *gradients, None, None, None
@@ -82,6 +89,6 @@ def _call(
 
 
 def _in_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its heads' columns side by side, and pairs of them where a processor reads two at once."""
-    pairs = all(tensor.stride(dim) % 2 == 0 for dim in (0, 1)) and tensor.storage_offset() % 2 == 0
+    """The tensor with its heads' columns side by side, whose strides can be counted in pairs."""
+    pairs = all(tensor.stride(dim) % 2 == 0 for dim in (0, 1))
     return tensor if tensor.stride(2) == 1 and pairs else tensor.contiguous()

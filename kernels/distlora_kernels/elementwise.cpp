@@ -9,6 +9,8 @@
 
 #include "numbers.h"
 
+constexpr size_t FEWEST = 1 << 15;  // Numbers for which other threads are woken.
+
 static inline float tanh_of(float x) { return 1.f - 2.f / (exponential(2.f * x) + 1.f); }
 
 struct Silu {
@@ -149,26 +151,26 @@ static void cross_entropy(T *logits, const int64_t *labels, float *losses, size_
 }
 
 #define WITH(T, NAME)                                                                                                  \
-    EXPORTED void norm_forward_##NAME(const T *x, const T *w, T *y, float *inverse, size_t M, size_t N, float eps,          \
-                                 int plus_one) {                                                                       \
+    EXPORTED void norm_forward_##NAME(const T *x, const T *w, T *y, float *inverse, size_t M, size_t N, float eps,     \
+                                      int plus_one) {                                                                  \
         (plus_one ? norm_forward<T, true> : norm_forward<T, false>)(x, w, y, inverse, M, N, eps);                      \
     }                                                                                                                  \
-    EXPORTED void norm_backward_##NAME(const T *dy, const T *x, const T *w, const float *inverse, T *dx, size_t M,          \
-                                  size_t N, int plus_one) {                                                            \
+    EXPORTED void norm_backward_##NAME(const T *dy, const T *x, const T *w, const float *inverse, T *dx, size_t M,     \
+                                       size_t N, int plus_one) {                                                       \
         (plus_one ? norm_backward<T, true> : norm_backward<T, false>)(dy, x, w, inverse, dx, M, N);                    \
     }                                                                                                                  \
-    EXPORTED void gate_forward_##NAME(const T *gate, const T *up, T *y, size_t M, size_t N, size_t stride, int gelu) {      \
+    EXPORTED void gate_forward_##NAME(const T *gate, const T *up, T *y, size_t M, size_t N, size_t stride, int gelu) { \
         (gelu ? gate_forward<T, Gelu> : gate_forward<T, Silu>)(gate, up, y, M, N, stride);                             \
     }                                                                                                                  \
-    EXPORTED void gate_backward_##NAME(const T *dy, T *gate, T *up, size_t M, size_t N, size_t stride, int gelu) {          \
+    EXPORTED void gate_backward_##NAME(const T *dy, T *gate, T *up, size_t M, size_t N, size_t stride, int gelu) {     \
         (gelu ? gate_backward<T, Gelu> : gate_backward<T, Silu>)(dy, gate, up, M, N, stride);                          \
     }                                                                                                                  \
-    EXPORTED void rotate_##NAME(T *x, const T *c, const T *s, size_t B, size_t H, size_t S, size_t turned, size_t of_batch, \
-                           size_t of_head, size_t of_token, size_t table_of_batch, int back) {                         \
+    EXPORTED void rotate_##NAME(T *x, const T *c, const T *s, size_t B, size_t H, size_t S, size_t turned,             \
+                                size_t of_batch, size_t of_head, size_t of_token, size_t table_of_batch, int back) {   \
         (back ? rotate<T, true> : rotate<T, false>)(x, c, s, B, H, S, turned, of_batch, of_head, of_token,             \
                                                     table_of_batch);                                                   \
     }                                                                                                                  \
-    EXPORTED void cross_entropy_##NAME(T *logits, const int64_t *labels, float *losses, size_t M, size_t N) {               \
+    EXPORTED void cross_entropy_##NAME(T *logits, const int64_t *labels, float *losses, size_t M, size_t N) {          \
         cross_entropy<T>(logits, labels, losses, M, N);                                                                \
     }
 

@@ -37,7 +37,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
 
 
 def as_c(argument: Any) -> Any:
-    """A tensor as a pointer, floats as C's, other numbers as 64 bits."""
+    """A tensor as a pointer, floats and bools as C's float and int, other numbers as 64 bits."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):

@@ -7,8 +7,6 @@
 
 using bf16 = uint16_t;
 
-constexpr size_t FEWEST = 1 << 15;  // Numbers for which other threads are woken.
-
 static inline float widen(float value) { return value; }
 static inline float widen(bf16 value) { return __builtin_bit_cast(float, (uint32_t)value << 16); }
 

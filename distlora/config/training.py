@@ -109,8 +109,9 @@ class TrainConfig:
     """Compute dtype. Adapters, their gradients and the optimizer stay fp32."""
     attention: Literal["auto", "sdpa"] = "auto"
     """`auto`: attention goes through each packed document by itself where there is code for that: in bf16, on CUDA with
-    flash attention and on the CPU with products of matrices, or compiled. `sdpa`: as transformers does it, through masks,
-    whose memory and time grow with the square of a row; so does `auto` elsewhere. Gemma 2 and GPT-OSS have their own."""
+    flash attention and on the CPU with products of matrices, or compiled. `sdpa`: as transformers does it, through
+    masks, whose memory and time grow with the square of a row; so does `auto` elsewhere. Gemma 2 and GPT-OSS have their
+    own."""
     deterministic_attention: bool = True
     """On CUDA, add up variable-length attention's gradients in a fixed order, which a resume that is equal bit for bit
     needs. Its backward then runs fewer programs at once: slow where a row holds one long document and few heads."""

@@ -144,8 +144,20 @@ def test_the_weights_around_midpoints_and_ends_of_bins_have_the_codes_of_the_ref
     assert torch.equal(own[1], expected[1])
 
 
-def test_pieces_of_a_weight_are_quantized_as_the_whole_is() -> None:
-    """Longer than what is quantized at once, and of no whole groups."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pieces_of_a_weight_are_quantized_as_the_whole_is(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than what is quantized at once, and of no whole groups; by threads of one thread each."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(nf4_cpu, "PIECE_GROUPS", 16 // threads)
+    torch.set_num_threads(threads)
+    try:
+        check_pieces()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_pieces() -> None:
     weight = random_weight((nf4_cpu.PIECE_GROUPS + 2, nf4.GROUP + 1), torch.bfloat16).flatten()
     for own, expected in zip(nf4_cpu.quantize_blocks(weight), reference.quantize_blocks(weight), strict=True):
         assert torch.equal(own, expected)

@@ -46,7 +46,7 @@ from family_models import (
 )
 from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
-from test_families import five_steps, save_adapter, shifted
+from test_families import save_adapter, shifted, three_steps
 from test_init_from import write_adapter
 from test_prequantized import quantize
 from worlds import World
@@ -281,8 +281,8 @@ def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
 def test_the_routers_loss_does_not_depend_on_ranks_or_slices(world: World, folder_of: Callable[[str], Path]) -> None:
     """FSDP2 gathers a block before the first of its two gradients, that of its output and that of its router's loss."""
     settings: dict[str, Any] = {"folder": folder_of("mixtral"), "router_aux_loss": 0.5}
-    expected_losses, expected = five_steps(SINGLE, **settings)
-    for losses, adapter in world.run(2, five_steps, **settings):
+    expected_losses, expected = three_steps(SINGLE, **settings)
+    for losses, adapter in world.run(2, three_steps, **settings):
         assert_losses_close(losses, expected_losses)
         assert_adapters_close(adapter, expected)
 
@@ -340,7 +340,7 @@ def trained(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
     return read_metrics(run_dir)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, size: int
 ) -> None:

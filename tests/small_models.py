@@ -117,7 +117,7 @@ def config_with(
 def make_run(
     run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
 ) -> Config:
-    """A prepared run folder (config.yaml, data.json) over `folders`: fp32, all-linear, ten steps unless told."""
+    """A prepared run folder (config.yaml, data.json) over `folders`: fp32, all-linear, six steps unless told."""
     from distlora.data.prepare import prepare_run
 
     base: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def make_run(
         # tensor (1e-5 of a norm of 0.1); with 1e-5 one element of llama made 99 % of its tensor's error, 1.1e-5.
         "optim": {"lr": 2e-3, "eps": 1e-4},
         # Small passes cost what large ones do: by threes a run takes half the time that it takes row by row.
-        "train": {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
+        "train": {"max_steps": 6, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
         "tracker": {"name": "none"},
         # A measured step takes twice its time; it is on in test_memory_check.py and wherever a command runs.
         "plan": {"measure": False},

@@ -79,7 +79,13 @@ METHODS = {
     ),
     "DoRA": Method(adapter={"use_dora": True}),
 }
-CELLS = [(name, base, size) for name, method in METHODS.items() for base in method.bases for size in (1, 2, 3)]
+BASES = [(name, base) for name, method in METHODS.items() for base in method.bases]
+CELLS = [
+    pytest.param(name, base, size, marks=() if size == 1 + number % 3 else pytest.mark.slow)
+    for number, (name, base) in enumerate(BASES)
+    for size in (1, 2, 3)
+]
+"""Of each method on each base one number of ranks, in turns; the others are slow."""
 
 
 def prepare(run_dir: Path, folders: Path, method: Method, base: str) -> Config:

@@ -36,7 +36,7 @@ from wandb_logs import read_wandb_log
 from worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-STEPS = {"max_steps": 10, "global_batch": 12, "micro_batch": 3, "dtype": "fp32", "eval_documents": True}
+STEPS = {"max_steps": 6, "global_batch": 12, "micro_batch": 3, "dtype": "fp32", "eval_documents": True}
 IN_TWO = STEPS | {"micro_batch": 6}
 """Micro-batches on one rank: of small rows each costs the same, however many they are."""
 OPTIM = {"lr": 2e-3, "eps": 1e-4}
@@ -45,13 +45,13 @@ TRIALS: list[dict[str, dict[str, Any]]] = [
     {
         "optim": OPTIM | {"lr": 5e-4, "schedule": "constant", "max_grad_norm": 0.1},
         "adapter": {"target_modules": "all-linear", "r": 3, "lora_dropout": 0.2},
-        "train": IN_TWO | {"seed": 7, "eval_every": 4},
+        "train": IN_TWO | {"seed": 7, "eval_every": 3},
         "data": {"eval_fraction": 0.2},
     },
     {
         "optim": OPTIM,
         "adapter": {"target_modules": ["q_proj", "down_proj"], "r": 6, "use_rslora": True, "lora_dropout": 0.05},
-        "train": IN_TWO | {"global_batch": 6, "max_steps": 8},
+        "train": IN_TWO | {"global_batch": 6, "max_steps": 4},
     },
 ]
 """Other rates, ranks, scales, dropout, targets, seeds, data, batches and lengths."""
@@ -150,7 +150,7 @@ def train_alone(ranks: Ranks, *, run_dir: Path) -> None:
 def test_a_pack_gathers_what_one_trial_does_and_sums_every_trials_gradients(
     world: World, folders: Path, tmp_path: Path, accumulate: str
 ) -> None:
-    settings = {"train": STEPS | {"max_steps": 3, "accumulate": accumulate}}
+    settings = {"train": STEPS | {"max_steps": 2, "accumulate": accumulate}}
     make_run(tmp_path / "alone", folders, **settings)
     world.run(2, train_alone, run_dir=tmp_path / "alone")
     runs = make_pack(tmp_path / "pack", folders, [settings] * 4)
@@ -198,13 +198,13 @@ def test_a_trial_that_is_not_finite_ends_alone(
     """The one with the smaller batch, beside which blocks have empty rows; it is seen one step later by log_every."""
     trials = [sections | {"train": sections["train"] | settings} for sections in TRIALS]
     runs = make_pack(tmp_path / "pack", folders, trials)
-    world.run(size, run_spoilt, pack=tmp_path / "pack", slot=2, step=4)
+    world.run(size, run_spoilt, pack=tmp_path / "pack", slot=2, step=1)
     failed = outcomes(tmp_path / "pack", 2)
     assert failed["state"] == "failed"
-    assert "step 5: the loss of rows" in failed["reason"]
-    assert "the state after step 4 is saved" in failed["reason"]
-    assert [folder.name for folder in steps(runs[2] / "checkpoints")] == ["step_00000004"]
-    kept = safetensors.torch.load_file(runs[2] / "checkpoints" / "step_00000004" / "adapter_model.safetensors")
+    assert "step 2: the loss of rows" in failed["reason"]
+    assert "the state after step 1 is saved" in failed["reason"]
+    assert [folder.name for folder in steps(runs[2] / "checkpoints")] == ["step_00000001"]
+    kept = safetensors.torch.load_file(runs[2] / "checkpoints" / "step_00000001" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert not (runs[2] / "adapter").exists()
     for number in (0, 1):
@@ -236,7 +236,7 @@ def test_ranks_give_a_trial_up_together(world: World, folders: Path, tmp_path: P
 def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = STEPS | {"max_steps": 4, "log_every": 4}
+    settings = STEPS | {"max_steps": 2, "log_every": 2}
     runs = make_pack(tmp_path / "pack", folders, [{"train": settings}, {"train": settings | {"eval_every": 1}}])
     evaluate, train_step, busy = Trainer.evaluate, Trainer._train_step, 0.0
 
@@ -277,7 +277,7 @@ def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_pat
 def test_experts_and_magnitudes_of_trials_are_theirs_alone(
     folders: Path, tmp_path: Path, model: str, adapter: dict[str, Any]
 ) -> None:
-    trials = [{"adapter": adapter | {"r": r}, "train": STEPS | {"max_steps": 4, "seed": r}} for r in (4, 3)]
+    trials = [{"adapter": adapter | {"r": r}, "train": STEPS | {"max_steps": 2, "seed": r}} for r in (4, 3)]
     runs = make_pack(tmp_path / "pack", folders, trials, model)
     worker.run(tmp_path / "pack", SINGLE)
     for number, sections in enumerate(trials):
@@ -306,14 +306,14 @@ def test_each_trial_has_a_wandb_run_of_its_own(folders: Path, tmp_path: Path, mo
 
 
 def weights(runs: list[Path]) -> list[dict[str, bytes]]:
-    names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000010/trainer.safetensors")
+    names = ("adapter/adapter_model.safetensors", "checkpoints/step_00000006/trainer.safetensors")
     return [{name: (run_dir / name).read_bytes() for name in names} for run_dir in runs]
 
 
 def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = [{**sections, "train": sections["train"] | {"max_steps": 10}} for sections in TRIALS]
+    trials = [{**sections, "train": sections["train"] | {"max_steps": 6}} for sections in TRIALS]
     whole = make_pack(tmp_path / "whole" / "pack", folders, trials)
     worker.run(tmp_path / "whole" / "pack", SINGLE)
     pack = tmp_path / "stopped" / "pack"
@@ -322,7 +322,7 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
 
     def ask(self: Trainer, trials: list[Trial]) -> None:
         train_step(self, trials)
-        if trials[0].done == 4:
+        if trials[0].done == 2:
             stopping.request(15)
 
     with monkeypatch.context() as patch:
@@ -334,7 +334,7 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     assert json.loads((pack / "stopped.json").read_text())["signal"] == "SIGTERM"
     assert not (pack / "outcomes").exists()
     for run_dir in runs:
-        assert json.loads((run_dir / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000004"
+        assert json.loads((run_dir / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000002"
     worker.run(pack, SINGLE)
     assert not (pack / "stopped.json").exists()
     assert weights(runs) == weights(whole)
@@ -362,7 +362,7 @@ def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
     order = [2, 0, 1]
     trials = [TRIALS[number] | {"train": TRIALS[number]["train"] | {"save_every": 3}} for number in order]
     runs = make_pack(tmp_path / "pack", folders, trials, slots=2)
-    killed = (tmp_path / "pack", runs[2], 5)
+    killed = (tmp_path / "pack", runs[2], 4)
     child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=killed)
     child.start()
     child.join()

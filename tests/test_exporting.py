@@ -84,9 +84,26 @@ def exported(
     return record
 
 
+CELLS = [
+    ("peft", "dora"),
+    ("peft", "loftq-bf16"),
+    ("bnb", "lora"),
+    ("bnb", "dora"),
+    ("hf", "pissa"),
+    ("hf", "loftq-bf16"),
+]
+"""The others are slow; most are a part of a test below."""
+
+
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("form", ["peft", "bnb", "hf"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        pytest.param(form, name, marks=() if (form, name) in CELLS else pytest.mark.slow)
+        for form in ("peft", "bnb", "hf")
+        for name in RUNS
+    ],
+)
 def test_the_real_client_computes_what_was_trained(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str
 ) -> None:

@@ -1,18 +1,19 @@
 """Runs on a real SLURM of two nodes, which this file starts on loopback and ends (tests/slurm_cluster.py).
 
-One array serves the tests that are not slow: three runs that differ in a setting without effect on what is trained, two
-at a time. The first is preempted and goes on, the second is left alone, the third is cancelled as it starts.
+One array serves the tests that are not slow: two runs, one at a time. The first is preempted and goes on, the second
+takes its place meanwhile and is cancelled as it starts. The uninterrupted run is one of two ranks without SLURM.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ import torch
 import yaml
 
 import slurm_cluster
+from distlora.config.file import as_mapping, load_config
 from slurm_cluster import SlurmCluster, running_cluster
 from small_models import read_metrics
+from test_parity import run_once
+from worlds import World
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 MISSING = slurm_cluster.missing()
@@ -62,7 +66,7 @@ def train(cluster: SlurmCluster, folders: Path, *settings: str, expect: int = 0)
         *("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=1"),
         *(f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", "recipe=qlora"),
         *(f"data.cache_dir={cluster.folder.parent / 'cache'}", "data.sequence_length=64", "data.eval_fraction=0"),
-        *(f"train.max_steps={STEPS}", "train.global_batch=4", "train.dtype=fp32", "tracker=none"),
+        *(f"train.max_steps={STEPS}", "train.global_batch=4", "train.dtype=fp32", "tracker=none", "plan.measure=false"),
         *settings,
         expect=expect,
     )
@@ -116,14 +120,14 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 @dataclass
 class Sweep:
-    """An array of three runs, what became of it, and what was said of it meanwhile."""
+    """An array of two runs, what became of it, and what was said of it meanwhile."""
 
     folder: Path
     array: str
     jobs: dict[str, dict[str, str]] = field(default_factory=dict)
     """SLURM's record of a task, by what had just happened."""
     said: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """`distlora status` of all three, by what had just happened."""
+    """`distlora status` of both, by what had just happened."""
 
     def run(self, number: int) -> Path:
         return self.folder / str(number)
@@ -135,10 +139,9 @@ class Sweep:
 @pytest.fixture(scope="module")
 def sweep(cluster: SlurmCluster, folders: Path) -> Sweep:
     folder = cluster.folder.parent / "sweep"
-    train(cluster, folders, "-m", "train.keep=3,4,5", "cluster.max_parallel=2", f"run_dir={folder}")
+    train(cluster, folders, "-m", "train.keep=3,4", "cluster.max_parallel=1", f"run_dir={folder}")
     sweep = Sweep(folder, job_of(folder))
-    for number in (0, 1):
-        cluster.wait(sweep.task(number), "RUNNING", seconds=30)
+    cluster.wait(sweep.task(0), "RUNNING", seconds=30)
     sweep.said["started"] = statuses(cluster, folder)
 
     wait_for(cluster, sweep.task(0), sweep.run(0), lambda: steps_done(sweep.run(0)) >= 2)
@@ -146,14 +149,25 @@ def sweep(cluster: SlurmCluster, folders: Path) -> Sweep:
     sweep.jobs["preempted"] = cluster.wait(sweep.task(0), "PENDING", seconds=60)
     sweep.said["preempted"] = statuses(cluster, folder)
 
-    cluster.wait(sweep.task(2), "RUNNING", seconds=60)  # It took the place of the first.
-    wait_for(cluster, sweep.task(2), sweep.run(2), (sweep.run(2) / "logs" / "rank_0.log").exists)
-    distlora(cluster, "cancel", str(sweep.run(2)))
-    sweep.jobs["cancelled"] = cluster.wait(sweep.task(2), *ENDED, seconds=60)
-    for number in (0, 1):
-        sweep.jobs[f"ended {number}"] = cluster.wait(sweep.task(number), *ENDED, seconds=START_SECONDS)
+    cluster.wait(sweep.task(1), "RUNNING", seconds=60)  # It took the place of the first.
+    wait_for(cluster, sweep.task(1), sweep.run(1), (sweep.run(1) / "logs" / "rank_0.log").exists)
+    distlora(cluster, "cancel", str(sweep.run(1)))
+    sweep.jobs["cancelled"] = cluster.wait(sweep.task(1), *ENDED, seconds=60)
+    sweep.jobs["ended"] = cluster.wait(sweep.task(0), *ENDED, seconds=START_SECONDS)
     sweep.said["ended"] = statuses(cluster, folder)
     return sweep
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs of this file come to: the same settings on two ranks of this machine, never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder.mkdir()
+    config = replace(load_config(sweep.run(0)), run_dir=str(folder))
+    (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+    shutil.copy(sweep.run(0) / "data.json", folder)
+    world.run(2, run_once, run_dir=folder)
+    return folder
 
 
 def test_the_cluster_is_two_machines_with_their_own_names_addresses_and_gpus(cluster: SlurmCluster) -> None:
@@ -165,36 +179,37 @@ def test_the_cluster_is_two_machines_with_their_own_names_addresses_and_gpus(clu
     assert first[1] != second[1]
 
 
-def test_a_preempted_run_saves_is_queued_again_and_ends_with_the_uninterrupted_adapter(sweep: Sweep) -> None:
+def test_a_preempted_run_saves_is_queued_again_and_ends_with_the_uninterrupted_adapter(
+    sweep: Sweep, whole: Path
+) -> None:
     assert sweep.jobs["preempted"]["Restarts"] == "1"
-    first, second = sweep.jobs["ended 0"], sweep.jobs["ended 1"]
-    assert (first["JobState"], first["Restarts"]) == ("COMPLETED", "1")
-    assert (second["JobState"], second["Restarts"]) == ("COMPLETED", "0")
+    ended = sweep.jobs["ended"]
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert "continuing from step_" in (sweep.run(0) / "logs" / "rank_0.log").read_text()
-    assert_same_run(sweep.run(0), sweep.run(1))
+    assert_same_run(sweep.run(0), whole)
 
 
 def test_status_tells_how_each_run_of_an_array_stands(sweep: Sweep) -> None:
     states = {moment: [status["state"] for status in said] for moment, said in sweep.said.items()}
-    assert states["started"] == ["running", "running", "queued"]  # cluster.max_parallel=2
-    assert sweep.said["started"][2]["job"]["reason"] == "JobArrayTaskLimit"
+    assert states["started"] == ["running", "queued"]  # cluster.max_parallel=1
+    assert sweep.said["started"][1]["job"]["reason"] == "JobArrayTaskLimit"
     preempted = sweep.said["preempted"][0]
     assert preempted["state"] == "queued"
     assert preempted["saved"]["step"] == preempted["stopped"]["step"] >= 2
-    assert states["ended"] == ["done", "done", "stopped"]
+    assert states["ended"] == ["done", "stopped"]
     assert sweep.said["ended"][0]["job"]["restarts"] == 1
 
 
 def test_a_cancelled_run_is_not_queued_again(sweep: Sweep) -> None:
     cancelled = sweep.jobs["cancelled"]
     assert (cancelled["JobState"], cancelled["ExitCode"], cancelled["Restarts"]) == ("FAILED", "75:0", "0")
-    assert not (sweep.run(2) / "adapter").exists()
+    assert not (sweep.run(1) / "adapter").exists()
 
 
 def test_resume_submits_a_task_of_an_array_as_a_job_and_cancel_takes_it_out_of_the_queue(
     cluster: SlurmCluster, sweep: Sweep
 ) -> None:
-    run = sweep.run(2)
+    run = sweep.run(1)
     cluster.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
     try:
         distlora(cluster, "resume", str(run))
@@ -245,7 +260,7 @@ def test_an_array_of_four_trials_ends_with_two_of_them_at_a_time(
 
 @pytest.mark.slow
 def test_a_run_that_is_cancelled_while_it_trains_saves_and_resume_submits_the_rest(
-    cluster: SlurmCluster, folders: Path, tmp_path: Path, sweep: Sweep
+    cluster: SlurmCluster, folders: Path, tmp_path: Path, whole: Path
 ) -> None:
     run = tmp_path / "run"
     train(cluster, folders, f"run_dir={run}")
@@ -258,7 +273,7 @@ def test_a_run_that_is_cancelled_while_it_trains_saves_and_resume_submits_the_re
     again = job_of(run)
     assert again != job
     assert cluster.wait(again, *ENDED, seconds=START_SECONDS)["JobState"] == "COMPLETED"
-    assert_same_run(run, sweep.run(1))
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow
@@ -266,7 +281,7 @@ def test_a_run_that_is_cancelled_while_it_trains_saves_and_resume_submits_the_re
     ("lost", "others"), [("n2", "n[1,3]"), ("n1", "n[2-3]")], ids=["a node", "the node where they meet"]
 )
 def test_a_run_whose_node_is_lost_goes_on_elsewhere(
-    folders: Path, tmp_path: Path, sweep: Sweep, lost: str, others: str
+    folders: Path, tmp_path: Path, whole: Path, lost: str, others: str
 ) -> None:
     """SLURM gives a node up 26 to 39 s after it is gone (slurmd_timeout=10) and starts the job again 6 s later."""
     run = tmp_path / "run"
@@ -283,7 +298,7 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert ended["NodeList"] == others
     assert "continuing from step_" in (run / "logs" / "rank_0.log").read_text()
-    assert_same_run(run, sweep.run(1))
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow
@@ -293,7 +308,7 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(
     ids=["a grace", "for good after a grace", "for good"],
 )
 def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
-    folders: Path, tmp_path: Path, sweep: Sweep, preemption: str
+    folders: Path, tmp_path: Path, whole: Path, preemption: str
 ) -> None:
     """The processes get SIGTERM as the grace begins. SLURM queues the job by itself when the script has ended, unless
     PreemptMode=CANCEL: then the script does. A later start is not taken for preempted any more."""
@@ -317,4 +332,4 @@ def test_a_run_that_slurm_preempts_saves_within_the_grace_and_goes_on(
         ended = cluster.wait(job, *ENDED, "PREEMPTED", seconds=120)
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "1")
     assert "continuing from step_" in (run / "logs" / "rank_0.log").read_text()
-    assert_same_run(run, sweep.run(1))
+    assert_same_run(run, whole)

@@ -92,11 +92,11 @@ def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step
 
 def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
     make_run(
-        tmp_path / "lora", folders, train={"dtype": "bf16", "max_steps": 1, "micro_batch": 2}, quant={"method": "none"}
+        tmp_path / "lora", folders, train={"dtype": "bf16", "max_steps": 1, "micro_batch": 3}, quant={"method": "none"}
     )
     metrics = {"lora": world.run(1, run_once, run_dir=tmp_path / "lora")[0]}
     for size in (1, 2):
-        config = prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=2)
+        config = prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=3, max_steps=4)
         metrics[str(size)] = world.run(size, run_once, run_dir=tmp_path / str(size))[0]
     losses = {name: losses_of(lines) for name, lines in metrics.items()}
     # Two ranks add the same micro-batch gradients in another order; rounding of activations to bf16 is the same.
@@ -111,7 +111,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
 
 
-SETTINGS = {"max_steps": 6, "save_every": 2, "keep": 9, "micro_batch": 2}
+SETTINGS = {"max_steps": 6, "save_every": 2, "keep": 9, "global_batch": 6, "micro_batch": 2}
 
 
 def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
@@ -210,8 +210,8 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
 def test_every_rank_learns_of_a_number_that_is_not_finite_on_one(
     world: World, folders: Path, tmp_path: Path, where: str, value: float
 ) -> None:
-    prepare(tmp_path / "bad", folders, max_steps=4, log_every=4)
-    prepare(tmp_path / "good", folders, max_steps=4, save_every=2)
+    prepare(tmp_path / "bad", folders, max_steps=4, log_every=4, global_batch=6)
+    prepare(tmp_path / "good", folders, max_steps=4, save_every=2, global_batch=6)
     messages = world.run(2, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
     world.run(2, run_once, run_dir=tmp_path / "good")
     assert len(set(messages)) == 1, "every rank stops, at the same place"

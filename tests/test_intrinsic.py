@@ -288,7 +288,7 @@ def test_where_nothing_crosses_the_side_is_said(shares: dict[int, list[float]], 
 def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = request_for(folders, tmp_path / "whole", random=True, also=(40,))
+    whole = request_for(folders, tmp_path / "whole", random=True, also=(40,), seeds=1)
     analyse(whole, SINGLE)
     found = json.loads((tmp_path / "whole" / RESULT_NAME).read_text())
     shown = capsys.readouterr().out
@@ -311,7 +311,7 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
 
     done = (tmp_path / "whole" / TRAININGS_NAME).read_text().splitlines()
     assert len(done) == len(set(done))
-    cut = request_for(folders, tmp_path / "cut", random=True, also=(40,))
+    cut = request_for(folders, tmp_path / "cut", random=True, also=(40,), seeds=1)
     half = "\n".join(done[: len(done) // 2])
     (tmp_path / "cut" / TRAININGS_NAME).write_text(half + "\n" + done[len(done) // 2][:40])
     trained = []

@@ -1,4 +1,4 @@
-"""Loading a 0.7B checkpoint, or its shards from the cache, takes little more host memory than the shard it fills."""
+"""Loading a 0.4B checkpoint, or its shards from the cache, takes little more host memory than the shard it fills."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from plan_inputs import cpu_machine
 
 RANKS = 2
 MIB = 2**20
+MODEL = LLAMA_700M | {"num_hidden_layers": 6}
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads RssAnon from /proc")
 
 
 def write_model(folder: Path) -> int:
     """Parameters of the model."""
-    parameters = write_random_checkpoint(folder, LLAMA_700M, num_shards=4)
-    assert parameters > 700e6
+    parameters = write_random_checkpoint(folder, MODEL, num_shards=4)
+    assert parameters > 400e6
     return parameters
 
 
@@ -48,8 +49,8 @@ def test_peak_over_the_shard_is_the_largest_slice_and_64_mb_on_each_rank(tmp_pat
     by_rank = measure(tmp_path / "model", world=RANKS, backend=backend, cache=tmp_path / "cache")
     check_memory(by_rank, tmp_path / "model")
     for figures in by_rank:
-        # Half of 131M bf16 weights of embedding and head, half of 631M at 4.127 bits, and 12 MB of fp32 adapters.
-        assert figures.kept_bytes < 0.41 * parameters
+        # Half of 131M bf16 weights of embedding and head, half of 270M at 4.127 bits, and 5 MB of fp32 adapters.
+        assert figures.kept_bytes < 0.525 * parameters
 
 
 @pytest.mark.slow

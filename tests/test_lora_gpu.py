@@ -75,10 +75,21 @@ def in_fp64(x: Tensor, linears: list[Linear], dys: list[Tensor]) -> list[Tensor]
     return [*(y.detach() for y in ys), *gradients]
 
 
-@pytest.mark.parametrize(("packed", "variant"), [(False, "scratch"), (True, "scratch"), (True, "fused")])
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("choice", [False, True], ids=["", "choice"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+FORMS = [
+    (packed, variant, dropout, choice)
+    for packed, variant in ((False, "scratch"), (True, "scratch"), (True, "fused"))
+    for dropout in (False, True)
+    for choice in (False, True)
+]
+CELLS = [
+    pytest.param(*form, dtype, marks=() if number.bit_count() % 2 == (dtype == torch.bfloat16) else pytest.mark.slow)
+    for number, form in enumerate(FORMS)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+"""Of each form one dtype, such that each has every setting; the others are slow."""
+
+
+@pytest.mark.parametrize(("packed", "variant", "dropout", "choice", "dtype"), CELLS, ids=str)
 def test_outputs_and_gradients_of_linears_that_share_an_input(
     triton_device: torch.device, variant: str, packed: bool, dropout: bool, choice: bool, dtype: torch.dtype
 ) -> None:

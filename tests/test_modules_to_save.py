@@ -39,7 +39,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
 def test_they_are_gathered_in_bf16_and_summed_once_a_step(world: World, folders: Path, tmp_path: Path) -> None:
     metrics = {}
     for size in (1, 3):
-        settings = {"dtype": "bf16", "micro_batch": 2, "max_steps": 5}
+        settings = {"dtype": "bf16", "micro_batch": 2, "max_steps": 3, "global_batch": 6}
         config = make_run(tmp_path / str(size), folders, adapter=BOTH, train=settings)
         metrics[size] = world.run(size, run_once, run_dir=tmp_path / str(size))[0]
     # Three ranks add the same micro-batch gradients in another order.
@@ -53,7 +53,14 @@ def test_they_are_gathered_in_bf16_and_summed_once_a_step(world: World, folders:
     assert line["reduced_bytes"] == adapters + 4, "the adapters' gradients, and the squared norm of the modules'"
 
 
-SETTINGS: dict[str, Any] = {"max_steps": 6, "save_every": 2, "eval_every": 3, "keep": 9, "micro_batch": 2}
+SETTINGS: dict[str, Any] = {
+    "max_steps": 6,
+    "save_every": 2,
+    "eval_every": 3,
+    "keep": 9,
+    "global_batch": 6,
+    "micro_batch": 2,
+}
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,13 @@ DIFFERENT: list[Settings] = [
 ]
 CELLS: list[tuple[int, int, list[Settings]]] = [
     # (ranks, micro-batches, trials)
-    (1, 1, [{}]),
     (1, 1, [{}] * 2),
     (2, 2, [{"quant": NONE, "train": {"accumulate": "block"}}] * 4),
     (3, 1, DIFFERENT),
     (1, 1, [{"train": {"checkpointing": "none"}, "adapter": {"r": 64}}] * 2),
 ]
 MORE: list[tuple[int, int, list[Settings]]] = [
+    (1, 1, [{}]),
     (1, 1, [{}] * 4),
     (4, 1, [{"parallel": {"shard_degree": 2}}] * 4),
     (2, 1, [{"adapter": {"use_dora": True}}] * 2),

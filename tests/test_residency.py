@@ -30,7 +30,7 @@ def gathered(metrics: list[dict[str, Any]]) -> list[int]:
     return [line["gathered_bytes"] for line in metrics if "loss" in line]
 
 
-@pytest.mark.parametrize(("size", "prefetch"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("size", "prefetch"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_inside_the_block_eight_micro_batches_gather_what_one_does(
     world: World, folders: Path, tmp_path: Path, size: int, prefetch: bool
 ) -> None:

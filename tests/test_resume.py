@@ -28,7 +28,7 @@ from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder
 from worlds import World
 
-SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3}
+SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3, "global_batch": 6}
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -107,8 +107,10 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
     return [(line["step"], name, line[name]) for line in read_metrics(run_dir) for name in names if name in line]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stop_before", [1, pytest.param(5, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize(
+    ("size", "stop_before"),
+    [(1, 6), (2, 1), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((1, 1), (1, 5), (2, 5), (2, 6)))],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole], size: int, stop_before: int
 ) -> None:

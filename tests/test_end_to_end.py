@@ -44,6 +44,8 @@ def environment() -> dict[str, str]:
 KILLS = (
     Kill("SIGUSR1", "evaluation", delay=0.0, rank=1, manner="to one rank"),
     Kill("-9 of one rank", "step", delay=0.1, rank=1, manner=""),
+)
+MORE_KILLS = (
     Kill("-9 of all", "saving", delay=0.0, rank=0, manner=""),
     Kill("SIGTERM", "step", delay=0.05, rank=0, manner="twice"),
 )
@@ -107,21 +109,30 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(
     assert_disk_as_planned(run_dir, ranks=2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
-def test_a_run_killed_in_each_way_ends_as_if_it_had_not_been(
-    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
-) -> None:
-    """A short part of `make chaos`; `Campaign` says what must hold after each kill and in the end."""
-    run_dir, chats = tmp_path / "killed", whole[0].parent / "chats.jsonl"
-    command = killed_command(run_dir, folders, chats)
-    campaign = Campaign(run_dir, whole[0], command, KILLS)
+def killed(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, run_dir: Path, kills: Sequence[Kill]
+) -> Campaign:
+    """A campaign that has been; `Campaign` says what must hold after each kill and in the end."""
+    command = killed_command(run_dir, folders, whole[0].parent / "chats.jsonl")
+    campaign = Campaign(run_dir, whole[0], command, kills)
     campaign.run()
     assert campaign.problems == []
-    assert all(kill.at for kill in KILLS), "the run ended before the last kill"
-    assert [kill.ended for kill in KILLS] == ["75", "restarted", "-9", "75"]
-    assert all(kill.seconds_lost is not None for kill in KILLS)
-    repeated = [kill.steps_repeated for kill in KILLS]
-    assert repeated[0] == repeated[3] == 0, "what was trained is saved on request"
+    assert all(kill.at for kill in kills), "the run ended before the last kill"
+    assert all(kill.seconds_lost is not None for kill in kills)
+    assert not (run_dir / "stopped.json").exists()
+    print(table(kills))
+    return campaign
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
+def test_a_run_stopped_and_killed_ends_as_if_it_had_not_been(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
+) -> None:
+    """A short part of `make chaos`: a request to stop and `resume`; a dead rank, after which workers start again."""
+    run_dir = tmp_path / "killed"
+    campaign = killed(whole, folders, run_dir, KILLS)
+    assert [kill.ended for kill in KILLS] == ["75", "restarted"]
+    assert KILLS[0].steps_repeated == 0, "what was trained is saved on request"
 
     stopped = re.search(r"asked to stop by SIGUSR1: step (\d+) is saved\n", campaign.output_of_start(1))
     assert stopped is not None, campaign.output_of_start(1)
@@ -131,10 +142,20 @@ def test_a_run_killed_in_each_way_ends_as_if_it_had_not_been(
     assert "SIGKILL" in campaign.output_of_start(2), "the rank that died is named"
     assert "and quantized and kept in" in whole[1].stdout
     assert "of quantized shards from the cache in" in campaign.output_of_start(2)
-    assert not (run_dir / "stopped.json").exists()
     codes = wandb_exit_codes(run_dir)
     assert (codes[0], codes[-1]) == (75, 0)
-    print(table(KILLS))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by their command lines in /proc")
+def test_so_does_one_of_which_all_are_killed_or_that_is_asked_twice(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], folders: Path, tmp_path: Path
+) -> None:
+    killed(whole, folders, tmp_path / "killed", MORE_KILLS)
+    assert [kill.ended for kill in MORE_KILLS] == ["-9", "75"]
+    assert MORE_KILLS[1].steps_repeated == 0, "what was trained is saved on request"
+    codes = wandb_exit_codes(tmp_path / "killed")
+    assert codes[-2:] == [75, 0]
 
 
 def test_kills_are_drawn_of_all_kinds_and_alike_for_one_seed() -> None:

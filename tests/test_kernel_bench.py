@@ -85,14 +85,12 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         assert "No figures: Triton's interpreter" in finished.stdout
 
 
-def test_packed_trials_are_right_beside_one(tmp_path: Path) -> None:
+def test_packed_trials_are_right_beside_one(capsys: pytest.CaptureFixture[str]) -> None:
     on_gpu = torch.cuda.is_available()
-    finished = run_bench(
-        *("block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--packed", "1,3"),
-        *("--device", "cuda" if on_gpu else "cpu"),
-    )
-    assert finished.returncode == 0, finished.stderr + finished.stdout
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in finished.stdout.splitlines()]
+    words = ["block", "--block", "64x64", "--tokens", "2x3", "--r", "3", "--packed", "1,3"]
+    assert main([*words, "--device", "cuda" if on_gpu else "cpu"]) == 0
+    printed = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     found = {(row[0], row[1], row[3]) for row in cells if len(row) == 10}
     for count in (1, 3):
         for name in ("one trial", "packed", "one after the other"):

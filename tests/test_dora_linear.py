@@ -153,12 +153,12 @@ GPU_FORMS = [
     # k is folded into the weight in the first two.
     (torch.bfloat16, "scratch", True, False, False),
     (torch.bfloat16, "fused", True, False, False),
-    (torch.bfloat16, "fused", True, True, False),
+    pytest.param(torch.bfloat16, "fused", True, True, False, marks=pytest.mark.slow),
     (torch.bfloat16, "fused", True, True, True),
     (torch.bfloat16, "scratch", True, False, True),
     (torch.bfloat16, "scratch", False, False, False),
-    (torch.float32, "scratch", True, False, False),
-    (torch.float32, "scratch", True, True, False),
+    pytest.param(torch.float32, "scratch", True, False, False, marks=pytest.mark.slow),
+    pytest.param(torch.float32, "scratch", True, True, False, marks=pytest.mark.slow),
     (torch.float32, "fused", True, False, True),
     (torch.float32, "scratch", False, True, True),
 ]

@@ -219,7 +219,7 @@ CELLS = [
     ("llama", 1, {"micro_batch": 2}),
     pytest.param("llama", 2, {"micro_batch": 1}, marks=pytest.mark.slow),
     ("llama", 2, {"micro_batch": 1, "accumulate": "block"}),
-    ("llama", 3, {"micro_batch": 2, "checkpointing": "none"}),
+    pytest.param("llama", 3, {"micro_batch": 2, "checkpointing": "none"}, marks=pytest.mark.slow),
     pytest.param("llama-tied", 2, {"micro_batch": 2}, marks=pytest.mark.slow),
     ("llama-tied", 3, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}),
 ]

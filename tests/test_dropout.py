@@ -179,11 +179,12 @@ def test_the_key_is_the_seed_and_the_path() -> None:
 
 ADAPTER = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.3}
 CELLS = [
-    (1, {"micro_batch": 4}),
+    pytest.param(1, {"micro_batch": 4}, marks=pytest.mark.slow),
     (1, {"micro_batch": 2, "accumulate": "block"}),
-    (2, {"micro_batch": 2}),
+    pytest.param(2, {"micro_batch": 2}, marks=pytest.mark.slow),
     (2, {"micro_batch": 3, "accumulate": "block", "checkpointing": "none"}),
-    (3, {"micro_batch": 1, "accumulate": "block"}),
+    (3, {"micro_batch": 2}),
+    pytest.param(3, {"micro_batch": 1, "accumulate": "block"}, marks=pytest.mark.slow),
 ]
 
 

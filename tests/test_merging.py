@@ -91,7 +91,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 """name -> (base, what is otherwise in its config)."""
 
 
-@pytest.mark.parametrize("name", RUNS)
+MORE = ("new-tokens-tied", "head")
+"""Of which another run has each part."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in RUNS]
+)
 def test_so_does_that_of_a_run_and_of_its_checkpoint(name: str, folders: Path, tmp_path: Path) -> None:
     model_name, sections = RUNS[name]
     run = tmp_path / "run"

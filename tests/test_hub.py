@@ -131,7 +131,9 @@ def test_a_model_by_name_is_trained_pushed_and_loaded_by_peft(hub: Hub, folders:
     hub.requests.clear()
     settings = [
         "train.max_steps=2",
+        "train.global_batch=2",
         "train.dtype=fp32",
+        "plan.measure=false",
         "optim.lr=1e-2",
         "tracker=none",
         f"data.cache_dir={place}/cache",

@@ -83,6 +83,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return trials
 
 
+@pytest.mark.slow
 def test_two_workers_of_an_array_train_a_sweep_and_the_preempted_one_goes_on(
     cluster: SlurmCluster, folders: Path, tmp_path: Path
 ) -> None:

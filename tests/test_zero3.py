@@ -38,7 +38,7 @@ from test_resume import run_until
 from worlds import World, start_world
 
 ZERO3 = {"backend": "zero3"}
-STEPS = {"max_steps": 10}
+STEPS = {"max_steps": 6}
 
 
 class Alone:

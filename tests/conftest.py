@@ -27,7 +27,6 @@ LONGEST = (
     "test_parity",
     "test_sweeps",
     "test_methods",
-    "test_wandb_sweep",
     "test_families",
     "test_launcher_workers",
     "test_exporting",

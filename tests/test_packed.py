@@ -108,10 +108,11 @@ def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
     return kept
 
 
-CELLS: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
+CELLS = [
     # (ranks, slots, train settings, parallel settings)
     (1, 3, {"checkpointing": "none"}, {}),
-    (2, 3, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}),
+    # On two ranks others are beside one that is not finite, below.
+    pytest.param(2, 3, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}, marks=pytest.mark.slow),
     (3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {}),
     (4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
 ]

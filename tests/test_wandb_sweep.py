@@ -320,27 +320,29 @@ def logged(run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_real_agents_train_a_registered_grid(server: WandbServer, folders: Path, tmp_path: Path) -> None:
-    """`wandb sweep` and two `wandb agent`s with a run each; each run offline, its log read back."""
-    grid = ("optim.lr=1e-3,4e-3", "tracker.group=g", "tracker.tags=[a,b]", "tracker.artifact=true")
+    """`wandb sweep` and two `wandb agent`s; each run offline, its log read back."""
+    grid = ("optim.lr=1e-3,4e-3", "adapter.r=4,8", "tracker.group=g", "tracker.tags=[a,b]", "tracker.artifact=true")
     said = distlora(server, tmp_path, "sweep", "create", *settings(folders, tmp_path), *grid, "run_dir=sweep")
     assert "distlora sweep agent local/distlora/sweep0" in said
     distlora(server, tmp_path, "sweep", "agent", "local/distlora/sweep0", "sweep.workers=2", "run_dir=trials")
     sweep = server.sweeps["sweep0"]
-    assert sorted(map(len, sweep.by_agent.values())) == [1, 1]
+    assert sorted(map(len, sweep.by_agent.values())) == [2, 2]
     losses = {}
     for run, values in sweep.handed_out.items():
         found = logged(tmp_path / "trials" / run)
         record, config = found["run"], found["config"]
         assert (record.run_id, record.sweep_id, record.run_group, list(record.tags)) == (run, "sweep0", "g", ["a", "b"])
-        assert config["optim"]["lr"] == config["optim.lr"] == values["optim.lr"]
+        assert (config["optim"]["lr"], config["adapter"]["r"]) == (values["optim.lr"], values["adapter.r"])
+        assert (config["optim.lr"], config["adapter.r"]) == (values["optim.lr"], values["adapter.r"])
         assert config["planned"]["device"]["peak"] > 0
         assert found["exit"] == 0
         assert found["artifacts"] == [f"adapter-{run}"]
         lines = read_metrics(tmp_path / "trials" / run)
         assert found["losses"] == [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        losses[values["optim.lr"]] = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
-    assert len(set(losses.values())) == 2
+        losses[tuple(values.values())] = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    assert len(set(losses.values())) == 4
 
 
 @pytest.mark.slow

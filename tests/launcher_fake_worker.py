@@ -25,7 +25,12 @@ def main() -> None:
     print(f"warning from rank {rank}", file=sys.stderr)
     match behaviour:
         case "environment":
-            for name in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+            for name in (
+                "OMP_NUM_THREADS",
+                "MALLOC_TRIM_THRESHOLD_",
+                "OMP_WAIT_POLICY",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+            ):
                 print(f"{name}={os.environ.get(name)}")
         case "imports":
             print(", ".join(f"{name}: {name in sys.modules}" for name in ("wave", "no_such_module")))

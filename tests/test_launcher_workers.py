@@ -59,6 +59,7 @@ def test_rank_0_is_shown_and_every_rank_has_a_log(
     log = (run_dir / "logs" / "rank_0.log").read_text()
     assert f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}" in log
     assert "MALLOC_TRIM_THRESHOLD_=8000000000" in log
+    assert "OMP_WAIT_POLICY=PASSIVE" in log
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in log
 
 

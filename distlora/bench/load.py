@@ -4,13 +4,15 @@ transformers + bitsandbytes, in one run.
     python -m distlora.bench.load [--layers N] [--ranks 1,2] [--rounds N] ...        (`distlora bench load`)
 
 Each side loads the same bf16 folder on the CPU with two threads in all, in processes of its own that take turns; the
-page cache is warm for all. A peer's ranks hold the whole model each, as its users have it.
+page cache is warm for all; ours have the environment that the launcher gives to workers. A peer's ranks hold the
+whole model each, as its users have it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -130,10 +132,19 @@ def absmax(packed: Sequence[Any]) -> int:
     return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
 
 
-def measure(folder: Path, *, world: int, backend: str = "fsdp2", cache: Path | None = None) -> list[Figures]:
-    """Our figures, by rank; `backend` is parallel.backend. `cache`: where quantized shards are kept; None: nowhere."""
+def measure(
+    folder: Path,
+    *,
+    world: int,
+    backend: str = "fsdp2",
+    cache: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[Figures]:
+    """Our figures, by rank; `backend` is parallel.backend. `cache`: where quantized shards are kept; None: nowhere.
+    `environment`: what the launcher gives to workers beside the user's."""
     port = free_port()
-    return run_each(ours, [(rank, world, port, folder, backend, cache) for rank in range(world)])
+    arguments = [(rank, world, port, folder, backend, cache) for rank in range(world)]
+    return run_each(ours, arguments, environment=environment)
 
 
 def measure_peer(folder: Path, *, world: int) -> list[Figures]:
@@ -171,14 +182,14 @@ NAMES = {
 }
 
 
-def rounds_of(folder: Path, ranks: Sequence[int], rounds: int) -> Iterator[Start]:
-    """Every way on every number of ranks, in turns."""
+def rounds_of(folder: Path, ranks: Sequence[int], rounds: int, environment: Mapping[str, str]) -> Iterator[Start]:
+    """Every way on every number of ranks, in turns; ours with `environment` beside the user's."""
     for number in range(1, rounds + 1):
         for world in ranks:
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 for way, cache in {"cold": None, "filling": Path(temporary), "cached": Path(temporary)}.items():
                     _say(number, rounds, way, world)
-                    by_rank = measure(folder, world=world, cache=cache)
+                    by_rank = measure(folder, world=world, cache=cache, environment=environment)
                     assert all(each.from_cache == (way == "cached") for each in by_rank), f"{way} is not what it was"
                     yield start(number, way, by_rank)
             _say(number, rounds, "peer", world)
@@ -291,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=LLAMA_700M["num_hidden_layers"], help="blocks of the model")
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--environment", type=json.loads, default={}, help="of ours beside the user's, as JSON")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -299,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parameters = write_random_checkpoint(folder, LLAMA_700M | {"num_hidden_layers": options.layers}, num_shards=4)
         largest = max(segment.num_bytes for segment in read_headers(folder).values())
         ranks = [int(count) for count in options.ranks.split(",")]
-        found = results(list(rounds_of(folder, ranks, options.rounds)), parameters, largest)
+        found = results(list(rounds_of(folder, ranks, options.rounds, options.environment)), parameters, largest)
     found.show(out=options.out, as_json=options.json)
 
 

@@ -90,7 +90,7 @@ WAYS: dict[str, Way] = {
     "ours-bf16": Way("distlora, bf16 base", processes=(1,)),
     "peft-documented": Way("PEFT + bitsandbytes, documented recipe", PEFT),
     "peft-bf16": Way("PEFT + bitsandbytes, all in bf16", PEFT),
-    KEPT_PAGES: Way("PEFT + bitsandbytes, all in bf16, malloc as ours has it", PEFT, by_default=False),
+    KEPT_PAGES: Way("PEFT + bitsandbytes, all in bf16, the environment of ours", PEFT, by_default=False),
     "trainer": Way("Trainer + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(1,)),
     "fsdp2": Way("accelerate FSDP2 + PEFT + bitsandbytes, documented recipe", (*PEFT, "accelerate"), processes=(2,)),
     "fsdp2-forced": Way(

@@ -18,7 +18,8 @@ REFERENCES = (OURS, "ours-compiled")
 HOW = (
     "ratios are of turns that follow each other; memory is the most anonymous memory of a process in its steps over "
     "that after its imports (on a GPU the most that torch had allocated there); ours has the environment that the "
-    "launcher gives to workers, which keeps freed pages on a CPU, the peers that of the user, with as many threads"
+    "launcher gives to workers, which on a CPU keeps freed pages and has waiting threads sleep, the peers that of the "
+    "user, with as many threads"
 )
 """How it was measured."""
 AGREE = 0.02

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 from distlora.commands.ending import DONE
 from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, become, check_counts, output_words
+from distlora_launcher.running.workers import ON_CPU
 
 LOAD = "distlora.bench.load"
 
@@ -33,4 +37,5 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     ranks = ",".join(map(str, numbers("--ranks", options.ranks)))
     words = check_counts(parser, options, "layers", "rounds")
-    become(LOAD, [*words, f"--ranks={ranks}", *output_words(options)])
+    own = {name: value for name, value in ON_CPU.items() if name not in os.environ}
+    become(LOAD, [*words, f"--ranks={ranks}", f"--environment={json.dumps(own)}", *output_words(options)])

@@ -33,7 +33,7 @@ from distlora_launcher.arguments import Parser, numbers
 from distlora_launcher.benches.measuring import OUTPUT, add_output, check_output
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
-from distlora_launcher.running.workers import KEEP_PAGES, worker_environment
+from distlora_launcher.running.workers import ON_CPU, worker_environment
 from distlora_launcher.settings.checks import gpu_count
 
 ROUNDS = 3
@@ -259,7 +259,7 @@ def environment_of(cell: Cell) -> Mapping[str, str]:
     that is to have ours, with as many threads; none asks the hub for anything."""
     environment = worker_environment(cell.processes)
     if not cell.way.startswith(OURS) and cell.way != KEPT_PAGES:
-        environment = {name: text for name, text in environment.items() if name in os.environ or name not in KEEP_PAGES}
+        environment = {name: text for name, text in environment.items() if name in os.environ or name not in ON_CPU}
     shown = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu_count())))).split(",")
     if len(shown) > cell.processes:  # Trainer takes all that it sees.
         environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(shown[: cell.processes])}

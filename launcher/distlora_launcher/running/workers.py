@@ -30,6 +30,11 @@ from distlora_launcher.running.signals import Forwarder, forwarding
 from distlora_launcher.running.starting import Starting
 from distlora_launcher.settings.checks import gpu_count
 
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""OpenMP's threads sleep where they wait for each other; by default they spin for milliseconds, which keeps the one that
+they wait for from its core. The 100M model's step on two threads of two cores takes 2.7 s either way; where others
+used one of the cores, 10 to 12 spinning, and 3 to 5 so (2026-11-26)."""
+
 KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -39,7 +44,10 @@ KEEP_PAGES = {
 Pages between tensors that are still in use are kept, too: with 1.5 billion parameters on 2 ranks a worker held 1.8
 to 2.0 GB, and 1.4 with glibc's own settings (2026-11-25). Where memory is short,
 MALLOC_MMAP_THRESHOLD_=262144 gives every tensor pages of its own: 195 MiB in the place of 237 at 0.1 billion, for 8 to
-13 % more CPU seconds (2026-11-26). A variable that the user set stays."""
+13 % more CPU seconds (2026-11-26)."""
+
+ON_CPU = KEEP_PAGES | PASSIVE
+"""What workers have where they compute on the CPU. A variable that the user set stays."""
 
 IMPORTS = (
     "distlora.startup",
@@ -226,7 +234,7 @@ def worker_environment(processes: int, meeting: Meeting | None = None) -> dict[s
         "PYTHONSAFEPATH": "1",  # A folder such as ./datasets beside the user must not shadow a package.
     }
     if gpu_count() == 0:
-        defaults |= KEEP_PAGES
+        defaults |= ON_CPU
     if meeting is not None:
         defaults |= meeting.environment()
     return defaults | environment

@@ -11,6 +11,7 @@ import pytest
 
 from distlora_launcher import cli
 from distlora_launcher.benches import BENCHES
+from distlora_launcher.running.workers import ON_CPU
 
 
 class BecameError(Exception):
@@ -74,8 +75,11 @@ def test_the_others_hand_their_options_on() -> None:
         assert became.value.arguments[: len(arguments)] == arguments
 
 
-def test_load_needs_no_gpu() -> None:
-    default = ["--rounds=3", "--ranks=1,2"]
+def test_load_needs_no_gpu_and_has_ours_as_workers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ON_CPU:
+        monkeypatch.setenv(name, "the user's")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    default = ["--rounds=3", "--ranks=1,2", '--environment={"OMP_WAIT_POLICY": "PASSIVE"}']
     for words, arguments in (([], ["--layers=14", *default]), (["--layers", "2"], ["--layers=2", *default])):
         with pytest.raises(BecameError) as became:
             cli.main(["bench", "load", *words])

@@ -31,8 +31,8 @@ from distlora_launcher.running.starting import Starting
 from distlora_launcher.settings.checks import gpu_count
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP's threads sleep where they wait for each other; by default they spin for milliseconds, which keeps the one that
-they wait for from its core. The 100M model's step on two threads of two cores takes 2.7 s either way; where others
+"""OpenMP's threads sleep where they wait for each other; by default they spin for milliseconds, which keeps the one
+that they wait for from its core. The 100M model's step on two threads of two cores takes 2.7 s either way; where others
 used one of the cores, 10 to 12 spinning, and 3 to 5 so (2026-11-26)."""
 
 KEEP_PAGES = {

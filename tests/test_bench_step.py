@@ -87,7 +87,8 @@ def test_by_default_both_modes_of_the_smaller_model_are_compared_on_one_process_
 
 
 def test_only_ours_has_the_environment_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MALLOC_TOP_PAD_", raising=False)
+    for name in ("MALLOC_TOP_PAD_", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     ours, peer = (step.environment_of(dataclasses.replace(CELL, way=way)) for way in (OURS, "trainer"))
     assert "MALLOC_TOP_PAD_" in ours
@@ -95,6 +96,8 @@ def test_only_ours_has_the_environment_of_workers(monkeypatch: pytest.MonkeyPatc
     assert peer["MALLOC_TRIM_THRESHOLD_"] == "1", "the user's own"
     kept = step.environment_of(dataclasses.replace(CELL, way=KEPT_PAGES))
     assert kept["MALLOC_TOP_PAD_"] == ours["MALLOC_TOP_PAD_"]
+    assert ours["OMP_WAIT_POLICY"] == kept["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in peer
     assert peer["OMP_NUM_THREADS"] == ours["OMP_NUM_THREADS"]
 
 

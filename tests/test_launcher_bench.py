@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from distlora.bench import load, processes
+from distlora.bench.load import Figures
 from distlora_launcher import cli
 from distlora_launcher.benches import BENCHES
 from distlora_launcher.running.workers import ON_CPU
@@ -145,3 +151,31 @@ def test_packs_are_measured_on_a_base_that_is_named(capsys: pytest.CaptureFixtur
     assert became.value.module == "distlora.bench.packed"
     assert became.value.arguments == [str(tmp_path), "--trials=4", "--lengths=16,64", "--ranks=1,2", "--json"]
     assert "holds no model" in error_of(capsys, "packed", "--base", str(tmp_path / "none"))
+
+
+def test_only_our_processes_of_load_have_what_workers_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OF_THE_USER", "own")
+    monkeypatch.delenv("OF_WORKERS", raising=False)
+    given = {"OF_THE_USER": "changed", "OF_WORKERS": "given"}
+    found = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+            *_, self.results = args
+            self.name = target.__name__
+
+        def start(self) -> None:
+            found.append((self.name, os.environ["OF_THE_USER"], os.environ.get("OF_WORKERS")))
+            self.results.put((0, Figures(1.0, 1.0, 1, 1, from_cache=len(found) == 3)))
+
+        def is_alive(self) -> bool:
+            return False
+
+    context = SimpleNamespace(Queue=queue.Queue, Process=Process)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
+    starts = list(load.rounds_of(tmp_path / "model", [1], 1, given))
+    assert [start.way for start in starts] == ["cold", "filling", "cached", "peer"]
+    assert found == [("ours", "changed", "given")] * 3 + [("transformers_and_bitsandbytes", "own", None)]
+    assert (os.environ["OF_THE_USER"], "OF_WORKERS" in os.environ) == ("own", False)

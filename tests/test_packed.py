@@ -113,7 +113,7 @@ CELLS = [
     (1, 3, {"checkpointing": "none"}, {}),
     # On two ranks others are beside one that is not finite, below.
     pytest.param(2, 3, {"accumulate": "block", "micro_batch": 2}, {"bucket_mb": 0.01}, marks=pytest.mark.slow),
-    (3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {}),
+    (3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {"bucket_mb": 0.01}),
     (4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
 ]
 
@@ -255,7 +255,7 @@ def test_what_other_trials_do_between_steps_is_no_part_of_a_trials_time(
     monkeypatch.setattr(Trainer, "_train_step", timed)
     worker.run(tmp_path / "pack", SINGLE)
     for run_dir in runs:
-        assert json.loads((run_dir / "summary.json").read_text())["train_seconds"] < busy + 1.0
+        assert json.loads((run_dir / "summary.json").read_text())["train_seconds"] < busy + 0.5
 
 
 def test_a_trial_whose_adapter_overflows_reaches_no_other(folders: Path, tmp_path: Path, alone: list[Path]) -> None:

@@ -148,7 +148,7 @@ def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
 def test_compiled_ranks_have_one_adapter_and_the_losses_of_one_rank_that_is_not(
     world: World, folders: Path, tmp_path: Path, references: dict[str, Any]
 ) -> None:
-    settings = {"micro_batch": 4, "accumulate": "block", "compile": True}
+    settings = {"micro_batch": 2, "accumulate": "block", "compile": True}
     make_run(tmp_path / "run", folders, train=settings, cluster={"gpus_per_node": 3})
     first, *others = world.run(3, compiled_run, run_dir=tmp_path / "run")
     for other in others:

@@ -109,7 +109,7 @@ def figures(run_dir: Path) -> list[tuple[int, str, float]]:
 
 @pytest.mark.parametrize(
     ("size", "stop_before"),
-    [(1, 6), (2, 1), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((1, 1), (1, 5), (2, 5), (2, 6)))],
+    [(1, 1), (2, 6), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((1, 5), (1, 6), (2, 1), (2, 5)))],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole], size: int, stop_before: int

@@ -1,11 +1,11 @@
 """Loading a checkpoint into 4-bit: ours without the cache of quantized shards, filling it and from it, beside
 transformers + bitsandbytes, in one run.
 
-    python -m distlora.bench.load [--layers N] [--ranks 1,2] [--rounds N] ...        (`distlora bench load`)
+    python -m distlora.bench.load [--layers N] [--ranks 1,2] [--environment JSON] ...     (`distlora bench load`)
 
 Each side loads the same bf16 folder on the CPU with two threads in all, in processes of its own that take turns; the
-page cache is warm for all; ours have the environment that the launcher gives to workers. A peer's ranks hold the
-whole model each, as its users have it.
+page cache is warm for all; ours have --environment, in which `distlora bench load` gives what the launcher gives to
+workers. A peer's ranks hold the whole model each, as its users have it.
 """
 
 from __future__ import annotations

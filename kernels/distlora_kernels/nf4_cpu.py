@@ -23,6 +23,8 @@ from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYT
 PIECE_GROUPS = 16
 """Groups that are quantized at once: 262,144 weights, whose work of 3.5 MiB stays in a core's cache and is used again
 for the next; with fresh memory for each million weights half of the time went into page faults (2026-11-26)."""
+MOST_THREADS = 16
+"""Which each have as much memory to work in."""
 BINS = 32
 """Of each half of [-1, 1]. They are narrower than the least distance of two midpoints, 0.08."""
 
@@ -40,12 +42,15 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(groups, BLOCKS_PER_GROUP)
     pieces = [slice(first, min(first + PIECE_GROUPS, groups)) for first in range(0, groups, PIECE_GROUPS)]
 
-    def quantize(own: Sequence[slice]) -> None:
-        work = _Work(min(groups, PIECE_GROUPS))
-        for piece in own:
-            work.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
+    inference = torch.is_inference_mode_enabled()
 
-    threads = min(torch.get_num_threads(), len(pieces))
+    def quantize(own: Sequence[slice]) -> None:
+        with torch.inference_mode(inference):  # A thread does not have its caller's mode.
+            work = _Work(min(groups, PIECE_GROUPS))
+            for piece in own:
+                work.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
+
+    threads = min(torch.get_num_threads(), len(pieces), MOST_THREADS)
     if threads < 2:
         quantize(pieces)
     else:
@@ -56,7 +61,7 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch has no others."""
+    """Threads in which torch has no others; one that first uses torch meanwhile has none either."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -30,7 +30,6 @@ Attend = Callable[..., Tensor]
 def attend(request: pytest.FixtureRequest) -> Attend:
     chosen: Attend = request.param
     if chosen is compiled_attention.attend:
-        torch.set_num_threads(1)
         reason = native.why_not() or compiled_attention.why_not(1, 16)
         if reason is not None:
             pytest.skip(f"not compiled: {reason}")
@@ -197,7 +196,7 @@ def test_threads_and_rows_apart_change_nothing(attend: Attend) -> None:
 
 def test_no_memory_for_scores_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
-        attention_forward = staticmethod(lambda *arguments: 0)
+        attention_forward_bf16 = staticmethod(lambda *arguments: 0)
 
     monkeypatch.setattr(native, "library", Library)
     with pytest.raises(MemoryError, match="a document of 40 tokens"):

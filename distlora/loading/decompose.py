@@ -11,8 +11,6 @@ columns.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from distlora import randomness
 from distlora.loading import fp64
 from distlora_kernels import nf4
+from distlora_kernels.threads import one_thread
 
 BLOCK_ELEMENTS = 2**17
 """Of s B A, computed at once: rows that are whole and always the same, so that a product never depends on the cut."""
@@ -41,17 +40,6 @@ class Sketch(NamedTuple):
     """Of the random stream: the linear's path."""
     iterations: int
     """Of the subspace: each multiplies with the weight and with its transpose once more."""
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """The order of a product's sums depends on the number of threads; with one it is every rank's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -8,14 +8,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from distlora.loading.decompose import one_thread
 from distlora.pages.words import size
+from distlora_kernels.threads import threads_of_one
 
 Say = Callable[[str], None]
 """Called often; it says something now and then."""
@@ -80,6 +78,5 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> 
     A thread a tensor, and not threads within one: those wait for each other at every operation, and the bits would
     depend on their number.
     """
-    pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-    with one_thread(), pool, clock.stopping():
+    with threads_of_one(WORKERS) as pool, clock.stopping():
         return list(pool.map(work, items))

@@ -342,13 +342,13 @@ template <typename Task> static int each(const Problem &x, bool backwards, Task 
 
 EXPORTED int attends() { return 1; }
 
-EXPORTED int attention_forward(PROBLEM, bf16 *output, float *logs, size_t T) {
+EXPORTED int attention_forward_bf16(PROBLEM, bf16 *output, float *logs, size_t T) {
     Problem x = THE_PROBLEM;
     return each(x, false, [&](Scratch &own, size_t document, size_t h) { forward(x, own, document, h, output, logs, T); });
 }
 
-EXPORTED int attention_backward(PROBLEM, const bf16 *d_output, const float *logs, bf16 *d_query, bf16 *d_key, bf16 *d_value,
-                                size_t T) {
+EXPORTED int attention_backward_bf16(PROBLEM, const bf16 *d_output, const float *logs, bf16 *d_query, bf16 *d_key,
+                                     bf16 *d_value, size_t T) {
     Problem x = THE_PROBLEM;
     return each(x, true, [&](Scratch &own, size_t document, size_t h) {
         backward(x, own, document, h, d_output, logs, d_query, d_key, d_value, T);

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import native
-from distlora_kernels.elementwise import as_c
+from distlora_kernels.elementwise import call
 
 COLUMNS = 16
 """Heads have a multiple of so many."""
@@ -82,8 +82,7 @@ def _call(
     tensors = (query, key, value)
     strides = [tensor.stride(dim) for tensor in tensors for dim in (0, 1)]
     sizes = (len(bounds) - 1, query.shape[1], key.shape[1], query.shape[2])
-    arguments = (*tensors, *strides, bounds, *sizes, scale, left, *others, len(query))
-    if not getattr(native.library(), name)(*map(as_c, arguments)):
+    if not call(name, query.dtype, *tensors, *strides, bounds, *sizes, scale, left, *others, len(query)):
         longest = int(bounds.diff().max())
         raise MemoryError(f"no memory for the scores of a document of {longest:,} tokens")
 

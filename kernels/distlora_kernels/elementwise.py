@@ -31,12 +31,14 @@ Activation = Literal["silu", "gelu_tanh"]
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
+    """The compiled function of this name for the dtype; what it returns, where it returns anything."""
     function = getattr(native.library(), f"{name}_{_NAMES[dtype]}")
-    function(*(as_c(argument) for argument in arguments))
+    returned: int = function(*(_as_c(argument) for argument in arguments))
+    return returned
 
 
-def as_c(argument: Any) -> Any:
+def _as_c(argument: Any) -> Any:
     """A tensor as a pointer, floats and bools as C's float and int, other numbers as 64 bits."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
@@ -105,7 +107,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
 def _normalized(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     """y, and 1 / rms(x) in fp32."""
     y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    _call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
+    call("norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps, plus_one)
     return y, inverse
 
 
@@ -124,7 +126,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         rows, columns = inverse.numel(), x.shape[-1]
-        _call("norm_backward", x.dtype, dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
+        call("norm_backward", x.dtype, dy, x, weight, inverse, dx, rows, columns, ctx.plus_one)
         return dx, None, None, None
 
 
@@ -146,7 +148,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 def _product(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     y, columns = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
-    _call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
+    call("gate_forward", y.dtype, gate, up, y, y.numel() // columns, columns, _stride(gate), gelu)
     return y
 
 
@@ -163,7 +165,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy, columns = dy.contiguous(), gate.shape[-1]
-        _call("gate_backward", dy.dtype, dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
+        call("gate_backward", dy.dtype, dy, gate, up, dy.numel() // columns, columns, _stride(gate), ctx.gelu)
         return gate, up, None
 
 
@@ -222,7 +224,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     batch, heads, tokens, _ = x.shape
     of_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     sizes = (batch, heads, tokens, cos.shape[-1])
-    _call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), of_batch, back)
+    call("rotate", x.dtype, x, cos, sin, *sizes, x.stride(0), x.stride(1), x.stride(2), of_batch, back)
     return x.view_as(x)
 
 
@@ -243,5 +245,5 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     contiguous = logits.is_contiguous() and labels.is_contiguous()
     assert contiguous, "whole rows, one after the other"
     losses = torch.empty(labels.shape, dtype=torch.float32)
-    _call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
+    call("cross_entropy", logits.dtype, logits, labels, losses, *logits.shape)
     return losses

@@ -12,13 +12,13 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from distlora_kernels import reference
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, NF4_LEVELS, num_groups
+from distlora_kernels.threads import threads_of_one
 
 PIECE_GROUPS = 16
 """Groups that are quantized at once: 262,144 weights, whose work of 3.5 MiB stays in a core's cache and is used again
@@ -54,20 +54,9 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     if threads < 2:
         quantize(pieces)
     else:
-        with _threads_of_one(threads) as pool:
+        with threads_of_one(threads) as pool:
             list(pool.map(quantize, [pieces[number::threads] for number in range(threads)]))
     return codes, absmax
-
-
-@contextlib.contextmanager
-def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch has no others; one that first uses torch meanwhile has none either."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)  # What a thread sets for itself is what later threads begin with.
 
 
 class _Work:

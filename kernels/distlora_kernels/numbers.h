@@ -20,13 +20,20 @@ template <> inline bf16 narrow<bf16>(float value) {
 }
 template <typename T> static inline float rounded(float value) { return widen(narrow<T>(value)); }
 
+constexpr float TO_INTEGER = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer.
+
+// p 2^n, with n + TO_INTEGER given.
+static inline float times_power(float p, float shifted) {
+    uint32_t power = __builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, TO_INTEGER) + 127;
+    return p * __builtin_bit_cast(float, power << 23);
+}
+
 // Within 2 ulps; what lies outside of [-87.3, 88.3] is taken to be its bound. (Cephes' polynomial, netlib.org/cephes, expf.c.)
 static inline float exponential(float x) {
     x = x < -87.3f ? -87.3f : x;
     x = x > 88.3f ? 88.3f : x;
-    const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer.
-    float shifted = std::fma(x, 1.44269504f, magic);
-    float n = shifted - magic;
+    float shifted = std::fma(x, 1.44269504f, TO_INTEGER);
+    float n = shifted - TO_INTEGER;
     float r = std::fma(n, -0.693359375f, x);
     r = std::fma(n, 2.12194440e-4f, r);
     float p = 1.9875691500e-4f;
@@ -36,17 +43,15 @@ static inline float exponential(float x) {
     p = std::fma(p, r, 1.6666665459e-1f);
     p = std::fma(p, r, 5.0000001201e-1f);
     p = std::fma(p * r, r, r + 1.f);
-    uint32_t power = __builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, magic) + 127;
-    return p * __builtin_bit_cast(float, power << 23);
+    return times_power(p, shifted);
 }
 
 // 2^x within 2 ulps; what lies outside of [-126, 127] is taken to be its bound. (Cephes' polynomial, exp2f.c.)
 static inline float power_of_2(float x) {
     x = x < -126.f ? -126.f : x;
     x = x > 127.f ? 127.f : x;
-    const float magic = 12582912.f;
-    float shifted = x + magic;
-    float r = x - (shifted - magic);
+    float shifted = x + TO_INTEGER;
+    float r = x - (shifted - TO_INTEGER);
     float p = 1.535336188319500e-4f;
     p = std::fma(p, r, 1.339887440266574e-3f);
     p = std::fma(p, r, 9.618437357674640e-3f);
@@ -54,8 +59,7 @@ static inline float power_of_2(float x) {
     p = std::fma(p, r, 2.402264791363012e-1f);
     p = std::fma(p, r, 6.931472028550421e-1f);
     p = std::fma(p, r, 1.f);
-    uint32_t power = __builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, magic) + 127;
-    return p * __builtin_bit_cast(float, power << 23);
+    return times_power(p, shifted);
 }
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))

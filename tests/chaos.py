@@ -129,7 +129,7 @@ class Life:
             with contextlib.suppress(psutil.Error):
                 if (
                     process.ppid() == self.process.pid
-                    and "distlora_launcher.running.torchrun_entry" in process.cmdline()
+                    and "distlora_launcher.launch.torchrun_entry" in process.cmdline()
                 ):
                     return process
         return None

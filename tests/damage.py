@@ -24,8 +24,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distlora.commands.ending import run_to_exit_code
 from distlora.config import UserError
+from distlora.system.exit_codes import run_to_exit_code
 
 CPU_SECONDS, WALL_SECONDS, MEGABYTES = 2.0, 20.0, 200
 """What reading one small damaged file may take. The wall's finds a reader that waits for ever: cores are shared."""

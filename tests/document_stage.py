@@ -25,18 +25,18 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from distlora import train
 from distlora.config import Config
 from distlora.config.places import is_hub_name
-from distlora.merging.merge import merge_to
-from distlora.trained import Name
-from distlora_launcher import application, cli
-from distlora_launcher import cancel as cancelling
-from distlora_launcher.analyses import quantization
-from distlora_launcher.benches import step as bench_step
-from distlora_launcher.settings import checks
-from distlora_launcher.status import run_folders
-from distlora_launcher.sweeps import command as sweeps
+from distlora.post.merge.merge import merge_to
+from distlora.post.trained import Name
+from distlora.training import worker
+from distlora_launcher.cli import cancel as cancelling
+from distlora_launcher.cli import main, train
+from distlora_launcher.cli import sweep as sweeps
+from distlora_launcher.cli.analyze import quantization
+from distlora_launcher.cli.bench import step as bench_step
+from distlora_launcher.cli.status import run_folders
+from distlora_launcher.compose import checks
 from documents import ROOT, Command, assigned, expanded
 from family_models import SINGLE
 from small_models import make_run, write_model_folder, write_text_file
@@ -77,7 +77,7 @@ def make_stage(folder: Path) -> Path:
     shutil.copy(ROOT / "tests/golden/axolotl/mistral_7b_qlora.yml", folder / "axolotl.yaml")
     short = {"max_steps": 1, "global_batch": 6, "dtype": "fp32"}
     make_run(folder / "RUN", folder, BASE, adapter={"r": 16}, train=short)
-    train.run(folder / "RUN", SINGLE)
+    worker.run(folder / "RUN", SINGLE)
     trained = Name(place=str(folder / "RUN")).read()
     merge_to(trained, folder / "MERGED", onto="trained", dtype=torch.bfloat16, say=lambda *_: None, residual=True)
     (folder / "bin").mkdir()
@@ -93,7 +93,7 @@ def write_lines(path: Path, records: Sequence[Any]) -> None:
 def make_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the working folder: a grid of two that no worker has begun."""
     monkeypatch.setattr(sweeps, "run_workers_here", lambda sweep, config: 0)
-    assert cli.main(["sweep", MODEL, DATA, "optim.lr=1e-4,2e-4", "run_dir=SWEEP"]) == 0
+    assert main.main(["sweep", MODEL, DATA, "optim.lr=1e-4,2e-4", "run_dir=SWEEP"]) == 0
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def no_process_starts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", Popen)
         patch.setattr(os, "execve", become)
-        patch.setattr(application, "run_hydra", over_to_hydra)
+        patch.setattr(train, "run_hydra", over_to_hydra)
         patch.setattr(sweeps, "make_sweep", begun)
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
@@ -229,7 +229,7 @@ def typed(command: Command, words: Sequence[str]) -> int:
         if command.mark == "hub":
             patch.setattr(checks, "check_data", lambda config: None)
         try:
-            return cli.main(words)
+            return main.main(words)
         except StartsError:
             return 0
         except SystemExit as ended:

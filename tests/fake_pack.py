@@ -1,4 +1,4 @@
-"""A pack that trains nothing, for tests of what feeds one: `python -m distlora_launcher.bound fake_pack PACK`.
+"""A pack that trains nothing, for tests of what feeds one: `python -m distlora_launcher.launch.bound fake_pack PACK`.
 
 A trial takes four steps and is evaluated after each second one. FAKE_PACK in the environment is JSON: `most`, so many
 trials at once are too much; `kills`, trials that end the process; `fails`, trials that fail by themselves; `losses`,
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
-from distlora.packed import protocol
+from distlora.system import atomic_io
+from distlora.training.multi_trial import protocol
 
 STEPS, EVERY = 4, 2
 
@@ -38,7 +38,7 @@ def step(run_dir: Path, number: int, plan: dict[str, Any]) -> int:
 
 def end(pack: Path, number: int, state: str, reason: str | None, done: int) -> None:
     outcome = {"state": state, "reason": reason, "step": done, "seconds": 0.5}
-    durable.write_json(protocol.outcome_file(pack, number), outcome)
+    atomic_io.write_json(protocol.outcome_file(pack, number), outcome)
 
 
 def numbers(folder: Path) -> set[int]:

@@ -17,9 +17,9 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
-from distlora.model.quant import FrozenTensor
+from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend, Ranks
-from distlora.startup import start_model
+from distlora.training.setup import start_model
 from small_models import SHAPES
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)

@@ -11,10 +11,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from distlora.deltas.base import open_base
-from distlora.exporting.gguf.model_file import write_model
-from distlora.exporting.gguf.tensors import Weight
-from distlora.loading.reader import Reader
+from distlora.post.deltas.base import open_base
+from distlora.post.export.gguf.model_file import write_model
+from distlora.post.export.gguf.tensors import Weight
+from distlora.weights.reader import Reader
 from family_models import config_for
 
 VARIANTS = ["llama-biases", "llama3-tied", "llama-yarn", "mistral-window", "qwen2-tied-window", "qwen3"]

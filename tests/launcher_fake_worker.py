@@ -1,4 +1,4 @@
-"""Stands in for `distlora.train` in tests of the launcher: does what RUN/behaviour says, without torch."""
+"""Stands in for `distlora.training.worker` in tests of the launcher: does what RUN/behaviour says, without torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from distlora import stopping
 from distlora.config import UserError
+from distlora.system import stop_signals
 from small_disks import fill
 
 
@@ -67,12 +67,12 @@ def main() -> None:
             time.sleep(120)
         case "saves when asked to stop" | "rank 1 is killed once":
             (run_dir / f"ready_{rank}").touch()
-            while stopping.requested() is None:
+            while stop_signals.requested() is None:
                 time.sleep(0.01)
-            (run_dir / stopping.STOPPED_NAME).write_text("{}")
+            (run_dir / stop_signals.STOPPED_NAME).write_text("{}")
         case "stops and cannot say so":
             (run_dir / f"ready_{rank}").touch()
-            while stopping.requested() is None:
+            while stop_signals.requested() is None:
                 time.sleep(0.01)
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import yaml
 
 from distlora.config.file import as_mapping
-from distlora.packed.protocol import CLOSED_NAME, INBOX, PACK_NAME, VERDICTS, inbox_file, outcome_file, verdict_file
+from distlora.training.multi_trial.protocol import (
+    CLOSED_NAME,
+    INBOX,
+    PACK_NAME,
+    VERDICTS,
+    inbox_file,
+    outcome_file,
+    verdict_file,
+)
 from small_models import make_run
 
 Sections = Mapping[str, Mapping[str, Any]]

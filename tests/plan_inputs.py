@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from distlora.architecture.known import ARCHITECTURES
-from distlora.cards import CARDS
 from distlora.config import Config
-from distlora.plan import Machine
-from distlora.plan.model import PlannedModel, built_in
+from distlora.config.gpus import CARDS
+from distlora.planner import Machine
+from distlora.planner.model import PlannedModel, built_in
 from small_models import config_with
 
 MODELS = {

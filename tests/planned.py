@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distlora.checkpoints.folder import steps
 from distlora.config.file import load_config
-from distlora.folders.run_folder import BEST_NAME, CHECKPOINTS, PUBLISHED
-from distlora.plan import Plan, plan_of
-from distlora.plan.model import model_in
+from distlora.planner import Plan, plan_of
+from distlora.planner.model import model_in
+from distlora.run_folder.checkpoints import steps
+from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED
 from plan_inputs import cpu_machine
 
 WITHIN = 0.02

@@ -12,8 +12,8 @@ import pytest
 import activation_steps
 from activation_steps import NARROW, WIDE, check_steps, load, positions, small_chunks
 from distlora.model import experts
-from distlora.plan.memory import block_memory
-from distlora.plan.memory.activations import Mode
+from distlora.planner.memory import block_memory
+from distlora.planner.memory.activations import Mode
 
 __all__ = ["small_chunks"]
 

@@ -23,9 +23,9 @@ from distlora.architecture.families import FAMILIES
 from distlora.model import head
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
-from distlora.plan.memory import activations
-from distlora.plan.memory.activations import Costs, Mode
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.memory import activations
+from distlora.planner.memory.activations import Costs, Mode
 from family_models import tokens
 
 __all__ = ["small_chunks"]

@@ -27,15 +27,15 @@ from distlora.analysis.quantization.weights import block_weights, find_weights
 from distlora.analysis.quantization.worker import read_rows
 from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
-from distlora.loading.reader import Reader
-from distlora.loading.second_level import SecondLevel
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Ranks
-from distlora.readings import Readings, compare, evenly
-from distlora.startup import start_model
+from distlora.post.divergence import Readings, compare, evenly
+from distlora.training.setup import start_model
+from distlora.weights.reader import Reader
+from distlora.weights.second_level import SecondLevel
 from distlora_kernels import nf4, reference
-from distlora_launcher.analyses import quantization as analyze
-from distlora_launcher.cli import main
+from distlora_launcher.cli.analyze import quantization as analyze
+from distlora_launcher.cli.main import main
 from distlora_launcher.demo.corpus import Corpus
 from family_models import write_family_folder
 from launcher_fakes import MODEL_CONFIG, write_model
@@ -308,7 +308,7 @@ def test_mistakes_are_named_before_torch_is_imported(
 
 def test_the_command_needs_no_torch_and_help_says_what_it_does() -> None:
     code = (
-        "import sys, distlora_launcher.analyses.quantization as a; a.main(['--help']); "
+        "import sys, distlora_launcher.cli.analyze.quantization as a; a.main(['--help']); "
         "print({'torch'} & set(sys.modules))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout

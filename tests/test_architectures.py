@@ -10,7 +10,7 @@ import yaml
 from distlora.architecture.families import check_config
 from distlora.architecture.known import ARCHITECTURES, MXFP4_NAMES, architecture_named, nearest_architecture
 from distlora.architecture.shapes import shapes_of
-from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.compose.compose import compose_config
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 

@@ -18,16 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig
 
 from closeness import assert_close, assert_losses_close, relative_error
-from distlora import startup, train
 from distlora.architecture.families import FAMILIES
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.generation.generator import Generator, generate_all
 from distlora.model import attention, liger
 from distlora.model.attention import LONGEST, Documents
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Ranks
-from distlora_launcher.settings.checks import check_of_sizes
+from distlora.training import setup
+from distlora.training import worker as train
+from distlora.training.generator import Generator, generate_all
+from distlora_launcher.compose.checks import check_of_sizes
 from family_models import VARIANTS, config_for, load_ours, tokens, write_family_folder
 from small_models import make_run, read_metrics
 
@@ -365,7 +366,7 @@ def test_a_run_that_attends_by_documents_is_the_run_with_masks(
         settings = {"max_steps": 2, "micro_batch": 2, "accumulate": accumulate, "eval_every": 1}
         make_run(tmp_path / kind, folders, train=settings)
         if kind == "documents":
-            monkeypatch.setattr(startup, "use_device_kernels", lambda model, config, device: by_documents(model, op))
+            monkeypatch.setattr(setup, "use_device_kernels", lambda model, config, device: by_documents(model, op))
         train.run(tmp_path / kind, Ranks(0, 1, CPU, None))
         lines = read_metrics(tmp_path / kind)
         losses[kind] = [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
@@ -406,14 +407,14 @@ def test_a_start_chooses_by_device_and_says_so(tmp_path: Path, monkeypatch: pyte
         settings = {"dtype": dtype, "liger": False, "deterministic_attention": False, "attention": wanted}
         config = config_for(tmp_path, train=settings)
         model = build_model(config)
-        startup.use_device_kernels(model, config, torch.device(device))
+        setup.use_device_kernels(model, config, torch.device(device))
         assert model.attends_by_documents == (said is not None)
         assert model.decoder.config._attn_implementation == ("sdpa" if said is None else attention.NAME)
         assert len(model.notes) == (device == "cuda" or said is not None)
         assert all((said or "dense masks") in note for note in model.notes)
     config = config_for(tmp_path)
     monkeypatch.setattr(liger, "why_not", lambda **_: "it is not installed")
-    startup.use_device_kernels(model, config, torch.device("cuda"))
+    setup.use_device_kernels(model, config, torch.device("cuda"))
     assert model.notes[-1] == "liger-kernel is not used: it is not installed"
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from closeness import assert_close, relative_error
+from distlora.architecture import attention_tiles
 from distlora.architecture.families import FAMILIES
-from distlora.model import attention, attention_cpu, attention_tiles
+from distlora.model import attention, attention_cpu
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native
 

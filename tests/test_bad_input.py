@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distlora_launcher.cli import main
-from distlora_launcher.running import local
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch import local
 from launcher_fakes import MODEL_CONFIG, write_data, write_model, write_safetensors
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")

@@ -14,14 +14,14 @@ from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.comm import MODELS, Counted, StepBytes, agreement, counted_table, size
 from distlora.config import AdapterConfig
-from distlora.plan import wire
-from distlora_launcher import cli
-from distlora_launcher.benches import comm
+from distlora.planner import traffic
+from distlora_launcher.cli import main
+from distlora_launcher.cli.bench import comm
 from family_models import edit_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["bench", "comm", *words]) == 0
+    assert main.main(["bench", "comm", *words]) == 0
     return capsys.readouterr().out
 
 
@@ -47,7 +47,7 @@ def test_gathers_do_not_grow_with_accumulation_in_blocks_and_the_peers_do(capsys
     assert seventy["step"]["gathered"] == pytest.approx(2 * 68.45e9 * 4.127 / 8 + 2 * 2.1e9, rel=2e-3)
     assert seventy["received"] == seventy["step"]["gathered"] * 7 // 8 + 2 * seventy["step"]["reduced"] * 7 // 8
     shapes = shapes_of(ARCHITECTURES[MODELS["Llama 3.1 70B"]], "70B")
-    packed = 2 * wire.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
+    packed = 2 * traffic.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
     assert packed / (2 * sum(w.numel for w in shapes.block) * 4.127 / 8) < 1.02, "padding is nothing on such shapes"
 
 
@@ -66,7 +66,7 @@ def test_settings_and_the_model_in_a_folder_are_those_of_a_run(
     step, resident = (
         calculated(capsys, *words, f"parallel.resident_blocks={count}", "train.dtype=fp32")[0] for count in (0, 2)
     )
-    block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
+    block = traffic.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
     assert step["step"]["gathered"] - resident["step"]["gathered"] == 2 * 2 * 2 * block, "two passes, there and back"
     assert resident["held"] - step["held"] == 2 * block
     zero3 = calculated(capsys, *words, "parallel=zero3")
@@ -109,7 +109,7 @@ def test_a_copy_on_each_machine_is_cut_by_those_that_the_machine_has(capsys: pyt
     ],
 )
 def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "comm", *words]) == 2
+    assert main.main(["bench", "comm", *words]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert named in output.err
@@ -120,13 +120,13 @@ def test_a_config_that_lacks_a_size_is_refused_by_its_name(
 ) -> None:
     (tmp_path / "config.json").write_text((folders / "llama" / "config.json").read_text())
     edit_config(tmp_path, num_attention_heads=None)
-    assert cli.main(["bench", "comm", f"model.path={tmp_path}"]) == 2
+    assert main.main(["bench", "comm", f"model.path={tmp_path}"]) == 2
     assert "num_attention_heads" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_torch() -> None:
     code = (
-        "import sys, distlora_launcher.benches.comm as c; c.main(['--ranks', '8']); "
+        "import sys, distlora_launcher.cli.bench.comm as c; c.main(['--ranks', '8']); "
         "print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")

@@ -8,7 +8,7 @@ from distlora.architecture.shapes import shapes_of
 from distlora.bench import against_plan
 from distlora.bench.against_plan import Cell, Row
 from distlora.config import UserError
-from distlora_launcher.benches import memory
+from distlora_launcher.cli.bench import memory
 
 
 def test_models_are_of_the_size_that_they_are_named_by() -> None:

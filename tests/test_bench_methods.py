@@ -14,16 +14,30 @@ from typing import Any
 import pytest
 
 from distlora.config import Config, UserError
-from distlora.folders import error_file
-from distlora.folders.run_folder import read_record
+from distlora.run_folder import error_file
+from distlora.run_folder.layout import read_record
 from distlora.training.trial import NonFiniteError
-from distlora_launcher.benches.methods import grid, run
-from distlora_launcher.benches.methods.grid import METHODS, Planned, Setup, best_rate, next_rate, next_round
-from distlora_launcher.benches.methods.results import BaseDiffersError, check_base, figures, reading, state_bytes, table
-from distlora_launcher.cli import main
+from distlora_launcher.cli.bench.methods import grid, run
+from distlora_launcher.cli.bench.methods.grid import (
+    METHODS,
+    Planned,
+    Setup,
+    best_rate,
+    next_rate,
+    next_round,
+)
+from distlora_launcher.cli.bench.methods.results import (
+    BaseDiffersError,
+    check_base,
+    figures,
+    reading,
+    state_bytes,
+    table,
+)
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose.checks import check
+from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.demo.corpus import write_jsonl
-from distlora_launcher.settings.checks import check
-from distlora_launcher.settings.compose import compose_config
 from small_models import write_model_folder
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -308,7 +322,7 @@ def test_a_run_at_an_absurd_rate_is_known_as_diverged(
 def test_every_method_trains_and_starts_from_the_same_base(base: Path, tmp_path: Path) -> None:
     """Real runs, one process each: step 0 is checked by the command itself."""
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.benches.methods import run; "
+        "import sys; from pathlib import Path; from distlora_launcher.cli.bench.methods import run; "
         f"run.made_base = lambda: Path({str(base / 'model')!r}); sys.exit(run.main(sys.argv[1:]))"
     )
     words = ["--quick", "--steps", "2", "--ranks", "1", "--out", str(tmp_path / "out")]

@@ -20,7 +20,7 @@ from distlora.bench.step.compare import JOBS, Measured, Problem
 from distlora.bench.step.running import CellFailedError, Turn
 from distlora.bench.step.turns import Turns
 from distlora.config import UserError
-from distlora_launcher.benches import step
+from distlora_launcher.cli.bench import step
 
 CELL = Cell(size="100M", length=512, rows=4, processes=1, checkpointing="none", way=OURS)
 

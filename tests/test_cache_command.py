@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries
-from distlora.loading.piece_header import Extent, header_of
-from distlora.pages.words import size
-from distlora_launcher.cli import main, run_command
+from distlora.system.numbers import size
+from distlora.weights.cache_folder import ENTRY_NAME, Entry, entries
+from distlora.weights.piece_header import Extent, header_of
+from distlora_launcher.cli.main import main, run_command
 
 GROUPS = 10
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_meant_is_refused_and_nothing_removed(cache: Path, words:
 
 def test_the_command_imports_no_torch(cache: Path) -> None:
     code = (
-        "import sys; from distlora_launcher.cli import main; main(['cache', 'list']); "
+        "import sys; from distlora_launcher.cli.main import main; main(['cache', 'list']); "
         "assert not {'torch', 'numpy', 'hydra', 'transformers'} & set(sys.modules)"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora.loading import cache_folder
-from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries
-from distlora_launcher.cli import main
+from distlora.weights import cache_folder
+from distlora.weights.cache_folder import ENTRY_NAME, Entry, entries
+from distlora_launcher.cli.main import main
 
 PIECE = "00000-0of1-0123456789abcdef.safetensors"
 SECRET = "5" * 16

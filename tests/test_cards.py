@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distlora.cards import CARDS, PCIE_4, PCIE_5, card_named
 from distlora.config import CardConfig, UserError
-from distlora_launcher.settings.compose import compose_config
+from distlora.config.gpus import (
+    CARDS,
+    PCIE_4,
+    PCIE_5,
+    card_named,
+)
+from distlora_launcher.compose.compose import compose_config
 
 CONF = Path(__file__).parent.parent / "conf" / "card"
 DEVICES = {

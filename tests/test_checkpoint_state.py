@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from distlora.checkpoints.folder import STATE_NAME
-from distlora.checkpoints.state import (
+from distlora.checkpoint.state import (
     Identity,
     Progress,
     TrainState,
@@ -21,6 +20,7 @@ from distlora.checkpoints.state import (
 )
 from distlora.config import Config, UserError
 from distlora.config.file import build
+from distlora.run_folder.checkpoints import STATE_NAME
 
 SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"}
 

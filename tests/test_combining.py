@@ -17,20 +17,20 @@ import transformers
 from torch import Tensor
 
 from closeness import relative_error
-from distlora import train
-from distlora.combining import worker
-from distlora.combining.request import METHODS, Request
 from distlora.config import UserError
-from distlora.deltas.apply import adapted_rows
-from distlora.deltas.base import open_base
-from distlora.deltas.factors import AdapterFile
-from distlora.loading.reader import Reader
 from distlora.parallel import Ranks
-from distlora.peft_files.folder import NF4_MARK, read_initial_adapter
-from distlora.randomness import key_of
-from distlora.trained import base_alone
-from distlora_launcher.cli import main
-from distlora_launcher.results.combine import checked, parse
+from distlora.post.combine import worker
+from distlora.post.combine.request import METHODS, Request
+from distlora.post.deltas.apply import adapted_rows
+from distlora.post.deltas.base import open_base
+from distlora.post.deltas.factors import AdapterFile
+from distlora.post.trained import base_alone
+from distlora.system.randomness import key_of
+from distlora.training import worker as training_worker
+from distlora.weights.peft.folder import NF4_MARK, read_initial_adapter
+from distlora.weights.reader import Reader
+from distlora_launcher.cli.combine import checked, parse
+from distlora_launcher.cli.main import main
 from family_models import write_family_folder
 from small_models import make_run
 from test_init_from import write_adapter
@@ -285,7 +285,7 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
         make_run(
             tmp_path / name, folders, adapter=adapter, train={"max_steps": 2, "save_every": 2}, quant={"method": "none"}
         )
-        train.run(tmp_path / name, SINGLE)
+        training_worker.run(tmp_path / name, SINGLE)
     out, record = combine(
         f"{tmp_path / 'pissa'}=0.5", f"{tmp_path / 'lora' / 'adapter'}=0.5", "--out", tmp_path / "out"
     )

@@ -22,10 +22,10 @@ from distlora.model.build import CausalLM
 from distlora.model.compiled import CompiledRMSNorm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.trained_model import load_model
+from distlora.post.load_trained import load_model
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, native
-from distlora_launcher.settings.checks import check_machine, check_of_sizes
+from distlora_launcher.compose.checks import check_machine, check_of_sizes
 from family_models import load_ours, tokens, write_family_folder
 from test_liger import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 

@@ -16,9 +16,14 @@ from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist,
 from closeness import relative_error
 from distlora.architecture.families import names_on_disk
 from distlora.config import UserError
-from distlora.loading.conversion import CheckpointLayout, Source, find_sources, layout_of
-from distlora.loading.reader import Reader
-from distlora.loading.segments import read_headers
+from distlora.weights.conversion import (
+    CheckpointLayout,
+    Source,
+    find_sources,
+    layout_of,
+)
+from distlora.weights.reader import Reader
+from distlora.weights.segments import read_headers
 from family_models import edit_config, hf_model, load_ours, our_logits, tokens, write_family_folder
 
 

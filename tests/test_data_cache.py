@@ -12,7 +12,7 @@ from distlora.config import SourceConfig, UserError
 from distlora.data.cache import cache_key, content_digest, new_entry
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta, split_file
 from distlora.data.sources import find_source
-from distlora.durable import write_json
+from distlora.system.atomic_io import write_json
 
 FORK = multiprocessing.get_context("fork")  # The children touch numpy alone, and a spawned one imports for seconds.
 

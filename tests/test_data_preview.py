@@ -12,7 +12,7 @@ from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
 from distlora.data import preview
 from distlora.data.prepare import prepare_run
-from distlora_launcher import data as command
+from distlora_launcher.cli import data as command
 from launcher_fakes import write_model
 
 SHORT = chat("Hi", "Hello there.", "Bye", "See you.")

@@ -12,7 +12,7 @@ import pytest
 from distlora.config import UserError
 from distlora.data.prepare import open_split
 from distlora.data.show_row import main
-from distlora_launcher.data import main as command
+from distlora_launcher.cli.data import main as command
 from small_models import make_run, tokenizer
 
 

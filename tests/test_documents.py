@@ -18,7 +18,7 @@ import pytest
 from distlora.config import Config, DataConfig
 from distlora.config.sweep import SweepConfig
 from distlora.data.sources import check_sources
-from distlora_launcher.cli import COMMANDS
+from distlora_launcher.cli.main import COMMANDS
 from document_stage import Shell, make_stage, make_sweep, no_process_starts
 from documents import ROOT, anchors, blocks, commands, documents, links, named, strangers
 

@@ -21,7 +21,7 @@ from distlora.model.adapters import AdaptedLinear, BlockContext, LoRAPair, StepR
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.training.optim import parameter_groups
+from distlora.training.optimizers import parameter_groups
 from planned import assert_disk_as_planned
 from small_models import make_run, write_model_folder
 from test_dropout import OurDropout

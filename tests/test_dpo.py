@@ -17,22 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora import train
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.data.loader import MicroBatch
-from distlora.loading.start_file import START_NAME
+from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.peft_files.format import adapter_tensors
-from distlora.plan import wire
-from distlora.startup import start_model
-from distlora.trained_model import load_model
+from distlora.planner import traffic
+from distlora.post.load_trained import load_model
+from distlora.training import worker
 from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
 from distlora.training.runs import open_data
-from distlora_launcher.settings.checks import check, check_model
+from distlora.training.setup import start_model
+from distlora.weights.start_file import START_NAME
+from distlora_launcher.compose.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import config_with, make_run, read_metrics
 from test_packing_isolation import model_with_adapters
@@ -67,7 +67,7 @@ def prepare(
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 
 
@@ -244,7 +244,7 @@ def test_ranks_and_micro_batches_change_nothing_and_the_base_is_gathered_as_ofte
     assert_adapters_close(result(tmp_path / "run"), adapter)
     assert metrics[-1]["eval_rewards/margins"] == pytest.approx(expected[-1]["eval_rewards/margins"], rel=1e-4)
     if size > 1:
-        gathered = wire.of_run(config, world=size).gathered
+        gathered = traffic.of_run(config, world=size).gathered
         assert metrics[-2]["gathered_bytes"] == gathered, "what SFT gathers (test_wire.py)"
 
 
@@ -335,7 +335,7 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_reference_after_a_resum
 ) -> None:
     """SFT, then DPO against what SFT came to; stopped and resumed bit for bit, with dropout."""
     make_run(tmp_path / "sft", folders, train={"max_steps": 2})
-    train.run(tmp_path / "sft", SINGLE)
+    worker.run(tmp_path / "sft", SINGLE)
     adapter = {"lora_dropout": 0.1, "init_from": str(tmp_path / "sft" / "adapter")}
     for name in ("whole", "stopped"):
         settings = {"save_every": 2, "max_steps": 4, "micro_batch": 6}
@@ -382,7 +382,7 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     after, _ = load_model(config, weights, SINGLE)
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
-    for start in (lambda: train.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
+    for start in (lambda: worker.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
         with pytest.raises(UserError, match=f"{START_NAME} is gone: train.objective=dpo compares with the model as it"):
             start()
 

@@ -224,7 +224,7 @@ def test_the_worker_starts_where_only_torch_triton_transformers_and_safetensors_
         "             'accelerate', 'liger_kernel', 'distlora_launcher'):\n"
         "    sys.modules[name] = None\n"  # What import finds for a package that must not be there.
         "sys.argv = ['train', sys.argv[1]]\n"
-        "import runpy; runpy.run_module('distlora.train', run_name='__main__')\n"
+        "import runpy; runpy.run_module('distlora.training.worker', run_name='__main__')\n"
     )
     finished = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, cwd="/")
     assert finished.returncode == 0, finished.stderr

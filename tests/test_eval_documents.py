@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
 from distlora.data.packing import pack
 from distlora.data.prepare import open_split
 from distlora.data.stacking import Share, stacks
-from distlora.folders.eval_documents import (
+from distlora.parallel import Ranks
+from distlora.run_folder.eval_documents import (
     EVAL_DOCUMENTS_NAME,
     DocumentRecord,
     check_paired,
     read_documents,
     write_documents,
 )
-from distlora.parallel import Ranks
+from distlora.training import worker
 from distlora.training.document_losses import DocumentLosses, pieces_of_rows
 from small_models import config_with, make_run, read_metrics, tokenizer
 from test_dpo import preferences  # noqa: F401 - a fixture
@@ -131,7 +131,7 @@ def test_rows_and_documents_that_do_not_belong_together_are_no_figures(prepared:
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
 
 
 @pytest.fixture(scope="module")

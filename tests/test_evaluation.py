@@ -14,23 +14,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora import train
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
-from distlora.evaluation import worker
-from distlora.evaluation.measure import Measured, load, round_to
-from distlora.evaluation.request import Request, Subject, Text, held_out
-from distlora.evaluation.rows import open_rows
-from distlora.merging.merge import merge_to
-from distlora.merging.page import measured_in_words, measured_table
-from distlora.merging.receipt import Receipt
 from distlora.model.head import IGNORED_LABEL
 from distlora.parallel import Ranks
-from distlora.readings import Loss
-from distlora.trained import Name
-from distlora_launcher.cli import main as command
-from distlora_launcher.results import measuring
-from distlora_launcher.results.measuring import to_measure
+from distlora.post.divergence import Loss
+from distlora.post.evaluate import worker
+from distlora.post.evaluate.measure import Measured, load, round_to
+from distlora.post.evaluate.request import (
+    Request,
+    Subject,
+    Text,
+    held_out,
+)
+from distlora.post.evaluate.rows import open_rows
+from distlora.post.merge.merge import merge_to
+from distlora.post.merge.page import measured_in_words, measured_table
+from distlora.post.merge.receipt import Receipt
+from distlora.post.trained import Name
+from distlora.training import worker as train
+from distlora_launcher.cli import measuring
+from distlora_launcher.cli.main import main as command
+from distlora_launcher.cli.measuring import to_measure
 from family_models import SINGLE, write_family_folder
 from small_models import make_run, read_metrics, tokenizer, write_model_folder, write_text_file
 from worlds import World
@@ -322,10 +327,10 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     adapter = tmp_path / "adapter"
     adapter.symlink_to(run_dir / "adapter")
     became: list[str] = []
-    monkeypatch.setattr("distlora_launcher.results.merge.become", lambda worker, request: became.append(worker))
-    monkeypatch.setattr("distlora_launcher.results.merge.run_alone", lambda worker, request: became.append(worker) or 0)
+    monkeypatch.setattr("distlora_launcher.cli.merge.become", lambda worker, request: became.append(worker))
+    monkeypatch.setattr("distlora_launcher.cli.merge.run_alone", lambda worker, request: became.append(worker) or 0)
     assert command(["merge", str(run_dir), "--out", out]) is None
-    assert became == ["distlora.merging", "distlora.evaluation"]
+    assert became == ["distlora.post.merge", "distlora.post.evaluate"]
     became.clear()
     foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
     assert command([*foreign, "--compare"]) == 2

@@ -15,18 +15,23 @@ import safetensors.torch
 import torch
 import transformers
 
-from distlora import train
-from distlora.checkpoints.files import appearing
+from distlora.checkpoint.files import appearing
 from distlora.config import UserError
-from distlora.deltas.base import open_base
-from distlora.exporting import bnb_folder, check, hf_folder, worker
-from distlora.exporting.formats import FORMATS, refuse
-from distlora.exporting.request import Request
-from distlora.loading.prequantized import read_packed_weights
-from distlora.loading.segments import read_headers
 from distlora.parallel import Ranks
-from distlora.trained import Name
-from distlora_launcher.cli import main
+from distlora.post.deltas.base import open_base
+from distlora.post.export import (
+    bnb_folder,
+    check,
+    hf_folder,
+    worker,
+)
+from distlora.post.export.formats import FORMATS, refuse
+from distlora.post.export.request import Request
+from distlora.post.trained import Name
+from distlora.training import worker as training_worker
+from distlora.weights.prequantized import read_packed_weights
+from distlora.weights.segments import read_headers
+from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
 
@@ -56,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sections: Any) -> Path:
     sections["train"] = {"max_steps": 3, "global_batch": 3} | sections.get("train", {})
     make_run(root / name, root, model, new_tokens, optim={"lr": 2e-2}, **sections)
-    train.run(root / name, SINGLE)
+    training_worker.run(root / name, SINGLE)
     return root / name
 
 
@@ -331,7 +336,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     """With the processes that a user has: the launcher, the worker, the check."""
     shutil.copytree(place / "pissa", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    command = [sys.executable, "-m", "distlora_launcher.cli", "export", "run", "--format", "peft"]
+    command = [sys.executable, "-m", "distlora_launcher.cli.main", "export", "run", "--format", "peft"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "bound 1.0e-04: met" in ended.stdout
@@ -371,7 +376,7 @@ def test_what_cannot_be_exported_is_refused(
 def test_a_check_that_does_not_fit_is_refused_before_anything_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("distlora_launcher.results.export.available_bytes", lambda: 10**8)
+    monkeypatch.setattr("distlora_launcher.cli.export.available_bytes", lambda: 10**8)
     assert main(["export", str(place / "lora"), "--format", "hf"]) == 2
     assert "about 1.0 GB, the model in fp32, and 0.1 GB can be had here; add --no-check" in capsys.readouterr().err
 

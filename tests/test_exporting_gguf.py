@@ -11,14 +11,14 @@ import gguf
 import pytest
 import torch
 
-from distlora import train
 from distlora.config import UserError
-from distlora.exporting import check, worker
-from distlora.exporting.formats import FORMATS, refuse
-from distlora.exporting.gguf import clients, model_format
-from distlora.exporting.request import Request
 from distlora.parallel import Ranks
-from distlora.trained import Name
+from distlora.post.export import check, worker
+from distlora.post.export.formats import FORMATS, refuse
+from distlora.post.export.gguf import clients, model_format
+from distlora.post.export.request import Request
+from distlora.post.trained import Name
+from distlora.training import worker as training_worker
 from small_models import make_run, write_model_folder, write_text_file
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sections = {key: dict(value) if isinstance(value, dict) else value for key, value in sections.items()}
         sections["train"] = {"max_steps": 3, "global_batch": 3} | sections.get("train", {})
         make_run(root / name, root, "llama", sections.pop("new_tokens", ()), optim={"lr": 2e-2}, **sections)
-        train.run(root / name, Ranks(0, 1, torch.device("cpu"), None))
+        training_worker.run(root / name, Ranks(0, 1, torch.device("cpu"), None))
     return root
 
 
@@ -51,7 +51,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(worker, "in_own_process", run)
     for module in ("model_format", "adapter_format"):
-        monkeypatch.setattr(f"distlora.exporting.gguf.{module}.has_llama_cpp", lambda: False)
+        monkeypatch.setattr(f"distlora.post.export.gguf.{module}.has_llama_cpp", lambda: False)
 
 
 def exported(run: Path, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any) -> int:
@@ -127,7 +127,7 @@ def test_llama_cpp_computes_what_was_trained(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     for module in ("model_format", "adapter_format"):
-        monkeypatch.setattr(f"distlora.exporting.gguf.{module}.has_llama_cpp", lambda: True)
+        monkeypatch.setattr(f"distlora.post.export.gguf.{module}.has_llama_cpp", lambda: True)
     assert exported(place / "pissa", form, tmp_path / "out.gguf", "fp32") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  llama.cpp"))
     assert "(bound 1.0e-04: met)" in line

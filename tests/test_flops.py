@@ -13,7 +13,7 @@ from distlora.config.file import build
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
 from distlora.model.slots import put_trial
-from distlora.plan.speed.operations import ModelFlops
+from distlora.planner.speed.operations import ModelFlops
 from distlora.training.flops import count_flops, peak_flops
 
 TOKENS, ROWS = 48, 2

@@ -14,15 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train
-from distlora.checkpoints.files import whole_folder, write_files
-from distlora.checkpoints.folder import steps
+from distlora.checkpoint.files import whole_folder, write_files
 from distlora.config import Config
 from distlora.config.file import load_config
+from distlora.loading.tensor_files import write_model
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.plan import wire
-from distlora.results import trainer_tensors
-from distlora.tensor_files import write_model
+from distlora.planner import traffic
+from distlora.run_folder.checkpoints import steps
+from distlora.training import setup, worker
+from distlora.training.publish import trainer_tensors
 from planned import assert_disk_as_planned
 from small_models import make_run, read_metrics
 from test_resume import run_until
@@ -38,7 +38,7 @@ def prepare(run_dir: Path, folders: Path, model: str = "llama", **train_settings
 
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 
 
@@ -84,7 +84,7 @@ def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step
     steps = [[line for line in lines if "loss" in line] for lines in (metrics, expected)]
     assert_losses_close(*([line["grad_norm"] for line in lines] for lines in steps), relative=1e-5)
 
-    step, line = wire.of_run(config, world=size), steps[0][-1]
+    step, line = traffic.of_run(config, world=size), steps[0][-1]
     # The norm is one number.
     assert (line["gathered_bytes"], line["scattered_bytes"]) == (step.gathered, step.scattered)
     assert line["reduced_bytes"] == step.reduced == (4 if size > 1 else 0)
@@ -103,7 +103,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     assert_losses_close(losses["2"], losses["1"], relative=1e-4)
     assert losses["1"][0] == losses["2"][0] == losses["lora"][0], "at step 0 it is not the base that LoRA trains on"
     step = [line for line in metrics["2"] if "loss" in line][-1]
-    calculated = wire.of_run(config, world=2)
+    calculated = traffic.of_run(config, world=2)
     assert (step["gathered_bytes"], step["scattered_bytes"]) == (calculated.gathered, calculated.scattered)
     (newest,) = steps(tmp_path / "2" / "checkpoints")
     tensors = safetensors.torch.load_file(newest / "model.safetensors")
@@ -162,11 +162,11 @@ def test_a_state_that_is_cut_over_the_ranks_keeps_its_memory_and_is_saved_in_pie
 def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, piece_bytes: int) -> None:
     """What a checkpoint of a run holds, as a model's folder in bf16, and as another checkpoint's files."""
     config = load_config(run_dir)
-    model, backend, _ = startup.start_model(config, ranks)
-    trained = train.trained_parameters(model)
+    model, backend, _ = setup.start_model(config, ranks)
+    trained = worker.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
-    optimizer = train.build_optimizer(backend.updated(trained), config.optim)
-    train.restore(steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
+    optimizer = worker.build_optimizer(backend.updated(trained), config.optim)
+    worker.restore(steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
     with pytest.MonkeyPatch.context() as patch, whole_folder(target, backend) as folder:
         patch.setattr("distlora.parallel.backend.PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)

@@ -32,26 +32,32 @@ from damage import (
 from distlora.architecture.known import ARCHITECTURES
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
+from distlora.data.prompts import read_prompts
 from distlora.data.sources import pinned_commits
-from distlora.folders.run_folder import read_result
-from distlora.generation.prompts import read_prompts
-from distlora.loading import piece_header, source_digest
-from distlora.loading.cache_folder import Entry, EntryFigures, figures_of
-from distlora.loading.piece_header import GROUP_BYTES, DamagedPieceError, Extent, header_of, read_piece
-from distlora.loading.segments import read_header
-from distlora.loading.start_file import StartRecord, digest_of, require_start
-from distlora.model_card import model_card, read_metadata
-from distlora.peft_files.folder import read_initial_adapter
-from distlora.plan import Plan, plan_of
-from distlora.plan.model import model_in
-from distlora.plan.pages.report import page
-from distlora_launcher.cache import line_of
+from distlora.planner import Plan, plan_of
+from distlora.planner.model import model_in
+from distlora.planner.pages.report import page
+from distlora.run_folder.layout import read_result
+from distlora.training.model_card import model_card, read_metadata
+from distlora.weights import piece_header, source_digest
+from distlora.weights.cache_folder import Entry, EntryFigures, figures_of
+from distlora.weights.peft.folder import read_initial_adapter
+from distlora.weights.piece_header import (
+    GROUP_BYTES,
+    DamagedPieceError,
+    Extent,
+    header_of,
+    read_piece,
+)
+from distlora.weights.segments import read_header
+from distlora.weights.start_file import StartRecord, digest_of, require_start
+from distlora_launcher.cli.cache import line_of
+from distlora_launcher.compose.checks import check_model
 from distlora_launcher.importing import read_yaml
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
-from distlora_launcher.running.failures import first_failure, read_errors, would_repeat
-from distlora_launcher.running.local import is_prepared
-from distlora_launcher.settings.checks import check_model
+from distlora_launcher.launch.failures import first_failure, read_errors, would_repeat
+from distlora_launcher.launch.local import is_prepared
 from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
 from plan_inputs import cpu_machine
 

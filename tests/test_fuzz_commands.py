@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from damage import NO_FILES, check_line, damaged, split_tensors, state_of, with_header
-from distlora_launcher.cli import main
-from distlora_launcher.running import local
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch import local
 from test_fuzz import make_place
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")

@@ -12,20 +12,25 @@ import pytest
 import torch
 
 from damage import Reader, any_bytes, any_json, any_lines, any_tensors, any_yaml, holds, holds_without
-from distlora import train
-from distlora.checkpoints.folder import newest
-from distlora.checkpoints.identity import identity_of
-from distlora.checkpoints.state import check_matches, load_state
+from distlora.checkpoint.identity import identity_of
+from distlora.checkpoint.state import check_matches, load_state
+from distlora.checkpoint.verify import Item, verify
 from distlora.config.file import load_config
-from distlora.folders.run_folder import read_record
 from distlora.model.build import build_model
 from distlora.parallel import Ranks
-from distlora.results import restore
-from distlora.startup import start_model
-from distlora.training.optim import build_optimizer
-from distlora.verification import Item, verify
-from distlora_launcher.jobs.record import read_submission
-from distlora_launcher.status import as_object, describe, statuses, table
+from distlora.run_folder.checkpoints import newest
+from distlora.run_folder.layout import read_record
+from distlora.training import worker
+from distlora.training.optimizers import build_optimizer
+from distlora.training.publish import restore
+from distlora.training.setup import start_model
+from distlora_launcher.cli.status import (
+    as_object,
+    describe,
+    statuses,
+    table,
+)
+from distlora_launcher.launch.job_record import read_submission
 from family_models import VARIANTS, config_for, hf_model
 from small_models import make_run
 
@@ -39,7 +44,7 @@ def make_place(folder: Path, folders: Path) -> Path:
     settings = {"max_steps": 2, "save_every": 1, "global_batch": 2, "eval_every": 1}
     data = {"cache_dir": str(folder / "cache")}
     make_run(folder / "run", folders, "llama", train=settings, data=data, adapter={"r": 2, "target_modules": "qv"})
-    train.run(folder / "run", SINGLE)
+    worker.run(folder / "run", SINGLE)
     for name in ("adapter", "best"):
         shutil.rmtree(folder / "run" / name)
     (folder / "run" / "logs").mkdir(exist_ok=True)
@@ -114,7 +119,7 @@ def restoring() -> Callable[[Path], None]:
         if not built:
             config = load_config(folder / "run")
             model, backend, _ = start_model(config, SINGLE)
-            trained = train.trained_parameters(model)
+            trained = worker.trained_parameters(model)
             backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
             built.extend((config, model, backend, trained))
         config, model, backend, trained = built

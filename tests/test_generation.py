@@ -27,19 +27,31 @@ import safetensors.torch
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from distlora import train
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.generation import worker
-from distlora.generation.encoding import PromptEncoder, greedy, sampling
-from distlora.generation.generator import Completion, Generator, aside, context_limit, generate, generate_all
-from distlora.generation.prompts import Prompt, Request, read_prompts
+from distlora.data.prompts import Prompt, Request, read_prompts
+from distlora.loading.peft_format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_config,
+    adapter_tensors,
+)
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_tensors
-from distlora.reporting.reporter import Reporter
-from distlora.trained_model import load_model
-from distlora_launcher.cli import main as command
+from distlora.post.generate import worker
+from distlora.post.load_trained import load_model
+from distlora.training import worker as training_worker
+from distlora.training.encoding import PromptEncoder, greedy, sampling
+from distlora.training.generator import (
+    Completion,
+    Generator,
+    aside,
+    context_limit,
+    generate,
+    generate_all,
+)
+from distlora.training.reporting.reporter import Reporter
+from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder
 from worlds import World
@@ -266,7 +278,7 @@ SAMPLING = {"sample_every": 3, "sample_prompts": ["What is a list?", "Name a key
 
 
 def finished(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    training_worker.run(run_dir, ranks)
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -300,7 +312,7 @@ def test_a_sample_prompt_that_cannot_be_asked_ends_the_run_before_its_first_step
     long = SAMPLING | {"sample_prompts": ["word " * 600]}
     make_run(tmp_path / "run", folders, train={"max_steps": 3, **long})
     with pytest.raises(UserError, match=r"train.sample_prompts\[0\]: .* 512 positions"):
-        train.run(tmp_path / "run", SINGLE)
+        training_worker.run(tmp_path / "run", SINGLE)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
@@ -360,7 +372,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model_folder(root / "llama", "llama")
     (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number. " * 20}) + "\n" for n in range(30)))
     make_run(root / "run", root, train={"max_steps": 4, "save_every": 2}, optim={"lr": 2e-2})
-    train.run(root / "run", SINGLE)
+    training_worker.run(root / "run", SINGLE)
     return root / "run"
 
 
@@ -423,7 +435,7 @@ def test_lines_of_a_pipe_are_answered_as_text(
 
 def test_which_weights_are_meant(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The result; the base; a step; the newest whole checkpoint of a run that is not finished."""
-    from distlora.trained import find_weights
+    from distlora.post.trained import find_weights
 
     config = load_config(trained)
     assert find_weights(trained, config, None, None) == trained / "adapter"
@@ -462,7 +474,7 @@ def test_a_base_that_changed_since_is_refused(trained: Path, tmp_path: Path) -> 
 def test_a_run_that_trained_the_whole_model_is_generated_from(folders: Path, tmp_path: Path) -> None:
     sections = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "optim": {"lr": 1e-2}}
     make_run(tmp_path / "run", folders, "llama-tied", train={"max_steps": 3}, **sections)  # type: ignore[arg-type]
-    train.run(tmp_path / "run", SINGLE)
+    training_worker.run(tmp_path / "run", SINGLE)
     texts = [ask(tmp_path / "run", "7 is", weights) for weights in (tmp_path / "run" / "model", None)]
     assert texts[0] != texts[1]
     assert ask(tmp_path / "run", "7 is", tmp_path / "run" / "checkpoints") == texts[0]
@@ -554,7 +566,9 @@ def test_a_mistake_ends_with_2_before_torch_is_imported(
 
 
 def test_the_command_starts_without_torch() -> None:
-    code = "import sys, distlora_launcher.generate; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys, distlora_launcher.cli.generate; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
 
 

@@ -16,16 +16,21 @@ import transformers
 from tokenizers import Tokenizer
 
 from distlora.config import UserError
-from distlora.deltas.base import open_base
-from distlora.deltas.factors import Factors
-from distlora.exporting.gguf.adapter_file import write_adapter
-from distlora.exporting.gguf.adapter_format import check_paths
-from distlora.exporting.gguf.clients import transformers_model
-from distlora.exporting.gguf.pieces import merges_of, scores_of, tokenize
-from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS, Match, find_pre_tokenizer
-from distlora.exporting.gguf.supported import check_model
-from distlora.exporting.gguf.tensors import TYPES, Planned
-from distlora.loading.reader import Reader
+from distlora.post.deltas.base import open_base
+from distlora.post.deltas.factors import Factors
+from distlora.post.export.gguf.adapter_file import write_adapter
+from distlora.post.export.gguf.adapter_format import check_paths
+from distlora.post.export.gguf.clients import transformers_model
+from distlora.post.export.gguf.pieces import merges_of, scores_of, tokenize
+from distlora.post.export.gguf.pre_tokenizers import (
+    LLAMA_CPP_TEXT,
+    MORE_TEXTS,
+    Match,
+    find_pre_tokenizer,
+)
+from distlora.post.export.gguf.supported import check_model
+from distlora.post.export.gguf.tensors import TYPES, Planned
+from distlora.weights.reader import Reader
 from family_models import WINDOW, config_for, tokens, write_family_folder
 from gguf_files import VARIANTS, logits_of, sentencepiece_spec, write_gguf
 from small_models import tokenizer

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from closeness import assert_losses_close
-from distlora import train
 from distlora.parallel import Ranks
+from distlora.training import worker
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
 
@@ -33,7 +33,7 @@ def test_a_run_on_the_device_has_the_losses_of_the_cpu(folders: Path, tmp_path: 
     losses = {}
     for device in ("cpu", "cuda"):
         make_run(tmp_path / device, folders, train={"max_steps": 5})
-        train.run(tmp_path / device, Ranks(0, 1, torch.device(device), None))
+        worker.run(tmp_path / device, Ranks(0, 1, torch.device(device), None))
         losses[device] = [line["loss"] for line in read_metrics(tmp_path / device) if "loss" in line]
     # fp32 sums in another order, through five AdamW steps.
     assert_losses_close(losses["cuda"], losses["cpu"], relative=1e-4)

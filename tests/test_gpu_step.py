@@ -16,19 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distlora import startup, train
-from distlora.checkpoints.files import write_files
-from distlora.checkpoints.folder import TRAINER_NAME
+from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
+from distlora.model.frozen import FrozenLinear
 from distlora.model.offload import HostInputs
-from distlora.model.quant import FrozenLinear
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.traffic import Traffic
-from distlora.results import trainer_tensors, weight_files
-from distlora.training.optim import Optimizer
+from distlora.run_folder.checkpoints import TRAINER_NAME
+from distlora.training import setup, worker
+from distlora.training.optimizers import Optimizer
+from distlora.training.publish import trainer_tensors, weight_files
 from distlora_kernels import scratch
 from distlora_kernels.operands import FrozenWeight
 from small_models import make_run
@@ -102,7 +102,7 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
 
 
 def started(config: Config, device: torch.device) -> CausalLM:
-    model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
+    model, _, _ = setup.start_model(config, Ranks(0, 1, device, None))
     with torch.no_grad():
         for index, parameter in enumerate(adapter_parameters(model).values()):
             values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
@@ -178,13 +178,13 @@ def sharded_trainer(
     config: Config, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[CausalLM, Optimizer, dict[str, nn.Parameter], Backend]:
     """A model that is trained whole, cut over a group of one rank, and its optimizer."""
-    model, _, _ = startup.start_model(config, Ranks(0, 1, device, None))
+    model, _, _ = setup.start_model(config, Ranks(0, 1, device, None))
     ranks = Ranks(0, 1, device, group)
     backend = Backend(ranks, Shards.over(ranks), _root=model)
     fsdp2.shard(model, backend.shards, device, prefetch=False, traffic=backend.traffic)
-    trained = train.trained_parameters(model)
+    trained = worker.trained_parameters(model)
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
-    return model, train.build_optimizer(backend.updated(trained), config.optim), trained, backend
+    return model, worker.build_optimizer(backend.updated(trained), config.optim), trained, backend
 
 
 def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
@@ -212,7 +212,7 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
     assert any(state.abs().max() > 0 for path, state in saved.items() if path.startswith("exp_avg/"))
 
     model, optimizer, trained, backend = sharded_trainer(config, device, group)
-    train.restore(tmp_path, model, optimizer, trained, backend)
+    worker.restore(tmp_path, model, optimizer, trained, backend)
     restored = optimizer.state_tensors()
     assert restored.keys() == saved.keys()
     for path, state in restored.items():

@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from distlora.config import UserError
-from distlora.evaluation import worker
-from distlora.evaluation.report import shown
-from distlora.evaluation.request import Request
 from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora_launcher.results.evaluate import checked, parse
+from distlora.post.evaluate import worker
+from distlora.post.evaluate.report import shown
+from distlora.post.evaluate.request import Request
+from distlora_launcher.cli.evaluate import checked, parse
 from family_models import SINGLE, dequantized, load_ours
 from small_models import tokenizer, write_model_folder
 from test_init_from import write_adapter
@@ -96,7 +96,7 @@ def adapted_in_transformers(folder: Path, ours: CausalLM) -> Any:
 def test_figures_are_those_of_the_harness_own_model(folders: Path, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from distlora.evaluation.harness import HarnessModel
+    from distlora.post.evaluate.harness import HarnessModel
 
     ours, backend = load_ours(folders / "llama", SINGLE)
     theirs = adapted_in_transformers(folders / "llama", ours)

@@ -15,8 +15,8 @@ from typing import IO
 import pytest
 
 from distlora.config import UserError
-from distlora_launcher.running import holding
-from distlora_launcher.running.processes import this_process
+from distlora_launcher.launch import lock
+from distlora_launcher.launch.processes import this_process
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def looked_at(run: Path) -> Iterator[None]:
     def look() -> None:
         while not ended.is_set():
             try:
-                looks.append(len(holding.holders(run)))
+                looks.append(len(lock.holders(run)))
             except OSError as error:
                 errors.append(error)
 
@@ -52,7 +52,7 @@ def looked_at(run: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("looked_at")
 def test_a_run_that_is_looked_at_can_be_taken_at_once(run: Path, capsys: pytest.CaptureFixture[str]):
     for _ in range(50):
-        with holding.running(run):
+        with lock.running(run):
             pass
     assert "waiting" not in capsys.readouterr().out
 
@@ -67,16 +67,16 @@ def test_a_run_whose_launcher_is_just_leaving_can_be_taken(run: Path, monkeypatc
         end.wait(0.5)
 
     def hold_and_leave() -> None:
-        with holding.running(run):
+        with lock.running(run):
             pass
 
-    real_leave = holding.leave
-    monkeypatch.setattr(holding, "leave", leave)
+    real_leave = lock.leave
+    monkeypatch.setattr(lock, "leave", leave)
     leaving = threading.Thread(target=hold_and_leave)
     leaving.start()
     assert left.wait(60)
-    assert holding.holders(run) == []
-    with holding.running(run):
+    assert lock.holders(run) == []
+    with lock.running(run):
         leaving.join()
 
 
@@ -97,13 +97,13 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
         fcntl.flock(config, fcntl.LOCK_EX)
         fcntl.flock(place, fcntl.LOCK_EX)
         with monkeypatch.context() as impatient:
-            impatient.setattr(holding, "LEASE_SECONDS", 0.2)
-            with pytest.raises(UserError, match="is running in another process"), holding.running(run):
+            impatient.setattr(lock, "LEASE_SECONDS", 0.2)
+            with pytest.raises(UserError, match="is running in another process"), lock.running(run):
                 pass
         assert "waiting for node7 to leave" in capsys.readouterr().out
         lease = threading.Timer(0.5, let_go, (config, place))
         lease.start()
-        with holding.running(run):
+        with lock.running(run):
             pass
         lease.join()
 
@@ -117,16 +117,16 @@ def test_the_name_of_a_holder_is_on_disk_before_it_counts(run: Path, monkeypatch
         real_sync(descriptor)
         synced.append(os.fstat(descriptor).st_ino)
 
-    monkeypatch.setattr(holding.os, "fsync", sync)
-    with holding.running(run):
+    monkeypatch.setattr(lock.os, "fsync", sync)
+    with lock.running(run):
         assert (run / "machines" / "0.json").stat().st_ino in synced
-    with holding.worker_place(run, "worker_3"):
+    with lock.worker_place(run, "worker_3"):
         assert (run / "machines" / "worker_3.json").stat().st_ino in synced
 
 
 def test_a_worker_that_lives_here_keeps_its_place(run: Path):
-    with holding.worker_place(run, "worker_0"):
+    with lock.worker_place(run, "worker_0"):
         began = time.monotonic()
-        with pytest.raises(UserError, match="has a worker_0 already"), holding.worker_place(run, "worker_0"):
+        with pytest.raises(UserError, match="has a worker_0 already"), lock.worker_place(run, "worker_0"):
             pass
         assert time.monotonic() - began < 1

@@ -17,10 +17,8 @@ import yaml
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train
 from distlora.bench.collectives import counted
 from distlora.bench.traffic import our_step
-from distlora.checkpoints.folder import step_of, steps
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM
@@ -28,7 +26,9 @@ from distlora.parallel import Backend, Ranks, Shards
 from distlora.parallel.control import Control
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.traffic import Traffic
-from distlora.plan import wire
+from distlora.planner import traffic as wire
+from distlora.run_folder.checkpoints import step_of, steps
+from distlora.training import setup, worker
 from distlora.training.runs import open_data
 from family_models import config_for
 from small_models import make_run, read_metrics
@@ -66,7 +66,7 @@ def losses_of(metrics: list[dict[str, Any]]) -> list[float]:
 
 def owned(ranks: Ranks, *, run_dir: Path) -> dict[str, tuple[Tensor, int, bool]]:
     """(this rank's rows, the first one's index, whether it is of the frozen base) of every parameter and buffer."""
-    model, backend, _ = startup.start_model(load_config(run_dir), ranks)
+    model, backend, _ = setup.start_model(load_config(run_dir), ranks)
     return rows_of(model, backend)
 
 
@@ -140,7 +140,7 @@ def test_each_copy_lacks_what_pissa_took_out_of_the_base(world: World, folders: 
 def loaded_from_cache(ranks: Ranks, *, run_dir: Path) -> tuple[dict[str, tuple[Tensor, int, bool]], int, int]:
     """What this rank owns, the weights that came from the cache, and the bytes that it kept there."""
     config = load_config(run_dir)
-    model, backend, loaded = startup.start_model(config, ranks)
+    model, backend, loaded = setup.start_model(config, ranks)
     return rows_of(model, backend), loaded.cached_weights, loaded.kept_bytes
 
 
@@ -196,8 +196,8 @@ def _kind(name: str) -> str:
 def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
     """A step's bytes by (kind, ranks that take part), counted where torch issues its collectives, and what the backend
     counts."""
-    model, backend, _ = startup.start_model(config, ranks)
-    backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
+    model, backend, _ = setup.start_model(config, ranks)
+    backend.reduce_gradients_of(worker.trained_parameters(model).values(), config.parallel.bucket_mb)
     our_step(model, backend, config, 3)  # Its first forward checks what was gathered, and sums that over all ranks.
     backend.zero_gradients()
     backend.traffic.take()
@@ -361,7 +361,7 @@ def damaged(ranks: Ranks, *, run_dir: Path) -> list[str]:
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
     micro = loader.batch(0).micro_batches[0]
-    model, backend, _ = startup.start_model(config, ranks)
+    model, backend, _ = setup.start_model(config, ranks)
     block = model.blocks[1].inner.mlp.up_proj
     codes, _ = backend.local_rows(block.codes)
     said = []
@@ -406,7 +406,7 @@ def begun_from_other_files(ranks: Ranks, *, run_dir: Path, section: str, files: 
     if ranks.rank >= ranks.world // 2:
         config = replace(config, **{section: replace(getattr(config, section), **files)})
     with pytest.raises(DamagedWeightsError) as caught:
-        train.train(run_dir, config, ranks, Control(ranks, save_minutes=None))
+        worker.train(run_dir, config, ranks, Control(ranks, save_minutes=None))
     return str(caught.value)
 
 

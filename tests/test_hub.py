@@ -23,10 +23,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora_launcher import hub as launcher_hub
-from distlora_launcher import hub_preview, push
-from distlora_launcher.cli import main
-from distlora_launcher.hub import HubModel
+from distlora_launcher.cli import push
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose import hub as launcher_hub
+from distlora_launcher.compose import hub_preview
+from distlora_launcher.compose.hub import HubModel
 from hub_server import Hub, start_hub
 from launcher_fakes import MODEL_CONFIG, model_shapes, write_data, write_safetensors, write_tokenizer
 from launcher_fakes import write_model as write_fake_model
@@ -122,7 +123,7 @@ with model.disable_adapter():
 RESTORE = """
 import sys
 from distlora.config.file import load_config
-from distlora_launcher.hub import restore
+from distlora_launcher.compose.hub import restore
 restore(load_config(sys.argv[1]))
 """
 
@@ -252,7 +253,7 @@ def test_a_revision_of_a_folder_is_refused(place: Path, capsys: pytest.CaptureFi
 LOCALIZE = """
 import sys
 from distlora.config import Config, DataConfig, ModelConfig
-from distlora_launcher.hub import localize
+from distlora_launcher.compose.hub import localize
 config = Config(model=ModelConfig(path=sys.argv[1]), data=DataConfig(path="x"), run_dir="run")
 print(localize(config).model.revision)
 """
@@ -279,7 +280,7 @@ def test_what_a_quantized_checkpoint_says_of_itself_can_be_read_before_the_downl
     hub.add("org/packed", {"config.json": b"{}", "model.safetensors": content})
     hub.requests.clear()
     code = (
-        "import sys; from distlora_launcher.hub_preview import preview\n"
+        "import sys; from distlora_launcher.compose.hub_preview import preview\n"
         "with preview('org/packed', None) as folder:\n"
         "    data = (folder / 'model.safetensors').read_bytes()\n"
         "    print(len(data), data.count(1), data[int(sys.argv[1]) :][: int(sys.argv[2])].decode())"

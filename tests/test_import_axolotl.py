@@ -12,12 +12,12 @@ import yaml
 
 from distlora.config import Config, UserError
 from distlora.data.chat import NAMED
+from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.importing import main
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.axolotl_keys import NEARBY
 from distlora_launcher.importing.axolotl_templates import NEAR_TEMPLATES, TEMPLATES
 from distlora_launcher.importing.recipe import Imported, recipe_text
-from distlora_launcher.settings.compose import compose_config
 
 GOLDEN = Path(__file__).parent / "golden" / "axolotl"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.yml"))

@@ -16,17 +16,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from distlora import train
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
+from distlora.loading.peft_format import adapter_config, adapter_tensors, load_initial_adapter
 from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_files.folder import read_initial_adapter
-from distlora.peft_files.format import adapter_config, adapter_tensors, load_initial_adapter
-from distlora.startup import start_model
-from distlora_launcher.cli import main
-from distlora_launcher.settings.checks import check_model
-from distlora_launcher.settings.compose import compose_config
+from distlora.training import worker
+from distlora.training.setup import start_model
+from distlora.weights.peft.folder import read_initial_adapter
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.compose import compose_config
 from small_models import make_run, read_metrics
 from test_peft import dequantized_hf_model, our_logits
 from test_resume import result, run_until
@@ -132,12 +132,12 @@ def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Pa
     settings = {"max_steps": 4, "log_every": 4}
     patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 5.0}}
     make_run(tmp_path / "first", folders, adapter={"target_modules": "all-linear", "r": 8, **patterns}, train=settings)
-    train.run(tmp_path / "first", SINGLE)
+    worker.run(tmp_path / "first", SINGLE)
     decided = read_initial_adapter(tmp_path / "first" / "adapter").settings
     start = {**decided, "init_from": str(tmp_path / "first" / "adapter")}
     make_run(tmp_path / "second", folders, adapter=start, train=settings)
     assert load_config(tmp_path / "second").adapter.rank_pattern == {"down_proj": 3}
-    train.run(tmp_path / "second", SINGLE)
+    worker.run(tmp_path / "second", SINGLE)
     first, second = (
         [line["eval_loss"] for line in read_metrics(tmp_path / name) if "eval_loss" in line]
         for name in ("first", "second")
@@ -155,7 +155,7 @@ def test_a_resumed_run_needs_the_folder_until_its_first_checkpoint(folders: Path
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=1)
     copy.rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"init_from=.*lora does not exist"):
-        train.run(tmp_path / "stopped", SINGLE)
+        worker.run(tmp_path / "stopped", SINGLE)
     with pytest.raises(UserError, match=r"init_from=.*lora does not exist"):
         check_model(load_config(tmp_path / "stopped"))
     (tmp_path / "away").rename(copy)

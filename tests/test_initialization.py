@@ -20,25 +20,33 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora import randomness, train
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.loading import decompose, initialize, start_file
-from distlora.loading.decompose import Residual, Sketch, Start, principal_part, quantization_error
-from distlora.loading.start_file import START_NAME, base_identity, digest_of
+from distlora.loading import initialize
+from distlora.loading import pissa as pissa_format
+from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, watch
-from distlora.peft_files import pissa as pissa_format
-from distlora.peft_files.folder import read_initial_adapter
-from distlora.peft_files.format import adapter_tensors
-from distlora.results import publish_result
-from distlora.startup import start_model
-from distlora.trained import find_weights
-from distlora.trained_model import load_model
+from distlora.post.load_trained import load_model
+from distlora.post.trained import find_weights
+from distlora.system import randomness
+from distlora.training import worker
+from distlora.training.publish import publish_result
+from distlora.training.setup import start_model
+from distlora.weights import decompose, start_file
+from distlora.weights.decompose import (
+    Residual,
+    Sketch,
+    Start,
+    principal_part,
+    quantization_error,
+)
+from distlora.weights.peft.folder import read_initial_adapter
+from distlora.weights.start_file import START_NAME, base_identity, digest_of
 from distlora_kernels import nf4
-from distlora_launcher.cli import main
-from distlora_launcher.settings.checks import check, check_model
-from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose.checks import check, check_model
+from distlora_launcher.compose.compose import compose_config
 from family_models import SINGLE, config_for, tokens, write_family_folder
 from planned import assert_disk_as_planned
 from small_models import NEW_TOKENS, make_run, write_model_folder, write_text_file
@@ -337,7 +345,7 @@ def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     run_dir, whole = tmp_path / "run", {"modules_to_save": ["lm_head"]} if "lm_head" in beside else {}
     new_tokens = () if whole else NEW_TOKENS
     make_run(run_dir, folders, "llama", new_tokens, adapter={"init": "pissa", **whole}, train=SETTINGS)
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     assert all(".lora_" in name for name in safetensors.torch.load_file(run_dir / START_NAME))
     step = run_dir / "checkpoints" / "step_00000004"
     published, saved = result(run_dir), safetensors.torch.load_file(step / "adapter_model.safetensors")
@@ -405,7 +413,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
     write_model_folder(folders / "llama", "llama", hidden_size=128, intermediate_size=192, head_dim=32)
     write_text_file(folders / "text.jsonl")
     make_run(run_dir, folders, adapter={"init": "loftq"}, train=SETTINGS)
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
     for more, place in (["--checkpoint", "step_4"], out / "step"), ([], out / "result"):
         assert main([*words, *more, "--dry-run", str(place)]) == 0
@@ -440,10 +448,10 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
             generates()
     start = {**read_initial_adapter(published).settings, "init_from": published}
     make_run(tmp_path / "next", folders, adapter=start, train={"max_steps": 1})
-    train.run(tmp_path / "next", SINGLE)
+    worker.run(tmp_path / "next", SINGLE)
     assert read_initial_adapter(tmp_path / "next" / "adapter").settings["init_from_loftq"]
     make_run(tmp_path / "other", folders, train={"max_steps": 1})
-    train.run(tmp_path / "other", SINGLE)
+    worker.run(tmp_path / "other", SINGLE)
     assert not read_initial_adapter(tmp_path / "other" / "adapter").settings["init_from_loftq"]
 
 
@@ -471,7 +479,7 @@ def test_what_pissa_publishes_is_a_lora_on_the_unchanged_base(
     settings = {"max_steps": 4, "eval_every": 2, "save_every": 2, "load_best_at_end": True}
     run_dir = tmp_path / "run"
     make_run(run_dir, folders, adapter=adapter, quant=quant, train=settings, optim={"lr": 1e-2})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     read = peft.LoraConfig.from_pretrained(run_dir / "adapter")
     assert (read.r, read.use_rslora, read.init_lora_weights) == (8, rslora, True)
     assert read.rank_pattern == {"k_proj": 6, "down_proj": 12}
@@ -551,7 +559,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
 
     def refuses(match: str, *, by_launcher: bool = True) -> None:
         with pytest.raises(UserError, match=match):
-            train.run(run_dir, SINGLE)
+            worker.run(run_dir, SINGLE)
         if by_launcher:
             with pytest.raises(UserError, match=match):
                 check(load_config(run_dir), new_run=False)
@@ -584,9 +592,9 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     (run_dir / "config.yaml").write_text(text.replace("  r: 8", "  r: 4"))
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match=f"{START_NAME} does not fit the adapter in config.yaml: .*another shape"):
-        train.run(run_dir, SINGLE)
+        worker.run(run_dir, SINGLE)
     (run_dir / "config.yaml").write_text(text)
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     assert base_identity(load_config(run_dir)) == identity
 
 
@@ -644,7 +652,7 @@ def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path)
     run_dir, out, bases = tmp_path / "run", tmp_path / "out", tmp_path / "bases"
     shutil.copytree(folders, bases)
     make_run(run_dir, bases, adapter={"init": "pissa"}, train=SETTINGS)
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     shutil.rmtree(bases)  # What is uploaded needs no weights of the base.
     words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
     assert main([*words, "--checkpoint", "step_4", "--dry-run", str(out / "step")]) == 0

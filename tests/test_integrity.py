@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distlora import startup, train
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel.checksums import LINE, checksums
 from distlora.parallel.integrity import DamagedWeightsError, _batches
+from distlora.training import setup, worker
 from distlora.training.runs import open_data
 from distlora_kernels import nf4
 from small_models import make_run, read_metrics
@@ -84,7 +84,7 @@ def test_every_kind_of_damage_is_seen_in_every_place() -> None:
 
 def started(ranks: Ranks, run_dir: Path) -> tuple[CausalLM, Backend, Any]:
     config = load_config(run_dir)
-    model, backend, _ = startup.start_model(config, ranks)
+    model, backend, _ = setup.start_model(config, ranks)
     loader, _ = open_data(run_dir, config, ranks)
     batch = loader.batch(0).micro_batches[0]
     return model, backend, (batch.input_ids, batch.position_ids, batch.labels)
@@ -190,7 +190,7 @@ def damaged_on_the_way(ranks: Ranks, *, run_dir: Path) -> str:
     fsdp2._all_gather = faulty
     try:
         with pytest.raises(DamagedWeightsError) as caught:
-            train.run(run_dir, ranks)
+            worker.run(run_dir, ranks)
     finally:
         fsdp2._all_gather = gather
     return str(caught.value)
@@ -223,7 +223,7 @@ def rots_before_the_second_save(ranks: Ranks, *, run_dir: Path) -> str:
     Backend.check_weights = later
     try:
         with pytest.raises(DamagedWeightsError) as caught:
-            train.run(run_dir, ranks)
+            worker.run(run_dir, ranks)
     finally:
         Backend.check_weights = check
     return str(caught.value)
@@ -241,9 +241,9 @@ def test_with_train_verify_a_save_after_damage_is_not_made(world: World, folders
 def test_one_process_checks_what_it_loaded_at_every_save(folders: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", folders, "qwen3", train={"max_steps": 2, "verify": True})
     single = Ranks(0, 1, torch.device("cpu"), None)
-    train.run(tmp_path / "run", single)
+    worker.run(tmp_path / "run", single)
     assert (tmp_path / "run" / "adapter").is_dir()
-    model, backend, _ = startup.start_model(config, single)
+    model, backend, _ = setup.start_model(config, single)
     model.blocks[1].get_parameter("inner.mlp.down_proj.codes").data[0, 77] ^= 16
     with pytest.raises(DamagedWeightsError, match=r"layers\.1\.mlp\.down_proj\.codes, rows 0 to 1, those of rank 0"):
         backend.check_weights()

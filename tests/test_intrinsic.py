@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora import train
 from distlora.analysis.intrinsic import projection, report, search
 from distlora.analysis.intrinsic.projection import Projection, hadamard
 from distlora.analysis.intrinsic.request import (
@@ -26,10 +25,11 @@ from distlora.analysis.intrinsic.request import (
 from distlora.analysis.intrinsic.subspace import FlatParameters, Subspace, layer_of
 from distlora.analysis.intrinsic.training import Bench, Training, random_weights
 from distlora.analysis.intrinsic.worker import run as analyse
-from distlora.randomness import key_of
+from distlora.system.randomness import key_of
+from distlora.training import worker as train
 from distlora_kernels.philox import philox
-from distlora_launcher.analyses import intrinsic as analyze
-from distlora_launcher.cli import main
+from distlora_launcher.cli.analyze import intrinsic as analyze
+from distlora_launcher.cli.main import main
 from family_models import SINGLE, load_ours, write_family_folder
 from small_models import make_run, read_metrics
 

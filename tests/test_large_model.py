@@ -24,7 +24,7 @@ from distlora.architecture.families import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.checkpoints import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
-from distlora.plan import wire
+from distlora.planner import traffic
 from small_models import read_metrics, tokenizer, write_text_file
 
 DISTLORA = Path(sys.executable).with_name("distlora")
@@ -40,7 +40,7 @@ WORKER_IMPORTS = 400 * MIB
 """Anonymous memory of a worker before it has built anything: torch, transformers, gloo and its threads."""
 LAUNCHER = 400 * MIB
 """The launcher and torchrun, of which workers are forks."""
-TORCHRUN = "distlora_launcher.running.torchrun_entry"
+TORCHRUN = "distlora_launcher.launch.torchrun_entry"
 
 
 needs_linux = pytest.mark.skipif(
@@ -85,10 +85,10 @@ def anonymous_bytes(pid: int) -> int:
 def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
     """Most anonymous memory of one worker: what it imports, its shard, adapters with gradients and moments, what is
     gathered, and the largest of what the phases of a step and a save take beside."""
-    held = wire.held_bytes(shapes, ranks, quantized=True, itemsize=2)
+    held = traffic.held_bytes(shapes, ranks, quantized=True, itemsize=2)
     config = AdapterConfig(r=RANK, target_modules="all-linear")
     adapters = sum(each.numel for block in shapes.adapters(config) for each in block)
-    block = wire.block_bytes(shapes.block, ranks, quantized=True, itemsize=2)
+    block = traffic.block_bytes(shapes.block, ranks, quantized=True, itemsize=2)
     matrix = 2 * shapes.vocabulary * shapes.hidden
     tokens = TOKENS * ROWS // ranks
     # FSDP2 copies out of an all-gather's result. The head and what is gathered ahead of it are there together; then the
@@ -157,7 +157,7 @@ def figures_of(sampled: Sampled, shapes: ModelShapes, ranks: int) -> dict[str, A
         "worker_mib": sorted(nbytes // MIB for nbytes in sampled.workers.values()),
         "predicted_worker_mib": per_worker // MIB,
         "loading": next((line for line in sampled.said.splitlines() if "NF4" in line), ""),
-        "shard_mib": wire.held_bytes(shapes, ranks, quantized=True, itemsize=2) // MIB,
+        "shard_mib": traffic.held_bytes(shapes, ranks, quantized=True, itemsize=2) // MIB,
     }
     print(f"\n{ranks} ranks, {os.cpu_count()} cores: {json.dumps(figures)}")
     return figures
@@ -178,7 +178,7 @@ def test_one_and_a_half_billion_parameters_train_in_what_is_predicted_and_alike_
         adapter = safetensors.torch.load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
         assert all(bool(tensor.any()) for tensor in adapter.values()), "an adapter was not trained"
         summary = json.loads((folder / "run" / "summary.json").read_text())
-        assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * wire.block_bytes(
+        assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * traffic.block_bytes(
             shapes.block, ranks, quantized=True, itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9

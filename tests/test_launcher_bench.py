@@ -15,9 +15,9 @@ import pytest
 
 from distlora.bench import load, processes
 from distlora.bench.load import Figures
-from distlora_launcher import cli
-from distlora_launcher.benches import BENCHES
-from distlora_launcher.running.workers import ON_CPU
+from distlora_launcher.cli import main
+from distlora_launcher.cli.bench import BENCHES
+from distlora_launcher.launch.workers import ON_CPU
 
 
 class BecameError(Exception):
@@ -38,7 +38,7 @@ def become(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["bench", *words]) == 2
+    assert main.main(["bench", *words]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     return output.err
@@ -47,12 +47,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_offline_compiles_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BecameError) as became:
-        cli.main(["bench", "kernels", "--offline", "--arch", "90", "100", "--only", "linear M=16", "--json"])
+        main.main(["bench", "kernels", "--offline", "--arch", "90", "100", "--only", "linear M=16", "--json"])
     assert became.value.module == "distlora_kernels.offline"
     assert became.value.arguments == ["--only=linear M=16", "--json", "--arch", "90", "100"]
     assert "TRITON_INTERPRET" not in became.value.environment
     with pytest.raises(BecameError) as became:
-        cli.main(["bench", "kernels", "--offline"])
+        main.main(["bench", "kernels", "--offline"])
     assert became.value.arguments == []
 
 
@@ -65,7 +65,7 @@ def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture
 def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(BecameError) as became:
-        cli.main(["bench", "kernels", "--only", "dequantize"])
+        main.main(["bench", "kernels", "--only", "dequantize"])
     assert (became.value.module, became.value.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
 
 
@@ -76,7 +76,7 @@ def test_the_others_hand_their_options_on() -> None:
         (["time"], "distlora.bench.step_time", ["--threads=1", "--repeats=6", "--blocks=2"]),
     ):
         with pytest.raises(BecameError) as became:
-            cli.main(["bench", *words])
+            main.main(["bench", *words])
         assert became.value.module == module
         assert became.value.arguments[: len(arguments)] == arguments
 
@@ -88,7 +88,7 @@ def test_load_needs_no_gpu_and_has_ours_as_workers_are(monkeypatch: pytest.Monke
     default = ["--rounds=3", "--ranks=1,2", '--environment={"OMP_WAIT_POLICY": "PASSIVE"}']
     for words, arguments in (([], ["--layers=14", *default]), (["--layers", "2"], ["--layers=2", *default])):
         with pytest.raises(BecameError) as became:
-            cli.main(["bench", "load", *words])
+            main.main(["bench", "load", *words])
         assert (became.value.module, became.value.arguments) == ("distlora.bench.load", arguments)
 
 
@@ -117,20 +117,20 @@ def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.Capture
 
 
 def test_each_subject_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "--help"]) == 0
+    assert main.main(["bench", "--help"]) == 0
     subjects = capsys.readouterr().out
     for name in BENCHES:
         assert f"\n  {name} " in subjects
-        assert cli.main(["bench", name, "--help"]) == 0
+        assert main.main(["bench", name, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: distlora bench {name}")
-    assert cli.main(["bench", "kernels", "--help"]) == 0
+    assert main.main(["bench", "kernels", "--help"]) == 0
     assert "90 (H100, H200)" in capsys.readouterr().out
-    assert cli.main(["bench"]) == 2
+    assert main.main(["bench"]) == 2
 
 
 def test_the_command_needs_no_torch() -> None:
     code = (
-        "import sys, distlora_launcher.benches as b; [b.main([name, '--help']) for name in b.BENCHES]; "
+        "import sys, distlora_launcher.cli.bench as b; [b.main([name, '--help']) for name in b.BENCHES]; "
         "print({'torch', 'triton'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
@@ -138,7 +138,7 @@ def test_the_command_needs_no_torch() -> None:
 
 def test_results_go_to_a_folder_that_can_be_written_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(BecameError) as became:
-        cli.main(["bench", "load", "--out", str(tmp_path / "new"), "--json"])
+        main.main(["bench", "load", "--out", str(tmp_path / "new"), "--json"])
     assert became.value.arguments[-2:] == ["--json", f"--out={tmp_path / 'new'}"]
     (tmp_path / "file").touch()
     assert "is a file; set another --out" in error_of(capsys, "load", "--out", str(tmp_path / "file"))
@@ -147,7 +147,7 @@ def test_results_go_to_a_folder_that_can_be_written_to(capsys: pytest.CaptureFix
 def test_packs_are_measured_on_a_base_that_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     with pytest.raises(BecameError) as became:
-        cli.main(["bench", "packed", "--base", str(tmp_path), "--trials", "4", "--json"])
+        main.main(["bench", "packed", "--base", str(tmp_path), "--trials", "4", "--json"])
     assert became.value.module == "distlora.bench.packed"
     assert became.value.arguments == [str(tmp_path), "--trials=4", "--lengths=16,64", "--ranks=1,2", "--json"]
     assert "holds no model" in error_of(capsys, "packed", "--base", str(tmp_path / "none"))

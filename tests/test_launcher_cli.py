@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distlora import host_memory
-from distlora_launcher.cli import COMMANDS, main
+from distlora.system import host_memory
+from distlora_launcher.cli.main import COMMANDS, main
 from distlora_launcher.demo.base import base_folder
 from distlora_launcher.demo.corpus import Corpus
-from distlora_launcher.running import holding, local
+from distlora_launcher.launch import local, lock
 from launcher_fakes import write_data, write_model, write_tokenizer
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
@@ -48,7 +48,7 @@ class Steps:
         return self.prepare_code
 
     def run_workers(self, run_dir: Path, *, processes: int, worker_module: str, max_restarts: int, **_: object) -> int:
-        assert (processes, worker_module, max_restarts) == (1, "distlora.train", 3)
+        assert (processes, worker_module, max_restarts) == (1, "distlora.training.worker", 3)
         self.trained.append(run_dir)
         return self.train_codes.pop(0) if self.train_codes else 0
 
@@ -67,7 +67,7 @@ def train(*overrides: str) -> int:
 
 def test_starting_imports_neither_torch_nor_hydra():
     heavy = "{'torch', 'hydra', 'omegaconf', 'transformers', 'numpy', 'yaml'}"
-    code = f"import sys, distlora_launcher.cli as cli; cli.main(['--help']); print({heavy} & set(sys.modules))"
+    code = f"import sys, distlora_launcher.cli.main as cli; cli.main(['--help']); print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_fits_no_more_is_not_resumed_before_its_settings_say_so(
 def test_a_run_that_is_going_on_is_not_started_twice(
     place: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(holding, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "LEAVE_SECONDS", 0.2)
     run_dir = stopped_run(place)
     with (run_dir / "config.yaml").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

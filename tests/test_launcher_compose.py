@@ -16,8 +16,13 @@ from distlora.config import Config, DataConfig, ModelConfig, UserError, peer_nam
 from distlora.config.file import as_mapping
 from distlora.config.parallel import ParallelConfig
 from distlora.config.plan import CHOSEN
-from distlora_launcher.cli import main
-from distlora_launcher.settings.compose import compose_config, compose_run, compose_sweep, expand_home
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose.compose import (
+    compose_config,
+    compose_run,
+    compose_sweep,
+    expand_home,
+)
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
 CONF = Path(__file__).parent.parent / "conf"

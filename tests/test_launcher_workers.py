@@ -16,10 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlora_launcher.running.failures import first_failure, read_errors
-from distlora_launcher.running.logs import set_aside_logs
-from distlora_launcher.running.worker_entry import set_aside_attempt
-from distlora_launcher.running.workers import IMPORTS, run_workers, starting_workers, worker_environment
+from distlora_launcher.launch.failures import first_failure, read_errors
+from distlora_launcher.launch.logs import set_aside_logs
+from distlora_launcher.launch.worker_entry import set_aside_attempt
+from distlora_launcher.launch.workers import (
+    IMPORTS,
+    run_workers,
+    starting_workers,
+    worker_environment,
+)
 from small_disks import small_disk
 
 HERE = Path(__file__).parent
@@ -140,7 +145,7 @@ def start_launcher(
     starts it."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.running.workers import run_workers; "
+        "import sys; from pathlib import Path; from distlora_launcher.launch.workers import run_workers; "
         f"sys.exit(run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
         f"max_restarts={max_restarts}))"
     )
@@ -226,7 +231,7 @@ def test_on_a_terminal_rank_0_writes_to_a_terminal(run_dir: Path):
     (run_dir / "behaviour").write_text("terminal")
     code = (
         "import pty, sys; sys.exit(pty.spawn([sys.executable, '-c', "
-        "'from pathlib import Path; from distlora_launcher.running.workers import run_workers; "
+        "'from pathlib import Path; from distlora_launcher.launch.workers import run_workers; "
         f'raise SystemExit(run_workers(Path("{run_dir}"), processes=1, worker_module="{WORKER}"))\']) >> 8)'
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -280,8 +285,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     """`distlora train ... | head -1`: the run goes on, and its logs have the rest."""
     (run_dir / "behaviour").write_text("success")
     script = (
-        "import sys, time; from pathlib import Path; from distlora_launcher.running.workers import run_workers;"
-        "from distlora_launcher.output import show;"
+        "import sys, time; from pathlib import Path; from distlora_launcher.launch.workers import run_workers;"
+        "from distlora_launcher.terminal.output import show;"
         "show('first\\n'); time.sleep(0.5); show('x' * 100000);"
         f"sys.exit(10 + run_workers(Path({str(run_dir)!r}), processes=1, worker_module={WORKER!r}))"
     )

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from accounting import Kept, flash_like
 from closeness import relative_error
-from distlora import startup
 from distlora.architecture.families import read_config
 from distlora.model import liger
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
-from distlora.plan.memory.activations import Costs
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.memory.activations import Costs
+from distlora.training import setup
 from family_models import VARIANTS, load_ours, tokens, write_family_folder
 
 needs_liger = pytest.mark.skipif(
@@ -150,7 +150,7 @@ def test_a_model_is_built_sharded_and_loaded_with_it(
     model, _ = load_ours(tmp_path, RANKS, train=train)
     expected, _ = run(model, input_ids)
     monkeypatch.setattr(
-        startup, "use_device_kernels", lambda model, config, device: liger.apply(model.decoder, model.family)
+        setup, "use_device_kernels", lambda model, config, device: liger.apply(model.decoder, model.family)
     )
     model, _ = load_ours(tmp_path, RANKS, train=train)
     assert type(model.decoder.norm).__name__ == "LigerRMSNorm"

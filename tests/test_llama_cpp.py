@@ -14,10 +14,10 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from distlora.deltas.factors import Factors
-from distlora.exporting.gguf.adapter_file import write_adapter
-from distlora.exporting.gguf.clients import LlamaCpp, has_llama_cpp
-from distlora.exporting.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS
+from distlora.post.deltas.factors import Factors
+from distlora.post.export.gguf.adapter_file import write_adapter
+from distlora.post.export.gguf.clients import LlamaCpp, has_llama_cpp
+from distlora.post.export.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS
 from family_models import WINDOW, edit_config, tokens, write_family_folder
 from gguf_files import VARIANTS, logits_of, sentencepiece_spec, write_gguf
 from small_models import tokenizer

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 import distlora.model.build
-from distlora import train
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import build
-from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Backend, Ranks, parallelize
+from distlora.training import worker
+from distlora.weights.segments import fingerprint, read_headers
 from distlora_kernels import nf4
 from small_models import make_run, write_model_folder
 from worlds import World
@@ -170,7 +170,7 @@ def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_p
 
 
 def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
-    config = train.load_config(run_dir)
+    config = worker.load_config(run_dir)
     model = build_model(config)
     return load_base(model, config.model.path, parallelize(model, ranks, config)).bytes_read
 

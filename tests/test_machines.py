@@ -24,17 +24,22 @@ import yaml
 from distlora.bench.network import free_port
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build, load_config
-from distlora_launcher.cli import main
-from distlora_launcher.running import holding, meeting, processes
-from distlora_launcher.running.failures import read_gave_up
-from distlora_launcher.running.logs import host_name
-from distlora_launcher.running.machines import check_same, run_id, run_together, start_together
-from distlora_launcher.running.signals import Forwarder
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch import lock, processes, rendezvous
+from distlora_launcher.launch.failures import read_gave_up
+from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.machines import (
+    check_same,
+    run_id,
+    run_together,
+    start_together,
+)
+from distlora_launcher.launch.signals import Forwarder
 from launcher_fakes import write_data, write_model
 from small_models import read_metrics
 
 HERE = Path(__file__).parent
-DISTLORA = [sys.executable, "-m", "distlora_launcher.cli"]
+DISTLORA = [sys.executable, "-m", "distlora_launcher.cli.main"]
 
 
 class Machine:
@@ -67,7 +72,7 @@ class Machine:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 parent = child.parent()
-                if parent is not None and "distlora_launcher.running.torchrun_entry" in parent.cmdline():
+                if parent is not None and "distlora_launcher.launch.torchrun_entry" in parent.cmdline():
                     found.append(child)
         return found
 
@@ -109,9 +114,9 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 
 PART = (
-    "import sys; from pathlib import Path; from distlora.commands.ending import run_to_exit_code; "
-    "from distlora.config.file import load_config; from distlora_launcher.running.machines import run_by_hand; "
-    "from distlora_launcher.running import workers; from distlora_launcher.running.signals import forwarding\n"
+    "import sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
+    "from distlora.config.file import load_config; from distlora_launcher.launch.machines import run_by_hand; "
+    "from distlora_launcher.launch import workers; from distlora_launcher.launch.signals import forwarding\n"
     "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
@@ -135,7 +140,7 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     (run_dir / "logs" / "rank_1.log").write_text("of the start before")
     machines += [part(run_dir, tmp_path / f"machine_{number}") for number in range(2)]
     wait_until(lambda: all((run_dir / f"ready_{rank}").exists() for rank in range(2)))
-    monkeypatch.setattr(holding, "LEASE_SECONDS", 0)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0)
     for start, shares, reason in (
         (run_id(run_dir), True, "has its 2 machines already: "),
         (run_id(run_dir), False, r"runs on this machine already \(pid \d+\)"),
@@ -143,7 +148,7 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     ):
         with (
             pytest.raises(UserError, match=reason),
-            holding.together(
+            lock.together(
                 run_dir, start, nodes=2, stopped=lambda: False, leads_without_locks=True, shares_machine=shares
             ),
         ):
@@ -187,15 +192,15 @@ def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for
 ):
     run_dir = tmp_path / "run"
     fake_run(run_dir, "success")
-    monkeypatch.setattr(holding.fcntl, "flock", no_locks)
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
 
-    def place(*, leads: bool) -> contextlib.AbstractContextManager[holding.Place | None]:
-        return holding.together(run_dir, "a", nodes=2, stopped=lambda: False, leads_without_locks=leads)
+    def place(*, leads: bool) -> contextlib.AbstractContextManager[lock.Place | None]:
+        return lock.together(run_dir, "a", nodes=2, stopped=lambda: False, leads_without_locks=leads)
 
     with place(leads=True) as leader, monkeypatch.context() as other:
         assert leader is not None
         assert leader.leads
-        other.setattr(holding, "host_name", lambda: "other")
+        other.setattr(lock, "host_name", lambda: "other")
         other.setattr(processes, "host_name", lambda: "other")
         with place(leads=False) as follower:
             assert follower is not None
@@ -204,10 +209,10 @@ def test_without_locks_the_machine_of_the_endpoint_leads_and_the_others_wait_for
         names = {path.name for path in (run_dir / "machines").glob("*.json") if path.stat().st_size}
         assert names == {"start.json", "other.json", f"{host_name()}.json"}
     (run_dir / "data.json").unlink()  # Which the leader is about to write.
-    away = meeting.Meeting(
+    away = rendezvous.Meeting(
         nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=False, address="127.0.0.1"
     )
-    monkeypatch.setattr("distlora_launcher.running.machines.meet", lambda *_, **__: away)
+    monkeypatch.setattr("distlora_launcher.launch.machines.meet", lambda *_, **__: away)
     monkeypatch.setattr(processes.Process, "has_ended", True)  # Of the places of this process, before.
     with pytest.raises(UserError, match="nobody listened"):
         run_together(run_dir, load_config(run_dir), "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
@@ -225,7 +230,7 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     (run_dir / "cache").rmdir()
     another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
     another.write_text("half of its sett")
-    monkeypatch.setattr("distlora_launcher.running.machines.prepare", lambda *_: 2)
+    monkeypatch.setattr("distlora_launcher.launch.machines.prepare", lambda *_: 2)
     assert start_together(config) == 2
     assert [path.name for path in run_dir.iterdir()] == [another.name]
 
@@ -266,25 +271,27 @@ def test_other_settings_than_the_runs_are_named(tmp_path: Path):
 
 def test_the_host_of_the_endpoint_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch):
     try:
-        here = meeting.own_address("192.0.2.1", 9)  # Where this machine's way out leads from.
+        here = rendezvous.own_address("192.0.2.1", 9)  # Where this machine's way out leads from.
     except UserError:
         pytest.skip("this machine has no way out, and so no address but its loopback")
-    at_home = meeting.meet(f"{here}:29500", nodes=2, run_id="a", join_seconds=60)
+    at_home = rendezvous.meet(f"{here}:29500", nodes=2, run_id="a", join_seconds=60)
     assert (at_home.is_host, at_home.address) == (True, here)
-    away = meeting.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
+    away = rendezvous.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
     assert (away.is_host, away.address) == (False, here)
     assert "is_host=0" in str(away.torchrun_arguments())
     assert f"--local-addr={here}" in away.torchrun_arguments()
     assert away.environment().keys() == {"GLOO_SOCKET_IFNAME"}
     # Debian's own entry for a host: the store is here, and gloo must not take that address.
-    monkeypatch.setattr(meeting.socket, "gethostname", lambda: "localhost")
-    own_name = meeting.meet("localhost:29500", nodes=2, run_id="a", join_seconds=60)
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "localhost")
+    own_name = rendezvous.meet("localhost:29500", nodes=2, run_id="a", join_seconds=60)
     assert (own_name.is_host, own_name.address) == (True, "localhost")
     assert own_name.environment() == away.environment()
-    monkeypatch.setenv(meeting.LOCAL_ADDRESS, "10.1.2.3")
-    assert meeting.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60).address == "10.1.2.3"
+    monkeypatch.setenv(rendezvous.LOCAL_ADDRESS, "10.1.2.3")
+    assert rendezvous.meet("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60).address == "10.1.2.3"
     with pytest.raises(UserError, match=r"nobody listened at 127\.0\.0\.3:9 for 0 s"):
-        meeting.wait_for_host(dataclasses.replace(away, endpoint="127.0.0.3:9", join_seconds=0), stopped=lambda: False)
+        rendezvous.wait_for_host(
+            dataclasses.replace(away, endpoint="127.0.0.3:9", join_seconds=0), stopped=lambda: False
+        )
 
 
 def words(folders: Path, run_dir: Path, **settings: object) -> list[str]:

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from distlora import train
 from distlora.config import TrainConfig, UserError
 from distlora.parallel import Ranks
-from distlora.plan.memory import measured
-from distlora.plan.memory.measured import MeasuredRank
-from distlora.reporting.reporter import Reporter
-from distlora.training import memory_meter
+from distlora.planner.memory import measured
+from distlora.planner.memory.measured import MeasuredRank
+from distlora.training import memory_meter, worker
+from distlora.training.loop import Trainer
 from distlora.training.memory_check import measured_step
-from distlora.training.trainer import Trainer
+from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Trial
 from small_models import make_run, read_metrics
 from worlds import World, start_world
@@ -116,9 +115,9 @@ def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_p
     make_run(tmp_path / "run", folders, plan={"measure": True})
     (tmp_path / "run" / "plan.json").write_text('{"device": {"peak": "much"}}')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "start_model", None)
+        patch.setattr(worker, "start_model", None)
         with pytest.raises(UserError, match=r"plan\.json"):
-            train.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
+            worker.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
 
 
 def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
@@ -126,7 +125,7 @@ def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "event", lambda self, text: said.append(text))
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     return [line for line in said if line.startswith("WARNING")]
 
 
@@ -165,7 +164,7 @@ def test_a_fault_of_the_step_that_is_measured_is_the_runs(folders: Path, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", fail)
         with pytest.raises(RuntimeError, match="of the step"):
-            train.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
+            worker.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from distlora.architecture.shapes import shapes_of
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.parallel import Ranks
-from distlora.plan import wire
+from distlora.planner import traffic
 from distlora.training.memory_meter import Event, Recorder, StepMemory, account, mark
 from small_models import config_with
 from worlds import World, start_world
@@ -126,12 +126,12 @@ def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, fo
     folder = folders / "llama"
     shapes = shapes_of(read_config(folder), folder / "config.json")
     adapters = sum(each.numel for block in shapes.adapters(config_for(folder).adapter) for each in block)
-    matrix = 2 * wire.padded((shapes.vocabulary, shapes.hidden), size)
+    matrix = 2 * traffic.padded((shapes.vocabulary, shapes.hidden), size)
     for found in world.run(size, measured, folder=folder):
         held = found.held
         base = sum(held.get(kind, 0) for kind in ("codes", "scales", "weights", "embeddings", "norms"))
         # Beside the parameters there are the offset of each quantized weight and the rotary frequencies.
-        assert base - wire.held_bytes(shapes, size, quantized=True, itemsize=2) == pytest.approx(4 * 21 + 48, abs=48)
+        assert base - traffic.held_bytes(shapes, size, quantized=True, itemsize=2) == pytest.approx(4 * 21 + 48, abs=48)
         assert (held["adapters"], held["gradients"]) == (4 * adapters, 4 * adapters)
         assert held["optimizer"] == pytest.approx(8 * adapters, rel=1e-3)  # A number of steps for each tensor.
         assert found.left == 0
@@ -139,7 +139,7 @@ def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, fo
         if size > 1:
             # The head out of its all-gather, and the last norm, which stays gathered.
             assert found.part == "head"
-            assert found.at_peak["gathered"] == 2 * matrix + 2 * wire.padded((shapes.hidden,), size)
+            assert found.at_peak["gathered"] == 2 * matrix + 2 * traffic.padded((shapes.hidden,), size)
 
 
 def test_zero3_is_measured_alike(folders: Path) -> None:

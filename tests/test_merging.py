@@ -13,27 +13,27 @@ import pytest
 import safetensors.torch
 import torch
 
-from distlora import train
-from distlora.checkpoints.files import appearing
-from distlora.checkpoints.folder import sha256
+from distlora.checkpoint.files import appearing
 from distlora.config import UserError
-from distlora.deltas.base import open_base
-from distlora.deltas.factors import AdapterFile
-from distlora.loading.reader import Reader
-from distlora.loading.segments import read_headers
-from distlora.merging.folder import Files, Plan
-from distlora.merging.merge import Filling, merge_to
-from distlora.merging.parameters import parameters_of
-from distlora.merging.receipt import Receipt
-from distlora.merging.threads import Clock
-from distlora.merging.unmerge import unmerge
-from distlora.merging.worker import summary
 from distlora.model.build import CausalLM
-from distlora.results import publish_result
-from distlora.trained import Name, Trained
-from distlora.trained_model import load_trained
+from distlora.post.deltas.base import open_base
+from distlora.post.deltas.factors import AdapterFile
+from distlora.post.load_trained import load_trained
+from distlora.post.merge.folder import Files, Plan
+from distlora.post.merge.merge import Filling, merge_to
+from distlora.post.merge.parameters import parameters_of
+from distlora.post.merge.receipt import Receipt
+from distlora.post.merge.threads import Clock
+from distlora.post.merge.unmerge import unmerge
+from distlora.post.merge.worker import summary
+from distlora.post.trained import Name, Trained
+from distlora.run_folder.checkpoints import sha256
+from distlora.training import worker
+from distlora.training.publish import publish_result
+from distlora.weights.reader import Reader
+from distlora.weights.segments import read_headers
 from distlora_kernels import nf4
-from distlora_launcher.cli import main
+from distlora_launcher.cli.main import main
 from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens, write_family_folder
 from small_models import NEW_TOKENS, make_run, write_model_folder
 from test_prequantized import quantize
@@ -102,7 +102,7 @@ def test_so_does_that_of_a_run_and_of_its_checkpoint(name: str, folders: Path, t
     model_name, sections = RUNS[name]
     run = tmp_path / "run"
     make_run(run, folders, model_name, **sections | TRAINED)
-    train.run(run, SINGLE)
+    worker.run(run, SINGLE)
     ids = tokens(2, 24)
     for checkpoint in (None, "step_2"):
         trained = Name(place=str(run), checkpoint=checkpoint).read()
@@ -291,7 +291,7 @@ def test_a_head_on_disk_that_the_base_ties_stays_its_embedding(folders: Path, tm
         adapter={"trainable_token_indices": [3, 700], "target_modules": "qv"},
         **TRAINED,
     )
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     trained = Name(place=str(tmp_path / "run")).read()
     merge_to(trained, out, onto="trained", dtype=torch.float32, say=quiet)
     merged = safetensors.torch.load_file(out / "model.safetensors")
@@ -308,7 +308,7 @@ def test_how_long_a_merge_takes_is_said_once_it_can_be_told(monkeypatch: pytest.
     """The first piece waits for threads and disks: of two cores that others use it made ten minutes of two seconds."""
     said: list[str] = []
     now = [0.0]
-    monkeypatch.setattr("distlora.merging.threads.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("distlora.post.merge.threads.time.monotonic", lambda: now[0])
     clock = Clock("merging", 10_000_000, said.append)
     for now[0] in (0.6, 4.0):
         clock.passed(1_000_000, "a.weight")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora.loading.segments import read_headers
-from distlora.merging.request import Request
-from distlora.trained import Name
+from distlora.post.merge.request import Request
+from distlora.post.trained import Name
+from distlora.weights.segments import read_headers
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model
 
 SMALL = QWEN25_1_5B | {
@@ -27,8 +27,8 @@ SMALL = QWEN25_1_5B | {
 CHILD = """
 import re, sys
 from pathlib import Path
-from distlora.merging import worker
-from distlora.merging.request import Request
+from distlora.post.merge import worker
+from distlora.post.merge.request import Request
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from closeness import assert_adapters_close, assert_losses_close, relative_error
-from distlora import train
-from distlora.checkpoints.files import write_files
+from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data.loader import StepBatch
+from distlora.loading.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
-from distlora.peft_files.format import CONFIG_NAME, WEIGHTS_NAME
-from distlora.results import load_weights, weight_files
-from distlora.startup import start_model
+from distlora.training import worker
+from distlora.training.publish import load_weights, weight_files
 from distlora.training.runs import open_data
+from distlora.training.setup import start_model
 from family_models import SINGLE, dequantized, positions_of, tokens
 from small_models import NEW_TOKENS, make_run, read_metrics
 from worlds import World
@@ -116,12 +116,12 @@ class Outcome:
 
 def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     """Train on these ranks, start again from what was saved, and take one more step's gradients."""
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
     model, backend, _ = start_model(config, ranks, restores=True)
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
-    backend.reduce_gradients_of(list(train.trained_parameters(model).values()), config.parallel.bucket_mb)
+    backend.reduce_gradients_of(list(worker.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))
     gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config)[WEIGHTS_NAME].items()}
     with torch.no_grad():

@@ -18,22 +18,22 @@ import torch
 
 import distlora.model.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
-from distlora import train
 from distlora.config import AdapterConfig, Config, UserError
+from distlora.loading.peft_format import adapter_config, adapter_tensors, load_initial_adapter
 from distlora.loading.weights import load_base
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertPair, ExpertWeight
-from distlora.model.quant import FrozenTensor
+from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_files.format import adapter_config, adapter_tensors, load_initial_adapter
-from distlora.plan import wire
-from distlora.startup import start_model
+from distlora.planner import traffic
+from distlora.training import worker
 from distlora.training.figures import active_parameters, count_parameters, experts_said
 from distlora.training.flops import count_flops
+from distlora.training.setup import start_model
 from distlora_kernels import nf4
-from distlora_launcher.settings.checks import check_model
-from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.compose import compose_config
 from family_models import (
     SINGLE,
     config_for,
@@ -336,7 +336,7 @@ def test_the_routers_loss_is_configs_own_where_nothing_is_set(
 
 def trained(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
     """A run, or the rest of one, on this rank."""
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 
 
@@ -349,7 +349,7 @@ def test_the_wire_carries_packed_experts_and_a_resume_goes_on_bit_for_bit(
     for name in ("whole", "stopped"):
         config = make_run(tmp_path / name, folders, "mixtral", train=settings, data={"eval_fraction": 0.0})
     lines = world.run(size, trained, run_dir=tmp_path / "whole")[0]
-    step = wire.of_run(config, world=size)
+    step = traffic.of_run(config, world=size)
     assert lines[-1]["gathered_bytes"] == step.gathered, "forward and backward, all micro-batches in one gather"
     adapter = safetensors.torch.load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert lines[-1]["reduced_bytes"] == step.reduced == sum(tensor.nbytes for tensor in adapter.values())

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from distlora import host_memory, startup, train
 from distlora.architecture.families import FAMILIES, read_config
 from distlora.config import UserError
 from distlora.model.adapters import BlockContext
 from distlora.model.blocks import Block
 from distlora.model.offload import HostInputs
 from distlora.parallel import Ranks
-from distlora.plan.decoder_sizes import AdaptedRanks, Decoder
-from distlora.plan.memory.activations import Costs
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.memory.activations import Costs
+from distlora.system import host_memory
+from distlora.training import setup, worker
 from small_models import make_run, read_metrics
 from test_parity import outcome
 from test_scratch import Layer
@@ -204,7 +205,7 @@ def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) 
 def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """A run's metrics, and of its inputs' memory: (places that were reserved, places at the end, bytes of growth)."""
     figures: list[int] = []
-    keep = startup.keep_inputs_on_host
+    keep = setup.keep_inputs_on_host
     found: list[HostInputs] = []
 
     def kept(model: Any, *arguments: Any) -> None:
@@ -212,11 +213,11 @@ def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]]
         found.append(model.blocks[0].host_inputs)
         figures.extend((found[0].num_free, found[0].taken_bytes))
 
-    startup.keep_inputs_on_host = kept
+    setup.keep_inputs_on_host = kept
     try:
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     finally:
-        startup.keep_inputs_on_host = keep
+        setup.keep_inputs_on_host = keep
     return read_metrics(run_dir), [*figures, found[0].num_free, found[0].taken_bytes]
 
 
@@ -254,9 +255,9 @@ def refused(ranks: Ranks, *, run_dir: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world))
         patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
-        patch.setattr(startup, "load_base", lambda *arguments, **options: pytest.fail("minutes for a large model"))
+        patch.setattr(setup, "load_base", lambda *arguments, **options: pytest.fail("minutes for a large model"))
         with pytest.raises(UserError) as error:
-            startup.start_model(train.load_config(run_dir), ranks)
+            setup.start_model(worker.load_config(run_dir), ranks)
     return str(error.value)
 
 

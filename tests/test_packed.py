@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import stopping, train
-from distlora.checkpoints.folder import steps
+from distlora.checkpoint.verify import verify
 from distlora.config import Config, UserError
-from distlora.folders.eval_documents import check_paired, read_documents
-from distlora.packed import pack as packed
-from distlora.packed import worker
-from distlora.packed.protocol import verdict_file
-from distlora.packed.settings import check_pack
 from distlora.parallel import Ranks
+from distlora.run_folder.checkpoints import steps
+from distlora.run_folder.eval_documents import check_paired, read_documents
+from distlora.system import stop_signals
+from distlora.training import worker as training_worker
+from distlora.training.loop import Trainer
+from distlora.training.multi_trial import pack as packed
+from distlora.training.multi_trial import worker
+from distlora.training.multi_trial.protocol import verdict_file
+from distlora.training.multi_trial.settings import check_pack
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.runs import OpenRun
-from distlora.training.trainer import Trainer
 from distlora.training.trial import Trial
-from distlora.verification import verify
 from packs import make_pack, outcomes, say_verdict
 from small_models import config_with, make_run, read_metrics
 from wandb_logs import read_wandb_log
@@ -87,7 +88,7 @@ def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     root = tmp_path_factory.mktemp("alone")
     for number, sections in enumerate(TRIALS):
         make_run(root / str(number), folders, **sections)
-        train.run(root / str(number), SINGLE)
+        training_worker.run(root / str(number), SINGLE)
     return [root / str(number) for number in range(len(TRIALS))]
 
 
@@ -144,7 +145,7 @@ def test_trials_in_a_pack_are_the_trials_alone(
 
 
 def train_alone(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    training_worker.run(run_dir, ranks)
 
 
 @pytest.mark.parametrize("accumulate", ["step", "block"])
@@ -283,7 +284,7 @@ def test_experts_and_magnitudes_of_trials_are_theirs_alone(
     worker.run(tmp_path / "pack", SINGLE)
     for number, sections in enumerate(trials):
         make_run(tmp_path / str(number), folders, model, **sections)
-        train.run(tmp_path / str(number), SINGLE)
+        training_worker.run(tmp_path / str(number), SINGLE)
         assert_same_trial(runs[number], tmp_path / str(number))
 
 
@@ -324,14 +325,14 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     def ask(self: Trainer, trials: list[Trial]) -> None:
         train_step(self, trials)
         if trials[0].done == 2:
-            stopping.request(15)
+            stop_signals.request(15)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", ask)
         try:
             worker.run(pack, SINGLE)
         finally:
-            stopping.forget()
+            stop_signals.forget()
     assert json.loads((pack / "stopped.json").read_text())["signal"] == "SIGTERM"
     assert not (pack / "outcomes").exists()
     for run_dir in runs:
@@ -397,7 +398,7 @@ def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp
     assert [outcomes(pack, number)["state"] for number in (1, 2)] == ["complete", "complete"]
     assert_losses_close(outcome(runs[1])[0], outcome(runs[2])[0])
     # What was pruned can be gone on with by itself.
-    train.run(runs[0], SINGLE)
+    training_worker.run(runs[0], SINGLE)
     assert_losses_close(outcome(runs[0])[0], outcome(runs[1])[0])
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import startup, train
 from distlora.config import Config
 from distlora.parallel import Ranks
-from distlora.plan import wire
+from distlora.planner import traffic
+from distlora.training import setup, worker
 from distlora_kernels import native
 from small_models import make_run, read_metrics
 from worlds import World
@@ -22,7 +22,7 @@ from worlds import World
 
 def run_once(ranks: Ranks, *, run_dir: Path) -> list[dict[str, Any]]:
     """A whole run of the worker on this rank."""
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 
 
@@ -116,19 +116,19 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
 def adapters_after(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
     """Train, and return this rank's own adapters."""
     kept: dict[str, Tensor] = {}
-    build = startup.build_model
+    build = setup.build_model
 
     def keep(config: Config, **options: Any) -> Any:
         model = build(config, **options)
         kept["model"] = model  # type: ignore[assignment]
         return model
 
-    startup.build_model = keep
+    setup.build_model = keep
     try:
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     finally:
-        startup.build_model = build
-    return {name: p.detach() for name, p in train.trained_parameters(kept["model"]).items()}  # type: ignore[arg-type]
+        setup.build_model = build
+    return {name: p.detach() for name, p in worker.trained_parameters(kept["model"]).items()}  # type: ignore[arg-type]
 
 
 def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
@@ -187,6 +187,6 @@ def test_bf16_adapters_on_an_unquantized_base_are_one_ranks_and_gather_what_is_c
         losses[ranks] = [line["loss"] if "loss" in line else line["eval_loss"] for line in metrics]
     assert_losses_close(losses[size], losses[1], relative=1e-4)
     last = [line for line in metrics if "loss" in line][-1]
-    step = wire.of_run(config, world=size)
+    step = traffic.of_run(config, world=size)
     assert (last["gathered_bytes"], last["reduced_bytes"]) == (step.gathered, step.reduced)
     assert last["scattered_bytes"] == 0

@@ -14,15 +14,15 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_close
-from distlora import train
 from distlora.config.file import load_config
+from distlora.loading.peft_format import adapter_tensors
 from distlora.loading.weights import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Ranks, parallelize
-from distlora.peft_files.format import adapter_tensors
+from distlora.training import worker
 from small_models import make_run
 from test_loading import config_for, loaded
 
@@ -75,7 +75,7 @@ def test_peft_loads_the_adapter_and_gives_our_logits(
     run_dir = tmp_path / "run"
     adapter = {"target_modules": targets, "r": 4, "lora_alpha": 8.0, "use_rslora": rslora}
     make_run(run_dir, folders, model, adapter=adapter, train={"max_steps": 4}, optim={"lr": 2e-2})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
     base = dequantized_hf_model(folders / model, ours)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_peft_loads_the_adapter_and_gives_our_logits(
 def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_path: Path, tokens: Tensor) -> None:
     run_dir = tmp_path / "run"
     config = make_run(run_dir, folders, train={"max_steps": 4, "micro_batch": 1}, optim={"lr": 2e-2})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     ours = our_trained_model(run_dir)
     base = dequantized_hf_model(folders / "llama", ours)
     tuned = peft.PeftModel.from_pretrained(base, run_dir / "adapter", is_trainable=True)
@@ -115,7 +115,7 @@ def test_gradients_of_loss_and_adapters_equal_peft_autograd(folders: Path, tmp_p
 def test_peft_reads_our_config_as_it_was_set(folders: Path, tmp_path: Path) -> None:
     adapter = {"target_modules": "mlp", "r": 6, "lora_alpha": 12.0, "use_rslora": False, "init": "gaussian"}
     make_run(tmp_path / "run", folders, adapter=adapter, train={"max_steps": 1})
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     read = peft.LoraConfig.from_pretrained(tmp_path / "run" / "adapter")
     assert (read.r, read.lora_alpha, read.use_rslora) == (6, 12.0, False)
     assert read.target_modules == {"gate_proj", "up_proj", "down_proj"}

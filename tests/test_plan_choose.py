@@ -14,9 +14,13 @@ import pytest
 
 from distlora.config import Config, UserError
 from distlora.config.plan import CHOSEN
-from distlora.pages.words import size
-from distlora.plan import Machine, Plan, PlannedModel, plan_of
-from distlora.plan.choice.choose import (
+from distlora.planner import (
+    Machine,
+    Plan,
+    PlannedModel,
+    plan_of,
+)
+from distlora.planner.choice.choose import (
     RESERVE,
     TOO_SLOW,
     Choice,
@@ -26,11 +30,23 @@ from distlora.plan.choice.choose import (
     is_as_good,
     resolve_quantization,
 )
-from distlora.plan.choice.larger import room
-from distlora.plan.choice.nearest import given_up, moves, nearest, sacrifices, with_ranks
-from distlora.plan.choice.space import changed, if_valid, value_of, with_settings
-from distlora.plan.machine import machine_of as machine_asked_for
-from distlora.plan.pages.report import needs
+from distlora.planner.choice.larger import room
+from distlora.planner.choice.space import (
+    changed,
+    if_valid,
+    value_of,
+    with_settings,
+)
+from distlora.planner.choice.suggest import (
+    given_up,
+    moves,
+    nearest,
+    sacrifices,
+    with_ranks,
+)
+from distlora.planner.machine import machine_of as machine_asked_for
+from distlora.planner.pages.report import needs
+from distlora.system.numbers import size
 from plan_inputs import cpu_machine, machine_of, model_of
 from small_models import config_with
 
@@ -221,7 +237,7 @@ def test_few_plans_are_made_to_choose(monkeypatch: pytest.MonkeyPatch, name: str
         made.append(asked)
         return plan_of(*asked)
 
-    monkeypatch.setattr("distlora.plan.choice.choose.plan_of", counted)
+    monkeypatch.setattr("distlora.planner.choice.choose.plan_of", counted)
     found = choose(config_of(ranks, quant={"method": "auto"}), (), model_of(name), machine("h100", ranks))
     assert has_room(found.plan, RESERVE)
     assert len(made) < most, len(made)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from distlora.architecture.known import ARCHITECTURES
-from distlora.plan import plan_of
-from distlora.plan.machine import Found, machine_of
-from distlora.plan.memory import kinds
-from distlora.plan.model import built_in, find_model
-from distlora.plan.pages import report, tables, words
-from distlora_launcher import cli, plan_table
-from distlora_launcher.settings.compose import compose_config
+from distlora.planner import plan_of
+from distlora.planner.machine import Found, machine_of
+from distlora.planner.memory import kinds
+from distlora.planner.model import built_in, find_model
+from distlora.planner.pages import report, tables, words
+from distlora_launcher.cli import main, plan_table
+from distlora_launcher.compose.compose import compose_config
 from launcher_fakes import write_model
 
 SEVENTY_ON_TWO = ["model=llama3_70b", "cluster.gpus_per_node=2", "card=rtx4090"]
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["plan", *words]) == 0
+    assert main.main(["plan", *words]) == 0
     return capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def calculated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(["plan", *words]) == 2
+    assert main.main(["plan", *words]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ")
@@ -197,7 +197,7 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     capsys: pytest.CaptureFixture[str], place: Path
 ) -> None:
     words = ["--table", "--models", "llama3_8b,llama3_70b", "--cards", "rtx4090,h100x16"]
-    assert cli.main(["plan", *words, "--plot", "memory.png"]) == 0
+    assert main.main(["plan", *words, "--plot", "memory.png"]) == 0
     output = capsys.readouterr()
     header, rule, *rows = (line for line in output.out.splitlines() if line.startswith("|"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "rtx4090", "h100x16"]
@@ -336,7 +336,7 @@ def test_what_cannot_be_planned_is_refused(
 
 def test_a_plan_is_made_without_torch_and_in_a_moment(place: Path) -> None:
     code = (
-        "import sys; from distlora_launcher.cli import main; "
+        "import sys; from distlora_launcher.cli.main import main; "
         f"code = main(['plan', *{SEVENTY_ON_TWO}]); "
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'huggingface_hub', 'matplotlib'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(code)"

@@ -11,11 +11,16 @@ import torch
 
 from distlora.config import Config
 from distlora.model.build import build_model
-from distlora.plan.decoder_sizes import AdaptedRanks, Decoder, windows_of
-from distlora.plan.memory.activations import Costs, Mode
-from distlora.plan.model import model_in
-from distlora.plan.speed.compute import StepFlops, active_weights, cut, step_flops
-from distlora.plan.speed.operations import pairs
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder, windows_of
+from distlora.planner.memory.activations import Costs, Mode
+from distlora.planner.model import model_in
+from distlora.planner.speed.compute import (
+    StepFlops,
+    active_weights,
+    cut,
+    step_flops,
+)
+from distlora.planner.speed.operations import pairs
 from distlora.training.flops import active_weights as of_model
 from distlora.training.flops import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config

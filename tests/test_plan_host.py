@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from distlora import host_memory
 from distlora.config import Config
+from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import build_model
 from distlora.parallel import Shards, zero3
-from distlora.peft_files.format import adapter_tensors
-from distlora.plan import plan_of
-from distlora.plan.model import model_in
-from distlora.plan.storage.disk import Tensor, file_bytes, trained_tensors
-from distlora.startup import _HostInputs
+from distlora.planner import plan_of
+from distlora.planner.model import model_in
+from distlora.planner.storage.disk import Tensor, file_bytes, trained_tensors
+from distlora.system import host_memory
+from distlora.training.setup import _HostInputs
 from plan_inputs import cpu_machine, model_of
 from small_models import config_with
 

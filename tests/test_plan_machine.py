@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from distlora import host_memory
 from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.shapes import shapes_of
-from distlora.cards import CARDS, CONTEXT_BYTES
 from distlora.config import Config, UserError
-from distlora.plan.machine import Found, Machine, machine_of
-from distlora.plan.model import built_in, cached_snapshot, find_model
-from distlora_launcher.settings import here
-from distlora_launcher.settings.planning import choices
+from distlora.config.gpus import CARDS, CONTEXT_BYTES
+from distlora.planner.machine import Found, Machine, machine_of
+from distlora.planner.model import built_in, cached_snapshot, find_model
+from distlora.system import host_memory
+from distlora_launcher.compose import this_machine
+from distlora_launcher.compose.planning import choices
 from launcher_fakes import write_model
 from plan_inputs import composed
 
@@ -130,16 +130,16 @@ class Driver:
         said = "".join(f"echo '{card}'\n" for card in cards) or "echo 'it could not reach the driver'; exit 9\n"
         (self.place / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "{QUERY}" ] || exit 6\n{said}')
         (self.place / "nvidia-smi").chmod(0o755)
-        here.devices.cache_clear()
+        this_machine.devices.cache_clear()
         with self.monkeypatch.context() as within:
             for name, value in environment.items():
                 within.setenv(name, value)
             count = len(cards) if files is None else files
-            within.setattr(here, "gpu_count", lambda: count)
+            within.setattr(this_machine, "gpu_count", lambda: count)
             try:
-                return here.devices()
+                return this_machine.devices()
             finally:
-                here.devices.cache_clear()
+                this_machine.devices.cache_clear()
 
 
 @pytest.fixture
@@ -159,9 +159,9 @@ def test_cards_are_asked_of_the_driver_s_own_program(driver: Driver, monkeypatch
     assert driver.devices(GEFORCE, files=0) == (MIDDLE,), "WSL has no device files"
     assert driver.devices(GEFORCE, CUDA_VISIBLE_DEVICES="") == ()
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 7 * GIB)
-    monkeypatch.setattr(here, "devices", lambda: (MIDDLE,))
-    assert (here.found_here().devices, here.found_here().host_bytes) == ((MIDDLE,), 7 * GIB)
-    assert here.found_here(asks_driver=False).devices == ()
+    monkeypatch.setattr(this_machine, "devices", lambda: (MIDDLE,))
+    assert (this_machine.found_here().devices, this_machine.found_here().host_bytes) == ((MIDDLE,), 7 * GIB)
+    assert this_machine.found_here(asks_driver=False).devices == ()
 
 
 def test_of_cards_that_differ_those_that_cuda_may_mean_are_taken(driver: Driver) -> None:
@@ -201,7 +201,7 @@ def refuse(config: Config) -> Iterator[Config]:
 
 def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    found = here.planned_model(
+    found = this_machine.planned_model(
         config_of("model.path=unsloth/Llama-3.3-70B-Instruct", "model.new_tokens=['<|a|>','<|b|>']")
     )
     assert (found.name, found.source, found.note) == ("unsloth/Llama-3.3-70B-Instruct", "built in", None)
@@ -225,8 +225,8 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert here.hub_cache() == tmp_path
-    found = here.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
+    assert this_machine.hub_cache() == tmp_path
+    found = this_machine.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
     assert (found.name, found.source) == ("Qwen/Qwen2.5-7B", "hub cache")
     settings = json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
     assert found.settings == settings
@@ -237,7 +237,10 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "0a1b") is not None
     assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
     (repository / "snapshots" / "0a1b" / "config.json").unlink()
-    assert here.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
+    assert (
+        this_machine.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source
+        == "built in"
+    )
 
 
 def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_lies(
@@ -247,22 +250,22 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
     name = "openai/gpt-oss-20b"
     asked = config_of(f"model.path={name}")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    built = here.planned_model(asked)
+    built = this_machine.planned_model(asked)
     snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0a1b")
     settings = dict(ARCHITECTURES[name])
     (snapshot / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "mxfp4"}}))
-    assert here.planned_model(asked) == built
+    assert this_machine.planned_model(asked) == built
     (snapshot / "config.json").write_text(json.dumps(settings))
-    assert here.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
+    assert this_machine.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
     folder = tmp_path / "packed"
     folder.mkdir()
     settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UserError, match="quant_method='gptq' cannot be kept"):
-        here.planned_model(config_of(f"model.path={folder}"))
+        this_machine.planned_model(config_of(f"model.path={folder}"))
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
     config = config_of(f"model.path={folder}", "quant.method=none")
@@ -273,7 +276,7 @@ def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_l
 def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert here.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
+    assert this_machine.hub_cache() == Path.home() / ".cache" / "huggingface" / "hub"
     for name, place in (
         ("XDG_CACHE_HOME", "/xdg/huggingface/hub"),
         ("HF_HOME", "/hf/hub"),
@@ -281,4 +284,4 @@ def test_where_the_hub_s_cache_lies_is_what_its_client_says(monkeypatch: pytest.
         ("HF_HUB_CACHE", "/new"),
     ):
         monkeypatch.setenv(name, place.removesuffix("/huggingface/hub").removesuffix("/hub"))
-        assert here.hub_cache() == Path(place)
+        assert this_machine.hub_cache() == Path(place)

@@ -16,18 +16,18 @@ import torch
 
 from distlora.bench import step_memory
 from distlora.bench.step_memory import measure_step
-from distlora.cards import CARDS
 from distlora.config import Config
+from distlora.config.gpus import CARDS
 from distlora.parallel import Ranks
-from distlora.plan import plan_of
-from distlora.plan.machine import Found, machine_of
-from distlora.plan.memory import measured as beside_plan
-from distlora.plan.memory.attention_memory import flash_accumulators
-from distlora.plan.memory.device import DeviceBytes, device_bytes
-from distlora.plan.memory.kinds import Moment
-from distlora.plan.model import find_model, model_in
+from distlora.planner import plan_of
+from distlora.planner.machine import Found, machine_of
+from distlora.planner.memory import measured as beside_plan
+from distlora.planner.memory.attention_memory import flash_accumulators
+from distlora.planner.memory.device import DeviceBytes, device_bytes
+from distlora.planner.memory.kinds import Moment
+from distlora.planner.model import find_model, model_in
 from distlora.training.memory_meter import MemoryMeter, StepMemory
-from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.compose.compose import compose_config
 from family_models import write_family_folder
 from plan_inputs import cpu_machine
 from small_models import config_with, write_model_folder

@@ -11,9 +11,9 @@ import pytest
 from distlora.bench.step_memory import measure_pack
 from distlora.config import Config
 from distlora.parallel import Ranks
-from distlora.plan.memory.device import device_bytes
-from distlora.plan.model import model_in
-from distlora.plan.packed import together
+from distlora.planner.memory.device import device_bytes
+from distlora.planner.model import model_in
+from distlora.planner.multi_trial import together
 from distlora.training.memory_meter import StepMemory
 from plan_inputs import cpu_machine
 from small_models import write_model_folder

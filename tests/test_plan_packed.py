@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from distlora.config import Config, UserError
-from distlora.plan import Plan, plan_of
-from distlora.plan.choice.packing import packing
-from distlora.plan.packed import each_alone, one_of, together
-from distlora_launcher import cli
+from distlora.planner import Plan, plan_of
+from distlora.planner.choice.packing import packing
+from distlora.planner.multi_trial import each_alone, one_of, together
+from distlora_launcher.cli import main
 from plan_inputs import composed, cpu_machine, machine_of, model_of
 
 BASE = ("model.path=none", "data.path=none", "data.sequence_length=512", "train.micro_batch=1", "train.global_batch=4")
@@ -107,22 +107,22 @@ def test_the_page_says_how_many_fit_and_why_not_more(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     words = ["plan", "model=llama3_8b", "card=rtx4090", "train.global_batch=4", "sweep.packed=4"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "packed 4 trials share one base: 8.47 GB a card, one alone 6.64 GB; a step takes 3." in page
     assert "28 fit: 29 lack" in page
     assert "train.micro_batch=1 train.global_batch=4" in page, "as a trial has them"
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["packed"]["most"] == 28
     assert (values["packed"]["trials"], values["trials"], values["settings"]["train"]["micro_batch"]) == (4, 4, 1)
     assert values["packed"]["one_more"]["total"] > values["machine"]["usable_bytes"]
-    assert cli.main([*words, "adapter.r=16,8", "optim.lr=1e-4,2e-4", "--json"]) == 0
+    assert main.main([*words, "adapter.r=16,8", "optim.lr=1e-4,2e-4", "--json"]) == 0
     searched = json.loads(capsys.readouterr().out)
     for name in ("device", "packed", "time"):
         assert searched[name] == values[name], "a pack is planned with its largest trial"
-    assert cli.main([*words, "adapter.init=pissa"]) == 2
+    assert main.main([*words, "adapter.init=pissa"]) == 2
     assert "adapter.init=pissa starts from a decomposition of the base" in capsys.readouterr().err
-    assert cli.main(["plan", "model=llama3_70b", "card=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
+    assert main.main(["plan", "model=llama3_70b", "card=rtx4090", "sweep=grid", "sweep.packed=auto"]) == 0
     page = capsys.readouterr().out
     assert ("packed" in page, "would fit" in page) == (False, True), "where one does not fit it is told of one"

@@ -2,7 +2,7 @@
 
 Where a figure is of another program, its own layout is calculated here: what that keeps in which dtype, what it cuts,
 what it gathers. Activations are ours, of the same decoder. What is left is said, and nothing is scaled to fit.
-distlora/plan/README.md has the table.
+distlora/planner/README.md has the table.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pytest
 
 from distlora.architecture.known import ARCHITECTURES
 from distlora.architecture.shapes import ModelShapes
-from distlora.plan import Plan, plan_of, wire
-from distlora.plan.machine import machine_of
-from distlora.plan.memory.activations import Activations
-from distlora.plan.memory.step import blocks_of
-from distlora.plan.model import built_in, find_model
+from distlora.planner import Plan, plan_of, traffic
+from distlora.planner.machine import machine_of
+from distlora.planner.memory.activations import Activations
+from distlora.planner.memory.step import blocks_of
+from distlora.planner.model import built_in, find_model
 from plan_inputs import composed
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
@@ -48,7 +48,7 @@ def packed(shapes: ModelShapes, *, bits_of_scales: float) -> float:
 
 
 def bits() -> float:
-    return 8 * wire.GROUP_BYTES / wire.GROUP_WEIGHTS
+    return 8 * traffic.GROUP_BYTES / traffic.GROUP_WEIGHTS
 
 
 def fp16(size: str) -> float:
@@ -96,7 +96,7 @@ def peft(*, adapter_bytes: int, beside: float) -> float:
     read = sum(adapter.down[1] for adapter in shapes.adapters(config.adapter)[0])
     dropout = config.data.sequence_length * config.train.micro_batch * read * 3
     largest = 2 * max(weight.numel for weight in shapes.block)
-    held = wire.peer_held_bytes(shapes, "nf4 in bf16", world=2)
+    held = traffic.peer_held_bytes(shapes, "nf4 in bf16", world=2)
     trained = adapter_bytes * shapes.adapted_numel(config.adapter) / 2
     return (held + trained + step.kept + step.working + dropout + largest + beside) / GB
 
@@ -122,9 +122,9 @@ def torchtune_405b(micro_batch: int, *, least: bool = False) -> float:
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
     plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.liger=false")
     shapes = plan.model.shapes
-    held = wire.held_bytes(shapes, 8, quantized=True, itemsize=2) + shapes.adapted_numel(plan.config.adapter)
+    held = traffic.held_bytes(shapes, 8, quantized=True, itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden
-    block = wire.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
+    block = traffic.block_bytes(shapes.block, 8, quantized=True, itemsize=2)
     largest = 2 * max(weight.numel for weight in shapes.block)
     return (held + root + step.kept + (0 if least else 2 * block + step.working + largest)) / GIB
 
@@ -293,7 +293,7 @@ def test_what_offloading_takes_off_peft_s_fsdp_is_what_is_cut() -> None:
     plan, _ = steps(LLAMA2_70B, *PEFT_RUN)
     shapes = plan.model.shapes
     scales = packed(shapes, bits_of_scales=0.127) - packed(shapes, bits_of_scales=0)
-    cut = wire.peer_held_bytes(shapes, "nf4 in bf16", world=2) - scales
+    cut = traffic.peer_held_bytes(shapes, "nf4 in bf16", world=2) - scales
     cut += 8 * shapes.adapted_numel(plan.config.adapter) / 2
     assert cut / GB == pytest.approx(18.05, abs=0.01)
     assert 35.6 - 19.6 < cut / GB < 1.13 * (35.6 - 19.6)

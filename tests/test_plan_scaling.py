@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 from distlora.config import UserError
-from distlora.plan.speed.scaling import FABRICS, ScalingRow, numbers_of, scaling
-from distlora.plan.speed.timing import step_time
+from distlora.planner.speed.scaling import (
+    FABRICS,
+    ScalingRow,
+    numbers_of,
+    scaling,
+)
+from distlora.planner.speed.timing import step_time
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 

@@ -1,5 +1,5 @@
 """Tokens a second that others have published, beside what a plan says of the same settings: the ratios that are in
-distlora/plan/README.md, without a factor that would make them 1."""
+distlora/planner/README.md, without a factor that would make them 1."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from distlora.plan.model import built_in
-from distlora.plan.speed.compute import step_flops
-from distlora.plan.speed.timing import StepTime, step_time
+from distlora.planner.model import built_in
+from distlora.planner.speed.compute import step_flops
+from distlora.planner.speed.timing import StepTime, step_time
 from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 

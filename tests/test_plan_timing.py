@@ -9,11 +9,11 @@ import pytest
 
 from distlora.bench import step_time as bench
 from distlora.config import Config, UserError
-from distlora.plan import Machine, plan_of, wire
-from distlora.plan.speed.compute import step_flops
-from distlora.plan.speed.rates import missing_rates, rates_of
-from distlora.plan.speed.timing import StepTime, step_time
-from distlora.plan.speed.wiring import wiring_of
+from distlora.planner import Machine, plan_of, traffic
+from distlora.planner.speed.collectives import wiring_of
+from distlora.planner.speed.compute import step_flops
+from distlora.planner.speed.rates import missing_rates, rates_of
+from distlora.planner.speed.timing import StepTime, step_time
 from plan_inputs import machine_of, model_of
 from small_models import config_with
 
@@ -62,7 +62,7 @@ def test_no_step_is_faster_than_the_machine(name: str, ranks: int, per_machine: 
     config, time = config_of(ranks, **sections), time_of(name, machine, **sections)
     assert machine.flops is not None
     assert machine.bandwidth is not None
-    step = wire.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks))
+    step = traffic.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks))
     flops = step_flops(config, model, ranks=ranks, is_gpu=True)
     assert time.seconds >= flops.total / machine.flops
     assert time.seconds >= sum(time.moved.values()) / machine.bandwidth
@@ -87,8 +87,8 @@ def test_what_is_divided_among_collectives_is_what_a_step_moves(
     machine, model = machine_of(ranks=ranks, per_machine=per_machine), model_of(name)
     config = config_of(ranks, **sections)
     accumulation = config.accumulation(ranks)
-    step = wire.ours(config, model.shapes, world=ranks, accumulation=accumulation)
-    wires, passes = wiring_of(config, model, machine), wire.passes_of(config, accumulation)
+    step = traffic.ours(config, model.shapes, world=ranks, accumulation=accumulation)
+    wires, passes = wiring_of(config, model, machine), traffic.passes_of(config, accumulation)
     resident = config.parallel.resident_blocks
     assert isinstance(resident, int)
     moved = model.shapes.num_layers - resident

@@ -15,11 +15,17 @@ from distlora_kernels.bench.shapes import Group
 
 from accounting import Moved
 from distlora.model.head import LossHead
-from distlora.plan.model import model_in
-from distlora.plan.speed.block_work import HeadSizes, head_work, norm
-from distlora.plan.speed.compute import step_flops
-from distlora.plan.speed.step_work import how_of, step_work
-from distlora.plan.speed.work import How, Linear, Work, backward, forward
+from distlora.planner.model import model_in
+from distlora.planner.speed.block_work import HeadSizes, head_work, norm
+from distlora.planner.speed.compute import step_flops
+from distlora.planner.speed.step_work import how_of, step_work
+from distlora.planner.speed.work import (
+    How,
+    Linear,
+    Work,
+    backward,
+    forward,
+)
 from family_models import config_for, hf_config, load_ours, positions_of, tokens
 from plan_inputs import machine_of
 from small_models import write_model_folder

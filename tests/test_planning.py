@@ -10,12 +10,12 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.plan.machine import Found
-from distlora_launcher.cli import main
-from distlora_launcher.running import local
-from distlora_launcher.settings import here, planning
-from distlora_launcher.settings.compose import compose_run
-from distlora_launcher.settings.planning import keep, planned
+from distlora.planner.machine import Found
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose import planning, this_machine
+from distlora_launcher.compose.compose import compose_run
+from distlora_launcher.compose.planning import keep, planned
+from distlora_launcher.launch import local
 from launcher_fakes import write_data, write_model
 
 GIB = 2**30
@@ -42,7 +42,7 @@ def shows(monkeypatch: pytest.MonkeyPatch) -> Shows:
     """Have this machine show what a test says."""
 
     def show(found: Found) -> None:
-        monkeypatch.setattr(here, "found_here", lambda **_: found)
+        monkeypatch.setattr(this_machine, "found_here", lambda **_: found)
         planning._decided.clear()
 
     return show

@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora import stopping, train
-from distlora.checkpoints.folder import steps
-from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import Progress
+from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.state import Progress
 from distlora.loading import initialize, weights
 from distlora.parallel import Ranks
+from distlora.run_folder.checkpoints import steps
+from distlora.system import stop_signals
+from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import Trial
 from small_models import make_run, read_metrics
@@ -50,7 +51,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
             asked = True
             ask()
 
-    losses_of, train_step, evaluate = NextToken.losses, train.Trainer._train_step, train.Trainer.evaluate
+    losses_of, train_step, evaluate = NextToken.losses, worker.Trainer._train_step, worker.Trainer.evaluate
     segments_of, start, save = weights.segments_of, initialize._start, Saver.save
     micro_batches, evaluating = 0, -1
 
@@ -62,13 +63,13 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(step is None and point == f"evaluation {evaluating}")
         return losses_of(self, *arguments)
 
-    def a_step(self: train.Trainer, trials: Sequence[Trial]) -> None:
+    def a_step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal micro_batches
         micro_batches = 0
         train_step(self, trials)
         when(point == f"step {trials[0].done}")
 
-    def an_evaluation(self: train.Trainer, trials: Sequence[Trial]) -> None:
+    def an_evaluation(self: worker.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal evaluating
         evaluating = trials[0].done
         evaluate(self, trials)
@@ -86,8 +87,8 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         save(self, progress)
 
     monkeypatch.setattr(NextToken, "losses", losses)
-    monkeypatch.setattr(train.Trainer, "_train_step", a_step)
-    monkeypatch.setattr(train.Trainer, "evaluate", an_evaluation)
+    monkeypatch.setattr(worker.Trainer, "_train_step", a_step)
+    monkeypatch.setattr(worker.Trainer, "evaluate", an_evaluation)
     monkeypatch.setattr(weights, "segments_of", a_weight)
     monkeypatch.setattr(initialize, "_start", a_decomposition)
     monkeypatch.setattr(Saver, "save", a_save)
@@ -102,7 +103,7 @@ def run_asked(
 
     def ask() -> None:
         for signum in [signal.SIGUSR1, signal.SIGTERM][:times]:
-            stopping.request(signum)
+            stop_signals.request(signum)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         if point is not None and ranks.rank in asked:
@@ -110,17 +111,17 @@ def run_asked(
                 ask()
             else:
                 ask_at(monkeypatch, point, ask)
-        train_step = train.Trainer._train_step
+        train_step = worker.Trainer._train_step
 
-        def counted(self: train.Trainer, trials: Sequence[Trial]) -> None:
+        def counted(self: worker.Trainer, trials: Sequence[Trial]) -> None:
             train_step(self, trials)
             done.append(trials[0].done)
 
-        monkeypatch.setattr(train.Trainer, "_train_step", counted)
+        monkeypatch.setattr(worker.Trainer, "_train_step", counted)
         try:
-            train.run(run_dir, ranks)
+            worker.run(run_dir, ranks)
         finally:
-            stopping.forget()
+            stop_signals.forget()
     return done
 
 

@@ -19,23 +19,23 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_adapters_close
-from distlora import train
 from distlora.architecture.families import read_config
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.loading.prequantized import read_packed_weights
-from distlora.loading.segments import fingerprint, read_headers
 from distlora.loading.weights import Loaded, load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Backend, Ranks, parallelize
-from distlora.plan import plan_of
-from distlora.plan.machine import machine_of
-from distlora.plan.model import find_model
+from distlora.planner import plan_of
+from distlora.planner.machine import machine_of
+from distlora.planner.model import find_model
+from distlora.training import worker
+from distlora.weights.prequantized import read_packed_weights
+from distlora.weights.segments import fingerprint, read_headers
 from distlora_kernels import nf4, nf4_cpu, reference
-from distlora_launcher.settings.checks import check_model
+from distlora_launcher.compose.checks import check_model
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
 from test_nf4 import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
 from test_peft import our_logits, our_trained_model
@@ -317,7 +317,7 @@ def test_a_run_trains_on_any_number_of_ranks_and_peft_gives_its_logits(
         run_dir = tmp_path / f"run{size}"
         make_run(run_dir, quantized, variant, train={"max_steps": 5})
         if size == 1:
-            train.run(run_dir, SINGLE)
+            worker.run(run_dir, SINGLE)
             assert "MiB on rank 0 as stored in" in capsys.readouterr().out
         else:
             world.run(size, run_worker, run_dir=run_dir)
@@ -337,12 +337,12 @@ def test_a_run_trains_on_any_number_of_ranks_and_peft_gives_its_logits(
 
 
 def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
 
 
 def test_peft_on_the_quantized_checkpoint_itself_gives_our_logits(quantized: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", quantized, "nested", train={"max_steps": 3}, optim={"lr": 2e-2})
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     base = transformers.AutoModelForCausalLM.from_pretrained(
         quantized / "nested", dtype=torch.float32, device_map="cpu"

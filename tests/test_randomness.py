@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distlora import randomness
+from distlora.system import randomness
 from distlora_kernels.philox import philox
 
 # Known answers of Random123's kat_vectors for philox4x32-10: counter, key -> words.

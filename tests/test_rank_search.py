@@ -16,10 +16,16 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.folders.eval_documents import DocumentRecord, read_documents, write_documents
-from distlora.folders.sweep_folder import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
-from distlora_launcher.running.holding import worker_place
-from distlora_launcher.running.processes import this_process
+from distlora.run_folder.eval_documents import DocumentRecord, read_documents, write_documents
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    RUNNING,
+    TrialRecord,
+    read_results,
+)
+from distlora_launcher.launch.lock import worker_place
+from distlora_launcher.launch.processes import this_process
 from distlora_launcher.sweeps import rank_setup
 from distlora_launcher.sweeps import study as study_module
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
@@ -422,7 +428,7 @@ def test_a_real_search_ends_by_itself(tmp_path: Path, folders: Path) -> None:
     settings = ["sweep=rank_search", "sweep.rank_start=2", "sweep.rank_most=4", "sweep.full=never"]
     settings += ["data.eval_fraction=0.3", "train.max_steps=2", "train.global_batch=4", "train.micro_batch=4"]
     settings += ["train.dtype=fp32", "quant.cache=false", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={sweep}"]
-    command = [sys.executable, "-m", "distlora_launcher.cli", "sweep", *settings, *words]
+    command = [sys.executable, "-m", "distlora_launcher.cli.main", "sweep", *settings, *words]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     records = read_results(sweep)

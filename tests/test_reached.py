@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from distlora import train
+from distlora.training import worker
 from family_models import SINGLE
 from small_models import make_run
 from test_full import FULL, run_once
@@ -44,7 +44,7 @@ def test_adapters_and_sharded_weights_without_gradient_are_named(
 ) -> None:
     # Longer than what is watched, and read once in an interval.
     make_run(tmp_path / "lora", dead, train={"max_steps": 6, "log_every": 6})
-    train.run(tmp_path / "lora", SINGLE)
+    worker.run(tmp_path / "lora", SINGLE)
     mlp = [f"{BLOCK}mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
     expected = {f"{linear}.adapters.default.{part}" for linear in mlp for part in "AB"}
     assert set(summary(tmp_path / "lora")["parameters_without_gradient"]) == expected
@@ -61,10 +61,10 @@ def test_with_every_gradient_the_list_is_empty_and_one_step_gives_no_verdict(
 ) -> None:
     modules = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": "qv"}
     make_run(tmp_path / "two", folders, adapter=modules, train={"max_steps": 2})
-    train.run(tmp_path / "two", SINGLE)
+    worker.run(tmp_path / "two", SINGLE)
     assert summary(tmp_path / "two")["parameters_without_gradient"] == []
     make_run(tmp_path / "one", folders, train={"max_steps": 1})
-    train.run(tmp_path / "one", SINGLE)
+    worker.run(tmp_path / "one", SINGLE)
     # B starts at zero, so a gradient reaches A in the second step only.
     assert "parameters_without_gradient" not in summary(tmp_path / "one")
     assert "no gradient" not in capsys.readouterr().out

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from distlora.cards import CARDS
 from distlora.config import Config
-from distlora.plan import Plan, plan_of
-from distlora.plan.machine import machine_of
-from distlora.plan.model import find_model
-from distlora.plan.pages import report
-from distlora.plan.pages.report import MOMENTS
-from distlora.plan.pages.words import KINDS
-from distlora_launcher.settings.compose import compose_config
-from distlora_launcher.settings.planning import check_planned
+from distlora.config.gpus import CARDS
+from distlora.planner import Plan, plan_of
+from distlora.planner.machine import machine_of
+from distlora.planner.model import find_model
+from distlora.planner.pages import report
+from distlora.planner.pages.report import MOMENTS
+from distlora.planner.pages.words import KINDS
+from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.compose.planning import check_planned
 
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = CONF / "recipe"

@@ -15,11 +15,11 @@ import pytest
 
 from damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from distlora.config import UserError
-from distlora.folders.run_folder import REPORT_NAME
-from distlora.report.run_page import run_report
-from distlora.report.run_records import Standing, read_run
-from distlora_launcher.cli import main
-from distlora_launcher.report import write_at_end
+from distlora.run_folder.layout import REPORT_NAME
+from distlora_launcher.cli.main import main
+from distlora_launcher.cli.report import write_at_end
+from distlora_launcher.report.run_page import run_report
+from distlora_launcher.report.run_records import Standing, read_run
 from report_folders import PLAN, STATE, Page, make_folder, metrics, write, write_lines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>"
@@ -122,7 +122,7 @@ def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     write(run / "logs/rank_0.error.json", error)
     page = reported(run)
     assert page.text.count(HOSTILE) >= 8
-    own = importlib.resources.files("distlora.report").joinpath("page.js").read_text(encoding="utf-8")
+    own = importlib.resources.files("distlora_launcher.report").joinpath("page.js").read_text(encoding="utf-8")
     assert [text for attributes, text in page.scripts if not attributes] == [own]
     assert all(name != "img" and not any(key.startswith("on") for key in keys) for name, keys in page.elements)
     assert r"\x00\u202e\ud800\x1b[31m" in page.text

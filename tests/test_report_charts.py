@@ -14,12 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlora.pages.words import length, number
-from distlora.report.chart import Chart, Level, Line, draw
-from distlora.report.markup import data, tag, text, visible
-from distlora.report.scales import Scale, scale_of
-from distlora.report.series import Series, smoothed, thinned, window_of
-from distlora.report.words import difference, tick
+from distlora.system.numbers import length, number
+from distlora_launcher.report.chart import (
+    Chart,
+    Level,
+    Line,
+    draw,
+)
+from distlora_launcher.report.markup import (
+    data,
+    tag,
+    text,
+    visible,
+)
+from distlora_launcher.report.scales import Scale, scale_of
+from distlora_launcher.report.series import (
+    Series,
+    smoothed,
+    thinned,
+    window_of,
+)
+from distlora_launcher.report.words import difference, tick
 from report_folders import Page
 
 VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=60)
@@ -126,6 +141,6 @@ def test_markup_takes_no_objects() -> None:
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node checks the page's script")
 def test_the_script_is_javascript() -> None:
-    script = files("distlora.report").joinpath("page.js").read_text(encoding="utf-8")
+    script = files("distlora_launcher.report").joinpath("page.js").read_text(encoding="utf-8")
     finished = subprocess.run(["node", "--check", "-"], input=script, text=True, capture_output=True)
     assert finished.returncode == 0, finished.stderr

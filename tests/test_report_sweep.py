@@ -11,8 +11,8 @@ import pytest
 
 from damage import Reader, any_json, any_yaml, holds, holds_without
 from distlora.config import SweepConfig, UserError
-from distlora.folders.run_folder import REPORT_NAME
-from distlora.folders.sweep_folder import (
+from distlora.run_folder.layout import REPORT_NAME
+from distlora.run_folder.sweep import (
     COMPLETE,
     FAILED,
     PRUNED,
@@ -23,12 +23,12 @@ from distlora.folders.sweep_folder import (
     write_importance,
     write_results,
 )
-from distlora.report.markdown import markdown
-from distlora.report.parallel import Traced, parallel
-from distlora.report.run_records import Standing
-from distlora.report.sweep_page import SweepRecords, sweep_report
-from distlora_launcher.cli import main
-from distlora_launcher.running.holding import worker_place
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch.lock import worker_place
+from distlora_launcher.report.markdown import markdown
+from distlora_launcher.report.parallel import Traced, parallel
+from distlora_launcher.report.run_records import Standing
+from distlora_launcher.report.sweep_page import SweepRecords, sweep_report
 from distlora_launcher.sweeps.folder import Sweep, make_sweep
 from distlora_launcher.sweeps.page import page_of_sweep, write_at_end
 from distlora_launcher.sweeps.space import Values

@@ -11,12 +11,12 @@ import psutil
 import pytest
 import wandb
 
-from distlora.commands.ending import STOPPED
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
-from distlora.reporting import tracker
-from distlora.reporting.progress import figures
-from distlora.reporting.reporter import Reporter
-from distlora.stopping import Stopped
+from distlora.system.exit_codes import STOPPED
+from distlora.system.progress import figures
+from distlora.system.stop_signals import Stopped
+from distlora.training.reporting import tracker
+from distlora.training.reporting.reporter import Reporter
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distlora import host_memory, train
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
-from distlora.plan import wire
-from distlora.reporting.reporter import Reporter
+from distlora.planner import traffic
+from distlora.system import host_memory
+from distlora.training import worker
+from distlora.training.reporting.reporter import Reporter
 from small_models import make_run, read_metrics
 from test_integrity import started
 from test_parity import outcome, run_once
@@ -46,9 +47,9 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(
         config = make_run(tmp_path / name, folders, train=settings, parallel={"prefetch": prefetches})
         bytes_of[name] = gathered(world.run(size, run_once, run_dir=tmp_path / name)[0])
         if name == "one":
-            once = wire.of_run(config, world=size).gathered
+            once = traffic.of_run(config, world=size).gathered
     # An evaluation, before the first step and after the second, leaves the final norm (96 fp32) gathered.
-    norm = 4 * wire.padded((96,), size)
+    norm = 4 * traffic.padded((96,), size)
     assert bytes_of["one"] == [once - norm, once, once - norm]
     assert bytes_of["block"] == bytes_of.get("block, prefetched", bytes_of["block"]) == bytes_of["one"]
     assert bytes_of["step"] == [8 * once - norm, 8 * once, 8 * once - norm]
@@ -56,7 +57,7 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(
 
 def bytes_of_a_block(config: Config, size: int) -> int:
     shapes = shapes_of(read_config(Path(config.model.path)), "config.json")
-    return wire.block_bytes(shapes.block, size, quantized=True, itemsize=4)
+    return traffic.block_bytes(shapes.block, size, quantized=True, itemsize=4)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,10 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     losses, adapter = result_of(metrics, tmp_path / "run")
     assert losses == moving[size][0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
-    step, passes = wire.of_run(config, world=size).gathered, 2 if size == 2 else 1
-    all_move = wire.of_run(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
+    step, passes = traffic.of_run(config, world=size).gathered, 2 if size == 2 else 1
+    all_move = traffic.of_run(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
     assert all_move - step == passes * 2 * resident * bytes_of_a_block(config, size)
-    norm = 4 * wire.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
+    norm = 4 * traffic.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
     assert gathered(metrics) == [step - norm, step, step - norm, step]
 
 
@@ -120,7 +121,7 @@ def run_with_memory(ranks: Ranks, *, run_dir: Path, free: tuple[float, ...]) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_memory, "available_bytes", lambda: int(free[ranks.rank]))
         patch.setattr(Reporter, "event", lambda self, text: said.append(text))
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     return read_metrics(run_dir), [line for line in said if "resident" in line]
 
 
@@ -146,8 +147,8 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     losses, adapter = result_of(metrics, tmp_path / "run")
     assert losses == moving[size][0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving[size][1].items())
-    step, passes = wire.of_run(config, world=size).gathered, 2 if size == 2 else 1
-    saved, norm = passes * 2 * block, 4 * wire.padded((96,), size)
+    step, passes = traffic.of_run(config, world=size).gathered, 2 if size == 2 else 1
+    saved, norm = passes * 2 * block, 4 * traffic.padded((96,), size)
     # Found out after the first step, gathered for good in the second.
     assert gathered(metrics) == [step - norm, step - saved + block, step - saved - norm, step - saved]
 

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import train
-from distlora.checkpoints import files
-from distlora.checkpoints.folder import TRAINER_NAME, newest, step_of, steps
+from distlora.checkpoint import files
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from distlora.run_folder.checkpoints import (
+    TRAINER_NAME,
+    newest,
+    step_of,
+    steps,
+)
+from distlora.training import worker
 from distlora.training.trial import Trial
 from planned import assert_disk_as_planned
 from small_disks import fill, small_disk
@@ -39,23 +44,23 @@ class Stopped(Exception):
 def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
     """The worker, stopped as it begins the given step, or run to its end. Returns the rows of each step that it made,
     in order."""
-    original = train.Trainer._train_step
+    original = worker.Trainer._train_step
     rows: dict[int, list[int]] = {}
 
-    def step(self: train.Trainer, trials: Sequence[Trial]) -> None:
+    def step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
         (trial,) = trials
         if trial.done == stop_before:
             raise Stopped
         rows[trial.done] = [row for row in trial.loader.rows_of_ranks(trial.done).flatten().tolist() if row >= 0]
         original(self, trials)
 
-    train.Trainer._train_step = step  # type: ignore[method-assign]
+    worker.Trainer._train_step = step  # type: ignore[method-assign]
     try:
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     except Stopped:
         pass
     finally:
-        train.Trainer._train_step = original  # type: ignore[method-assign]
+        worker.Trainer._train_step = original  # type: ignore[method-assign]
     return rows
 
 
@@ -203,9 +208,9 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
     """A save and the best fail in between."""
     with small_disk(tmp_path / "disk", 8192) as disk:
         make_run(disk / "run", folders, train=SETTINGS)
-        train_step = train.Trainer._train_step
+        train_step = worker.Trainer._train_step
 
-        def with_troubles(self: train.Trainer, trials: Sequence[Trial]) -> None:
+        def with_troubles(self: worker.Trainer, trials: Sequence[Trial]) -> None:
             step = trials[0].done
             if step in (5, 7):
                 trials[0].hooks.save.__self__._finish()  # type: ignore[attr-defined]
@@ -216,8 +221,8 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
                 (disk / "filler").unlink()
             train_step(self, trials)
 
-        monkeypatch.setattr(train.Trainer, "_train_step", with_troubles)
-        train.run(disk / "run", SINGLE)
+        monkeypatch.setattr(worker.Trainer, "_train_step", with_troubles)
+        worker.run(disk / "run", SINGLE)
         assert_same_run(disk / "run", whole(1).folder)
         assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [4, 8, 9]
     said = capsys.readouterr().out
@@ -228,14 +233,14 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
 def kill_at(ranks: Ranks, run_dir: Path, step: int) -> None:
     """Child process: die by SIGKILL at the beginning of a step."""
 
-    def die(self: train.Trainer, trials: Sequence[Trial], original=train.Trainer._train_step) -> None:
+    def die(self: worker.Trainer, trials: Sequence[Trial], original=worker.Trainer._train_step) -> None:
         if trials[0].done == step:
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, trials)
 
     torch.set_num_threads(1)
-    train.Trainer._train_step = die  # type: ignore[method-assign]
-    train.run(run_dir, ranks)
+    worker.Trainer._train_step = die  # type: ignore[method-assign]
+    worker.run(run_dir, ranks)
 
 
 def test_a_run_killed_with_9_resumes_bit_for_bit(folders: Path, tmp_path: Path, whole: Callable[[int], Whole]) -> None:

@@ -21,16 +21,27 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from distlora import durable, host_memory
-from distlora.checkpoints import folder as folders_on_disk
-from distlora.checkpoints import saver as saver_module
-from distlora.checkpoints import snapshot
-from distlora.checkpoints.choice import choose
-from distlora.checkpoints.folder import TRAINER_NAME, fault, newest, step_folder, steps
-from distlora.checkpoints.saver import SaveError, Saver
-from distlora.checkpoints.state import Identity, Progress, TrainState, load_state
+from distlora.checkpoint import saver as saver_module
+from distlora.checkpoint import snapshot
+from distlora.checkpoint.choice import choose
+from distlora.checkpoint.saver import SaveError, Saver
+from distlora.checkpoint.state import (
+    Identity,
+    Progress,
+    TrainState,
+    load_state,
+)
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, Shards, streams
+from distlora.run_folder import checkpoints as folders_on_disk
+from distlora.run_folder.checkpoints import (
+    TRAINER_NAME,
+    fault,
+    newest,
+    step_folder,
+    steps,
+)
+from distlora.system import atomic_io, host_memory
 from small_disks import fill, small_disk
 from worlds import World
 
@@ -239,8 +250,8 @@ def test_a_save_that_cannot_take_its_name_gives_it_back_to_the_older_one(
 
 def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, synced = State(), []
-    sync = durable.sync
-    monkeypatch.setattr(durable, "sync", lambda path: (synced.append(path), sync(path)))
+    sync = atomic_io.sync
+    monkeypatch.setattr(atomic_io, "sync", lambda path: (synced.append(path), sync(path)))
     with make_saver(tmp_path, state) as saver:
         saver.save(state.train(1))
         saver.wait()
@@ -252,8 +263,9 @@ def test_a_folder_of_checkpoints_that_vanished_is_made_again(tmp_path: Path, mon
 
 def die_while_writing(run_dir: Path, point: str) -> None:
     """Child process: one whole save, then kill -9 within the next."""
-    from distlora import durable, tensor_files
-    from distlora.checkpoints import files
+    from distlora.checkpoint import files
+    from distlora.loading import tensor_files
+    from distlora.system import atomic_io
 
     def die(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -267,7 +279,7 @@ def die_while_writing(run_dir: Path, point: str) -> None:
     elif point == "before the manifest":
         saver_module.write_manifest = die
     elif point == "while syncing":
-        durable.sync = die
+        atomic_io.sync = die
     else:
         rename, count = Path.rename, 0
 

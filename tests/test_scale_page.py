@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from distlora.plan import plan_of
-from distlora.plan.machine import machine_of
-from distlora.plan.model import find_model
-from distlora_launcher.settings.compose import compose_config
+from distlora.planner import plan_of
+from distlora.planner.machine import machine_of
+from distlora.planner.model import find_model
+from distlora_launcher.compose.compose import compose_config
 from messages import ROOT
 
 ROWS = re.findall(

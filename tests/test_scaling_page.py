@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from distlora_launcher import cli
+from distlora_launcher.cli import main
 from messages import ROOT
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
@@ -24,7 +24,7 @@ def test_the_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[
     for command in COMMANDS:
         if "--plot" in command:
             continue
-        assert cli.main(command.split()) == 0
+        assert main.main(command.split()) == 0
         printed = capsys.readouterr().out.splitlines()
         numbers = [line.split("|")[1].strip() for line in printed if re.match(r"\| *\d", line)]
         assert {"2", "8", "64", "512"} <= set(numbers)

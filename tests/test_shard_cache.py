@@ -22,16 +22,22 @@ from torch import Tensor
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build, load_config
-from distlora.loading import cache_folder, cache_pieces, piece_header, source_digest
-from distlora.loading.cache_folder import ENTRY_NAME, Entry, entries, figures_of
-from distlora.loading.segments import read_header
+from distlora.loading import cache_pieces
 from distlora.loading.weights import Loaded
 from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
-from distlora.plan.model import model_in
-from distlora.plan.storage.disk import disk_bytes
-from distlora.startup import start_model
-from distlora.stopping import Stopped
+from distlora.planner.model import model_in
+from distlora.planner.storage.disk import disk_bytes
+from distlora.system.stop_signals import Stopped
+from distlora.training.setup import start_model
+from distlora.weights import cache_folder, piece_header, source_digest
+from distlora.weights.cache_folder import (
+    ENTRY_NAME,
+    Entry,
+    entries,
+    figures_of,
+)
+from distlora.weights.segments import read_header
 from plan_inputs import cpu_machine
 from planned import assert_close
 from small_disks import small_disk

@@ -18,10 +18,10 @@ import yaml
 from distlora.config import Config, UserError
 from distlora.config.cluster import sbatch_seconds
 from distlora.config.file import build
-from distlora_launcher.cli import main
+from distlora_launcher.cli.main import main
 from distlora_launcher.jobs import submit
 from distlora_launcher.jobs.script import render, render_workers
-from distlora_launcher.running import local, node
+from distlora_launcher.launch import local, node
 from fake_slurm import FakeSlurm, job_record
 from launcher_fakes import write_data, write_model
 

@@ -12,11 +12,11 @@ import pytest
 
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.loading import source_digest
 from distlora.loading.source_content import Content, content_of
 from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
-from distlora.stopping import Stopped
+from distlora.system.stop_signals import Stopped
+from distlora.weights import source_digest
 from worlds import World
 
 CONTENT = bytes(range(256)) * 40

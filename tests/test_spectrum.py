@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from closeness import relative_error
-from distlora import train
 from distlora.analysis.spectrum import decomposed, figures, intruders, worker
 from distlora.analysis.spectrum.changes import Change, open_changes
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.config import UserError
-from distlora.deltas.base import open_base
-from distlora.deltas.factors import Factors
-from distlora.loading.reader import Reader
 from distlora.model.experts import ExpertWeight
-from distlora.trained import Name, Trained
-from distlora.trained_model import load_trained
-from distlora_launcher.analyses.spectrum import checked, parse
-from distlora_launcher.cli import main
+from distlora.post.deltas.base import open_base
+from distlora.post.deltas.factors import Factors
+from distlora.post.load_trained import load_trained
+from distlora.post.trained import Name, Trained
+from distlora.training import worker as training_worker
+from distlora.weights.reader import Reader
+from distlora_launcher.cli.analyze.spectrum import checked, parse
+from distlora_launcher.cli.main import main
 from family_models import SINGLE
 from small_models import make_run, write_model_folder
 from test_merging import adapted
@@ -235,7 +235,7 @@ def pissa(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("pissa") / "run"
     adapter = {"target_modules": "attention", "r": 4, "init": "pissa"}
     make_run(run_dir, folders, adapter=adapter, quant={"method": "nf4", "cache": False}, train={"max_steps": 3})
-    train.run(run_dir, SINGLE)
+    training_worker.run(run_dir, SINGLE)
     return run_dir
 
 
@@ -243,7 +243,7 @@ def pissa(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def full(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("full") / "run"
     make_run(run_dir, folders, adapter={"method": "full"}, quant={"method": "none"}, train={"max_steps": 3})
-    train.run(run_dir, SINGLE)
+    training_worker.run(run_dir, SINGLE)
     return run_dir
 
 
@@ -356,7 +356,7 @@ def test_mistakes_are_refused(
         write_model_folder(tmp_path / "models" / "llama", "llama", initializer_range=0.07)
         (tmp_path / "models" / "text.jsonl").write_bytes((folders / "text.jsonl").read_bytes())
         make_run(tmp_path / "other", tmp_path / "models", train={"max_steps": 1})
-        train.run(tmp_path / "other", SINGLE)
+        training_worker.run(tmp_path / "other", SINGLE)
     named = {"RUN": str(pissa), "OTHER": str(tmp_path / "other")}
     assert main(["analyze", "spectrum", *(named.get(word, word) for word in words)]) == 2
     assert said in capsys.readouterr().err

@@ -18,10 +18,10 @@ import yaml
 
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
-from distlora_launcher.cli import main
-from distlora_launcher.running import holding
-from distlora_launcher.running.logs import host_name
-from distlora_launcher.running.processes import from_record
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch import lock
+from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.processes import from_record
 from fake_slurm import FakeSlurm, job_record
 
 
@@ -95,7 +95,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from distlora_launcher.running.holding import running
+from distlora_launcher.launch.lock import running
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with running(Path(sys.argv[1])):
     print("holds", flush=True)
@@ -185,11 +185,11 @@ def test_a_process_that_has_taken_the_pid_of_a_runs_is_not_ended(
 def test_without_locks_a_holder_is_known_by_its_start(
     run: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(holding.fcntl, "flock", without_locks)
-    assert [process.pid for process in holding.holders(run)] == [holder.pid]
+    monkeypatch.setattr(lock.fcntl, "flock", without_locks)
+    assert [process.pid for process in lock.holders(run)] == [holder.pid]
     record = run / "machines" / "0.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"started": 1}))
-    assert holding.holders(run) == []
+    assert lock.holders(run) == []
 
 
 def without_locks(*_: object) -> None:
@@ -197,10 +197,10 @@ def without_locks(*_: object) -> None:
 
 
 def test_what_is_left_in_the_folder_of_machines_is_no_failure(run: Path):
-    with holding.running(run):
+    with lock.running(run):
         (run / "machines" / ".start.json-0123").touch()  # Of a leader that was killed while it wrote.
         (run / "machines" / "7.json").mkdir()  # What cannot be unlinked.
-    with holding.running(run):
+    with lock.running(run):
         pass
 
 
@@ -377,6 +377,7 @@ def test_runs_of_a_sweep_are_cancelled_though_one_has_ended_or_is_refused(
 
 
 def test_status_imports_no_torch(run: Path):
-    code = "import sys, distlora_launcher.cli as c; c.main(sys.argv[1:]); print({'torch', 'hydra'} & set(sys.modules))"
+    code = "import sys, distlora_launcher.cli.main as c; c.main(sys.argv[1:]); "
+    code += "print({'torch', 'hydra'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code, "status", str(run)], capture_output=True, text=True)
     assert ended.stdout.endswith("set()\n"), ended.stderr

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distlora import stopping
 from distlora.parallel import Ranks, control
 from distlora.parallel.control import Control
-from distlora.stopping import Stopped
+from distlora.system import stop_signals
+from distlora.system.stop_signals import Stopped
 from worlds import World
 
 WORKER = """
@@ -36,7 +36,7 @@ def send(signum: signal.Signals, pid: int) -> None:
 
 
 def ignore() -> None:
-    for signum in stopping.SIGNALS:
+    for signum in stop_signals.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -71,12 +71,12 @@ def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[
     try:
         for boundary in range(boundaries):
             if asking.get(ranks.rank) == boundary:
-                stopping.request((signal.SIGHUP, signal.SIGTERM)[ranks.rank % 2])
+                stop_signals.request((signal.SIGHUP, signal.SIGTERM)[ranks.rank % 2])
             words.boundary(boundary, "working")
     except Stopped as stop:
         return boundary, stop.signum
     finally:
-        stopping.forget()
+        stop_signals.forget()
         words.end()
     return -1, 0
 

@@ -14,12 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora import train
-from distlora.checkpoints.folder import TRAINER_NAME, newest, steps
-from distlora.checkpoints.state import Progress
-from distlora.generation.sampler import Sampler
+from distlora.checkpoint.state import Progress
 from distlora.parallel import Ranks
+from distlora.run_folder.checkpoints import TRAINER_NAME, newest, steps
+from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
+from distlora.training.sampler import Sampler
 from distlora.training.trial import NonFiniteError, Trial
 from small_models import make_run, read_metrics
 from worlds import World
@@ -33,10 +33,10 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
 
     Returns the error's text.
     """
-    train_step, losses_of = train.Trainer._train_step, NextToken.losses
+    train_step, losses_of = worker.Trainer._train_step, NextToken.losses
     spoiling = False
 
-    def spoilt_step(self: train.Trainer, trials: Sequence[Trial]) -> None:
+    def spoilt_step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal spoiling
         spoiling = trials[0].done == bad_step and ranks.rank == 0
         train_step(self, trials)
@@ -53,13 +53,13 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
             losses = losses._replace(rows=rows)
         return losses
 
-    train.Trainer._train_step, NextToken.losses = spoilt_step, spoilt_losses  # type: ignore[method-assign]
+    worker.Trainer._train_step, NextToken.losses = spoilt_step, spoilt_losses  # type: ignore[method-assign]
     try:
-        train.run(run_dir, ranks)
+        worker.run(run_dir, ranks)
     except NonFiniteError as error:
         return str(error)
     finally:
-        train.Trainer._train_step, NextToken.losses = train_step, losses_of  # type: ignore[method-assign]
+        worker.Trainer._train_step, NextToken.losses = train_step, losses_of  # type: ignore[method-assign]
     return "no error"
 
 
@@ -81,7 +81,7 @@ BAD = {"max_steps": 7, "log_every": 4}
 
 
 def good_run(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_sample_that_fails_costs_no_checkpoint(
 
     monkeypatch.setattr(Sampler, "__call__", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        train.run(tmp_path / "run", SINGLE)
+        worker.run(tmp_path / "run", SINGLE)
     assert [folder.name for folder in steps(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 
@@ -166,7 +166,7 @@ def after_three_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The adapter of a run of as many steps as PATIENT."""
     run_dir = tmp_path_factory.mktemp("short") / "run"
     make_run(run_dir, folders, train={"max_steps": 8, "save_every": 3, "keep": 9})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     return saved(run_dir / "checkpoints" / "step_00000003")
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
 
     monkeypatch.setattr(Trial, "evaluated", rising_after_step_3)
     make_run(tmp_path / "run", folders, train=PATIENT | {"load_best_at_end": load_best})
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best_step"] == 3
@@ -194,20 +194,20 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best_adapter(
     assert all(torch.equal(kept[name], tensor) for name, tensor in after_three_steps.items())
     assert all(torch.equal(kept[name], final[name]) for name in kept) == load_best
     # Started again, it has nothing left to do and ends the same.
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
     assert all(torch.equal(final[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
     assert not (tmp_path / "run" / "adapter" / "step.json").exists()
     if load_best:  # A best whose step a kill kept from being saved is not taken for the one that is known.
         (tmp_path / "run" / "best" / "step.json").write_text('{"step": 4}')
-        train.run(tmp_path / "run", SINGLE)
+        worker.run(tmp_path / "run", SINGLE)
         last = saved(tmp_path / "run" / "checkpoints" / "step_00000005")
         assert all(torch.equal(last[name], tensor) for name, tensor in saved(tmp_path / "run" / "adapter").items())
 
 
 def test_nothing_stops_while_the_held_out_loss_falls(folders: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", folders, train=PATIENT)
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
     assert max(losses) == 8, "the loss falls in every evaluation, so nothing stops"
     assert torch.equal(*(next(iter(saved(tmp_path / "run" / name).values())) for name in ("best", "adapter")))

@@ -14,11 +14,16 @@ import pytest
 
 from distlora.config import SweepConfig, UserError
 from distlora.config.file import load_config
-from distlora.folders.run_folder import PLAN_NAME
-from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED
-from distlora.packed import protocol
-from distlora_launcher.running.holding import holders, worker_place
-from distlora_launcher.running.signals import Forwarder
+from distlora.run_folder.layout import PLAN_NAME
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    SAVED,
+)
+from distlora.training.multi_trial import protocol
+from distlora_launcher.launch.lock import holders, worker_place
+from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import pack_folder
 from distlora_launcher.sweeps import runner as sweep_runner
 from distlora_launcher.sweeps.folder import Sweep, make_sweep

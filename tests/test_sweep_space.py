@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from distlora.config import UserError
-from distlora.folders.sweep_folder import words_of
-from distlora_launcher.settings.compose import parse_overrides
+from distlora.run_folder.sweep import words_of
+from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps.space import (
     Dimension,
     Interval,

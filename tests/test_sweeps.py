@@ -24,7 +24,7 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.folders.sweep_folder import (
+from distlora.run_folder.sweep import (
     COMPLETE,
     FAILED,
     PRUNED,
@@ -35,15 +35,15 @@ from distlora.folders.sweep_folder import (
     ranked,
     read_results,
 )
-from distlora_launcher.cli import main
-from distlora_launcher.running.holding import holders, running, worker_place
-from distlora_launcher.running.signals import Forwarder
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch.lock import holders, running, worker_place
+from distlora_launcher.launch.signals import Forwarder
 from distlora_launcher.sweeps import journal, local, runner, study
-from distlora_launcher.sweeps.asked import ask, pinned
 from distlora_launcher.sweeps.drawing import check_sampler
 from distlora_launcher.sweeps.folder import Sweep, load_sweep, make_sweep
 from distlora_launcher.sweeps.importance import TOGETHER, effects
 from distlora_launcher.sweeps.plots import scale_of
+from distlora_launcher.sweeps.request import ask, pinned
 from distlora_launcher.sweeps.runner import Alone, Asked, Outcome
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
@@ -709,7 +709,7 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
 
 def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "distlora_launcher.sweeps.asked.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
+        "distlora_launcher.sweeps.request.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
     )
     words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
     sweep, first = ask([*words, "optim.lr=1e-4,2e-4"])
@@ -791,7 +791,7 @@ def sweep_command(folders: Path, folder: Path, cache: Path, *words: str) -> list
         "tracker=none",
         *words,
     )
-    return [sys.executable, "-m", "distlora_launcher.cli", "sweep", *words]
+    return [sys.executable, "-m", "distlora_launcher.cli.main", "sweep", *words]
 
 
 def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Path):
@@ -837,7 +837,7 @@ def test_a_sweep_of_real_runs_that_was_stopped_and_killed_comes_to_the_same(fold
     said = process.communicate()[0]
     assert process.returncode == 75
     assert f"continue with: distlora resume {folder}" in said
-    resume = [sys.executable, "-m", "distlora_launcher.cli", "resume", str(folder)]
+    resume = [sys.executable, "-m", "distlora_launcher.cli.main", "resume", str(folder)]
     process = subprocess.Popen(resume, env=environment)
     wait_for(lambda: (folder / "trials/0002/checkpoints/step_00000002").is_dir(), seconds=300)
     process.kill()

@@ -16,22 +16,22 @@ import transformers
 from torch import Tensor, nn
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
-from distlora import train
 from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.folders.run_folder import read_record, read_result
-from distlora.generation.encoding import PromptEncoder
+from distlora.loading.peft_format import adapter_tensors, load_initial_adapter
 from distlora.model.head import LossHead
 from distlora.model.token_rows import TokenRows, sum_by_slot
 from distlora.parallel import Ranks
-from distlora.peft_files.format import adapter_tensors, load_initial_adapter
-from distlora.plan.model import find_model
-from distlora.results import load_weights, publish_result
-from distlora.startup import start_model
-from distlora_launcher.push import collect
-from distlora_launcher.settings.checks import check_model
-from distlora_launcher.settings.compose import compose_config
+from distlora.planner.model import find_model
+from distlora.run_folder.layout import read_record, read_result
+from distlora.training import worker
+from distlora.training.encoding import PromptEncoder
+from distlora.training.publish import load_weights, publish_result
+from distlora.training.setup import start_model
+from distlora_launcher.cli.push import collect
+from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.compose import compose_config
 from family_models import (
     SINGLE,
     config_for,
@@ -237,7 +237,7 @@ def run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("tokens") / "run"
     adapter = {"target_modules": "qv", "r": 2}
     make_run(run_dir, folders, "llama", NEW_TOKENS, adapter=adapter, train={"max_steps": 6, "save_every": 2, "keep": 3})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     return run_dir
 
 
@@ -284,7 +284,7 @@ def test_a_run_says_which_rows_no_gradient_has_reached(
     """A token that the data never has: its row of the head is trained (as an answer that is wrong), the other not."""
     settings: dict[str, Any] = {"adapter": {"target_modules": "qv", "r": 2}, "train": {"max_steps": 3}}
     make_run(tmp_path / "run", folders, "llama", ("method", "<unseen>"), **settings)
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     said = [line for line in capsys.readouterr().out.splitlines() if "no gradient" in line]
     assert [line.partition(" in the first")[0] for line in said] == [
         "no gradient has reached row 1002 (<unseen>) of embed_tokens"
@@ -293,7 +293,7 @@ def test_a_run_says_which_rows_no_gradient_has_reached(
 
 
 def trained(ranks: Ranks, *, run_dir: Path) -> None:
-    train.run(run_dir, ranks)
+    worker.run(run_dir, ranks)
 
 
 def test_full_fine_tuning_on_ranks_publishes_the_grown_model_and_its_tokenizer(

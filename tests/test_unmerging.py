@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from distlora.config import UserError
-from distlora.merging.difference import decode, encode
-from distlora.merging.merge import merge_to
-from distlora.merging.unmerge import unmerge
-from distlora.results import publish_result
-from distlora.trained import Name
+from distlora.post.merge.difference import decode, encode
+from distlora.post.merge.merge import merge_to
+from distlora.post.merge.unmerge import unmerge
+from distlora.post.trained import Name
+from distlora.training.publish import publish_result
 from family_models import config_for, hf_model, load_ours
 from test_merging import adapted, quiet
 

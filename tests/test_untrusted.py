@@ -15,7 +15,7 @@ from distlora.architecture.tokens import load_tokenizer
 from distlora.config import SourceConfig, UserError
 from distlora.data.chat import ChatTemplate
 from distlora.data.hub import SavedDataset
-from distlora.exporting.repository import own_files
+from distlora.post.export.repository import own_files
 from small_models import tokenizer
 from test_layout import MODULES
 

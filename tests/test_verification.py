@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from distlora import durable, train
-from distlora.checkpoints.folder import sha256
+from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.verification import verify
-from distlora_launcher.verify import main
+from distlora.run_folder.checkpoints import sha256
+from distlora.system import atomic_io
+from distlora.training import worker
+from distlora_launcher.cli.verify import main
 from small_models import make_run
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -33,7 +34,7 @@ def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("verified") / "run"
     settings = {"max_steps": 4, "save_every": 2, "eval_every": 2, "global_batch": 2}
     make_run(run_dir, folders, "llama", train=settings, data={"cache_dir": str(run_dir.parent / "cache")})
-    train.run(run_dir, SINGLE)
+    worker.run(run_dir, SINGLE)
     return run_dir
 
 
@@ -83,7 +84,7 @@ def test_runs_of_every_kind_are_whole(folders: Path, tmp_path: Path, model: str,
         model,
         **(sections | {"adapter": adapter, "train": {"max_steps": 1, "global_batch": 2}}),
     )
-    train.run(tmp_path / "run", SINGLE)
+    worker.run(tmp_path / "run", SINGLE)
     found = states(tmp_path / "run")
     assert {state for state, _ in found.values()} == {"ok"}, found
     assert ("initial_adapter.safetensors" in found) == (adapter.get("init") == "pissa")
@@ -108,7 +109,7 @@ def write_state(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None
             change(values)
         else:
             values["files"]["state.json"] = sha256(folder / "state.json")
-        durable.write_json(folder / name, values)
+        atomic_io.write_json(folder / name, values)
 
 
 def not_a_number(run_dir: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_link_that_leads_out_of_a_checkpoint_is_damage(copy: Path, tmp_path: P
 def test_the_command_needs_no_torch_and_ends_with_1_or_2(copy: Path, tmp_path: Path) -> None:
     flip(copy / CHECKPOINT / "adapter_model.safetensors")
     code = (
-        "import sys; from distlora_launcher.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from distlora_launcher.cli.main import main; code = main(sys.argv[1:]); "
         "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(code)"
     )
     finished = subprocess.run(

@@ -19,10 +19,15 @@ import yaml
 
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.reporting.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
-from distlora_launcher import application
-from distlora_launcher.cli import main
-from distlora_launcher.settings.compose import parse_overrides
+from distlora.training.reporting.wandb_agent import (
+    ASKED,
+    VARIABLES,
+    AgentRun,
+    agrees,
+)
+from distlora_launcher.cli import train
+from distlora_launcher.cli.main import main
+from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_trial
 from distlora_launcher.sweeps.agents import ask, unfinished
 from distlora_launcher.sweeps.space import split
@@ -251,7 +256,7 @@ def test_a_command_that_an_agent_has_started_notes_that_wandb_ended_it(
         (Path(config.run_dir) / "logs").mkdir(parents=True)
         return 75
 
-    monkeypatch.setattr(application, "start", start)
+    monkeypatch.setattr(train, "start", start)
     with pytest.raises(SystemExit, match="75"):  # Hydra hands a code on by this alone.
         main(["train", *settings(folders, tmp_path)])
     assert wandb_trial.was_ended_early(tmp_path / "runs" / "s1" / "run1")
@@ -286,7 +291,7 @@ def environment(server: WandbServer, place: Path) -> dict[str, str]:
 
 def distlora(server: WandbServer, place: Path, *words: str) -> str:
     """What a command prints, which must succeed."""
-    command = [sys.executable, "-m", "distlora_launcher.cli", *words]
+    command = [sys.executable, "-m", "distlora_launcher.cli.main", *words]
     ended = subprocess.run(
         command, cwd=place, env=environment(server, place), capture_output=True, text=True, timeout=300
     )
@@ -374,7 +379,7 @@ def test_runs_that_fail_end_no_agent_and_one_that_is_stopped_goes_on(
     file.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters, "command": command}))
     wandb = [sys.executable, "-m", "wandb", "sweep", "--project", "p", str(file)]
     subprocess.run(wandb, env=environment(server, tmp_path), cwd=tmp_path, check=True, timeout=60)
-    agent = [sys.executable, "-m", "distlora_launcher.cli", "sweep", "agent", "local/p/sweep0"]
+    agent = [sys.executable, "-m", "distlora_launcher.cli.main", "sweep", "agent", "local/p/sweep0"]
     process = subprocess.Popen(agent, env=environment(server, tmp_path), cwd=tmp_path)
     run = tmp_path / "runs" / "sweep0" / "sweep0run4"
     deadline = time.monotonic() + 240

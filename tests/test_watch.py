@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from chaos import Life, read_lines, train_command, uninterrupted
 from distlora.bench.network import free_port
-from distlora.folders import error_file
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
-from distlora_launcher.running.failures import first_failure, read_errors
-from distlora_launcher.running.workers import run_workers
+from distlora.run_folder import error_file
+from distlora_launcher.launch.failures import first_failure, read_errors
+from distlora_launcher.launch.workers import run_workers
 from worlds import World
 
 TIMEOUT_SECONDS = 1.0

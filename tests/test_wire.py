@@ -16,8 +16,8 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import build_model
 from distlora.parallel import Ranks
 from distlora.parallel.traffic import Traffic
-from distlora.plan import wire
-from distlora.startup import start_model
+from distlora.planner import traffic as wire
+from distlora.training.setup import start_model
 from distlora_kernels import nf4
 from family_models import VARIANTS, config_for, hf_config
 from small_models import config_with

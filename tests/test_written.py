@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table
-from distlora.pages.written import Results
+from distlora.output.figures import draw_bars
+from distlora.output.result_files import Results
+from distlora.output.tables import Table
 
 ROWS = [{"start": "cold", "seconds": 2.5}, {"start": "from the cache", "seconds": 0.25, "bytes": 7}]
 

@@ -17,16 +17,18 @@ import pytest
 import torch
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora import host_memory, startup, train
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
 from distlora.config import UserError
 from distlora.model.build import build_model
-from distlora.packed import worker
 from distlora.parallel import Ranks, Shards, parallelize, zero3
 from distlora.parallel.integrity import DamagedWeightsError
-from distlora.plan import wire
+from distlora.planner import traffic
+from distlora.system import host_memory
+from distlora.training import setup
+from distlora.training import worker as train
+from distlora.training.multi_trial import worker
 from distlora.training.runs import open_data
 from packs import make_pack
 from small_models import NEW_TOKENS, make_run, read_metrics
@@ -162,7 +164,7 @@ def gathered_in_steps(
     """
     config = train.load_config(run_dir)
     loader, _ = open_data(run_dir, config, ranks)
-    model, backend, _ = startup.start_model(config, ranks)
+    model, backend, _ = setup.start_model(config, ranks)
     backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
     with torch.no_grad():
         for _ in range(evaluations):
@@ -190,7 +192,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: Alone, folders: Path, tmp_path: Path, model: str
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
-    block = wire.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
+    block = traffic.block_bytes(shapes.block, 3, quantized=True, itemsize=4)
     # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
     # that gathering a block ahead comes upon it while it is there. Not where DeepSpeed has learned in an evaluation
     # that it goes.
@@ -198,7 +200,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     for prefetch, evaluations, stays in ((False, 0, [0, 0]), (True, 0, [1, 2]), (True, 2, [0, 0])):
         run_dir = tmp_path / f"{prefetch}-{evaluations}"
         config = make_run(run_dir, folders, model, train=settings, parallel=ZERO3 | {"prefetch": prefetch})
-        whole = wire.ours(config, shapes, world=3, accumulation=2).gathered
+        whole = traffic.ours(config, shapes, world=3, accumulation=2).gathered
         expected = [whole - count * block for count in stays]
         passes = {"run_dir": run_dir, "evaluations": evaluations, "steps": len(stays)}
         for ours, theirs, left, intact in alone.run(3, gathered_in_steps, **passes):
@@ -295,7 +297,7 @@ def start_without_room(ranks: Ranks, *, run_dir: Path) -> str:
         patch.setattr(host_memory, "available_bytes", lambda: 2**26 if ranks.rank == 1 else 2**40)
         patch.setattr(host_memory, "take_chunk", lambda size, *, pinned: pytest.fail("this ends by the kernel"))
         with pytest.raises(UserError) as error:
-            startup.start_model(train.load_config(run_dir), ranks)
+            setup.start_model(train.load_config(run_dir), ranks)
     return str(error.value)
 
 
@@ -365,7 +367,7 @@ def units_ahead(ranks: Ranks, *, run_dir: Path) -> list[int]:
     tokens = torch.arange(40)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero3, "passed_event", record)
-        model, backend, _ = startup.start_model(config, ranks)
+        model, backend, _ = setup.start_model(config, ranks)
         backend.reduce_gradients_of(train.trained_parameters(model).values(), config.parallel.bucket_mb)
         with torch.no_grad():
             model(tokens, tokens, tokens)
@@ -407,7 +409,7 @@ def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders
 def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
     """What the first forward says after a bit of rank 1's rows has changed since they were loaded."""
     config = train.load_config(run_dir)
-    model, backend, _ = startup.start_model(config, ranks)
+    model, backend, _ = setup.start_model(config, ranks)
     if ranks.rank == 1:
         rows, _ = backend.local_rows(model.blocks[1].get_submodule("inner.mlp.up_proj").get_parameter("codes"))
         rows[0, 7] ^= 4

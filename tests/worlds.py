@@ -18,7 +18,7 @@ from typing import Any
 
 SIZE = 4
 TIMEOUT_SECONDS = 240.0
-IMPORTED = ["distlora.train", "transformers.models.llama.modeling_llama", "peft"]
+IMPORTED = ["distlora.training.worker", "transformers.models.llama.modeling_llama", "peft"]
 """What nearly every function that runs on ranks needs: 4 CPU seconds. Starts no thread, so it can be forked."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, nearest
-from distlora.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, check_shape, read_object
 
 STATIC_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on what else is in the batch. `dynamic` changes its base only
@@ -362,7 +362,7 @@ def names_on_disk(names: Iterable[str], family: Family) -> dict[str, str]:
     """Transformers' name -> name on disk, for the text model's tensors of a checkpoint.
 
     From the prefixes alone, which is enough to refuse a bad folder early; what is loaded is decided by transformers'
-    own mapping (distlora/loading/conversion.py).
+    own mapping (distlora/weights/conversion.py).
     """
     present = list(names)
     embeddings = {prefix: f"{prefix}embed_tokens.weight" for prefix in family.disk_prefixes}

@@ -31,14 +31,14 @@ from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_memory import measure_step
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table
-from distlora.pages.written import Results
+from distlora.output.figures import draw_bars
+from distlora.output.result_files import Results
+from distlora.output.tables import Table
 from distlora.parallel import join_ranks, leave_ranks
-from distlora.plan.machine import machine_of
-from distlora.plan.memory.device import device_bytes
-from distlora.plan.memory.kinds import KINDS
-from distlora.plan.model import model_in
+from distlora.planner.machine import machine_of
+from distlora.planner.memory.device import device_bytes
+from distlora.planner.memory.kinds import KINDS
+from distlora.planner.model import model_in
 
 _SMALL = LLAMA_700M | {"vocab_size": 8192, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {

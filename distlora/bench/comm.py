@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from distlora.architecture.shapes import ModelShapes
 from distlora.config import Config, require
-from distlora.pages import words
-from distlora.plan import wire
-from distlora.plan.wire import StepBytes
+from distlora.planner import traffic
+from distlora.planner.traffic import StepBytes
+from distlora.system import numbers
 
 MODELS = {
     "Llama 3.1 8B": "meta-llama/Llama-3.1-8B",
@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
 MACHINE = 8
 """Ranks of a machine, where there are more and no setting says how many."""
 
-PEERS: dict[wire.Storage, str] = {
+PEERS: dict[traffic.Storage, str] = {
     "nf4 in bf16": "PEFT + accelerate FSDP2, NF4 stored as bf16",
     "nf4 in uint8": "PEFT + accelerate FSDP2, NF4 stored as uint8",
     "bf16": "PEFT + accelerate FSDP2, bf16",
@@ -85,19 +85,21 @@ def rows_of(
 ) -> Iterator[Row]:
     """Ours with these settings, by either way to accumulate, on several machines with a copy of the base on each too,
     and the peers with the same adapters. `machine`: the ranks that a machine has room for."""
-    itemsize = wire.DTYPE_BYTES[config.train.dtype]
+    itemsize = traffic.DTYPE_BYTES[config.train.dtype]
     quantized = config.quant.is_nf4
     for ours in variants(config, ranks, machine):
-        step = wire.ours(ours, shapes, world=ranks, accumulation=accumulation)
-        held = wire.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
-        block = wire.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
-        held += (shapes.num_layers - wire.moved_blocks(ours, shapes)) * block
+        step = traffic.ours(ours, shapes, world=ranks, accumulation=accumulation)
+        held = traffic.held_bytes(shapes, step.shards, quantized=quantized, itemsize=itemsize)
+        block = traffic.block_bytes(shapes.block, step.shards, quantized=quantized, itemsize=itemsize)
+        held += (shapes.num_layers - traffic.moved_blocks(ours, shapes)) * block
         yield Row(name, ranks, machine, accumulation, our_name(ours), step, held)
     if config.adapter.method == "lora" and not config.adapter.modules_to_save:
         adapters = shapes.adapters(config.adapter)
         for storage, who in PEERS.items():
-            step = wire.peer(shapes, adapters, storage, world=ranks, accumulation=accumulation)
-            yield Row(name, ranks, machine, accumulation, who, step, wire.peer_held_bytes(shapes, storage, world=ranks))
+            step = traffic.peer(shapes, adapters, storage, world=ranks, accumulation=accumulation)
+            yield Row(
+                name, ranks, machine, accumulation, who, step, traffic.peer_held_bytes(shapes, storage, world=ranks)
+            )
 
 
 def variants(config: Config, ranks: int, machine: int) -> Iterator[Config]:
@@ -188,4 +190,4 @@ def agreement(counted: tuple[int, ...], other: tuple[int, ...]) -> str:
 
 def size(nbytes: int) -> str:
     """Three digits and a unit of 1000s; no unit of nothing."""
-    return words.size(nbytes) if nbytes else "0"
+    return numbers.size(nbytes) if nbytes else "0"

@@ -33,10 +33,10 @@ from distlora.bench.network import free_port
 from distlora.bench.processes import own_stdout, run_each
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.loading.segments import read_headers
-from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table, spread
-from distlora.pages.written import Results
+from distlora.output.figures import draw_bars
+from distlora.output.result_files import Results
+from distlora.output.tables import Table, spread
+from distlora.weights.segments import read_headers
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 THREADS, MIB = 2, 2**20
@@ -70,7 +70,7 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
     from distlora.model.adapters import adapter_parameters
     from distlora.model.build import build_model
     from distlora.parallel import Ranks, parallelize
-    from distlora.startup import cache_settings
+    from distlora.training.setup import cache_settings
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(max(1, THREADS // world))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distlora.plan.machine import Found
+from distlora.planner.machine import Found
 
 
 def found_by(device: torch.device, *, ranks: int = 1) -> Found:

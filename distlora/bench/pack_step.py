@@ -12,11 +12,11 @@ from distlora.data.loader import MicroBatch, StepBatch
 from distlora.data.stacking import Share, stacks
 from distlora.model.slots import put_trial
 from distlora.parallel import Ranks, whole_shape
-from distlora.startup import start_adapters, start_model
-from distlora.train import trained_parameters
+from distlora.training.loop import mean_losses
 from distlora.training.objectives import objective_of
-from distlora.training.optim import Optimizer, build_optimizer, learning_rate
-from distlora.training.trainer import mean_losses
+from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
+from distlora.training.setup import start_adapters, start_model
+from distlora.training.worker import trained_parameters
 
 STEPS = 2
 """Of the schedule of the learning rate."""

@@ -30,14 +30,14 @@ from distlora.bench.processes import own_stdout, run_each
 from distlora.bench.step_time import Rates, copy, medians, planned, product
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table
-from distlora.pages.written import Results
+from distlora.output.figures import draw_bars
+from distlora.output.result_files import Results
+from distlora.output.tables import Table
 from distlora.parallel import join_ranks, leave_ranks
-from distlora.plan.machine import Found, machine_of
-from distlora.plan.model import PlannedModel, model_in
-from distlora.plan.packed import together
-from distlora.plan.speed.step_work import step_work
+from distlora.planner.machine import Found, machine_of
+from distlora.planner.model import PlannedModel, model_in
+from distlora.planner.multi_trial import together
+from distlora.planner.speed.step_work import step_work
 
 RANK = 16
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from distlora.plan.wire import Storage
+from distlora.planner.traffic import Storage
 
 
 def four_bit(storage: Storage = "nf4 in uint8") -> Any:

@@ -17,7 +17,7 @@ def measure_step(config: Config, ranks: Ranks) -> StepMemory:
 
 
 def measure_pack(trials: Sequence[Config], ranks: Ranks) -> StepMemory:
-    """The same of a pack with all of these trials in it (distlora.packed.pack)."""
+    """The same of a pack with all of these trials in it (distlora.training.multi_trial.pack)."""
     return _second(PackStep(trials, ranks))
 
 

@@ -24,16 +24,16 @@ import torch
 from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.machine import found_by
 from distlora.bench.traffic import our_step
-from distlora.cards import card_named
 from distlora.config import Config
 from distlora.config.file import build
+from distlora.config.gpus import card_named
 from distlora.model.build import DTYPES
 from distlora.parallel import Ranks
-from distlora.plan.machine import Found, machine_of
-from distlora.plan.model import PlannedModel, model_in
-from distlora.plan.speed.timing import StepTime, step_time
-from distlora.startup import start_model
-from distlora.training.optim import build_optimizer
+from distlora.planner.machine import Found, machine_of
+from distlora.planner.model import PlannedModel, model_in
+from distlora.planner.speed.timing import StepTime, step_time
+from distlora.training.optimizers import build_optimizer
+from distlora.training.setup import start_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816},

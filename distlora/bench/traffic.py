@@ -25,8 +25,8 @@ from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.traffic import Traffic
-from distlora.plan.wire import Storage
-from distlora.startup import start_model
+from distlora.planner.traffic import Storage
+from distlora.training.setup import start_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,19 @@ from typing import Any, Self
 
 from torch import nn
 
-from distlora.checkpoints.state import Progress
+from distlora.checkpoint.state import Progress
 from distlora.config import Config
 from distlora.data.loader import PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.control import Control
-from distlora.reporting.reporter import Reporter
-from distlora.startup import start_adapters, start_model
-from distlora.train import trained_parameters
-from distlora.training.optim import Optimizer, build_optimizer
+from distlora.training.loop import Trainer
+from distlora.training.optimizers import Optimizer, build_optimizer
+from distlora.training.reporting.reporter import Reporter
 from distlora.training.runs import step_loader
-from distlora.training.trainer import Trainer
+from distlora.training.setup import start_adapters, start_model
 from distlora.training.trial import Hooks, Trial
+from distlora.training.worker import trained_parameters
 
 
 def nothing(*arguments: Any) -> None:

@@ -9,6 +9,8 @@ is checked by the launcher (`distlora_launcher/settings/checks.py`), before any 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, ModelConfig, QuantConfig
 from distlora.config.cluster import ClusterConfig
@@ -37,6 +39,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ModelConfig",
+    "ModelSpec",
     "OptimConfig",
     "ParallelConfig",
     "PlanConfig",
@@ -50,6 +53,25 @@ __all__ = [
     "nearest",
     "require",
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Describe a model to build: a base, how it is stored, and the adapter on it. Commands without a run use it too."""
+
+    model: ModelConfig
+    """The base: its folder, its name and its new tokens."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype, and storage dtype of weights that are not quantized."""
+    seed: int = 0
+    """Seed of the adapter's initial values."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the base's checkpoint."""
+        return Path(self.model.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +186,20 @@ class Config:
                 "one; set train.checkpointing=block without train.mlp_tile, or adapter=lora",
             )
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model of this run."""
+        return ModelSpec(
+            model=self.model, quant=self.quant, adapter=self.adapter, dtype=self.train.dtype, seed=self.train.seed
+        )
+
     def accumulation(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` runs in a step."""
         return -(-self.train.global_batch // (ranks * self.train.micro_batch))
 
     @property
     def adapters(self) -> tuple[AdapterConfig, ...]:
-        """Those that a step trains: one, or of a pack one of each trial (distlora.plan.packed)."""
+        """Those that a step trains: one, or of a pack one of each trial (distlora.planner.multi_trial)."""
         return (self.adapter,)
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 
 from distlora.config import ParallelConfig, UserError, nearest
 from distlora.config.errors import short
-from distlora.json_files import read_object
+from distlora.config.json_files import read_object
 
 FIRST_DEEPSPEED = (0, 19, 8)
 """The first that was read and run here: parallel/zero3.py uses what DeepSpeed keeps to itself."""

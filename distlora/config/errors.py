@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _START, _END = 1500, 500
@@ -13,17 +14,39 @@ _START, _END = 1500, 500
 
 
 class UserError(ValueError):
-    """Bad input: the message holds the value, the reason and what to type instead. Ends a command with exit code 2.
+    """Report bad input: the value, the reason and what to type instead. Ends a command with exit code 2.
 
-    A message is one line, or several if they are given one by one. What a damaged file brings into a line is shown
-    printable and short: a name with a newline or a terminal's escapes in it, a value of a megabyte.
+    A check of a setting gives `field`, `value`, `reason` and `cure`. `named` then renders the error with the name that
+    the user typed (`--text` for data.path): `{field}` in the reason or the cure stands for that name, `{section.name}`
+    for the name of another setting. Any other error gives its message, in one line or several.
+
+    Values from damaged files are shown printable and short.
     """
 
-    def __init__(self, *lines: str) -> None:
-        super().__init__(*map(in_one_line, lines))
+    def __init__(
+        self, *lines: str, field: str | None = None, value: object = None, reason: str = "", cure: str = ""
+    ) -> None:
+        self.field, self.value, self.reason, self.cure = field, value, reason, cure
+        super().__init__(*map(in_one_line, lines if field is None else (self._render({}),)))
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+    def named(self, names: Mapping[str, str]) -> UserError:
+        """Return the error in the words of a command: `names` gives the argument for each setting it has."""
+        return self if self.field is None else UserError(self._render(names))
+
+    def _render(self, names: Mapping[str, str]) -> str:
+        assert self.field is not None
+        name = names.get(self.field, self.field)
+        between = "=" if name == self.field else " "
+
+        def typed(match: re.Match[str]) -> str:
+            return name if match[1] == "field" else names.get(match[1], match[1])
+
+        text = f"{self.reason}; {self.cure}" if self.cure else self.reason
+        value = self.value if isinstance(self.value, str) else short(self.value)
+        return f"{name}{between}{value} " + re.sub(r"\{(field|[a-z]+\.\w+)\}", typed, text)
 
 
 def in_one_line(text: str) -> str:

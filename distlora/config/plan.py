@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.cards import CARDS
 from distlora.config.errors import require, require_choice
+from distlora.config.gpus import CARDS
 
 CHOSEN = (
     "quant.method",
@@ -27,7 +27,7 @@ CHOSEN = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardConfig:
-    """The card, or what of it differs from the table of known ones (distlora/cards.py)."""
+    """The card, or what of it differs from the table of known ones (distlora/config/gpus.py)."""
 
     name: str = "auto"
     """A known card (conf/card/), or `auto`: what this machine shows, its CPU where it has no card. What SLURM starts

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from distlora.architecture.tokens import tokenize_alone
-from distlora.commands.ending import DONE, run_to_exit_code
 from distlora.data.prepare import prepare_run
+from distlora.system.exit_codes import DONE, run_to_exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:

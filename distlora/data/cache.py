@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.data.rows import ARRAYS, FORMAT_VERSION, split_file
-from distlora.durable import sync
+from distlora.system.atomic_io import sync
 
 TOKENIZER_FILES = (
     "config.json",  # names the tokenizer's class where tokenizer_config.json does not

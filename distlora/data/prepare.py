@@ -24,8 +24,8 @@ from distlora.data.reading import Encoders, Need, nothing_to_train, read_enough,
 from distlora.data.rows import FORMAT_VERSION, PackedRows, read_meta
 from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.data.splits import count_sources, held_out_documents, use_pieces, write_split
-from distlora.durable import write_json
-from distlora.folders.run_folder import DATA_NAME, read_record
+from distlora.run_folder.layout import DATA_NAME, read_record
+from distlora.system.atomic_io import write_json
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""

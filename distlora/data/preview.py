@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from distlora.architecture.tokens import load_tokenizer, tokenize_alone
-from distlora.commands.ending import BAD_INPUT, DONE, run_to_exit_code
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
 from distlora.data.corpus import Corpus, TooLong
@@ -31,6 +30,7 @@ from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
 from distlora.data.templates import Encoder, PairEncoder
 from distlora.data.turn_tokens import Encoded
+from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
 
 SAMPLE = 1000
 """Documents of each source that are read, unless all are asked for."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distlora.config import UserError
-from distlora.json_files import Shape, check_shape, read_object
+from distlora.config.json_files import Shape, check_shape, read_object
 
 FORMAT_VERSION = 5
 """Grows when the layout or the meaning of a row changes; part of the cache key."""

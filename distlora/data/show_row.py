@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from distlora.architecture.tokens import load_tokenizer, tokenize_alone
-from distlora.commands.ending import DONE, run_to_exit_code
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.painting import Paint, paint_for_stdout, painted
 from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
+from distlora.system.exit_codes import DONE, run_to_exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:

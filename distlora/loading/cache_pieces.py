@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora import durable
-from distlora.loading.cache_folder import Entry
-from distlora.loading.piece_header import (
+from distlora.model.frozen import FrozenTensor
+from distlora.parallel import Backend
+from distlora.parallel.checksums import checksums
+from distlora.system import atomic_io
+from distlora.weights.cache_folder import Entry
+from distlora.weights.piece_header import (
     GROUP_BYTES,
     PARTS,
     DamagedPieceError,
@@ -31,9 +34,6 @@ from distlora.loading.piece_header import (
     holes,
     read_piece,
 )
-from distlora.model.quant import FrozenTensor
-from distlora.parallel import Backend
-from distlora.parallel.checksums import checksums
 
 CHUNK_GROUPS = 128
 """Groups that are read, checked or written at once: 1 MiB of codes, which stays in a core's cache."""
@@ -319,7 +319,7 @@ class PieceWriter:
                     _write_groups(file, rows, groups, own_groups(weights[name], self._backend).start)
                 self._kept_bytes += file.tell()
 
-        durable.replace_file(path, write)
+        atomic_io.replace_file(path, write)
 
 
 def _write_groups(file: Any, rows: _Rows, groups: range, start: int) -> None:

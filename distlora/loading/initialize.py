@@ -15,14 +15,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distlora import durable
 from distlora.config import Config, UserError
 from distlora.config.initialization import subspace_iterations
-from distlora.loading.decompose import Sketch, principal_part, quantization_error
+from distlora.loading.peft_format import adapter_tensors
 from distlora.loading.quantize import CHUNK_GROUPS
-from distlora.loading.reader import Reader
-from distlora.loading.segments import fingerprint, read_headers
-from distlora.loading.start_file import (
+from distlora.loading.weights import find_base, segments_of
+from distlora.model.adapters import AdaptedLinear
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, watch
+from distlora.system import atomic_io
+from distlora.weights.decompose import Sketch, principal_part, quantization_error
+from distlora.weights.reader import Reader
+from distlora.weights.segments import fingerprint, read_headers
+from distlora.weights.start_file import (
     START_NAME,
     StartRecord,
     check_ranks,
@@ -31,11 +36,6 @@ from distlora.loading.start_file import (
     require_start,
     start_path,
 )
-from distlora.loading.weights import find_base, segments_of
-from distlora.model.adapters import AdaptedLinear
-from distlora.model.build import CausalLM
-from distlora.parallel import Backend, watch
-from distlora.peft_files.format import adapter_tensors
 
 SAY_SECONDS = 5.0
 """Between two lines about a decomposition that goes on."""
@@ -105,7 +105,7 @@ def save_start(model: CausalLM, config: Config) -> None:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
 
-    durable.replace_file(start_path(config), write)
+    atomic_io.replace_file(start_path(config), write)
 
 
 def _decompose(

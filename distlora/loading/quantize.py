@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from distlora.config import UserError
-from distlora.loading.decompose import Residual
-from distlora.loading.finite import all_finite
-from distlora.loading.prequantized import PackedWeight
-from distlora.loading.reader import Reader
-from distlora.loading.segments import Segment
-from distlora.model.quant import FrozenTensor
+from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend
+from distlora.weights.decompose import Residual
+from distlora.weights.finite import all_finite
+from distlora.weights.prequantized import PackedWeight
+from distlora.weights.reader import Reader
+from distlora.weights.segments import Segment
 from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64

@@ -21,16 +21,23 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from distlora.loading import cache_folder
-from distlora.loading.cache_folder import Entry
 from distlora.loading.cache_pieces import PieceReader, PieceWriter, Unit, Weight, wanted_groups
-from distlora.loading.conversion import Source
-from distlora.loading.piece_header import FORMAT, GROUP_BYTES, DamagedPieceError, Piece, PieceName, holes
-from distlora.loading.segments import Segment
 from distlora.loading.source_content import alike, content_of, number_of
 from distlora.model.build import CausalLM
-from distlora.model.quant import FrozenTensor
+from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend, watch
+from distlora.weights import cache_folder
+from distlora.weights.cache_folder import Entry
+from distlora.weights.conversion import Source
+from distlora.weights.piece_header import (
+    FORMAT,
+    GROUP_BYTES,
+    DamagedPieceError,
+    Piece,
+    PieceName,
+    holes,
+)
+from distlora.weights.segments import Segment
 from distlora_kernels import nf4
 
 QUANTIZATION = {

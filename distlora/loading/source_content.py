@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from distlora.loading import source_digest
-from distlora.loading.cache_folder import SOURCES
 from distlora.parallel import Backend, watch
+from distlora.weights import source_digest
+from distlora.weights.cache_folder import SOURCES
 
 _WORDS = 4
 """int64 words of a SHA-256."""

@@ -12,19 +12,24 @@ from pathlib import Path
 from distlora.architecture.families import ExpertLayout, read_config
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.conversion import Source, find_sources, names_without_a_place
-from distlora.loading.decompose import Residual, Start
-from distlora.loading.prequantized import PackedWeight, packed_outside_blocks, packed_parameters, read_packed_weights
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
-from distlora.loading.reader import Reader
 from distlora.loading.row_norms import fill_row_norms
-from distlora.loading.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.loading.shard_cache import CacheSettings, open_cache
 from distlora.loading.vocabulary import load_matrix
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.quant import PACKED_PARTS, FrozenLinear, FrozenTensor
+from distlora.model.frozen import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
+from distlora.weights.conversion import Source, find_sources, names_without_a_place
+from distlora.weights.decompose import Residual, Start
+from distlora.weights.prequantized import (
+    PackedWeight,
+    packed_outside_blocks,
+    packed_parameters,
+    read_packed_weights,
+)
+from distlora.weights.reader import Reader
+from distlora.weights.segments import SOURCE_DTYPES, Segment, read_headers
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
 """Parameters with a row for each token."""

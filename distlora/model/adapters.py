@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distlora import randomness
 from distlora.config import AdapterConfig
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.model.token_rows import TokenRows
+from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, threshold_of
 from distlora_kernels.lora_linear import Adapter, Linear, Magnitude, RowChoice

@@ -26,18 +26,23 @@ from distlora.architecture.hf_config import read_hf_config, refused_by_transform
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import Config
-from distlora.loading.conversion import CheckpointLayout, find_sources, layout_of
-from distlora.loading.prequantized import PackedWeight, check_keeps_packed, packed_parameters, read_packed_weights
-from distlora.loading.segments import read_headers
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, BlockContext, StepRows, adapter_parameters
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_by_layer_type, use
 from distlora.model.balance import ask_for_balance, balance_sums, place_routers, weight_of
 from distlora.model.blocks import Block, Reference
 from distlora.model.experts import ExpertWeight, replace_experts
+from distlora.model.frozen import FrozenLinear, link_shared_inputs
 from distlora.model.head import LossHead
-from distlora.model.quant import FrozenLinear, link_shared_inputs
 from distlora.model.token_rows import TokenRows
 from distlora.model.trained_modules import train_whole
+from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
+from distlora.weights.prequantized import (
+    PackedWeight,
+    check_keeps_packed,
+    packed_parameters,
+    read_packed_weights,
+)
+from distlora.weights.segments import read_headers
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from distlora.host_memory import bytes_of, take_chunk, take_places
+from distlora.system.host_memory import bytes_of, take_chunk, take_places
 
 
 class HostInputs:

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distlora import host_memory
 from distlora.config import UserError
 from distlora.model.build import CausalLM
-from distlora.model.quant import FrozenTensor
+from distlora.model.frozen import FrozenTensor
 from distlora.parallel.adapter_sync import GradientReducer, Launches
 from distlora.parallel.gradients import Gradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
@@ -25,6 +24,7 @@ from distlora.parallel.shards import Shards, local_rows
 from distlora.parallel.streams import HostRows, stream_rows
 from distlora.parallel.traffic import Traffic
 from distlora.parallel.trained_shards import ShardedGradients
+from distlora.system import host_memory
 
 Collected = TypeVar("Collected")
 

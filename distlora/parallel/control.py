@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distlora import stopping
 from distlora.parallel import watch
 from distlora.parallel.ranks import Ranks
-from distlora.stopping import Stopped
+from distlora.system import stop_signals
+from distlora.system.stop_signals import Stopped
 
 
 class Control:
@@ -74,7 +74,7 @@ class Control:
         """(2,) int64, until the next word: the signal that asked this process to stop, or 0; whether it is time to
         save."""
         save = time.monotonic() - self._counted_from >= self._save_seconds
-        self._word[0], self._word[1] = stopping.requested() or 0, int(save)
+        self._word[0], self._word[1] = stop_signals.requested() or 0, int(save)
         return self._word
 
     def _take(self) -> tuple[int, int]:

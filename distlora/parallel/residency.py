@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distlora import host_memory
 from distlora.config.parallel import RESIDENCY_RESERVE
 from distlora.model.blocks import Block
 from distlora.parallel import fsdp2
 from distlora.parallel.shards import Shards
-from distlora.plan.wire import padded
+from distlora.planner.traffic import padded
+from distlora.system import host_memory
 
 
 @dataclass(slots=True)

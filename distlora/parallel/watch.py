@@ -27,8 +27,8 @@ from typing import Protocol
 import torch
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from distlora.commands.ending import FAILED
-from distlora.folders import error_file
+from distlora.run_folder import error_file
+from distlora.system.exit_codes import FAILED
 
 LONG_SECONDS = 3600.0
 """How long ranks may wait for each other outside steps. While one syncs a checkpoint to disk the others wait for it:

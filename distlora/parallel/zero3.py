@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from distlora import host_memory
 from distlora.config.deepspeed_file import Gathering, check_deepspeed
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel.shards import Shards, whole_shape
 from distlora.parallel.traffic import Traffic
+from distlora.system import host_memory
 
 
 @dataclass(frozen=True, slots=True)

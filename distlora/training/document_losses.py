@@ -17,8 +17,8 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
-from distlora.folders.eval_documents import DocumentRecord
 from distlora.parallel import Backend
+from distlora.run_folder.eval_documents import DocumentRecord
 
 _ROWS_AT_ONCE = 1024
 """Rows whose flags are looked at together: some MB."""

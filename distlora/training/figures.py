@@ -16,9 +16,9 @@ from distlora.loading.weights import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.quant import PACKED_PARTS, FrozenTensor
+from distlora.model.frozen import PACKED_PARTS, FrozenTensor
 from distlora.parallel import Backend, Shards, whole_shape
-from distlora.reporting.reporter import Reporter
+from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Trial, peak_memory_bytes
 
 

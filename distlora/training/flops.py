@@ -10,17 +10,17 @@ from collections.abc import Iterable
 
 import torch
 
-from distlora.cards import card_named
+from distlora.config.gpus import card_named
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
-from distlora.model.quant import FrozenLinear
+from distlora.model.frozen import FrozenLinear
 from distlora.parallel import whole_shape
-from distlora.plan.speed.operations import ActiveWeights, ModelFlops, queries_by_window
+from distlora.planner.speed.operations import ActiveWeights, ModelFlops, queries_by_window
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None for a CPU and for a card that is not in distlora/cards.py: no MFU is shown then."""
+    """Of one device; None for a CPU and for a card that is not in distlora/config/gpus.py: no MFU is shown then."""
     card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else card.flops
 

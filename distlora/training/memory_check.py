@@ -11,14 +11,14 @@ from typing import Any, get_args
 import torch
 
 from distlora.config import Config, TrainConfig
-from distlora.folders.run_folder import PLAN_NAME, read_record
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
-from distlora.plan.memory import measured
-from distlora.plan.memory.kinds import KINDS
-from distlora.plan.memory.measured import RECORDED, MeasuredRank
+from distlora.planner.memory import measured
+from distlora.planner.memory.kinds import KINDS
+from distlora.planner.memory.measured import RECORDED, MeasuredRank
+from distlora.run_folder.layout import PLAN_NAME, read_record
 from distlora.training.memory_meter import MemoryMeter, Part, StepMemory
-from distlora.training.optim import Optimizer
+from distlora.training.optimizers import Optimizer
 
 _PARTS: tuple[Part, ...] = get_args(Part)
 _REASON_BYTES = 240

@@ -1,4 +1,4 @@
-"""What the memory of a training step is, by kind: measured, where the planner (distlora/plan/memory) calculates it.
+"""What the memory of a training step is, by kind: measured, where the planner (distlora/planner/memory) calculates it.
 
 What is held from step to step is walked, each storage once. The rest is read from the allocator's own events of one
 step, which torch's profiler records: every allocation and every free of it, on the CPU and on a GPU, those of
@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.quant import PACKED_PARTS, FrozenTensor
+from distlora.model.frozen import PACKED_PARTS, FrozenTensor
 from distlora.parallel.shards import local_rows
-from distlora.plan.memory.kinds import Kind
-from distlora.training.optim import Optimizer
+from distlora.planner.memory.kinds import Kind
+from distlora.training.optimizers import Optimizer
 from distlora_kernels import scratch
 
 Part = Literal["start", "forward", "head", "head_backward", "block", "update"]

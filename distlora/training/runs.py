@@ -13,24 +13,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlora.checkpoints.choice import choose
-from distlora.checkpoints.environment import environment
-from distlora.checkpoints.folder import TRAINER_NAME, step_folder
-from distlora.checkpoints.identity import identity_of
-from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import Progress, TrainState, check_matches, environment_line, load_state
+from distlora.checkpoint.choice import choose
+from distlora.checkpoint.environment import environment
+from distlora.checkpoint.identity import identity_of
+from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.state import (
+    Progress,
+    TrainState,
+    check_matches,
+    environment_line,
+    load_state,
+)
 from distlora.config import Config, UserError
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import open_split
-from distlora.folders.run_folder import CHECKPOINTS, DATA_NAME, PUBLISHED, read_record
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.reporting.reporter import Reporter
-from distlora.results import finish, marks, publish_best, trainer_tensors, weight_files
-from distlora.stopping import Stopped
+from distlora.run_folder.checkpoints import TRAINER_NAME, step_folder
+from distlora.run_folder.layout import (
+    CHECKPOINTS,
+    DATA_NAME,
+    PUBLISHED,
+    read_record,
+)
+from distlora.system.stop_signals import Stopped
 from distlora.training.memory_check import MemoryCheck
-from distlora.training.optim import Optimizer
+from distlora.training.optimizers import Optimizer
+from distlora.training.publish import (
+    finish,
+    marks,
+    publish_best,
+    trainer_tensors,
+    weight_files,
+)
+from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Hooks, Trial
 
 
@@ -231,7 +248,7 @@ def sample_hook(
     if config.train.sample_every is None:
         return None
     # Here, as it imports much of transformers that other runs need not.
-    from distlora.generation.sampler import Sampler
+    from distlora.training.sampler import Sampler
 
     sampler = Sampler(model, backend, config, dict(data))
 

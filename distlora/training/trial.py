@@ -17,8 +17,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from distlora.checkpoints.saver import SaveError
-from distlora.checkpoints.state import Progress
+from distlora.checkpoint.saver import SaveError
+from distlora.checkpoint.state import Progress
 from distlora.config import Config
 from distlora.data.loader import StepLoader
 from distlora.data.stacking import Share
@@ -26,13 +26,13 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients
 from distlora.parallel.control import Control
 from distlora.parallel.traffic import Traffic
-from distlora.reporting.reporter import Reporter
 from distlora.training.document_losses import DocumentLosses
 from distlora.training.flops import count_flops, peak_flops
 from distlora.training.memory_check import MemoryCheck
 from distlora.training.objectives import objective_of
-from distlora.training.optim import Optimizer, learning_rate
-from distlora.training.reached import WATCHED, Reached, sentence
+from distlora.training.optimizers import Optimizer, learning_rate
+from distlora.training.reporting.reporter import Reporter
+from distlora.training.unused_params import WATCHED, Reached, sentence
 
 
 class NonFiniteError(FloatingPointError):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora.randomness import key_of
+from distlora.system.randomness import key_of
 from distlora_kernels.philox import MASK, philox
 
 SIGNS_PER_COUNTER = 128

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.intrinsic.request import PLOT_NAME
 from distlora.analysis.intrinsic.search import crossing
-from distlora.pages.tables import Table, as_markdown, as_text
+from distlora.output.tables import Table, as_markdown, as_text
 
 if TYPE_CHECKING:
     from distlora.analysis.intrinsic.training import Training

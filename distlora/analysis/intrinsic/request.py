@@ -7,7 +7,6 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from distlora.commands import wording
 from distlora.config import (
     AdapterConfig,
     Config,
@@ -18,6 +17,7 @@ from distlora.config import (
     TrainConfig,
     require,
 )
+from distlora.system import wording
 
 REQUEST_NAME, TRAININGS_NAME = "request.json", "trainings.jsonl"
 """What a folder that is not finished holds: what was asked, and a line for each training that has ended."""

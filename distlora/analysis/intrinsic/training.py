@@ -25,10 +25,10 @@ from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.readings import Readings, evenly
-from distlora.startup import start_model
+from distlora.post.divergence import Readings, evenly
 from distlora.training.objectives import NextToken
-from distlora.training.optim import build_optimizer, learning_rate
+from distlora.training.optimizers import build_optimizer, learning_rate
+from distlora.training.setup import start_model
 
 MOST_EVAL_ROWS = 64
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from distlora import durable
 from distlora.analysis.intrinsic import report, search
 from distlora.analysis.intrinsic.plots import plot_intrinsic
 from distlora.analysis.intrinsic.request import (
@@ -21,12 +20,13 @@ from distlora.analysis.intrinsic.request import (
     named_by_argument,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
-from distlora.commands.ending import DONE, run_to_exit_code
-from distlora.commands.saying import Progress
-from distlora.commands.work import made_on
-from distlora.pages.written import Written
+from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
-from distlora.readings import let_go
+from distlora.post.divergence import let_go
+from distlora.post.work import made_on
+from distlora.system import atomic_io
+from distlora.system.exit_codes import DONE, run_to_exit_code
+from distlora.system.progress_lines import Progress
 
 LOST = -9.0
 """The share of a training that destroyed the model: no mean of it with others reaches anything."""
@@ -37,7 +37,7 @@ class Trainings:
 
     def __init__(self, path: Path) -> None:
         self._done: dict[Training, Outcome] = {}
-        self._file = durable.AppendedFile(path)
+        self._file = atomic_io.AppendedFile(path)
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in text.splitlines():
             try:

@@ -2,7 +2,7 @@
 
 import sys
 
-from distlora.commands.ending import run_worker
+from distlora.system.exit_codes import run_worker
 
 if __name__ == "__main__":
     sys.exit(run_worker("distlora.analysis.quantization.worker"))

@@ -1,4 +1,4 @@
-"""One base in several formats on the same rows (distlora/readings.py): the dense one, NF4 and int4."""
+"""One base in several formats on the same rows (distlora/post/divergence.py): the dense one, NF4 and int4."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from distlora.analysis.quantization.request import Request
 from distlora.analysis.quantization.roundtrip import FORMATS, FourBit, round_trip
 from distlora.analysis.quantization.weights import Weight, block_weights
 from distlora.data.rows import PackedRows
-from distlora.loading.reader import Reader
-from distlora.loading.second_level import SecondLevel
 from distlora.parallel import Ranks
-from distlora.readings import Loss, Readings, compare, let_go
-from distlora.startup import start_model
+from distlora.post.divergence import (
+    Loss,
+    Readings,
+    compare,
+    let_go,
+)
+from distlora.training.setup import start_model
+from distlora.weights.reader import Reader
+from distlora.weights.second_level import SecondLevel
 from distlora_kernels.nf4 import GROUP
 
 

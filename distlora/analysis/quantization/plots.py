@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.quantization.report import gain_db
-from distlora.pages.drawing import COLOURS, new_figure, save
+from distlora.output.figures import COLOURS, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

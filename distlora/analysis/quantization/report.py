@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distlora.analysis.quantization.request import PLOT_NAME
-from distlora.pages.tables import Table, as_markdown, as_text
+from distlora.output.tables import Table, as_markdown, as_text
 
 QLORA_TABLE_2 = {"Int4": 34.34, "Float4 (E2M1)": 31.07, "Float4 (E3M0)": 29.48, "NFloat4 + DQ": 27.41}
 """Mean perplexity on Pile Common Crawl of OPT, BLOOM, LLaMA and Pythia models of 125M to 13B (arXiv 2305.14314)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.quantization import int4
-from distlora.loading.second_level import SecondLevel
+from distlora.weights.second_level import SecondLevel
 from distlora_kernels import nf4
 
 CHUNK = 64 * nf4.GROUP

@@ -15,16 +15,16 @@ from distlora.analysis.quantization.references import measure_references
 from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.quantization.roundtrip import Sums
 from distlora.analysis.quantization.weights import Weight, find_weights
-from distlora.commands.ending import DONE, run_to_exit_code
-from distlora.commands.saying import Progress
-from distlora.commands.wording import named_by_argument
-from distlora.commands.work import made_on
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
-from distlora.loading.reader import Reader
-from distlora.pages.written import Written
+from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
-from distlora.readings import evenly
+from distlora.post.divergence import evenly
+from distlora.post.work import made_on
+from distlora.system.exit_codes import DONE, run_to_exit_code
+from distlora.system.progress_lines import Progress
+from distlora.system.wording import named_by_argument
+from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_quantization)
 

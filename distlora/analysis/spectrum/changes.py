@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.naming import in_a_block, layer_of, linear_of
-from distlora.checkpoints.folder import STATE_NAME, newest, step_of
-from distlora.deltas.apply import adapted_rows
-from distlora.deltas.base import Base, BaseWeight, open_base
-from distlora.deltas.factors import AdapterFile, Factors
-from distlora.folders.run_folder import CHECKPOINTS, read_result
-from distlora.loading.conversion import Source
-from distlora.loading.reader import Reader
-from distlora.loading.segments import read_headers
 from distlora.loading.weights import find_base
-from distlora.merging.adapter import open_adapter
 from distlora.model.experts import ExpertWeight
-from distlora.trained import Trained, named_by_place
-from distlora.trained_model import check_base, weights_in
+from distlora.post.deltas.apply import adapted_rows
+from distlora.post.deltas.base import Base, BaseWeight, open_base
+from distlora.post.deltas.factors import AdapterFile, Factors
+from distlora.post.load_trained import check_base, weights_in
+from distlora.post.merge.adapter import open_adapter
+from distlora.post.trained import Trained, named_by_place
+from distlora.run_folder.checkpoints import STATE_NAME, newest, step_of
+from distlora.run_folder.layout import CHECKPOINTS, read_result
+from distlora.weights.conversion import Source
+from distlora.weights.reader import Reader
+from distlora.weights.segments import read_headers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

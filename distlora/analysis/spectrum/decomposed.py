@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distlora import randomness
-from distlora.loading import fp64
+from distlora.system import randomness
+from distlora.weights import fp64
 
 SMALLEST = 1e-7
 """Of the largest: below this, X^T X in fp64 says nothing of a singular value, and there is none."""

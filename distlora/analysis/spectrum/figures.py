@@ -16,7 +16,7 @@ from distlora.analysis.spectrum.changes import Change
 from distlora.analysis.spectrum.decomposed import Singular, largest, of_factors, whole
 from distlora.analysis.spectrum.intruders import Similarity, similarity
 from distlora.analysis.spectrum.request import Request
-from distlora.loading import fp64
+from distlora.weights import fp64
 
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""

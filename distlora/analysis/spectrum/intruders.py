@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.spectrum.decomposed import SMALLEST, Singular, largest, whole
-from distlora.loading import fp64
+from distlora.weights import fp64
 
 STEPS = 64
 """Of Lanczos, at most."""

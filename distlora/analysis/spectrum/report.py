@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distlora.analysis.spectrum.request import PLOT_NAME
-from distlora.pages.tables import Table, as_markdown, as_text
+from distlora.output.tables import Table, as_markdown, as_text
 
 MOST_ROWS = 40
 """Lines of a table; of more, the rest is left to spectrum.json."""

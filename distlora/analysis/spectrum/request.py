@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from distlora.config import require
-from distlora.trained import Name
+from distlora.post.trained import Name
 
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "spectrum.json", "report.md", "spectrum.png"
 """What the command leaves in its folder."""

@@ -15,12 +15,12 @@ from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.decomposed import largest
 from distlora.analysis.spectrum.plots import plot_spectrum
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
-from distlora.commands.ending import DONE, request_text, run_to_exit_code
-from distlora.commands.saying import Progress, quieten
-from distlora.commands.work import made_on
 from distlora.config import UserError
-from distlora.loading.reader import Reader
-from distlora.pages.written import Written
+from distlora.output.result_files import Written
+from distlora.post.work import made_on
+from distlora.system.exit_codes import DONE, request_text, run_to_exit_code
+from distlora.system.progress_lines import Progress, quieten
+from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_spectrum)
 

@@ -22,9 +22,9 @@ from distlora.bench.checkpoints import write_random_checkpoint
 from distlora.bench.machine import made_here
 from distlora.bench.network import free_port
 from distlora.bench.processes import own_stdout, run_each
-from distlora.pages.drawing import draw_bars
-from distlora.pages.tables import Table
-from distlora.pages.written import Results
+from distlora.output.figures import draw_bars
+from distlora.output.result_files import Results
+from distlora.output.tables import Table
 from distlora.parallel import join_ranks, leave_ranks
 
 MODEL: dict[str, Any] = {

@@ -17,17 +17,17 @@ import torch
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
 from distlora.bench.rows import random_rows
 from distlora.bench.trial import Started, nothing
-from distlora.checkpoints.choice import choose
-from distlora.checkpoints.environment import environment
-from distlora.checkpoints.folder import TRAINER_NAME
-from distlora.checkpoints.saver import Saver
-from distlora.checkpoints.state import Identity, Progress, TrainState
+from distlora.checkpoint.choice import choose
+from distlora.checkpoint.environment import environment
+from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
-from distlora.reporting.reporter import Reporter
-from distlora.results import restore, trainer_tensors, weight_files
+from distlora.run_folder.checkpoints import TRAINER_NAME
+from distlora.training.publish import restore, trainer_tensors, weight_files
+from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Hooks
 
 MODES = ("none", "background", "thread")

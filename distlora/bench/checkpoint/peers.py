@@ -19,7 +19,7 @@ from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
 from distlora.bench.traffic import random_tokens
 from distlora.parallel import Ranks
-from distlora.plan.wire import Storage
+from distlora.planner.traffic import Storage
 
 
 def adapted(folder: Path, r: int, storage: Storage = "nf4 in uint8") -> Any:

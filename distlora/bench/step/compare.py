@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora import host_memory
 from distlora.bench.network import loopback_bytes
 from distlora.bench.step.cells import KEPT_PAGES, LEARNING_RATE, OURS, RANK, Cell
 from distlora.bench.step.running import CellFailedError, Processes, Turn
+from distlora.system import host_memory
 
 PREPARE = "distlora.bench.step.rows"
 TOLD_STEPS = 25

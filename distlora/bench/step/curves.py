@@ -11,8 +11,8 @@ from typing import Any
 
 from distlora.bench.step.cells import OURS, WAYS
 from distlora.bench.step.compare import Measured
-from distlora.pages.drawing import COLOURS, new_figure, save
-from distlora.pages.tables import Table
+from distlora.output.figures import COLOURS, new_figure, save
+from distlora.output.tables import Table
 
 SEED_WAYS = (OURS, "peft-documented")
 """Trained from a second adapter too: what chance does."""

@@ -13,8 +13,8 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
-from distlora.peft_files.folder import read_initial_adapter
-from distlora.reporting.reporter import Reporter
+from distlora.training.reporting.reporter import Reporter
+from distlora.weights.peft.folder import read_initial_adapter
 
 STEPS = 10**6
 """Of the run: more than anybody measures, at a constant learning rate."""

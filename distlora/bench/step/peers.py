@@ -19,7 +19,7 @@ from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, t
 from distlora.bench.step.turns import EndedError, Turns
 from distlora.data.loader import IGNORED, MicroBatch, PackedRows, StepLoader
 from distlora.parallel import Ranks
-from distlora.plan.wire import Storage
+from distlora.planner.traffic import Storage
 
 Inputs = dict[str, Tensor]
 MAX_GRAD_NORM = 1.0

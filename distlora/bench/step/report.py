@@ -9,8 +9,8 @@ from typing import Any
 
 from distlora.bench.step.cells import OURS, WAYS
 from distlora.bench.step.compare import Measured
-from distlora.pages.drawing import COLOURS, new_figure, save
-from distlora.pages.tables import Table, spread
+from distlora.output.figures import COLOURS, new_figure, save
+from distlora.output.tables import Table, spread
 
 MIB, MB = 2**20, 10**6
 REFERENCES = (OURS, "ours-compiled")

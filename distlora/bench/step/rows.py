@@ -20,14 +20,14 @@ from distlora.bench.machine import made_here
 from distlora.bench.processes import own_stdout
 from distlora.bench.rows import packed, random_rows
 from distlora.bench.step.cells import installed
-from distlora.checkpoints.files import write_files
+from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.data.loader import PackedRows, StepLoader
 from distlora.data.prepare import prepare
 from distlora.parallel import Ranks
-from distlora.results import weight_files
-from distlora.startup import start_model
+from distlora.training.publish import weight_files
+from distlora.training.setup import start_model
 
 
 def write_rows(rows: PackedRows, file: Path) -> None:

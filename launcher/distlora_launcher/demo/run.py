@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 
 from distlora.config import UserError
+from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.demo.base import base_folder, base_made_here, cache_root, make_base, note_maker
 from distlora_launcher.demo.corpus import build_corpus
 from distlora_launcher.demo.report import Sample, next_commands, read_summary, sample_text, table, verdict
 from distlora_launcher.demo.runs import run_module, run_settings
-from distlora_launcher.settings.checks import gpu_count
 
 USAGE = """usage: distlora demo [--base]
 

@@ -8,10 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from distlora_launcher.resume import resume
-from distlora_launcher.running import local
-from distlora_launcher.settings.checks import check
-from distlora_launcher.settings.compose import compose_config
+from distlora_launcher.cli.resume import resume
+from distlora_launcher.compose.checks import check
+from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.launch import local
 
 
 def run_settings(overrides: list[str]) -> int:

@@ -13,13 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora.commands.ending import BAD_INPUT, DONE
 from distlora.config import UserError, nearest
 from distlora.config.file import parse_yaml
-from distlora_launcher.arguments import Parser
+from distlora.system.exit_codes import BAD_INPUT, DONE
+from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.importing.axolotl import convert
 from distlora_launcher.importing.recipe import recipe_text, report
-from distlora_launcher.settings.checks import check_writable
+from distlora_launcher.terminal.arguments import Parser
 
 TOOLS = ("axolotl",)
 USAGE = """usage: distlora import axolotl FILE.yaml [--processes N] [--out FOLDER/recipe/NAME.yaml] [--strict]
@@ -100,7 +100,7 @@ def check_composes(text: str, source: Path, *, starts_from_adapter: bool) -> Non
 
     The adapter that it may start from is left aside: it need not be on this machine.
     """
-    from distlora_launcher.settings.compose import compose_config
+    from distlora_launcher.compose.compose import compose_config
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe" / "imported.yaml"

@@ -13,10 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.places import is_hub_name
-from distlora_launcher.running.logs import SLURM
+from distlora.system import atomic_io
+from distlora_launcher.launch.logs import SLURM
 
 SCRIPT_NAME = "job.sbatch"
 """In the run folder, or in a sweep's."""
@@ -107,8 +107,8 @@ def write_script(folder: Path, script: str) -> bool:
         ours = sums.read_text(encoding="utf-8") == _sum(there) if sums.is_file() else there == script
         if not ours:
             return False
-    durable.write_text(path, script)
-    durable.write_text(sums, _sum(script))
+    atomic_io.write_text(path, script)
+    atomic_io.write_text(sums, _sum(script))
     return True
 
 

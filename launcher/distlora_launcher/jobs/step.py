@@ -9,14 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from distlora.commands.ending import DONE, STOPPED
 from distlora.config import Config
-from distlora.folders.run_folder import find_result
-from distlora.reporting.wandb_agent import ASKED
+from distlora.run_folder.layout import find_result
+from distlora.system.exit_codes import DONE, STOPPED
+from distlora.training.reporting.wandb_agent import ASKED
 from distlora_launcher.jobs.submit import make_ready
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.local import make_run, say_how_to_go_on
-from distlora_launcher.running.signals import forwarding
+from distlora_launcher.launch.local import make_run, say_how_to_go_on
+from distlora_launcher.launch.signals import forwarding
+from distlora_launcher.terminal.output import say, shown
 
 STEP = "DISTLORA_STEP"
 """Environment variable: what bash runs to start RUN on all machines."""

@@ -14,20 +14,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
-from distlora.folders.run_folder import checkpoint_folders
-from distlora_launcher.hub import restore
+from distlora.run_folder.layout import checkpoint_folders
+from distlora.system.exit_codes import DONE
+from distlora_launcher.compose.checks import check
+from distlora_launcher.compose.hub import restore
+from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.jobs import scheduler
-from distlora_launcher.jobs.record import Submission, read_submission, write_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render, write_script
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.holding import running
-from distlora_launcher.running.local import is_prepared, make_run, prepare, say_how_to_go_on
-from distlora_launcher.running.logs import SLURM
-from distlora_launcher.settings.checks import check
-from distlora_launcher.settings.planning import keep, planned
+from distlora_launcher.launch.job_record import Submission, read_submission, write_submission
+from distlora_launcher.launch.local import (
+    is_prepared,
+    make_run,
+    prepare,
+    say_how_to_go_on,
+)
+from distlora_launcher.launch.lock import running
+from distlora_launcher.launch.logs import SLURM
+from distlora_launcher.terminal.output import say, shown
 
 
 def is_job(config: Config) -> bool:

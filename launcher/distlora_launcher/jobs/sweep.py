@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
 from distlora.config.file import load_config
-from distlora.folders.run_folder import find_result
+from distlora.run_folder.layout import find_result
+from distlora.system.exit_codes import DONE
 from distlora_launcher.jobs import scheduler
-from distlora_launcher.jobs.record import write_submission
 from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, render, write_script
 from distlora_launcher.jobs.submit import is_job, live_job, make_cache, make_ready, say_kept, submit_script
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.holding import CONFIG_NAME
-from distlora_launcher.running.local import forget_run, make_run, remove_if_empty
+from distlora_launcher.launch.job_record import write_submission
+from distlora_launcher.launch.local import forget_run, make_run, remove_if_empty
+from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.terminal.output import say, shown
 
 
 class Sweep:

@@ -19,22 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
-from distlora.commands.ending import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import UserError, require
-from distlora.folders.run_folder import find_result
-from distlora.folders.sweep_folder import words_of
-from distlora.json_files import read_object
-from distlora.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
-from distlora_launcher.arguments import Parser
+from distlora.config.json_files import read_object
+from distlora.run_folder.layout import find_result
+from distlora.run_folder.sweep import words_of
+from distlora.system import atomic_io
+from distlora.system.exit_codes import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+)
+from distlora.training.reporting.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.jobs.step import in_job
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.holding import CONFIG_NAME, MACHINES, holders, worker_place
-from distlora_launcher.running.logs import host_name
-from distlora_launcher.running.run_state import read_ending
-from distlora_launcher.running.signals import Forwarder, forwarding
-from distlora_launcher.running.worker_entry import PARENT
+from distlora_launcher.launch.lock import (
+    CONFIG_NAME,
+    MACHINES,
+    holders,
+    worker_place,
+)
+from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.run_state import read_ending
+from distlora_launcher.launch.signals import Forwarder, forwarding
+from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.wandb_trial import FOLDER, folder_of, was_ended_early
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep agent ENTITY/PROJECT/ID [--count N] [run_dir=FOLDER] [sweep.workers=N]
                             [cluster=slurm ...]
@@ -91,7 +101,7 @@ class Request:
 
     def keep(self) -> None:
         """Note it, for `distlora resume`."""
-        durable.write_json(self.folder / RECORD_NAME, {"words": self.words()})
+        atomic_io.write_json(self.folder / RECORD_NAME, {"words": self.words()})
 
 
 def main(arguments: list[str]) -> int:
@@ -133,7 +143,7 @@ def go_on(folder: Path) -> int:
 
 def ask(arguments: Sequence[str]) -> tuple[Request, int | None, Any]:
     """What a command line asks for, the number of the one agent that a task of an array is, and the section cluster."""
-    from distlora_launcher.settings.compose import compose_section, parse_overrides
+    from distlora_launcher.compose.compose import compose_section, parse_overrides
 
     parser = Parser("distlora sweep agent")
     parser.add_argument("words", nargs="*")
@@ -243,7 +253,9 @@ class Agents:
         elif not stopping:
             run = next(iter(self._unfinished()), None)
             slot.is_agent = run is None
-            slot.process = self._start(slot, self._agent() if run is None else ["distlora_launcher.cli", "resume", run])
+            slot.process = self._start(
+                slot, self._agent() if run is None else ["distlora_launcher.cli.main", "resume", run]
+            )
 
     def _unfinished(self) -> Iterator[str]:
         """Runs that go on first, while nobody else has taken them."""
@@ -266,7 +278,7 @@ class Agents:
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
         if slot.cards is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.cards
-        command = [sys.executable, "-m", "distlora_launcher.bound", *words]
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *words]
         options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
         if len(self._slots) == 1:
             return subprocess.Popen(command, **options)

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distlora.commands.ending import DONE
 from distlora.config import ClusterConfig, Config, UserError, require
-from distlora_launcher.hub import is_to_download, localize
+from distlora.system.exit_codes import DONE
+from distlora_launcher.compose.hub import is_to_download, localize
 from distlora_launcher.jobs import scheduler
-from distlora_launcher.jobs.record import read_submission, write_submission
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render_workers, write_script
 from distlora_launcher.jobs.submit import have_judged, make_cache, say_kept, submit_script
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.local import create_run, prepare
+from distlora_launcher.launch.job_record import read_submission, write_submission
+from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.sweeps.folder import LOGS, Sweep
+from distlora_launcher.terminal.output import say, shown
 
 
 def script_of(sweep: Sweep, config: Config) -> str:
@@ -79,7 +79,7 @@ def submit_agents(request: Any, cluster: ClusterConfig) -> int:
         request.folder,
         config,
         request.workers,
-        ["distlora_launcher.cli", "sweep", "agent", *request.one()],
+        ["distlora_launcher.cli.main", "sweep", "agent", *request.one()],
         trials="*",
         again="distlora resume $SWEEP",
     )

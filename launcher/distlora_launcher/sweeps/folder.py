@@ -15,10 +15,10 @@ import yaml
 
 from distlora.config import UserError, require
 from distlora.config.file import build, parse_yaml
+from distlora.config.json_files import Shape, check_shape
 from distlora.config.sweep import SweepConfig
-from distlora.folders.sweep_folder import SWEEP_NAME, trial_folder, words_of
-from distlora.json_files import Shape, check_shape
-from distlora_launcher.settings.compose import Composed, compose_run, section_of
+from distlora.run_folder.sweep import SWEEP_NAME, trial_folder, words_of
+from distlora_launcher.compose.compose import Composed, compose_run, section_of
 from distlora_launcher.sweeps.space import Dimension, as_records, from_records
 
 LOGS = "logs"

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distlora.folders.sweep_folder import COMPLETE, TrialRecord
+from distlora.run_folder.sweep import COMPLETE, TrialRecord
 
 TOGETHER = "together"
 """What no setting explains alone: that the effect of one depends on the other."""

@@ -14,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from distlora.config import UserError
-from distlora.folders.sweep_folder import JOURNAL_NAME
+from distlora.run_folder.sweep import JOURNAL_NAME
 
 LOCK_NAME = ".lock"
 

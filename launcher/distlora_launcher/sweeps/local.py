@@ -10,17 +10,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.commands.ending import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.config import Config, require
-from distlora.folders.sweep_folder import COMPLETE, at_rest
-from distlora_launcher.output import say, shown
-from distlora_launcher.running.signals import forwarding
-from distlora_launcher.running.worker_entry import PARENT
-from distlora_launcher.settings.checks import gpu_count
+from distlora.run_folder.sweep import COMPLETE, at_rest
+from distlora.system.exit_codes import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+)
+from distlora_launcher.compose.checks import gpu_count
+from distlora_launcher.launch.signals import forwarding
+from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search, search_of
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import closing, text
+from distlora_launcher.terminal.output import say, shown
 
 POLL_SECONDS = 0.1
 
@@ -96,7 +102,7 @@ def _start(folder: Path, index: int, cards: str | None) -> subprocess.Popen[byte
     if cards is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cards
     module = "distlora_launcher.sweeps.worker"
-    command = [sys.executable, "-m", "distlora_launcher.bound", module, str(folder), "--index", str(index)]
+    command = [sys.executable, "-m", "distlora_launcher.launch.bound", module, str(folder), "--index", str(index)]
     sys.stdout.flush()
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 

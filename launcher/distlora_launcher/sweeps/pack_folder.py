@@ -1,4 +1,4 @@
-"""A pack's folder as the launcher writes and reads it (distlora/packed/protocol.py), and the process that trains it."""
+"""Write and read a pack's folder (distlora/training/multi_trial/protocol.py), and start the process that trains it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
 from distlora.config import Config
-from distlora.folders.run_folder import PLAN_NAME
-from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED
-from distlora.json_files import object_or_empty
-from distlora.packed.protocol import (
+from distlora.config.json_files import object_or_empty
+from distlora.run_folder.layout import PLAN_NAME
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
+from distlora.system import atomic_io
+from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
     OUTCOMES,
@@ -26,9 +26,9 @@ from distlora.packed.protocol import (
     outcome_file,
     verdict_file,
 )
-from distlora_launcher.running.holding import CONFIG_NAME
-from distlora_launcher.running.local import create_run
-from distlora_launcher.running.run_state import read_ending
+from distlora_launcher.launch.local import create_run
+from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.launch.run_state import read_ending
 from distlora_launcher.sweeps.runner import environment, last_error, wait_until_free
 
 MODULE = "distlora_launcher.sweeps.pack_process"
@@ -72,7 +72,7 @@ class PackFolder:
 
     def keep_plan(self, plan: Mapping[str, Any]) -> None:
         """What its workers hold their memory to."""
-        durable.write_json(self.folder / PLAN_NAME, plan)
+        atomic_io.write_json(self.folder / PLAN_NAME, plan)
 
     @property
     def inside(self) -> frozenset[int]:
@@ -94,19 +94,19 @@ class PackFolder:
             self._give(number, run_dir)
 
     def _give(self, number: int, run_dir: Path) -> None:
-        durable.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
+        atomic_io.write_json(inbox_file(self.folder, number), {"number": number, "run_dir": str(run_dir)})
         self._given[number] = run_dir
 
     def say(self, number: int, step: int, *, prune: bool) -> None:
         """The verdict on a trial's evaluation."""
         if self._verdicts:
-            durable.write_json(verdict_file(self.folder, number, step), {"prune": prune})
+            atomic_io.write_json(verdict_file(self.folder, number, step), {"prune": prune})
 
     def fail(self, number: int, reason: str) -> None:
         """Write the outcome of a trial that its pack did not live to write."""
         path = outcome_file(self.folder, number)
         if not path.exists():
-            durable.write_json(path, {"state": FAILED, "reason": reason, "step": None, "seconds": None})
+            atomic_io.write_json(path, {"state": FAILED, "reason": reason, "step": None, "seconds": None})
 
     def close(self) -> None:
         """No more trials come."""
@@ -116,7 +116,7 @@ class PackFolder:
     def _say_closed(self) -> None:
         """Once all trials are in the inbox: its process ends when they are done."""
         if self.closed and not self._later:
-            durable.write_text(self.folder / CLOSED_NAME, "")
+            atomic_io.write_text(self.folder / CLOSED_NAME, "")
 
     def outcomes(self) -> Iterator[Ended]:
         """Those that are new, in the order of their numbers."""
@@ -154,12 +154,12 @@ class PackFolder:
                 self._give(number, waiting[number])
         (self.folder / CLOSED_NAME).unlink(missing_ok=True)
         self._say_closed()
-        durable.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
+        atomic_io.write_json(self.folder / PACK_NAME, {"slots": slots, "verdicts": self._verdicts})
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "distlora_launcher.bound", MODULE, str(self.folder)],
+                [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -10,15 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distlora.commands.ending import run_to_exit_code
 from distlora.config.file import load_config
-from distlora.json_files import read_object
-from distlora.packed.protocol import PACK_NAME
-from distlora_launcher.running.holding import running
-from distlora_launcher.running.signals import hold
-from distlora_launcher.running.workers import run_workers
+from distlora.config.json_files import read_object
+from distlora.system.exit_codes import run_to_exit_code
+from distlora.training.multi_trial.protocol import PACK_NAME
+from distlora_launcher.launch.lock import running
+from distlora_launcher.launch.signals import hold
+from distlora_launcher.launch.workers import run_workers
 
-WORKER = "distlora.packed"
+WORKER = "distlora.training.multi_trial"
 
 
 def run(pack: Path) -> int:

@@ -9,14 +9,19 @@ from typing import Any
 
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.sweep import SweepConfig
-from distlora.folders.sweep_folder import words_of
-from distlora.packed.settings import check_trial
-from distlora.plan.choice.packing import MOST, Packing, largest, packing
-from distlora.plan.pages.report import packed_trials
+from distlora.planner.choice.packing import (
+    MOST,
+    Packing,
+    largest,
+    packing,
+)
+from distlora.planner.pages.report import packed_trials
+from distlora.run_folder.sweep import words_of
+from distlora.training.multi_trial.settings import check_trial
+from distlora_launcher.compose.compose import Composed, compose_run, section_of
+from distlora_launcher.compose.planning import choices, machine_here
+from distlora_launcher.compose.this_machine import planned_model
 from distlora_launcher.jobs.step import in_job
-from distlora_launcher.settings.compose import Composed, compose_run, section_of
-from distlora_launcher.settings.here import planned_model
-from distlora_launcher.settings.planning import choices, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.section import read_section
 from distlora_launcher.sweeps.space import Dimension, Values, count_cells, is_finite

@@ -1,5 +1,5 @@
 """How a worker trains several trials at once on one base: it prepares their run folders and feeds a pack, which trains
-them together (distlora/packed/).
+them together (distlora/training/multi_trial/).
 
 Trials whose settings may not differ in a pack wait for the pack after this one. A pack that dies is started again with
 half as many at once, from what each trial has saved; one that dies with a single trial in it was killed by that trial.
@@ -19,25 +19,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distlora.commands.ending import BAD_INPUT, DONE, STOPPED
 from distlora.config import Config, UserError, require
 from distlora.config.file import load_config
 from distlora.config.plan import CHOSEN
-from distlora.folders.run_folder import DATA_NAME, PLAN_NAME, find_result
-from distlora.folders.sweep_folder import COMPLETE, FAILED, PACKS, SAVED
-from distlora.packed.settings import check_beside, check_trial
-from distlora.plan.choice.space import value_of, with_settings
-from distlora_launcher.hub import localize, restore
-from distlora_launcher.output import say
-from distlora_launcher.running.holding import CONFIG_NAME, running
-from distlora_launcher.running.local import create_run, forget_run, is_prepared
-from distlora_launcher.settings.checks import check
-from distlora_launcher.settings.compose import compose_run
-from distlora_launcher.settings.planning import choices
+from distlora.planner.choice.space import value_of, with_settings
+from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    PACKS,
+    SAVED,
+)
+from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
+from distlora.training.multi_trial.settings import check_beside, check_trial
+from distlora_launcher.compose.checks import check
+from distlora_launcher.compose.compose import compose_run
+from distlora_launcher.compose.hub import localize, restore
+from distlora_launcher.compose.planning import choices
+from distlora_launcher.launch.local import create_run, forget_run, is_prepared
+from distlora_launcher.launch.lock import CONFIG_NAME, running
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 from distlora_launcher.sweeps.pack_folder import Ended, PackFolder
 from distlora_launcher.sweeps.packing import number_of, packing_beside, packing_of, valid_sizes
 from distlora_launcher.sweeps.runner import Asked, Outcome, environment, last_error, trial_log, wait_until_free
+from distlora_launcher.terminal.output import say
 
 
 @dataclass(slots=True)
@@ -300,7 +305,7 @@ class _Preparation:
     @classmethod
     def of(cls, trial: Asked, log: Path) -> _Preparation:
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "distlora_launcher.bound", "distlora.data", str(trial.run_dir)]
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data", str(trial.run_dir)]
         with log.open("ab") as file:
             start = file.tell()
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The report of a sweep: what its folder says, put together for `distlora.report`."""
+"""The report of a sweep: what its folder says, put together for `distlora_launcher.report`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora import durable
-from distlora.folders.run_folder import REPORT_NAME
-from distlora.folders.sweep_folder import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, read_importance, read_results
-from distlora.report.run_records import Standing, noted
-from distlora.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora_launcher.output import say, shown, warn
-from distlora_launcher.report import write_done
-from distlora_launcher.running.holding import holders
+from distlora.run_folder.layout import REPORT_NAME
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    RESULTS_NAME,
+    TrialRecord,
+    at_rest,
+    read_importance,
+    read_results,
+)
+from distlora.system import atomic_io
+from distlora_launcher.cli.report import write_done
+from distlora_launcher.launch.lock import holders
+from distlora_launcher.report.run_records import Standing, noted
+from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.folder import load_sweep
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.state import jobs_now
+from distlora_launcher.terminal.output import say, shown, warn
 
 MOST_BYTES, MOST_BYTES_AT_END = 64_000_000, 4_000_000
 """Of the trials' metrics.jsonl together, up to which their losses are drawn: of the command (5 s), and at the end."""
@@ -83,7 +90,7 @@ def write_at_end(folder: Path) -> None:
             if trial.state == COMPLETE and not (run_dir / REPORT_NAME).exists():
                 write_done(run_dir)
         page = page_of_sweep(folder, most=MOST_BYTES_AT_END, has_ended=True)
-        durable.write_text(folder / REPORT_NAME, page)
+        atomic_io.write_text(folder / REPORT_NAME, page)
         say(f"its results and curves on a page: {shown(folder / REPORT_NAME)}")
     except Exception as error:
         again = f"distlora report {shown(folder)}"

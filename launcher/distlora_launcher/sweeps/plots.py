@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distlora.folders.sweep_folder import COMPLETE, PRUNED, TrialRecord
-from distlora.pages.drawing import COLOURS, new_figure, save
+from distlora.output.figures import COLOURS, new_figure, save
+from distlora.run_folder.sweep import COMPLETE, PRUNED, TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.table import best_of, shown_value
 

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, require
-from distlora.folders.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
-from distlora.folders.run_folder import PLAN_NAME, SUMMARY_NAME
-from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED, TrialRecord
-from distlora.json_files import object_or_empty
+from distlora.config.json_files import object_or_empty
+from distlora.run_folder.eval_documents import (
+    EVAL_DOCUMENTS_NAME,
+    DocumentRecord,
+    check_paired,
+    read_documents,
+)
+from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    TrialRecord,
+)
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.rank_setup import WORDS, decide, read_setup, write_setup
 from distlora_launcher.sweeps.ranks import (

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora import durable
 from distlora.config import Config, UserError, require
-from distlora.json_files import Shape, check_shape, read_object
-from distlora.plan import plan_of
-from distlora.plan.model import PlannedModel
-from distlora.plan.pages.report import needs
-from distlora_launcher.settings import here
-from distlora_launcher.settings.planning import check_planned, machine_here
+from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.planner import plan_of
+from distlora.planner.model import PlannedModel
+from distlora.planner.pages.report import needs
+from distlora.system import atomic_io
+from distlora_launcher.compose import this_machine
+from distlora_launcher.compose.planning import check_planned, machine_here
 from distlora_launcher.sweeps.folder import Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"
@@ -60,13 +60,13 @@ def read_setup(folder: Path) -> Setup | None:
 
 
 def write_setup(folder: Path, setup: Setup) -> None:
-    durable.write_json(folder / RANK_SEARCH_NAME, dataclasses.asdict(setup))
+    atomic_io.write_json(folder / RANK_SEARCH_NAME, dataclasses.asdict(setup))
 
 
 def decide(sweep: Sweep) -> Setup:
     """By the model, and what this machine has now. Raises UserError for settings that leave nothing to search."""
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, WORDS).config
-    model = here.planned_model(config)
+    model = this_machine.planned_model(config)
     check(config, model)
     adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
     full_lr = sweep.settings.full_lr
@@ -116,7 +116,7 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
         return "the trials of a pack share one base, which it trains"
     try:
         config = sweep.compose(0, setup.values_of_full, WORDS).config
-        model = here.planned_model(config)
+        model = this_machine.planned_model(config)
         check_planned(config, model)
         plan = plan_of(config, model, machine_here(config))
     except UserError as error:

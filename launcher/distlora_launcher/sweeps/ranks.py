@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distlora.config.sweep import SweepConfig
-from distlora.folders.eval_documents import DocumentRecord
-from distlora.pages.tables import Table
+from distlora.output.tables import Table
+from distlora.run_folder.eval_documents import DocumentRecord
 from distlora_launcher.sweeps.bootstrap import Gain, gain
 
 FULL = "full"

@@ -12,18 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from distlora.commands.ending import BAD_INPUT, DONE, STOPPED
-from distlora.folders.run_folder import find_result
-from distlora.folders.sweep_folder import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
-from distlora.reporting.wandb_agent import VARIABLES
-from distlora_launcher.running.holding import CONFIG_NAME, holders
-from distlora_launcher.running.run_state import read_ending, read_figures
-from distlora_launcher.running.worker_entry import PARENT
+from distlora.run_folder.layout import find_result
+from distlora.run_folder.sweep import (
+    CANCELLED_NAME,
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    SAVED,
+)
+from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
+from distlora.training.reporting.wandb_agent import VARIABLES
+from distlora_launcher.launch.lock import CONFIG_NAME, holders
+from distlora_launcher.launch.run_state import read_ending, read_figures
+from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.folder import LOGS, Sweep
 
 """State of a trial that was asked to save and stop: it goes on with the sweep."""
 
-MODULE = "distlora_launcher.cli"
+MODULE = "distlora_launcher.cli.main"
 """What a trial is: its `train` and `resume`."""
 
 RELEASE_SECONDS = 60
@@ -49,7 +55,7 @@ class Outcome:
 
     number: int
     state: str
-    """COMPLETE, PRUNED, FAILED (distlora/folders/sweep_folder.py) or SAVED."""
+    """COMPLETE, PRUNED, FAILED (distlora/run_folder/sweep.py) or SAVED."""
     seconds: float
     step: int | None = None
     reason: str | None = None
@@ -117,7 +123,7 @@ class Alone:
         else:
             folder = self._sweep.config_dir
             words = ["train", *([] if folder is None else ["--config-dir", folder]), *trial.words]
-        command = [sys.executable, "-m", "distlora_launcher.bound", MODULE, *words]
+        command = [sys.executable, "-m", "distlora_launcher.launch.bound", MODULE, *words]
         with log.open("ab") as file:
             self._log_start = file.tell()
             self._process = subprocess.Popen(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from distlora.config import require
-from distlora.folders.sweep_folder import TrialRecord
+from distlora.run_folder.sweep import TrialRecord
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.space import Dimension, Interval, cells, count_cells, is_finite
 

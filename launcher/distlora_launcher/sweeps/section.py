@@ -9,7 +9,7 @@ from distlora.config import require
 from distlora.config.errors import short
 from distlora.config.file import build
 from distlora.config.sweep import METHODS, SweepConfig
-from distlora_launcher.settings.compose import compose_section, parse_overrides, section_of
+from distlora_launcher.compose.compose import compose_section, parse_overrides, section_of
 from distlora_launcher.sweeps.space import Dimension, flat, split
 
 OWNERS = {"sampler": "optuna"} | dict.fromkeys(

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from distlora.config import Config, UserError, require
-from distlora_launcher.settings.compose import parse_overrides, section_of
+from distlora_launcher.compose.compose import parse_overrides, section_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.folders.sweep_folder import RESULTS_NAME, RUNNING, TrialRecord, at_rest, read_results
+from distlora.run_folder.sweep import (
+    RESULTS_NAME,
+    RUNNING,
+    TrialRecord,
+    at_rest,
+    read_results,
+)
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
-from distlora_launcher.output import shown
-from distlora_launcher.running.holding import holders
-from distlora_launcher.running.processes import Process
-from distlora_launcher.running.run_state import read_figures
+from distlora_launcher.launch.lock import holders
+from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.run_state import read_figures
 from distlora_launcher.sweeps.arrays import jobs_of
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.search import Due, search_of
 from distlora_launcher.sweeps.table import best_of, closing, text
+from distlora_launcher.terminal.output import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

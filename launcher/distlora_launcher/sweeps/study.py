@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from distlora.folders.sweep_folder import (
+from distlora.run_folder.sweep import (
     COMPLETE,
     FAILED,
     PRUNED,
@@ -27,14 +27,14 @@ from distlora.folders.sweep_folder import (
     TrialRecord,
     write_results,
 )
-from distlora_launcher.output import warn
-from distlora_launcher.running.holding import holders, is_alive
-from distlora_launcher.running.processes import Process, this_process
+from distlora_launcher.launch.lock import holders, is_alive
+from distlora_launcher.launch.processes import Process, this_process
 from distlora_launcher.sweeps.drawing import check_sampler, choice_of, chosen, distribution, draw, pruner_of, sampler_of
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.journal import Lock, open_journal
 from distlora_launcher.sweeps.runner import Asked, Outcome
 from distlora_launcher.sweeps.search import Due, Search
+from distlora_launcher.terminal.output import warn
 
 NAME = "sweep"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distlora import durable
-from distlora.folders import sweep_folder
-from distlora.folders.sweep_folder import TrialRecord, counted, ranked
-from distlora.pages.words import roughly
-from distlora_launcher.output import aligned, shown
+from distlora.run_folder import sweep as sweep_folder
+from distlora.run_folder.sweep import TrialRecord, counted, ranked
+from distlora.system import atomic_io
+from distlora.system.numbers import roughly
 from distlora_launcher.sweeps.folder import Sweep
 from distlora_launcher.sweeps.search import Search
+from distlora_launcher.terminal.output import aligned, shown
 
 RESULTS_MD = "results.md"
 CONCLUSION_NAME = "conclusion.json"
@@ -70,8 +70,8 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> 
     conclusion = search.conclusion(trials)
     if conclusion:
         parts.append("\n".join(conclusion))
-        durable.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
-    durable.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
+        atomic_io.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
+    atomic_io.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
 
 
 def shown_value(value: Any) -> str:

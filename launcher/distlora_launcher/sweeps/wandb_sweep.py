@@ -16,17 +16,17 @@ from typing import Any
 
 import yaml
 
-from distlora import durable
-from distlora.commands.ending import DONE
 from distlora.config import Config, UserError, require
 from distlora.config.file import as_mapping
 from distlora.config.places import means_hub
 from distlora.config.sweep import SweepConfig
-from distlora.folders.sweep_folder import words_of
-from distlora_launcher.output import say, shown, warn
-from distlora_launcher.sweeps.asked import ask, check_trials
+from distlora.run_folder.sweep import words_of
+from distlora.system import atomic_io
+from distlora.system.exit_codes import DONE
+from distlora_launcher.sweeps.request import ask, check_trials
 from distlora_launcher.sweeps.search import search_of
 from distlora_launcher.sweeps.space import Dimension, Interval, Values
+from distlora_launcher.terminal.output import say, shown, warn
 
 FILE_NAME = "wandb_sweep.yaml"
 """In the sweep's folder: what is registered."""
@@ -87,7 +87,7 @@ def create(arguments: list[str]) -> int:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     file = sweep.folder / FILE_NAME
     require(not file.exists(), f"{file} is there already; set another run_dir, or `wandb sweep {shown(file)}`")
-    durable.write_text(file, text)
+    atomic_io.write_text(file, text)
     path = register(file, first.config)
     say(f"sweep {path}, as {shown(file)} says")
     say(f"start its runs with: distlora sweep agent {path}   (as often as you like, on any machine)")

@@ -11,14 +11,14 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from distlora.commands.ending import STOPPED
 from distlora.config import Config, UserError, require
 from distlora.config.file import as_mapping
-from distlora.folders.sweep_folder import words_of
-from distlora.reporting.wandb_agent import ASKED, AgentRun
+from distlora.run_folder.sweep import words_of
+from distlora.system.exit_codes import STOPPED
+from distlora.training.reporting.wandb_agent import ASKED, AgentRun
+from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.jobs.step import in_job
-from distlora_launcher.running.holding import CONFIG_NAME
-from distlora_launcher.settings.compose import parse_overrides
+from distlora_launcher.launch.lock import CONFIG_NAME
 
 FOLDER = "DISTLORA_SWEEP_FOLDER"
 """Environment variable: where `distlora sweep agent` has the runs of its sweep; by default runs/<id of the sweep>."""

@@ -19,18 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.commands.ending import DONE, STOPPED, run_to_exit_code
-from distlora.commands.ending import FAILED as FAILURE
 from distlora.config import UserError
-from distlora.folders.run_folder import METRICS_NAME, SUMMARY_NAME
-from distlora.folders.sweep_folder import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
-from distlora.json_files import object_or_empty
-from distlora.pages.words import roughly
-from distlora_launcher.arguments import Parser
-from distlora_launcher.output import say, shown, warn
-from distlora_launcher.running.failures import would_repeat
-from distlora_launcher.running.holding import worker_place
-from distlora_launcher.running.signals import Forwarder, forwarding, hold
+from distlora.config.json_files import object_or_empty
+from distlora.run_folder.layout import METRICS_NAME, SUMMARY_NAME
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    SAVED,
+    words_of,
+    write_importance,
+)
+from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
+from distlora.system.exit_codes import FAILED as FAILURE
+from distlora.system.numbers import roughly
+from distlora_launcher.launch.failures import would_repeat
+from distlora_launcher.launch.lock import worker_place
+from distlora_launcher.launch.signals import Forwarder, forwarding, hold
 from distlora_launcher.sweeps.folder import Sweep, load_sweep
 from distlora_launcher.sweeps.importance import effects
 from distlora_launcher.sweeps.page import write_at_end
@@ -39,6 +44,8 @@ from distlora_launcher.sweeps.runner import Alone, Asked, Outcome, Runner
 from distlora_launcher.sweeps.search import Due, Search, search_of
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.table import write_table
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import say, shown, warn
 
 POLL_SECONDS = 0.2
 TAIL_BYTES = 200

@@ -1,0 +1,210 @@
+"""Saves a run's checkpoints off the training thread, one at a time, and outlives a disk that does not take them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from distlora.checkpoint.files import Files, whole_folder, write_files
+from distlora.checkpoint.keeping import Keeper
+from distlora.checkpoint.snapshot import Snapshot, is_cut
+from distlora.checkpoint.state import Progress, TrainState
+from distlora.parallel import Backend, watch
+from distlora.run_folder.checkpoints import STATE_NAME, step_folder, write_manifest
+
+WORTH_SAYING = 1.0
+"""Seconds of waiting for a save that a run mentions; once it has, twice as many as the time before."""
+LONGEST_LEAVING = 30.0
+"""Seconds that a run which fails waits for the save under way; what is not whole then is no checkpoint."""
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space within your quota there",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "put the folder back",
+    errno.ENOTDIR: "put the folder back",
+    errno.EIO: "look after that disk",
+}
+
+
+class SaveError(OSError):
+    """The state of a run could not be saved. The older checkpoints are as they were."""
+
+
+class Saver:
+    """The checkpoints of one run. Every rank makes one and calls it alike; rank 0 writes.
+
+    A context manager: leaving it waits for the save under way, without a word to other ranks.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        collect: Callable[[], Files],
+        *,
+        backend: Backend,
+        state_of: Callable[[Progress], TrainState],
+        keep: int,
+        in_background: bool,
+        say: Callable[[str], None],
+        metadata: Mapping[str, str] | None = None,
+        saved_step: int | None = None,
+    ) -> None:
+        """`collect` gives the files of a checkpoint, but for state.json, with the tensors as they are in training, and
+        `state_of` what goes into that; `metadata` goes into the headers of their files. `saved_step` is that of the
+        checkpoint that the run goes on from. `say` may be called from another thread.
+        """
+        self.saved_step = saved_step
+        """The newest step that is known to be saved; the same on every rank after `wait` or `save_last`."""
+        self._checkpoints, self._collect, self._backend = checkpoints, collect, backend
+        self._state_of, self._metadata = state_of, metadata
+        self._in_background, self._say = in_background, say
+        self._keeper = Keeper(checkpoints, keep)
+        self._snapshot = Snapshot(backend)
+        self._worth_saying = WORTH_SAYING
+        self._thread: threading.Thread | None = None
+        self._saving: int | None = None
+        """The step of the last save that was begun."""
+        self._failed: BaseException | None = None
+        """What ended that save, on the rank that writes."""
+
+    def save(self, progress: Progress) -> None:
+        """Save the state as it is now. Returns when it is copied; it is written while training goes on.
+
+        A disk that does not take it is no reason to stop: that is said, and the next save tries again.
+        """
+        watch.at(progress.step, "saving", long=True)
+        self._begin(progress, last=False)
+
+    def _begin(self, progress: Progress, *, last: bool) -> None:
+        self._finish()
+        self._saving, self._failed = progress.step, None
+        state = copy.deepcopy(self._state_of(progress))  # Training changes its progress meanwhile.
+        files = self._collect()
+        cut = is_cut(files)
+        in_background = self._in_background
+        if in_background and cut and not self._snapshot.has_room(files):
+            in_background = self._in_background = False
+            self._say(
+                "WARNING: host memory is too short for a copy of what is saved, so training waits for every save, as "
+                "train.save_in_background=false says without this line"
+            )
+        if not in_background:
+            self._write(files, state, last)
+            self._backend.barrier()
+        elif cut or self._backend.writes:
+            files = self._snapshot.take(files)
+            self._thread = threading.Thread(target=self._write, args=(files, state, last), name="saver", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """End the save under way, on every rank alike. Raises SaveError, on every rank, where the last one failed."""
+        self._finish()
+        device = self._backend.ranks.device
+        known = -1 if self.saved_step is None else self.saved_step
+        outcome = torch.tensor([known, int(self._failed is not None)], dtype=torch.int64, device=device)
+        self._backend.broadcast(outcome, 0)
+        known, has_failed = outcome.tolist()
+        self.saved_step = None if known < 0 else known
+        if has_failed:
+            assert self._saving is not None
+            raise SaveError(
+                str(self._failed)
+                if self._failed is not None
+                else f"rank 0 could not save the state after step {self._saving}"
+            )
+
+    def save_last(self, progress: Progress) -> None:
+        """Save the state that a run ends or stops with, unless it is saved already, and wait until it is on the disk.
+
+        Raises SaveError, on every rank, where it cannot be saved.
+        """
+        watch.at(progress.step, "saving", long=True)
+        with contextlib.suppress(SaveError):  # It was said when it happened, and is tried again here.
+            self.wait()
+        if self.saved_step != progress.step:
+            self._begin(progress, last=True)
+            self.wait()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.join(None if error is None else LONGEST_LEAVING)
+
+    def _finish(self) -> None:
+        """Wait for the save under way. Raises here what is no fault of the disk."""
+        if self._thread is not None:
+            began = time.monotonic()
+            self._thread.join()
+            self._thread = None
+            waited = time.monotonic() - began
+            if waited >= self._worth_saying:
+                self._worth_saying = 2 * waited
+                self._say(
+                    f"waited {waited:.1f} s for the save after step {self._saving} to end: it takes longer than the "
+                    "steps between two saves (a larger train.save_every)"
+                )
+        if self._failed is not None and not isinstance(self._failed, OSError):
+            raise self._failed
+
+    def _write(self, files: Files, state: TrainState, last: bool) -> None:
+        """Write a checkpoint and remove old ones. Where the disk fails, say it and keep the error; anything else is
+        kept for the thread that trains."""
+        try:
+            if (device := self._backend.ranks.device).type == "cuda":
+                # A thread begins on the first GPU, where every rank's would take half a GB for a context.
+                torch.cuda.set_device(device)
+            self._snapshot.wait()
+            self._write_folder(files, state)
+        except OSError as error:
+            self._failed = SaveError(self._explained(error, state.progress.step))
+            # The last one too: a disk that is full takes no error file and no log either.
+            word, then = ("ERROR", "") if last else ("WARNING", ". Training goes on, and the next save tries again")
+            self._say(f"{word}: {self._failed}{then}")
+        except BaseException as error:
+            self._failed = error
+            if threading.current_thread() is threading.main_thread():
+                raise
+        else:
+            self.saved_step = state.progress.step
+            if self._backend.writes:
+                self._prune(state.progress)
+
+    def _write_folder(self, files: Files, state: TrainState) -> None:
+        folder, backend = step_folder(self._checkpoints, state.progress.step), self._backend
+        with whole_folder(folder, backend) as temporary:
+            sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=self._metadata)
+            if backend.writes:
+                write_manifest(temporary, sums, state.identity.base_fingerprint)
+
+    def _prune(self, progress: Progress) -> None:
+        try:
+            for line in self._keeper.prune(progress.step, progress.evaluations):
+                self._say(f"WARNING: {line}")
+        except OSError as error:
+            self._say(f"WARNING: old checkpoints in {self._checkpoints} could not be removed ({error}); look after it")
+
+    def _explained(self, error: OSError, step: int) -> str:
+        """What, where, why, and what to do."""
+        remedy = _REMEDIES.get(error.errno or 0, "look after it")
+        newest = "no older checkpoint" if self.saved_step is None else f"the newest is that of step {self.saved_step}"
+        return (
+            f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
+            f"{remedy}. The checkpoints there are as they were: {newest}"
+        )

@@ -1,0 +1,236 @@
+"""state.json: how far a run had come, what it belongs to, what it was made on. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.config.file import as_mapping
+from distlora.run_folder.checkpoints import STATE_NAME, steps
+
+OR_WHAT_PISSA_TOOK = (
+    ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "
+    "rank_pattern in config.yaml),"
+)
+"""What else than its weights makes a base another one, for a message."""
+
+_FREE = ("adapter.lora_dropout", "adapter.init_from", "adapter.init_from_loftq")
+"""Settings of the adapter with which another run can go on from a checkpoint: they change no tensor's shape or meaning.
+What is at init_from counts by its digest."""
+_FIXED = ("model.new_tokens", "quant.method", "optim.name", "train.objective", "train.seed", "train.global_batch")
+"""Settings outside of `adapter` with which the tensors of a checkpoint would mean something else, or a step other rows.
+"""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done; the data position follows from it."""
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """Held-out loss, nats a target token, by the number of steps done."""
+    seconds: float = 0.0
+    """Wall time of the steps; without evaluation, saving, and a step whose memory was measured, which takes longer."""
+    tokens: int = 0
+    """Tokens in the rows of these steps, over all ranks; empty rows do not count."""
+    published_step: int | None = None
+    """The step whose state RUN/best holds; None while it holds none."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss of what was trained (not of the base); None before there is one.
+
+        A loss that is not finite is never the lowest.
+        """
+        trained = {step: loss for step, loss in self.evaluations.items() if step > 0 and math.isfinite(loss)}
+        return min(trained, key=trained.__getitem__) if trained else None
+
+    def evaluations_since_best(self, threshold: float) -> int:
+        """Evaluations since one was more than `threshold` below all before it; the base's is the first."""
+        best, since = math.inf, -1  # The first is none "since".
+        for _, loss in sorted(self.evaluations.items()):
+            since = 0 if loss < best - threshold else since + 1
+            best = min(best, loss) if math.isfinite(loss) else best
+        return max(since, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What a checkpoint belongs to: resuming on anything else would be another run."""
+
+    base_fingerprint: str
+    """`loading.start_file.base_identity` of the run."""
+    data_digest: str
+    """`content` in data.json: the hash of the packed rows."""
+    settings: Mapping[str, Any]
+    """`fixed_settings` of the run."""
+    reference_digest: str | None = None
+    """SHA-256 of the weights at adapter.init_from, where they are DPO's reference and so are read by every resume."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """state.json."""
+
+    progress: Progress
+    identity: Identity
+    environment: dict[str, Any]
+    """`environment.environment()` of the saving run: bit-exact continuation is claimed where it is equal."""
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that a checkpoint's tensors and data position depend on, by their whole names, as plain values."""
+    values = as_mapping(config)
+    names = [f"adapter.{name}" for name in values["adapter"] if f"adapter.{name}" not in _FREE]
+    names += _FIXED
+    return {name: values[name.partition(".")[0]][name.partition(".")[2]] for name in names}
+
+
+def load_state(folder: Path) -> TrainState:
+    """What a checkpoint's state.json says. UserError for one that cannot be read or was written by something else."""
+    path = folder / STATE_NAME
+    try:
+        if not path.is_file():
+            raise ValueError("it is missing, or no file")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _state(values)
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be used ({error}); move {folder} out of the run folder, then the checkpoint before it is "
+            "used"
+        ) from error
+
+
+def _state(values: Any) -> TrainState:
+    sections = [_of(values, name, dict) for name in ("progress", "identity", "environment")]
+    progress, identity, environment = sections
+    evaluations = _of(progress, "evaluations", dict)
+    for step, loss in evaluations.items():
+        if not step.isdecimal() or not _is_number(loss):
+            raise ValueError(f"progress.evaluations has {step}: {loss!r}")
+    reference = identity.get("reference_digest")
+    if reference is not None and not isinstance(reference, str):
+        raise ValueError(f"identity.reference_digest is {reference!r}")
+    return TrainState(
+        progress=Progress(
+            step=_count(progress, "step"),
+            evaluations={int(step): float(loss) for step, loss in evaluations.items()},  # JSON's keys are text.
+            seconds=float(_of(progress, "seconds", (int, float))),
+            tokens=_count(progress, "tokens"),
+            published_step=None if progress.get("published_step") is None else _count(progress, "published_step"),
+        ),
+        identity=Identity(
+            base_fingerprint=_of(identity, "base_fingerprint", str),
+            data_digest=_of(identity, "data_digest", str),
+            settings=_of(identity, "settings", dict),
+            reference_digest=reference,
+        ),
+        environment=environment,
+    )
+
+
+def _of(values: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A member of a JSON object. ValueError where it is missing or of another type."""
+    if not isinstance(values, dict) or name not in values:
+        raise ValueError(f"it has no {name}")
+    value = values[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return value
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    value: int = _of(values, name, int)
+    if value < 0:
+        raise ValueError(f"{name} is {value}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_from: str | None) -> None:
+    """Raises UserError, naming what differs and both values, when the checkpoint in `folder` was made with other
+    settings of what is trained, from another base, on other data or against another reference.
+
+    `init_from`: the run's adapter.init_from, where the reference is.
+    """
+    own = state.identity
+    check_settings(state, folder, identity.settings)
+    if own.base_fingerprint != identity.base_fingerprint:
+        raise UserError(
+            f"{folder} belongs to another base model (fingerprint {own.base_fingerprint[:12]}, now "
+            f"{identity.base_fingerprint[:12]}): the weights at model.path{OR_WHAT_PISSA_TOOK} have changed since; "
+            "restore them"
+        )
+    if own.data_digest != identity.data_digest:
+        raise UserError(
+            f"{folder} was trained on other data (packed rows {own.data_digest[:12]}, now "
+            f"{identity.data_digest[:12]}): the files at data.path have changed since; restore them"
+        )
+    if own.reference_digest != identity.reference_digest:
+        raise UserError(
+            f"{folder} was trained against another reference (SHA-256 {_short(own.reference_digest)}, now "
+            f"{_short(identity.reference_digest)}): the adapter at adapter.init_from={init_from} has changed since; "
+            "restore it"
+        )
+
+
+def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError when a run's `fixed_settings` are not those that the checkpoint in `folder` was made with.
+
+    One that was not there when the checkpoint was made could not be set, and counts for nothing.
+    """
+    then = state.identity.settings
+    differing = list(_differences(then, {name: value for name, value in settings.items() if name in then}))
+    if differing:
+        raise UserError(
+            f"{folder} was made with {', '.join(f'{name}={then}' for name, then, _ in differing)}, and config.yaml now "
+            f"has {', '.join(f'{name}={now}' for name, _, now in differing)}; set "
+            f"{'them' if len(differing) > 1 else 'it'} back there, or start a new run"
+        )
+
+
+def check_newest_settings(checkpoints: Path, config: Config) -> None:
+    """`check_settings` of the newest checkpoint that can be read, without a look at its tensors: for the launcher,
+    which refuses before it starts a worker. Nothing where there is none; the workers find out which one is whole.
+    """
+    for folder in reversed(steps(checkpoints)):
+        try:
+            state = load_state(folder)
+        except UserError:
+            continue
+        check_settings(state, folder, fixed_settings(config))
+        return
+
+
+def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What a resume says of a checkpoint that was made on another machine, number of ranks or version, or with other
+    settings of how a step is computed; None where all is the same. A setting that was not there then counts for
+    nothing."""
+    now = {name: value for name, value in now.items() if name in then or "." not in name}
+    differing = [f"{name} {before} (now {after})" for name, before, after in _differences(then, now)]
+    if not differing:
+        return None
+    return (
+        f"the checkpoint was made with {', '.join(differing)}: the order of the rows is the same, but the bits that "
+        "follow are not claimed to be those of a run without a stop"
+    )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in (*now, *(name for name in then if name not in now)):
+        before, after = then.get(name), now.get(name)
+        if before != after:
+            yield name, before, after
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]

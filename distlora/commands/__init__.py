@@ -1,1 +1,0 @@
-"""What all commands share: how they end, what their workers say."""

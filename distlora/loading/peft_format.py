@@ -1,0 +1,188 @@
+"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors, without importing PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+
+from distlora.architecture.expert_targets import expert_names, peft_paths
+from distlora.architecture.targets import match_ending, select_targets
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import Config, UserError
+from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair
+from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertWeight
+from distlora.model.frozen import FrozenLinear
+from distlora.model.token_rows import TokenRows
+from distlora.parallel import Backend, whole_shape
+from distlora.weights.peft.folder import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    InitialAdapter,
+    check_fits,
+    check_quantization,
+    read_initial_adapter,
+)
+from distlora.weights.peft.modules import check_modules
+from distlora.weights.peft.rows import check_rows
+
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "adaptable_shapes",
+    "adapter_config",
+    "adapter_tensors",
+    "load_initial_adapter",
+]
+
+_PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
+    """One adapter's parameters by PEFT's names: base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r)
+    and with DoRA lora_magnitude_vector (out,), which is no `.weight` in a file; of a fused weight of E experts
+    (E * r, in) and (out, E * r), under the path of the module that it belongs to; and trained token rows as
+    <path>.token_adapter.trainable_tokens_delta (tokens, hidden): the rows themselves; and modules that
+    are trained whole as <path>.weight.
+    """
+    tensors: dict[str, nn.Parameter] = {}
+    paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
+    for path, weight in model.adapted_weights(adapter):
+        pair = weight.adapters[adapter]
+        assert isinstance(pair, LoRAPair)
+        place = paths.get(path, path)
+        tensors[f"{_PREFIX}{place}.lora_A.weight"] = pair.A
+        tensors[f"{_PREFIX}{place}.lora_B.weight"] = pair.B
+        if pair.magnitude is not None:
+            tensors[f"{_PREFIX}{place}.lora_magnitude_vector"] = pair.magnitude
+    for matrix, rows in model.token_rows.items():
+        assert isinstance(rows, TokenRows)
+        path = f"{model.family.decoder}.{EMBEDDING}" if matrix == EMBEDDING else matrix
+        tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
+    for path, parameter in whole_modules(model).items():
+        tensors[f"{_PREFIX}{path}.weight"] = parameter
+    return tensors
+
+
+def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
+    """The weights that are trained whole, by the Hugging Face paths of their modules."""
+    weights = {EMBEDDING: model.embedding.get_parameter("weight"), HEAD: model.head.weight}
+    paths = {EMBEDDING: f"{model.family.decoder}.{EMBEDDING}", HEAD: HEAD}
+    return {paths[name]: weight for name, weight in weights.items() if name in model.modules_to_save}
+
+
+@torch.no_grad()
+def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adapter: str = DEFAULT_ADAPTER) -> None:
+    """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
+
+    Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
+    """
+    assert config.adapter.init_from is not None
+    initial = read_initial_adapter(config.adapter.init_from)
+    check_quantization(initial, config.quant.method)
+    check_fits(initial, config.adapter, adaptable_shapes(model))
+    file = initial.folder / WEIGHTS_NAME
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        whole = {of.name for of in initial.modules.values()}
+        stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
+    for path, weight in model.adapted_weights(adapter):
+        pair = weight.adapters[adapter]
+        assert isinstance(pair, LoRAPair)
+        for part, parameter in pair.named_parameters():
+            name = initial.names[path, part]
+            if not torch.isfinite(stored[name]).all():
+                raise UserError(f"{file}: {name} holds NaN or Inf; set adapter.init_from to another adapter")
+            parameter.copy_(stored[name])
+    check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=whole_shape(model.head.weight)[1])
+    for matrix, from_file in initial.token_rows.items():
+        rows = model.rows_of(matrix)
+        if rows is None:  # Of a tied head, which has the embedding's.
+            continue
+        if not torch.isfinite(stored[from_file.name]).all():
+            raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set adapter.init_from to another adapter")
+        # Rows of this run's own new tokens stay as they start.
+        rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
+    _load_modules(model, initial, backend)
+
+
+def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) -> None:
+    """Fill what is trained whole, each rank its own rows. Rows of this run's own new tokens stay as they start."""
+    file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
+    rows = (vocabulary.stored, vocabulary.rows)
+    check_modules(initial.modules, file, rows=rows, hidden=whole_shape(model.head.weight)[1])
+    by_name = {path.rpartition(".")[2]: weight for path, weight in whole_modules(model).items()}
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        for module, of in initial.modules.items():
+            local, first = backend.local_rows(by_name[module])
+            own = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
+            if not torch.isfinite(own).all():
+                raise UserError(f"{file}: {of.name} holds NaN or Inf; set adapter.init_from to another adapter")
+            local[: len(own)] = own
+
+
+def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """(out, in) of the linears of the blocks, (experts, out, in) of their experts, by Hugging Face name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            shapes[model.hf_name(name)] = (module.out_features, module.in_features)
+        elif isinstance(module, ExpertWeight):
+            shapes[model.hf_name(name)] = (module.num_experts, module.out_features, module.in_features)
+    return shapes
+
+
+def adapter_config(config: Config, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """adapter_config.json of one adapter, which `config` describes, as PEFT's LoraConfig reads it."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.name or config.model.path,
+        "revision": config.model.revision,
+        "r": config.adapter.r,
+        "lora_alpha": config.adapter.lora_alpha,
+        "use_rslora": config.adapter.use_rslora,
+        "use_dora": config.adapter.use_dora,
+        "rank_pattern": dict(config.adapter.rank_pattern),
+        "alpha_pattern": dict(config.adapter.alpha_pattern),
+        "lora_dropout": config.adapter.lora_dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        # To PEFT "pissa" says that A and B belong to a base without its principal part (peft_files/pissa.py).
+        "init_lora_weights": init if (init := config.adapter.init) == "gaussian" or config.adapter.pissa else True,
+        "target_modules": _target_modules(model, adapter),
+        "trainable_token_indices": _token_indices(model),
+        "modules_to_save": list(model.modules_to_save) or None,
+    } | _target_parameters(model, adapter)
+
+
+def _token_indices(model: CausalLM) -> list[int] | dict[str, list[int]] | None:
+    """A list means the embedding, and the head where it is tied; null that no rows are trained."""
+    indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
+    return indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None)
+
+
+def _target_modules(model: CausalLM, adapter: str) -> list[str]:
+    """Last names, as PEFT's users write them, if they mean exactly the adapted linears; else whole paths."""
+    adapted = sorted(path for path, _ in model.adapted_linears(adapter))
+    linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
+    short = sorted({path.rpartition(".")[2] for path in adapted})
+    if not short:  # Experts alone.
+        return []
+    return short if sorted(select_targets(tuple(short), linears)) == adapted else adapted
+
+
+def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
+    """The fused expert weights with adapters, as _target_modules names linears; nothing where there are none."""
+    adapted = sorted(name for name, _ in model.adapted_experts(adapter))
+    if not adapted:
+        return {}
+    assert model.family.experts is not None
+    module = model.family.experts.module
+    short = sorted({f"{module}.{name.rpartition('.')[2]}" for name in adapted})
+    every = expert_names(model.family, len(model.blocks))
+    return {"target_parameters": short if sorted(match_ending(short, every)) == adapted else adapted}

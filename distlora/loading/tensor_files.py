@@ -1,0 +1,181 @@
+"""safetensors files written and read a tensor at a time, whether the ranks have cut the tensors or not.
+
+A file says in its header where each tensor lies, so rank 0 writes it front to back, a piece of a tensor after the other
+as they come to it, and a rank reads its own rows of a tensor alone: no rank ever holds a whole model. The bytes do not
+depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from distlora.parallel import Backend
+from distlora.parallel.streams import HostRows
+from distlora.system import atomic_io
+from distlora.weights.reader import DTYPE_NAMES, Reader
+from distlora.weights.segments import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Segment,
+    header_bytes,
+    lay_out,
+)
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
+READ_ELEMENTS = 2**22
+"""Elements that are read at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmade:
+    """A tensor, the same on every rank, that only the one that writes makes, when its turn has come."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor | HostRows | Unmade],
+    backend: Backend,
+    dtype: torch.dtype | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> str | None:
+    """One safetensors file of `tensors`, all cast to `dtype` if it is given, with `metadata` in its header. Every rank
+    must call it alike.
+
+    Returns the SHA-256 of its bytes, in hexadecimal, on the rank that writes; an OSError there comes after every tensor
+    has been streamed.
+    """
+    kinds = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    table = lay_out({name: (DTYPE_NAMES[kinds[name]], tensor.shape) for name, tensor in tensors.items()})
+    file = _HashedFile(path) if backend.writes else None
+    if file is not None:
+        file.write(header_bytes(table, {"format": "pt", **(metadata or {})}))
+    write = file.write_piece if file is not None else lambda piece: None
+    for name in table:
+        tensor = tensors[name]
+        if isinstance(tensor, Unmade):
+            if file is None:
+                continue
+            try:
+                tensor = tensor.make()
+            except OSError as error:  # The others stream the next tensors all the same.
+                file.fail(error)
+                continue
+        backend.stream(tensor, write, dtype)
+    return file.close() if file is not None else None
+
+
+class _HashedFile:
+    """A file that is hashed while it is written: reading a checkpoint of hundreds of GB again would take as long.
+
+    An OSError is kept until `close`, and nothing is written after it: other ranks stream their rows to this one, and
+    would wait for ever if it stopped half-way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+        self._error: OSError | None = None
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            self._error = error
+
+    def fail(self, error: OSError) -> None:
+        """What was to be written next is not to be had."""
+        self._error = self._error or error
+
+    def write(self, content: bytes | memoryview) -> None:
+        if self._error is not None:
+            return
+        assert self._file is not None
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self._error = error
+        self._digest.update(content)
+
+    def write_piece(self, piece: Tensor) -> None:
+        """A flat tensor in host memory."""
+        self.write(piece.view(torch.uint8).numpy().data)
+
+    def close(self) -> str:
+        """The SHA-256 of what was written, in hexadecimal. Raises the first OSError."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:  # Of what was buffered.
+                self._error = self._error or error
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    backend: Backend,
+    dtype: torch.dtype,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """A model's tensors in the files that transformers would make: one, or several and an index of them.
+
+    Every rank must call it alike.
+    """
+    shards: list[dict[str, Tensor]] = []
+    filled = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    stem, suffix = SINGLE_NAME.split(".")
+    files = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE_NAME]
+    failed: OSError | None = None
+    for file, shard in zip(files, shards, strict=True):
+        try:
+            write_tensors(folder / file, shard, backend, dtype)
+        except OSError as error:  # The other ranks stream the next files all the same.
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    if backend.writes and len(shards) > 1:
+        total = sum(tensor.numel() for tensor in tensors.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)}
+        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
+        atomic_io.write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+def read_into(tensor: Tensor, segment: Segment, reader: Reader, backend: Backend) -> None:
+    """Fill a tensor, or the rows of it that this rank owns, with what a file holds of its shape, cast to its dtype."""
+    read_rows(*backend.local_rows(tensor), segment, reader)
+
+
+@torch.no_grad()
+def read_rows(local: Tensor, first_row: int, segment: Segment, reader: Reader) -> None:
+    """Fill plain memory with the file's rows from `first_row` on, cast to its dtype."""
+    flat = local.view(-1)
+    start = first_row * math.prod(local.shape[1:])
+    for first, chunk in reader.chunks([segment], start, start + flat.numel(), READ_ELEMENTS):
+        flat[first - start : first - start + chunk.numel()] = chunk

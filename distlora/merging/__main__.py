@@ -1,8 +1,0 @@
-"""`python -m distlora.merging REQUEST`: the worker."""
-
-import sys
-
-from distlora.commands.ending import run_worker
-
-if __name__ == "__main__":
-    sys.exit(run_worker("distlora.merging.worker"))

@@ -1,0 +1,126 @@
+"""What a run needs before it starts: memory, host memory, disk, bytes on the wire, operations, time, cost. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distlora.config import Config
+from distlora.config.file import as_mapping
+from distlora.planner import traffic as wire
+from distlora.planner.machine import Machine
+from distlora.planner.memory.device import DeviceBytes, device_bytes
+from distlora.planner.memory.step import costs_of
+from distlora.planner.model import PlannedModel
+from distlora.planner.multi_trial import one_of
+from distlora.planner.speed.compute import StepFlops, step_flops
+from distlora.planner.speed.timing import StepTime, step_time
+from distlora.planner.storage.disk import DiskBytes, disk_bytes, trained_tensors
+from distlora.planner.storage.host import HostBytes, host_bytes, keeps_on_host
+from distlora.planner.traffic import StepBytes
+
+__all__ = ["Machine", "Plan", "PlannedModel", "plan_of"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run with these settings needs of these machines."""
+
+    config: Config
+    model: PlannedModel
+    machine: Machine
+    device: DeviceBytes
+    wire: StepBytes
+
+    # Calculated where they are asked for: a search over settings makes hundreds of plans, and asks few of them.
+    @property
+    def compute(self) -> StepFlops:
+        return step_flops(self.config, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
+
+    @property
+    def host(self) -> HostBytes:
+        """Memory of a process and of a machine on the host."""
+        return host_bytes(self.config, self.model, self.machine, self.device)
+
+    @property
+    def disk(self) -> DiskBytes:
+        return disk_bytes(self.config, self.model, self.machine)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What of the device's memory is not calculated, in words; empty: nothing is left out."""
+        return costs_of(self.config, self.model, self.machine).uncounted
+
+    @property
+    def time(self) -> StepTime | None:
+        """None: the machine's rates are not known."""
+        return step_time(self.config, self.model, self.machine)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory is there; None: it is not known how much there is."""
+        return None if self.machine.usable_bytes is None else self.lacks() is None
+
+    def lacks(self, reserve: float = 0.0) -> Literal["device", "host"] | None:
+        """Whose memory is too small, if a share `reserve` of what is needed is to stay free beside it; None: neither,
+        as far as is known. What a machine has on the host counts where the CPU is the device, all processes together,
+        and where something waits there that would be on a card."""
+        machine = self.machine
+        if self.lacks_device(reserve):
+            return "device"
+        if machine.host_bytes is None or (machine.is_gpu and not keeps_on_host(self.config, machine.ranks)):
+            return None
+        return "host" if self.host.workers * (1 + reserve) > machine.host_bytes else None
+
+    def lacks_device(self, reserve: float = 0.0) -> bool:
+        """`lacks` of a card's memory alone, which takes a hundredth of the time."""
+        usable = self.machine.usable_bytes if self.machine.is_gpu else None
+        return usable is not None and self.device.total * (1 + reserve) > usable
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, for a program to read: bytes and operations as integers, under names that stay."""
+        machine = {name: getattr(self.machine, name) for name in self.machine.__dataclass_fields__}
+        step = {name: getattr(self.wire, name) for name in self.wire.__dataclass_fields__}
+        shapes = self.model.shapes
+        return {
+            "model": {
+                "name": self.model.name,
+                "source": self.model.source,
+                "model_type": shapes.family.model_type,
+                "parameters": shapes.numel,
+                "parameters_in_4_bit": shapes.packed_numel if self.config.quant.is_nf4 else 0,
+                "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.config, shapes)),
+                "blocks": shapes.num_layers,
+                "hidden": shapes.hidden,
+                "vocabulary": shapes.vocabulary,
+                "stored_bytes": self.model.stored_bytes,
+            },
+            "machine": machine | {"card": None if self.machine.card is None else self.machine.card.name},
+            "settings": as_mapping(one_of(self.config)),
+            "trials": len(self.config.adapters),
+            "fits": self.fits,
+            "device": self.device.as_json(),
+            "uncounted": self.uncounted,
+            "host": self.host.as_json(),
+            "disk": self.disk.as_json(),
+            "wire": step
+            | {
+                "carried": self.wire.carried,
+                "received": self.wire.received,
+                "into_machine": self.wire.into_machine(self.machine.ranks_per_machine),
+            },
+            "compute": self.compute.as_json(),
+            "time": None if (time := self.time) is None else time.as_json(),
+        }
+
+
+def plan_of(config: Config, model: PlannedModel, machine: Machine) -> Plan:
+    """Calculated; nothing is read or started. The config's own cluster gives way to the machine's ranks."""
+    ranks = machine.ranks
+    return Plan(
+        config=config,
+        model=model,
+        machine=machine,
+        device=device_bytes(config, model, machine),
+        wire=wire.ours(config, model.shapes, world=ranks, accumulation=config.accumulation(ranks)),
+    )

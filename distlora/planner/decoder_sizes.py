@@ -1,0 +1,230 @@
+"""The sizes of a decoder's blocks and what is adapted of them, as what a row costs in memory is calculated from.
+
+From config.json alone; imports no torch. Letters of this and the files that read it (activations.py, block_memory.py,
+expert_memory.py in distlora/planner/memory): bytes are a token's unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distlora.architecture.families import Family, text_settings
+from distlora.architecture.shapes import Biases, attention_columns, sizes_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSizes:
+    """A mixture of experts in the place of each block's MLP."""
+
+    count: int
+    chosen: int
+    """Experts that a token chooses: as many rows as that go through them for each token, however they are spread."""
+    inner: int
+    """Columns of one expert's gate, of its up and of their product."""
+    clamps: bool
+    """Whether gate and up are clamped and up has 1 added (GPT-OSS)."""
+    router: Literal["fp32", "fp32 weights", "chosen"]
+    """What the router's softmax is over: of all experts in fp32, with weights that stay in fp32 (Mixtral), or of the
+    chosen alone (GPT-OSS)."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], family: Family) -> ExpertSizes | None:
+        layout = family.experts
+        if layout is None:
+            return None
+        is_gpt_oss = family.model_type == "gpt_oss"
+        softmax: Literal["fp32", "fp32 weights"] = "fp32 weights" if family.model_type == "mixtral" else "fp32"
+        return cls(
+            count=layout.num_experts(settings),
+            # What MixtralConfig, Qwen3MoeConfig and GptOssConfig take where config.json does not say.
+            chosen=settings.get("num_experts_per_tok", {"mixtral": 2, "gpt_oss": 4}.get(family.model_type, 8)),
+            inner=settings[layout.intermediate],
+            clamps=is_gpt_oss,
+            router="chosen" if is_gpt_oss else softmax,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """The sizes of a decoder whose blocks are all alike."""
+
+    hidden: int
+    inner: int
+    """Columns of gate, of up and of their product; of a mixture, of one expert's."""
+    queries: int
+    """Columns of the queries: heads x head size."""
+    keys: int
+    """Columns of the keys, and of the values."""
+    heads: int
+    key_heads: int
+    layers: int
+    vocabulary: int
+    norms_after: bool
+    """Whether a norm follows attention and another the MLP (Gemma)."""
+    head_norms: bool
+    """Whether queries and keys have norms."""
+    fused_linears: bool = False
+    """Whether queries, keys and values are one linear, and gate and up another (Phi-3)."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    norms_in_fp32: bool = False
+    """Whether norms multiply with their scale in fp32 (Gemma)."""
+    caps_scores: bool = False
+    """Whether attention caps its scores (Gemma 2)."""
+    caps_logits: bool = False
+    """Whether the head caps its logits (Gemma)."""
+    sinks: bool = False
+    """Whether attention has sinks (GPT-OSS)."""
+    masks: int = 1
+    """Kinds of masks that its layers take where there are any: causal ones, ones with a window."""
+    experts: ExpertSizes | None = None
+
+    @property
+    def head_size(self) -> int:
+        return self.queries // self.heads
+
+    @property
+    def mlp_columns(self) -> int:
+        """Inner columns that a token goes through."""
+        return self.inner * (1 if self.experts is None else self.experts.chosen)
+
+    @property
+    def linear_numel(self) -> int:
+        """Numbers of the linears of a dense block."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any], family: Family) -> Decoder:
+        """From a config.json."""
+        settings = sizes_of(model, family)
+        heads, (queries, keys) = settings["num_attention_heads"], attention_columns(settings)
+        experts, kind = ExpertSizes.of(settings, family), family.model_type
+        biases = Biases.of(family, settings)
+        return cls(
+            hidden=settings["hidden_size"],
+            inner=settings["intermediate_size"] if experts is None else experts.inner,
+            queries=queries,
+            keys=keys,
+            heads=heads,
+            key_heads=keys // (queries // heads),
+            layers=settings["num_hidden_layers"],
+            vocabulary=settings["vocab_size"],
+            norms_after=family.mlp_norms[1] is not None,
+            head_norms=family.head_norms,
+            fused_linears=kind == "phi3",
+            qkv_bias=biases.qkv,
+            o_bias=biases.o,
+            mlp_bias=biases.mlp,
+            norms_in_fp32=kind.startswith("gemma"),
+            # 50 where config.json does not say; null: none.
+            caps_scores=kind == "gemma2"
+            and text_settings(model, family).get("attn_logit_softcapping", 50.0) is not None,
+            # 30 or none where config.json does not say.
+            caps_logits=family.head_softcap
+            and text_settings(model, family).get("final_logit_softcapping", 30.0 if kind == "gemma2" else None)
+            is not None,
+            sinks=kind == "gpt_oss",
+            masks=_kinds_of_masks(settings, family),
+            experts=experts,
+        )
+
+
+def _kinds_of_masks(settings: Mapping[str, Any], family: Family) -> int:
+    """Decoders with layer types make one mask for each type that they have, others one for all layers. Where
+    config.json has no list, Gemma's and GPT-OSS's layers alternate, and Qwen's have no window."""
+    if not family.layer_types:
+        return 1
+    types = settings.get("layer_types")
+    if types is None:
+        return 2 if family.model_type in ("gemma2", "gemma3_text", "gemma3", "gpt_oss") else 1
+    return len(set(types))
+
+
+_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096, "gemma2": 4096, "gpt_oss": 128}
+_WINDOWS |= {"gemma3": 4096, "gemma3_text": 4096}
+"""What transformers takes where a config.json says no sliding_window."""
+_WINDOW_IS_ASKED_FOR = ("qwen2", "qwen3", "qwen3_moe")
+"""Families whose sliding_window counts with use_sliding_window=true alone."""
+
+
+def windows_of(model: Mapping[str, Any], family: Family) -> list[int | None]:
+    """Tokens that each layer's attention sees of those before it, itself among them, as transformers reads
+    config.json; None: all."""
+    settings, layers = text_settings(model, family), sizes_of(model, family)["num_hidden_layers"]
+    window = settings.get("sliding_window", _WINDOWS.get(family.model_type))
+    if family.model_type in _WINDOW_IS_ASKED_FOR and not settings.get("use_sliding_window"):
+        window = None
+    types = settings.get("layer_types")
+    if types is not None:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if slides else None for slides in _slides(family, settings, layers)]
+
+
+def _slides(family: Family, settings: Mapping[str, Any], layers: int) -> Sequence[bool]:
+    """Whether each layer sees a window alone, where config.json has no layer_types."""
+    match family.model_type:
+        case "gemma2" | "gpt_oss":
+            return [layer % 2 == 0 for layer in range(layers)]
+        case "gemma3" | "gemma3_text":
+            every = settings.get("sliding_window_pattern", 6)
+            return [(layer + 1) % every != 0 for layer in range(layers)]
+        case "qwen2" | "qwen3":
+            return [layer >= settings.get("max_window_layers", 28) for layer in range(layers)]
+        case _:
+            return [True] * layers
+
+
+INPUTS = {
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+    "down": ("down_proj",),
+}
+"""The linears of a block, by the tensor that they read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptedRanks:
+    """The ranks of a block's adapters by the names of their linears, experts' fused weights among them; of experts, the
+    rank of one."""
+
+    by_name: Mapping[str, int] = field(default_factory=dict)
+    """Of a pack, added up over its trials."""
+    of_one: Mapping[str, int] | None = None
+    """Of a pack: the largest of one trial."""
+
+    @classmethod
+    def of(cls, ranks: Mapping[str, int]) -> AdaptedRanks:
+        """From the rank of each adapted linear of a block, by its path or its name."""
+        return cls(by_name={path.rpartition(".")[2]: rank for path, rank in ranks.items()})
+
+    def rank(self, name: str) -> int:
+        """Of one linear; 0: it has no adapter."""
+        return self.by_name.get(name, 0)
+
+    def largest(self, name: str) -> int:
+        """Of one linear and one trial."""
+        return (self.by_name if self.of_one is None else self.of_one).get(name, 0)
+
+    @property
+    def qkv(self) -> int:
+        """Added up over the linears that read the same tensor, like the next three; 0: none of them has one."""
+        return self._of("qkv")
+
+    @property
+    def o(self) -> int:
+        return self._of("o")
+
+    @property
+    def gate_up(self) -> int:
+        return self._of("gate_up")
+
+    @property
+    def down(self) -> int:
+        return self._of("down")
+
+    def _of(self, read: str) -> int:
+        return sum(self.rank(name) for name in INPUTS[read])

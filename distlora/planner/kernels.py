@@ -1,0 +1,54 @@
+"""Which kernels a run's blocks take, by its settings and its device: what memory and time are planned by alike. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from distlora.architecture.attention_tiles import computed_pairs
+from distlora.architecture.families import Family
+from distlora.config import Config
+from distlora.planner.decoder_sizes import Decoder
+from distlora.planner.speed.operations import pairs
+
+AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
+"""`documents`: flash attention over each document's length. `tiles`: products of matrices over each (attention_cpu.py;
+attention.cpp is counted as that). `sdpa`: torch's with a dense mask, all pairs of a row. `eager`: the same, and the
+scores of a row are tensors."""
+
+
+def attention_kind(config: Config, family: Family, decoder: Decoder, *, is_gpu: bool) -> AttentionKind:
+    """What attention.py chooses (`choose`), where a GPU has the kernels."""
+    if family.attention == "eager":
+        return "eager"
+    if config.train.attention == "sdpa" or config.train.dtype != "bf16":
+        return "sdpa"
+    if not is_gpu:
+        return "tiles"
+    return "documents" if decoder.head_size % 8 == 0 and decoder.head_size <= 256 else "sdpa"
+
+
+def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
+    """Of queries and keys in one layer of a row with documents of so many tokens, seen or not. `groups`: query heads a
+    head of keys."""
+    if kind == "documents":
+        return sum(pairs(length, window) for length in documents)
+    if kind == "tiles":
+        return sum(computed_pairs(length, groups, window) for length in documents)
+    return sum(documents) ** 2
+
+
+def scores_again(kind: AttentionKind) -> tuple[int, int]:
+    """How often forward and backward make the scores beside the once that the maths asks for: flash attention's
+    backward makes them again, as does that of tiles, whose forward makes them twice."""
+    return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
+
+
+def fuses(config: Config, family: Family, *, is_gpu: bool, has_liger: bool) -> bool:
+    """Whether norms are liger-kernel's (liger.py) or compiled (compiled.py); so are MLPs and rotary embeddings where
+    there is no DoRA."""
+    if config.adapter.method == "full" or family.experts is not None:
+        return False
+    return config.train.liger and has_liger if is_gpu else config.train.compile

@@ -1,0 +1,148 @@
+"""The machines that a run is planned for. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distlora.config import Config
+from distlora.config.gpus import (
+    CARDS,
+    CONTEXT_BYTES,
+    Card,
+    card_named,
+)
+
+GIB = 2**30
+KEPT_BY_DRIVER = 0.02
+"""Share of what the driver counts that CUDA does not hand out: 0.4 to 2 % of the cards of the table."""
+ANOTHER_SIZE = 0.05
+"""A card whose memory is so much off the table's has another size of it by the same name: an H100 of 96 GB, an RTX 4090
+of 48, an A40 without ECC."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a machine has."""
+
+    devices: tuple[tuple[str, int], ...] | None = ()
+    """(name, bytes of memory) of each GPU that processes may use, as its driver says it, in the order in which CUDA
+    numbers them; the largest first where that is not known. None: there are some, of which it does not say that."""
+    host_bytes: int | None = None
+    """Host memory that can be had (`distlora.system.host_memory.available_bytes`); None: not known."""
+    has_liger: bool = True
+    """Whether liger-kernel is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Machines that are all alike. Rates in bytes a second, in one direction."""
+
+    name: str
+    """`RTX 4090 24 GB`, `RTX 4090, 48 GiB` where it has other memory than the table's, `a card of 24 GiB`, or `CPU`."""
+    is_gpu: bool
+    card: Card | None
+    """None: a CPU, or a card that is not in the table."""
+    usable_bytes: int | None
+    """What one rank can have on its device: of a card, or its share of a CPU machine's memory; None: not known."""
+    host_bytes: int | None
+    """Host memory of a machine that can be had; None: not known."""
+    ranks: int
+    """In all."""
+    ranks_per_machine: int
+    flops: float | None
+    """Dense bf16 operations a second; None: not known, and so no time is said."""
+    bandwidth: float | None
+    link: float | None
+    """Into a card from the others of its machine."""
+    host_link: float | None
+    network: float | None
+    """Into a machine from the others."""
+    has_nvlink: bool | None = None
+    """Whether `link` is NVLink among all cards of a machine; None: not known."""
+    price_per_hour: float | None = None
+    """Of one card."""
+    has_liger: bool = True
+    """Whether liger-kernel is installed: on other machines than this it is taken to be, as distlora[cuda] brings it."""
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Of its card; (0, 0), of which no table has anything, where that is not known."""
+        return (0, 0) if self.card is None else self.card.capability
+
+
+def machine_of(config: Config, *, found: Found | None = None) -> Machine:
+    """The machines of a run: with the card that `card=` names, else what the one has that it runs on (`found`). Without
+    it nothing is claimed of machines that SLURM or torchrun starts; their ranks are GPUs' all the same.
+
+    `card.*` says better what the table says of a card, or all of one that is not in it.
+    """
+    here, given = found or Found(), config.card
+    card, name, memory = _card(config, here)
+    is_gpu = memory is not None or here.devices is None or (found is None and config.cluster.launcher != "local")
+    usable = None if memory is None else memory - CONTEXT_BYTES
+    if not is_gpu and here.host_bytes is not None:  # What a CPU's ranks have is the host's memory.
+        usable = here.host_bytes // config.cluster.gpus_per_node
+    is_here = is_of(config, here)
+    return Machine(
+        name=name or ("a card" if is_gpu else "CPU"),
+        is_gpu=is_gpu,
+        card=card,
+        usable_bytes=usable,
+        host_bytes=here.host_bytes if is_here else None,
+        ranks=config.cluster.ranks,
+        ranks_per_machine=config.cluster.gpus_per_node,
+        flops=_said(given.tflops, 1e12, None if card is None else card.flops),
+        bandwidth=_said(given.memory_gb_per_second, 1e9, None if card is None else card.bandwidth),
+        link=_said(given.link_gb_per_second, 1e9, None if card is None else card.link),
+        host_link=_said(given.host_gb_per_second, 1e9, None if card is None else card.host_link),
+        network=_said(given.network_gb_per_second, 1e9, None if card is None else card.network),
+        has_nvlink=None if card is None else card.has_nvlink,
+        price_per_hour=given.price_per_hour,
+        has_liger=here.has_liger or not is_here,
+    )
+
+
+def is_of(config: Config, here: Found) -> bool:
+    """Whether a config is for the machine that was found: it names no card, or one that is there."""
+    named = CARDS.get(config.card.name)
+    return named is None or any(card_named(device) == named for device, _ in here.devices or ())
+
+
+def used_device(config: Config, here: Found) -> tuple[str, int] | None:
+    """(name, bytes of memory) of the smallest of the cards that processes use, which decides where they differ: ranks
+    have the same share of the model. None where there is none, or nothing is known of it."""
+    used = (here.devices or ())[: config.cluster.gpus_per_node]
+    return min(used, key=lambda each: each[1], default=None)
+
+
+def _card(config: Config, here: Found) -> tuple[Card | None, str, int | None]:
+    """(card of the table, name, bytes of its memory that CUDA hands out) of what is named, else of what is here; no
+    name and None of a CPU and where nothing is known."""
+    named, given = CARDS.get(config.card.name), config.card.memory_gib
+    device = used_device(config, here) if named is None else None
+    card = named if device is None else card_named(device[0])
+    if given is not None:
+        memory = int(given * GIB)
+    elif device is not None:
+        memory = device[1] if card is None else handed_out(card, device[1])
+    elif card is not None:
+        memory = card.memory_bytes
+    else:
+        return None, "", None
+    gib = f"{memory / GIB:.3g} GiB" if given is None else f"{given:g} GiB"
+    if card is None:
+        return None, f"a card of {gib}" if device is None else f"{device[0]}, {gib}", memory
+    is_as_listed = abs(memory - card.memory_bytes) <= ANOTHER_SIZE * card.memory_bytes
+    return card, card.title if is_as_listed else f"{card.title.rsplit(maxsplit=2)[0]}, {gib}", memory
+
+
+def handed_out(card: Card, shown: int) -> int:
+    """Bytes that CUDA hands out of a card whose driver shows so many: what the table says of it, unless it has less, or
+    is one of more memory."""
+    more = shown > (1 + ANOTHER_SIZE) * card.memory_bytes
+    return int(shown * (1 - KEPT_BY_DRIVER)) if more else min(shown, card.memory_bytes)
+
+
+def _said(given: float | None, unit: float, table: float | None) -> float | None:
+    """What the config says, else what the table does."""
+    return table if given is None else given * unit

@@ -1,0 +1,392 @@
+"""What a row's tokens cost in memory beside the weights: what a forward keeps for backward and what a block at work
+takes, in each checkpointing mode, calculated from config.json's sizes; and what is computed a second time.
+
+Counted are the tensors that the code keeps and makes, each storage once, operation by operation: of a block in
+block_memory.py and expert_memory.py, of the head here. tests/test_activations.py and
+tests/test_activation_kinds.py hold the sums to what autograd saves and to what is alive at a step's peak, within 5 %.
+With adapter=full what a step has of the weights beside (16-bit copies, what ranks gather) is distlora/planner's; the
+gradients of a unit that is in its backward are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import Config
+from distlora.planner import traffic
+from distlora.planner.adapted import ranks_of_blocks
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.kernels import attention_kind, fuses
+from distlora.planner.memory import block_memory
+from distlora.planner.memory.attention_memory import BY_DOCUMENTS, Attention, flash_accumulators
+from distlora.planner.memory.block_memory import (
+    BlockRun,
+    Operation,
+    Peak,
+    attention_half,
+    mlp_half,
+)
+from distlora.planner.memory.expert_memory import INDEX_BYTES, expert_half
+
+Mode = Literal["none", "block", "selective", "offload"]
+
+LOGITS_AT_ONCE = 2**24
+"""What distlora.model.head has of fp32 logits at a time."""
+LOGITS_AT_ONCE_ON_CPU = 2**20
+FEWEST_ON_CPU = 128
+"""Tokens for which it has more."""
+ADDED_AT_ONCE = 2**22
+"""Numbers of a chunk's gradient of a trained head that it adds at a time to those of the chunks before."""
+_LOGIT_BYTES = 12
+"""A logit of a chunk in fp32 thrice, in its backward: the output of log_softmax, the gradient of that, its own. The one
+in the run's dtype is gone by then, and has its gradient when the second is gone."""
+_LOSS_BYTES = 8
+"""A logit of a chunk where no gradient is taken, in fp32, and log p."""
+_NORM_STEPS = 20
+"""Five fp32 tensors of a norm of transformers in backward, bytes a column."""
+_OFFLOADED_IN_FLIGHT = 2
+"""Boundary inputs on the device with `offload`: the one in use and the one on its way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """Bytes of one rank in a training step."""
+
+    kept: float
+    """On the device from forward to backward: what the blocks keep, and the rotary tables."""
+    kept_on_host: float
+    head_forward: float
+    """On the device while the head is at work, after the last norm."""
+    head_backward: float
+    """On the device in their backward."""
+    working: float
+    """On the device while a block is at work in backward: what it recomputes, and gradients."""
+    dequantized: float
+    """Of it, weights in NF4 that are dense tensors then: on the CPU, and of experts that no grouped product runs."""
+
+    @property
+    def peak(self) -> float:
+        """On the device."""
+        return self.kept + max(self.head_forward, self.head_backward, self.working)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What a device makes different."""
+
+    is_gpu: bool = True
+    processors: int = 132
+    """Streaming multiprocessors of a GPU: an H100's unless it is said."""
+    groups_experts: bool = True
+    """Whether it runs experts in bf16 as one grouped product: compute capability 9.x and 10.x."""
+    has_liger: bool = False
+    """Whether liger-kernel is installed there, which takes less than transformers' own norms and MLPs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Bytes a token of one block, with what its settings keep."""
+
+    decoder: Decoder
+    ranks: AdaptedRanks
+    dtype_bytes: int = 2
+    """Of the run's dtype."""
+    fused: bool = False
+    """Whether norms and MLPs are liger-kernel's, or compiled on the CPU, where the head's losses then are too."""
+    remakes: bool = False
+    """Whether what compiled norms and gated products give is made again in backward (blocks.py)."""
+    is_gpu: bool = True
+    attention: Attention = BY_DOCUMENTS
+    dora: bool = False
+    dropout: bool = False
+    """Whether adapters have any. Masks are not kept; on the CPU, and with DoRA, they are made as tensors."""
+    quantized: bool = False
+    """Whether linears are in NF4: dense weights are the scratch's on a GPU, and tensors like others on the CPU."""
+    groups_experts: bool = False
+    """Whether experts are one grouped product."""
+    balances: bool = False
+    """Whether a loss balances the routers."""
+    trains_base: bool = False
+    """Whether everything is trained itself (adapter=full)."""
+    trains_head: bool = False
+    """Whether the head is, with it or beside adapters."""
+    trained_columns: int = 0
+    """Columns of the logits that are trained while the rest of the head is frozen."""
+    adds_up_gradients: bool = False
+    """Whether gradients of what is trained of the base are whole and in the run's dtype until the unit's backward is
+    done: where ranks cut them."""
+    keeps_dense: bool = False
+    """Whether dequantized weights stay from a block's recomputation to its backward; on a GPU in the scratch."""
+    has_reference: bool = False
+    """Whether every row runs forward a second time, without gradient."""
+    trials: int = 1
+    """Of a pack."""
+
+    @classmethod
+    def of(
+        cls, config: Config, shapes: ModelShapes, settings: Mapping[str, Any], device: Device, *, shards: int = 1
+    ) -> Costs:
+        """Of the first block in a training run of the model with this config.json, whose base so many ranks cut between
+        them; others differ in their adapters alone (`ranks_of_blocks`). Attention on a GPU is by documents where the
+        kernel takes the model's heads (`flash_accumulators` says of which).
+        """
+        train, adapter, family = config.train, config.adapter, shapes.family
+        decoder = Decoder.of(settings, family)
+        sixteen_bits = train.dtype == "bf16"
+        full, rows = adapter.method == "full", traffic.trained_rows(config, shapes)
+        attention = Attention(kind=attention_kind(config, family, decoder, is_gpu=device.is_gpu))
+        if attention.kind == "documents":
+            attention = Attention(
+                accumulators=flash_accumulators(
+                    device.processors,
+                    decoder.heads,
+                    config.tokens_at_once,
+                    train.micro_batch,
+                    deterministic=train.deterministic_attention,
+                ),
+                expands_keys=True,
+            )
+        balanced = train.router_aux_loss
+        if balanced is None:
+            balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
+        fused = fuses(config, family, is_gpu=device.is_gpu, has_liger=device.has_liger)
+        return cls(
+            decoder=decoder,
+            ranks=ranks_of_blocks(config, shapes)[0],
+            dtype_bytes=2 if sixteen_bits else 4,
+            fused=fused,
+            remakes=fused and not (device.is_gpu or adapter.use_dora) and train.checkpointing == "none",
+            is_gpu=device.is_gpu,
+            attention=attention,
+            dora=adapter.use_dora,
+            dropout=adapter.lora_dropout > 0,
+            quantized=config.quant.is_nf4,
+            groups_experts=device.is_gpu and device.groups_experts and sixteen_bits,
+            balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
+            trains_base=full,
+            trains_head=full or HEAD in adapter.modules_to_save,
+            trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
+            adds_up_gradients=shards > 1,
+            keeps_dense=train.keep_dequantized,
+            has_reference=train.objective == "dpo",
+            trials=len(config.adapters),
+        )
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What of this is not calculated, in words; empty: nothing is left out."""
+        found = []
+        if self.is_gpu and self.attention.kind == "sdpa":
+            found.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
+        if self.has_reference:
+            found.append("which tokens are of which pair: a few bytes a token and pair of a row")
+        return found
+
+    def block(self, tokens: int = 1, row: int = 1) -> BlockRun:
+        """A block that runs so many tokens at once, in rows of so many."""
+        return BlockRun(
+            decoder=self.decoder,
+            ranks=self.ranks,
+            itemsize=self.dtype_bytes,
+            device="cuda" if self.is_gpu else "cpu",
+            attention=self.attention,
+            tokens=tokens,
+            row=row,
+            fused=self.fused,
+            remakes=self.remakes,
+            dora=self.dora,
+            dropout=self.dropout,
+            quantized=self.quantized,
+            groups_experts=self.groups_experts,
+            balances=self.balances,
+            trains_base=self.trains_base,
+            adds_up_gradients=self.adds_up_gradients,
+            keeps_dense=self.keeps_dense,
+            trials=self.trials,
+        )
+
+    @property
+    def boundary(self) -> int:
+        """The input of a block."""
+        return self.dtype_bytes * self.decoder.hidden
+
+    @property
+    def norm_keeps_input(self) -> bool:
+        """Whether the norm that a half begins with keeps the half's input itself, and no fp32 copy."""
+        return self.fused or self.dtype_bytes == 4
+
+    def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
+        """What the attention half of a block runs, on `tokens` at once, in rows of `row`."""
+        return attention_half(self.block(tokens, row))
+
+    def mlp_half(self, tokens: int = 1) -> list[Operation]:
+        """What its MLP half runs, experts or not."""
+        block = self.block(tokens)
+        return mlp_half(block) if self.decoder.experts is None else expert_half(block)
+
+    def kept(self, mode: Mode, row: int = 1) -> float:
+        """By a block, on the device or the host, of rows of so many tokens, which dense masks and scores grow with.
+        What stays on the device in any case, `_indices`, is not among it where the block or its MLP is recomputed."""
+        attention, mlp = block_memory.kept(self.attention_half(row=row)), block_memory.kept(self.mlp_half())
+        if mode == "none":
+            return attention + mlp
+        return self.boundary + (attention if mode == "selective" else 0)
+
+    def stacked(self, mode: Mode) -> float:
+        """Bytes of a block's adapters side by side that stay from forward to backward with what it keeps of a pass."""
+        if mode not in ("none", "selective"):
+            return 0
+        return block_memory.stacked(self.attention_half()) + (
+            block_memory.stacked(self.mlp_half()) if mode == "none" else 0
+        )
+
+    def _indices(self, mode: Mode) -> int:
+        """Where the experts' rows belong, which the graph of a block holds itself, whatever a checkpoint drops."""
+        experts = self.decoder.experts
+        return 0 if experts is None or mode == "none" else INDEX_BYTES * experts.chosen
+
+    @property
+    def _tables(self) -> int:
+        """The rotary tables, cos and sin, of all blocks together."""
+        return 2 * self.dtype_bytes * self.decoder.head_size
+
+    def masks(self, row: int) -> int:
+        """The masks of all blocks together, as large as one head's scores: true or false for `sdpa`, to be added to the
+        scores for `eager`. They are there while blocks run, and blocks that attend again keep them."""
+        if self.attention.kind in ("documents", "tiles"):
+            return 0
+        return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.dtype_bytes)
+
+    def _masks(self, mode: Mode, row: int) -> int:
+        return self.masks(row) if mode in ("block", "offload") else 0
+
+    def working(self, mode: Mode, tokens: int, tile: int | None = None, row: int = 1, *, sliced: bool = False) -> Peak:
+        """One block in backward, of `tokens` that it runs at once, beside what it keeps and the gradient that comes in:
+        the most that its MLP half, then its attention half need. `sliced`: after other slices of the step.
+        """
+        if sliced and self.trains_base:
+            # Autograd adds up the weights' gradients of all slices before it hands them on.
+            itemsize = self.dtype_bytes if self.adds_up_gradients else 4
+            once = replace(self, adds_up_gradients=False).working(mode, tokens, tile, row)
+            return once.plus(itemsize * self.decoder.linear_numel)
+        mlp_tokens = tokens if tile is None else min(tile, tokens)
+        attention, mlp = self.attention_half(tokens, row), self.mlp_half(mlp_tokens)
+        of_attention, of_mlp = (
+            block_memory.backward_peak(attention, tokens),
+            block_memory.backward_peak(mlp, mlp_tokens),
+        )
+        held = tokens * block_memory.kept(attention) + block_memory.stacked(attention)
+        if mode == "none":
+            whole = held + tokens * block_memory.kept(mlp) + block_memory.stacked(mlp)
+            return max(of_mlp.plus(held - whole), of_attention.plus(-whole))
+        # Recomputed: what a half keeps, less its input, which a checkpoint keeps.
+        known = tokens * self.boundary if self.norm_keeps_input else 0
+        if tile is not None:
+            # The half's input, which selective keeps anyway, and its gradient are the row's.
+            of_mlp = of_mlp.plus((1 if mode == "selective" else 2) * tokens * self.boundary)
+        if mode == "selective":
+            return max(of_mlp.plus(-known if tile is None else 0), of_attention.plus(-held))
+        dense = sum(operation.keeps_dense for operation in attention)
+        return max(of_mlp.plus(held - known, dense), of_attention.plus(-known))
+
+    @property
+    def norm(self) -> int:
+        """What a norm of hidden columns keeps."""
+        return int(self.block().norm(self.decoder.hidden).keeps)
+
+    @property
+    def _norm_steps(self) -> int:
+        """What a norm of hidden columns takes in backward beside what it keeps, the gradient that comes in among it."""
+        return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
+
+    def _chunk(self, tokens: int) -> int:
+        """Logits at once."""
+        return min(tokens, tokens_at_once(self.decoder.vocabulary, is_gpu=self.is_gpu)) * self.decoder.vocabulary
+
+    @property
+    def _logit_bytes(self) -> int:
+        """A cap keeps its tanh, fp32. Where losses are compiled, a logit in the run's dtype becomes its gradient."""
+        if self.fused and not (self.is_gpu or self.trains_head or self.trained_columns or self.decoder.caps_logits):
+            return self.dtype_bytes
+        return _LOGIT_BYTES + (4 if self.decoder.caps_logits else 0)
+
+    def head_forward(self, tokens: int) -> float:
+        """Bytes of the head, of `tokens` at once, in its forward, which takes the gradient of its input too where the
+        head is frozen; with the reference's states."""
+        norm = self.norm + (self.boundary if self.has_reference else 0)
+        if self.trains_head:
+            return tokens * (norm + self.boundary) + _LOSS_BYTES * self._chunk(tokens)
+        columns = 4 * self.trained_columns
+        return tokens * (norm + 2 * self.boundary + columns) + self._logit_bytes * self._chunk(tokens)
+
+    def head_backward(self, tokens: int) -> float:
+        """Bytes of the head's backward, which scales that gradient in fp32, or of that of the norm before it. A trained
+        head's computes the logits again, and adds up its own gradient in fp32: that is in it, and a chunk's, which is
+        made when its logits are gone but for their gradient, and widened in slices by the CPU."""
+        hidden = self.decoder.hidden
+        norm = self.norm
+        if self.trains_head:
+            b, matrix, chunk = self.dtype_bytes, self.decoder.vocabulary * hidden, self._chunk(tokens)
+            widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))
+            own = 4 * matrix + max(self._logit_bytes * chunk, b * matrix + max(b * chunk, widened))
+            return max(tokens * (norm + 2 * self.boundary) + own, tokens * (norm + self._norm_steps))
+        scaled = 2 * self.boundary + 4 * hidden
+        if self.trained_columns:
+            scaled += self.boundary + 8 * self.trained_columns
+        return tokens * (norm + max(scaled, self._norm_steps))
+
+    def step(
+        self,
+        mode: Mode,
+        *,
+        at_once: int,
+        kept_tokens: int | None = None,
+        tile: int | None = None,
+        row: int | None = None,
+    ) -> Activations:
+        """A step that runs `at_once` tokens at a time and keeps `kept_tokens` of them (train.accumulate=block: those of
+        all its micro-batches), in rows of `row` tokens (None: `at_once`, one row); one document a row, for the
+        operations of attention."""
+        tokens = at_once if kept_tokens is None else kept_tokens
+        row = at_once if row is None else row
+        layers, kept = self.decoder.layers, self.kept(mode, row)
+        offloads = mode == "offload"
+        # The gradient of all tokens comes in, and those of the slices that were run before the last are kept for it.
+        gradients = (2 * tokens - at_once) * self.boundary
+        # The newest input is a slice of the last block's, which stays whole with it until backward.
+        newest = max(0, tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
+        kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
+        working = self.working(mode, at_once, tile, row, sliced=tokens > at_once)
+        return Activations(
+            kept=kept_here * kept
+            + layers * (tokens // at_once) * self.stacked(mode)
+            + tokens * (self._tables + self._masks(mode, row) + layers * self._indices(mode)),
+            kept_on_host=tokens * layers * kept if offloads else 0,
+            head_forward=self.head_forward(tokens) + newest,
+            head_backward=self.head_backward(tokens) + newest,
+            working=gradients + working.bytes,
+            dequantized=working.dense,
+        )
+
+    def recomputed(self, mode: Mode, tokens: int) -> float:
+        """Share of the operations of a forward over a row of `tokens` that backward does again."""
+        sizes = self.decoder
+        attention: float = 2 * sizes.hidden * (2 * sizes.queries + 2 * sizes.keys)
+        # A token attends to half of the row, 2 operations for each column of its score and as many of its output.
+        attention += 4 * sizes.queries * tokens / 2
+        mlp = 6 * sizes.hidden * sizes.mlp_columns
+        whole = sizes.layers * (attention + mlp) + 2 * sizes.vocabulary * sizes.hidden
+        again = {"none": 0.0, "selective": mlp}.get(mode, attention + mlp)
+        return sizes.layers * again / whole
+
+
+def tokens_at_once(vocabulary: int, *, is_gpu: bool) -> int:
+    """Tokens of a chunk of the head's (distlora.model.head)."""
+    tokens = LOGITS_AT_ONCE // vocabulary
+    if not is_gpu:
+        tokens = min(tokens, max(FEWEST_ON_CPU, LOGITS_AT_ONCE_ON_CPU // vocabulary))
+    return max(16, tokens)

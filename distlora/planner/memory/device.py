@@ -1,0 +1,174 @@
+"""Memory of a rank on its device, by kind: what a run needs, calculated from shapes and settings. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distlora.architecture.shapes import ModelShapes, head_size, sizes_of
+from distlora.config import Config
+from distlora.config.deepspeed_file import offloads_base, read_gathering
+from distlora.config.initialization import subspace_iterations
+from distlora.config.parallel import RESIDENCY_RESERVE
+from distlora.planner import traffic
+from distlora.planner.decoder_sizes import windows_of
+from distlora.planner.machine import Machine
+from distlora.planner.memory.base import planned_base, unit_bytes
+from distlora.planner.memory.kinds import KINDS, Kind, Moment
+from distlora.planner.memory.libraries import beside_tensors
+from distlora.planner.memory.step import Step
+from distlora.planner.memory.trained import Trained
+from distlora.planner.memory.zero3 import staying_bytes
+from distlora.planner.model import PlannedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceBytes:
+    """Bytes of one rank, the one that has most."""
+
+    held: Mapping[Kind, int]
+    """From the first update to the end."""
+    moments: Mapping[Moment, Mapping[Kind, int]]
+    """What is there beside it, at the most."""
+    beside: Mapping[Kind, int]
+    """What libraries and the allocator take beside tensors."""
+
+    @property
+    def worst(self) -> Moment:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def by_kind(self) -> dict[Kind, int]:
+        """At the peak; kinds of which there is nothing are left out."""
+        found = {kind: self.held.get(kind, 0) + self.moments[self.worst].get(kind, 0) for kind in KINDS}
+        return {kind: n for kind, nbytes in found.items() if (n := nbytes + self.beside.get(kind, 0))}
+
+    @property
+    def persistent(self) -> int:
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> int:
+        """Of tensors. torch counts cuBLAS' workspaces as allocated too, which are in `beside`."""
+        return self.persistent + sum(self.moments[self.worst].values())
+
+    @property
+    def total(self) -> int:
+        return self.peak + sum(self.beside.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Every kind at every moment, in bytes."""
+        return {
+            "total": self.total,
+            "peak": self.peak,
+            "persistent": self.persistent,
+            "beside": dict(self.beside),
+            "worst": self.worst,
+            "by_kind": self.by_kind,
+            "held": dict(self.held),
+            "moments": {moment: dict(kinds) for moment, kinds in self.moments.items()},
+        }
+
+
+def device_bytes(config: Config, model: PlannedModel, machine: Machine) -> DeviceBytes:
+    """Of a training run with these settings."""
+    said = config.parallel.resident_blocks
+    if said != "auto":
+        return _with_resident(config, model, machine, said)
+    found = _with_resident(config, model, machine, 0)
+    count = _fitting_blocks(config, model, machine, found)
+    return found if count == 0 else _with_resident(config, model, machine, count)
+
+
+def _fitting_blocks(config: Config, model: PlannedModel, machine: Machine, found: DeviceBytes) -> int:
+    """Blocks that a run keeps gathered by itself, by what its first step leaves (distlora.parallel.residency)."""
+    shards = config.shard_degree(machine.ranks)
+    if shards == 1 or machine.usable_bytes is None:
+        return 0
+    reserve = RESIDENCY_RESERVE["cuda"] * machine.usable_bytes
+    if not machine.is_gpu:
+        reserve = RESIDENCY_RESERVE["cpu"] * (machine.usable_bytes - found.total)
+    left = machine.usable_bytes - found.total - reserve
+    block = unit_bytes(planned_base(config, model).block, shards)
+    return min(max(int(left // block), 0), model.shapes.num_layers)
+
+
+def _with_resident(config: Config, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
+    shapes, shards = model.shapes, config.shard_degree(machine.ranks)
+    base = planned_base(config, model)
+    trained = Trained.of(config, shapes, base, shards)
+    held: Counter[Kind] = Counter()
+    if not (machine.is_gpu and offloads_base(config.parallel, shards)):
+        held.update(base.kept(shards))
+    held["norms"] += buffer_bytes(model, config)
+    held["resident"] += resident * unit_bytes(base.block, shards) if shards > 1 else 0
+    if shards > 1 and config.parallel.backend == "zero3":
+        held["resident"] += staying_bytes(base, shards, read_gathering(config.parallel))
+    held["adapters"] += trained.adapter_bytes
+    held["gradients"] += trained.flat_gradient_bytes
+    held["optimizer"] += trained.optimizer_bytes(config.optim.name, is_gpu=machine.is_gpu)
+    held["scratch"] += arena_bytes(config, model) if machine.is_gpu else 0
+    step = Step.of(config, model, machine, base, trained, resident)
+    moments = step.moments()
+    later = held["gradients"] + held["optimizer"]
+    if machine.is_gpu:  # Of a CPU, HostBytes.loading has it.
+        moments["loading"] = {"working": max(0, decomposing_bytes(config, shapes) - later)}
+    return DeviceBytes(
+        held={kind: n for kind, n in held.items() if n},
+        moments=moments,
+        beside=beside_tensors(config, base, trained, machine, largest=step.largest),
+    )
+
+
+def decomposing_bytes(config: Config, shapes: ModelShapes) -> int:
+    """While adapters are made from the base's weights (PiSSA, LoftQ), before there are gradients and moments: a weight
+    whole, in fp32 once its correction is taken, and what its decomposition takes."""
+    if not config.adapter.decomposes:
+        return 0
+    weights = [each for each, _ in shapes.alike(config.adapter)]
+    stored = 2 if config.adapter.pissa else 6
+    sizes = ((each.up[0], each.down[1]) for each in weights)
+    return max(stored * out * inner + decomposition_bytes(config, (out, inner)) for out, inner in sizes)
+
+
+def decomposition_bytes(config: Config, shape: tuple[int, ...]) -> int:
+    """At the most, of one weight and beside it (distlora/loading/README.md): five matrices of the smaller side in fp64;
+    subspace iterations two bases of either side, and three parts of the weight widened, 32 MiB each
+    (distlora.weights.decompose)."""
+    small, large = sorted(shape)
+    if subspace_iterations(config.adapter.init) is None:
+        return 5 * 8 * small**2
+    return 8 * config.adapter.r * 2 * (small + large) + 3 * 2**25
+
+
+def buffer_bytes(model: PlannedModel, config: Config) -> int:
+    """The buffers of transformers' decoder: the rotary embedding's frequencies, twice in fp32, for each kind of layer
+    that the model has, where kinds differ in them (Gemma 3); the scale of an embedding in its dtype (Gemma)."""
+    family = model.shapes.family
+    sizes = sizes_of(model.settings, family)
+    ropes = sizes.get("rope_parameters") or {}
+    share = ropes.get("partial_rotary_factor", sizes.get("partial_rotary_factor", 1.0))
+    windows = windows_of(model.settings, family)
+    kinds = len({window is None for window in windows}) if family.model_type.startswith("gemma3") else 1
+    masters = config.adapter.method == "full"
+    scale = (4 if masters else traffic.DTYPE_BYTES[config.train.dtype]) if family.model_type.startswith("gemma") else 0
+    return kinds * 2 * 4 * (int(head_size(sizes) * share) // 2) + scale
+
+
+def arena_bytes(config: Config, model: PlannedModel) -> int:
+    """Scratch on a GPU: the largest weight, and with train.keep_dequantized a block's, each from a multiple of 512
+    bytes on (distlora.training.setup.reserve_scratch)."""
+    sizes = _dense_sizes(config, model)
+    kept = sum(-(-nbytes // 512) * 512 for nbytes in sizes) if config.train.keep_dequantized else 0
+    return max(sizes, default=0) + kept
+
+
+def _dense_sizes(config: Config, model: PlannedModel) -> list[int]:
+    """Bytes of each weight of a block that is packed in one at least, dequantized."""
+    if not config.quant.is_nf4:
+        return []
+    dense = {path for path, count in (model.left_dense or {}).items() if count == model.shapes.num_layers}
+    packed = (weight for weight in model.shapes.block if weight.packs and weight.path not in dense)
+    return [traffic.DTYPE_BYTES[config.train.dtype] * weight.numel for weight in packed]

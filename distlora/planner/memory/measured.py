@@ -1,0 +1,97 @@
+"""What a rank had in memory in a step beside what was planned: the figures, and the kind that missed. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distlora.config.json_files import Shape
+from distlora.planner.memory.kinds import Kind
+from distlora.system.numbers import size
+
+MISS = 0.05
+"""Of the measured peak: by how much a plan may be off."""
+
+RECORDED: Shape = {
+    "device?": {"by_kind": {"*": int}, "held": {"*": int}, "moments": {"*": {"*": int}}, "peak": int, "total": int},
+    "machine?": {"is_gpu": bool, "card": (str, type(None))},
+}
+"""What is read of RUN/plan.json."""
+
+_TOGETHER = {
+    "gathered": ("gathered", "communication"),
+    "working": ("working", "logits", "scratch", "gradients"),
+}
+"""Kinds that a measurement tells apart by which part of the step took them, and the plan by what they are for. A
+gradient of the base that is on its way is one of what runs until the step ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRank:
+    """Of the rank that had most."""
+
+    rank: int
+    peak: int
+    by_kind: Mapping[Kind, int]
+    """At that peak."""
+    part: str
+    """Of the step, in which it was: a moment of the plan, or `forward`."""
+
+
+def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
+    """For metrics.jsonl, wandb and summary.json, in bytes. `plan` is RUN/plan.json; empty where there is none."""
+    found = {"memory/peak": measured.peak}
+    device = plan.get("device")
+    if device is not None:
+        at_peak = planned_kinds(device, None)
+        found["memory/planned"] = sum(at_peak.values())
+    found |= {f"memory/{kind}": nbytes for kind, nbytes in measured.by_kind.items()}
+    if device is not None:
+        found |= {f"memory_planned/{kind}": nbytes for kind, nbytes in at_peak.items()}
+    return found
+
+
+def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
+    """What there is to say of a peak that is further from the plan than MISS: by how much, and which kind makes most of
+    it. None of a card that the plan did not know: what it took for granted (an H100's processors, no block that stays
+    by itself) is no miss of the run."""
+    device, machine = plan.get("device"), plan.get("machine", {})
+    if device is None or (machine.get("is_gpu") and machine["card"] is None):
+        return None
+    planned = sum(planned_kinds(device, None).values())
+    if abs(planned - measured.peak) <= MISS * measured.peak:
+        return None
+    more = measured.peak > planned
+    here, there = grouped(measured.by_kind), grouped(planned_kinds(device, measured.part))
+    misses = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in here | there}
+    worst = max(misses, key=lambda kind: misses[kind] if more else -misses[kind])
+    named = ", ".join(_TOGETHER.get(worst, (worst,)))
+    share = abs(planned / measured.peak - 1)
+    return (
+        f"WARNING: a step took {size(measured.peak)} at its peak on rank {measured.rank}, {share:.1%} "
+        f"{'more' if more else 'less'} than the {size(planned)} that were planned; most of it is {named}: "
+        f"{size(here.get(worst, 0))} measured, {size(there.get(worst, 0))} planned"
+    )
+
+
+def planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]:
+    """Of tensors, at the moment that was the step's peak, where the plan has that one: it may hold another for the
+    worst. None: at that one, of a step; a plan's peak may be before the first."""
+    moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
+    meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
+    found: dict[str, int] = dict(device["held"])
+    at = [moments[moment] for moment in meant if moment in moments] or list(moments.values())
+    for kind, nbytes in max(at, key=lambda kinds: sum(kinds.values()), default={}).items():
+        found[kind] = found.get(kind, 0) + nbytes
+    return found
+
+
+def grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:
+    """Bytes by kind, those that a measurement does not tell apart under one name."""
+    group_of = {kind: group for group, kinds in _TOGETHER.items() for kind in kinds}
+    sums: dict[str, int] = {}
+    for kind, nbytes in by_kind.items():
+        group = group_of.get(kind, kind)
+        sums[group] = sums.get(group, 0) + nbytes
+    return sums

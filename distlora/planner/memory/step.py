@@ -1,0 +1,357 @@
+"""What a step has on a rank beside what it holds, by kind, at each moment. Imports no torch.
+
+In backward the blocks' kept activations go as the gradients of what is trained of the base come, so a block's moment is
+that of the last of the blocks whose adapters are alike, the second or the first: in between both change from block to
+block by the same bytes. No gradient comes to blocks before the first that is adapted, which keep nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distlora.config import Config
+from distlora.planner import traffic
+from distlora.planner.adapted import ranks_of_blocks
+from distlora.planner.machine import Machine
+from distlora.planner.memory.activations import (
+    Activations,
+    Costs,
+    Device,
+    tokens_at_once,
+)
+from distlora.planner.memory.base import (
+    Base,
+    Gathered,
+    Stored,
+    unit_bytes,
+)
+from distlora.planner.memory.block_memory import Operation, Peak
+from distlora.planner.memory.gathered import Copied, copied_of, gathered_of
+from distlora.planner.memory.kinds import Kind, Moment
+from distlora.planner.memory.trained import Trained
+from distlora.planner.model import PlannedModel
+
+_CHECKED = 8 * 512 * 2**14
+"""Bytes of 512 lines of words as int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks that follow each other and are adapted alike."""
+
+    count: int
+    costs: Costs
+    activations: Activations
+    """Of a step of a model all of whose blocks are such."""
+    kept: int
+    """Bytes of one on the device that are gone when its backward is done; with inputs in host memory others come in
+    their place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A step of a run, as far as its memory goes."""
+
+    config: Config
+    base: Base
+    trained: Trained
+    shards: int
+    blocks: Sequence[Blocks]
+    """All of them, from the first to the last."""
+    gathered: Gathered
+    copied: Copied
+    at_once: int
+    """Tokens that a rank runs at once, and"""
+    tokens: int
+    """keeps at once."""
+    micro_batches: int
+    """Passes over the model in a step."""
+    is_gpu: bool
+
+    @classmethod
+    def of(
+        cls, config: Config, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
+    ) -> Step:
+        ranks, at_once = machine.ranks, config.tokens_at_once
+        shards, tokens = config.shard_degree(ranks), at_once * config.slices(ranks)
+        return cls(
+            config=config,
+            base=base,
+            trained=trained,
+            shards=shards,
+            blocks=blocks_of(config, model, machine, at_once=at_once, tokens=tokens),
+            gathered=gathered_of(config, base, shards, resident, is_gpu=machine.is_gpu),
+            copied=copied_of(config, base, shards),
+            at_once=at_once,
+            tokens=tokens,
+            micro_batches=traffic.passes_of(config, config.accumulation(ranks)),
+            is_gpu=machine.is_gpu,
+        )
+
+    def moments(self) -> dict[Moment, dict[Kind, int]]:
+        found: dict[Moment, dict[Kind, int]] = {
+            "embedding": {"gathered": self.gathered.embedding, "working": self._boundary + self.copied.embedding},
+            "embedding_backward": self._embedding_backward(),
+            "forward": self._forward(),
+            "head": self._head(),
+            "head_backward": self._head_backward(),
+            "block": self._block(),
+            "update": {"gradients": self.trained.cut_gradient_bytes},
+        }
+        return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor that a step makes: the inner columns of an MLP, fp32 logits of a chunk."""
+        sizes = self.costs.decoder
+        inner = self.at_once * self.costs.dtype_bytes * sizes.mlp_columns
+        tokens = min(self.at_once, tokens_at_once(sizes.vocabulary, is_gpu=self.costs.is_gpu))
+        return max(inner, 4 * tokens * sizes.vocabulary)
+
+    @property
+    def costs(self) -> Costs:
+        """Of the last blocks: what those of all blocks have in common."""
+        return self.blocks[-1].costs
+
+    @property
+    def activations(self) -> Activations:
+        return self.blocks[-1].activations
+
+    @property
+    def _layers(self) -> int:
+        return self.base.layers
+
+    @property
+    def _first(self) -> int:
+        """The place of the first block that a gradient comes to."""
+        if self.trained.embeds or self.blocks[0].costs.ranks.by_name or self.blocks[0].costs.trains_base:
+            return 0
+        return self.blocks[0].count
+
+    def _kept_from(self, place: int) -> int:
+        """By the blocks from this place on, of what goes when their backward is done."""
+        ends = itertools.accumulate(blocks.count for blocks in self.blocks)
+        counts = (
+            (blocks, min(blocks.count, max(0, end - place))) for blocks, end in zip(self.blocks, ends, strict=True)
+        )
+        return sum(count * blocks.kept for blocks, count in counts)
+
+    @property
+    def _kept(self) -> int:
+        """Of what comes from a frozen embedding the first norm keeps nothing: it needs no gradient. A GPU has ids,
+        positions and labels too."""
+        unread = self.config.train.checkpointing in ("none", "selective") and not self.trained.embeds
+        sent = 3 * 8 * self.tokens if self.is_gpu else 0
+        alike = int(self.activations.kept) - self._layers * self.blocks[-1].kept
+        return alike + self._kept_from(self._first) + sent - (self.tokens * self.costs.norm if unread else 0)
+
+    @property
+    def _boundary(self) -> int:
+        """A boundary input of what runs at once."""
+        return self.at_once * self.costs.boundary
+
+    @property
+    def _runs(self) -> Peak:
+        """What a block has in forward beside what is kept: the operation that takes most, with its half's input, what
+        it reads and dequantized weights; experts hold all that they make to their end. Without recomputation it is
+        kept, but for the weights."""
+        return max(self._runs_in(blocks.costs) for blocks in self.blocks)
+
+    def _runs_in(self, costs: Costs) -> Peak:
+        train, row = self.config.train, self.config.data.sequence_length
+        # The outputs of slices that were run before this one.
+        beside = 2 * self._boundary + (self.tokens - self.at_once) * costs.boundary
+        if train.checkpointing in ("none", "selective"):
+            beside += self.tokens * costs.masks(row)
+        tile = self.at_once if train.mlp_tile is None else min(train.mlp_tile * train.micro_batch, self.at_once)
+        attention, mlp = costs.attention_half(self.at_once, row), costs.mlp_half(tile)
+        if train.checkpointing == "none":
+            return _weights([*attention, *mlp], self.at_once).plus(beside)
+        of_mlp = max(_running(operation, tile) for operation in mlp)
+        if costs.decoder.experts is not None:
+            made = tile * sum(operation.keeps + operation.forward for operation in mlp[1:])
+            of_mlp = Peak(made).plus(0, max(operation.dense for operation in mlp))
+        if train.checkpointing == "selective":
+            of_attention = _weights(attention, self.at_once)
+        else:
+            of_attention = max(_running(operation, self.at_once) for operation in attention)
+        return max(of_mlp, of_attention).plus(beside)
+
+    def _embedding_backward(self) -> dict[Kind, int]:
+        """Of a trained one, when all other gradients are there: its own, which is sent in fp32."""
+        if not any(tensor.trained for tensor in self.base.embedding):
+            return {}
+        tied = unit_bytes(self.base.embedding, self.shards) if self.base.tied and self.shards > 1 else 0
+        return {
+            "gathered": unit_bytes(self.base.rest, self.shards) + tied if self.shards > 1 else 0,
+            "gradients": self.trained.cut_gradient_bytes + self._gradient_of_embedding,
+            "communication": _sent(self.base.embedding, self.shards),
+            "working": 2 * self._boundary,
+        }
+
+    def _forward(self) -> dict[Kind, int]:
+        """A block that has another behind it, or the last one, when one block's more is kept; or what a unit is copied
+        out of before it runs."""
+        runs = self._runs
+        last: dict[Kind, int] = {
+            "kept": self._kept,
+            "working": int(runs.bytes) - int(runs.dense) + self.copied.block + self._checks,
+            "scratch": int(runs.dense),
+            "gathered": self.gathered.last,
+            "gradients": self._waiting(self._layers),
+        }
+        before = last | {"kept": self._kept - self.blocks[-1].kept, "gathered": self.gathered.forward}
+        copying = last | {"working": 0, "scratch": 0, "gathered": self.gathered.copying}
+        return _most(last, before, copying)
+
+    @property
+    def _checks(self) -> int:
+        """Words that a checksum of what is gathered has at once (distlora.parallel.checksums): in a start's first
+        forward, which a resume's optimizer has its state in, and with train.verify in the one after each save."""
+        return _CHECKED if self.is_gpu and self.shards > 1 else 0
+
+    @property
+    def _output(self) -> int:
+        """The last block's output where the last norm keeps it as it is, and no fp32 copy of it."""
+        return self.tokens * self.costs.boundary if self.costs.norm_keeps_input else 0
+
+    def _head(self) -> dict[Kind, int]:
+        return {
+            "kept": self._kept + self.copied.kept + self._output,
+            "logits": int(self.activations.head_forward) - self._output + self.copied.head,
+            "gathered": self.gathered.head,
+            "gradients": self._waiting(self._layers),
+        }
+
+    def _head_backward(self) -> dict[Kind, int]:
+        return {
+            "kept": self._kept + self.copied.kept + self._output,
+            "logits": int(self.activations.head_backward) - self._output + self.copied.head,
+            "gathered": self.gathered.head_backward,
+            "gradients": self._waiting(self._layers),
+        }
+
+    def _block(self) -> dict[Kind, int]:
+        begin, moments = 0, []
+        for blocks in self.blocks:
+            end = begin + blocks.count
+            places = {begin, min(max(begin, 1), end - 1), end - 1}
+            moments += [self._block_at(place, blocks.activations) for place in places if place >= self._first]
+            begin = end
+        return _most(*moments)
+
+    def _block_at(self, place: int, activations: Activations) -> dict[Kind, int]:
+        """The block of this place in its backward."""
+        done = self._layers - 1 - place
+        kept, dequantized = self._kept - self._kept_from(place + 1), int(activations.dequantized)
+        return {
+            "kept": kept + self.copied.kept,
+            "working": int(activations.working) - dequantized + self.copied.block + self._tied_gradient,
+            "scratch": dequantized,
+            "gathered": self.gathered.block if place > 0 else self.gathered.first,
+            "gradients": self._waiting(place + 1, with_head=False) + self._summed(done),
+            "communication": self._sent_behind(place),
+        }
+
+    @property
+    def _tied_gradient(self) -> int:
+        """The gradient that the head has given a matrix that is the embedding's too, whole until that has given its
+        own: in the run's dtype, in one process in that of the masters."""
+        found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
+        return found if self.base.tied else 0
+
+    @property
+    def _gradient_of_embedding(self) -> int:
+        """As large as it in the run's dtype; one process casts that of its 16-bit copy to fp32, and adds the head's to
+        it where they share the matrix (distlora.parallel.compute_copies)."""
+        of_masters = _of_masters(self.base.embedding) if self.shards == 1 and self.costs.dtype_bytes < 4 else 0
+        return _gradients(self.base.embedding) + of_masters + (self._tied_gradient if self.shards == 1 else 0)
+
+    def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
+        """Gradients of what FSDP2 cuts, whole and in fp32, of the micro-batches before the last one, of the first so
+        many blocks and what is before them: nothing is sent until the last one (trained_shards.py)."""
+        if self.shards == 1 or self.micro_batches == 1:
+            return 0
+        units = [self.base.embedding, self.base.rest, *([self.base.head] if with_head else [])]
+        return sum(map(_of_masters, units)) + blocks * _of_masters(self.base.block)
+
+    def _summed(self, blocks: int) -> int:
+        """This rank's rows of the gradients of the last so many blocks and of the head, and all of the last norm."""
+        if self.shards == 1:
+            return 0
+        head, block = (_rows_of_masters(unit, self.shards) for unit in (self.base.head, self.base.block))
+        return head + blocks * block
+
+    def _sent_behind(self, place: int) -> int:
+        """What the unit behind this block has put into its reduce-scatter, which FSDP2 keeps until the next one's."""
+        behind = self.base.head if place == self._layers - 1 else self.base.block
+        return _sent(behind, self.shards)
+
+
+def _most(*moments: dict[Kind, int]) -> dict[Kind, int]:
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _running(operation: Operation, tokens: int) -> Peak:
+    """In its forward, of so many tokens, when nothing that operations before it made is kept."""
+    beside = operation.stacks + operation.joins
+    return Peak(tokens * (operation.keeps + operation.forward) + beside).plus(0, operation.dense)
+
+
+def _weights(operations: Sequence[Operation], tokens: int) -> Peak:
+    """The most of dequantized weights in the forward of operations whose results are kept, less those that are not
+    there yet."""
+    most, behind = 0.0, 0.0
+    for operation in reversed(operations):
+        most, behind = max(most, operation.dense - behind), behind + tokens * operation.keeps
+    return Peak(most, most)
+
+
+def _gradients(unit: tuple[Stored, ...]) -> int:
+    """Whole, in the dtype in which the unit is gathered."""
+    return sum(tensor.compute_itemsize * tensor.numel for tensor in unit if tensor.trained)
+
+
+def _of_masters(unit: tuple[Stored, ...]) -> int:
+    """Whole, in fp32."""
+    return sum(4 * tensor.numel for tensor in unit if tensor.trained)
+
+
+def _rows_of_masters(unit: tuple[Stored, ...], shards: int) -> int:
+    """A rank's rows, in fp32."""
+    return sum(4 * tensor.own(shards) for tensor in unit if tensor.trained)
+
+
+def _sent(unit: tuple[Stored, ...], shards: int) -> int:
+    """What a reduce-scatter of the unit's gradients takes in, fp32."""
+    return 0 if shards == 1 else shards * _rows_of_masters(unit, shards)
+
+
+def costs_of(config: Config, model: PlannedModel, machine: Machine) -> Costs:
+    """Of a block of this run. A card that is not in the table is taken for an H100."""
+    card = machine.card
+    device = Device(is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    if card is not None:
+        device = replace(device, processors=card.processors, groups_experts=card.capability[0] in (9, 10))
+    shards = config.shard_degree(machine.ranks)
+    return Costs.of(config, model.shapes, model.settings, device, shards=shards)
+
+
+def blocks_of(config: Config, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
+    """Of a run that keeps so many tokens, of which it runs `at_once` together."""
+    train, row = config.train, config.data.sequence_length
+    mode, first = train.checkpointing, costs_of(config, model, machine)
+    known: dict[int, Blocks] = {}
+    found = []
+    for same, alike in itertools.groupby(ranks_of_blocks(config, model.shapes), key=id):
+        ranks = list(alike)
+        if same not in known:
+            costs = replace(first, ranks=ranks[0])
+            activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=train.mlp_tile, row=row)
+            stacked = tokens // at_once * costs.stacked(mode)
+            kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
+            known[same] = Blocks(len(ranks), costs, activations, kept)
+        found.append(replace(known[same], count=len(ranks)))
+    return found

@@ -1,0 +1,110 @@
+"""What is trained, as a rank keeps it: parameters, their gradients, the optimizer's states. Imports no torch.
+
+Adapters and trained rows of tokens are fp32 and replicated, and their gradients are flat buffers of as many numbers
+(`distlora.parallel.adapter_sync`). What is trained of the base is cut over the ranks like it, and has this rank's rows
+of its gradient from a unit's backward to the next step's first (`distlora.parallel.trained_shards`); where nothing is
+cut, flat buffers too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.tokens import EMBEDDING
+from distlora.config import Config
+from distlora.planner import traffic
+from distlora.planner.memory.base import Base
+from distlora.planner.memory.optimizers import (
+    LEVELS_BYTES,
+    PAGED_FROM,
+    absmaxes,
+    is_in_8_bits,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """The trained parameters of a run: how many there are of so many elements on a rank."""
+
+    adapters: Mapping[int, int]
+    """A, B and magnitudes, and trained rows of tokens."""
+    of_base: Mapping[int, int]
+    """What is trained of the base: this rank's rows."""
+    is_cut: bool
+    """Whether those are cut over ranks."""
+    embeds: bool
+    """Whether the embedding is trained, or rows of it."""
+    beside: int
+    """Numbers beside what is trained: DoRA's squared norms of the frozen weights' rows, and the adapters as they began
+    where DPO compares with them."""
+    optimizers: int = 1
+    """One for each trial of a pack."""
+
+    @classmethod
+    def of(cls, config: Config, shapes: ModelShapes, base: Base, shards: int) -> Trained:
+        beside = 0
+        adapters: Counter[int] = Counter()
+        for adapter in config.adapters if config.adapter.method != "full" else ():
+            for each, count in shapes.alike(adapter):
+                for numel in each.numels:
+                    adapters[numel] += count
+            if config.train.objective == "dpo" and not adapter.starts_as_base:
+                beside += _numbers(adapters)
+        if config.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
+            blocks = (block for adapter in config.adapters for block in shapes.adapters(adapter))
+            beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
+        rows = traffic.trained_rows(config, shapes)
+        adapters.update(len(ids) * shapes.hidden for ids in rows.values())
+        of_base: Counter[int] = Counter()
+        for tensor, count in base.counted():
+            if tensor.trained:
+                of_base[tensor.own(shards)] += count
+        embeds = EMBEDDING in rows or any(tensor.trained for tensor in base.embedding)
+        return cls(
+            adapters=adapters,
+            of_base=of_base,
+            is_cut=shards > 1,
+            embeds=embeds,
+            beside=beside,
+            optimizers=len(config.adapters),
+        )
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of what is replicated beside the base, all in fp32."""
+        return 4 * (_numbers(self.adapters) + self.beside)
+
+    @property
+    def flat_gradient_bytes(self) -> int:
+        """Of gradients that have their place from the start to the end."""
+        return 4 * (_numbers(self.adapters) + (0 if self.is_cut else _numbers(self.of_base)))
+
+    @property
+    def cut_gradient_bytes(self) -> int:
+        """Of this rank's rows of gradients, once they have all been summed."""
+        return 4 * _numbers(self.of_base) if self.is_cut else 0
+
+    def optimizer_bytes(self, name: str, *, is_gpu: bool) -> int:
+        """Of all states that stay on the device: paged ones do not."""
+        sizes = Counter(self.adapters) + Counter(self.of_base)
+        if name == "adamw":  # Two moments, and a step count in fp32.
+            return sum((8 * numel + 4) * count for numel, count in sizes.items())
+        pages = name.startswith("paged") and is_gpu
+        levels = self.optimizers * LEVELS_BYTES if any(is_in_8_bits(name, numel) for numel in sizes) else 0
+        moments = (_moments(name, numel, pages=pages) * count for numel, count in sizes.items())
+        return levels + sum(moments)
+
+
+def _numbers(sizes: Mapping[int, int]) -> int:
+    return sum(numel * count for numel, count in sizes.items())
+
+
+def _moments(optimizer: str, numel: int, *, pages: bool) -> int:
+    """Bytes of both moments of one parameter on the device."""
+    paged = pages and numel >= PAGED_FROM
+    if is_in_8_bits(optimizer, numel):
+        return (0 if paged else 2 * numel) + 2 * 4 * absmaxes(numel)
+    return 0 if paged else 8 * numel

@@ -1,0 +1,249 @@
+"""What DeepSpeed's coordinator has gathered at each moment of a step: its rules, followed unit by unit. Imports neither
+torch nor DeepSpeed.
+
+DeepSpeed 0.19.8 (partitioned_param_coordinator.py: _fetch_sub_module_impl, release_sub_module; partition_parameters.py:
+all_gather_coalesced). When a unit is needed, its tensors that are not on their way are gathered, and it waits for all.
+Then tensors that come next in the order of a step are gathered ahead, one after the other until a bucket's elements, or
+those that may be there at once, are reached. What is gathered together comes in one flat buffer for each dtype, and
+when one of it is waited for, all of it is copied out; the buffer is let go when the last of it was waited for. A tensor
+that is gathered alone comes in place. distlora/parallel/zero3.py has the units and their order, and has the host wait
+so that a GPU is no more than two units behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from distlora.config.deepspeed_file import Gathering
+from distlora.planner.memory.base import (
+    Base,
+    Gathered,
+    Stored,
+    unit_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Of a unit: its elements and bytes, filled up to a multiple of the ranks."""
+
+    numel: int
+    nbytes: int
+    stays: bool = False
+    """Whether it is never let go."""
+
+
+_Unit = tuple[_Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What the coordinator's way depends on."""
+
+    rest: _Unit
+    embedding: _Unit
+    blocks: tuple[_Unit, ...]
+    head: _Unit
+    """Empty where it is the embedding's."""
+    bucket: int
+    """Elements that are gathered ahead."""
+    most: int
+    """Elements that may be there at once."""
+    reuse: int
+    one_by_one: bool
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors that come in one buffer."""
+
+    nbytes: int
+    waiting: set[int]
+    """Tensors that were not waited for yet."""
+    is_copied: bool = False
+
+
+@dataclass(slots=True)
+class _Coordinator:
+    """Where a step is. Tensors are numbers; `units` has those of each place in the order of a step."""
+
+    units: Sequence[Sequence[int]]
+    tensors: Sequence[_Tensor]
+    asked: _Asked
+    place: int = 0
+    there: set[int] = field(default_factory=set)
+    coming: dict[int, _Group] = field(default_factory=dict)
+    groups: list[_Group] = field(default_factory=list)
+    fetched_for: dict[int, int] = field(default_factory=dict)
+    queue: collections.deque[tuple[int, int]] = field(init=False)
+    """(tensor, place)."""
+    elements: int = 0
+
+    def __post_init__(self) -> None:
+        self.queue = collections.deque((t, place) for place, unit in enumerate(self.units) for t in unit)
+        self.there.update(t for t, tensor in enumerate(self.tensors) if tensor.stays)
+        self.elements = sum(self.tensors[t].numel for t in self.there)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is there and will be let go, and of the buffers of what is coming."""
+        there = (self.tensors[t] for t in self.there)
+        return sum(each.nbytes for each in there if not each.stays) + sum(group.nbytes for group in self.groups)
+
+    def gather(self, tensors: Sequence[int]) -> None:
+        if not tensors:
+            return
+        self.elements += sum(self.tensors[t].numel for t in tensors)
+        if len(tensors) == 1 or self.asked.one_by_one:  # Comes in place.
+            self.there.update(tensors)
+            return
+        group = _Group(sum(self.tensors[t].nbytes for t in tensors), set(tensors))
+        self.groups.append(group)
+        self.coming.update(dict.fromkeys(tensors, group))
+
+    def fetch(self) -> int:
+        """The unit of this place is needed: the most that there is while it is copied out."""
+        unit = self.units[self.place]
+        self.gather([t for t in unit if t not in self.there and t not in self.coming])
+        most = self.nbytes
+        for tensor in unit:
+            group = self.coming.get(tensor)
+            if group is not None and tensor in group.waiting:
+                if not group.is_copied:
+                    self.there.update(group.waiting)
+                    group.is_copied = True
+                    most = max(most, self.nbytes)
+                group.waiting.discard(tensor)
+                if not group.waiting:
+                    self.groups.remove(group)
+                    self.coming = {t: other for t, other in self.coming.items() if other is not group}
+        self._ahead(unit)
+        self.place += 1
+        return max(most, self.nbytes)
+
+    def _ahead(self, unit: Sequence[int]) -> None:
+        new = {t for t in unit if self.fetched_for.get(t, -1) < self.place}
+        while new:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = place
+            new.discard(tensor)
+        most, chosen, numel = min(self.asked.most - self.elements, self.asked.bucket), [], 0
+        while self.queue and numel < most:
+            tensor, place = self.queue.popleft()
+            self.fetched_for[tensor] = max(self.fetched_for.get(tensor, -1), place)
+            if tensor not in self.there and tensor not in self.coming and tensor not in chosen:
+                chosen.append(tensor)
+                numel += self.tensors[tensor].numel
+        self.gather(chosen)
+
+    def release(self, unit: Sequence[int]) -> None:
+        """It is done with, for now."""
+        kept = {t for t in unit if self.fetched_for.get(t, -1) > self.place}
+        passed = 0
+        for following in self.units[self.place :]:
+            if passed >= self.asked.reuse:
+                break
+            kept.update(following)
+            passed += sum(self.tensors[t].numel for t in following)
+        for tensor in unit:
+            if tensor not in kept and tensor in self.there and not self.tensors[tensor].stays:
+                self.there.discard(tensor)
+                self.elements -= self.tensors[tensor].numel
+
+
+@functools.lru_cache(maxsize=64)  # Each tensor of each block is looked at, and a search asks hundreds of times.
+def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
+    """Of tensors that are small enough, by the user's file, to stay gathered once they were."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    return sum(tensor.nbytes for unit in (rest, embedding, *blocks, head) for tensor in unit if tensor.stays)
+
+
+def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
+    """The last norm, the embedding, blocks, the head; which of them stay is decided in this order
+    (DeepSpeedZeRoOffload.mark_persistent_parameters)."""
+    together = 0
+
+    def unit(tensors: Sequence[Stored]) -> _Unit:
+        nonlocal together
+        found = []
+        for tensor in tensors:
+            nbytes, most = tensor.whole(shards), gathering.model_persistence_threshold
+            numel = nbytes // tensor.compute_itemsize
+            stays = numel <= gathering.param_persistence_threshold and (most is None or together + numel <= most)
+            together += numel if stays else 0
+            found.append(_Tensor(numel, nbytes, stays))
+        return tuple(found)
+
+    rest, embedding = unit(base.rest), unit(base.embedding)
+    return rest, embedding, [unit(base.block) for _ in range(base.layers)], unit(base.head)
+
+
+@functools.lru_cache(maxsize=64)
+def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
+    """In each part of a step but the first, which teaches the coordinator the order; without what stays."""
+    rest, embedding, blocks, head = _units(base, shards, gathering)
+    unit = _numel(blocks[0])
+    asked = _Asked(
+        rest=rest,
+        embedding=embedding,
+        blocks=tuple(blocks),
+        head=head,
+        bucket=unit if gathering.prefetch_bucket_size is None else gathering.prefetch_bucket_size,
+        most=unit + max(unit, _numel(embedding), _numel(head))
+        if gathering.max_live_parameters is None
+        else gathering.max_live_parameters,
+        reuse=gathering.max_reuse_distance,
+        one_by_one=gathering.allgather_sequential,
+    )
+    found = _followed(asked)
+    if not (is_gpu and gathering.offload):
+        return found
+    # Rows from the host are copied for the gather that is on its way.
+    rows = unit_bytes(base.block, shards) // shards
+    return Gathered(**{name: getattr(found, name) + rows for name in Gathered.__dataclass_fields__})
+
+
+def _followed(asked: _Asked) -> Gathered:
+    tensors: list[_Tensor] = []
+
+    def numbered(unit: _Unit) -> list[int]:
+        tensors.extend(unit)
+        return list(range(len(tensors) - len(unit), len(tensors)))
+
+    embedding = numbered(asked.embedding)
+    head = numbered(asked.head) or embedding
+    blocks = [numbered(block) for block in asked.blocks]
+    rest = numbered(asked.rest)
+    coordinator = _Coordinator([rest, embedding, *blocks, head, *reversed(blocks)], tensors, asked)
+    copied = coordinator.fetch()
+
+    def use(unit: Sequence[int]) -> int:
+        """Bytes while it runs."""
+        nonlocal copied
+        copied = max(copied, coordinator.fetch())
+        nbytes = coordinator.nbytes
+        coordinator.release(unit)
+        return nbytes
+
+    first = use(embedding)
+    *forward, last = [use(block) for block in blocks]
+    at_head = use(head)
+    behind_head = coordinator.nbytes
+    *backward, end = [use(block) for block in reversed(blocks)]
+    return Gathered(
+        embedding=first,
+        copying=copied,
+        forward=max(forward, default=0),
+        last=last,
+        head=at_head,
+        head_backward=behind_head,
+        block=max(backward, default=end),
+        first=end,
+    )
+
+
+def _numel(unit: Iterable[_Tensor]) -> int:
+    return sum(tensor.numel for tensor in unit)

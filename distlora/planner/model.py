@@ -1,0 +1,198 @@
+"""The model that is planned for: what its config.json says, wherever that lies. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
+from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
+from distlora.architecture.shapes import ModelShapes, shapes_of
+from distlora.architecture.tokens import stored_rows
+from distlora.config import Config, UserError
+from distlora.config.json_files import read_object
+from distlora.config.places import is_hub_name
+from distlora.weights.prequantized import check_quantization_config, read_packed_weights
+from distlora.weights.segments import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    read_headers,
+    read_index,
+)
+
+Source = Literal["folder", "hub cache", "built in"]
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedModel:
+    name: str
+    """As people call it: its folder's name, or its name on the hub."""
+    settings: Mapping[str, Any]
+    """Its config.json."""
+    shapes: ModelShapes
+    """With the rows of new tokens."""
+    source: Source
+    stored_bytes: int | None = None
+    """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
+    plain_absmax: bool = False
+    """Whether its checkpoint is in NF4 without double quantization, whose scales stay as they are: 4 bytes for each
+    64 weights (distlora/model/frozen.py)."""
+    left_dense: Mapping[str, int] = field(default_factory=dict)
+    """Of a checkpoint in NF4: in how many blocks a weight, by its path in one, is not quantized, and stays so."""
+    note: str | None = None
+    """What the plan takes for granted of it, as a sentence."""
+
+
+def find_model(
+    config: Config,
+    *,
+    cache: Path | None = None,
+    preview: Callable[[Config], AbstractContextManager[Config]] | None = None,
+    any_length: bool = False,
+) -> PlannedModel:
+    """The model of a config: of a folder; of a name on the hub what lies in the hub's cache (`cache`), or what is built
+    in, so that no network is asked; else what `preview` fetches, a config whose model is a folder.
+
+    Raises UserError where none of them has it, for a model that cannot be trained, and unless `any_length` for rows
+    that are longer than it has positions.
+    """
+    path, new = config.model.path, len(config.model.new_tokens)
+    full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
+    if not is_hub_name(path):
+        return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
+    snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
+    # One in MXFP4 is planned as its copy whether or not it lies here.
+    if snapshot is not None and not (_copy_of(path) and is_mxfp4(read_config(snapshot))):
+        found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
+        return dataclasses.replace(found, source="hub cache")
+    settings = architecture_named(path)
+    if settings is not None:
+        check_config(settings, path, sequence_length=length, full=full)
+        return built_in(path, settings, new_tokens=new)
+    if preview is None:
+        raise UserError(
+            f"model.path={path} is neither in the hub's cache nor built in{nearest_architecture(path)}; set model.path "
+            "to a folder with its config.json"
+        )
+    with ExitStack() as stack:
+        try:
+            here = stack.enter_context(preview(config))
+        except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
+            near = nearest_architecture(path)
+            raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
+        folder = Path(here.model.path)
+        return model_in(folder, name=path, new_tokens=new, full=full, sequence_length=length)
+
+
+def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
+    """A model by the sizes that distlora.architecture.known has. How many spare rows its embedding has, which new
+    tokens would take first, is not known there: each is counted as one more."""
+    stored = shapes_of(settings, name)
+    copy = _copy_of(name)
+    return PlannedModel(
+        name=name,
+        settings=settings,
+        shapes=dataclasses.replace(stored, vocabulary=stored.vocabulary + new_tokens),
+        source="built in",
+        stored_bytes=2 * stored.numel,
+        note=None
+        if copy is None
+        else f"{name} is stored in MXFP4, which is not read: planned as a copy in bf16, {copy}",
+    )
+
+
+def _copy_of(name: str) -> str | None:
+    """A copy in bf16 of what is on the hub in MXFP4."""
+    return {known.lower(): copy for known, copy in MXFP4_NAMES.items()}.get(name.lower())
+
+
+def model_in(
+    folder: Path,
+    *,
+    name: str | None = None,
+    new_tokens: int = 0,
+    full: bool = False,
+    sequence_length: int | None = None,
+) -> PlannedModel:
+    """The model in a folder of Hugging Face's format; its weights need not be there. Raises UserError."""
+    settings, place = read_config(folder), folder / "config.json"
+    family = check_config(settings, place, full=full, sequence_length=sequence_length)
+    size = weights_size(folder)
+    shapes = (
+        shapes_of(settings, place)
+        if size is None
+        else shapes_of(settings, place, vocabulary=stored_rows(folder, settings, family))
+    )
+    plain, left_dense = False, dict[str, int]()
+    quantization = settings.get("quantization_config")
+    if quantization is not None:
+        check_quantization_config(place, quantization)
+    if quantization is not None and size is not None:
+        plain, left_dense = _packed_already(folder, settings, shapes)
+    rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
+    return PlannedModel(
+        name=name or folder.name,
+        settings=settings,
+        shapes=dataclasses.replace(shapes, vocabulary=rows),
+        source="folder",
+        stored_bytes=size,
+        plain_absmax=plain,
+        left_dense=left_dense,
+    )
+
+
+def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
+    """(plain_absmax, left_dense) of a checkpoint that is quantized. Raises UserError for one that cannot be kept."""
+    on_disk = read_headers(folder)
+    packed = read_packed_weights(folder, dict(settings), on_disk)
+    stored_as = names_on_disk(on_disk, shapes.family)
+    found: Counter[str] = Counter()
+    for layer in range(shapes.num_layers):
+        names = {
+            weight.path: f"{shapes.family.decoder}.layers.{layer}.{weight.path}"
+            for weight in shapes.block
+            if weight.packs
+        }
+        found.update(path for path, name in names.items() if stored_as.get(name) not in packed)
+    return any(weight.nested_absmax is None for weight in packed.values()), dict(found)
+
+
+def weights_size(folder: Path) -> int | None:
+    """Bytes of the safetensors files that a model consists of; None where not all of them are there."""
+    index = folder / INDEX_NAME
+    files = sorted(set(read_index(index, _AGAIN).values())) if index.is_file() else [SINGLE_NAME]
+    if not all((folder / file).is_file() for file in files):
+        return None
+    return sum((folder / file).stat().st_size for file in files)
+
+
+def rows_with(new_tokens: int, stored: int, tokenizer: Path) -> int:
+    """Rows of embedding and head with new tokens, which follow the tokenizer's last: rows that it does not use are
+    taken first, as in `distlora.architecture.tokens.vocabulary_of`, which loads the tokenizer. Without a tokenizer.json
+    (its own format is not read here) each counts as one more."""
+    if not new_tokens:
+        return stored
+    if not tokenizer.is_file():
+        return stored + new_tokens
+    content = read_object(tokenizer, "copy the tokenizer's files into the folder again")
+    ids: list[int] = [token["id"] for token in content.get("added_tokens") or []]
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    ids += vocabulary.values() if isinstance(vocabulary, Mapping) else [len(vocabulary) - 1]  # Unigram has a list.
+    return max(stored, max(ids, default=-1) + 1 + new_tokens)
+
+
+def cached_snapshot(cache: Path, name: str, revision: str | None) -> Path | None:
+    """The folder of a model in a cache of huggingface_hub, if at least its config.json is there."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    if not commit:
+        return None
+    folder = repository / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None

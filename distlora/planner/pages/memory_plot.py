@@ -1,0 +1,97 @@
+"""`distlora plan --plot`: memory by kind as bars. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distlora.output.figures import COLOURS, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBar:
+    """One plan's memory."""
+
+    name: str
+    kinds: Mapping[str, int]
+    """Bytes by kind, in the order in which they are drawn."""
+    usable: int | None
+    """Bytes that there are; None: not known."""
+
+
+KIND_COLOURS = {
+    # The base in blues, what is trained in greens, what comes and goes in oranges, activations in purples.
+    "codes": "#0072B2",
+    "scales": "#4b9ccb",
+    "weights": "#56B4E9",
+    "embeddings": "#93cdee",
+    "norms": "#c7e4f5",
+    "resident": "#003f63",
+    "adapters": "#009E73",
+    "gradients": "#5cc4a5",
+    "optimizer": "#a9dfcf",
+    "scratch": "#f4cd73",
+    "gathered": "#E69F00",
+    "communication": "#b37b00",
+    "kept": "#CC79A7",
+    "working": "#e3b3cc",
+    "logits": "#8f4f74",
+    "slack": "#8c8c8c",
+}
+_DARK = ("codes", "resident", "adapters", "communication", "logits", "slack")
+"""Kinds whose colour takes white words."""
+_FREE = "#efefef"
+_LABELLED = 0.045
+"""Share of the panel's width from which a segment has its GB written in it."""
+
+
+def plot_memory(bars: Sequence[MemoryBar], labels: Mapping[str, str], title: str, path: Path) -> None:
+    """A stacked bar of each plan in GB (1e9 bytes) on a grey one of what its card has, and its sum beside it; `labels`
+    says what kinds are called."""
+    figure, (panel,) = new_figure(1, width=11, height=2.7 + 0.52 * len(bars))
+    widest = max(max(sum(bar.kinds.values()), bar.usable or 0) for bar in bars) / 1e9
+    seen = widest * 1e9 / 1000
+    kinds = [kind for kind in KIND_COLOURS if any(bar.kinds.get(kind, 0) > seen for bar in bars)]
+    for row, bar in enumerate(bars):
+        if bar.usable is not None:
+            panel.barh(row, bar.usable / 1e9, height=0.8, color=_FREE)
+        place = 0.0
+        for kind in kinds:
+            size = bar.kinds.get(kind, 0) / 1e9
+            panel.barh(row, size, left=place, height=0.62, color=KIND_COLOURS[kind], edgecolor="white", linewidth=0.5)
+            if size > _LABELLED * widest:
+                colour = "white" if kind in _DARK else "black"
+                panel.text(place + size / 2, row, f"{size:.1f}", ha="center", va="center", fontsize=8, color=colour)
+            place += size
+        _end_of_bar(panel, row, place, bar.usable, widest)
+    panel.set_yticks(range(len(bars)), [bar.name for bar in bars])
+    panel.set_ylim(len(bars) - 0.4, -0.6)
+    panel.set_xlim(0, 1.17 * widest)
+    panel.set_axisbelow(True)
+    panel.grid(axis="y", visible=False)
+    panel.set(xlabel="GB of a rank's device at the peak of a step; grey: what there is")
+    panel.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10)
+    handles: list[Any] = [panel.barh([0], [0], color=KIND_COLOURS[kind]) for kind in kinds]
+    names = [labels[kind] for kind in kinds]
+    if len(bars) == 1:
+        names = [f"{bars[0].kinds[kind] / 1e9:.2f}  {name}" for kind, name in zip(kinds, names, strict=True)]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def _end_of_bar(panel: Axes, row: int, total: float, usable: int | None, widest: float) -> None:
+    """What it comes to, in red where that is too much; and a line where the card ends."""
+    there = math.inf if usable is None else usable / 1e9
+    if usable is not None:
+        panel.plot([there, there], [row - 0.4, row + 0.4], color="black", linewidth=2)
+    end = total if usable is None else max(total, there)
+    text = f"{total:.1f} GB" if usable is None else f"{total:.1f} of {there:.1f} GB"
+    colour, weight = ("black", "normal") if total <= there else (COLOURS[1], "bold")
+    panel.text(end + 0.012 * widest, row, text, va="center", fontsize=9, color=colour, weight=weight)

@@ -1,0 +1,373 @@
+"""A plan in words: a few lines at a run's start, and the page of `distlora plan`. Imports no torch.
+
+GB are 1e9 bytes, as data sheets and disks have them.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from distlora.planner import Plan
+from distlora.planner.choice.larger import Room
+from distlora.planner.choice.packing import Packing
+from distlora.planner.choice.reasons import Change
+from distlora.planner.choice.space import typed
+from distlora.planner.choice.suggest import Nearest
+from distlora.planner.multi_trial import one_of
+from distlora.planner.pages.words import (
+    KINDS,
+    MOMENTS,
+    SOURCES,
+    WAITS,
+    WORK,
+    largest,
+    rounded,
+    shares,
+)
+from distlora.planner.speed.rates import missing_rates
+from distlora.planner.storage.disk import trained_tensors
+from distlora.system.numbers import count, size
+
+WIDTH = 100
+"""Characters of a line."""
+_LABEL, _BAR = 12, 40
+
+
+def lines(plan: Plan) -> list[str]:
+    """What a run says of its plan before it starts: a few short lines."""
+    device, host, disk = plan.device, plan.host, plan.disk
+    card = _device(plan)
+    there_is = f" of {size(plan.machine.usable_bytes or 0)}" if plan.fits else ""
+    fits = {
+        True: "",
+        False: f": it does NOT fit{verdict(plan).removeprefix('NO')}",
+        None: "; whether it fits is not known: name the cards, with card=h100 or card.memory_gib=80",
+    }[plan.fits]
+    # What a CPU's process shows of itself while it trains has them in it.
+    beside = "" if plan.machine.is_gpu else ", beside Python and its libraries"
+    kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
+    moved = f"{size(plan.wire.received)} come into each {card} from the others" if plan.wire.world > 1 else None
+    time = None if plan.time is None else time_of(plan)
+    found = [
+        f"plan: {size(device.total)}{there_is} a {card} at its peak{beside}, {MOMENTS[device.worst]}{fits}",
+        f"  most of it: {largest(device.by_kind)}",
+        f"  host memory: {size(host.machine)} a machine; disk: {size(disk.run)} for the run{kept}",
+    ]
+    if moved or time:
+        found.append("  a step: " + "; ".join(filter(None, (moved, time))))
+    if (empty := empty_rows(plan)) is not None:
+        found.append(f"  {empty}")
+    return found
+
+
+def page(
+    plan: Plan,
+    *,
+    changes: Sequence[Change] = (),
+    near: Nearest | None = None,
+    rooms: Sequence[Room] = (),
+    packed: Packing | None = None,
+) -> str:
+    """Everything that a person wants to know first, on one screen. `changes`: what was chosen, and why; `near`: what
+    would fit where this does not; `rooms`: what a larger run would take; `packed`: what the plan is of, if a pack."""
+    rows = [
+        *_row("model", _model(plan)),
+        *_row("trained", _trained(plan)),
+        *_row("machine", _machine(plan)),
+        *_row("fits", verdict(plan)),
+        *(_row("packed", packed_trials(packed)) if packed is not None else ()),
+        *(_row("would fit", _near(near)) if near is not None else ()),
+        *(line for change in changes for line in _row("chosen", str(change))),
+        "",
+        *_memory(plan),
+        *(line for each in plan.uncounted for line in _row("not counted", each)),
+        "",
+        *_row("host memory", _host(plan)),
+        *_row("disk", _disk(plan)),
+        *_row("wire", _wire(plan)),
+        *_row("operations", _operations(plan)),
+        *_row("time", time_of(plan)),
+        *(_row("rows", empty) if (empty := empty_rows(plan)) is not None else ()),
+        *_row("settings", settings(plan)),
+        *(_row("larger", "; ".join(map(str, rooms))) if rooms else ()),
+    ]
+    return "\n".join(rows)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and by how much."""
+    needed, usable = plan.device.total, plan.machine.usable_bytes
+    what = _device(plan)
+    if usable is None:
+        return f"nobody knows: it needs {size(needed)} a {what}, and how much there is was not said (card=NAME)"
+    host, has = plan.host, plan.machine.host_bytes
+    if not plan.machine.is_gpu and has is not None:  # Its processes have the machine's memory together.
+        needed, usable, what = host.workers, has, "machine"
+    elif plan.lacks() == "host":
+        return f"NO: a machine needs {size(host.machine)} of host memory, and {size(has or 0)} can be had"
+    if plan.fits:
+        return f"yes: {size(needed)} of {size(usable)} a {what}, {size(usable - needed)} to spare"
+    return f"NO: it needs {size(needed)} a {what}, which has {size(usable)}: {size(needed - usable)} too much"
+
+
+def packed_trials(packed: Packing) -> str:
+    """What a pack takes beside one trial, how many fit, and why not more."""
+    alone, plan, device = packed.alone, packed.plan, _device(packed.plan)
+    number = f"{packed.trials} trials share one base" if packed.trials > 1 else "1 trial"
+    text = f"{number}: {size(plan.device.total)} a {device}, one alone {size(alone.device.total)}"
+    if packed.ratio is not None:
+        text += f"; a step takes {packed.ratio:.2f} x one trial's, where one after the other {packed.trials} x"
+    if plan.wire.gathered:
+        text += f"; gathered is {plan.wire.gathered / alone.wire.gathered:.2f} x"
+    if packed.most is None:
+        return f"{text}; how many fit is not known"
+    if packed.beyond is None:
+        return f"{text}; {packed.most} fit, and more were not looked at"
+    text += f"; {packed.most or 'none'} fit{'s' if packed.most == 1 else ''}"
+    wanted = packed.beyond.device.total - (packed.beyond.machine.usable_bytes or 0)
+    if wanted <= 0:  # Its card has room, its machine's host has not.
+        return f"{text}, as {packed.most + 1} would take {size(packed.beyond.host.machine)} of host memory"
+    binds = packed.binds
+    assert binds is not None
+    return f"{text}: {packed.most + 1} lack {size(wanted)}, most of each trial's part being {KINDS[binds]}"
+
+
+def empty_rows(plan: Plan) -> str | None:
+    """Of a step with fewer rows than its ranks compute, which run empty ones for the rest; None: there are none."""
+    config, ranks = one_of(plan.config), plan.machine.ranks
+    train = config.train
+    computed = config.accumulation(ranks) * train.micro_batch * ranks
+    if computed == train.global_batch:
+        return None
+    device = _device(plan)
+    devices = f"{ranks:,} {device}{'' if ranks == 1 else 'es' if device == 'process' else 's'}"
+    return (
+        f"{computed - train.global_batch:,} of {computed:,} rows that {devices} compute in a step are empty, as "
+        f"train.global_batch is {train.global_batch:,}: train.global_batch={computed} takes as long"
+    )
+
+
+def needs(plan: Plan) -> str:
+    """What it takes of the memory that decides, and what takes most of that: `8.75 GB a card (...)`."""
+    host, by_kind = plan.host, largest(plan.device.by_kind)
+    if not plan.machine.is_gpu:
+        return f"{size(host.workers)} a machine (of each process {by_kind})"
+    if plan.lacks() == "host":
+        return f"{size(host.machine)} of a machine's host memory ({_waiting(plan)} of a process)"
+    return f"{size(plan.device.total)} a card ({by_kind})"
+
+
+def _row(label: str, text: str) -> Iterator[str]:
+    """A label and what is said, over as many lines as it takes."""
+    whole = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\0", text)  # A number and its unit stay on one line.
+    found = textwrap.wrap(whole, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
+    for line in found or [""]:
+        yield f"{label:<{_LABEL}}{line}".replace("\0", " ")
+        label = ""
+
+
+def _model(plan: Plan) -> str:
+    shapes, model = plan.model.shapes, plan.model
+    text = (
+        f"{model.name}: {count(shapes.numel)} parameters, {shapes.num_layers} blocks of {shapes.hidden:,}; sizes from "
+    )
+    return text + SOURCES[model.source] + ("" if model.note is None else f"; {model.note}")
+
+
+def _trained(plan: Plan) -> str:
+    config, shapes = plan.config, plan.model.shapes
+    trained = sum(tensor.numel for tensor in trained_tensors(config, shapes))
+    share = f"{count(trained)} ({trained / shapes.numel:.2%})"
+    base = {"nf4": "in 4 bits (NF4)", "none": f"in {config.train.dtype}"}
+    if config.adapter.method == "full":
+        return f"everything, {count(trained)} parameters; fp32 masters"
+    targets = config.adapter.target_modules
+    method = "DoRA" if config.adapter.use_dora else "LoRA"
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    ranks = ", ".join(map(str, sorted({adapter.r for adapter in config.adapters})))
+    number = f"{len(config.adapters)} trials' " if len(config.adapters) > 1 else ""
+    return f"{number}{method} of rank {ranks} on {where}: {share}; the base stays {base[config.quant.method]}"
+
+
+def machines_of(plan: Plan) -> str:
+    """`2 machines of 8 x H100 SXM 80 GB`."""
+    machine = plan.machine
+    machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
+    if not machine.is_gpu:
+        what = f"this CPU, {each} process{'es' if each > 1 else ''}"
+    elif machine.name.startswith("a card"):  # That nothing names.
+        what = f"{each} card{'s' if each > 1 else ''}{machine.name.removeprefix('a card')}"
+    else:
+        what = f"{each} x {machine.name}"
+    return what if machines == 1 else f"{machines} machines of {what}"
+
+
+def _machine(plan: Plan) -> str:
+    machine, shards, text = plan.machine, plan.wire.shards, machines_of(plan)
+    text += "" if machine.is_gpu else " (card=NAME: another machine)"
+    if machine.ranks == 1:
+        return text
+    if shards == 1:
+        return f"{text}; the base whole on each"
+    backend = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[plan.config.parallel.backend]
+    if shards == machine.ranks:
+        return f"{text}; {backend} cuts the base over all of them"
+    return f"{text}; {backend} cuts the base over {shards} of them, {machine.ranks // shards} copies of it in all"
+
+
+def _near(near: Nearest) -> str:
+    """What would fit, and what it costs: speed, and host memory where that is what it takes instead."""
+    text = str(near)
+    found = near.same or near.other or (near.more if near.card is None else None)
+    if found is not None:
+        plan = found.plan
+        text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
+        text += f", {size(plan.host.machine)} of host memory on a machine" if plan.host.base or plan.host.inputs else ""
+    return text
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """Bytes by kind, each with a bar as long as its share of what there is."""
+    device, usable = plan.device, plan.machine.usable_bytes
+    # A bar shows a share of what there is, or where that would show nothing, of what is needed.
+    whole = device.total if usable is None or device.total * _BAR < usable else max(device.total, usable)
+    unit, scale = ("GB", 1e9) if device.total >= 1e9 else ("MB", 1e6)
+    what = "memory of a card" if plan.machine.is_gpu else "memory of a process for training"
+    yield f"{what} at its peak, {MOMENTS[device.worst]} ({unit}):"
+    place = 0
+    width = max(len(KINDS[kind]) for kind in device.by_kind)
+    hundredths = rounded(device.by_kind, scale / 100)
+    for kind, nbytes in device.by_kind.items():
+        start, end = round(_BAR * place / whole), round(_BAR * (place + nbytes) / whole)
+        place += nbytes
+        if hundredths[kind]:  # What is 0.00 says nothing.
+            start = min(start, _BAR - 1)
+            bar = " " * start + "#" * max(end - start, 1)
+            yield f"  {KINDS[kind]:<{width}} {hundredths[kind] / 100:>8.2f}  |{bar:<{_BAR}}|"
+    end = round(_BAR * place / whole)
+    bar = "#" * end + "." * (_BAR - end)
+    yield f"  {'together':<{width}} {place / scale:>8.2f}  |{bar}|" + (
+        "" if usable is None else f" of {usable / scale:,.2f}"
+    )
+
+
+def _host(plan: Plan) -> str:
+    host, machine = plan.host, plan.machine
+    text = f"{size(host.while_loading)} a process while it loads, {size(host.while_training)} while it trains"
+    text += f" ({said})" if (said := _waiting(plan)) else ""
+    text += f"; {size(host.machine)} on a machine"
+    return text + ("" if machine.host_bytes is None else f" of {size(machine.host_bytes)}")
+
+
+def _waiting(plan: Plan) -> str:
+    """What a process keeps on the host beside what its device has."""
+    host = plan.host
+    kinds = {
+        "the base": host.base,
+        "the blocks' inputs": host.inputs,
+        "paged moments": host.moments,
+        "copies of what is saved": host.copies,
+    }
+    return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in kinds.items() if nbytes)
+
+
+def _disk(plan: Plan) -> str:
+    disk = plan.disk
+    text = f"{size(disk.base)} for the model"
+    text += f", {size(disk.cache)} for its quantized shards" if disk.cache else ""
+    return (
+        f"{text}, {size(disk.run)} for the run: up to {disk.checkpoints_kept} checkpoints of {size(disk.checkpoint)}, "
+        f"the result {size(disk.result)}"
+    )
+
+
+def _wire(plan: Plan) -> str:
+    step, machine = plan.wire, plan.machine
+    if step.world == 1:
+        return "nothing: there is one process"
+    text = (
+        f"a step gathers {size(step.gathered)} and sums {size(step.reduced + step.scattered + step.reduced_rows)} on "
+        f"each rank; {size(step.received)} come in"
+    )
+    if machine.ranks > machine.ranks_per_machine:
+        text += f", {size(step.into_machine(machine.ranks_per_machine))} into a machine from the others"
+    return text
+
+
+def _operations(plan: Plan) -> str:
+    compute = plan.compute
+    said = ", ".join(f"{WORK[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
+    return f"{_tera(compute.total)} TFLOP a step on each {_device(plan)}: {said}"
+
+
+def time_of(plan: Plan) -> str:
+    """Tokens a second, seconds a step, what they go to; hours and cost where they are known."""
+    found = plan.time
+    if found is None:
+        missing = missing_rates(plan.config, plan.machine)
+        named = "" if plan.machine.card is not None else "card=NAME, or "
+        return f"not known, as rates of this machine are not: set {named}{', '.join(missing)}"
+    waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
+    text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} a step: {waits}"
+    if found.hours is not None:
+        text += f"; {found.steps:,} steps take {seconds_in_words(3600 * found.hours)}"
+    if found.cost is not None:
+        text += f" and cost {found.cost:,.2f}"
+    if (price := found.cost_of_a_million_tokens) is not None:
+        text += f"; a million tokens cost {price:.3g}"
+    return text
+
+
+def assumptions(plan: Plan) -> Iterator[str]:
+    """What the time rests on, a sentence each."""
+    for each in () if plan.time is None else plan.time.assumptions:
+        yield from textwrap.wrap(each, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def seconds_in_words(seconds: float) -> str:
+    """`0.87 s`, `17.2 s`, `12.3 minutes`, `5.83 hours`, `3.1 days`."""
+    for unit, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"
+
+
+def _tera(flops: float) -> str:
+    """Three digits in 1e12, all of them from 1,000 on."""
+    return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+def _device(plan: Plan) -> str:
+    return "card" if plan.machine.is_gpu else "process"
+
+
+def settings(plan: Plan) -> str:
+    """Those that memory and time depend on, as the command line has them; of those that are rarely set, what is set."""
+    config = one_of(plan.config)
+    train, parallel = config.train, config.parallel
+    values: dict[str, object] = {
+        "quant.method": config.quant.method,
+        "data.sequence_length": config.data.sequence_length,
+        "train.micro_batch": train.micro_batch,
+        "train.global_batch": train.global_batch,
+        "train.checkpointing": train.checkpointing,
+        "train.accumulate": train.accumulate,
+        "optim": config.optim.name,
+    }
+    rare: dict[str, tuple[object, object]] = {
+        # (value, what it is unless it is set)
+        "train.mlp_tile": (train.mlp_tile, None),
+        "train.keep_dequantized": (train.keep_dequantized, False),
+    }
+    if plan.machine.ranks > 1:
+        values["parallel"] = parallel.backend
+        rare |= {
+            "parallel.shard_degree": (parallel.shard_degree, None),
+            "parallel.resident_blocks": (parallel.resident_blocks, 0),
+            "parallel.offload_base": (parallel.offload_base, False),
+            "parallel.prefetch": (parallel.prefetch, True),
+        }
+    values |= {name: value for name, (value, default) in rare.items() if value != default}
+    return " ".join(typed(name, value) for name, value in values.items())

@@ -1,0 +1,124 @@
+"""Plans beside each other, as Markdown: models on machines, a run on numbers of GPUs. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from distlora.planner import Plan
+from distlora.planner.pages.words import BASES, RECOMPUTED, WAITS
+from distlora.planner.speed.scaling import OWN, ScalingRow
+from distlora.system.numbers import size
+
+LEGEND = (
+    "A cell: memory of a card at its peak, tokens a second of all cards, and the settings, the fastest that fit:",
+    "- NF4, bf16: what the base is kept in; full: all of it is trained",
+    "- recompute: what backward runs again (train.checkpointing); rows: that run at once (train.micro_batch)",
+    "- slices: a block runs all of a step's rows in turn (train.accumulate=block); tiles: of an MLP (train.mlp_tile)",
+    "- stay: blocks that are gathered once (parallel.resident_blocks); copies: of the base, each over so many cards "
+    "(parallel.shard_degree)",
+    "- on the host: what is in a machine's memory in place of a card's, which takes so much (parallel.offload_base)",
+    "- no: what it would take with settings as they are; `distlora plan` of one model and machine says what would fit",
+)
+"""What stands in a cell."""
+
+
+def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
+    """A row for each model, a column for each machine, by (model, machine); None: no plan, as the settings cannot be
+    there."""
+    models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
+    rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
+    yield from markdown(["", *machines], rows)
+    yield ""
+    yield from LEGEND
+
+
+def cell(plan: Plan | None) -> str:
+    """`17.4 GB, 1,210 tok/s: NF4, recompute blocks, 1 row`, or what it would take."""
+    if plan is None:
+        return "cannot be"
+    needed, usable = plan.device.total / 1e9, plan.machine.usable_bytes
+    if plan.fits is False:
+        return f"no: {needed:.1f} GB" + ("" if usable is None else f" of {usable / 1e9:.1f}")
+    time = plan.time
+    speed = "" if time is None else f", {time.tokens_per_second:,.0f} tok/s"
+    return f"{needed:.1f} GB{speed}: {', '.join(how(plan))}"
+
+
+def how(plan: Plan) -> Iterator[str]:
+    """The settings that a plan fits with, in a word each."""
+    config = plan.config
+    train, parallel = config.train, config.parallel
+    yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
+    yield RECOMPUTED[train.checkpointing]
+    yield f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
+    if train.accumulate == "block":
+        yield "slices"
+    if train.mlp_tile is not None:
+        yield f"tiles of {train.mlp_tile:,}"
+    if parallel.offload_base or train.checkpointing == "offload":
+        what = ["base"] * parallel.offload_base + ["inputs"] * (train.checkpointing == "offload")
+        yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
+    if parallel.resident_blocks:
+        yield f"{parallel.resident_blocks} stay"
+    if plan.wire.shards < plan.machine.ranks:
+        yield f"copies of {plan.wire.shards}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table, its cells as wide as the widest of their column, so that it reads in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for cells in (header, ["-" * width for width in widths], *rows):
+        yield f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))} |"
+
+
+def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """A table for each fabric: a row for each number of GPUs, each way to cut the base beside the other; then what they
+    rest on."""
+    for fabric in dict.fromkeys(row.fabric for row in rows):
+        found = [row for row in rows if row.fabric == fabric]
+        layouts = list(dict.fromkeys(row.layout for row in found))
+        by_place = {(row.ranks, row.layout): row for row in found}
+        header = ["GPUs", "machines", "rows a step"]
+        for layout in layouts:
+            header += [f"{layout}: s a step", "tokens/s", "of a card", "MFU", "waits for"]
+        lines = []
+        for ranks in dict.fromkeys(row.ranks for row in found):
+            first = next(row for row in found if row.ranks == ranks)
+            cells = [f"{ranks:,}", f"{first.machines:,}", f"{first.rows:,}"]
+            for layout in layouts:
+                cells += _scaling_cells(by_place.get((ranks, layout)))
+            lines.append(cells)
+        yield f"over {'the links of the machine' if fabric == OWN else fabric}:"
+        yield ""
+        yield from markdown(header, lines)
+        yield ""
+    yield "It rests on this:"
+    yield from (f"- {said}" for said in dict.fromkeys(said for row in rows for said in row.assumptions))
+
+
+LEVERED = (1, 8, 64, 512)
+"""GPUs whose leverage a table shows."""
+
+
+def leverage_table(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """What of the tokens a second of one copy over the machine's own links is left where a rate is half of what is
+    assumed, that which matters most first: what to measure first."""
+    shown = [row for row in rows if row.fabric == OWN and row.layout == "one copy" and row.ranks in LEVERED]
+    levers = sorted(shown[0].if_half, key=lambda lever: min(row.if_half[lever] for row in shown))
+    header = ["half as fast", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]
+    yield "What is left of the tokens/s of one copy where one of these is half as fast as is assumed:"
+    yield ""
+    yield from markdown(header, [[lever, *(f"{row.if_half[lever]:.0%}" for row in shown)] for lever in levers])
+
+
+def _scaling_cells(row: ScalingRow | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    fits = "" if row.fits is not False else " (does not fit)"
+    return [
+        f"{row.seconds:,.0f}{fits}" if row.seconds >= 100 else f"{row.seconds:.3g}{fits}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.tokens_of_a_rank:,.0f} ({row.efficiency:.0%})",
+        f"{row.mfu:.0%}",
+        WAITS[row.binds],
+    ]

@@ -1,0 +1,180 @@
+"""Operations of a training step, by kind, from shapes and settings. Imports no torch.
+
+What MFU counts is by operations.py, as of a model that runs (flops.py), to equality (tests/test_plan_compute.py).
+Beside it is what the implementation computes more: what checkpointing runs again, the scores that flash attention's
+backward makes again, and the pairs that a dense mask hides. Left out, as by MFU: routers, norms, activation functions,
+and what DoRA adds (below 1 % of a linear, kernels/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distlora.architecture.shapes import attention_columns, expert_paths, sizes_of
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import Config
+from distlora.planner import traffic
+from distlora.planner.decoder_sizes import Decoder, ExpertSizes, windows_of
+from distlora.planner.kernels import attention_kind, pairs_computed, scores_again
+from distlora.planner.model import PlannedModel
+from distlora.planner.speed.operations import (
+    PAIR_BACKWARD,
+    PAIR_FORWARD,
+    PRODUCT,
+    ActiveWeights,
+    pairs,
+    queries_by_window,
+)
+
+FlopsKind = Literal[
+    "forward",  # of the blocks' linears, and of the experts that tokens choose
+    "input_gradients",  # of the same
+    "weight_gradients",  # of what is trained of the base: everything, the head, rows of it
+    "adapters",  # forward and all gradients
+    "attention",  # forward and backward, of the pairs that documents and windows leave
+    "head",  # forward and the gradient of its input
+    "reference",  # DPO's: a forward of the base
+    "recomputation",  # what checkpointing, and a trained head, compute again in backward
+    "scores",  # made again: in attention's backward where they are not kept, and in the forward of tiles
+    "masked",  # pairs that a mask hides, computed all the same
+]
+NOT_IN_MFU: tuple[FlopsKind, ...] = ("recomputation", "scores", "masked")
+
+SCORES_AGAIN = 2
+"""Operations a pair and column by which scores are made again, in place of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """Operations of one rank in an optimizer step, of all rows that it runs, empty ones among them."""
+
+    by_kind: Mapping[FlopsKind, int]
+    """Kinds of which there is nothing are left out."""
+    tokens: int
+    """That the rank runs."""
+
+    @property
+    def counted(self) -> int:
+        """What MFU counts."""
+        return sum(flops for kind, flops in self.by_kind.items() if kind not in NOT_IN_MFU)
+
+    @property
+    def total(self) -> int:
+        """What is computed."""
+        return sum(self.by_kind.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"operations": dict(self.by_kind), "counted_by_mfu": self.counted, "tokens": self.tokens}
+
+
+def step_flops(
+    config: Config, model: PlannedModel, *, ranks: int, is_gpu: bool, document: int | None = None
+) -> StepFlops:
+    """Of a step with these settings on so many ranks. `document`: tokens of each packed document; None: one a row."""
+    rows = config.accumulation(ranks) * config.train.micro_batch
+    length = config.data.sequence_length
+    tokens, documents = rows * length, cut(length, document)
+    active, mlp = active_weights(config, model), weights_within(config, model, "mlp.")
+    seen = rows * sum(columns * pairs(part, window) for columns, window in active.queries for part in documents)
+    family = model.shapes.family
+    decoder = Decoder.of(model.settings, family)
+    kind = attention_kind(config, family, decoder, is_gpu=is_gpu)
+    groups = decoder.heads // decoder.key_heads
+    every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
+    reference = config.train.objective == "dpo"
+    again = _recomputed(config, active, mlp)
+    of_forward, of_backward = scores_again(kind)
+    forwards = 1 + again.attention + (1 if reference else 0)
+    of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
+    by_kind: dict[FlopsKind, int] = {
+        "forward": PRODUCT * active.linears * tokens,
+        "input_gradients": PRODUCT * active.linears * tokens,
+        "weight_gradients": PRODUCT * tokens * weights_with_gradients(active),
+        "adapters": 3 * PRODUCT * active.adapters * tokens,
+        "attention": (PAIR_FORWARD + PAIR_BACKWARD) * seen,
+        "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
+        "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
+        "recomputation": PRODUCT * again.weights * tokens + PAIR_FORWARD * again.attention * seen,
+        "scores": SCORES_AGAIN * (forwards * of_forward + of_backward) * every,
+        "masked": of_pairs * (every - seen),
+    }
+    return StepFlops(by_kind={kind: flops for kind, flops in by_kind.items() if flops}, tokens=tokens)
+
+
+def weights_with_gradients(active: ActiveWeights) -> int:
+    """Weights of the base whose own gradient is computed."""
+    trained = (active.linears if active.linears_are_trained else 0) + (active.head if active.head_is_trained else 0)
+    return trained + active.head_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Recomputed:
+    """What backward computes again of a forward."""
+
+    weights: int
+    attention: int
+    """1 where attention is, else 0."""
+
+
+def _recomputed(config: Config, active: ActiveWeights, mlp: tuple[int, int]) -> _Recomputed:
+    """By train.checkpointing: `selective` runs the MLP half again (mlp.py), `block` and `offload` all of a block, to
+    its last linear, whose product is made before torch sees that all is there (blocks.py). Tiles of an MLP change
+    nothing of it: a block's recomputation ends where they begin. A trained head makes its logits again (head.py)."""
+    head = active.head if active.head_is_trained else 0
+    mode = config.train.checkpointing
+    if mode == "none":
+        return _Recomputed(head, 0)
+    if mode == "selective":
+        return _Recomputed(head + sum(mlp), 0)
+    return _Recomputed(head + active.linears + active.adapters, 1)
+
+
+def active_weights(config: Config, model: PlannedModel) -> ActiveWeights:
+    """What a token goes through, from shapes and settings. Equals flops.active_weights of the model itself."""
+    shapes, adapter = model.shapes, config.adapter
+    full = adapter.method == "full"
+    linears, adapters = weights_within(config, model, "")
+    rows_of = traffic.trained_rows(config, shapes)
+    columns, _ = attention_columns(sizes_of(model.settings, shapes.family))
+    return ActiveWeights(
+        linears=linears,
+        linears_are_trained=full,
+        adapters=adapters,
+        head=shapes.vocabulary * shapes.hidden,
+        head_is_trained=full or HEAD in adapter.modules_to_save,
+        head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
+        queries=queries_by_window(columns, windows_of(model.settings, shapes.family)),
+    )
+
+
+def weights_within(config: Config, model: PlannedModel, part: str) -> tuple[int, int]:
+    """(weights, R (I + O) of adapters) that a token goes through in the linears of all blocks whose path in a block
+    begins with `part`; of experts, in those that it chooses."""
+    shapes = model.shapes
+    experts = ExpertSizes.of(sizes_of(model.settings, shapes.family), shapes.family)
+    fused = expert_paths(shapes.family)
+
+    def chosen(number: int, path: str) -> int:
+        return number if experts is None or path not in fused else number // experts.count * experts.chosen
+
+    linears = [weight for weight in shapes.block if weight.packs and weight.path.startswith(part)]
+    weights = shapes.num_layers * sum(chosen(weight.numel, weight.path) for weight in linears)
+    if config.adapter.method == "full":
+        return weights, 0
+    adapters = sum(
+        blocks * chosen(each.down[0], each.place) * (each.down[1] + each.up[0])
+        for adapter in config.adapters
+        for each, blocks in shapes.alike(adapter)
+        if each.place.startswith(part)
+    )
+    # Of a pack's tokens each goes through its own trial's, as many through one as through another.
+    return weights, adapters // len(config.adapters)
+
+
+def cut(length: int, document: int | None) -> list[int]:
+    """Tokens of each document of a row that is packed with documents of so many; the last has what is left."""
+    if document is None or document >= length:
+        return [length]
+    return [document] * (length // document) + ([length % document] if length % document else [])

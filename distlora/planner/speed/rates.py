@@ -1,0 +1,170 @@
+"""What a card and its links deliver of what their makers say: every assumption of a plan's time, in one place, with its
+source. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distlora.config import Config
+from distlora.planner.machine import Machine
+from distlora.planner.storage.host import keeps_on_host
+
+_MATRICES = {(8, 0): 0.87, (9, 0): 0.80, (10, 0): 0.78}
+_MATRICES_ELSEWHERE = 0.80
+_MATRICES_SOURCE = (
+    "the best shapes among the matmuls that stas00/ml-engineering measured (compute/accelerator): 87 % on the A100, "
+    "80 % on the H100, 78 % on the B200; taken as 80 % elsewhere"
+)
+"""Share of the dense bf16 rate that the library's products reach, by compute capability: the A100's, the H100's, the
+B200's."""
+
+_ATTENTION = {(9, 0): 0.35, (10, 0): 0.15}
+_ATTENTION_ELSEWHERE = 0.55
+_ATTENTION_SOURCE = (
+    "FlashAttention-2, forward and backward (arXiv 2307.08691: 50 to 73 % on an A100; arXiv 2407.08608: 35 % on an "
+    "H100; on a B200 taken as no faster than that)"
+)
+
+_DECODING = 0.5
+"""Of the products' rate, in a product that decodes its weight (kernels/bench/costs.py, not measured)."""
+_MEMORY = 0.9
+_MEMORY_SOURCE = "the H100's 3.0 of 3.35 TB/s in a large copy, which kernels/bench/rates.py takes too"
+_LINK = 0.8
+_LINK_SOURCE = "about what nccl-tests show of NVLink, and PCIe after its headers"
+_LAUNCH_SECONDS = 3e-6
+_LAUNCH_SOURCE = "from the end of one kernel to the start of the next, as kernels/bench/rates.py takes it, not measured"
+
+_BASE_SECONDS = 8.4e-6
+_STEP_SECONDS = {"nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}
+_TREE_STEP_SECONDS = {"nvlink": 4.0e-6, "pcie": 4.0e-6, "network": 14e-6}
+_LATENCY_SOURCE = "NCCL's own model (src/graph/tuning.cc, the protocol Simple)"
+_GLOO_SECONDS = 1e-4
+"""A step of gloo's between processes of one machine: an assumption without a source."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Operations and bytes a second that one rank gets, and seconds that pass before the first byte."""
+
+    peak: float
+    """What MFU divides by: the maker's figure, or the user's."""
+    matrices: float
+    attention: float
+    decoding: float
+    bandwidth: float
+    launch: float
+    link: float | None
+    """None: not known, or one rank."""
+    host_link: float | None
+    network: float | None
+    base: float
+    """Seconds of any collective."""
+    ring_step: float
+    """Of each step of a ring within a machine."""
+    ring_step_across: float
+    tree_step: float
+    tree_step_across: float
+    said: tuple[str, ...]
+    """The assumptions, a sentence each."""
+
+
+LEVERS: dict[str, tuple[str, ...]] = {
+    "products of matrices": ("matrices", "decoding"),
+    "attention": ("attention",),
+    "the card's memory": ("bandwidth",),
+    "launches": ("launch",),
+    "links within a machine": ("link",),
+    "the network": ("network",),
+    "starts of collectives": ("base", "ring_step", "ring_step_across", "tree_step", "tree_step_across"),
+}
+"""What a step's time rests on, by what one measurement would settle."""
+_IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
+
+
+def half_as_fast(rates: Rates, lever: str) -> Rates:
+    """The same with twice the time for everything of this lever."""
+    factors = {name: 2.0 if name in _IN_SECONDS else 0.5 for name in LEVERS[lever]}
+    known = {name: factor * rate for name, factor in factors.items() if (rate := getattr(rates, name)) is not None}
+    return dataclasses.replace(rates, **known)
+
+
+def missing_rates(config: Config, machine: Machine) -> tuple[str, ...]:
+    """The settings that would have to say what is not known of a machine and a step's time depends on: its rates, those
+    of links that are crossed. In fp32 a GPU's tables say no rate that products keep to."""
+    in_fp32 = machine.is_gpu and config.train.dtype == "fp32" and config.card.tflops is None
+    needed = {
+        "tflops": (True, None if in_fp32 else machine.flops),
+        "memory_gb_per_second": (True, machine.bandwidth),
+        "link_gb_per_second": (machine.ranks_per_machine > 1, machine.link),
+        "network_gb_per_second": (machine.ranks > machine.ranks_per_machine, machine.network),
+        "host_gb_per_second": (keeps_on_host(config, machine.ranks), machine.host_link),
+    }
+    return tuple(f"card.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
+
+
+def rates_of(config: Config, machine: Machine) -> Rates | None:
+    """None where something is not known that a step's time depends on (`missing_rates`).
+
+    What the user gives in `card.*` is taken for what was measured: it is reached.
+    """
+    peak, bandwidth = machine.flops, machine.bandwidth
+    if missing_rates(config, machine) or peak is None or bandwidth is None:
+        return None
+    link = machine.link if machine.ranks_per_machine > 1 else None
+    network = machine.network if machine.ranks > machine.ranks_per_machine else None
+    given = config.card
+    matrices = 1.0 if given.tflops is not None else _MATRICES.get(machine.capability, _MATRICES_ELSEWHERE)
+    attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if machine.is_gpu else 1.0
+    memory = 1.0 if given.memory_gb_per_second is not None else _MEMORY
+    own = {
+        "link": 1.0 if given.link_gb_per_second is not None else _LINK,
+        "host_link": 1.0 if given.host_gb_per_second is not None else _LINK,
+        "network": 1.0 if given.network_gb_per_second is not None else _LINK,
+    }
+    inside = "nvlink" if machine.has_nvlink else "pcie"
+    said = [
+        f"products of matrices run at {matrices:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
+        + ("as card.tflops says" if given.tflops is not None else _MATRICES_SOURCE),
+        f"memory delivers {memory:.0%} of {bandwidth / 1e9:,.4g} GB/s: "
+        + ("as card.memory_gb_per_second says" if given.memory_gb_per_second is not None else _MEMORY_SOURCE),
+    ]
+    if machine.is_gpu:
+        said.append(f"attention runs at {attention:.0%} of the card's rate: {_ATTENTION_SOURCE}")
+        said.append(f"a launch costs {_LAUNCH_SECONDS * 1e6:.0f} us: {_LAUNCH_SOURCE}")
+    if machine.ranks > 1:
+        inner, outer = "a card's link to others of its machine", "the network into a machine"
+        for where, name, rate in ((inner, "link", link), (outer, "network", network)):
+            if rate is not None:
+                source = _LINK_SOURCE if own[name] < 1 else f"as card.{name}_gb_per_second says"
+                said.append(f"{where} delivers {own[name]:.0%} of {rate / 1e9:,.4g} GB/s: {source}")
+    if machine.is_gpu and machine.ranks > 1:
+        said += _said_of_rings(inside, across=network is not None)
+    return Rates(
+        peak=peak,
+        matrices=peak * matrices,
+        attention=peak * attention,
+        decoding=peak * matrices * _DECODING,
+        bandwidth=bandwidth * memory,
+        launch=_LAUNCH_SECONDS if machine.is_gpu else 0.0,
+        link=None if link is None else link * own["link"],
+        host_link=None if machine.host_link is None else machine.host_link * own["host_link"],
+        network=None if network is None else network * own["network"],
+        base=_BASE_SECONDS if machine.is_gpu else _GLOO_SECONDS,
+        ring_step=_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        ring_step_across=_STEP_SECONDS["network"],
+        tree_step=_TREE_STEP_SECONDS[inside] if machine.is_gpu else _GLOO_SECONDS,
+        tree_step_across=_TREE_STEP_SECONDS["network"],
+        said=tuple(said),
+    )
+
+
+def _said_of_rings(inside: str, *, across: bool) -> Iterator[str]:
+    yield (
+        f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us within a "
+        f"machine, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
+    )
+    if across:
+        yield f"a step of a ring between machines costs {_STEP_SECONDS['network'] * 1e6:.0f} us: {_LATENCY_SOURCE}"

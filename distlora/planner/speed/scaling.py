@@ -1,0 +1,199 @@
+"""How a run's speed grows with the number of GPUs, by the same closed formula as a plan's time (timing.py). Imports no
+torch.
+
+Strong scaling keeps the rows of a step, so that results stay what they are and each rank runs fewer; weak scaling keeps
+the rows that a rank runs. The efficiency of a number is its tokens a second and rank over those of the fewest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from distlora.config import ClusterConfig, Config, ParallelConfig, UserError
+from distlora.planner.machine import Machine
+from distlora.planner.memory.device import device_bytes
+from distlora.planner.model import PlannedModel
+from distlora.planner.speed.rates import (
+    LEVERS,
+    half_as_fast,
+    missing_rates,
+    rates_of,
+)
+from distlora.planner.speed.seconds import Term
+from distlora.planner.speed.timing import step_time
+
+Layout = Literal["one copy", "a copy a machine"]
+"""How the base is cut: over all ranks, or over those of each machine (parallel=hsdp)."""
+Scaling = Literal["strong", "weak"]
+
+MOST = 1024
+"""GPUs."""
+MACHINE = 8
+"""GPUs of a machine, where the run's own is smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """What joins GPUs: bytes a second in one direction, as makers say."""
+
+    name: str
+    inside: float
+    """Into a GPU from the others of its machine."""
+    network: float
+    """Into a machine from the others."""
+    has_nvlink: bool
+
+
+FABRICS: tuple[Fabric, ...] = (
+    # NVLink 4 of an H100, and a 400 Gb/s adapter for each of 8.
+    Fabric("NVLink 4, 8 x 400 Gb/s InfiniBand", 450e9, 400e9, has_nvlink=True),
+    Fabric("NVLink 4, one 100 Gb/s Ethernet", 450e9, 12.5e9, has_nvlink=True),
+    # 16 lanes, 128 of 130 bits.
+    Fabric("PCIe 5, one 400 Gb/s InfiniBand", 63e9, 50e9, has_nvlink=False),
+    Fabric("PCIe 4, one 100 Gb/s Ethernet", 31.5e9, 12.5e9, has_nvlink=False),
+    Fabric("PCIe 4, one 10 Gb/s Ethernet", 31.5e9, 1.25e9, has_nvlink=False),
+)
+"""What is usual, for comparison with the machine's own."""
+
+
+OWN = "its own"
+"""The fabric of a row that is the machine's own links."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingRow:
+    """A run on so many GPUs."""
+
+    ranks: int
+    machines: int
+    layout: Layout
+    fabric: str
+    rows: int
+    """Of a step, over all ranks."""
+    accumulation: int
+    """Micro-batches of a rank in a step."""
+    fits: bool | None
+    """Whether a rank's memory is there; None: it is not known."""
+    seconds: float
+    """Of a step."""
+    tokens_per_second: float
+    mfu: float
+    efficiency: float
+    """Tokens a second and rank, over those of the first row of the same fabric."""
+    binds: Term
+    assumptions: tuple[str, ...]
+    if_half: Mapping[str, float]
+    """By what was not measured (`rates.LEVERS`): the share of its tokens a second that is left where that is half as
+    fast as is assumed."""
+
+    @property
+    def tokens_of_a_rank(self) -> float:
+        """A second."""
+        return self.tokens_per_second / self.ranks
+
+
+def scaling(
+    config: Config,
+    model: PlannedModel,
+    machine: Machine,
+    *,
+    kind: Scaling = "strong",
+    numbers: Sequence[int] | None = None,
+    layouts: Sequence[Layout] = ("one copy", "a copy a machine"),
+    fabrics: Sequence[Fabric] = (),
+) -> list[ScalingRow]:
+    """Rows for each fabric (none given: the machine's own links), layout and number of GPUs of this machine's kind.
+
+    A machine holds as many as this one has, 8 where that is fewer; `numbers` (None: `numbers_of`) above it have to be
+    multiples. With `kind=weak` each rank runs the rows that it runs here. A layout is left out where it is no other
+    than one copy. Raises UserError where the rates of the card or of a link are not known.
+    """
+    per_machine = max(machine.ranks_per_machine, MACHINE)
+    numbers = numbers_of(per_machine) if numbers is None else numbers
+    for number in numbers:
+        if number > per_machine and number % per_machine:
+            raise UserError(
+                f"{number:,} GPUs are no number of machines of {per_machine}; ask for a multiple of {per_machine}, or "
+                "set cluster.gpus_per_node to what a machine has"
+            )
+    rows = config.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
+    found: list[ScalingRow] = []
+    for fabric in fabrics or (None,):
+        own, joined = (config, machine) if fabric is None else _joined(config, machine, fabric)
+        runs = [run for layout in layouts for run in _runs(own, joined, numbers, per_machine, layout, rows)]
+        found += _rows(runs, model, OWN if fabric is None else fabric.name)
+    return found
+
+
+def numbers_of(per_machine: int) -> tuple[int, ...]:
+    """1, 2, 4 ... GPUs of a machine, all of them, then twice as many machines each time, up to MOST GPUs."""
+    within = [2**n for n in range(per_machine.bit_length()) if 2**n < per_machine]
+    machines = [per_machine * 2**n for n in range(MOST.bit_length()) if n == 0 or per_machine * 2**n <= MOST]
+    return (*within, *machines)
+
+
+def _joined(config: Config, machine: Machine, fabric: Fabric) -> tuple[Config, Machine]:
+    """The run over this fabric, of whose links the user's figures, which are of others, say nothing."""
+    card = dataclasses.replace(config.card, link_gb_per_second=None, network_gb_per_second=None)
+    return dataclasses.replace(config, card=card), dataclasses.replace(
+        machine, link=fabric.inside, network=fabric.network, has_nvlink=fabric.has_nvlink
+    )
+
+
+def _runs(
+    config: Config, machine: Machine, numbers: Sequence[int], per_machine: int, layout: Layout, rows: int | None
+) -> Iterator[tuple[Layout, Config, Machine]]:
+    """The run on each number of GPUs; `rows`: of each rank, None for those of the whole step as they are."""
+    for number in sorted(set(numbers)):
+        here = min(number, per_machine)
+        if layout == "a copy a machine" and number <= here:
+            continue
+        parallel = dataclasses.replace(config.parallel, shard_degree=None if layout == "one copy" else here)
+        if number == 1:
+            # One process gathers nothing, and offloads nothing of its base.
+            parallel = ParallelConfig(bucket_mb=parallel.bucket_mb)
+        train = config.train
+        if rows is not None:
+            train = dataclasses.replace(train, global_batch=rows * number)
+        # How many there are is the machine's; a config is asked whether they can share a copy.
+        cluster = ClusterConfig(gpus_per_node=number)
+        yield (
+            layout,
+            dataclasses.replace(config, parallel=parallel, train=train, cluster=cluster),
+            dataclasses.replace(machine, ranks=number, ranks_per_machine=here),
+        )
+
+
+def _rows(runs: Iterable[tuple[Layout, Config, Machine]], model: PlannedModel, fabric: str) -> Iterator[ScalingRow]:
+    fewest: float | None = None
+    for layout, config, machine in runs:
+        time = step_time(config, model, machine)
+        if time is None:
+            named = "" if machine.card is not None else "card=NAME (card=h100), or "
+            raise UserError(
+                f"how {machine.name} scales is not known, as rates of it and its links are not; set {named}"
+                + ", ".join(missing_rates(config, machine))
+            )
+        fewest = fewest or time.tokens_per_second_of_a_rank
+        usable, rates = machine.usable_bytes, rates_of(config, machine)
+        assert rates is not None
+        slower = {lever: step_time(config, model, machine, rates=half_as_fast(rates, lever)) for lever in LEVERS}
+        yield ScalingRow(
+            ranks=machine.ranks,
+            machines=machine.ranks // machine.ranks_per_machine,
+            layout=layout,
+            fabric=fabric,
+            rows=config.train.global_batch,
+            accumulation=config.accumulation(machine.ranks),
+            fits=None if usable is None else device_bytes(config, model, machine).total <= usable,
+            seconds=time.seconds,
+            tokens_per_second=time.tokens_per_second,
+            mfu=time.mfu,
+            efficiency=time.tokens_per_second_of_a_rank / fewest,
+            binds=time.binds,
+            assumptions=time.assumptions,
+            if_half={lever: time.seconds / each.seconds for lever, each in slower.items() if each is not None},
+        )

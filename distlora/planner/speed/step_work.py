@@ -1,0 +1,220 @@
+"""What the device of one rank does in a training step: the launches of blocks, head and update. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distlora.architecture.shapes import Weight
+from distlora.config import Config
+from distlora.planner import traffic
+from distlora.planner.adapted import ranks_of_blocks
+from distlora.planner.decoder_sizes import (
+    INPUTS,
+    AdaptedRanks,
+    Decoder,
+    windows_of,
+)
+from distlora.planner.kernels import attention_kind, fuses, pairs_computed
+from distlora.planner.machine import Machine
+from distlora.planner.model import PlannedModel
+from distlora.planner.speed.block_work import (
+    BlockSizes,
+    BlockWork,
+    HeadSizes,
+    block_work,
+    head_work,
+    update_work,
+)
+from distlora.planner.speed.compute import active_weights, cut
+from distlora.planner.speed.work import (
+    FP32,
+    How,
+    Linear,
+    MovedKind,
+    Work,
+)
+from distlora_kernels.few_rows import most_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """Of one rank."""
+
+    blocks: tuple[BlockWork, ...]
+    """Of a micro-batch in each layer; layers that are alike share one object."""
+    micro_batches: int
+    """Of the step."""
+    passes: int
+    """How often the step runs the model: once for each micro-batch, or once (train.accumulate=block)."""
+    head: tuple[Work, ...]
+    """Of a pass: the embedding, the last norm and the head, forward and backward."""
+    gathers: tuple[Work, ...]
+    """Of one gather of a block: what was gathered is copied to where it is used, fp32 masters into copies to compute
+    with, which one process makes too."""
+    moved_blocks: int
+    """Blocks of which that is true in each pass, forward and backward."""
+    update: tuple[Work, ...]
+
+    def __iter__(self) -> Iterator[tuple[Work, int]]:
+        """(launch, how often) of a whole step."""
+        layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
+        for key, block in {id(block): block for block in self.blocks}.items():
+            layers = layers_of[key]
+            for work in (*block.forward, *block.backward, *block.reference):
+                yield work, layers * self.micro_batches
+        for work in self.head:
+            yield work, self.passes
+        for work in self.gathers:
+            yield work, 2 * self.moved_blocks * self.passes
+        for work in self.update:
+            yield work, 1
+
+    @property
+    def moved(self) -> dict[MovedKind, float]:
+        """Bytes of device memory, by kind."""
+        found: dict[MovedKind, float] = {}
+        for work, times in self:
+            found[work.kind] = found.get(work.kind, 0.0) + work.nbytes * times
+        return found
+
+    @property
+    def flops(self) -> float:
+        return sum(work.flops * times for work, times in self)
+
+
+def step_work(config: Config, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
+    """Of a step with these settings. `document`: tokens of each packed document; None: one a row."""
+    train, ranks, shards = config.train, machine.ranks, config.shard_degree(machine.ranks)
+    micro_batches = config.accumulation(ranks)
+    passes = traffic.passes_of(config, micro_batches)
+    how = how_of(config, model, machine)
+    active, decoder = active_weights(config, model), Decoder.of(model.settings, model.shapes.family)
+    gathers = _gathers(model, how, shards)
+    head = HeadSizes(
+        vocabulary=model.shapes.vocabulary,
+        hidden=model.shapes.hidden,
+        rows=active.head_rows // model.shapes.hidden,
+        is_trained=active.head_is_trained,
+        capped=decoder.caps_logits,
+        gemma=decoder.norms_in_fp32,
+    )
+    # A pass of all micro-batches joins a block's slices, and its gradients.
+    at_once = config.tokens_at_once * config.slices(ranks)
+    return StepWork(
+        blocks=_blocks(config, model, machine, decoder, how, document),
+        micro_batches=micro_batches,
+        passes=passes,
+        head=tuple(head_work(head, how, m=at_once, reference=train.objective == "dpo")),
+        gathers=gathers,
+        moved_blocks=traffic.moved_blocks(config, model.shapes) if gathers else 0,
+        update=tuple(
+            update_work(
+                trained_numbers(config, model, ranks),
+                config.optim.name,
+                clips=config.optim.max_grad_norm > 0,
+                backwards=passes,
+                trials=len(config.adapters),
+            )
+        ),
+    )
+
+
+def _gathers(model: PlannedModel, how: How, shards: int) -> tuple[Work, ...]:
+    block = model.shapes.block
+    nbytes = 0.0
+    if shards > 1:
+        nbytes += 2 * traffic.block_bytes(block, shards, quantized=how.quantized, itemsize=how.itemsize)
+    if how.trains_base and how.itemsize < FP32:
+        nbytes += (FP32 + how.itemsize) * sum(weight.numel for weight in block) / shards
+    return (Work("gathered", nbytes),) if nbytes else ()
+
+
+def how_of(config: Config, model: PlannedModel, machine: Machine) -> How:
+    family = model.shapes.family
+    fused = fuses(config, family, is_gpu=machine.is_gpu, has_liger=machine.has_liger)
+    decodes = machine.is_gpu and config.train.dtype == "bf16"
+    return How(
+        itemsize=traffic.DTYPE_BYTES[config.train.dtype],
+        quantized=config.quant.is_nf4,
+        few_rows=most_rows(machine.capability) if decodes else 0,
+        keeps_dequantized=config.train.keep_dequantized,
+        trains_base=config.adapter.method == "full",
+        fused_norms=fused,
+        fused=fused and not config.adapter.use_dora,
+        is_gpu=machine.is_gpu,
+        attention=attention_kind(config, family, Decoder.of(model.settings, family), is_gpu=machine.is_gpu),
+    )
+
+
+def trained_numbers(config: Config, model: PlannedModel, ranks: int) -> int:
+    """That a rank updates: adapters and rows of tokens whole, its share of what is cut over the ranks."""
+    shapes, shards = model.shapes, config.shard_degree(ranks)
+    if config.adapter.method == "full":
+        return -(-shapes.numel // shards)
+    adapters = sum(map(shapes.adapted_numel, config.adapters))
+    rows = shapes.hidden * traffic.token_rows(config, shapes)
+    return adapters + rows + len(config.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
+
+
+def _blocks(
+    config: Config, model: PlannedModel, machine: Machine, decoder: Decoder, how: How, document: int | None
+) -> tuple[BlockWork, ...]:
+    train, length, shapes = config.train, config.data.sequence_length, model.shapes
+    rows, tile = train.micro_batch, train.mlp_tile or length
+    tiles = [rows * part for part in cut(length, tile)]
+    adapters, windows = ranks_of_blocks(config, shapes), windows_of(model.settings, shapes.family)
+    found: dict[tuple[int, int | None], BlockWork] = {}
+    blocks = []
+    for ranks, window in zip(adapters, windows, strict=True):
+        key = (id(ranks), window)
+        if key not in found:
+            seen = pairs_computed(how.attention, cut(length, document), window, decoder.heads // decoder.key_heads)
+            found[key] = block_work(
+                block_sizes(config, decoder, shapes.block, ranks),
+                how,
+                m=rows * length,
+                pairs=rows * seen,
+                checkpointing=train.checkpointing,
+                tiles=tiles,
+                reference=train.objective == "dpo",
+            )
+        blocks.append(found[key])
+    return tuple(blocks)
+
+
+def block_sizes(config: Config, decoder: Decoder, block: Sequence[Weight], ranks: AdaptedRanks) -> BlockSizes:
+    experts = decoder.experts
+
+    def linear(name: str, weight: Weight) -> Linear:
+        *count, out, features = weight.shape
+        if count:
+            assert experts is not None
+            return Linear(out, features, ranks.rank(name), experts.count, experts.chosen)
+        return Linear(
+            out,
+            features,
+            ranks.largest(name),
+            is_dora=config.adapter.use_dora,
+            trials=len(config.adapters),
+            stacked=ranks.rank(name),
+        )
+
+    packed = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight for weight in block if weight.packs}
+    groups = {
+        read: tuple(linear(name, weight) for name, weight in packed.items() if name in names)
+        for read, names in INPUTS.items()
+    }
+    return BlockSizes(
+        hidden=decoder.hidden,
+        queries=decoder.queries,
+        keys=decoder.keys,
+        heads=decoder.heads,
+        attention=(groups["qkv"], groups["o"]),
+        mlp=(groups["gate_up"], groups["down"]),
+        norms_after=decoder.norms_after,
+        head_norms=decoder.head_norms,
+        gemma=decoder.norms_in_fp32,
+        experts=0 if experts is None else experts.count,
+    )

@@ -1,0 +1,197 @@
+"""Memory on the host: of each process while it loads and while it trains, and of a machine. Imports no torch.
+
+What counts is anonymous memory, which a job's limit counts and nothing can drop; file pages come and go.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+from distlora.architecture.shapes import Asked
+from distlora.config import AdapterConfig, Config
+from distlora.config.deepspeed_file import offloads_base
+from distlora.config.initialization import PLAIN
+from distlora.planner import traffic
+from distlora.planner.machine import Machine
+from distlora.planner.memory.base import Base, planned_base
+from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
+from distlora.planner.memory.trained import Trained
+from distlora.planner.model import PlannedModel
+from distlora.planner.storage.disk import optimizer_tensors, trained_tensors
+from distlora.system import host_memory
+
+PROCESS_BYTES = 390_000_000
+"""A worker's Python, torch, transformers and gloo: RssAnon in a run of 0.4 million parameters (365 to 390 MB on 1 and 2
+ranks, torch 2.13 for the CPU, 2026-11-25). What CUDA's libraries take beside it was not measured. Without GPUs ranks
+are forks of torchrun and share two thirds of it: with torchrun and the launcher, two take 745 MB, where 960 are planned
+(2026-11-26)."""
+LAUNCHER_BYTES = 180_000_000
+"""The launcher and torchrun on each machine (179 MB in the same runs)."""
+LOADING_BYTES = 64_000_000
+"""The bound of what loading takes beside the slice of a tensor: chunks that are read ahead, fp32 work, absmax
+(tests/test_loading_memory.py)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostBytes:
+    """Bytes of one process, the one that has most, and of its machine."""
+
+    process: int
+    """Python and its libraries."""
+    base: int
+    """The base's rows, where they lie here and not on a card."""
+    inputs: int
+    """The blocks' inputs, with train.checkpointing=offload."""
+    moments: int
+    """The optimizer's, where they are paged, at the most."""
+    copies: int
+    """Of what a save writes while training goes on; of rank 0, and of every rank where what is trained is sharded."""
+    copies_of_others: int
+    """The same on the other ranks."""
+    loading: int
+    """While it loads: beside what is held then."""
+    device_held: int
+    """Where the CPU is the device: what memory.py counts there, from the first step on."""
+    device_most: int
+    """The same at a step's peak."""
+    launcher: int
+    """Of each machine, beside its processes."""
+    ranks: int
+    """Of a machine."""
+
+    @property
+    def while_loading(self) -> int:
+        """Of a process. Inputs have their memory before the first step, copies at the first save."""
+        return self.process + self.base + self.device_held + self.loading
+
+    @property
+    def while_training(self) -> int:
+        """Of the process that saves."""
+        return self._without_copies + self.copies
+
+    @property
+    def _without_copies(self) -> int:
+        return self.process + self.base + self.inputs + self.moments + self.device_most
+
+    @property
+    def workers(self) -> int:
+        """All processes of a machine but the launcher, of the one where rank 0 is, at the most."""
+        training = self.ranks * (self._without_copies + self.copies_of_others) + self.copies - self.copies_of_others
+        return max(self.ranks * self.while_loading, training)
+
+    @property
+    def machine(self) -> int:
+        """With the launcher, which has its memory already when it plans."""
+        return self.launcher + self.workers
+
+    def as_json(self) -> dict[str, int]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        totals = {name: getattr(self, name) for name in ("while_loading", "while_training", "machine")}
+        return values | totals
+
+
+def keeps_on_host(config: Config, ranks: int) -> bool:
+    """Whether something waits in host memory that would be on a card."""
+    return offloads_base(config.parallel, config.shard_degree(ranks)) or config.train.checkpointing == "offload"
+
+
+def host_bytes(config: Config, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
+    """Of a training run with these settings, of which a rank takes `device` on its device."""
+    shards = config.shard_degree(machine.ranks)
+    copies, of_others = _copies(Saved.of(config, model, shards))
+    base = planned_base(config, model)
+    trained = Trained.of(config, model.shapes, base, shards)
+    return HostBytes(
+        process=PROCESS_BYTES,
+        base=_base(base, shards) if machine.is_gpu and offloads_base(config.parallel, shards) else 0,
+        inputs=_inputs(config, model, machine) if config.train.checkpointing == "offload" else 0,
+        moments=_paged(config, trained, machine),
+        copies=copies,
+        copies_of_others=of_others,
+        loading=_loading(config, model, shards, on_host=not machine.is_gpu),
+        device_held=0 if machine.is_gpu else device.persistent,
+        device_most=0 if machine.is_gpu else device.total,
+        launcher=LAUNCHER_BYTES,
+        ranks=machine.ranks_per_machine,
+    )
+
+
+def _base(base: Base, shards: int) -> int:
+    """As `zero3.host_bytes` counts it: a rank's rows of each parameter, in chunks."""
+    rows = [tensor.kept(shards) for tensor, count in base.counted() for _ in range(count)]
+    return host_memory.bytes_of(sorted(rows, reverse=True))
+
+
+def _paged(config: Config, trained: Trained, machine: Machine) -> int:
+    """What of the optimizer's states the host has where the card is short of memory."""
+    whole, on_card = (trained.optimizer_bytes(config.optim.name, is_gpu=is_gpu) for is_gpu in (False, True))
+    return whole - on_card if machine.is_gpu else 0
+
+
+def _inputs(config: Config, model: PlannedModel, machine: Machine) -> int:
+    """As `startup.keep_inputs_on_host` reserves them."""
+    shapes = model.shapes
+    nbytes = config.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[config.train.dtype]
+    return host_memory.bytes_of([nbytes] * shapes.num_layers * config.slices(machine.ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """All that what a save copies depends on, as a key of what is remembered; `config` has it too."""
+
+    adapters: Asked
+    beside: tuple[AdapterConfig, ...] = field(hash=False)
+    """Of a pack's other trials."""
+    config: Config = field(compare=False)
+
+    @classmethod
+    def of(cls, config: Config, model: PlannedModel, shards: int) -> Saved:
+        train = config.train
+        return cls(
+            Asked(
+                model.shapes,
+                config.adapter,
+                (config.optim.name, config.model.new_tokens, train.save_in_background, shards),
+            ),
+            config.adapters,
+            config,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _copies(saved: Saved) -> tuple[int, int]:
+    """(of rank 0, of another) for a save that is written while training goes on, as `Snapshot` takes them: rank 0 has
+    copies of all that is saved, and of what the ranks have cut each has its own rows.
+
+    Remembered: a planner asks for many settings of which these are the same, and thousands of tensors are laid out.
+    """
+    config, shards = saved.config, saved.adapters.more[-1]
+    if not config.train.save_in_background:
+        return 0, 0
+    trained = list(trained_tensors(config, saved.adapters.shapes))
+    tensors = [*trained, *optimizer_tensors(config, trained)]
+    if config.adapter.method == "full":
+        each = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
+        return each, each
+    whole = tuple(config.adapter.modules_to_save)
+    cut = [tensor for tensor in tensors if tensor.name.endswith(tuple(f"{name}.weight" for name in whole))]
+    rows = [-(-tensor.nbytes // shards) for tensor in cut]
+    rest = [tensor.nbytes for tensor in tensors if tensor not in cut]
+    return host_memory.bytes_of(rest + rows), host_memory.bytes_of(rows)
+
+
+def _loading(config: Config, model: PlannedModel, shards: int, *, on_host: bool) -> int:
+    """The bound of distlora/loading/README.md: a slice of the largest tensor in the source's dtype, and 64 MB. Where
+    adapters start from the base's weights, one whole weight and what its decomposition takes; on a GPU that is the
+    device's."""
+    shapes, stored = model.shapes, model.stored_bytes
+    itemsize = 4 if stored is not None and stored > 3 * shapes.numel else 2
+    packed = [weight for weight in shapes.block if weight.packs]
+    largest = max(shapes.vocabulary * shapes.hidden, *(math.prod(weight.shape[-2:]) for weight in packed))
+    slice_bytes = -(-itemsize * largest // shards) + LOADING_BYTES
+    if config.adapter.init in PLAIN:
+        return slice_bytes
+    whole = max((weight.shape[-2:] for weight in packed), key=math.prod)
+    return max(slice_bytes, itemsize * math.prod(whole) + (decomposition_bytes(config, whole) if on_host else 0))

@@ -1,0 +1,1 @@
+"""Work with a trained model: generate, evaluate, merge, combine and export."""

@@ -1,0 +1,209 @@
+"""The weights of a base as values, one after the other: those on disk, or those that a run trains on.
+
+What a run trains on is what NF4 gives back of them, less PiSSA's start: equal to `FrozenTensor.frozen_weight`,
+dequantized in fp32, bit for bit. A weight goes by in whole rows, so what is in memory beside a few of them is an absmax
+for every 64 weights of one tensor.
+
+A weight of E experts goes by as (E x rows, columns), expert after expert, as it is stored (gpt-oss: transposed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.architecture.families import read_config
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import Config, UserError
+from distlora.loading.initialize import read_start
+from distlora.loading.weights import find_base
+from distlora.model.adapters import AdaptedLinear
+from distlora.model.build import CausalLM, build_model
+from distlora.model.frozen import FrozenTensor
+from distlora.weights.conversion import Source
+from distlora.weights.decompose import Residual, Start
+from distlora.weights.finite import all_finite
+from distlora.weights.prequantized import PackedWeight, packed_parameters, read_packed_weights
+from distlora.weights.reader import Reader
+from distlora.weights.second_level import SecondLevel
+from distlora.weights.segments import Segment, read_headers
+from distlora_kernels import nf4, reference
+
+HEAD_NAME = f"{HEAD}.weight"
+CHUNK = 64 * nf4.GROUP
+"""Weights read at once: whole groups, 4 MiB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseWeight:
+    """One parameter of the base, on disk."""
+
+    name: str
+    """As the Hugging Face model has it: model.layers.0.mlp.up_proj.weight."""
+    shape: tuple[int, ...]
+    source: Source
+    """The tensors that it is made of, in flat order; of a packed weight, its codes."""
+    quantized: bool
+    """Whether training holds it in NF4."""
+    packed: PackedWeight | None = None
+    """Where it is NF4 on disk already."""
+    residual: Residual | None = None
+    """What PiSSA took out of it before it was quantized."""
+    held: torch.dtype = torch.float32
+    """What training rounds a weight to that it does not quantize (train.dtype)."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def chunks(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
+        """The weight in flat order in pieces of CHUNK (the last is smaller), fp32: as a run trains on it, or
+        `original`, as it is on disk. Raises UserError for NaN and Inf."""
+        if self.packed is not None:
+            yield from self._unpacked(reader)
+        elif original:
+            for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+                yield self._finite(chunk.float())
+        elif not self.quantized:
+            for chunk in self._before_quantization(reader):
+                yield chunk.to(self.held).float()
+        else:
+            yield from self._through_nf4(reader)
+
+    def rows(self, reader: Reader, *, original: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """(first row, (n, columns) fp32): the same in whole rows, in order. A vector is one row."""
+        columns = self.shape[-1]
+        kept, first = torch.empty(0), 0
+        for chunk in self.chunks(reader, original=original):
+            kept = torch.cat([kept, chunk]) if len(kept) else chunk
+            whole = len(kept) // columns
+            if whole:
+                yield first, kept[: whole * columns].view(whole, columns)
+                kept, first = kept[whole * columns :], first + whole
+
+    def whole(self, reader: Reader, *, original: bool = False) -> Tensor:
+        """All of it in its shape, fp32, in one tensor: for what cannot be computed by rows."""
+        weight, first = torch.empty(self.numel), 0
+        for chunk in self.chunks(reader, original=original):
+            weight[first : first + len(chunk)] = chunk
+            first += len(chunk)
+        return weight.view(self.shape)
+
+    def _before_quantization(self, reader: Reader) -> Iterator[Tensor]:
+        for first, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+            chunk = chunk if self.residual is None else self.residual.of(chunk, first)
+            yield self._finite(chunk)
+
+    def second_level(self, reader: Reader) -> SecondLevel:
+        """The absmax of a weight that training quantizes."""
+        return SecondLevel.of(self._before_quantization(reader), self.numel)
+
+    def codes(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
+        """(weights, (groups, GROUP_BYTES) uint8): and its codes, as many in a piece as in one of `chunks`."""
+        for chunk in self._before_quantization(reader):
+            yield len(chunk), nf4.quantize_blocks(chunk)[0]
+
+    def _through_nf4(self, reader: Reader) -> Iterator[Tensor]:
+        second, group = self.second_level(reader), 0
+        for size, codes in self.codes(reader):
+            parts = second.groups(group, len(codes))
+            yield nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32)
+            group += len(codes)
+
+    def _unpacked(self, reader: Reader) -> Iterator[Tensor]:
+        packed = self.packed
+        assert packed is not None
+        blocks = -(-self.numel // nf4.BLOCK)
+        nested = packed.nested_absmax
+        group_scale = None if nested is None else reader.read([nested], 0, nested.numel)
+        for first in range(0, self.numel, CHUNK):
+            size = min(CHUNK, self.numel - first)
+            groups, group = nf4.num_groups(size), first // nf4.GROUP
+            codes = torch.full((groups * nf4.GROUP_BYTES,), reference.ZERO_CODE * 17, dtype=torch.uint8)
+            codes[: -(-size // 2)] = reader.read([packed.codes], first // 2, first // 2 + -(-size // 2))
+            codes = codes.view(groups, nf4.GROUP_BYTES)
+            start = first // nf4.BLOCK
+            stored = reader.read([packed.absmax], start, min(start + groups * nf4.BLOCKS_PER_GROUP, blocks))
+            absmax = torch.full((groups * nf4.BLOCKS_PER_GROUP,), reference.ZERO_SCALE if packed.nested else 0)
+            absmax = absmax.to(stored.dtype)
+            absmax[: len(stored)] = stored
+            absmax = absmax.view(groups, nf4.BLOCKS_PER_GROUP)
+            if not packed.nested:
+                yield self._finite(nf4.dequantize_blocks(codes, absmax, shape=(size,), dtype=torch.float32))
+                continue
+            assert group_scale is not None
+            parts = (absmax, group_scale[group : group + groups], torch.tensor(packed.offset, dtype=torch.float32))
+            yield self._finite(nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32))
+
+    def _finite(self, chunk: Tensor) -> Tensor:
+        if not all_finite(chunk):
+            raise UserError(f"{self.name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+        return chunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """All parameters of a base, and what lies beside them."""
+
+    model: CausalLM
+    """On the meta device: the family, the names, the config."""
+    weights: Mapping[str, BaseWeight]
+    """By Hugging Face name, in the model's order. Of a tied head there is the embedding alone."""
+    headers: Mapping[str, Segment]
+    """Every tensor on disk by its name there, those too that the model does not take."""
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.model.family.decoder}.{EMBEDDING}.weight"
+
+
+def open_base(config: Config) -> Base:
+    """The base of a run, from headers alone.
+
+    Raises UserError for a checkpoint that is not the model's, and for PiSSA's start where that is gone.
+    """
+    folder = Path(config.model.path)
+    model = build_model(config, training=False)
+    headers = read_headers(folder)
+    sources = find_base(model, headers)
+    stored = read_packed_weights(folder, read_config(folder), headers)
+    packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
+    frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
+    residuals = _residuals(model, config) if config.adapter.pissa else {}
+    held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
+    weights = {}
+    for name, source in sources.items():
+        if name == HEAD_NAME and model.tied_in_base:
+            continue
+        module = frozen.get(name)
+        weights[name] = BaseWeight(
+            name=name,
+            shape=packed[name].shape if name in packed else source.shape,
+            source=source,
+            quantized=module is not None and module.quantized,
+            packed=packed.get(name),
+            residual=residuals.get(name),
+            held=held.get(name, torch.float32),
+        )
+    return Base(model=model, weights=weights, headers=headers)
+
+
+def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
+    """Of a run of PiSSA: what its start is, by the name of the weight that it is taken out of."""
+    start = read_start(config)
+    found = {}
+    for path, linear in model.adapted_linears():
+        assert isinstance(linear, AdaptedLinear)
+        a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        found[f"{path}.weight"] = Residual(Start(a, b), linear.pairs[0].scaling)
+    return found
+
+
+def tensors_of(weight: BaseWeight) -> Sequence[tuple[str, Segment]]:
+    """The tensors on disk that a weight is made of, in flat order."""
+    return list(zip(weight.source.names, weight.source.segments, strict=True))

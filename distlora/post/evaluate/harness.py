@@ -1,0 +1,229 @@
+"""lm-evaluation-harness on a model as it was trained: quantized, adapted, shared by ranks.
+
+`HarnessModel` is a model to the harness as its own HFLM is: tokenization of contexts and continuations, windows, few
+shots, metrics and their errors are the harness's; logits are ours. A batch of each rank's own goes through the shared
+base at once, so that N ranks score N times as fast; what each finds is added to zeros elsewhere, which is exact.
+
+T tokens, H hidden size, V vocabulary, N requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+
+from distlora.config import UserError
+from distlora.data.chat import ChatTemplate, start_tokens
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, sum_over_ranks
+from distlora.post.divergence import LOGITS_AT_ONCE
+from distlora.training.generator import (
+    ROWS_AT_ONCE,
+    Generator,
+    context_limit,
+    generate,
+)
+
+TOKENS_AT_ONCE = 4096
+"""Of a batch, padding included."""
+MOST_NEW_TOKENS = 256
+"""Where a task does not say how long an answer may be; HFLM's."""
+
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What the harness asks: the texts, the context's tokens and the continuation's."""
+
+
+class HarnessModel(TemplateLM):
+    """A `CausalLM` as lm-evaluation-harness evaluates it. Every rank calls alike and gets the same answers.
+
+    To the harness there is one process: it would deal out the requests to ranks of unequal numbers otherwise, and
+    ranks that share a base go through it together.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend,
+        tokenizer: Any,
+        template: ChatTemplate | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        super().__init__()
+        self.model, self.ranks_of, self.tokenizer, self.template, self.say = model, backend, tokenizer, template, say
+        self.max_length = context_limit(model)
+        self._start = start_tokens(tokenizer)
+        self._generator = Generator(model, backend)
+        self._device = backend.ranks.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text."""
+        id: int = self.tokenizer.eos_token_id
+        return id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens of a text, behind its beginning where the tokenizer marks that and the text does not yet."""
+        tokens: list[int] = self.tokenizer(string, add_special_tokens=False, verbose=False).input_ids
+        starts = self._start if add_special_tokens in (None, True) else []
+        return tokens if tokens[: len(starts)] == starts else starts + tokens
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model was taught to read it."""
+        assert self.template is not None, "refused when the request was made"
+        return self.template.render("the task", chat_history, (), prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """For the harness's record."""
+        return None if self.template is None or not chat_template else "the run's"
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of each whole text, in windows of `max_length` tokens, every token predicted once."""
+        windows: list[Scored] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            for pair in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            ):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += value
+        return sums
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
+        """(log p of the continuation, whether each of its tokens was the likeliest) of each request."""
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        batches, ranks = list(batches_of([len(row) for row, _ in rows])), self.ranks_of.ranks
+        for first in range(0, len(batches), ranks.world):
+            mine = first + ranks.rank
+            batch = batches[mine] if mine < len(batches) else []
+            values = self._score([rows[index] for index in batch] or [([0, 0], 1)])
+            if batch:
+                found[torch.tensor(batch)] = values
+            done = sum(len(batch) for batch in batches[: first + ranks.world])
+            self.say(f"scored {done:,} of {len(rows):,}")
+        sum_over_ranks(found, ranks)
+        return [(value, misses == 0) for value, misses in found.tolist()]
+
+    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """(the last max_length + 1 tokens, how many of them are scored)."""
+        row = (context + continuation)[-(self.max_length + 1) :]
+        return row, min(len(continuation), len(row) - 1)
+
+    def _score(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+        """(N, 2) fp64: the sum of log p, and the number of tokens that another one was likelier than."""
+        device, longest = self._device, max(len(row) for row, _ in rows) - 1
+        input_ids = torch.tensor([row[:-1] + [0] * (longest + 1 - len(row)) for row, _ in rows])
+        positions = torch.arange(longest).expand_as(input_ids)
+        documents = Documents.of(positions).to(device) if self.model.attends_by_documents else None
+        found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        with self.model.head.read_by(lambda hidden: self._read(hidden, rows, found)):
+            # Labels, which a head that is read does not look at: without them it gets the last position alone.
+            self.model(input_ids.to(device), positions.to(device), input_ids.to(device), documents=documents)
+        return found
+
+    def _read(self, hidden: Tensor, rows: Sequence[tuple[list[int], int]], found: Tensor) -> None:
+        """What the last hidden states (N, T, H) say of the scored tokens, added to `found`."""
+        device = hidden.device
+        owner = [number for number, (_, scored) in enumerate(rows) for _ in range(scored)]
+        place = [at for row, scored in rows for at in range(len(row) - 1 - scored, len(row) - 1)]
+        target = torch.tensor([token for row, scored in rows for token in row[-scored:]], device=device)
+        at_targets = hidden[torch.tensor(owner, device=device), torch.tensor(place, device=device)]
+        size = max(16, LOGITS_AT_ONCE // self.model.vocabulary.rows)
+        for first in range(0, len(target), size):
+            part = slice(first, first + size)
+            log_p = self.model.head.logits(at_targets[part]).log_softmax(-1)
+            values = log_p.gather(1, target[part, None]).squeeze(1)
+            missed = log_p.argmax(-1) != target[part]
+            found.index_add_(0, torch.tensor(owner[part]), torch.stack([values.double(), missed.double()], 1).cpu())
+
+    @torch.no_grad()
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to a text that ends it."""
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        for settings, numbers in groups.items():
+            config, until = self._generation(json.loads(settings))
+            room = self.max_length - config.max_new_tokens
+            if room < 1:
+                raise UserError(
+                    f"a task asks for answers of {config.max_new_tokens:,} tokens, and the model has "
+                    f"{self.max_length:,} positions for question and answer; lower max_gen_toks in generation_kwargs"
+                )
+            contexts = {number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers}
+            contexts = {number: tokens or [self.prefix_token_id] for number, tokens in contexts.items()}
+            order = sorted(numbers, key=lambda number: -len(contexts[number]))
+            stopping = StoppingCriteriaList([StopStringCriteria(self.tokenizer, until)])
+            for first in range(0, len(order), ROWS_AT_ONCE):
+                batch = order[first : first + ROWS_AT_ONCE]
+                prompts = [contexts[number] for number in batch]
+                for number, made in zip(
+                    batch, generate(self._generator, prompts, config, stopping=stopping), strict=True
+                ):
+                    # What was padded behind a row that had ended goes with the text that ended it.
+                    text = self.tokenizer.decode(made.tokens)
+                    answers[number] = postprocess_generated_text(text, until, None)
+                self.say(f"answered {len(answers):,} of {len(requests):,}")
+        return [answers[number] for number in range(len(requests))]
+
+    def _generation(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, list[str]]:
+        """(how tokens are chosen, what ends an answer), of a task's generation_kwargs."""
+        values: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), MOST_NEW_TOKENS))
+        end = self.tokenizer.decode([self.eot_token_id])
+        until = [text for text in values.pop("until") if text]
+        pad = self.tokenizer.pad_token_id
+        config = GenerationConfig(
+            max_new_tokens=values.pop("max_gen_toks"),
+            eos_token_id=[self.eot_token_id],
+            pad_token_id=self.eot_token_id if pad is None else pad,
+            do_sample=values.pop("do_sample"),
+        )
+        values.pop("max_length", None)
+        if config.do_sample:
+            config.update(top_k=0)  # No limit that the task does not set; transformers would take 50.
+        else:
+            for name in ("temperature", "top_p", "top_k"):
+                values.pop(name, None)
+        if unknown := config.update(**values):
+            raise UserError(
+                f"generation_kwargs of a task has {', '.join(sorted(unknown))}, which transformers does not know; take "
+                "it out"
+            )
+        return config, [*until, *([end] if end not in until else [])]
+
+
+def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of at most TOKENS_AT_ONCE tokens, padded; the longest first, as what does not fit in memory
+    should fail at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

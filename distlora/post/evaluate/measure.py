@@ -1,0 +1,94 @@
+"""Models on the same rows, one after the other: each one's loss, and how far it is from the first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from distlora.config import Config
+from distlora.data.rows import PackedRows
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, Ranks
+from distlora.post.divergence import (
+    Loss,
+    Readings,
+    compare,
+    let_go,
+)
+from distlora.post.evaluate.request import Dtype, Subject
+from distlora.post.load_trained import load_in_fp32, load_model
+from distlora.system.progress_lines import still_loading
+
+ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one model makes of the rows, beside the first."""
+
+    subject: Subject
+    loss: Loss
+    largest_logit_difference: float
+    """Over every logit of every target."""
+    changed_tokens: float
+    """Share of the targets whose likeliest token is another."""
+
+
+def measure(
+    subjects: Sequence[Subject], dtype: Dtype, rows: PackedRows, ranks: Ranks, say: Callable[[str], None]
+) -> list[Measured]:
+    """Each of them, in order; one model is in memory at a time. Every rank must call it alike."""
+    targets = torch.from_numpy(rows.targets.astype(np.float64))
+    first: Readings | None = None
+    measured = []
+    for number, subject in enumerate(subjects, start=1):
+        say(f"loading {subject.label} ({number} of {len(subjects)})")
+        with still_loading() if ranks.rank == 0 else contextlib.nullcontext():
+            model = load(subject, dtype, ranks)
+        readings = Readings(rows, ranks, say, first)
+        readings.take(model, subject.label)
+        del model
+        let_go(ranks.device)
+        first = first or readings
+        measured.append(
+            Measured(
+                subject=subject,
+                loss=compare(readings.losses, first.losses, readings.divergences, targets),
+                largest_logit_difference=float(readings.largest.max()),
+                changed_tokens=float(readings.changed.sum() / targets.sum()),
+            )
+        )
+    return measured
+
+
+def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> CausalLM:
+    """The model of a subject, on these ranks."""
+    return load_shared(subject, dtype, ranks)[0]
+
+
+def load_shared(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
+    """The same, and what the ranks share it by."""
+    computes_in = subject.dtype or dtype
+    if subject.name is not None and computes_in == "fp32":
+        return load_in_fp32(subject.name.read(), ranks)
+    config, weights, foreign = subject.found()
+    model, backend = load_model(in_dtype(config, computes_in), weights, ranks, foreign=foreign)
+    if subject.rounded is not None:
+        round_to(model, ROUNDED[subject.rounded])
+        backend.watch_weights(model)  # As they are now.
+    return model, backend
+
+
+def in_dtype(config: Config, dtype: Dtype) -> Config:
+    return replace(config, train=replace(config.train, dtype=dtype))
+
+
+@torch.no_grad()
+def round_to(model: CausalLM, dtype: torch.dtype) -> None:
+    """What a checkpoint in `dtype` would hold of the model's weights, none of which is quantized."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))

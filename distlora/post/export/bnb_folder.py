@@ -1,0 +1,262 @@
+"""`--format bnb`: the base in the NF4 that was trained on, as bitsandbytes stores it, and the adapter in `adapter/`.
+
+transformers and bitsandbytes load the folder itself, PEFT the adapter onto that; our own loader takes the weights back
+bit for bit. It is the one format that holds what PiSSA trained without a loss: W less the start in NF4, and A and B of
+the run's own rank. A base that is NF4 on disk already is copied.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distlora.architecture.families import read_config
+from distlora.config import UserError
+from distlora.loading.initialize import read_start
+from distlora.loading.pissa import is_pair, trained_config, trained_part
+from distlora.post.deltas.base import Base, BaseWeight, open_base
+from distlora.post.export.bnb_layout import name_of, parts_of, write_weight
+from distlora.post.export.probe import EXACT, Ours
+from distlora.post.export.request import Export, Reading
+from distlora.post.load_trained import check_base, weights_in
+from distlora.post.merge.companions import copy_companions
+from distlora.post.merge.folder import (
+    Files,
+    Plan,
+    check_space,
+    lay_out_files,
+    write_index,
+)
+from distlora.post.merge.threads import Clock, each
+from distlora.post.trained import Trained
+from distlora.run_folder.checkpoints import STATE_NAME
+from distlora.system import atomic_io
+from distlora.training.publish import marks
+from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.reader import TORCH_DTYPES, Reader
+
+ADAPTER = "adapter"
+"""The folder of the adapter in that of the base."""
+_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def write(export: Export) -> None:
+    """Weights a few rows at a time; what training leaves as it is, is copied byte for byte."""
+    trained, place = export.trained, export.place
+    source = Path(trained.config.model.path)
+    base = open_base(trained.config)
+    quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
+    dtype = _TORCH_NAMES[export.request.dtype or "fp32"]
+    if export.request.check:
+        check_rows(base.weights.values())
+    plan = plan_files(base, quantized)
+    check_space(place, sum(plan.sizes.values()))
+    place.mkdir()
+    with Files(place, plan) as files:
+        write_quantized(quantized, files, dtype, export.progress)
+        rounded = write_rounded(base, files)
+        for name in plan.copied.keys() - rounded:
+            files.copy(name)
+    write_index(place, plan, source)
+    copy_companions(place, trained)
+    config = read_config(source)
+    if quantized:
+        config["quantization_config"] = quantization(dtype, skipped(base, quantized))
+    atomic_io.write_json(place / "config.json", config)
+    (place / ADAPTER).mkdir()
+    write_adapter(trained, place / ADAPTER, base_name=Path(export.request.out).name)
+    (place / "README.md").write_text(card(export, base), encoding="utf-8")
+
+
+def write_quantized(weights: Sequence[BaseWeight], files: Files, dtype: str, say: Callable[[str], None]) -> None:
+    """A thread a weight, each on one core: pieces of 4 MiB are too small to share one."""
+    clock = Clock("quantizing", sum(4 * weight.numel for weight in weights), say)
+
+    def write(weight: BaseWeight) -> None:
+        with Reader() as reader:
+
+            def piece(name: str, first: int, values: Tensor) -> None:
+                files.write(name, first, values)
+                # A byte of the codes is two weights; the other parts are small.
+                clock.passed(8 * values.numel() if name == name_of(weight) else 0, weight.name)
+
+            write_weight(weight, reader, piece, dtype)
+
+    each(write, weights, clock)
+
+
+def write_rounded(base: Base, files: Files) -> set[str]:
+    """Weights that training rounds to its own dtype and does not quantize, in the dtype that they have on disk. Returns
+    their names there."""
+    done = set()
+    with Reader() as reader:
+        for weight in base.weights.values():
+            stored = weight.source.segments[0].dtype
+            if weight.quantized or weight.packed is not None or weight.held in (torch.float32, TORCH_DTYPES[stored]):
+                continue
+            (name,), first = weight.source.names, 0
+            for chunk in weight.chunks(reader):
+                files.write(name, first, chunk.to(TORCH_DTYPES[stored]))
+                first += len(chunk)
+            done.add(name)
+    return done
+
+
+def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
+    """The base's own files, with the parts of each quantized weight in place of it."""
+    replaced = {name_of(weight): parts_of(weight) for weight in quantized}
+    copied = {name: segment for name, segment in base.headers.items() if name not in replaced}
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.headers.values()}
+    for name, segment in base.headers.items():
+        tables[segment.file.name] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
+    return lay_out_files(tables, copied)
+
+
+def check_rows(weights: Iterable[BaseWeight]) -> None:
+    """Refuse to check what bitsandbytes (0.50) would get wrong on this CPU. Raises UserError."""
+    odd = next((weight for weight in weights if weight.quantized and weight.shape[-1] % 64 == 32), None)
+    if odd is not None:
+        raise UserError(
+            f"{odd.name} has rows of {odd.shape[-1]:,} weights: of 32, 96, 160... bitsandbytes takes wrong scales on a "
+            "CPU, so the export cannot be checked here; add --no-check"
+        )
+
+
+def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
+    """quantization_config of config.json, as transformers writes it."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
+    """The modules that stay dense: the head, and what lies outside of the decoder, by the shortest path that holds no
+    quantized weight."""
+    held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
+    found = {"lm_head"}
+    for path in base.model.outside_linears:
+        words = path.split(".")
+        prefixes = (".".join(words[: size + 1]) for size in range(len(words)))
+        found.add(next(prefix for prefix in prefixes if prefix not in held))
+    return sorted(found)
+
+
+def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
+    """The adapter that belongs to the quantized base: as it is, and of PiSSA what was trained, without its start."""
+    assert trained.weights is not None
+    weights = weights_in(trained.weights)
+    settings = json.loads((weights / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": base_name, "revision": None}
+    if not trained.foreign:
+        check_base(weights, trained.config)
+    if not trained.config.adapter.pissa:
+        shutil.copyfile(weights / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    else:
+        tensors = load_file(weights / WEIGHTS_NAME)
+        if not (weights / STATE_NAME).is_file():
+            start = read_start(trained.config)
+            settings = trained_config(settings)
+            for name in filter(is_pair, tensors):
+                tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()
+        # "pissa" has PEFT decompose the base that it is loaded onto.
+        settings["init_lora_weights"] = True
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", **marks(trained.config)})
+    atomic_io.write_json(folder / CONFIG_NAME, settings)
+
+
+def card(export: Export, base: Base) -> str:
+    """README.md: what it is, and how it is loaded."""
+    name, vocabulary = Path(export.request.out).name, base.model.vocabulary
+    grows = (
+        f"model.resize_token_embeddings({vocabulary.rows}, mean_resizing=False)  # The adapter holds the new rows.\n"
+        if vocabulary.has_grown
+        else ""
+    )
+    return (
+        f"# {name}\n\nA base in NF4 with double quantization as bitsandbytes stores it, the one that the adapter in "
+        f"`{ADAPTER}/` was trained on.\n\n```python\n"
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")\n{grows}'
+        f'model = PeftModel.from_pretrained(model, "{name}/{ADAPTER}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
+    )
+
+
+def check(export: Export, ours: Ours) -> list[Reading]:
+    """Our own loader; bitsandbytes in fp32, by its weights dequantized; and as a user loads it."""
+    trained, place = export.trained, export.place
+    dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
+    readings = [taken_back(trained, place)]
+    rows = open_base(trained.config).model.vocabulary
+    grown = rows.rows if rows.has_grown else None
+    readings.append(
+        ours.reading(
+            "transformers, bitsandbytes and PEFT, dequantized in fp32",
+            _logits(place, ours, torch.float32, grown, dense=True),
+            EXACT,
+        )
+    )
+    gc.collect()
+    as_loaded = _logits(place, ours, "auto", grown, dense=False)
+    readings.append(ours.reading(f"the same as they load it, computing in {dtype} on this CPU", as_loaded))
+    return readings
+
+
+def taken_back(trained: Trained, place: Path) -> Reading:
+    """The weights that a run on the export would train on, beside those that this run trained on."""
+    config = trained.config
+    again = replace(
+        config,
+        # Its tokenizer has the new tokens already.
+        model=replace(config.model, path=str(place), new_tokens=()),
+        adapter=replace(config.adapter, init="kaiming"),
+    )
+    base, back = open_base(config).weights, open_base(again).weights
+    difference = 0.0 if base.keys() == back.keys() else float("inf")
+    with Reader() as reader, Reader() as other:
+        for name, weight in base.items():
+            for mine, theirs in zip(weight.chunks(reader), back[name].chunks(other), strict=True):
+                if not torch.equal(mine, theirs):
+                    difference = max(difference, float((mine - theirs).abs().max()))
+    return Reading(what="our own loader: weights", difference=difference, bound=0.0)
+
+
+@torch.no_grad()
+def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, *, dense: bool) -> torch.Tensor:
+    import transformers
+    from peft import PeftModel
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        place, dtype=dtype, device_map="cpu", local_files_only=True, trust_remote_code=False
+    )
+    if dense:
+        for module in model.modules():
+            if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+                state.dtype = torch.float32
+        model = model.dequantize(dtype=torch.float32).float()
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    model = PeftModel.from_pretrained(model, place / ADAPTER)
+    logits: torch.Tensor = model.eval()(input_ids=ours.tokens).logits
+    return logits

@@ -1,0 +1,162 @@
+"""`--format gguf-lora`: the adapter alone, which llama.cpp adds to a GGUF file of the base.
+
+The base that it was trained on is `distlora export RUN --adapter base --format gguf`; on a GGUF of the checkpoint as it
+is on disk it meets weights that NF4 has not rounded. Loaded with the former, in fp32, it must give our logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from distlora.config import UserError
+from distlora.post.deltas.base import Base, BaseWeight, open_base
+from distlora.post.export.clients import dense_model
+from distlora.post.export.gguf.adapter_file import write_adapter
+from distlora.post.export.gguf.clients import (
+    HOW_TO_GET_IT,
+    LlamaCpp,
+    has_llama_cpp,
+    logits_of,
+)
+from distlora.post.export.gguf.model_file import write_model
+from distlora.post.export.gguf.model_format import name_of, tokenizer_of
+from distlora.post.export.gguf.tensors import (
+    TYPES,
+    Names,
+    Rows,
+    Weight,
+    half_steps,
+)
+from distlora.post.export.probe import EXACT, Ours
+from distlora.post.export.request import Export, Reading
+from distlora.post.merge.adapter import open_adapter
+from distlora.weights.reader import Reader
+
+
+def write(export: Export) -> None:
+    """The file; of PiSSA the plain LoRA of twice the rank, which belongs to the unchanged base."""
+    trained, dtype = export.trained, export.request.dtype
+    assert dtype is not None
+    base = open_base(trained.config)
+    with open_adapter(trained, base, "original") as adapter, Reader() as reader:
+        assert adapter is not None
+        check_paths(adapter.file.paths, base)
+        factors = {path: functools.partial(adapter.factors, path, reader) for path in adapter.file.paths}
+        write_adapter(
+            export.place,
+            base.model.hf_config,
+            factors,
+            dtype=dtype,
+            name=name_of(trained),
+        )
+
+
+def check_paths(paths: Sequence[str], base: Base) -> None:
+    """Refuse a weight that the base's own file has not. Raises UserError."""
+    absent = [path for path in paths if f"{path}.weight" not in base.weights]
+    if absent:
+        raise UserError(
+            f"--format=gguf-lora: the adapter has {absent[0]}, which is no tensor of the base's GGUF (its head is the "
+            "embedding); write --format gguf, which merges it"
+        )
+
+
+def check(export: Export, ours: Ours) -> list[Reading]:
+    """transformers' model of the base with what the file holds added to its weights; and llama.cpp, where it is
+    installed, with a GGUF file of the base that is made for it."""
+    trained, dtype = export.trained, export.request.dtype
+    assert dtype is not None
+    base = open_base(trained.config)
+    bound = EXACT if dtype == "fp32" else None
+    read = _read(export.place, base)
+    readings = []
+    if dtype != "fp32":
+        what = f"the file's B and A beside the adapter's, in what rounding to {dtype} may move each"
+        readings.append(Reading(what=what, difference=_apart(export, base, read, dtype), bound=1.0))
+    theirs = _added(dense_model(trained), read, ours.tokens)
+    readings.append(ours.reading(f"transformers with what the file adds, in {dtype}", theirs, bound))
+    if not has_llama_cpp():
+        export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")
+        return readings
+    with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".distlora-gguf-") as folder, Reader() as reader:
+        path = Path(folder) / "base.gguf"
+        weights = {
+            name: Weight(name=name, shape=weight.shape, rows=functools.partial(_trained_on, weight, reader))
+            for name, weight in base.weights.items()
+        }
+        write_model(path, base.model.hf_config, weights, tokenizer_of(trained), dtype="fp32", name="base", say=_nothing)
+        client = LlamaCpp(path, export.place, context=ours.tokens.shape[1])
+        readings.append(ours.reading(f"llama.cpp, adapter in {dtype}", client.logits(ours.tokens), bound))
+    return readings
+
+
+def _trained_on(weight: BaseWeight, reader: Reader) -> Rows:
+    """What the plain adapter belongs to: as training held it, with what PiSSA took out of it."""
+    for first, part in weight.rows(reader):
+        taken = weight.residual
+        yield (
+            part if taken is None else part + taken.scaling * (taken.start.B[first : first + len(part)] @ taken.start.A)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Of one weight, as the file has it; rows of B put back."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    """alpha / R, which llama.cpp multiplies by."""
+
+
+def _read(path: Path, base: Base) -> dict[str, _Pair]:
+    """By Hugging Face path, with the package's own reader."""
+    file, names = gguf.GGUFReader(path), Names.of(base.model.hf_config)
+    alpha = file.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+    read = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in file.tensors}
+    pairs = {}
+    for name in base.weights:
+        if not name.endswith(".weight") or (b := read.get(f"{names.gguf_name(name)}.lora_b")) is None:
+            continue
+        places = torch.arange(len(b), dtype=torch.float32)[:, None]
+        order = torch.cat(list(names.in_order(name, functools.partial(iter, [places]))())).long().flatten()
+        back = torch.empty_like(b)
+        back[order] = b
+        a = read[f"{names.gguf_name(name)}.lora_a"]
+        pairs[name.removesuffix(".weight")] = _Pair(a, back, alpha / b.shape[1])
+    return pairs
+
+
+@torch.no_grad()
+def _added(model: Any, read: Mapping[str, _Pair], input_ids: Tensor) -> Tensor:
+    """Logits of transformers' model, its weights W + (alpha / R) B A."""
+    for path, pair in read.items():
+        model.get_parameter(f"{path}.weight").add_(pair.B @ pair.A, alpha=pair.scale)
+    return logits_of(model, input_ids)
+
+
+def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) -> float:
+    """The most that an element of A or B is from the adapter's, in what rounding may move it."""
+    most = 0.0
+    with open_adapter(export.trained, base, "original") as adapter, Reader() as reader:
+        assert adapter is not None
+        if set(adapter.file.paths) != set(read):
+            return float("inf")
+        for path, pair in read.items():
+            own = adapter.factors(path, reader)
+            b = own.B * (own.scaling / pair.scale)
+            most = max(most, half_steps(own.A, pair.A, TYPES[dtype]), half_steps(b, pair.B, TYPES[dtype]))
+    return most
+
+
+def _nothing(text: str) -> None:
+    """The model's own export has said it."""

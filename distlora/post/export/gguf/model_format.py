@@ -1,0 +1,189 @@
+"""`--format gguf`: what a run trained as one model in one file, a few rows at a time.
+
+transformers and llama.cpp load it again. In fp32 both must give our logits; in a smaller type its weights must be those
+that were trained, rounded, and what that does to logits is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora.architecture.tokens import load_tokenizer
+from distlora.config import AdapterConfig, QuantConfig, UserError
+from distlora.post.deltas.base import HEAD_NAME, Base, open_base
+from distlora.post.export.gguf.clients import (
+    HOW_TO_GET_IT,
+    LlamaCpp,
+    has_llama_cpp,
+    logits_of,
+    transformers_model,
+)
+from distlora.post.export.gguf.model_file import write_model
+from distlora.post.export.gguf.tensors import (
+    Names,
+    Rows,
+    Weight,
+    half_steps,
+    plan,
+)
+from distlora.post.export.probe import EXACT, TEXT, Ours
+from distlora.post.export.request import Export, Reading
+from distlora.post.load_trained import weights_in
+from distlora.post.merge.adapter import Onto, open_adapter
+from distlora.post.merge.parameters import Parameter, parameters_of, pieces
+from distlora.post.trained import Trained
+from distlora.weights.reader import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is written."""
+
+    base: Base
+    weights: Mapping[str, Weight]
+    """By Hugging Face name; read while `opened` is entered."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' own, as large as the vocabulary has grown."""
+        return self.base.model.hf_config
+
+
+def write(export: Export) -> None:
+    """The file."""
+    request, trained = export.request, export.trained
+    assert request.dtype is not None
+    with opened(trained, request.onto) as found:
+        write_model(
+            export.place,
+            found.config,
+            found.weights,
+            tokenizer_of(trained),
+            dtype=request.dtype,
+            name=name_of(trained),
+            say=export.say,
+        )
+
+
+def check(export: Export, ours: Ours) -> list[Reading]:
+    """transformers, and llama.cpp where it is installed.
+
+    Logits of rounded weights have no bound that an adapter which is missing would not meet, if it does little. So the
+    weights themselves are held to what was trained, by the rounding of the type, after transformers has put names and
+    rows back; and what was trained, before it is rounded, to our logits.
+    """
+    request = export.request
+    assert request.dtype is not None
+    bound: float | None = EXACT
+    place = export.place
+    with opened(export.trained, request.onto) as found:
+        readings = []
+        if request.dtype != "fp32":
+            exact = logits_of(_in_fp32(found), ours.tokens)
+            readings.append(ours.reading(f"transformers, before weights are {request.dtype}", exact, bound))
+        model = transformers_model(place, found.config)
+        apart = apart_of(model, found, request.dtype)
+    what = f"transformers: weights, in what rounding to {request.dtype} may move each"
+    readings.append(Reading(what=what, difference=apart, bound=1.0))
+    bound = bound if request.dtype == "fp32" else None
+    readings.append(ours.reading(f"transformers, weights in {request.dtype}", logits_of(model, ours.tokens), bound))
+    del model
+    if not has_llama_cpp():
+        export.say(f"llama.cpp has not loaded it: it is not installed; {HOW_TO_GET_IT}")
+        return readings
+    client = LlamaCpp(place, context=ours.tokens.shape[1])
+    readings.append(ours.reading(f"llama.cpp, weights in {request.dtype}", client.logits(ours.tokens), bound))
+    if client.tokenize(TEXT) != tokenizer_of(export.trained)(TEXT, add_special_tokens=False)["input_ids"]:
+        export.say("warning: llama.cpp makes other tokens of the probe text than the model's tokenizer does")
+    return readings
+
+
+@torch.no_grad()
+def _in_fp32(found: Opened) -> Any:
+    """transformers' model of what was trained, nothing rounded."""
+    import transformers
+
+    config = copy.deepcopy(found.config)
+    config.tie_word_embeddings = HEAD_NAME not in found.weights
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.eval()
+    for name, weight in found.weights.items():
+        place, first = model.get_parameter(name).data.view(-1, weight.shape[-1]), 0
+        for rows in weight.rows():
+            place[first : first + len(rows)] = rows
+            first += len(rows)
+    return model
+
+
+@torch.no_grad()
+def apart_of(model: Any, found: Opened, dtype: str) -> float:
+    """The most that a weight of the file is from what was trained, in what rounding may move it."""
+    most = 0.0
+    tensors = plan(Names.of(found.config), found.weights, dtype)
+    for weight, tensor in zip(found.weights.values(), tensors, strict=True):
+        read, first = model.get_parameter(weight.name).view(-1, weight.shape[-1]), 0
+        for rows in weight.rows():
+            most = max(most, half_steps(rows, read[first : first + len(rows)], tensor.type))
+            first += len(rows)
+        assert first == len(read), weight.name
+    return most
+
+
+@contextlib.contextmanager
+def opened(trained: Trained, onto: Onto) -> Iterator[Opened]:
+    """What a run trained, as weights that are read when they are asked for."""
+    if trained.config.adapter.method == "full":
+        trained = _as_base(trained)
+    base = open_base(trained.config)
+    folder = Path(trained.config.model.path)
+    with open_adapter(trained, base, onto) as adapter, Reader() as reader:
+
+        def rows_of(parameter: Parameter) -> Callable[[], Rows]:
+            return lambda: (p.merged for p in pieces(parameter, base, adapter, reader, original=onto == "original"))
+
+        weights = {}
+        for parameter in parameters_of(base, folder, adapter):
+            name = parameter.weight.name
+            # Of a tied head there is none in GGUF, also where the checkpoint has a copy; a vision tower is no model's.
+            if name not in base.weights and not (name == HEAD_NAME and not base.model.tied):
+                continue
+            shape = next(iter(parameter.outputs.values())) if parameter.matrix else parameter.weight.shape
+            weights[name] = Weight(name=name, shape=shape, rows=rows_of(parameter))
+        yield Opened(base, weights)
+
+
+def _as_base(trained: Trained) -> Trained:
+    """A model that was trained whole is a folder like a base's. Raises UserError for a saved step, which is not."""
+    assert trained.weights is not None
+    folder = weights_in(trained.weights)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a saved step of the whole model, without its config.json; leave --checkpoint out, or finish "
+            "the run (distlora resume)"
+        )
+    config = trained.config
+    whole = replace(
+        config,
+        model=replace(config.model, path=str(folder), new_tokens=()),
+        adapter=AdapterConfig(r=1),
+        quant=QuantConfig(method="none"),
+    )
+    return replace(trained, config=whole, weights=None)
+
+
+def tokenizer_of(trained: Trained) -> Any:
+    model = trained.config.model
+    return load_tokenizer(Path(model.path), model.new_tokens)
+
+
+def name_of(trained: Trained) -> str:
+    """For people."""
+    base = (trained.config.model.name or Path(trained.config.model.path).name).rpartition("/")[2]
+    return base if trained.weights is None else f"{base} {Path(trained.place).name}"

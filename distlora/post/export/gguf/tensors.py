@@ -1,0 +1,167 @@
+"""Which tensors a GGUF file has of a model, in which type, and their rows as llama.cpp wants them.
+
+Llama rotates the pairs (2 i, 2 i + 1) of a head in llama.cpp (its arch `llama`, Mistral too) and (i, i + D / 2) in
+transformers, D being its size: row h D + j D/2 + i of q_proj and k_proj there is row h D + 2 i + j here. Qwen's stay
+as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from distlora.config import UserError
+from distlora.post.export.gguf.hyperparameters import head_size
+from distlora.post.export.gguf.supported import ARCHITECTURES
+
+Rows = Iterator[Tensor]
+"""(n, columns) fp32, rows going on from those before; a vector is one row."""
+
+TYPES = {
+    "fp32": GGMLQuantizationType.F32,
+    "bf16": GGMLQuantizationType.BF16,
+    "fp16": GGMLQuantizationType.F16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+"""--dtype -> the type of what is a matrix."""
+
+_FP16_MAX = float(np.finfo(np.float16).max)
+_ROUNDING = {GGMLQuantizationType.BF16: 2**-8, GGMLQuantizationType.F16: 2**-11}
+_LARGEST = {GGMLQuantizationType.F16: _FP16_MAX, GGMLQuantizationType.Q8_0: 127 * _FP16_MAX}
+"""Of what a type can hold; a block of q8_0 has an fp16 scale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """A parameter of the model, by its Hugging Face name."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Callable[[], Rows]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    rows: Callable[[], Rows]
+
+    @classmethod
+    def of_array(cls, name: str, array: np.ndarray[Any, Any]) -> Planned:
+        """What is no parameter: a vector."""
+        return cls(
+            name=name,
+            shape=array.shape,
+            type=GGMLQuantizationType.F32,
+            rows=lambda: iter([torch.from_numpy(array)[None]]),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(np.prod(self.shape)) // block * size
+
+    def encoded(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Its bytes, a few rows at a time. Raises UserError for a weight that the type cannot hold, and NaN and Inf."""
+        largest = _LARGEST.get(self.type, math.inf)
+        for rows in self.rows():
+            most = float(rows.abs().max())
+            if not math.isfinite(most):
+                raise UserError(
+                    f"{self.name} holds NaN or Inf weights, which no type of GGUF is to have; train it again"
+                )
+            if most > largest:
+                raise UserError(
+                    f"{self.name} has a weight of {most:.4g}, and {self.type.name} ends at {largest:.4g}; "
+                    "write --dtype bf16"
+                )
+            yield gguf.quants.quantize(rows.contiguous().numpy(), self.type)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The package's map from Hugging Face's names to GGUF's, and which rows it wants in another order."""
+
+    arch: str
+    table: gguf.TensorNameMap
+    config: Any
+
+    @classmethod
+    def of(cls, config: Any) -> Names:
+        arch = ARCHITECTURES[config.model_type]
+        key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+        return cls(arch, gguf.get_tensor_name_map(key, config.num_hidden_layers), config)
+
+    def gguf_name(self, name: str) -> str:
+        """Raises UserError for a tensor that the architecture has not."""
+        found = self.table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UserError(f"{name} is no tensor of llama.cpp's {self.arch}; use --format hf")
+        return found
+
+    def in_order(self, name: str, rows: Callable[[], Rows]) -> Callable[[], Rows]:
+        """The rows of a weight, bias, or adapter's B as the architecture wants them."""
+        projection = re.search(r"\.([qk])_proj\.", name)
+        if self.arch != "llama" or projection is None:
+            return rows
+        size = head_size(self.config)
+        if name.endswith(".bias"):  # Its elements are the rows.
+            return lambda: (part.view(1, -1) for part in _rotated((part.view(-1, 1) for part in rows()), size))
+        return lambda: _rotated(rows(), size)
+
+
+def plan(names: Names, weights: Mapping[str, Weight], dtype: str) -> list[Planned]:
+    """The file's tensors, in the model's order. Raises UserError for what the architecture has not."""
+    return [
+        Planned(
+            name=(name := names.gguf_name(weight.name)),
+            shape=weight.shape,
+            type=_type_of(name, weight.shape, TYPES[dtype]),
+            rows=names.in_order(weight.name, weight.rows),
+        )
+        for weight in weights.values()
+    ]
+
+
+def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """As llama.cpp's converter has it: vectors and norms in fp32, and in fp16 what does not divide into blocks."""
+    if len(shape) < 2 or name.endswith("_norm.weight"):
+        return GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def _rotated(rows: Rows, size: int) -> Rows:
+    """Whole heads at a time, the rows of each in llama.cpp's order."""
+    order = torch.arange(size).view(2, size // 2).T.reshape(-1)
+    kept = torch.empty(0)
+    for part in rows:
+        kept = torch.cat([kept, part]) if len(kept) else part
+        if whole := len(kept) // size:
+            yield kept[: whole * size].view(whole, size, -1)[:, order].reshape(whole * size, -1)
+            kept = kept[whole * size :]
+
+
+def half_steps(exact: Tensor, read: Tensor, type: GGMLQuantizationType) -> float:
+    """How far `read` is from `exact` (n, columns), in the most that rounding to the type may move each weight."""
+    if torch.equal(exact, read):
+        return 0.0
+    size = exact.abs()
+    if type == GGMLQuantizationType.Q8_0:  # Half of a 127th of the block's largest, by a scale that is rounded to fp16.
+        largest = size.view(len(size), -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).reshape(size.shape)
+        step = largest / 127 * (0.5 + 127 * 2**-11) + 2**-18
+    else:
+        step = size * _ROUNDING.get(type, 0.0) + (2**-25 if type == GGMLQuantizationType.F16 else 0.0)
+    return float(((read - exact).abs() / step).nan_to_num(0.0, posinf=float("inf")).max())

@@ -1,0 +1,71 @@
+"""`--format peft`: the adapter that a run published, or that of a saved step, with what a user of it needs.
+
+Loaded by PEFT onto transformers' model whose weights are those that were trained on, dequantized, it must give our
+logits. On the base as its checkpoint has it, in 16 or 32 bits, it gives others: that is what NF4 took, and is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora.post.export.clients import dense_model
+from distlora.post.export.formats import is_packed
+from distlora.post.export.probe import EXACT, Ours
+from distlora.post.export.repository import as_plain_adapter, collect, write_files
+from distlora.post.export.request import Export, Reading
+from distlora.post.load_trained import weights_in
+from distlora.post.trained import Trained
+from distlora.run_folder.layout import BEST_NAME, Result, read_result
+from distlora.weights.peft.folder import CONFIG_NAME
+
+
+def write(export: Export) -> None:
+    """The folder, with the base's name in it: of the hub, else its place on this machine."""
+    result = result_of(export.trained, export.request.name.checkpoint)
+    base = result.config.model.name
+    with as_plain_adapter(result) as plain:
+        files = collect(plain, repository=Path(export.request.out).name, base=base)
+        if base is None:
+            settings = json.loads(bytes(files[CONFIG_NAME]))
+            settings["base_model_name_or_path"] = result.config.model.path
+            files[CONFIG_NAME] = (json.dumps(settings, indent=2) + "\n").encode()
+            export.say(f"adapter_config.json names the base by its folder here, {result.config.model.path}")
+        export.place.mkdir()
+        write_files(files, export.place)
+
+
+def result_of(trained: Trained, checkpoint: str | None) -> Result:
+    """What the run's folder says of the weights that are meant; of an unfinished run those of its newest checkpoint."""
+    assert trained.run_dir is not None
+    assert trained.weights is not None
+    weights = weights_in(trained.weights)
+    if checkpoint is None and weights.name.startswith("step_"):
+        checkpoint = weights.name
+    result = read_result(trained.run_dir, checkpoint)
+    assert checkpoint == BEST_NAME or result.folder == weights
+    return dataclasses.replace(result, folder=weights)
+
+
+def check(export: Export, ours: Ours) -> list[Reading]:
+    """PEFT on what was trained on, and on the base as it is on disk where that is another."""
+    readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), EXACT)]
+    config = export.trained.config
+    if config.quant.is_nf4 and not config.adapter.for_nf4 and not is_packed(export.trained):
+        gc.collect()
+        readings.append(ours.reading("PEFT on the base without NF4, fp32", _logits(export, ours, original=True)))
+    return readings
+
+
+@torch.no_grad()
+def _logits(export: Export, ours: Ours, *, original: bool = False) -> torch.Tensor:
+    from peft import PeftModel
+
+    model: Any = PeftModel.from_pretrained(dense_model(export.trained, original=original), export.place)
+    logits: torch.Tensor = model.eval()(input_ids=ours.tokens).logits
+    return logits

@@ -1,0 +1,92 @@
+"""The files of a repository on the hub, or of a folder that is handed on: what a run trained, with a model card.
+
+Imports no torch, but for a saved step of PiSSA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.tokens import tokenizer_files
+from distlora.config import UserError
+from distlora.config.initialization import is_pissa
+from distlora.data.cache import TOKENIZER_FILES
+from distlora.run_folder.layout import (
+    BEST_STEP_NAME,
+    TEMPLATE_NAME,
+    Result,
+    read_record,
+)
+from distlora.training.model_card import model_card, read_metadata
+from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.start_file import require_start
+
+Files = Mapping[str, bytes | Path]
+"""Content, or the file that holds it, by path in the repository."""
+
+
+@contextlib.contextmanager
+def as_plain_adapter(result: Result) -> Iterator[Result]:
+    """The result itself; for a saved step of PiSSA, which belongs to a base that others do not have, what the run would
+    publish of it."""
+    if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
+        yield result
+        return
+    require_start(result.config, with_base=False)
+    from distlora.loading.pissa import plain_form
+
+    with plain_form(result.folder, result.config) as place:
+        yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))
+
+
+def collect(result: Result, *, repository: str, base: str | None) -> dict[str, bytes | Path]:
+    """The files of the repository. adapter_config.json names the base by its name on the hub, never by a folder."""
+    own_card = read_metadata(Path(result.config.model.path) / "README.md")
+    inherited: dict[str, Any] = {
+        key: own_card[key] for key in ("license", "license_name", "license_link") if key in own_card
+    }
+    card = model_card(result, repository=repository, base=base, license_of_base=inherited)
+    files: dict[str, bytes | Path] = {"README.md": card.encode()}
+    if result.adapter is None:
+        paths = sorted(path for path in result.folder.iterdir() if path.is_file() and path.name != BEST_STEP_NAME)
+        files |= {path.name: path for path in paths}
+        return own_files(files)
+    same_base = base is not None and base == result.config.model.name
+    adapter = dict(result.adapter) | {
+        "base_model_name_or_path": base,
+        "revision": result.config.model.revision if same_base else None,
+    }
+    files[CONFIG_NAME] = (json.dumps(adapter, indent=2) + "\n").encode()
+    files[WEIGHTS_NAME] = result.folder / WEIGHTS_NAME
+    if result.config.model.new_tokens:
+        published = {path.name: path for pattern in TOKENIZER_FILES for path in result.folder.glob(pattern)}
+        files |= published or tokenizer_files(result.config)  # A saved step has none.
+    if result.chat_template is not None:  # From the run's record: a saved step has no file of it.
+        files[TEMPLATE_NAME] = result.chat_template.encode()
+    return own_files(files)
+
+
+def own_files(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
+    """`files`; UserError for a link, which could publish any file of this machine. A run writes none."""
+    for path in files.values():
+        if isinstance(path, Path) and path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, and a run writes no links; put a copy of the file in its "
+                "place if it is to be published"
+            )
+    return files
+
+
+def write_files(files: Files, folder: Path) -> None:
+    """Into a folder that exists."""
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)

@@ -1,0 +1,141 @@
+"""The worker of `distlora export`: writes, has the real client load it in a process of its own, then gives it its name.
+
+What is on stdout are the figures and the place; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distlora.checkpoint.files import appearing
+from distlora.config import UserError
+from distlora.post.export.formats import FORMATS
+from distlora.post.export.request import Export, Reading, Request
+from distlora.post.load_trained import weights_in
+from distlora.post.trained import Trained
+from distlora.run_folder.checkpoints import sha256
+from distlora.system import atomic_io
+from distlora.system.exit_codes import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    run_to_exit_code,
+)
+from distlora.system.progress_lines import (
+    Progress,
+    quieten,
+    say,
+    still_loading,
+)
+from distlora.weights.peft.folder import WEIGHTS_NAME
+from distlora.weights.segments import fingerprint
+
+CHECK = "distlora.post.export.check"
+RECORD_NAME = "export.json"
+"""In an exported folder."""
+
+
+def run(request: Request) -> int:
+    """Write, check, publish; returns the exit code."""
+    out, began = Path(request.out), time.monotonic()
+    trained = request.name.read()
+    module: Any = importlib.import_module(FORMATS[request.format].module)
+    try:
+        with appearing(out, inside=True) as place:
+            module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
+            say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
+            found = checked(request, place) if request.check else None
+            if found is None:
+                say("not loaded by a client: --no-check")
+            if place.is_dir():
+                atomic_io.write_json(place / RECORD_NAME, record(request, trained, found))
+    except Differs as error:
+        say(f"{error}; nothing is left at {out}; --no-check writes it all the same")
+        return FAILED
+    print(f"wrote {out}")
+    return DONE
+
+
+class Differs(Exception):
+    """The client computes something else, or nothing; its text says what."""
+
+
+def record(request: Request, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What stands in the folder: made from what, with which packages, and what its client computed."""
+    packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
+    assert trained.weights is not None
+    adapter, base = weights_in(trained.weights), Path(trained.config.model.path)
+    return {
+        "format": request.format,
+        "from": Path(request.name.place).name,
+        "adapter": {"folder": adapter.name, "sha256": sha256(adapter / WEIGHTS_NAME)},
+        "base": {"name": trained.config.model.name or base.name, "fingerprint": fingerprint(base)},
+        "onto": request.onto if FORMATS[request.format].merged else None,
+        "dtype": request.dtype,
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "versions": {name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
+        "check": found,
+    }
+
+
+def checked(request: Request, place: Path) -> dict[str, Any]:
+    """What the format's client computes, in a process of its own; printed, too. Raises Differs."""
+    say("loading it with its client")
+    with still_loading():
+        code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
+    if code == BAD_INPUT:
+        raise UserError("the export could not be checked; the line above says why, and --no-check leaves it out")
+    if code < 0:
+        raise Differs(f"the client was killed by signal {-code} (is memory short? `distlora export --help`)")
+    if code != DONE:
+        raise Differs(f"the client could not load it (exit code {code})")
+    found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    readings = [Reading(**reading) for reading in found["readings"]]
+    print("\n".join(table(readings, request, found["moved"], found["tokens"])))
+    if not all(reading.within for reading in readings):
+        raise Differs("the client computes something else")
+    return found
+
+
+def in_own_process(request: Request) -> tuple[int, str]:
+    """(exit code, stdout) of the check."""
+    command = [sys.executable, "-m", CHECK, request.as_json()]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return child.returncode, child.stdout
+
+
+def table(readings: list[Reading], request: Request, moved: float | None, tokens: int) -> list[str]:
+    """What the user is told."""
+    ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
+    lines = [f"logits of {tokens} tokens beside those of {ours}, in fp32:"]
+    for reading in readings:
+        bound = ""
+        if reading.bound is not None:
+            bound = f" (bound {reading.bound:.1e}: {'met' if reading.within else 'NOT MET'})"
+        line = f"  {reading.what}: at most {reading.difference:.1e} apart{bound}"
+        if reading.kl is not None and reading.same_top is not None:
+            line += f", KL {reading.kl:.1e} nats a token, {reading.same_top:.0%} the same likeliest token"
+        lines.append(line)
+    if moved is not None:
+        lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
+    return lines
+
+
+def _size(place: Path) -> int:
+    return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+
+
+def main(argument: str) -> int:
+    """Export; returns the exit code: 0, 1 where the client found something else, 2 for bad input."""
+    quieten()
+    return run_to_exit_code(lambda: run(Request.read(argument)))

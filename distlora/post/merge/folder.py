@@ -1,0 +1,203 @@
+"""The files of the merged checkpoint: laid out first, from headers alone, then filled in place in any order.
+
+They are those of the base, with the names of its tensors: a parameter's tensors get another type and, with new tokens
+or out of NF4, another shape; what is no parameter's is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.config import UserError
+from distlora.post.merge.parameters import Parameter
+from distlora.system import atomic_io
+from distlora.weights.reader import DTYPE_NAMES
+from distlora.weights.segments import (
+    DTYPE_BYTES,
+    INDEX_NAME,
+    Segment,
+    header_bytes,
+    lay_out,
+)
+
+COPIED_BYTES = 2**24
+"""Of a tensor that is copied, read at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What will be written."""
+
+    headers: Mapping[str, bytes]
+    """The first bytes of each file."""
+    places: Mapping[str, Segment]
+    """Where each tensor will lie; the files are named alone, without their folder."""
+    copied: Mapping[str, Segment]
+    """Those that are copied, and from where."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        sizes = {file: len(header) for file, header in self.headers.items()}
+        for segment in self.places.values():
+            sizes[segment.file.name] += segment.num_bytes
+        return sizes
+
+
+def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], dtype: torch.dtype) -> Plan:
+    """From the base's headers (`on_disk`)."""
+    written = {name: shape for parameter in parameters for name, shape in parameter.outputs.items()}
+    home = {name: on_disk[name].file.name for name in written if name in on_disk}
+    for parameter in parameters:  # What the base does not hold lies beside what it is made from.
+        for name in parameter.outputs:
+            home.setdefault(name, parameter.weight.source.segments[0].file.name)
+    dropped = {
+        part
+        for parameter in parameters
+        if parameter.weight.packed is not None
+        for part in on_disk
+        if part.startswith(f"{parameter.weight.packed.name}.")
+    }
+    copied = {name: segment for name, segment in on_disk.items() if name not in written and name not in dropped}
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in on_disk.values()}
+    for name, shape in written.items():
+        tables[home[name]][name] = (DTYPE_NAMES[dtype], shape)
+    for name, segment in copied.items():
+        tables[segment.file.name][name] = (segment.dtype, segment.shape)
+    return lay_out_files(tables, copied)
+
+
+def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], copied: Mapping[str, Segment]) -> Plan:
+    """From the tensors of each file, by its name: dtype as safetensors has it, and shape."""
+    headers, places = {}, {}
+    for file, tensors in tables.items():
+        table = lay_out(tensors)
+        headers[file] = header_bytes(table, {"format": "pt"})
+        for name, entry in table.items():
+            start, end = entry["data_offsets"]
+            places[name] = Segment(
+                file=Path(file),
+                offset=len(headers[file]) + start,
+                num_bytes=end - start,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+            )
+    return Plan(headers=headers, places=places, copied=copied)
+
+
+class Files:
+    """The files while they are filled."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._plan = plan
+        self._open: dict[str, int] = {}
+        for file, size in plan.sizes.items():
+            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._open[file] = descriptor
+            os.truncate(descriptor, size)
+            _write_all(descriptor, plan.headers[file], 0)
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def write(self, name: str, first: int, values: Tensor) -> None:
+        """Elements of a tensor from `first` on, in its dtype."""
+        place = self._plan.places[name]
+        content = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        self.write_bytes(name, first * DTYPE_BYTES[place.dtype], content)
+
+    def write_bytes(self, name: str, first: int, content: bytes | memoryview) -> None:
+        """Bytes of a tensor from `first` on."""
+        place = self._plan.places[name]
+        _write_all(self._open[place.file.name], content, place.offset + first)
+
+    def copy(self, name: str, passed: Callable[[int, str], None] | None = None) -> None:
+        """A tensor as the base has it; `passed` is told of each part of it."""
+        source, place = self._plan.copied[name], self._plan.places[name]
+        with source.file.open("rb") as stream:
+            stream.seek(source.offset)
+            for done in range(0, source.num_bytes, COPIED_BYTES):
+                content = stream.read(min(COPIED_BYTES, source.num_bytes - done))
+                if not content:
+                    raise OSError(
+                        f"{source.file} ended while it was read, so it was changed since the start; start again once "
+                        "nobody writes it"
+                    )
+                _write_all(self._open[place.file.name], content, place.offset + done)
+                if passed is not None:
+                    passed(len(content), name)
+
+
+class Cursor:
+    """Writes a parameter's values, which come in flat order, to the tensors that it becomes."""
+
+    def __init__(self, files: Files, name: str, outputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._files, self._name, self._dtype = files, name, dtype
+        self._left = [(output, torch.Size(shape).numel()) for output, shape in [*outputs.items()][::-1]]
+        self._first = 0
+
+    def write(self, values: Tensor) -> Tensor:
+        """Rounded here; returns that, flat. Raises UserError for what the dtype cannot hold."""
+        flat = values.reshape(-1)
+        written = rounded = flat.to(self._dtype)
+        if self._dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
+            largest = float(flat.abs().max())
+            raise UserError(
+                f"--dtype=fp16 ends at 65,504, and {self._name} has {largest:,.0f}; write --dtype bf16 or fp32"
+            )
+        while len(rounded):
+            name, numel = self._left[-1]
+            part = rounded[: numel - self._first]
+            self._files.write(name, self._first, part)
+            self._first, rounded = self._first + len(part), rounded[len(part) :]
+            if self._first == numel:
+                self._left.pop()
+                self._first = 0
+        return written
+
+    def close(self) -> None:
+        assert not self._left, f"{self._name} ended early"
+
+
+def write_index(folder: Path, plan: Plan, base: Path) -> None:
+    """model.safetensors.index.json, where the base has one."""
+    if not (base / INDEX_NAME).is_file():
+        return
+    sizes = {name: segment.num_bytes for name, segment in plan.places.items()}
+    total = sum(segment.numel for segment in plan.places.values())
+    atomic_io.write_json(
+        folder / INDEX_NAME,
+        {
+            "metadata": {"total_parameters": total, "total_size": sum(sizes.values())},
+            "weight_map": {name: plan.places[name].file.name for name in sorted(plan.places)},
+        },
+    )
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse what the disk under `folder` cannot hold."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise UserError(
+            f"{folder}: the merged model takes {num_bytes / 1e9:,.1f} GB, and the disk there has {free / 1e9:,.1f} GB "
+            "free; name another folder with --out, write --dtype bf16, or free some space"
+        )
+
+
+def _write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

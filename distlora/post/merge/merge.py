@@ -1,0 +1,155 @@
+"""A base and an adapter as one model on disk: rows in, rows out, no model in memory.
+
+Memory beside a few rows: an adapter's factors of one weight, and of one quantized weight an absmax for every 64 (README
+counts it). The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora.checkpoint.files import appearing
+from distlora.post.deltas.base import Base, open_base
+from distlora.post.merge.adapter import Adapter, open_adapter
+from distlora.post.merge.companions import write_companions
+from distlora.post.merge.folder import (
+    Cursor,
+    Files,
+    check_space,
+    plan_files,
+    write_index,
+)
+from distlora.post.merge.kept import (
+    AGAIN,
+    DTYPES,
+    Change,
+    Measure,
+    sum_of,
+)
+from distlora.post.merge.parameters import (
+    Parameter,
+    is_changed,
+    parameters_of,
+    pieces,
+)
+from distlora.post.merge.receipt import Receipt
+from distlora.post.merge.request import Onto, check_mergeable
+from distlora.post.merge.residual import FOLDER, Keeper
+from distlora.post.merge.threads import Clock, Say, each
+from distlora.post.trained import Trained
+from distlora.run_folder.checkpoints import sha256
+from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.reader import Reader
+from distlora.weights.segments import fingerprint
+
+
+def merge_to(
+    trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say, residual: bool = False
+) -> Receipt:
+    """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt, and with what gives the base
+    back from it (`residual`).
+
+    Raises UserError for what cannot be merged, and before anything is written where the disk is too small.
+    """
+    began, folder = time.monotonic(), Path(trained.config.model.path)
+    check_mergeable(trained, onto)
+    base = open_base(trained.config)
+    with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
+        parameters = parameters_of(base, folder, adapter)
+        plan = plan_files(parameters, base.headers, dtype)
+        of_base = sum(segment.num_bytes for segment in base.headers.values()) if residual else 0
+        check_space(out, sum(plan.sizes.values()) + of_base)
+        clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
+        sources = [
+            (file.name, hashing.submit(clock.digest, file, counted=False))
+            for file in sorted({segment.file for segment in base.headers.values()})
+        ]
+        with clock.stopping(), appearing(out) as temporary:
+            keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
+            with Files(temporary, plan) as files:
+                filling = Filling(files, base, adapter, onto, dtype, clock, keeper)
+                changes = each(filling.fill, parameters, clock)
+                each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
+            write_index(temporary, plan, folder)
+            write_companions(temporary, trained, base, str(dtype).removeprefix("torch."))
+            of_base_files = {name: digest.result() for name, digest in sources}
+            found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
+            receipt = Receipt(
+                onto=onto,
+                dtype=next(name for name, known in DTYPES.items() if known is dtype),
+                date=f"{datetime.date.today():%Y-%m-%d}",
+                versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
+                base={"path": str(folder), "fingerprint": fingerprint(folder), "files": of_base_files},
+                adapter=None if adapter is None else _named(adapter, trained),
+                weights={name: change.as_json() for name, change in found.items()},
+                total=_total(list(found.values())),
+                residual={} if keeper is None else keeper.close(temporary, plan, of_base_files),
+                files=_digests(temporary, say),
+                seconds=time.monotonic() - began,
+            )
+            receipt.write(temporary)
+    return receipt
+
+
+@dataclass
+class Filling:
+    """What the threads share."""
+
+    files: Files
+    base: Base
+    adapter: Adapter | None
+    onto: Onto
+    dtype: torch.dtype
+    clock: Clock
+    keeper: Keeper | None
+
+    def fill(self, parameter: Parameter) -> Change | None:
+        """Write one parameter; returns what was done to it, None for nothing."""
+        self.clock.passed(0, parameter.weight.name)  # Of what waited while it was stopped, nothing is read.
+        cursor = Cursor(self.files, parameter.weight.name, parameter.outputs, self.dtype)
+        changed = is_changed(parameter, self.base, self.adapter)
+        measure = Measure(parameter.numel, quantized=parameter.path is not None)
+        with Reader() as reader:
+            keep = None if self.keeper is None else self.keeper.begin(parameter, reader)
+            for piece in pieces(parameter, self.base, self.adapter, reader, original=self.onto == "original"):
+                written = cursor.write(piece.merged)
+                if keep is not None:
+                    keep(piece, written)
+                if changed:
+                    measure.add(piece.base, piece.merged)
+                self.clock.passed(written.nbytes, parameter.weight.name)
+        cursor.close()
+        return measure.result() if changed else None
+
+
+def _digests(folder: Path, say: Say) -> dict[str, str]:
+    """The SHA-256 of each file of a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    clock = Clock("SHA-256", sum(path.stat().st_size for path in files), say)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return dict(zip(names, each(clock.digest, files, clock), strict=True))
+
+
+def _total(changes: list[Change]) -> dict[str, Any]:
+    total = sum_of(changes).as_json()
+    in_nf4 = [change for change in changes if AGAIN in change.lost]
+    if in_nf4 and isinstance(total["kept"], dict):
+        total["kept"] |= {name: value for name, value in sum_of(in_nf4).kept.items() if name == AGAIN}
+    return total
+
+
+def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
+    folder = adapter.folder
+    return {
+        "place": trained.place,
+        "folder": str(folder),
+        "files": {name: sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
+    }

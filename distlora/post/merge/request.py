@@ -1,0 +1,76 @@
+"""What `distlora merge` and `distlora unmerge` are asked to do: the request that a command hands to its worker. No
+torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.architecture.families import read_config
+from distlora.config import require
+from distlora.post.trained import Name, Trained
+
+Onto = Literal["trained", "original"]
+"""The base as it was trained on (through NF4, less PiSSA's start), or as it is on disk."""
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One merge. Everything is resolved: folders are absolute, defaults filled in."""
+
+    name: Name
+    """The run or adapter."""
+    out: str
+    """The folder that appears."""
+    onto: Onto = "trained"
+    dtype: Dtype = "fp32"
+    """Of the merged weights."""
+    residual: bool = False
+    """Whether to keep what gives the base back."""
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        values: dict[str, Any] = json.loads(text)
+        return cls(**(values | {"name": Name(**values["name"])}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnmergeRequest:
+    """One way back; folders are absolute."""
+
+    merged: str
+    out: str
+    """The folder that appears."""
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+def check_mergeable(trained: Trained, onto: Onto) -> None:
+    """Refuse a whole model, and an adapter on a form of the base that it does not belong to, or that is not there. The
+    base alone is taken: what training held, as a dense model. Raises UserError."""
+    config, place = trained.config, trained.place
+    require(
+        config.adapter.method == "lora",
+        f"{place} trained the whole model (adapter=full), so there is nothing to merge: {place}/model is the result; "
+        "use that folder",
+    )
+    if onto == "trained":
+        return
+    require(
+        trained.weights is None or not config.adapter.for_nf4,
+        f"--onto=original: {place} started by LoftQ, so its A and B hold a correction of what NF4 loses of the base, "
+        "and the base on disk has lost nothing; leave --onto out",
+    )
+    require(
+        "quantization_config" not in read_config(Path(config.model.path)),
+        f"--onto=original: {config.model.path} is quantized on disk, so there are no 16-bit weights to merge onto; "
+        "leave --onto out",
+    )

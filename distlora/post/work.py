@@ -1,0 +1,46 @@
+"""How the worker of a command works: alone or as one of several ranks; and what stands beside its figures."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
+from distlora.system.progress_lines import say
+
+
+def run_on_ranks(work: Callable[[Ranks], None], *, when_memory_is_out: str) -> int:
+    """Do `work` on this rank and return the exit code: 0, 2 for bad input, 130 after Ctrl-C, and 1 where a GPU has too
+    little memory, with `when_memory_is_out` said. Of several ranks, errors go to torchrun.
+    """
+    ranks = join_ranks()
+    if ranks.world > 1:
+        work(ranks)
+        leave_ranks(ranks)
+        return DONE
+
+    def alone() -> int:
+        try:
+            work(ranks)
+        except torch.OutOfMemoryError as error:
+            say(f"error: {str(error).partition('. ')[0]}; {when_memory_is_out}")
+            return FAILED
+        return DONE
+
+    return run_to_exit_code(alone)
+
+
+def made_on(device: torch.device, *packages: str) -> dict[str, Any]:
+    """The day, the device and the versions behind figures."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "device": f"{device.type} ({name})",
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }

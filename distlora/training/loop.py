@@ -1,0 +1,221 @@
+"""The training loop. It reads like the maths, knows no backend, and reads nothing from the device inside a step
+(an 8-bit optimizer does: optim.py; so does DeepSpeed, for which the host waits too, with parallel=zero3:
+parallel/README.md; and the first forward, with train.verify the one after each save too, reads whether the base is what
+was loaded: parallel/integrity.py).
+
+A step: loss = sum over the units (target tokens, pairs of answers) of all ranks and micro-batches / their number, which
+the loader knows in advance; backward; one sum over ranks; clip; update. Trials that share a base do it together: their
+rows are stacked, each row uses the adapter of its own trial, and each trial has its own loss, gradients and update.
+What else is one run's (figures, what is due, early stopping) is in trial.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distlora.data.stacking import Share, Stack, stacks
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, watch
+from distlora.parallel.control import Control
+from distlora.system.stop_signals import Stopped
+from distlora.training.objectives import Losses
+from distlora.training.trial import StepFigures, Trial
+
+
+class Trainer:
+    """The steps of the trials that share a model, from wherever each stands."""
+
+    def __init__(self, model: CausalLM, backend: Backend, control: Control, trials: Sequence[Trial] = ()) -> None:
+        self.model, self.backend, self.control = model, backend, control
+        self.trials = list(trials)
+        """Those that train, in the order of their gradients in the backend."""
+        self._is_cold = True
+        """Until a step is done: kernels are compiled, memory is taken, connections are made."""
+
+    def fit(self) -> None:
+        """Train the only trial to its end, or until its held-out loss has stopped falling; evaluate, sample and save
+        where its config says. Raises NonFiniteError, and Stopped once what was trained is saved."""
+        (trial,) = self.trials
+        self.control.saved()  # Saves are timed from here: loading has trained nothing.
+        try:
+            self.begin([trial])
+            while not trial.has_ended:
+                self.advance()
+        except Stopped:
+            self._log([trial])
+            trial.save_whole_steps()
+            raise
+
+    def begin(self, trials: Sequence[Trial]) -> None:
+        """Before the first step of these: the base's evaluation, or what a stop has cut off."""
+        self._is_cold = True
+        for trial in trials:
+            if trial.first_step == 0 and trial.eval_loader is not None:
+                trial.reporter.event(f"evaluating {len(trial.eval_loader.rows):,} held-out rows")
+        self._follow(trials)
+
+    def advance(self) -> None:
+        """One step of every trial, and what is due after it."""
+        self._measure_or_train()
+        if (settled := self.backend.settle_residency()) is not None:
+            self.trials[0].reporter.event(settled)
+        self._follow(self.trials)
+
+    def _follow(self, trials: Sequence[Trial]) -> None:
+        """What is due for these and is not done yet: log, evaluate, save, sample."""
+        due = {trial: trial.due(self.control) for trial in trials}
+        if any(of_trial.takes_long for of_trial in due.values()):
+            self._log(self.trials)  # Before what takes long, which is no part of anybody's steps.
+        else:
+            self._log([trial for trial in trials if due[trial].logging])
+        evaluating = [trial for trial in trials if due[trial].evaluating and trial.failure is None]
+        if evaluating:
+            self.evaluate(evaluating)
+        for trial in evaluating:
+            trial.keep_best()
+        self._judge(evaluating)
+        saving = [trial for trial in trials if (due[trial].saving or trial.has_ended) and trial.failure is None]
+        for trial in saving:
+            self._do(trial, trial.save)
+        if len(saving) == len(self.trials):
+            self.control.saved()
+        for trial in trials:
+            if due[trial].sampling and trial.hooks.sample is not None:
+                # After the save, which a sample's memory may not cost.
+                self.control.boundary(trial.done, "sampling", long=True)
+                trial.hooks.sample(trial.done)
+
+    def _log(self, trials: Sequence[Trial]) -> None:
+        """Read the figures of all steps of these that are not logged, at once: the one host sync of training."""
+        unread = {trial: found for trial in trials if (found := trial.unread()) is not None}
+        if not unread:
+            return
+        watch.at(next(iter(unread)).done, "reading figures")
+        sums = self.backend.sum_over_ranks(torch.cat([own.flatten() for own, _ in unread.values()]))
+        values = torch.cat([sums, *(norms for _, norms in unread.values())]).tolist()
+        of_sums, of_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
+        for trial, (own, norms) in unread.items():
+            rows = [list(itertools.islice(of_sums, own.shape[1])) for _ in range(own.shape[0])]
+            self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(of_norms, len(norms)))))
+
+    def _do(self, trial: Trial, action: Callable[[], None]) -> None:
+        """What may end this trial."""
+        action()
+
+    def _judge(self, trials: Sequence[Trial]) -> None:
+        """After these were evaluated: what others say to that."""
+
+    def _measure_or_train(self) -> None:
+        measured = next((t for t in self.trials if t.memory is not None and t.memory.measures(t.done)), None)
+        if measured is None:
+            self._train_step(self.trials)
+            return
+        assert measured.memory is not None
+        if (device := self.backend.ranks.device).type == "cuda":
+            torch.cuda.synchronize(device)  # What it still does of the steps before is not of this one's time.
+        began = time.monotonic()
+        with measured.memory.around():
+            self._train_step(self.trials)
+            watch.at(measured.done, "reading what memory it took", long=True)
+        measured.note_measured(began)
+        if measured.memory.warning is not None:
+            measured.reporter.event(measured.memory.warning)
+
+    def _train_step(self, trials: Sequence[Trial]) -> None:
+        began, step = time.monotonic(), trials[0].done + 1
+        assert len(trials) == 1 or not trials[0].objective.figures, "whose figures they are is not known"
+        watch.at(step, "reading rows", long=self._is_cold)
+        shares = [trial.next_share() for trial in trials]
+        units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
+        row_losses: list[list[Tensor]] = [[] for _ in trials]
+        figures: list[Tensor] = []
+        self.backend.traffic.take()  # What was moved since the step before is no step's.
+        self.backend.zero_gradients()
+        parts = self._as_run(shares)
+        for index, part in enumerate(parts):
+            self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
+            losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
+            figures.append(losses.figures)
+            for owner, rows in part.of_owners(losses.rows):
+                row_losses[owner].append(rows.detach())
+            watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
+            self.backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+        watch.at(step, "sum of gradients", long=self._is_cold)
+        self.backend.finish_gradients()
+        watch.at(step, "update", long=self._is_cold)
+        for trial in trials:
+            trial.update()
+        self._is_cold = False
+        moved = self.backend.traffic.take()
+        for trial, share, own_units, own_losses in zip(trials, shares, units, row_losses, strict=True):
+            micro_batches = share.batch.micro_batches
+            trial.note(
+                StepFigures(
+                    row_losses=torch.cat(own_losses)[: len(share.batch.rows)],  # Less what filled a block's slices.
+                    figures=torch.stack(figures).sum(dim=0),
+                    units=own_units,
+                    tokens=share.batch.global_rows * micro_batches[0].labels.shape[1],
+                    flops=sum(trial.flops.of(part.position_ids[part.rows >= 0]) for part in micro_batches),
+                    began=began,
+                    traffic=moved,
+                    passes=2 * len(parts),
+                )
+            )
+
+    def _as_run(self, shares: Sequence[Share]) -> list[Stack]:
+        """The step's micro-batches, or all of them as one batch that the blocks cut up themselves."""
+        whole = self.trials[0].config.train.accumulate == "block"
+        if whole:
+            self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
+        return stacks(shares, whole=whole)
+
+    def evaluate(self, trials: Sequence[Trial]) -> None:
+        """Mean held-out loss and figures of each over every held-out unit of its own."""
+        self.model.set_num_micro(1)
+        objective, device = trials[0].objective, self.backend.ranks.device
+        names, step = ("loss", *objective.figures), trials[0].done
+        totals = torch.zeros(len(trials), len(names), dtype=torch.float64, device=device)
+        units = [0] * len(trials)
+        for documents in (trial.documents for trial in trials if trial.documents is not None):
+            documents.begin()
+        with torch.no_grad():
+            for index in range(max(trial.held_out_batches for trial in trials)):
+                running = [number for number, trial in enumerate(trials) if index < trial.held_out_batches]
+                shares = [trials[number].held_out_share(index) for number in running]
+                for number, share in zip(running, shares, strict=True):
+                    units[number] += objective.units(share.batch)
+                for part in stacks(shares, whole=False):
+                    # The first batch may compile and take memory.
+                    self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
+                    losses = objective.losses(self.model, part.batch, device, None)
+                    for owner, rows in part.of_owners(losses.rows):
+                        totals[running[owner]] += torch.cat([rows.sum()[None], losses.figures])
+                    _note_documents([trials[number] for number in running], part, losses)
+        sums = self.backend.sum_over_ranks(totals).tolist()
+        for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
+            trial.evaluated({f"eval_{name}": total / own_units for name, total in zip(names, own_sums, strict=True)})
+
+
+def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> None:
+    """Of an evaluation's rows: to each trial that asks for it what its documents' losses are."""
+    if all(trial.documents is None for trial in trials):
+        return
+    assert losses.units is not None, "an evaluation"
+    for (owner, batch), (_, units) in zip(part.batches_of_owners(), part.of_owners(losses.units), strict=True):
+        if (documents := trials[owner].documents) is not None:
+            documents.add(batch, units)
+
+
+def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:
+    """Each trial's share of its step's loss, from the loss sums of the rows (B,); 0 of one that has no rows here."""
+    sums: list[Tensor | None] = [None] * len(units)
+    for owner, own in part.of_owners(rows):
+        loss, before = own.sum() / units[owner], sums[owner]
+        sums[owner] = loss if before is None else before + loss
+    return [rows.new_zeros(()) if loss is None else loss for loss in sums]

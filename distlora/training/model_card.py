@@ -1,0 +1,313 @@
+"""The model card that states on the Hugging Face hub what a run trained.
+
+Every fact comes from the run folder (distlora.run_folder.layout). Files of this machine are named without their
+folders. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from distlora.config import AdapterConfig, SourceConfig, UserError
+from distlora.config.file import parse_yaml
+from distlora.config.places import is_hub_name
+from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
+from distlora.system.numbers import length
+from distlora.weights.peft.folder import WEIGHTS_NAME
+
+HUB = "https://huggingface.co"
+
+_CPU = re.compile(r"DEFAULT|NO AVX|AVX\d+|NEON|SVE\d*|VSX|Z ?VECTOR")
+"""What torch.backends.cpu.get_cpu_capability() answers; a GPU has a name."""
+
+
+def model_card(result: Result, *, repository: str, base: str | None, license_of_base: Mapping[str, Any]) -> str:
+    """README.md of a repository on the hub: metadata in YAML, then sections for people.
+
+    `base` is the base model's name on the hub, None where it has none; `license_of_base` what its own card says
+    (license, license_name, license_link), which a derived model inherits.
+    """
+    sections = [
+        f"# {repository.rpartition('/')[2]}",
+        _introduction(result, base),
+        "## Data\n\n" + "\n".join(_data(result)),
+        "## Settings\n\n" + _table(_settings(result)),
+        "## Figures\n\n" + _table(_figures(result)),
+        "## Use\n\n" + _use(result, repository, base),
+    ]
+    versions = ", ".join(f"{name} {result.environment[name]}" for name in _VERSIONS if name in result.environment)
+    if versions:
+        sections.append(f"Trained with {versions}.")
+    return f"---\n{_metadata(result, base, license_of_base)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def read_metadata(card: Path) -> dict[str, Any]:
+    """The YAML at the head of a model card; empty where there is none."""
+    try:
+        match = re.match(rb"---\n(.*?)\n---\n", card.read_bytes(), re.DOTALL) if card.is_file() else None
+        values = parse_yaml(match[1]) if match else None
+    except ValueError:  # A card of somebody else's, of which a line is wanted.
+        values = None
+    return values if isinstance(values, dict) else {}
+
+
+_VERSIONS = ("distlora", "torch", "transformers", "python")
+
+
+def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, Any]) -> str:
+    import yaml
+
+    config = result.config
+    tags = ["distlora"]
+    if result.adapter is not None:
+        tags = ["lora", *(["qlora"] if config.quant.is_nf4 else []), *tags]
+    datasets = sorted({source.path for source in config.data.training_sources if is_hub_name(source.path)})
+    values: dict[str, Any] = {
+        **({"base_model": base} if base else {}),
+        "library_name": "peft" if result.adapter is not None else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        **({"datasets": datasets} if datasets else {}),
+        **license_of_base,
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _introduction(result: Result, base: str | None) -> str:
+    config = result.config
+    if result.adapter is None:
+        kind = "A fully fine-tuned model"
+    elif config.quant.is_nf4:
+        kind = "A QLoRA adapter, trained on the base in 4-bit NF4 with double quantization"
+    else:
+        kind = f"A LoRA adapter, trained on the base in {config.train.dtype}"
+    if base is None:
+        return f"{kind}. The base is a model that is not on the Hugging Face hub."
+    commit = config.model.revision if base == config.model.name else None
+    place = f"[{base}]({HUB}/{base})" + (f" at commit [`{commit[:12]}`]({HUB}/{base}/tree/{commit})" if commit else "")
+    return f"{kind}. Base: {place}."
+
+
+def _data(result: Result) -> Iterator[str]:
+    """A line a source, and one of counts for each split."""
+    splits = result.data.get("splits", {})
+    sources = result.config.data.training_sources
+    counted = splits.get("train", {}).get("sources", [{}] * len(sources))
+    if len(counted) != len(sources):
+        raise UserError(
+            f"{DATA_NAME} counts {len(counted)} sources, and config.yaml names {len(sources)}; make it again with "
+            "`python -m distlora.data RUN`"
+        )
+    for source, counts in zip(sources, counted, strict=True):
+        share = []
+        if len(sources) > 1 and {"documents", "share"} <= counts.keys():
+            share = [f"{counts['documents']:,} documents", f"{counts['share']:.1%} of the trained tokens"]
+        yield f"- {_source(source, counts, share)}"
+    held_out = result.config.data.held_out_source
+    for split, title in (("train", "training"), ("eval", "held out")):
+        if split in splits:
+            counts = splits[split]
+            place = ""
+            if split == "eval" and held_out is not None:
+                place = f"{_source(held_out, next(iter(counts.get('sources', [])), {}), [])}, "
+            yield (
+                f"- {title}: {place}{counts['documents']:,} documents, {counts['targets']:,} trained of "
+                f"{counts['tokens']:,} tokens"
+            )
+    data = result.config.data
+    if "train_on" not in result.data.get("settings", {}):  # No chat is among the documents.
+        return
+    if data.template is not None:
+        yield f"- chat template: {_shown(data.template)} (not the base's own)"
+    yield f"- trained tokens of a chat: {_TRAIN_ON[data.train_on]}"
+
+
+def _source(source: SourceConfig, counts: Mapping[str, Any], more: list[str]) -> str:
+    """A source by its name on the hub, with split and commit, or by its file's name; `more` joins the details."""
+    name, details = _shown(source.path), [source.name]
+    if is_hub_name(source.path):
+        name = f"[{source.path}]({HUB}/datasets/{source.path})"
+        commit = counts.get("commit") or source.revision
+        details += [f"split {source.split}", f"commit `{commit[:12]}`" if commit else None]
+    shown = ", ".join(detail for detail in [*details, *more] if detail)
+    return name + (f" ({shown})" if shown else "")
+
+
+_TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "all"}
+
+
+def _settings(result: Result) -> Iterator[tuple[str, str]]:
+    config, adapter = result.config, result.adapter
+    optim, train = config.optim, config.train
+    if adapter is None:
+        yield "method", "full fine-tuning"
+    else:
+        method = "DoRA" if adapter.get("use_dora") else "LoRA"
+        yield "method", method + (", rsLoRA scaling" if adapter.get("use_rslora") else "")
+        yield "r", _with_pattern(adapter["r"], adapter.get("rank_pattern"))
+        yield "lora_alpha", _with_pattern(adapter["lora_alpha"], adapter.get("alpha_pattern"))
+        yield "lora_dropout", f"{config.adapter.lora_dropout:g}"
+        targets = adapter["target_modules"]
+        many = isinstance(targets, list) and len(targets) > 16
+        if targets:
+            yield "target_modules", f"{len(targets)} linears" if many else _joined(targets)
+        if parameters := adapter.get("target_parameters"):
+            many = len(parameters) > 16
+            yield "target_parameters", f"{len(parameters)} weights of experts" if many else _joined(parameters)
+        yield from _trained_rows(adapter.get("trainable_token_indices"))
+        if whole := adapter.get("modules_to_save"):
+            yield "trained whole", ", ".join(whole)
+        if config.adapter.init_from is not None:
+            yield "started from", _shown(config.adapter.init_from)
+        if config.adapter.decomposes:
+            yield "started from", _start(config.adapter)
+    if config.model.new_tokens:
+        yield "new tokens", _joined(f"`{text}`" for text in config.model.new_tokens)
+    yield "base in training", "NF4, double quantization" if config.quant.is_nf4 else train.dtype
+    yield "compute dtype", train.dtype
+    yield "optimizer", f"{optim.name}, betas {_joined(optim.betas)}, weight decay {optim.weight_decay:g}"
+    ratio = f" (B: {optim.loraplus_lr_ratio:g} times that)" if optim.loraplus_lr_ratio != 1 else ""
+    yield "learning rate", f"{optim.lr:g}{ratio}"
+    yield "schedule", f"{optim.schedule}, warm-up over {optim.warmup_ratio:.0%} of the steps"
+    yield "gradient norm", f"clipped to {optim.max_grad_norm:g}" if optim.max_grad_norm else "not clipped"
+    length = config.data.sequence_length
+    yield "batch", f"{train.global_batch:,} rows of {length:,} tokens, documents packed"
+    if result.step is not None:
+        yield "steps", f"{result.step:,}"
+    yield "seed", str(train.seed)
+
+
+def _start(adapter: AdapterConfig) -> str:
+    """Where an adapter started that comes from the base's weights."""
+    if not adapter.pissa:
+        return "LoftQ: the principal part of what NF4 loses of each weight, one iteration"
+    how = f"PiSSA (`{adapter.init}`): the principal part of each weight, which the base lacked in training"
+    return f"{how}; trained at rank {adapter.r}, and published with that start taken off, at twice the rank"
+
+
+def _trained_rows(indices: list[int] | Mapping[str, list[int]] | None) -> Iterator[tuple[str, str]]:
+    """How many rows of the embedding, or of which matrix, are trained."""
+    for matrix, ids in (indices if isinstance(indices, Mapping) else {"embed_tokens": indices or []}).items():
+        if ids:
+            yield f"trained rows of {matrix}", f"{len(ids):,}"
+
+
+def _figures(result: Result) -> Iterator[tuple[str, str]]:
+    """What was measured, as far as the run folder has it."""
+    before, after = result.evaluations.get(0), result.evaluations.get(result.step or 0)
+    if before is not None:
+        adapter = result.config.adapter
+        started = "of the base" if adapter.starts_as_base else "of the adapter that training started from"
+        yield f"held-out loss {started} (nats a token)", f"{before:.4f}"
+    if after is not None and result.step:
+        yield f"held-out loss after {result.step:,} steps", f"{after:.4f}"
+    summary, environment = result.summary, result.environment
+    if "tokens_per_second" in summary:
+        yield "tokens a second", f"{summary['tokens_per_second']:,.0f}"
+    if "train_seconds" in summary:
+        yield "training time", length(summary["train_seconds"])
+    if {"ranks", "device"} <= environment.keys():
+        device = str(environment["device"])
+        yield "processes", f"{environment['ranks']} x {f'CPU ({device})' if _CPU.fullmatch(device) else device}"
+    if "peak_memory_bytes" in summary:
+        yield "peak memory of a process", f"{summary['peak_memory_bytes'] / 2**30:,.2f} GiB"
+    if "bits_per_parameter" in summary:
+        yield "bits a quantized weight", f"{summary['bits_per_parameter']:.3f}"
+    if "trainable_parameters" in summary:
+        yield "trained parameters", f"{summary['trainable_parameters']:,}"
+    if result.adapter is not None:
+        yield "adapter", f"{(result.folder / WEIGHTS_NAME).stat().st_size / 1e6:,.1f} MB"
+
+
+def _use(result: Result, repository: str, base: str | None) -> str:
+    tokenizer = base or "PATH_OF_THE_BASE"
+    if result.adapter is None:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
+        )
+        return f"```python\n{code}```"
+    commit = result.config.model.revision if base and base == result.config.model.name else None
+    revision = f', revision="{commit}"' if commit else ""
+    needs_nf4 = result.config.adapter.for_nf4
+    classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
+    code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
+    if needs_nf4:
+        code += f"nf4 = {_nf4(result.config.train.dtype)}\n"
+    how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
+    code += f'base = AutoModelForCausalLM.from_pretrained("{tokenizer}"{how})\n'
+    load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
+    if result.config.model.new_tokens:
+        code += (
+            f'tokenizer = AutoTokenizer.from_pretrained("{repository}")  # It has the new tokens.\n'
+            "rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)\n"
+            f"base.resize_token_embeddings(rows, mean_resizing=False)  # The adapter holds the new rows.\n{load}"
+        )
+    else:
+        code += f'{load}tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{revision})\n'
+    if result.chat_template is not None and not result.config.model.new_tokens:  # The tokenizer here reads it itself.
+        code = "from pathlib import Path\n\nfrom huggingface_hub import hf_hub_download\n" + code
+        code += (
+            f"# The chats were rendered with {TEMPLATE_NAME} of this repository, not with the base's own template.\n"
+            f'template = hf_hub_download("{repository}", "{TEMPLATE_NAME}")\n'
+            'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
+        )
+    text = f"```python\n{code}```"
+    if result.config.quant.is_nf4 and result.config.adapter.pissa:
+        text += (
+            "\n\nLoad the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
+            "quantizing the base gives."
+        )
+    elif needs_nf4:
+        text += (
+            "\n\nThe base must be in this 4-bit form: by LoftQ the adapter began as a correction of what NF4 loses of "
+            "each weight, which a base in 16 bits does not lack."
+        )
+    elif result.config.quant.is_nf4 and _has_experts(result):
+        text += (
+            "\n\nTraining had the experts in 4 bits; bitsandbytes leaves fused experts in 16, so a base that it loads "
+            "is another one, and larger."
+        )
+    elif result.config.quant.is_nf4:
+        text += (
+            "\n\nThe base can be loaded in the 4-bit form that it was trained on: `quantization_config="
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
+        )
+    return text
+
+
+def _nf4(dtype: str) -> str:
+    """The settings of bitsandbytes for what quant=nf4 is here; on its own it computes in fp32."""
+    settings = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+    return f'BitsAndBytesConfig(\n    {settings}, bnb_4bit_compute_dtype="{_TORCH_NAMES[dtype]}"\n)'
+
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def _has_experts(result: Result) -> bool:
+    """Whether the base is a mixture of experts, by what the run says of itself."""
+    return "active_parameters" in result.summary or bool((result.adapter or {}).get("target_parameters"))
+
+
+def _table(rows: Iterator[tuple[str, str]]) -> str:
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _with_pattern(value: float, pattern: Mapping[str, Any] | None) -> str:
+    others = ", ".join(f"{key}: {item:g}" for key, item in (pattern or {}).items())
+    return f"{value:g}" + (f" ({others})" if others else "")
+
+
+def _joined(values: Any) -> str:
+    return values if isinstance(values, str) else ", ".join(str(value) for value in values)
+
+
+def _shown(path: str) -> str:
+    """A file or folder without its place on this machine; a name on the hub whole."""
+    return path if is_hub_name(path) else PurePath(path).name

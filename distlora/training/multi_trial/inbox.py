@@ -1,0 +1,129 @@
+"""PACK's files as the ranks read them: rank 0 looks, and all learn the same (protocol.py has what each file says)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.model.adapters import MOST_SLOTS
+from distlora.parallel import Ranks, from_rank_0
+from distlora.system import atomic_io
+from distlora.training.multi_trial.agreement import path_of_rank_0, together
+from distlora.training.multi_trial.protocol import (
+    CLOSED_NAME,
+    INBOX,
+    OUTCOMES,
+    PACK_NAME,
+    SEATS_NAME,
+    inbox_file,
+    outcome_file,
+    verdict_file,
+)
+
+LOOK_SECONDS = 0.2
+"""Between looks, while there is nothing to train or a verdict is waited for."""
+
+_REMEDY = "the launcher writes it; start the sweep again with `distlora resume`"
+_PACK: Shape = {"slots": int, "verdicts?": bool}
+_ENTRY: Shape = {"number": int, "run_dir": str}
+_VERDICT: Shape = {"prune": bool}
+
+
+@dataclass(frozen=True, slots=True)
+class PackSettings:
+    """PACK/pack.json."""
+
+    slots: int
+    """Trials that train at once."""
+    verdicts: bool
+    """Whether an evaluation is followed by a verdict, which is waited for."""
+
+
+def read_settings(pack: Path) -> PackSettings:
+    """Raises UserError for a folder without them."""
+    path = pack / PACK_NAME
+    values = read_object(path, _REMEDY)
+    check_shape(values, _PACK, path, _REMEDY)
+    if not 1 <= values["slots"] <= MOST_SLOTS:
+        raise UserError(
+            f"{path}: slots={values['slots']} is no number of trials that a pack can hold; set sweep.packed to 1 to "
+            f"{MOST_SLOTS}"
+        )
+    return PackSettings(values["slots"], values.get("verdicts", False))
+
+
+class Inbox:
+    """The trials of a pack. Every rank makes one and calls it alike; rank 0 alone reads, and it alone writes."""
+
+    def __init__(self, pack: Path, ranks: Ranks) -> None:
+        self._pack, self._ranks = pack, ranks
+        self._taken: set[int] = set()
+
+    def next(self) -> int | None:
+        """The lowest number that waits: that has no outcome and was not handed out; None where there is none now."""
+        waiting = (
+            sorted(_numbers(self._pack / INBOX) - _numbers(self._pack / OUTCOMES) - self._taken) if self._reads else []
+        )
+        number = from_rank_0(waiting[0] if waiting else -1, self._ranks)
+        if number < 0:
+            return None
+        self._taken.add(number)
+        return number
+
+    def run_dir(self, number: int) -> Path:
+        """Where a trial that was handed out is."""
+
+        def read() -> Path:
+            if not self._reads:
+                return Path()
+            path = inbox_file(self._pack, number)
+            values = read_object(path, _REMEDY)
+            check_shape(values, _ENTRY, path, _REMEDY)
+            return Path(values["run_dir"])
+
+        return path_of_rank_0(together(read, self._ranks), self._ranks)
+
+    def is_closed(self) -> bool:
+        """Whether no more trials will come. Ask before `next`: what came before it is then seen."""
+        return bool(from_rank_0(int(self._reads and (self._pack / CLOSED_NAME).exists()), self._ranks))
+
+    def prunes(self, number: int, step: int) -> bool | None:
+        """The verdict on a trial's evaluation at `step`; None while there is none."""
+        verdict = -1
+        if self._reads and (path := verdict_file(self._pack, number, step)).exists():
+            values = read_object(path, _REMEDY)
+            check_shape(values, _VERDICT, path, _REMEDY)
+            verdict = int(values["prune"])
+        verdict = from_rank_0(verdict, self._ranks)
+        return None if verdict < 0 else bool(verdict)
+
+    def end(self, number: int, state: str, *, reason: str | None, step: int, seconds: float) -> None:
+        """Write a trial's outcome."""
+        if self._reads:
+            path = outcome_file(self._pack, number)
+            path.parent.mkdir(exist_ok=True)
+            atomic_io.write_json(path, {"state": state, "reason": reason, "step": step, "seconds": round(seconds, 3)})
+
+    def seated(self, numbers: Sequence[int]) -> None:
+        """Write who is in the slots now, in the order of entering."""
+        if self._reads:
+            atomic_io.write_json(self._pack / SEATS_NAME, {"numbers": list(numbers)})
+
+    @property
+    def _reads(self) -> bool:
+        return self._ranks.rank == 0
+
+
+def pause() -> None:
+    """Between two looks."""
+    time.sleep(LOOK_SECONDS)
+
+
+def _numbers(folder: Path) -> set[int]:
+    if not folder.is_dir():
+        return set()
+    return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}

@@ -1,0 +1,273 @@
+"""Trials in the slots of one model: they enter and leave between steps, each with its own run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from distlora.checkpoint.saver import SaveError
+from distlora.config import Config, UserError
+from distlora.config.file import load_config
+from distlora.loading.weights import Loaded
+from distlora.model.adapters import slot_name
+from distlora.model.build import CausalLM
+from distlora.model.slots import put_trial, remove_trial
+from distlora.parallel import Backend, watch
+from distlora.parallel.control import Control
+from distlora.run_folder import error_file
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
+from distlora.system.stop_signals import Stopped
+from distlora.training.figures import describe_steps, summarize
+from distlora.training.loop import Trainer
+from distlora.training.multi_trial.agreement import together
+from distlora.training.multi_trial.inbox import Inbox, PackSettings, pause
+from distlora.training.multi_trial.settings import check_beside, check_trial
+from distlora.training.optimizers import build_optimizer
+from distlora.training.publish import restore
+from distlora.training.runs import OpenRun, open_data, open_run, record_stop, trial_of
+from distlora.training.trial import NonFiniteError, Trial
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """A trial that is in a slot, and what of it has to be closed."""
+
+    number: int
+    slot: int
+    run: OpenRun
+    trained: dict[str, nn.Parameter]
+    """By the names of a run alone."""
+    trial: Trial
+    closing: contextlib.ExitStack
+    began: float
+    pruned_at: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.pruned_at is not None or self.trial.has_ended
+
+
+class Pack(Trainer):
+    """Takes trials from an inbox and trains those that are in slots, a step of each at a time."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend,
+        control: Control,
+        *,
+        inbox: Inbox,
+        settings: PackSettings,
+        config: Config,
+        loaded: Loaded,
+    ) -> None:
+        """`config` is what all trials share; `loaded` says how the base was."""
+        super().__init__(model, backend, control)
+        self._inbox, self._settings, self._config, self._loaded = inbox, settings, config, loaded
+        self._seats: dict[Trial, Seat] = {}
+        self._none_left = False
+        """Whether the inbox is closed and all that was in it was handed out."""
+
+    def run(self) -> None:
+        """Until the inbox is closed and all that was in it has an outcome. Raises Stopped once every trial in a slot is
+        saved."""
+        self.control.saved()
+        try:
+            while self._fill() or self._seats:
+                if self._seats:
+                    self.advance()
+                    self._let_go()
+                else:
+                    self.control.boundary(None, "waiting for a trial", long=True)
+                    pause()
+        except Stopped as stop:
+            self._save_all(stop.signum)
+            raise
+        except BaseException as error:
+            with contextlib.ExitStack() as closing:
+                for seat in self._seats.values():
+                    closing.push(seat.closing)
+                raise error
+
+    def _fill(self) -> bool:
+        """Let trials into the free slots. Returns whether more may come."""
+        while not self._none_left and len(self._seats) < self._settings.slots:
+            is_closed = self._inbox.is_closed()
+            entered: list[Trial] = []
+            while len(self._seats) < self._settings.slots:
+                if (number := self._inbox.next()) is None:
+                    self._none_left = is_closed
+                    break
+                if (trial := self._enter(number)) is not None:
+                    entered.append(trial)
+            if entered:
+                self.begin(entered)
+                self._recall(entered)
+            self._let_go()  # What goes on from its last step has nothing left to do.
+            if not entered:
+                break
+        return not self._none_left
+
+    def _enter(self, number: int) -> Trial | None:
+        """Take a trial into a free slot; None where that cannot be, which is its outcome then."""
+        self._log(self.trials)
+        watch.at(None, f"trial {number} enters", long=True)
+        self._say_seats(number)
+        began, run_dir = time.monotonic(), None
+        try:
+            run_dir = self._inbox.run_dir(number)
+            seat = self._seated(number, run_dir, began)
+        except UserError as error:
+            if run_dir is not None:
+                self._report_failure(run_dir, error)
+            self._inbox.end(number, FAILED, reason=str(error), step=0, seconds=time.monotonic() - began)
+            self._say_seats()
+            print(f"trial {number} cannot start: {error}", flush=True)
+            return None
+        self._seats[seat.trial] = seat
+        self.trials.append(seat.trial)
+        return seat.trial
+
+    def _seated(self, number: int, run_dir: Path, began: float) -> Seat:
+        """Raises UserError, on every rank, where some rank cannot read what the trial needs."""
+        ranks = self.backend.ranks
+        config = together(lambda: self._read(run_dir), ranks)
+        run = together(lambda: open_run(run_dir, config, ranks), ranks)
+        taken = {seat.slot for seat in self._seats.values()}
+        slot = next(slot for slot in range(self._settings.slots) if slot not in taken)
+        adapter, seed = slot_name(slot), config.train.seed
+        with contextlib.ExitStack() as closing:
+            reporter = together(lambda: run.reporter(ranks, label=f"trial {number}: "), ranks)
+            closing.enter_context(reporter)
+            for line in run.notes:
+                reporter.event(line)
+            trained = together(
+                lambda: put_trial(self.model, slot, config.adapter, seed=seed, device=ranks.device), ranks
+            )
+            closing.callback(remove_trial, self.model, slot)
+            gradients = self.backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+            closing.callback(self.backend.release_gradients, gradients)
+            optimizer = build_optimizer(self.backend.updated(trained), config.optim)
+            if (newest := run.newest) is not None:
+                together(lambda: restore(newest, self.model, optimizer, trained, self.backend, adapter), ranks)
+                reporter.event(f"continuing from {newest.name}")
+            self.backend.compare_trained(self.model)
+            reporter.event(f"slot {slot}, {sum(p.numel() for p in trained.values()):,} trained parameters")
+            describe_steps(reporter, run.loader, run.total_steps)
+            trial, saver = trial_of(
+                run,
+                self.model,
+                self.backend,
+                reporter,
+                gradients=gradients,
+                optimizer=optimizer,
+                trained=trained,
+                slot=slot,
+            )
+            closing.enter_context(saver)
+            kept = closing.pop_all()
+        return Seat(number, slot, run, trained, trial, kept, began)
+
+    def _read(self, run_dir: Path) -> Config:
+        """The trial's settings, once all that it needs is found to be there: what a rank cannot read, on a network file
+        system perhaps, it must say before others wait for it."""
+        config = load_config(run_dir)
+        check_trial(config)
+        check_beside(config, first=self._config)
+        open_data(run_dir, config, self.backend.ranks)
+        return config
+
+    def _do(self, trial: Trial, action: Callable[[], None]) -> None:
+        """A trial that is not finite, or that no disk takes, has ended; the others go on."""
+        try:
+            action()
+        except (NonFiniteError, SaveError) as error:
+            trial.failure = error
+
+    def _judge(self, trials: Sequence[Trial]) -> None:
+        """After these were evaluated: wait for the verdicts on those that would go on."""
+        waiting = [trial for trial in trials if self._settings.verdicts and trial.done > 0 and not trial.has_ended]
+        while waiting:
+            for trial in list(waiting):
+                seat = self._seats[trial]
+                if (prunes := self._inbox.prunes(seat.number, trial.done)) is not None:
+                    waiting.remove(trial)
+                    if prunes:
+                        seat.pruned_at = trial.done
+            if waiting:
+                self.control.boundary(waiting[0].done, "waiting for a verdict", long=True)
+                pause()
+
+    def _recall(self, trials: Sequence[Trial]) -> None:
+        """Of what goes on from a checkpoint: a verdict on its evaluation that the pack did not live to read."""
+        for trial in trials:
+            seat, is_evaluated = self._seats[trial], 0 < trial.first_step in trial.progress.evaluations
+            if self._settings.verdicts and is_evaluated and not trial.has_ended:
+                seat.pruned_at = trial.done if self._inbox.prunes(seat.number, trial.done) else None
+
+    def _let_go(self) -> None:
+        """Free the slots of those that have ended."""
+        while over := [seat for seat in self._seats.values() if seat.is_over]:
+            self._log(self.trials)
+            for seat in over:
+                self._end(seat)
+
+    def _end(self, seat: Seat) -> None:
+        watch.at(None, f"trial {seat.number} leaves", long=True)
+        trial = seat.trial
+        if trial.failure is None and seat.pruned_at is not None:
+            self._do(trial, lambda: trial.hooks.save_last(trial.progress))
+        state, reason = COMPLETE, None
+        if trial.failure is not None:
+            state, reason = FAILED, str(trial.failure)
+            self._report_failure(seat.run.folder, trial.failure)
+            trial.reporter.event(f"failed: {reason}")
+        elif seat.pruned_at is not None:
+            state, reason = PRUNED, f"pruned by its held-out loss after step {seat.pruned_at}"
+            trial.reporter.event(reason)
+        else:
+            summarize(trial, self.model, self._loaded, seat.trained)
+            seat.run.publish(self.model, self.backend, trial.reporter, slot_name(seat.slot))
+        self._leave(seat, trial.failure)
+        seconds = time.monotonic() - seat.began
+        self._inbox.end(seat.number, state, reason=reason, step=trial.progress.step, seconds=seconds)
+
+    def _leave(self, seat: Seat, error: BaseException | None) -> None:
+        del self._seats[seat.trial]
+        self.trials.remove(seat.trial)
+        self._say_seats()
+        seat.closing.__exit__(None if error is None else type(error), error, None)
+
+    def _save_all(self, signum: int) -> None:
+        """Asked to stop: save every trial in a slot, which a start of the pack goes on with. Raises SaveError, after
+        all, where the state of some could not be saved."""
+        unsaved: SaveError | None = None
+        self._log(self.trials)
+        for seat in list(self._seats.values()):
+            if seat.trial.failure is not None:
+                self._end(seat)
+                continue
+            try:
+                seat.trial.save_whole_steps()
+            except SaveError as error:
+                unsaved = unsaved or error
+                self._leave(seat, error)
+            else:
+                record_stop(seat.trial.reporter, seat.trial.progress, signum)
+                self._leave(seat, Stopped(signum))
+        if unsaved is not None:
+            raise unsaved
+
+    def _say_seats(self, *entering: int) -> None:
+        self._inbox.seated([*(seat.number for seat in self._seats.values()), *entering])
+
+    def _report_failure(self, run_dir: Path, error: BaseException) -> None:
+        """As a run alone leaves its error for the launcher."""
+        if self.backend.writes:
+            (run_dir / "logs").mkdir(exist_ok=True)
+            error_file.write(run_dir / "logs" / "rank_0.error.json", error)

@@ -1,0 +1,70 @@
+"""Train several trials on one model: `python -m distlora.training.multi_trial PACK`, one process per rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from distlora.config import Config, UserError, check_ranks
+from distlora.config.file import load_config
+from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
+from distlora.parallel.control import Control
+from distlora.planner.multi_trial import together
+from distlora.system import atomic_io
+from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
+from distlora.training.multi_trial.inbox import Inbox, read_settings
+from distlora.training.multi_trial.pack import Pack
+from distlora.training.multi_trial.settings import check_trial
+from distlora.training.setup import start_model
+
+
+def run(pack_dir: Path, ranks: Ranks) -> None:
+    """A pack, or the rest of one, on this rank: until its inbox is closed and worked off, or until all ranks agreed to
+    stop and what they trained is saved."""
+    config = load_config(pack_dir)
+    check_ranks(config, ranks.world)
+    check_trial(config)
+    control = Control(ranks, save_minutes=config.train.save_minutes)
+    stopped = pack_dir / STOPPED_NAME
+    if ranks.rank == 0:
+        stopped.unlink(missing_ok=True)
+    try:
+        _train(pack_dir, config, ranks, control)
+    except Stopped as stop:
+        if ranks.rank == 0:  # The launcher looks for it.
+            atomic_io.write_json(stopped, {"signal": name_of(stop.signum), "time": round(time.time(), 3)})
+    control.end()
+
+
+def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
+    """Raises Stopped, on every rank, after all that a stop asks for is done."""
+    settings = read_settings(pack_dir)
+    control.boundary(None, "reading the pack", long=True)
+    say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
+    # What is reserved by the rows of a micro-batch is for those of all slots.
+    full = together([config] * settings.slots)
+    model, backend, loaded = start_model(full, ranks, say=say, boundary=control.boundary, for_slots=True)
+    for note in model.notes:
+        say(note)
+    inbox = Inbox(pack_dir, ranks)
+    Pack(model, backend, control, inbox=inbox, settings=settings, config=config, loaded=loaded).run()
+    backend.barrier()
+
+
+def say(text: str) -> None:
+    """Of the pack itself: rank 0's lines are shown, the others' are in their logs."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`)."""
+    if len(sys.argv) != 2:
+        raise UserError(
+            "usage: python -m distlora.training.multi_trial PACK (the launcher does this: `distlora sweep`)"
+        )
+    pack_dir = Path(sys.argv[1])
+    ranks = join_ranks(load_config(pack_dir).cluster.timeout_seconds)
+    watch.at(None, "reading the pack", long=True)
+    run(pack_dir, ranks)
+    leave_ranks(ranks)

@@ -1,0 +1,305 @@
+"""What a run makes, in the forms that others load: an adapter in PEFT's format, or a whole Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distlora.architecture.tokens import tokenizer_files
+from distlora.checkpoint.files import whole_folder, write_files
+from distlora.checkpoint.state import Progress
+from distlora.config import Config, UserError
+from distlora.loading.peft_format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_config,
+    adapter_tensors,
+)
+from distlora.loading.pissa import plain_config, plain_tensors, trained_part
+from distlora.loading.tensor_files import read_into, read_rows, write_model
+from distlora.model.adapters import DEFAULT_ADAPTER
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, from_rank_0, watch
+from distlora.run_folder.checkpoints import STATE_NAME, TRAINER_NAME
+from distlora.run_folder.layout import (
+    BEST_NAME,
+    BEST_STEP_NAME,
+    PUBLISHED,
+    TEMPLATE_NAME,
+)
+from distlora.system import atomic_io
+from distlora.training.optimizers import Optimizer
+from distlora.weights.peft.folder import NF4_MARK
+from distlora.weights.reader import TORCH_DTYPES, Reader
+from distlora.weights.segments import (
+    SINGLE_NAME,
+    SOURCE_DTYPES,
+    Segment,
+    read_header,
+    read_headers,
+)
+from distlora.weights.start_file import start_path
+
+COMPANIONS = (".json", ".jinja", ".txt", ".model")
+"""What of a base's folder goes into RUN/model beside the weights, by suffix."""
+
+
+def weight_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """The files of a checkpoint that hold what was trained: an adapter in PEFT's format, or the whole model.
+
+    PiSSA's belongs to the base without the run's start.
+    """
+    if config.adapter.method == "full":
+        return {SINGLE_NAME: model.hf_state_dict()}
+    tensors = adapter_tensors(model, adapter)
+    return {CONFIG_NAME: adapter_config(config, model, adapter), WEIGHTS_NAME: dict(tensors)}
+
+
+def marks(config: Config) -> dict[str, str]:
+    """What the headers of a run's adapters say: that they belong to the base in NF4 alone, where they do."""
+    return NF4_MARK if config.adapter.for_nf4 else {}
+
+
+def adapter_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """The files of an adapter that PEFT loads onto the unchanged base."""
+    files = weight_files(model, config, adapter)
+    if not config.adapter.pissa:
+        return files
+    tensors = plain_tensors(files[WEIGHTS_NAME], start_path(config))
+    return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
+
+
+def load_weights(
+    folder: Path,
+    model: CausalLM,
+    backend: Backend,
+    start: Mapping[str, Tensor] | None = None,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """Take an adapter, or a whole model, from a folder: of what the ranks share, each reads its rows.
+
+    `start` is that of a run of PiSSA: what such a run publishes is a plain LoRA, unlike its checkpoints. UserError
+    where the folder's tensors are not this model's.
+    """
+    has_adapter = (folder / WEIGHTS_NAME).is_file()
+    own = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
+    stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
+    plain = {} if start is None or (folder / STATE_NAME).is_file() else start
+    odd = sorted(own.keys() ^ stored.keys()) or [
+        name
+        for name, segment in stored.items()
+        if (segment.shape != own[name].shape and name not in plain) or segment.dtype not in SOURCE_DTYPES
+    ]
+    if odd:
+        raise UserError(
+            f"{folder} does not fit {model.hf_config.name_or_path}: {odd[0]} has another shape or type, or no place "
+            f"({len(odd)} such tensors); was it trained on another model? Name that model, or put back the "
+            "folder that the run wrote"
+        )
+    with Reader() as reader:
+        for name, segment in stored.items():
+            if name in plain:
+                whole = reader.read([segment], 0, segment.numel).view(segment.shape)
+                own[name].data.copy_(trained_part(name, whole, plain[name], folder))
+            else:
+                read_into(own[name], segment, reader, backend)
+
+
+def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
+    """The optimizer's state as a checkpoint has it, `<state>/<parameter>`: what it has for each element of a parameter
+    is cut over the ranks as that is."""
+    states = optimizer.state_tensors()
+    for path, state in states.items():
+        key, _, name = path.partition("/")
+        if key in optimizer.per_element:
+            states[path] = backend.spread(state, trained[name])
+    return states
+
+
+def restore(
+    folder: Path,
+    model: CausalLM,
+    optimizer: Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    backend: Backend,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """Take the trained parameters and the optimizer's state from a checkpoint, made on any number of ranks. UserError
+    where they are not this run's."""
+    load_weights(folder, model, backend, adapter=adapter)
+    stored = read_header(folder / TRAINER_NAME, remedy=_EARLIER)
+    _check_states(folder / TRAINER_NAME, stored, trained, optimizer)
+    with Reader() as reader:
+
+        def states() -> Iterator[tuple[str, Tensor]]:
+            for path, segment in stored.items():
+                key, _, name = path.partition("/")
+                shape, first_row = torch.Size(segment.shape), 0
+                if key in optimizer.per_element:
+                    rows, first_row = backend.local_rows(trained[name])
+                    shape = rows.shape
+                state = torch.empty(shape, dtype=TORCH_DTYPES[segment.dtype])
+                read_rows(state, first_row, segment, reader)
+                yield path, state
+
+        # In host memory one state at a time.
+        optimizer.load_state_tensors(states())
+
+
+_EARLIER = "move its folder out of the run folder, then the checkpoint before it is used"
+
+
+def _check_states(
+    file: Path, stored: Mapping[str, Segment], trained: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Refuse states that the optimizer would stumble over at its next step: of no parameter, of another size than
+    theirs, or a part of what belongs together."""
+    found: dict[str, set[str]] = {}
+    for path, segment in stored.items():
+        key, _, name = path.partition("/")
+        if name not in trained or not _is_state_of(trained[name], key, segment, optimizer):
+            kind = f"{segment.dtype} {list(segment.shape)}"
+            raise UserError(f"{file}: {path} of {kind} is no state of what is trained here; {_EARLIER}")
+        found.setdefault(name, set()).add(key)
+    for name, keys in found.items():
+        if missing := sorted({_STEP, *optimizer.per_element} - keys):
+            raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
+
+
+def _is_state_of(parameter: nn.Parameter, key: str, segment: Segment, optimizer: Optimizer) -> bool:
+    if segment.dtype not in TORCH_DTYPES:
+        return False
+    if key in optimizer.per_element:
+        return segment.shape == tuple(parameter.shape)
+    return segment.numel == 1 if key == _STEP else segment.numel <= parameter.numel()
+
+
+_STEP = "step"
+"""The state of every optimizer that counts a parameter's updates: one number."""
+
+
+def finish(
+    run_dir: Path,
+    model: CausalLM,
+    config: Config,
+    progress: Progress,
+    chat_template: str | None,
+    backend: Backend,
+    adapter: str = DEFAULT_ADAPTER,
+) -> str:
+    """Publish RUN/adapter (PEFT format) or RUN/model (a Hugging Face folder): the last state, or the best if asked for.
+
+    Where RUN/best is not of the best step that this run knows of, the last is published: a disk did not take it, or a
+    kill came before the save of another. Returns what was saved, in words.
+    Every rank must call it alike.
+    """
+    watch.at(progress.step, "publishing the result", long=True)
+    target = run_dir / PUBLISHED[config.adapter.method]
+    best = run_dir / BEST_NAME
+    wants_best = config.train.load_best_at_end and progress.best_step not in (None, progress.step)
+    held = from_rank_0(_step_of(best) if backend.writes else -1, backend.ranks)
+    if not wants_best or not progress.published_step == progress.best_step == held:
+        publish_result(target, model, config, chat_template, backend, adapter=adapter)
+        missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
+        return f"{target}{missed}"
+    with whole_folder(target, backend) as temporary:
+        if backend.writes:
+            shutil.copytree(best, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(BEST_STEP_NAME))
+    return f"{target} (the best, of step {progress.best_step})"
+
+
+def _step_of(best: Path) -> int:
+    """What a RUN/best says that it is of; -1 where there is none, or it says nothing."""
+    try:
+        step = json.loads((best / BEST_STEP_NAME).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1
+    return step if type(step) is int else -1
+
+
+def publish_best(
+    run_dir: Path,
+    model: CausalLM,
+    config: Config,
+    progress: Progress,
+    chat_template: str | None,
+    backend: Backend,
+    say: Callable[[str], None],
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """Keep what is trained now as RUN/best, and note its step in `progress`. A disk that does not take it is said, and
+    the run goes on: the older best is then still there. Every rank must call it alike.
+    """
+    watch.at(progress.step, "keeping the best", long=True)
+    step, written = progress.step, False
+    try:
+        publish_result(run_dir / BEST_NAME, model, config, chat_template, backend, best_of=step, adapter=adapter)
+        written = True
+    except OSError as error:
+        say(
+            f"WARNING: the best so far, after step {step}, could not be written to {run_dir / BEST_NAME} "
+            f"({error.strerror or error}); look after that disk. Training goes on"
+        )
+    if from_rank_0(int(written), backend.ranks):
+        progress.published_step = step
+
+
+def publish_result(
+    target: Path,
+    model: CausalLM,
+    config: Config,
+    chat_template: str | None,
+    backend: Backend,
+    *,
+    best_of: int | None = None,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """What is trained, as a folder that others load: an adapter in PEFT's format, or a whole Hugging Face model.
+
+    `chat_template` is the one that the chats were rendered with, where that is not the base's own: whoever serves the
+    result needs it, and the tokenizer where it has new tokens. `best_of`: the step to note in RUN/best. The folder
+    appears whole or not at all. Every rank must call it alike.
+    """
+    with whole_folder(target, backend) as temporary:
+        if config.adapter.method == "full":
+            # In the base's own dtype, which the fp32 masters are rounded to once, here.
+            dtype = model.hf_config.dtype or torch.float32
+            assert isinstance(dtype, torch.dtype)
+            write_model(temporary, model.hf_state_dict(), backend, dtype)
+            if backend.writes:
+                _write_companions(temporary, model, config)
+        else:
+            write_files(temporary, adapter_files(model, config, adapter), backend, metadata=marks(config))
+        if backend.writes:
+            for name, content in tokenizer_files(config).items():
+                (temporary / name).write_bytes(content)
+            if best_of is not None:
+                atomic_io.write_json(temporary / BEST_STEP_NAME, {"step": best_of})
+            if chat_template is not None:
+                atomic_io.write_text(temporary / TEMPLATE_NAME, chat_template)
+
+
+def companions_of(base: Path) -> list[Path]:
+    """The files of a base's folder that whatever is made of it has too; not its index of weights, nor what a command
+    recorded there of how the base itself was made."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json") and path.name not in _RECORDS
+    ]
+
+
+_RECORDS = ("merge.json", "combine.json", "export.json")
+
+
+def _write_companions(folder: Path, model: CausalLM, config: Config) -> None:
+    """What makes a folder of weights a model: the config, and the base's tokenizer and generation config."""
+    for path in companions_of(Path(config.model.path)):
+        shutil.copy2(path, folder / path.name)
+    model.hf_config.save_pretrained(folder)

@@ -1,0 +1,292 @@
+"""wandb, as runs' reporters use it. Imported nowhere else, and only when a run starts: it may be absent on a machine
+that only trains.
+
+One process may have several runs, the trials of a pack: each has a `Tracker`, and all share one process of wandb's that
+writes. wandb's own notion of a current run (`wandb.run`) is not used, and that process ends with the last of them.
+
+SIGTERM, SIGINT and SIGHUP end it at once, whatever mask it inherits (0.31.0, 2026-11-25). SLURM sends them to every
+process of a step, just when a run has a last step to log. What that process had not written is lost, of an offline run
+everything since a few seconds after its start, and each later call raises. So a call that finds it gone starts another
+and logs again what this start has in RUN/metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.config import Config
+from distlora.config.file import as_mapping
+from distlora.config.json_files import object_or_empty
+from distlora.system import atomic_io
+from distlora.training.reporting.wandb_agent import AgentRun
+
+ID_PATH = Path("wandb") / "run_id.txt"
+"""In RUN: the id of its run in wandb."""
+
+FINISH_SECONDS = 60.0
+"""How long wandb may hold up the end of a run to upload the rest. What it did not send stays on disk for `wandb sync`;
+a job that a scheduler is about to kill has not much longer."""
+
+
+class _Service:
+    """wandb's process, which all runs of this one share."""
+
+    def __init__(self) -> None:
+        self.start_number = 0
+        """Raised with each end: a run of another number was in a process that is gone."""
+        self.is_offline = False
+        """Whether one of its runs could not go online: then the others do not wait for that, either."""
+        self._runs: set[Tracker] = set()
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether a run uses it."""
+        return bool(self._runs)
+
+    def settings(self) -> Any:
+        """wandb's settings for this process, without those that an agent means for one run: they would win over what a
+        run is given here, its values over the run's settings (`quant: nf4` in place of a section), with no word."""
+        import wandb
+
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        settings.run_id = settings.sweep_id = settings.sweep_param_path = None
+        return settings
+
+    def join(self, tracker: Tracker) -> None:
+        self._runs.add(tracker)
+
+    def drop(self, tracker: Tracker) -> None:
+        """A run that goes on without it, and does not end it."""
+        self._runs.discard(tracker)
+
+    def leave(self, tracker: Tracker, exit_code: int) -> None:
+        """The last one ends it."""
+        self.drop(tracker)
+        if not self._runs:
+            self.end(exit_code)
+            self.is_offline = False
+
+    def end(self, exit_code: int) -> None:
+        """Wait until it has written all, and end it."""
+        import wandb
+
+        self.start_number += 1
+        wandb.teardown(exit_code=exit_code)
+
+    def end_lost(self) -> None:
+        """Have done with one that is gone."""
+        with contextlib.suppress(*_gone()):  # wandb says goodbye to it.
+            self.end(1)
+
+
+_service = _Service()
+
+
+class Tracker:
+    """One start's wandb run; `start` makes it, anew where wandb's process is gone. `metrics` is the run's
+    metrics.jsonl, to which this start adds."""
+
+    def __init__(self, start: Callable[[], Any], metrics: Path, say: Callable[[str], None]) -> None:
+        self._start, self._metrics, self._say = start, metrics, say
+        self._offset = metrics.stat().st_size
+        self._summary: dict[str, Any] = {}
+        self._result: Path | None = None
+        try:
+            self._run = start()
+        except _gone():  # A signal has ended what the runs before this one have used.
+            _service.end_lost()
+            self._run = start()
+        self._start_number = _service.start_number
+        _service.join(self)
+
+    def place(self, run_id: str | None) -> str:
+        """Where the run is shown, or how it is uploaded as the wandb run `run_id`."""
+        if not self._run.offline:
+            return str(self._run.url)
+        other = "" if run_id in (None, self._run.id) else f"--id {run_id} "
+        return f"offline; upload with `wandb sync {other}{self._run.settings.sync_dir}`"
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of a step, which metrics.jsonl has already."""
+        self._call(lambda: self._run.log(dict(figures), step=step))
+
+    def log_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._call(lambda: self._run.log({name: table}, step=step))
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        self._summary.update(figures)
+        self._call(lambda: self._run.summary.update(self._summary))
+
+    def result(self, folder: Path) -> None:
+        """The folder that the run publishes, as an artifact of the run."""
+        self._result = folder
+        self._call(self._log_result)
+
+    def close(self, exit_code: int) -> None:
+        """Flush everything and tell wandb how the run ended."""
+
+        def end() -> None:
+            self._run.finish(exit_code=exit_code)
+            # finish() may return before its log is on disk (0.31.0: 4 of 25 short runs); the end of wandb's process,
+            # with the last run, waits for that.
+            _service.leave(self, exit_code)
+
+        self._call(end)
+
+    def drop(self) -> None:
+        """The run goes on without wandb."""
+        _service.drop(self)
+
+    def _log_result(self) -> None:
+        import wandb
+
+        assert self._result is not None
+        artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model")
+        # Nobody writes to what is published, so wandb need not copy it.
+        artifact.add_dir(str(self._result), skip_cache=True, policy="immutable")
+        self._run.log_artifact(artifact)
+
+    def _call(self, action: Callable[[], object]) -> None:
+        if self._start_number != _service.start_number:  # Another run has found it gone, and ended what was left.
+            self._start_again()
+        try:
+            action()
+        except _gone():
+            _service.end_lost()
+            self._start_again()
+            action()
+
+    def _start_again(self) -> None:
+        self._say("wandb's process has ended, by a signal perhaps; it is started again")
+        self._run = self._start()
+        self._start_number = _service.start_number
+        _service.join(self)
+        for step, figures in self._logged():
+            self._run.log(figures, step=step)
+        self._run.summary.update(self._summary)
+        if self._result is not None:
+            self._log_result()
+
+    def _logged(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, figures) of the lines that this start has written."""
+        with self._metrics.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # A full disk took no more of it.
+                    break
+                entry = json.loads(line)
+                step = entry.pop("step")
+                yield step, {name: value for name, value in entry.items() if name != "time" and value is not None}
+
+
+def _gone() -> tuple[type[Exception], ...]:
+    """What a call raises whose process of wandb's has ended."""
+    from wandb.sdk.mailbox import HandleAbandonedError
+
+    return ConnectionError, HandleAbandonedError
+
+
+def start_tracker(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Tracker | None:
+    """A wandb run, online where there is a key, else offline under RUN/wandb; None (and a line) where wandb is missing.
+
+    Its id is kept in RUN (ID_PATH), so that a resume goes on with the same wandb run; of a run that an agent has
+    started it is the agent's. Steps that a killed run had already sent stay as they are: wandb drops what is logged for
+    them again (a resume repeats the same numbers).
+    """
+    try:
+        mode = _service.settings().mode
+    except ImportError:
+        say("wandb is not installed: figures go to metrics.jsonl only (tracker=none says the same without this line)")
+        return None
+    if mode == "disabled":
+        say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
+        return None
+    tracker = Tracker(lambda: _open(run_dir, config, world, say), run_dir / "metrics.jsonl", say)
+    say(f"wandb: {tracker.place(_stored_id(run_dir / ID_PATH))}")
+    return tracker
+
+
+def _open(run_dir: Path, config: Config, world: int, say: Callable[[str], None]) -> Any:
+    """A run of wandb's, online where it can be."""
+    import wandb
+
+    online = _service.settings().mode == "online"
+    if online and not _service.is_offline and wandb.login(prompt=False, verify=False):
+        try:
+            return _init(run_dir, config, world, "online")
+        except wandb.Error as error:
+            # A run that waited in a queue for hours should not end for want of a plotting server.
+            say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
+            _service.is_offline = True
+            if _service.has_runs:  # Those that are online stay so.
+                return _init(run_dir, config, world, "offline", has_id=False)
+            _service.end(0)  # The failed attempt still holds the run's id.
+    return _init(run_dir, config, world, "offline")
+
+
+def _stored_id(id_file: Path) -> str | None:
+    """The id of the wandb run that this run began; None where there is none, or what is there is none."""
+    try:
+        stored = id_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return stored if re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII) else None
+
+
+def _init(run_dir: Path, config: Config, world: int, mode: Literal["online", "offline"], *, has_id: bool = True) -> Any:
+    """wandb.init with the run's stored id (or a new one, which is then stored), without a word on the terminal.
+    `has_id`: whether that is free; else the run has a new one here, and is uploaded under its own."""
+    import wandb
+
+    _service.settings()
+    id_file = run_dir / ID_PATH
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    agent = AgentRun.of_run(run_dir)
+    if agent is None:
+        agent = AgentRun.started()
+        if agent is not None:
+            agent.keep(run_dir)
+    run_id = _stored_id(id_file) or (None if agent is None else agent.run_id)
+    run = wandb.init(
+        dir=str(run_dir),
+        mode=mode,
+        reinit="create_new",
+        id=run_id if has_id else None,
+        # Offline there is nothing to resume from; `wandb sync` joins logs of one id.
+        resume="allow" if mode == "online" else None,
+        # An agent's run is where its sweep is.
+        project=(agent and agent.project) or config.tracker.project,
+        entity=(agent and agent.entity) or config.tracker.entity,
+        # Of a sweep all have the same name by their settings.
+        name=config.name if agent is None else f"{config.name}-{agent.run_id}",
+        group=config.tracker.group,
+        tags=list(config.tracker.tags),
+        config=_recorded(run_dir, config, world, agent),
+        allow_val_change=True,  # A resume may run on another number of ranks.
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            finish_timeout=FINISH_SECONDS,
+            sweep_id=None if agent is None else agent.sweep_id,
+        ),
+    )
+    atomic_io.write_text(id_file, (run_id or run.id) + "\n")
+    return run
+
+
+def _recorded(run_dir: Path, config: Config, world: int, agent: AgentRun | None) -> dict[str, Any]:
+    """The settings of a run, what it was planned to need, and what a sweep searches by its dotted names."""
+    settings = as_mapping(config)
+    plan = object_or_empty(run_dir / "plan.json")
+    plan.pop("settings", None)  # They are the run's.
+    planned = {"planned": plan} if plan else {}
+    return {**settings, "world": world, **planned, **({} if agent is None else agent.recorded(settings))}

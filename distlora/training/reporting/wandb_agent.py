@@ -1,0 +1,175 @@
+"""What an agent of wandb tells a process that it starts for a run of its sweep: by which variables, and whether the run
+has the values that the sweep asks for. Needs neither wandb nor torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError
+from distlora.config.file import parse_yaml
+from distlora.config.json_files import object_or_empty
+from distlora.system import atomic_io
+
+SWEEP_ID, RUN_ID, VALUES_PATH = "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"
+VARIABLES = (SWEEP_ID, RUN_ID, VALUES_PATH)
+"""What an agent sets for one run: a process that starts many runs takes them out of their environment."""
+
+ASKED = "DISTLORA_AGENTS_ASKED"
+"""Environment variable: a file that is there once it was not wandb who asked a run to stop."""
+
+_RECORD = Path("wandb") / "sweep.json"
+"""In RUN: of which sweep it is, for a resume that no agent starts."""
+
+UNRECORDED = ("recipe", "hydra")
+"""What a command line has beside settings: no section of a run has that name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentRun:
+    """A run that an agent has started."""
+
+    sweep_id: str
+    run_id: str
+    values: Mapping[str, Any]
+    """Setting -> what the sweep asks for."""
+    project: str | None = None
+    """Of the sweep, where its agents say so; None: as the run's settings have it."""
+    entity: str | None = None
+
+    @staticmethod
+    def started(environment: Mapping[str, str] | None = None) -> AgentRun | None:
+        """By the variables of this process; None where no agent has started it. Raises UserError for values that cannot
+        be read."""
+        environment = os.environ if environment is None else environment
+        sweep_id, run_id = environment.get(SWEEP_ID), environment.get(RUN_ID)
+        if not sweep_id or not run_id:
+            return None
+        path = environment.get(VALUES_PATH)
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values={} if not path else _read_values(Path(path)),
+            project=environment.get("WANDB_PROJECT") or None,
+            entity=environment.get("WANDB_ENTITY") or None,
+        )
+
+    @staticmethod
+    def of_run(run_dir: Path) -> AgentRun | None:
+        """As a run that was started by an agent has kept it."""
+        kept = object_or_empty(run_dir / _RECORD)
+        sweep_id, run_id, values = kept.get("sweep_id"), kept.get("run_id"), kept.get("values")
+        if not isinstance(sweep_id, str) or not isinstance(run_id, str) or not isinstance(values, dict):
+            return None
+        project, entity = kept.get("project"), kept.get("entity")
+        return AgentRun(
+            sweep_id=sweep_id,
+            run_id=run_id,
+            values=values,
+            project=project if isinstance(project, str) else None,
+            entity=entity if isinstance(entity, str) else None,
+        )
+
+    def keep(self, run_dir: Path) -> None:
+        """Leave it in RUN."""
+        path = run_dir / _RECORD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_io.write_json(path, {**dataclasses.asdict(self), "values": dict(self.values)})
+
+    def recorded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The values by their dotted names, as wandb's pages and its search expect them beside the nested settings.
+        Never another than the run has, nor in place of a section."""
+        found = {}
+        for name, value in self.values.items():
+            has = _setting(settings, name)
+            if name not in settings and has is not _ABSENT:
+                found[name] = value if agrees(value, has) else has
+        return found
+
+    def disagreements(self, settings: Mapping[str, Any]) -> list[str]:
+        """A sentence for each value that the run's settings do not have, with what to do."""
+        return list(self._disagreements(settings))
+
+    def _disagreements(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        source = f"the sweep {self.sweep_id}"
+        for name, value in self.values.items():
+            has = _setting(settings, name)
+            if name.partition(".")[0] in UNRECORDED:
+                continue
+            if has is _ABSENT:
+                yield f"{name}={value!r} of {source} is no setting; take it out of the sweep's parameters"
+            elif name in settings and isinstance(has, Mapping):
+                yield (
+                    f"{name}={value!r} of {source} would stand in place of the whole section {name} in wandb's record; "
+                    f"search settings instead, such as {name}.{next(iter(has), 'name')}"
+                )
+            elif not agrees(value, has):
+                yield (
+                    f"{name} is {_shown(has)} by this command, and {source} asks for {_shown(value)}; have the sweep's "
+                    f"command end in ${{args_no_hyphens}}, and leave {name} out of the rest of it"
+                )
+
+
+def agrees(asked: Any, has: Any) -> bool:
+    """Whether a setting has the value that a sweep asks for. Of a text, as Hydra reads one from a command line."""
+    if isinstance(asked, str) and not isinstance(has, str):
+        return _text_agrees(asked.strip(), has)
+    if isinstance(asked, str):
+        if len(asked) > 1 and asked[0] == asked[-1] == "'":
+            asked = asked[1:-1].replace("\\'", "'")
+        return asked == has or (has.startswith("/") and str(Path(asked).expanduser().absolute()) == has)
+    if isinstance(asked, bool) or isinstance(has, bool):
+        return asked is has
+    if isinstance(asked, (list, tuple)) and isinstance(has, (list, tuple)):
+        return len(asked) == len(has) and all(map(agrees, asked, has))
+    if isinstance(asked, Mapping) and isinstance(has, Mapping):
+        return asked.keys() == has.keys() and all(agrees(asked[key], has[key]) for key in asked)
+    return bool(asked == has)
+
+
+def _text_agrees(text: str, has: Any) -> bool:
+    if has is None or isinstance(has, bool):
+        return text.lower() == ("null" if has is None else str(has).lower())
+    if isinstance(has, (int, float)):
+        try:
+            return float(text) == has
+        except ValueError:
+            return False
+    if isinstance(has, (list, tuple)) and text.startswith("[") and text.endswith("]"):
+        parts = [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
+        return agrees(parts, has)
+    return False
+
+
+_ABSENT = object()
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    """The value at a dotted name, which on a command line may have Hydra's + before it."""
+    found: Any = settings
+    for part in name.lstrip("+").split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return _ABSENT
+        found = found[part]
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """`{name: {value: ...}}`, as an agent writes it."""
+    try:
+        content = parse_yaml(path.read_bytes())
+        pairs = {} if content is None else dict(content.items())
+        return {str(name): entry["value"] for name, entry in pairs.items() if name != "wandb_version"}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{VALUES_PATH}={path} is no file of values that a wandb agent writes ({type(error).__name__}: {error}); "
+            f"unset {SWEEP_ID}, {RUN_ID} and {VALUES_PATH} for a run that is of no sweep"
+        ) from error

@@ -1,0 +1,102 @@
+"""The worker: `python -m distlora.training.worker RUN`, started once a rank by torchrun. A table of contents of a run.
+
+Everything it does is in RUN/config.yaml and RUN/data.json, both written by the launcher; a run with checkpoints
+continues from the newest whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from distlora.config import Config, UserError, check_ranks
+from distlora.config.file import load_config
+from distlora.model.build import CausalLM
+from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
+from distlora.parallel.control import Control
+from distlora.system.stop_signals import Stopped
+from distlora.training.figures import describe, describe_steps, summarize
+from distlora.training.loop import Trainer
+from distlora.training.memory_check import memory_check, read_plan
+from distlora.training.optimizers import build_optimizer
+from distlora.training.publish import restore
+from distlora.training.runs import open_run, recording_a_stop, trial_of
+from distlora.training.setup import start_adapters, start_model
+
+
+def run(run_dir: Path, ranks: Ranks) -> None:
+    """One run, or the rest of one, on this rank: to its end, or until all ranks agreed to stop and what they trained is
+    saved."""
+    config = load_config(run_dir)
+    check_ranks(config, ranks.world)
+    control = Control(ranks, save_minutes=config.train.save_minutes)
+    with contextlib.suppress(Stopped):
+        train(run_dir, config, ranks, control)
+    control.end()
+
+
+def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
+    """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
+    opened = open_run(run_dir, config, ranks)
+    plan, restores = read_plan(run_dir, config), opened.newest is not None
+    with opened.reporter(ranks) as reporter, recording_a_stop(reporter, opened.progress):
+        control.boundary(None, "reading the run", long=True)
+        for line in opened.notes:
+            reporter.event(line)
+        reporter.event(f"reading {config.model.path}")
+        model, backend, loaded = start_model(
+            config, ranks, say=reporter.event, restores=restores, boundary=control.boundary
+        )
+        trained = trained_parameters(model)
+        gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+        optimizer = build_optimizer(backend.updated(trained), config.optim)
+        start_adapters(model, config, backend, restores=restores, say=reporter.event)
+        control.boundary(None, "reading the checkpoint", long=True)
+        if opened.newest is not None:
+            restore(opened.newest, model, optimizer, trained, backend)
+            reporter.event(f"continuing from {opened.newest.name}")
+        backend.compare_trained(model)
+        describe(reporter, model, loaded, config, backend)
+        describe_steps(reporter, opened.loader, opened.total_steps)
+        if config.train.save_every is None and config.train.save_minutes is None:
+            reporter.event("nothing is saved before the end, unless the run is asked to stop (set train.save_minutes)")
+        trial, saver = trial_of(
+            opened,
+            model,
+            backend,
+            reporter,
+            gradients=gradients,
+            optimizer=optimizer,
+            trained=trained,
+            memory=memory_check(plan, config, model, optimizer, backend, first_step=opened.progress.step),
+        )
+        with saver:
+            Trainer(model, backend, control, [trial]).fit()
+        summarize(trial, model, loaded, trained)
+        opened.publish(model, backend, reporter)
+
+
+def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
+    """What the optimizer updates, by name, in forward order: the adapters, or everything."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def main() -> None:
+    """Entry of a worker process. What it raises is the caller's to record (`worker_entry`): torch's own `record` would
+    leave a file that torchrun reads while a rank is ended within writing it, and torchrun ends by half a file."""
+    if len(sys.argv) != 2:
+        raise UserError(
+            "usage: python -m distlora.training.worker RUN (the launcher does this; start runs with `distlora train`)"
+        )
+    run_dir = Path(sys.argv[1])
+    ranks = join_ranks(load_config(run_dir).cluster.timeout_seconds)
+    watch.at(None, "reading the run", long=True)
+    run(run_dir, ranks)
+    leave_ranks(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Which tensors on disk make up a parameter: transformers' own conversion mapping, followed without reading a byte.
+
+transformers renames a checkpoint's tensors (Gemma 3: language_model.model.x -> model.language_model.x), adds or drops
+the base model's prefix, and merges some (Mixtral's experts) while it loads. The same rules, from the same objects, give
+each parameter as a list of whole tensors in flat order. What cannot be said that way (splits, transpositions,
+permutations) is refused by the operation's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distlora.config import UserError
+from distlora.weights.segments import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLayout:
+    """What decides where the parameters of a transformers model lie in its checkpoint."""
+
+    names: Collection[str]
+    """Every entry of the model's state_dict."""
+    transforms: Sequence[Any]
+    """transformers' WeightRenaming and WeightConverter objects for this model, in order."""
+    base_model_prefix: str
+    """What a checkpoint of the bare decoder lacks in front of its names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A parameter on disk: whole tensors, one after the other in flat order."""
+
+    names: tuple[str, ...]
+    """The tensors' names on disk."""
+    segments: tuple[Segment, ...]
+    shape: tuple[int, ...]
+    """What they make up together; for one tensor its own shape on disk."""
+
+
+def layout_of(hf_model: PreTrainedModel) -> CheckpointLayout:
+    """The layout of a model as transformers built it (meta is enough), before any surgery."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return CheckpointLayout(
+        names=frozenset(hf_model.state_dict()),
+        transforms=tuple(get_model_conversion_mapping(hf_model)),
+        base_model_prefix=hf_model.base_model_prefix,
+    )
+
+
+def find_sources(
+    layout: CheckpointLayout, on_disk: Mapping[str, Segment], wanted: Collection[str]
+) -> dict[str, Source]:
+    """Where the `wanted` parameters lie, as transformers' from_pretrained would find them; an absent one has no entry.
+
+    Raises UserError, by the operation's name, when one of them needs more than renaming and merging of whole tensors.
+    """
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+    converters = {
+        pattern: transform
+        for transform in layout.transforms
+        if isinstance(transform, WeightConverter)
+        for pattern in transform.source_patterns
+    }
+    rename = _renamer(layout)
+    collected: dict[str, dict[str, list[str]]] = {}
+    # transformers collects in this order, which is the order of what it merges (experts.2 before experts.10).
+    for name in sorted(on_disk, key=dot_natural_key):
+        target, pattern = rename(name)
+        if target in layout.names:
+            collected.setdefault(target, {}).setdefault(pattern or "", []).append(name)
+    sources = {}
+    for target, by_pattern in collected.items():
+        converter = next((converters[pattern] for pattern in by_pattern if pattern), None)
+        if converter is None:
+            if target in wanted:
+                name = by_pattern[""][-1]  # Two names for one parameter: the last is what transformers ends with.
+                sources[target] = Source((name,), (on_disk[name],), on_disk[name].shape)
+            continue
+        made = _made_by(converter, target) & set(wanted)
+        if made:
+            sources |= _merge(converter, target, by_pattern, on_disk)
+    return {name: source for name, source in sources.items() if name in wanted}
+
+
+def names_without_a_place(layout: CheckpointLayout, on_disk: Mapping[str, Segment], scope: str) -> list[str]:
+    """Weights and biases on disk that transformers would drop although they belong to the modules under `scope`.
+
+    config.json then describes another model than the one that was saved. What only accompanies a weight (its
+    quantization, old rotary frequencies) is not meant.
+    """
+    rename, left = _renamer(layout), []
+    for name in on_disk:
+        target, _ = rename(name)
+        if name.endswith((".weight", ".bias")) and target.startswith(scope + ".") and target not in layout.names:
+            left.append(name)
+    return left
+
+
+def _renamer(layout: CheckpointLayout) -> Callable[[str], tuple[str, str | None]]:
+    """A tensor on disk -> (the model's name for it, the converter's pattern that took it), as transformers does it."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [transform for transform in layout.transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in layout.transforms if isinstance(transform, WeightConverter)]
+    known = dict.fromkeys(layout.names, True)
+
+    def rename(name: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(name, renamings, converters, layout.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], layout.base_model_prefix, known)
+        return target, pattern
+
+    return rename
+
+
+def _made_by(converter: Any, target: str) -> set[str]:
+    """The parameters that a converter fills together with `target`."""
+    first = converter.target_patterns[0]
+    return {target} | {target.replace(first, other) for other in converter.target_patterns[1:]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that does not exist yet: its shape, and the tensors on disk (name, segment) that are its flat order."""
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, Segment], ...]
+
+    def cut(self, pieces: int) -> list[tuple[tuple[str, Segment], ...]] | None:
+        """The parts of `pieces` equal pieces of the flat order; None where a border would fall inside a part."""
+        size = math.prod(self.shape) // pieces
+        result: list[list[tuple[str, Segment]]] = []
+        filled = size
+        for part in self.parts:
+            if filled == size:
+                result.append([])
+                filled = 0
+            result[-1].append(part)
+            filled += part[1].numel
+            if filled > size:
+                return None
+        return [tuple(piece) for piece in result]
+
+
+def _merge(
+    converter: Any, target: str, by_pattern: Mapping[str, Sequence[str]], on_disk: Mapping[str, Segment]
+) -> dict[str, Source]:
+    """Follow a converter's operations on shapes and names alone."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    if len(converter.target_patterns) > 1:
+        raise _refusal(converter, target, "fills several parameters from one")
+    values = {
+        pattern: [_Tensor(on_disk[name].shape, ((name, on_disk[name]),)) for name in names]
+        for pattern, names in by_pattern.items()
+    }
+    for operation in converter.operations:
+        # Exactly these classes: a subclass may do something else.
+        if type(operation) is MergeModulelist and operation.dim == 0:
+            values = {pattern: [_stack(tensors, target)] for pattern, tensors in values.items()}
+        elif type(operation) is Concatenate:
+            ordered = [tensor for pattern in converter.source_patterns for tensor in values.get(pattern, [])]
+            joined = _concatenate(ordered, operation.dim)
+            if joined is None:
+                raise _refusal(converter, target, f"{operation!r} cuts through tensors")
+            values = {"": [joined]}
+        else:
+            raise _refusal(converter, target, f"{operation!r} is more than renaming and merging whole tensors")
+    (tensor,) = (tensor for tensors in values.values() for tensor in tensors)
+    names, segments = zip(*tensor.parts, strict=True)
+    dtypes = sorted({segment.dtype for segment in segments})
+    if len(dtypes) > 1:
+        raise UserError(
+            f"{target} is put together from tensors of different types ({', '.join(dtypes)}); "
+            "save the checkpoint in one type"
+        )
+    return {target: Source(names, segments, tensor.shape)}
+
+
+def _stack(tensors: Sequence[_Tensor], target: str) -> _Tensor:
+    """torch.stack along dim 0."""
+    shapes = sorted({tensor.shape for tensor in tensors})
+    if len(shapes) > 1:
+        raise UserError(
+            f"{target} is stacked from tensors of shapes {' and '.join(str(list(shape)) for shape in shapes)}; "
+            "the checkpoint is damaged, download it again"
+        )
+    return _Tensor((len(tensors), *shapes[0]), tuple(part for tensor in tensors for part in tensor.parts))
+
+
+def _concatenate(tensors: Sequence[_Tensor], dim: int) -> _Tensor | None:
+    """torch.cat along `dim` where every tensor on disk stays whole in the flat order, else None."""
+    shape = list(tensors[0].shape)
+    dim %= len(shape)
+    # Flat order: for each leading position in turn, that position's piece of every tensor.
+    pieces = [tensor.cut(math.prod(shape[:dim])) for tensor in tensors]
+    if any(cut is None for cut in pieces):
+        return None
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    in_turn = zip(*(cut for cut in pieces if cut is not None), strict=True)
+    return _Tensor(tuple(shape), tuple(part for position in in_turn for piece in position for part in piece))
+
+
+def _refusal(converter: Any, target: str, what: str) -> UserError:
+    sources = ", ".join(converter.source_patterns)
+    return UserError(
+        f"transformers makes {target} from {sources} by {', '.join(map(repr, converter.operations))}, and {what}: "
+        "distlora reads bytes in place and cannot; load the model with transformers, save_pretrained it with "
+        "save_original_format=False, and set model.path to that folder"
+    )

@@ -1,0 +1,141 @@
+"""The principal part of a weight as a start for A and B, and the weight without it: PiSSA (Meng et al. 2024, arXiv
+2404.02948) and LoftQ (Li et al. 2023, arXiv 2310.08659).
+
+With W = U S V^T and the adapter's scale s, the first R parts become A = sqrt(S/s) V^T and B = U sqrt(S/s), PEFT's
+convention, so that s B A is the best approximation of W of that rank.
+
+Sums are in fp64 and on one thread, and are rounded once, to fp32: the bits depend neither on the number of ranks nor on
+who computes. Letters: O out features, I in features, R rank; X is W or its transpose, whichever is tall: T rows, N
+columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora.system import randomness
+from distlora.weights import fp64
+from distlora_kernels import nf4
+from distlora_kernels.threads import one_thread
+
+BLOCK_ELEMENTS = 2**17
+"""Of s B A, computed at once: rows that are whole and always the same, so that a product never depends on the cut."""
+
+
+class Start(NamedTuple):
+    """Where an adapter starts: A (R, I) and B (O, R), fp32."""
+
+    A: Tensor
+    B: Tensor
+
+
+class Sketch(NamedTuple):
+    """How a randomized decomposition begins and goes on."""
+
+    seed: int
+    name: str
+    """Of the random stream: the linear's path."""
+    iterations: int
+    """Of the subspace: each multiplies with the weight and with its transpose once more."""
+
+
+@torch.no_grad()
+def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sketch | None = None) -> Start:
+    """A and B whose scaling * B A is the best approximation of `weight_OI` (fp32, bf16 or fp16) of this rank.
+
+    Exact without a sketch: the eigenvectors of X^T X, in fp64, which loses nothing that fp32 can hold of the largest
+    singular values; it needs N^2 numbers four times over, and neither U nor V^T whole. With one: Halko et al. 2009
+    (arXiv 0909.4061), algorithms 4.4 and 5.1 with R columns, as torch.svd_lowrank does for PEFT. `rank` is at most
+    min(O, I).
+    """
+    out_features, in_features = weight_OI.shape
+    tall_TN = weight_OI if out_features >= in_features else weight_OI.T
+    with one_thread():
+        if sketch is None:
+            left_TR, values_R, right_NR = _exact(tall_TN, rank)
+        else:
+            left_TR, values_R, right_NR = _randomized(tall_TN, rank, sketch)
+    # A pair of singular vectors has no sign of its own.
+    largest_R = right_NR.abs().argmax(dim=0, keepdim=True)
+    sign_R = torch.where(right_NR.gather(0, largest_R)[0] < 0, -1.0, 1.0)
+    root_R = (values_R / scaling).sqrt()
+    left_TR, right_NR = left_TR * (sign_R * root_R), right_NR * (sign_R * root_R)
+    if out_features < in_features:
+        left_TR, right_NR = right_NR, left_TR
+    return Start(A=right_NR.T.float().contiguous(), B=left_TR.float().contiguous())
+
+
+def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, R), (R,), (N, R) fp64: the largest singular values, falling, and their vectors."""
+    columns = tall_TN.shape[1]
+    right_NR = torch.linalg.eigh(fp64.gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
+    left_TR = fp64.times(tall_TN, right_NR)
+    values_R = left_TR.norm(dim=0)
+    # Of a weight of a lower rank the rest is zero, and so are A and B there.
+    return left_TR / values_R.clamp_min(torch.finfo(torch.float64).tiny), values_R, right_NR
+
+
+def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_exact`, to the accuracy of the sketch."""
+    shape = (tall_TN.shape[1], rank)
+    start_NR = randomness.normal(shape, seed=sketch.seed, name=sketch.name).to(tall_TN.device)
+    basis_TR = torch.linalg.qr(fp64.times(tall_TN, start_NR)).Q
+    for _ in range(sketch.iterations):
+        other_NR = torch.linalg.qr(fp64.transposed_times(tall_TN, basis_TR)).Q
+        basis_TR = torch.linalg.qr(fp64.times(tall_TN, other_NR)).Q
+    inside_RR, values_R, right_RN = torch.linalg.svd(fp64.transposed_times(tall_TN, basis_TR).T, full_matrices=False)
+    return basis_TR @ inside_RR, values_R, right_RN.T
+
+
+@torch.no_grad()
+def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
+    """W - dequantize(NF4(W)), (O, I) fp32, `chunk_groups` groups at a time: what the loader's base lacks of W."""
+    flat = weight_OI.reshape(-1)
+    chunks = flat.split(chunk_groups * nf4.GROUP)
+    codes, absmax = (torch.cat(parts) for parts in zip(*map(nf4.quantize_blocks, chunks), strict=True))
+    num_blocks = -(-flat.numel() // nf4.BLOCK)
+    offset = torch.tensor(
+        nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks), dtype=torch.float32, device=flat.device
+    )
+    scales, group_scale = nf4.quantize_absmax(absmax, offset, num_blocks)
+    error = torch.empty_like(flat, dtype=torch.float32)
+    for index, chunk in enumerate(chunks):
+        groups = slice(index * chunk_groups, (index + 1) * chunk_groups)
+        kept = nf4.nf4_dequantize(
+            codes[groups], scales[groups], group_scale[groups], offset, shape=(chunk.numel(),), dtype=torch.float32
+        )
+        first = index * chunk_groups * nf4.GROUP
+        torch.sub(chunk.float(), kept, out=error[first : first + chunk.numel()])
+    return error.view_as(weight_OI)
+
+
+class Residual:
+    """W - s B A by flat ranges of W, which may begin and end inside a row. The same bits however W is cut."""
+
+    def __init__(self, start: Start, scaling: float) -> None:
+        self.start, self.scaling = start, scaling
+        self._width = start.A.shape[1]
+        self._rows = max(1, BLOCK_ELEMENTS // self._width)
+
+    @torch.no_grad()
+    def of(self, chunk: Tensor, first: int) -> Tensor:
+        """The elements of a flat `chunk` of W that begins with element `first`, less those of s B A; fp32, on the
+        start's device."""
+        chunk = chunk.to(self.start.A.device, torch.float32)
+        rest = torch.empty_like(chunk)
+        done, per_block = 0, self._rows * self._width
+        while done < chunk.numel():
+            block, inside = divmod(first + done, per_block)
+            taken = self._block(block)[inside : inside + chunk.numel() - done]
+            torch.sub(chunk[done : done + len(taken)], taken, out=rest[done : done + len(taken)])
+            done += len(taken)
+        return rest
+
+    def _block(self, block: int) -> Tensor:
+        """Some rows of s B A, flat: always the same rows in one product, on one thread."""
+        rows = slice(block * self._rows, (block + 1) * self._rows)
+        with one_thread():
+            return ((self.scaling * self.start.B[rows]) @ self.start.A).view(-1)

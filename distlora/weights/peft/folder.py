@@ -1,0 +1,338 @@
+"""adapter.init_from: what a PEFT LoRA or DoRA folder says of itself, and whether it fits a model. Imports no torch.
+
+The launcher turns adapter_config.json into the run's settings and checks the tensors' names and shapes by the file's
+header; the worker checks again and loads (`peft_format.load_initial_adapter`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.expert_targets import select_among
+from distlora.architecture.targets import idle_keys, match_ending, written
+from distlora.config import AdapterConfig, UserError, nearest
+from distlora.config.errors import FILES
+from distlora.config.json_files import read_object
+from distlora.config.places import is_hub_name
+from distlora.weights.peft.experts import by_weight, parameters_of
+from distlora.weights.peft.modules import (
+    InitialModule,
+    is_of_modules,
+    modules_setting,
+    read_initial_modules,
+)
+from distlora.weights.peft.rows import (
+    InitialRows,
+    is_of_rows,
+    read_initial_rows,
+    settings_of,
+)
+from distlora.weights.segments import (
+    SOURCE_DTYPES,
+    Segment,
+    read_header,
+    read_header_and_metadata,
+)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+# ".default" is the adapter's name, which PEFT itself leaves out of the file, as it does ".weight" of a magnitude.
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.lora_"
+    r"(?:(?P<part>[AB])(?:\.default)?\.weight|(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)"
+)
+
+_TAKEN = {
+    *("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern"),
+    *("trainable_token_indices", "modules_to_save", "target_parameters"),
+}
+"""Fields that become settings of the run."""
+
+_WITHOUT_MEANING = {
+    # Where it came from and how it was trained.
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "runtime_config", "loftq_config", "eva_config"),
+    # Details of fields that are refused where they are in use.
+    *("layers_pattern", "megatron_core", "qalora_group_size"),
+}
+"""Fields that say nothing of what the tensors do to a base."""
+
+NF4_MARK = {"distlora_base": "nf4"}
+"""In the header of an adapter's file: A and B hold a correction of what NF4 loses of the base (LoftQ)."""
+
+_KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""init_lora_weights whose adapter belongs to the base as it is on disk."""
+
+_REASONS = {
+    "ensure_weight_tying": "an embedding and a head that are trained whole are trained apart here",
+    "bias": "biases are not trained here",
+    "lora_bias": "the adapter has no bias here",
+    "fan_in_fan_out": "weights are (out, in) here",
+    "layers_to_transform": "the layers must follow from target_modules alone",
+    "exclude_modules": "the adapted linears must follow from target_modules alone",
+    "layer_replication": "the base's layers are used once each",
+    "megatron_config": "Megatron's layers are not those of this base",
+    "alora_invocation_tokens": "the adapter is used in all positions here",
+}
+_DEFAULTS: dict[str, Any] = {"bias": "none"}
+"""Of fields whose value without effect is not false, empty or null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialAdapter:
+    """A LoRA or DoRA adapter in PEFT's format, as far as its config and its file's header tell."""
+
+    folder: Path
+    settings: dict[str, Any]
+    """Fields of AdapterConfig that it decides, with its values."""
+    base: str | None
+    """The base that it says it was trained on."""
+    tensors: dict[tuple[str, str], Segment]
+    """By Hugging Face path and part ("A", "B", with DoRA "magnitude")."""
+    names: dict[tuple[str, str], str]
+    """The same tensors' names in the file."""
+    token_rows: dict[str, InitialRows]
+    """By matrix."""
+    modules: dict[str, InitialModule]
+    """What was trained whole, by last name."""
+
+    @property
+    def own(self) -> AdapterConfig:
+        """Rank, scale and targets: its own."""
+        found = {key: value for key, value in self.settings.items() if key in _FIELDS}
+        return AdapterConfig(**found | {"init_from": str(self.folder)})
+
+    @property
+    def paths(self) -> list[str]:
+        """The adapted linears and fused weights of experts, in order."""
+        return sorted({path for path, _ in self.tensors})
+
+
+_FIELDS = AdapterConfig.__dataclass_fields__
+
+
+def read_initial_adapter(folder: str | Path) -> InitialAdapter:
+    """Raises UserError for a folder that is not there, is damaged, or holds what an adapter of ours cannot mean."""
+    folder = Path(folder)
+    values = _read_config(folder)
+    _refuse_fields(values, folder / CONFIG_NAME)
+    parameters = parameters_of(values, folder / CONFIG_NAME)
+    names = by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
+    segments, metadata = read_header_and_metadata(folder / WEIGHTS_NAME)
+    for name in names.values():
+        if segments[name].dtype not in SOURCE_DTYPES:
+            raise UserError(
+                f"{folder / WEIGHTS_NAME}: {name} is stored as {segments[name].dtype}; an adapter must be "
+                f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another adapter.init_from"
+            )
+    base = values.get("base_model_name_or_path")
+    token_rows = read_initial_rows(values, segments, folder)
+    modules = read_initial_modules(values, segments, folder)
+    for_nf4 = NF4_MARK.items() <= metadata.items()
+    settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
+    return InitialAdapter(
+        folder=folder,
+        settings=settings | {"init_from_loftq": for_nf4} | settings_of(token_rows) | modules_setting(modules),
+        base=base if isinstance(base, str) and base else None,
+        tensors={key: segments[name] for key, name in names.items()},
+        names=names,
+        token_rows=token_rows,
+        modules=modules,
+    )
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 of the adapter's weights file. UserError where `read_initial_adapter` raises it."""
+    with (read_initial_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_quantization(initial: InitialAdapter, method: str) -> None:
+    """Refuse an adapter that belongs to the base in NF4 on another form of it. `method`: quant.method."""
+    if initial.settings["init_from_loftq"] and method == "none":
+        raise UserError(
+            f"adapter.init_from={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of the "
+            f"base, and quant={method} loses nothing; set quant=nf4, or another adapter.init_from"
+        )
+
+
+def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an adapter that is not exactly the run's: other linears, or other shapes.
+
+    `shapes`: (out, in) of the linears in the model's decoder blocks, and (experts, out, in) of their fused weights, by
+    Hugging Face path; `adapter` has its settings.
+    """
+    file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
+    paths = {path for path, _ in initial.tensors}
+    outside = sorted(paths - shapes.keys())
+    if outside:
+        raise UserError(
+            f"{file} adapts {outside[0]}{_more(outside)}, which is no linear in the decoder blocks of this model"
+            f"{nearest(outside[0], shapes)}{trained_on}; set another adapter.init_from or model.path"
+        )
+    linears, experts = ([path for path, shape in shapes.items() if len(shape) == dims] for dims in (2, 3))
+    targets = set(select_among(adapter, linears, experts))
+    for strays, what in ((sorted(targets - paths), "holds no tensors for"), (sorted(paths - targets), "also adapts")):
+        if strays:
+            raise UserError(
+                f"{file} {what} {strays[0]}{_more(strays)}; adapter.target_modules={written(adapter.target_modules)} "
+                f"means {len(targets)} linears of this model{trained_on}; set another adapter.init_from or model.path"
+            )
+    for (path, part), segment in sorted(initial.tensors.items()):
+        *num_experts, out_features, in_features = shapes[path]
+        rank = adapter.rank_of(path)
+        rows = rank * math.prod(num_experts)
+        expected = {"A": (rows, in_features), "B": (out_features, rows), "magnitude": (out_features,)}[part]
+        if segment.shape != expected:
+            raise UserError(
+                f"{file}: {initial.names[path, part]} has shape {list(segment.shape)}, and {path} at rank {rank} needs "
+                f"{list(expected)}{trained_on}; set another adapter.init_from or model.path"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    place = f"adapter.init_from={folder}"
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{place} is a file; point it at the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+        if is_hub_name(str(folder)):
+            raise UserError(
+                f"{place} is no folder here; if it is on the hub, download it first: "
+                f"`hf download {folder} --local-dir FOLDER`, then adapter.init_from=FOLDER"
+            )
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(
+            f"{place} does not exist{nearest(folder.name, siblings, cutoff=FILES)}; set it to a PEFT LoRA's folder"
+        )
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
+        hint = f"set adapter.init_from={folder / inside[0]}" if inside else "set it to a folder that PEFT saved"
+        raise UserError(f"{place} holds no {CONFIG_NAME}; {hint}")
+    return read_object(path, "save the adapter again")
+
+
+def _refuse_fields(values: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a field whose value gives the tensors another meaning than LoRA's or DoRA's."""
+    if values.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type={values.get('peft_type')!r} is not LORA, which alone can be continued; set another "
+            "adapter.init_from"
+        )
+    init = values.get("init_lora_weights")
+    if init not in _KEEPS_THE_BASE:
+        raise UserError(
+            f"{path}: init_lora_weights={init!r} changed the base that the adapter belongs to; take what the run "
+            "published (RUN/adapter, a plain LoRA), or have PEFT save it for the unchanged one (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    for name in sorted(values.keys() - _TAKEN - _WITHOUT_MEANING - {"init_lora_weights"}):
+        if values[name] and values[name] != _DEFAULTS.get(name):
+            reason = _REASONS.get(name, "distlora does not know what that changes")
+            raise UserError(f"{path}: {name}={values[name]!r} is not supported ({reason}); set another init_from")
+
+
+def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Name in the file by (path, part); exactly an A and a B for each path, and a magnitude with DoRA."""
+    dora = values.get("use_dora") is True
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        pickled = [name for name in PICKLED_NAMES if (folder / name).is_file()]
+        if pickled:
+            raise UserError(
+                f"{folder / pickled[0]} is a pickle, which can run any code when it is read; load it with PEFT where "
+                f"you trust it and save it again (save_pretrained writes {WEIGHTS_NAME})"
+            )
+        raise UserError(f"adapter.init_from={folder} holds no {WEIGHTS_NAME}; save the adapter again")
+    found: dict[tuple[str, str], str] = {}
+    for name in sorted(read_header(file)):
+        match = _TENSOR.fullmatch(name)
+        if is_of_rows(name) or is_of_modules(name, values):
+            continue
+        if match is None:
+            raise UserError(f"{file}: {name} is no lora_A or lora_B of a linear{_kind(name)}; set another init_from")
+        key = (match["path"], match["part"] or match["magnitude"])
+        if key in found:
+            raise UserError(f"{file}: {found[key]} and {name} are one tensor of two adapters; save one adapter alone")
+        found[key] = name
+    parts = {"A": "lora_A", "B": "lora_B", **({"magnitude": "lora_magnitude_vector"} if dora else {})}
+    for path, part in found:
+        if part not in parts:
+            raise UserError(
+                f"{file}: {path} has a lora_magnitude_vector, which is DoRA's, but {CONFIG_NAME} has no use_dora=true; "
+                "save the adapter again"
+            )
+        for other, name in parts.items():
+            if (path, other) not in found:
+                raise UserError(f"{file}: {path} has a {parts[part]} and no {name}; save the adapter again")
+    if not found:
+        raise UserError(f"{file} holds no tensors; save the adapter again")
+    return found
+
+
+def _kind(name: str) -> str:
+    """What a tensor that is neither A nor B is, where its name says so."""
+    kinds = {
+        "lora_embedding_": "an adapter of the embedding, which is not adapted here",
+        "lora_B.bias": "a bias of the adapter, which has none here",
+        "modules_to_save": "a whole module beside the adapter, which is not trained here",
+        "embed_tokens.weight": "the whole embedding, which PEFT saves when its size changed",
+        "lm_head.weight": "the whole head, which PEFT saves when its size changed",
+    }
+    return next((f" but {kind}" for part, kind in kinds.items() if part in name), "")
+
+
+def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that become settings, by their types. What matches none of the adapted `paths` is left out: PEFT lets
+    it stand, and it means nothing."""
+    targets: Any = values.get("target_modules") or ([] if parameters else None)
+    is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
+    _require(is_list or isinstance(targets, str), path, values, "target_modules", "a list of names or a text")
+    rank, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
+    dora = values.get("use_dora", False)
+    _require(_is_number(rank, int), path, values, "r", "a whole number")
+    _require(_is_number(alpha), path, values, "lora_alpha", "a number")
+    _require(isinstance(rslora, bool), path, values, "use_rslora", "true or false")
+    _require(isinstance(dora, bool), path, values, "use_dora", "true or false")
+    patterns: dict[str, dict[str, Any]] = {}
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        pattern = values.get(name) or {}
+        is_pattern = isinstance(pattern, dict) and all(_is_number(value, kind) for value in pattern.values())
+        _require(is_pattern, path, values, name, "a mapping to numbers")
+        patterns[name] = {key: kind(value) for key, value in pattern.items()}
+    try:
+        AdapterConfig(r=rank, lora_alpha=float(alpha), **patterns)  # type: ignore[arg-type]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, pattern in patterns.items():
+        idle = idle_keys(pattern, paths)
+        patterns[name] = {key: value for key, value in pattern.items() if key not in idle}
+    if is_list:
+        linears = [name for name in paths if not match_ending(parameters, [name])]
+        targets = tuple(sorted(entry for entry in targets if match_ending([entry], linears)))
+        wanted = f"a list of what {WEIGHTS_NAME} adapts ({paths[0]})"
+        _require(bool(targets or parameters), path, values, "target_modules", wanted)
+    scale = {"r": rank, "lora_alpha": float(alpha), "use_rslora": rslora, "use_dora": dora}
+    used = tuple(entry for entry in parameters if match_ending([entry], paths))
+    return {**scale, "target_modules": targets, "target_parameters": used, **patterns}
+
+
+def _is_number(value: Any, kind: type = float) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
+
+def _require(condition: bool, path: Path, values: dict[str, Any], name: str, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{path}: {name}={values.get(name)!r} is not {wanted}; save the adapter again")
+
+
+def _more(names: list[str]) -> str:
+    return f" ({len(names)} linears in all)" if len(names) > 1 else ""

@@ -1,0 +1,111 @@
+"""Trained token rows in a PEFT adapter's folder: what adapter.init_from takes of them. Imports no torch.
+
+PEFT writes the rows of a matrix as one tensor in the order of `trainable_token_indices`. Where the vocabulary has grown
+it writes the whole matrices beside them (save_embedding_layers="auto"): the base's, as it was resized. They say nothing
+more if every row that the base lacks is among the trained ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.tokens import EMBEDDING, HEAD
+from distlora.config import UserError
+from distlora.weights.segments import Segment
+
+_ROWS = re.compile(
+    r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."
+    r"(?P<kind>trainable_tokens_delta(?:\.default)?|base_layer\.weight)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialRows:
+    """The trained rows of one matrix."""
+
+    name: str
+    """Their tensor in the file: (ids, hidden)."""
+    ids: tuple[int, ...]
+    """In the order of the tensor's rows."""
+    shape: tuple[int, ...]
+    whole: tuple[int, ...] | None
+    """Shape of the whole matrix, where the file has that too."""
+
+
+def is_of_rows(name: str) -> bool:
+    """Whether a tensor of the file holds trained rows, or the matrix that they belong to."""
+    return _ROWS.fullmatch(name) is not None
+
+
+def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path) -> dict[str, InitialRows]:
+    """By matrix, from adapter_config.json (`values`) and the file's header.
+
+    Raises UserError for indices that are none, and where config and file differ.
+    """
+    place, indices = f"{folder}: trainable_token_indices", values.get("trainable_token_indices") or {}
+    if not isinstance(indices, Mapping):
+        indices = {EMBEDDING: indices}
+    tensors: dict[tuple[str, bool], str] = {}
+    for name in sorted(header):
+        if (match := _ROWS.fullmatch(name)) is not None:
+            tensors[match["matrix"], match["kind"] == "base_layer.weight"] = name
+    rows: dict[str, InitialRows] = {}
+    for path, ids in indices.items():
+        matrix = path.rpartition(".")[2]
+        if matrix not in (EMBEDDING, HEAD):
+            raise UserError(
+                f"{place} names {path}, and rows of {EMBEDDING} and {HEAD} alone can be trained here; set another "
+                "init_from"
+            )
+        if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
+            raise UserError(f"{place} has {ids!r} for {matrix}, which are not ids, each once; save the adapter again")
+        if (matrix, False) not in tensors:
+            # A tied head has no tensor of its own: the embedding's rows are its rows.
+            if matrix == HEAD and ids == indices.get(EMBEDDING):
+                continue
+            raise UserError(f"{place} names {matrix}, whose rows the file has not; save the adapter again")
+        name = tensors[matrix, False]
+        shape = header[name].shape
+        if len(shape) != 2 or shape[0] != len(ids):
+            raise UserError(f"{folder}: {name} has shape {list(shape)} for {len(ids)} ids; save the adapter again")
+        whole = tensors.get((matrix, True))
+        rows[matrix] = InitialRows(
+            name=name, ids=tuple(ids), shape=shape, whole=None if whole is None else header[whole].shape
+        )
+    # Beside an embedding's rows a tied head is written with copies of them.
+    if tensors and EMBEDDING not in rows and {matrix for matrix, _ in tensors} != rows.keys():
+        raise UserError(
+            f"{folder}: the file has token rows that {place[len(str(folder)) + 2 :]} does not name; "
+            "save the adapter again"
+        )
+    return rows
+
+
+def settings_of(rows: Mapping[str, InitialRows]) -> dict[str, Any]:
+    """adapter.trainable_token_indices; nothing where no rows are trained, so that the run may train some."""
+    indices = {matrix: of.ids for matrix, of in rows.items()}
+    one = indices[EMBEDDING] if indices.keys() == {EMBEDDING} else indices
+    return {"trainable_token_indices": one} if one else {}
+
+
+def check_rows(rows: Mapping[str, InitialRows], folder: Path, *, stored: int, hidden: int) -> None:
+    """Refuse rows of another size than the model's, and those of a grown matrix that are not all of its new ones.
+
+    `stored` is the base's vocab_size.
+    """
+    for matrix, of in rows.items():
+        if of.shape[1] != hidden:
+            raise UserError(
+                f"{folder}: {of.name} has rows of {of.shape[1]}, and the model's have {hidden}; set another "
+                "adapter.init_from or model.path"
+            )
+        if of.whole is not None and (untrained := sorted(set(range(stored, of.whole[0])) - set(of.ids))):
+            raise UserError(
+                f"{folder}: {matrix} has grown to {of.whole[0]:,} rows, and row {untrained[0]} is not among "
+                "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
+                "adapter.init_from"
+            )

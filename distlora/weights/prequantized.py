@@ -1,0 +1,240 @@
+"""Which weights of a checkpoint bitsandbytes has already quantized, and where their parts lie. Needs no torch.
+
+bitsandbytes stores a quantized weight W (out, in) as several tensors (one safetensors file may hold them all):
+    W                   the codes, two a byte, as (n, 1) of quant_storage: uint8, bf16, fp16 and fp32 are the same bytes
+    W.absmax            one a block of 64: uint8 with double quantization, else fp32
+    W.quant_map         (16,) fp32, the levels
+    W.nested_absmax     one a group of 256 blocks, fp32        } with double
+    W.nested_quant_map  (256,) fp32, the 8-bit map             } quantization
+    W.quant_state.bitsandbytes__nf4   JSON: quant_type, blocksize, dtype, shape; nested_blocksize, _dtype, _offset
+These are our own parts (kernels/README.md) but for the padding of the last group, so nothing is quantized again. A
+weight without a quant_state was left dense (llm_int8_skip_modules), and stays so. What cannot be kept as it is, is
+refused by its field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.weights.segments import DTYPE_BYTES, Segment
+
+_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+_STORAGES = ("U8", "BF16", "F16", "F32")
+_BLOCK, _NESTED_BLOCK = 64, 256
+_INSTEAD = "set model.path to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """One NF4 weight as bitsandbytes stored it: flat byte ranges of its parts."""
+
+    name: str
+    """The weight's name on disk."""
+    shape: tuple[int, ...]
+    """(out_features, in_features)."""
+    codes: Segment
+    """ceil(numel / 2) bytes, whatever type they were stored as."""
+    absmax: Segment
+    """One a block: uint8 indices with double quantization, else fp32."""
+    quant_map: Segment
+    nested_absmax: Segment | None
+    """One fp32 a group; None without double quantization, as the next two."""
+    nested_quant_map: Segment | None
+    offset: float | None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the absmax are quantized too."""
+        return self.offset is not None
+
+
+def read_packed_weights(
+    folder: Path, model: Mapping[str, Any], headers: Mapping[str, Segment]
+) -> dict[str, PackedWeight]:
+    """The weights that are NF4 on disk, by their names there; empty for a checkpoint that is not quantized.
+
+    `model` is config.json. Reads a few hundred bytes a weight. Raises UserError by field for any other quantization,
+    and for parts that do not fit each other.
+    """
+    config_file, quantization = folder / "config.json", model.get("quantization_config")
+    states = {match[1]: match for match in map(_STATE.fullmatch, headers) if match}
+    if quantization is None:
+        if states:
+            raise UserError(
+                f"{folder}: {min(states)} is quantized by bitsandbytes, but config.json has no quantization_config; "
+                f"the folder is put together from two checkpoints: download it again, or {_INSTEAD}"
+            )
+        return {}
+    check_quantization_config(config_file, quantization)
+    if not states:
+        raise UserError(
+            f"{config_file} has a quantization_config, but no weight in {folder} is quantized; "
+            "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
+        )
+    return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
+
+
+def check_keeps_packed(config: Config, packed: Mapping[str, PackedWeight]) -> None:
+    """Refuse settings that need 16-bit weights of a base that has none. Raises UserError."""
+    if packed:
+        refuse_dense(config, f"({len(packed):,} weights in NF4)")
+
+
+def refuse_dense(config: Config, how: str = "(by its config.json)") -> None:
+    """`check_keeps_packed` of a base of which it is known alone that it is packed. Raises UserError."""
+    reason = f"model.path={config.model.path} is quantized already {how}"
+    if config.adapter.method == "full":
+        raise UserError(f"adapter=full trains every weight, but {reason}; set model.path to the 16-bit checkpoint")
+    if config.quant.method == "none":
+        raise UserError(
+            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or model.path to the 16-bit checkpoint"
+        )
+    if config.adapter.decomposes:
+        raise UserError(
+            f"adapter.init={config.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
+            "model.path to the 16-bit checkpoint"
+        )
+
+
+def packed_outside_blocks(name: str) -> UserError:
+    """What to raise for a packed weight that our model keeps dense: a head, for one."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return UserError(
+        f"{name} is stored in NF4, which only linears of the decoder blocks may be; save the checkpoint again with "
+        f"{module} in llm_int8_skip_modules, or {_INSTEAD}"
+    )
+
+
+def packed_parameters(
+    packed: Mapping[str, PackedWeight], names_on_disk: Mapping[str, Sequence[str]]
+) -> dict[str, PackedWeight]:
+    """The packed weights by the model's own names, from where each parameter lies on disk.
+
+    Raises UserError for a parameter that is merged from several tensors of which one is packed.
+    """
+    found = {}
+    for parameter, names in names_on_disk.items():
+        stored = [name for name in names if name in packed]
+        if stored and len(names) > 1:
+            raise UserError(
+                f"{parameter} is merged from {len(names)} tensors, of which {stored[0]} is quantized; NF4 weights "
+                f"cannot be merged as they are: {_INSTEAD}"
+            )
+        if stored:
+            found[parameter] = packed[stored[0]]
+    return found
+
+
+def check_quantization_config(file: Path, quantization: Any) -> None:
+    """Refuse, by field, what is not 4-bit bitsandbytes. The details are each weight's own (quant_state)."""
+    where = f"{file}: quantization_config"
+    if not isinstance(quantization, dict):
+        raise UserError(f"{where} is not a JSON object; download the file again")
+    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
+    # Early bitsandbytes checkpoints have no quant_method; transformers knows them by these flags.
+    method = quantization.get("quant_method", "bitsandbytes" if four or eight else None)
+    if method != "bitsandbytes":
+        raise UserError(
+            f"{where}.quant_method={method!r} cannot be kept as it is: only bitsandbytes NF4 can; {_INSTEAD}"
+        )
+    if eight:
+        raise UserError(f"{where}.load_in_8bit=true: 8-bit weights cannot be kept, only NF4; {_INSTEAD}")
+    if not four:
+        raise UserError(f"{where}.load_in_4bit={four!r}: only 4-bit weights can be kept; {_INSTEAD}")
+    kind = quantization.get("bnb_4bit_quant_type", "nf4")
+    if kind != "nf4":
+        raise UserError(f"{where}.bnb_4bit_quant_type={kind!r} cannot be kept as it is, only 'nf4'; {_INSTEAD}")
+
+
+def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PackedWeight:
+    """One weight's parts, checked against each other."""
+    if kind != "nf4":
+        raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {_INSTEAD}")
+    state = _read_state(state_name, headers[state_name])
+    shape, offset = _checked_state(name, state)
+    numel = math.prod(shape)
+    num_blocks = -(-numel // _BLOCK)
+    nested = offset is not None
+    codes = _part(headers, name, _STORAGES)
+    codes = replace(codes, dtype="U8", shape=(codes.num_bytes,))
+    absmax = _part(headers, f"{name}.absmax", ("U8",) if nested else ("F32",))
+    sizes = {name: (codes, -(-numel // 2)), f"{name}.absmax": (absmax, num_blocks)}
+    quant_map = _part(headers, f"{name}.quant_map", ("F32",))
+    sizes[f"{name}.quant_map"] = (quant_map, 16)
+    nested_absmax = nested_quant_map = None
+    if nested:
+        nested_absmax = _part(headers, f"{name}.nested_absmax", ("F32",))
+        nested_quant_map = _part(headers, f"{name}.nested_quant_map", ("F32",))
+        sizes[f"{name}.nested_absmax"] = (nested_absmax, -(-num_blocks // _NESTED_BLOCK))
+        sizes[f"{name}.nested_quant_map"] = (nested_quant_map, 256)
+    for part, (segment, size) in sizes.items():
+        if segment.num_bytes != size * DTYPE_BYTES[segment.dtype]:
+            raise UserError(
+                f"{segment.file}: {part} has {segment.numel:,} entries; a weight of shape {list(shape)} in blocks of "
+                f"{_BLOCK} has {size:,}; the checkpoint is damaged, download it again"
+            )
+    return PackedWeight(
+        name=name,
+        shape=shape,
+        codes=codes,
+        absmax=absmax,
+        quant_map=quant_map,
+        nested_absmax=nested_absmax,
+        nested_quant_map=nested_quant_map,
+        offset=offset,
+    )
+
+
+def _read_state(name: str, segment: Segment) -> dict[str, Any]:
+    """quant_state: a small JSON object in a uint8 tensor."""
+    with segment.file.open("rb") as stream:
+        stream.seek(segment.offset)
+        text = stream.read(segment.num_bytes)
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{segment.file}: {name} is not JSON ({error}); download the checkpoint again") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{segment.file}: {name} is not a JSON object; download the checkpoint again")
+    return state
+
+
+def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], float | None]:
+    """(shape, offset or None) of a quant_state whose every field is one that we can keep. Raises UserError by field."""
+    wanted: dict[str, object] = {"quant_type": "nf4", "blocksize": _BLOCK}
+    nested = "nested_blocksize" in state or "nested_offset" in state
+    if nested:
+        wanted |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32"}
+    for field, value in wanted.items():
+        if state.get(field) != value:
+            raise UserError(
+                f"{name}: {field}={state.get(field)!r} in its quant_state cannot be kept as it is, only {value!r}; "
+                f"{_INSTEAD}"
+            )
+    shape = state.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)):
+        raise UserError(f"{name}: shape={shape!r} in its quant_state is not that of a linear; {_INSTEAD}")
+    offset = state.get("nested_offset")
+    if nested and not (isinstance(offset, (int, float)) and math.isfinite(offset)):
+        raise UserError(
+            f"{name}: nested_offset={offset!r} in its quant_state is not a finite number; the checkpoint is damaged, "
+            "download it again"
+        )
+    return tuple(shape), float(offset) if nested else None  # type: ignore[arg-type]
+
+
+def _part(headers: Mapping[str, Segment], name: str, dtypes: Sequence[str]) -> Segment:
+    """One of a packed weight's tensors, in a type that we can keep."""
+    segment = headers.get(name)
+    if segment is None:
+        raise UserError(f"no tensor {name} in the checkpoint, which its quant_state needs; download it again")
+    if segment.dtype not in dtypes:
+        raise UserError(f"{segment.file}: {name} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {_INSTEAD}")
+    return segment

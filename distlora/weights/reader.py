@@ -1,0 +1,83 @@
+"""Exact byte ranges of a parameter, by pread, a little ahead of their use.
+
+pread and not mmap: mapped pages count against a job's memory limit. A chunk is read while the one before it is
+quantized.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.weights.segments import DTYPE_BYTES, Segment
+
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class Reader:
+    """Reads flat element ranges of parameters; a parameter is its segments, one after the other in flat order."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self.bytes_read = 0
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ahead.shutdown()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def chunks(self, segments: Sequence[Segment], start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """(first element, flat tensor in the source's dtype) for [start, stop) in pieces of `size`, read one ahead."""
+        starts = range(start, stop, size)
+        pending = None
+        for position, first in enumerate(starts):
+            current = pending or self._ahead.submit(self.read, segments, first, min(first + size, stop))
+            pending = None
+            if position + 1 < len(starts):
+                following = starts[position + 1]
+                pending = self._ahead.submit(self.read, segments, following, min(following + size, stop))
+            yield first, current.result()
+
+    def read(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the concatenated segments."""
+        element = DTYPE_BYTES[segments[0].dtype]
+        buffer = bytearray((stop - start) * element)
+        view, done, before = memoryview(buffer), 0, 0
+        for segment in segments:
+            low, high = max(start - before, 0), min(stop - before, segment.numel)
+            if low < high:
+                part = view[done : done + (high - low) * element]
+                self._fill(part, segment.file, segment.offset + low * element)
+                done += len(part)
+            before += segment.numel
+        assert done == len(buffer), f"elements {start} to {stop} lie beyond the {before} of the parameter"
+        self.bytes_read += done
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segments[0].dtype])
+
+    def _fill(self, view: memoryview, file: Path, offset: int) -> None:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        while view:
+            got = os.preadv(self._files[file], [view], offset)
+            if got == 0:
+                raise OSError(
+                    f"{file} ended at byte {offset:,} while it was read, so it was changed after the run began; start "
+                    "again once nobody writes it"
+                )
+            view, offset = view[got:], offset + got

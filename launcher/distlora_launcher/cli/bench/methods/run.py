@@ -1,0 +1,239 @@
+"""The command: run after run as `distlora train` does it, skipping what is finished, and the table of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.families import family_of, read_config
+from distlora.config import UserError, require
+from distlora.run_folder.layout import SUMMARY_NAME, read_record
+from distlora.system import atomic_io
+from distlora.system.exit_codes import DONE, FAILED, STOPPED
+from distlora.weights.segments import fingerprint, read_headers
+from distlora_launcher.cli.bench.methods.grid import (
+    FACTOR,
+    METHODS,
+    MOST_RATES,
+    Planned,
+    Setup,
+    next_round,
+)
+from distlora_launcher.cli.bench.methods.results import (
+    BaseDiffersError,
+    check_base,
+    divergences,
+    figures,
+    losses_of,
+    reading,
+    table,
+)
+from distlora_launcher.compose.checks import check_writable, gpu_count, linear_names
+from distlora_launcher.demo.base import cache_root
+from distlora_launcher.demo.run import made_base
+from distlora_launcher.launch.failures import would_repeat
+from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.launch.signals import forwarding
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import shown
+
+RESULT_NAME, REPORT_NAME, PLOT_NAME, SETUP_NAME = "methods.json", "methods.md", "methods.png", "setup.json"
+STEPS, QUICK_STEPS = 48, 16
+LOG_LINES = 20
+"""Last lines of a failed run's log that are shown."""
+
+USAGE = f"""usage: distlora bench methods [--out FOLDER] [--steps N] [--ranks N] [--seeds N] [--quick]
+
+Compare adapter methods and full fine-tuning on the demo's base and data (`distlora demo` makes them): held-out loss,
+trained parameters, memory, bytes on the wire, time. Each figure is a real `distlora train` run; runs that are finished
+are not run again, so a comparison that was stopped goes on where it was. About ten minutes on two idle cores.
+
+Every method gets the same rows in the same order, steps and schedule, and a learning rate of its own: the best on the
+held-out documents of a grid by factors of {FACTOR:g}, which grows until the best lies inside of it ({MOST_RATES} rates
+at most); then other seeds at that rate.
+
+  --out FOLDER   where everything goes (bench/methods)
+  --steps N      optimizer steps of a run ({STEPS}: about one pass over the data)
+  --ranks N      worker processes of a run (2, or the GPUs of this machine)
+  --seeds N      runs of each method at its best learning rate (3)
+  --quick        one learning rate, one seed, {QUICK_STEPS} steps: whether everything works, not which is better"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is missing, then report. Returns the exit code: 1 for a run that failed or a base that differs."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    options = parse(arguments)
+    base = made_base().parent
+    setup = Setup(str(base), options.steps, options.ranks, options.seeds, search=not options.quick)
+    out = Path(options.out).expanduser().absolute()
+    check_setup(out, setup)
+    code = run_all(setup, out)
+    summaries = finished(setup, out)
+    return (report(setup, out, summaries) if summaries else DONE) or code
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. UserError for an unknown flag, with the nearest, and for values that are no counts."""
+    parser = Parser("distlora bench methods", help="distlora bench methods --help")
+    parser.add_argument("--out", default="bench/methods")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--ranks", type=int, default=min(2, gpu_count() or 2))
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.quick and options.seeds is not None:
+        parser.error("--quick runs one seed; leave out --seeds, or --quick")
+    options.steps = options.steps if options.steps is not None else QUICK_STEPS if options.quick else STEPS
+    options.seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
+    for name in ("steps", "ranks", "seeds"):
+        value = getattr(options, name)
+        require(value > 0, f"--{name}={value} must be positive; write --{name} 1 or more")
+    return options
+
+
+def check_setup(out: Path, setup: Setup) -> None:
+    """Make the folder, or refuse one whose runs were made otherwise: they would not belong into one table."""
+    check_writable(out, "--out")
+    values = dataclasses.asdict(setup) | {"fingerprint": fingerprint(Path(setup.base) / "model")}
+    earlier = read_record(out / SETUP_NAME)
+    differing = [name for name, value in values.items() if name in earlier and earlier[name] != value]
+    differing = [name for name in differing if name != "seeds"]  # More seeds are more of the same.
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{shown(out)} holds runs with {name}={earlier[name]}, and this would be {name}={values[name]}; name "
+            "another folder with --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_io.write_json(out / SETUP_NAME, values)
+
+
+def run_all(setup: Setup, out: Path) -> int:
+    """Round after round until none is due. Returns the code of the run that failed, or 0.
+
+    A run that diverged has not failed: it says that its rate is too high.
+    """
+    began, number = time.monotonic(), 0
+    while due := next_round(setup, losses_of(finished(setup, out), diverged(setup, out))):
+        for run in due:
+            number += 1
+            minutes = (time.monotonic() - began) / 60
+            say(f"run {number} ({minutes:.0f} min): {run.method.name}, lr {run.rate:g}, seed {run.seed}")
+            code = train(run, setup, out)
+            if has_diverged(run, out):
+                say("  diverged: its loss or gradient is not finite, which counts as an infinite held-out loss")
+                continue
+            if code != DONE:
+                return code
+            summary = read_record(out / "runs" / run.folder / SUMMARY_NAME)
+            say(f"  held-out loss {summary['base_eval_loss']:.4f} -> {summary['eval_loss']:.4f}")
+    return DONE
+
+
+def train(run: Planned, setup: Setup, out: Path) -> int:
+    """`distlora train`, or `distlora resume` of what was stopped, in a process of its own. Returns its exit code."""
+    folder, log = out / "runs" / run.folder, out / "logs" / f"{run.folder}.log"
+    if (folder / CONFIG_NAME).is_file():
+        words = ["resume", str(folder)]
+    else:
+        words = ["train", *run.overrides(setup, out / "runs", cache_root() / "data")]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "distlora_launcher.cli.main", *words]
+        with forwarding() as forwarder:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            forwarder.attach(process)
+            code = process.wait()
+    if forwarder.received is not None:
+        say(f"stopped by {signal.Signals(forwarder.received).name}; the same command goes on from here")
+        return STOPPED
+    if code != DONE and not has_diverged(run, out):
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        say(f"{run.folder} ended with code {code}; {shown(log)} ends with\n" + "\n".join(tail))
+    return code
+
+
+def finished(setup: Setup, out: Path) -> dict[Planned, dict[str, Any]]:
+    """Runs of this setup that have ended well, with their summary.json."""
+    summaries = {run: read_record(out / "runs" / run.folder / SUMMARY_NAME) for run in candidates(setup)}
+    return {run: summary for run, summary in summaries.items() if summary.get("eval_loss") is not None}
+
+
+def diverged(setup: Setup, out: Path) -> list[Planned]:
+    """Runs of this setup that diverged; a resume of them would meet the same step again."""
+    return [run for run in candidates(setup) if has_diverged(run, out)]
+
+
+def has_diverged(run: Planned, out: Path) -> bool:
+    """Whether it ended at a loss or gradient that is not finite, or with such a held-out loss (null in JSON)."""
+    folder = out / "runs" / run.folder
+    return would_repeat(folder / "logs") or read_record(folder / SUMMARY_NAME).get("eval_loss", 0.0) is None
+
+
+def candidates(setup: Setup) -> Iterator[Planned]:
+    """Every run that a search can have come to."""
+    for method in METHODS:
+        for power in range(-MOST_RATES, MOST_RATES + 1):
+            for seed in range(setup.seeds):
+                yield Planned(method, method.rate * FACTOR**power, seed)
+
+
+def report(setup: Setup, out: Path, summaries: dict[Planned, dict[str, Any]]) -> int:
+    """Write and print what there is. Returns 1 where runs do not agree on their base, after saying so."""
+    from distlora_launcher.cli.bench.methods.plots import plot_methods
+
+    base_weights, quantizable = count_weights(Path(setup.base) / "model")
+    failed = diverged(setup, out)
+    rows = figures(summaries, base_weights, quantizable, failed)
+    try:
+        bases = check_base(summaries)
+    except BaseDiffersError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    agreed = ", ".join(f"{loss:.4f} on the {kind} base" for kind, loss in bases.items())
+    result = {
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "setup": dataclasses.asdict(setup),
+        "base": bases,
+        "base_weights": base_weights,
+        "quantizable_weights": quantizable,
+        "rows": rows,
+    }
+    heading = f"{setup.steps} steps of 8 rows of 256 tokens, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}"
+    shown_table, sentences = table(rows, heading), [*divergences(rows, failed), *reading(rows)]
+    checked = f"Before the first step all {len(summaries)} runs have the base's held-out loss: {agreed}."
+    plot_methods(rows, bases, out / PLOT_NAME)
+    atomic_io.write_json(out / RESULT_NAME, result)
+    text = [f"# Methods, {result['date']}", shown_table.markdown(), checked, "\n".join(f"- {s}" for s in sentences)]
+    atomic_io.write_text(
+        out / REPORT_NAME, "\n\n".join([*text, f"![held-out loss by method and learning rate]({PLOT_NAME})"]) + "\n"
+    )
+    print("\n".join(["", shown_table.text(), "", checked, *sentences]))
+    print(f"\nwrote {', '.join(shown(out / name) for name in (REPORT_NAME, PLOT_NAME, RESULT_NAME))}")
+    return DONE
+
+
+def count_weights(model: Path) -> tuple[int, int]:
+    """(parameters of the base, those in the linears of its blocks), from the safetensors headers."""
+    tensors = read_headers(model)
+    family = family_of(read_config(model), model / "config.json")
+    linears = {f"{name}.weight" for name in linear_names(tensors, family)}
+    sizes = {name: math.prod(segment.shape) for name, segment in tensors.items()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in linears)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

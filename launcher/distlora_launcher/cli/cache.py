@@ -1,0 +1,160 @@
+"""`distlora cache list|clear`: the quantized shards that are kept for the next start (distlora/loading/README.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from distlora.config import UserError, nearest, require
+from distlora.config.errors import in_one_line
+from distlora.config.places import cache_place
+from distlora.system.exit_codes import DONE
+from distlora.system.numbers import size
+from distlora.weights import cache_folder
+from distlora.weights.cache_folder import (
+    Entry,
+    EntryFigures,
+    entries,
+    figures_of,
+)
+from distlora_launcher.terminal.arguments import Parser
+
+ACTIONS = ("list", "clear")
+SHOWN_DIGITS = 12
+"""Of a key: enough to name an entry by."""
+FEWEST_DIGITS = 4
+"""Of a key: by fewer no entry is removed."""
+DAY_SECONDS = 86_400.0
+
+USAGE = """usage: distlora cache list [--json] [--dir FOLDER]
+       distlora cache clear [ENTRY ...] [--older-than DAYS] [--all] [--dir FOLDER]
+
+The bases whose quantized shards are kept, so that a start reads them instead of quantizing the checkpoint again.
+
+list: for each entry its name, size, how much of the base it holds, when a start used it last, and of which base it is.
+clear: remove entries, by their names or by the base's, or all; a start that reads one at the moment quantizes instead.
+
+  ENTRY              four or more digits that an entry's name begins with, or the base's name as listed
+  --older-than DAYS  entries that no start has used for so many days (of those named, or of all)
+  --all              every entry, what killed starts left, and what is known of source files
+  --json             one JSON object: {{"folder", "bytes",
+                     "entries": [{{"entry", "base", "bytes", "share", "last_use": seconds since 1970}}]}}
+  --dir FOLDER       another cache than {default} (quant.cache_dir; DISTLORA_CACHE moves it)"""
+
+
+def main(arguments: list[str]) -> int:
+    """List or remove entries. Returns the exit code; raises UserError for what is not there."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE.format(default=cache_place("quantized")))
+        return DONE
+    action, *words = arguments
+    if action not in ACTIONS:
+        raise UserError(
+            f"distlora cache: there is nothing named {action!r} to do{nearest(action, ACTIONS)}; write distlora cache "
+            "list or distlora cache clear"
+        )
+    options = parse(action, words)
+    folder = Path(options.dir or cache_place("quantized")).expanduser().absolute()
+    if action == "list":
+        show(folder, as_json=options.json)
+    else:
+        clear(folder, options.entries, older_than=options.older_than, everything=options.all)
+    return DONE
+
+
+def parse(action: str, words: Sequence[str]) -> argparse.Namespace:
+    """The options. UserError for an unknown flag, with the nearest, and for a clear that does not say what."""
+    parser = Parser(f"distlora cache {action}", help="distlora cache --help")
+    parser.add_argument("--dir")
+    if action == "list":
+        parser.add_argument("--json", action="store_true")
+        return parser.parse_args(words)
+    parser.add_argument("entries", nargs="*")
+    parser.add_argument("--older-than", type=float)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args(words)
+    days = options.older_than
+    require(days is None or days >= 0, f"--older-than={days} is no number of days; write 0 or more")
+    if options.all and (options.entries or days is not None):
+        parser.error("--all removes every entry; leave out what else is named")
+    if not (options.all or options.entries or days is not None):
+        parser.error("nothing is named; write an ENTRY of `distlora cache list`, --older-than DAYS, or --all")
+    return options
+
+
+def show(folder: Path, *, as_json: bool) -> None:
+    """What is kept, the entry that was used last first."""
+    found = [figures_of(entry) for entry in entries(folder)]
+    total = sum(figures.num_bytes for figures in found)
+    if as_json:
+        values = [
+            {"entry": f.key, "base": f.base, "bytes": f.num_bytes, "share": round(f.share, 4), "last_use": f.last_use}
+            for f in found
+        ]
+        print(json.dumps({"folder": str(folder), "bytes": total, "entries": values}, indent=2))
+        return
+    if not found:
+        print(f"no quantized shards are kept in {folder}")
+        return
+    print(f"{'entry':{SHOWN_DIGITS}}  {'size':>10}  {'holds':>5}  {'last use':16}  base")
+    for figures in found:
+        print(line_of(figures))
+    entry_word = "entry" if len(found) == 1 else "entries"
+    print(f"{len(found)} {entry_word}, {size(total)} in {folder}")
+
+
+def line_of(figures: EntryFigures) -> str:
+    """An entry in the table."""
+    used = datetime.fromtimestamp(figures.last_use).strftime("%Y-%m-%d %H:%M")
+    # Rounded down: what is not whole is never called so.
+    share = f"{int(100 * figures.share)}%"
+    return (
+        f"{figures.key[:SHOWN_DIGITS]}  {size(figures.num_bytes):>10}  {share:>5}  {used}  {in_one_line(figures.base)}"
+    )
+
+
+def clear(folder: Path, names: Sequence[str], *, older_than: float | None, everything: bool) -> None:
+    """Remove what is named, and say what that freed. UserError where a name means no entry."""
+    kept = {entry: figures_of(entry) for entry in entries(folder)}
+    chosen = {entry for name in names for entry in find(name, kept, folder)} if names else set(kept)
+    if older_than is not None:
+        limit = time.time() - older_than * DAY_SECONDS
+        chosen = {entry for entry in chosen if kept[entry].last_use <= limit}
+    freed = 0
+    for entry in kept:
+        if entry in chosen:
+            try:
+                freed += entry.remove()
+            except OSError as error:
+                print(f"{entry.path} cannot be removed ({error.strerror})")
+            else:
+                print(f"removed {line_of(kept[entry])}")
+    freed += cache_folder.remove_leftovers(folder, older_than=0.0 if everything else cache_folder.ABANDONED_SECONDS)
+    if everything:
+        cache_folder.forget_sources(folder)
+    print(f"{size(freed)} freed in {folder}")
+
+
+def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry]:
+    """The entries that a word means. UserError for none, and for digits that are too few or begin several."""
+    by_base = [entry for entry, figures in kept.items() if figures.base == name]
+    if by_base:
+        return by_base
+    if len(name) < FEWEST_DIGITS:
+        raise UserError(
+            f"{name!r} is too little to tell what to remove; write {FEWEST_DIGITS} digits or more of an entry's name, "
+            "or its base's (`distlora cache list`)"
+        )
+    by_key = [entry for entry in kept if entry.key.startswith(name)]
+    if len(by_key) > 1:
+        raise UserError(f"{name} begins the names of {len(by_key)} entries; write more of the one you mean")
+    if not by_key:
+        known = [entry.key[:SHOWN_DIGITS] for entry in kept] + [figures.base for figures in kept.values()]
+        raise UserError(
+            f"no entry in {folder} is named {name}{nearest(name, known)}; `distlora cache list` shows what there is"
+        )
+    return by_key

@@ -1,0 +1,159 @@
+"""`distlora cancel RUN`: ask a run to save and stop, on this machine or as a job of SLURM; --now ends it at once."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora.run_folder.sweep import CANCELLED_NAME, is_sweep_folder, sweep_of
+from distlora_launcher.cli.status import Status, describe, statuses
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.launch.lock import CONFIG_NAME, holders
+from distlora_launcher.launch.logs import host_name
+from distlora_launcher.launch.processes import Process
+from distlora_launcher.sweeps.agents import is_agents_folder
+from distlora_launcher.sweeps.arrays import jobs_of
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import say, shown
+
+USAGE = """usage: distlora cancel RUN [--now]
+
+Ask the run in the folder RUN to save and stop: its processes on this machine, or its SLURM job, which then is not
+queued again. A job that still waits leaves the queue. RUN may be a folder of runs, as -m makes one: all of them end. Of
+a sweep (`distlora sweep`) the trials that run save and stop, and no other starts; name SWEEP/trials/N to end one alone.
+`distlora resume RUN` continues it.
+
+--now    end it at once, without a save"""
+
+_HAS_ENDED = re.compile(r"(?i)already (completing|completed|finished)|invalid job id")
+"""In SLURM's words for a job that there is nothing to end of."""
+
+
+def main(arguments: list[str]) -> int:
+    """End the run, or the runs, of a folder."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    parser = Parser("distlora cancel")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--now", action="store_true")
+    options = parser.parse_args(arguments)
+    folder = Path(options.run).expanduser().absolute()
+    if is_sweep_folder(folder) or is_agents_folder(folder):
+        cancel_sweep(folder, now=options.now)
+    else:
+        cancel(folder, now=options.now)
+    return 0
+
+
+def cancel(folder: Path, *, now: bool) -> None:
+    """End what runs or waits of the run, or the runs, in a folder. UserError where nothing does, or it cannot be ended
+    from here."""
+    found = statuses(folder)
+    unknown = next((status.unknown for status in found if status.unknown is not None), None)
+    if unknown is not None:
+        raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again where it does")
+    in_jobs = [status for status in found if status.job is not None and status.job.is_live]
+    here = [status for status in found if status.holders and status not in in_jobs]
+    jobs = [status.job for status in in_jobs if status.job is not None]
+    if not jobs and not here:
+        alone = (folder / CONFIG_NAME).exists()
+        raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
+    try:
+        cancel_jobs(jobs, now=now)
+    except SchedulerError as error:
+        raise UserError(f"SLURM refuses: {error}") from error
+    for status in here:
+        note_cancelled(status)
+        cancel_processes(status.run_dir, status.holders, now=now)
+
+
+def note_cancelled(status: Status) -> None:
+    """Have the worker of a sweep know that a trial of its own was to end, and not all that runs on the machine."""
+    sweep = sweep_of(status.run_dir)
+    if sweep is None:
+        return
+    if any(process in holders(sweep) for process in status.holders):
+        raise UserError(
+            f"{shown(status.run_dir)} is trained in a pack with other trials, which would end with it; end all of them "
+            f"with `distlora cancel {shown(sweep)}`"
+        )
+    (status.run_dir / CANCELLED_NAME).touch()
+
+
+def cancel_jobs(jobs: Sequence[Job], *, now: bool) -> None:
+    """End jobs: all of them, whatever SLURM says of one. Raises SchedulerError with what it refused, except
+    where a job has ended by itself meanwhile.
+
+    scancel alone would give a job no longer than SLURM waits from TERM to KILL (KillWait, 30 s), and a save may take
+    more. So a running one is asked as before its time limit, and first told not to queue again: the script looks at it.
+    """
+    running = [job.job_id for job in jobs if job.state == "RUNNING"]
+    others = [job.job_id for job in jobs if job.state != "RUNNING"]
+    if now:
+        others, running = [*running, *others], []
+    refused: list[str] = []
+
+    def ask(*command: str) -> bool:
+        try:
+            scheduler.ask(command)
+        except SchedulerError as error:
+            if _HAS_ENDED.search(str(error)) is None:
+                refused.append(str(error))
+            return False
+        return True
+
+    if others and ask("scancel", *others):  # It goes through all of them.
+        say(f"cancelled SLURM job {', '.join(others)}")
+    running = [job_id for job_id in running if ask("scontrol", "update", f"JobId={job_id}", "Requeue=0")]
+    # By way of the controller: else scancel sends the signal to a task of an array again and again while other tasks
+    # wait, for minutes (24.11).
+    if running and ask("scancel", "--ctld", "--batch", "--signal=USR1", *running):
+        say(f"asked SLURM job {', '.join(running)} to save and stop; `distlora status` says when it has")
+    if refused:
+        raise SchedulerError("; ".join(refused))
+
+
+def cancel_sweep(sweep: Path, *, now: bool) -> None:
+    """End the workers of a sweep, which have their trials save and stop. UserError where none lives, or is here."""
+    try:
+        jobs = jobs_of(sweep)
+        cancel_jobs(jobs, now=now)
+    except SchedulerError as error:
+        raise UserError(f"SLURM refuses: {error}") from error
+    workers = holders(sweep)
+    if jobs:
+        return
+    if not workers:
+        raise UserError(f"no worker of {shown(sweep)} lives; `distlora status {shown(sweep)}` says how it stands")
+    cancel_processes(sweep, workers, now=now)
+
+
+def cancel_processes(folder: Path, holding: Sequence[Process], *, now: bool) -> None:
+    """End a run by its launcher on this machine, those on others follow; or a sweep by its workers here. UserError
+    where none is here."""
+    run = shown(folder)
+    here = [process for process in holding if process.is_of_this_machine]
+    if not here:
+        process = holding[0]
+        here_is = host_name() if process.host != host_name() else "another container, or it has started anew"
+        raise UserError(
+            f"{run} runs on {process.host}, and this is {here_is}; give the command there, or `ssh {process.host} "
+            f"kill -{'KILL' if now else 'TERM'} {process.pid}`"
+        )
+    for process in here:
+        try:
+            process.send(signal.SIGKILL if now else signal.SIGTERM)
+        except ProcessLookupError:
+            continue  # It has ended meanwhile.
+        except PermissionError as error:
+            raise UserError(f"{run} is another user's: process {process.pid} cannot be ended from here") from error
+    if now:
+        pids = ", ".join(str(process.pid) for process in here)
+        say(f"killed {run} (pid {pids}); distlora resume {run} continues from its last save")
+    else:
+        say(f"asked {run} to save and stop; distlora status {run} says when it has")

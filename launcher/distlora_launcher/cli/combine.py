@@ -1,0 +1,209 @@
+"""`distlora combine A=0.6 B=-0.4 --out FOLDER`: one adapter of several of the same base.
+
+Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
+(`python -m distlora.post.combine`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from distlora.config import UserError, require
+from distlora.config.places import place_of
+from distlora.post.combine.checks import (
+    check,
+    check_merged,
+    needs_base,
+    open_adapters,
+)
+from distlora.post.combine.members import check_one_base, find_member, fingerprint_of
+from distlora.post.combine.request import METHODS, Member, Request
+from distlora.post.merge.request import Onto, check_mergeable
+from distlora.post.trained import Trained, base_alone, with_adapter
+from distlora.system.exit_codes import DONE
+from distlora.weights.peft.folder import InitialAdapter, check_quantization
+from distlora_launcher.compose.checks import check_writable
+from distlora_launcher.compose.hub import localize
+from distlora_launcher.launch.exec_worker import become
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import shown
+
+WORKER = "distlora.post.combine"
+
+USAGE = """usage: distlora combine A=WEIGHT [B=WEIGHT ...] --out FOLDER [--method METHOD] [--rank R] [--density D]
+                        [--majority-sign-method total|frequency] [--seed S] [--model BASE] [--quant nf4|none]
+                        [--same-base] [--merged [--onto trained|original] [--dtype fp32|bf16|fp16]]
+
+Make one adapter of several of the same base: their weighted sum (a weight may be negative), that sum cut to a rank,
+TIES, DARE. Ranks, scales and targets may differ. FOLDER holds an adapter in PEFT's format, which `distlora generate
+RUN --adapter FOLDER` and PEFT load, and combine.json: of what it was made, and what the rank dropped.
+
+A and B are runs (what they published), RUN/best, RUN/checkpoints/step_N, or adapters in PEFT's format. They must have
+one base: a run's records have its hash, another adapter names its base.
+
+  --out FOLDER      where the result goes; must not exist
+  --method METHOD   how, as PEFT's add_weighted_adapter names it (cat):
+{methods}
+  --rank R          the result's rank, of a method that cuts (the largest of the adapters')
+  --density D       the share of elements that are kept, of magnitude_prune, ties and dare
+  --majority-sign-method WAY
+                    how TIES elects a sign: by the sum (total), or by counting (frequency)
+  --seed S          of what DARE draws (0)
+  --model BASE      the base of adapters that name none on this machine; a folder or a name on the hub
+  --quant nf4|none  how the base is held, where DoRA is combined or a model is merged (as the runs' was)
+  --same-base       take adapters without a known base for adapters of the same one
+  --merged          FOLDER is the base with the result in it, as `distlora merge` makes it; --onto, --dtype as there"""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments, then become the worker. Returns for --help alone."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return DONE
+    request = checked(parse(arguments), shlex.join(["distlora", "combine", *arguments]))
+    names = " and ".join(member.place for member in request.members)
+    print(f"combining {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    become(WORKER, request.as_json())
+
+
+def usage() -> str:
+    methods = "\n".join(f"    {name:<19} {method.what}" for name, method in METHODS.items())
+    return USAGE.format(methods=methods)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    parser = Parser("distlora combine")
+    parser.add_argument("adapters", metavar="ADAPTER=WEIGHT", nargs="+")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--method", default="cat")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--density", type=float)
+    parser.add_argument("--majority-sign-method")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--model")
+    parser.add_argument("--quant", choices=("nf4", "none"))
+    parser.add_argument("--same-base", action="store_true")
+    parser.add_argument("--merged", action="store_true")
+    parser.add_argument("--onto", choices=("trained", "original"))
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"))
+    return parser.parse_args(arguments)
+
+
+def checked(options: argparse.Namespace, command: str) -> Request:
+    """The request. Raises UserError for whatever can be told here."""
+    out = Path(options.out).expanduser().absolute()
+    require(not out.exists(), f"--out={options.out} exists already; name another folder, or remove it")
+    check_writable(out, "--out")
+    base = None if options.model is None else local_base(options.model)
+    members = tuple(find_member(*split(word), base) for word in options.adapters)
+    twice = next((m for i, m in enumerate(members) if m.folder in [other.folder for other in members[:i]]), None)
+    require(twice is None, f"{twice.place if twice else ''} is named twice; give it one weight")
+    known = check_one_base(members, same_base=options.same_base)
+    request = Request(
+        members=members,
+        out=str(out),
+        method=options.method,
+        rank=options.rank,
+        density=options.density,
+        majority_sign_method=options.majority_sign_method or "total",
+        seed=options.seed or 0,
+        command=command,
+    )
+    method = request.how
+    for flag, value, counts in (("majority-sign-method", options.majority_sign_method, method.elects),
+                                ("seed", options.seed, method.draws)):  # fmt: skip
+        require(value is None or counts, f"--{flag}={value} has no effect with --method {request.method}; leave it out")
+    for flag in ("onto", "dtype"):
+        value = getattr(options, flag)
+        require(
+            value is None or options.merged, f"--{flag}={value} is of a merged model; add --merged, or leave it out"
+        )
+    adapters = open_adapters(request)
+    if options.merged or needs_base(adapters):
+        folder = base or next((member.base_folder for member in members if member.base_folder is not None), None)
+        check_unchanged(folder, known)
+        request = dataclasses.replace(
+            request, base_folder=folder, quant=quant_of(members, options.quant), held=held_by(members)
+        )
+        require(folder is not None or not options.merged, "--merged needs the base; name it with --model FOLDER")
+    else:
+        require(
+            options.quant is None,
+            "--quant has no effect: these adapters add the same to any form of the base; leave it out",
+        )
+    check(request, adapters)
+    if options.merged:
+        check_form(adapters, request, options.onto or "trained")
+        check_merged(request, adapters, options.onto or "trained")
+        request = dataclasses.replace(request, onto=options.onto or "trained", dtype=options.dtype or "fp32")
+    if method.function and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"--method {request.method} is PEFT's own function, and peft is not installed; pip install peft"
+        )
+    return request
+
+
+def check_form(adapters: Sequence[InitialAdapter], request: Request, onto: Onto) -> None:
+    """Refuse a form of the base that the adapters do not belong to."""
+    assert request.base_folder is not None
+    for adapter in adapters:
+        check_quantization(adapter, request.quant)
+        config = with_adapter(
+            base_alone(request.base_folder, request.quant, run_dir=str(adapter.folder)), adapter.folder
+        )
+        name = str(adapter.folder)
+        check_mergeable(Trained(place=name, config=config, weights=adapter.folder, foreign=True), onto)
+
+
+def split(word: str) -> tuple[str, float]:
+    """`runs/a=-0.5`."""
+    place, equals, text = word.rpartition("=")
+    if not equals or not place:
+        raise UserError(f"{word!r} names no weight; write {word.rstrip('=')}=1, or another number")
+    try:
+        return place, float(text)
+    except ValueError:
+        raise UserError(f"{word!r}: {text!r} is no number; write {place}=1, or another one") from None
+
+
+def local_base(model: str) -> str:
+    """--model, on this machine."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
+        path = Path(localize(base_alone(place_of(model), "none", run_dir="none")).model.path).expanduser().absolute()
+    require(path.is_dir(), f"--model={model} is no folder; name one in Hugging Face format, or a model on the hub")
+    return str(path)
+
+
+def check_unchanged(folder: str | None, known: str | None) -> None:
+    """The base's values are those that the adapters were trained on."""
+    if folder is not None and known is not None and fingerprint_of(folder) != known:
+        raise UserError(
+            f"the adapters belong to the base {known[:12]}, and {shown(Path(folder))} holds another; name it with "
+            "--model FOLDER"
+        )
+
+
+def held_by(members: Sequence[Member]) -> Literal["bf16", "fp32"]:
+    """What the runs rounded the rest of the base to, where they all did alike."""
+    dtypes = {member.dtype for member in members if member.dtype is not None}
+    return "bf16" if dtypes == {"bf16"} else "fp32"
+
+
+def quant_of(members: Sequence[Member], asked: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:
+    """How the base is held where its values count: as in training."""
+    trained = sorted({member.quant for member in members if member.quant is not None})
+    if asked is None and len(trained) > 1:
+        raise UserError(
+            f"the runs held their base as {' and as '.join(trained)}, and what these adapters add depends on that; "
+            "write --quant nf4 or --quant none for the base of the result"
+        )
+    return asked or ("none" if trained == ["none"] else "nf4")

@@ -1,0 +1,373 @@
+"""`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side.
+
+Everything that can be refused is refused here, before torch is imported. Then this process becomes the worker
+(`python -m distlora.post.evaluate`); with --processes torchrun starts several, which share each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from distlora.architecture.families import check_config, read_config
+from distlora.config import UserError, require
+from distlora.config.places import is_hub_name, means_hub, place_of
+from distlora.data.formats import DATA_FORMATS
+from distlora.post.evaluate.request import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Draft,
+    Request,
+    Subject,
+    Tasks,
+    Text,
+    check_out,
+    held_out,
+)
+from distlora.post.trained import BASE_ALONE, Trained, base_alone
+from distlora.system.exit_codes import DONE
+from distlora.system.wording import named_by_argument
+from distlora.weights.peft.folder import CONFIG_NAME as ADAPTER_CONFIG
+from distlora.weights.prequantized import read_packed_weights
+from distlora.weights.segments import read_headers
+from distlora_launcher.cli import named
+from distlora_launcher.compose.checks import (
+    HEAD_LINES,
+    ROW_TOKENS,
+    check_data,
+    check_model,
+    gpu_count,
+    row_tokens,
+)
+from distlora_launcher.compose.hub import localize
+from distlora_launcher.compose.hub_preview import with_small_files
+from distlora_launcher.launch.exec_worker import become, check_processes, run_several
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import name_of, shown
+
+WORKER = "distlora.post.evaluate"
+MERGE_RECEIPT = "merge.json"
+"""What `distlora merge` leaves in a model's folder."""
+ROWS, DRAFT_ROWS = 128, 8
+"""Of the text: what is read, and what is continued."""
+
+USAGE = f"""usage: distlora eval RUN|MODEL ... [--text FILE] [--rows N] [--sequence-length N] [--dtype bf16|fp32]
+                     [--checkpoint NAME] [--adapter PATH|base] [--model BASE] [--quant nf4|none] [--no-base]
+                     [--processes N] [--json] [--out FILE]
+       distlora eval RUN|MODEL ... --tasks NAME,NAME [--tasks-folder FOLDER] [--fewshot N] [--limit N] [--chat]
+       distlora eval RUN|MODEL --draft MODEL [--text FILE] [--max-new-tokens N]
+
+The loss and the perplexity of each on the same rows of text, how they differ from the first one named, with the
+standard error of that, and how far their predictions are apart. The base of every run is put beside it.
+
+{named.ARGUMENTS}
+  MODEL                a model in Hugging Face format, a merged one too: a folder or a name on the hub; as it is stored,
+                       or in NF4 with --quant nf4
+  --text FILE          documents: anything that data.path of `distlora train` takes; without it, what the first RUN held
+                       out of its own, as it was trained on (of chats, the answers)
+  --rows N             rows of it, taken at even distances where there are more (128)
+  --sequence-length N  tokens in a row of --text (that of the run; for models alone {ROW_TOKENS:,}, or what they have
+                       positions for)
+  --dtype DTYPE        what is computed in: bf16 or fp32 (that of the first run; for models alone fp32 without a GPU)
+  --no-base            without the bases of the runs
+  --processes N        share each model among N processes, one a GPU
+  --json               the figures as JSON on stdout, in place of the table
+  --out FILE           the figures as JSON in a new file
+
+  --tasks NAME,NAME    tasks of lm-evaluation-harness in place of a text: each model on the same questions, and how it
+                       differs from the first, question by question
+  --tasks-folder DIR   where YAML files describe them (the harness's own); such a file may name Python code, which runs
+  --fewshot N          examples before each question (as the task says)
+  --limit N            the first N questions of each task
+  --chat               questions go through the chat template
+
+  --draft MODEL        speculative decoding: RUN merged (or MODEL as it is) checks what this smaller model of the same
+                       vocabulary proposes; answers beside greedy decoding's, forwards, tokens/s. Of --rows rows (8)
+                       of the text the first {PROMPT_TOKENS} tokens are continued
+  --max-new-tokens N   tokens of each answer ({NEW_TOKENS})
+
+--checkpoint, --adapter and --quant mean every RUN that is named, --model every adapter without a run."""
+
+
+def main(arguments: list[str]) -> int:
+    """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    options = parse(arguments)
+    check_out(options.out)
+    check_processes(options.processes)
+    with named_by_argument():
+        request = checked(options)
+    names = ", ".join(subject.label for subject in request.subjects)
+    on = ", ".join(request.tasks.names) if request.tasks is not None else request.text.name if request.text else ""
+    print(f"evaluating {names} on {on} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    if options.processes > 1:
+        return run_several(WORKER, request.written(), options.processes)
+    become(WORKER, request.written())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. UserError for an unknown flag, with the nearest, and for values that are no numbers."""
+    parser = Parser("distlora eval")
+    parser.add_argument("places", metavar="RUN|MODEL", nargs="+")
+    for name in ("--text", "--out", "--checkpoint", "--adapter", "--model"):
+        parser.add_argument(name)
+    parser.add_argument("--quant", choices=("nf4", "none"))
+    parser.add_argument("--dtype", choices=("bf16", "fp32"))
+    for name in ("--tasks", "--tasks-folder", "--draft"):
+        parser.add_argument(name)
+    for name in ("--rows", "--sequence-length", "--fewshot", "--limit", "--max-new-tokens"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--processes", type=int, default=1)
+    for name in ("--no-base", "--json", "--chat"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_args(arguments)
+
+
+def checked(options: argparse.Namespace) -> Request:
+    """The request, its models on this machine. Raises UserError for whatever can be told here."""
+    subjects: list[Subject] = []
+    runs: list[Trained] = []
+    places: set[str] = set()
+    for place in options.places:
+        if is_trained(place):
+            subject, trained = trained_subject(place, options)
+            runs.append(trained)
+        else:
+            subject = model_subject(place, options.quant)
+        same = place if means_hub(place) else str(Path(place).expanduser().resolve())
+        require(same not in places, f"{place} is named twice; name each model once")
+        places.add(same)
+        subjects.append(subject)
+    for flag, named_for in (("checkpoint", "RUN"), ("adapter", "RUN"), ("model", "adapter without its run")):
+        value = getattr(options, flag)
+        require(
+            value is None or any((trained.run_dir is None) == (flag == "model") for trained in runs),
+            f"--{flag}={value} says something of each {named_for}, and none is named; leave it out",
+        )
+    if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
+        subjects += bases_of(runs, [subject for subject in subjects if subject.name is not None])
+    dtype = options.dtype or (runs[0].config.train.dtype if runs else "bf16" if gpu_count() else "fp32")
+    tasks, draft = checked_tasks(options), checked_draft(options, subjects)
+    text = None
+    if tasks is None:
+        text = text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length)
+        check_positions(subjects, text)
+    return Request(
+        subjects=tuple(subjects),
+        text=text,
+        dtype=dtype,
+        tasks=tasks,
+        draft=draft,
+        out=None if options.out is None else str(Path(options.out).absolute()),
+        as_json=options.json,
+    )
+
+
+def checked_tasks(options: argparse.Namespace) -> Tasks | None:
+    """What --tasks asks for. Raises UserError for flags without it, and where the harness is not installed."""
+    if options.tasks is None:
+        for flag in ("tasks_folder", "fewshot", "limit"):
+            value = getattr(options, flag)
+            require(
+                value is None, f"--{flag.replace('_', '-')}={value} is of --tasks; add --tasks NAME, or leave it out"
+            )
+        require(not options.chat, "--chat is of --tasks; add --tasks NAME, or leave it out")
+        return None
+    for flag in ("text", "rows", "sequence_length", "draft"):
+        value = getattr(options, flag)
+        require(
+            value is None,
+            f"--{flag.replace('_', '-')}={value} has no effect with --tasks, which have their own text; leave one out",
+        )
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "--tasks needs lm-evaluation-harness, which is not installed; `pip install lm_eval`, or distlora with [eval]",
+    )
+    folder = None if options.tasks_folder is None else Path(options.tasks_folder).expanduser().absolute()
+    require(
+        folder is None or any(folder.rglob("*.yaml")),
+        f"--tasks-folder={options.tasks_folder} holds no YAML file of a task; name the folder that does",
+    )
+    return Tasks(
+        names=tuple(options.tasks.split(",")),
+        folder=None if folder is None else str(folder),
+        fewshot=options.fewshot,
+        limit=options.limit,
+        as_chat=options.chat,
+    )
+
+
+def checked_draft(options: argparse.Namespace, subjects: Sequence[Subject]) -> Draft | None:
+    """What --draft asks for. Raises UserError for flags without it, and where it has no one target."""
+    new_tokens = options.max_new_tokens
+    if options.draft is None:
+        require(
+            new_tokens is None,
+            f"--max-new-tokens={new_tokens} is of --draft; add --draft MODEL, or leave it out",
+        )
+        return None
+    require(len(subjects) == 1, f"--draft={options.draft} helps one model, and {len(subjects)} are named; name one")
+    require(options.processes == 1, "--draft runs a merged model in one process; leave --processes out")
+    (subject,) = subjects
+    require(
+        subject.quant == "none" or subject.name is not None,
+        f"--draft={options.draft} helps a model whose weights are not quantized; name the run, which is merged for it",
+    )
+    draft = model_subject(options.draft, None)
+    assert draft.model is not None
+    require(draft.quant == "none", f"--draft={options.draft} is stored in NF4; name a model with 16- or 32-bit weights")
+    return Draft(model=draft.model, new_tokens=NEW_TOKENS if new_tokens is None else new_tokens)
+
+
+def is_trained(place: str) -> bool:
+    """Whether a folder is a run or an adapter, and not a model."""
+    folder = Path(place).expanduser()
+    return (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def trained_subject(place: str, options: argparse.Namespace) -> tuple[Subject, Trained]:
+    """What a run or an adapter names."""
+    is_adapter = (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
+    flags = argparse.Namespace(
+        run=place,
+        checkpoint=None if is_adapter else options.checkpoint,
+        adapter=None if is_adapter else options.adapter,
+        model=options.model if is_adapter else None,
+        quant=options.quant if is_adapter else None,
+    )
+    name, trained = named.named(flags)
+    own = trained.config.quant.method
+    require(
+        is_adapter or options.quant in (None, own),
+        f"--quant={options.quant}: {place} was trained with quant={own}, which is what its adapter belongs to; leave "
+        "--quant out, or evaluate what `distlora merge` makes of it",
+    )
+    label = shown(Path(place).expanduser().absolute())
+    if flags.checkpoint is not None:
+        label += f" ({flags.checkpoint})"
+    if flags.adapter is not None:
+        label = base_label(trained) if flags.adapter == BASE_ALONE else f"{label} with {flags.adapter}"
+    return Subject(label=label, kind="base" if trained.weights is None else "adapted", name=name), trained
+
+
+def base_of(trained: Trained, subject: Subject) -> Subject:
+    """The base of what was trained, held as it was held then."""
+    assert subject.name is not None
+    if trained.run_dir is not None:
+        name = dataclasses.replace(subject.name, adapter=BASE_ALONE, checkpoint=None)
+        return Subject(label=base_label(trained), kind="base", name=name)
+    model, held = trained.config.model.path, trained.config.quant
+    return Subject(label=base_label(trained), kind="base", model=model, quant="nf4" if held.is_nf4 else "none")
+
+
+def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subject]:
+    """The base of each, those that are the same once."""
+    found: dict[tuple[object, ...], Subject] = {}
+    for trained, subject in zip(runs, subjects, strict=True):
+        config = trained.config
+        held = "nf4" if config.quant.is_nf4 else config.train.dtype
+        key = (str(Path(config.model.path).resolve()), held, config.model.new_tokens)
+        if key not in found:
+            base = base_of(trained, subject)
+            labels = [other.label for other in found.values()]
+            label = f"{base.label}, of {subject.label}" if base.label in labels else base.label
+            found[key] = dataclasses.replace(base, label=label)
+    return list(found.values())
+
+
+def check_positions(subjects: Sequence[Subject], text: Text) -> None:
+    """Refuse rows that are longer than a model has positions for."""
+    for subject in subjects:
+        folder = Path(subject.found()[0].model.path)
+        check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
+
+
+def base_label(trained: Trained) -> str:
+    model = trained.config.model
+    held = "nf4" if trained.config.quant.is_nf4 else trained.config.train.dtype
+    return f"base {model.name or name_of(model.path)} in {held}"
+
+
+def model_subject(place: str, quant: str | None) -> Subject:
+    """A model's folder, or a name on the hub, which is downloaded."""
+    folder = Path(place).expanduser().absolute()
+    path = place_of(place)
+    if not is_hub_name(path) and not (folder / "config.json").is_file():
+        what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "is no folder"
+        raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
+    config = base_alone(path, "nf4", run_dir=path)
+    with with_small_files(config) as here:
+        small = Path(here.model.path)
+        packed = read_packed_weights(small, read_config(small), read_headers(small))
+        require(
+            quant != "none" or not packed,
+            f"--quant=none: {place} is stored in NF4; leave --quant out",
+        )
+        held: Literal["nf4", "none"] = "nf4" if packed or quant == "nf4" else "none"
+        check_model(dataclasses.replace(here, quant=dataclasses.replace(here.quant, method=held)))
+    local = localize(config).model.path
+    merged = (Path(local) / MERGE_RECEIPT).is_file()
+    label = place if is_hub_name(path) else shown(folder)
+    return Subject(
+        label=f"{label} in nf4" if held == "nf4" else label,
+        kind="merged" if merged else "model",
+        model=local,
+        quant=held,
+    )
+
+
+def text_of(
+    place: str | None, first: Subject, runs: Sequence[Trained], *, rows: int, sequence_length: int | None = None
+) -> Text:
+    """What --text names, or what the first run held out. Raises UserError where neither is there."""
+    run = next((trained for trained in runs if trained.run_dir is not None), None)
+    if place is None:
+        require(
+            run is not None,
+            "the text to evaluate on must be named where no run is: add --text FILE (text, jsonl, or anything else "
+            "that data.path takes)",
+        )
+        assert run is not None
+        assert run.run_dir is not None
+        require(
+            sequence_length is None,
+            f"--sequence-length={sequence_length} is of --text; held-out rows are as the run cut them: leave it out",
+        )
+        return held_out(run.run_dir, run.config, shown(run.run_dir), most_rows=rows)
+    path = place_of(place)
+    if sequence_length is None:
+        folder = first.model if first.model is not None else runs[0].config.model.path
+        sequence_length = run.config.data.sequence_length if run else row_tokens(Path(folder))
+    text = Text(
+        name=path if is_hub_name(path) else shown(Path(path)),
+        path=path,
+        sequence_length=sequence_length,
+        most_rows=rows,
+        **({} if run is None else {"cache_dir": run.config.data.cache_dir}),
+    )
+    if run is not None and run.config.data.template is not None and holds_chats(text):
+        text = dataclasses.replace(text, template=run.config.data.template)
+    check_data(dataclasses.replace(base_alone(path, "none", run_dir=path), data=text.data()))
+    return text
+
+
+def rows_of(options: argparse.Namespace) -> int:
+    """--rows, or what is usual for what is measured."""
+    usual = ROWS if options.draft is None else DRAFT_ROWS
+    return usual if options.rows is None else int(options.rows)
+
+
+def holds_chats(text: Text) -> bool:
+    """Whether a chat template has a say in how a text is read."""
+    from distlora.data.sources import check_sources
+
+    plain = {"text", "prompt_completion", None}
+    assert plain - {None} < set(DATA_FORMATS)
+    return bool(set(check_sources(text.data(), limit=HEAD_LINES)) - plain)

@@ -1,0 +1,180 @@
+"""The `distlora` command: finds the subcommand and turns errors of the user into one message and exit code 2.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (start it again), 128 + n killed by signal n.
+A subcommand is one row of COMMANDS; its module is imported when it is called, so `distlora --help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distlora.system.exit_codes import BAD_INPUT, run_to_exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand."""
+
+    usage: str
+    """What follows its name."""
+    summary: str
+    """One line of `distlora --help`."""
+    module: str
+    """Its `main(arguments: list[str]) -> int` does the work, `--help` included."""
+
+
+COMMANDS = {
+    "train": Command(
+        "model.path=FOLDER data.path=FILE [setting=value ...]",
+        "fine-tune a model (-m for several runs)",
+        "distlora_launcher.cli.train",
+    ),
+    "plan": Command(
+        "model=NAME [card=NAME] [setting=value ...] [--json] [--plot FILE.png] | --table",
+        "what a run needs before it starts, of any model on any cards: memory, host, disk, traffic, time, cost",
+        "distlora_launcher.cli.plan",
+    ),
+    "sweep": Command(
+        "[sweep=grid|random|optuna|rank_search] [setting=a,b ...] | create | agent ID",
+        "many runs that are compared: a grid, Optuna, the rank that is enough, agents of wandb",
+        "distlora_launcher.cli.sweep",
+    ),
+    "report": Command(
+        "RUN|SWEEP [--out FILE.html]",
+        "one HTML file of a run or a sweep: curves, settings, plan and measurement, samples",
+        "distlora_launcher.cli.report",
+    ),
+    "resume": Command("RUN", "continue a run that was stopped", "distlora_launcher.cli.resume"),
+    "status": Command(
+        "RUN [--json]",
+        "whether and where a run, or each run of a sweep, stands: queued, running, saved, ended",
+        "distlora_launcher.cli.status",
+    ),
+    "cancel": Command("RUN [--now]", "have a run save and stop, here or in SLURM", "distlora_launcher.cli.cancel"),
+    "verify": Command(
+        "RUN [--json]",
+        "check a run folder: data, checkpoints, results, figures; what is damaged and what to do",
+        "distlora_launcher.cli.verify",
+    ),
+    "data": Command(
+        "preview model.path=FOLDER data.path=FILE [setting=value ...] | row RUN N",
+        "print documents as the model sees them: what is trained, too long, left out",
+        "distlora_launcher.cli.data",
+    ),
+    "generate": Command(
+        "RUN [--checkpoint best] [--prompts FILE] [--temperature T]",
+        "chat with what a run trained, or have it answer a file of prompts",
+        "distlora_launcher.cli.generate",
+    ),
+    "combine": Command(
+        "A=0.6 B=-0.4 --out FOLDER [--method METHOD] [--rank R]",
+        "one adapter of several of a base: weighted sum, difference, cut to a rank, TIES, DARE",
+        "distlora_launcher.cli.combine",
+    ),
+    "eval": Command(
+        "RUN|MODEL ... [--text FILE] [--processes N] [--json]",
+        "loss and perplexity on a text: adapted, base and merged models side by side",
+        "distlora_launcher.cli.evaluate",
+    ),
+    "push": Command(
+        "RUN ORG/NAME [--private] [--checkpoint best] [--dry-run]",
+        "upload the result to the Hugging Face hub, with a model card",
+        "distlora_launcher.cli.push",
+    ),
+    "merge": Command(
+        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16] [--residual]",
+        "base and adapter as one model in Hugging Face format, with a receipt of what that kept",
+        "distlora_launcher.cli.merge",
+    ),
+    "unmerge": Command(
+        "MERGED --out FOLDER",
+        "the base back, bit for bit, from what was merged with --residual",
+        "distlora_launcher.cli.unmerge",
+    ),
+    "export": Command(
+        "RUN --format hf|peft|bnb|gguf|gguf-lora [--out PLACE] [--dtype DTYPE] [--no-check]",
+        "write what a run trained in formats that others load, each loaded again by its client",
+        "distlora_launcher.cli.export",
+    ),
+    "import": Command(
+        "axolotl FILE.yaml [--out FOLDER/recipe/NAME.yaml]",
+        "turn an Axolotl configuration into a recipe, naming what has no equal",
+        "distlora_launcher.importing",
+    ),
+    "analyze": Command(
+        "quantization MODEL | spectrum RUN [--against RUN] | intrinsic MODEL ... --data FILE",
+        "what 4 bits cost a model; what training did to its weights; how many dimensions that needs: tables, plots",
+        "distlora_launcher.cli.analyze",
+    ),
+    "bench": Command(
+        "load | checkpoint | comm [--measure] | memory | packed | methods [--quick] | kernels [--offline]",
+        "what this machine does, beside what the plan says and what the peers do: tables, CSV, plots",
+        "distlora_launcher.cli.bench",
+    ),
+    "cache": Command(
+        "list [--json] | clear [ENTRY ...] [--older-than DAYS] [--all]",
+        "the quantized bases that are kept for the next start: what they are, and removal",
+        "distlora_launcher.cli.cache",
+    ),
+    "demo": Command("[--base]", "pretrain a tiny model and fine-tune it, on any machine", "distlora_launcher.demo"),
+}
+
+HELP = """Multi-GPU QLoRA training: a 4-bit base, exact and restartable.
+
+usage: distlora COMMAND ...
+
+{commands}
+
+`distlora COMMAND --help` says more. For a first run without a model or data: `distlora demo`.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped after a save (`distlora resume RUN`), 128 + n killed by signal n.
+Tab completion: eval "$(distlora --shell-completion install=bash)"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if words else BAD_INPUT
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"distlora {version('distlora')}")
+        return 0
+
+    return run_to_exit_code(lambda: run_command(words))
+
+
+def run_command(words: list[str]) -> int:
+    """Call the subcommand that `words` name."""
+    if words[0] in ("-sc", "--shell-completion"):
+        from distlora_launcher.cli.completion import main as complete
+
+        return complete(words)
+    command = COMMANDS.get(words[0])
+    if command is None:
+        from distlora.config import UserError, nearest
+
+        if words[0] in ("preview", "row"):
+            raise UserError(f"there is no command {words[0]!r}; write distlora data {words[0]}")
+        raise UserError(
+            f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+        )
+    return importlib.import_module(command.module).main(words[1:])
+
+
+def help_text() -> str:
+    """`distlora --help`."""
+    rows = [
+        f"  distlora {f'{name} {command.usage}'.rstrip()}\n      {command.summary}"
+        for name, command in COMMANDS.items()
+    ]
+    return HELP.format(commands="\n".join(rows)).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""How the commands after training are told what they work on: a run, or an adapter and its base."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+from distlora.config import require
+from distlora.config.places import place_of
+from distlora.post.trained import Name, Trained
+from distlora.weights.segments import read_headers
+from distlora_launcher.compose.hub import localize, restore
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import shown
+
+ARGUMENTS = """  RUN                  a run's folder; or an adapter in PEFT's format, with --model
+  --checkpoint NAME    of a run: a saved step (step_100), or the best by held-out loss (best)
+  --adapter PATH|base  of a run: another LoRA adapter of its base, or the base alone
+  --model BASE         of an adapter without a run: its base, a folder or a name on the hub
+  --quant nf4|none     and how that was held when the adapter was trained (nf4, as QLoRA holds it)"""
+"""For a command's usage."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """RUN, and the flags that say which of it."""
+    parser.add_argument("run", metavar="RUN")
+    for name in ("--checkpoint", "--adapter", "--model"):
+        parser.add_argument(name)
+    parser.add_argument("--quant", choices=("nf4", "none"))
+
+
+def named(options: argparse.Namespace) -> tuple[Name, Trained]:
+    """What the arguments name, with its base on this machine: for the worker's request, and read.
+
+    Raises UserError for what is not there or does not belong together.
+    """
+    if options.adapter is not None:
+        require(options.checkpoint is None, "--adapter and --checkpoint both say which weights; give one of them")
+    name = Name(
+        place=str(Path(options.run).expanduser().absolute()),
+        adapter=options.adapter,
+        checkpoint=options.checkpoint,
+        base=None if options.model is None else place_of(options.model),
+        quant=options.quant or "nf4",
+    )
+    trained = name.read()
+    if trained.run_dir is None:
+        unused = [flag for flag in ("checkpoint", "adapter") if getattr(options, flag) is not None]
+        require(
+            not unused,
+            f"{options.run} is an adapter, and --{unused[0] if unused else ''} says which of a run; leave it out",
+        )
+        if options.quant is None and trained.config.quant.is_nf4:
+            print(
+                f"{options.run}: taken as trained on its base in NF4; if the base was in 16 bits, say --quant none",
+                file=sys.stderr,
+                flush=True,
+            )
+    own = trained.config.quant.method
+    require(
+        options.quant in (None, own),
+        f"--quant={options.quant}: {options.run} was trained with quant={own}, which is what its adapter belongs to; "
+        "leave --quant out",
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results.
+        if trained.run_dir is None:
+            base = localize(trained.config).model.path
+            name = dataclasses.replace(name, base=str(Path(base).expanduser().absolute()))
+            trained = name.read()
+        else:
+            restore(trained.config)
+    folder = Path(trained.config.model.path)
+    where = f"model.path in {shown(trained.run_dir)}/config.yaml" if trained.run_dir else "--model"
+    require(folder.is_dir(), f"the base is gone: {where} is {folder}, which is no folder; put the model back there")
+    return name, trained
+
+
+def default_place(
+    trained: Trained, options: argparse.Namespace, name: str, *, inside: str = ".", suffix: str = ""
+) -> Path:
+    """Where a result called `name` goes: into the run's folder (`inside` it), or beside an adapter that has none; with
+    what it is of in its name."""
+    which = options.checkpoint or (Path(options.adapter).name if options.adapter else None)
+    full = "-".join(word for word in (name, which) if word) + suffix
+    if trained.run_dir is not None:
+        return trained.run_dir / inside / full
+    place = Path(trained.place).expanduser().absolute()
+    return place.with_name(f"{place.name}-{full}")
+
+
+def num_weights(trained: Trained) -> int:
+    """Of the base, about; packed codes hold two a byte."""
+    tensors = read_headers(Path(trained.config.model.path)).values()
+    return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)

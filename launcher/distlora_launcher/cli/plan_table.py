@@ -1,0 +1,105 @@
+"""`distlora plan --table`: many models on many machines, each with the fastest settings that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from distlora.config import Config, UserError, nearest
+from distlora.config.gpus import CARDS
+from distlora.config.places import is_hub_name
+from distlora.planner import Plan
+from distlora.planner.choice.choose import choose
+from distlora.planner.machine import machine_of
+from distlora_launcher.compose.checks import check_parallel
+from distlora_launcher.compose.compose import compose_run
+from distlora_launcher.compose.listing import known_models
+from distlora_launcher.compose.planning import check_planned
+from distlora_launcher.compose.this_machine import planned_model
+
+MODELS = (
+    "mistral_7b",
+    "llama3_8b",
+    "phi4_14b",
+    "gemma3_27b",
+    "qwen25_32b",
+    "mixtral_8x7b",
+    "llama_65b",
+    "llama2_70b",
+    "llama3_70b",
+    "gpt_oss_120b",
+    "qwen3_235b_a22b",
+    "llama3_405b",
+)
+MACHINES = ("rtx4090", "rtx3090x2", "rtx5090x2", "a10x4", "l40sx4", "a100_80gbx8", "h100x8", "b200x8")
+"""What is shown where nothing is named."""
+OF_A_MACHINE = 8
+"""Cards of one machine, where there are more."""
+
+
+def plans(
+    models: Sequence[str], machines: Sequence[str], words: Sequence[str], *, config_dir: str | None = None
+) -> dict[tuple[str, str], Plan | None]:
+    """By (model, machine), with what `words` leave free chosen; None for what `distlora train` would refuse there.
+    UserError for a name that is not known, and for settings that cannot be anywhere."""
+    words_of = {machine: machine_words(machine) for machine in machines}
+    paths = {model: path_named(model) for model in models}
+    named = {word.lstrip("+").partition("=")[0] for word in words}
+    auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
+    found: dict[tuple[str, str], Plan | None] = {}
+    refused: UserError | None = None
+    for machine in machines:
+        settings = ["plan=auto", *auto, *words_of[machine], *words]
+        composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
+        for model in models:
+            of_model = with_path(composed.config, paths[model])
+            found[model, machine] = None
+            try:
+                check_parallel(of_model)
+                shapes = planned_model(of_model)
+                check_planned(of_model, shapes)
+                found[model, machine] = choose(of_model, composed.fixed, shapes, machine_of(of_model)).plan
+            except UserError as error:
+                if is_hub_name(model):  # Which may not be there at all.
+                    raise
+                refused = error
+    if refused is not None and not any(found.values()):
+        raise refused
+    return {(model, machine): found[model, machine] for model in models for machine in machines}
+
+
+def machine_words(machine: str) -> list[str]:
+    """`h100x8` as settings; more than eight are on machines of eight. Raises UserError for a card that is not known."""
+    match = re.fullmatch(r"(.+)x(\d+)", machine)
+    card, number = (match[1], int(match[2])) if match and machine not in CARDS else (machine, 1)
+    if card not in CARDS:
+        raise UserError(
+            f"--cards {machine}: there is no card {card!r}{nearest(card, CARDS)}; write --cards rtx4090,h100x8 with of "
+            f"{', '.join(CARDS)}"
+        )
+    if number < 1 or (number > OF_A_MACHINE and number % OF_A_MACHINE):
+        raise UserError(
+            f"--cards {machine}: {number} cards are no number of machines of {OF_A_MACHINE}; write "
+            f"{card}x{max(1, number // OF_A_MACHINE * OF_A_MACHINE)}"
+        )
+    if number <= OF_A_MACHINE:
+        return [f"card={card}", f"cluster.gpus_per_node={number}"]
+    nodes = number // OF_A_MACHINE
+    return [f"card={card}", "cluster=slurm", f"cluster.gpus_per_node={OF_A_MACHINE}", f"cluster.nodes={nodes}"]
+
+
+def path_named(name: str) -> str:
+    """A model's name on the hub, by that or by its name for model=. Raises UserError for neither."""
+    known = known_models()
+    if name not in known and not is_hub_name(name):
+        raise UserError(
+            f"--models {name}: there is no model of that name{nearest(name, known)}; write names for model=, or "
+            "ORG/NAME of the hub"
+        )
+    return known.get(name, name)
+
+
+def with_path(config: Config, path: str) -> Config:
+    """With another model."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))

@@ -1,0 +1,131 @@
+"""`distlora report`: one HTML file of a run or a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from distlora.config import UserError
+from distlora.run_folder.layout import METRICS_NAME, REPORT_NAME
+from distlora.run_folder.sweep import is_sweep_folder
+from distlora.system import atomic_io
+from distlora.system.exit_codes import DONE
+from distlora_launcher.cli.status import (
+    Status,
+    headline,
+    status_of,
+    statuses,
+)
+from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.launch.run_state import Ending
+from distlora_launcher.report.run_page import run_report
+from distlora_launcher.report.run_records import Standing, read_run
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import say, shown, warn
+
+MOST_BYTES_AT_END = 4_000_000
+"""Of metrics.jsonl, some ten thousand steps: what a report is made of in the moment that a run ends (0.3 s)."""
+
+USAGE = """usage: distlora report RUN|SWEEP [--out FILE.html]
+
+One HTML file of a run, finished or not, or of a sweep: curves, what was planned beside what was measured, settings,
+samples, environment. It has everything in it and loads nothing from elsewhere, so it can be kept, sent or printed.
+
+--out FILE.html    where to write it; without it RUN/report.html"""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report of a run or a sweep. Returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return DONE
+    parser = Parser("distlora report")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    folder = Path(options.run).expanduser().absolute()
+    page = page_of(folder)
+    out = folder / REPORT_NAME if options.out is None else options.out.expanduser().absolute()
+    write(out, page)
+    say(f"report {shown(out)} ({len(page.encode()) / 1000:,.0f} kB); open it in a browser")
+    return DONE
+
+
+def write_at_end(run_dir: Path) -> None:
+    """RUN/report.html of a run whose workers have just ended well. What is wrong with it is said, and costs the run
+    nothing."""
+    again = f"distlora report {shown(run_dir)}"
+    try:
+        if (run_dir / METRICS_NAME).stat().st_size > MOST_BYTES_AT_END:
+            say(f"its curves and figures on a page: {again}")
+            return
+        write_done(run_dir)
+        say(f"its curves and figures on a page: {shown(run_dir / REPORT_NAME)}")
+    except Exception as error:
+        warn(f"no report was written ({type(error).__name__}: {error}), the run is complete all the same; {again}")
+
+
+def write_done(run_dir: Path) -> None:
+    """RUN/report.html of a run that has its result, whoever still holds it. Raises OSError."""
+    status = dataclasses.replace(status_of(run_dir, None, None, None), state="done", ending=Ending())
+    atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing(status)))
+
+
+def page_of(folder: Path) -> str:
+    """The page of a run or a sweep. Raises UserError for a folder that is neither."""
+    if is_sweep_folder(folder):
+        from distlora_launcher.sweeps.page import page_of_sweep
+
+        return page_of_sweep(folder)
+    if not (folder / CONFIG_NAME).exists():
+        reason = "holds neither a run (no config.yaml) nor a sweep" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {reason}; name the folder that `distlora train` or `distlora sweep` has printed")
+    return run_report(read_run(folder), standing(statuses(folder)[0]))
+
+
+def write(out: Path, page: str) -> None:
+    """In one step. Raises UserError where there is no place for it."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; write --out {out / REPORT_NAME}")
+    try:
+        atomic_io.write_text(out, page)
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {out} ({error.strerror or error}); name another place with --out"
+        ) from error
+
+
+def standing(status: Status) -> Standing:
+    """What the report says of how a run stands."""
+    failed = status.ending.error if status.state == "failed" else None
+    said = "has failed" if failed is not None else headline(status)
+    error = failed if status.damaged is None else status.damaged
+    return Standing(state=status.state, said=said, error=error, commands=_commands(status))
+
+
+def _commands(status: Status) -> tuple[tuple[str, str], ...]:
+    run = shlex.quote(str(status.run_dir))
+    found: list[tuple[str, str]] = []
+    if status.state == "done":
+        found = [
+            (f"distlora generate {run}", "chat with the result"),
+            (f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"),
+        ]
+        if status.result is not None and status.result.name == "adapter":
+            more = f"distlora train ... adapter.init_from={shlex.quote(str(status.result))}"
+            found.append((more, "train it further, on other data or for longer"))
+    elif status.next is not None:
+        word = status.next.split()[1] if status.next.startswith("distlora ") else ""
+        said = {
+            "resume": "go on from the newest checkpoint, or from the start where there is none",
+            "cancel": "have it save and stop",
+            "verify": "say what is damaged, and what to do",
+        }.get(word, "start it")
+        found = [(f"distlora {word} {run}" if word else status.next, said)]
+    if status.state in ("running", "queued", "ending"):
+        found.append((f"distlora status {run}", "how it stands now"))
+    if not any(command.startswith("distlora verify") for command, _ in found):
+        found.append((f"distlora verify {run}", "check every byte of its checkpoints and records"))
+    found.append((f"distlora report {run}", "write this report again"))
+    return tuple(found)

@@ -1,0 +1,58 @@
+"""`distlora resume RUN`: continue a run from its folder, which holds all of its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distlora.config import UserError
+
+USAGE = """usage: distlora resume RUN
+
+Continue the run in the folder RUN from its newest whole checkpoint, with the settings in RUN/config.yaml. On the same
+number of processes the result equals that of a run that was never stopped, bit for bit. A run of cluster=slurm is
+submitted again; so are all runs of its sweep that are not done, where RUN is the folder of that. One over several
+machines (cluster=torchrun) is continued by the same command on each.
+
+Of a sweep (`distlora sweep`) the trials that were stopped or killed go on where they were, and the others follow."""
+
+
+def main(arguments: list[str]) -> int:
+    """Continue the run that the one argument names."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    if len(arguments) != 1:
+        extra = [word for word in arguments if "=" in word]
+        reason = f"the settings of a run are fixed, {extra[0]} cannot change them" if extra else "give one run folder"
+        raise UserError(f"distlora resume takes one run folder and nothing else: {reason}; write `distlora resume RUN`")
+    return resume(Path(arguments[0]))
+
+
+def resume(folder: Path) -> int:
+    """Continue the run in `folder`, or what is not done of a sweep there, as it was started. Returns the exit code."""
+    from distlora.config.file import load_config
+    from distlora.run_folder.sweep import is_sweep_folder
+    from distlora.system.exit_codes import DONE
+    from distlora_launcher.jobs.step import in_job, resume_in_job
+    from distlora_launcher.jobs.submit import is_job, resume_run
+    from distlora_launcher.jobs.sweep import is_sweep, resume_sweep
+    from distlora_launcher.launch.local import is_complete, resume_here
+    from distlora_launcher.launch.machines import resume_together
+    from distlora_launcher.sweeps.agents import go_on as go_on_with_agents
+    from distlora_launcher.sweeps.agents import is_agents_folder
+
+    folder = folder.expanduser().absolute()
+    if is_sweep_folder(folder):
+        from distlora_launcher.cli.sweep import go_on
+
+        return go_on(folder)
+    if is_agents_folder(folder):
+        return go_on_with_agents(folder)
+    if is_sweep(folder):
+        return resume_sweep(folder)
+    config = load_config(folder)
+    if is_complete(folder):
+        return DONE
+    if is_job(config):
+        return resume_in_job(folder, config) if in_job() else resume_run(folder, config)
+    return resume_together(folder, config) if config.cluster.on_each_machine else resume_here(folder, config)

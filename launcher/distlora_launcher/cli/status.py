@@ -1,0 +1,335 @@
+"""`distlora status RUN`: how a run stands, wherever it is; of a folder of runs, a line for each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError
+from distlora.config.file import load_config
+from distlora.run_folder.layout import find_result
+from distlora.run_folder.sweep import is_sweep_folder
+from distlora.system.numbers import roughly
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.scheduler import Job, SchedulerError
+from distlora_launcher.jobs.script import SCRIPT_NAME
+from distlora_launcher.launch.job_record import read_submission
+from distlora_launcher.launch.lock import CONFIG_NAME, holders
+from distlora_launcher.launch.logs import SLURM
+from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.run_state import (
+    Ending,
+    Figures,
+    Saved,
+    age,
+    newest_saved,
+    read_ending,
+    read_figures,
+    seconds_left,
+    total_steps,
+    was_started,
+)
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import aligned, shown
+
+USAGE = """usage: distlora status RUN [--json]
+
+How the run in the folder RUN stands: whether and where it runs (this machine, others, a SLURM job), its step and its
+losses, the time left, the last save, how it ended, and what to type next. RUN may be a folder of runs, as -m makes one,
+or a sweep of `distlora sweep`: its workers, and a table of its trials.
+
+--json    print an object for programs (of a folder of runs, a list of them)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """Everything that is known of a run."""
+
+    run_dir: Path
+    state: str
+    """queued, running, ending, done, stopped (saved, as it was asked to), failed, ended (without a word of its own), or
+    new (never started)."""
+    launcher: str | None
+    """local, torchrun, slurm; None where the settings are damaged."""
+    job: Job | None
+    """What SLURM says of its job; None where it has none, or SLURM does not know it any more."""
+    job_id: str | None
+    """The job that it was last submitted as."""
+    holders: list[Process]
+    """The launchers that hold it now."""
+    figures: Figures
+    total_steps: int | None
+    seconds_left: float | None
+    saved: Saved | None
+    ending: Ending
+    result: Path | None
+    """What it has published."""
+    damaged: str | None = None
+    """What is wrong with its settings; then nothing is known that depends on them."""
+    unknown: str | None = None
+    """Why SLURM could not be asked; then the rest is what the folder says."""
+
+    @property
+    def next(self) -> str | None:
+        """What to type now; None where there is nothing to do but wait for others."""
+        run = shown(self.run_dir)
+        if self.state in ("queued", "running"):
+            return f"distlora cancel {run}"
+        if self.state == "done":
+            return f"distlora generate {run}"
+        if self.state == "new" and self.job_id is None and (self.run_dir / SCRIPT_NAME).exists():
+            return f"sbatch {run}/{SCRIPT_NAME}"
+        if self.damaged is not None:
+            return f"distlora verify {run}"
+        return None if self.state == "ending" or self.ending.bad_input else f"distlora resume {run}"
+
+
+def main(arguments: list[str]) -> int:
+    """Print how the run, or the runs, of a folder stand."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    parser = Parser("distlora status")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    folder = Path(options.run).expanduser().absolute()
+    if is_sweep_folder(folder):
+        from distlora_launcher.sweeps.state import as_json, sweep_status
+        from distlora_launcher.sweeps.state import describe as describe_sweep
+
+        sweep = sweep_status(folder)
+        print(as_json(sweep) if options.json else describe_sweep(sweep))
+        return 0
+    found = statuses(folder)
+    if (folder / CONFIG_NAME).exists():
+        print(json.dumps(as_object(found[0]), indent=2) if options.json else describe(found[0]))
+        if found[0].damaged is not None:
+            raise UserError(found[0].damaged)
+    else:
+        print(json.dumps([as_object(status) for status in found], indent=2) if options.json else table(folder, found))
+    return 0
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run in a folder, or the runs right under it by their numbers. Raises UserError for a folder without."""
+    if (folder / CONFIG_NAME).exists():
+        return [folder]
+    runs = [path.parent for path in folder.glob(f"*/{CONFIG_NAME}")] if folder.is_dir() else []
+    if not runs:
+        reason = (
+            "holds no run (no config.yaml), nor runs in folders of its own" if folder.exists() else "does not exist"
+        )
+        raise UserError(f"{folder} {reason}; name the folder of a run, as `distlora train` prints it")
+    return sorted(runs, key=lambda run: (not run.name.isdigit(), int(run.name) if run.name.isdigit() else 0, run.name))
+
+
+def statuses(folder: Path) -> list[Status]:
+    """How the run in a folder stands, or the runs right under it. SLURM is asked once a job or array.
+
+    Raises UserError for a folder that holds neither.
+    """
+    runs = run_folders(folder)
+    submissions = {run: read_submission(run) for run in runs}
+    asked = {submission.array for submission in submissions.values() if submission is not None}
+    # A task is found by its array, which a single run need not ask for as a whole.
+    ids = {submission.job_id for submission in submissions.values() if submission is not None}
+    jobs: dict[str, Job] = {}
+    unknown = None
+    for asked_id in sorted(asked if len(runs) > 1 else ids):
+        try:
+            jobs |= scheduler.find_jobs(asked_id)
+        except SchedulerError as error:
+            unknown = str(error)
+    found = []
+    for run in runs:
+        submission = submissions[run]
+        job_id = None if submission is None else submission.job_id
+        job = jobs.get(job_id or "")
+        if job is not None and not job.is_of(run):
+            job = None
+        found.append(status_of(run, job_id, job, unknown if job_id is not None else None))
+    return found
+
+
+def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str | None) -> Status:
+    """How one run stands, given what SLURM says of it."""
+    config, damaged = None, None
+    try:
+        config = load_config(run_dir)
+    except (UserError, OSError) as error:
+        damaged = str(error)
+    processes, ending, result = holders(run_dir), read_ending(run_dir), find_result(run_dir)
+    figures, total = read_figures(run_dir), None if config is None else total_steps(run_dir, config)
+    state = _state(run_dir, job, processes, ending, result)
+    return Status(
+        run_dir=run_dir,
+        state=state,
+        launcher=None if config is None else config.cluster.launcher,
+        job=job,
+        job_id=job_id,
+        holders=processes,
+        figures=figures,
+        total_steps=total,
+        seconds_left=seconds_left(figures, total, config) if config is not None and state == "running" else None,
+        saved=newest_saved(run_dir),
+        ending=ending if state in ("stopped", "failed", "queued") else Ending(),
+        result=result,
+        damaged=damaged,
+        unknown=unknown,
+    )
+
+
+def _state(run_dir: Path, job: Job | None, processes: list[Process], ending: Ending, result: Path | None) -> str:
+    if result is not None and not processes:
+        return "done"
+    if job is not None and job.is_live:
+        queued = job.state in ("PENDING", "CONFIGURING") or job.state.startswith("REQUEUE")
+        return "queued" if queued else "ending" if job.state == "COMPLETING" else "running"
+    if processes:
+        return "running"
+    if ending.stopped is not None:
+        return "stopped"
+    if ending.error is not None:
+        return "failed"
+    return "ended" if was_started(run_dir) or (job is not None and not job.is_live) else "new"
+
+
+def describe(status: Status) -> str:
+    """The lines for a person."""
+    run, figures = shown(status.run_dir), status.figures
+    lines = [f"{run} {headline(status)}"]
+    if status.unknown is not None:
+        lines.append(f"SLURM does not answer ({status.unknown}), so this is what the folder says")
+    if figures.step > 0 or status.total_steps is not None:
+        total = f" of {status.total_steps:,} ({figures.step / status.total_steps:.0%})" if status.total_steps else ""
+        left = f", {roughly(status.seconds_left)} left" if status.seconds_left is not None else ""
+        written = f", logged {age(figures.time)} ago" if figures.time is not None and status.state != "done" else ""
+        lines.append(f"step      {figures.step:,}{total}{left}{written}")
+    if shown_figures(figures):
+        lines.append(f"figures   {shown_figures(figures)}")
+    if status.state != "done":
+        saved = status.saved
+        what = f"step {saved.step:,}, {age(saved.time)} ago" if saved is not None else "nothing yet"
+        lines.append(f"saved     {what}")
+    log = _log(status)
+    if log is not None:
+        lines.append(f"log       {shown(log)}")
+    if status.next is not None:
+        lines.append(f"next      {status.next}")
+    return "\n".join(lines)
+
+
+def table(folder: Path, found: list[Status]) -> str:
+    """A line for each run of a folder."""
+    rows = [("run", "state", "step", "loss", "held-out", "where")]
+    for status in found:
+        figures = status.figures
+        total = f"/{status.total_steps}" if status.total_steps is not None else ""
+        rows.append(
+            (
+                status.run_dir.name,
+                status.state,
+                f"{figures.step}{total}",
+                "" if figures.loss is None else f"{figures.loss:.4f}",
+                "" if figures.eval_loss is None else f"{figures.eval_loss:.4f}",
+                _where(status),
+            )
+        )
+    lines = aligned(rows)
+    unknown = next((status.unknown for status in found if status.unknown is not None), None)
+    lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
+    lines += [f"SLURM does not answer ({unknown}), so this is what the folders say"] if unknown is not None else []
+    return "\n".join([*lines, f"more of one: distlora status {shown(found[0].run_dir)}"])
+
+
+def as_object(status: Status) -> dict[str, Any]:
+    """For programs: times in seconds since 1970, lengths in seconds; null where something is not known."""
+    figures, saved, ending = status.figures, status.saved, status.ending
+    return {
+        "run_dir": str(status.run_dir),
+        "state": status.state,
+        "launcher": status.launcher,
+        "job_id": status.job_id,
+        "job": None if status.job is None else asdict(status.job),
+        "machines": [{"host": process.host, "pid": process.pid} for process in status.holders],
+        "total_steps": status.total_steps,
+        **asdict(figures),
+        "seconds_left": status.seconds_left,
+        "saved": None if saved is None else {"step": saved.step, "path": str(saved.path), "time": saved.time},
+        "stopped": None if ending.stopped is None else dict(ending.stopped),
+        "error": ending.error,
+        "damaged": status.damaged,
+        "result": None if status.result is None else str(status.result),
+        "next": status.next,
+    }
+
+
+def shown_figures(figures: Figures) -> str:
+    """`loss 2.1034  held-out 2.2010  12,345 tok/s`, of what there is."""
+    parts = [
+        None if figures.loss is None else f"loss {figures.loss:.4f}",
+        None if figures.eval_loss is None else f"held-out {figures.eval_loss:.4f}",
+        None if figures.tokens_per_second is None else f"{figures.tokens_per_second:,.0f} tok/s",
+    ]
+    return "  ".join(part for part in parts if part is not None)
+
+
+def headline(status: Status) -> str:
+    """How the run stands, after its name."""
+    job, stopped = status.job, status.ending.stopped
+    if status.state == "queued":
+        since = f", {_stop(stopped)}" if stopped is not None else ""
+        return f"is queued as {_where(status)}{since}"
+    if status.state == "running":
+        return f"is running {'as' if job is not None else 'on'} {_where(status)}"
+    if status.state == "ending":
+        return f"is about to end as {_where(status)}"
+    if status.state == "done":
+        return f"is done: {shown(status.result)}" if status.result is not None else "is done"
+    if status.state == "stopped" and stopped is not None:
+        return _stop(stopped)
+    if status.state == "failed":
+        return f"has failed: {status.ending.error}"
+    if status.state == "new":
+        return "is prepared and was never started"
+    if job is None:
+        return "has ended without a word: its processes were killed, or their machine is gone"
+    why = f", {job.reason}" if job.reason is not None else ""
+    code = f" with code {job.exit_code}" if job.exit_code else ""
+    return f"has ended as SLURM job {job.job_id}, {job.state}{code}{why}"
+
+
+def _stop(stopped: Any) -> str:
+    """stopped.json as a sentence."""
+    moment = stopped.get("time")
+    since = f", {age(moment)} ago" if isinstance(moment, (int, float)) else ""
+    by = f" (asked to by {stopped['signal']}{since})" if isinstance(stopped.get("signal"), str) else since
+    if stopped.get("checkpoint") is None:
+        return f"has stopped before anything was trained{by}"
+    return f"has stopped after step {stopped.get('step')}, which is saved{by}"
+
+
+def _where(status: Status) -> str:
+    """Where a run is, or waits."""
+    job = status.job
+    if job is None or not job.is_live:
+        return ", ".join(f"{process.host} (pid {process.pid})" for process in status.holders)
+    place = f" on {job.nodes}" if job.nodes is not None else ""
+    times = "once" if job.restarts == 1 else f"{job.restarts} times"
+    again = f", started again {times}" if job.restarts else ""
+    why = f" ({job.reason})" if job.reason is not None else ""
+    return f"SLURM job {job.job_id}{place}{again}{why}"
+
+
+def _log(status: Status) -> Path | None:
+    """What to read for more: rank 0's, or before there is one, that of the job."""
+    logs = status.run_dir / "logs"
+    candidates = [logs / "rank_0.log"]
+    if status.job_id is not None:
+        candidates.append(logs / f"{SLURM}{status.job_id}.log")
+    if status.state == "failed" or (status.state == "ended" and status.job is not None):
+        candidates.reverse()
+    return next((path for path in candidates if path.exists()), None)

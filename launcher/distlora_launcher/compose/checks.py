@@ -1,0 +1,314 @@
+"""What can be refused without torch, before any process starts: the model's folder, the data's head, the machine.
+
+Every refusal is a UserError with the value, the reason and what to type instead. Ranges and names of single settings
+are checked where they are declared, in distlora.config.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
+from distlora.architecture.families import (
+    Family,
+    check_config,
+    check_tiles,
+    family_of,
+    is_tied,
+    names_on_disk,
+    read_config,
+    text_settings,
+)
+from distlora.architecture.targets import check_patterns
+from distlora.architecture.tokens import check_before_tokenizer
+from distlora.checkpoint.state import check_newest_settings
+from distlora.config import Config, UserError, nearest, require
+from distlora.config.deepspeed_file import check_deepspeed, read_gathering
+from distlora.config.errors import FILES, short
+from distlora.config.places import is_hub_name
+from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
+from distlora.weights.prequantized import (
+    PackedWeight,
+    check_keeps_packed,
+    packed_outside_blocks,
+    read_packed_weights,
+)
+from distlora.weights.segments import SOURCE_DTYPES, Segment, read_headers
+from distlora.weights.start_file import check_ranks, needs_start, require_start
+from distlora_kernels import native
+from distlora_launcher.compose.initial_adapter import check_initial_adapter
+from distlora_launcher.launch.rendezvous import resolve, split
+
+HEAD_LINES = 1000
+"""Documents of each source that are read here; the preparation process reads them all."""
+
+ROW_TOKENS = 1024
+"""Of a text that a command reads outside of a run."""
+
+_BLOCK_WEIGHT = re.compile(r"((?:\w+\.)+layers\.(\d+)\..+)\.weight")
+"""A weight of a decoder block, by transformers' names."""
+
+
+def check(config: Config, *, new_run: bool) -> None:
+    """Refuse what cannot run. `new_run`: the run folder must not hold a run yet, unless another machine makes it."""
+    try:
+        if new_run and not config.cluster.on_each_machine:
+            check_run_dir(Path(config.run_dir))
+        if config.cluster.launcher != "slurm":  # The machine that submits says nothing of those that will run.
+            check_machine(config)
+        check_parallel(config)
+        check_model(config)
+        check_data(config)
+        goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
+        if goes_on:
+            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, config)
+        if goes_on and config.adapter.decomposes and needs_start(config, training=True, restores=True):
+            require_start(config)
+        check_writable(Path(config.data.cache_dir), "data.cache_dir")
+    except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
+        raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a folder that holds another run, and a place where no folder can be made."""
+    if (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"run_dir={run_dir} already holds a run; continue it with `distlora resume {run_dir}`, "
+            "or set another run_dir"
+        )
+    check_writable(run_dir, "run_dir")
+
+
+def check_writable(place: Path, setting: str) -> None:
+    """Refuse a folder that cannot be made or written, by trying: permissions do not tell all (root, /proc)."""
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"{setting}={place}: {existing} is a file; set another {setting}")
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting}={place}: cannot write in {existing} ({error.strerror}); set another {setting}"
+        ) from error
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that processes of this shell may use: CUDA_VISIBLE_DEVICES where it is set, else the device files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name[len("nvidia") :].isdigit()])
+
+
+def check_machine(config: Config) -> None:
+    """Refuse more processes than GPUs; a machine without one runs as many CPU processes as it is told to. Where several
+    machines meet, refuse a place that this one does not know."""
+    endpoint = config.cluster.rdzv_endpoint
+    if config.cluster.on_each_machine and endpoint is not None:
+        resolve(*split(endpoint), endpoint)
+    if config.parallel.backend == "zero3" and config.cluster.ranks > 1:
+        check_deepspeed()
+    wanted, available = config.cluster.gpus_per_node, gpu_count()
+    if 0 < available < wanted:
+        raise UserError(
+            f"cluster.gpus_per_node={wanted}, but this machine shows {available} GPU{'s' if available > 1 else ''}; "
+            f"set cluster.gpus_per_node={available}"
+        )
+    if available == 0 and config.optim.name.startswith("paged_"):
+        same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[config.optim.name]
+        raise UserError(
+            f"optim.name={config.optim.name} pages moments between a GPU and the host, and this machine shows no GPU; "
+            f"set optim.name={same}"
+        )
+    if config.train.compile:
+        require(
+            available == 0,
+            "train.compile=true is for the CPU, and this machine has a GPU, where train.liger=true does the same; "
+            "set train.compile=false",
+        )
+        reason = native.why_not()
+        require(
+            reason is None, f"train.compile=true compiles for this machine, but {reason}, or set train.compile=false"
+        )
+
+
+def check_parallel(config: Config) -> None:
+    """Refuse a file of DeepSpeed's that says what cannot be, and settings that a single process has no use for."""
+    read_gathering(config.parallel)
+    ranks = config.cluster.ranks
+    for setting in ("offload_base", "deepspeed_config", "resident_blocks"):
+        value = getattr(config.parallel, setting)
+        shown = f"parallel.{setting}={'true' if value is True else value}"
+        require(
+            not value or ranks > 1,
+            f"{shown} has no effect in one process, which keeps the base whole and gathers nothing; leave it out, or "
+            "start more with cluster.gpus_per_node=2",
+        )
+
+
+def check_model(config: Config) -> None:
+    """Refuse a folder that is no model of a known family, damaged weights, and what this model cannot do.
+
+    A model on the hub is checked by its small files and its weights' headers, before the rest is downloaded.
+    """
+    if is_hub_name(config.model.path):
+        from distlora_launcher.compose.hub_preview import with_small_files
+
+        with with_small_files(config) as here:
+            check_model(here)
+        return
+    require(
+        config.model.revision is None or config.model.name is not None,
+        f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
+    )
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise UserError(_no_folder(folder))
+    model = read_model_config(folder)
+    full = config.adapter.method == "full"
+    family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
+    check_before_tokenizer(config, model)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
+            "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
+        )
+    on_disk = read_headers(folder)
+    packed = read_packed_weights(folder, model, on_disk)
+    check_keeps_packed(config, packed)
+    stored_as = names_on_disk(on_disk, family)
+    tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
+    packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
+    check_tensors(folder, model, tensors, packed, family)
+    check_of_sizes(config, model, family)
+    if config.adapter.method == "lora":
+        names = linear_names(tensors, family)
+        num_layers = text_settings(model, family)["num_hidden_layers"]
+        targets = select_adapted(config.adapter, names, family, num_layers)
+        check_patterns(config.adapter, targets, [*names, *expert_names(family, num_layers)])
+        shapes = {name: packed[w].shape if (w := f"{name}.weight") in packed else tensors[w].shape for name in names}
+        shapes |= expert_shapes(family, num_layers, text_settings(model, family))
+        check_initial_adapter(config, shapes, tensors[f"{family.decoder}.embed_tokens.weight"].shape)
+        check_ranks(config.adapter, {name: shapes[name] for name in targets if name in shapes})
+
+
+def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> None:
+    """Refuse what a model of these sizes has not: blocks, an MLP of one piece, routers. `model` is its config.json."""
+    config.parallel.check_blocks(text_settings(model, family)["num_hidden_layers"])
+    check_router_loss(config.train.router_aux_loss, family)
+    check_tiles(config.train.mlp_tile, family)
+    if config.train.attention == "sdpa":
+        without = "train.attention=sdpa has no effect"
+        why = f"{without} on {family.model_type}, whose attention goes through dense masks anyway; leave it out"
+        require(family.attention == "sdpa", why)
+        require(
+            config.train.dtype == "bf16",
+            f"{without} with train.dtype={config.train.dtype}, which has no other way; leave it out",
+        )
+    require(
+        not config.train.compile or family.experts is None,
+        f"train.compile=true: what it compiles is not tested on mixtures of experts ({family.model_type}); set "
+        "train.compile=false",
+    )
+
+
+def _no_folder(folder: Path) -> str:
+    if folder.exists():
+        return f"model.path={folder} is a file; point it at the folder that holds config.json and the safetensors"
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    hint = nearest(folder.name, siblings, cutoff=FILES)
+    if not hint and not folder.parent.exists():
+        hint = "; a model on the Hugging Face hub is named by its owner and its name, model.path=org/name"
+    hint = hint or "; set model.path to a model's folder in Hugging Face format, or to its name on the hub (org/name)"
+    return f"model.path={folder} does not exist{hint}"
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a supported model. Raises UserError for anything else."""
+    model = read_config(folder)
+    family_of(model, folder / "config.json")
+    return model
+
+
+def row_tokens(folder: Path) -> int:
+    """ROW_TOKENS, or what the model has positions for."""
+    model = read_model_config(folder)
+    limit = text_settings(model, family_of(model, folder / "config.json")).get("max_position_embeddings")
+    return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
+
+
+def has_tokenizer(folder: Path) -> bool:
+    alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).is_file() for name in names) for names in alternatives)
+
+
+def check_tensors(
+    folder: Path,
+    model: dict[str, Any],
+    tensors: dict[str, Segment],
+    packed: Mapping[str, PackedWeight],
+    family: Family,
+) -> None:
+    """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes.
+
+    `tensors` by transformers' names; `packed` are the weights that are in NF4 already.
+    """
+    num_layers, place = text_settings(model, family).get("num_hidden_layers"), folder / "config.json"
+    if type(num_layers) is not int or num_layers < 1:
+        raise UserError(f"{place}: num_hidden_layers={short(num_layers)} is not a number of layers; download it again")
+    layers = f"{family.decoder}.layers."
+    needed = [f"{family.decoder}.embed_tokens.weight", f"{family.decoder}.norm.weight"]
+    needed += [] if is_tied(model, family) else ["lm_head.weight"]
+    in_blocks = (name.removeprefix(layers) for name in tensors if _BLOCK_WEIGHT.fullmatch(name))
+    suffixes = {name.partition(".")[2] for name in in_blocks}
+    # Of a number of layers that is no model's, one more than there are tensors is enough to find one that is missing.
+    some = range(min(num_layers, len(tensors) + 1))
+    needed += [f"{layers}{layer}.{suffix}" for layer in some for suffix in sorted(suffixes)]
+    absent = [name for name in needed if name not in tensors]
+    if absent or not suffixes:
+        first = absent[0] if absent else f"{layers}0"
+        count = f" ({len(absent)} tensors are missing in all)" if len(absent) > 1 else ""
+        raise UserError(f"{folder}: no tensor {first} in its safetensors{count}; download the checkpoint again")
+    for name in needed:
+        if name in packed:
+            if not _BLOCK_WEIGHT.fullmatch(name):
+                raise packed_outside_blocks(name)
+        elif tensors[name].dtype not in SOURCE_DTYPES:
+            raise UserError(
+                f"{tensors[name].file}: {name} is stored as {tensors[name].dtype}; a base must be "
+                f"{', '.join(SOURCE_DTYPES)}, so set model.path to such a checkpoint"
+            )
+
+
+def linear_names(tensors: dict[str, Segment], family: Family) -> list[str]:
+    """Paths of the linears in the decoder blocks, by transformers' names: the two-dimensional weights, but for those of
+    routers and experts.
+    """
+    matches = ((_BLOCK_WEIGHT.fullmatch(name), segment) for name, segment in tensors.items())
+    names = [match[1] for match, segment in matches if match and len(segment.shape) == 2]
+    return [name for name in names if family.experts is None or not set(family.experts.on_disk) & set(name.split("."))]
+
+
+def check_data(config: Config) -> None:
+    """Refuse sources that are absent, empty or broken within their first lines, and an unknown chat template.
+
+    Of a hub data set its name, configuration and split are checked, unless this run read it before.
+    """
+    from distlora.data.chat import template_source
+    from distlora.data.formats import check_objective
+    from distlora.data.sources import check_sources, pinned_commits
+
+    if config.data.template is not None:
+        template_source(config.data.template)
+    formats = check_sources(config.data, limit=HEAD_LINES, pinned=pinned_commits(Path(config.run_dir)))
+    held_out = config.data.held_out_source
+    sources = [*config.data.training_sources, *([held_out] if held_out is not None else [])]
+    for source, format in zip(sources, formats, strict=True):
+        if format is not None:
+            check_objective(format, config.train.objective, source.path)

@@ -1,0 +1,270 @@
+"""Command-line overrides to a `Config`: Hydra composes conf/, distlora.config checks and types the result.
+
+Hydra raises a dozen kinds of exceptions for a mistyped word; all of them leave here as one UserError that names the
+word and what to type instead (`explain.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from distlora.config import Config, UserError, require
+from distlora.config.file import build
+from distlora.config.places import means_hub
+from distlora_launcher.compose.explain import EXPLAINED, explain, refuse_nameless
+from distlora_launcher.compose.initial_adapter import with_initial_adapter
+from distlora_launcher.compose.user_overrides import fixed_settings
+
+CONF_MODULE = "distlora_launcher.conf"
+VERSION_BASE = "1.3"
+MISSING = "???"
+UNSET = "/dev/null/unset"
+"""What stands in the place of a path that may still be missing; no folder can be there."""
+
+MOST_JOBS_CHECKED = 64
+"""Jobs of a sweep that are composed and checked before the first one starts; the others are checked as they start."""
+
+REQUIRED = {
+    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer), or a name on the hub",
+    "data.path": "a file (jsonl, json, parquet, csv, txt), a folder of them, or a data set on the hub",
+}
+EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"
+
+
+MAPPINGS = (
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "data.columns",
+    "cluster.environment",
+    "sweep.space",
+)
+"""Settings whose keys are the user's own words."""
+
+
+def with_new_keys(word: str) -> str:
+    """`adapter.rank_pattern={down_proj:32}` with Hydra's mark for keys that conf/ does not have; others as they are."""
+    key = word.partition("=")[0]
+    return f"++{word}" if any(key == name or key.startswith(name + ".") for name in MAPPINGS) else word
+
+
+def expand_home(word: str) -> str:
+    """`data.path=~/x` as zsh would pass it: bash leaves the ~ alone, and Hydra's grammar has no such character."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path.home()}{value[1:]}" if value == "~" or value.startswith("~/") else word
+
+
+def section_of(word: str) -> str:
+    """The section, or the group, that a word is of: `adapter` of adapter=full, +adapter.r=8 and ~adapter.r."""
+    return re.split(r"[.@/]", word.lstrip("+~").partition("=")[0], maxsplit=1)[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composed:
+    """The settings of one run."""
+
+    config: Config
+    fixed: frozenset[str] = frozenset()
+    """Those that plan=auto may not choose, as the user has (`fixed_settings`)."""
+    own: tuple[str, ...] = ()
+    """The words of a job of a sweep that not all of its jobs have."""
+
+
+def compose_config(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Config:
+    """`compose_run`, without what is fixed."""
+    return compose_run(overrides, config_dir=config_dir, may_lack_paths=may_lack_paths).config
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_lack_paths: bool = False) -> Composed:
+    """The settings of one run. Raises UserError for what cannot be composed, is unknown, missing or invalid.
+
+    may_lack_paths: model.path and data.path may still be missing; they are UNSET then.
+    """
+    overrides = [with_new_keys(word) for word in overrides]
+    refuse_nameless(overrides)
+    with _initialized(config_dir) as prefix:
+        return _compose_one([*prefix, *overrides], may_lack_paths)
+
+
+def compose_sweep(
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None = None,
+    may_lack_paths: bool = False,
+    most: int | None = MOST_JOBS_CHECKED,
+) -> list[Composed]:
+    """The settings of the jobs of a `-m` run, in Hydra's order; at most `most` of them (None: all).
+
+    A sweeper other than Hydra's own chooses its values later: then the list has one entry, the settings that all share.
+    """
+    overrides = [with_new_keys(word) for word in overrides]
+    refuse_nameless(overrides)
+    with _initialized(config_dir) as prefix:
+        try:
+            loader = GlobalHydra.instance().config_loader()
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+            if any(override.key_or_group == "hydra/sweeper" for override in parsed):
+                shared = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]
+                return [_compose_one([*prefix, *shared], may_lack_paths)]
+            jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+        everywhere = set(jobs[0]).intersection(*jobs)
+        return [
+            dataclasses.replace(
+                _compose_one([*prefix, *job], may_lack_paths), own=tuple(word for word in job if word not in everywhere)
+            )
+            for job in jobs[:most]
+        ]
+
+
+def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
+    """The words of a command line in Hydra's grammar. Raises UserError for one that cannot be read."""
+    refuse_nameless(overrides)
+    with _initialized(config_dir):
+        try:
+            loader = GlobalHydra.instance().config_loader()
+            return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+
+
+def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
+    """The plain values of a group of conf/ that is no part of a run's settings (`sweep`)."""
+    overrides = [with_new_keys(word) for word in overrides]
+    refuse_nameless(overrides)
+    with _initialized(config_dir) as prefix:
+        try:
+            composed = hydra_compose("config", overrides=[*prefix, *overrides])
+            values: Any = OmegaConf.to_container(composed[section], resolve=True)
+        except EXPLAINED as error:
+            raise explain(error, overrides) from error
+    return _string_keys(values)
+
+
+def names_model(config: Config) -> bool:
+    """Whether settings that may lack paths say of which model they are."""
+    return config.model.path != UNSET
+
+
+def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
+    """The settings of a run whose folder is `run_dir`, from what Hydra composed."""
+    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    values.pop("sweep", None)  # What makes many runs of it (sweeps/).
+    missing = list(_missing_keys(values))
+    if isinstance(values["data"], dict) and values["data"].get("path") is None and not values["data"].get("sources"):
+        missing.append("data.path")
+    if may_lack_paths:
+        for key in {"model.path", "data.path"} & set(missing):
+            section, _, name = key.partition(".")
+            values[section][name] = UNSET
+            missing.remove(key)
+    if missing:
+        lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
+        raise UserError(*lines, EXAMPLE)
+    config = _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)
+    if config.cluster.on_each_machine and not may_lack_paths:
+        require(
+            "${now" not in str(unresolved["run_dir"]) or Path(values["run_dir"]).name != Path(run_dir).name,
+            f"run_dir is not set, and by default it has the time in its name, which differs between the "
+            f"{config.cluster.nodes} machines (cluster.nodes); add run_dir=runs/{config.name} or another folder that "
+            "they share, the same on each",
+        )
+    return config
+
+
+def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
+    try:
+        composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+        with open_dict(composed):
+            composed.hydra.job.num, composed.hydra.job.id = 0, "0"  # For names such as trial-${hydra:job.num}.
+            HydraConfig.instance().set_config(composed)
+            # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
+            run_dir = composed.hydra.run.dir
+            del composed["hydra"]
+        config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
+        config = with_initial_adapter(config, overrides)
+        return Composed(config=config, fixed=fixed_settings(config, overrides))
+    except EXPLAINED as error:
+        raise explain(error, overrides) from error
+
+
+@contextmanager
+def _initialized(config_dir: str | None) -> Iterator[list[str]]:
+    """Hydra pointed at conf/ for the duration; yields the overrides that add the folder of `--config-dir`."""
+    prefix = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(
+                f"--config-dir {config_dir} is not a folder; name the one that holds your groups, as recipe/NAME.yaml"
+            )
+        prefix = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
+    with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
+        yield prefix
+
+
+def _missing_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if value == MISSING:
+            yield prefix + str(key)
+        elif isinstance(value, dict):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+
+
+def _string_keys(value: Any) -> Any:
+    """Numbers and booleans are legal keys in Hydra's grammar (+adapter={1:2}); a setting's name is a string."""
+    return {str(k): _string_keys(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _absolute(config: Config) -> Config:
+    """Paths that mean the same in a worker and in a resume from another folder; names on the hub stay as they are."""
+    model = dataclasses.replace(config.model, path=_absolute_path("model.path", config.model.path))
+    data = dataclasses.replace(
+        config.data,
+        path=None if config.data.path is None else _absolute_path("data.path", config.data.path),
+        sources=tuple(
+            dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
+            for index, source in enumerate(config.data.sources)
+        ),
+        eval_path=None if config.data.eval_path is None else _absolute_path("data.eval_path", config.data.eval_path),
+        cache_dir=_absolute_path("data.cache_dir", config.data.cache_dir),
+    )
+    if data.template is not None and data.template.endswith(".jinja"):
+        data = dataclasses.replace(data, template=_absolute_path("data.template", data.template))
+    adapter = config.adapter
+    if adapter.init_from is not None:
+        adapter = dataclasses.replace(adapter, init_from=_absolute_path("adapter.init_from", adapter.init_from))
+    parallel = config.parallel
+    if parallel.deepspeed_config is not None:
+        file = _absolute_path("parallel.deepspeed_config", parallel.deepspeed_config)
+        parallel = dataclasses.replace(parallel, deepspeed_config=file)
+    quant = dataclasses.replace(config.quant, cache_dir=_absolute_path("quant.cache_dir", config.quant.cache_dir))
+    run_dir = _absolute_path("run_dir", config.run_dir)
+    config = dataclasses.replace(config, parallel=parallel, quant=quant)
+    return dataclasses.replace(config, model=model, data=data, adapter=adapter, run_dir=run_dir)
+
+
+def _absolute_path(name: str, path: str) -> str:
+    if not path.strip():
+        raise UserError(f"{name} is empty; set {name}=..." + (f", {REQUIRED[name]}" if name in REQUIRED else ""))
+    if name != "run_dir" and means_hub(path):
+        return path
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise UserError(f"{name}={path}: {error} write the path from / on") from error

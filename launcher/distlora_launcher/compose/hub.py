@@ -1,0 +1,304 @@
+"""Models by name: what the Hugging Face hub says of one, and its download.
+
+`model.path=org/name` is resolved to a commit once a process: the jobs of a sweep share it. What a run reads is then
+downloaded into the usual cache of huggingface_hub, whose locks make that once a machine, and RUN/config.yaml names the
+folder and the commit. Nothing here is asked while settings are composed or shown. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import glob
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from distlora.config import Config, UserError
+from distlora.config.places import is_hub_name
+from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
+from distlora.weights.segments import INDEX_NAME, SINGLE_NAME, read_index
+
+REPORT_SECONDS = 10.0
+"""Between two lines of progress in a log."""
+
+_COMPANION = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)|README\.md|(additional_chat_templates/)[^/]+\.jinja")
+_NOT_COMPANION = re.compile(r".*\.(bin|h5|msgpack|onnx)\.index\.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubModel:
+    """A model on the hub at one commit, and where it lies or will lie here."""
+
+    name: str
+    commit: str
+    weights: Mapping[str, int]
+    """Bytes of each safetensors file that the model consists of."""
+    companions: Mapping[str, int]
+    """Bytes of the other files that a run reads: configuration, tokenizer, templates, the model's card."""
+    cache: Path
+    """A cache of huggingface_hub."""
+
+    @property
+    def repository(self) -> Path:
+        return self.cache / f"models--{self.name.replace('/', '--')}"
+
+    @property
+    def folder(self) -> Path:
+        """The snapshot: links to the files of this commit."""
+        return self.repository / "snapshots" / self.commit
+
+    def absent(self) -> dict[str, int]:
+        """The files that are not here yet."""
+        files = {**self.companions, **self.weights}
+        return {file: size for file, size in files.items() if not (self.folder / file).is_file()}
+
+
+def is_to_download(config: Config) -> bool:
+    """Whether the model is one on the hub that is not here, or not whole."""
+    return is_hub_name(config.model.path) and bool(locate(config.model.path, config.model.revision).absent())
+
+
+def localize(config: Config) -> Config:
+    """The config with its model on this machine: a hub model is downloaded, a local folder left as it is.
+
+    model.path becomes the snapshot's folder, model.name the name on the hub, model.revision the commit.
+    """
+    if not is_hub_name(config.model.path):
+        return config
+    model = locate(config.model.path, config.model.revision)
+    download(model)
+    settings = dataclasses.replace(config.model, path=str(model.folder), name=model.name, revision=model.commit)
+    return dataclasses.replace(config, model=settings)
+
+
+def restore(config: Config) -> None:
+    """Download again the snapshot that RUN/config.yaml names, to the same folder, where it is gone or incomplete.
+
+    Does nothing for a model that did not come from the hub.
+    """
+    folder, name, commit = Path(config.model.path), config.model.name, config.model.revision
+    if name is None or commit is None or folder.parts[-2:] != ("snapshots", commit):
+        return
+    if folder.is_dir() and all(path.exists() for path in folder.iterdir()):  # A link into an emptied cache does not.
+        return
+    print(f"{folder} is gone or incomplete", flush=True)
+    download(locate(name, commit, cache=folder.parents[2]))
+
+
+@functools.cache
+def locate(name: str, revision: str | None, *, cache: Path | None = None) -> HubModel:
+    """What the hub has under a name (at a branch, tag or commit), or what is cached of it while it cannot be reached.
+
+    Raises UserError for a model that does not exist, may not be read, or has no safetensors.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    cache = (cache or Path(constants.HF_HUB_CACHE)).expanduser().resolve()
+    with explained(name, revision):
+        try:
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            return _cached(name, revision, cache, error)
+        assert info.sha is not None
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        if "config.json" in sizes:  # By the branch's name: that records its commit, by which an offline start finds it.
+            hf_hub_download(name, "config.json", revision=revision, cache_dir=cache)
+        shards = {SINGLE_NAME}
+        if INDEX_NAME in sizes:
+            index = hf_hub_download(name, INDEX_NAME, revision=info.sha, cache_dir=cache)
+            shards = _shards(Path(index), name)
+        elif SINGLE_NAME not in sizes:
+            raise explain_absent_weights(name, sizes)
+    missing = sorted(shards - set(sizes))
+    if missing:
+        raise UserError(
+            f"{name} has no {missing[0]}, which its {INDEX_NAME} names; set model.revision to a whole commit, or "
+            "model.path to another model"
+        )
+    return HubModel(
+        name=name,
+        commit=info.sha,
+        weights={file: sizes[file] for file in sorted(shards)},
+        companions={file: size for file, size in sizes.items() if is_companion(file)},
+        cache=cache,
+    )
+
+
+def is_companion(file: str) -> bool:
+    """Whether a run reads this file of a repository beside the weights. Code that comes with a model is never run."""
+    return _COMPANION.fullmatch(file) is not None and _NOT_COMPANION.fullmatch(file) is None
+
+
+def download(model: HubModel) -> None:
+    """Fetch what is absent into the cache, with lines of progress. Raises UserError when the disk is too small."""
+    from huggingface_hub import snapshot_download
+
+    absent = model.absent()
+    if not absent:
+        return
+    needed = sum(absent.values())
+    _check_space(model, needed)
+    print(f"downloading {model.name} ({megabytes(needed)}, commit {model.commit[:12]}) to {model.cache}", flush=True)
+    started = time.monotonic()
+    with (
+        explained(model.name, model.commit),
+        _progress(model.repository / "blobs", model.name, needed),
+        _interruptible() as bar,
+    ):
+        try:
+            snapshot_download(
+                model.name,
+                revision=model.commit,
+                cache_dir=model.cache,
+                allow_patterns=[glob.escape(file) for file in (*model.companions, *model.weights)],
+                tqdm_class=bar,
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise _disk_full(model, needed) from error
+            raise
+    seconds = max(time.monotonic() - started, 1e-3)
+    print(f"downloaded in {seconds:,.0f} s ({megabytes(needed / seconds)}/s)", flush=True)
+
+
+def megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _shards(index: Path, name: str) -> set[str]:
+    try:
+        return set(read_index(index, "set model.path to another model").values())
+    except UserError as error:
+        raise UserError(str(error).replace(str(index), f"{name}: its {INDEX_NAME}")) from error
+
+
+def _cached(name: str, revision: str | None, cache: Path, reason: Exception) -> HubModel:
+    """The model as it lies in the cache. Raises `reason` where it does not, or not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=["config.json"]
+        )
+    except LocalEntryNotFoundError:
+        raise reason from None
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    shards = _shards(Path(folder) / INDEX_NAME, name) if INDEX_NAME in sizes else {SINGLE_NAME}
+    if not shards <= set(sizes):
+        raise reason
+    model = HubModel(
+        name=name,
+        commit=Path(folder).name,
+        weights={file: sizes[file] for file in sorted(shards)},
+        companions={file: size for file, size in sizes.items() if is_companion(file)},
+        cache=cache,
+    )
+    print(f"the hub cannot be reached: using {name} as it is in the cache, commit {model.commit[:12]}", flush=True)
+    return model
+
+
+def _check_space(model: HubModel, needed: int) -> None:
+    existing = next(folder for folder in (model.cache, *model.cache.parents) if folder.exists())
+    if shutil.disk_usage(existing).free < needed:
+        raise _disk_full(model, needed)
+
+
+def _disk_full(model: HubModel, needed: int) -> UserError:
+    existing = next(folder for folder in (model.cache, *model.cache.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    return UserError(
+        f"{model.name} needs {megabytes(needed)} in {model.cache}, where {megabytes(free)} are free; make room "
+        "(`hf cache ls`, `hf cache rm`), or set HF_HOME to a folder on another disk"
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[type[Any]]:
+    """A class of progress bars that ends the download at Ctrl-C: huggingface_hub's own waits for the files in flight,
+    gigabytes each."""
+    from huggingface_hub.utils import tqdm
+
+    stopped = threading.Event()
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        if stopped.is_set():
+            os._exit(128 + signal.SIGINT)
+        stopped.set()
+        print("\nstopping the download; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield Bar
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the files that are not whole yet", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _progress(blobs: Path, name: str, total: int) -> Iterator[None]:
+    """Lines of progress for a log, by the bytes that appear in `blobs`; a terminal has huggingface_hub's own bars."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+    before, started = _bytes_in(blobs), time.monotonic()
+
+    def report() -> None:
+        while not ended.wait(REPORT_SECONDS):
+            done = min(_bytes_in(blobs) - before, total)
+            rate = done / (time.monotonic() - started)
+            line = f"{name}: {megabytes(done)} of {megabytes(total)} ({done / total:.0%}), {megabytes(rate)}/s"
+            print(line, flush=True)
+
+    watcher = threading.Thread(target=report, name="hub-progress", daemon=True)
+    with disable_progress_bars():
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _bytes_in(folder: Path) -> int:
+    """What the files of a folder take on the disk: a file in the making may be sparse."""
+    return sum(_size(path) for path in _files(folder))
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return folder.iterdir() if folder.is_dir() else ()
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # Renamed meanwhile: a finished download.
+        return 0
+    return min(status.st_size, status.st_blocks * 512)

@@ -1,0 +1,141 @@
+"""What a run needs, before its workers start: `plan=auto` and `quant=auto` are decided, what cannot fit is refused, and
+the plan is said and kept as RUN/plan.json.
+
+All of it is calculated (distlora/planner/), from config.json's sizes and what this machine shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from distlora.config import Config, UserError, require
+from distlora.config.deepspeed_file import check_deepspeed
+from distlora.config.gpus import CARDS, card_named
+from distlora.planner import Plan, plan_of
+from distlora.planner.choice.choose import Choice, choose, resolve_quantization
+from distlora.planner.choice.suggest import nearest
+from distlora.planner.machine import Machine, machine_of, used_device
+from distlora.planner.model import PlannedModel
+from distlora.planner.pages.report import lines, needs, verdict
+from distlora.planner.pages.words import largest
+from distlora.planner.storage.host import keeps_on_host
+from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
+from distlora.system import atomic_io
+from distlora.weights.prequantized import refuse_dense
+from distlora.weights.start_file import check_ranks
+from distlora_launcher.compose import this_machine
+from distlora_launcher.compose.checks import check_of_sizes
+from distlora_launcher.terminal.output import say, warn
+
+_decided: dict[tuple[str, frozenset[str]], Choice] = {}
+"""What `decide` found of settings but for their run folder: a command asks before it hands over to Hydra, and again in
+each job, and a search takes a third of a second."""
+
+
+def decide(config: Config, fixed: Collection[str]) -> Choice:
+    """`choices`, of a run that is to start. Raises UserError for what cannot fit, with the nearest that does."""
+    key = repr(dataclasses.replace(config, run_dir="")), frozenset(fixed)
+    if key not in _decided:
+        _decided[key] = choices(config, fixed)
+    choice = _decided[key]
+    require_fit(choice.plan)
+    return dataclasses.replace(choice, config=dataclasses.replace(choice.config, run_dir=config.run_dir))
+
+
+def choices(config: Config, fixed: Collection[str]) -> Choice:
+    """The settings with what `plan=auto` and `quant=auto` choose; as they are where neither is set. `fixed`: dotted
+    names that the user has chosen. Raises UserError for what a model of these sizes cannot do, and for plan=auto of
+    cards whose memory nothing says."""
+    model, machine = this_machine.planned_model(config), machine_here(config)
+    check_planned(config, model)
+    if config.plan.mode == "auto":
+        where = "this machine" if config.cluster.launcher == "local" else f"cluster={config.cluster.launcher}"
+        require(
+            machine.usable_bytes is not None,
+            f"plan=auto chooses by the memory of cards, which nothing says of {where}; add card=h100, or what you know "
+            "of it: card.memory_gib=80",
+        )
+        return choose(config, {*fixed, *_not_to_be_had(config)}, model, machine)
+    if config.quant.method == "auto":
+        return resolve_quantization(config, model, machine)
+    return Choice(config=config, plan=plan_of(config, model, machine), asked=config)
+
+
+def check_planned(config: Config, model: PlannedModel) -> None:
+    """Refuse of a model of which there is config.json alone what `check_model` would."""
+    check_of_sizes(config, model.settings, model.shapes.family)
+    if model.settings.get("quantization_config") is not None:
+        refuse_dense(config)
+    if config.adapter.decomposes:
+        adapters = (each for block in model.shapes.adapters(config.adapter) for each in block)
+        check_ranks(config.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
+
+
+def _not_to_be_had(config: Config) -> Collection[str]:
+    """Settings that cannot be chosen as this machine, where the run is started on it, lacks DeepSpeed."""
+    try:
+        if config.cluster.launcher == "local":
+            check_deepspeed()
+    except UserError:
+        return ("parallel.backend", "parallel.offload_base")
+    return ()
+
+
+def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = False) -> Plan:
+    """The plan of settings that are decided; of those in RUN/config.yaml where that is there. `runs_here`: this is one
+    of the machines that run it, whatever starts it there. Raises UserError for what cannot fit."""
+    plan = plan_of(config, this_machine.planned_model(config), machine_here(config, runs_here=runs_here))
+    require_fit(plan, run_dir=run_dir)
+    return plan
+
+
+def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
+    """The machines of a run: by name, else this one, if the run is started on it. Its driver, which may be slow to
+    wake, is asked only where it has something to say: of a card that is named, whether the memory of this machine's
+    host is that of its host."""
+    if config.cluster.launcher != "local" and not runs_here:
+        return machine_of(config)
+    waits = keeps_on_host(config, config.cluster.ranks) or config.plan.mode == "auto"
+    return machine_of(config, found=this_machine.found_here(asks_driver=config.card.name == "auto" or waits))
+
+
+def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
+    """Refuse a plan that does not fit, unless the user wants it all the same, which a run that is made says in
+    RUN/config.yaml. One that has saved something has run before: that is better evidence than a calculation with what
+    memory its host has left now."""
+    if plan.fits is not False or not plan.config.plan.refuse or (run_dir is not None and checkpoint_folders(run_dir)):
+        return
+    found = nearest(plan.config, plan.model, plan.machine)
+    most = f" ({largest(plan.device.by_kind)})" if found.least is None else f"; at the least {needs(found.least)}"
+    anyway = "plan.refuse=false" if run_dir is None else f"refuse: false under plan in {run_dir / 'config.yaml'}"
+    raise UserError(
+        f"this run does not fit {plan.machine.name} by calculation{verdict(plan).removeprefix('NO')}{most}; "
+        f"{found}; {anyway} starts it all the same"
+    )
+
+
+def say_choice(choice: Choice) -> None:
+    """What was chosen, and why."""
+    for change in choice.changes:
+        say(f"chosen: {change}")
+
+
+def keep(run_dir: Path, plan: Plan, *, runs_here: bool = True) -> None:
+    """Write RUN/plan.json, which the workers hold their own memory to, and say the plan; where it is of another card
+    than this machine shows, on which the run is, that too."""
+    atomic_io.write_json(run_dir / PLAN_NAME, plan.as_json())
+    for line in lines(plan):
+        say(line)
+    shows = other_device(plan.config) if runs_here else None
+    if shows is not None:
+        warn(f"this is the plan of card={plan.config.card.name}, and the run is on what this machine shows: {shows}")
+
+
+def other_device(config: Config) -> str | None:
+    """The name of the card that processes here use, where `card=` names another."""
+    if config.card.name not in CARDS:
+        return None
+    used = used_device(config, this_machine.found_here())
+    return None if used is None or card_named(used[0]) == CARDS[config.card.name] else used[0]

@@ -1,0 +1,114 @@
+"""A process, named so that no other is taken for it: pids come round again, and containers have equal ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora_launcher.launch.logs import host_name
+
+_LARGEST_PID = 2**22
+"""Linux's limit."""
+_STARTED = 18
+"""Place of the start in /proc/PID/stat, after the state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """A process of some machine. The last three are None where the system has no /proc."""
+
+    host: str
+    pid: int
+    started: int | None = None
+    """Ticks of the clock from the machine's start to its own."""
+    boot: str | None = None
+    """That start of the machine."""
+    namespace: str | None = None
+    """Whose pids these are: of the machine, or of a container in it."""
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether its pid means here what it means there."""
+        return (self.host, self.boot, self.namespace) == (host_name(), _boot(), _namespace())
+
+    @property
+    def has_ended(self) -> bool | None:
+        """None where that cannot be told from here."""
+        if not self.is_of_this_machine:
+            return None
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
+        except OSError:
+            return None if _exists(self.pid) else True
+        # From the third field on: the second is a name, which may have spaces.
+        state, *fields = stat.rpartition(")")[2].split()
+        return state in "ZX" or int(fields[_STARTED]) != self.started
+
+    def send(self, signum: int) -> None:
+        """Send it a signal. Raises ProcessLookupError where it has ended, whoever has its pid now, and PermissionError
+        for another user's."""
+        with contextlib.ExitStack() as stack:
+            descriptor = None
+            with contextlib.suppress(AttributeError, OSError):  # No Linux, an old one, one that filters calls.
+                descriptor = os.pidfd_open(self.pid)
+                stack.callback(os.close, descriptor)
+            # Looked at only now: what the descriptor holds keeps its pid.
+            if self.has_ended or not self.is_of_this_machine:
+                raise ProcessLookupError(f"process {self.pid} of {self.host} has ended")
+            if descriptor is None:
+                os.kill(self.pid, signum)
+            else:
+                signal.pidfd_send_signal(descriptor, signum)
+
+
+def this_process() -> Process:
+    pid, started = os.getpid(), None
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        started = int(stat.rpartition(")")[2].split()[1 + _STARTED])
+    return Process(host=host_name(), pid=pid, started=started, boot=_boot(), namespace=_namespace())
+
+
+def from_record(values: Mapping[str, Any]) -> Process | None:
+    """The process that a record names; None where it names none."""
+    host, pid, started = values.get("host"), values.get("pid"), values.get("started")
+    # Of 0 and -1 kill would make many processes.
+    if not isinstance(host, str) or type(pid) is not int or not 1 < pid <= _LARGEST_PID:
+        return None
+    boot, namespace = values.get("boot"), values.get("namespace")
+    return Process(
+        host=host,
+        pid=pid,
+        started=started if isinstance(started, int) else None,
+        boot=boot if isinstance(boot, str) else None,
+        namespace=namespace if isinstance(namespace, str) else None,
+    )
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # Another user's, which /proc may hide.
+        return True
+    return True
+
+
+def _boot() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _namespace() -> str | None:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None

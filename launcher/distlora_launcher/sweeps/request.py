@@ -1,0 +1,159 @@
+"""What a command line asks of a sweep: read, checked and refused before anything of it is made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.config import Config, UserError, nearest, require
+from distlora.config.places import is_hub_name
+from distlora.run_folder.sweep import JOURNAL_NAME, is_sweep_folder, words_of
+from distlora.training.multi_trial.settings import check_trial
+from distlora_launcher.compose.checks import check, check_writable
+from distlora_launcher.compose.compose import (
+    MOST_JOBS_CHECKED,
+    Composed,
+    compose_run,
+    expand_home,
+    section_of,
+)
+from distlora_launcher.compose.hub import locate
+from distlora_launcher.compose.planning import decide
+from distlora_launcher.sweeps.drawing import check_sampler
+from distlora_launcher.sweeps.folder import Sweep
+from distlora_launcher.sweeps.local import shares
+from distlora_launcher.sweeps.packing import checked_pack
+from distlora_launcher.sweeps.search import Cells, Search
+from distlora_launcher.sweeps.section import read_section
+from distlora_launcher.sweeps.space import first_cell
+from distlora_launcher.terminal.arguments import Parser
+from distlora_launcher.terminal.output import say, warn
+
+FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
+"""What a run logs that can be compared (RUN/metrics.jsonl)."""
+PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+"""With train.objective=dpo, of training and with eval_ before it."""
+
+
+def ask(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
+    """The sweep that a command line describes, and the settings of one of its trials. Nothing is made yet."""
+    options, words = read_words(arguments)
+    config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
+    settings, space, shared = read_section(words, config_dir=config_dir)
+    probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
+    folder = Path(probe.config.run_dir)
+    check_folder(folder)
+    shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir=", "name="))]
+    if probe.config.tracker.name == "wandb" and probe.config.tracker.group is None:
+        shared += words_of({"tracker.group": folder.name})
+    searched = {dimension.setting for dimension in space}
+    sweep = Sweep(
+        folder=folder,
+        settings=settings,
+        words=tuple(shared),
+        space=space,
+        config_dir=config_dir,
+        cwd=os.getcwd(),
+        name=None if "name" in searched else probe.config.name,
+    )
+    return sweep, probe
+
+
+def read_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the words in Hydra's grammar."""
+    require(
+        not {"-m", "--multirun"} & set(arguments),
+        "-m is of `distlora train`; distlora sweep runs several without it",
+    )
+    parser = Parser("distlora sweep")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--config-dir")
+    options = parser.parse_args([expand_home(word) for word in arguments])
+    return options, options.words
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds a sweep or a run, and a place where none can be made."""
+    require(
+        not is_sweep_folder(folder),
+        f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
+    )
+    for name in ("config.yaml", JOURNAL_NAME):
+        require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
+    check_writable(folder, "run_dir")
+
+
+def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
+    """Refuse what no trial could be: settings, model, data. All trials are checked where they are known, at most the
+    first MOST_JOBS_CHECKED; one that does not fit is told of, and will be recorded as failed."""
+    check_sampler(sweep.settings)
+    check_metric(sweep, first.config)
+    trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
+    refused = []
+    for number, values in enumerate(trials):
+        words = " ".join(words_of(values))
+        try:
+            composed = sweep.compose(number, values, search.words)
+            check(composed.config, new_run=True)
+            if sweep.settings.packed != 1:
+                check_trial(composed.config)
+        except UserError as error:
+            raise UserError(f"trial {number} ({words}): {error}" if words else str(error)) from error
+        try:
+            decide(composed.config, composed.fixed)
+        except UserError as error:
+            refused.append(f"trial {number} ({words}) cannot run, and will be recorded so: {error}")
+    if len(refused) == len(trials) and isinstance(search, Cells):
+        raise UserError(refused[0].replace(" cannot run, and will be recorded so", ""))
+    for line in refused:
+        warn(line)
+    if sweep.settings.packed != 1:
+        say(f"packed: {checked_pack(sweep)}")
+
+
+def check_place(sweep: Sweep, config: Config) -> None:
+    """Refuse workers that would not have the cards that a trial asks for, and trials over machines by hand."""
+    require(
+        not config.cluster.on_each_machine,
+        f"cluster=torchrun over {config.cluster.nodes} machines (cluster.nodes): trials that are started by hand on "
+        "several would not stay in step; set cluster=slurm",
+    )
+    if config.cluster.launcher != "slurm":
+        shares(sweep.settings.workers, config.cluster.gpus_per_node)
+
+
+def pinned(sweep: Sweep, config: Config) -> Sweep:
+    """The sweep with its model on the hub at one commit: a branch may move between two trials."""
+    searched = {section_of(dimension.setting) for dimension in sweep.space}
+    if not is_hub_name(config.model.path) or "model" in searched or "recipe" in searched:
+        return sweep
+    commit = locate(config.model.path, config.model.revision).commit
+    return dataclasses.replace(sweep, words=(*sweep.words, *words_of({"model.revision": commit})))
+
+
+def check_metric(sweep: Sweep, config: Config) -> None:
+    """Refuse to compare by the held-out loss where nothing is held out, and to prune without evaluations."""
+    figures = [*FIGURES, *(f"{kind}{name}" for name in PREFERENCE_FIGURES for kind in ("", "eval_"))]
+    metric = sweep.settings.metric
+    known = figures if config.train.objective == "dpo" else list(FIGURES)
+    require(metric in known, f"no run logs {metric} (sweep.metric){nearest(metric, known)}; set sweep.metric=eval_loss")
+    held_out = config.data.held_out_source is not None or config.data.eval_fraction > 0
+    require(
+        held_out or not sweep.settings.metric.startswith("eval_"),
+        f"sweep.metric={sweep.settings.metric} needs held-out documents, and none are (data.eval_fraction=0); set "
+        "data.eval_path or data.eval_fraction=0.05, or compare by another figure: sweep.metric=loss",
+    )
+    pruner = sweep.settings.pruner
+    require(
+        pruner == "none" or config.train.eval_every is not None,
+        f"sweep.pruner={pruner} judges trials by their evaluations, and there is one alone, at the end; set "
+        "train.eval_every=50, or sweep.pruner=none",
+    )
+    require(
+        pruner == "none" or sweep.settings.metric.startswith("eval_"),
+        f"sweep.pruner={pruner} judges trials by their evaluations, which have no {sweep.settings.metric} "
+        "(sweep.metric); set sweep.metric=eval_loss, or sweep.pruner=none",
+    )

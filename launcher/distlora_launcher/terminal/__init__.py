@@ -1,0 +1,1 @@
+"""Read command-line arguments and write to the terminal."""

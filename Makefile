@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-documents test-llama-cpp chaos fuzz lint format messages slurm-shell clean
+.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format messages slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -17,9 +17,13 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-# What takes minutes each (CONTRIBUTING.md says what that is). Not in CI.
-test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+# A real SLURM, whole processes, and the cells of tables that `make test` leaves out.
+test-ci: $(READY)
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m ci
+
+# Everything, with what takes minutes each. Not in CI.
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 # The README's first hour, each command as a user types it, its output held to what is promised: a quarter of an hour, of which
 # DISTLORA_CACHE=~/.cache/distlora, where the demo has been, saves half. Not in CI.

@@ -73,7 +73,7 @@ def test_starting_imports_neither_torch_nor_hydra():
 
 def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path):
     code = (
-        "import sys; from distlora_launcher import application as a; "
+        "import sys; from distlora_launcher.cli import train as application as a; "
         "(run,) = a.composed(a.read_flags(sys.argv[1:])); a.check(run.config, new_run=True); "
         "a.decide(run.config, run.fixed); print({'torch', 'transformers'} & set(sys.modules))"
     )

@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
+from counted_step import our_step
 from distlora.bench.collectives import counted
-from distlora.bench.traffic import our_step
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import as_mapping, load_config
 from distlora.model.build import CausalLM

@@ -277,6 +277,21 @@ def test_predictions_are_those_of_the_cost_model() -> None:
     assert ours == pytest.approx(1532e-6, rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [(8192, 8192), (8192, 28672), (28672, 8192)])
+def test_dora_is_predicted_within_15_percent_of_lora(shape: tuple[int, int]) -> None:
+    """Bytes, flops and time over NF4; flops and time over a dense base, whose outputs take one more pass."""
+    group = Group("linear", (shape,))
+    for base, lora, dora in (
+        ("NF4", costs.ours_scratch, costs.ours_dora),
+        ("dense", costs.ours_dense, costs.ours_dora_dense),
+    ):
+        without, with_dora = (list(count(group, 8192, 16, backward=True)) for count in (lora, dora))
+        assert sum(step.flops for step in with_dora) <= 1.15 * sum(step.flops for step in without), base
+        assert predicted_seconds(with_dora, ASSUMED) <= 1.15 * predicted_seconds(without, ASSUMED), base
+        if base == "NF4":
+            assert sum(step.nbytes for step in with_dora) <= 1.15 * sum(step.nbytes for step in without)
+
+
 @pytest.mark.parametrize(("factor", "word"), [(0.99, "PASS"), (1.01, "FAIL")])
 def test_bounds_are_read_off_the_right_rows(factor: float, word: str) -> None:
     """Times just within the bounds and just beyond them; and rows of other shapes, which have none."""

@@ -72,8 +72,7 @@ def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPat
 def test_the_others_hand_their_options_on() -> None:
     for words, module, arguments in (
         (["checkpoint", "--r", "8,16"], "distlora.bench.checkpoint", ["--r=8,16", "--rounds=4"]),
-        (["dora"], "distlora.bench.dora", ["--sizes=1024,2048", "--rows=2048"]),
-        (["time"], "distlora.bench.step_time", ["--threads=1", "--repeats=6", "--blocks=2"]),
+        (["memory"], "distlora.bench.against_plan", ["--models=10M,100M", "--ranks=1,2"]),
     ):
         with pytest.raises(BecameError) as became:
             main.main(["bench", *words])
@@ -99,8 +98,6 @@ def test_load_needs_no_gpu_and_has_ours_as_workers_are(monkeypatch: pytest.Monke
         (["load", "--rounds", "0"], "--rounds=0 is no count"),
         (["checkpoint", "--r", "0"], "--r=0 are no positive numbers"),
         (["checkpoint", "--tokens", "0"], "--tokens=0 is no count"),
-        (["time", "--blocks", "0"], "--blocks=0 is no count"),
-        (["dora", "--sizes", "x"], "--sizes=x are no positive numbers"),
         (["load", "--ranks", "two"], "--ranks=two are no positive numbers"),
         (["kernel"], "did you mean 'kernels'"),
         (["kernels", "--offline", "--onyl", "x"], "--only"),
@@ -142,15 +139,6 @@ def test_results_go_to_a_folder_that_can_be_written_to(capsys: pytest.CaptureFix
     assert became.value.arguments[-2:] == ["--json", f"--out={tmp_path / 'new'}"]
     (tmp_path / "file").touch()
     assert "is a file; set another --out" in error_of(capsys, "load", "--out", str(tmp_path / "file"))
-
-
-def test_packs_are_measured_on_a_base_that_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").touch()
-    with pytest.raises(BecameError) as became:
-        main.main(["bench", "packed", "--base", str(tmp_path), "--trials", "4", "--json"])
-    assert became.value.module == "distlora.bench.packed"
-    assert became.value.arguments == [str(tmp_path), "--trials=4", "--lengths=16,64", "--ranks=1,2", "--json"]
-    assert "holds no model" in error_of(capsys, "packed", "--base", str(tmp_path / "none"))
 
 
 def test_only_our_processes_of_load_have_what_workers_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
+from counted_step import Counts, measure_ours
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
-from distlora.bench.traffic import Counts, measure_ours
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import build_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distlora.bench.traffic import random_tokens
+from distlora.bench.rows import random_tokens
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.data.stacking import Share, stacks

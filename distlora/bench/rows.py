@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from distlora.data.loader import PackedRows
 from distlora.data.rows import STARTS, TRAINED
@@ -21,3 +22,8 @@ def packed(tokens: np.ndarray, flags: np.ndarray) -> PackedRows:
     """Tokens and flags (rows, length) as a run has them, but for the documents that they are of."""
     targets = np.count_nonzero(flags & TRAINED, axis=1).astype(np.int32)
     return PackedRows(tokens, flags, targets, np.zeros(len(tokens), np.int32), 0, {})
+
+
+def random_tokens(rows: int, length: int, vocabulary: int, rank: int) -> torch.Tensor:
+    """Return (rows, length) int64 tokens, different on each rank."""
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(rank))

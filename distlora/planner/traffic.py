@@ -1,5 +1,5 @@
 """What a training step moves between ranks, calculated from a model's shapes: ours, and what PEFT with accelerate's
-FSDP2 moves for the same model. Imports no torch: the planner and `distlora bench comm` ask before anything is built.
+FSDP2 moves for the same model. Imports no torch.
 
 Two measures, each of one rank and one optimizer step:
 
@@ -10,8 +10,7 @@ Two measures, each of one rank and one optimizer step:
   (W-1)/W S each, an all-reduce 2 (W-1)/W S.
 
 Both backends cut dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
-tests/test_wire.py holds every number of ours to collectives counted as torch issues them, tests/test_bench_comm.py the
-peers', of a Llama with a head of its own and of one with a tied one; a peer's experts are calculated alone.
+tests/test_wire.py compares these numbers with the collectives that torch issues.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
-from distlora.bench.traffic import random_tokens
+from distlora.bench.rows import random_tokens
 from distlora.parallel import Ranks
 from distlora.planner.traffic import Storage
 

@@ -8,13 +8,8 @@ BENCHES = {
     "step": "a training step beside PEFT + bitsandbytes, Trainer and accelerate's FSDP2: speed, memory, bytes, losses",
     "load": "reading and quantizing a checkpoint, with and without the cache, beside transformers + bitsandbytes",
     "checkpoint": "a save and a resume of a run, beside PEFT's, Trainer's and accelerate's: bytes, seconds",
-    "comm": "what a step moves between ranks, calculated and counted, beside PEFT with accelerate's FSDP2",
     "memory": "what a step has in memory, by kind, planned and measured",
-    "time": "what a step takes, planned at the rates of this machine and measured",
-    "packed": "trials of a sweep packed on one base, beside one after the other",
     "methods": "adapter methods and full fine-tuning on the demo's base and data: losses, memory, time",
-    "attention": "the CPU's attention in bf16, beside torch's",
-    "dora": "what DoRA costs beside LoRA in one linear, counted for a GPU and measured on this CPU",
     "kernels": "the GPU kernels; with --offline what they compile to, without a GPU",
 }
 

@@ -17,7 +17,7 @@ from damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from distlora.config import UserError
 from distlora.run_folder.layout import REPORT_NAME
 from distlora_launcher.cli.main import main
-from distlora_launcher.cli.report import write_at_end
+from distlora_launcher.launch.final_report import write_final_report
 from distlora_launcher.report.run_page import run_report
 from distlora_launcher.report.run_records import Standing, read_run
 from report_folders import PLAN, STATE, Page, make_folder, metrics, write, write_lines
@@ -224,16 +224,16 @@ def test_out_names_the_place(tmp_path: Path) -> None:
 
 def test_the_end_of_a_run_writes_it_and_cannot_fail_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_folder(tmp_path / "run")
-    write_at_end(run)
+    write_final_report(run)
     assert "report.html" in capsys.readouterr().out
     assert "is done" in Page((run / REPORT_NAME).read_text()).text
     (run / REPORT_NAME).unlink()
     (run / REPORT_NAME).mkdir()
-    write_at_end(run)
+    write_final_report(run)
     assert "no report was written (IsADirectoryError" in capsys.readouterr().err
     with (run / "metrics.jsonl").open("a") as file:
         file.write(" " * 5_000_000)
-    write_at_end(run)
+    write_final_report(run)
     assert f"distlora report {run}" in capsys.readouterr().out
 
 

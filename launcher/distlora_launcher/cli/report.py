@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
 
 from distlora.config import UserError
-from distlora.run_folder.layout import METRICS_NAME, REPORT_NAME
+from distlora.run_folder.layout import REPORT_NAME
 from distlora.run_folder.sweep import is_sweep_folder
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.status import (
     Status,
     headline,
-    status_of,
     statuses,
 )
+from distlora_launcher.launch.final_report import commands_always, commands_when_done
 from distlora_launcher.launch.lock import CONFIG_NAME
-from distlora_launcher.launch.run_state import Ending
 from distlora_launcher.report.run_page import run_report
 from distlora_launcher.report.run_records import Standing, read_run
 from distlora_launcher.terminal.arguments import Parser
-from distlora_launcher.terminal.output import say, shown, warn
-
-MOST_BYTES_AT_END = 4_000_000
-"""Of metrics.jsonl, some ten thousand steps: what a report is made of in the moment that a run ends (0.3 s)."""
+from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora report RUN|SWEEP [--out FILE.html]
 
@@ -50,26 +45,6 @@ def main(arguments: list[str]) -> int:
     write(out, page)
     say(f"report {shown(out)} ({len(page.encode()) / 1000:,.0f} kB); open it in a browser")
     return DONE
-
-
-def write_at_end(run_dir: Path) -> None:
-    """RUN/report.html of a run whose workers have just ended well. What is wrong with it is said, and costs the run
-    nothing."""
-    again = f"distlora report {shown(run_dir)}"
-    try:
-        if (run_dir / METRICS_NAME).stat().st_size > MOST_BYTES_AT_END:
-            say(f"its curves and figures on a page: {again}")
-            return
-        write_done(run_dir)
-        say(f"its curves and figures on a page: {shown(run_dir / REPORT_NAME)}")
-    except Exception as error:
-        warn(f"no report was written ({type(error).__name__}: {error}), the run is complete all the same; {again}")
-
-
-def write_done(run_dir: Path) -> None:
-    """RUN/report.html of a run that has its result, whoever still holds it. Raises OSError."""
-    status = dataclasses.replace(status_of(run_dir, None, None, None), state="done", ending=Ending())
-    atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing(status)))
 
 
 def page_of(folder: Path) -> str:
@@ -105,27 +80,20 @@ def standing(status: Status) -> Standing:
 
 
 def _commands(status: Status) -> tuple[tuple[str, str], ...]:
+    """Return (command, what it does) for what the user may type next."""
     run = shlex.quote(str(status.run_dir))
-    found: list[tuple[str, str]] = []
+    commands: list[tuple[str, str]] = []
     if status.state == "done":
-        found = [
-            (f"distlora generate {run}", "chat with the result"),
-            (f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"),
-        ]
-        if status.result is not None and status.result.name == "adapter":
-            more = f"distlora train ... adapter.init_from={shlex.quote(str(status.result))}"
-            found.append((more, "train it further, on other data or for longer"))
+        commands = commands_when_done(status.run_dir, status.result)
     elif status.next is not None:
         word = status.next.split()[1] if status.next.startswith("distlora ") else ""
-        said = {
-            "resume": "go on from the newest checkpoint, or from the start where there is none",
+        purpose = {
+            "resume": "continue from the newest checkpoint, or from the start where there is none",
             "cancel": "have it save and stop",
-            "verify": "say what is damaged, and what to do",
+            "verify": "list what is damaged and what to do",
         }.get(word, "start it")
-        found = [(f"distlora {word} {run}" if word else status.next, said)]
+        commands = [(f"distlora {word} {run}" if word else status.next, purpose)]
     if status.state in ("running", "queued", "ending"):
-        found.append((f"distlora status {run}", "how it stands now"))
-    if not any(command.startswith("distlora verify") for command, _ in found):
-        found.append((f"distlora verify {run}", "check every byte of its checkpoints and records"))
-    found.append((f"distlora report {run}", "write this report again"))
-    return tuple(found)
+        commands.append((f"distlora status {run}", "show its progress"))
+    known = {command for command, _ in commands}
+    return (*commands, *(pair for pair in commands_always(status.run_dir) if pair[0] not in known))

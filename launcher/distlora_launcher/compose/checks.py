@@ -41,8 +41,8 @@ from distlora.weights.prequantized import (
 from distlora.weights.segments import SOURCE_DTYPES, Segment, read_headers
 from distlora.weights.start_file import check_ranks, needs_start, require_start
 from distlora_kernels import native
+from distlora_launcher.compose.endpoint import resolve_endpoint
 from distlora_launcher.compose.initial_adapter import check_initial_adapter
-from distlora_launcher.launch.rendezvous import resolve, split
 
 HEAD_LINES = 1000
 """Documents of each source that are read here; the preparation process reads them all."""
@@ -111,7 +111,7 @@ def check_machine(config: Config) -> None:
     machines meet, refuse a place that this one does not know."""
     endpoint = config.cluster.rdzv_endpoint
     if config.cluster.on_each_machine and endpoint is not None:
-        resolve(*split(endpoint), endpoint)
+        resolve_endpoint(endpoint)
     if config.parallel.backend == "zero3" and config.cluster.ranks > 1:
         check_deepspeed()
     wanted, available = config.cluster.gpus_per_node, gpu_count()

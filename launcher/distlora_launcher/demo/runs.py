@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from distlora_launcher.cli.resume import resume
+from distlora.config.file import load_config
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.launch import local
@@ -25,7 +25,7 @@ def run_settings(overrides: list[str]) -> int:
 def continue_run(run_dir: Path) -> int:
     """What `distlora resume` does; prints that command first. Returns its exit code."""
     print(command_line("resume", [str(run_dir)]), flush=True)
-    return resume(run_dir)
+    return local.resume_here(run_dir, load_config(run_dir))
 
 
 def command_line(command: str, arguments: list[str]) -> str:

@@ -35,6 +35,7 @@ from distlora_launcher.compose.hub import is_to_download, localize, restore
 from distlora_launcher.compose.hub_preview import with_small_files
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.failures import would_repeat
+from distlora_launcher.launch.final_report import write_final_report
 from distlora_launcher.launch.lock import CONFIG_NAME, leave, running
 from distlora_launcher.launch.rendezvous import Meeting
 from distlora_launcher.launch.signals import Forwarder, forwarding
@@ -141,9 +142,7 @@ def train(
     if code == DONE:
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         say(f"done in {minutes}:{seconds:02}: {shown(find_result(run_dir) or run_dir)}")
-        from distlora_launcher.cli.report import write_at_end
-
-        write_at_end(run_dir)
+        write_final_report(run_dir)
     elif code == BAD_INPUT or find_result(run_dir) is not None or would_repeat(run_dir / "logs"):
         pass  # What was refused once is refused again, and what has ended has ended.
     elif code == STOPPED and config.cluster.launcher == "slurm":

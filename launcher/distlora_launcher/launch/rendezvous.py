@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distlora.config import UserError
+from distlora_launcher.compose.endpoint import resolve_endpoint, split_endpoint
 from distlora_launcher.terminal.output import show
 
 LOCAL_ADDRESS = "DISTLORA_LOCAL_ADDR"
@@ -76,8 +77,8 @@ class Meeting:
 
 def meet(endpoint: str, *, nodes: int, run_id: str, join_seconds: float) -> Meeting:
     """This machine's part in a meeting at `endpoint`. Raises UserError for a host that it does not know."""
-    host, port = split(endpoint)
-    address = resolve(host, port, endpoint)
+    host, port = split_endpoint(endpoint)
+    address = resolve_endpoint(endpoint)
     is_host: bool | None
     if ipaddress.ip_address(address).is_loopback:
         is_host = True if host in (socket.gethostname(), socket.getfqdn()) else None
@@ -91,23 +92,6 @@ def meet(endpoint: str, *, nodes: int, run_id: str, join_seconds: float) -> Meet
         is_host=is_host,
         address=os.environ.get(LOCAL_ADDRESS) or (host if is_host else own_address(address, port)),
     )
-
-
-def split(endpoint: str) -> tuple[str, int]:
-    """(host, port) of host:port or [IPv6 address]:port."""
-    host, _, port = endpoint.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def resolve(host: str, port: int, endpoint: str) -> str:
-    """The first address of a host."""
-    try:
-        return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise UserError(
-            f"the machines are to meet at {endpoint}, but {socket.gethostname()} does not know the host {host} "
-            f"({error.strerror or error}); write its address, or a name that every machine resolves"
-        ) from error
 
 
 def is_here(address: str) -> bool:
@@ -170,7 +154,7 @@ def wait_for_host(meeting: Meeting, stopped: Callable[[], bool]) -> None:
     deadline, said = time.monotonic() + meeting.join_seconds, False
     while not stopped():
         try:
-            socket.create_connection(split(meeting.endpoint), timeout=5).close()
+            socket.create_connection(split_endpoint(meeting.endpoint), timeout=5).close()
             return
         except OSError as error:
             reason = error.strerror or str(error)

@@ -16,7 +16,7 @@ from distlora.run_folder.sweep import (
     read_results,
 )
 from distlora.system import atomic_io
-from distlora_launcher.cli.report import write_done
+from distlora_launcher.launch.final_report import write_report
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.report.run_records import Standing, noted
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
@@ -88,7 +88,7 @@ def write_at_end(folder: Path) -> None:
             run_dir = trial.folder(folder)
             # A run alone has written its own; one of a pack has no launcher that would.
             if trial.state == COMPLETE and not (run_dir / REPORT_NAME).exists():
-                write_done(run_dir)
+                write_report(run_dir)
         page = page_of_sweep(folder, most=MOST_BYTES_AT_END, has_ended=True)
         atomic_io.write_text(folder / REPORT_NAME, page)
         say(f"its results and curves on a page: {shown(folder / REPORT_NAME)}")

@@ -51,8 +51,9 @@ def test_slices_give_the_whole_batch_and_its_gradients(num_micro: int, checkpoin
     expected_dx = torch.autograd.grad(expected.square().sum(), x)[0]
     block, x, kwargs = block_and_inputs(num_micro, checkpointing)
     actual = block(x, **kwargs)
-    assert torch.equal(actual, expected)
-    assert torch.equal(torch.autograd.grad(actual.square().sum(), x)[0], expected_dx)
+    # A CPU's matrix products may sum in another order for another number of rows (Intel with AMX does for one row).
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), x)[0], expected_dx, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -97,4 +97,5 @@ def test_gradients_in_bf16_are_those_of_one_process_but_for_sums_in_bf16(
     ):
         for name, gradient in one.items():
             assert relative_error(actual[name], gradient) <= ulps * eps, name
-            assert relative_error(actual[name], exact[name]) <= 1.05 * relative_error(gradient, exact[name]), name
+            # 10 %: a CPU's products in bf16 sum in another order for another number of rows.
+            assert relative_error(actual[name], exact[name]) <= 1.1 * relative_error(gradient, exact[name]), name

@@ -242,7 +242,8 @@ def test_a_method_is_pefts_on_any_base_and_ranks(
     prepare(run_dir, folders, METHODS[name], base)
     ours, theirs = world.run(size, our_outcome, run_dir=run_dir)[0], peer(name, base)
     assert_losses_close(ours.losses, theirs.losses)
-    assert_adapters_close(ours.adapter, theirs.adapter)
+    # PEFT adds the change of trained token rows in another order, and AdamW enlarges the rounding of small gradients.
+    assert_adapters_close(ours.adapter, theirs.adapter, factor=3.0 if METHODS[name].new_tokens else 1.0)
 
     gradients, logits = theirs.outcome(run_dir / "adapter")
     assert gradients.keys() == ours.gradients.keys() == ours.adapter.keys()

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Pythons, each of which would compile our modules again: 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format messages slurm-shell clean
+.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz lint format slurm-shell clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -51,10 +51,6 @@ lint: $(READY)
 # Damaged inputs with new seeds each time, ten times as many as in `make test`: about ten minutes.
 fuzz: $(READY)
 	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz*.py
-
-# docs/messages.md from the source, after a message of an error has changed.
-messages: $(READY)
-	$(BIN)/python tests/messages.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -39,7 +39,6 @@ LONGEST = (
     "test_hub",
     "test_dropout",
     "test_evaluation",
-    "test_messages",
     "test_layout",
     "test_loading_memory",
     "test_prequantized",

@@ -102,18 +102,6 @@ def prose(document: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def strangers(block: Block) -> Iterator[str]:
-    """Lines of a command block that are neither a command, nor what one goes on with, nor a comment."""
-    if block.info in SHOWN_AS_TEXT:
-        return
-    goes_on = False
-    for number, line in enumerate(block.lines, start=block.line):
-        text = line.strip()
-        if text and not goes_on and not is_command(text) and not is_assignment(text) and not text.startswith("#"):
-            yield f"{block.document}:{number}: {text}"
-        goes_on = text.endswith("\\")
-
-
 def is_command(line: str) -> bool:
     return _BEGINS.match(line.strip()) is not None
 

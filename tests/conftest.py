@@ -42,7 +42,7 @@ LONGEST = (
     "test_layout",
     "test_loading_memory",
     "test_prequantized",
-    "test_shard_cache",
+    "test_quantized_cache",
     "test_documents",
     "test_data_hub",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distlora.weights.segments import INDEX_NAME, header_bytes, lay_out
+from distlora.architecture.safetensors_headers import INDEX_NAME, header_bytes, lay_out
 
 QWEN25_1_5B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

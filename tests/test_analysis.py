@@ -27,12 +27,12 @@ from distlora.analysis.quantization.weights import block_weights, find_weights
 from distlora.analysis.quantization.worker import read_rows
 from distlora.analysis.quantization.worker import run as analyse
 from distlora.data.loader import StepLoader
+from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, compare, evenly
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
-from distlora.weights.second_level import SecondLevel
 from distlora_kernels import nf4, reference
 from distlora_launcher.cli.analyze import quantization as analyze
 from distlora_launcher.cli.main import main
@@ -118,7 +118,7 @@ def test_errors_are_those_of_the_whole_weight_whatever_the_chunks() -> None:
     """In four chunks, the last one short, against nf4_quantize of all of it: the same second level, bit for bit."""
     weights = torch.randn(3 * nf4.GROUP + 1000, generator=torch.Generator().manual_seed(2)) * 0.02
     chunks = weights.split(nf4.GROUP)
-    second = SecondLevel.of(chunks, weights.numel())
+    second = DoubleQuantizedAbsmax.of(chunks, weights.numel())
     codes, *parts = nf4.nf4_quantize(weights)
     assert all(torch.equal(*pair) for pair in zip(second.groups(0, len(codes)), parts, strict=True))
     restored = torch.cat([round_trip(chunk, FORMATS["nf4"], second, n)[0] for n, chunk in enumerate(chunks)])

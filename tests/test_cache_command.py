@@ -12,8 +12,8 @@ import pytest
 
 from distlora.config import UserError
 from distlora.system.numbers import size
-from distlora.weights.cache_folder import ENTRY_NAME, Entry, entries
-from distlora.weights.piece_header import Extent, header_of
+from distlora.weights.quantized_cache_folder import ENTRY_NAME, Entry, entries
+from distlora.weights.quantized_cache_format import Extent, header_of
 from distlora_launcher.cli.main import main, run_command
 
 GROUPS = 10

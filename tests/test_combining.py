@@ -27,7 +27,7 @@ from distlora.post.deltas.factors import AdapterFile
 from distlora.post.trained import base_alone
 from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
-from distlora.weights.peft.folder import NF4_MARK, read_initial_adapter
+from distlora.weights.peft_folder import NF4_MARK, read_peft_adapter
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.combine import checked, parse
 from distlora_launcher.cli.main import main
@@ -328,7 +328,7 @@ def test_what_belongs_to_nf4_says_so_in_the_sum(folders: Path, one: Path, two: P
     tensors = safetensors.torch.load_file(loftq / WEIGHTS)
     safetensors.torch.save_file(tensors, loftq / WEIGHTS, metadata={"format": "pt"} | NF4_MARK)
     out, _ = combine(f"{loftq}=0.5", f"{two}=0.5", "--out", tmp_path / "out")
-    assert read_initial_adapter(out).settings["init_from_loftq"]
+    assert read_peft_adapter(out).settings["init_from_loftq"]
     for path in paths_of(out):
         assert relative_error(delta(out, path), 0.5 * delta(loftq, path) + 0.5 * delta(two, path)) < EXACT
     with pytest.raises(UserError, match="quant=none loses nothing"):

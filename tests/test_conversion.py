@@ -15,6 +15,7 @@ from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist,
 
 from closeness import relative_error
 from distlora.architecture.families import names_on_disk
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.weights.conversion import (
     CheckpointLayout,
@@ -23,7 +24,6 @@ from distlora.weights.conversion import (
     layout_of,
 )
 from distlora.weights.reader import Reader
-from distlora.weights.segments import read_headers
 from family_models import edit_config, hf_model, load_ours, our_logits, tokens, write_family_folder
 
 

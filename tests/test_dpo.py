@@ -31,7 +31,7 @@ from distlora.training.flops import count_flops
 from distlora.training.objectives import Preference, most_pairs, pair_sides
 from distlora.training.runs import open_data
 from distlora.training.setup import start_model
-from distlora.weights.start_file import START_NAME
+from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
 from family_models import SINGLE, config_for, dequantized, tokens, write_family_folder
 from small_models import config_with, make_run, read_metrics
@@ -378,12 +378,12 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     run_until(SINGLE, run_dir=run_dir, stop_before=2)
     config, weights = load_config(run_dir), str(run_dir / "checkpoints")
     before, _ = load_model(config, weights, SINGLE)
-    (run_dir / START_NAME).unlink()
+    (run_dir / INITIAL_ADAPTER_NAME).unlink()
     after, _ = load_model(config, weights, SINGLE)
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     for start in (lambda: worker.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
-        with pytest.raises(UserError, match=f"{START_NAME} is gone: train.objective=dpo compares with the model as it"):
+        with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} is gone: train.objective=dpo compares with the"):
             start()
 
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from distlora.checkpoint.files import appearing
+from distlora.architecture.safetensors_headers import read_headers
+from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.parallel import Ranks
 from distlora.post.deltas.base import open_base
@@ -29,8 +30,7 @@ from distlora.post.export.formats import FORMATS, refuse
 from distlora.post.export.request import Request
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
-from distlora.weights.prequantized import read_packed_weights
-from distlora.weights.segments import read_headers
+from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
@@ -246,7 +246,7 @@ def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
     assert "lm_head" in settings["llm_int8_skip_modules"]
     assert any("vision_tower" in name for name in settings["llm_int8_skip_modules"])
     out = tmp_path / "out"
-    packed = read_packed_weights(out, json.loads((out / "config.json").read_text()), read_headers(out))
+    packed = read_prequantized_weights(out, json.loads((out / "config.json").read_text()), read_headers(out))
     assert packed
     assert not any("vision" in name for name in packed)
 
@@ -271,16 +271,16 @@ def test_one_process_writes_a_place_and_nothing_is_replaced(tmp_path: Path) -> N
     out = tmp_path / "out"
     (tmp_path / ".out.tmp").mkdir()  # Of a process that was killed.
     (tmp_path / ".out.tmp" / "half").touch()
-    with appearing(out) as folder:
+    with new_folder(out) as folder:
         assert [*folder.iterdir()] == []
         (folder / "whole").touch()
-        with pytest.raises(UserError, match="another process is writing"), appearing(out):
+        with pytest.raises(UserError, match="another process is writing"), new_folder(out):
             pass
         assert (folder / "whole").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def late() -> None:
-        with appearing(tmp_path / "file", inside=True) as file:
+        with new_folder(tmp_path / "file", inside=True) as file:
             file.touch()
             (tmp_path / "file").write_text("another's")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora.architecture.expert_targets import select_adapted
 from distlora.architecture.families import check_config, names_on_disk, read_config
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.loading.peft_format import (
     CONFIG_NAME,
@@ -33,7 +34,6 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import DTYPES, CausalLM, build_model
 from distlora.parallel import Ranks
 from distlora.training import worker as train
-from distlora.weights.segments import read_headers
 from distlora_launcher.compose.checks import check_model, linear_names
 from family_models import (
     SINGLE,

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from distlora.checkpoint.files import whole_folder, write_files
+from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.loading.tensor_files import write_model
@@ -167,7 +167,7 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, 
     backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
     optimizer = worker.build_optimizer(backend.updated(trained), config.optim)
     worker.restore(steps(run_dir / "checkpoints")[-1], model, optimizer, trained, backend)
-    with pytest.MonkeyPatch.context() as patch, whole_folder(target, backend) as folder:
+    with pytest.MonkeyPatch.context() as patch, atomic_folder(target, backend) as folder:
         patch.setattr("distlora.parallel.backend.PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
         files = {"trainer.safetensors": trainer_tensors(optimizer, trained, backend)}

@@ -30,6 +30,7 @@ from damage import (
     with_header,
 )
 from distlora.architecture.known import ARCHITECTURES
+from distlora.architecture.safetensors_headers import read_header
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
 from distlora.data.prompts import read_prompts
@@ -39,18 +40,17 @@ from distlora.planner.model import model_in
 from distlora.planner.pages.report import page
 from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card, read_metadata
-from distlora.weights import piece_header, source_digest
-from distlora.weights.cache_folder import Entry, EntryFigures, figures_of
-from distlora.weights.peft.folder import read_initial_adapter
-from distlora.weights.piece_header import (
+from distlora.weights import file_fingerprints, quantized_cache_format
+from distlora.weights.initial_adapter_file import InitialAdapterRecord, digest_of, require_initial_adapter
+from distlora.weights.peft_folder import read_peft_adapter
+from distlora.weights.quantized_cache_folder import Entry, EntryFigures, figures_of
+from distlora.weights.quantized_cache_format import (
     GROUP_BYTES,
     DamagedPieceError,
     Extent,
     header_of,
     read_piece,
 )
-from distlora.weights.segments import read_header
-from distlora.weights.start_file import StartRecord, digest_of, require_start
 from distlora_launcher.cli.cache import line_of
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.importing import read_yaml
@@ -193,7 +193,7 @@ def write_start(path: Path) -> None:
     write_safetensors(path, {"x.lora_A.weight": (4, 8), "x.lora_B.weight": (8, 4)})
     header, data = split_tensors(path.read_bytes())
     tensors = [(name, tuple(of["shape"]), data[slice(*of["data_offsets"])]) for name, of in sorted(header.items())]
-    record = StartRecord(method="pissa", base="0" * 64, digest=digest_of(tensors))
+    record = InitialAdapterRecord(method="pissa", base="0" * 64, digest=digest_of(tensors))
     path.write_bytes(with_header({"__metadata__": record.metadata(), **header}, data))
 
 
@@ -235,8 +235,8 @@ def read_records(folder: Path) -> None:
     assert all(isinstance(commit, str) for commit in pinned_commits(folder / "run").values())
 
 
-def read_start(folder: Path) -> StartRecord:
-    return require_start(config_of(folder, init="pissa"), with_base=False)
+def load_initial_factors(folder: Path) -> InitialAdapterRecord:
+    return require_initial_adapter(config_of(folder, init="pissa"), with_base=False)
 
 
 def read_axolotl(folder: Path) -> None:
@@ -261,7 +261,7 @@ def write_cache(folder: Path) -> None:
     path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * GROUP_BYTES))
     path.rename(folder / CACHE_KEY / CACHE_PIECE)
     weights = folder.parent / "single" / "model.safetensors"
-    source_digest.remember(folder / "sources", weights, source_digest.state_of(weights), "tree:0", began=2e9)
+    file_fingerprints.remember(folder / "sources", weights, file_fingerprints.state_of(weights), "tree:0", began=2e9)
     (record,) = (folder / "sources").iterdir()
     record.rename(folder / "sources" / "record.json")
 
@@ -288,7 +288,7 @@ def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
         places = {
             n: [e.get("dtype"), e.get("shape"), e.get("data_offsets")] for n, e in header.items() if n[:2] != "__"
         }
-        header["__metadata__"] = {"distlora_piece": text, "digest": piece_header._digest(text, places)}
+        header["__metadata__"] = {"distlora_piece": text, "digest": quantized_cache_format._digest(text, places)}
     return with_header(header, data)
 
 
@@ -312,7 +312,7 @@ def read_any_shards(folder: Path) -> EntryFigures:
 
 def read_source(folder: Path) -> str | None:
     """As a start does, of a file that was hashed before."""
-    return source_digest.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
+    return file_fingerprints.digest_in(folder / "cache/sources/record.json", folder / "single/model.safetensors")
 
 
 def read_planned(folder: Path, model: str = "model") -> Plan:
@@ -383,7 +383,7 @@ READERS = {
     "adapter's settings": Reader(
         file="adapter/adapter_config.json",
         damages=any_json,
-        read=lambda folder: read_initial_adapter(folder / "adapter"),
+        read=lambda folder: read_peft_adapter(folder / "adapter"),
         names=("adapter",),
         check=has_settings,
         examples=50,
@@ -391,12 +391,14 @@ READERS = {
     "adapter": Reader(
         file="adapter/adapter_model.safetensors",
         damages=any_tensors,
-        read=lambda folder: read_initial_adapter(folder / "adapter"),
+        read=lambda folder: read_peft_adapter(folder / "adapter"),
         names=("adapter",),
         check=has_settings,
         examples=40,
     ),
-    "start": Reader(file="run/initial_adapter.safetensors", damages=any_tensors, read=read_start, examples=30),
+    "start": Reader(
+        file="run/initial_adapter.safetensors", damages=any_tensors, read=load_initial_factors, examples=30
+    ),
     "shards": Reader(
         file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
         damages=any_tensors,

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from damage import Reader, any_bytes, any_json, any_lines, any_tensors, any_yaml, holds, holds_without
-from distlora.checkpoint.identity import identity_of
-from distlora.checkpoint.state import check_matches, load_state
+from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.checkpoint.verify import Item, verify
 from distlora.config.file import load_config
 from distlora.model.build import build_model

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
-from distlora.loading.peft_format import adapter_config, adapter_tensors, load_initial_adapter
+from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
 from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.training import worker
 from distlora.training.setup import start_model
-from distlora.weights.peft.folder import read_initial_adapter
+from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
@@ -106,7 +106,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
     assert config.adapter.use_dora == fields.get("use_dora", False)
     model, backend, _ = start_model(config, SINGLE)
-    load_initial_adapter(model, config, backend)
+    load_peft_adapter(model, config, backend)
     base = dequantized_hf_model(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Pa
     patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 5.0}}
     make_run(tmp_path / "first", folders, adapter={"target_modules": "all-linear", "r": 8, **patterns}, train=settings)
     worker.run(tmp_path / "first", SINGLE)
-    decided = read_initial_adapter(tmp_path / "first" / "adapter").settings
+    decided = read_peft_adapter(tmp_path / "first" / "adapter").settings
     start = {**decided, "init_from": str(tmp_path / "first" / "adapter")}
     make_run(tmp_path / "second", folders, adapter=start, train=settings)
     assert load_config(tmp_path / "second").adapter.rank_pattern == {"down_proj": 3}
@@ -148,7 +148,7 @@ def test_a_run_from_another_runs_adapter_begins_where_that_one_ended(folders: Pa
 
 def test_a_resumed_run_needs_the_folder_until_its_first_checkpoint(folders: Path, tmp_path: Path, copy: Path) -> None:
     settings = {"max_steps": 4, "save_every": 2, "log_every": 1}
-    start = {**read_initial_adapter(copy).settings, "init_from": str(copy)}
+    start = {**read_peft_adapter(copy).settings, "init_from": str(copy)}
     for name in ("whole", "stopped"):
         make_run(tmp_path / name, folders, adapter=start, train=settings)
     run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
@@ -291,7 +291,7 @@ def test_tensors_that_are_not_exactly_the_adapters_are_refused(
 def test_names_with_the_adapters_name_in_them_are_read(folders: Path, adapter: Path, copy: Path) -> None:
     edit_tensors(copy, renamed(".weight", ".default.weight"))
     assert starting(folders, copy).adapter.r == 8
-    assert read_initial_adapter(copy).tensors.keys() == read_initial_adapter(adapter).tensors.keys()
+    assert read_peft_adapter(copy).tensors.keys() == read_peft_adapter(adapter).tensors.keys()
 
 
 def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path
     model = build_model(config)
     backend = parallelize(model, SINGLE, config)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight holds NaN or Inf"):
-        load_initial_adapter(model, config, backend)
+        load_peft_adapter(model, config, backend)
 
 
 def only_pickle(folder: Path) -> None:

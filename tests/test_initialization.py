@@ -22,8 +22,7 @@ from torch import Tensor
 from closeness import assert_losses_close, relative_error
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.loading import initialize
-from distlora.loading import pissa as pissa_format
+from distlora.loading import decomposed_adapters, plain_adapter
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, watch
@@ -33,7 +32,7 @@ from distlora.system import randomness
 from distlora.training import worker
 from distlora.training.publish import publish_result
 from distlora.training.setup import start_model
-from distlora.weights import decompose, start_file
+from distlora.weights import decompose, initial_adapter_file
 from distlora.weights.decompose import (
     Residual,
     Sketch,
@@ -41,8 +40,8 @@ from distlora.weights.decompose import (
     principal_part,
     quantization_error,
 )
-from distlora.weights.peft.folder import read_initial_adapter
-from distlora.weights.start_file import START_NAME, base_identity, digest_of
+from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME, base_identity, digest_of
+from distlora.weights.peft_folder import read_peft_adapter
 from distlora_kernels import nf4
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.checks import check, check_model
@@ -213,7 +212,7 @@ def test_ranks_have_the_adapters_and_the_base_of_one_process(
         run_dir = tmp_path / str(size)
         make_run(run_dir, folders, adapter={"target_modules": "all-linear", **adapter}, quant={"method": method})
         by_rank = world.run(size, started, run_dir=run_dir)
-        stored = safetensors.torch.load_file(run_dir / START_NAME)
+        stored = safetensors.torch.load_file(run_dir / INITIAL_ADAPTER_NAME)
         whole = {}
         for name, (part, _) in by_rank[0][1].items():
             whole[name] = part if part.dim() == 0 else torch.cat([base[name][0] for _, base in by_rank])
@@ -229,7 +228,7 @@ def test_ranks_have_the_adapters_and_the_base_of_one_process(
 def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
     """How many tensors of the plain LoRA this rank made to publish it, and how many it had at a time."""
     made: list[weakref.ref[Tensor]] = []
-    most, original = 0, pissa_format._joined
+    most, original = 0, plain_adapter._joined
 
     def joined(name: str, trained: Tensor, start: Tensor) -> Tensor:
         nonlocal most
@@ -239,14 +238,14 @@ def published(ranks: Ranks, *, run_dir: Path) -> tuple[int, int]:
         return tensor
 
     model, backend, _ = start_model(load_config(run_dir), ranks)
-    pissa_format._joined = joined
+    plain_adapter._joined = joined
     try:
         publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
     finally:
-        pissa_format._joined = original
+        plain_adapter._joined = original
     backend.barrier()
     if backend.writes:
-        (run_dir / START_NAME).rename(run_dir / "elsewhere")
+        (run_dir / INITIAL_ADAPTER_NAME).rename(run_dir / "elsewhere")
     with pytest.raises(FileNotFoundError) if backend.writes else contextlib.nullcontext():
         publish_result(run_dir / "adapter", model, load_config(run_dir), None, backend)
     backend.barrier()  # No rank is left in a collective by what the one that writes could not read.
@@ -261,8 +260,8 @@ def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
         run_dir = tmp_path / str(size)
         config = make_run(run_dir, folders, adapter={"init": "pissa_niter_1", "modules_to_save": ["lm_head"]})
         by_rank = world.run(size, published, run_dir=run_dir)
-        (run_dir / "elsewhere").rename(run_dir / START_NAME)
-        num_tensors = len(initialize.read_start(config))
+        (run_dir / "elsewhere").rename(run_dir / INITIAL_ADAPTER_NAME)
+        num_tensors = len(decomposed_adapters.load_initial_factors(config))
         assert by_rank == [(num_tensors, 1), (0, 0)][:size]
         files.append((run_dir / "adapter" / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
@@ -346,7 +345,7 @@ def test_what_is_trained_beside_pissa_is_published_beside_the_plain_lora(
     new_tokens = () if whole else NEW_TOKENS
     make_run(run_dir, folders, "llama", new_tokens, adapter={"init": "pissa", **whole}, train=SETTINGS)
     worker.run(run_dir, SINGLE)
-    assert all(".lora_" in name for name in safetensors.torch.load_file(run_dir / START_NAME))
+    assert all(".lora_" in name for name in safetensors.torch.load_file(run_dir / INITIAL_ADAPTER_NAME))
     step = run_dir / "checkpoints" / "step_00000004"
     published, saved = result(run_dir), safetensors.torch.load_file(step / "adapter_model.safetensors")
     others = [name for name in published if name.endswith(beside)]
@@ -370,7 +369,7 @@ def test_training_from_pefts_own_start_goes_the_same_way(world: World, folders: 
     prepare(tmp_path / "run", folders, method, "none")
     ours = world.run(2, our_outcome, run_dir=tmp_path / "run")[0]
     assert_losses_close(ours.losses, theirs.losses, relative=1e-5)
-    scaling, start = theirs.config.adapter.scaling_of("any"), initialize.read_start(theirs.config)
+    scaling, start = theirs.config.adapter.scaling_of("any"), decomposed_adapters.load_initial_factors(theirs.config)
     for name in ours.adapter:
         if ".lora_B." in name:
             other = name.replace("lora_B", "lora_A")
@@ -417,7 +416,7 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
     words = ["push", str(run_dir), "org/name", "--base-model", "org/base"]
     for more, place in (["--checkpoint", "step_4"], out / "step"), ([], out / "result"):
         assert main([*words, *more, "--dry-run", str(place)]) == 0
-        assert read_initial_adapter(place).settings["init_from_loftq"]
+        assert read_peft_adapter(place).settings["init_from_loftq"]
     card = (out / "result" / "README.md").read_text()
     assert "by LoftQ the adapter began as a correction" in card
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -446,20 +445,20 @@ def test_what_loftq_publishes_belongs_to_the_base_in_nf4(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=r"--adapter=.* started by LoftQ"):
             generates()
-    start = {**read_initial_adapter(published).settings, "init_from": published}
+    start = {**read_peft_adapter(published).settings, "init_from": published}
     make_run(tmp_path / "next", folders, adapter=start, train={"max_steps": 1})
     worker.run(tmp_path / "next", SINGLE)
-    assert read_initial_adapter(tmp_path / "next" / "adapter").settings["init_from_loftq"]
+    assert read_peft_adapter(tmp_path / "next" / "adapter").settings["init_from_loftq"]
     make_run(tmp_path / "other", folders, train={"max_steps": 1})
     worker.run(tmp_path / "other", SINGLE)
-    assert not read_initial_adapter(tmp_path / "other" / "adapter").settings["init_from_loftq"]
+    assert not read_peft_adapter(tmp_path / "other" / "adapter").settings["init_from_loftq"]
 
 
 def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.PreTrainedModel]:
     """The trained model of a run of PiSSA, and the Hugging Face model of its dequantized W_res + s B0 A0."""
     config = load_config(run_dir)
     ours, _ = load_model(config, str(run_dir / "adapter"), SINGLE)
-    base, start = dequantized_hf_model(folders / "llama", ours), initialize.read_start(config)
+    base, start = dequantized_hf_model(folders / "llama", ours), decomposed_adapters.load_initial_factors(config)
     with torch.no_grad():
         for path, linear in ours.adapted_linears():
             a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
@@ -523,7 +522,7 @@ def no_second_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **named: Any) -> Start:
         raise AssertionError("the start was computed again")
 
-    monkeypatch.setattr(initialize, "principal_part", refuse)
+    monkeypatch.setattr(decomposed_adapters, "principal_part", refuse)
 
 
 @pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=pytest.mark.slow)])
@@ -538,7 +537,9 @@ def test_a_resumed_run_builds_its_base_from_the_kept_start(
     run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=3)
     moved = (tmp_path / "stopped").rename(tmp_path / "moved")
     hashed: list[str] = []
-    monkeypatch.setattr(start_file, "digest_of", lambda tensors: hashed.append(digest_of(tensors)) or hashed[-1])
+    monkeypatch.setattr(
+        initial_adapter_file, "digest_of", lambda tensors: hashed.append(digest_of(tensors)) or hashed[-1]
+    )
     run_until(SINGLE, run_dir=moved, stop_before=None)
     assert len(hashed) == (init == "pissa"), "a resume reads the start's bytes for their hash once, where it needs it"
     whole, resumed = result(tmp_path / "whole"), result(moved)
@@ -554,7 +555,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     run_until(SINGLE, run_dir=run_dir, stop_before=3)
     identity = base_identity(load_config(run_dir))
     no_second_decomposition(monkeypatch)
-    path = run_dir / START_NAME
+    path = run_dir / INITIAL_ADAPTER_NAME
     content = path.read_bytes()
 
     def refuses(match: str, *, by_launcher: bool = True) -> None:
@@ -567,19 +568,19 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
             load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
 
     path.unlink()
-    refuses(f"{START_NAME} is gone")
+    refuses(f"{INITIAL_ADAPTER_NAME} is gone")
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refuses(f"{START_NAME} is damaged: its tensors .* put a whole copy back")
+    refuses(f"{INITIAL_ADAPTER_NAME} is damaged: its tensors .* put a whole copy back")
     for end in (-100, 4, 0):
         path.write_bytes(content[:end])
-        refuses(f"{START_NAME} is truncated.*; put a whole copy back, or start a new run$")
+        refuses(f"{INITIAL_ADAPTER_NAME} is truncated.*; put a whole copy back, or start a new run$")
     other = tmp_path / "other"
     monkeypatch.undo()
     make_run(other, folders, adapter={"init": "pissa_niter_1"}, train=SETTINGS)
     started(SINGLE, run_dir=other)
     assert base_identity(load_config(other)) != identity
-    shutil.copy(other / START_NAME, path)
-    refuses(f"{START_NAME} was made by adapter.init=pissa_niter_1, this run's is pissa")
+    shutil.copy(other / INITIAL_ADAPTER_NAME, path)
+    refuses(f"{INITIAL_ADAPTER_NAME} was made by adapter.init=pissa_niter_1, this run's is pissa")
     # The start of other weights, by the same method: another run.
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace("init: pissa", "init: pissa_niter_1"))
@@ -591,7 +592,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     refuses(f"{changed}|{theirs} .* or what PiSSA took .*scaled by adapter.lora_alpha, .*restore them$")
     (run_dir / "config.yaml").write_text(text.replace("  r: 8", "  r: 4"))
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(UserError, match=f"{START_NAME} does not fit the adapter in config.yaml: .*another shape"):
+    with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} does not fit the adapter in config.yaml: .* shape"):
         worker.run(run_dir, SINGLE)
     (run_dir / "config.yaml").write_text(text)
     worker.run(run_dir, SINGLE)
@@ -645,7 +646,7 @@ def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, 
     model = dataclasses.replace(config.model, path=str(tmp_path / "models" / "llama"))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
         start_model(dataclasses.replace(config, adapter=adapter, model=model), SINGLE)
-    assert not (tmp_path / "run" / START_NAME).exists()
+    assert not (tmp_path / "run" / INITIAL_ADAPTER_NAME).exists()
 
 
 def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path) -> None:
@@ -669,5 +670,5 @@ def test_a_pushed_step_of_pissa_is_the_plain_lora(folders: Path, tmp_path: Path)
         assert "trained at rank 8" in card
         assert "Load the base in 16 bits" in card
     with pytest.raises(UserError, match="changed the base that the adapter belongs to; take what the run published"):
-        read_initial_adapter(run_dir / "checkpoints" / "step_00000004")
-    assert read_initial_adapter(run_dir / "adapter").settings["r"] == 16
+        read_peft_adapter(run_dir / "checkpoints" / "step_00000004")
+    assert read_peft_adapter(run_dir / "adapter").settings["r"] == 16

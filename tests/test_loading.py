@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 import distlora.model.build
+from distlora.architecture.safetensors_headers import fingerprint, read_headers
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import build
-from distlora.loading.weights import load_base
+from distlora.loading.load_base import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen import FrozenLinear
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.training import worker
-from distlora.weights.segments import fingerprint, read_headers
 from distlora_kernels import nf4
 from small_models import make_run, write_model_folder
 from worlds import World

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distlora.weights.finite import all_finite
+from distlora.weights.reader import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.load import Figures, measure
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
-from distlora.weights.segments import read_headers
 from plan_inputs import cpu_machine
 
 RANKS = 2

@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from distlora.checkpoint.files import appearing
+from distlora.architecture.safetensors_headers import read_headers
+from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.post.deltas.base import open_base
@@ -31,7 +32,6 @@ from distlora.run_folder.checkpoints import sha256
 from distlora.training import worker
 from distlora.training.publish import publish_result
 from distlora.weights.reader import Reader
-from distlora.weights.segments import read_headers
 from distlora_kernels import nf4
 from distlora_launcher.cli.main import main
 from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens, write_family_folder
@@ -226,13 +226,13 @@ def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monk
 def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / ".out.tmp" / "left").mkdir(parents=True)
-    with appearing(out) as place:
+    with new_folder(out) as place:
         assert list(place.iterdir()) == [], "what a killed process left is gone"
-        with pytest.raises(UserError, match="another process is writing"), appearing(out):
+        with pytest.raises(UserError, match="another process is writing"), new_folder(out):
             pass
         (place / "file").write_text("ours")
     assert (out / "file").read_text() == "ours"
-    with pytest.raises(UserError, match="has appeared"), appearing(out) as place:
+    with pytest.raises(UserError, match="has appeared"), new_folder(out) as place:
         (place / "file").write_text("another's")
     assert (out / "file").read_text() == "ours"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

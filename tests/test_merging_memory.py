@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.post.merge.request import Request
 from distlora.post.trained import Name
-from distlora.weights.segments import read_headers
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model
 
 SMALL = QWEN25_1_5B | {

@@ -19,8 +19,8 @@ import torch
 import distlora.model.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora.config import AdapterConfig, Config, UserError
-from distlora.loading.peft_format import adapter_config, adapter_tensors, load_initial_adapter
-from distlora.loading.weights import load_base
+from distlora.loading.load_base import load_base
+from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertPair, ExpertWeight
@@ -399,7 +399,7 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     config = from_adapter(folders, tmp_path / "lora")
     assert set(config.adapter.target_parameters) == set(fields["target_parameters"])
     model, backend, _ = start_model(config, SINGLE)
-    load_initial_adapter(model, config, backend)
+    load_peft_adapter(model, config, backend)
     stored = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert adapter_tensors(model).keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_tensors(model).items())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from closeness import assert_close
 from distlora.config.file import load_config
+from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_tensors
-from distlora.loading.weights import load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model

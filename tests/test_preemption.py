@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Progress
-from distlora.loading import initialize, weights
+from distlora.loading import decomposed_adapters, load_base
 from distlora.parallel import Ranks
 from distlora.run_folder.checkpoints import steps
 from distlora.system import stop_signals
@@ -52,7 +52,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
             ask()
 
     losses_of, train_step, evaluate = NextToken.losses, worker.Trainer._train_step, worker.Trainer.evaluate
-    segments_of, start, save = weights.segments_of, initialize._start, Saver.save
+    segments_of, start, save = load_base.segments_of, decomposed_adapters._start, Saver.save
     micro_batches, evaluating = 0, -1
 
     def losses(self: NextToken, *arguments: Any) -> Losses:
@@ -89,8 +89,8 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
     monkeypatch.setattr(NextToken, "losses", losses)
     monkeypatch.setattr(worker.Trainer, "_train_step", a_step)
     monkeypatch.setattr(worker.Trainer, "evaluate", an_evaluation)
-    monkeypatch.setattr(weights, "segments_of", a_weight)
-    monkeypatch.setattr(initialize, "_start", a_decomposition)
+    monkeypatch.setattr(load_base, "segments_of", a_weight)
+    monkeypatch.setattr(decomposed_adapters, "_start", a_decomposition)
     monkeypatch.setattr(Saver, "save", a_save)
 
 

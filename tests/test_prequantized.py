@@ -20,9 +20,10 @@ from torch import Tensor
 
 from closeness import assert_adapters_close
 from distlora.architecture.families import read_config
+from distlora.architecture.safetensors_headers import fingerprint, read_headers
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.loading.weights import Loaded, load_base
+from distlora.loading.load_base import Loaded, load_base
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
@@ -32,8 +33,7 @@ from distlora.planner import plan_of
 from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
 from distlora.training import worker
-from distlora.weights.prequantized import read_packed_weights
-from distlora.weights.segments import fingerprint, read_headers
+from distlora.weights.prequantized import read_prequantized_weights
 from distlora_kernels import nf4, nf4_cpu, reference
 from distlora_launcher.compose.checks import check_model
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
@@ -446,7 +446,7 @@ def test_parts_that_are_missing_or_of_another_type_are_refused(quantized: Path, 
     for number, (change, says) in enumerate(changes):
         folder = copy_with(quantized / "nested", tmp_path / str(number), change)
         with pytest.raises(UserError, match=says):
-            read_packed_weights(folder, read_config(folder), read_headers(folder))
+            read_prequantized_weights(folder, read_config(folder), read_headers(folder))
 
 
 def test_maps_of_another_code_and_numbers_that_are_none_are_refused_by_name(quantized: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from distlora.checkpoint import saver as saver_module
 from distlora.checkpoint import snapshot
-from distlora.checkpoint.choice import choose
+from distlora.checkpoint.resume import choose
 from distlora.checkpoint.saver import SaveError, Saver
 from distlora.checkpoint.state import (
     Identity,

@@ -19,7 +19,7 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close
 from distlora.architecture.tokens import load_tokenizer, vocabulary_of
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.loading.peft_format import adapter_tensors, load_initial_adapter
+from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
 from distlora.model.head import LossHead
 from distlora.model.token_rows import TokenRows, sum_by_slot
 from distlora.parallel import Ranks
@@ -365,7 +365,7 @@ def test_a_run_starts_from_the_trained_rows_of_peft(
     config = compose_config(words)
     check_model(config)
     ours, backend, _ = start_model(config, SINGLE)
-    load_initial_adapter(ours, config, backend)
+    load_peft_adapter(ours, config, backend)
     ids = tokens(2, 30)
     ids[:, ::3] = torch.tensor([4, 9, 8, *(range(1001, 1001 + len(new)) or (4, 8))] * 4)[:10]
     with torch.no_grad():

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.families import Family, family_of, is_tied, names_on_disk, text_settings
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import Config, UserError
 from distlora.config.errors import short
 from distlora.config.json_files import read_object
-from distlora.weights.segments import read_headers
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 """The two matrices with a row for each token, as PEFT and Hugging Face name their modules."""

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.machine import made_here
 from distlora.bench.memory import PeakMemory
@@ -36,7 +37,6 @@ from distlora.config.file import build
 from distlora.output.figures import draw_bars
 from distlora.output.result_files import Results
 from distlora.output.tables import Table, spread
-from distlora.weights.segments import read_headers
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 THREADS, MIB = 2, 2**20
@@ -66,7 +66,7 @@ class Figures:
 
 def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, results: Any) -> None:
     """One rank's part of loading `folder`, on its share of the threads."""
-    from distlora.loading.weights import load_base
+    from distlora.loading.load_base import load_base
     from distlora.model.adapters import adapter_parameters
     from distlora.model.build import build_model
     from distlora.parallel import Ranks, parallelize

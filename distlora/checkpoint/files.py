@@ -16,24 +16,24 @@ from typing import Any
 from torch import Tensor
 
 from distlora.config import UserError
-from distlora.loading.tensor_files import Unmade, write_tensors
+from distlora.loading.tensor_files import DeferredTensor, write_tensors
 from distlora.parallel import Backend
 from distlora.parallel.streams import HostRows
-from distlora.run_folder.checkpoints import replaced_of, sha256, temporary_of
+from distlora.run_folder.checkpoints import replaced_folder, sha256, temporary_folder
 from distlora.system import atomic_io
 
-Files = Mapping[str, Mapping[str, Tensor | HostRows | Unmade] | dict[str, Any]]
+Files = Mapping[str, Mapping[str, Tensor | HostRows | DeferredTensor] | dict[str, Any]]
 """Tensors (*.safetensors) or JSON (*.json) by the name of their file."""
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
+def atomic_folder(folder: Path, backend: Backend) -> Iterator[Path]:
     """A place to write what then appears as `folder`, complete or not at all.
 
     An older one of the same name is set aside first, then removed. On ranks that do not write there is no such place.
     Where it cannot be made, the OSError comes after the block: other ranks may be waiting for what this one does in it.
     """
-    temporary = temporary_of(folder)
+    temporary = temporary_folder(folder)
     if not backend.writes:
         yield temporary
         return
@@ -61,14 +61,14 @@ def whole_folder(folder: Path, backend: Backend) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def appearing(folder: Path, *, inside: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, *, inside: bool = False) -> Iterator[Path]:
     """A place to write what then appears as `folder`, a new one, complete or not at all: of a process without ranks.
     `inside`: nothing is at that place yet, and the block makes a folder or a file there.
 
     The place is this process's while it writes; what a killed one left there is removed. Raises UserError where another
     process writes it, and where there is such a folder by then, which stays as it is.
     """
-    temporary = temporary_of(folder)
+    temporary = temporary_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir(exist_ok=True)
     descriptor = os.open(temporary, os.O_RDONLY)
@@ -107,7 +107,7 @@ def _own(descriptor: int, temporary: Path, folder: Path) -> None:
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished temporary folder its name; the name stands for a whole folder, on the disk, from then on."""
     _sync(temporary)
-    replaced = replaced_of(folder)
+    replaced = replaced_folder(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)

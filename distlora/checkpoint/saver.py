@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +16,19 @@ from types import TracebackType
 
 import torch
 
-from distlora.checkpoint.files import Files, whole_folder, write_files
-from distlora.checkpoint.keeping import Keeper
+from distlora.checkpoint.files import Files, atomic_folder, write_files
 from distlora.checkpoint.snapshot import Snapshot, is_cut
 from distlora.checkpoint.state import Progress, TrainState
 from distlora.parallel import Backend, watch
-from distlora.run_folder.checkpoints import STATE_NAME, step_folder, write_manifest
+from distlora.run_folder.checkpoints import (
+    STATE_NAME,
+    fault,
+    step_folder,
+    step_of,
+    steps,
+    temporary_folder,
+    write_manifest,
+)
 
 WORTH_SAYING = 1.0
 """Seconds of waiting for a save that a run mentions; once it has, twice as many as the time before."""
@@ -188,7 +197,7 @@ class Saver:
 
     def _write_folder(self, files: Files, state: TrainState) -> None:
         folder, backend = step_folder(self._checkpoints, state.progress.step), self._backend
-        with whole_folder(folder, backend) as temporary:
+        with atomic_folder(folder, backend) as temporary:
             sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=self._metadata)
             if backend.writes:
                 write_manifest(temporary, sums, state.identity.base_fingerprint)
@@ -208,3 +217,72 @@ class Saver:
             f"the state after step {step} could not be saved in {self._checkpoints} ({error.strerror or error}); "
             f"{remedy}. The checkpoints there are as they were: {newest}"
         )
+
+
+State = tuple[tuple[str, int, int, int], ...]
+
+
+class Keeper:
+    """Removes old checkpoints once enough newer ones are known to be whole.
+
+    A checkpoint's bytes are read once, and again only where a file has another size, inode or time of change: so a save
+    costs one reading of what it wrote, wherever it runs.
+    """
+
+    def __init__(self, checkpoints: Path, keep: int) -> None:
+        self._checkpoints, self._keep = checkpoints, keep
+        self._whole: dict[Path, State] = {}
+        """The state of the files of each checkpoint when it was found whole."""
+
+    def prune(self, step: int, evaluations: Mapping[int, float]) -> list[str]:
+        """Remove all but the newest `keep` whole ones and the whole one of the lowest held-out loss; damaged ones stay
+        while they are newer than the oldest of those. Returns a line for each damaged one that was found.
+
+        `step`: of the one that was just written; a later one is not this start's, counts for nothing and stays.
+        `evaluations`: held-out loss by step. Nothing is removed before a newer one was read and found whole.
+        """
+        folders = [folder for folder in steps(self._checkpoints) if step_of(folder) <= step]
+        losses = {folder: evaluations.get(step_of(folder), math.nan) for folder in folders}
+        losses = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
+        if len(folders) <= self._keep:
+            return []
+        damaged: list[str] = []
+        kept: set[Path] = set()
+        surplus = []
+        for folder in reversed(folders):
+            if len(kept) == self._keep:
+                surplus.append(folder)
+            elif (found := self._fault(folder)) is None:
+                kept.add(folder)
+            else:
+                damaged.append(f"checkpoint {folder.name} is damaged ({found}); older ones are kept in its place")
+        # Of equal losses the earliest is the best, as in Progress.best_step.
+        for best in sorted(losses, key=lambda folder: (losses[folder], step_of(folder))):
+            if best in kept:
+                break
+            if best in surplus and self._fault(best) is None:
+                surplus.remove(best)
+                break
+        for folder in surplus:
+            self._whole.pop(folder, None)
+            # Under another name first: a name `step_*` stands for a whole checkpoint, also if this dies half-way.
+            shutil.rmtree(folder.rename(temporary_folder(folder)))
+        return damaged
+
+    def _fault(self, folder: Path) -> str | None:
+        state = _state(folder)
+        if self._whole.get(folder) == state:
+            return None
+        found = fault(folder)
+        if found is None:
+            self._whole[folder] = state
+        return found
+
+
+def _state(folder: Path) -> State:
+    """Of every file in a folder: name, size, inode, time of the last change in ns."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        status = path.stat()
+        found.append((path.name, status.st_size, status.st_ino, status.st_mtime_ns))
+    return tuple(found)

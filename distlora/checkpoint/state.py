@@ -12,6 +12,8 @@ from typing import Any
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping
 from distlora.run_folder.checkpoints import STATE_NAME, steps
+from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
+from distlora.weights.peft_folder import weights_digest
 
 OR_WHAT_PISSA_TOOK = (
     ", or what PiSSA took out of them (its start, scaled by adapter.lora_alpha, use_rslora, alpha_pattern and "
@@ -234,3 +236,19 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
 
 def _short(digest: str | None) -> str:
     return "none" if digest is None else digest[:12]
+
+
+def identity_of(config: Config, data: Mapping[str, Any], *, base: str | None = None) -> Identity:
+    """Of a run with this data.json (`data`). `base`: its `base_identity`, where that is known already.
+
+    Raises UserError for an adapter that is gone and that the run needs as its reference.
+    """
+    init_from, digest = config.adapter.init_from, None
+    if init_from is not None and needs_initial_adapter(config, training=True, restores=True):
+        digest = weights_digest(init_from)
+    return Identity(
+        base_fingerprint=base_identity(config) if base is None else base,
+        data_digest=data["content"],
+        settings=fixed_settings(config),
+        reference_digest=digest,
+    )

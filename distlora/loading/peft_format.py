@@ -18,16 +18,15 @@ from distlora.model.experts import ExpertWeight
 from distlora.model.frozen import FrozenLinear
 from distlora.model.token_rows import TokenRows
 from distlora.parallel import Backend, whole_shape
-from distlora.weights.peft.folder import (
+from distlora.weights.peft_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    InitialAdapter,
+    PeftAdapter,
     check_fits,
     check_quantization,
-    read_initial_adapter,
+    read_peft_adapter,
 )
-from distlora.weights.peft.modules import check_modules
-from distlora.weights.peft.rows import check_rows
+from distlora.weights.peft_tokens import check_modules, check_rows
 
 __all__ = [
     "CONFIG_NAME",
@@ -35,7 +34,7 @@ __all__ = [
     "adaptable_shapes",
     "adapter_config",
     "adapter_tensors",
-    "load_initial_adapter",
+    "load_peft_adapter",
 ]
 
 _PREFIX = "base_model.model."
@@ -75,13 +74,13 @@ def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adapter: str = DEFAULT_ADAPTER) -> None:
+def load_peft_adapter(model: CausalLM, config: Config, backend: Backend, adapter: str = DEFAULT_ADAPTER) -> None:
     """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
 
     Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
     """
     assert config.adapter.init_from is not None
-    initial = read_initial_adapter(config.adapter.init_from)
+    initial = read_peft_adapter(config.adapter.init_from)
     check_quantization(initial, config.quant.method)
     check_fits(initial, config.adapter, adaptable_shapes(model))
     file = initial.folder / WEIGHTS_NAME
@@ -108,7 +107,7 @@ def load_initial_adapter(model: CausalLM, config: Config, backend: Backend, adap
     _load_modules(model, initial, backend)
 
 
-def _load_modules(model: CausalLM, initial: InitialAdapter, backend: Backend) -> None:
+def _load_modules(model: CausalLM, initial: PeftAdapter, backend: Backend) -> None:
     """Fill what is trained whole, each rank its own rows. Rows of this run's own new tokens stay as they start."""
     file, vocabulary = initial.folder / WEIGHTS_NAME, model.vocabulary
     rows = (vocabulary.stored, vocabulary.rows)

@@ -7,19 +7,19 @@ Memory beyond the shard: the read-ahead and the fp32 work of one chunk, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend
 from distlora.weights.decompose import Residual
-from distlora.weights.finite import all_finite
-from distlora.weights.prequantized import PackedWeight
-from distlora.weights.reader import Reader
-from distlora.weights.segments import Segment
+from distlora.weights.prequantized import PrequantizedWeight
+from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
 
 CHUNK_GROUPS = 64
@@ -83,7 +83,7 @@ def _offset(absmax: torch.Tensor, weight: FrozenTensor, backend: Backend) -> flo
 
 
 @torch.no_grad()
-def keep_packed_into(linear: FrozenTensor, packed: PackedWeight, reader: Reader, backend: Backend) -> None:
+def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: Reader, backend: Backend) -> None:
     """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; the last group's padding is zeros.
 
     Every rank reads its own groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for maps
@@ -103,7 +103,7 @@ def keep_packed_into(linear: FrozenTensor, packed: PackedWeight, reader: Reader,
     linear.offset.fill_(packed.offset)  # type: ignore[operator]
 
 
-def _check_maps(packed: PackedWeight, reader: Reader) -> None:
+def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
     """The stored codes mean what ours mean."""
     levels = reader.read([packed.quant_map], 0, 16)
     if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
@@ -151,3 +151,40 @@ def copy_into(
         if residual is not None:
             chunk = residual.of(chunk, first)
         flat[first - start : first - start + chunk.numel()] = chunk
+
+
+@dataclass(frozen=True, slots=True)
+class DoubleQuantizedAbsmax:
+    """The absmax of a tensor in 8 bits, which both formats have alike. G groups."""
+
+    scales: Tensor
+    """(G, 256) uint8."""
+    group_scale: Tensor
+    """(G,) fp32."""
+    offset: Tensor
+    """() fp32."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[Tensor], numel: int) -> DoubleQuantizedAbsmax:
+        """From flat chunks that are `numel` weights together, each of whole groups but the last.
+
+        Raises ValueError for NaN and Inf.
+        """
+        absmax = torch.cat([_absmax(chunk) for chunk in chunks])
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError("NaN or Inf weights")
+        num_blocks = -(-numel // nf4.BLOCK)
+        mean = nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks)
+        offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
+        return cls(*nf4.quantize_absmax(absmax, offset, num_blocks), offset)
+
+    def groups(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(scales, group_scale, offset) of some groups."""
+        return self.scales[first : first + count], self.group_scale[first : first + count], self.offset
+
+
+def _absmax(chunk: Tensor) -> Tensor:
+    """(n,) -> (G, 256) fp32: the largest magnitude of each block of 64, 0 in the padding."""
+    padded = torch.zeros(nf4.num_groups(chunk.numel()) * nf4.GROUP, dtype=torch.float32, device=chunk.device)
+    padded[: chunk.numel()] = chunk
+    return padded.view(-1, nf4.BLOCK).abs().amax(dim=1).view(-1, nf4.BLOCKS_PER_GROUP)

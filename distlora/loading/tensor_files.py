@@ -17,17 +17,17 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from distlora.parallel import Backend
-from distlora.parallel.streams import HostRows
-from distlora.system import atomic_io
-from distlora.weights.reader import DTYPE_NAMES, Reader
-from distlora.weights.segments import (
+from distlora.architecture.safetensors_headers import (
     INDEX_NAME,
     SINGLE_NAME,
     Segment,
     header_bytes,
     lay_out,
 )
+from distlora.parallel import Backend
+from distlora.parallel.streams import HostRows
+from distlora.system import atomic_io
+from distlora.weights.reader import DTYPE_NAMES, Reader
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one file of a model's folder; a larger tensor has a file of its own."""
@@ -36,7 +36,7 @@ READ_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unmade:
+class DeferredTensor:
     """A tensor, the same on every rank, that only the one that writes makes, when its turn has come."""
 
     shape: torch.Size
@@ -49,7 +49,7 @@ class Unmade:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor | HostRows | Unmade],
+    tensors: Mapping[str, Tensor | HostRows | DeferredTensor],
     backend: Backend,
     dtype: torch.dtype | None = None,
     *,
@@ -69,7 +69,7 @@ def write_tensors(
     write = file.write_piece if file is not None else lambda piece: None
     for name in table:
         tensor = tensors[name]
-        if isinstance(tensor, Unmade):
+        if isinstance(tensor, DeferredTensor):
             if file is None:
                 continue
             try:

@@ -128,7 +128,7 @@ class LoRAPair(nn.Module):
 
         kaiming: uniform on +-1/sqrt(in) (kaiming_uniform_ with a = sqrt(5)); gaussian: std 1/r.
         """
-        assert not config.decomposes, f"adapter.init={config.init} is distlora.loading.initialize's"
+        assert not config.decomposes, f"adapter.init={config.init} is distlora.loading.decomposed_adapters's"
         shape = (self.A.shape[0], self.A.shape[1])
         if config.init == "gaussian":
             start = randomness.normal(shape, seed=seed, name=name) / shape[0]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from distlora.architecture.expert_targets import check_router_loss, expert_names, select_adapted
 from distlora.architecture.families import Family, check_config, check_tiles, read_config
 from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import Config
@@ -37,12 +38,11 @@ from distlora.model.token_rows import TokenRows
 from distlora.model.trained_modules import train_whole
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
 from distlora.weights.prequantized import (
-    PackedWeight,
-    check_keeps_packed,
-    packed_parameters,
-    read_packed_weights,
+    PrequantizedWeight,
+    check_keeps_prequantized,
+    prequantized_parameters,
+    read_prequantized_weights,
 )
-from distlora.weights.segments import read_headers
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
@@ -336,7 +336,7 @@ def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
     return None if cap is None else float(cap)  # type: ignore[arg-type]
 
 
-def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> dict[str, PackedWeight]:
+def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> dict[str, PrequantizedWeight]:
     """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
 
     Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
@@ -346,11 +346,11 @@ def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> di
     if "quantization_config" not in model:  # A model is built from its config.json alone.
         return {}
     headers = read_headers(folder)
-    stored = read_packed_weights(folder, model, headers)
-    check_keeps_packed(config, stored)
+    stored = read_prequantized_weights(folder, model, headers)
+    check_keeps_prequantized(config, stored)
     weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
     sources = find_sources(layout, headers, weights)
-    return packed_parameters(stored, {name: source.names for name, source in sources.items()})
+    return prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
 
 
 def _replace_weights(
@@ -359,7 +359,7 @@ def _replace_weights(
     config: Config,
     dtype: torch.dtype,
     prefix: str,
-    packed: Mapping[str, PackedWeight],
+    packed: Mapping[str, PrequantizedWeight],
     family: Family,
     *,
     for_slots: bool,

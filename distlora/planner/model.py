@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
 from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
-from distlora.architecture.shapes import ModelShapes, shapes_of
-from distlora.architecture.tokens import stored_rows
-from distlora.config import Config, UserError
-from distlora.config.json_files import read_object
-from distlora.config.places import is_hub_name
-from distlora.weights.prequantized import check_quantization_config, read_packed_weights
-from distlora.weights.segments import (
+from distlora.architecture.safetensors_headers import (
     INDEX_NAME,
     SINGLE_NAME,
     read_headers,
     read_index,
 )
+from distlora.architecture.shapes import ModelShapes, shapes_of
+from distlora.architecture.tokens import stored_rows
+from distlora.config import Config, UserError
+from distlora.config.json_files import read_object
+from distlora.config.places import is_hub_name
+from distlora.weights.prequantized import check_quantization_config, read_prequantized_weights
 
 Source = Literal["folder", "hub cache", "built in"]
 _AGAIN = "download it again"
@@ -150,7 +150,7 @@ def model_in(
 def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
     """(plain_absmax, left_dense) of a checkpoint that is quantized. Raises UserError for one that cannot be kept."""
     on_disk = read_headers(folder)
-    packed = read_packed_weights(folder, dict(settings), on_disk)
+    packed = read_prequantized_weights(folder, dict(settings), on_disk)
     stored_as = names_on_disk(on_disk, shapes.family)
     found: Counter[str] = Counter()
     for layer in range(shapes.num_layers):

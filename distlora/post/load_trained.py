@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME
 from distlora.checkpoint.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.config import Config, UserError
-from distlora.loading.initialize import read_start
-from distlora.loading.peft_format import WEIGHTS_NAME, load_initial_adapter, whole_modules
+from distlora.loading.decomposed_adapters import load_initial_factors
+from distlora.loading.peft_format import WEIGHTS_NAME, load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks
 from distlora.post.trained import (
@@ -23,8 +24,7 @@ from distlora.run_folder.checkpoints import STATE_NAME, newest, steps
 from distlora.run_folder.layout import CHECKPOINTS
 from distlora.training.publish import load_weights
 from distlora.training.setup import start_model
-from distlora.weights.segments import INDEX_NAME, SINGLE_NAME
-from distlora.weights.start_file import base_identity
+from distlora.weights.initial_adapter_file import base_identity
 
 
 def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
@@ -55,12 +55,12 @@ def load_model(
     model, backend, _ = start_model(config, ranks, training=False, restores=place is not None)
     if foreign:
         with named_by_flag():
-            load_initial_adapter(model, config, backend)
+            load_peft_adapter(model, config, backend)
             backend.watch_weights(model)  # What was trained whole is frozen here, and has come since.
     elif place is not None:
         folder = weights_in(place)
         check_base(folder, config)
-        load_weights(folder, model, backend, read_start(config) if config.adapter.pissa else None)
+        load_weights(folder, model, backend, load_initial_factors(config) if config.adapter.pissa else None)
         backend.watch_weights(model)
     return model, backend
 

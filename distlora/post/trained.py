@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, UserError, require
 from distlora.config.file import load_config
 from distlora.run_folder.layout import (
@@ -22,8 +23,7 @@ from distlora.run_folder.layout import (
     find_result,
     read_result,
 )
-from distlora.weights.peft.folder import CONFIG_NAME, check_quantization, read_initial_adapter
-from distlora.weights.segments import read_headers
+from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 
 BASE_ALONE = "base"
 """As --adapter: the base without anything trained."""
@@ -84,7 +84,7 @@ class Name:
 def _alone(folder: Path, place: str, *, base: str | None, quant: Literal["nf4", "none"]) -> Trained:
     """An adapter that is no run's: as a run that would have started from it."""
     with named_by_place(place):
-        says = read_initial_adapter(folder).base
+        says = read_peft_adapter(folder).base
     if base is None:
         raise UserError(
             f"{place} is an adapter without its run, so its base must be named: add --model "
@@ -93,7 +93,7 @@ def _alone(folder: Path, place: str, *, base: str | None, quant: Literal["nf4", 
     config = base_alone(base, quant, run_dir=str(folder))
     config = replace(config, train=replace(config.train, dtype=_held(Path(base))))
     with named_by_place(place):
-        check_quantization(read_initial_adapter(folder), quant)
+        check_quantization(read_peft_adapter(folder), quant)
         config = with_adapter(config, folder)
     return Trained(place=place, config=config, weights=folder, foreign=True)
 
@@ -124,7 +124,7 @@ def with_adapter(config: Config, weights: Path | None) -> Config:
     own: dict[str, Any] = {"init": "kaiming"}
     if weights is not None:
         own |= {"init_from": str(weights), "trainable_token_indices": None, "modules_to_save": ()}
-        own |= read_initial_adapter(weights).settings
+        own |= read_peft_adapter(weights).settings
     return replace(config, adapter=replace(config.adapter, **own))
 
 
@@ -143,7 +143,7 @@ def find_weights(run_dir: Path, config: Config, adapter: str | None, checkpoint:
             "--adapter out",
         )
         with named_by_flag():
-            check_quantization(read_initial_adapter(folder), config.quant.method)
+            check_quantization(read_peft_adapter(folder), config.quant.method)
         return folder
     if checkpoint is not None:
         return read_result(run_dir, checkpoint).folder

@@ -47,12 +47,12 @@ def steps(checkpoints: Path) -> list[Path]:
     return sorted((path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
 
 
-def temporary_of(folder: Path) -> Path:
+def temporary_folder(folder: Path) -> Path:
     """Where what will be `folder` is written."""
     return folder.with_name(f".{folder.name}{_TEMPORARY}")
 
 
-def replaced_of(folder: Path) -> Path:
+def replaced_folder(folder: Path) -> Path:
     """Where an older `folder` is while a new one takes its name."""
     return folder.with_name(f".{folder.name}{_REPLACED}")
 

@@ -21,7 +21,7 @@ from distlora.config.json_files import (
     read_object,
 )
 from distlora.run_folder.checkpoints import steps
-from distlora.weights.peft.folder import CONFIG_NAME as ADAPTER_CONFIG
+from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 
 PUBLISHED = {"lora": "adapter", "full": "model"}
 """The folder in RUN that a finished run leaves, by adapter.method."""

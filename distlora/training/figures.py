@@ -12,7 +12,7 @@ from distlora.architecture.families import read_config
 from distlora.architecture.tokens import HEAD
 from distlora.config import Config
 from distlora.data.loader import StepLoader
-from distlora.loading.weights import Loaded
+from distlora.loading.load_base import Loaded
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight

@@ -16,7 +16,7 @@ from distlora.config.file import parse_yaml
 from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length
-from distlora.weights.peft.folder import WEIGHTS_NAME
+from distlora.weights.peft_folder import WEIGHTS_NAME
 
 HUB = "https://huggingface.co"
 

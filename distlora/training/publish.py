@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.safetensors_headers import (
+    SINGLE_NAME,
+    SOURCE_DTYPES,
+    Segment,
+    read_header,
+    read_headers,
+)
 from distlora.architecture.tokens import tokenizer_files
-from distlora.checkpoint.files import whole_folder, write_files
+from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.loading.peft_format import (
@@ -21,7 +28,7 @@ from distlora.loading.peft_format import (
     adapter_config,
     adapter_tensors,
 )
-from distlora.loading.pissa import plain_config, plain_tensors, trained_part
+from distlora.loading.plain_adapter import plain_config, plain_tensors, trained_part
 from distlora.loading.tensor_files import read_into, read_rows, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
@@ -35,16 +42,9 @@ from distlora.run_folder.layout import (
 )
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer
-from distlora.weights.peft.folder import NF4_MARK
+from distlora.weights.initial_adapter_file import initial_adapter_path
+from distlora.weights.peft_folder import NF4_MARK
 from distlora.weights.reader import TORCH_DTYPES, Reader
-from distlora.weights.segments import (
-    SINGLE_NAME,
-    SOURCE_DTYPES,
-    Segment,
-    read_header,
-    read_headers,
-)
-from distlora.weights.start_file import start_path
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """What of a base's folder goes into RUN/model beside the weights, by suffix."""
@@ -71,7 +71,7 @@ def adapter_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTE
     files = weight_files(model, config, adapter)
     if not config.adapter.pissa:
         return files
-    tensors = plain_tensors(files[WEIGHTS_NAME], start_path(config))
+    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(config))
     return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 
@@ -208,7 +208,7 @@ def finish(
         publish_result(target, model, config, chat_template, backend, adapter=adapter)
         missed = f" (the last: the best, of step {progress.best_step}, is not in {best})" if wants_best else ""
         return f"{target}{missed}"
-    with whole_folder(target, backend) as temporary:
+    with atomic_folder(target, backend) as temporary:
         if backend.writes:
             shutil.copytree(best, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(BEST_STEP_NAME))
     return f"{target} (the best, of step {progress.best_step})"
@@ -266,7 +266,7 @@ def publish_result(
     result needs it, and the tokenizer where it has new tokens. `best_of`: the step to note in RUN/best. The folder
     appears whole or not at all. Every rank must call it alike.
     """
-    with whole_folder(target, backend) as temporary:
+    with atomic_folder(target, backend) as temporary:
         if config.adapter.method == "full":
             # In the base's own dtype, which the fp32 masters are rounded to once, here.
             dtype = model.hf_config.dtype or torch.float32

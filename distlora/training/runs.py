@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from distlora.checkpoint.choice import choose
-from distlora.checkpoint.environment import environment
-from distlora.checkpoint.identity import identity_of
+from distlora.checkpoint.resume import choose, environment
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import (
     Progress,
     TrainState,
     check_matches,
     environment_line,
+    identity_of,
     load_state,
 )
 from distlora.config import Config, UserError

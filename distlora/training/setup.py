@@ -2,7 +2,7 @@
 computed from the base, fill the shards, start the others.
 
 Where adapters begin, and what fills them in turn; a new run has no checkpoint, and what DPO compares with is kept where
-it is not the base (`loading.start_file.needs_start` decides):
+it is not the base (`loading.start_file.needs_initial_adapter` decides):
 
     start              a new run                a resumed one        a resumed one of DPO
     adds nothing       reset                    checkpoint           checkpoint
@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from distlora.config import Config, UserError
-from distlora.loading import initialize
-from distlora.loading.peft_format import load_initial_adapter
-from distlora.loading.shard_cache import CacheSettings
-from distlora.loading.weights import Loaded, load_base
+from distlora.loading import decomposed_adapters
+from distlora.loading.load_base import Loaded, load_base
+from distlora.loading.peft_format import load_peft_adapter
+from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, compiled, fused_modules, liger
 from distlora.model.adapters import reset_adapters
 from distlora.model.buffers import materialize_buffers
@@ -33,7 +33,7 @@ from distlora.model.mlp import place_mlps
 from distlora.model.offload import HostInputs
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
-from distlora.weights.start_file import base_identity, needs_start
+from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
 from distlora_kernels import scratch
 
 
@@ -63,12 +63,14 @@ def start_model(
     if offloads:
         require_room_for_inputs(model, config, backend)
     adapter = config.adapter
-    if adapter.decomposes and needs_start(config, training=training, restores=restores):
-        initialize.start_from_base(
+    if adapter.decomposes and needs_initial_adapter(config, training=training, restores=restores):
+        decomposed_adapters.initialize_from_base(
             model, config, backend, say or (lambda text: None), restores=restores, boundary=boundary
         )
     cache = cache_settings(config, backend, say or (lambda text: None))
-    loaded = load_base(model, config.model.path, backend, less_start=adapter.pissa, cache=cache, boundary=boundary)
+    loaded = load_base(
+        model, config.model.path, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary
+    )
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
@@ -79,7 +81,7 @@ def start_model(
     return model, backend, loaded
 
 
-def cache_settings(config: Config, backend: Backend, say: Callable[[str], None]) -> CacheSettings | None:
+def cache_settings(config: Config, backend: Backend, say: Callable[[str], None]) -> QuantizedCacheSettings | None:
     """Where the base's quantized shards are kept; None where they are not. Ranks that `say` nothing to people tell
     their own log."""
     quant, device = config.quant, backend.ranks.device
@@ -88,7 +90,7 @@ def cache_settings(config: Config, backend: Backend, say: Callable[[str], None])
     made_on = device.type  # That both give the same bits is not shown on every GPU.
     if config.adapter.pissa:
         made_on = f"{torch.__version__} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
-    return CacheSettings(
+    return QuantizedCacheSettings(
         folder=Path(quant.cache_dir).expanduser().absolute(),
         limit=None if quant.cache_gb is None else int(quant.cache_gb * 1e9),
         base=config.model.name or config.model.path,
@@ -108,8 +110,8 @@ def start_adapters(
     """
     watch.at(None, "preparing to train", long=True)
     adapter = config.adapter
-    if adapter.init_from is not None and needs_start(config, training=True, restores=restores):
-        load_initial_adapter(model, config, backend)
+    if adapter.init_from is not None and needs_initial_adapter(config, training=True, restores=restores):
+        load_peft_adapter(model, config, backend)
         say(f"starting from the adapter in {adapter.init_from}; lora_dropout is this run's own, {adapter.lora_dropout}")
     if config.train.objective == "dpo" and not adapter.starts_as_base:
         model.keep_start()

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
-from distlora.weights.segments import Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,13 +11,13 @@ columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distlora.system import randomness
-from distlora.weights import fp64
 from distlora_kernels import nf4
 from distlora_kernels.threads import one_thread
 
@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = 2**17
 """Of s B A, computed at once: rows that are whole and always the same, so that a product never depends on the cut."""
 
 
-class Start(NamedTuple):
+class LowRankFactors(NamedTuple):
     """Where an adapter starts: A (R, I) and B (O, R), fp32."""
 
     A: Tensor
@@ -43,7 +43,7 @@ class Sketch(NamedTuple):
 
 
 @torch.no_grad()
-def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sketch | None = None) -> Start:
+def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sketch | None = None) -> LowRankFactors:
     """A and B whose scaling * B A is the best approximation of `weight_OI` (fp32, bf16 or fp16) of this rank.
 
     Exact without a sketch: the eigenvectors of X^T X, in fp64, which loses nothing that fp32 can hold of the largest
@@ -65,14 +65,14 @@ def principal_part(weight_OI: Tensor, rank: int, *, scaling: float, sketch: Sket
     left_TR, right_NR = left_TR * (sign_R * root_R), right_NR * (sign_R * root_R)
     if out_features < in_features:
         left_TR, right_NR = right_NR, left_TR
-    return Start(A=right_NR.T.float().contiguous(), B=left_TR.float().contiguous())
+    return LowRankFactors(A=right_NR.T.float().contiguous(), B=left_TR.float().contiguous())
 
 
 def _exact(tall_TN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(T, R), (R,), (N, R) fp64: the largest singular values, falling, and their vectors."""
     columns = tall_TN.shape[1]
-    right_NR = torch.linalg.eigh(fp64.gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
-    left_TR = fp64.times(tall_TN, right_NR)
+    right_NR = torch.linalg.eigh(gram(tall_TN)).eigenvectors[:, columns - rank :].flip(1).contiguous()
+    left_TR = times(tall_TN, right_NR)
     values_R = left_TR.norm(dim=0)
     # Of a weight of a lower rank the rest is zero, and so are A and B there.
     return left_TR / values_R.clamp_min(torch.finfo(torch.float64).tiny), values_R, right_NR
@@ -82,11 +82,11 @@ def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Ten
     """As `_exact`, to the accuracy of the sketch."""
     shape = (tall_TN.shape[1], rank)
     start_NR = randomness.normal(shape, seed=sketch.seed, name=sketch.name).to(tall_TN.device)
-    basis_TR = torch.linalg.qr(fp64.times(tall_TN, start_NR)).Q
+    basis_TR = torch.linalg.qr(times(tall_TN, start_NR)).Q
     for _ in range(sketch.iterations):
-        other_NR = torch.linalg.qr(fp64.transposed_times(tall_TN, basis_TR)).Q
-        basis_TR = torch.linalg.qr(fp64.times(tall_TN, other_NR)).Q
-    inside_RR, values_R, right_RN = torch.linalg.svd(fp64.transposed_times(tall_TN, basis_TR).T, full_matrices=False)
+        other_NR = torch.linalg.qr(transposed_times(tall_TN, basis_TR)).Q
+        basis_TR = torch.linalg.qr(times(tall_TN, other_NR)).Q
+    inside_RR, values_R, right_RN = torch.linalg.svd(transposed_times(tall_TN, basis_TR).T, full_matrices=False)
     return basis_TR @ inside_RR, values_R, right_RN.T
 
 
@@ -115,7 +115,7 @@ def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
 class Residual:
     """W - s B A by flat ranges of W, which may begin and end inside a row. The same bits however W is cut."""
 
-    def __init__(self, start: Start, scaling: float) -> None:
+    def __init__(self, start: LowRankFactors, scaling: float) -> None:
         self.start, self.scaling = start, scaling
         self._width = start.A.shape[1]
         self._rows = max(1, BLOCK_ELEMENTS // self._width)
@@ -139,3 +139,42 @@ class Residual:
         rows = slice(block * self._rows, (block + 1) * self._rows)
         with one_thread():
             return ((self.scaling * self.start.B[rows]) @ self.start.A).view(-1)
+
+
+ELEMENTS = 2**22
+"""Of a weight, widened to fp64 at once: 32 MiB."""
+
+
+def gram(tall_TN: Tensor) -> Tensor:
+    """X^T X: (N, N) fp64."""
+    columns = tall_TN.shape[1]
+    gram_NN = torch.zeros(columns, columns, dtype=torch.float64, device=tall_TN.device)
+    for part_cN in _parts(tall_TN):
+        gram_NN.addmm_(part_cN.T, part_cN)
+    return gram_NN
+
+
+def times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
+    """X other: (T, R) fp64."""
+    product_TR = torch.empty(tall_TN.shape[0], other_NR.shape[1], dtype=torch.float64, device=tall_TN.device)
+    first = 0
+    for part_cN in _parts(tall_TN):
+        torch.mm(part_cN, other_NR, out=product_TR[first : first + len(part_cN)])
+        first += len(part_cN)
+    return product_TR
+
+
+def transposed_times(tall_TN: Tensor, other_TR: Tensor) -> Tensor:
+    """X^T other: (N, R) fp64."""
+    product_NR = torch.zeros(tall_TN.shape[1], other_TR.shape[1], dtype=torch.float64, device=tall_TN.device)
+    first = 0
+    for part_cN in _parts(tall_TN):
+        product_NR.addmm_(part_cN.T, other_TR[first : first + len(part_cN)])
+        first += len(part_cN)
+    return product_NR
+
+
+def _parts(tall_TN: Tensor) -> Iterator[Tensor]:
+    rows = max(1, ELEMENTS // tall_TN.shape[1])
+    for part_cN in tall_TN.split(rows):
+        yield part_cN.double()

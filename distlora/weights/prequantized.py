@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.config import Config, UserError
-from distlora.weights.segments import DTYPE_BYTES, Segment
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _STORAGES = ("U8", "BF16", "F16", "F32")
@@ -32,7 +32,7 @@ _INSTEAD = "set model.path to the 16-bit checkpoint (quant=nf4 quantizes it whil
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedWeight:
+class PrequantizedWeight:
     """One NF4 weight as bitsandbytes stored it: flat byte ranges of its parts."""
 
     name: str
@@ -55,9 +55,9 @@ class PackedWeight:
         return self.offset is not None
 
 
-def read_packed_weights(
+def read_prequantized_weights(
     folder: Path, model: Mapping[str, Any], headers: Mapping[str, Segment]
-) -> dict[str, PackedWeight]:
+) -> dict[str, PrequantizedWeight]:
     """The weights that are NF4 on disk, by their names there; empty for a checkpoint that is not quantized.
 
     `model` is config.json. Reads a few hundred bytes a weight. Raises UserError by field for any other quantization,
@@ -81,14 +81,14 @@ def read_packed_weights(
     return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
 
 
-def check_keeps_packed(config: Config, packed: Mapping[str, PackedWeight]) -> None:
+def check_keeps_prequantized(config: Config, packed: Mapping[str, PrequantizedWeight]) -> None:
     """Refuse settings that need 16-bit weights of a base that has none. Raises UserError."""
     if packed:
-        refuse_dense(config, f"({len(packed):,} weights in NF4)")
+        refuse_dense_settings(config, f"({len(packed):,} weights in NF4)")
 
 
-def refuse_dense(config: Config, how: str = "(by its config.json)") -> None:
-    """`check_keeps_packed` of a base of which it is known alone that it is packed. Raises UserError."""
+def refuse_dense_settings(config: Config, how: str = "(by its config.json)") -> None:
+    """`check_keeps_prequantized` of a base of which it is known alone that it is packed. Raises UserError."""
     reason = f"model.path={config.model.path} is quantized already {how}"
     if config.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set model.path to the 16-bit checkpoint")
@@ -112,9 +112,9 @@ def packed_outside_blocks(name: str) -> UserError:
     )
 
 
-def packed_parameters(
-    packed: Mapping[str, PackedWeight], names_on_disk: Mapping[str, Sequence[str]]
-) -> dict[str, PackedWeight]:
+def prequantized_parameters(
+    packed: Mapping[str, PrequantizedWeight], names_on_disk: Mapping[str, Sequence[str]]
+) -> dict[str, PrequantizedWeight]:
     """The packed weights by the model's own names, from where each parameter lies on disk.
 
     Raises UserError for a parameter that is merged from several tensors of which one is packed.
@@ -153,7 +153,7 @@ def check_quantization_config(file: Path, quantization: Any) -> None:
         raise UserError(f"{where}.bnb_4bit_quant_type={kind!r} cannot be kept as it is, only 'nf4'; {_INSTEAD}")
 
 
-def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PackedWeight:
+def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PrequantizedWeight:
     """One weight's parts, checked against each other."""
     if kind != "nf4":
         raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {_INSTEAD}")
@@ -180,7 +180,7 @@ def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, 
                 f"{segment.file}: {part} has {segment.numel:,} entries; a weight of shape {list(shape)} in blocks of "
                 f"{_BLOCK} has {size:,}; the checkpoint is damaged, download it again"
             )
-    return PackedWeight(
+    return PrequantizedWeight(
         name=name,
         shape=shape,
         codes=codes,

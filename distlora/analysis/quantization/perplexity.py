@@ -12,6 +12,7 @@ from distlora.analysis.quantization.request import Request
 from distlora.analysis.quantization.roundtrip import FORMATS, FourBit, round_trip
 from distlora.analysis.quantization.weights import Weight, block_weights
 from distlora.data.rows import PackedRows
+from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.parallel import Ranks
 from distlora.post.divergence import (
     Loss,
@@ -21,7 +22,6 @@ from distlora.post.divergence import (
 )
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
-from distlora.weights.second_level import SecondLevel
 from distlora_kernels.nf4 import GROUP
 
 
@@ -71,7 +71,7 @@ def _of_packed_model(request: Request, dense: Readings, say: Callable[[str], Non
 @torch.no_grad()
 def put_through(weight: Weight, format: FourBit, into: Tensor, reader: Reader) -> None:
     """Fill `into` (the weight's shape, fp32 or bf16) with what `format` gives back of the weight on disk."""
-    second = SecondLevel.of(weight.chunks(reader, into.device), weight.numel)
+    second = DoubleQuantizedAbsmax.of(weight.chunks(reader, into.device), weight.numel)
     flat, first = into.view(-1), 0
     for chunk in weight.chunks(reader, into.device):
         restored, _ = round_trip(chunk, format, second, first // GROUP, into.dtype)

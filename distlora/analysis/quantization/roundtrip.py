@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.quantization import int4
-from distlora.weights.second_level import SecondLevel
+from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora_kernels import nf4
 
 CHUNK = 64 * nf4.GROUP
@@ -42,7 +42,7 @@ FORMATS = {
 
 
 def round_trip(
-    chunk: Tensor, format: FourBit, second: SecondLevel, first_group: int, dtype: torch.dtype = torch.float32
+    chunk: Tensor, format: FourBit, second: DoubleQuantizedAbsmax, first_group: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, int]:
     """(the flat chunk as it comes back, in `dtype`; the bytes that it is stored in, without the tensor's offset)."""
     codes, _ = format.quantize(chunk)
@@ -117,7 +117,7 @@ def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
 
     Raises ValueError for NaN and Inf.
     """
-    second = SecondLevel.of(chunks(), numel)
+    second = DoubleQuantizedAbsmax.of(chunks(), numel)
     sums = Sums(formats={name: FormatSums() for name in (*FORMATS, DENSE)})
     first_group = 0
     for chunk in chunks():

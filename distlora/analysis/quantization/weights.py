@@ -11,13 +11,13 @@ from torch import Tensor
 
 from distlora.analysis.naming import layer_of, linear_of
 from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, read_headers
 from distlora.config import Config, UserError
-from distlora.loading.weights import find_base
+from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.reader import Reader
-from distlora.weights.segments import SOURCE_DTYPES, read_headers
 
 
 @dataclass(frozen=True, slots=True)

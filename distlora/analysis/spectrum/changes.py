@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.naming import in_a_block, layer_of, linear_of
-from distlora.loading.weights import find_base
+from distlora.architecture.safetensors_headers import read_headers
+from distlora.loading.load_base import find_base
 from distlora.model.experts import ExpertWeight
 from distlora.post.deltas.apply import adapted_rows
 from distlora.post.deltas.base import Base, BaseWeight, open_base
@@ -30,7 +31,6 @@ from distlora.run_folder.checkpoints import STATE_NAME, newest, step_of
 from distlora.run_folder.layout import CHECKPOINTS, read_result
 from distlora.weights.conversion import Source
 from distlora.weights.reader import Reader
-from distlora.weights.segments import read_headers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

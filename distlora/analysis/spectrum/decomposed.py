@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora.system import randomness
-from distlora.weights import fp64
+from distlora.weights.decompose import gram, times, transposed_times
 
 SMALLEST = 1e-7
 """Of the largest: below this, X^T X in fp64 says nothing of a singular value, and there is none."""
@@ -63,7 +63,7 @@ def of_factors(A: Tensor, B: Tensor, scaling: float) -> Singular:
 def values_of(matrix_OI: Tensor) -> Tensor:
     """All singular values, the largest first, fp64: from the eigenvalues of X^T X. Those below SMALLEST of the first
     are 0."""
-    values = torch.linalg.eigvalsh(fp64.gram(_tall(matrix_OI))).clamp_min(0).sqrt().flip(0)
+    values = torch.linalg.eigvalsh(gram(_tall(matrix_OI))).clamp_min(0).sqrt().flip(0)
     return torch.where(values > SMALLEST * values[0], values, 0.0)
 
 
@@ -74,12 +74,12 @@ def whole(matrix_OI: Tensor, count: int | None = None) -> Singular:
     Beside X at most 4 N^2 numbers in fp64 at once (the square, its eigenvectors, and what LAPACK's dsyevd works in), or
     N (T + N) where these are more (the vectors)."""
     tall_TN = _tall(matrix_OI)
-    square, vectors = torch.linalg.eigh(fp64.gram(tall_TN))
+    square, vectors = torch.linalg.eigh(gram(tall_TN))
     values = square.clamp_min(0).sqrt().flip(0)
     values = values[values > SMALLEST * values[0]][:count]
     right_NR = vectors[:, len(square) - len(values) :].flip(1)
     del vectors
-    left_TR = fp64.times(tall_TN, right_NR).div_(values)
+    left_TR = times(tall_TN, right_NR).div_(values)
     return _placed(matrix_OI, left_TR, values, right_NR, torch.zeros_like(values), 1)
 
 
@@ -110,8 +110,8 @@ def _cycle(tall_TN: Tensor, basis_NK: Tensor, width: int) -> tuple[Tensor, Tenso
     """One Krylov space from a block: the best `width` (left, values, right, residuals), and the value below them."""
     bases, images, returns = [basis_NK], [], []
     for number in range(BLOCKS):
-        images.append(fp64.times(tall_TN, bases[-1]))
-        returns.append(fp64.transposed_times(tall_TN, images[-1]))
+        images.append(times(tall_TN, bases[-1]))
+        returns.append(transposed_times(tall_TN, images[-1]))
         if number + 1 < BLOCKS:
             following = _orthonormal(returns[-1], torch.cat(bases, dim=1))
             if following.shape[1] == 0:  # The space is invariant: all that the start can reach is in it.

@@ -16,7 +16,7 @@ from distlora.analysis.spectrum.changes import Change
 from distlora.analysis.spectrum.decomposed import Singular, largest, of_factors, whole
 from distlora.analysis.spectrum.intruders import Similarity, similarity
 from distlora.analysis.spectrum.request import Request
-from distlora.weights import fp64
+from distlora.weights.decompose import times, transposed_times
 
 MOST_VALUES = 512
 """Singular values of one dW in the JSON."""
@@ -96,7 +96,7 @@ def angles(first: Singular, second: Singular, rank: int, norm: float, dense_OI: 
         if dense_OI is None:
             inside = (mine.T @ theirs) * second.values
         else:
-            inside = fp64.times(dense_OI, mine) if side == "right" else fp64.transposed_times(dense_OI, mine)
+            inside = times(dense_OI, mine) if side == "right" else transposed_times(dense_OI, mine)
         sides[side] = {
             "cosines": _listed(cosines.clamp_max(1)),
             "shared": float(cosines.square().mean()),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distlora.analysis.spectrum.decomposed import SMALLEST, Singular, largest, whole
-from distlora.weights import fp64
+from distlora.weights.decompose import times, transposed_times
 
 STEPS = 64
 """Of Lanczos, at most."""
@@ -115,22 +115,22 @@ def in_range(before_OI: Tensor, base_OR: Tensor, rest_OK: Tensor, largest_value:
     if before_OI.shape[0] <= before_OI.shape[1]:
         return rest_OK, nothing
     solution = torch.zeros(before_OI.shape[1], rest_OK.shape[1], dtype=torch.float64, device=rest_OK.device)
-    residual = fp64.transposed_times(before_OI, rest_OK)
+    residual = transposed_times(before_OI, rest_OK)
     direction, square = residual, (residual**2).sum(dim=0)
     least = float(SMALLEST * largest_value)
     for _ in range(GRADIENTS):
         if bool((square.sqrt() <= MISSED * least).all()):
             break
-        image = fp64.times(before_OI, direction)
+        image = times(before_OI, direction)
         step = square / (image**2).sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         solution = solution + step * direction
-        residual = residual - step * fp64.transposed_times(before_OI, image)
+        residual = residual - step * transposed_times(before_OI, image)
         following = (residual**2).sum(dim=0)
         direction = residual + following / square.clamp_min(torch.finfo(torch.float64).tiny) * direction
         square = following
-    inside = _without(base_OR, fp64.times(before_OI, solution))
+    inside = _without(base_OR, times(before_OI, solution))
     # The residual as it is, not as it was carried along.
-    missing = torch.linalg.vector_norm(fp64.transposed_times(before_OI, rest_OK - inside), dim=0) / least
+    missing = torch.linalg.vector_norm(transposed_times(before_OI, rest_OK - inside), dim=0) / least
     is_good = missing <= 0.1
     return torch.where(is_good, inside, rest_OK), torch.where(is_good, missing, nothing)
 
@@ -159,9 +159,9 @@ class Spread:
         while self.steps < steps:
             last = self._vectors[-1]
             if is_tall:
-                product = fp64.times(tall_TN, fp64.transposed_times(tall_TN, last))
+                product = times(tall_TN, transposed_times(tall_TN, last))
             else:
-                product = fp64.transposed_times(tall_TN, fp64.times(tall_TN, last))
+                product = transposed_times(tall_TN, times(tall_TN, last))
             self._alphas.append((last * product).sum(dim=0))
             for _ in range(2):
                 product = _without(self._base_OR, product)

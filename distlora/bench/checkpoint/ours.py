@@ -17,8 +17,7 @@ import torch
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
 from distlora.bench.rows import random_rows
 from distlora.bench.trial import Started, nothing
-from distlora.checkpoint.choice import choose
-from distlora.checkpoint.environment import environment
+from distlora.checkpoint.resume import choose, environment
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config

@@ -14,7 +14,7 @@ from distlora.config.file import build
 from distlora.data.loader import PackedRows
 from distlora.parallel import Ranks
 from distlora.training.reporting.reporter import Reporter
-from distlora.weights.peft.folder import read_initial_adapter
+from distlora.weights.peft_folder import read_peft_adapter
 
 STEPS = 10**6
 """Of the run: more than anybody measures, at a constant learning rate."""
@@ -31,7 +31,7 @@ class Losses(Reporter):
 
 
 def config_of(job: Mapping[str, Any], world: int) -> Config:
-    adapter = read_initial_adapter(Path(job["adapter"])).settings
+    adapter = read_peft_adapter(Path(job["adapter"])).settings
     sections: dict[str, Any] = {
         "model": {"path": job["model"]},
         "data": {"path": "none", "sequence_length": job["length"]},

@@ -1,7 +1,7 @@
 """What a run keeps on the disk: quantized shards, checkpoints, results, and the base itself. Imports no torch.
 
 Headers are made here by what makes them for the code that writes the files: distlora/loading/tensor_files.py
-(checkpoints, results) and distlora/loading/cache_pieces.py (shards).
+(checkpoints, results) and distlora/loading/quantized_cache_io.py (shards).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.expert_targets import peft_paths
+from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import ModelShapes, expert_paths
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config
@@ -19,13 +20,12 @@ from distlora.planner.machine import Machine
 from distlora.planner.memory.optimizers import absmaxes, is_in_8_bits
 from distlora.planner.model import PlannedModel
 from distlora.planner.multi_trial import each_alone
-from distlora.weights.piece_header import (
+from distlora.weights.quantized_cache_format import (
     GROUP_BYTES,
     Extent,
     cut,
     header_of,
 )
-from distlora.weights.segments import DTYPE_BYTES, header_bytes, lay_out
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -182,7 +182,7 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
 def _result_bytes(config: Config, model: PlannedModel, trained: Sequence[Tensor]) -> int:
     if config.adapter.method == "full":  # In the base's own dtype.
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
-    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/pissa.py).
+    if config.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/plain_adapter.py).
         trained = [_doubled(each) for each in trained]
     return file_bytes(trained) + CONFIG_BYTES
 

@@ -10,20 +10,20 @@ from distlora.architecture.tokens import stored_rows
 from distlora.config import UserError, require
 from distlora.post.combine.request import Member, Request
 from distlora.post.merge.request import Onto
-from distlora.weights.peft.folder import InitialAdapter, read_initial_adapter
+from distlora.weights.peft_folder import PeftAdapter, read_peft_adapter
 
 
-def open_adapters(request: Request) -> list[InitialAdapter]:
+def open_adapters(request: Request) -> list[PeftAdapter]:
     """Each member's config and header."""
-    return [read_initial_adapter(member.folder) for member in request.members]
+    return [read_peft_adapter(member.folder) for member in request.members]
 
 
-def needs_base(adapters: Sequence[InitialAdapter]) -> bool:
+def needs_base(adapters: Sequence[PeftAdapter]) -> bool:
     """Whether what an adapter adds depends on the base's values."""
     return any(adapter.settings["use_dora"] or adapter.token_rows or adapter.modules for adapter in adapters)
 
 
-def check(request: Request, adapters: Sequence[InitialAdapter]) -> None:
+def check(request: Request, adapters: Sequence[PeftAdapter]) -> None:
     """Raises UserError for what the method cannot do with these adapters."""
     members = request.members
     for member, adapter in zip(members, adapters, strict=True):
@@ -38,7 +38,7 @@ def check(request: Request, adapters: Sequence[InitialAdapter]) -> None:
     _check_whole(members, adapters, tied=request.base_folder is not None and ties(Path(request.base_folder)))
 
 
-def _check_alone(request: Request, member: Member, adapter: InitialAdapter) -> None:
+def _check_alone(request: Request, member: Member, adapter: PeftAdapter) -> None:
     if adapter.settings["use_dora"] and request.how.on != "weights":
         raise UserError(
             f"{member.place} is DoRA: what it adds to a weight is m (W + s B A) / ||W + s B A|| - W, of full rank and "
@@ -54,7 +54,7 @@ def _check_alone(request: Request, member: Member, adapter: InitialAdapter) -> N
             )
 
 
-def _check_cut(rank: int, adapters: Sequence[InitialAdapter]) -> None:
+def _check_cut(rank: int, adapters: Sequence[PeftAdapter]) -> None:
     """Refuse a rank that cuts nothing: the sum of the adapters' is as much as there is, but for DoRA's."""
     if any(adapter.settings["use_dora"] for adapter in adapters):
         return
@@ -70,7 +70,7 @@ def _check_cut(rank: int, adapters: Sequence[InitialAdapter]) -> None:
     )
 
 
-def _check_ranks(request: Request, adapters: Sequence[InitialAdapter]) -> None:
+def _check_ranks(request: Request, adapters: Sequence[PeftAdapter]) -> None:
     """A and B can be summed apart where they have one shape."""
     first: dict[str, tuple[Member, int]] = {}
     for member, adapter in zip(request.members, adapters, strict=True):
@@ -92,7 +92,7 @@ def ties(base: Path) -> bool:
     return is_tied(model, family_of(model, base / "config.json"))
 
 
-def check_merged(request: Request, adapters: Sequence[InitialAdapter], onto: Onto) -> None:
+def check_merged(request: Request, adapters: Sequence[PeftAdapter], onto: Onto) -> None:
     """Refuse what an adapter can hold and a model merged here cannot: rows of new tokens, and PiSSA's change of a base
     that was in NF4."""
     assert request.base_folder is not None
@@ -113,7 +113,7 @@ def check_merged(request: Request, adapters: Sequence[InitialAdapter], onto: Ont
             )
 
 
-def _check_whole(members: Sequence[Member], adapters: Sequence[InitialAdapter], *, tied: bool) -> None:
+def _check_whole(members: Sequence[Member], adapters: Sequence[PeftAdapter], *, tied: bool) -> None:
     """What is trained beside the adapters: rows of a matrix, or all of it."""
     for member, adapter in zip(members, adapters, strict=True):
         for other, theirs in zip(members, adapters, strict=True):

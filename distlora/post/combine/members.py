@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distlora.architecture.safetensors_headers import fingerprint
 from distlora.checkpoint.state import load_state
 from distlora.config import Config, UserError, require
 from distlora.config.file import load_config
@@ -16,9 +17,8 @@ from distlora.run_folder.layout import (
     find_result,
     read_result,
 )
-from distlora.weights.peft.folder import CONFIG_NAME, read_initial_adapter
-from distlora.weights.segments import fingerprint
-from distlora.weights.start_file import read_start_record
+from distlora.weights.initial_adapter_file import read_initial_adapter_record
+from distlora.weights.peft_folder import CONFIG_NAME, read_peft_adapter
 
 
 def find_member(place: str, weight: float, base: str | None = None) -> Member:
@@ -34,7 +34,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         run_dir = folder
     if run_dir is None:
         with named_by_place(place):
-            says = read_initial_adapter(folder).base
+            says = read_peft_adapter(folder).base
         return _alone(place, folder, weight, says, base)
     config = load_config(run_dir)
     require(
@@ -50,7 +50,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         )
         folder = read_result(run_dir).folder
     with named_by_place(place):
-        read_initial_adapter(folder)
+        read_peft_adapter(folder)
     base_folder = Path(config.model.path)
     return Member(
         place=place,
@@ -75,7 +75,7 @@ def run_of(folder: Path) -> Path | None:
 def base_of_run(run_dir: Path, config: Config) -> str | None:
     """`fingerprint` of the checkpoint that a run trained on: what its own records say, else of what is there now."""
     if config.adapter.pissa:
-        record = read_start_record(config, with_base=False)
+        record = read_initial_adapter_record(config, with_base=False)
         return None if record is None else record.base
     states = [folder for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
     if states:
@@ -113,7 +113,7 @@ def check_one_base(members: tuple[Member, ...], *, same_base: bool) -> str | Non
             )
     unknown = next((member for member in members if member.base is None), None)
     if unknown is not None and not same_base:
-        says = read_initial_adapter(unknown.folder).base
+        says = read_peft_adapter(unknown.folder).base
         raise UserError(
             f"{unknown.place}: nothing here says what its base is"
             f"{f' (it names {says}, which is no folder here)' if says else ''}; name it with --model FOLDER, or write "

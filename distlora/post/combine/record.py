@@ -13,7 +13,7 @@ from distlora.output.tables import Table
 from distlora.post.combine.request import Request
 from distlora.post.combine.result import Combination
 from distlora.run_folder.checkpoints import sha256
-from distlora.weights.peft.folder import WEIGHTS_NAME
+from distlora.weights.peft_folder import WEIGHTS_NAME
 
 
 def record(request: Request, made: Combination, folder: Path) -> dict[str, Any]:

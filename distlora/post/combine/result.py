@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.expert_targets import peft_paths
+from distlora.architecture.safetensors_headers import read_header
 from distlora.architecture.targets import match_ending
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import Config
 from distlora.config.json_files import read_object
-from distlora.loading.tensor_files import Unmade
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.post.combine.checks import needs_base
 from distlora.post.combine.methods import Combined, Part, combine
 from distlora.post.combine.request import Request
@@ -29,9 +30,8 @@ from distlora.post.combine.whole import (
 from distlora.post.deltas.base import Base, open_base
 from distlora.post.deltas.factors import AdapterFile, Factors
 from distlora.post.trained import base_alone
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-from distlora.weights.segments import read_header
 
 
 def held(config: Config, request: Request) -> Config:
@@ -63,16 +63,16 @@ class Combination:
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
         self._done = 0
 
-    def tensors(self) -> dict[str, Tensor | Unmade]:
+    def tensors(self) -> dict[str, Tensor | DeferredTensor]:
         """By PEFT's names."""
         places = peft_paths(self.fused)
-        found: dict[str, Tensor | Unmade] = {}
+        found: dict[str, Tensor | DeferredTensor] = {}
         for path in self.paths:
             shapes = self._shapes(path)
             for part, shape in zip("AB", shapes, strict=True):
                 name = f"base_model.model.{places.get(path, path)}.lora_{part}.weight"
                 make = functools.partial(self._make, path, part)
-                found[name] = Unmade(shape=torch.Size(shape), dtype=torch.float32, make=make)
+                found[name] = DeferredTensor(shape=torch.Size(shape), dtype=torch.float32, make=make)
         if self.base is not None:
             found |= combined_rows(self.members, self.base, self.reader)
             found |= combined_modules(self.members, self.base, self.reader)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.tensor_files import READ_ELEMENTS, Unmade
+from distlora.loading.tensor_files import READ_ELEMENTS, DeferredTensor
 from distlora.post.deltas.base import HEAD_NAME, Base, BaseWeight
 from distlora.post.deltas.factors import AdapterFile
 from distlora.weights.reader import Reader
-from distlora.weights.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _check_new(members: Sequence[Weighted], matrix: str, stored: int) -> None:
         )
 
 
-def combined_modules(members: Sequence[Weighted], base: Base, reader: Reader) -> dict[str, Unmade]:
+def combined_modules(members: Sequence[Weighted], base: Base, reader: Reader) -> dict[str, DeferredTensor]:
     """By PEFT's names; made as each is written. Raises UserError for a matrix of another size than the base's."""
     tensors = {}
     for matrix in sorted({name for member in members for name in member.file.modules}):
@@ -102,7 +102,7 @@ def combined_modules(members: Sequence[Weighted], base: Base, reader: Reader) ->
                 )
         name = f"base_model.model.{_path(base, matrix)}.weight"
         make = _maker(mine, matrix, weight, reader)
-        tensors[name] = Unmade(shape=torch.Size(weight.shape), dtype=torch.float32, make=make)
+        tensors[name] = DeferredTensor(shape=torch.Size(weight.shape), dtype=torch.float32, make=make)
     return tensors
 
 

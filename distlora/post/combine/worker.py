@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distlora.checkpoint.files import appearing, write_files
+from distlora.checkpoint.files import new_folder, write_files
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.post.combine.record import record, told
 from distlora.post.combine.request import RECORD_NAME, Request
@@ -23,7 +23,7 @@ from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, request_text, run_to_exit_code
 from distlora.system.progress_lines import Progress, quieten
-from distlora.weights.peft.folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 
 _SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -58,7 +58,7 @@ def write_adapter(request: Request, out: Path, say: Progress) -> dict[str, Any]:
         made = Combination(request, reader, say)
         say.line(f"combining {len(made.members)} adapters, {len(made.paths):,} weights, by {request.method}")
         for_nf4 = any(member.file.read.settings["init_from_loftq"] for member in made.members)
-        with appearing(out) as folder:
+        with new_folder(out) as folder:
             files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors()}
             write_files(folder, files, backend, metadata=NF4_MARK if for_nf4 else {})
             owner = None if made.base is None else new_token_owner(made.members, made.base)

@@ -18,20 +18,19 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.families import read_config
+from distlora.architecture.safetensors_headers import Segment, read_headers
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config, UserError
-from distlora.loading.initialize import read_start
-from distlora.loading.weights import find_base
+from distlora.loading.decomposed_adapters import load_initial_factors
+from distlora.loading.load_base import find_base
+from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen import FrozenTensor
 from distlora.weights.conversion import Source
-from distlora.weights.decompose import Residual, Start
-from distlora.weights.finite import all_finite
-from distlora.weights.prequantized import PackedWeight, packed_parameters, read_packed_weights
-from distlora.weights.reader import Reader
-from distlora.weights.second_level import SecondLevel
-from distlora.weights.segments import Segment, read_headers
+from distlora.weights.decompose import LowRankFactors, Residual
+from distlora.weights.prequantized import PrequantizedWeight, prequantized_parameters, read_prequantized_weights
+from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import nf4, reference
 
 HEAD_NAME = f"{HEAD}.weight"
@@ -50,7 +49,7 @@ class BaseWeight:
     """The tensors that it is made of, in flat order; of a packed weight, its codes."""
     quantized: bool
     """Whether training holds it in NF4."""
-    packed: PackedWeight | None = None
+    packed: PrequantizedWeight | None = None
     """Where it is NF4 on disk already."""
     residual: Residual | None = None
     """What PiSSA took out of it before it was quantized."""
@@ -99,9 +98,9 @@ class BaseWeight:
             chunk = chunk if self.residual is None else self.residual.of(chunk, first)
             yield self._finite(chunk)
 
-    def second_level(self, reader: Reader) -> SecondLevel:
+    def second_level(self, reader: Reader) -> DoubleQuantizedAbsmax:
         """The absmax of a weight that training quantizes."""
-        return SecondLevel.of(self._before_quantization(reader), self.numel)
+        return DoubleQuantizedAbsmax.of(self._before_quantization(reader), self.numel)
 
     def codes(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
         """(weights, (groups, GROUP_BYTES) uint8): and its codes, as many in a piece as in one of `chunks`."""
@@ -171,8 +170,8 @@ def open_base(config: Config) -> Base:
     model = build_model(config, training=False)
     headers = read_headers(folder)
     sources = find_base(model, headers)
-    stored = read_packed_weights(folder, read_config(folder), headers)
-    packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
+    stored = read_prequantized_weights(folder, read_config(folder), headers)
+    packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
     residuals = _residuals(model, config) if config.adapter.pissa else {}
     held = {model.hf_name(name): parameter.dtype for name, parameter in model.named_parameters()}
@@ -195,12 +194,12 @@ def open_base(config: Config) -> Base:
 
 def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
     """Of a run of PiSSA: what its start is, by the name of the weight that it is taken out of."""
-    start = read_start(config)
+    start = load_initial_factors(config)
     found = {}
     for path, linear in model.adapted_linears():
         assert isinstance(linear, AdaptedLinear)
         a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
-        found[f"{path}.weight"] = Residual(Start(a, b), linear.pairs[0].scaling)
+        found[f"{path}.weight"] = Residual(LowRankFactors(a, b), linear.pairs[0].scaling)
     return found
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.config import AdapterConfig, UserError
-from distlora.weights.peft.folder import InitialAdapter, read_initial_adapter
-from distlora.weights.peft.modules import InitialModule
-from distlora.weights.peft.rows import InitialRows
+from distlora.weights.peft_folder import PeftAdapter, read_peft_adapter
+from distlora.weights.peft_tokens import PeftTokenRows, PeftWholeModule
 from distlora.weights.reader import Reader
-from distlora.weights.segments import Segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ class Factors:
 class AdapterFile:
     """A LoRA or DoRA in PEFT's format that belongs to the base as its checkpoint has it."""
 
-    read: InitialAdapter
+    read: PeftAdapter
     """What its config and the file's header say."""
     settings: AdapterConfig
     """Rank, scale and targets: its own."""
@@ -54,17 +53,17 @@ class AdapterFile:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFile:
-        """Raises UserError for what `read_initial_adapter` refuses: damaged, a pickle, another kind of adapter."""
-        read = read_initial_adapter(folder)
+        """Raises UserError for what `read_peft_adapter` refuses: damaged, a pickle, another kind of adapter."""
+        read = read_peft_adapter(folder)
         return cls(read=read, settings=read.own, paths=tuple(read.paths))
 
     @property
-    def token_rows(self) -> Mapping[str, InitialRows]:
+    def token_rows(self) -> Mapping[str, PeftTokenRows]:
         """Trained rows of the embedding or head, by matrix."""
         return self.read.token_rows
 
     @property
-    def modules(self) -> Mapping[str, InitialModule]:
+    def modules(self) -> Mapping[str, PeftWholeModule]:
         """What was trained whole, by last name."""
         return self.read.modules
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from distlora.architecture.families import read_config
 from distlora.config import UserError
-from distlora.loading.initialize import read_start
-from distlora.loading.pissa import is_pair, trained_config, trained_part
+from distlora.loading.decomposed_adapters import load_initial_factors
+from distlora.loading.plain_adapter import is_pair, trained_config, trained_part
 from distlora.post.deltas.base import Base, BaseWeight, open_base
 from distlora.post.export.bnb_layout import name_of, parts_of, write_weight
 from distlora.post.export.probe import EXACT, Ours
@@ -41,7 +41,7 @@ from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import marks
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 ADAPTER = "adapter"
@@ -175,7 +175,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     else:
         tensors = load_file(weights / WEIGHTS_NAME)
         if not (weights / STATE_NAME).is_file():
-            start = read_start(trained.config)
+            start = load_initial_factors(trained.config)
             settings = trained_config(settings)
             for name in filter(is_pair, tensors):
                 tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()

@@ -22,7 +22,7 @@ from distlora.post.export.request import Export, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained
 from distlora.run_folder.layout import BEST_NAME, Result, read_result
-from distlora.weights.peft.folder import CONFIG_NAME
+from distlora.weights.peft_folder import CONFIG_NAME
 
 
 def write(export: Export) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, QuantConfig, UserError
-from distlora.loading.pissa import plain_form
+from distlora.loading.plain_adapter import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.post.export.request import Reading

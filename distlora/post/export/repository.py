@@ -24,8 +24,8 @@ from distlora.run_folder.layout import (
     read_record,
 )
 from distlora.training.model_card import model_card, read_metadata
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
-from distlora.weights.start_file import require_start
+from distlora.weights.initial_adapter_file import require_initial_adapter
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 Files = Mapping[str, bytes | Path]
 """Content, or the file that holds it, by path in the repository."""
@@ -38,8 +38,8 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
     if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
         yield result
         return
-    require_start(result.config, with_base=False)
-    from distlora.loading.pissa import plain_form
+    require_initial_adapter(result.config, with_base=False)
+    from distlora.loading.plain_adapter import plain_form
 
     with plain_form(result.folder, result.config) as place:
         yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distlora.checkpoint.files import appearing
+from distlora.architecture.safetensors_headers import fingerprint
+from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.post.export.formats import FORMATS
 from distlora.post.export.request import Export, Reading, Request
@@ -37,8 +38,7 @@ from distlora.system.progress_lines import (
     say,
     still_loading,
 )
-from distlora.weights.peft.folder import WEIGHTS_NAME
-from distlora.weights.segments import fingerprint
+from distlora.weights.peft_folder import WEIGHTS_NAME
 
 CHECK = "distlora.post.export.check"
 RECORD_NAME = "export.json"
@@ -51,7 +51,7 @@ def run(request: Request) -> int:
     trained = request.name.read()
     module: Any = importlib.import_module(FORMATS[request.format].module)
     try:
-        with appearing(out, inside=True) as place:
+        with new_folder(out, inside=True) as place:
             module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
             say(f"written in {time.monotonic() - began:.1f} s, {_size(place) / 1e6:,.1f} MB")
             found = checked(request, place) if request.check else None

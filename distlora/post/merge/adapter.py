@@ -10,20 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import UserError
 from distlora.loading.peft_format import adaptable_shapes
-from distlora.loading.pissa import plain_form
+from distlora.loading.plain_adapter import plain_form
 from distlora.post.deltas.base import Base
 from distlora.post.deltas.factors import AdapterFile, Factors
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.request import Onto
 from distlora.post.trained import Trained
-from distlora.weights.decompose import Start
-from distlora.weights.peft.folder import WEIGHTS_NAME, check_fits
-from distlora.weights.peft.modules import check_modules
-from distlora.weights.peft.rows import check_rows
+from distlora.weights.decompose import LowRankFactors
+from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits
+from distlora.weights.peft_tokens import check_modules, check_rows
 from distlora.weights.reader import Reader
-from distlora.weights.segments import Segment, read_header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class Adapter:
     """Where it was read from; of a run's folder of checkpoints, the newest whole one."""
     file: AdapterFile
     header: Mapping[str, Segment]
-    starts: Mapping[str, Start]
+    starts: Mapping[str, LowRankFactors]
     """Where the base lacks PiSSA's start: that, by path. The file, a plain LoRA of twice the rank, has in its first
     half what was trained, and in its second what the base lacks. Else empty."""
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.config import UserError
-from distlora.post.merge.parameters import Parameter
-from distlora.system import atomic_io
-from distlora.weights.reader import DTYPE_NAMES
-from distlora.weights.segments import (
+from distlora.architecture.safetensors_headers import (
     DTYPE_BYTES,
     INDEX_NAME,
     Segment,
     header_bytes,
     lay_out,
 )
+from distlora.config import UserError
+from distlora.post.merge.parameters import Parameter
+from distlora.system import atomic_io
+from distlora.weights.reader import DTYPE_NAMES
 
 COPIED_BYTES = 2**24
 """Of a tensor that is copied, read at once."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from distlora.checkpoint.files import appearing
+from distlora.architecture.safetensors_headers import fingerprint
+from distlora.checkpoint.files import new_folder
 from distlora.post.deltas.base import Base, open_base
 from distlora.post.merge.adapter import Adapter, open_adapter
 from distlora.post.merge.companions import write_companions
@@ -46,9 +47,8 @@ from distlora.post.merge.residual import FOLDER, Keeper
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-from distlora.weights.segments import fingerprint
 
 
 def merge_to(
@@ -72,7 +72,7 @@ def merge_to(
             (file.name, hashing.submit(clock.digest, file, counted=False))
             for file in sorted({segment.file for segment in base.headers.values()})
         ]
-        with clock.stopping(), appearing(out) as temporary:
+        with clock.stopping(), new_folder(out) as temporary:
             keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
             with Files(temporary, plan) as files:
                 filling = Filling(files, base, adapter, onto, dtype, clock, keeper)

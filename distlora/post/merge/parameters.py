@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distlora.architecture.families import read_config
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.loading.vocabulary import mean_row_alone
+from distlora.loading.token_matrices import mean_row_alone
 from distlora.model.experts import ExpertWeight
 from distlora.post.deltas.apply import adapted_expert_rows, adapted_rows
 from distlora.post.deltas.base import (
@@ -23,7 +23,7 @@ from distlora.post.deltas.base import (
 )
 from distlora.post.merge.adapter import Adapter
 from distlora.weights.conversion import Source, find_sources
-from distlora.weights.prequantized import read_packed_weights
+from distlora.weights.prequantized import read_prequantized_weights
 from distlora.weights.reader import Reader
 
 
@@ -111,7 +111,7 @@ def _tied_head(base: Base) -> list[Parameter]:
 
 def _packed_beside(base: Base, folder: Path, found: list[Parameter]) -> list[Parameter]:
     """Weights in NF4 that the model does not take: without a quantization_config they must be dense."""
-    stored = read_packed_weights(folder, read_config(folder), base.headers)
+    stored = read_prequantized_weights(folder, read_config(folder), base.headers)
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
     for name, packed in stored.items():

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import INDEX_NAME, Segment
 from distlora.config.json_files import check_shape, read_object
 from distlora.post.merge.adapter import Adapter
 from distlora.post.merge.difference import encode, pack
@@ -30,9 +31,8 @@ from distlora.post.merge.undo import Undo, dora_scale
 from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
 from distlora.training.publish import COMPANIONS
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-from distlora.weights.segments import INDEX_NAME, Segment
 
 FOLDER, CONTENT_NAME, TABLE_NAME, BASE_NAME = "residual", "residual.bin", "residual.json", "base"
 RAW_BYTES = 2**20

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlora.checkpoint.files import appearing
+from distlora.architecture.safetensors_headers import Segment, read_headers
+from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.post.deltas.factors import AdapterFile
 from distlora.post.merge.difference import decode, unpack
@@ -35,9 +36,8 @@ from distlora.post.merge.residual import (
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.merge.undo import Undo
 from distlora.run_folder.checkpoints import sha256
-from distlora.weights.peft.folder import CONFIG_NAME
+from distlora.weights.peft_folder import CONFIG_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
-from distlora.weights.segments import Segment, read_headers
 
 
 def unmerge(merged: Path, out: Path, *, say: Say) -> dict[str, str]:
@@ -47,7 +47,7 @@ def unmerge(merged: Path, out: Path, *, say: Say) -> dict[str, str]:
     """
     folder, receipt = merged / FOLDER, Receipt.read(merged)
     table = Table.read(folder)
-    with _naming(merged, receipt), (folder / CONTENT_NAME).open("rb") as content, appearing(out) as temporary:
+    with _naming(merged, receipt), (folder / CONTENT_NAME).open("rb") as content, new_folder(out) as temporary:
         frames = Frames(content.fileno())
         plan = _plan(table, frames, read_headers(merged))
         check_space(out, sum(plan.sizes.values()))

@@ -13,7 +13,7 @@ from torch import nn
 from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
-from distlora.loading.weights import Loaded
+from distlora.loading.load_base import Loaded
 from distlora.model.adapters import slot_name
 from distlora.model.build import CausalLM
 from distlora.model.slots import put_trial, remove_trial

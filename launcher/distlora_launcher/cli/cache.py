@@ -14,8 +14,8 @@ from distlora.config.errors import in_one_line
 from distlora.config.places import cache_place
 from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
-from distlora.weights import cache_folder
-from distlora.weights.cache_folder import (
+from distlora.weights import quantized_cache_folder as cache_folder
+from distlora.weights.quantized_cache_folder import (
     Entry,
     EntryFigures,
     entries,

@@ -29,7 +29,7 @@ from distlora.post.combine.request import METHODS, Member, Request
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained, base_alone, with_adapter
 from distlora.system.exit_codes import DONE
-from distlora.weights.peft.folder import InitialAdapter, check_quantization
+from distlora.weights.peft_folder import PeftAdapter, check_quantization
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.launch.exec_worker import become
@@ -152,7 +152,7 @@ def checked(options: argparse.Namespace, command: str) -> Request:
     return request
 
 
-def check_form(adapters: Sequence[InitialAdapter], request: Request, onto: Onto) -> None:
+def check_form(adapters: Sequence[PeftAdapter], request: Request, onto: Onto) -> None:
     """Refuse a form of the base that the adapters do not belong to."""
     assert request.base_folder is not None
     for adapter in adapters:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.architecture.families import check_config, read_config
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -32,9 +33,8 @@ from distlora.post.evaluate.request import (
 from distlora.post.trained import BASE_ALONE, Trained, base_alone
 from distlora.system.exit_codes import DONE
 from distlora.system.wording import named_by_argument
-from distlora.weights.peft.folder import CONFIG_NAME as ADAPTER_CONFIG
-from distlora.weights.prequantized import read_packed_weights
-from distlora.weights.segments import read_headers
+from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
+from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
 from distlora_launcher.compose.checks import (
     HEAD_LINES,
@@ -305,7 +305,7 @@ def model_subject(place: str, quant: str | None) -> Subject:
     config = base_alone(path, "nf4", run_dir=path)
     with with_small_files(config) as here:
         small = Path(here.model.path)
-        packed = read_packed_weights(small, read_config(small), read_headers(small))
+        packed = read_prequantized_weights(small, read_config(small), read_headers(small))
         require(
             quant != "none" or not packed,
             f"--quant=none: {place} is stored in NF4; leave --quant out",

@@ -8,10 +8,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import require
 from distlora.config.places import place_of
 from distlora.post.trained import Name, Trained
-from distlora.weights.segments import read_headers
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown

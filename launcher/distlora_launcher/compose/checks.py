@@ -24,6 +24,7 @@ from distlora.architecture.families import (
     read_config,
     text_settings,
 )
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_headers
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings
@@ -32,14 +33,13 @@ from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES, short
 from distlora.config.places import is_hub_name
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders
+from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.prequantized import (
-    PackedWeight,
-    check_keeps_packed,
+    PrequantizedWeight,
+    check_keeps_prequantized,
     packed_outside_blocks,
-    read_packed_weights,
+    read_prequantized_weights,
 )
-from distlora.weights.segments import SOURCE_DTYPES, Segment, read_headers
-from distlora.weights.start_file import check_ranks, needs_start, require_start
 from distlora_kernels import native
 from distlora_launcher.compose.endpoint import resolve_endpoint
 from distlora_launcher.compose.initial_adapter import check_initial_adapter
@@ -67,8 +67,8 @@ def check(config: Config, *, new_run: bool) -> None:
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, config)
-        if goes_on and config.adapter.decomposes and needs_start(config, training=True, restores=True):
-            require_start(config)
+        if goes_on and config.adapter.decomposes and needs_initial_adapter(config, training=True, restores=True):
+            require_initial_adapter(config)
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
@@ -180,8 +180,8 @@ def check_model(config: Config) -> None:
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
     on_disk = read_headers(folder)
-    packed = read_packed_weights(folder, model, on_disk)
-    check_keeps_packed(config, packed)
+    packed = read_prequantized_weights(folder, model, on_disk)
+    check_keeps_prequantized(config, packed)
     stored_as = names_on_disk(on_disk, family)
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}
@@ -252,7 +252,7 @@ def check_tensors(
     folder: Path,
     model: dict[str, Any],
     tensors: dict[str, Segment],
-    packed: Mapping[str, PackedWeight],
+    packed: Mapping[str, PrequantizedWeight],
     family: Family,
 ) -> None:
     """Refuse a checkpoint that lacks a block, the embedding, the last norm or the head, or has odd dtypes.

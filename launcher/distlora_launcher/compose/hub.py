@@ -25,10 +25,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explain_absent_weights, explained, unreachable
-from distlora.weights.segments import INDEX_NAME, SINGLE_NAME, read_index
 
 REPORT_SECONDS = 10.0
 """Between two lines of progress in a log."""

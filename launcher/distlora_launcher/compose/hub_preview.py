@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from distlora.architecture.safetensors_headers import LONGEST_HEADER
 from distlora.config import Config, UserError
 from distlora.config.places import is_hub_name
 from distlora.system.hub_errors import explained
-from distlora.weights.segments import LONGEST_HEADER
 from distlora_launcher.compose.hub import HubModel, locate
 
 HEADER_GUESS = 100_000

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import TARGET_PRESETS, Config, UserError
-from distlora.weights.peft.folder import (
+from distlora.weights.initial_adapter_file import needs_initial_adapter
+from distlora.weights.peft_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_fits,
     check_quantization,
-    read_initial_adapter,
+    read_peft_adapter,
 )
-from distlora.weights.peft.modules import check_modules
-from distlora.weights.peft.rows import check_rows
-from distlora.weights.start_file import needs_start
+from distlora.weights.peft_tokens import check_modules, check_rows
 
 
 def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
@@ -28,7 +27,7 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
     if config.adapter.init_from is None:
         return config
     try:
-        initial = read_initial_adapter(config.adapter.init_from)
+        initial = read_peft_adapter(config.adapter.init_from)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     check_quantization(initial, config.quant.method)
@@ -57,9 +56,9 @@ def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]],
     A run that has saved its own weights needs it no more, unless it is DPO's reference.
     """
     goes_on = any((Path(config.run_dir) / "checkpoints").glob("step_*"))
-    if config.adapter.init_from is None or not needs_start(config, training=True, restores=goes_on):
+    if config.adapter.init_from is None or not needs_initial_adapter(config, training=True, restores=goes_on):
         return
-    initial = read_initial_adapter(config.adapter.init_from)
+    initial = read_peft_adapter(config.adapter.init_from)
     check_fits(initial, config.adapter, shapes)
     file, (stored, hidden) = initial.folder / WEIGHTS_NAME, embedding
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)

@@ -23,8 +23,8 @@ from distlora.planner.pages.words import largest
 from distlora.planner.storage.host import keeps_on_host
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders
 from distlora.system import atomic_io
-from distlora.weights.prequantized import refuse_dense
-from distlora.weights.start_file import check_ranks
+from distlora.weights.initial_adapter_file import check_ranks
+from distlora.weights.prequantized import refuse_dense_settings
 from distlora_launcher.compose import this_machine
 from distlora_launcher.compose.checks import check_of_sizes
 from distlora_launcher.terminal.output import say, warn
@@ -67,7 +67,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     """Refuse of a model of which there is config.json alone what `check_model` would."""
     check_of_sizes(config, model.settings, model.shapes.family)
     if model.settings.get("quantization_config") is not None:
-        refuse_dense(config)
+        refuse_dense_settings(config)
     if config.adapter.decomposes:
         adapters = (each for block in model.shapes.adapters(config.adapter) for each in block)
         check_ranks(config.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})

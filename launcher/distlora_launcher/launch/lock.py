@@ -29,7 +29,7 @@ from distlora_launcher.terminal.output import show, warn
 
 CONFIG_NAME = "config.yaml"
 MACHINES = "machines"
-START_NAME = "start.json"
+INITIAL_ADAPTER_NAME = "start.json"
 """In RUN/machines: {"id", "leader", "gpus"} of the newest start; gpus are the leader's."""
 
 LEASE_SECONDS = 120
@@ -192,14 +192,14 @@ def together(
             yield None
             return
         with place:
-            yield Place(config, run_dir / MACHINES / START_NAME, leads=leads)
+            yield Place(config, run_dir / MACHINES / INITIAL_ADAPTER_NAME, leads=leads)
 
 
 def _take_part(
     config: IO[str], run_dir: Path, run_id: str, stopped: Callable[[], bool], leads_without_locks: bool
 ) -> bool | None:
     """Whether this machine leads the start; None once `stopped()`."""
-    record = run_dir / MACHINES / START_NAME
+    record = run_dir / MACHINES / INITIAL_ADAPTER_NAME
     deadline, said = time.monotonic() + LEASE_SECONDS, False
     while not stopped():
         try:

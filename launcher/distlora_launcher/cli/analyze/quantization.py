@@ -14,12 +14,12 @@ from pathlib import Path
 
 from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
 from distlora.architecture.families import read_config
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system.exit_codes import DONE
 from distlora.system.wording import named_by_argument
-from distlora.weights.prequantized import read_packed_weights
-from distlora.weights.segments import read_headers
+from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.compose.checks import (
     ROW_TOKENS,
     check_data,
@@ -113,7 +113,7 @@ def checked(options: argparse.Namespace) -> Request:
         if folder.is_dir() and options.sequence_length is None:
             request = dataclasses.replace(request, sequence_length=row_tokens(folder))
         check_model(dataclasses.replace(config, data=request.config("nf4").data))
-        packed = read_packed_weights(folder, read_config(folder), read_headers(folder))
+        packed = read_prequantized_weights(folder, read_config(folder), read_headers(folder))
         require(
             not packed,
             f"{name} is quantized already ({len(packed):,} weights in NF4), so there are no 16-bit weights to compare "

@@ -19,10 +19,10 @@ from distlora.analysis.spectrum.request import (
     TOP,
     Request,
 )
+from distlora.architecture.safetensors_headers import fingerprint
 from distlora.config import UserError, require
 from distlora.post.trained import BASE_ALONE
 from distlora.system.exit_codes import DONE
-from distlora.weights.segments import fingerprint
 from distlora_launcher.cli.named import ARGUMENTS, add_arguments, named
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.launch.exec_worker import become

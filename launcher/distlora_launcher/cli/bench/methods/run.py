@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.families import family_of, read_config
+from distlora.architecture.safetensors_headers import fingerprint, read_headers
 from distlora.config import UserError, require
 from distlora.run_folder.layout import SUMMARY_NAME, read_record
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, STOPPED
-from distlora.weights.segments import fingerprint, read_headers
 from distlora_launcher.cli.bench.methods.grid import (
     FACTOR,
     METHODS,

@@ -22,10 +22,10 @@ from torch import Tensor
 from distlora.config import Config, UserError
 from distlora.config.initialization import is_pissa
 from distlora.config.json_files import read_object
-from distlora.loading.tensor_files import Unmade
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.system import atomic_io
-from distlora.weights.peft.folder import CONFIG_NAME, WEIGHTS_NAME
-from distlora.weights.start_file import start_path
+from distlora.weights.initial_adapter_file import initial_adapter_path
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 
 def plain_config(trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,14 +53,14 @@ def trained_config(plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | Unmade]:
+def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, Tensor | DeferredTensor]:
     """A' and B' by PEFT's names, from A and B and from A0 and B0, which are read from `start_file` as each is made.
 
     What is trained beside them stays as it is. Reads nothing here: every rank calls it, and one alone that could not
     read the file would leave the others in a collective.
     """
 
-    def unmade(name: str, tensor: Tensor) -> Unmade:
+    def unmade(name: str, tensor: Tensor) -> DeferredTensor:
         shape = list(tensor.shape)
         shape[_dim(name)] *= 2
 
@@ -68,7 +68,7 @@ def plain_tensors(trained: Mapping[str, Tensor], start_file: Path) -> dict[str, 
             with safe_open(start_file, framework="pt") as file:
                 return _joined(name, tensor.detach().cpu(), file.get_tensor(name))
 
-        return Unmade(shape=torch.Size(shape), dtype=tensor.dtype, make=make)
+        return DeferredTensor(shape=torch.Size(shape), dtype=tensor.dtype, make=make)
 
     return {name: unmade(name, tensor) if is_pair(name) else tensor for name, tensor in trained.items()}
 
@@ -81,7 +81,7 @@ def is_pair(name: str) -> bool:
 def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
     """The plain LoRA of a saved step of PiSSA, in the folder `target`."""
     plain = plain_tensors(load_file(checkpoint / WEIGHTS_NAME), start_file)
-    tensors = {name: tensor.make() if isinstance(tensor, Unmade) else tensor for name, tensor in plain.items()}
+    tensors = {name: tensor.make() if isinstance(tensor, DeferredTensor) else tensor for name, tensor in plain.items()}
     save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
     atomic_io.write_json(target / CONFIG_NAME, plain_config(json.loads((checkpoint / CONFIG_NAME).read_text("utf-8"))))
 
@@ -96,7 +96,7 @@ def plain_form(folder: Path, config: Config) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="distlora-plain-") as place:
-        write_plain(folder, start_path(config), Path(place))
+        write_plain(folder, initial_adapter_path(config), Path(place))
         yield Path(place)
 
 

@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.architecture.families import ExpertLayout, read_config
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_headers
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
+from distlora.loading.dora_norms import fill_row_norms
 from distlora.loading.quantize import copy_into, keep_packed_into, quantize_into
-from distlora.loading.row_norms import fill_row_norms
-from distlora.loading.shard_cache import CacheSettings, open_cache
-from distlora.loading.vocabulary import load_matrix
+from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
+from distlora.loading.token_matrices import load_matrix
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen import PACKED_PARTS, FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
-from distlora.weights.decompose import Residual, Start
+from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.prequantized import (
-    PackedWeight,
+    PrequantizedWeight,
     packed_outside_blocks,
-    packed_parameters,
-    read_packed_weights,
+    prequantized_parameters,
+    read_prequantized_weights,
 )
 from distlora.weights.reader import Reader
-from distlora.weights.segments import SOURCE_DTYPES, Segment, read_headers
 
 _TOKEN_MATRICES = {f"decoder.{EMBEDDING}.weight": EMBEDDING, "head.weight": HEAD}
 """Parameters with a row for each token."""
@@ -75,27 +75,27 @@ def load_base(
     folder: str | Path,
     backend: Backend,
     *,
-    less_start: bool = False,
-    cache: CacheSettings | None = None,
+    subtract_initial_adapter: bool = False,
+    cache: QuantizedCacheSettings | None = None,
     boundary: watch.Marker = watch.at,
 ) -> Loaded:
     """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
 
-    `less_start`: adapted weights without what their adapter computes now (PiSSA). `cache`: where quantized shards are
-    kept; None: nowhere. `boundary` marks each weight, on every rank alike.
+    `subtract_initial_adapter`: adapted weights without what their adapter computes now (PiSSA). `cache`: where
+    quantized shards are kept; None: nowhere. `boundary` marks each weight, on every rank alike.
     """
     began = time.monotonic()
     headers = read_headers(Path(folder))
     sources = find_base(model, headers)
-    stored = read_packed_weights(Path(folder), read_config(Path(folder)), headers)
-    packed = packed_parameters(stored, {name: source.names for name, source in sources.items()})
+    stored = read_prequantized_weights(Path(folder), read_config(Path(folder)), headers)
+    packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     adapters = set(adapter_parameters(model))
     quantized_weights = quantized_bytes = 0
-    shards = open_cache(None if packed else cache, model, headers, sources, backend, boundary)
+    shards = open_quantized_cache(None if packed else cache, model, headers, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
-            residual = _residual_of(module) if less_start and isinstance(module, AdaptedLinear) else None
+            residual = _residual_of(module) if subtract_initial_adapter and isinstance(module, AdaptedLinear) else None
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
                 if shards.has(path):
@@ -145,7 +145,7 @@ def load_base(
 
 def _residual_of(linear: AdaptedLinear) -> Residual:
     (pair,) = linear.pairs
-    return Residual(Start(pair.A, pair.B), pair.scaling)
+    return Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
 
 
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
@@ -213,7 +213,7 @@ def _check_shape(name: str, on_disk: tuple[int, ...], shape: tuple[int, ...]) ->
         )
 
 
-def _check_packed(model: CausalLM, packed: Mapping[str, PackedWeight]) -> None:
+def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> None:
     """Nothing in a block that has two or more dimensions stayed 16-bit unnoticed, nor was quantized a second time.
 
     Linears that a quantized checkpoint (`packed`) keeps dense stay so; so do an MoE's routers, which decide by small

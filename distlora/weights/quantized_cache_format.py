@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.safetensors_headers import Segment, header_bytes, read_header_and_metadata
 from distlora.config import UserError
 from distlora.config.json_files import check_shape
-from distlora.weights.segments import Segment, header_bytes, read_header_and_metadata
 
 FORMAT = 2
 """Of a piece. Another makes other keys."""

@@ -22,8 +22,8 @@ from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend
 from distlora.parallel.checksums import checksums
 from distlora.system import atomic_io
-from distlora.weights.cache_folder import Entry
-from distlora.weights.piece_header import (
+from distlora.weights.quantized_cache_folder import Entry
+from distlora.weights.quantized_cache_format import (
     GROUP_BYTES,
     PARTS,
     DamagedPieceError,
@@ -106,7 +106,7 @@ class _Chunk:
     stop: int
 
 
-class PieceReader:
+class QuantizedCacheReader:
     """Reads an entry's pieces, and counts the bytes."""
 
     def __init__(self, key: str) -> None:
@@ -228,7 +228,7 @@ def _pread(descriptor: int, view: memoryview, offset: int) -> None:
         view, offset = view[got:], offset + got
 
 
-class PieceWriter:
+class QuantizedCacheWriter:
     """Writes a rank's own groups of one unit after the other in a thread of its own, from the shard as it is."""
 
     def __init__(self, entry: Entry, described: Mapping[str, Any], backend: Backend) -> None:

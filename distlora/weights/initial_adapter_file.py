@@ -14,21 +14,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.config import AdapterConfig, Config, UserError, require
-from distlora.weights.segments import (
+from distlora.architecture.safetensors_headers import (
     Segment,
     fingerprint,
     read_header,
     read_header_and_metadata,
 )
+from distlora.config import AdapterConfig, Config, UserError, require
 
-START_NAME = "initial_adapter.safetensors"
+INITIAL_ADAPTER_NAME = "initial_adapter.safetensors"
 METHOD_KEY, BASE_KEY, DIGEST_KEY = "distlora_init", "distlora_base", "distlora_digest"
 """Of the header's metadata."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StartRecord:
+class InitialAdapterRecord:
     """What the header says."""
 
     method: str
@@ -42,8 +42,8 @@ class StartRecord:
         return {METHOD_KEY: self.method, BASE_KEY: self.base, DIGEST_KEY: self.digest}
 
 
-def start_path(config: Config) -> Path:
-    return Path(config.run_dir) / START_NAME
+def initial_adapter_path(config: Config) -> Path:
+    return Path(config.run_dir) / INITIAL_ADAPTER_NAME
 
 
 def base_identity(config: Config) -> str:
@@ -56,13 +56,13 @@ def base_identity(config: Config) -> str:
     base = fingerprint(Path(config.model.path))
     if not config.adapter.pissa:
         return base
-    record, adapter = require_start(config), config.adapter
+    record, adapter = require_initial_adapter(config), config.adapter
     # In order: the first key of a pattern that matches counts.
     scale = [adapter.lora_alpha, adapter.use_rslora, [*adapter.alpha_pattern.items()], [*adapter.rank_pattern.items()]]
     return hashlib.sha256(json.dumps([base, record.method, record.digest, scale]).encode()).hexdigest()
 
 
-def needs_start(config: Config, *, training: bool, restores: bool) -> bool:
+def needs_initial_adapter(config: Config, *, training: bool, restores: bool) -> bool:
     """Whether a model begins with the start of its run, where that is not the base: what was decomposed, or the adapter
     at adapter.init_from. PiSSA's base lacks it, DPO in `training` has it as its reference, and adapters that nothing
     else fills (`restores`: a checkpoint or a result does) start there.
@@ -72,9 +72,9 @@ def needs_start(config: Config, *, training: bool, restores: bool) -> bool:
     return not adapter.starts_as_base and (adapter.pissa or is_reference or not restores)
 
 
-def require_start(config: Config, *, with_base: bool = True) -> StartRecord:
-    """`read_start_record` of a run that needs it. UserError where it is gone."""
-    record = read_start_record(config, with_base=with_base)
+def require_initial_adapter(config: Config, *, with_base: bool = True) -> InitialAdapterRecord:
+    """`read_initial_adapter_record` of a run that needs it. UserError where it is gone."""
+    record = read_initial_adapter_record(config, with_base=with_base)
     if record is None:
         use = (
             f"adapter.init={config.adapter.init} trains on the base without the start that it held"
@@ -82,23 +82,23 @@ def require_start(config: Config, *, with_base: bool = True) -> StartRecord:
             else f"train.objective={config.train.objective} compares with the model as it started, which it held"
         )
         raise UserError(
-            f"{start_path(config)} is gone: {use}, so this run means nothing without it; put it back, or start a new "
-            "run"
+            f"{initial_adapter_path(config)} is gone: {use}, so this run means nothing without it; put it "
+            "back, or start a new run"
         )
     return record
 
 
-def read_start_record(config: Config, *, with_base: bool = True) -> StartRecord | None:
+def read_initial_adapter_record(config: Config, *, with_base: bool = True) -> InitialAdapterRecord | None:
     """What a run's start file says, after every byte of it was checked; None where there is no such file.
 
     `with_base`: also that it is of the base at model.path, whose weights must be there then. Raises UserError for a
     damaged file, and for the start of another method or base.
     """
-    path = start_path(config)
+    path = initial_adapter_path(config)
     if not path.is_file():
         return None
     _, metadata = read_header_and_metadata(path, remedy=_remedy(config))
-    record = StartRecord(
+    record = InitialAdapterRecord(
         method=metadata.get(METHOD_KEY, ""), base=metadata.get(BASE_KEY, ""), digest=metadata.get(DIGEST_KEY, "")
     )
     if record.digest != _digest_of_file(path, _state_of(path)):

@@ -31,7 +31,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.json_files import check_shape, read_object
 from distlora.system import atomic_io
-from distlora.weights.piece_header import (
+from distlora.weights.quantized_cache_format import (
     PIECE_NAME,
     DamagedPieceError,
     PieceName,

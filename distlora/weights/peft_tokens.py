@@ -8,14 +8,14 @@ more if every row that the base lacks is among the trained ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import UserError
-from distlora.weights.segments import Segment
+from distlora.config import SAVED_MODULES, UserError
 
 _ROWS = re.compile(
     r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."
@@ -24,7 +24,7 @@ _ROWS = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InitialRows:
+class PeftTokenRows:
     """The trained rows of one matrix."""
 
     name: str
@@ -41,7 +41,9 @@ def is_of_rows(name: str) -> bool:
     return _ROWS.fullmatch(name) is not None
 
 
-def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path) -> dict[str, InitialRows]:
+def read_initial_rows(
+    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
+) -> dict[str, PeftTokenRows]:
     """By matrix, from adapter_config.json (`values`) and the file's header.
 
     Raises UserError for indices that are none, and where config and file differ.
@@ -53,7 +55,7 @@ def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], 
     for name in sorted(header):
         if (match := _ROWS.fullmatch(name)) is not None:
             tensors[match["matrix"], match["kind"] == "base_layer.weight"] = name
-    rows: dict[str, InitialRows] = {}
+    rows: dict[str, PeftTokenRows] = {}
     for path, ids in indices.items():
         matrix = path.rpartition(".")[2]
         if matrix not in (EMBEDDING, HEAD):
@@ -73,7 +75,7 @@ def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], 
         if len(shape) != 2 or shape[0] != len(ids):
             raise UserError(f"{folder}: {name} has shape {list(shape)} for {len(ids)} ids; save the adapter again")
         whole = tensors.get((matrix, True))
-        rows[matrix] = InitialRows(
+        rows[matrix] = PeftTokenRows(
             name=name, ids=tuple(ids), shape=shape, whole=None if whole is None else header[whole].shape
         )
     # Beside an embedding's rows a tied head is written with copies of them.
@@ -85,14 +87,14 @@ def read_initial_rows(values: Mapping[str, Any], header: Mapping[str, Segment], 
     return rows
 
 
-def settings_of(rows: Mapping[str, InitialRows]) -> dict[str, Any]:
+def settings_of(rows: Mapping[str, PeftTokenRows]) -> dict[str, Any]:
     """adapter.trainable_token_indices; nothing where no rows are trained, so that the run may train some."""
     indices = {matrix: of.ids for matrix, of in rows.items()}
     one = indices[EMBEDDING] if indices.keys() == {EMBEDDING} else indices
     return {"trainable_token_indices": one} if one else {}
 
 
-def check_rows(rows: Mapping[str, InitialRows], folder: Path, *, stored: int, hidden: int) -> None:
+def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, hidden: int) -> None:
     """Refuse rows of another size than the model's, and those of a grown matrix that are not all of its new ones.
 
     `stored` is the base's vocab_size.
@@ -108,4 +110,70 @@ def check_rows(rows: Mapping[str, InitialRows], folder: Path, *, stored: int, hi
                 f"{folder}: {matrix} has grown to {of.whole[0]:,} rows, and row {untrained[0]} is not among "
                 "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
                 "adapter.init_from"
+            )
+
+
+_MODULE = re.compile(r"base_model\.model\.(?:.+\.)?(?P<module>embed_tokens|lm_head)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftWholeModule:
+    """A module that was trained whole."""
+
+    name: str
+    """Its tensor in the file."""
+    shape: tuple[int, ...]
+
+
+def module_of(name: str) -> str | None:
+    """Which of embed_tokens and lm_head a tensor of the file is the weight of."""
+    match = _MODULE.fullmatch(name)
+    return None if match is None else match["module"]
+
+
+def read_initial_modules(
+    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
+) -> dict[str, PeftWholeModule]:
+    """By last name, from adapter_config.json (`values`) and the file's header.
+
+    Raises UserError for modules that are not trained here, and where config and file differ.
+    """
+    named = values.get("modules_to_save") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{folder}: modules_to_save={named!r} is not a list of names; save the adapter again")
+    stored = {module: name for name in header if (module := module_of(name)) is not None}
+    found: dict[str, PeftWholeModule] = {}
+    for path in named:
+        module = path.rpartition(".")[2]
+        if module not in SAVED_MODULES:
+            raise UserError(
+                f"{folder}: modules_to_save has {path!r}; beside adapters {' and '.join(SAVED_MODULES)} alone can be "
+                "trained whole here; set another init_from"
+            )
+        if module not in stored:
+            raise UserError(
+                f"{folder}: modules_to_save names {path}, which the file does not hold; save the adapter again"
+            )
+        found[module] = PeftWholeModule(name=stored[module], shape=header[stored[module]].shape)
+    return found
+
+
+def is_of_modules(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the file is a module that adapter_config.json (`values`) says was trained whole."""
+    named = values.get("modules_to_save")  # `read_initial_modules` refuses what is no list.
+    return isinstance(named, list) and module_of(name) in {str(path).rpartition(".")[2] for path in named}
+
+
+def modules_setting(modules: Mapping[str, PeftWholeModule]) -> dict[str, Any]:
+    """adapter.modules_to_save; nothing where there are none, so that the run may train some."""
+    return {"modules_to_save": tuple(sorted(modules))} if modules else {}
+
+
+def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:
+    """Refuse a matrix of another size than the model's, which may have any of these numbers of `rows`."""
+    for of in modules.values():
+        if len(of.shape) != 2 or of.shape[0] not in rows or of.shape[1] != hidden:
+            raise UserError(
+                f"{file}: {of.name} has shape {list(of.shape)}, and the model's has {[max(rows), hidden]}; set another "
+                "adapter.init_from or model.path, or the adapter's own model.new_tokens"
             )

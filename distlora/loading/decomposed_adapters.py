@@ -15,33 +15,33 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.safetensors_headers import fingerprint, read_headers
 from distlora.config import Config, UserError
 from distlora.config.initialization import subspace_iterations
+from distlora.loading.load_base import find_base, segments_of
 from distlora.loading.peft_format import adapter_tensors
 from distlora.loading.quantize import CHUNK_GROUPS
-from distlora.loading.weights import find_base, segments_of
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.system import atomic_io
 from distlora.weights.decompose import Sketch, principal_part, quantization_error
-from distlora.weights.reader import Reader
-from distlora.weights.segments import fingerprint, read_headers
-from distlora.weights.start_file import (
-    START_NAME,
-    StartRecord,
+from distlora.weights.initial_adapter_file import (
+    INITIAL_ADAPTER_NAME,
+    InitialAdapterRecord,
     check_ranks,
     digest_of,
-    read_start_record,
-    require_start,
-    start_path,
+    initial_adapter_path,
+    read_initial_adapter_record,
+    require_initial_adapter,
 )
+from distlora.weights.reader import Reader
 
 SAY_SECONDS = 5.0
 """Between two lines about a decomposition that goes on."""
 
 
-def start_from_base(
+def initialize_from_base(
     model: CausalLM,
     config: Config,
     backend: Backend,
@@ -55,33 +55,34 @@ def start_from_base(
     `restores`: the run must have it. `boundary` marks what is decomposed, on every rank alike. Raises UserError for a
     start that is gone, damaged or another base's, for ranks that a weight does not have, and for NaN or Inf weights.
     """
-    record = require_start(config) if restores else read_start_record(config)
+    record = require_initial_adapter(config) if restores else read_initial_adapter_record(config)
     if record is not None:
-        say(f"the adapters' start ({record.method}) is that in {START_NAME}")
+        say(f"the adapters' start ({record.method}) is that in {INITIAL_ADAPTER_NAME}")
         _fill(model, config)
         return
     check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
     _decompose(model, config, backend, say, boundary)
-    watch.at(None, f"keeping {START_NAME}", long=True)
+    watch.at(None, f"keeping {INITIAL_ADAPTER_NAME}", long=True)
     if backend.writes:
-        save_start(model, config)
+        save_initial_adapter(model, config)
     backend.barrier()
-    say(f"decomposed in {time.monotonic() - began:.1f} s; A and B at their start are kept in {START_NAME}")
+    say(f"decomposed in {time.monotonic() - began:.1f} s; A and B at their start are kept in {INITIAL_ADAPTER_NAME}")
 
 
-def read_start(config: Config) -> dict[str, Tensor]:
+def load_initial_factors(config: Config) -> dict[str, Tensor]:
     """A0 (r, in) and B0 (out, r) by PEFT's names, fp32."""
-    return safetensors.torch.load_file(start_path(config))
+    return safetensors.torch.load_file(initial_adapter_path(config))
 
 
 @torch.no_grad()
 def _fill(model: CausalLM, config: Config) -> None:
-    own, start = _pairs(model), read_start(config)
+    own, start = _pairs(model), load_initial_factors(config)
     odd = sorted(own.keys() ^ start.keys()) or [name for name, part in start.items() if part.shape != own[name].shape]
     if odd:
         raise UserError(
-            f"{start_path(config)} does not fit the adapter in config.yaml: {odd[0]} has another shape or no place "
+            f"{initial_adapter_path(config)} does not fit the adapter in config.yaml: {odd[0]} has another shape or "
+            "no place "
             f"({len(odd)} such tensors); put back the file, or config.yaml, that the run began with"
         )
     for name, parameter in own.items():
@@ -93,19 +94,19 @@ def _pairs(model: CausalLM) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in adapter_tensors(model).items() if ".lora_" in name}
 
 
-def save_start(model: CausalLM, config: Config) -> None:
+def save_initial_adapter(model: CausalLM, config: Config) -> None:
     """Write the run's start file: whole and on the disk, or not at all."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in sorted(_pairs(model).items())}
     contents = ((name, tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in tensors.items())
     base = fingerprint(Path(config.model.path))
-    record = StartRecord(method=config.adapter.init, base=base, digest=digest_of(contents))
+    record = InitialAdapterRecord(method=config.adapter.init, base=base, digest=digest_of(contents))
     metadata = {"format": "pt", **record.metadata()}
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
 
-    atomic_io.replace_file(start_path(config), write)
+    atomic_io.replace_file(initial_adapter_path(config), write)
 
 
 def _decompose(

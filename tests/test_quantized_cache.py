@@ -19,25 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import read_header
 from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build, load_config
-from distlora.loading import cache_pieces
-from distlora.loading.weights import Loaded
+from distlora.loading import quantized_cache_io
+from distlora.loading.load_base import Loaded
 from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.storage.disk import disk_bytes
 from distlora.system.stop_signals import Stopped
 from distlora.training.setup import start_model
-from distlora.weights import cache_folder, piece_header, source_digest
-from distlora.weights.cache_folder import (
+from distlora.weights import file_fingerprints, quantized_cache_folder, quantized_cache_format
+from distlora.weights.quantized_cache_folder import (
     ENTRY_NAME,
     Entry,
     entries,
     figures_of,
 )
-from distlora.weights.segments import read_header
 from plan_inputs import cpu_machine
 from planned import assert_close
 from small_disks import small_disk
@@ -71,7 +71,7 @@ def config_for(folder: Path, cache: Path | None, **sections: dict[str, Any]) -> 
 def start(
     ranks: Ranks, *, config: Config, boundary: Callable[..., None] | None = None, settled: float = 0.0
 ) -> Started:
-    source_digest.SETTLED_SECONDS = settled  # The model's files were written a moment ago.
+    file_fingerprints.SETTLED_SECONDS = settled  # The model's files were written a moment ago.
     said: list[str] = []
     marks = boundary or (lambda *args, **kwargs: None)
     model, backend, loaded = start_model(config, ranks, say=said.append, boundary=marks)
@@ -166,7 +166,7 @@ def test_any_number_of_ranks_reads_what_others_wrote_and_writes_only_what_is_lac
     assert figures_of(entry).share == 1.0
     held: dict[str, int] = {}
     for path in pieces(tmp_path / "cache"):
-        for name, extent in piece_header.read_piece(path, entry.key)[0].extents.items():
+        for name, extent in quantized_cache_format.read_piece(path, entry.key)[0].extents.items():
             held[name] = held.get(name, 0) + extent.stop - extent.first
     total = sum(rows.shape[0] for s in on_four for n, (rows, _) in s.rows.items() if n.endswith(".codes"))
     assert sum(held.values()) == total, "no group is stored twice"
@@ -246,7 +246,7 @@ def zero_a_group(path: Path) -> None:
     segments = read_header(path)
     first = min(segments, key=lambda name: segments[name].offset).removesuffix(".codes")
     with path.open("r+b") as file:
-        for part, (*_, num_bytes) in piece_header.PARTS.items():
+        for part, (*_, num_bytes) in quantized_cache_format.PARTS.items():
             file.seek(segments[f"{first}.{part}"].offset)
             file.write(bytes(num_bytes))
 
@@ -300,14 +300,14 @@ def test_a_disk_that_does_not_answer_at_once_costs_no_piece(
         return raise_it
 
     for place, name, code, refused, held in (
-        (cache_pieces.PieceReader, "read_header", errno.ESTALE, refuse(errno.ESTALE), False),
-        (cache_pieces, "_pread", errno.EIO, refuse(errno.EIO), True),
+        (quantized_cache_io.QuantizedCacheReader, "read_header", errno.ESTALE, refuse(errno.ESTALE), False),
+        (quantized_cache_io, "_pread", errno.EIO, refuse(errno.EIO), True),
         (os, "open", errno.EMFILE, refuse(errno.EMFILE, os.open), True),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, name, refused)
             # Only reading: what opens or writes elsewhere is not what is tried here.
-            patched.setattr(cache_pieces.PieceWriter, "write", lambda *args: None)
+            patched.setattr(quantized_cache_io.QuantizedCacheWriter, "write", lambda *args: None)
             patched.setattr(Entry, "begin", lambda *args: None)
             started = start(SINGLE, config=config)
         assert_same(started, plain)
@@ -322,10 +322,10 @@ def test_a_disk_that_does_not_answer_at_once_costs_no_piece(
 def with_other_offset(path: Path, weight: str) -> None:
     """The piece as a machine would have written it whose kernels give another offset."""
     key = path.parent.name
-    extents = dict(piece_header.read_piece(path, key)[0].extents)
+    extents = dict(quantized_cache_format.read_piece(path, key)[0].extents)
     data = path.read_bytes()[min(s.offset for s in read_header(path).values()) :]
     extents[weight] = replace(extents[weight], offset=extents[weight].offset + 1)
-    path.write_bytes(piece_header.header_of(key, extents) + data)
+    path.write_bytes(quantized_cache_format.header_of(key, extents) + data)
 
 
 def test_pieces_with_two_offsets_of_a_weight_are_removed_and_made_anew(
@@ -401,14 +401,14 @@ def test_an_entry_that_is_removed_while_it_is_read_is_quantized_again(folders: P
 
 
 def die_while_writing(config: Config) -> None:
-    write, calls = cache_pieces._write_bytes, iter(range(100))
+    write, calls = quantized_cache_io._write_bytes, iter(range(100))
 
     def write_some(file: Any, tensor: Tensor) -> None:
         if next(calls) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
         write(file, tensor)
 
-    cache_pieces._write_bytes = write_some
+    quantized_cache_io._write_bytes = write_some
     start(SINGLE, config=config)
 
 
@@ -426,7 +426,7 @@ def test_a_start_that_is_killed_while_it_writes_leaves_whole_pieces_and_what_is_
     plain = start(SINGLE, config=config_for(folders / "llama", None))
     assert_same(start(SINGLE, config=config), plain)
     assert unfinished.exists(), "it may still be written"
-    long_ago = unfinished.stat().st_mtime - cache_folder.ABANDONED_SECONDS
+    long_ago = unfinished.stat().st_mtime - quantized_cache_folder.ABANDONED_SECONDS
     os.utime(unfinished, (long_ago, long_ago))
     pieces(tmp_path / "cache")[0].unlink()  # Who writes tidies.
     assert_same(start(SINGLE, config=config), plain)
@@ -542,13 +542,13 @@ def test_a_full_disk_is_said_once_and_a_little_of_each_stays_free(
         assert_same(started, plain)
         assert sum("stay free" in line for line in started.said) == 1
         assert pieces(disk / "cache"), "as much as there was room for"
-        monkeypatch.setattr(cache_pieces, "FREE_SHARE", -10.0)
+        monkeypatch.setattr(quantized_cache_io, "FREE_SHARE", -10.0)
         started = start(SINGLE, config=config)
         assert_same(started, plain)
         assert sum("No space left" in line for line in started.said) == 1
         assert not list((disk / "cache").glob("*/.*")), "half a piece is removed"
         for path in pieces(disk / "cache"):
-            piece_header.read_piece(path, path.parent.name)
+            quantized_cache_format.read_piece(path, path.parent.name)
 
 
 def fake_entry(cache: Path, number: int, *, size: int, age: float) -> Entry:
@@ -594,9 +594,9 @@ def test_pieces_are_safetensors_that_its_own_library_reads(folders: Path, tmp_pa
 
 
 def test_runs_of_one_number_hold_what_the_reader_expects() -> None:
-    assert [list(piece_header.cut(7, index, 3)) for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(piece_header.cut(2, 2, 3)) == []
-    assert piece_header.holes(range(2, 9), [(0, 3), (5, 6)]) == [range(3, 5), range(6, 9)]
-    assert piece_header.holes(range(2, 9), [(0, 20)]) == []
-    assert piece_header.holes(range(0), []) == []
-    assert cache_folder.entries(Path("/nonexistent")) == []
+    assert [list(quantized_cache_format.cut(7, index, 3)) for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(quantized_cache_format.cut(2, 2, 3)) == []
+    assert quantized_cache_format.holes(range(2, 9), [(0, 3), (5, 6)]) == [range(3, 5), range(6, 9)]
+    assert quantized_cache_format.holes(range(2, 9), [(0, 20)]) == []
+    assert quantized_cache_format.holes(range(0), []) == []
+    assert quantized_cache_folder.entries(Path("/nonexistent")) == []

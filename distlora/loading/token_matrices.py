@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import Vocabulary
 from distlora.config import UserError
 from distlora.loading.quantize import copy_into
 from distlora.model.token_rows import TokenRows
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.reader import Reader
-from distlora.weights.segments import Segment
 
 ROWS_PER_SUM = 256
 """Rows that are added up at once, by one rank: a mean does not depend on where a shard ends. In fp64 they and all sums

@@ -12,11 +12,11 @@ import pytest
 
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.loading.source_content import Content, content_of
+from distlora.loading.base_fingerprint import Content, content_of
 from distlora.model.build import build_model
 from distlora.parallel import Ranks, parallelize
 from distlora.system.stop_signals import Stopped
-from distlora.weights import source_digest
+from distlora.weights import file_fingerprints
 from worlds import World
 
 CONTENT = bytes(range(256)) * 40
@@ -26,8 +26,8 @@ def look(
     ranks: Ranks, *, config: Config, root: Path, machines: list[str], stop_at: int | None = None
 ) -> tuple[Content | None, list[str], int] | str:
     """What a rank finds out of the file `model` in the folder of its machine, by one cache."""
-    before = source_digest.SETTLED_SECONDS, source_digest.PART_BYTES
-    source_digest.SETTLED_SECONDS, source_digest.PART_BYTES = 0.0, 1024
+    before = file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES
+    file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES = 0.0, 1024
     said: list[str] = []
     marks = 0
 
@@ -44,7 +44,7 @@ def look(
     except Stopped:
         return "stopped"
     finally:
-        source_digest.SETTLED_SECONDS, source_digest.PART_BYTES = before
+        file_fingerprints.SETTLED_SECONDS, file_fingerprints.PART_BYTES = before
     return found, said, marks
 
 
@@ -63,8 +63,8 @@ def config(folders: Path) -> Config:
 
 
 def digest_of(file: Path) -> str:
-    parts = [source_digest.Part(file, at, at + 1024) for at in range(0, len(CONTENT), 1024)]
-    return source_digest.digest_of(source_digest.hash_parts(parts), len(CONTENT))
+    parts = [file_fingerprints.Part(file, at, at + 1024) for at in range(0, len(CONTENT), 1024)]
+    return file_fingerprints.digest_of(file_fingerprints.hash_parts(parts), len(CONTENT))
 
 
 def test_each_machine_looks_at_its_own_copy_and_one_file_is_shared_out(
@@ -87,7 +87,7 @@ def test_each_machine_looks_at_its_own_copy_and_one_file_is_shared_out(
     rotten.write_bytes(CONTENT[:1500] + b"x" + CONTENT[1501:])
     differing = world.run(3, look, config=config, root=root, machines=["b", "a", "a"])
     assert [found for found, *_ in differing] == [None] * 3
-    assert source_digest.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
+    assert file_fingerprints.remembered(root / "cache-b" / "sources", rotten) == digest_of(rotten)
 
 
 def test_a_stop_is_heard_while_the_base_is_hashed(world: World, root: Path, config: Config) -> None:
@@ -98,22 +98,22 @@ def test_a_stop_is_heard_while_the_base_is_hashed(world: World, root: Path, conf
 
 def test_what_two_machines_know_of_one_path_stands_side_by_side(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a copy there, with an inode and times of its own, and they share a cache."""
-    monkeypatch.setattr(source_digest, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(file_fingerprints, "SETTLED_SECONDS", 0.0)
     file, records, copy = root / "a" / "model", root / "sources", root / "b" / "model"
-    of_one, of_other = source_digest.state_of(file), source_digest.state_of(copy)
-    source_digest.remember(records, file, of_one, "tree:a", began=time.time() + 1)
-    monkeypatch.setattr(source_digest, "state_of", lambda path: of_other)
-    source_digest.remember(records, file, of_other, "tree:b", began=time.time() + 1)
-    assert source_digest.remembered(records, file) == "tree:b"
-    monkeypatch.setattr(source_digest, "state_of", lambda path: of_one)
-    assert source_digest.remembered(records, file) == "tree:a"
+    of_one, of_other = file_fingerprints.state_of(file), file_fingerprints.state_of(copy)
+    file_fingerprints.remember(records, file, of_one, "tree:a", began=time.time() + 1)
+    monkeypatch.setattr(file_fingerprints, "state_of", lambda path: of_other)
+    file_fingerprints.remember(records, file, of_other, "tree:b", began=time.time() + 1)
+    assert file_fingerprints.remembered(records, file) == "tree:b"
+    monkeypatch.setattr(file_fingerprints, "state_of", lambda path: of_one)
+    assert file_fingerprints.remembered(records, file) == "tree:a"
 
 
 def test_another_number_of_the_device_is_the_same_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another client of a file server gives it, or this one after its restart."""
     file, records = root / "a" / "model", root / "sources"
-    state = source_digest.state_of(file)
-    source_digest.remember(records, file, state, "tree:a", began=time.time() + 10)
+    state = file_fingerprints.state_of(file)
+    file_fingerprints.remember(records, file, state, "tree:a", began=time.time() + 10)
     stat = Path.stat
 
     def of_another_client(path: Path, **kwargs: bool) -> os.stat_result:
@@ -125,5 +125,5 @@ def test_another_number_of_the_device_is_the_same_file(root: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "stat", of_another_client)
     assert file.stat().st_dev == stat(file).st_dev + 7
-    assert source_digest.state_of(file) == state
-    assert source_digest.remembered(records, file) == "tree:a"
+    assert file_fingerprints.state_of(file) == state
+    assert file_fingerprints.remembered(records, file) == "tree:a"

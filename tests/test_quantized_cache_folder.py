@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distlora.weights import cache_folder
-from distlora.weights.cache_folder import ENTRY_NAME, Entry, entries
+from distlora.weights import quantized_cache_folder as cache
+from distlora.weights.quantized_cache_folder import ENTRY_NAME, Entry, entries
 from distlora_launcher.cli.main import main
 
 PIECE = "00000-0of1-0123456789abcdef.safetensors"
@@ -81,8 +81,8 @@ def clear(*words: str) -> Callable[[Path], object]:
 
 
 REMOVALS: dict[str, Callable[[Path], object]] = {
-    "a start": lambda folder: cache_folder.remove_leftovers(folder),
-    "a start that needs room": lambda folder: cache_folder.make_room(folder, Entry(folder / ("0" * 64)), 10, 11),
+    "a start": lambda folder: cache.remove_leftovers(folder),
+    "a start that needs room": lambda folder: cache.make_room(folder, Entry(folder / ("0" * 64)), 10, 11),
     "clear --older-than": clear("--older-than", "0"),
     "clear --all": clear("--all"),
 }
@@ -113,7 +113,7 @@ def test_what_lies_in_an_entry_beside_ours_stays_there_when_the_entry_goes(tmp_p
     (entry.path / PIECE.replace("0of1", "0of2")).mkdir()
     (entry.path / f".{PIECE}-{SECRET}").symlink_to(home)
     make_old(tmp_path)
-    assert cache_folder.remove_leftovers(tmp_path / "cache") == 0
+    assert cache.remove_leftovers(tmp_path / "cache") == 0
     size = (entry.path / ENTRY_NAME).stat().st_size + 100
     assert entry.bytes_on_disk() == entry.remove() == size
     assert sorted(path.name for path in entry.path.iterdir()) == sorted(
@@ -140,7 +140,7 @@ def test_another_users_entry_stays_and_counts(
     )
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != theirs.path and access(path, mode))  # Root may all.
-    removed, fits = cache_folder.make_room(tmp_path, own, 1000, 1900)
+    removed, fits = cache.make_room(tmp_path, own, 1000, 1900)
     assert ([figures.key for figures in removed], fits) == ([mine.key], False)
     assert set(entries(tmp_path)) == {own, theirs}
     main(["cache", "clear", theirs.key, "--dir", str(tmp_path)])
@@ -158,16 +158,16 @@ def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
         path.write_bytes(bytes(size))
     for path in (old, source, killed, begun):
         os.utime(path, (1, 1))
-    assert set(cache_folder.leftovers(tmp_path)) == {old, source, killed, begun}
-    assert cache_folder.remove_leftovers(tmp_path) == 5 + 6 + 7 + 8
+    assert set(cache.leftovers(tmp_path)) == {old, source, killed, begun}
+    assert cache.remove_leftovers(tmp_path) == 5 + 6 + 7 + 8
     assert [path.exists() for path in (old, new, source, killed, begun)] == [False, True, False, False, False]
-    assert cache_folder.remove_leftovers(tmp_path, older_than=0.0) == 5
+    assert cache.remove_leftovers(tmp_path, older_than=0.0) == 5
     assert entries(tmp_path) == [entry]
-    cache_folder.remove_leftovers(tmp_path / "absent")
+    cache.remove_leftovers(tmp_path / "absent")
 
 
 def test_names_are_matched_whole() -> None:
     for name in (f"{PIECE}.bak", f"x{PIECE}", f"{PIECE}\n", "entry.json~"):
-        assert not cache_folder._FINISHED.fullmatch(name)
-        assert not cache_folder._UNFINISHED.fullmatch(f".{name}-{SECRET}")
-    assert re.fullmatch(cache_folder._UNFINISHED, f".{PIECE}-{SECRET}")
+        assert not cache._FINISHED.fullmatch(name)
+        assert not cache._UNFINISHED.fullmatch(f".{name}-{SECRET}")
+    assert re.fullmatch(cache._UNFINISHED, f".{PIECE}-{SECRET}")

@@ -21,15 +21,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from distlora.loading.cache_pieces import PieceReader, PieceWriter, Unit, Weight, wanted_groups
-from distlora.loading.source_content import alike, content_of, number_of
+from distlora.architecture.safetensors_headers import Segment
+from distlora.loading.base_fingerprint import alike, content_of, number_of
+from distlora.loading.quantized_cache_io import QuantizedCacheReader, QuantizedCacheWriter, Unit, Weight, wanted_groups
 from distlora.model.build import CausalLM
 from distlora.model.frozen import FrozenTensor
 from distlora.parallel import Backend, watch
-from distlora.weights import cache_folder
-from distlora.weights.cache_folder import Entry
+from distlora.weights import quantized_cache_folder as quantized_cache_folder
 from distlora.weights.conversion import Source
-from distlora.weights.piece_header import (
+from distlora.weights.quantized_cache_folder import Entry
+from distlora.weights.quantized_cache_format import (
     FORMAT,
     GROUP_BYTES,
     DamagedPieceError,
@@ -37,7 +38,6 @@ from distlora.weights.piece_header import (
     PieceName,
     holes,
 )
-from distlora.weights.segments import Segment
 from distlora_kernels import nf4
 
 QUANTIZATION = {
@@ -52,7 +52,7 @@ QUANTIZATION = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSettings:
+class QuantizedCacheSettings:
     """Where a run keeps quantized shards, and under which name."""
 
     folder: Path
@@ -69,7 +69,7 @@ class CacheSettings:
 
 
 def cache_key(
-    settings: CacheSettings,
+    settings: QuantizedCacheSettings,
     headers: Mapping[str, Segment],
     contents: Mapping[Path, str],
     sources: Mapping[str, Source],
@@ -94,20 +94,20 @@ def cache_key(
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-class ShardCache:
+class QuantizedCache:
     """What one load takes from the cache and gives to it. Use as a context: at its end everything is on the disk."""
 
     def __init__(self, units: Sequence[Unit], backend: Backend, say: Callable[[str], None]) -> None:
-        """Without `open_cache` it holds nothing: `units` empty."""
+        """Without `open_quantized_cache` it holds nothing: `units` empty."""
         self.units, self.bytes_read, self.kept_bytes = units, 0, 0
         self._backend, self._say = backend, say
         self._filled: set[str] = set()
         self._waiting: dict[str, Unit] = {}
         """By path: units that are quantized from their source, until their last weight is."""
         self._left = {unit.block: len(unit.weights) for unit in units}
-        self._writer: PieceWriter | None = None
+        self._writer: QuantizedCacheWriter | None = None
 
-    def __enter__(self) -> ShardCache:
+    def __enter__(self) -> QuantizedCache:
         return self
 
     def __exit__(
@@ -118,12 +118,14 @@ class ShardCache:
             if self._writer.refused is not None:
                 self._say(self._writer.refused)
 
-    def open(self, entry: Entry, writer: PieceWriter, make_room: Callable[[], bool], boundary: watch.Marker) -> None:
+    def open(
+        self, entry: Entry, writer: QuantizedCacheWriter, make_room: Callable[[], bool], boundary: watch.Marker
+    ) -> None:
         """Fill the shards of the blocks that every rank finds whole and sound in the entry. Every rank must call it
         alike. `writer` takes the others, once they are quantized, if each machine's leader can `make_room` for them."""
         entry.touch()
         pieces = entry.pieces_of_blocks()
-        reader = PieceReader(entry.key)
+        reader = QuantizedCacheReader(entry.key)
         plans = [self._plan(unit, pieces.get(unit.block, []), reader) for unit in self.units]
         lacking = self._agreed([int(plan is None) for plan in plans])
         offsets = torch.zeros(len(self.units), dtype=torch.int64)
@@ -159,7 +161,9 @@ class ShardCache:
         if self._waiting:  # On every rank, or on none.
             self._writer = self._begin(entry, writer, make_room)
 
-    def _begin(self, entry: Entry, writer: PieceWriter, make_room: Callable[[], bool]) -> PieceWriter | None:
+    def _begin(
+        self, entry: Entry, writer: QuantizedCacheWriter, make_room: Callable[[], bool]
+    ) -> QuantizedCacheWriter | None:
         """What this rank writes with, if it does. Every rank must call it alike."""
         no_room = False
         if self._backend.ranks.leads_machine:
@@ -190,7 +194,9 @@ class ShardCache:
         """Weights of the whole model that came from the cache."""
         return sum(w.module.numel for unit in self.units for w in unit.weights if w.path in self._filled)
 
-    def _plan(self, unit: Unit, names: Sequence[PieceName], reader: PieceReader) -> dict[str, list[Piece]] | None:
+    def _plan(
+        self, unit: Unit, names: Sequence[PieceName], reader: QuantizedCacheReader
+    ) -> dict[str, list[Piece]] | None:
         """For each weight the pieces that hold this rank's groups together; None where some are in none."""
         pieces = []
         for name in names:
@@ -257,18 +263,18 @@ def _offsets_of(plan: Mapping[str, Sequence[Piece]], unit: Unit) -> list[list[fl
     return [sorted({piece.extents[weight.name].offset for piece in plan[weight.name]}) for weight in unit.weights]
 
 
-def open_cache(
-    settings: CacheSettings | None,
+def open_quantized_cache(
+    settings: QuantizedCacheSettings | None,
     model: CausalLM,
     headers: Mapping[str, Segment],
     sources: Mapping[str, Source],
     backend: Backend,
     boundary: watch.Marker,
-) -> ShardCache:
+) -> QuantizedCache:
     """Find the base's entry, and fill the shard from it. Every rank must call it alike."""
     units = units_of(model) if settings is not None else []
     say = settings.say if settings is not None else print
-    cache = ShardCache(units, backend, say)
+    cache = QuantizedCache(units, backend, say)
     if settings is None or not units:
         return cache
     boundary(None, "looking up the base in the cache of quantized shards", long=True)
@@ -276,17 +282,17 @@ def open_cache(
     if reason is not None:
         say(reason)
     if not alike("no" if reason else "yes", backend) or reason is not None:
-        return ShardCache([], backend, say)
+        return QuantizedCache([], backend, say)
     files = sorted({segment.file for segment in headers.values()})
     content = content_of(files, settings.folder, backend, say, boundary)
     if content is None:
         if backend.writes:
             say("the ranks see other files of the base than each other: its quantized shards are not kept")
-        return ShardCache([], backend, say)
+        return QuantizedCache([], backend, say)
     weights = [weight for unit in units for weight in unit.weights]
     entry = Entry(settings.folder / cache_key(settings, headers, content.digests, sources, weights))
     groups = {weight.name: weight.module.num_groups for weight in weights}
-    writer = PieceWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
+    writer = QuantizedCacheWriter(entry, {"base": settings.base, "format": FORMAT, "weights": groups}, backend)
     cache.open(entry, writer, lambda: _make_room(settings, entry, sum(groups.values())), boundary)
     cache.bytes_read += content.bytes_read
     return cache
@@ -301,12 +307,12 @@ def _why_unusable(folder: Path) -> str | None:
     return None
 
 
-def _make_room(settings: CacheSettings, entry: Entry, num_groups: int) -> bool:
+def _make_room(settings: QuantizedCacheSettings, entry: Entry, num_groups: int) -> bool:
     """Tidy the cache, for the ranks of this machine; whether it has room for the whole entry within its limit."""
     own_bytes = max(entry.bytes_on_disk(), num_groups * GROUP_BYTES)
     try:
-        cache_folder.remove_leftovers(settings.folder)
-        removed, fits = cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)
+        quantized_cache_folder.remove_leftovers(settings.folder)
+        removed, fits = quantized_cache_folder.make_room(settings.folder, entry, own_bytes, settings.limit)
     except OSError as error:
         settings.say(f"{settings.folder}: no room can be made for quantized shards ({error.strerror})")
         return False

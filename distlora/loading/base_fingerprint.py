@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from distlora.parallel import Backend, watch
-from distlora.weights import source_digest
-from distlora.weights.cache_folder import SOURCES
+from distlora.weights import file_fingerprints
+from distlora.weights.quantized_cache_folder import SOURCES
 
 _WORDS = 4
 """int64 words of a SHA-256."""
@@ -39,10 +39,13 @@ def content_of(
     None where ranks see files of other sizes or bytes, or names by the hub: each machine has a copy, and they differ.
     Raises OSError for a file that cannot be read.
     """
-    states = {file: source_digest.state_of(file) for file in files}
+    states = {file: file_fingerprints.state_of(file) for file in files}
     if not alike(json.dumps([states[file].size for file in files]), backend):
         return None
-    known = {file: source_digest.hub_digest(file) or source_digest.remembered(folder / SOURCES, file) for file in files}
+    known = {
+        file: file_fingerprints.hub_digest(file) or file_fingerprints.remembered(folder / SOURCES, file)
+        for file in files
+    }
     absent = torch.tensor([known[file] is None for file in files], dtype=torch.int64, device=backend.ranks.device)
     unknown = [file for file, flag in zip(files, backend.max_over_ranks(absent).tolist(), strict=True) if flag]
     bytes_read = 0
@@ -58,7 +61,7 @@ def content_of(
         known |= hashed
         with contextlib.suppress(OSError):  # A cache that cannot be written: hashed again next time.
             for file, digest in hashed.items() if backend.ranks.leads_machine else ():
-                source_digest.remember(folder / SOURCES, file, states[file], digest, began=began)
+                file_fingerprints.remember(folder / SOURCES, file, states[file], digest, began=began)
     digests = {file: digest for file, digest in known.items() if digest is not None}
     if not alike(json.dumps([digests[file] for file in files]), backend):
         return None
@@ -66,11 +69,11 @@ def content_of(
 
 
 def _hash(
-    files: Sequence[Path], states: Mapping[Path, source_digest.State], backend: Backend, boundary: watch.Marker
+    files: Sequence[Path], states: Mapping[Path, file_fingerprints.State], backend: Backend, boundary: watch.Marker
 ) -> tuple[dict[Path, str], int]:
     """(digests of the files that this rank sees, bytes that it read for it): of the ranks that see the same files each
     takes each n-th part, and all exchange."""
-    by_file = {file: source_digest.parts_of(file, states[file].size) for file in files}
+    by_file = {file: file_fingerprints.parts_of(file, states[file].size) for file in files}
     parts = [part for file in files for part in by_file[file]]
     groups = _who_sees_the_same([states[file] for file in files], backend)
     rank = backend.ranks.rank
@@ -81,7 +84,7 @@ def _hash(
     found: list[bytes] = []
     for index in range(rounds):  # As many on every rank: at a boundary all ranks agree on whether to go on.
         boundary(None, "hashing the base", index + 1, long=True)
-        found += source_digest.hash_parts(own[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
+        found += file_fingerprints.hash_parts(own[index * PARTS_AT_ONCE : (index + 1) * PARTS_AT_ONCE])
     words = torch.zeros(len(groups), len(parts), _WORDS, dtype=torch.int64)
     if own:
         words[number, first::step] = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.int64).view(-1, _WORDS)
@@ -91,12 +94,12 @@ def _hash(
     for file in files:
         count = len(by_file[file])
         of_parts = [words_of_all[index].tobytes() for index in range(at, at + count)]
-        digests[file] = source_digest.digest_of(of_parts, states[file].size)
+        digests[file] = file_fingerprints.digest_of(of_parts, states[file].size)
         at += count
     return digests, sum(part.stop - part.start for part in own)
 
 
-def _who_sees_the_same(states: Sequence[source_digest.State], backend: Backend) -> list[list[int]]:
+def _who_sees_the_same(states: Sequence[file_fingerprints.State], backend: Backend) -> list[list[int]]:
     """The ranks, put together by the states in which they see the files; the same on every rank."""
     told = torch.zeros(backend.ranks.world, dtype=torch.int64, device=backend.ranks.device)
     told[backend.ranks.rank] = number_of(json.dumps(states))

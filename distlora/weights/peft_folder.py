@@ -1,7 +1,7 @@
 """adapter.init_from: what a PEFT LoRA or DoRA folder says of itself, and whether it fits a model. Imports no torch.
 
 The launcher turns adapter_config.json into the run's settings and checks the tensors' names and shapes by the file's
-header; the worker checks again and loads (`peft_format.load_initial_adapter`).
+header; the worker checks again and loads (`peft_format.load_peft_adapter`).
 """
 
 from __future__ import annotations
@@ -15,29 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.expert_targets import select_among
+from distlora.architecture.families import ExpertLayout
+from distlora.architecture.safetensors_headers import (
+    SOURCE_DTYPES,
+    Segment,
+    read_header,
+    read_header_and_metadata,
+)
 from distlora.architecture.targets import idle_keys, match_ending, written
 from distlora.config import AdapterConfig, UserError, nearest
 from distlora.config.errors import FILES
 from distlora.config.json_files import read_object
 from distlora.config.places import is_hub_name
-from distlora.weights.peft.experts import by_weight, parameters_of
-from distlora.weights.peft.modules import (
-    InitialModule,
+from distlora.weights.peft_tokens import (
+    PeftTokenRows,
+    PeftWholeModule,
     is_of_modules,
+    is_of_rows,
     modules_setting,
     read_initial_modules,
-)
-from distlora.weights.peft.rows import (
-    InitialRows,
-    is_of_rows,
     read_initial_rows,
     settings_of,
-)
-from distlora.weights.segments import (
-    SOURCE_DTYPES,
-    Segment,
-    read_header,
-    read_header_and_metadata,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -87,7 +85,7 @@ _DEFAULTS: dict[str, Any] = {"bias": "none"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InitialAdapter:
+class PeftAdapter:
     """A LoRA or DoRA adapter in PEFT's format, as far as its config and its file's header tell."""
 
     folder: Path
@@ -99,9 +97,9 @@ class InitialAdapter:
     """By Hugging Face path and part ("A", "B", with DoRA "magnitude")."""
     names: dict[tuple[str, str], str]
     """The same tensors' names in the file."""
-    token_rows: dict[str, InitialRows]
+    token_rows: dict[str, PeftTokenRows]
     """By matrix."""
-    modules: dict[str, InitialModule]
+    modules: dict[str, PeftWholeModule]
     """What was trained whole, by last name."""
 
     @property
@@ -119,7 +117,7 @@ class InitialAdapter:
 _FIELDS = AdapterConfig.__dataclass_fields__
 
 
-def read_initial_adapter(folder: str | Path) -> InitialAdapter:
+def read_peft_adapter(folder: str | Path) -> PeftAdapter:
     """Raises UserError for a folder that is not there, is damaged, or holds what an adapter of ours cannot mean."""
     folder = Path(folder)
     values = _read_config(folder)
@@ -138,7 +136,7 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
     modules = read_initial_modules(values, segments, folder)
     for_nf4 = NF4_MARK.items() <= metadata.items()
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
-    return InitialAdapter(
+    return PeftAdapter(
         folder=folder,
         settings=settings | {"init_from_loftq": for_nf4} | settings_of(token_rows) | modules_setting(modules),
         base=base if isinstance(base, str) and base else None,
@@ -150,12 +148,12 @@ def read_initial_adapter(folder: str | Path) -> InitialAdapter:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 of the adapter's weights file. UserError where `read_initial_adapter` raises it."""
-    with (read_initial_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
+    """SHA-256 of the adapter's weights file. UserError where `read_peft_adapter` raises it."""
+    with (read_peft_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_quantization(initial: InitialAdapter, method: str) -> None:
+def check_quantization(initial: PeftAdapter, method: str) -> None:
     """Refuse an adapter that belongs to the base in NF4 on another form of it. `method`: quant.method."""
     if initial.settings["init_from_loftq"] and method == "none":
         raise UserError(
@@ -164,7 +162,7 @@ def check_quantization(initial: InitialAdapter, method: str) -> None:
         )
 
 
-def check_fits(initial: InitialAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_fits(initial: PeftAdapter, adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an adapter that is not exactly the run's: other linears, or other shapes.
 
     `shapes`: (out, in) of the linears in the model's decoder blocks, and (experts, out, in) of their fused weights, by
@@ -336,3 +334,50 @@ def _require(condition: bool, path: Path, values: dict[str, Any], name: str, wan
 
 def _more(names: list[str]) -> str:
     return f" ({len(names)} linears in all)" if len(names) > 1 else ""
+
+
+_WRAPPED = ".base_layer"
+"""What PEFT adds to a module's path for each further weight of it that is adapted."""
+
+
+def parameters_of(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """target_parameters of an adapter_config.json. Raises UserError for anything but names of experts' weights."""
+    entries = values.get("target_parameters") or []
+    known = ExpertLayout().weights
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, str) and entry.rpartition(".")[2] in known for entry in entries
+    ):
+        raise UserError(
+            f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(known)}), the only "
+            "parameters that are adapted here; set another init_from"
+        )
+    return tuple(sorted(entries))
+
+
+def by_weight(
+    names: Mapping[tuple[str, str], str], parameters: tuple[str, ...], file: Path
+) -> dict[tuple[str, str], str]:
+    """Names in the file by (path, part), with the path of a fused weight in the place of its wrapper's.
+
+    The first of a module's adapted weights has the most `base_layer` (expert_targets.peft_paths). Raises UserError when
+    a module has other wrappers than target_parameters asks for.
+    """
+    if not parameters:
+        return dict(names)
+    depths: dict[str, set[int]] = {}
+    for path, _ in names:
+        module = path.removesuffix(_WRAPPED)
+        weights = [f"{module}.{weight}" for weight in ExpertLayout().weights]
+        if match_ending(parameters, weights):
+            depths.setdefault(module, set()).add(path.count(_WRAPPED))
+    places = {}
+    for module, found in depths.items():
+        adapted = match_ending(parameters, [f"{module}.{weight}" for weight in ExpertLayout().weights])
+        if found != set(range(len(adapted))):
+            raise UserError(
+                f"{file} holds {len(found)} adapters of {module}, and target_parameters={list(parameters)} means "
+                f"{len(adapted)} of its weights; save the adapter again"
+            )
+        for depth, weight in enumerate(reversed(adapted)):
+            places[module + _WRAPPED * depth] = weight
+    return {(places.get(path, path), part): name for (path, part), name in names.items()}

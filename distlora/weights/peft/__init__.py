@@ -1,1 +1,0 @@
-"""Adapters' folders in PEFT's format: read, judged, written. Without PEFT."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distlora.bench.collectives import counted
-from distlora.bench.rows import random_tokens
+from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM

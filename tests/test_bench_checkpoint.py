@@ -1,4 +1,4 @@
-"""`distlora bench checkpoint`: its figures are those of saves that go on, and ours comes back bit for bit."""
+"""`distlora bench checkpoint` measures saves that resume bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_real_run_is_saved_in_both_ways_and_resumed(tmp_path: Path) -> None:
     rows = ours.measure(tmp_path / "model", tmp_path / "run", alone, r=4, tokens=16, rounds=1)
     assert [row.way for row in rows] == ["ours", "ours, train.save_in_background=false"]
     for row in rows:
-        assert 1 < row.over_floor < 2, "names and the state of a run, beside 12 bytes a parameter"
+        assert 1 < row.over_floor < 2, "12 bytes per parameter, names and the run's state"
         assert row.on_disk > 0
         assert row.save.seconds > 0
         assert row.resume is not None
@@ -33,20 +33,20 @@ def test_a_real_run_is_saved_in_both_ways_and_resumed(tmp_path: Path) -> None:
 
 
 def test_the_report_reads_the_figures_beside_each_other() -> None:
-    own = saved("ours", step=Clock(1.0, 1.0), slower=0.02)
+    ours_saved = saved("ours", step=Clock(1.0, 1.0), slower=0.02)
     peer = saved("transformers Trainer", save=Clock(0.1, 0.1), nbytes=25_000)
     adapter = saved("PEFT save_pretrained", nbytes=4_100, fault="no optimizer")
-    found = compare.results([own, peer, adapter], parameters=75_600_000, threads=2)
-    (table,) = found.tables
+    report = compare.results([ours_saved, peer, adapter], parameters=75_600_000, threads=2)
+    (table,) = report.tables
     assert "Llama of 76M parameters" in table.heading
-    assert "2 threads here" in found.notes
+    assert "2 threads" in report.notes
     assert table.rows[1][:5] == ["ours", "1", "16", "0.0", "1.04"]
     assert table.rows[3][-1] == "no: no optimizer"
-    text = "\n".join(found.reading)
-    assert "a save takes 1.0% of a step of 1.00 s" in text
+    text = "\n".join(report.reading)
+    assert "a save takes 1.0% of a step of 1.00 s on the training thread" in text
     assert "transformers Trainer, 1, r=16: 10.0 and 20.0 times ours" in text
     assert "2.00 times the bytes" in text
-    assert {row["way"] for row in found.rows} == {"ours", "transformers Trainer", "PEFT save_pretrained"}
+    assert {row["way"] for row in report.rows} == {"ours", "transformers Trainer", "PEFT save_pretrained"}
 
 
 def test_medians_are_of_each_clock_alone() -> None:

@@ -22,7 +22,7 @@ import safetensors.torch
 
 from distlora.architecture.families import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
-from distlora.bench.checkpoints import LLAMA_1B5, write_random_checkpoint
+from distlora.bench.random_inputs import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
 from distlora.planner import traffic
 from small_models import read_metrics, tokenizer, write_text_file

@@ -1,4 +1,4 @@
-"""`distlora bench`: what it refuses, and which process it becomes."""
+"""`distlora bench`: the arguments that it refuses, and the worker that it starts with its request."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import pytest
 
 from distlora.bench import load, processes
 from distlora.bench.load import Figures
+from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench, from_argument
+from distlora.config import UserError
 from distlora_launcher.cli import main
 from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.launch.workers import ON_CPU
 
 
 class BecameError(Exception):
-    """Stands in for the process that os.execve makes: its module, arguments and environment."""
+    """Stands in for the process that os.execve starts."""
 
     def __init__(self, executable: str, command: list[str], environment: dict[str, str]) -> None:
         assert command[:2] == [executable, "-m"]
@@ -29,12 +31,18 @@ class BecameError(Exception):
 
 
 @pytest.fixture(autouse=True)
-def become(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def execve(executable: str, command: list[str], environment: dict[str, str]) -> None:
         raise BecameError(executable, command, environment)
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def started(*words: str) -> BecameError:
+    with pytest.raises(BecameError) as became:
+        main.main(["bench", *words])
+    return became.value
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -46,59 +54,51 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_offline_compiles_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(BecameError) as became:
-        main.main(["bench", "kernels", "--offline", "--arch", "90", "100", "--only", "linear M=16", "--json"])
-    assert became.value.module == "distlora_kernels.offline"
-    assert became.value.arguments == ["--only=linear M=16", "--json", "--arch", "90", "100"]
-    assert "TRITON_INTERPRET" not in became.value.environment
-    with pytest.raises(BecameError) as became:
-        main.main(["bench", "kernels", "--offline"])
-    assert became.value.arguments == []
+    worker = started("kernels", "--offline", "--arch", "90", "100", "--only", "linear M=16", "--json")
+    assert worker.module == "distlora_kernels.offline"
+    assert worker.arguments == ["--arch", "90", "100", "--only", "linear M=16", "--json"]
+    assert "TRITON_INTERPRET" not in worker.environment
+    assert started("kernels", "--offline").arguments == []
 
 
-def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_need_a_gpu_and_get_their_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     message = error_of(capsys, "kernels")
-    assert "this machine shows no GPU" in message
+    assert "this machine has no GPU" in message
     assert "distlora bench kernels --offline" in message
-
-
-def test_with_a_gpu_the_benchmark_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(BecameError) as became:
-        main.main(["bench", "kernels", "--only", "dequantize"])
-    assert (became.value.module, became.value.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
+    worker = started("kernels", "--only", "dequantize")
+    assert (worker.module, worker.arguments) == ("distlora_kernels.bench", ["--only", "dequantize"])
 
 
-def test_the_others_hand_their_options_on() -> None:
-    for words, module, arguments in (
-        (["checkpoint", "--r", "8,16"], "distlora.bench.checkpoint", ["--r=8,16", "--rounds=4"]),
-        (["memory"], "distlora.bench.against_plan", ["--models=10M,100M", "--ranks=1,2"]),
-    ):
-        with pytest.raises(BecameError) as became:
-            main.main(["bench", *words])
-        assert became.value.module == module
-        assert became.value.arguments[: len(arguments)] == arguments
-
-
-def test_load_needs_no_gpu_and_has_ours_as_workers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_gets_the_request_of_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker = started("checkpoint", "--r", "8,16")
+    assert worker.module == "distlora.bench.checkpoint.compare"
+    assert from_argument(CheckpointBench, worker.arguments) == CheckpointBench(r=(8, 16))
+    worker = started("memory", "--ranks=2,1", "--json")
+    assert worker.module == "distlora.bench.memory"
+    assert from_argument(MemoryBench, worker.arguments) == MemoryBench(json=True)
     for name in ON_CPU:
         monkeypatch.setenv(name, "the user's")
     monkeypatch.delenv("OMP_WAIT_POLICY")
-    default = ["--rounds=3", "--ranks=1,2", '--environment={"OMP_WAIT_POLICY": "PASSIVE"}']
-    for words, arguments in (([], ["--layers=14", *default]), (["--layers", "2"], ["--layers=2", *default])):
-        with pytest.raises(BecameError) as became:
-            main.main(["bench", "load", *words])
-        assert (became.value.module, became.value.arguments) == ("distlora.bench.load", arguments)
+    worker = started("load", "--layers", "2", "--out", str(tmp_path / "new"))
+    expected = LoadBench(layers=2, environment={"OMP_WAIT_POLICY": "PASSIVE"}, out=str(tmp_path / "new"))
+    assert worker.module == "distlora.bench.load"
+    assert from_argument(LoadBench, worker.arguments) == expected
+    with pytest.raises(UserError, match="rounds"):
+        from_argument(LoadBench, ['{"rounds": "three"}'])
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["load", "--layers", "0"], "--layers=0 is no count; write --layers 1 or more"),
-        (["load", "--rounds", "0"], "--rounds=0 is no count"),
-        (["checkpoint", "--r", "0"], "--r=0 are no positive numbers"),
-        (["checkpoint", "--tokens", "0"], "--tokens=0 is no count"),
-        (["load", "--ranks", "two"], "--ranks=two are no positive numbers"),
+        (["load", "--layers", "0"], "--layers=0 is not a positive number; write --layers 1 or more"),
+        (["checkpoint", "--r", "0"], "--r=0"),
+        (["checkpoint", "--tokens", "0"], "--tokens=0 is not a positive number"),
+        (["load", "--ranks", "two"], "--ranks=two"),
+        (["load", "--out", "/proc/none"], "--out=/proc/none: cannot write"),
+        (["memory", "--models=12M"], "--models=12M is not a known size (did you mean '10M'?); write 10M, "),
         (["kernel"], "did you mean 'kernels'"),
         (["kernels", "--offline", "--onyl", "x"], "--only"),
         (["kernels", "--offline", "--arch", "70"], "--arch 70 is not known; known are 80, 89, 90, 100"),
@@ -113,19 +113,16 @@ def test_mistakes_are_named(words: list[str], named: str, capsys: pytest.Capture
     assert message.count("\n") == 1
 
 
-def test_each_subject_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_bench_has_a_usage_that_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "--help"]) == 0
-    subjects = capsys.readouterr().out
+    names = capsys.readouterr().out
     for name in BENCHES:
-        assert f"\n  {name} " in subjects
+        assert f"\n  {name} " in names
         assert main.main(["bench", name, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: distlora bench {name}")
     assert main.main(["bench", "kernels", "--help"]) == 0
     assert "90 (H100, H200)" in capsys.readouterr().out
     assert main.main(["bench"]) == 2
-
-
-def test_the_command_needs_no_torch() -> None:
     code = (
         "import sys, distlora_launcher.cli.bench as b; [b.main([name, '--help']) for name in b.BENCHES]; "
         "print({'torch', 'triton'} & set(sys.modules))"
@@ -133,19 +130,13 @@ def test_the_command_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
 
 
-def test_results_go_to_a_folder_that_can_be_written_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(BecameError) as became:
-        main.main(["bench", "load", "--out", str(tmp_path / "new"), "--json"])
-    assert became.value.arguments[-2:] == ["--json", f"--out={tmp_path / 'new'}"]
-    (tmp_path / "file").touch()
-    assert "is a file; set another --out" in error_of(capsys, "load", "--out", str(tmp_path / "file"))
-
-
-def test_only_our_processes_of_load_have_what_workers_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_our_processes_of_load_have_the_environment_of_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("OF_THE_USER", "own")
     monkeypatch.delenv("OF_WORKERS", raising=False)
     given = {"OF_THE_USER": "changed", "OF_WORKERS": "given"}
-    found = []
+    environments = []
 
     class Process:
         exitcode = 0
@@ -155,8 +146,8 @@ def test_only_our_processes_of_load_have_what_workers_have(monkeypatch: pytest.M
             self.name = target.__name__
 
         def start(self) -> None:
-            found.append((self.name, os.environ["OF_THE_USER"], os.environ.get("OF_WORKERS")))
-            self.results.put((0, Figures(1.0, 1.0, 1, 1, from_cache=len(found) == 3)))
+            environments.append((self.name, os.environ["OF_THE_USER"], os.environ.get("OF_WORKERS")))
+            self.results.put((0, Figures(1.0, 1.0, 1, 1, from_cache=len(environments) == 3)))
 
         def is_alive(self) -> bool:
             return False
@@ -165,5 +156,5 @@ def test_only_our_processes_of_load_have_what_workers_have(monkeypatch: pytest.M
     monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
     starts = list(load.rounds_of(tmp_path / "model", [1], 1, given))
     assert [start.way for start in starts] == ["cold", "filling", "cached", "peer"]
-    assert found == [("ours", "changed", "given")] * 3 + [("transformers_and_bitsandbytes", "own", None)]
+    assert environments == [("ours", "changed", "given")] * 3 + [("transformers_and_bitsandbytes", "own", None)]
     assert (os.environ["OF_THE_USER"], "OF_WORKERS" in os.environ) == ("own", False)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
 from distlora.bench.load import Figures, measure
+from distlora.bench.random_inputs import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.planner import plan_of

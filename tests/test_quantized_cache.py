@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import read_header
-from distlora.bench.checkpoints import LLAMA_700M, write_random_checkpoint
+from distlora.bench.random_inputs import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build, load_config
 from distlora.loading import quantized_cache_io

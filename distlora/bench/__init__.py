@@ -1,1 +1,1 @@
-"""Benchmarks against the peers: each checks that both sides did the work, then prints one Markdown table."""
+"""Benchmarks of training, loading and saving beside other libraries, and of the memory plan beside a real step."""

@@ -1,4 +1,4 @@
-"""Every collective of a stretch of work, counted where torch issues it and by no library that is measured."""
+"""Count collectives where torch dispatches them, independently of the libraries that are measured."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _ARGUMENT: dict[str, tuple[str, int]] = {
     "allreduce_coalesced_": ("reduced", 0),
     "broadcast_": ("broadcast", 0),
 }
-"""c10d's collectives: their kind, and which argument is the whole: an all-gather's result, a reduce-scatter's input."""
+"""c10d's collectives: (kind, index of the whole tensor: an all-gather's result, a reduce-scatter's input)."""
 
 _NOTHING = ("barrier", "monitored_barrier_")
 
 
 class Collectives(TorchDispatchMode):
-    """`with Collectives() as counted: ...`: bytes and calls of this thread's collectives, by kind (gathered, scattered,
-    reduced, broadcast) and by the ranks that take part.
+    """Bytes and calls of this thread's collectives, by kind (gathered, scattered, reduced, broadcast) and by ranks.
 
-    Backward runs in the calling thread on a CPU, so its collectives are among them. One that is not known raises.
+    Use it as a context manager. On a CPU backward runs in the calling thread, so its collectives are counted too.
+    Raises NotImplementedError for an unknown collective.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.nbytes: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        """(kind, ranks) -> bytes."""
+        """Bytes by (kind, ranks)."""
         self.calls: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def of(self, kind: str) -> int:
-        """Bytes of a kind, over whichever ranks."""
+        """Return the bytes of a kind over all groups of ranks."""
         return sum(nbytes for (name, _), nbytes in self.nbytes.items() if name == kind)
 
     def __torch_dispatch__(
@@ -76,7 +76,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def counted(work: Callable[[], object]) -> Collectives:
-    """What `work` issues."""
+    """Return the collectives that `work` issues."""
     with Collectives() as collectives:
         work()
     return collectives

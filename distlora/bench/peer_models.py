@@ -1,4 +1,4 @@
-"""The peers' models as their users make them, and what accelerate's FSDP2 needs to be one on a CPU."""
+"""Load the peers' models as their users do, and run accelerate's FSDP2 on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distlora.planner.traffic import Storage
 
 
 def four_bit(storage: Storage = "nf4 in uint8") -> Any:
-    """The BitsAndBytesConfig of NF4 with double quantization; None where the base stays in bf16."""
+    """Return the BitsAndBytesConfig of NF4 with double quantization; None for a bf16 base."""
     if storage == "bf16":
         return None
     return BitsAndBytesConfig(
@@ -25,7 +25,7 @@ def four_bit(storage: Storage = "nf4 in uint8") -> Any:
 
 
 def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: torch.device | None = None) -> Any:
-    """transformers' model of a folder. `device`: all of it there."""
+    """Load transformers' model of a folder, onto `device` if it is given."""
     return AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=four_bit(storage),
@@ -36,10 +36,10 @@ def load_base(folder: Path | str, storage: Storage = "nf4 in uint8", *, device: 
 
 
 def fsdp2_accelerator(*, forced: bool) -> Any:
-    """An Accelerator in bf16 with the FSDP2 plugin. `forced`: as it would be on a GPU.
+    """Return an Accelerator in bf16 with the FSDP2 plugin.
 
-    On a CPU accelerate takes its FSDP2 plugin without a word and trains with DistributedDataParallel instead; forced,
-    the state that its device check would have set is set here, and all that follows is accelerate's own code.
+    On a CPU accelerate silently replaces its FSDP2 plugin by DistributedDataParallel. With `forced` the state that its
+    device check would set on a GPU is set here; all else is accelerate's own code.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
@@ -51,7 +51,7 @@ def fsdp2_accelerator(*, forced: bool) -> Any:
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16", fsdp_plugin=plugin)
     if forced:
-        # accelerate/state.py does this where it finds a GPU, or another accelerator that it knows.
+        # accelerate/state.py does this for a GPU or another accelerator that it knows.
         plugin.set_mixed_precision("bf16")
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -59,14 +59,14 @@ def fsdp2_accelerator(*, forced: bool) -> Any:
 
 
 def trained(model: Any) -> list[torch.Tensor]:
-    """Its parameters that have gradients."""
+    """Return the parameters that have gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def describe(model: Any) -> str:
-    """The class that was made of the model, and how many of its parameters are cut over the ranks."""
+    """Return the model's class and how many of its tensors are sharded."""
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
-    cut = sum(isinstance(parameter, DTensor) for parameter in parameters)
-    return f"{type(model).__name__}, {cut} of {len(parameters)} tensors sharded"
+    sharded = sum(isinstance(parameter, DTensor) for parameter in parameters)
+    return f"{type(model).__name__}, {sharded} of {len(parameters)} tensors sharded"

@@ -1,4 +1,4 @@
-"""Processes of a measurement, each of which puts what it found into a queue."""
+"""Run the processes of a measurement; each puts its figures into a queue."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ def run_each(
     *,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Run target(*values, results) once for each of `arguments`, in fresh processes; each puts (its number, what it
-    found) into `results`. Returns what they found, by number, when all have ended. RuntimeError as soon as any fails.
-    `environment`: variables that they have beside this process' own.
+    """Run target(*values, results) once for each of `arguments`, in fresh processes, and return their figures.
+
+    Each process puts (its number, its figures) into `results`; the returned list is ordered by number.
+
+    Args:
+        target: Function of each process; must be importable.
+        arguments: Positional arguments of each process.
+        environment: Variables set in the processes, beside this process' environment.
+
+    Raises:
+        RuntimeError: A process failed; the others are terminated.
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=target, args=(*values, results)) for values in arguments]
-    with _having(environment or {}):
+    with _variables_set(environment or {}):
         for process in processes:
             process.start()
-    found: list[tuple[int, Any]] = []
-    # Read before they are waited for: one whose figures fill the pipe ends only when they are read.
-    while len(found) < len(processes) or any(process.is_alive() for process in processes):
+    answers: list[tuple[int, Any]] = []
+    # Read before waiting: a process whose figures fill the pipe ends only when they are read.
+    while len(answers) < len(processes) or any(process.is_alive() for process in processes):
         with contextlib.suppress(queue.Empty):
-            found.append(results.get(timeout=0.2))
+            answers.append(results.get(timeout=0.2))
         if any(process.exitcode for process in processes):
             break
     failed = [process.exitcode for process in processes if process.exitcode]
@@ -39,12 +47,18 @@ def run_each(
         for process in processes:
             process.terminate()
         raise RuntimeError(f"{target.__name__} failed with exit code {failed[0]}; its error is above")
-    return [figures for _, figures in sorted(found, key=lambda each: each[0])]
+    return [figures for _, figures in sorted(answers, key=lambda each: each[0])]
+
+
+def set_rank(rank: int, world: int, port: int) -> None:
+    """Set torch.distributed's environment variables of one rank on this node."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
 
 
 @contextlib.contextmanager
-def _having(variables: Mapping[str, str]) -> Iterator[None]:
-    """What starts meanwhile has them: libraries read theirs when they are loaded."""
+def _variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started inside: libraries read them when they are loaded."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -58,9 +72,8 @@ def _having(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_stdout() -> Iterator[None]:
-    """What libraries print of themselves meanwhile, here and in processes that start here, goes to stderr with their
-    warnings: stdout is for figures."""
+def libraries_print_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, in this process and its children: stdout is for figures only."""
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""A run without a folder: the trainer over given rows, which a benchmark advances step by step or runs to its end."""
+"""Build a run without a folder: the trainer over given sequences, advanced step by step or run to its end."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from distlora.training.trial import Hooks, Trial
 from distlora.training.worker import trained_parameters
 
 
-def nothing(*arguments: Any) -> None:
-    """What is said, saved or published of a run that nobody wants."""
+def ignore(*arguments: Any) -> None:
+    """Do nothing, in place of a log, a save or a publication."""
 
 
-SAVES_NOTHING = Hooks(save=nothing, save_last=nothing, publish_best=nothing)
+SAVES_NOTHING = Hooks(save=ignore, save_last=ignore, publish_best=ignore)
 
 
 @dataclass(slots=True)
 class Started:
-    """A run's model and what trains it, before the first step; every rank makes it alike."""
+    """A run's model and optimizer before the first step. Every rank makes it alike."""
 
     config: Config
     ranks: Ranks
@@ -43,15 +43,16 @@ class Started:
 
     @classmethod
     def of(cls, config: Config, ranks: Ranks) -> Self:
+        """Build the model, load its weights and start its adapters and optimizer."""
         model, backend, _ = start_model(config, ranks)
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        start_adapters(model, config, backend, restores=False, say=nothing)
+        start_adapters(model, config, backend, restores=False, say=ignore)
         return cls(config, ranks, model, backend, trained, gradients, optimizer)
 
     def trainer(self, rows: PackedRows, *, reporter: Reporter, hooks: Hooks = SAVES_NOTHING) -> tuple[Trainer, Trial]:
-        """train.max_steps steps over the rows in their order."""
+        """Return a trainer of train.max_steps steps over the sequences in their order."""
         settings = self.config.train
         assert settings.max_steps is not None
         trial = Trial(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 class Arch(NamedTuple):
     """What a multiprocessor has (CUDA programming guide, table of technical specifications per compute capability)."""
 
-    cards: str
+    gpus: str
     shared_kib: int
     """That one program may have; a multiprocessor has 1 KiB more, and each program takes 1 KiB beside its own."""
     threads: int

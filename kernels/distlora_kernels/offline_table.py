@@ -112,7 +112,7 @@ def table(reports: Sequence[Report]) -> str:
         ).rstrip()
         for row in rows
     ]
-    cards = "; ".join(f"sm_{arch} {ARCHS[arch].cards}" for arch in sorted({report.arch for report in reports}))
+    cards = "; ".join(f"sm_{arch} {ARCHS[arch].gpus}" for arch in sorted({report.arch for report in reports}))
     title = f"The kernels as Triton {triton.__version__} compiles them. Nothing ran, and no GPU is needed."
     return "\n".join([title, "", *lines, "", LEGEND, f"GPU       {cards}"])
 

@@ -1,1 +1,1 @@
-"""`distlora bench checkpoint`: a save and a resume, ours beside PEFT's, Trainer's and accelerate's."""
+"""Measure a save and a resume of a run, ours beside PEFT's, Trainer's and accelerate's."""

@@ -1,13 +1,10 @@
-"""A save and a resume of a run, ours beside the peers', each way in processes of its own.
+"""Compare a save and a resume of a run, each way in its own processes.
 
-python -m distlora.bench.checkpoint [--r 16] [--tokens 64] [--rounds 4] [--layers 6] ...
-                                                                            (`distlora bench checkpoint`)
+python -m distlora.bench.checkpoint.compare REQUEST      (requests.CheckpointBench)
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,10 +15,11 @@ import torch
 
 from distlora.bench.checkpoint import ours
 from distlora.bench.checkpoint.saved import FLOOR, Saved
-from distlora.bench.checkpoints import write_random_checkpoint
-from distlora.bench.machine import made_here
-from distlora.bench.network import free_port
-from distlora.bench.processes import own_stdout, run_each
+from distlora.bench.host_counters import free_port
+from distlora.bench.machine import measurement_notes
+from distlora.bench.processes import libraries_print_to_stderr, run_each, set_rank
+from distlora.bench.random_inputs import write_random_checkpoint
+from distlora.bench.requests import CheckpointBench, from_argument
 from distlora.output.figures import draw_bars
 from distlora.output.result_files import Results
 from distlora.output.tables import Table
@@ -37,6 +35,7 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
 }
+"""config.json of the random Llama."""
 WAYS = {
     ("ours", 1): "ours",
     ("save_pretrained", 1): "PEFT save_pretrained",
@@ -45,34 +44,40 @@ WAYS = {
     ("accelerate", 2): "accelerate on 2 ranks, as it runs on a CPU",
     ("fsdp2", 2): "accelerate on 2 ranks, FSDP2 forced",
 }
+"""(way, ranks) and its title."""
 
 
 def rank_main(
     rank: int, world: int, port: int, way: str, folder: Path, out: Path, sizes: dict[str, int], results: Any
 ) -> None:
-    """One rank's process."""
+    """Measure one way on one rank."""
     if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        set_rank(rank, world, port)
     torch.set_num_threads(max(1, sizes["threads"] // world))
     ranks = join_ranks()
     r, tokens, rounds = sizes["r"], sizes["tokens"], sizes["rounds"]
     if way == "ours":
-        found = ours.measure(folder, out, ranks, r=r, tokens=tokens, rounds=rounds)
+        rows = ours.measure(folder, out, ranks, r=r, tokens=tokens, rounds=rounds)
     else:
         from distlora.bench.checkpoint import peers
 
         arguments: dict[str, Any] = {"r": r, "tokens": tokens, "saves": rounds + 1}
         if way in ("accelerate", "fsdp2"):
-            found = peers.accelerate(folder, out, ranks, **arguments, forced=way == "fsdp2")
+            rows = peers.accelerate(folder, out, ranks, **arguments, forced=way == "fsdp2")
         else:
-            found = (peers.trainer if way == "trainer" else peers.save_pretrained)(folder, out, ranks, **arguments)
-    results.put((rank, found))
+            rows = (peers.trainer if way == "trainer" else peers.save_pretrained)(folder, out, ranks, **arguments)
+    results.put((rank, rows))
     leave_ranks(ranks)
 
 
 def measure(folder: Path, adapter_ranks: Sequence[int], **sizes: int) -> Iterator[Saved]:
-    """Every way on the model in `folder`, by the adapters' rank. `sizes`: tokens of a step, rounds, threads in all."""
+    """Yield every way on the model in `folder`, for each adapter rank.
+
+    Args:
+        folder: The model's folder.
+        adapter_ranks: Ranks of the adapters.
+        sizes: tokens per step, rounds, threads of all processes.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         for r in adapter_ranks:
             for number, ((way, world), name) in enumerate(WAYS.items()):
@@ -85,12 +90,12 @@ def measure(folder: Path, adapter_ranks: Sequence[int], **sizes: int) -> Iterato
 
 
 def make_model(folder: Path, *, layers: int) -> int:
-    """Returns its parameters."""
+    """Write the random model. Returns its number of parameters."""
     return write_random_checkpoint(folder, MODEL | {"num_hidden_layers": layers}, num_shards=1)
 
 
 def results(rows: Sequence[Saved], *, parameters: int, threads: int) -> Results:
-    """`parameters`: of the model. `threads`: of all processes of a way."""
+    """Return the table; `parameters` counts the model's, `threads` those of all processes of a way."""
     head = ["", "ranks", "r", "MB", f"of {FLOOR} B a parameter", "training thread, ms", "CPU ms", "on the disk, ms"]
     lines = [[*head, "resume, ms", "CPU ms", "goes on"]]
     for row in rows:
@@ -109,7 +114,7 @@ def results(rows: Sequence[Saved], *, parameters: int, threads: int) -> Results:
     return Results(
         name="checkpoint",
         heading="A save and a resume of a run",
-        notes=made_here("transformers", "peft", "accelerate", "bitsandbytes", threads=threads),
+        notes=measurement_notes("transformers", "peft", "accelerate", "bitsandbytes", threads=threads),
         tables=[Table(heading, lines)],
         rows=[flat(row) for row in rows],
         reading=list(reading(rows)),
@@ -118,29 +123,32 @@ def results(rows: Sequence[Saved], *, parameters: int, threads: int) -> Results:
 
 
 def reading(rows: Sequence[Saved]) -> Iterator[str]:
-    for own in (row for row in rows if row.way == "ours"):
-        assert own.step is not None
-        share = own.save.seconds / own.step.seconds
+    """Yield a sentence for each of ours and each peer beside it."""
+    for saved in (row for row in rows if row.way == "ours"):
+        assert saved.step is not None
+        share = saved.save.seconds / saved.step.seconds
         yield (
-            f"Ours on {own.ranks} rank{'s' if own.ranks > 1 else ''}, r={own.r}: a save takes {share:.1%} of a step of "
-            f"{own.step.seconds:.2f} s from the thread that trains, and is {own.over_floor:.3f} of what a run needs to "
-            f"go on; saving beside them adds {own.slower:+.1%} to the CPU seconds of steps."
+            f"Ours on {saved.ranks} rank{'s' if saved.ranks > 1 else ''}, r={saved.r}: a save takes {share:.1%} of a "
+            f"step of {saved.step.seconds:.2f} s on the training thread and {saved.over_floor:.3f} of the bytes that a "
+            f"resume needs; saving in the background adds {saved.slower:+.1%} to the CPU seconds of a step."
         )
         for peer in rows:
-            if peer.r == own.r and peer.ranks == own.ranks and not peer.way.startswith("ours"):
-                times = (getattr(peer.save, name) / getattr(own.save, name) for name in ("seconds", "cpu_seconds"))
+            if peer.r == saved.r and peer.ranks == saved.ranks and not peer.way.startswith("ours"):
+                times = (getattr(peer.save, name) / getattr(saved.save, name) for name in ("seconds", "cpu_seconds"))
                 yield (
                     f"{peer.way}, {peer.ranks}, r={peer.r}: {' and '.join(f'{each:.1f}' for each in times)} times ours "
-                    f"of the training thread, by the clock and by CPU; {peer.nbytes / own.nbytes:.2f} times the bytes."
+                    f"on the training thread (wall-clock, CPU); {peer.nbytes / saved.nbytes:.2f} times the bytes."
                 )
     yield from (f"{row.way}, {row.ranks}, r={row.r}: {row.fault}" for row in rows if row.fault is not None)
     yield (
-        "Ours hashes every file, syncs it to the disk and reads it back before older ones go, off the training thread; "
-        "a resume hashes it again. The peers do neither. What ours resumed was what it had saved, bit for bit."
+        "Ours hashes every file, syncs it to disk and reads it back before older checkpoints are removed, off the "
+        "training thread; a resume hashes it again. The peers do neither. The resumed state of ours equals the saved "
+        "one bit for bit."
     )
 
 
 def flat(row: Saved) -> dict[str, Any]:
+    """Return a row's figures in bytes and seconds."""
     return {
         "way": row.way,
         "ranks": row.ranks,
@@ -161,20 +169,16 @@ def _ms(*seconds: float) -> Iterator[str]:
     return (f"{1e3 * each:,.1f}" for each in seconds)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--r", default="16")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    with own_stdout(), tempfile.TemporaryDirectory() as temporary:
+def main() -> None:
+    request = from_argument(CheckpointBench)
+    with libraries_print_to_stderr(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        parameters = make_model(folder, layers=options.layers)
-        sizes = {"tokens": options.tokens, "rounds": options.rounds, "threads": options.threads}
-        rows = list(measure(folder, [int(rank) for rank in options.r.split(",")], **sizes))
-    found = results(rows, parameters=parameters, threads=options.threads)
-    found.show(out=options.out, as_json=options.json)
+        parameters = make_model(folder, layers=request.layers)
+        sizes = {"tokens": request.tokens, "rounds": request.rounds, "threads": request.threads}
+        rows = list(measure(folder, request.r, **sizes))
+    report = results(rows, parameters=parameters, threads=request.threads)
+    report.show(out=None if request.out is None else Path(request.out), as_json=request.json)
+
+
+if __name__ == "__main__":
+    main()

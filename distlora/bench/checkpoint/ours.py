@@ -1,8 +1,7 @@
-"""Ours: a run of the real trainer that saves at every step, and a start from what it saved.
+"""Measure our saves: a run of the real trainer that saves after every step, and a start from its last checkpoint.
 
-Rounds of steps take turns: none is saved, each is saved in the background, each is saved on the training thread. What a
-save takes of that thread is by the wall clock and by the thread's CPU seconds, which other work on the machine hardly
-changes.
+Rounds of steps take turns: no save, a save in the background, a save on the training thread. The cost of a save on that
+thread is given in wall-clock and in CPU seconds of the thread, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
-from distlora.bench.rows import random_rows
-from distlora.bench.trial import Started, nothing
+from distlora.bench.random_inputs import random_rows
+from distlora.bench.trial import Started, ignore
 from distlora.checkpoint.resume import choose, environment
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import Identity, Progress, TrainState
@@ -31,12 +30,12 @@ from distlora.training.trial import Hooks
 
 MODES = ("none", "background", "thread")
 STEPS = 3
-"""Of each mode in a round. The first of them does not count: a save of the mode before may still be under way."""
+"""Steps of each mode per round. The first does not count: the previous mode's save may still be running."""
 
 
 @dataclass(slots=True)
 class Turn:
-    """One step and the save after it, as the training thread saw them."""
+    """Time of one step and of the save after it, on the training thread."""
 
     mode: str
     step: Clock
@@ -45,12 +44,12 @@ class Turn:
 
 @dataclass(slots=True)
 class Turns:
-    """What is called after each step: saves it as the step's turn says, and notes the times."""
+    """A save hook that saves as the current mode requires and records the times."""
 
     savers: dict[str, Saver]
-    found: list[Turn] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     on_disk: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
-    """Seconds from the beginning of a save until it is on the disk."""
+    """Seconds from the start of a save until it is on disk, by mode."""
     _last: Clock = field(default_factory=Clock.now)
 
     def __call__(self, progress: Progress) -> None:
@@ -60,15 +59,15 @@ class Turns:
             self.savers[mode].save(progress)
         end = Clock.now()
         if (progress.step - 1) % STEPS > 0:
-            self.found.append(Turn(mode, now - self._last, end - now))
+            self.turns.append(Turn(mode, now - self._last, end - now))
         if mode in self.savers and progress.step % STEPS == 0:
             self.savers[mode].wait()
             self.on_disk[mode].append((Clock.now() - now).seconds)
         self._last = Clock.now()
 
     def of(self, mode: str, name: str) -> Clock:
-        """The median step or save."""
-        return median([getattr(turn, name) for turn in self.found if turn.mode == mode])
+        """Return the median `step` or `save` of a mode."""
+        return median([getattr(turn, name) for turn in self.turns if turn.mode == mode])
 
 
 def mode_of(step: int) -> str:
@@ -76,8 +75,10 @@ def mode_of(step: int) -> str:
 
 
 def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, rounds: int) -> list[Saved]:
-    """A run with adapters of rank r on every linear of the model in `folder`: its saves in the background and on the
-    training thread, and a start from the last of them, which is held to what was saved bit for bit."""
+    """Train adapters of rank r on every linear of the model in `folder` and measure saves in both modes and a resume.
+
+    Checks that the resumed tensors equal the saved ones bit for bit.
+    """
     steps = rounds * len(MODES) * STEPS
     sections: dict[str, Any] = {
         "model": {"path": str(folder)},
@@ -94,12 +95,14 @@ def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, r
     newest, _ = choose(run_dir, ranks)
     assert newest is not None
     again, resume = Run.of(run.config, ranks), Clock.now()
-    found, _ = choose(run_dir, ranks)  # Which reads every byte of it.
-    assert found == newest
+    chosen, _ = choose(run_dir, ranks)  # Reads and hashes every byte.
+    assert chosen == newest
     restore(newest, again.model, again.optimizer, again.trained, again.backend)
     resume = Clock.now() - resume
     kept = again.tensors()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in run.tensors().items()), "what was saved came back"
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in run.tensors().items()), (
+        "the resumed state differs from the saved one"
+    )
     return [
         Saved(
             way=name,
@@ -118,7 +121,7 @@ def measure(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: int, r
 
 
 class Run(Started):
-    """A run that saves."""
+    """A run that saves after every step."""
 
     __slots__ = ("turns",)
 
@@ -154,16 +157,16 @@ class Run(Started):
             ),
             keep=2,
             in_background=in_background,
-            say=nothing,  # A save that failed is raised by the `wait` after a round.
+            say=ignore,  # The `wait` after a round raises the error of a failed save.
         )
 
     def fit(self, rows: PackedRows) -> None:
-        """To the end, in turns that `turns` has afterwards."""
+        """Train to the end; `turns` then has the times."""
         self.turns = Turns({"background": self.saver(in_background=True), "thread": self.saver(in_background=False)})
         steps = self.config.train.max_steps
         assert steps is not None
-        # Only rank 0 writes.
+        # Only rank 0 writes, so this reporter is silent.
         quiet = Reporter(self.run_dir, self.config, rank=1, world=2, total_steps=steps, start_step=0)
-        hooks = Hooks(save=self.turns, save_last=self.turns, publish_best=nothing)
+        hooks = Hooks(save=self.turns, save_last=self.turns, publish_best=ignore)
         trainer, _ = self.trainer(rows, reporter=quiet, hooks=hooks)
         trainer.fit()

@@ -1,6 +1,6 @@
-"""The peers' ways to save a run: PEFT's save_pretrained, transformers' Trainer, accelerate's save_state.
+"""Measure saves of other libraries: PEFT's save_pretrained, transformers' Trainer, accelerate's save_state.
 
-All train PEFT's adapters on bitsandbytes' NF4, in fp32 as PEFT keeps them, by AdamW.
+All train PEFT's adapters on bitsandbytes' NF4 with AdamW, in fp32 as PEFT keeps them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.checkpoint.saved import Clock, Saved, folder_bytes, median
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
-from distlora.bench.rows import random_tokens
+from distlora.bench.random_inputs import random_tokens
 from distlora.parallel import Ranks
 from distlora.planner.traffic import Storage
 
@@ -34,9 +34,9 @@ def numel(model: Any) -> int:
 
 
 def save_pretrained(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
-    """What a user of PEFT keeps at the end: the adapter, from which no run goes on."""
+    """Measure save_pretrained: the adapter alone, from which no run resumes."""
     model = adapted(folder, r)
-    found = [_timed(partial(model.save_pretrained, place)) for place in _places(out, saves)]
+    saved = [_timed(partial(model.save_pretrained, place)) for place in _places(out, saves)]
     resume = _timed(lambda: set_peft_model_state_dict(model, load_peft_weights(str(out / "0"))))
     return [
         Saved(
@@ -45,8 +45,8 @@ def save_pretrained(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: in
             r=r,
             trained=numel(model),
             nbytes=folder_bytes(out / "0"),
-            save=median(found[1:]),
-            on_disk=median(found[1:]).seconds,
+            save=median(saved[1:]),
+            on_disk=median(saved[1:]).seconds,
             resume=resume,
             fault="no optimizer",
         )
@@ -54,8 +54,10 @@ def save_pretrained(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: in
 
 
 def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int) -> list[Saved]:
-    """Between Trainer's callbacks around a save; a resume is what train() takes longer until it has its first step's
-    rows than a start anew does."""
+    """Measure the time between Trainer's callbacks around a save.
+
+    The time of a resume is that of train() up to its first step, less that of a new start.
+    """
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(saves + 1, tokens, 1000, 0)]
     model, times = adapted(folder, r), Times()
 
@@ -76,10 +78,10 @@ def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves
         Trainer(model, arguments, train_dataset=rows, callbacks=[times]).train(resume_from_checkpoint=resume)
         return times.began - began
 
-    train(1)  # What is imported and built at the first start is no part of a resume.
+    train(1)  # Imports of the first start are not part of a resume.
     shutil.rmtree(out / "checkpoint-1")
     times.saves.clear()
-    anew = train(saves)
+    new_start = train(saves)
     newest = out / f"checkpoint-{saves}"
     resumed = train(saves + 1, resume=str(newest))
     return [
@@ -91,13 +93,13 @@ def trainer(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves
             nbytes=folder_bytes(newest),
             save=median(times.saves[1:saves]),
             on_disk=median(times.saves[1:saves]).seconds,
-            resume=resumed - anew,
+            resume=resumed - new_start,
         )
     ]
 
 
 class Times(TrainerCallback):
-    """When Trainer's first step begins, and what lies between the end of a step and that of its save."""
+    """Records when Trainer's first step begins, and the time from the end of a step to the end of its save."""
 
     def __init__(self) -> None:
         self.saves: list[Clock] = []
@@ -108,7 +110,7 @@ class Times(TrainerCallback):
         self._starts = True
 
     def on_step_begin(self, *arguments: Any, **state: Any) -> None:
-        if self._starts:  # After the generators' states, the rows that are skipped, and the first that is not.
+        if self._starts:  # After restoring generators and skipping sequences.
             self.began, self._starts = Clock.now(), False
 
     def on_step_end(self, *arguments: Any, **state: Any) -> None:
@@ -119,8 +121,10 @@ class Times(TrainerCallback):
 
 
 def accelerate(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, saves: int, forced: bool) -> list[Saved]:
-    """accelerator.save_state: with DistributedDataParallel, which its FSDP2 plugin is on a CPU; or, forced, with FSDP2,
-    whose state each rank writes its part of."""
+    """Measure accelerator.save_state with DistributedDataParallel, which its FSDP2 plugin becomes on a CPU.
+
+    With `forced`, the model is sharded by FSDP2 and each rank writes its part of the state.
+    """
     accelerator = fsdp2_accelerator(forced=forced)
     model = adapted(folder, r, "nf4 in bf16")
     count = numel(model)
@@ -128,15 +132,15 @@ def accelerate(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, sa
     row = random_tokens(1, tokens, 1000, ranks.rank)
     accelerator.backward(model(input_ids=row, labels=row).loss)
     optimizer.step()
-    found = []
+    saved = []
     for place in _places(out, saves):
         accelerator.wait_for_everyone()
-        found.append(_timed(partial(accelerator.save_state, str(place))))
+        saved.append(_timed(partial(accelerator.save_state, str(place))))
     accelerator.wait_for_everyone()
     resume, fault = None, None
     try:
         resume = _timed(lambda: accelerator.load_state(str(out / str(saves - 1))))
-    except RuntimeError as error:  # accelerate 1.15: its keys of 4-bit weights are none that the model takes.
+    except RuntimeError as error:  # accelerate 1.15: the model does not accept its keys of 4-bit weights.
         fault = f"load_state raises {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     accelerator.wait_for_everyone()
     return [
@@ -146,8 +150,8 @@ def accelerate(folder: Path, out: Path, ranks: Ranks, *, r: int, tokens: int, sa
             r=r,
             trained=count,
             nbytes=folder_bytes(out / str(saves - 1)),
-            save=median(found[1:]),
-            on_disk=median(found[1:]).seconds,
+            save=median(saved[1:]),
+            on_disk=median(saved[1:]).seconds,
             resume=resume,
             fault=fault,
         )

@@ -1,4 +1,4 @@
-"""What a save and a resume took, whoever did it."""
+"""Record the time and size of a save and a resume."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FLOOR = 12
-"""Bytes of a trained parameter that a run cannot go on without: itself and two moments, in fp32."""
+"""Bytes per trained parameter that a resume needs: the parameter and two optimizer states in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Of the thread that trains."""
+    """Wall-clock and CPU seconds of the training thread."""
 
     seconds: float
     cpu_seconds: float
@@ -29,27 +29,27 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A way to save, as rank 0 saw it: medians over saves."""
+    """Medians over the saves of one way, on rank 0."""
 
     way: str
     ranks: int
     r: int
     trained: int
-    """Parameters."""
+    """Number of trained parameters."""
     nbytes: int
-    """Of its files."""
+    """Bytes of its files."""
     save: Clock
-    """What a save takes of the training thread,"""
+    """Time of a save on the training thread."""
     on_disk: float
-    """and until it is on the disk, in seconds; what others leave to the page cache counts as there."""
+    """Seconds until the save is on disk; for peers, until it is in the page cache."""
     resume: Clock | None
-    """From the files into a model that is there; None: they could not be read again."""
+    """Time from the files into an existing model; None if they cannot be read."""
     step: Clock | None = None
-    """A step without a save; ours."""
+    """Time of a step without a save; ours only."""
     slower: float | None = None
-    """Of a step's CPU seconds, what saves beside it add; ours."""
+    """Fraction of a step's CPU seconds that saves add; ours only."""
     fault: str | None = None
-    """Why no run can go on from it."""
+    """Reason why no run can resume from it."""
 
     @property
     def over_floor(self) -> float:
@@ -57,7 +57,7 @@ class Saved:
 
 
 def median(clocks: Sequence[Clock]) -> Clock:
-    """Of the clock and of CPU seconds, each alone."""
+    """Return the median of wall-clock and of CPU seconds, each for itself."""
     return Clock(
         statistics.median(clock.seconds for clock in clocks), statistics.median(clock.cpu_seconds for clock in clocks)
     )

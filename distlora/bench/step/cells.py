@@ -1,4 +1,4 @@
-"""What is compared: models, ways to train, and the cells of a run of the bench. Imports no torch."""
+"""Define the models, the ways to train and the cells of `distlora bench step`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from distlora_kernels import native
 Checkpointing = Literal["none", "block"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "block")
 RANK, LEARNING_RATE = 16, 2e-4
-"""Of the adapters, on every linear."""
+"""Rank and learning rate of the adapters, which are on every linear."""
 OURS = "ours"
-"""What the others are compared with."""
+"""The way that the others are compared with."""
 KEPT_PAGES = "peft-bf16-kept-pages"
-"""A peer in the environment of our own workers: how much of a ratio that is."""
+"""A peer with the environment variables of our workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A random Llama, and the step that it is measured with."""
+    """A random Llama and the step that is measured."""
 
     settings: dict[str, Any]
-    """Of its config.json."""
+    """config.json of the model."""
     rows: int
-    """Of a step, over all processes."""
+    """Sequences per step, over all processes."""
     lengths: tuple[int, ...]
-    """Tokens of a row: a measurement for each."""
+    """Tokens per sequence, each measured."""
     checkpointing: tuple[Checkpointing, ...] = ("block",)
 
 
@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, Size]] = {
         "70B/4": Size(settings=_slice("meta-llama/Llama-3.1-70B"), rows=2, lengths=(2048, 8192)),
     },
 }
-"""By what computes. On a GPU: four blocks of the models whose sizes they are named by."""
+"""Sizes by device type. On a GPU: four decoder layers of the named models."""
 DEFAULT_SIZES = {"cpu": ("100M",), "cuda": ("8B/4", "70B/4")}
 
 
@@ -74,12 +74,13 @@ class Way:
 
     title: str
     needs: tuple[str, ...] = ()
-    """Packages beside our own dependencies."""
+    """Packages that are no dependencies of ours."""
     processes: tuple[int, ...] = (1, 2)
-    """On how many it is measured by default; more than 1 stands for any number."""
+    """Process counts by default; 2 stands for any number above 1."""
     by_default: bool = True
 
     def runs_on(self, processes: int) -> bool:
+        """Return whether the way trains on so many processes."""
         return min(processes, 2) in self.processes
 
 
@@ -97,27 +98,39 @@ WAYS: dict[str, Way] = {
         "accelerate FSDP2, its check of the device bypassed", (*PEFT, "accelerate"), processes=(2,), by_default=False
     ),
 }
-"""documented: fp32 norms, embeddings and head (prepare_model_for_kbit_training), fp32 adapters, bf16 autocast; all in
-bf16: adapters too, no autocast."""
+"""documented: fp32 norms, embeddings and LM head (prepare_model_for_kbit_training), fp32 adapters, bf16 autocast.
+all in bf16: bf16 adapters, no autocast."""
+JOBS: dict[str, dict[str, Any]] = {
+    OURS: {"runs": "ours", "base": "nf4", "compile": False},
+    "ours-compiled": {"runs": "ours", "base": "nf4", "compile": True},
+    "ours-bf16": {"runs": "ours", "base": "none", "compile": False},
+    "peft-documented": {"runs": "loop", "recipe": "documented"},
+    "peft-bf16": {"runs": "loop", "recipe": "bf16"},
+    KEPT_PAGES: {"runs": "loop", "recipe": "bf16"},
+    "trainer": {"runs": "trainer"},
+    "fsdp2": {"runs": "fsdp2", "recipe": "plain"},
+    "fsdp2-forced": {"runs": "fsdp2", "recipe": "forced"},
+}
+"""Fields of each way's StepJob."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One way to train one model on so many processes."""
+    """One way to train one model on a number of processes."""
 
     size: str
     length: int
     rows: int
-    """Of a step, over all processes."""
+    """Sequences per step, over all processes."""
     processes: int
     checkpointing: Checkpointing
     way: str
     seed: int = 0
-    """Of the adapter that it starts from."""
+    """Seed of the initial adapter."""
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens per step."""
         return self.rows * self.length
 
     @property
@@ -126,27 +139,30 @@ class Cell:
 
     @property
     def group(self) -> Cell:
-        """What the cells that are compared with each other have in common."""
+        """The properties that cells compared with each other share."""
         return dataclasses.replace(self, way=OURS, seed=0)
 
     @property
     def problem(self) -> str:
-        """What a group is called: the model and the step."""
+        """Name of the group: the model and the step."""
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
         return f"{self.size}, {self.rows} x {self.length} tokens, {processes}, checkpointing {self.checkpointing}"
 
 
 def reason_against(way: str, device: str) -> str | None:
-    """Why a way cannot be measured here, on a "cpu" or on "cuda"; None where it can."""
+    """Return why a way cannot be measured on this "cpu" or "cuda" device; None if it can."""
     missing = [package for package in WAYS[way].needs if not installed(package)]
     if missing:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if way == "ours-compiled":
-        return "that is for CPUs; on a GPU liger-kernel does the same" if device == "cuda" else native.why_not()
+        return (
+            "train.compile is for CPUs; on a GPU liger-kernel does the same" if device == "cuda" else native.why_not()
+        )
     return None
 
 
 def installed(package: str) -> bool:
+    """Return whether a package is installed."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -161,7 +177,7 @@ def cells_of(
     processes: Sequence[int],
     checkpointing: Sequence[Checkpointing] | None,
 ) -> Iterator[Cell]:
-    """Every cell, those of a group one after the other. `checkpointing`: None for what each size has."""
+    """Yield every cell, group by group; `checkpointing` is None for each size's own modes."""
     for name, size in sizes.items():
         for length in size.lengths:
             for mode in checkpointing or size.checkpointing:

@@ -1,11 +1,12 @@
-"""The peers' side: PEFT on bitsandbytes' NF4, in a loop as its documentation has it, in transformers' Trainer, and with
-accelerate's FSDP2; over the rows and from the adapter that ours has.
+"""Train PEFT adapters on bitsandbytes' NF4: in a plain loop, in transformers' Trainer, and with accelerate's FSDP2.
+
+All use the same sequences and initial adapter as ours.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distlora.bench.peer_models import describe, fsdp2_accelerator, load_base, trained
+from distlora.bench.requests import StepJob
 from distlora.bench.step.turns import EndedError, Turns
 from distlora.data.loader import IGNORED, MicroBatch, PackedRows, StepLoader
 from distlora.parallel import Ranks
@@ -28,17 +30,17 @@ RECOMPUTES = {"use_reentrant": False}
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """This rank's rows of each step, as transformers takes them."""
+    """This rank's sequences of each step, in transformers' format."""
 
     rows: PackedRows
     loader: StepLoader
 
     @classmethod
     def of(cls, rows: PackedRows, count: int, ranks: Ranks) -> Batches:
-        """`count` rows of a step, over all ranks."""
-        own = count // ranks.world
+        """Build the batches of `count` sequences per step over all ranks."""
+        per_rank = count // ranks.world
         loader = StepLoader(
-            rows, global_batch=count, micro_batch=own, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
+            rows, global_batch=count, micro_batch=per_rank, rank=ranks.rank, world=ranks.world, seed=0, shuffle=False
         )
         return cls(rows, loader)
 
@@ -50,17 +52,17 @@ class Batches:
             step += 1
 
     def __len__(self) -> int:
-        """Of rows: a map-style dataset, as Trainer takes it."""
+        """Return the number of sequences; Trainer needs a map-style dataset."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Inputs:
-        alone = StepLoader(self.rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
-        (batch,) = alone.batch(index).micro_batches
+        loader = StepLoader(self.rows, global_batch=1, micro_batch=1, rank=0, world=1, seed=0, shuffle=False)
+        (batch,) = loader.batch(index).micro_batches
         return {name: tensor[0] for name, tensor in as_inputs(batch).items()}
 
 
 def as_inputs(batch: MicroBatch) -> Inputs:
-    """transformers shifts labels itself, and sees documents in a row by their positions; a row of one needs none."""
+    """Return a batch for transformers, which shifts labels itself and finds packed documents by position_ids."""
     labels = torch.full_like(batch.labels, IGNORED)
     labels[:, 1:] = batch.labels[:, :-1]
     inputs = {"input_ids": batch.input_ids, "labels": labels}
@@ -69,10 +71,10 @@ def as_inputs(batch: MicroBatch) -> Inputs:
     return inputs
 
 
-def start(job: Mapping[str, Any], device: torch.device, *, documented: bool, storage: Storage = "nf4 in uint8") -> Any:
-    """PEFT's model as its users make it, with the given adapter."""
-    model = load_base(job["model"], storage, device=device)
-    recomputes = job["checkpointing"] == "block"
+def start(job: StepJob, device: torch.device, *, documented: bool, storage: Storage = "nf4 in uint8") -> Any:
+    """Return PEFT's model as its users build it, with the given adapter."""
+    model = load_base(job.model, storage, device=device)
+    recomputes = job.checkpointing == "block"
     if documented:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=recomputes, gradient_checkpointing_kwargs=RECOMPUTES
@@ -81,7 +83,7 @@ def start(job: Mapping[str, Any], device: torch.device, *, documented: bool, sto
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=RECOMPUTES)
         model.enable_input_require_grads()
     model.config.use_cache = False
-    model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+    model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     if not documented:
         for parameter in trained(model):
             parameter.data = parameter.data.bfloat16()
@@ -89,13 +91,14 @@ def start(job: Mapping[str, Any], device: torch.device, *, documented: bool, sto
     return model
 
 
-def adamw(model: Any, job: Mapping[str, Any], *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trained(model), lr=job["lr"], weight_decay=0.0, fused=fused)
+def adamw(model: Any, job: StepJob, *, fused: bool) -> torch.optim.AdamW:
+    """Return AdamW over the trained parameters, without weight decay."""
+    return torch.optim.AdamW(trained(model), lr=job.lr, weight_decay=0.0, fused=fused)
 
 
-def loop(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
-    """A plain loop with the fused AdamW that ours and Trainer have; DistributedDataParallel on several ranks."""
-    documented = job["recipe"] == "documented"
+def loop(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """Train in a plain loop with fused AdamW, as ours and Trainer use; DistributedDataParallel on several ranks."""
+    documented = job.recipe == "documented"
     model = start(job, ranks.device, documented=documented)
     if ranks.group is not None:
         model = DistributedDataParallel(model)
@@ -110,13 +113,13 @@ def loop(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -
         optimizer.zero_grad()
         return loss
 
-    turns.tell(ran=type(model).__name__)
+    turns.answer(ran=type(model).__name__)
     run(step, rows, job, ranks, turns)
 
 
-def fsdp2(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
-    """accelerate's loop, with its FSDP2 plugin; storage in bf16, which alone it shards."""
-    accelerator = fsdp2_accelerator(forced=job["recipe"] == "forced")
+def fsdp2(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """Train in accelerate's loop with its FSDP2 plugin; it shards 4-bit weights only if they are stored as bf16."""
+    accelerator = fsdp2_accelerator(forced=job.recipe == "forced")
     model = start(job, ranks.device, documented=True, storage="nf4 in bf16")
     model, optimizer = accelerator.prepare(model, adamw(model, job, fused=False))
 
@@ -128,18 +131,19 @@ def fsdp2(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) 
         optimizer.zero_grad()
         return loss
 
-    turns.tell(ran=describe(model))
+    turns.answer(ran=describe(model))
     run(step, rows, job, ranks, turns)
 
 
-def run(step: Callable[[Inputs], Tensor], rows: PackedRows, job: Mapping[str, Any], ranks: Ranks, turns: Turns) -> None:
-    batches = iter(Batches.of(rows, job["rows"], ranks))
+def run(step: Callable[[Inputs], Tensor], rows: PackedRows, job: StepJob, ranks: Ranks, turns: Turns) -> None:
+    """Run `step` on the next batch in each turn."""
+    batches = iter(Batches.of(rows, job.rows, ranks))
     for _ in turns:
         turns.note(step({name: tensor.to(ranks.device) for name, tensor in next(batches).items()}))
 
 
 class TakesTurns(TrainerCallback):
-    """Each of Trainer's steps is one of a turn."""
+    """A callback that waits for a turn before each of Trainer's steps."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -152,7 +156,7 @@ class TakesTurns(TrainerCallback):
 
 
 class NotingTrainer(Trainer):
-    """Tells the turns each step's loss."""
+    """A Trainer that records each step's loss."""
 
     turns: Turns
 
@@ -162,20 +166,20 @@ class NotingTrainer(Trainer):
         return loss
 
 
-def trainer(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
-    """transformers' Trainer with the documented recipe."""
+def trainer(job: StepJob, rows: PackedRows, ranks: Ranks, turns: Turns) -> None:
+    """Train in transformers' Trainer with the documented recipe."""
     with tempfile.TemporaryDirectory() as out:
         settings = TrainingArguments(
             output_dir=out,
-            per_device_train_batch_size=job["rows"] // ranks.world,
+            per_device_train_batch_size=job.rows // ranks.world,
             max_steps=10**6,
-            learning_rate=job["lr"],
+            learning_rate=job.lr,
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=MAX_GRAD_NORM,
             bf16=True,
             use_cpu=ranks.device.type == "cpu",
-            gradient_checkpointing=job["checkpointing"] == "block",
+            gradient_checkpointing=job.checkpointing == "block",
             gradient_checkpointing_kwargs=RECOMPUTES,
             train_sampling_strategy="sequential",
             logging_steps=1,
@@ -186,10 +190,10 @@ def trainer(job: Mapping[str, Any], rows: PackedRows, ranks: Ranks, turns: Turns
         )
         model = start(job, ranks.device, documented=True)
         training = NotingTrainer(
-            model, settings, train_dataset=Batches.of(rows, job["rows"], ranks), callbacks=[TakesTurns(turns)]
+            model, settings, train_dataset=Batches.of(rows, job.rows, ranks), callbacks=[TakesTurns(turns)]
         )
         training.turns = turns
-        turns.tell(ran=type(training).__mro__[1].__name__)
+        turns.answer(ran=type(training).__mro__[1].__name__)
         try:
             training.train()
         except EndedError:

@@ -1,7 +1,6 @@
-"""A cell's side of taking turns: it trains so many steps whenever its parent says so, and answers what they took.
+"""Train so many steps whenever the parent process gives a turn, and report their figures.
 
-A line of JSON on stdin is a turn, {"steps": n, "count": whether its collectives are counted}; the end of stdin is the
-end of the cell.
+A turn is a line of JSON on stdin: {"steps": n, "count": whether to count collectives}. End of file ends the cell.
 """
 
 from __future__ import annotations
@@ -20,11 +19,14 @@ from distlora.bench.collectives import Collectives
 
 
 class EndedError(Exception):
-    """There are no more turns."""
+    """The parent gives no more turns."""
 
 
 class Turns:
-    """`for _ in turns: ...` runs a step each time; or `begin` and `end` around each. `note` is told its loss."""
+    """The turns of a process: iterate and train a step each time, or call `begin` and `end` around each step.
+
+    `note` records the step's loss.
+    """
 
     def __init__(self, device: torch.device, answers: TextIO) -> None:
         self._device, self._answers = device, answers
@@ -41,23 +43,23 @@ class Turns:
                 yield
                 self.end()
 
-    def tell(self, **words: Any) -> None:
-        """A line to the parent."""
-        print(json.dumps(words), file=self._answers, flush=True)
+    def answer(self, **values: Any) -> None:
+        """Send a line of JSON to the parent."""
+        print(json.dumps(values), file=self._answers, flush=True)
 
     def note(self, loss: Tensor | float) -> None:
-        """The loss of the step that is under way: nats a token, of this rank or of all."""
+        """Record the current step's loss in nats per token, of this rank or of all."""
         self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def begin(self) -> None:
-        """Before a step; waits for its turn. Raises EndedError where there is none."""
+        """Wait for a turn and start the clock. Raises EndedError if there is none."""
         if self._left == 0:
             self._take_turn()
         self._synchronize()
         self._began = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """After a step."""
+        """Stop the clock after a step."""
         self._synchronize()
         now = time.perf_counter(), time.process_time()
         if self._untimed > 0:
@@ -76,7 +78,9 @@ class Turns:
         self._left = turn["steps"]
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._untimed = 0 if turn["count"] else 1  # It takes the memory again that was given back after the last.
+            self._untimed = (
+                0 if turn["count"] else 1
+            )  # It allocates the memory again that was freed after the last turn.
             self._left += self._untimed
         self._counting = self._counts.enter_context(Collectives()) if turn["count"] else None
 
@@ -88,10 +92,10 @@ class Turns:
         counting, peak, left = self._counting, None, None
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
-            torch.cuda.empty_cache()  # For the cells whose turn is next.
+            torch.cuda.empty_cache()  # For the other cells.
             left = torch.cuda.mem_get_info(self._device)[0]
         self._losses, self._times = [], []
-        self.tell(
+        self.answer(
             seconds=seconds,
             cpu_seconds=cpu_seconds,
             losses=losses,
@@ -106,7 +110,7 @@ class Turns:
 
 
 def moved(collectives: Collectives) -> dict[str, int]:
-    """Bytes by kind, as `Collectives` counts them."""
+    """Return the bytes by kind."""
     return {
         kind: nbytes for kind in ("gathered", "scattered", "reduced", "broadcast") if (nbytes := collectives.of(kind))
     }

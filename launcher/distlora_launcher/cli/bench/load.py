@@ -1,47 +1,50 @@
-"""`distlora bench load`: what a start takes, with and without the cache of quantized shards, beside the peers."""
+"""`distlora bench load`: time and memory of loading a model, with and without the quantized-weights cache."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 
+from distlora.bench.requests import LoadBench, to_argument
 from distlora.system.exit_codes import DONE
-from distlora_launcher.cli.bench.measuring import (
-    OUTPUT,
-    add_output,
-    become,
-    check_counts,
-    output_words,
-)
+from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, exec_worker, output_folder
 from distlora_launcher.launch.workers import ON_CPU
 from distlora_launcher.terminal.arguments import Parser, numbers
 
-LOAD = "distlora.bench.load"
-
 USAGE = f"""usage: distlora bench load [--layers N] [--ranks 1,2] [--rounds N] [--out FOLDER] [--json]
 
-What a start takes on this machine's CPU, for a random model of 0.76 billion parameters: quantizing its checkpoint,
-keeping the shards, and reading them again, on each number of ranks, beside transformers + bitsandbytes. All take turns;
-five minutes on two idle cores.
+Load a random model of 0.76 billion parameters into NF4 on this machine's CPU: without the quantized-weights cache,
+filling it, and from it, on each number of ranks, beside transformers + bitsandbytes. All take turns; five minutes on
+two idle cores.
 
-  --layers N         decoder blocks of the model (14)
-  --ranks N,N        processes that share two threads (1,2)
+  --layers N         decoder layers of the model (14)
+  --ranks N,N        number of processes, which share two threads (1,2)
   --rounds N         turns of each (3)
-{OUTPUT}"""
+{OUTPUT_HELP}"""
 
 
 def main(arguments: list[str]) -> int:
-    """Check the arguments, then become the process that measures. Returns for --help alone."""
+    """Check the arguments and become the worker. Returns only for --help."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
+    exec_worker("distlora.bench.load", [to_argument(parse(arguments))])
+
+
+def parse(arguments: Sequence[str]) -> LoadBench:
+    """Return the request. UserError for an unknown option or a wrong value."""
     parser = Parser("distlora bench load")
-    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--layers", type=int, default=LoadBench().layers)
     parser.add_argument("--ranks", default="1,2")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=LoadBench().rounds)
     add_output(parser)
     options = parser.parse_args(arguments)
-    ranks = ",".join(map(str, numbers("--ranks", options.ranks)))
-    words = check_counts(parser, options, "layers", "rounds")
-    own = {name: value for name, value in ON_CPU.items() if name not in os.environ}
-    become(LOAD, [*words, f"--ranks={ranks}", f"--environment={json.dumps(own)}", *output_words(options)])
+    check_counts(parser, options, "layers", "rounds")
+    return LoadBench(
+        layers=options.layers,
+        ranks=tuple(numbers("--ranks", options.ranks)),
+        rounds=options.rounds,
+        environment={name: value for name, value in ON_CPU.items() if name not in os.environ},
+        out=output_folder(options),
+        json=options.json,
+    )

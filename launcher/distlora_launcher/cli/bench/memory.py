@@ -1,51 +1,48 @@
-"""`distlora bench memory`: what a training step has in memory, planned and measured by kind."""
+"""`distlora bench memory`: the memory of a training step by category, planned and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distlora.bench.requests import MemoryBench, to_argument
 from distlora.config import nearest
 from distlora.system.exit_codes import DONE
-from distlora_launcher.cli.bench.measuring import (
-    OUTPUT,
-    add_output,
-    become,
-    output_words,
-)
-from distlora_launcher.compose.checks import gpu_count
+from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_gpus, exec_worker, output_folder
 from distlora_launcher.terminal.arguments import Parser, numbers
 
-MEMORY = "distlora.bench.against_plan"
 MODELS = ("10M", "100M", "0.5B", "1.5B")
 """Sizes of the random Llamas."""
 
 USAGE = f"""usage: distlora bench memory [--models 10M,100M] [--ranks 1,2] [--out FOLDER] [--json]
 
-What a training step has in memory, planned and measured by kind, of random Llamas of {", ".join(MODELS)} parameters on
-so many ranks of this machine, in each mode; from a minute for the smallest on a CPU to half an hour.
+Measure the memory of a training step by category beside the plan, for random Llamas of {", ".join(MODELS)}
+parameters on each number of ranks of this machine, in each mode; from a minute for the smallest on a CPU to half an
+hour.
 
-{OUTPUT}"""
+  --models SIZE,SIZE sizes of the models (10M,100M)
+  --ranks N,N        number of processes, or GPUs (1,2)
+{OUTPUT_HELP}"""
 
 
 def main(arguments: list[str]) -> int:
-    """Check the arguments, then become the process that measures. Returns for --help alone."""
+    """Check the arguments and become the worker. Returns only for --help."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    become(MEMORY, checked(arguments))
+    exec_worker("distlora.bench.memory", [to_argument(parse(arguments))])
 
 
-def checked(arguments: Sequence[str]) -> list[str]:
-    """The words for the process that measures. UserError for a size or a number of ranks that cannot be."""
+def parse(arguments: Sequence[str]) -> MemoryBench:
+    """Return the request. UserError for an unknown size or more ranks than GPUs."""
     parser = Parser("distlora bench memory")
     parser.add_argument("--models", default="10M,100M")
     parser.add_argument("--ranks", default="1,2")
     add_output(parser)
     options = parser.parse_args(arguments)
-    for name in options.models.split(","):
+    models = tuple(options.models.split(","))
+    for name in models:
         if name not in MODELS:
-            parser.error(f"--models={name} is no size that is known{nearest(name, MODELS)}; write {', '.join(MODELS)}")
-    ranks, gpus = numbers("--ranks", options.ranks), gpu_count()
-    if 0 < gpus < max(ranks):
-        parser.error(f"--ranks={max(ranks)} are more than the {gpus} GPUs that this machine shows; write fewer")
-    return [f"--models={options.models}", f"--ranks={','.join(map(str, ranks))}", *output_words(options)]
+            parser.error(f"--models={name} is not a known size{nearest(name, MODELS)}; write {', '.join(MODELS)}")
+    ranks = tuple(numbers("--ranks", options.ranks))
+    check_gpus(parser, ranks)
+    return MemoryBench(models=models, ranks=ranks, out=output_folder(options), json=options.json)

@@ -1,4 +1,4 @@
-"""`distlora bench step`: a training step of ours beside the peers', on the same model, rows and adapter, in turns."""
+"""`distlora bench step`: a training step of ours beside other libraries, on the same model, sequences and adapter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.bench.network import take_own_network
-from distlora.bench.step import curves, report
+from distlora.bench.host_counters import isolate_network
+from distlora.bench.step import report
 from distlora.bench.step.cells import (
     CHECKPOINTING,
     DEFAULT_SIZES,
@@ -20,88 +21,113 @@ from distlora.bench.step.cells import (
     SIZES,
     WAYS,
     Cell,
+    Checkpointing,
     Size,
     cells_of,
     reason_against,
 )
-from distlora.bench.step.compare import Measured, Problem, compare, prepare, train_alone
-from distlora.bench.step.running import CellFailedError
+from distlora.bench.step.compare import CellFailedError, Measured, Problem, compare, prepare, train_alone
 from distlora.config import nearest
 from distlora.output.result_files import Results
 from distlora.system.exit_codes import DONE, FAILED
-from distlora_launcher.cli.bench.measuring import OUTPUT, add_output, check_output
+from distlora_launcher.cli.bench.worker import OUTPUT_HELP, add_output, check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.demo.base import cache_root
 from distlora_launcher.demo.run import made_base
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
 from distlora_launcher.terminal.arguments import Parser, numbers
 
-ROUNDS = 3
 CURVE_LENGTH, CURVE_ROWS, CURVE_RATE = 256, 8, 1e-3
-"""Of a step on the demo's base, and its learning rate."""
+"""Tokens per sequence, sequences per step and learning rate of a loss curve."""
 
 USAGE = f"""usage: distlora bench step [--sizes 100M] [--ranks 1,2] [--checkpointing none,block] [--steps N] ...
        distlora bench step --curve 200 [--ranks 1] [--ways NAME,NAME] [--out FOLDER] [--json]
 
-One training step of distlora beside PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16),
-transformers' Trainer, and accelerate's FSDP2: the same random model, rows and adapter, in processes that take turns, so
-that what disturbs the machine meets all of them. Tokens/s and their ratios by round, memory of a step, bytes between
-ranks, losses, and what ran: on a CPU accelerate makes DistributedDataParallel of FSDP2. Peers that are not installed
-are left out, by name. About twelve minutes on two quiet cores, half an hour with --sizes 100M,560M; on a GPU, slices of
-Llama 3 8B and 70B.
+Measure a training step of distlora beside PEFT + bitsandbytes in a plain loop (the documented recipe, and all in bf16),
+transformers' Trainer, and accelerate's FSDP2: the same random model, sequences and adapter, in processes that take
+turns, so that other work on the machine affects all of them. Prints tokens/s and their ratios by round, memory of a
+step, traffic between ranks, losses, and the class that ran: on a CPU accelerate replaces FSDP2 by
+DistributedDataParallel. Peers that are not installed are left out, by name. About twelve minutes on two idle cores,
+half an hour with --sizes 100M,560M; on a GPU, slices of Llama 3 8B and 70B.
 
   --sizes N,N        models: {", ".join(SIZES["cpu"])} on a CPU;
-                     {", ".join(SIZES["cuda"])}, four blocks of each, on a GPU
-  --ranks N,N        on so many processes, which share the cores; a GPU each (1,2)
-  --checkpointing .. none, block, or none,block; else both for the smaller models and block for the larger
+                     {", ".join(SIZES["cuda"])}, four decoder layers of each, on a GPU
+  --ranks N,N        number of processes, which share the cores; one GPU each (1,2)
+  --checkpointing .. none, block, or none,block; default: both for the smaller models and block for the larger
   --steps N          steps of each turn (1)
-  --rounds N         turns of each ({ROUNDS})
-  --tokens N         tokens of a row
-  --rows N           rows of a step, over all processes
-  --ways NAME,NAME   compare these alone:
+  --rounds N         turns of each (3)
+  --tokens N         tokens per sequence
+  --rows N           sequences per step, over all processes
+  --ways NAME,NAME   compare only these:
 {{ways}}
   --curve N          compare losses over N steps instead, on the demo's base and its questions and answers, from the
-                     same adapter, and from a second one for what chance does (`distlora demo` makes the base)
-{OUTPUT}"""
+                     same adapter, and from a second one to measure noise (`distlora demo` makes the base)
+{OUTPUT_HELP}"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBench:
+    """The arguments of `distlora bench step`."""
+
+    device: str
+    """cpu or cuda."""
+    sizes: dict[str, Size]
+    ranks: tuple[int, ...]
+    """Process counts."""
+    ways: tuple[str, ...]
+    checkpointing: tuple[Checkpointing, ...] | None
+    """Modes for all sizes; None for each size's defaults."""
+    steps: int
+    """Steps per turn."""
+    rounds: int
+    """Turns of each cell."""
+    curve: int | None
+    """Steps of the loss curves; None to measure steps."""
+    out: str | None
+    json: bool
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Reason by way that cannot be measured here."""
+        reasons = {way: reason_against(way, self.device) for way in self.ways}
+        return {way: reason for way, reason in reasons.items() if reason is not None}
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, and print. Returns the exit code: 1 where one of ours failed."""
+    """Measure and print. Returns the exit code: 1 if one of ours failed."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return DONE
-    options = checked(arguments)
-    reasons = {way: reason for way in options.ways if (reason := reason_against(way, options.device)) is not None}
-    for way, reason in reasons.items():
-        say(f"left out: {WAYS[way].title}: {reason}")
-    ways = [way for way in options.ways if way not in reasons]
+    request = parse(arguments)
+    for way, reason in request.reasons.items():
+        log(f"left out: {WAYS[way].title}: {reason}")
     with tempfile.TemporaryDirectory(prefix="distlora-bench-") as temporary:
         try:
-            measure = measure_curves if options.curve is not None else measure_steps
-            found, results = measure(options, ways, reasons, Path(temporary))
+            measure = measure_steps if request.curve is None else measure_curves
+            cells, results = measure(request, Path(temporary))
         except CellFailedError as error:
-            say(f"error: {error}")
+            log(f"error: {error}")
             return FAILED
-        results.show(out=options.out, as_json=options.json)
-        failed = [each for each in found if each.failed is not None and each.cell.way.startswith(OURS)]
+        results.show(out=None if request.out is None else Path(request.out), as_json=request.json)
+        failed = [each for each in cells if each.failed is not None and each.cell.way.startswith(OURS)]
         if failed:
-            log = (Path(temporary) / "log").read_text(errors="replace").strip().splitlines()
-            say("\n".join([*log[-30:], f"error: {failed[0].cell.title} failed: {failed[0].failed}"]))
+            lines = (Path(temporary) / "log").read_text(errors="replace").strip().splitlines()
+            log("\n".join([*lines[-30:], f"error: {failed[0].cell.title} failed: {failed[0].failed}"]))
         return FAILED if failed else DONE
 
 
 def usage() -> str:
-    """`distlora bench step --help`."""
+    """Return the text of `distlora bench step --help`."""
     width = max(map(len, WAYS))
     lines = (
-        f"    {name.ljust(width)}  {way.title}{'' if way.by_default else ' (only where it is named)'}"
+        f"    {name.ljust(width)}  {way.title}{'' if way.by_default else ' (only if named)'}"
         for name, way in WAYS.items()
     )
     return USAGE.format(ways="\n".join(lines))
 
 
-def checked(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, of which `sizes` is what they come to. UserError for what cannot be measured."""
+def parse(arguments: Sequence[str]) -> StepBench:
+    """Return the request. UserError for an unknown option or a combination that cannot be measured."""
     parser = Parser("distlora bench step")
     for name in ("sizes", "ranks", "checkpointing", "ways"):
         parser.add_argument(f"--{name}")
@@ -109,78 +135,85 @@ def checked(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int)
     add_output(parser)
     options: argparse.Namespace = parser.parse_args(arguments)
-    options.out = check_output(options)
-    for name in ("steps", "rounds", "tokens", "rows", "curve"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}={value} is no number of them; write 1 or more")
+    out = output_folder(options)
+    check_counts(parser, options, "steps", "rounds", "tokens", "rows", "curve")
     for name in ("sizes", "steps", "rounds", "tokens", "rows", "checkpointing"):
         if options.curve is not None and getattr(options, name) is not None:
-            parser.error(f"--{name} has no effect with --curve, whose model and rows are the demo's; leave it out")
+            parser.error(f"--{name} has no effect with --curve, which has the demo's model and sequences; leave it out")
     gpus = gpu_count()
-    options.device = device = "cuda" if gpus else "cpu"
-    options.ways = one_of(parser, "ways", options.ways, list(WAYS)) or [n for n, way in WAYS.items() if way.by_default]
-    options.checkpointing = one_of(parser, "checkpointing", options.checkpointing, CHECKPOINTING)
+    device = "cuda" if gpus else "cpu"
+    default_ways = [name for name, way in WAYS.items() if way.by_default]
     names = one_of(parser, "sizes", options.sizes, list(SIZES[device])) or list(DEFAULT_SIZES[device])
-    default_ranks = "1" if options.curve is not None or gpus == 1 else "1,2"
-    options.ranks = numbers("--ranks", options.ranks or default_ranks)
-    if 0 < gpus < max(options.ranks):
-        parser.error(f"--ranks={max(options.ranks)} are more than the {gpus} GPUs that this machine shows; write fewer")
-    options.sizes = {name: sized(SIZES[device][name], options) for name in names}
-    rows = [CURVE_ROWS] if options.curve is not None else [size.rows for size in options.sizes.values()]
-    for count in rows:
-        for ranks in options.ranks:
-            if count % ranks:
-                parser.error(f"{count} rows of a step are no whole number for each of --ranks={ranks}; set --rows")
-    for name, size in options.sizes.items():
-        if max(size.lengths) > size.settings["max_position_embeddings"]:
-            most = size.settings["max_position_embeddings"]
-            parser.error(f"--tokens={max(size.lengths)} are more than the {most} positions of {name}; write fewer")
-    if not any(WAYS[way].runs_on(ranks) for way in options.ways for ranks in options.ranks):
-        parser.error(
-            f"none of --ways={','.join(options.ways)} is measured on --ranks={','.join(map(str, options.ranks))}"
-        )
-    return options
+    modes = one_of(parser, "checkpointing", options.checkpointing, CHECKPOINTING)
+    request = StepBench(
+        device=device,
+        sizes={name: with_options(SIZES[device][name], options) for name in names},
+        ranks=tuple(numbers("--ranks", options.ranks or ("1" if options.curve is not None or gpus == 1 else "1,2"))),
+        ways=tuple(one_of(parser, "ways", options.ways, list(WAYS)) or default_ways),
+        checkpointing=None if modes is None else tuple(mode for mode in CHECKPOINTING if mode in modes),
+        steps=options.steps or 1,
+        rounds=options.rounds or 3,
+        curve=options.curve,
+        out=out,
+        json=options.json,
+    )
+    check_gpus(parser, request.ranks)
+    check_sizes(parser, request)
+    return request
+
+
+def check_sizes(parser: Parser, request: StepBench) -> None:
+    """Raise UserError for sequences that do not divide over the ranks, are too long, or for ways that run nowhere."""
+    for rows in [CURVE_ROWS] if request.curve is not None else [size.rows for size in request.sizes.values()]:
+        for ranks in request.ranks:
+            if rows % ranks:
+                parser.error(f"{rows} sequences per step are not a multiple of --ranks={ranks}; set --rows")
+    for name, size in request.sizes.items():
+        most = size.settings["max_position_embeddings"]
+        if max(size.lengths) > most:
+            parser.error(f"--tokens={max(size.lengths)} exceeds the {most} positions of {name}; write fewer")
+    if not any(WAYS[way].runs_on(ranks) for way in request.ways for ranks in request.ranks):
+        ranks_text = ",".join(map(str, request.ranks))
+        parser.error(f"none of --ways={','.join(request.ways)} can be measured on --ranks={ranks_text}")
 
 
 def one_of(parser: Parser, flag: str, text: str | None, known: Sequence[str]) -> list[str] | None:
-    """The words of `a,b`; None where the option is left out."""
+    """Split `a,b` and check each name; None if the option is absent."""
     if text is None:
         return None
     words = text.split(",")
     for word in words:
         if word not in known:
-            parser.error(f"--{flag}={word} is not known here{nearest(word, known)}; write one of {', '.join(known)}")
+            parser.error(f"--{flag}={word} is not known{nearest(word, known)}; write one of {', '.join(known)}")
     return list(dict.fromkeys(words))
 
 
-def sized(size: Size, options: argparse.Namespace) -> Size:
-    """With what the options say of its rows."""
+def with_options(size: Size, options: argparse.Namespace) -> Size:
+    """Return the size with --rows and --tokens."""
     lengths = size.lengths if options.tokens is None else (options.tokens,)
     return dataclasses.replace(size, rows=options.rows or size.rows, lengths=lengths)
 
 
-def measure_steps(
-    options: argparse.Namespace, ways: Sequence[str], reasons: Mapping[str, str], folder: Path
-) -> tuple[list[Measured], Results]:
-    cells = list(cells_of(options.sizes, ways, processes=options.ranks, checkpointing=options.checkpointing))
-    steps, rounds = options.steps or 1, options.rounds or ROUNDS
-    own_network = take_own_network()
+def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:
+    """Measure all cells in turns, on random models."""
+    ways = [way for way in request.ways if way not in request.reasons]
+    cells = list(cells_of(request.sizes, ways, processes=request.ranks, checkpointing=request.checkpointing))
+    own_network = isolate_network()
     problems: dict[tuple[str, int], Problem] = {}
 
     def problem_of(cell: Cell) -> Problem:
         key = (cell.size, cell.length)
         if key not in problems:
-            say(f"making a random model of {cell.size}")
+            log(f"writing a random model of {cell.size}")
             place = folder / cell.size.replace("/", "_")
             problems[key] = prepare(
                 place,
                 environment=worker_environment(1),
                 model=place / "model",
-                settings=options.sizes[cell.size].settings,
+                settings=request.sizes[cell.size].settings,
                 length=cell.length,
                 rows=cell.rows,
-                steps=2 + steps * rounds,
+                steps=2 + request.steps * request.rounds,
             )
         return problems[key]
 
@@ -188,18 +221,19 @@ def measure_steps(
         compare(
             cells,
             problem_of,
-            rounds=rounds,
-            steps=steps,
+            rounds=request.rounds,
+            steps=request.steps,
             environment=environment_of,
             log=folder / "log",
             own_network=own_network,
-            say=say,
+            log_line=log,
         )
     )
+    method = f"{request.rounds} rounds of {request.steps} steps; {report.HOW}"
     results = Results(
         name="step",
-        heading="A training step beside the peers",
-        notes=notes(list(problems.values())[-1], reasons, f"{rounds} rounds of {steps} steps; {report.HOW}"),
+        heading="A training step beside other libraries",
+        notes=notes(list(problems.values())[-1], request, method),
         tables=[report.table(group) for group in groups],
         rows=list(report.rows(groups)),
         reading=list(report.reading(groups)),
@@ -208,17 +242,17 @@ def measure_steps(
     return [each for group in groups for each in group], results
 
 
-def measure_curves(
-    options: argparse.Namespace, ways: Sequence[str], reasons: Mapping[str, str], folder: Path
-) -> tuple[list[Measured], Results]:
+def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:
+    """Train each cell alone on the demo's base and data."""
+    assert request.curve is not None
+    ways = [way for way in request.ways if way not in request.reasons]
     model = made_base()
-    seeds = {way: (0, 1) if way in curves.SEED_WAYS else (0,) for way in ways}
-    say("packing the demo's questions and answers")
+    log("packing the demo's questions and answers")
     problem = prepare(
         folder,
         environment=worker_environment(1),
         model=model,
-        steps=options.curve,
+        steps=request.curve,
         seeds=(0, 1),
         data=(model.parent / "pairs.jsonl", cache_root() / "data"),
         length=CURVE_LENGTH,
@@ -234,42 +268,53 @@ def measure_curves(
             way=way,
             seed=seed,
         )
-        for ranks in options.ranks
+        for ranks in request.ranks
         for way in ways
         if WAYS[way].runs_on(ranks)
-        for seed in seeds[way]
+        for seed in ((0, 1) if way in report.SEED_WAYS else (0,))
     ]
-    found = train_alone(
-        cells, problem, steps=options.curve, environment=environment_of, log=folder / "log", lr=CURVE_RATE, say=say
+    curves = train_alone(
+        cells,
+        problem,
+        steps=request.curve,
+        environment=environment_of,
+        log=folder / "log",
+        lr=CURVE_RATE,
+        log_line=log,
     )
+    method = f"the demo's base and data, {CURVE_ROWS} x {CURVE_LENGTH} tokens per step"
     results = Results(
         name="curves",
-        heading=f"Losses over {options.curve} steps beside the peers",
-        notes=notes(problem, reasons, f"the demo's base and data, {CURVE_ROWS} x {CURVE_LENGTH} tokens a step"),
-        tables=list(curves.tables(found)),
-        rows=list(curves.rows(found)),
-        reading=list(curves.reading(found)),
-        draw=lambda path: curves.draw(found, path),
+        heading=f"Losses over {request.curve} steps beside other libraries",
+        notes=notes(problem, request, method),
+        tables=list(report.curve_tables(curves)),
+        rows=list(report.curve_rows(curves)),
+        reading=list(report.curve_reading(curves)),
+        draw=lambda path: report.draw_curves(curves, path),
     )
-    return found, results
+    return curves, results
 
 
 def environment_of(cell: Cell) -> Mapping[str, str]:
-    """Of a cell's processes: ours as the launcher gives it to workers, the peers' as the user has it, but for the one
-    that is to have ours, with as many threads; none asks the hub for anything."""
+    """Return the environment of a cell's processes, with as many threads for all and without access to the hub.
+
+    Ours get the variables that the launcher sets for workers; peers get the user's, but for KEPT_PAGES.
+    """
     environment = worker_environment(cell.processes)
     if not cell.way.startswith(OURS) and cell.way != KEPT_PAGES:
         environment = {name: text for name, text in environment.items() if name in os.environ or name not in ON_CPU}
-    shown = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu_count())))).split(",")
-    if len(shown) > cell.processes:  # Trainer takes all that it sees.
-        environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(shown[: cell.processes])}
+    visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu_count())))).split(",")
+    if len(visible) > cell.processes:  # Trainer uses every visible GPU.
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(visible[: cell.processes])}
     return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | environment
 
 
-def notes(problem: Problem, reasons: Mapping[str, str], measured: str) -> str:
-    left_out = f" Left out: {report.skipped(reasons)}." if reasons else ""
-    return f"{problem.made_here}. {measured}.{left_out}"
+def notes(problem: Problem, request: StepBench, method: str) -> str:
+    """Return the line below the tables: machine, method, ways left out."""
+    left_out = f" Left out: {report.skipped(request.reasons)}." if request.reasons else ""
+    return f"{problem.notes}. {method}.{left_out}"
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
+    """Print a progress line to stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -79,7 +79,7 @@ def make_stage(folder: Path) -> Path:
     make_run(folder / "RUN", folder, BASE, adapter={"r": 16}, train=short)
     worker.run(folder / "RUN", SINGLE)
     trained = Name(place=str(folder / "RUN")).read()
-    merge_to(trained, folder / "MERGED", onto="trained", dtype=torch.bfloat16, say=lambda *_: None, residual=True)
+    merge_to(trained, folder / "MERGED", onto="trained", dtype=torch.bfloat16, say=lambda *_: None)
     (folder / "bin").mkdir()
     for program in ("bash", "env"):
         (folder / "bin" / program).symlink_to(shutil.which(program) or "/bin/bash")
@@ -188,7 +188,7 @@ class Shell:
         command, settings = words[0], dict(word.partition("=")[::2] for word in words)
         if command in ("train", "sweep") and "run_dir" in settings and "--dry-run" not in words:
             self._copy("SWEEP" if command == "sweep" else "RUN", settings["run_dir"])
-        outs = {"merge": "MERGED", "combine": "RUN/adapter", "unmerge": BASE, "export": "RUN/adapter"}
+        outs = {"merge": "MERGED", "combine": "RUN/adapter", "export": "RUN/adapter"}
         if command in outs and "--out" in words:
             self._copy(outs[command], words[words.index("--out") + 1])
         elif command == "merge":

@@ -43,7 +43,6 @@ from distlora.post.merge.parameters import (
 )
 from distlora.post.merge.receipt import Receipt
 from distlora.post.merge.request import Onto, check_mergeable
-from distlora.post.merge.residual import FOLDER, Keeper
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
@@ -51,11 +50,8 @@ from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 
 
-def merge_to(
-    trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say, residual: bool = False
-) -> Receipt:
-    """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt, and with what gives the base
-    back from it (`residual`).
+def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
+    """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt.
 
     Raises UserError for what cannot be merged, and before anything is written where the disk is too small.
     """
@@ -65,17 +61,15 @@ def merge_to(
     with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
         parameters = parameters_of(base, folder, adapter)
         plan = plan_files(parameters, base.headers, dtype)
-        of_base = sum(segment.num_bytes for segment in base.headers.values()) if residual else 0
-        check_space(out, sum(plan.sizes.values()) + of_base)
+        check_space(out, sum(plan.sizes.values()))
         clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
         sources = [
             (file.name, hashing.submit(clock.digest, file, counted=False))
             for file in sorted({segment.file for segment in base.headers.values()})
         ]
         with clock.stopping(), new_folder(out) as temporary:
-            keeper = Keeper(temporary / FOLDER, folder, base.headers, adapter) if residual else None
             with Files(temporary, plan) as files:
-                filling = Filling(files, base, adapter, onto, dtype, clock, keeper)
+                filling = Filling(files, base, adapter, onto, dtype, clock)
                 changes = each(filling.fill, parameters, clock)
                 each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
             write_index(temporary, plan, folder)
@@ -91,7 +85,6 @@ def merge_to(
                 adapter=None if adapter is None else _named(adapter, trained),
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),
-                residual={} if keeper is None else keeper.close(temporary, plan, of_base_files),
                 files=_digests(temporary, say),
                 seconds=time.monotonic() - began,
             )
@@ -109,7 +102,6 @@ class Filling:
     onto: Onto
     dtype: torch.dtype
     clock: Clock
-    keeper: Keeper | None
 
     def fill(self, parameter: Parameter) -> Change | None:
         """Write one parameter; returns what was done to it, None for nothing."""
@@ -118,11 +110,8 @@ class Filling:
         changed = is_changed(parameter, self.base, self.adapter)
         measure = Measure(parameter.numel, quantized=parameter.path is not None)
         with Reader() as reader:
-            keep = None if self.keeper is None else self.keeper.begin(parameter, reader)
             for piece in pieces(parameter, self.base, self.adapter, reader, original=self.onto == "original"):
                 written = cursor.write(piece.merged)
-                if keep is not None:
-                    keep(piece, written)
                 if changed:
                     measure.add(piece.base, piece.merged)
                 self.clock.passed(written.nbytes, parameter.weight.name)

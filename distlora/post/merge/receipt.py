@@ -39,8 +39,6 @@ class Receipt:
     seconds: float
     measured: dict[str, Any] = field(default_factory=dict)
     """What the merged model was measured to compute (distlora/post/evaluate)."""
-    residual: dict[str, Any] = field(default_factory=dict)
-    """What `distlora unmerge` needs (residual.py); empty where it was not kept."""
 
     def write(self, folder: Path) -> None:
         """Replace the folder's merge.json, and merge.md, which says the same to people."""
@@ -70,5 +68,4 @@ _SHAPE: dict[str, Any] = {
     "files": {"*": str},
     "seconds": float,
     "measured": dict,
-    "residual": dict,
 }

@@ -1,5 +1,4 @@
-"""What `distlora merge` and `distlora unmerge` are asked to do: the request that a command hands to its worker. No
-torch."""
+"""Describe one merge: the request that `distlora merge` hands to its worker. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,8 +28,6 @@ class Request:
     onto: Onto = "trained"
     dtype: Dtype = "fp32"
     """Of the merged weights."""
-    residual: bool = False
-    """Whether to keep what gives the base back."""
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -39,18 +36,6 @@ class Request:
     def read(cls, text: str) -> Request:
         values: dict[str, Any] = json.loads(text)
         return cls(**(values | {"name": Name(**values["name"])}))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnmergeRequest:
-    """One way back; folders are absolute."""
-
-    merged: str
-    out: str
-    """The folder that appears."""
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:

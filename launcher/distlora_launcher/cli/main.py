@@ -85,14 +85,9 @@ COMMANDS = {
         "distlora_launcher.cli.push",
     ),
     "merge": Command(
-        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16] [--residual]",
+        "RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]",
         "base and adapter as one model in Hugging Face format, with a receipt of what that kept",
         "distlora_launcher.cli.merge",
-    ),
-    "unmerge": Command(
-        "MERGED --out FOLDER",
-        "the base back, bit for bit, from what was merged with --residual",
-        "distlora_launcher.cli.unmerge",
     ),
     "export": Command(
         "RUN --format hf|peft|bnb|gguf|gguf-lora [--out PLACE] [--dtype DTYPE] [--no-check]",

@@ -29,7 +29,7 @@ from distlora_launcher.terminal.output import shown
 
 WORKER, MEASURER = "distlora.post.merge", "distlora.post.evaluate"
 
-USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16] [--residual]
+USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]
                       [--text FILE] [--rows N] [--compare] [--processes N] [--no-measure]
 
 Write the base with what was trained on it as one model in Hugging Face format, a few rows at a time on the CPU, and
@@ -45,8 +45,6 @@ difference of a logit go into merge.json and merge.md. Works on an unfinished ru
   --dtype DTYPE        of the weights: fp32, which loses nothing of what was added, nor of the base as training held it
                        (NF4's values; what is not in NF4 rounded to train.dtype, of an adapter without a run as it is
                        on disk); bf16 or fp16, which round (fp32)
-  --residual           keep what `distlora unmerge` needs to give the base's files back, bit for bit: 6 to 50 % of
-                       their size where they are in 16 bits
 {measuring.ARGUMENTS}"""
 
 
@@ -79,7 +77,6 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     parser.add_argument("--out")
     parser.add_argument("--onto", choices=("trained", "original"), default="trained")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--residual", action="store_true")
     measuring.add_arguments(parser)
     options = parser.parse_args(arguments)
     name, trained = named(options)
@@ -93,5 +90,5 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
         measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
     if measured is None and not options.no_measure:
         print(f"not measured: {why_not}", file=sys.stderr, flush=True)
-    request = Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype, residual=options.residual)
+    request = Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
     return request, measured, options.processes

@@ -202,7 +202,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder. UserError when there is none, or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no config.json; point model.path at a model's folder in Hugging Face format")
+        raise UserError(
+            f"{folder} holds no config.json; point {{model.path}} at a model's folder in Hugging Face format"
+        )
     return read_object(path, _AGAIN)
 
 
@@ -257,7 +259,7 @@ def check_config(
     _check_class(model, place, family)
     if settings.get("use_bidirectional_attention"):
         raise UserError(
-            f"{place}: use_bidirectional_attention lets tokens see those after them; set model.path to a causal model"
+            f"{place}: use_bidirectional_attention lets tokens see those after them; set {{model.path}} to a causal model"
         )
     known = ("full_attention", "sliding_attention")
     unknown = [name for name in settings.get("layer_types") or () if name not in known]
@@ -271,8 +273,10 @@ def check_config(
     limit = settings.get("max_position_embeddings")
     if isinstance(limit, int) and sequence_length is not None and sequence_length > limit:
         raise UserError(
-            f"data.sequence_length={sequence_length:,} is beyond the model's {limit:,} positions "
-            f"(max_position_embeddings in {place}); set data.sequence_length={limit} or less"
+            field="data.sequence_length",
+            value=f"{sequence_length:,}",
+            reason=f"is beyond the model's {limit:,} positions (max_position_embeddings in {place})",
+            cure=f"set {{field}}={limit} or less",
         )
     return family
 
@@ -313,7 +317,7 @@ def _check_experts(
     if is_mxfp4(model):
         raise UserError(
             f"{place}: quantization_config.quant_method='mxfp4': experts in MXFP4 are neither kept nor read; set "
-            "model.path to a copy in bf16 (transformers writes one: from_pretrained(..., "
+            "{model.path} to a copy in bf16 (transformers writes one: from_pretrained(..., "
             "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16'), then save_pretrained)"
         )
     assert family.experts is not None
@@ -352,9 +356,11 @@ def _check_rope(
         original = 4096 if family.model_type == "phi3" else settings.get("max_position_embeddings")
     if isinstance(original, int) and sequence_length is not None and sequence_length > original:
         raise UserError(
-            f"data.sequence_length={sequence_length:,}: beyond {original:,} tokens (original_max_position_embeddings "
-            f"in {place}) longrope picks its factors by the longest document of the batch, so a packed document would "
-            f"not be what it is alone; set data.sequence_length={original} or less"
+            field="data.sequence_length",
+            value=f"{sequence_length:,}",
+            reason=f"is beyond {original:,} tokens (original_max_position_embeddings in {place}), where longrope picks "
+            "its factors by the longest document of the batch and packed documents differ from single ones",
+            cure=f"set {{field}}={original} or less",
         )
 
 

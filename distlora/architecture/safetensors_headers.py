@@ -79,7 +79,7 @@ def read_headers(folder: Path) -> dict[str, Segment]:
         if not (folder / SINGLE_NAME).is_file():
             raise UserError(
                 f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
-                "point model.path at a folder with safetensors weights (save_pretrained writes them)"
+                "point {model.path} at a folder with safetensors weights (save_pretrained writes them)"
             )
         return read_header(folder / SINGLE_NAME)
     weight_map = read_index(index, "download the checkpoint again")

@@ -69,12 +69,14 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise UserError(
-            f"model.path={model_dir} holds no tokenizer that can be loaded: {reason}; copy its files into it "
-            "again (tokenizer.save_pretrained writes them)"
+            field="model.path",
+            value=str(model_dir),
+            reason=f"holds no tokenizer that can be loaded: {reason}",
+            cure="copy its files into it again (tokenizer.save_pretrained writes them)",
         ) from error
     if not isinstance(tokenizer.model_max_length, (int, float)):  # Every call compares with it.
         raise UserError(
-            f"model.path={model_dir}: model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json is "
+            f"{{model.path}}={model_dir}: model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json is "
             "no number of tokens; copy the tokenizer's files into it again"
         )
     if new_tokens:

@@ -117,7 +117,7 @@ class DataConfig:
         require_choice("data.stopping_strategy", self.stopping_strategy, ("first_exhausted", "all_exhausted"))
         require(
             self.sequence_length >= 2,
-            f"data.sequence_length={self.sequence_length} leaves no token to predict; set it to 2 or more",
+            f"{{data.sequence_length}}={self.sequence_length} leaves no token to predict; set it to 2 or more",
         )
         require(
             0 <= self.eval_fraction < 1,

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _START, _END = 1500, 500
 """Characters of a message's line that are shown where a value out of a file made it longer: what to do stands last."""
 
 
+_SETTING = re.compile(r"\{([a-z]+\.\w+)\}(=?)")
+"""A setting that a message names by a placeholder, and the `=` behind it."""
+
+
 class UserError(ValueError):
     """Report bad input: the value, the reason and what to type instead. Ends a command with exit code 2.
 
-    A check of a setting gives `field`, `value`, `reason` and `cure`. `named` then renders the error with the name that
-    the user typed (`--text` for data.path): `{field}` in the reason or the cure stands for that name, `{section.name}`
-    for the name of another setting. Any other error gives its message, in one line or several.
+    A check of a setting gives `field`, `value`, `reason` and `cure`, in which `{field}` stands for its name. Any
+    message may have `{section.name}` for the name of a setting. `named` replaces both by the argument that the user of
+    a command typed (`--text` for data.path).
 
     Values from damaged files are shown printable and short.
     """
@@ -26,27 +31,38 @@ class UserError(ValueError):
     def __init__(
         self, *lines: str, field: str | None = None, value: object = None, reason: str = "", cure: str = ""
     ) -> None:
+        if field is not None:
+            text = f"{reason}; {cure}" if cure else reason
+            shown = value if isinstance(value, str) else short(value)
+            lines = (f"{{{field}}}={shown} " + text.replace("{field}", f"{{{field}}}"),)
         self.field, self.value, self.reason, self.cure = field, value, reason, cure
-        super().__init__(*map(in_one_line, lines if field is None else (self._render({}),)))
+        self._lines = lines
+        super().__init__(*(in_one_line(_with_names(line, {})) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
     def named(self, names: Mapping[str, str]) -> UserError:
-        """Return the error in the words of a command: `names` gives the argument for each setting it has."""
-        return self if self.field is None else UserError(self._render(names))
+        """Return the error in the words of a command: `names` has the argument for each setting."""
+        return UserError(*(_with_names(line, names) for line in self._lines))
 
-    def _render(self, names: Mapping[str, str]) -> str:
-        assert self.field is not None
-        name = names.get(self.field, self.field)
-        between = "=" if name == self.field else " "
 
-        def typed(match: re.Match[str]) -> str:
-            return name if match[1] == "field" else names.get(match[1], match[1])
+def _with_names(line: str, names: Mapping[str, str]) -> str:
+    """Replace placeholders: `{data.path}=x` becomes `--text x` where `names` has it, else `data.path=x`."""
 
-        text = f"{self.reason}; {self.cure}" if self.cure else self.reason
-        value = self.value if isinstance(self.value, str) else short(self.value)
-        return f"{name}{between}{value} " + re.sub(r"\{(field|[a-z]+\.\w+)\}", typed, text)
+    def name(match: re.Match[str]) -> str:
+        return f"{names[match[1]]}{match[2] and ' '}" if match[1] in names else f"{match[1]}{match[2]}"
+
+    return _SETTING.sub(name, line)
+
+
+@contextlib.contextmanager
+def named_settings(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise UserErrors of the block with the command's arguments in place of settings (`UserError.named`)."""
+    try:
+        yield
+    except UserError as error:
+        raise error.named(names) from error
 
 
 def in_one_line(text: str) -> str:

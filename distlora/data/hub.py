@@ -112,7 +112,7 @@ class SavedDataset:
         except Exception as error:
             raise UserError(
                 f"{self.folder} holds no data set that can be loaded: {_first_line(error)}; save it again "
-                "(save_to_disk), or set data.path to files"
+                "(save_to_disk), or set {data.path} to files"
             ) from error
         if isinstance(saved, datasets.DatasetDict):
             if self.source.split not in saved:
@@ -205,7 +205,7 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
     except Exception as error:
         raise UserError(
             f"{why} the data set {source.path} is not in the cache of datasets ({_first_line(error)}); connect to the "
-            "hub once, or download its files and set data.path to their folder (there is none of that name here)"
+            "hub once, or download its files and set {data.path} to their folder (there is none of that name here)"
         ) from error
     if source.revision is not None and not commit.startswith(source.revision) and len(source.revision) >= 7:
         raise UserError(
@@ -234,7 +234,7 @@ def _explained(source: SourceConfig) -> Iterator[None]:
             raise
         raise UserError(
             f"the data set {source.path} cannot be loaded: {_first_line(error.__cause__ or error)}; download "
-            "its files and set data.path to their folder"
+            "its files and set {data.path} to their folder"
         ) from error
 
 

@@ -42,7 +42,12 @@ def prepare(config: Config, sources: Sources | None = None, *, earlier_date: str
     data = config.data
     model_dir = Path(config.model.path).expanduser()
     if not model_dir.is_dir():
-        raise UserError(f"model.path={config.model.path} is not a folder; set model.path to a local Hugging Face model")
+        raise UserError(
+            field="model.path",
+            value=config.model.path,
+            reason="is not a folder",
+            cure="set {field} to a local Hugging Face model",
+        )
     sources = sources or find_sources(data)
     settings, fingerprints = _settings(config, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()
@@ -277,5 +282,5 @@ def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:
     return UserError(
         f"{data.path or 'data.sources'}: with data.eval_fraction={data.eval_fraction} and {num_usable:,} documents "
         f"that have a token to train, {kept}; set data.eval_fraction={'0.05' if split == 'train' else '0'}, add "
-        "documents, or name held-out ones with data.eval_path"
+        "documents, or name held-out ones with {data.eval_path}"
     )

@@ -150,7 +150,7 @@ def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConf
     long = int(np.count_nonzero((corpus.truncated | corpus.dropped_long) & own))
     if long:
         fate = "left out as longer than a row" if corpus.dropped_long[own].any() else "truncated before it"
-        advice = f"{long:,} were {fate}: raise data.sequence_length={data.sequence_length}"
+        advice = f"{long:,} were {fate}: raise {{data.sequence_length}}={data.sequence_length}"
     count = int(np.count_nonzero(own))
     which = "its first" if data.streaming and count >= PATIENCE else "its"
     return UserError(f"{source.config.path}: none of {which} {count:,} documents has a token to train; {advice}")

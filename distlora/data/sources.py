@@ -137,9 +137,14 @@ def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> d
     `pinned` holds commits of hub data sets from an earlier start. Raises UserError for a source that cannot be found,
     for documents that two of them share, and for sample_by where nothing is plain text.
     """
-    training = [find_source(source, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
+    field = "data.sources" if data.sources else "data.path"
+    training = [find_source(source, field, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
     held_out = data.held_out_source
-    named = [find_source(held_out, streaming=data.streaming, pinned=pinned)] if held_out is not None else []
+    named = (
+        [find_source(held_out, "data.eval_path", streaming=data.streaming, pinned=pinned)]
+        if held_out is not None
+        else []
+    )
     for number, source in enumerate(training):
         for other in training[:number]:
             if shared := _shared(source, other):
@@ -150,7 +155,7 @@ def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> d
         for other in named:
             if shared := _shared(source, other):
                 raise UserError(
-                    f"{shared} is both trained on and held out; name another data.eval_split or data.eval_path"
+                    f"{shared} is both trained on and held out; name another data.eval_split or {{data.eval_path}}"
                 )
     # Without data.sources one setting is for both the training and the held-out source.
     groups = [[source] for source in [*training, *named]] if data.sources else [[*training, *named]]
@@ -214,8 +219,10 @@ def _pin_name(path: str, revision: str | None) -> str:
     return f"{path}@{revision or ''}"
 
 
-def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mapping[str, str] | None = None) -> Source:
-    """Find a source. Reads no document; asks the hub for the commit of a data set that is not pinned.
+def find_source(
+    config: SourceConfig, field: str = "data.path", *, streaming: bool = False, pinned: Mapping[str, str] | None = None
+) -> Source:
+    """Find a source, which the setting `field` names. Reads no document; asks the hub for the commit of a data set that is not pinned.
 
     Raises UserError for what is neither here nor on the hub, a kind that cannot be read, an empty folder, and a folder
     whose files are the splits of one data set.
@@ -226,7 +233,7 @@ def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mappin
         return Source(config=config, label=label, commit=commit, streaming=streaming)
     path = Path(config.path).expanduser()
     if not path.exists():
-        raise _absent(path)
+        raise _absent(path, field)
     is_saved = path.is_dir() and SavedDataset.is_saved(path)
     for setting, value in (("name", config.name), ("revision", config.revision)):
         if value is not None:
@@ -237,7 +244,7 @@ def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mappin
         raise UserError(
             f"{path} is local and has one split, train, not {config.split!r}; name the file that holds it instead"
         )
-    files = _files(path, is_saved)
+    files = _files(path, field, is_saved)
     return Source(
         config=config,
         label=path.name,
@@ -248,17 +255,22 @@ def find_source(config: SourceConfig, *, streaming: bool = False, pinned: Mappin
     )
 
 
-def _absent(path: Path) -> UserError:
+def _absent(path: Path, field: str) -> UserError:
     folder = next((parent for parent in path.parents if not _PATTERN.search(str(parent))), path.parent)
     if _PATTERN.search(str(path)):
         return UserError(
-            f"{path} does not exist, and patterns are not expanded; name the folder, {folder}, whose files are all "
-            "read, or list the files in data.sources=[{path: FILE}, {path: FILE}]"
+            field=field,
+            value=str(path),
+            reason="does not exist, and patterns are not expanded",
+            cure=f"name the folder, {folder}, whose files are all read, or list the files in "
+            "data.sources=[{path: FILE}, {path: FILE}]",
         )
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
     return UserError(
-        f"{path} does not exist{nearest(path.name, siblings, cutoff=FILES)}; set data.path (or data.eval_path) to a "
-        "file, a folder, or a data set's name on the hub (org/name)"
+        field=field,
+        value=str(path),
+        reason=f"does not exist{nearest(path.name, siblings, cutoff=FILES)}",
+        cure="name a file, a folder, or a data set on the hub (org/name)",
     )
 
 
@@ -283,11 +295,11 @@ def _check_head(source: Source, limit: int, pinned: Mapping[str, str]) -> str | 
     return format
 
 
-def _files(path: Path, is_saved: bool) -> tuple[Path, ...]:
+def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        raise UserError(f"{path} is neither a file nor a folder; set data.path to one of them")
+        raise UserError(field=field, value=str(path), reason="is neither a file nor a folder", cure="name one of them")
     inside = sorted(
         file
         for file in path.rglob("*")
@@ -298,7 +310,10 @@ def _files(path: Path, is_saved: bool) -> tuple[Path, ...]:
     files = [file for file in inside if is_data_file(file)]
     if not files:
         raise UserError(
-            f"{path} holds no file of a known kind (jsonl, json, parquet, csv, tsv or txt); set data.path to the data"
+            field=field,
+            value=str(path),
+            reason="holds no file of a known kind (jsonl, json, parquet, csv, tsv or txt)",
+            cure="name the data",
         )
     named = {str(file.relative_to(path)): _SPLIT_NAMES.search(file.relative_to(path).as_posix()) for file in files}
     splits = {match[1].lower() for match in named.values() if match}
@@ -306,8 +321,10 @@ def _files(path: Path, is_saved: bool) -> tuple[Path, ...]:
         other = next(name for name, match in named.items() if match and not match[1].lower().startswith("train"))
         first = next(name for name, match in named.items() if match and match[1].lower().startswith("train"))
         raise UserError(
-            f"{path} holds several splits, and all of its files would be trained on; set data.path={path / first} and "
-            f"data.eval_path={path / other}"
+            field=field,
+            value=str(path),
+            reason="holds several splits, and all of its files would be read",
+            cure=f"set {{data.path}}={path / first} and {{data.eval_path}}={path / other}",
         )
     return tuple(files)
 

@@ -200,7 +200,7 @@ def segments_of(sources: Mapping[str, Source], name: str, shape: tuple[int, ...]
     if dtype not in SOURCE_DTYPES:
         raise UserError(
             f"{name} is stored as {dtype}; weights are read from {', '.join(SOURCE_DTYPES)}: set "
-            "model.path to such a copy"
+            "{model.path} to such a copy"
         )
     return source.segments
 

@@ -108,7 +108,7 @@ def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
     levels = reader.read([packed.quant_map], 0, 16)
     if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
         raise UserError(
-            f"{packed.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set model.path to the "
+            f"{packed.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set {{model.path}} to the "
             "16-bit checkpoint"
         )
     if packed.nested_quant_map is not None:
@@ -117,7 +117,7 @@ def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
             worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
             raise UserError(
                 f"{packed.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
-                f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set model.path to the 16-bit checkpoint"
+                f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set {{model.path}} to the 16-bit checkpoint"
             )
 
 

@@ -19,7 +19,7 @@ def materialize_buffers(model: CausalLM, device: torch.device) -> None:
         if not (name.endswith((".offset", ".embed_scale", ".row_norms_squared")) or ".rotary_emb." in name):
             raise UserError(
                 f"{model.hf_config.model_type} has a buffer {name}, which distlora does not know how to fill; "
-                "set model.path to another model, and report this one"
+                "set {model.path} to another model, and report this one"
             )
     config = model.decoder.config
     for name, module in list(model.decoder.named_modules()):

@@ -5,23 +5,28 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from distlora.config.errors import named_settings
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
 from distlora.system.progress_lines import say
 
 
-def run_on_ranks(work: Callable[[Ranks], None], *, when_memory_is_out: str) -> int:
+def run_on_ranks(
+    work: Callable[[Ranks], None], *, when_memory_is_out: str, names: Mapping[str, str] | None = None
+) -> int:
     """Do `work` on this rank and return the exit code: 0, 2 for bad input, 130 after Ctrl-C, and 1 where a GPU has too
-    little memory, with `when_memory_is_out` said. Of several ranks, errors go to torchrun.
+    little memory, with `when_memory_is_out` said. Of several ranks, errors go to torchrun. `names` has the command's
+    argument for each setting that a UserError may name.
     """
     ranks = join_ranks()
     if ranks.world > 1:
-        work(ranks)
+        with named_settings(names or {}):
+            work(ranks)
         leave_ranks(ranks)
         return DONE
 
@@ -33,7 +38,7 @@ def run_on_ranks(work: Callable[[Ranks], None], *, when_memory_is_out: str) -> i
             return FAILED
         return DONE
 
-    return run_to_exit_code(alone)
+    return run_to_exit_code(alone, names=names)
 
 
 def made_on(device: torch.device, *packages: str) -> dict[str, Any]:

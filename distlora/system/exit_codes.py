@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from distlora.config import UserError
@@ -50,18 +50,21 @@ def request_text(argument: str) -> str:
     return argument if argument.startswith("{") else (Path(argument) / "request.json").read_text(encoding="utf-8")
 
 
-def run_to_exit_code(work: Callable[[], int], *, full_disk: str = "free some space") -> int:
+def run_to_exit_code(
+    work: Callable[[], int], *, full_disk: str = "free some space", names: Mapping[str, str] | None = None
+) -> int:
     """Do `work` and return its exit code, or what became of it: 2 after a UserError or for a path that the system
     refuses, 1 for another fault of the system and for a reader that left (`... | head`), 130 after Ctrl-C.
 
-    `full_disk` is what to do when the disk is full. Anything else is a fault of ours and is raised.
+    `full_disk` is what to do when the disk is full; `names` has the command's argument for each setting that a
+    UserError may name. Anything else is a fault of ours and is raised.
     """
     try:
         code = work()
         sys.stdout.flush()  # Here, where a reader that left is noticed, and not when Python ends.
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.named(names or {})}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED

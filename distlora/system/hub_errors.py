@@ -25,11 +25,13 @@ class HubKind:
     """What the setting may hold, besides a name."""
 
 
-MODEL = HubKind(what="model", page="", setting="model.path", revision_setting="model.revision", instead="a folder here")
+MODEL = HubKind(
+    what="model", page="", setting="{model.path}", revision_setting="model.revision", instead="a folder here"
+)
 DATASET = HubKind(
     what="data set",
     page="datasets/",
-    setting="data.path",
+    setting="{data.path}",
     revision_setting="data.revision",
     instead="a file or folder here",
 )
@@ -94,20 +96,22 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
     """Why a repository without safetensors in the usual names is no base, and what could be one."""
     present = list(files)
     if "adapter_config.json" in present:
-        return UserError(f"model.path={name} is an adapter, not a model; set model.path to the base it belongs to")
+        return UserError(
+            f"{{model.path}}={name} is an adapter, not a model; set {{model.path}} to the base it belongs to"
+        )
     for suffix, advice in (
-        (".gguf", "is quantized for llama.cpp; set model.path to the safetensors checkpoint that it was made from"),
+        (".gguf", "is quantized for llama.cpp; set {model.path} to the safetensors checkpoint that it was made from"),
         (
             ".bin",
             f"has its weights as .bin files alone, which can hold code; convert them at {endpoint()}/spaces/"
-            f"safetensors/convert and set model.revision=refs/pr/N to the pull request, or set model.path to a copy "
+            f"safetensors/convert and set model.revision=refs/pr/N to the pull request, or set {{model.path}} to a copy "
             "with safetensors",
         ),
     ):
         if any(file.endswith(suffix) for file in present):
-            return UserError(f"model.path={name} {advice}")
+            return UserError(f"{{model.path}}={name} {advice}")
     return UserError(
-        f"model.path={name} holds neither model.safetensors nor model.safetensors.index.json; set model.path to a "
+        f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set {{model.path}} to a "
         "causal language model with safetensors weights"
     )
 

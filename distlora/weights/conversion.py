@@ -214,5 +214,5 @@ def _refusal(converter: Any, target: str, what: str) -> UserError:
     return UserError(
         f"transformers makes {target} from {sources} by {', '.join(map(repr, converter.operations))}, and {what}: "
         "distlora reads bytes in place and cannot; load the model with transformers, save_pretrained it with "
-        "save_original_format=False, and set model.path to that folder"
+        "save_original_format=False, and set {model.path} to that folder"
     )

@@ -28,7 +28,7 @@ from distlora.config import Config, UserError
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _STORAGES = ("U8", "BF16", "F16", "F32")
 _BLOCK, _NESTED_BLOCK = 64, 256
-_INSTEAD = "set model.path to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
+_INSTEAD = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +89,17 @@ def check_keeps_prequantized(config: Config, packed: Mapping[str, PrequantizedWe
 
 def refuse_dense_settings(config: Config, how: str = "(by its config.json)") -> None:
     """`check_keeps_prequantized` of a base of which it is known alone that it is packed. Raises UserError."""
-    reason = f"model.path={config.model.path} is quantized already {how}"
+    reason = f"{{model.path}}={config.model.path} is quantized already {how}"
     if config.adapter.method == "full":
-        raise UserError(f"adapter=full trains every weight, but {reason}; set model.path to the 16-bit checkpoint")
+        raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
     if config.quant.method == "none":
         raise UserError(
-            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or model.path to the 16-bit checkpoint"
+            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit checkpoint"
         )
     if config.adapter.decomposes:
         raise UserError(
             f"adapter.init={config.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
-            "model.path to the 16-bit checkpoint"
+            "{model.path} to the 16-bit checkpoint"
         )
 
 

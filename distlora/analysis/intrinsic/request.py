@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from distlora.config import (
@@ -17,11 +16,17 @@ from distlora.config import (
     TrainConfig,
     require,
 )
-from distlora.system import wording
 
 REQUEST_NAME, TRAININGS_NAME = "request.json", "trainings.jsonl"
 """What a folder that is not finished holds: what was asked, and a line for each training that has ended."""
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "intrinsic.json", "report.md", "intrinsic.png"
+NAMES = {
+    "data.path": "--data",
+    "data.eval_path": "--eval-data",
+    "data.sequence_length": "--sequence-length",
+    "model.path": "MODEL",
+}
+"""Arguments of the command, by the settings that its errors name."""
 SCALINGS = ("none", "layers")
 """DID and SAID."""
 MOST_TOKENS_AT_ONCE = 4096
@@ -128,8 +133,3 @@ class Request:
         values = json.loads(text)
         models = tuple((folder, name) for folder, name in values["models"])
         return cls(**values | {"models": models, "scalings": tuple(values["scalings"]), "also": tuple(values["also"])})
-
-
-def named_by_argument() -> AbstractContextManager[None]:
-    """UserErrors that the block raises name this command's arguments in place of a run's settings."""
-    return wording.named_by_argument(data="--data", held_out="--eval-data")

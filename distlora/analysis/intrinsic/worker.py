@@ -12,12 +12,12 @@ from transformers.utils import logging as transformers_logging
 from distlora.analysis.intrinsic import report, search
 from distlora.analysis.intrinsic.plots import plot_intrinsic
 from distlora.analysis.intrinsic.request import (
+    NAMES,
     PLOT_NAME,
     REPORT_NAME,
     RESULT_NAME,
     TRAININGS_NAME,
     Request,
-    named_by_argument,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
 from distlora.output.result_files import Written
@@ -233,8 +233,7 @@ def main(argument: str) -> int:
     transformers_logging.set_verbosity_error()
 
     def work() -> int:
-        with named_by_argument():
-            run(Request.read(argument))
+        run(Request.read(argument))
         return DONE
 
-    return run_to_exit_code(work)
+    return run_to_exit_code(work, names=NAMES)

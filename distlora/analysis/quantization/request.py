@@ -17,6 +17,13 @@ from distlora.config import (
     require,
 )
 
+NAMES = {
+    "data.path": "--text",
+    "data.eval_path": "--text",
+    "data.sequence_length": "--sequence-length",
+    "model.path": "MODEL",
+}
+"""Arguments of the command, by the settings that its errors name."""
 RESULT_NAME, REPORT_NAME, PLOT_NAME = "quantization.json", "report.md", "quantization.png"
 """What the command leaves in its folder."""
 

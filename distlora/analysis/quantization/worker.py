@@ -12,7 +12,7 @@ from distlora.analysis.quantization import figures, report
 from distlora.analysis.quantization.perplexity import measure_formats
 from distlora.analysis.quantization.plots import plot_quantization
 from distlora.analysis.quantization.references import measure_references
-from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.quantization.request import NAMES, PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
 from distlora.analysis.quantization.roundtrip import Sums
 from distlora.analysis.quantization.weights import Weight, find_weights
 from distlora.data.prepare import prepare
@@ -23,7 +23,6 @@ from distlora.post.divergence import evenly
 from distlora.post.work import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress_lines import Progress
-from distlora.system.wording import named_by_argument
 from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_quantization)
@@ -82,8 +81,7 @@ def main(argument: str) -> int:
     transformers_logging.set_verbosity_error()
 
     def work() -> int:
-        with named_by_argument():
-            run(Request.read(argument))
+        run(Request.read(argument))
         return DONE
 
-    return run_to_exit_code(work)
+    return run_to_exit_code(work, names=NAMES)

@@ -13,6 +13,13 @@ from distlora.config.places import cache_place
 from distlora.post.trained import Name, base_alone
 from distlora.run_folder.layout import DATA_NAME, read_record
 
+NAMES = {
+    "data.path": "--text",
+    "data.eval_path": "--text",
+    "data.sequence_length": "--sequence-length",
+    "model.path": "MODEL",
+}
+"""Arguments of the command, by the settings that its errors name."""
 Dtype = Literal["bf16", "fp32"]
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 """Of each prompt that a draft helps to continue, and of each answer."""

@@ -14,13 +14,12 @@ from distlora.parallel import Ranks
 from distlora.post.evaluate import report
 from distlora.post.evaluate.measure import Measured, measure
 from distlora.post.evaluate.receipt import add_to_receipt, other_forms
-from distlora.post.evaluate.request import Request
+from distlora.post.evaluate.request import NAMES, Request
 from distlora.post.evaluate.rows import check_same_tokens, open_rows
 from distlora.post.work import made_on, run_on_ranks
 from distlora.system import atomic_io
 from distlora.system.exit_codes import request_text
 from distlora.system.progress_lines import Progress, quieten, say
-from distlora.system.wording import named_by_argument
 
 
 def run(request: Request, ranks: Ranks) -> dict[str, Any]:
@@ -100,9 +99,9 @@ def main(argument: str) -> int:
     quieten()
 
     def work(ranks: Ranks) -> None:
-        with named_by_argument():
-            found = run(request, ranks)
-            if ranks.rank == 0:
-                deliver(request, found)
+        found = run(request, ranks)
+        if ranks.rank == 0:
+            deliver(request, found)
 
-    return run_on_ranks(work, when_memory_is_out="share the models among several GPUs with --processes N")
+    advice = "share the models among several GPUs with --processes N"
+    return run_on_ranks(work, when_memory_is_out=advice, names=NAMES)

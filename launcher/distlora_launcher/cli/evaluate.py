@@ -19,6 +19,7 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
+from distlora.post.evaluate.request import NAMES as NAMES
 from distlora.post.evaluate.request import (
     NEW_TOKENS,
     PROMPT_TOKENS,
@@ -32,7 +33,6 @@ from distlora.post.evaluate.request import (
 )
 from distlora.post.trained import BASE_ALONE, Trained, base_alone
 from distlora.system.exit_codes import DONE
-from distlora.system.wording import named_by_argument
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
@@ -102,8 +102,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     check_out(options.out)
     check_processes(options.processes)
-    with named_by_argument():
-        request = checked(options)
+    request = checked(options)
     names = ", ".join(subject.label for subject in request.subjects)
     on = ", ".join(request.tasks.names) if request.tasks is not None else request.text.name if request.text else ""
     print(f"evaluating {names} on {on} (importing torch takes a few seconds)", file=sys.stderr, flush=True)

@@ -6,12 +6,12 @@ A subcommand is one row of COMMANDS; its module is imported when it is called, s
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distlora.system.exit_codes import BAD_INPUT, run_to_exit_code
+from distlora_launcher.terminal.subjects import call_main
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def run_command(words: list[str]) -> int:
         raise UserError(
             f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
         )
-    return importlib.import_module(command.module).main(words[1:])
+    return call_main(command.module, words[1:])
 
 
 def help_text() -> str:

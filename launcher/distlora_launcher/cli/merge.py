@@ -14,7 +14,6 @@ from distlora.config import require
 from distlora.post.evaluate import request as evaluation
 from distlora.post.merge.request import Request, check_mergeable
 from distlora.system.exit_codes import DONE
-from distlora.system.wording import named_by_argument
 from distlora_launcher.cli import measuring
 from distlora_launcher.cli.named import (
     ARGUMENTS,
@@ -29,6 +28,7 @@ from distlora_launcher.terminal.output import shown
 
 WORKER, MEASURER = "distlora.post.merge", "distlora.post.evaluate"
 
+NAMES = evaluation.NAMES | {"model.path": "--model"}
 USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]
                       [--text FILE] [--rows N] [--compare] [--processes N] [--no-measure]
 
@@ -86,8 +86,7 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     )
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
-    with named_by_argument():
-        measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
+    measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
     if measured is None and not options.no_measure:
         print(f"not measured: {why_not}", file=sys.stderr, flush=True)
     request = Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype)

@@ -169,7 +169,7 @@ def check_model(config: Config) -> None:
     )
     folder = Path(config.model.path)
     if not folder.is_dir():
-        raise UserError(_no_folder(folder))
+        raise _no_folder(folder)
     model = read_model_config(folder)
     full = config.adapter.method == "full"
     family = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
@@ -218,15 +218,20 @@ def check_of_sizes(config: Config, model: Mapping[str, Any], family: Family) -> 
     )
 
 
-def _no_folder(folder: Path) -> str:
+def _no_folder(folder: Path) -> UserError:
     if folder.exists():
-        return f"model.path={folder} is a file; point it at the folder that holds config.json and the safetensors"
+        return UserError(
+            field="model.path",
+            value=str(folder),
+            reason="is a file",
+            cure="point it at the folder that holds config.json and the safetensors",
+        )
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = nearest(folder.name, siblings, cutoff=FILES)
     if not hint and not folder.parent.exists():
-        hint = "; a model on the Hugging Face hub is named by its owner and its name, model.path=org/name"
-    hint = hint or "; set model.path to a model's folder in Hugging Face format, or to its name on the hub (org/name)"
-    return f"model.path={folder} does not exist{hint}"
+        hint = "; a model on the Hugging Face hub is named by its owner and its name, {model.path}=org/name"
+    hint = hint or "; set {model.path} to a model's folder in Hugging Face format, or to its name on the hub (org/name)"
+    return UserError(field="model.path", value=str(folder), reason=f"does not exist{hint}")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def check_tensors(
         elif tensors[name].dtype not in SOURCE_DTYPES:
             raise UserError(
                 f"{tensors[name].file}: {name} is stored as {tensors[name].dtype}; a base must be "
-                f"{', '.join(SOURCE_DTYPES)}, so set model.path to such a checkpoint"
+                f"{', '.join(SOURCE_DTYPES)}, so set {{model.path}} to such a checkpoint"
             )
 
 

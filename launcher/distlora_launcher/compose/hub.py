@@ -127,7 +127,7 @@ def locate(name: str, revision: str | None, *, cache: Path | None = None) -> Hub
     if missing:
         raise UserError(
             f"{name} has no {missing[0]}, which its {INDEX_NAME} names; set model.revision to a whole commit, or "
-            "model.path to another model"
+            "{model.path} to another model"
         )
     return HubModel(
         name=name,
@@ -181,7 +181,7 @@ def megabytes(num_bytes: float) -> str:
 
 def _shards(index: Path, name: str) -> set[str]:
     try:
-        return set(read_index(index, "set model.path to another model").values())
+        return set(read_index(index, "set {model.path} to another model").values())
     except UserError as error:
         raise UserError(str(error).replace(str(index), f"{name}: its {INDEX_NAME}")) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distlora.config import UserError, nearest
+from distlora.config.errors import named_settings
 from distlora.system.exit_codes import BAD_INPUT, DONE
 
 USAGE = """usage: distlora {command} WHAT ...
@@ -14,6 +15,17 @@ USAGE = """usage: distlora {command} WHAT ...
 {subjects}
 
 `distlora {command} WHAT --help` says more."""
+
+
+def call_main(module: str, arguments: list[str]) -> int:
+    """Import a command's module, call its main and return the exit code.
+
+    A module that has NAMES (setting -> argument of the command) gets its UserErrors in these names.
+    """
+    command = importlib.import_module(module)
+    with named_settings(getattr(command, "NAMES", {})):
+        code: int = command.main(arguments)
+    return code
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +51,7 @@ class Subjects:
                 f"distlora {self.command}: there is nothing named {name!r} to {self.verb}"
                 f"{nearest(name, self.summaries)}; write one of {', '.join(self.summaries)}"
             )
-        code: int = importlib.import_module(f"{self.package}.{name}").main(arguments[1:])
-        return code
+        return call_main(f"{self.package}.{name}", arguments[1:])
 
     def usage(self) -> str:
         width = max(map(len, self.summaries))

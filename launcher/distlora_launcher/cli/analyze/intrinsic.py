@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Request, named_by_argument
+from distlora.analysis.intrinsic.request import NAMES as NAMES
+from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Request
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system import atomic_io
@@ -60,8 +61,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return DONE
     options = parse(arguments)
-    with named_by_argument():
-        request = checked(options)
+    request = checked(options)
     names = ", ".join(name for _, name in request.models)
     print(f"analysing {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     become(WORKER, request.as_json())

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.analysis.quantization.request import NAMES as NAMES
 from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
 from distlora.architecture.families import read_config
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system.exit_codes import DONE
-from distlora.system.wording import named_by_argument
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.compose.checks import (
     ROW_TOKENS,
@@ -63,8 +63,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return DONE
     options = parse(arguments)
-    with named_by_argument():
-        request = checked(options)
+    request = checked(options)
     if options.text is None and request.text is not None:
         write_default_text(Path(request.text))
     print(f"analysing {request.model_name} (importing torch takes a few seconds)", file=sys.stderr, flush=True)

@@ -86,7 +86,7 @@ def test_a_saved_data_set_is_read_by_split(saved):
     [
         ({"path": "absnt.jsonl"}, r"absnt\.jsonl does not exist \(did you mean 'absent\.jsonl'\?\)"),
         ({"path": "fold/*.jsonl"}, r"patterns are not expanded; name the folder, fold, whose files"),
-        ({"path": "chats.jsonl"}, r"chats\.jsonl does not exist; set data\.path"),
+        ({"path": "chats.jsonl"}, r"data\.path=.*chats\.jsonl does not exist; name a file"),
         ({"path": "empty"}, "holds no file of a known kind"),
         ({"path": "absent.jsonl", "split": "test"}, "is local and has one split, train, not 'test'"),
         ({"path": "absent.jsonl", "name": "x"}, "data.name=x belongs to a data set on the hub"),

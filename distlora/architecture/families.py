@@ -259,7 +259,8 @@ def check_config(
     _check_class(model, place, family)
     if settings.get("use_bidirectional_attention"):
         raise UserError(
-            f"{place}: use_bidirectional_attention lets tokens see those after them; set {{model.path}} to a causal model"
+            f"{place}: use_bidirectional_attention lets tokens see those after them; set {{model.path}} to a "
+            "causal model"
         )
     known = ("full_attention", "sliding_attention")
     unknown = [name for name in settings.get("layer_types") or () if name not in known]

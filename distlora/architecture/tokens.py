@@ -76,8 +76,11 @@ def load_tokenizer(model_dir: Path, new_tokens: Sequence[str] = ()) -> Any:
         ) from error
     if not isinstance(tokenizer.model_max_length, (int, float)):  # Every call compares with it.
         raise UserError(
-            f"{{model.path}}={model_dir}: model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json is "
-            "no number of tokens; copy the tokenizer's files into it again"
+            field="model.path",
+            value=str(model_dir),
+            reason=f"holds model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json, which is "
+            "not a number of tokens",
+            cure="copy the tokenizer's files into it again",
         )
     if new_tokens:
         _add(tokenizer, model_dir, new_tokens)

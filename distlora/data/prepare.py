@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +75,7 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
     config = load_config(run_dir)
     started = time.time()
     sources = find_sources(config.data, pinned_commits(run_dir))
-    with calling_model_by_name(config):
-        entry = prepare(config, sources, earlier_date=_earlier_date(run_dir))
+    entry = prepare(config, sources, earlier_date=_earlier_date(run_dir))
     meta = read_meta(entry)
     record = {"cache": str(entry), "reused": meta["created"] < started, **meta}
     for split, counts in record["splits"].items():
@@ -87,17 +84,6 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
             counted |= source.describe()
     write_json(run_dir / DATA_NAME, record)
     return record
-
-
-@contextlib.contextmanager
-def calling_model_by_name(config: Config) -> Iterator[None]:
-    """In messages of UserErrors that the block raises, a model of the hub is called org/name, not by its folder."""
-    try:
-        yield
-    except UserError as error:
-        if config.model.name is None:
-            raise
-        raise UserError(str(error).replace(config.model.path, config.model.name)) from error
 
 
 def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
@@ -184,7 +170,7 @@ def _build(folder: Path, config: Config, sources: Sources, model_dir: Path, sett
     """Write a whole cache entry into `folder`."""
     data, seed = config.data, config.train.seed
     tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
-    encoders = Encoders(tokenizer, str(model_dir), data, config.train.objective)
+    encoders = Encoders(tokenizer, config.model.name or str(model_dir), data, config.train.objective)
     corpora = {split: Corpus(folder / f"{split}_documents", data.sequence_length) for split in sources}
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
     wanted = shares(weights) if weights else None

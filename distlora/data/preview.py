@@ -24,7 +24,7 @@ from distlora.data.formats import Document
 from distlora.data.mixture import shares
 from distlora.data.packing import pack
 from distlora.data.painting import Paint, paint_for_stdout, painted
-from distlora.data.prepare import calling_model_by_name, check_vocabulary
+from distlora.data.prepare import check_vocabulary
 from distlora.data.reading import Encoders, nothing_to_train
 from distlora.data.sources import Source, find_sources
 from distlora.data.splits import use_pieces
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def show() -> int:
         config = load_config(options.folder)
-        with calling_model_by_name(config), tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
             splits = read(config, Path(scratch), shown=options.rows, limit=None if options.all else SAMPLE)
             for line in report(config, splits, paint):
                 print(line)
@@ -97,7 +97,7 @@ def read(config: Config, scratch: Path, *, shown: int, limit: int | None) -> dic
     """
     model_dir = Path(config.model.path).expanduser()
     tokenizer = load_tokenizer(model_dir, config.model.new_tokens)
-    encoders = Encoders(tokenizer, str(model_dir), config.data, config.train.objective)
+    encoders = Encoders(tokenizer, config.model.name or str(model_dir), config.data, config.train.objective)
     splits = {}
     for split, sources in find_sources(config.data).items():
         corpus = Corpus(scratch / split, config.data.sequence_length)

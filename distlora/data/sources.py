@@ -222,7 +222,9 @@ def _pin_name(path: str, revision: str | None) -> str:
 def find_source(
     config: SourceConfig, field: str = "data.path", *, streaming: bool = False, pinned: Mapping[str, str] | None = None
 ) -> Source:
-    """Find a source, which the setting `field` names. Reads no document; asks the hub for the commit of a data set that is not pinned.
+    """Find the source that the setting `field` names. Reads no document.
+
+    The hub is asked for the commit of a data set that is not pinned.
 
     Raises UserError for what is neither here nor on the hub, a kind that cannot be read, an empty folder, and a folder
     whose files are the splits of one data set.

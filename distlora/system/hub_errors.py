@@ -97,22 +97,25 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
     present = list(files)
     if "adapter_config.json" in present:
         return UserError(
-            f"{{model.path}}={name} is an adapter, not a model; set {{model.path}} to the base it belongs to"
+            field="model.path",
+            value=name,
+            reason="is an adapter, not a model",
+            cure="set {field} to the base it belongs to",
         )
     for suffix, advice in (
         (".gguf", "is quantized for llama.cpp; set {model.path} to the safetensors checkpoint that it was made from"),
         (
             ".bin",
             f"has its weights as .bin files alone, which can hold code; convert them at {endpoint()}/spaces/"
-            f"safetensors/convert and set model.revision=refs/pr/N to the pull request, or set {{model.path}} to a copy "
-            "with safetensors",
+            f"safetensors/convert and set model.revision=refs/pr/N to the pull request, or set {{model.path}} to a "
+            "copy with safetensors",
         ),
     ):
         if any(file.endswith(suffix) for file in present):
             return UserError(f"{{model.path}}={name} {advice}")
     return UserError(
-        f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set {{model.path}} to a "
-        "causal language model with safetensors weights"
+        f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set {{model.path}} to "
+        "a causal language model with safetensors weights"
     )
 
 

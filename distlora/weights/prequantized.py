@@ -94,7 +94,8 @@ def refuse_dense_settings(config: Config, how: str = "(by its config.json)") -> 
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
     if config.quant.method == "none":
         raise UserError(
-            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit checkpoint"
+            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit "
+            "checkpoint"
         )
     if config.adapter.decomposes:
         raise UserError(

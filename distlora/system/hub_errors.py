@@ -114,8 +114,8 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
         if any(file.endswith(suffix) for file in present):
             return UserError(f"{{model.path}}={name} {advice}")
     return UserError(
-        f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set {{model.path}} to "
-        "a causal language model with safetensors weights"
+        f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set "
+        "{model.path} to a causal language model with safetensors weights"
     )
 
 

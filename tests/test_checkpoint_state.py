@@ -26,7 +26,8 @@ SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, Any]:
-    return fixed_settings(build(Config, SECTIONS | sections))
+    config = build(Config, SECTIONS | sections)
+    return fixed_settings(config.spec, config.optim, config.train)
 
 
 def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -91,9 +92,9 @@ def test_the_launcher_refuses_changed_settings_by_the_newest_state_that_can_be_r
     for name, text in (("step_00000002", json.dumps(whole_state())), ("step_00000004", "{")):
         (tmp_path / name).mkdir()
         (tmp_path / name / STATE_NAME).write_text(text)
-    check_newest_settings(tmp_path, build(Config, SECTIONS))
+    check_newest_settings(tmp_path, settings())
     with pytest.raises(UserError, match=r"step_00000002 was made with adapter\.r=16, .* now has adapter\.r=4"):
-        check_newest_settings(tmp_path, build(Config, SECTIONS | {"adapter": {"r": 4}}))
+        check_newest_settings(tmp_path, settings(adapter={"r": 4}))
 
 
 def test_what_differs_of_the_machine_is_said() -> None:

@@ -383,7 +383,7 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     for start in (lambda: worker.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
-        with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} is gone: train.objective=dpo compares with the"):
+        with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} is missing: train.objective=dpo compares with"):
             start()
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.parallel import Ranks
@@ -246,7 +246,7 @@ def test_gemma_3_keeps_its_vision_tower_dense(tmp_path: Path) -> None:
     assert "lm_head" in settings["llm_int8_skip_modules"]
     assert any("vision_tower" in name for name in settings["llm_int8_skip_modules"])
     out = tmp_path / "out"
-    packed = read_prequantized_weights(out, json.loads((out / "config.json").read_text()), read_headers(out))
+    packed = read_prequantized_weights(CheckpointFiles(out))
     assert packed
     assert not any("vision" in name for name in packed)
 

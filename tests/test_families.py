@@ -137,7 +137,7 @@ def save_adapter(folder: Path, model: CausalLM, base: Path) -> None:
     """RUN/adapter of a finished run, without the run."""
     folder.mkdir()
     config = config_for(base, adapter={"target_modules": "all-linear", "r": 4})
-    (folder / CONFIG_NAME).write_text(json.dumps(adapter_config(config, model)))
+    (folder / CONFIG_NAME).write_text(json.dumps(adapter_config(config.spec, model)))
     tensors = {name: parameter.detach().clone() for name, parameter in adapter_tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
 

@@ -235,8 +235,8 @@ def read_records(folder: Path) -> None:
     assert all(isinstance(commit, str) for commit in pinned_commits(folder / "run").values())
 
 
-def load_initial_factors(folder: Path) -> InitialAdapterRecord:
-    return require_initial_adapter(config_of(folder, init="pissa"), with_base=False)
+def read_initial_record(folder: Path) -> InitialAdapterRecord:
+    return require_initial_adapter(folder / "run", AdapterConfig(init="pissa"), None)
 
 
 def read_axolotl(folder: Path) -> None:
@@ -396,9 +396,7 @@ READERS = {
         check=has_settings,
         examples=40,
     ),
-    "start": Reader(
-        file="run/initial_adapter.safetensors", damages=any_tensors, read=load_initial_factors, examples=30
-    ),
+    "start": Reader(file="run/initial_adapter.safetensors", damages=any_tensors, read=read_initial_record, examples=30),
     "shards": Reader(
         file=f"cache/{CACHE_KEY}/{CACHE_PIECE}",
         damages=any_tensors,

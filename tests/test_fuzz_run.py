@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from damage import Reader, any_bytes, any_json, any_lines, any_tensors, any_yaml, holds, holds_without
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.checkpoint.verify import Item, verify
 from distlora.config.file import load_config
@@ -23,6 +24,7 @@ from distlora.training import worker
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.setup import start_model
+from distlora.weights.initial_adapter_file import base_identity
 from distlora_launcher.cli.status import (
     as_object,
     describe,
@@ -99,15 +101,17 @@ def read_verified(folder: Path) -> list[Item]:
 def says_lines(items: list[Item]) -> None:
     for item in items:
         assert item.state in ("ok", "note", "damaged")
-        assert f"{item.name}{item.said}".isprintable(), item
+        assert f"{item.name}{item.message}".isprintable(), item
 
 
 def read_state(folder: Path) -> None:
     """As a start does with a checkpoint whose manifest is of these very bytes: somebody's, or another version's."""
     step, run_dir = folder / STEP, folder / "run"
     state = load_state(step)
-    config = load_config(run_dir)
-    check_matches(state, step, identity_of(config, read_record(run_dir / "data.json")), init_from=None)
+    config, data = load_config(run_dir), read_record(run_dir / "data.json")
+    base = base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
+    sections = config.spec, config.optim, config.train
+    check_matches(state, step, identity_of(*sections, data_digest=data["content"], base_identity=base), init_from=None)
 
 
 def restoring() -> Callable[[Path], None]:

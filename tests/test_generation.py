@@ -111,7 +111,7 @@ def test_greedy_tokens_are_those_of_transformers_with_peft(
 ) -> None:
     """A padded batch of ours against one prompt at a time on the dequantized model with PEFT's adapter."""
     ours, backend = load_ours(family_folder(name))
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(adapter_config(config_for(family_folder(name)), ours)))
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(adapter_config(config_for(family_folder(name)).spec, ours)))
     tensors = {name: parameter.detach().clone() for name, parameter in adapter_tensors(ours).items()}
     safetensors.torch.save_file(tensors, tmp_path / WEIGHTS_NAME)
     tuned = peft.PeftModel.from_pretrained(dequantized(family_folder(name), ours), tmp_path)

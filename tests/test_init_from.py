@@ -106,7 +106,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     assert config.adapter.use_rslora == fields.get("use_rslora", False)
     assert config.adapter.use_dora == fields.get("use_dora", False)
     model, backend, _ = start_model(config, SINGLE)
-    load_peft_adapter(model, config, backend)
+    load_peft_adapter(model, config.adapter, config.quant.method, backend)
     base = dequantized_hf_model(folders / "llama", model)
     tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_lora_of_peft_becomes_our_start_with_its_logits(folders: Path, tmp_pat
     # And what we save of it is what PEFT reads again, patterns included.
     saved = tmp_path / "saved"
     saved.mkdir()
-    (saved / "adapter_config.json").write_text(json.dumps(adapter_config(config, model)))
+    (saved / "adapter_config.json").write_text(json.dumps(adapter_config(config.spec, model)))
     tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
     safetensors.torch.save_file(tensors, saved / WEIGHTS)
     base = dequantized_hf_model(folders / "llama", model)
@@ -304,7 +304,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(folders: Path, copy: Path
     model = build_model(config)
     backend = parallelize(model, SINGLE, config)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight holds NaN or Inf"):
-        load_peft_adapter(model, config, backend)
+        load_peft_adapter(model, config.adapter, config.quant.method, backend)
 
 
 def only_pickle(folder: Path) -> None:

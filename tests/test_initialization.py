@@ -20,6 +20,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
 from distlora.loading import decomposed_adapters, plain_adapter
@@ -56,6 +57,11 @@ from worlds import World
 
 PROBE = tokens(2, 40)
 SETTINGS = {"max_steps": 4, "save_every": 2, "log_every": 1}
+
+
+def identity_in(run_dir: Path) -> str:
+    config = load_config(run_dir)
+    return base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
 
 
 def weight_of(out_features: int, in_features: int, *, decay: float = 0.0) -> Tensor:
@@ -261,7 +267,7 @@ def test_only_the_rank_that_writes_makes_the_plain_lora_a_tensor_at_a_time(
         config = make_run(run_dir, folders, adapter={"init": "pissa_niter_1", "modules_to_save": ["lm_head"]})
         by_rank = world.run(size, published, run_dir=run_dir)
         (run_dir / "elsewhere").rename(run_dir / INITIAL_ADAPTER_NAME)
-        num_tensors = len(decomposed_adapters.load_initial_factors(config))
+        num_tensors = len(decomposed_adapters.load_initial_factors(config.run_dir))
         assert by_rank == [(num_tensors, 1), (0, 0)][:size]
         files.append((run_dir / "adapter" / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
@@ -369,7 +375,10 @@ def test_training_from_pefts_own_start_goes_the_same_way(world: World, folders: 
     prepare(tmp_path / "run", folders, method, "none")
     ours = world.run(2, our_outcome, run_dir=tmp_path / "run")[0]
     assert_losses_close(ours.losses, theirs.losses, relative=1e-5)
-    scaling, start = theirs.config.adapter.scaling_of("any"), decomposed_adapters.load_initial_factors(theirs.config)
+    scaling, start = (
+        theirs.config.adapter.scaling_of("any"),
+        decomposed_adapters.load_initial_factors(theirs.config.run_dir),
+    )
     for name in ours.adapter:
         if ".lora_B." in name:
             other = name.replace("lora_B", "lora_A")
@@ -458,7 +467,10 @@ def with_residual(run_dir: Path, folders: Path) -> tuple[CausalLM, transformers.
     """The trained model of a run of PiSSA, and the Hugging Face model of its dequantized W_res + s B0 A0."""
     config = load_config(run_dir)
     ours, _ = load_model(config, str(run_dir / "adapter"), SINGLE)
-    base, start = dequantized_hf_model(folders / "llama", ours), decomposed_adapters.load_initial_factors(config)
+    base, start = (
+        dequantized_hf_model(folders / "llama", ours),
+        decomposed_adapters.load_initial_factors(config.run_dir),
+    )
     with torch.no_grad():
         for path, linear in ours.adapted_linears():
             a, b = (start[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
@@ -553,7 +565,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
     run_dir = tmp_path / "run"
     make_run(run_dir, folders, adapter={"init": "pissa"}, train=SETTINGS)
     run_until(SINGLE, run_dir=run_dir, stop_before=3)
-    identity = base_identity(load_config(run_dir))
+    identity = identity_in(run_dir)
     no_second_decomposition(monkeypatch)
     path = run_dir / INITIAL_ADAPTER_NAME
     content = path.read_bytes()
@@ -568,17 +580,17 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
             load_model(load_config(run_dir), str(run_dir / "checkpoints"), SINGLE)
 
     path.unlink()
-    refuses(f"{INITIAL_ADAPTER_NAME} is gone")
+    refuses(f"{INITIAL_ADAPTER_NAME} is missing")
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refuses(f"{INITIAL_ADAPTER_NAME} is damaged: its tensors .* put a whole copy back")
     for end in (-100, 4, 0):
         path.write_bytes(content[:end])
-        refuses(f"{INITIAL_ADAPTER_NAME} is truncated.*; put a whole copy back, or start a new run$")
+        refuses(f"{INITIAL_ADAPTER_NAME} is truncated.*; restore a whole copy, or start a new run$")
     other = tmp_path / "other"
     monkeypatch.undo()
     make_run(other, folders, adapter={"init": "pissa_niter_1"}, train=SETTINGS)
     started(SINGLE, run_dir=other)
-    assert base_identity(load_config(other)) != identity
+    assert identity_in(other) != identity
     shutil.copy(other / INITIAL_ADAPTER_NAME, path)
     refuses(f"{INITIAL_ADAPTER_NAME} was made by adapter.init=pissa_niter_1, this run's is pissa")
     # The start of other weights, by the same method: another run.
@@ -596,7 +608,7 @@ def test_a_start_that_is_gone_damaged_or_anothers_is_refused_by_name(
         worker.run(run_dir, SINGLE)
     (run_dir / "config.yaml").write_text(text)
     worker.run(run_dir, SINGLE)
-    assert base_identity(load_config(run_dir)) == identity
+    assert identity_in(run_dir) == identity
 
 
 REFUSALS: list[tuple[list[str], str]] = [
@@ -606,7 +618,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["adapter.init=loftq", "quant=none"], "adapter.init=loftq .* quant=none loses nothing; set quant=nf4"),
     (["adapter=full", "quant=none", "+adapter.init=pissa"], "adapter.init has no effect with adapter=full"),
     (["adapter=full", "quant=none", "+adapter.init=loftq"], "adapter.init has no effect with adapter=full|loftq"),
-    (["adapter.init=pissa", "adapter.r=97"], r"takes 97 singular values of .*, which has (48|96) .*; set adapter.r="),
+    (["adapter.init=pissa", "adapter.r=97"], r"needs 97 singular values of .*, which has (48|96) .*; set adapter.r="),
     (["adapter.init=loftq", "+adapter.rank_pattern.k_proj=49"], r"takes 49 .*k_proj, which has 48 .*rank_pattern"),
 ]
 
@@ -635,7 +647,7 @@ def test_an_adapter_to_start_from_and_dora_leave_no_other_start() -> None:
 
 def test_the_worker_refuses_ranks_and_weights_that_have_no_start(folders: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", folders, adapter={"init": "pissa", "r": 97})
-    with pytest.raises(UserError, match=r"takes 97 singular values of model\.layers\..*, which has"):
+    with pytest.raises(UserError, match=r"needs 97 singular values of model\.layers\..*, which has"):
         start_model(config, SINGLE)
     shutil.copytree(folders / "llama", tmp_path / "models" / "llama")
     weights = tmp_path / "models" / "llama" / "model.safetensors"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import distlora.model.build
-from distlora.architecture.safetensors_headers import fingerprint, read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import build
 from distlora.loading.load_base import load_base
@@ -38,7 +39,7 @@ def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> t
     config = config_for(folder, **sections)
     model = build_model(config)
     backend = parallelize(model, ranks, config)
-    load_base(model, folder, backend)
+    load_base(model, CheckpointFiles(folder), backend)
     return model, backend
 
 
@@ -104,7 +105,7 @@ def test_sharded_checkpoints_of_any_dtype_load_like_one_file(folders: Path, tmp_
 def test_planned_and_actual_bits_agree_and_nothing_stays_16_bit(folders: Path) -> None:
     config = config_for(folders / "qwen3")
     model = build_model(config)
-    figures = load_base(model, folders / "qwen3", parallelize(model, SINGLE, config))
+    figures = load_base(model, CheckpointFiles(folders / "qwen3"), parallelize(model, SINGLE, config))
     linears = [name for name in read_headers(folders / "qwen3") if name.endswith("_proj.weight")]
     assert figures.quantized_weights == sum(read_headers(folders / "qwen3")[name].numel for name in linears)
     stored = sum(
@@ -147,11 +148,11 @@ def test_tensors_of_another_model_are_refused_by_name(folders: Path, tmp_path: P
 
 def test_fingerprint_tells_another_model_of_the_same_shapes(folders: Path, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "same", "llama")
-    assert fingerprint(tmp_path / "same") == fingerprint(folders / "llama")
+    assert CheckpointFiles(tmp_path / "same").fingerprint == CheckpointFiles(folders / "llama").fingerprint
     tensors = safetensors.torch.load_file(tmp_path / "same" / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
     safetensors.torch.save_file(tensors, tmp_path / "same" / "model.safetensors")
-    assert fingerprint(tmp_path / "same") != fingerprint(folders / "llama")
+    assert CheckpointFiles(tmp_path / "same").fingerprint != CheckpointFiles(folders / "llama").fingerprint
 
 
 def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_every_rank_reads_its_own_bytes_alone(world: World, folders: Path, tmp_p
 def bytes_read(ranks: Ranks, *, run_dir: Path) -> int:
     config = worker.load_config(run_dir)
     model = build_model(config)
-    return load_base(model, config.model.path, parallelize(model, ranks, config)).bytes_read
+    return load_base(model, CheckpointFiles(config.model.path), parallelize(model, ranks, config)).bytes_read
 
 
 def test_nothing_in_the_model_draws_from_torchs_generators(folders: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 import distlora.model.experts
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_config, adapter_tensors, load_peft_adapter
@@ -151,7 +152,7 @@ def test_planned_bits_a_parameter_are_the_stored_ones(folder_of: Callable[[str],
     """Every weight of two or more dimensions of a block but the router, from the shapes alone."""
     model = build_model(config := config_for(folder_of(name)))
     backend = parallelize(model, SINGLE, config)
-    loaded = load_base(model, config.model.path, backend)
+    loaded = load_base(model, CheckpointFiles(config.model.path), backend)
     experts = [(m.num_experts, m.out_features, m.in_features) for m in model.modules() if isinstance(m, ExpertWeight)]
     assert len(experts) == 2 * 3
     shapes = {module.shape for module in model.modules() if hasattr(module, "frozen_weight")}
@@ -177,7 +178,7 @@ def test_an_expert_that_stayed_16_bit_is_noticed(
     monkeypatch.setattr(distlora.model.experts, "ExpertWeight", functools.partial(_dense, ExpertWeight))
     model = build_model(config)
     with pytest.raises(AssertionError, match=r"experts.*stayed torch.float32 under quant=nf4"):
-        load_base(model, config.model.path, parallelize(model, SINGLE, config))
+        load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
 
 
 def _dense(weight: Any, *args: Any, quantized: bool, **kwargs: Any) -> Any:
@@ -209,7 +210,7 @@ def test_saved_names_are_nested_only_where_both_weights_are_adapted(folder_of: C
     config = config_for(folder_of("gpt-oss"), adapter={"target_modules": [], "target_parameters": ["gate_up_proj"]})
     one = build_model(config)
     assert [name for name in adapter_tensors(one) if ".layers.0." in name] == [f"{layer}.lora_{a}.weight" for a in "AB"]
-    saved = adapter_config(config, one)
+    saved = adapter_config(config.spec, one)
     assert saved["target_modules"] == []
     assert saved["target_parameters"] == ["mlp.experts.gate_up_proj"]
 
@@ -368,7 +369,7 @@ def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(folders: Path, tmp
     quantize(folders / "mixtral", tmp_path / "packed", bnb_4bit_use_double_quant=True)
     config = config_for(tmp_path / "packed")
     model = build_model(config)
-    loaded = load_base(model, config.model.path, parallelize(model, SINGLE, config))
+    loaded = load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
     assert loaded.prequantized
     weights = [module for module in model.modules() if isinstance(module, FrozenTensor)]
     assert all(weight.quantized for weight in weights)
@@ -399,7 +400,7 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     config = from_adapter(folders, tmp_path / "lora")
     assert set(config.adapter.target_parameters) == set(fields["target_parameters"])
     model, backend, _ = start_model(config, SINGLE)
-    load_peft_adapter(model, config, backend)
+    load_peft_adapter(model, config.adapter, config.quant.method, backend)
     stored = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert adapter_tensors(model).keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_tensors(model).items())

@@ -421,7 +421,7 @@ def test_what_a_packed_trial_saves_is_whole_to_verify(folders: Path, tmp_path: P
     worker.run(tmp_path / "pack", SINGLE)
     for run_dir in runs:
         found = list(verify(run_dir))
-        assert {item.state for item in found} == {"ok"}, [item.said for item in found if item.state != "ok"]
+        assert {item.state for item in found} == {"ok"}, [item.message for item in found if item.state != "ok"]
 
 
 def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_close
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config.file import load_config
 from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_tensors
@@ -45,7 +46,7 @@ def our_trained_model(run_dir: Path) -> CausalLM:
     """The run's model with the adapter that it published."""
     config = load_config(run_dir)
     model = build_model(config)
-    load_base(model, config.model.path, parallelize(model, SINGLE, config))
+    load_base(model, CheckpointFiles(config.model.path), parallelize(model, SINGLE, config))
     materialize_buffers(model, SINGLE.device)
     saved = safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
     with torch.no_grad():

@@ -19,8 +19,7 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_adapters_close
-from distlora.architecture.families import read_config
-from distlora.architecture.safetensors_headers import fingerprint, read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.loading.load_base import Loaded, load_base
@@ -105,7 +104,7 @@ def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> t
     config = config_for(folder, **sections)
     model = build_model(config)
     backend = parallelize(model, ranks, config)
-    figures = load_base(model, folder, backend)
+    figures = load_base(model, CheckpointFiles(folder), backend)
     materialize_buffers(model, ranks.device)
     reset_adapters(model.adapted_linears(), config.adapter, seed=0)
     return model, backend, figures
@@ -446,7 +445,7 @@ def test_parts_that_are_missing_or_of_another_type_are_refused(quantized: Path, 
     for number, (change, says) in enumerate(changes):
         folder = copy_with(quantized / "nested", tmp_path / str(number), change)
         with pytest.raises(UserError, match=says):
-            read_prequantized_weights(folder, read_config(folder), read_headers(folder))
+            read_prequantized_weights(CheckpointFiles(folder))
 
 
 def test_maps_of_another_code_and_numbers_that_are_none_are_refused_by_name(quantized: Path, tmp_path: Path) -> None:
@@ -524,8 +523,8 @@ def test_the_launcher_takes_what_the_worker_takes(quantized: Path) -> None:
 
 def test_the_fingerprint_tells_one_quantization_from_another(quantized: Path, tmp_path: Path) -> None:
     names = ["even", "nested", "plain", "storage-bf16", "skipping"]
-    assert len({fingerprint(quantized / name) for name in names}) == len(names)
+    assert len({CheckpointFiles(quantized / name).fingerprint for name in names}) == len(names)
     absmax = stored_tensors(quantized / "nested")[f"{WEIGHT}.absmax"].clone()
     absmax[0] ^= 1
     changed = copy_with(quantized / "nested", tmp_path / "model", {f"{WEIGHT}.absmax": absmax})
-    assert fingerprint(changed) != fingerprint(quantized / "nested")
+    assert CheckpointFiles(changed).fingerprint != CheckpointFiles(quantized / "nested").fingerprint

@@ -64,7 +64,7 @@ def alone(
     at = StepRows(trial.step, torch.tensor(trial.rows))
     losses = model(batch, positions_of(batch), labels_of(batch), step_rows=at)
     gradients = torch.autograd.grad(losses.sum(), list(parameters.values()))
-    saved = adapter_config(config, model), {name: value.detach() for name, value in adapter_tensors(model).items()}
+    saved = adapter_config(config.spec, model), {name: value.detach() for name, value in adapter_tensors(model).items()}
     return losses.detach(), dict(zip(parameters, gradients, strict=True)), saved
 
 
@@ -146,7 +146,7 @@ def test_a_slot_is_free_again_and_takes_another_trial(tmp_path: Path) -> None:
         for name, gradient in own_gradients.items():
             assert_close(gradients[slot][name], gradient, ulps=84)
         config = config_for(tmp_path, adapter=trial.adapter, train={"seed": trial.seed, "dtype": "fp32"})
-        assert adapter_config(config, model, slot_name(slot)) == own_config
+        assert adapter_config(config.spec, model, slot_name(slot)) == own_config
         saved = adapter_tensors(model, slot_name(slot))
         assert saved.keys() == own_tensors.keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in own_tensors.items())

@@ -365,7 +365,7 @@ def test_a_run_starts_from_the_trained_rows_of_peft(
     config = compose_config(words)
     check_model(config)
     ours, backend, _ = start_model(config, SINGLE)
-    load_peft_adapter(ours, config, backend)
+    load_peft_adapter(ours, config.adapter, config.quant.method, backend)
     ids = tokens(2, 30)
     ids[:, ::3] = torch.tensor([4, 9, 8, *(range(1001, 1001 + len(new)) or (4, 8))] * 4)[:10]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`distlora verify RUN`: a whole run has nothing that is damaged; whatever is changed in one is named."""
+"""`distlora verify RUN`: an undamaged run passes, and each kind of damage is reported by name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run, with packed rows of its own."""
+    """A copy of the run, with its own packed sequences."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     record = json.loads((run_dir / "data.json").read_text())
     cache = shutil.copytree(record["cache"], tmp_path / "cache" / Path(record["cache"]).name)
@@ -49,10 +49,10 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def states(run_dir: Path) -> dict[str, tuple[str, str]]:
-    return {item.name: (item.state, item.said) for item in verify(run_dir)}
+    return {item.name: (item.state, item.message) for item in verify(run_dir)}
 
 
-def test_a_whole_run_is_ok_line_by_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_undamaged_run_is_ok_line_by_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(finished)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok ") for line in lines), lines
@@ -66,17 +66,29 @@ def test_a_whole_run_is_ok_line_by_line(finished: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("model", "sections"),
     [
-        (
+        pytest.param(
             "llama",
             {"adapter": {"r": 8, "init": "pissa", "target_modules": ["q_proj", "down_proj"], "use_rslora": True}},
+            id="pissa",
         ),
-        ("llama-tied", {"adapter": {"method": "full"}, "quant": {"method": "none"}}),
-        ("mixtral", {"optim": {"name": "adamw_8bit"}, "adapter": {"use_dora": False, "rank_pattern": {"q_proj": 4}}}),
-        ("qwen3", {"adapter": {"use_dora": True, "modules_to_save": ["lm_head"]}}),
+        pytest.param(
+            "llama-tied", {"adapter": {"method": "full"}, "quant": {"method": "none"}}, id="full", marks=pytest.mark.ci
+        ),
+        pytest.param(
+            "mixtral",
+            {"optim": {"name": "adamw_8bit"}, "adapter": {"use_dora": False, "rank_pattern": {"q_proj": 4}}},
+            id="experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qwen3",
+            {"adapter": {"use_dora": True, "modules_to_save": ["lm_head"]}},
+            id="dora",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["pissa", "full", "experts", "dora"],
 )
-def test_runs_of_every_kind_are_whole(folders: Path, tmp_path: Path, model: str, sections: dict[str, Any]) -> None:
+def test_run_of_each_method_is_undamaged(folders: Path, tmp_path: Path, model: str, sections: dict[str, Any]) -> None:
     adapter = {"target_modules": "all-linear", "r": 8} | sections.get("adapter", {})
     make_run(
         tmp_path / "run",
@@ -101,7 +113,7 @@ def lines_of(run_dir: Path) -> list[str]:
 
 
 def write_state(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change state.json of the last checkpoint, and let its manifest say so: whole, and another's."""
+    """Change state.json of the last checkpoint and its digest in the manifest."""
     folder = run_dir / CHECKPOINT
     for name in ("state.json", "manifest.json"):
         values = json.loads((folder / name).read_text())
@@ -125,13 +137,13 @@ def another_rank(run_dir: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    # What is done, the item that is named, what is said.
+    # The damage, the item that reports it, part of its message.
     "config": (lambda run: (run / "config.yaml").write_text("model: ["), "config.yaml", "is damaged"),
     "data": (lambda run: (run / "data.json").write_text("{"), "data.json", "is not JSON"),
     "rows": (
         lambda run: flip(Path(json.loads((run / "data.json").read_text())["cache"]) / "train_tokens.npy"),
         "data.json",
-        "are not those that the run was prepared with (SHA-256); delete that folder",
+        "have another SHA-256 than those of this run; delete that folder",
     ),
     "a byte": (
         lambda run: flip(run / CHECKPOINT / "trainer.safetensors"),
@@ -146,7 +158,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a step": (
         lambda run: write_state(run, lambda state: state["progress"].update(step=3)),
         CHECKPOINT,
-        "state.json says step 3",
+        "state.json records step 3",
     ),
     "another base": (
         lambda run: write_state(run, lambda state: state["identity"].update(base_fingerprint="0" * 64)),
@@ -169,23 +181,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a line twice": (
         lambda run: (run / "metrics.jsonl").write_text("".join([*lines_of(run), lines_of(run)[1]])),
         "metrics.jsonl",
-        "behind that of step 4; move it",
+        "follows that of step 4; move it",
     ),
     "summary": (lambda run: (run / "summary.json").write_text("[1]"), "summary.json", "not a JSON object"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_what_is_damaged_is_named_and_nothing_else(copy: Path, kind: str) -> None:
-    damage, name, said = DAMAGE[kind]
+def test_damage_is_reported_by_name_and_nothing_else(copy: Path, kind: str) -> None:
+    damage, name, message = DAMAGE[kind]
     damage(copy)
     found = states(copy)
     assert found[name][0] == "damaged", found
-    assert said in found[name][1]
+    assert message in found[name][1]
     assert [other for other, (state, _) in found.items() if state == "damaged"] == [name]
 
 
-def test_what_a_kill_leaves_is_worth_a_note(copy: Path) -> None:
+def test_files_left_by_a_kill_are_notes(copy: Path) -> None:
     (copy / "checkpoints" / ".step_00000006.tmp").mkdir()
     (copy / ".summary.json-0123456789abcdef").write_text("")
     with (copy / "metrics.jsonl").open("a") as file:
@@ -199,24 +211,24 @@ def test_what_a_kill_leaves_is_worth_a_note(copy: Path) -> None:
     assert all(state != "damaged" for state, _ in found.values())
 
 
-def test_a_run_that_is_going_on_is_said_to_be(copy: Path) -> None:
-    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # By one machine, by several.
+def test_run_in_progress_is_a_note(copy: Path) -> None:
+    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # A run on one node, on several.
         with (copy / "config.yaml").open("r+") as file:
             fcntl.flock(file, kind)
             assert states(copy)["run"] == (
-                *("note", "the run is going on: what it is writing now may look unfinished"),
+                *("note", "the run is in progress: files being written may look unfinished"),
             )
     assert "run" not in states(copy)
 
 
-def test_a_link_that_leads_out_of_a_checkpoint_is_damage(copy: Path, tmp_path: Path) -> None:
+def test_symlink_out_of_a_checkpoint_is_damage(copy: Path, tmp_path: Path) -> None:
     file = copy / CHECKPOINT / "adapter_model.safetensors"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     assert states(copy)[CHECKPOINT][0] == "damaged"
 
 
-def test_the_command_needs_no_torch_and_ends_with_1_or_2(copy: Path, tmp_path: Path) -> None:
+def test_command_needs_no_torch_and_exits_with_1_or_2(copy: Path, tmp_path: Path) -> None:
     flip(copy / CHECKPOINT / "adapter_model.safetensors")
     code = (
         "import sys; from distlora_launcher.cli.main import main; code = main(sys.argv[1:]); "

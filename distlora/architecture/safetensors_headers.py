@@ -7,7 +7,6 @@ list has one entry; merged experts and renamed weights have more. Nothing here o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -198,17 +197,3 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     """A header's list of sizes, such as 64 bits hold; None for anything else."""
     is_list = isinstance(value, list) and all(type(size) is int and 0 <= size < 2**64 for size in value)
     return tuple(value) if is_list else None
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of every tensor's name, dtype, shape and 4 KiB from its middle: tells one base from another in a second.
-
-    Two checkpoints that differ only outside those bytes look alike; training changes bytes everywhere.
-    """
-    digest = hashlib.sha256()
-    for name, segment in sorted(read_headers(folder).items()):
-        digest.update(f"{name} {segment.dtype} {segment.shape}\n".encode())
-        with segment.file.open("rb") as stream:
-            stream.seek(segment.offset + max(segment.num_bytes // 2 - 2048, 0))
-            digest.update(stream.read(min(4096, segment.num_bytes)))
-    return digest.hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.bench.host_counters import PeakMemory, free_port
 from distlora.bench.machine import measurement_notes
@@ -85,9 +86,10 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
     dist.barrier()
     with PeakMemory() as memory:
         began, cpu = time.monotonic(), time.process_time()
-        model = build_model(config)
+        base = CheckpointFiles(folder)
+        model = build_model(config, base=base)
         backend = parallelize(model, Ranks(rank, world, torch.device("cpu"), dist.group.WORLD), config)
-        loaded = load_base(model, folder, backend, cache=cache_settings(config, backend, print))
+        loaded = load_base(model, base, backend, cache=cache_settings(config, base, backend, print))
         backend.watch_weights(model)
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     held = {name: backend.local_rows(parameter)[0].nbytes for name, parameter in model.named_parameters()}

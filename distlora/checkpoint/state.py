@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -9,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora.config import Config, UserError
-from distlora.config.file import as_mapping
+from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
+from distlora.config.file import as_plain
 from distlora.run_folder.checkpoints import STATE_NAME, steps
-from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
+from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
 
 OR_WHAT_PISSA_TOOK = (
@@ -24,9 +25,6 @@ OR_WHAT_PISSA_TOOK = (
 _FREE = ("adapter.lora_dropout", "adapter.init_from", "adapter.init_from_loftq")
 """Settings of the adapter with which another run can go on from a checkpoint: they change no tensor's shape or meaning.
 What is at init_from counts by its digest."""
-_FIXED = ("model.new_tokens", "quant.method", "optim.name", "train.objective", "train.seed", "train.global_batch")
-"""Settings outside of `adapter` with which the tensors of a checkpoint would mean something else, or a step other rows.
-"""
 
 
 @dataclass(slots=True)
@@ -86,12 +84,17 @@ class TrainState:
     """`environment.environment()` of the saving run: bit-exact continuation is claimed where it is equal."""
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a checkpoint's tensors and data position depend on, by their whole names, as plain values."""
-    values = as_mapping(config)
-    names = [f"adapter.{name}" for name in values["adapter"] if f"adapter.{name}" not in _FREE]
-    names += _FIXED
-    return {name: values[name.partition(".")[0]][name.partition(".")[2]] for name in names}
+def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a checkpoint's tensors and data position depend on, by full name, as plain values."""
+    adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(spec.adapter)).items()}
+    return {name: value for name, value in adapter.items() if name not in _FREE} | {
+        "model.new_tokens": list(spec.model.new_tokens),
+        "quant.method": spec.quant.method,
+        "optim.name": optim.name,
+        "train.objective": train.objective,
+        "train.seed": train.seed,
+        "train.global_batch": train.global_batch,
+    }
 
 
 def load_state(folder: Path) -> TrainState:
@@ -200,7 +203,7 @@ def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any])
         )
 
 
-def check_newest_settings(checkpoints: Path, config: Config) -> None:
+def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
     """`check_settings` of the newest checkpoint that can be read, without a look at its tensors: for the launcher,
     which refuses before it starts a worker. Nothing where there is none; the workers find out which one is whole.
     """
@@ -209,7 +212,7 @@ def check_newest_settings(checkpoints: Path, config: Config) -> None:
             state = load_state(folder)
         except UserError:
             continue
-        check_settings(state, folder, fixed_settings(config))
+        check_settings(state, folder, settings)
         return
 
 
@@ -238,17 +241,21 @@ def _short(digest: str | None) -> str:
     return "none" if digest is None else digest[:12]
 
 
-def identity_of(config: Config, data: Mapping[str, Any], *, base: str | None = None) -> Identity:
-    """Of a run with this data.json (`data`). `base`: its `base_identity`, where that is known already.
+def identity_of(
+    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, *, data_digest: str, base_identity: str
+) -> Identity:
+    """Return what the checkpoints of a run belong to.
 
-    Raises UserError for an adapter that is gone and that the run needs as its reference.
+    `data_digest`: `content` in data.json. `base_identity`: `weights.initial_adapter_file.base_identity`. Raises
+    UserError if the run needs the adapter at adapter.init_from as its reference and it is missing.
     """
-    init_from, digest = config.adapter.init_from, None
-    if init_from is not None and needs_initial_adapter(config, training=True, restores=True):
+    init_from, digest = spec.adapter.init_from, None
+    is_reference = train.objective == "dpo"
+    if init_from is not None and needs_initial_adapter(spec.adapter, is_reference=is_reference, restores=True):
         digest = weights_digest(init_from)
     return Identity(
-        base_fingerprint=base_identity(config) if base is None else base,
-        data_digest=data["content"],
-        settings=fixed_settings(config),
+        base_fingerprint=base_identity,
+        data_digest=data_digest,
+        settings=fixed_settings(spec, optim, train),
         reference_digest=digest,
     )

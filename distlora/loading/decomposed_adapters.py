@@ -1,8 +1,7 @@
-"""Adapters that start from the base's weights (PiSSA, LoftQ): computed once, kept in the run, read again later.
+"""Initial adapters that are decomposed from the base (PiSSA, LoftQ): computed once, kept in the run folder.
 
-The exception to the memory bound of loading: a weight is decomposed by one rank, which reads it whole. The weights go
-round the ranks, as many at a time as there are ranks, so that all of them compute; what one has computed is broadcast.
-Adapters are replicated, so nothing of a weight but A and B goes over the wire.
+This is the exception to the memory bound of loading: one rank reads and decomposes a whole weight. The weights are
+distributed over the ranks, as many at a time as there are ranks, and each result is broadcast. Only A and B are sent.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.safetensors_headers import fingerprint, read_headers
-from distlora.config import Config, UserError
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.config.initialization import subspace_iterations
 from distlora.loading.load_base import find_base, segments_of
 from distlora.loading.peft_format import adapter_tensors
@@ -37,120 +36,127 @@ from distlora.weights.initial_adapter_file import (
 )
 from distlora.weights.reader import Reader
 
-SAY_SECONDS = 5.0
-"""Between two lines about a decomposition that goes on."""
+PROGRESS_SECONDS = 5.0
+"""Seconds between two progress lines."""
 
 
 def initialize_from_base(
     model: CausalLM,
-    config: Config,
+    spec: ModelSpec,
+    run_dir: str | Path,
+    base: CheckpointFiles,
     backend: Backend,
     say: Callable[[str], None],
     *,
     restores: bool,
     boundary: watch.Marker = watch.at,
 ) -> None:
-    """Fill every adapter with the start that the run keeps, or compute it and keep it. Every rank must call it.
+    """Fill every adapter from the run's initial adapter, or compute and save it. Every rank must call it.
 
-    `restores`: the run must have it. `boundary` marks what is decomposed, on every rank alike. Raises UserError for a
-    start that is gone, damaged or another base's, for ranks that a weight does not have, and for NaN or Inf weights.
+    `restores`: the file must exist. `boundary` marks each decomposition, on every rank alike. Raises UserError if the
+    file is missing, damaged or made from another base, if a rank is too large, and for NaN or Inf weights.
     """
-    record = require_initial_adapter(config) if restores else read_initial_adapter_record(config)
+    read = require_initial_adapter if restores else read_initial_adapter_record
+    record = read(run_dir, spec.adapter, base)
     if record is not None:
-        say(f"the adapters' start ({record.method}) is that in {INITIAL_ADAPTER_NAME}")
-        _fill(model, config)
+        say(f"reading the initial adapter ({record.method}) from {INITIAL_ADAPTER_NAME}")
+        _fill(model, run_dir)
         return
-    check_ranks(config.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
+    check_ranks(spec.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
-    _decompose(model, config, backend, say, boundary)
-    watch.at(None, f"keeping {INITIAL_ADAPTER_NAME}", long=True)
+    _decompose(model, spec, base, backend, say, boundary)
+    watch.at(None, f"saving {INITIAL_ADAPTER_NAME}", long=True)
     if backend.writes:
-        save_initial_adapter(model, config)
+        save_initial_adapter(model, run_dir, method=spec.adapter.init, base=base)
     backend.barrier()
-    say(f"decomposed in {time.monotonic() - began:.1f} s; A and B at their start are kept in {INITIAL_ADAPTER_NAME}")
+    say(f"decomposed in {time.monotonic() - began:.1f} s; initial A and B saved in {INITIAL_ADAPTER_NAME}")
 
 
-def load_initial_factors(config: Config) -> dict[str, Tensor]:
-    """A0 (r, in) and B0 (out, r) by PEFT's names, fp32."""
-    return safetensors.torch.load_file(initial_adapter_path(config))
+def load_initial_factors(run_dir: str | Path) -> dict[str, Tensor]:
+    """Return A0 (r, in) and B0 (out, r) by PEFT's names, fp32."""
+    return safetensors.torch.load_file(initial_adapter_path(run_dir))
 
 
 @torch.no_grad()
-def _fill(model: CausalLM, config: Config) -> None:
-    own, start = _pairs(model), load_initial_factors(config)
-    odd = sorted(own.keys() ^ start.keys()) or [name for name, part in start.items() if part.shape != own[name].shape]
-    if odd:
+def _fill(model: CausalLM, run_dir: str | Path) -> None:
+    parameters, factors = _factors(model), load_initial_factors(run_dir)
+    wrong = sorted(parameters.keys() ^ factors.keys())
+    wrong = wrong or [name for name, factor in factors.items() if factor.shape != parameters[name].shape]
+    if wrong:
         raise UserError(
-            f"{initial_adapter_path(config)} does not fit the adapter in config.yaml: {odd[0]} has another shape or "
-            "no place "
-            f"({len(odd)} such tensors); put back the file, or config.yaml, that the run began with"
+            f"{initial_adapter_path(run_dir)} does not fit the adapter in config.yaml: {wrong[0]} has another shape or "
+            f"no place ({len(wrong)} such tensors); restore the file, or config.yaml, that the run began with"
         )
-    for name, parameter in own.items():
-        parameter.copy_(start[name])
+    for name, parameter in parameters.items():
+        parameter.copy_(factors[name])
 
 
-def _pairs(model: CausalLM) -> dict[str, nn.Parameter]:
-    """A and B by PEFT's names, without the token rows that are trained beside them."""
+def _factors(model: CausalLM) -> dict[str, nn.Parameter]:
+    """Return A and B by PEFT's names, without the token rows that are trained beside them."""
     return {name: parameter for name, parameter in adapter_tensors(model).items() if ".lora_" in name}
 
 
-def save_initial_adapter(model: CausalLM, config: Config) -> None:
-    """Write the run's start file: whole and on the disk, or not at all."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in sorted(_pairs(model).items())}
+def save_initial_adapter(model: CausalLM, run_dir: str | Path, *, method: str, base: CheckpointFiles) -> None:
+    """Write the run's initial adapter file atomically."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in sorted(_factors(model).items())}
     contents = ((name, tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in tensors.items())
-    base = fingerprint(Path(config.model.path))
-    record = InitialAdapterRecord(method=config.adapter.init, base=base, digest=digest_of(contents))
+    record = InitialAdapterRecord(method=method, base=base.fingerprint, digest=digest_of(contents))
     metadata = {"format": "pt", **record.metadata()}
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read.
 
-    atomic_io.replace_file(initial_adapter_path(config), write)
+    atomic_io.replace_file(initial_adapter_path(run_dir), write)
 
 
 def _decompose(
-    model: CausalLM, config: Config, backend: Backend, say: Callable[[str], None], boundary: watch.Marker
+    model: CausalLM,
+    spec: ModelSpec,
+    base: CheckpointFiles,
+    backend: Backend,
+    say: Callable[[str], None],
+    boundary: watch.Marker,
 ) -> None:
     linears = sorted(model.adapted_linears(), key=lambda item: (-item[1].in_features * item[1].out_features, item[0]))
-    sources = find_base(model, read_headers(Path(config.model.path)))
-    world, said = backend.ranks.world, time.monotonic()
-    most = " x ".join(map(str, _shape(linears[0][1])))
+    sources = find_base(model, base.headers)
+    world, last_line = backend.ranks.world, time.monotonic()
+    largest = " x ".join(map(str, _shape(linears[0][1])))
     say(
-        f"decomposing {len(linears):,} weights for adapter.init={config.adapter.init}, the largest of {most}, "
-        + ("whole, on this process" if world == 1 else f"each whole on one of {world} ranks")
+        f"decomposing {len(linears):,} weights (largest {largest}) for adapter.init={spec.adapter.init} on "
+        + ("this process" if world == 1 else f"{world} ranks, each weight whole on one of them")
     )
     with Reader() as reader:
         for done in range(0, len(linears), world):
-            together = linears[done : done + world]  # Of like size, so that no rank waits long for another.
-            own = together[backend.ranks.rank] if backend.ranks.rank < len(together) else None
-            boundary(None, f"decomposing {own[0]}" if own else "waiting for the last decompositions", long=True)
-            if own:
-                path, linear = own
+            together = linears[done : done + world]  # Similar sizes, so that no rank waits long for another.
+            mine = together[backend.ranks.rank] if backend.ranks.rank < len(together) else None
+            boundary(None, f"decomposing {mine[0]}" if mine else "waiting for the last decompositions", long=True)
+            if mine:
+                path, linear = mine
                 segments = segments_of(sources, f"{path}.weight", _shape(linear))
                 weight = reader.read(segments, 0, linear.in_features * linear.out_features).view(_shape(linear))
-                _start(linear, path, weight.to(backend.ranks.device), config)
+                _initialize(linear, path, weight.to(backend.ranks.device), spec.adapter, spec.seed)
             for owner, (_, linear) in enumerate(together):
                 for parameter in linear.pairs[0].parameters():
                     backend.broadcast(parameter.data, owner)
-            if time.monotonic() - said >= SAY_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - last_line >= PROGRESS_SECONDS:
+                last_line = time.monotonic()
                 say(f"decomposed {done + len(together):,} of {len(linears):,} weights")
 
 
 @torch.no_grad()
-def _start(linear: AdaptedLinear, path: str, weight: Tensor, config: Config) -> None:
+def _initialize(linear: AdaptedLinear, path: str, weight: Tensor, adapter: AdapterConfig, seed: int) -> None:
     """Decompose one whole weight (out, in) into its linear's adapter."""
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{path}.weight holds NaN or Inf weights; the checkpoint is damaged, download it again")
     (pair,) = linear.pairs
-    if not config.adapter.pissa:
+    if not adapter.pissa:
         weight = quantization_error(weight, chunk_groups=CHUNK_GROUPS)
-    iterations = subspace_iterations(config.adapter.init)
-    sketch = None if iterations is None else Sketch(config.train.seed, f"{path}.sketch", iterations)
-    start = principal_part(weight, pair.A.shape[0], scaling=pair.scaling, sketch=sketch)
-    pair.A.copy_(start.A)
-    pair.B.copy_(start.B)
+    iterations = subspace_iterations(adapter.init)
+    sketch = None if iterations is None else Sketch(seed, f"{path}.sketch", iterations)
+    factors = principal_part(weight, pair.A.shape[0], scaling=pair.scaling, sketch=sketch)
+    pair.A.copy_(factors.A)
+    pair.B.copy_(factors.B)
 
 
 def _shape(linear: AdaptedLinear) -> tuple[int, int]:

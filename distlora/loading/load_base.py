@@ -7,10 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from distlora.architecture.families import ExpertLayout, read_config
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.families import ExpertLayout
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.dora_norms import fill_row_norms
@@ -72,26 +72,25 @@ class Loaded:
 
 def load_base(
     model: CausalLM,
-    folder: str | Path,
+    base: CheckpointFiles,
     backend: Backend,
     *,
     subtract_initial_adapter: bool = False,
     cache: QuantizedCacheSettings | None = None,
     boundary: watch.Marker = watch.at,
 ) -> Loaded:
-    """Fill every parameter of the base from `folder`. UserError for a missing, misshapen or non-finite tensor.
+    """Fill every parameter of the base from its checkpoint. UserError for a missing, misshapen or non-finite tensor.
 
     `subtract_initial_adapter`: adapted weights without what their adapter computes now (PiSSA). `cache`: where
     quantized shards are kept; None: nowhere. `boundary` marks each weight, on every rank alike.
     """
     began = time.monotonic()
-    headers = read_headers(Path(folder))
-    sources = find_base(model, headers)
-    stored = read_prequantized_weights(Path(folder), read_config(Path(folder)), headers)
+    sources = find_base(model, base.headers)
+    stored = read_prequantized_weights(base)
     packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     adapters = set(adapter_parameters(model))
     quantized_weights = quantized_bytes = 0
-    shards = open_quantized_cache(None if packed else cache, model, headers, sources, backend, boundary)
+    shards = open_quantized_cache(None if packed else cache, model, base.headers, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)

@@ -11,7 +11,7 @@ from torch import nn
 from distlora.architecture.expert_targets import expert_names, peft_paths
 from distlora.architecture.targets import match_ending, select_targets
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import Config, UserError
+from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
@@ -74,15 +74,17 @@ def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load_peft_adapter(model: CausalLM, config: Config, backend: Backend, adapter: str = DEFAULT_ADAPTER) -> None:
+def load_peft_adapter(
+    model: CausalLM, settings: AdapterConfig, quant_method: str, backend: Backend, adapter: str = DEFAULT_ADAPTER
+) -> None:
     """Fill one adapter from the folder `adapter.init_from`, widened to fp32.
 
     Raises UserError for a folder that is gone, an adapter that is not exactly the model's, and NaN or Inf.
     """
-    assert config.adapter.init_from is not None
-    initial = read_peft_adapter(config.adapter.init_from)
-    check_quantization(initial, config.quant.method)
-    check_fits(initial, config.adapter, adaptable_shapes(model))
+    assert settings.init_from is not None
+    initial = read_peft_adapter(settings.init_from)
+    check_quantization(initial, quant_method)
+    check_fits(initial, settings, adaptable_shapes(model))
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
@@ -133,25 +135,25 @@ def adaptable_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def adapter_config(config: Config, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
-    """adapter_config.json of one adapter, which `config` describes, as PEFT's LoraConfig reads it."""
+def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """adapter_config.json of one adapter, which `spec` describes, as PEFT's LoraConfig reads it."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.name or config.model.path,
-        "revision": config.model.revision,
-        "r": config.adapter.r,
-        "lora_alpha": config.adapter.lora_alpha,
-        "use_rslora": config.adapter.use_rslora,
-        "use_dora": config.adapter.use_dora,
-        "rank_pattern": dict(config.adapter.rank_pattern),
-        "alpha_pattern": dict(config.adapter.alpha_pattern),
-        "lora_dropout": config.adapter.lora_dropout,
+        "base_model_name_or_path": spec.model.name or spec.model.path,
+        "revision": spec.model.revision,
+        "r": spec.adapter.r,
+        "lora_alpha": spec.adapter.lora_alpha,
+        "use_rslora": spec.adapter.use_rslora,
+        "use_dora": spec.adapter.use_dora,
+        "rank_pattern": dict(spec.adapter.rank_pattern),
+        "alpha_pattern": dict(spec.adapter.alpha_pattern),
+        "lora_dropout": spec.adapter.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         # To PEFT "pissa" says that A and B belong to a base without its principal part (peft_files/pissa.py).
-        "init_lora_weights": init if (init := config.adapter.init) == "gaussian" or config.adapter.pissa else True,
+        "init_lora_weights": init if (init := spec.adapter.init) == "gaussian" or spec.adapter.pissa else True,
         "target_modules": _target_modules(model, adapter),
         "trainable_token_indices": _token_indices(model),
         "modules_to_save": list(model.modules_to_save) or None,

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distlora.config import Config, UserError
+from distlora.config import AdapterConfig, UserError
 from distlora.config.initialization import is_pissa
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor
@@ -87,16 +87,16 @@ def write_plain(checkpoint: Path, start_file: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def plain_form(folder: Path, config: Config) -> Iterator[Path]:
+def plain_form(folder: Path, adapter: AdapterConfig, run_dir: str | Path) -> Iterator[Path]:
     """The folder of an adapter of the unchanged base: `folder` itself, or of a saved step of PiSSA, which belongs to
     the base without the run's start, one with what the run would publish of it, for as long as the block runs.
     """
-    says = read_object(folder / CONFIG_NAME, "save the adapter again") if config.adapter.pissa else {}
+    says = read_object(folder / CONFIG_NAME, "save the adapter again") if adapter.pissa else {}
     if not is_pissa(str(says.get("init_lora_weights"))):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="distlora-plain-") as place:
-        write_plain(folder, initial_adapter_path(config), Path(place))
+        write_plain(folder, initial_adapter_path(run_dir), Path(place))
         yield Path(place)
 
 

@@ -14,16 +14,15 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.expert_targets import check_router_loss, expert_names, select_adapted
-from distlora.architecture.families import Family, check_config, check_tiles, read_config
+from distlora.architecture.families import Family, check_config, check_tiles
 from distlora.architecture.hf_config import read_hf_config, refused_by_transformers
-from distlora.architecture.safetensors_headers import read_headers
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import Config
@@ -255,21 +254,25 @@ class CausalLM(nn.Module):
         return name if self.family.experts is None else re.sub(r"(\.experts\.\w+_proj)\.weight$", r"\1", name)
 
 
-def build_model(config: Config, *, training: bool = True, for_slots: bool = False) -> CausalLM:
+def build_model(
+    config: Config, *, base: CheckpointFiles | None = None, training: bool = True, for_slots: bool = False
+) -> CausalLM:
     """The whole model on the meta device, adapters included; what is trained of the base in fp32, or in the run's dtype
     where it is not `training`. `for_slots`: without an adapter, but every weight can have some (slots.put_trial).
-    Raises UserError for a model that cannot be trained as the config says, and when target_modules match nothing.
+    `base`: the files at model.path, where the caller has read them. Raises UserError for a model that cannot be
+    trained as the config says, and when target_modules match nothing.
     """
     from transformers import AutoModelForCausalLM
 
-    folder, full = Path(config.model.path), config.adapter.method == "full"
+    base = base or CheckpointFiles(config.model.path)
+    folder, full = base.folder, config.adapter.method == "full"
     place = folder / "config.json"
-    family = check_config(read_config(folder), place, sequence_length=config.data.sequence_length, full=full)
+    family = check_config(base.config, place, sequence_length=config.data.sequence_length, full=full)
     check_router_loss(config.train.router_aux_loss, family)
     check_tiles(config.train.mlp_tile, family)
     hf_config = read_hf_config(folder)
     text_config = hf_config if family.text_config is None else getattr(hf_config, family.text_config)
-    vocabulary = vocabulary_of(config, read_config(folder))
+    vocabulary = vocabulary_of(config, base.config)
     text_config.vocab_size = vocabulary.rows
     # Masters are fp32, and parallelism makes copies of them to compute with; frozen weights are in the run's dtype.
     masters = full and training
@@ -301,7 +304,7 @@ def build_model(config: Config, *, training: bool = True, for_slots: bool = Fals
     )
     layers = decoder.layers
     contexts = [BlockContext() for _ in layers]
-    packed = _packed_linears(config, layout, inside)
+    packed = _packed_linears(config, base, layout, inside)
     if not full:
         _replace_weights(layers, contexts, config, dtype, inside, packed, family, for_slots=for_slots)
     blocks = [Block(layer, context) for layer, context in zip(layers, contexts, strict=True)]
@@ -336,20 +339,19 @@ def _head_softcap(family: Family, decoder: nn.Module) -> float | None:
     return None if cap is None else float(cap)  # type: ignore[arg-type]
 
 
-def _packed_linears(config: Config, layout: CheckpointLayout, prefix: str) -> dict[str, PrequantizedWeight]:
+def _packed_linears(
+    config: Config, base: CheckpointFiles, layout: CheckpointLayout, prefix: str
+) -> dict[str, PrequantizedWeight]:
     """The linears of the blocks that the checkpoint holds in NF4, by Hugging Face name; empty for a dense checkpoint.
 
     Raises UserError for a quantization that cannot be kept, and for settings that need 16-bit weights.
     """
-    folder = Path(config.model.path)
-    model = read_config(folder)
-    if "quantization_config" not in model:  # A model is built from its config.json alone.
+    if "quantization_config" not in base.config:  # A model is built from its config.json alone.
         return {}
-    headers = read_headers(folder)
-    stored = read_prequantized_weights(folder, model, headers)
-    check_keeps_prequantized(config, stored)
+    stored = read_prequantized_weights(base)
+    check_keeps_prequantized(config.spec, stored)
     weights = {name for name in layout.names if name.startswith(prefix) and name.endswith(".weight")}
-    sources = find_sources(layout, headers, weights)
+    sources = find_sources(layout, base.headers, weights)
     return prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, is_mxfp4, names_on_disk, read_config
 from distlora.architecture.known import MXFP4_NAMES, architecture_named, nearest_architecture
 from distlora.architecture.safetensors_headers import (
     INDEX_NAME,
     SINGLE_NAME,
-    read_headers,
     read_index,
 )
 from distlora.architecture.shapes import ModelShapes, shapes_of
@@ -149,8 +149,8 @@ def model_in(
 
 def _packed_already(folder: Path, settings: Mapping[str, Any], shapes: ModelShapes) -> tuple[bool, dict[str, int]]:
     """(plain_absmax, left_dense) of a checkpoint that is quantized. Raises UserError for one that cannot be kept."""
-    on_disk = read_headers(folder)
-    packed = read_prequantized_weights(folder, dict(settings), on_disk)
+    base = CheckpointFiles(folder)
+    on_disk, packed = base.headers, read_prequantized_weights(base)
     stored_as = names_on_disk(on_disk, shapes.family)
     found: Counter[str] = Counter()
     for layer in range(shapes.num_layers):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME
 from distlora.checkpoint.state import OR_WHAT_PISSA_TOOK, load_state
 from distlora.config import Config, UserError
@@ -55,12 +56,12 @@ def load_model(
     model, backend, _ = start_model(config, ranks, training=False, restores=place is not None)
     if foreign:
         with named_by_flag():
-            load_peft_adapter(model, config, backend)
+            load_peft_adapter(model, config.adapter, config.quant.method, backend)
             backend.watch_weights(model)  # What was trained whole is frozen here, and has come since.
     elif place is not None:
         folder = weights_in(place)
         check_base(folder, config)
-        load_weights(folder, model, backend, load_initial_factors(config) if config.adapter.pissa else None)
+        load_weights(folder, model, backend, load_initial_factors(config.run_dir) if config.adapter.pissa else None)
         backend.watch_weights(model)
     return model, backend
 
@@ -88,7 +89,9 @@ def check_base(weights: Path, config: Config) -> None:
     A checkpoint names its base; what a run published has the run's checkpoints beside it.
     """
     states = [weights] if (weights / STATE_NAME).is_file() else steps(weights.parent / CHECKPOINTS)
-    if states and load_state(states[-1]).identity.base_fingerprint != base_identity(config):
+    base = CheckpointFiles(config.model.path)
+    identity = base_identity(base, config.adapter, config.run_dir) if states else ""
+    if states and load_state(states[-1]).identity.base_fingerprint != identity:
         taken = OR_WHAT_PISSA_TOOK if config.adapter.pissa else ""
         raise UserError(
             f"{weights} was trained on another base: the weights at {config.model.path}{taken} have changed since; "

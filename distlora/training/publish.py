@@ -58,7 +58,7 @@ def weight_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTER
     if config.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
     tensors = adapter_tensors(model, adapter)
-    return {CONFIG_NAME: adapter_config(config, model, adapter), WEIGHTS_NAME: dict(tensors)}
+    return {CONFIG_NAME: adapter_config(config.spec, model, adapter), WEIGHTS_NAME: dict(tensors)}
 
 
 def marks(config: Config) -> dict[str, str]:
@@ -71,7 +71,7 @@ def adapter_files(model: CausalLM, config: Config, adapter: str = DEFAULT_ADAPTE
     files = weight_files(model, config, adapter)
     if not config.adapter.pissa:
         return files
-    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(config))
+    tensors = plain_tensors(files[WEIGHTS_NAME], initial_adapter_path(config.run_dir))
     return {CONFIG_NAME: plain_config(files[CONFIG_NAME]), WEIGHTS_NAME: tensors}
 
 

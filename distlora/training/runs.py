@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.resume import choose, environment
 from distlora.checkpoint.saver import Saver
 from distlora.checkpoint.state import (
+    Identity,
     Progress,
     TrainState,
     check_matches,
@@ -48,6 +50,7 @@ from distlora.training.publish import (
 )
 from distlora.training.reporting.reporter import Reporter
 from distlora.training.trial import Hooks, Trial
+from distlora.weights.initial_adapter_file import base_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class OpenRun:
 
     folder: Path
     config: Config
+    base: CheckpointFiles
     loader: StepLoader
     eval_loader: StepLoader | None
     total_steps: int
@@ -94,15 +98,16 @@ class OpenRun:
         reporter.result(self.folder / PUBLISHED[self.config.adapter.method])
 
 
-def open_run(run_dir: Path, config: Config, ranks: Ranks) -> OpenRun:
+def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles) -> OpenRun:
     """Every rank must call it alike. Raises UserError for records that are damaged, and for a checkpoint of another
     run."""
     loader, eval_loader = open_data(run_dir, config, ranks)
     data, made_on = read_record(run_dir / DATA_NAME), environment_of(config, ranks)
-    newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, data, ranks, made_on)
+    newest, progress, notes = find_checkpoint(run_dir / CHECKPOINTS, config, base, data, ranks, made_on)
     return OpenRun(
         folder=run_dir,
         config=config,
+        base=base,
         loader=loader,
         eval_loader=eval_loader,
         total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
@@ -130,7 +135,7 @@ def trial_of(
     is in a model that has those of others, too."""
     config, settings = run.config, run.config.train
     adapter = DEFAULT_ADAPTER if slot is None else slot_name(slot)
-    identity = identity_of(config, run.data)
+    identity = _identity(config, run.base, run.data)
 
     def state_files() -> dict[str, Any]:
         state = trainer_tensors(optimizer, trained, backend)
@@ -188,7 +193,12 @@ def environment_of(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def find_checkpoint(
-    checkpoints: Path, config: Config, data: dict[str, Any], ranks: Ranks, made_on: dict[str, Any]
+    checkpoints: Path,
+    config: Config,
+    base: CheckpointFiles,
+    data: dict[str, Any],
+    ranks: Ranks,
+    made_on: dict[str, Any],
 ) -> tuple[Path | None, Progress, list[str]]:
     """What the run goes on from, how far that had come, and what there is to say of it. Raises UserError where it is of
     another run."""
@@ -196,9 +206,14 @@ def find_checkpoint(
     if newest is None:
         return None, Progress(), notes
     state = load_state(newest)
-    check_matches(state, newest, identity_of(config, data), init_from=config.adapter.init_from)
+    check_matches(state, newest, _identity(config, base, data), init_from=config.adapter.init_from)
     line = environment_line(state.environment, made_on)
     return newest, state.progress, notes if line is None else [*notes, line]
+
+
+def _identity(config: Config, base: CheckpointFiles, data: Mapping[str, Any]) -> Identity:
+    identity = base_identity(base, config.adapter, config.run_dir)
+    return identity_of(config.spec, config.optim, config.train, data_digest=data["content"], base_identity=identity)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 computed from the base, fill the shards, start the others.
 
 Where adapters begin, and what fills them in turn; a new run has no checkpoint, and what DPO compares with is kept where
-it is not the base (`loading.start_file.needs_initial_adapter` decides):
+it is not the base (`weights.initial_adapter_file.needs_initial_adapter` decides):
 
     start              a new run                a resumed one        a resumed one of DPO
     adds nothing       reset                    checkpoint           checkpoint
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError
 from distlora.loading import decomposed_adapters
 from distlora.loading.load_base import Loaded, load_base
@@ -46,16 +47,19 @@ def start_model(
     restores: bool = False,
     for_slots: bool = False,
     boundary: watch.Marker = watch.at,
+    base: CheckpointFiles | None = None,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """The model on this rank with the base's weights and adapters at their start: adding nothing, or what they were
     decomposed to, which `say` is told of; `start_adapters` does the rest. `training` and `for_slots` as in build_model.
 
     `restores`: the caller fills the adapters. A run of PiSSA then has its start already, and its base is built again
     from that; one that trains by DPO has it too, and needs it as its reference. `boundary` marks each weight, on every
-    rank alike, and may end the start by what it raises. Raises UserError for a base that cannot be read or does not fit
+    rank alike, and may end the start by what it raises. `base`: the files at model.path, if already read.
+    Raises UserError for a base that cannot be read or does not fit
     its config.json, for a start that is gone, and where host memory that the config asks for is not there.
     """
-    model = build_model(config, training=training, for_slots=for_slots)
+    base = base or CheckpointFiles(config.model.path)
+    model = build_model(config, base=base, training=training, for_slots=for_slots)
     use_device_kernels(model, config, ranks.device)
     recompute_mlps(model, config)
     backend = parallelize(model, ranks, config)
@@ -63,14 +67,14 @@ def start_model(
     if offloads:
         require_room_for_inputs(model, config, backend)
     adapter = config.adapter
-    if adapter.decomposes and needs_initial_adapter(config, training=training, restores=restores):
+    say = say or (lambda text: None)
+    is_reference = training and config.train.objective == "dpo"
+    if adapter.decomposes and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         decomposed_adapters.initialize_from_base(
-            model, config, backend, say or (lambda text: None), restores=restores, boundary=boundary
+            model, config.spec, config.run_dir, base, backend, say, restores=restores, boundary=boundary
         )
-    cache = cache_settings(config, backend, say or (lambda text: None))
-    loaded = load_base(
-        model, config.model.path, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary
-    )
+    cache = cache_settings(config, base, backend, say)
+    loaded = load_base(model, base, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary)
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, config, ranks.device)
@@ -81,7 +85,9 @@ def start_model(
     return model, backend, loaded
 
 
-def cache_settings(config: Config, backend: Backend, say: Callable[[str], None]) -> QuantizedCacheSettings | None:
+def cache_settings(
+    config: Config, base: CheckpointFiles, backend: Backend, say: Callable[[str], None]
+) -> QuantizedCacheSettings | None:
     """Where the base's quantized shards are kept; None where they are not. Ranks that `say` nothing to people tell
     their own log."""
     quant, device = config.quant, backend.ranks.device
@@ -94,7 +100,7 @@ def cache_settings(config: Config, backend: Backend, say: Callable[[str], None])
         folder=Path(quant.cache_dir).expanduser().absolute(),
         limit=None if quant.cache_gb is None else int(quant.cache_gb * 1e9),
         base=config.model.name or config.model.path,
-        identity=base_identity(config),
+        identity=base_identity(base, config.adapter, config.run_dir),
         made_on=made_on,
         say=say if backend.writes else print,
     )
@@ -110,8 +116,9 @@ def start_adapters(
     """
     watch.at(None, "preparing to train", long=True)
     adapter = config.adapter
-    if adapter.init_from is not None and needs_initial_adapter(config, training=True, restores=restores):
-        load_peft_adapter(model, config, backend)
+    is_reference = config.train.objective == "dpo"
+    if adapter.init_from is not None and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
+        load_peft_adapter(model, adapter, config.quant.method, backend)
         say(f"starting from the adapter in {adapter.init_from}; lora_dropout is this run's own, {adapter.lora_dropout}")
     if config.train.objective == "dpo" and not adapter.starts_as_base:
         model.keep_start()

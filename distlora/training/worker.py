@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.model.build import CausalLM
@@ -40,7 +41,8 @@ def run(run_dir: Path, ranks: Ranks) -> None:
 
 def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
     """From the data to the result. Raises Stopped, on every rank, after all that a stop asks for is done."""
-    opened = open_run(run_dir, config, ranks)
+    base = CheckpointFiles(config.model.path)
+    opened = open_run(run_dir, config, ranks, base)
     plan, restores = read_plan(run_dir, config), opened.newest is not None
     with opened.reporter(ranks) as reporter, recording_a_stop(reporter, opened.progress):
         control.boundary(None, "reading the run", long=True)
@@ -48,7 +50,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
         model, backend, loaded = start_model(
-            config, ranks, say=reporter.event, restores=restores, boundary=control.boundary
+            config, ranks, say=reporter.event, restores=restores, boundary=control.boundary, base=base
         )
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)

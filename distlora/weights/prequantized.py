@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
-from distlora.config import Config, UserError
+from distlora.config import ModelSpec, UserError
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _STORAGES = ("U8", "BF16", "F16", "F32")
@@ -55,15 +56,14 @@ class PrequantizedWeight:
         return self.offset is not None
 
 
-def read_prequantized_weights(
-    folder: Path, model: Mapping[str, Any], headers: Mapping[str, Segment]
-) -> dict[str, PrequantizedWeight]:
+def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWeight]:
     """The weights that are NF4 on disk, by their names there; empty for a checkpoint that is not quantized.
 
-    `model` is config.json. Reads a few hundred bytes a weight. Raises UserError by field for any other quantization,
+    Reads a few hundred bytes a weight. Raises UserError by field for any other quantization,
     and for parts that do not fit each other.
     """
-    config_file, quantization = folder / "config.json", model.get("quantization_config")
+    folder, headers = base.folder, base.headers
+    config_file, quantization = folder / "config.json", base.config.get("quantization_config")
     states = {match[1]: match for match in map(_STATE.fullmatch, headers) if match}
     if quantization is None:
         if states:
@@ -81,25 +81,25 @@ def read_prequantized_weights(
     return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
 
 
-def check_keeps_prequantized(config: Config, packed: Mapping[str, PrequantizedWeight]) -> None:
+def check_keeps_prequantized(spec: ModelSpec, packed: Mapping[str, PrequantizedWeight]) -> None:
     """Refuse settings that need 16-bit weights of a base that has none. Raises UserError."""
     if packed:
-        refuse_dense_settings(config, f"({len(packed):,} weights in NF4)")
+        refuse_dense_settings(spec, f"({len(packed):,} weights in NF4)")
 
 
-def refuse_dense_settings(config: Config, how: str = "(by its config.json)") -> None:
+def refuse_dense_settings(spec: ModelSpec, how: str = "(by its config.json)") -> None:
     """`check_keeps_prequantized` of a base of which it is known alone that it is packed. Raises UserError."""
-    reason = f"{{model.path}}={config.model.path} is quantized already {how}"
-    if config.adapter.method == "full":
+    reason = f"{{model.path}}={spec.model.path} is quantized already {how}"
+    if spec.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
-    if config.quant.method == "none":
+    if spec.quant.method == "none":
         raise UserError(
             f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit "
             "checkpoint"
         )
-    if config.adapter.decomposes:
+    if spec.adapter.decomposes:
         raise UserError(
-            f"adapter.init={config.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
+            f"adapter.init={spec.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
             "{model.path} to the 16-bit checkpoint"
         )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distlora.analysis.naming import layer_of, linear_of
 from distlora.analysis.quantization.roundtrip import CHUNK, Sums, measure
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES, read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES
 from distlora.config import Config, UserError
 from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM, build_model
@@ -70,8 +70,9 @@ def find_weights(config: Config) -> tuple[list[Weight], int]:
 
     Raises UserError for a checkpoint that is not the model's, and for weights in another type than 32 or 16 bits.
     """
-    model = build_model(config)
-    sources = find_base(model, read_headers(Path(config.model.path)))
+    files = CheckpointFiles(config.model.path)
+    model = build_model(config, base=files)
+    sources = find_base(model, files.headers)
     weights = []
     for name, module in block_weights(model):
         if not module.quantized:  # A router, which stays as it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distlora.architecture.safetensors_headers import fingerprint
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.state import load_state
 from distlora.config import Config, UserError, require
 from distlora.config.file import load_config
@@ -75,7 +75,7 @@ def run_of(folder: Path) -> Path | None:
 def base_of_run(run_dir: Path, config: Config) -> str | None:
     """`fingerprint` of the checkpoint that a run trained on: what its own records say, else of what is there now."""
     if config.adapter.pissa:
-        record = read_initial_adapter_record(config, with_base=False)
+        record = read_initial_adapter_record(run_dir, config.adapter, None)
         return None if record is None else record.base
     states = [folder for folder in checkpoint_folders(run_dir) if (folder / "state.json").is_file()]
     if states:
@@ -85,7 +85,7 @@ def base_of_run(run_dir: Path, config: Config) -> str | None:
 
 def fingerprint_of(folder: str | None) -> str | None:
     """None where there is no such folder."""
-    return fingerprint(Path(folder)) if folder is not None and Path(folder).is_dir() else None
+    return CheckpointFiles(folder).fingerprint if folder is not None and Path(folder).is_dir() else None
 
 
 def _alone(place: str, folder: Path, weight: float, says: str | None, base: str | None) -> Member:

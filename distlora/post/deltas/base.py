@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distlora.architecture.families import read_config
-from distlora.architecture.safetensors_headers import Segment, read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import Config, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
@@ -153,8 +152,13 @@ class Base:
     """On the meta device: the family, the names, the config."""
     weights: Mapping[str, BaseWeight]
     """By Hugging Face name, in the model's order. Of a tied head there is the embedding alone."""
-    headers: Mapping[str, Segment]
-    """Every tensor on disk by its name there, those too that the model does not take."""
+    files: CheckpointFiles
+    """The folder, config.json and headers of the checkpoint."""
+
+    @property
+    def headers(self) -> Mapping[str, Segment]:
+        """Every tensor on disk by its name there, those too that the model does not take."""
+        return self.files.headers
 
     @property
     def embedding_name(self) -> str:
@@ -166,11 +170,10 @@ def open_base(config: Config) -> Base:
 
     Raises UserError for a checkpoint that is not the model's, and for PiSSA's start where that is gone.
     """
-    folder = Path(config.model.path)
-    model = build_model(config, training=False)
-    headers = read_headers(folder)
-    sources = find_base(model, headers)
-    stored = read_prequantized_weights(folder, read_config(folder), headers)
+    files = CheckpointFiles(config.model.path)
+    model = build_model(config, base=files, training=False)
+    sources = find_base(model, files.headers)
+    stored = read_prequantized_weights(files)
     packed = prequantized_parameters(stored, {name: source.names for name, source in sources.items()})
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
     residuals = _residuals(model, config) if config.adapter.pissa else {}
@@ -189,12 +192,12 @@ def open_base(config: Config) -> Base:
             residual=residuals.get(name),
             held=held.get(name, torch.float32),
         )
-    return Base(model=model, weights=weights, headers=headers)
+    return Base(model=model, weights=weights, files=files)
 
 
 def _residuals(model: CausalLM, config: Config) -> dict[str, Residual]:
     """Of a run of PiSSA: what its start is, by the name of the weight that it is taken out of."""
-    start = load_initial_factors(config)
+    start = load_initial_factors(config.run_dir)
     found = {}
     for path, linear in model.adapted_linears():
         assert isinstance(linear, AdaptedLinear)

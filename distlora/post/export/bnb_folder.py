@@ -175,7 +175,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     else:
         tensors = load_file(weights / WEIGHTS_NAME)
         if not (weights / STATE_NAME).is_file():
-            start = load_initial_factors(trained.config)
+            start = load_initial_factors(trained.config.run_dir)
             settings = trained_config(settings)
             for name in filter(is_pair, tensors):
                 tensors[name] = trained_part(name, tensors[name], start[name], weights).contiguous()

@@ -79,7 +79,7 @@ def our_logits(trained: Trained) -> Ours:
 def onto_original(trained: Trained) -> Iterator[Trained]:
     """The same adapter on the base as it is on disk, unquantized: what `--onto original` merges."""
     assert trained.weights is not None
-    with plain_form(weights_in(trained.weights), trained.config) as folder:
+    with plain_form(weights_in(trained.weights), trained.config.adapter, trained.config.run_dir) as folder:
         config = trained.config
         dense = replace(config, quant=QuantConfig(method="none"), train=replace(config.train, dtype="fp32"))
         yield replace(trained, config=with_adapter(dense, folder), weights=folder, foreign=True)

@@ -38,10 +38,11 @@ def as_plain_adapter(result: Result) -> Iterator[Result]:
     if result.adapter is None or not is_pissa(str(result.adapter.get("init_lora_weights"))):
         yield result
         return
-    require_initial_adapter(result.config, with_base=False)
+    adapter, run_dir = result.config.adapter, result.config.run_dir
+    require_initial_adapter(run_dir, adapter, None)
     from distlora.loading.plain_adapter import plain_form
 
-    with plain_form(result.folder, result.config) as place:
+    with plain_form(result.folder, adapter, run_dir) as place:
         yield dataclasses.replace(result, folder=place, adapter=read_record(place / CONFIG_NAME))
 
 

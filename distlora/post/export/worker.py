@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.safetensors_headers import fingerprint
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.post.export.formats import FORMATS
@@ -79,7 +79,7 @@ def record(request: Request, trained: Trained, found: Mapping[str, Any] | None) 
         "format": request.format,
         "from": Path(request.name.place).name,
         "adapter": {"folder": adapter.name, "sha256": sha256(adapter / WEIGHTS_NAME)},
-        "base": {"name": trained.config.model.name or base.name, "fingerprint": fingerprint(base)},
+        "base": {"name": trained.config.model.name or base.name, "fingerprint": CheckpointFiles(base).fingerprint},
         "onto": request.onto if FORMATS[request.format].merged else None,
         "dtype": request.dtype,
         "date": f"{datetime.date.today():%Y-%m-%d}",

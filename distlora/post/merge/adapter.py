@@ -90,7 +90,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
     folder = weights_in(place)
     if not trained.foreign:
         check_base(folder, config)
-    with plain_form(folder, config) as file:
+    with plain_form(folder, config.adapter, config.run_dir) as file:
         adapter = AdapterFile.open(file)
         residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
         starts = {path: residual.start for path, residual in residuals.items() if residual is not None}

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from distlora.architecture.safetensors_headers import fingerprint
 from distlora.checkpoint.files import new_folder
 from distlora.post.deltas.base import Base, open_base
 from distlora.post.merge.adapter import Adapter, open_adapter
@@ -81,7 +80,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
                 dtype=next(name for name, known in DTYPES.items() if known is dtype),
                 date=f"{datetime.date.today():%Y-%m-%d}",
                 versions={name: importlib.metadata.version(name) for name in ("distlora", "torch", "transformers")},
-                base={"path": str(folder), "fingerprint": fingerprint(folder), "files": of_base_files},
+                base={"path": str(folder), "fingerprint": base.files.fingerprint, "files": of_base_files},
                 adapter=None if adapter is None else _named(adapter, trained),
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora.architecture.families import read_config
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.loading.token_matrices import mean_row_alone
 from distlora.model.experts import ExpertWeight
@@ -85,7 +84,7 @@ def parameters_of(base: Base, folder: Path, adapter: Adapter | None) -> list[Par
         )
     if model.tied_in_base:
         found += _tied_head(base)
-    return found + _packed_beside(base, folder, found)
+    return found + _packed_beside(base, found)
 
 
 def _matrix_of(base: Base, name: str) -> str | None:
@@ -109,9 +108,9 @@ def _tied_head(base: Base) -> list[Parameter]:
     return [Parameter(weight=replace(weight, name=HEAD_NAME), outputs={name: shape}, matrix=matrix)]
 
 
-def _packed_beside(base: Base, folder: Path, found: list[Parameter]) -> list[Parameter]:
+def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
     """Weights in NF4 that the model does not take: without a quantization_config they must be dense."""
-    stored = read_prequantized_weights(folder, read_config(folder), base.headers)
+    stored = read_prequantized_weights(base.files)
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
     for name, packed in stored.items():

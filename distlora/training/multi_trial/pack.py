@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
@@ -65,10 +66,12 @@ class Pack(Trainer):
         settings: PackSettings,
         config: Config,
         loaded: Loaded,
+        base: CheckpointFiles,
     ) -> None:
-        """`config` is what all trials share; `loaded` says how the base was."""
+        """`config` is what all trials share; `loaded` says how the base was read from `base`."""
         super().__init__(model, backend, control)
         self._inbox, self._settings, self._config, self._loaded = inbox, settings, config, loaded
+        self._base = base
         self._seats: dict[Trial, Seat] = {}
         self._none_left = False
         """Whether the inbox is closed and all that was in it was handed out."""
@@ -137,7 +140,7 @@ class Pack(Trainer):
         """Raises UserError, on every rank, where some rank cannot read what the trial needs."""
         ranks = self.backend.ranks
         config = together(lambda: self._read(run_dir), ranks)
-        run = together(lambda: open_run(run_dir, config, ranks), ranks)
+        run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {seat.slot for seat in self._seats.values()}
         slot = next(slot for slot in range(self._settings.slots) if slot not in taken)
         adapter, seed = slot_name(slot), config.train.seed

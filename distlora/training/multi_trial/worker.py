@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
@@ -44,11 +45,12 @@ def _train(pack_dir: Path, config: Config, ranks: Ranks, control: Control) -> No
     say(f"a pack of up to {settings.slots:,} trials; reading {config.model.path}")
     # What is reserved by the rows of a micro-batch is for those of all slots.
     full = together([config] * settings.slots)
-    model, backend, loaded = start_model(full, ranks, say=say, boundary=control.boundary, for_slots=True)
+    base = CheckpointFiles(config.model.path)
+    model, backend, loaded = start_model(full, ranks, say=say, boundary=control.boundary, for_slots=True, base=base)
     for note in model.notes:
         say(note)
     inbox = Inbox(pack_dir, ranks)
-    Pack(model, backend, control, inbox=inbox, settings=settings, config=config, loaded=loaded).run()
+    Pack(model, backend, control, inbox=inbox, settings=settings, config=config, loaded=loaded, base=base).run()
     backend.barrier()
 
 

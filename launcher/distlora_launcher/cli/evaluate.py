@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import check_config, read_config
-from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.config.places import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -304,7 +304,7 @@ def model_subject(place: str, quant: str | None) -> Subject:
     config = base_alone(path, "nf4", run_dir=path)
     with with_small_files(config) as here:
         small = Path(here.model.path)
-        packed = read_prequantized_weights(small, read_config(small), read_headers(small))
+        packed = read_prequantized_weights(CheckpointFiles(small))
         require(
             quant != "none" or not packed,
             f"--quant=none: {place} is stored in NF4; leave --quant out",

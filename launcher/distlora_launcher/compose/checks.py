@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.expert_targets import check_router_loss, expert_names, expert_shapes, select_adapted
 from distlora.architecture.families import (
     Family,
@@ -24,10 +25,10 @@ from distlora.architecture.families import (
     read_config,
     text_settings,
 )
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_headers
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.architecture.targets import check_patterns
 from distlora.architecture.tokens import check_before_tokenizer
-from distlora.checkpoint.state import check_newest_settings
+from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import Config, UserError, nearest, require
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES, short
@@ -66,9 +67,12 @@ def check(config: Config, *, new_run: bool) -> None:
         check_data(config)
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
-            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, config)
-        if goes_on and config.adapter.decomposes and needs_initial_adapter(config, training=True, restores=True):
-            require_initial_adapter(config)
+            settings = fixed_settings(config.spec, config.optim, config.train)
+            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
+        is_reference = config.train.objective == "dpo"
+        needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)
+        if goes_on and config.adapter.decomposes and needed:
+            require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
@@ -179,9 +183,9 @@ def check_model(config: Config) -> None:
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
-    on_disk = read_headers(folder)
-    packed = read_prequantized_weights(folder, model, on_disk)
-    check_keeps_prequantized(config, packed)
+    base = CheckpointFiles(folder)
+    on_disk, packed = base.headers, read_prequantized_weights(base)
+    check_keeps_prequantized(config.spec, packed)
     stored_as = names_on_disk(on_disk, family)
     tensors = {name: on_disk[stored] for name, stored in stored_as.items()}
     packed = {name: packed[stored] for name, stored in stored_as.items() if stored in packed}

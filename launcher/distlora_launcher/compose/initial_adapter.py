@@ -56,7 +56,9 @@ def check_initial_adapter(config: Config, shapes: Mapping[str, tuple[int, ...]],
     A run that has saved its own weights needs it no more, unless it is DPO's reference.
     """
     goes_on = any((Path(config.run_dir) / "checkpoints").glob("step_*"))
-    if config.adapter.init_from is None or not needs_initial_adapter(config, training=True, restores=goes_on):
+    if config.adapter.init_from is None or not needs_initial_adapter(
+        config.adapter, is_reference=config.train.objective == "dpo", restores=goes_on
+    ):
         return
     initial = read_peft_adapter(config.adapter.init_from)
     check_fits(initial, config.adapter, shapes)

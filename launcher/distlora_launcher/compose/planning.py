@@ -67,7 +67,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     """Refuse of a model of which there is config.json alone what `check_model` would."""
     check_of_sizes(config, model.settings, model.shapes.family)
     if model.settings.get("quantization_config") is not None:
-        refuse_dense_settings(config)
+        refuse_dense_settings(config.spec)
     if config.adapter.decomposes:
         adapters = (each for block in model.shapes.adapters(config.adapter) for each in block)
         check_ranks(config.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from distlora.analysis.quantization.request import NAMES as NAMES
 from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
-from distlora.architecture.families import read_config
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system.exit_codes import DONE
@@ -112,7 +111,7 @@ def checked(options: argparse.Namespace) -> Request:
         if folder.is_dir() and options.sequence_length is None:
             request = dataclasses.replace(request, sequence_length=row_tokens(folder))
         check_model(dataclasses.replace(config, data=request.config("nf4").data))
-        packed = read_prequantized_weights(folder, read_config(folder), read_headers(folder))
+        packed = read_prequantized_weights(CheckpointFiles(folder))
         require(
             not packed,
             f"{name} is quantized already ({len(packed):,} weights in NF4), so there are no 16-bit weights to compare "

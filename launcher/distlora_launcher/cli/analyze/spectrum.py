@@ -19,7 +19,7 @@ from distlora.analysis.spectrum.request import (
     TOP,
     Request,
 )
-from distlora.architecture.safetensors_headers import fingerprint
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
 from distlora.post.trained import BASE_ALONE
 from distlora.system.exit_codes import DONE
@@ -87,7 +87,7 @@ def checked(options: argparse.Namespace) -> Request:
         other, second = named(also)
         bases = [Path(each.config.model.path) for each in (trained, second)]
         require(
-            bases[0] == bases[1] or fingerprint(bases[0]) == fingerprint(bases[1]),
+            bases[0] == bases[1] or CheckpointFiles(bases[0]).fingerprint == CheckpointFiles(bases[1]).fingerprint,
             f"--against={options.against} was trained on {shown(bases[1])} and {options.run} on {shown(bases[0])}, "
             "whose weights differ; name a run of the same base",
         )

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.families import family_of, read_config
-from distlora.architecture.safetensors_headers import fingerprint, read_headers
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError, require
 from distlora.run_folder.layout import SUMMARY_NAME, read_record
 from distlora.system import atomic_io
@@ -105,7 +106,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def check_setup(out: Path, setup: Setup) -> None:
     """Make the folder, or refuse one whose runs were made otherwise: they would not belong into one table."""
     check_writable(out, "--out")
-    values = dataclasses.asdict(setup) | {"fingerprint": fingerprint(Path(setup.base) / "model")}
+    values = dataclasses.asdict(setup) | {"fingerprint": CheckpointFiles(Path(setup.base) / "model").fingerprint}
     earlier = read_record(out / SETUP_NAME)
     differing = [name for name, value in values.items() if name in earlier and earlier[name] != value]
     differing = [name for name in differing if name != "seeds"]  # More seeds are more of the same.

@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from distlora.post.deltas.base import open_base
-from distlora.post.export.gguf.model_file import write_model
+from distlora.post.base_weights import open_base
+from distlora.post.export.gguf.model_format import write_model
 from distlora.post.export.gguf.tensors import Weight
 from distlora.weights.reader import Reader
 from family_models import config_for

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora.analysis.quantization import int4, perplexity, report
+from distlora.analysis.quantization import perplexity, report, roundtrip
 from distlora.analysis.quantization.perplexity import measure_formats, put_through
-from distlora.analysis.quantization.references import measure_references
-from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
-from distlora.analysis.quantization.roundtrip import FORMATS, Sums, measure, round_trip
+from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
+from distlora.analysis.quantization.roundtrip import FORMATS, Sums, measure, measure_references, round_trip
 from distlora.analysis.quantization.weights import block_weights, find_weights
 from distlora.analysis.quantization.worker import read_rows
 from distlora.analysis.quantization.worker import run as analyse
@@ -55,29 +54,29 @@ def nearest(value: float, levels: tuple[float, ...]) -> float:
 
 
 def test_int4_has_15_levels_ties_go_down_and_a_block_of_zeros_stays_zero() -> None:
-    levels = torch.tensor(int4.LEVELS)
+    levels = torch.tensor(roundtrip.INT4_LEVELS)
     assert len(levels) == 15
     assert torch.equal(levels, -levels.flip(0))
-    assert int4.LEVELS[int4.ZERO_CODE] == 0
+    assert roundtrip.INT4_LEVELS[roundtrip.INT4_ZERO_CODE] == 0
     midpoints = (levels[1:] + levels[:-1]) / 2
     block = torch.cat([levels, midpoints, torch.zeros(64 - 29)])
-    codes, absmax = int4.quantize_blocks(torch.cat([block, torch.zeros(64)]))
+    codes, absmax = roundtrip.quantize_int4(torch.cat([block, torch.zeros(64)]))
     assert absmax.flatten()[:3].tolist() == [1.0, 0.0, 0.0]
     index = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
     assert index[:29].tolist() == [*range(15), *range(14)]
-    assert set(index[29:].tolist()) == {int4.ZERO_CODE}
+    assert set(index[29:].tolist()) == {roundtrip.INT4_ZERO_CODE}
 
 
 def test_a_level_above_a_midpoint_goes_up() -> None:
-    levels = torch.tensor(int4.LEVELS)
+    levels = torch.tensor(roundtrip.INT4_LEVELS)
     above = torch.nextafter((levels[1:] + levels[:-1]) / 2, torch.tensor(2.0))
-    codes, _ = int4.quantize_blocks(torch.cat([torch.ones(1), above, torch.zeros(49)]))
+    codes, _ = roundtrip.quantize_int4(torch.cat([torch.ones(1), above, torch.zeros(49)]))
     assert torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[1:15].tolist() == list(range(1, 15))
 
 
 @pytest.mark.parametrize(
     ("exact", "lossy", "levels"),
-    [("int4", "nf4", int4.LEVELS), ("nf4", "int4", reference.NF4_LEVELS)],
+    [("int4", "nf4", roundtrip.INT4_LEVELS), ("nf4", "int4", reference.NF4_LEVELS)],
 )
 def test_weights_on_the_levels_of_one_format_have_the_errors_of_the_other_by_hand(
     exact: str, lossy: str, levels: tuple[float, ...]
@@ -87,7 +86,7 @@ def test_weights_on_the_levels_of_one_format_have_the_errors_of_the_other_by_han
     values = [scale * level for level in (levels * 5)[:63]] + [scale]
     weights = torch.tensor(values * 300)
     sums = whole(weights)
-    other = reference.NF4_LEVELS if lossy == "nf4" else int4.LEVELS
+    other = reference.NF4_LEVELS if lossy == "nf4" else roundtrip.INT4_LEVELS
     errors = [value - scale * nearest(value / scale, other) for value in values]
     norm = math.sqrt(sum(value**2 for value in values))
     assert sums.relative_error(exact) < 1e-7
@@ -171,7 +170,7 @@ def test_the_standard_error_is_that_of_a_ratio_over_rows() -> None:
     assert compare(dense[:1], dense[:1], torch.zeros(1), targets[:1]).standard_error is None
 
 
-def request_for(folder: Path, out: Path, **settings: Any) -> Request:
+def request_for(folder: Path, out: Path, **settings: Any) -> QuantizationRequest:
     out.mkdir(exist_ok=True)
     values: dict[str, Any] = {
         "model": str(folder / "llama"),
@@ -184,7 +183,7 @@ def request_for(folder: Path, out: Path, **settings: Any) -> Request:
         "sequence_length": 64,
         "rows": 9,
     }
-    return Request(**(values | settings))
+    return QuantizationRequest(**(values | settings))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

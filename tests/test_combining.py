@@ -19,12 +19,12 @@ from torch import Tensor
 from closeness import relative_error
 from distlora.config import UserError
 from distlora.parallel import Ranks
+from distlora.post.adapter_factors import AdapterFile, adapted_rows
+from distlora.post.base_weights import open_base
 from distlora.post.combine import worker
-from distlora.post.combine.request import METHODS, Request
-from distlora.post.deltas.apply import adapted_rows
-from distlora.post.deltas.base import open_base
-from distlora.post.deltas.factors import AdapterFile
+from distlora.post.combine.request import METHODS, CombineRequest
 from distlora.post.trained import base_alone
+from distlora.system.command_worker import from_json, to_json
 from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
 from distlora.weights.peft_folder import NF4_MARK, read_peft_adapter
@@ -44,7 +44,7 @@ EXACT = 1e-6
 def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
     """The command's two halves in this process: (folder, record)."""
     request = checked(parse([str(word) for word in words]), "distlora combine ...")
-    return Path(request.out), worker.run(Request.read(request.as_json()))
+    return Path(request.out), worker.run(from_json(CombineRequest, to_json(request)))
 
 
 def delta(folder: Path, path: str) -> Tensor:

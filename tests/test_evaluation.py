@@ -15,22 +15,21 @@ import torch
 from torch import Tensor
 
 from distlora.config import UserError
+from distlora.config.file import build
 from distlora.data.loader import StepLoader
 from distlora.model.head import IGNORED_LABEL
 from distlora.parallel import Ranks
 from distlora.post.divergence import Loss
 from distlora.post.evaluate import worker
-from distlora.post.evaluate.measure import Measured, load, round_to
+from distlora.post.evaluate.measure import Measured, load, open_rows, round_to
 from distlora.post.evaluate.request import (
-    Request,
+    EvaluateRequest,
     Subject,
     Text,
     held_out,
 )
-from distlora.post.evaluate.rows import open_rows
 from distlora.post.merge.merge import merge_to
-from distlora.post.merge.page import measured_in_words, measured_table
-from distlora.post.merge.receipt import Receipt
+from distlora.post.merge.receipt import Receipt, measured_in_words, measured_table
 from distlora.post.trained import Name
 from distlora.training import worker as train
 from distlora_launcher.cli import measuring
@@ -51,15 +50,15 @@ def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def request_for(run_dir: Path, *more: Subject, **settings: Any) -> Request:
+def request_for(run_dir: Path, *more: Subject, **settings: Any) -> EvaluateRequest:
     name = Name(place=str(run_dir))
     text = held_out(run_dir, name.read().config, "the run")
     adapted = Subject(label="adapted", kind="adapted", name=name)
     base = Subject(label="base", kind="base", name=replace(name, adapter="base"))
-    return Request(subjects=(adapted, base, *more), text=text, dtype="fp32", **settings)
+    return EvaluateRequest(subjects=(adapted, base, *more), text=text, dtype="fp32", **settings)
 
 
-def whole_logits(subject: Subject, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+def whole_logits(subject: Subject, request: EvaluateRequest) -> tuple[Tensor, Tensor, Tensor]:
     """(logits (targets, V) in fp64, targets, the row of each): what no evaluation ever holds."""
     model = load(subject, "fp32", SINGLE)
     rows, _ = open_rows(request.text, subject.found()[0], SINGLE)
@@ -122,26 +121,26 @@ def test_rounded_weights_are_what_a_checkpoint_in_16_bits_would_hold(folders: Pa
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvaluateRequest]:
     """The requests of the processes that a command would become."""
-    requests: list[Request] = []
+    requests: list[EvaluateRequest] = []
 
     def become(executable: str, arguments: list[str], environment: dict[str, str]) -> None:
-        requests.append(Request.read(arguments[-1]))
+        requests.append(build(EvaluateRequest, json.loads(arguments[-1])["request"]))
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", become)
     return requests
 
 
-def ask(requests: list[Request], *words: str) -> Request:
+def ask(requests: list[EvaluateRequest], *words: str) -> EvaluateRequest:
     with pytest.raises(SystemExit):
         command(["eval", *words])
     return requests.pop()
 
 
 def test_the_command_asks_for_a_run_its_base_and_models(
-    asked: list[Request], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: list[EvaluateRequest], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run_dir.parent)
     request = ask(asked, "run", str(folders / "llama"), "--rows", "7")
@@ -163,7 +162,7 @@ def test_the_command_asks_for_a_run_its_base_and_models(
 
 
 def test_bases_are_told_apart_by_what_they_are(
-    asked: list[Request], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: list[EvaluateRequest], run_dir: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs of one base, and one of another of the same name."""
     monkeypatch.chdir(tmp_path)
@@ -189,7 +188,7 @@ def test_figures_that_are_not_finite_are_null_and_a_dash() -> None:
 
 
 def test_a_text_is_read_once_for_all_and_written_down(
-    asked: list[Request], folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: list[EvaluateRequest], folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model against itself: no difference; in NF4: some."""
     words = [str(folders / "qwen3"), "--text", str(folders / "text.jsonl"), "--sequence-length", "64", "--rows", "6"]
@@ -246,7 +245,7 @@ def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     text = Text(name="text", path=str(tmp_path / "text.jsonl"), sequence_length=64, cache_dir=str(tmp_path / "cache"))
     subjects = tuple(Subject(label=str(p), kind="model", model=str(p)) for p in (folders / "llama", tmp_path / "other"))
     with pytest.raises(UserError, match="another tokenizer"):
-        worker.run(Request(subjects=subjects, text=text, dtype="fp32"), SINGLE)
+        worker.run(EvaluateRequest(subjects=subjects, text=text, dtype="fp32"), SINGLE)
 
 
 MERGED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -265,7 +264,7 @@ MERGED_MORE = [name for name in MERGED if name not in MERGED_HERE]
 DTYPE = {"bf16": {"dtype": "bf16"}}
 
 
-def merge(run: Path, out: Path, **settings: Any) -> Request:
+def merge(run: Path, out: Path, **settings: Any) -> EvaluateRequest:
     """What `distlora merge` writes, and what it then asks for."""
     name = Name(place=str(run))
     trained = name.read()
@@ -330,7 +329,7 @@ def test_what_cannot_be_measured_is_said_or_where_it_was_asked_for_refused(
     monkeypatch.setattr("distlora_launcher.cli.merge.become", lambda worker, request: became.append(worker))
     monkeypatch.setattr("distlora_launcher.cli.merge.run_alone", lambda worker, request: became.append(worker) or 0)
     assert command(["merge", str(run_dir), "--out", out]) is None
-    assert became == ["distlora.post.merge", "distlora.post.evaluate"]
+    assert became == ["distlora.post.merge.merge:main", "distlora.post.evaluate.worker:main"]
     became.clear()
     foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
     assert command([*foreign, "--compare"]) == 2

@@ -19,15 +19,14 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.post.deltas.base import open_base
+from distlora.post.base_weights import open_base
 from distlora.post.export import (
     bnb_folder,
-    check,
+    client_check,
     hf_folder,
     worker,
 )
-from distlora.post.export.formats import FORMATS, refuse
-from distlora.post.export.request import Request
+from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
 from distlora.weights.prequantized import read_prequantized_weights
@@ -69,8 +68,8 @@ def run(root: Path, name: str, model: str = "llama", new_tokens: Any = (), **sec
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's process is a call: it costs seconds to start. One test starts it really."""
 
-    def run(request: Request) -> tuple[int, str]:
-        return 0, f"of a library\n{json.dumps(check.run(request))}\n"
+    def run(request: ExportRequest) -> tuple[int, str]:
+        return 0, f"of a library\n{json.dumps(client_check.run(request))}\n"
 
     monkeypatch.setattr(worker, "in_own_process", run)
 
@@ -81,7 +80,9 @@ def exported(
     """Export as the command does; returns export.json."""
     named = Name(place=str(place / run), **name)
     trained = named.read()
-    request = Request(name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto)
+    request = ExportRequest(
+        name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto
+    )
     refuse(trained, request)
     assert worker.run(request) == 0
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
@@ -151,7 +152,7 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     import bitsandbytes.functional as bnb
 
     named = Name(place=str(place / "lora"))
-    request = Request(name=named, format="bnb", out=str(tmp_path / "out"), dtype="bf16", check=False)
+    request = ExportRequest(name=named, format="bnb", out=str(tmp_path / "out"), dtype="bf16", check=False)
     assert worker.run(request) == 0
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"] is None
     tensors: dict[str, torch.Tensor] = {}
@@ -190,7 +191,7 @@ def test_what_ends_an_export_ends_it_at_the_next_pieces(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bnb_folder, "write_weight", stopped)
-    request = Request(name=Name(place=str(place / "lora")), format="bnb", out=str(tmp_path / "out"), dtype="bf16")
+    request = ExportRequest(name=Name(place=str(place / "lora")), format="bnb", out=str(tmp_path / "out"), dtype="bf16")
     with pytest.raises(KeyboardInterrupt):
         worker.run(request)
     assert [*tmp_path.iterdir()] == []
@@ -324,7 +325,9 @@ def test_what_the_client_computes_otherwise_is_not_left_behind(
 
     monkeypatch.setattr(hf_folder, "write", damaged)
     for dtype in ("fp32", "bf16"):
-        request = Request(name=Name(place=str(place / "lora")), format="hf", out=str(tmp_path / dtype), dtype=dtype)
+        request = ExportRequest(
+            name=Name(place=str(place / "lora")), format="hf", out=str(tmp_path / dtype), dtype=dtype
+        )
         assert worker.run(request) == 1
         said = capsys.readouterr()
         assert "NOT MET" in said.out
@@ -368,9 +371,8 @@ def test_what_cannot_be_exported_is_refused(
         assert says in capsys.readouterr().err, arguments
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", run_dir, "--format", "bnb"]) == 2
-    assert (
-        "loaded again by peft, which is not installed: `pip install peft`, or add --no-check" in capsys.readouterr().err
-    )
+    cure = "`pip install 'distlora[demo]'`, or add --no-check"
+    assert f"the check of --format=bnb needs peft, which is not installed; {cure}" in capsys.readouterr().err
 
 
 def test_a_check_that_does_not_fit_is_refused_before_anything_is_written(
@@ -398,7 +400,7 @@ def test_runs_that_bitsandbytes_cannot_hold_are_refused(
     make_run(tmp_path / "run", place, model, **sections)
     (tmp_path / "run" / ("model" if "adapter" in sections else "adapter")).mkdir()
     name = Name(place=str(tmp_path / "run"))
-    request = Request(name=name, format="bnb", out="out", dtype="bf16")
+    request = ExportRequest(name=name, format="bnb", out="out", dtype="bf16")
     with pytest.raises(UserError, match=says):
         refuse(name.read(), request)
 
@@ -407,6 +409,6 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Pat
     run(tmp_path, "run", str(folders / "llama"), adapter={"r": 4}, data={"path": str(folders / "text.jsonl")})
     name = Name(place=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"rows of 96 weights: of 32, 96, 160.*add --no-check"):
-        worker.run(Request(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
-    assert worker.run(Request(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", check=False)) == 0
+        worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
+    assert worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", check=False)) == 0
     assert bnb_folder.taken_back(name.read(), tmp_path / "out").difference == 0

@@ -13,10 +13,9 @@ import torch
 
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.post.export import check, worker
-from distlora.post.export.formats import FORMATS, refuse
+from distlora.post.export import client_check, worker
+from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.export.gguf import clients, model_format
-from distlora.post.export.request import Request
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
 from small_models import make_run, write_model_folder, write_text_file
@@ -46,8 +45,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's process is a call, which costs no seconds to start; without llama.cpp, which CI lacks."""
 
-    def run(request: Request) -> tuple[int, str]:
-        return 0, json.dumps(check.run(request))
+    def run(request: ExportRequest) -> tuple[int, str]:
+        return 0, json.dumps(client_check.run(request))
 
     monkeypatch.setattr(worker, "in_own_process", run)
     for module in ("model_format", "adapter_format"):
@@ -58,7 +57,9 @@ def exported(run: Path, form: str, out: Path, dtype: str | None = None, onto: An
     """The exit code of the worker, as the command starts it."""
     named = Name(place=str(run), **name)
     trained = named.read()
-    request = Request(name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto)
+    request = ExportRequest(
+        name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto
+    )
     refuse(trained, request)
     return worker.run(request)
 

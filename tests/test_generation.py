@@ -29,7 +29,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.data.prompts import Prompt, Request, read_prompts
+from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.loading.peft_format import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -40,6 +40,7 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.post.generate import worker
 from distlora.post.load_trained import load_model
+from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.training.encoding import PromptEncoder, greedy, sampling
 from distlora.training.generator import (
@@ -399,7 +400,7 @@ def test_prompts_of_a_file_become_json_lines_in_order(
     asked *= 4  # More than a batch.
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     files = {"prompts": str(tmp_path / "asked.jsonl"), "out": str(tmp_path / "out.jsonl")}
-    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), max_new_tokens=5, **files), SINGLE)
+    worker.run(GenerateRequest(run=str(trained), weights=str(trained / "adapter"), max_new_tokens=5, **files), SINGLE)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "through the chat template" in captured.err
@@ -426,7 +427,9 @@ def test_lines_of_a_pipe_are_answered_as_text(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("7 is\n\nA list\n"))
-    worker.run(Request(run=str(trained), weights=str(trained / "adapter"), as_chat=False, max_new_tokens=12), SINGLE)
+    worker.run(
+        GenerateRequest(run=str(trained), weights=str(trained / "adapter"), as_chat=False, max_new_tokens=12), SINGLE
+    )
     captured = capsys.readouterr()
     expected = [ask(trained, text, trained / "adapter") for text in ("7 is", "A list")]
     assert captured.out == "".join(text + "\n" for text in expected)
@@ -500,11 +503,11 @@ def test_an_adapter_of_others_brings_its_own_rank_and_targets(
     config_file = tmp_path / "run" / "config.yaml"
     config_file.write_text(config_file.read_text().replace(str(trained.parent / "llama"), str(tmp_path / "llama")))
     with pytest.raises(UserError, match=r"adapts model.layers.2.*set another --adapter or model.path"):
-        worker.run(Request(run=str(tmp_path / "run"), **other_model), SINGLE)  # type: ignore[arg-type]
+        worker.run(GenerateRequest(run=str(tmp_path / "run"), **other_model), SINGLE)  # type: ignore[arg-type]
     texts = []
     for weights in ({"weights": str(tmp_path / "other"), "foreign": True}, {}):
         asked = {"as_chat": False, "prompts": str(tmp_path / "asked.txt"), "max_new_tokens": 12, **weights}
-        worker.run(Request(run=str(trained), **asked), SINGLE)  # type: ignore[arg-type]
+        worker.run(GenerateRequest(run=str(trained), **asked), SINGLE)  # type: ignore[arg-type]
         texts.append([json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()])
     assert texts[0] != texts[1] == [ask(trained, "A list", None), ask(trained, "7 is", None)]
 
@@ -600,8 +603,8 @@ def test_a_prompt_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
 
 
 def test_a_request_reaches_the_worker_as_it_was_made() -> None:
-    request = Request(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, as_chat=True, top_k=3)
-    assert Request.read(request.as_json()) == request
+    request = GenerateRequest(run="/run", system='\u00e9 "quoted"\n', temperature=0.5, as_chat=True, top_k=3)
+    assert from_json(GenerateRequest, to_json(request)) == request
 
 
 class Terminal:

@@ -16,12 +16,10 @@ import transformers
 from tokenizers import Tokenizer
 
 from distlora.config import UserError
-from distlora.post.deltas.base import open_base
-from distlora.post.deltas.factors import Factors
-from distlora.post.export.gguf.adapter_file import write_adapter
-from distlora.post.export.gguf.adapter_format import check_paths
+from distlora.post.adapter_factors import Factors
+from distlora.post.base_weights import open_base
+from distlora.post.export.gguf.adapter_format import check_paths, write_adapter
 from distlora.post.export.gguf.clients import transformers_model
-from distlora.post.export.gguf.pieces import merges_of, scores_of, tokenize
 from distlora.post.export.gguf.pre_tokenizers import (
     LLAMA_CPP_TEXT,
     MORE_TEXTS,
@@ -30,6 +28,7 @@ from distlora.post.export.gguf.pre_tokenizers import (
 )
 from distlora.post.export.gguf.supported import check_model
 from distlora.post.export.gguf.tensors import TYPES, Planned
+from distlora.post.export.gguf.vocabulary import merges_of, scores_of, tokenize
 from distlora.weights.reader import Reader
 from family_models import WINDOW, config_for, tokens, write_family_folder
 from gguf_files import VARIANTS, logits_of, sentencepiece_spec, write_gguf

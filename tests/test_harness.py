@@ -16,8 +16,9 @@ from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.post.evaluate import worker
-from distlora.post.evaluate.report import shown
-from distlora.post.evaluate.request import Request
+from distlora.post.evaluate.request import EvaluateRequest
+from distlora.post.evaluate.worker import shown
+from distlora.system.command_worker import from_json, to_json
 from distlora_launcher.cli.evaluate import checked, parse
 from family_models import SINGLE, dequantized, load_ours
 from small_models import tokenizer, write_model_folder
@@ -130,8 +131,8 @@ def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(folder, folders / "llama", r=8, lora_alpha=1, target_modules=["q_proj", "v_proj", "up_proj"])
 
 
-def request_of(*words: str | Path) -> Request:
-    return Request.read(checked(parse([str(word) for word in words])).written())
+def request_of(*words: str | Path) -> EvaluateRequest:
+    return from_json(EvaluateRequest, to_json(checked(parse([str(word) for word in words]))))
 
 
 def test_the_command_puts_models_beside_each_other_question_by_question(
@@ -155,7 +156,7 @@ def test_the_command_puts_models_beside_each_other_question_by_question(
 
 def on_ranks(ranks: Ranks, *, request: str) -> Any:
     torch.set_num_threads(1)
-    return worker.run(Request.read(request), ranks).get("models")
+    return worker.run(from_json(EvaluateRequest, request), ranks).get("models")
 
 
 def test_two_ranks_score_their_own_batches_and_agree_with_one(
@@ -164,7 +165,7 @@ def test_two_ranks_score_their_own_batches_and_agree_with_one(
     words = (adapter, "--model", folders / "llama", "--tasks", ",".join(TASKS), "--tasks-folder", tasks, "--no-base")
     request = request_of(*words, "--dtype", "fp32")
     one = worker.run(request, SINGLE)["models"]
-    result = world.run(2, on_ranks, request=request.written())[0]
+    result = world.run(2, on_ranks, request=to_json(request))[0]
     for task, metrics in one[0]["tasks"].items():
         for metric, of in metrics.items():
             assert result[0]["tasks"][task][metric]["value"] == pytest.approx(of["value"], rel=1e-5)

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from closeness import assert_losses_close, relative_error
-from distlora.analysis.intrinsic import projection, report, search
-from distlora.analysis.intrinsic.projection import Projection, hadamard
+from distlora.analysis.intrinsic import report, search, subspace
 from distlora.analysis.intrinsic.request import (
     PLOT_NAME,
     REPORT_NAME,
     REQUEST_NAME,
     RESULT_NAME,
     TRAININGS_NAME,
-    Request,
+    IntrinsicRequest,
 )
-from distlora.analysis.intrinsic.subspace import FlatParameters, Subspace, layer_of
+from distlora.analysis.intrinsic.subspace import FlatParameters, Projection, Subspace, hadamard, layer_of
 from distlora.analysis.intrinsic.training import Bench, Training, random_weights
 from distlora.analysis.intrinsic.worker import run as analyse
 from distlora.system.randomness import key_of
@@ -96,7 +95,7 @@ def test_the_subspace_depends_on_its_seed_and_on_nothing_else(monkeypatch: pytes
     # More parameters: the same rows, in another scale.
     larger = dense(Projection(0, size=4000, dimension=100, device=CPU))[:1000] * 2
     assert torch.allclose(larger, whole, atol=1e-6)
-    monkeypatch.setattr(projection, "ELEMENTS_AT_ONCE", 256)
+    monkeypatch.setattr(subspace, "ELEMENTS_AT_ONCE", 256)
     assert torch.equal(dense(Projection(0, size=1000, dimension=100, device=CPU)), whole)
 
 
@@ -153,7 +152,7 @@ def test_a_step_moves_a_parameter_as_far_whatever_the_dimension(folders: Path) -
         assert float((flat.values - start).square().mean().sqrt()) == pytest.approx(1e-3, rel=0.02)
 
 
-def request_for(folders: Path, out: Path, **settings: Any) -> Request:
+def request_for(folders: Path, out: Path, **settings: Any) -> IntrinsicRequest:
     out.mkdir(exist_ok=True)
     values: dict[str, Any] = {
         "models": ((str(folders / "llama-tied"), "tiny"),),
@@ -170,7 +169,7 @@ def request_for(folders: Path, out: Path, **settings: Any) -> Request:
         "most": 300,
         "resolution": 10.0,
     }
-    return Request(**values | settings)
+    return IntrinsicRequest(**values | settings)
 
 
 def test_full_fine_tuning_here_is_that_of_a_run(folders: Path, tmp_path: Path) -> None:
@@ -302,10 +301,10 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
         assert sentence in shown
     assert (tmp_path / "whole" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
     for arm in found["arms"]:
-        for scaling, subspace in arm["subspaces"].items():
-            assert subspace["least"] == (6 if scaling == "layers" else 1)
-            assert 40 in [point["dimension"] for point in subspace["points"]]
-            for point in subspace["points"]:
+        for scaling, found_in in arm["subspaces"].items():
+            assert found_in["least"] == (6 if scaling == "layers" else 1)
+            assert 40 in [point["dimension"] for point in found_in["points"]]
+            for point in found_in["points"]:
                 gains = [(arm["untrained"] - loss) / (arm["untrained"] - arm["full"]) for loss in point["losses"]]
                 assert point["shares"] == pytest.approx(gains)
 

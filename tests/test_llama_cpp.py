@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from distlora.post.deltas.factors import Factors
-from distlora.post.export.gguf.adapter_file import write_adapter
+from distlora.post.adapter_factors import Factors
+from distlora.post.export.gguf.adapter_format import write_adapter
 from distlora.post.export.gguf.clients import LlamaCpp, has_llama_cpp
 from distlora.post.export.gguf.pre_tokenizers import LLAMA_CPP_TEXT, MORE_TEXTS
 from family_models import WINDOW, edit_config, tokens, write_family_folder

@@ -16,15 +16,14 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.model.build import CausalLM
-from distlora.post.deltas.base import open_base
-from distlora.post.deltas.factors import AdapterFile
+from distlora.post.adapter_factors import AdapterFile
+from distlora.post.base_weights import open_base
 from distlora.post.load_trained import load_trained
-from distlora.post.merge.folder import Files, Plan
-from distlora.post.merge.merge import Filling, merge_to
+from distlora.post.merge.merge import Filling, merge_to, summary
+from distlora.post.merge.output_folder import Files, Plan
 from distlora.post.merge.parameters import parameters_of
 from distlora.post.merge.receipt import Receipt
 from distlora.post.merge.threads import Clock
-from distlora.post.merge.worker import summary
 from distlora.post.trained import Name, Trained
 from distlora.run_folder.checkpoints import sha256
 from distlora.training import worker

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.post.merge.request import Request
+from distlora.post.merge.request import MergeRequest
 from distlora.post.trained import Name
+from distlora.system.command_worker import to_json
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model
 
 SMALL = QWEN25_1_5B | {
@@ -27,15 +28,16 @@ SMALL = QWEN25_1_5B | {
 CHILD = """
 import re, sys
 from pathlib import Path
-from distlora.post.merge import worker
-from distlora.post.merge.request import Request
+from distlora.post.merge.merge import run
+from distlora.post.merge.request import MergeRequest
+from distlora.system.command_worker import from_json
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 from transformers import Qwen2ForCausalLM
 before = peak()
-worker.run(Request.read(sys.argv[1]))
+run(from_json(MergeRequest, sys.argv[1]))
 print("peak", before, peak())
 """
 
@@ -45,9 +47,9 @@ def peaks(tmp_path: Path, config: dict[str, object]) -> tuple[int, int, int]:
     write_large_model(tmp_path / "base", config)
     write_large_adapter(tmp_path / "adapter", config)
     name = Name(place=str(tmp_path / "adapter"), base=str(tmp_path / "base"))
-    request = Request(name=name, out=str(tmp_path / "merged"))
+    request = MergeRequest(name=name, out=str(tmp_path / "merged"))
     finished = subprocess.run(
-        [sys.executable, "-c", CHILD, request.as_json()], capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD, to_json(request)], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
     _, before, after = finished.stdout.splitlines()[-1].split()

@@ -14,13 +14,14 @@ from torch import Tensor
 from closeness import relative_error
 from distlora.analysis.spectrum import decomposed, figures, intruders, worker
 from distlora.analysis.spectrum.changes import Change, open_changes
-from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
 from distlora.config import UserError
 from distlora.model.experts import ExpertWeight
-from distlora.post.deltas.base import open_base
-from distlora.post.deltas.factors import Factors
+from distlora.post.adapter_factors import Factors
+from distlora.post.base_weights import open_base
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import Name, Trained
+from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.analyze.spectrum import checked, parse
@@ -46,8 +47,8 @@ def with_values(out_features: int, in_features: int, values: Tensor, seed: int =
     return left, ((left * values) @ right.T).float()
 
 
-def request(**values: Any) -> Request:
-    return Request(first=Name(place="run"), first_name="run", out="out", **values)
+def request(**values: Any) -> SpectrumRequest:
+    return SpectrumRequest(first=Name(place="run"), first_name="run", out="out", **values)
 
 
 def change(before: Tensor, after: Tensor, factors: Factors | None = None) -> Change:
@@ -279,7 +280,7 @@ def test_the_command_equals_dense_svds(pissa: Path, full: Path, tmp_path: Path, 
         "0.5,0.99",
     ]
     asked = checked(parse(words))
-    found = worker.run(Request.read(asked.as_json()))
+    found = worker.run(from_json(SpectrumRequest, to_json(asked)))
     assert json.loads((tmp_path / "out" / RESULT_NAME).read_text()) == found
     sides = {"first": changes_of(asked.first.read()), "against": changes_of(Name(place=str(full)).read())}
     assert [weight["name"] for weight in found["weights"]] == list(sides["first"])

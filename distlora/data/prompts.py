@@ -5,7 +5,6 @@ Imports no torch: the command refuses a broken file, or a flag out of range, bef
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -75,7 +74,7 @@ def _from_json(place: str, line: str) -> Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class GenerateRequest:
     """request.json, from the command to its worker. Settings that are null are the model's own."""
 
     run: str
@@ -118,10 +117,3 @@ class Request:
             self.as_chat is not False or self.system is None,
             "--system is a message of a chat, and --raw continues prompts without one; leave one of them out",
         )
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        return cls(**json.loads(text))

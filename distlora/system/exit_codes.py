@@ -7,12 +7,10 @@ Imports no torch.
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from distlora.config import UserError
 from distlora.config.errors import in_one_line
@@ -31,23 +29,6 @@ _BAD_PATH = {
     errno.EROFS,
 }
 """What the system says of a path that someone typed, rather than of a disk that fails."""
-
-
-def run_worker(module: str) -> int:
-    """The exit code of a worker's `main(argument)`, on the command line's one argument, with Ctrl-C in order while its
-    module is imported: torch takes seconds, and a traceback would print where in it the user lost patience.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main = importlib.import_module(module).main
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    code: int = main(sys.argv[1])
-    return code
-
-
-def request_text(argument: str) -> str:
-    """A worker's request as JSON: the argument itself, or request.json in the folder that it names, as several ranks
-    get it."""
-    return argument if argument.startswith("{") else (Path(argument) / "request.json").read_text(encoding="utf-8")
 
 
 def run_to_exit_code(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 from distlora.config import (
@@ -33,7 +31,7 @@ MOST_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class IntrinsicRequest:
     """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
 
     models: tuple[tuple[str, str], ...]
@@ -124,12 +122,3 @@ class Request:
             ),
             run_dir=self.out,
         )
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        values = json.loads(text)
-        models = tuple((folder, name) for folder, name in values["models"])
-        return cls(**values | {"models": models, "scalings": tuple(values["scalings"]), "also": tuple(values["also"])})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from distlora.analysis.intrinsic.request import Request
+from distlora.analysis.intrinsic.request import IntrinsicRequest
 from distlora.analysis.intrinsic.subspace import Everything, FlatParameters, Subspace, Trainable
 from distlora.architecture.hf_config import read_hf_config
 from distlora.data.loader import StepLoader
@@ -63,7 +63,7 @@ class Outcome:
 class Bench:
     """A model and its data, to train again and again from the same start."""
 
-    def __init__(self, request: Request, folder: str, ranks: Ranks, say: Callable[[str], None]) -> None:
+    def __init__(self, request: IntrinsicRequest, folder: str, ranks: Ranks, say: Callable[[str], None]) -> None:
         self.request, self.folder, self.ranks, self.say = request, folder, ranks, say
         config = request.config(folder)
         entry = prepare(config)

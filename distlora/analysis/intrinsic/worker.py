@@ -17,13 +17,13 @@ from distlora.analysis.intrinsic.request import (
     REPORT_NAME,
     RESULT_NAME,
     TRAININGS_NAME,
-    Request,
+    IntrinsicRequest,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
 from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import let_go
-from distlora.post.work import made_on
+from distlora.post.workers import made_on
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress_lines import Progress
@@ -64,7 +64,9 @@ class Trainings:
 class Arm:
     """A model from one start: its full fine-tuning, and its subspaces."""
 
-    def __init__(self, request: Request, bench: Bench, name: str, trainings: Trainings, say: Progress, *, random: bool):
+    def __init__(
+        self, request: IntrinsicRequest, bench: Bench, name: str, trainings: Trainings, say: Progress, *, random: bool
+    ):
         self.request, self.bench, self.name, self.random = request, bench, name, random
         self.trainings, self.say = trainings, say
         self.rates = search.Rates(lambda dimension, power: self.loss("full", dimension, power, 0))
@@ -190,7 +192,7 @@ class Arm:
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_intrinsic)
 
 
-def run(request: Request, ranks: Ranks | None = None) -> None:
+def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
     ranks = ranks or join_ranks()
     say = Progress()
@@ -217,7 +219,7 @@ def run(request: Request, ranks: Ranks | None = None) -> None:
     WRITTEN.write(out, found)
 
 
-def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
+def describe(request: IntrinsicRequest, ranks: Ranks) -> dict[str, Any]:
     """Where the figures come from."""
     names = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "resolution", "random")
     return made_on(ranks.device, "torch", "transformers") | {
@@ -228,12 +230,12 @@ def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main(argument: str) -> int:
-    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(request: IntrinsicRequest) -> int:
+    """Analyze; return the exit code."""
     transformers_logging.set_verbosity_error()
 
     def work() -> int:
-        run(Request.read(argument))
+        run(request)
         return DONE
 
     return run_to_exit_code(work, names=NAMES)

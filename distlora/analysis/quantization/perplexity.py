@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.analysis.quantization.request import Request
+from distlora.analysis.quantization.request import QuantizationRequest
 from distlora.analysis.quantization.roundtrip import FORMATS, FourBit, round_trip
 from distlora.analysis.quantization.weights import Weight, block_weights
 from distlora.data.rows import PackedRows
@@ -26,7 +26,7 @@ from distlora_kernels.nf4 import GROUP
 
 
 def measure_formats(
-    request: Request, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
+    request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
 ) -> dict[str, Loss]:
     """The loss of every format by its name: `request.dtype`, then the 4-bit ones.
 
@@ -42,7 +42,7 @@ def measure_formats(
 
 
 def _of_dense_model(
-    request: Request, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
+    request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
 ) -> tuple[Readings, Readings]:
     """(the base's, int4's). int4 has no packed path: a dense model holds what int4 gives back."""
     say(f"perplexity: loading the base in {request.dtype}")
@@ -59,7 +59,7 @@ def _of_dense_model(
     return dense, int4
 
 
-def _of_packed_model(request: Request, dense: Readings, say: Callable[[str], None]) -> Readings:
+def _of_packed_model(request: QuantizationRequest, dense: Readings, say: Callable[[str], None]) -> Readings:
     """NF4's, which runs as in training."""
     say("perplexity: loading the base in nf4")
     model, _, _ = start_model(request.config("nf4"), dense.ranks)

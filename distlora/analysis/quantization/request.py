@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +27,7 @@ RESULT_NAME, REPORT_NAME, PLOT_NAME = "quantization.json", "report.md", "quantiz
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class QuantizationRequest:
     """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
 
     model: str
@@ -78,10 +76,3 @@ class Request:
             train=TrainConfig(dtype=self.dtype),
             run_dir=self.out,
         )
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        return cls(**json.loads(text))

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora.analysis.quantization import int4
 from distlora.loading.quantize import DoubleQuantizedAbsmax
-from distlora_kernels import nf4
+from distlora_kernels import nf4, reference
 
 CHUNK = 64 * nf4.GROUP
 """Weights at once: 4 MiB in fp32, which stays in a core's cache."""
@@ -35,9 +34,29 @@ class FourBit(NamedTuple):
     """(codes, scales, group_scale, offset, *, shape, dtype) -> the weight."""
 
 
+INT4_LEVELS = tuple(k / 7 for k in range(-7, 8))
+"""The levels of QLoRA's "Int4" (arXiv 2305.14314, table 2), bitsandbytes' linear 4-bit map, as fractions of a block's
+absmax. It is stored like NF4: blocks of 64, two codes per byte, double quantization. The 16th code is unused, since a
+16th level would cost the zero or the symmetry."""
+INT4_ZERO_CODE = INT4_LEVELS.index(0.0)
+
+
+def quantize_int4(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """flat (n,) of any float dtype -> codes (G, 8192) uint8 and absmax (G, 256) fp32, as `nf4.quantize_blocks`."""
+    return reference.quantize_blocks(flat, INT4_LEVELS)
+
+
+def dequantize_int4(
+    codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """w = round_to_nearest_even(fl(level[code] * absmax)) in `dtype`, shaped `shape`, as `nf4.nf4_dequantize`."""
+    absmax = reference.dequantize_absmax(scales, group_scale, offset)
+    return reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, levels=INT4_LEVELS)
+
+
 FORMATS = {
     "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
-    "int4": FourBit(int4.quantize_blocks, int4.dequantize),
+    "int4": FourBit(quantize_int4, dequantize_int4),
 }
 
 
@@ -144,3 +163,29 @@ def _difference(weights: Tensor, restored: Tensor, num_bytes: int) -> FormatSums
     error = weights - restored
     exact = error.double()
     return FormatSums(float((exact * exact).sum()), float(error.abs().max()), num_bytes)
+
+
+REFERENCE_SIZE = 2 * CHUNK
+"""Two million weights: the figures are good to three digits."""
+
+
+def _laplace(generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(REFERENCE_SIZE, generator=generator, dtype=torch.float64) - 0.5
+    return (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
+
+
+DISTRIBUTIONS: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "uniform": lambda generator: torch.rand(REFERENCE_SIZE, generator=generator) * 2 - 1,
+    "normal": lambda generator: torch.randn(REFERENCE_SIZE, generator=generator),
+    "Laplace": _laplace,
+}
+"""Excess kurtosis -1.2, 0 and 3. Their scale does not matter: each block is divided by its absmax."""
+
+
+def measure_references() -> dict[str, Sums]:
+    """The sums of each distribution; the same numbers on every machine of a kind (one seed)."""
+    found = {}
+    for name, draw in DISTRIBUTIONS.items():
+        weights = draw(torch.Generator().manual_seed(0))
+        found[name] = measure(lambda weights=weights: iter(weights.split(CHUNK)), REFERENCE_SIZE)  # type: ignore[misc]
+    return found

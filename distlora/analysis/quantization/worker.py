@@ -11,16 +11,15 @@ from transformers.utils import logging as transformers_logging
 from distlora.analysis.quantization import figures, report
 from distlora.analysis.quantization.perplexity import measure_formats
 from distlora.analysis.quantization.plots import plot_quantization
-from distlora.analysis.quantization.references import measure_references
-from distlora.analysis.quantization.request import NAMES, PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
-from distlora.analysis.quantization.roundtrip import Sums
+from distlora.analysis.quantization.request import NAMES, PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
+from distlora.analysis.quantization.roundtrip import Sums, measure_references
 from distlora.analysis.quantization.weights import Weight, find_weights
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.output.result_files import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import evenly
-from distlora.post.work import made_on
+from distlora.post.workers import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress_lines import Progress
 from distlora.weights.reader import Reader
@@ -28,7 +27,7 @@ from distlora.weights.reader import Reader
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_quantization)
 
 
-def run(request: Request) -> None:
+def run(request: QuantizationRequest) -> None:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
     ranks = join_ranks()
     say = Progress()
@@ -54,7 +53,7 @@ def run(request: Request) -> None:
     WRITTEN.write(Path(request.out), found)
 
 
-def read_rows(request: Request) -> PackedRows:
+def read_rows(request: QuantizationRequest) -> PackedRows:
     """The text in rows, tokenized as training data is."""
     return PackedRows.open(prepare(request.config("nf4")), "train")
 
@@ -67,7 +66,7 @@ def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tup
             say(f"weights: {number:,}/{len(weights):,} tensors, {weight.name}")
 
 
-def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
+def describe(request: QuantizationRequest, ranks: Ranks) -> dict[str, Any]:
     """Where the figures come from."""
     return made_on(ranks.device, "torch", "transformers") | {
         "model_name": request.model_name,
@@ -76,12 +75,12 @@ def describe(request: Request, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main(argument: str) -> int:
-    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(request: QuantizationRequest) -> int:
+    """Analyze; return the exit code."""
     transformers_logging.set_verbosity_error()
 
     def work() -> int:
-        run(Request.read(argument))
+        run(request)
         return DONE
 
     return run_to_exit_code(work, names=NAMES)

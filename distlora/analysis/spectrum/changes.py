@@ -21,9 +21,8 @@ from distlora.analysis.naming import in_a_block, layer_of, linear_of
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.loading.load_base import find_base
 from distlora.model.experts import ExpertWeight
-from distlora.post.deltas.apply import adapted_rows
-from distlora.post.deltas.base import Base, BaseWeight, open_base
-from distlora.post.deltas.factors import AdapterFile, Factors
+from distlora.post.adapter_factors import AdapterFile, Factors, adapted_rows
+from distlora.post.base_weights import Base, BaseWeight, open_base
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.adapter import open_adapter
 from distlora.post.trained import Trained, named_by_place

@@ -15,7 +15,7 @@ from torch import Tensor
 from distlora.analysis.spectrum.changes import Change
 from distlora.analysis.spectrum.decomposed import Singular, largest, of_factors, whole
 from distlora.analysis.spectrum.intruders import Similarity, similarity
-from distlora.analysis.spectrum.request import Request
+from distlora.analysis.spectrum.request import SpectrumRequest
 from distlora.weights.decompose import times, transposed_times
 
 MOST_VALUES = 512
@@ -25,7 +25,7 @@ NO_RANK = 1e-6
 
 
 @torch.no_grad()
-def measure(change: Change, request: Request) -> tuple[dict[str, Any], Singular]:
+def measure(change: Change, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
     """What is said of one matrix, and dW's triples (where it is large and dense, the first `top`)."""
     delta, is_whole, norm = of_delta(change, request)
     found, before, after = similarity(
@@ -55,7 +55,7 @@ def measure(change: Change, request: Request) -> tuple[dict[str, Any], Singular]
     return figures, delta
 
 
-def of_delta(change: Change, request: Request) -> tuple[Singular, bool, float]:
+def of_delta(change: Change, request: SpectrumRequest) -> tuple[Singular, bool, float]:
     """(dW's triples, whether these are all, ||dW||_F)."""
     if change.factors is not None:
         triples = of_factors(change.factors.A, change.factors.B, change.factors.scaling)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 from distlora.config import require
@@ -17,7 +15,7 @@ TOP, THRESHOLDS, EXACT_UP_TO = 10, (0.3, 0.5, 0.7, 0.9), 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class SpectrumRequest:
     """One analysis. Everything is resolved: folders are absolute, defaults filled in."""
 
     first: Name
@@ -44,12 +42,3 @@ class Request:
             len(set(printed)) == len(printed),
             f"--threshold={','.join(map(str, self.thresholds))}: two of them are the same in six digits; leave one out",
         )
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        values = json.loads(text)
-        names = {key: None if values[key] is None else Name(**values[key]) for key in ("first", "against")}
-        return cls(**values | names | {"thresholds": tuple(values["thresholds"])})

@@ -14,18 +14,18 @@ from distlora.analysis.spectrum import figures, report
 from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.decomposed import largest
 from distlora.analysis.spectrum.plots import plot_spectrum
-from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
 from distlora.config import UserError
 from distlora.output.result_files import Written
-from distlora.post.work import made_on
-from distlora.system.exit_codes import DONE, request_text, run_to_exit_code
+from distlora.post.workers import made_on
+from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress_lines import Progress, quieten
 from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report, plot_spectrum)
 
 
-def run(request: Request) -> dict[str, Any]:
+def run(request: SpectrumRequest) -> dict[str, Any]:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
     say = Progress()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +38,7 @@ def run(request: Request) -> dict[str, Any]:
 
 
 def analysed(
-    request: Request, first: Changes, against: Changes | None, device: torch.device, say: Progress
+    request: SpectrumRequest, first: Changes, against: Changes | None, device: torch.device, say: Progress
 ) -> dict[str, Any]:
     """spectrum.json."""
     names = [name for name in first.names if against is None or name in against.names]
@@ -57,7 +57,12 @@ def analysed(
 
 
 def measured(
-    names: list[str], first: Changes, against: Changes | None, request: Request, device: torch.device, say: Progress
+    names: list[str],
+    first: Changes,
+    against: Changes | None,
+    request: SpectrumRequest,
+    device: torch.device,
+    say: Progress,
 ) -> Iterator[dict[str, Any]]:
     """An entry for each matrix."""
     began, total, done = time.monotonic(), sum(map(first.numel, names)), 0
@@ -78,7 +83,7 @@ def measured(
 
 
 def compared(
-    entry: dict[str, Any], change: Change, delta: Any, other: Change, theirs: Any, request: Request
+    entry: dict[str, Any], change: Change, delta: Any, other: Change, theirs: Any, request: SpectrumRequest
 ) -> dict[str, Any] | None:
     """Principal angles between the two dW: over the smaller of their ranks, or `top` where neither has a low one."""
     ranks = [e["delta"]["rank"] for e in (entry, entry["against"]) if e["delta"]["rank"] is not None]
@@ -104,7 +109,7 @@ def together(weights: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def describe(request: Request, first: Changes, against: Changes | None, device: torch.device) -> dict[str, Any]:
+def describe(request: SpectrumRequest, first: Changes, against: Changes | None, device: torch.device) -> dict[str, Any]:
     """Where the figures come from."""
     runs = {"first": (request.first_name, first), "against": (request.against_name, against)}
     command = f"distlora analyze spectrum {request.first_name}"
@@ -123,12 +128,12 @@ def describe(request: Request, first: Changes, against: Changes | None, device: 
     }
 
 
-def main(argument: str) -> int:
-    """Analyse; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(request: SpectrumRequest) -> int:
+    """Analyze; return the exit code."""
     quieten()
 
     def work() -> int:
-        run(Request.read(request_text(argument)))
+        run(request)
         return DONE
 
     return run_to_exit_code(work)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.post.combine.request import Request
-from distlora.post.deltas.apply import adapted_rows
-from distlora.post.deltas.factors import Factors
+from distlora.post.adapter_factors import Factors, adapted_rows
+from distlora.post.combine.request import CombineRequest
 from distlora.system.randomness import key_of
 
 
@@ -44,7 +43,7 @@ class Combined:
 
 
 @torch.no_grad()
-def combine(parts: Sequence[Part], request: Request, path: str, base: Callable[[], Tensor]) -> Combined:
+def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Callable[[], Tensor]) -> Combined:
     """`base` gives W, (O, I) fp32; it is asked where a part is DoRA."""
     how = request.how
     if how.on == "sum":
@@ -108,7 +107,7 @@ def balanced(u: Tensor, s: Tensor, v: Tensor, energy: float, dropped: float) -> 
     return Combined((root[:, None] * v).float(), (u * root).float(), energy, dropped)
 
 
-def apart(parts: Sequence[Part], request: Request) -> Combined:
+def apart(parts: Sequence[Part], request: CombineRequest) -> Combined:
     """A and B each by PEFT's function, weighted by the root of |w s|, with its sign in A: add_weighted_adapter's way.
 
     Of `linear` that is (sum r_i B_i)(sum r_i A_i): the products of one adapter's B with another's A come in too.
@@ -120,7 +119,7 @@ def apart(parts: Sequence[Part], request: Request) -> Combined:
     return Combined(a, merged([part.factors.B for part in parts], weights_b, request))
 
 
-def merged(tensors: list[Tensor], weights: Tensor, request: Request) -> Tensor:
+def merged(tensors: list[Tensor], weights: Tensor, request: CombineRequest) -> Tensor:
     """PEFT's function of the method."""
     from peft.utils import merge_utils
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -85,7 +83,7 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class CombineRequest:
     """One combination. Everything is resolved: folders are absolute, defaults filled in."""
 
     members: tuple[Member, ...]
@@ -141,11 +139,3 @@ class Request:
     @property
     def how(self) -> Method:
         return METHODS[self.method]
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        values = json.loads(text)
-        return cls(**values | {"members": tuple(Member(**member) for member in values["members"])})

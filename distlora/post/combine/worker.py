@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import importlib.metadata
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distlora.checkpoint.files import new_folder, write_files
+from distlora.output.tables import Table
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.post.combine.record import record, told
-from distlora.post.combine.request import RECORD_NAME, Request
-from distlora.post.combine.result import Combination, held
-from distlora.post.combine.whole import new_token_owner
-from distlora.post.merge.kept import DTYPES
+from distlora.post.combine.combination import Combination, held
+from distlora.post.combine.request import RECORD_NAME, CombineRequest
+from distlora.post.combine.whole_modules import new_token_owner
 from distlora.post.merge.merge import merge_to
+from distlora.post.merge.rounding_loss import DTYPES
 from distlora.post.trained import Name
 from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
-from distlora.system.exit_codes import DONE, request_text, run_to_exit_code
+from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress_lines import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
 from distlora.weights.reader import Reader
@@ -29,7 +33,7 @@ from distlora.weights.reader import Reader
 _SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
 
-def run(request: Request) -> dict[str, Any]:
+def run(request: CombineRequest) -> dict[str, Any]:
     """Write the adapter, or the base with it; returns its record."""
     say = Progress()
     out = Path(request.out)
@@ -51,7 +55,7 @@ def run(request: Request) -> dict[str, Any]:
     return found
 
 
-def write_adapter(request: Request, out: Path, say: Progress) -> dict[str, Any]:
+def write_adapter(request: CombineRequest, out: Path, say: Progress) -> dict[str, Any]:
     """The folder in PEFT's format, whole or not at all; returns its record."""
     backend = Backend(_SINGLE, Shards.over(_SINGLE, 1))
     with Reader() as reader:
@@ -76,12 +80,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copy2(path, folder / path.name)
 
 
-def main(argument: str) -> int:
-    """Combine; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+def main(request: CombineRequest) -> int:
+    """Combine adapters; return the exit code."""
     quieten()
 
     def work() -> int:
-        request = Request.read(request_text(argument))
         found = run(request)
         print(told(request, found))
         what = "an adapter in PEFT's format" if request.onto is None else f"the merged model in {request.dtype}"
@@ -89,3 +92,62 @@ def main(argument: str) -> int:
         return DONE
 
     return run_to_exit_code(work)
+
+
+def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str, Any]:
+    """combine.json."""
+    energy, dropped = (sum(values) for values in zip(*made.energy.values(), strict=True)) if made.energy else (0.0, 0.0)
+    worst = max(made.energy, key=lambda path: _share(*made.energy[path]), default=None)
+    return {
+        "command": request.command,
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "version": importlib.metadata.version("distlora"),
+        "method": request.method,
+        "rank": request.rank,
+        "density": request.density,
+        "majority_sign_method": request.majority_sign_method if request.how.elects else None,
+        "seed": request.seed if request.how.draws else None,
+        "base_fingerprint": next((member.base for member in request.members if member.base), None),
+        "members": [
+            {
+                "place": member.place,
+                "weight": member.weight,
+                "quant": member.quant,
+                "sha256": sha256(Path(member.folder) / WEIGHTS_NAME),
+            }
+            for member in request.members
+        ],
+        "sha256": sha256(folder / WEIGHTS_NAME),
+        "weights": len(made.paths),
+        "ranks": {"smallest": min(made.ranks.values()), "largest": max(made.ranks.values())},
+        "truncation": None
+        if worst is None
+        else {
+            # Frobenius norms over all weights, and of the weight that lost the largest share.
+            "norm": math.sqrt(energy),
+            "dropped": math.sqrt(dropped),
+            "share": _share(energy, dropped),
+            "worst": {"path": worst, "share": _share(*made.energy[worst])},
+        },
+    }
+
+
+def _share(energy: float, dropped: float) -> float:
+    """||what was dropped|| / ||dW||."""
+    return math.sqrt(dropped / energy) if energy > 0 else 0.0
+
+
+def told(request: CombineRequest, found: Mapping[str, Any]) -> str:
+    """The result, for the terminal."""
+    rows = [("adapter", "weight", "base held in")]
+    rows += [(m.place, f"{m.weight:g}", m.quant or "unknown") for m in request.members]
+    ranks = found["ranks"]
+    same = ranks["smallest"] == ranks["largest"]
+    rank = f"rank {ranks['largest']}" if same else f"ranks {ranks['smallest']} to {ranks['largest']}"
+    lines = [Table(f"{request.method}: {request.how.what}", rows).text(), f"\n{found['weights']} weights, {rank}"]
+    if (lost := found["truncation"]) is not None:
+        lines.append(
+            f"the rank dropped {lost['share']:.2%} of ||dW|| = {lost['norm']:.4g} over all weights, at most "
+            f"{lost['worst']['share']:.2%} of one ({lost['worst']['path']})"
+        )
+    return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +155,7 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class EvaluateRequest:
     """One evaluation. Everything is resolved: folders are absolute, defaults filled in."""
 
     subjects: tuple[Subject, ...]
@@ -175,23 +174,6 @@ class Request:
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "fp32"), f"--dtype={self.dtype} is not known; write bf16 or fp32")
-
-    def written(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        values = json.loads(text)
-        subjects = tuple(
-            Subject(**{**subject, "name": None if subject["name"] is None else Name(**subject["name"])})
-            for subject in values.pop("subjects")
-        )
-        merged = values.pop("merged")
-        if merged is not None:
-            merged = Merged(**{**merged, "name": Name(**merged["name"])})
-        kinds: dict[str, Any] = {"text": Text, "tasks": Tasks, "draft": Draft}
-        parts = {name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()}
-        return cls(subjects=subjects, merged=merged, **values | parts)
 
 
 def check_out(out: str | None) -> None:

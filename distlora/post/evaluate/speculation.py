@@ -22,15 +22,15 @@ from torch import Tensor
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError
 from distlora.data.rows import PackedRows
-from distlora.post.evaluate.request import Draft, Request, Subject
-from distlora.post.evaluate.rows import pieces
-from distlora.post.merge.kept import DTYPES
+from distlora.post.evaluate.measure import pieces
+from distlora.post.evaluate.request import Draft, EvaluateRequest, Subject
 from distlora.post.merge.merge import merge_to
+from distlora.post.merge.rounding_loss import DTYPES
 
 Say = Callable[[str], None]
 
 
-def run_draft(request: Request, draft: Draft, rows: PackedRows, say: Say) -> dict[str, Any]:
+def run_draft(request: EvaluateRequest, draft: Draft, rows: PackedRows, say: Say) -> dict[str, Any]:
     """The figures of one target with one draft. Raises UserError for a draft of another vocabulary."""
     (subject,) = request.subjects
     dtype = DTYPES[request.dtype]

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.output.tables import Table
 from distlora.parallel import Ranks
-from distlora.post.evaluate import report
-from distlora.post.evaluate.measure import Measured, measure
-from distlora.post.evaluate.receipt import add_to_receipt, other_forms
-from distlora.post.evaluate.request import NAMES, Request
-from distlora.post.evaluate.rows import check_same_tokens, open_rows
-from distlora.post.work import made_on, run_on_ranks
+from distlora.post.evaluate.measure import Measured, check_same_tokens, measure, open_rows
+from distlora.post.evaluate.merge_forms import add_to_receipt, other_forms
+from distlora.post.evaluate.request import NAMES, EvaluateRequest
+from distlora.post.merge.receipt import measured_table
+from distlora.post.workers import made_on, run_on_ranks
 from distlora.system import atomic_io
-from distlora.system.exit_codes import request_text
 from distlora.system.progress_lines import Progress, quieten, say
 
 
-def run(request: Request, ranks: Ranks) -> dict[str, Any]:
+def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
     """The figures of everything that the request asks for; progress on stderr. Every rank must call it alike."""
     tell = Progress() if ranks.rank == 0 else lambda text: None
     if request.tasks is not None:
         # Imported here, as it imports lm-evaluation-harness.
-        from distlora.post.evaluate.tasks import run_tasks
+        from distlora.post.evaluate.harness import run_tasks
 
         return {"dtype": request.dtype} | run_tasks(request, request.tasks, ranks, tell) | describe(ranks)
     assert request.text is not None
@@ -82,10 +82,10 @@ def describe(ranks: Ranks) -> dict[str, Any]:
     return made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
 
 
-def deliver(request: Request, found: dict[str, Any]) -> None:
+def deliver(request: EvaluateRequest, found: dict[str, Any]) -> None:
     """The table or the JSON on stdout, and the file or the receipt."""
     text = json.dumps(found, indent=1)
-    print(text if request.as_json else report.shown(found).text(), flush=True)
+    print(text if request.as_json else shown(found).text(), flush=True)
     if request.merged is not None:
         add_to_receipt(request.merged, found)
     if request.out is not None:
@@ -93,9 +93,8 @@ def deliver(request: Request, found: dict[str, Any]) -> None:
         say(f"wrote {request.out}")
 
 
-def main(argument: str) -> int:
-    """Evaluate; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Errors of several ranks go to torchrun."""
-    request = Request.read(request_text(argument))
+def main(request: EvaluateRequest) -> int:
+    """Evaluate models; return the exit code. Errors of several ranks go to torchrun."""
     quieten()
 
     def work(ranks: Ranks) -> None:
@@ -105,3 +104,51 @@ def main(argument: str) -> int:
 
     advice = "share the models among several GPUs with --processes N"
     return run_on_ranks(work, when_memory_is_out=advice, names=NAMES)
+
+
+def shown(figures: Mapping[str, Any]) -> Table:
+    """The table of what was evaluated."""
+    if "harness" in figures:
+        return of_tasks(figures)
+    return of_draft(figures) if "draft" in figures else measured_table(figures)
+
+
+def of_tasks(figures: Mapping[str, Any]) -> Table:
+    """A line for each metric of each task, a column a model; of the second and on, the difference to the first in
+    brackets where each question has a figure of its own."""
+    models = figures["models"]
+    rows = [["task, metric", "questions", *(model["label"] for model in models)]]
+    for task, metrics in models[0]["tasks"].items():
+        for metric in metrics:
+            cells = [_of_metric(model["tasks"][task][metric]) for model in models]
+            rows.append([f"{task}, {metric}", f"{figures['questions'][task]:,}", *cells])
+    return Table(
+        f"lm-evaluation-harness {figures['harness']}, computed in {figures['dtype']}: value +- standard error"
+        + (f" (difference to {figures['compared_with']} +- that of the paired difference)" if len(models) > 1 else ""),
+        rows,
+    )
+
+
+def _of_metric(value: Mapping[str, Any]) -> str:
+    cell = f"{value['value']:.4f}" + ("" if value["error"] is None else f" +- {value['error']:.4f}")
+    if value.get("difference") is None:
+        return cell
+    error = value["difference_error"]
+    return f"{cell} ({value['difference']:+.4f}" + ("" if error is None else f" +- {error:.4f}") + ")"
+
+
+def of_draft(figures: Mapping[str, Any]) -> Table:
+    """The target alone, and with the draft."""
+    rows = [["", "tokens", "seconds", "tokens/s", "forwards of the target", "tokens a forward", "of the draft"]]
+    for name in ("alone", "with draft"):
+        of = figures["runs"][name]
+        cells = [f"{of['tokens']:,}", f"{of['seconds']:.2f}", f"{of['tokens'] / of['seconds']:,.1f}"]
+        cells += [f"{of['target_forwards']:,}", f"{of['tokens'] / of['target_forwards']:.2f}"]
+        rows.append([name, *cells, f"{of['draft_forwards']:,}"])
+    prompts = figures["prompts"]
+    same = figures["equal"]
+    return Table(
+        f"{figures['label']} with the draft {figures['draft']}, {prompts} prompts, computed in {figures['dtype']}: "
+        f"{same} of {prompts} answers are those of greedy decoding, token for token",
+        rows,
+    )

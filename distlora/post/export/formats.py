@@ -7,16 +7,71 @@ A format is a row of FORMATS. Its module, imported by the worker alone, has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distlora.architecture.families import family_of, read_config, text_settings
 from distlora.config import UserError, require
 from distlora.post.export.gguf.supported import check_adapter, check_model
-from distlora.post.export.request import DTYPES, Request
 from distlora.post.merge.request import check_mergeable
-from distlora.post.trained import Trained
+from distlora.post.trained import Name, Trained
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportRequest:
+    """One export. Everything is resolved: folders are absolute, defaults filled in."""
+
+    name: Name
+    format: str
+    """A key of formats.FORMATS."""
+    out: str
+    """What is made: a folder or a file that does not exist yet."""
+    dtype: str | None
+    """Of the weights that are written, or what the client is to compute in; None where the format has no choice."""
+    onto: Literal["trained", "original"] = "trained"
+    """Of a merged format: the base that dW is added to (`distlora merge`)."""
+    check: bool = True
+    place: str | None = None
+    """For the check: where the export lies for now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """What a format's worker has in hand."""
+
+    request: ExportRequest
+    trained: Trained
+    place: Path
+    """To be written: nothing is there yet. It gets the name in the request when it was checked."""
+    say: Callable[[str], None]
+    """A line now."""
+    progress: Callable[[str], None]
+    """A line now and then, of those it is given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """A client's logits on the probe text, or its weights, beside those of the model as it was trained, in fp32."""
+
+    what: str
+    """Which client, on what, computing in what."""
+    difference: float
+    """The largest of all."""
+    kl: float | None = None
+    """Nats a token, from ours to theirs; None of weights."""
+    same_top: float | None = None
+    """Share of positions whose likeliest token is the same."""
+    bound: float | None = None
+    """Of `difference`; None where nothing is promised: what the format itself changes."""
+
+    @property
+    def within(self) -> bool:
+        return math.isfinite(self.difference) and (self.bound is None or self.difference <= self.bound)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +83,9 @@ class Format:
     module: str
     """Its worker."""
     clients: tuple[str, ...]
-    """Packages that its check imports, by the names that they are imported by."""
+    """Packages that the check imports, under the names they are imported by."""
+    packages: tuple[str, ...] = ()
+    """Optional packages that writing the format imports."""
     dtypes: tuple[str, ...] = ()
     """What --dtype may be; empty: there is no choice."""
     default: Callable[[Trained], str | None] | None = None
@@ -37,7 +94,7 @@ class Format:
     """Whether weights with dW in them are written, so that --onto has a meaning."""
     suffix: str = ""
     """Of the file that is made; "": a folder."""
-    refuse: Callable[[Trained, Request], None]
+    refuse: Callable[[Trained, ExportRequest], None]
     """Raises UserError for what the format cannot say."""
 
     def dtype_for(self, trained: Trained, asked: str | None) -> str | None:
@@ -59,7 +116,7 @@ def dtype_of_base(trained: Trained) -> str:
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def refuse(trained: Trained, request: Request) -> None:
+def refuse(trained: Trained, request: ExportRequest) -> None:
     """Refuse a request that its format cannot meet. Raises UserError."""
     form = FORMATS[request.format]
     if request.dtype is not None:
@@ -77,7 +134,7 @@ def refuse(trained: Trained, request: Request) -> None:
     form.refuse(trained, request)
 
 
-def refuse_whole_models(trained: Trained, request: Request) -> None:
+def refuse_whole_models(trained: Trained, request: ExportRequest) -> None:
     """What has no adapter. Raises UserError."""
     if trained.config.adapter.method == "full":
         raise UserError(
@@ -90,7 +147,7 @@ def refuse_whole_models(trained: Trained, request: Request) -> None:
     )
 
 
-def refuse_peft(trained: Trained, request: Request) -> None:
+def refuse_peft(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
     if trained.foreign:
         raise UserError(f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder")
@@ -101,7 +158,7 @@ def is_packed(trained: Trained) -> bool:
     return "quantization_config" in read_config(Path(trained.config.model.path))
 
 
-def refuse_bnb(trained: Trained, request: Request) -> None:
+def refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
     config = trained.config
     require(
@@ -122,19 +179,19 @@ def refuse_bnb(trained: Trained, request: Request) -> None:
         )
 
 
-def refuse_hf(trained: Trained, request: Request) -> None:
+def refuse_hf(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
     check_mergeable(trained, request.onto)
 
 
-def refuse_gguf(trained: Trained, request: Request) -> None:
+def refuse_gguf(trained: Trained, request: ExportRequest) -> None:
     folder = Path(trained.config.model.path)
     check_model(read_config(folder), folder / "config.json")
     if trained.config.adapter.method == "lora":
         check_mergeable(trained, request.onto)
 
 
-def refuse_gguf_lora(trained: Trained, request: Request) -> None:
+def refuse_gguf_lora(trained: Trained, request: ExportRequest) -> None:
     refuse_whole_models(trained, request)
     refuse_gguf(trained, request)
     check_adapter(trained.config)
@@ -168,6 +225,7 @@ FORMATS: dict[str, Format] = {
         summary="one file for llama.cpp: Llama, Mistral, Qwen 2 and 3, merged; also q8_0",
         module="distlora.post.export.gguf.model_format",
         clients=("gguf",),
+        packages=("gguf",),
         dtypes=(*DTYPES, "q8_0"),
         default=dtype_of_base,
         merged=True,
@@ -178,10 +236,9 @@ FORMATS: dict[str, Format] = {
         summary="the adapter alone for llama.cpp, beside a GGUF file of the base",
         module="distlora.post.export.gguf.adapter_format",
         clients=("gguf",),
+        packages=("gguf",),
         dtypes=DTYPES,
         suffix=".gguf",
         refuse=refuse_gguf_lora,
     ),
 }
-
-__all__ = ["DTYPES", "FORMATS", "Format", "refuse", "refuse_whole_models"]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from distlora.architecture.families import family_of, read_config
-from distlora.post.deltas.base import open_base
-from distlora.post.export.probe import EXACT, Ours
-from distlora.post.export.request import Export, Reading
+from distlora.post.base_weights import open_base
+from distlora.post.export.client_check import EXACT, Ours
+from distlora.post.export.formats import Export, Reading
 from distlora.post.merge.adapter import open_adapter
-from distlora.post.merge.kept import DTYPES
 from distlora.post.merge.merge import merge_to
 from distlora.post.merge.parameters import parameters_of, pieces
+from distlora.post.merge.rounding_loss import DTYPES
 from distlora.weights.reader import Reader
 
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from distlora.post.export.clients import dense_model
-from distlora.post.export.formats import is_packed
-from distlora.post.export.probe import EXACT, Ours
+from distlora.post.export.client_check import EXACT, Ours, dense_model
+from distlora.post.export.formats import Export, Reading, is_packed
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
-from distlora.post.export.request import Export, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained
 from distlora.run_folder.layout import BEST_NAME, Result, read_result

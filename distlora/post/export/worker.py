@@ -20,12 +20,12 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
-from distlora.post.export.formats import FORMATS
-from distlora.post.export.request import Export, Reading, Request
+from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
 from distlora.system import atomic_io
+from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import (
     BAD_INPUT,
     DONE,
@@ -40,12 +40,12 @@ from distlora.system.progress_lines import (
 )
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
-CHECK = "distlora.post.export.check"
+CHECK = "distlora.post.export.client_check:main"
 RECORD_NAME = "export.json"
 """In an exported folder."""
 
 
-def run(request: Request) -> int:
+def run(request: ExportRequest) -> int:
     """Write, check, publish; returns the exit code."""
     out, began = Path(request.out), time.monotonic()
     trained = request.name.read()
@@ -70,7 +70,7 @@ class Differs(Exception):
     """The client computes something else, or nothing; its text says what."""
 
 
-def record(request: Request, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
+def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
     """What stands in the folder: made from what, with which packages, and what its client computed."""
     packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
     assert trained.weights is not None
@@ -88,7 +88,7 @@ def record(request: Request, trained: Trained, found: Mapping[str, Any] | None) 
     }
 
 
-def checked(request: Request, place: Path) -> dict[str, Any]:
+def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
     """What the format's client computes, in a process of its own; printed, too. Raises Differs."""
     say("loading it with its client")
     with still_loading():
@@ -107,14 +107,14 @@ def checked(request: Request, place: Path) -> dict[str, Any]:
     return found
 
 
-def in_own_process(request: Request) -> tuple[int, str]:
+def in_own_process(request: ExportRequest) -> tuple[int, str]:
     """(exit code, stdout) of the check."""
-    command = [sys.executable, "-m", CHECK, request.as_json()]
+    command = [sys.executable, "-m", "distlora.system.command_worker", encode_call(CHECK, request)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return child.returncode, child.stdout
 
 
-def table(readings: list[Reading], request: Request, moved: float | None, tokens: int) -> list[str]:
+def table(readings: list[Reading], request: ExportRequest, moved: float | None, tokens: int) -> list[str]:
     """What the user is told."""
     ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
     lines = [f"logits of {tokens} tokens beside those of {ours}, in fp32:"]
@@ -135,7 +135,7 @@ def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
 
 
-def main(argument: str) -> int:
-    """Export; returns the exit code: 0, 1 where the client found something else, 2 for bad input."""
+def main(request: ExportRequest) -> int:
+    """Export; return the exit code: 1 if the client computes something else."""
     quieten()
-    return run_to_exit_code(lambda: run(Request.read(argument)))
+    return run_to_exit_code(lambda: run(request))

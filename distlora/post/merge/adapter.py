@@ -14,8 +14,8 @@ from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import UserError
 from distlora.loading.peft_format import adaptable_shapes
 from distlora.loading.plain_adapter import plain_form
-from distlora.post.deltas.base import Base
-from distlora.post.deltas.factors import AdapterFile, Factors
+from distlora.post.adapter_factors import AdapterFile, Factors
+from distlora.post.base_weights import Base
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.request import Onto
 from distlora.post.trained import Trained

@@ -17,22 +17,16 @@ from typing import Any
 import torch
 
 from distlora.checkpoint.files import new_folder
-from distlora.post.deltas.base import Base, open_base
+from distlora.output.tables import Table
+from distlora.post.base_weights import Base, open_base
 from distlora.post.merge.adapter import Adapter, open_adapter
-from distlora.post.merge.companions import write_companions
-from distlora.post.merge.folder import (
+from distlora.post.merge.output_folder import (
     Cursor,
     Files,
     check_space,
     plan_files,
+    write_companions,
     write_index,
-)
-from distlora.post.merge.kept import (
-    AGAIN,
-    DTYPES,
-    Change,
-    Measure,
-    sum_of,
 )
 from distlora.post.merge.parameters import (
     Parameter,
@@ -41,10 +35,19 @@ from distlora.post.merge.parameters import (
     pieces,
 )
 from distlora.post.merge.receipt import Receipt
-from distlora.post.merge.request import Onto, check_mergeable
+from distlora.post.merge.request import MergeRequest, Onto, check_mergeable
+from distlora.post.merge.rounding_loss import (
+    AGAIN,
+    DTYPES,
+    Change,
+    Measure,
+    sum_of,
+)
 from distlora.post.merge.threads import Clock, Say, each
 from distlora.post.trained import Trained
 from distlora.run_folder.checkpoints import sha256
+from distlora.system.exit_codes import DONE, run_to_exit_code
+from distlora.system.progress_lines import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 
@@ -141,3 +144,41 @@ def _named(adapter: Adapter, trained: Trained) -> dict[str, Any]:
         "folder": str(folder),
         "files": {name: sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
     }
+
+
+def run(request: MergeRequest) -> Receipt:
+    """Everything that the request asks for; the result on stdout, progress on stderr."""
+    out = Path(request.out)
+    receipt = merge_to(
+        request.name.read(),
+        out,
+        onto=request.onto,
+        dtype=DTYPES[request.dtype],
+        say=Progress(),
+    )
+    print(summary(receipt, out))
+    return receipt
+
+
+def summary(receipt: Receipt, out: Path) -> str:
+    """What a terminal shows."""
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    lines = [f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json says what from, with hashes"]
+    if receipt.weights:
+        kept = receipt.total["kept"]
+        rows = [["stored in", "of the adapter's change kept"]]
+        rows += [[name if name != receipt.dtype else f"{name} (this)", f"{kept[name]:.2%}"] for name in kept]
+        heading = f"{len(receipt.weights)} tensors changed, ||dW||/||W|| = {receipt.total['ratio']:.3g}"
+        lines.append(Table(heading, rows).text())
+    return "\n".join(lines)
+
+
+def main(request: MergeRequest) -> int:
+    """Merge; return the exit code."""
+    quieten()
+
+    def work() -> int:
+        run(request)
+        return DONE
+
+    return run_to_exit_code(work)

@@ -13,8 +13,8 @@ from torch import Tensor
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.loading.token_matrices import mean_row_alone
 from distlora.model.experts import ExpertWeight
-from distlora.post.deltas.apply import adapted_expert_rows, adapted_rows
-from distlora.post.deltas.base import (
+from distlora.post.adapter_factors import adapted_expert_rows, adapted_rows
+from distlora.post.base_weights import (
     HEAD_NAME,
     Base,
     BaseWeight,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distlora.architecture.families import read_config
 from distlora.config import require
@@ -18,7 +16,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class MergeRequest:
     """One merge. Everything is resolved: folders are absolute, defaults filled in."""
 
     name: Name
@@ -28,14 +26,6 @@ class Request:
     onto: Onto = "trained"
     dtype: Dtype = "fp32"
     """Of the merged weights."""
-
-    def as_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> Request:
-        values: dict[str, Any] = json.loads(text)
-        return cls(**(values | {"name": Name(**values["name"])}))
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:

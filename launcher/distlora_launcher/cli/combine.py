@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,17 +17,20 @@ from typing import Literal
 
 from distlora.config import UserError, require
 from distlora.config.places import place_of
-from distlora.post.combine.checks import (
+from distlora.post.combine.members import (
     check,
     check_merged,
+    check_one_base,
+    find_member,
+    fingerprint_of,
     needs_base,
     open_adapters,
 )
-from distlora.post.combine.members import check_one_base, find_member, fingerprint_of
-from distlora.post.combine.request import METHODS, Member, Request
+from distlora.post.combine.request import METHODS, CombineRequest, Member
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained, base_alone, with_adapter
 from distlora.system.exit_codes import DONE
+from distlora.system.extras import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization
 from distlora_launcher.compose.checks import check_writable
 from distlora_launcher.compose.hub import localize
@@ -36,7 +38,7 @@ from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-WORKER = "distlora.post.combine"
+WORKER = "distlora.post.combine.worker:main"
 
 USAGE = """usage: distlora combine A=WEIGHT [B=WEIGHT ...] --out FOLDER [--method METHOD] [--rank R] [--density D]
                         [--majority-sign-method total|frequency] [--seed S] [--model BASE] [--quant nf4|none]
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
     request = checked(parse(arguments), shlex.join(["distlora", "combine", *arguments]))
     names = " and ".join(member.place for member in request.members)
     print(f"combining {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    become(WORKER, request)
 
 
 def usage() -> str:
@@ -98,7 +100,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def checked(options: argparse.Namespace, command: str) -> Request:
+def checked(options: argparse.Namespace, command: str) -> CombineRequest:
     """The request. Raises UserError for whatever can be told here."""
     out = Path(options.out).expanduser().absolute()
     require(not out.exists(), f"--out={options.out} exists already; name another folder, or remove it")
@@ -108,7 +110,7 @@ def checked(options: argparse.Namespace, command: str) -> Request:
     twice = next((m for i, m in enumerate(members) if m.folder in [other.folder for other in members[:i]]), None)
     require(twice is None, f"{twice.place if twice else ''} is named twice; give it one weight")
     known = check_one_base(members, same_base=options.same_base)
-    request = Request(
+    request = CombineRequest(
         members=members,
         out=str(out),
         method=options.method,
@@ -145,14 +147,12 @@ def checked(options: argparse.Namespace, command: str) -> Request:
         check_form(adapters, request, options.onto or "trained")
         check_merged(request, adapters, options.onto or "trained")
         request = dataclasses.replace(request, onto=options.onto or "trained", dtype=options.dtype or "fp32")
-    if method.function and importlib.util.find_spec("peft") is None:
-        raise UserError(
-            f"--method {request.method} is PEFT's own function, and peft is not installed; pip install peft"
-        )
+    if method.function:
+        require_package("peft", f"--method {request.method}")
     return request
 
 
-def check_form(adapters: Sequence[PeftAdapter], request: Request, onto: Onto) -> None:
+def check_form(adapters: Sequence[PeftAdapter], request: CombineRequest, onto: Onto) -> None:
     """Refuse a form of the base that the adapters do not belong to."""
     assert request.base_folder is not None
     for adapter in adapters:

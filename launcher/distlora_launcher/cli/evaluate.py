@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from distlora.post.evaluate.request import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     Draft,
-    Request,
+    EvaluateRequest,
     Subject,
     Tasks,
     Text,
@@ -33,6 +32,7 @@ from distlora.post.evaluate.request import (
 )
 from distlora.post.trained import BASE_ALONE, Trained, base_alone
 from distlora.system.exit_codes import DONE
+from distlora.system.extras import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
@@ -50,7 +50,7 @@ from distlora_launcher.launch.exec_worker import become, check_processes, run_se
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import name_of, shown
 
-WORKER = "distlora.post.evaluate"
+WORKER = "distlora.post.evaluate.worker:main"
 MERGE_RECEIPT = "merge.json"
 """What `distlora merge` leaves in a model's folder."""
 ROWS, DRAFT_ROWS = 128, 8
@@ -107,8 +107,8 @@ def main(arguments: list[str]) -> int:
     on = ", ".join(request.tasks.names) if request.tasks is not None else request.text.name if request.text else ""
     print(f"evaluating {names} on {on} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if options.processes > 1:
-        return run_several(WORKER, request.written(), options.processes)
-    become(WORKER, request.written())
+        return run_several(WORKER, request, options.processes)
+    become(WORKER, request)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def checked(options: argparse.Namespace) -> Request:
+def checked(options: argparse.Namespace) -> EvaluateRequest:
     """The request, its models on this machine. Raises UserError for whatever can be told here."""
     subjects: list[Subject] = []
     runs: list[Trained] = []
@@ -158,7 +158,7 @@ def checked(options: argparse.Namespace) -> Request:
     if tasks is None:
         text = text_of(options.text, subjects[0], runs, rows=rows_of(options), sequence_length=options.sequence_length)
         check_positions(subjects, text)
-    return Request(
+    return EvaluateRequest(
         subjects=tuple(subjects),
         text=text,
         dtype=dtype,
@@ -185,10 +185,7 @@ def checked_tasks(options: argparse.Namespace) -> Tasks | None:
             value is None,
             f"--{flag.replace('_', '-')}={value} has no effect with --tasks, which have their own text; leave one out",
         )
-    require(
-        importlib.util.find_spec("lm_eval") is not None,
-        "--tasks needs lm-evaluation-harness, which is not installed; `pip install lm_eval`, or distlora with [eval]",
-    )
+    require_package("lm_eval", "--tasks")
     folder = None if options.tasks_folder is None else Path(options.tasks_folder).expanduser().absolute()
     require(
         folder is None or any(folder.rglob("*.yaml")),

@@ -7,16 +7,15 @@ Everything that can be refused is refused here, before torch is imported. Then t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.config import UserError, nearest, require
-from distlora.post.export.formats import DTYPES, FORMATS, refuse
-from distlora.post.export.request import Request
+from distlora.post.export.formats import DTYPES, FORMATS, ExportRequest, refuse
 from distlora.post.trained import Trained
 from distlora.system.exit_codes import DONE
+from distlora.system.extras import require_package
 from distlora.system.host_memory import available_bytes
 from distlora_launcher.cli.named import (
     ARGUMENTS,
@@ -30,7 +29,7 @@ from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-WORKER = "distlora.post.export"
+WORKER = "distlora.post.export.worker:main"
 
 USAGE = """usage: distlora export RUN --format {names} [--out PLACE] [--dtype {dtypes}]
                        [--onto trained|original] [--no-check] [--checkpoint NAME] [--adapter PATH|base]
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
     require_client(request, trained)
     place = shown(Path(trained.place))
     print(f"exporting {place} as {request.format} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    become(WORKER, request)
 
 
 def usage() -> str:
@@ -91,7 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
+def checked(options: argparse.Namespace) -> tuple[ExportRequest, Trained]:
     """The request. Raises UserError for whatever can be told here."""
     name, trained = named(options)
     suffix = FORMATS[options.format].suffix
@@ -105,7 +104,7 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
             f"--out={shown(out)}: {options.format} is a file that ends in {suffix}; name it {out.name}{suffix}"
         )
     check_writable(out, "--out")
-    request = Request(
+    request = ExportRequest(
         name=name,
         format=options.format,
         out=str(out),
@@ -117,16 +116,15 @@ def checked(options: argparse.Namespace) -> tuple[Request, Trained]:
     return request, trained
 
 
-def require_client(request: Request, trained: Trained) -> None:
+def require_client(request: ExportRequest, trained: Trained) -> None:
     """Refuse a check that this machine cannot do. Raises UserError."""
+    form = FORMATS[request.format]
+    for package in form.packages:
+        require_package(package, f"--format={request.format}")
     if not request.check:
         return
-    for package in FORMATS[request.format].clients:
-        require(
-            importlib.util.find_spec(package) is not None,
-            f"--format={request.format} is loaded again by {package}, which is not installed: `pip install "
-            f"{package.replace('_', '-')}`, or add --no-check",
-        )
+    for package in form.clients:
+        require_package(package, f"the check of --format={request.format}", otherwise=", or add --no-check")
     # The client's model in fp32, and what is beside it.
     needed, available = 4 * num_weights(trained) + 10**9, available_bytes()
     require(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.config.file import load_config
-from distlora.data.prompts import Request, read_prompts
+from distlora.data.prompts import GenerateRequest, read_prompts
 from distlora.post.trained import find_weights
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.hub import restore
@@ -23,7 +23,7 @@ from distlora_launcher.launch.exec_worker import become, check_processes, run_se
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-WORKER = "distlora.post.generate"
+WORKER = "distlora.post.generate:main"
 
 USAGE = """usage: distlora generate RUN [--adapter PATH|base] [--checkpoint step_N|best] [--prompts FILE] [--out FILE]
                          [--max-new-tokens N] [--temperature T] [--top-p P] [--top-k K] [--seed S]
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     check_no_adapter(run_dir)
     config = load_config(run_dir)
     weights = find_weights(run_dir, config, options.adapter, options.checkpoint)
-    request = Request(
+    request = GenerateRequest(
         run=str(run_dir),
         weights=None if weights is None else str(weights),
         foreign=options.adapter not in (None, "base"),
@@ -86,8 +86,8 @@ def main(arguments: list[str]) -> int:
     what = "the base alone" if weights is None else shown(weights)
     print(f"loading {config.model.path} with {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if options.processes > 1:
-        return run_several(WORKER, request.as_json(), options.processes)
-    become(WORKER, request.as_json())
+        return run_several(WORKER, request, options.processes)
+    become(WORKER, request)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from distlora.config import UserError, require
-from distlora.post.evaluate.request import Merged, Request, Subject
+from distlora.post.evaluate.request import EvaluateRequest, Merged, Subject
 from distlora.post.trained import Name, Trained
 from distlora.system.host_memory import available_bytes
 from distlora_launcher.cli.evaluate import base_of, text_of
@@ -42,7 +42,7 @@ def add_arguments(parser: Parser) -> None:
 
 def to_measure(
     options: argparse.Namespace, name: Name, trained: Trained, out: Path, dtype: str
-) -> tuple[Request | None, str]:
+) -> tuple[EvaluateRequest | None, str]:
     """(what is measured, or None; why not). Raises UserError where it was asked for and cannot be."""
     given = {"text": options.text is not None, "rows": options.rows is not None, "compare": options.compare}
     asked = next((flag for flag, is_given in given.items() if is_given), None)
@@ -66,7 +66,7 @@ def to_measure(
     merged = Subject(label=f"merged ({dtype})", kind="merged", model=str(out))
     receipt = Merged(folder=str(out), name=name, compares=options.compare)
     # In fp32, so that what differs is the weights and no rounding of what is computed with them.
-    return Request(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt), ""
+    return EvaluateRequest(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt), ""
 
 
 def require_memory(trained: Trained) -> None:

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from distlora.config import require
-from distlora.post.evaluate import request as evaluation
-from distlora.post.merge.request import Request, check_mergeable
+from distlora.post.evaluate.request import NAMES as evaluation_names
+from distlora.post.evaluate.request import EvaluateRequest
+from distlora.post.merge.request import MergeRequest, check_mergeable
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli import measuring
 from distlora_launcher.cli.named import (
@@ -26,9 +27,9 @@ from distlora_launcher.launch.exec_worker import become, run_alone, run_several
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-WORKER, MEASURER = "distlora.post.merge", "distlora.post.evaluate"
+WORKER, MEASURER = "distlora.post.merge.merge:main", "distlora.post.evaluate.worker:main"
 
-NAMES = evaluation.NAMES | {"model.path": "--model"}
+NAMES = evaluation_names | {"model.path": "--model"}
 USAGE = f"""usage: distlora merge RUN [--out FOLDER] [--onto trained|original] [--dtype fp32|bf16|fp16]
                       [--text FILE] [--rows N] [--compare] [--processes N] [--no-measure]
 
@@ -56,18 +57,18 @@ def main(arguments: list[str]) -> int:
     request, measured, processes = checked(arguments)
     print(f"merging into {shown(Path(request.out))} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if measured is None:
-        become(WORKER, request.as_json())
-    code = run_alone(WORKER, request.as_json())
+        become(WORKER, request)
+    code = run_alone(WORKER, request)
     if code != DONE:
         return code
     assert measured.text is not None
     print(f"measuring on {measured.text.name}", file=sys.stderr, flush=True)
     if processes > 1:
-        return run_several(MEASURER, measured.written(), processes)
-    become(MEASURER, measured.written())
+        return run_several(MEASURER, measured, processes)
+    become(MEASURER, measured)
 
 
-def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, int]:
+def checked(arguments: list[str]) -> tuple[MergeRequest, EvaluateRequest | None, int]:
     """(the request, what is measured afterwards, by how many processes).
 
     Raises UserError for whatever can be told here.
@@ -89,5 +90,5 @@ def checked(arguments: list[str]) -> tuple[Request, evaluation.Request | None, i
     measured, why_not = measuring.to_measure(options, name, trained, out, options.dtype)
     if measured is None and not options.no_measure:
         print(f"not measured: {why_not}", file=sys.stderr, flush=True)
-    request = Request(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
+    request = MergeRequest(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
     return request, measured, options.processes

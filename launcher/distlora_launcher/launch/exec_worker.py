@@ -1,4 +1,4 @@
-"""From a command that has checked everything to its worker: this process becomes it, or torchrun starts several."""
+"""Start the worker of a command with its request: this process becomes it, or torchrun starts several ranks."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distlora.config import require
+from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.workers import run_workers, worker_environment
 
+ENTRY = "distlora.system.command_worker"
+"""The module that every worker process of a command runs."""
 
-def become(worker: str, request: str) -> NoReturn:
-    """Be `python -m worker REQUEST` from here on, so that the terminal and its signals are the worker's own."""
+
+def become(worker: str, request: Any) -> NoReturn:
+    """Replace this process by `worker` ("module:function"), which then owns the terminal and its signals."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", worker, request]
+    command = [sys.executable, "-m", ENTRY, encode_call(worker, request)]
     os.execve(command[0], command, worker_environment(processes=1))
 
 
-def run_alone(worker: str, request: str) -> int:
-    """Run `python -m worker REQUEST` to its end, for a command that has more to do; its exit code."""
+def run_alone(worker: str, request: Any) -> int:
+    """Run `worker` in a process of its own; return its exit code."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", worker, request]
+    command = [sys.executable, "-m", ENTRY, encode_call(worker, request)]
     code = subprocess.run(command, env=worker_environment(processes=1)).returncode
     return code if code >= 0 else 128 - code
 
 
-def run_several(worker: str, request: str, processes: int) -> int:
-    """Run the ranks to the end, each with a folder that holds request.json; the exit code. Their logs stay if they
-    fail."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{worker.replace('.', '-')}-"))
-    (folder / "request.json").write_text(request, encoding="utf-8")
-    code = run_workers(folder, processes=processes, worker_module=worker, saves=False)
+def run_several(worker: str, request: Any, processes: int) -> int:
+    """Run `worker` in `processes` ranks; return the exit code. Keep their logs if they fail."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{worker.partition(':')[0].replace('.', '-')}-"))
+    (folder / REQUEST_NAME).write_text(encode_call(worker, request), encoding="utf-8")
+    code = run_workers(folder, processes=processes, worker_module=ENTRY, saves=False)
     if code == DONE:
         shutil.rmtree(folder)
     return code

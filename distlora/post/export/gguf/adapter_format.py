@@ -8,36 +8,38 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import torch
+from gguf import GGUFWriter
 from torch import Tensor
 
 from distlora.config import UserError
-from distlora.post.deltas.base import Base, BaseWeight, open_base
-from distlora.post.export.clients import dense_model
-from distlora.post.export.gguf.adapter_file import write_adapter
+from distlora.post.adapter_factors import Factors
+from distlora.post.base_weights import Base, BaseWeight, open_base
+from distlora.post.export.client_check import EXACT, Ours, dense_model
+from distlora.post.export.formats import Export, Reading
 from distlora.post.export.gguf.clients import (
     HOW_TO_GET_IT,
     LlamaCpp,
     has_llama_cpp,
     logits_of,
 )
-from distlora.post.export.gguf.model_file import write_model
-from distlora.post.export.gguf.model_format import name_of, tokenizer_of
+from distlora.post.export.gguf.model_format import name_of, tokenizer_of, write_model
 from distlora.post.export.gguf.tensors import (
     TYPES,
     Names,
+    Planned,
     Rows,
     Weight,
     half_steps,
+    write_file,
 )
-from distlora.post.export.probe import EXACT, Ours
-from distlora.post.export.request import Export, Reading
 from distlora.post.merge.adapter import open_adapter
 from distlora.weights.reader import Reader
 
@@ -160,3 +162,38 @@ def _apart(export: Export, base: Base, read: Mapping[str, _Pair], dtype: str) ->
 
 def _nothing(text: str) -> None:
     """The model's own export has said it."""
+
+
+Factory = Callable[[], Factors]
+
+
+def write_adapter(path: Path, config: Any, factors: Mapping[str, Factory], *, dtype: str, name: str) -> None:
+    """`factors` by Hugging Face path, each read when it is written; `config` is transformers' own, of the base.
+
+    Raises UserError for a weight that llama.cpp's architecture has not.
+    """
+    names = Names.of(config)
+    alphas, shapes = dict[str, float](), dict[str, tuple[tuple[int, ...], tuple[int, ...]]]()
+    for place, read in factors.items():
+        own = read()
+        alphas[place], shapes[place] = own.scaling * own.rank, (tuple(own.A.shape), tuple(own.B.shape))
+    # llama.cpp takes an alpha of 0 for none at all.
+    alpha = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)[0][0] if any(alphas.values()) else 1.0
+    tensors = []
+    for place, read in factors.items():
+        base = names.gguf_name(f"{place}.weight")
+        b = names.in_order(f"{place}.weight", _rows_of(read, "B", alphas[place] / alpha))
+        for part, shape, rows in zip("ab", shapes[place], (_rows_of(read, "A"), b), strict=True):
+            tensors.append(Planned(name=f"{base}.lora_{part}", shape=shape, type=TYPES[dtype], rows=rows))
+
+    def describe(writer: GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(name)
+
+    write_file(path, names.arch, describe, tensors)
+
+
+def _rows_of(read: Factory, part: Literal["A", "B"], times: float = 1.0) -> Callable[[], Rows]:
+    return lambda: iter([getattr(read(), part) * times])

@@ -13,11 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
+from gguf import GGUFWriter, LlamaFileType
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import AdapterConfig, QuantConfig, UserError
-from distlora.post.deltas.base import HEAD_NAME, Base, open_base
+from distlora.post.base_weights import HEAD_NAME, Base, open_base
+from distlora.post.export.client_check import EXACT, TEXT, Ours
+from distlora.post.export.formats import Export, Reading
 from distlora.post.export.gguf.clients import (
     HOW_TO_GET_IT,
     LlamaCpp,
@@ -25,16 +29,17 @@ from distlora.post.export.gguf.clients import (
     logits_of,
     transformers_model,
 )
-from distlora.post.export.gguf.model_file import write_model
+from distlora.post.export.gguf.hyperparameters import add_hyperparameters, rope_factors
 from distlora.post.export.gguf.tensors import (
     Names,
+    Planned,
     Rows,
     Weight,
     half_steps,
     plan,
+    write_file,
 )
-from distlora.post.export.probe import EXACT, TEXT, Ours
-from distlora.post.export.request import Export, Reading
+from distlora.post.export.gguf.vocabulary import add_vocabulary
 from distlora.post.load_trained import weights_in
 from distlora.post.merge.adapter import Onto, open_adapter
 from distlora.post.merge.parameters import Parameter, parameters_of, pieces
@@ -187,3 +192,41 @@ def name_of(trained: Trained) -> str:
     """For people."""
     base = (trained.config.model.name or Path(trained.config.model.path).name).rpartition("/")[2]
     return base if trained.weights is None else f"{base} {Path(trained.place).name}"
+
+
+_FILE_TYPES = {
+    "fp32": LlamaFileType.ALL_F32,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "fp16": LlamaFileType.MOSTLY_F16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def write_model(
+    path: Path,
+    config: Any,
+    weights: Mapping[str, Weight],
+    tokenizer: Any,
+    *,
+    dtype: str,
+    name: str,
+    say: Callable[[str], None],
+) -> None:
+    """`config` and `tokenizer` are transformers' own; `name` is the model's, for people.
+
+    Raises UserError for what llama.cpp would compute otherwise.
+    """
+    names = Names.of(config)
+    tensors = plan(names, weights, dtype)
+    if (factors := rope_factors(config)) is not None:
+        tensors.insert(0, Planned.of_array("rope_freqs.weight", factors))
+
+    def describe(writer: GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        add_hyperparameters(writer, config, say)
+        writer.add_file_type(_FILE_TYPES[dtype])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_vocabulary(writer, tokenizer, config.vocab_size, say)
+
+    write_file(path, names.arch, describe, tensors)

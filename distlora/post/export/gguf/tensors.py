@@ -7,21 +7,26 @@ as they are.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 from distlora.config import UserError
 from distlora.post.export.gguf.hyperparameters import head_size
 from distlora.post.export.gguf.supported import ARCHITECTURES
+from distlora.post.merge.output_folder import check_space
+from distlora.system import atomic_io
+from distlora.system.progress_lines import Progress
 
 Rows = Iterator[Tensor]
 """(n, columns) fp32, rows going on from those before; a vector is one row."""
@@ -165,3 +170,34 @@ def half_steps(exact: Tensor, read: Tensor, type: GGMLQuantizationType) -> float
     else:
         step = size * _ROUNDING.get(type, 0.0) + (2**-25 if type == GGMLQuantizationType.F16 else 0.0)
     return float(((read - exact).abs() / step).nan_to_num(0.0, posinf=float("inf")).max())
+
+
+def write_file(path: Path, arch: str, describe: Callable[[GGUFWriter], None], tensors: Sequence[Planned]) -> None:
+    """`describe` adds the metadata. In memory are a few rows; on stderr, how far it is. Raises UserError for a weight
+    that its type cannot hold, and where the disk is too small.
+    """
+    total = sum(tensor.num_bytes for tensor in tensors)
+    check_space(path, total)
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
+    writer = GGUFWriter(path, arch)
+    describe(writer)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    stream = writer.fout[0]
+    progress, done = Progress(), 0
+    writer.write_padding(stream, stream.tell())
+    for tensor in tensors:
+        written = 0
+        for part in tensor.encoded():
+            stream.write(part.data)
+            written += part.nbytes
+            progress(f"{(done + written) / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tensor.name}")
+        assert written == tensor.num_bytes, f"{tensor.name}: {written} of {tensor.num_bytes} bytes"
+        writer.write_padding(stream, written)
+        done += written
+    writer.close()
+    atomic_io.sync(path)

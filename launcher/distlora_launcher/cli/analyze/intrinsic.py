@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distlora.analysis.intrinsic.request import NAMES as NAMES
-from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, Request
+from distlora.analysis.intrinsic.request import REQUEST_NAME, RESULT_NAME, IntrinsicRequest
 from distlora.config import UserError, require
 from distlora.config.places import place_of
 from distlora.system import atomic_io
+from distlora.system.command_worker import to_json
 from distlora.system.exit_codes import DONE
 from distlora_launcher.compose.checks import check_data, check_model, check_writable
 from distlora_launcher.compose.hub import localize
@@ -27,7 +28,7 @@ from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser, numbers
 from distlora_launcher.terminal.output import name_of, shown
 
-WORKER = "distlora.analysis.intrinsic"
+WORKER = "distlora.analysis.intrinsic.worker:main"
 
 USAGE = """usage: distlora analyze intrinsic MODEL [MODEL ...] --data FILE [--eval-data FILE] [--random] ...
 
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
     request = checked(options)
     names = ", ".join(name for _, name in request.models)
     print(f"analysing {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    become(WORKER, request)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -95,7 +96,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def checked(options: argparse.Namespace) -> Request:
+def checked(options: argparse.Namespace) -> IntrinsicRequest:
     """The request, its models on this machine and its folder made. Raises UserError for whatever can be told here."""
     given = ("share", "steps", "batch", "sequence_length", "lr", "seeds", "start", "most", "resolution")
     models = [place_of(model) for model in options.models]
@@ -104,7 +105,7 @@ def checked(options: argparse.Namespace) -> Request:
         require(names.count(name) == 1, f"two models are called {name}; give their folders names that differ")
     name = names[0].replace("/", "-")
     out = Path(options.out or f"analysis/{name}-intrinsic").expanduser().absolute()
-    request = Request(
+    request = IntrinsicRequest(
         models=tuple(zip(models, names, strict=True)),
         data=place_of(options.data),
         eval_data=None if options.eval_data is None else place_of(options.eval_data),
@@ -140,17 +141,17 @@ def for_full_fine_tuning() -> Iterator[None]:
         ) from error
 
 
-def settle(request: Request, out: Path) -> None:
+def settle(request: IntrinsicRequest, out: Path) -> None:
     """Make the folder, or go on in it. Raises UserError where it holds what was asked otherwise, or is finished."""
     asked = out / REQUEST_NAME
     if (out / RESULT_NAME).exists():
         raise UserError(f"{shown(out)} holds a finished analysis; remove it, or name another folder with --out")
     if asked.is_file():
-        if asked.read_text(encoding="utf-8") != request.as_json():
+        if asked.read_text(encoding="utf-8") != to_json(request):
             raise UserError(
                 f"{shown(out)} holds an analysis that was asked otherwise ({shown(asked)}); go on with that command, "
                 "remove the folder, or name another one with --out"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_text(asked, request.as_json())
+    atomic_io.write_text(asked, to_json(request))

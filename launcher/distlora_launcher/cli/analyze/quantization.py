@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.analysis.quantization.request import NAMES as NAMES
-from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, Request
+from distlora.analysis.quantization.request import REPORT_NAME, RESULT_NAME, QuantizationRequest
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
 from distlora.config.places import place_of
@@ -34,7 +34,7 @@ from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import name_of, shown
 
-WORKER = "distlora.analysis.quantization"
+WORKER = "distlora.analysis.quantization.worker:main"
 TEXT_NAME = "text.jsonl"
 """In the result's folder: the documents that perplexity is measured on where the user names none."""
 USAGE = """usage: distlora analyze quantization MODEL [--text FILE | --no-perplexity] [--out FOLDER] [--dtype bf16|fp32]
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if options.text is None and request.text is not None:
         write_default_text(Path(request.text))
     print(f"analysing {request.model_name} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    become(WORKER, request)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def checked(options: argparse.Namespace) -> Request:
+def checked(options: argparse.Namespace) -> QuantizationRequest:
     """The request, its model on this machine and its folder made. Raises UserError for whatever can be told here."""
     model = place_of(options.model)
     name = name_of(model)
@@ -94,7 +94,7 @@ def checked(options: argparse.Namespace) -> Request:
         raise UserError(f"{shown(out)} holds an earlier analysis; remove it, or name another folder with --out")
     check_writable(out, "--out")
     text = None if options.text is None else place_of(options.text)
-    request = Request(
+    request = QuantizationRequest(
         model=model,
         model_name=name,
         # Where nothing is named, a file that is written once everything is checked.

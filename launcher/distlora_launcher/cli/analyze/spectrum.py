@@ -17,7 +17,7 @@ from distlora.analysis.spectrum.request import (
     RESULT_NAME,
     THRESHOLDS,
     TOP,
-    Request,
+    SpectrumRequest,
 )
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
@@ -29,7 +29,7 @@ from distlora_launcher.launch.exec_worker import become
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import shown
 
-WORKER = "distlora.analysis.spectrum"
+WORKER = "distlora.analysis.spectrum.worker:main"
 
 USAGE = f"""usage: distlora analyze spectrum RUN [--against RUN] [--top K] [--threshold 0.5,...] [--out FOLDER]
                          [--checkpoint NAME] [--adapter PATH] [--model BASE] [--exact-up-to N]
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     request = checked(parse(arguments))
     what = request.first_name + (f" against {request.against_name}" if request.against else "")
     print(f"analysing {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
-    become(WORKER, request.as_json())
+    become(WORKER, request)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def checked(options: argparse.Namespace) -> Request:
+def checked(options: argparse.Namespace) -> SpectrumRequest:
     """The request, its base on this machine and its folder made. Raises UserError for whatever can be told here."""
     require(
         options.adapter != BASE_ALONE,
@@ -95,7 +95,7 @@ def checked(options: argparse.Namespace) -> Request:
     if any((out / result).exists() for result in (REPORT_NAME, RESULT_NAME)):
         raise UserError(f"{shown(out)} holds an earlier analysis; remove it, or name another folder with --out")
     check_writable(out, "--out")
-    request = Request(
+    request = SpectrumRequest(
         first=name,
         first_name=Path(name.place).name,
         against=other,

@@ -16,8 +16,8 @@ from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.tensor_files import READ_ELEMENTS, DeferredTensor
-from distlora.post.deltas.base import HEAD_NAME, Base, BaseWeight
-from distlora.post.deltas.factors import AdapterFile
+from distlora.post.adapter_factors import AdapterFile
+from distlora.post.base_weights import HEAD_NAME, Base, BaseWeight
 from distlora.weights.reader import Reader
 
 

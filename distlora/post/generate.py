@@ -18,13 +18,12 @@ import torch
 from transformers import GenerationConfig
 
 from distlora.config.file import load_config
-from distlora.data.prompts import Prompt, Request, read_prompts
+from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.parallel import Ranks
-from distlora.post.generate.chat import Chat, Printer
+from distlora.post.chat import Chat, Printer
 from distlora.post.load_trained import load_model
-from distlora.post.work import run_on_ranks
+from distlora.post.workers import run_on_ranks
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.exit_codes import request_text
 from distlora.system.progress_lines import (
     PROGRESS_SECONDS,
     quieten,
@@ -35,7 +34,7 @@ from distlora.training.encoding import PromptEncoder, sampling
 from distlora.training.generator import Generator, generate, generate_all
 
 
-def run(request: Request, ranks: Ranks) -> None:
+def run(request: GenerateRequest, ranks: Ranks) -> None:
     """Load the model and answer everything that the request asks, on this rank."""
     config = load_config(request.run)
     speaks = ranks.rank == 0
@@ -82,7 +81,11 @@ def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
 
 
 def answer_file(
-    prompts: list[Prompt], request: Request, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig
+    prompts: list[Prompt],
+    request: GenerateRequest,
+    generator: Generator,
+    encoder: PromptEncoder,
+    settings: GenerationConfig,
 ) -> None:
     """One JSON line for each prompt of the file, in order, written as they come: the prompt, "completion", "tokens"
     (their number) and "ended" (false: cut at the limit)."""
@@ -133,9 +136,8 @@ def answer_lines(
             generate(generator, [tokens], settings, streamer=Printer(encoder.tokenizer, settings))
 
 
-def main(argument: str) -> int:
-    """Answer; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Of several ranks, errors go to torchrun."""
-    request = Request.read(request_text(argument))
+def main(request: GenerateRequest) -> int:
+    """Answer prompts; return the exit code. Errors of several ranks go to torchrun."""
     quieten()
     return run_on_ranks(
         lambda ranks: run(request, ranks),

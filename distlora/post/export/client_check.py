@@ -1,24 +1,67 @@
-"""Logits on a probe text: of the model as it was trained, and how far a client's are from them."""
+"""Load an export with its real client, in a process of its own, and compare its logits with ours.
+
+The last line of the process on stdout is JSON.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import importlib
+import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, QuantConfig, UserError
 from distlora.loading.plain_adapter import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.post.export.request import Reading
+from distlora.post.base_weights import Base, BaseWeight, open_base
+from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import load_in_fp32, weights_in
 from distlora.post.trained import Trained, with_adapter
+from distlora.system.exit_codes import DONE, run_to_exit_code
+from distlora.system.progress_lines import Progress, quieten, say
+from distlora.weights.reader import Reader
+
+
+def run(request: ExportRequest) -> dict[str, Any]:
+    """The readings of the format's client."""
+    assert request.place is not None
+    trained = request.name.read()
+    with onto_original(trained) if request.onto == "original" else contextlib.nullcontext(trained) as meant:
+        ours = our_logits(meant)
+    export = Export(request=request, trained=trained, place=Path(request.place), say=say, progress=Progress())
+    module: Any = importlib.import_module(FORMATS[request.format].module)
+    readings = module.check(export, ours)
+    return {
+        "tokens": ours.tokens.shape[1],
+        "moved": ours.moved,
+        "readings": [dataclasses.asdict(reading) for reading in readings],
+    }
+
+
+def main(request: ExportRequest) -> int:
+    """Print the readings of the client as JSON; return the exit code."""
+    quieten()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # Between PEFT and transformers.
+
+    def work() -> int:
+        print(json.dumps(run(request)))
+        return DONE
+
+    return run_to_exit_code(work)
+
 
 TOKENS = 128
 EXACT = 1e-4
@@ -104,3 +147,47 @@ def probe_tokens(config: Config, model: CausalLM) -> Tensor:
     limit: int = model.decoder.config.max_position_embeddings  # type: ignore[assignment, union-attr]
     ids = (trained[:16] + [id for id in ids if id < rows])[: min(TOKENS, limit)]
     return torch.tensor([ids])
+
+
+@torch.no_grad()
+def dense_model(trained: Trained, *, original: bool = False) -> Any:
+    """The base as training had it, dequantized, or `original`, as its checkpoint has it.
+
+    What PiSSA took out of a weight before that was quantized is put back: the adapter that such a run publishes is one
+    of the unchanged base.
+    """
+    import transformers
+
+    base = open_base(trained.config)
+    family, folder = base.model.family, trained.config.model.path
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):  # The weights come from us, dense.
+        del config.quantization_config
+    how: dict[str, Any] = {"attn_implementation": family.attention}
+    if family.experts is not None:
+        how["experts_implementation"] = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False, **how)
+    model.eval()
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    with Reader() as reader:
+        for name, weight in base.weights.items():
+            _fill(places[name], weight, reader, original=original)
+    _grow(model, base)
+    return model
+
+
+def _fill(place: Tensor, weight: BaseWeight, reader: Reader, *, original: bool) -> None:
+    columns = weight.shape[-1] if weight.shape else 1
+    rows = place.data.view(-1, columns)
+    residual = None if original else weight.residual
+    for first, part in weight.rows(reader, original=original):
+        rows[first : first + len(part)] = part
+        if residual is not None:
+            start = residual.start
+            rows[first : first + len(part)] += residual.scaling * (start.B[first : first + len(part)] @ start.A)
+
+
+def _grow(model: nn.Module, base: Base) -> None:
+    vocabulary = base.model.vocabulary
+    if vocabulary.has_grown:
+        model.resize_token_embeddings(vocabulary.rows, mean_resizing=False)  # type: ignore[operator]

@@ -17,8 +17,7 @@ from distlora.config import UserError
 from distlora.parallel import Ranks, from_rank_0
 from distlora.post.evaluate.request import Merged, Subject
 from distlora.post.merge.merge import merge_to
-from distlora.post.merge.page import written
-from distlora.post.merge.receipt import Receipt
+from distlora.post.merge.receipt import Receipt, written
 from distlora.post.merge.request import Onto, check_mergeable
 from distlora.post.trained import Trained
 from distlora.system.progress_lines import say

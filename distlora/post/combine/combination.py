@@ -18,23 +18,23 @@ from distlora.architecture.tokens import EMBEDDING
 from distlora.config import Config
 from distlora.config.json_files import read_object
 from distlora.loading.tensor_files import DeferredTensor
-from distlora.post.combine.checks import needs_base
+from distlora.post.adapter_factors import AdapterFile, Factors
+from distlora.post.base_weights import Base, open_base
+from distlora.post.combine.members import needs_base
 from distlora.post.combine.methods import Combined, Part, combine
-from distlora.post.combine.request import Request
-from distlora.post.combine.whole import (
+from distlora.post.combine.request import CombineRequest
+from distlora.post.combine.whole_modules import (
     Weighted,
     combined_modules,
     combined_rows,
     row_ids,
 )
-from distlora.post.deltas.base import Base, open_base
-from distlora.post.deltas.factors import AdapterFile, Factors
 from distlora.post.trained import base_alone
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 
 
-def held(config: Config, request: Request) -> Config:
+def held(config: Config, request: CombineRequest) -> Config:
     """A base's settings with its weights rounded as the members' runs had them."""
     return replace(config, train=replace(config.train, dtype=request.held))
 
@@ -42,7 +42,7 @@ def held(config: Config, request: Request) -> Config:
 class Combination:
     """The weights of the result, made one after the other as the file is written."""
 
-    def __init__(self, request: Request, reader: Reader, say: Callable[[str], None]) -> None:
+    def __init__(self, request: CombineRequest, reader: Reader, say: Callable[[str], None]) -> None:
         self.request, self.reader, self.say = request, reader, say
         self.members = [
             Weighted(member.place, member.weight, AdapterFile.open(Path(member.folder)), header_of(member.folder))

@@ -1,8 +1,0 @@
-"""`python -m distlora.post.evaluate REQUEST`: the worker."""
-
-import sys
-
-from distlora.system.exit_codes import run_worker
-
-if __name__ == "__main__":
-    sys.exit(run_worker("distlora.post.evaluate.worker"))
